@@ -1,0 +1,74 @@
+"""Open reward models: which neurons carry helpfulness and harmlessness, and what each loses without them.
+
+Names resolve when first used, so that `import rmtension` loads none of the large libraries.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rmtension.ablation import AblationContext
+    from rmtension.activations import ActivationCollector, ActivationSample, ActivationStatistics
+    from rmtension.attribution import NeuronAttribution
+    from rmtension.errors import RMTensionError
+    from rmtension.neurons import NeuronScores, NeuronSet
+    from rmtension.pairs import PreferencePair, PreferencePairs
+    from rmtension.reward_head import RewardHead
+    from rmtension.scored import ScoredPairs
+    from rmtension.shared import SharedNeuronAnalyzer, SharedNeuronReport
+    from rmtension.study import StudyOptions, StudyResult, TensionStudy
+
+_MODULE_OF = {
+    "AblationContext": "ablation",
+    "ActivationCollector": "activations",
+    "ActivationSample": "activations",
+    "ActivationStatistics": "activations",
+    "NeuronAttribution": "attribution",
+    "NeuronScores": "neurons",
+    "NeuronSet": "neurons",
+    "PreferencePair": "pairs",
+    "PreferencePairs": "pairs",
+    "RMTensionError": "errors",
+    "RewardHead": "reward_head",
+    "ScoredPairs": "scored",
+    "SharedNeuronAnalyzer": "shared",
+    "SharedNeuronReport": "shared",
+    "StudyOptions": "study",
+    "StudyResult": "study",
+    "TensionStudy": "study",
+}
+
+__all__ = [
+    "AblationContext",
+    "ActivationCollector",
+    "ActivationSample",
+    "ActivationStatistics",
+    "NeuronAttribution",
+    "NeuronScores",
+    "NeuronSet",
+    "PreferencePair",
+    "PreferencePairs",
+    "RMTensionError",
+    "RewardHead",
+    "ScoredPairs",
+    "SharedNeuronAnalyzer",
+    "SharedNeuronReport",
+    "StudyOptions",
+    "StudyResult",
+    "TensionStudy",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("rmtension")
+    if name in _MODULE_OF:
+        return getattr(import_module(f"rmtension.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module 'rmtension' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

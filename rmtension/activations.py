@@ -1,0 +1,257 @@
+"""Activation statistics of every neuron over preference pairs, in one streaming pass."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rmtension.errors import DataError, OptionError, ProvenanceError
+from rmtension.pairs import PreferencePairs
+from rmtension.provenance import Provenance
+from rmtension.reward_head import RewardHead
+from rmtension.sites import check_positions, find_site, neuron_activations
+from rmtension.storage import read_result, write_result
+from rmtension.tokens import EncodedPairs, EncodedText, TokenBatch, text_batches
+
+# Rows that go to float64 at a time: whole activations would double the memory of a batch.
+_ROWS = 512
+_STATISTICS = ("mean", "abs_mean", "rms", "frequency")
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationStatistics:
+    """What every neuron does over the selected tokens of both responses of all pairs, in float64.
+
+    `mean` is signed, `abs_mean` averages |a|, `rms` is the root of the mean square, `frequency` the share of tokens
+    with a > 0. The activation of an attention head is the L2 norm of its output. `channel_mean` holds the mean of
+    every column, which is what mean ablation writes; for `mlp` it equals `mean`.
+    """
+
+    mean: Float[Tensor, "layer neuron"]
+    abs_mean: Float[Tensor, "layer neuron"]
+    rms: Float[Tensor, "layer neuron"]
+    frequency: Float[Tensor, "layer neuron"]
+    channel_mean: Float[Tensor, "layer channel"]
+    provenance: Provenance
+
+    @property
+    def n_tokens(self) -> int:
+        """The number of tokens behind every statistic."""
+        return self.provenance.n_tokens
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a neuron: layer, neuron and the four statistics."""
+        layers, neurons = self.mean.shape
+        places = {"layer": np.repeat(np.arange(layers), neurons), "neuron": np.tile(np.arange(neurons), layers)}
+        return pd.DataFrame(places | {name: getattr(self, name).flatten().numpy() for name in _STATISTICS})
+
+    def save(self, path: str | Path) -> None:
+        """Write statistics and provenance to one safetensors file."""
+        tensors = {name: getattr(self, name) for name in (*_STATISTICS, "channel_mean")}
+        write_result(path, "ActivationStatistics", tensors, {"provenance": self.provenance.to_dict()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ActivationStatistics":
+        """Read what `save` wrote."""
+        tensors, values = read_result(path, "ActivationStatistics")
+        return cls(**tensors, provenance=Provenance.from_dict(values["provenance"]))
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationSample:
+    """All layers' activations at some tokens drawn from the pairs: the donors of resample ablation.
+
+    `keys` stand for the prompts that the donors come from, so that no text is given its own activations.
+    """
+
+    values: Float[Tensor, "donor layer channel"]
+    keys: Int[Tensor, "donor"]
+    provenance: Provenance
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def save(self, path: str | Path) -> None:
+        """Write the sample and its provenance to one safetensors file."""
+        tensors = {"values": self.values, "keys": self.keys}
+        write_result(path, "ActivationSample", tensors, {"provenance": self.provenance.to_dict()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ActivationSample":
+        """Read what `save` wrote."""
+        tensors, values = read_result(path, "ActivationSample")
+        return cls(tensors["values"], tensors["keys"], Provenance.from_dict(values["provenance"]))
+
+
+class ActivationCollector:
+    """Streams preference pairs through a model and sums what every neuron does.
+
+    Cost: two forward passes per pair; memory: one batch and `layers x channels` float64 sums, however many pairs.
+    Sums are float64, so any partition of the pairs over `update` and `merge`, in any order, gives the same
+    statistics up to the rounding of the model's own arithmetic. A failed `update` changes nothing.
+
+    Args:
+        head: the model to read.
+        site: "mlp" or "attn_head".
+        positions: "all" real tokens, "response" tokens, or the "last" one. Padding never counts.
+    """
+
+    def __init__(self, head: RewardHead, *, site: str = "mlp", positions: str = "all") -> None:
+        check_positions(positions)
+        self.head = head
+        self.site = find_site(site).name
+        self.positions = positions
+        self.reset()
+
+    def reset(self) -> "ActivationCollector":
+        """Forget everything collected so far."""
+        self._sums = self._zeros()
+        self._n_tokens = self._n_pairs = self._data = 0
+        self._model = self.head.fingerprint
+        return self
+
+    def update(
+        self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False
+    ) -> "ActivationCollector":
+        """Add the texts of `pairs`."""
+        if self.head.fingerprint != self._model:
+            raise ProvenanceError("update: the model's weights changed since the last reset. Call reset() first.")
+        sums = self._zeros()
+        n_tokens = 0
+        encoded = self.head.encode(pairs, truncate_response=truncate_response)
+        for batch in self.head.batches(encoded, desc="collect", progress=progress):
+            select = batch.select(self.positions)
+            n_tokens += int(select.sum())
+            _run(self.head, self.site, batch, partial(self._add, sums, select))
+        for name, total in sums.items():
+            self._sums[name] += total
+        self._n_tokens += n_tokens
+        self._n_pairs += len(pairs)
+        self._data += int(pairs.digest, 16)
+        return self
+
+    def merge(self, other: "ActivationCollector") -> "ActivationCollector":
+        """Add what another collector of the same model, site and positions has seen."""
+        if other is self:
+            raise OptionError("merge: expected another collector, got this one; its tokens would count twice.")
+        self._provenance().require_same(
+            other._provenance(), ("architecture", "model", "site", "positions", "dtype"), what="merge"
+        )
+        for name, total in other._sums.items():
+            self._sums[name] += total
+        self._n_tokens += other._n_tokens
+        self._n_pairs += other._n_pairs
+        self._data += other._data
+        return self
+
+    def compute(self) -> ActivationStatistics:
+        """The statistics of everything collected; raises `DataError` before the first token."""
+        if not self._n_tokens:
+            raise DataError("compute: nothing was collected yet. Call update(pairs) with at least one pair first.")
+        means = {name: total / self._n_tokens for name, total in self._sums.items()}
+        return ActivationStatistics(
+            mean=means["value"],
+            abs_mean=means["absolute"],
+            rms=means["square"].sqrt(),
+            frequency=means["positive"],
+            channel_mean=means["channel"],
+            provenance=self._provenance(),
+        )
+
+    def collect(
+        self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False
+    ) -> ActivationStatistics:
+        """`reset`, `update` and `compute` in one call."""
+        return self.reset().update(pairs, truncate_response=truncate_response, progress=progress).compute()
+
+    def sample(
+        self, pairs: PreferencePairs, *, n: int = 256, seed: int = 0, truncate_response: bool = False
+    ) -> ActivationSample:
+        """Activations at `n` selected tokens drawn without replacement from all texts of `pairs` (fewer if there are).
+
+        Cost: a forward pass over the texts that a donor was drawn from; memory: `n x layers x channels` numbers.
+        """
+        if n < 1:
+            raise OptionError(f"n: expected a positive number of donors, got {n}.")
+        encoded = self.head.encode(pairs, truncate_response=truncate_response)
+        texts = [*encoded.chosen, *encoded.rejected]
+        counts = np.array([self._n_selected(text) for text in texts])
+        ends = counts.cumsum()
+        drawn = np.sort(np.random.default_rng(seed).permutation(int(counts.sum()))[:n])
+        owners = np.searchsorted(ends, drawn, side="right")
+        offsets = drawn - (ends - counts)[owners]
+        values = torch.empty(len(drawn), self.head.n_layers, self.head.n_channels(self.site), dtype=self.head.dtype)
+        used = np.unique(owners)
+        batches = text_batches(
+            [texts[i] for i in used],
+            tokens_per_batch=self.head.tokens_per_batch,
+            pad_token_id=self.head.pad_token_id,
+            device=self.head.device,
+        )
+        for batch in batches:
+            select = batch.select(self.positions)
+            places = [
+                (donor, row, int(select[row].nonzero()[offset]))
+                for row, text in enumerate(batch.rows)
+                for donor, offset in zip(
+                    np.flatnonzero(owners == used[text]), offsets[owners == used[text]], strict=True
+                )
+            ]
+            donors, rows, columns = (list(part) for part in zip(*places, strict=True))
+
+            _run(self.head, self.site, batch, partial(_keep, values, donors, (rows, columns)))
+        keys = torch.tensor([texts[owner].key for owner in owners])
+        provenance = self.head.provenance(pairs, encoded, site=self.site, positions=self.positions, method="sample")
+        return ActivationSample(values, keys, replace(provenance, n_tokens=len(drawn)))
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _zeros(self) -> dict[str, Tensor]:
+        layers, neurons = self.head.n_layers, self.head.n_neurons(self.site)
+        sums = {
+            name: torch.zeros(layers, neurons, dtype=torch.float64)
+            for name in ("value", "absolute", "square", "positive")
+        }
+        return sums | {"channel": torch.zeros(layers, self.head.n_channels(self.site), dtype=torch.float64)}
+
+    def _add(self, sums: Mapping[str, Tensor], select: Tensor, layer: int, channels: Tensor) -> None:
+        neurons = neuron_activations(channels, self.site, self.head.n_neurons(self.site))
+        for rows in torch.split(neurons[select], _ROWS):
+            exact = rows.double()
+            sums["value"][layer] += exact.sum(0).cpu()
+            sums["absolute"][layer] += exact.abs().sum(0).cpu()
+            sums["square"][layer] += exact.square().sum(0).cpu()
+            sums["positive"][layer] += (exact > 0).sum(0).cpu()
+        for rows in torch.split(channels[select], _ROWS):
+            sums["channel"][layer] += rows.double().sum(0).cpu()
+
+    def _n_selected(self, text: EncodedText) -> int:
+        return {"all": len(text), "response": len(text) - text.response_start, "last": 1}[self.positions]
+
+    def _provenance(self) -> Provenance:
+        nothing = EncodedPairs((), (), 0, 0)
+        empty = self.head.provenance(
+            PreferencePairs([]), nothing, site=self.site, positions=self.positions, method="statistics"
+        )
+        data = f"{self._data % 2**256:064x}"[:16]
+        return replace(empty, model=self._model, data=data, n_pairs=self._n_pairs, n_tokens=self._n_tokens)
+
+
+def _keep(values: Tensor, donors: list[int], where: tuple[list[int], list[int]], layer: int, channels: Tensor) -> None:
+    values[donors, layer] = channels[where].cpu()
+
+
+def _run(head: RewardHead, site: str, batch: TokenBatch, visit: Callable[[int, Tensor], None]) -> None:
+    """One forward pass; `visit(layer, channels)` sees every layer's activations as [text, token, channel]."""
+
+    def look(layer: int, activation: Tensor) -> None:
+        visit(layer, activation.reshape(*batch.mask.shape, -1))
+
+    with head.hooks(site, look), torch.no_grad():
+        head.residual(batch)

@@ -1,0 +1,25 @@
+"""What the library raises: every message names the argument, what was expected, what came, and the next step."""
+
+
+class RMTensionError(Exception):
+    """Base of every error that rmtension raises on purpose."""
+
+
+class DataError(RMTensionError, ValueError):
+    """A preference pair, a text or a data file cannot be used as it is."""
+
+
+class ModelError(RMTensionError, ValueError):
+    """A checkpoint or a model cannot serve as a reward model here."""
+
+
+class OptionError(RMTensionError, ValueError):
+    """An argument has a value outside what the call accepts."""
+
+
+class ProvenanceError(RMTensionError, ValueError):
+    """Two results, or a result and a model, do not belong together."""
+
+
+class StorageError(RMTensionError, OSError):
+    """A result could not be written to, or read from, disk."""

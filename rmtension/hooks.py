@@ -1,0 +1,84 @@
+"""Forward hooks that come off again, whatever happens."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from rmtension.errors import OptionError
+
+# What a hook gets and may return in its place.
+Visit = Callable[[Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A tensor inside a running model: the output of a module, or its first input."""
+
+    module: nn.Module
+    side: Literal["input", "output"]
+
+
+class InstalledHooks:
+    """Context manager: installs all hooks or none, removes them in reverse order, refuses to be entered twice.
+
+    Plain PyTorch hooks, also on TransformerLens' hook points, so that `model.reset_hooks()` does not remove them and
+    they leave no trace in the model's own lists.
+    """
+
+    def __init__(self, hooks: Sequence[tuple[Spot, Visit]]) -> None:
+        self._hooks = tuple(hooks)
+        self._installed: ExitStack | None = None
+
+    def __enter__(self) -> "InstalledHooks":
+        if self._installed is not None:
+            raise OptionError("hooks: this context is already entered. Leave it first, or make a second one.")
+        # ExitStack undoes what was registered when a later registration fails, and goes on when one removal fails.
+        with ExitStack() as stack:
+            for spot, visit in self._hooks:
+                stack.callback(_install(spot, visit))
+            self._installed = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        installed, self._installed = self._installed, None
+        if installed is not None:
+            installed.close()
+
+
+class _OurHook:
+    """A hook of this library, told apart from a user's by its type."""
+
+    def __init__(self, visit: Visit, side: str) -> None:
+        self._visit = visit
+        self._side = side
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> Any:
+        if self._side == "output":
+            return self._visit(output)
+        changed = self._visit(inputs[0])
+        return None if changed is None else (changed, *inputs[1:])
+
+
+def _install(spot: Spot, visit: Visit) -> Callable[[], None]:
+    hook = _OurHook(visit, spot.side)
+    if spot.side == "output":
+        return spot.module.register_forward_hook(hook).remove
+    return spot.module.register_forward_pre_hook(hook).remove
+
+
+def count_foreign_hooks(model: nn.Module) -> int:
+    """How many hooks of all kinds are on `model` and its submodules that this library did not install."""
+    return sum(
+        not isinstance(hook, _OurHook)
+        for module in model.modules()
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+        for hook in hooks.values()
+    )

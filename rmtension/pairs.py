@@ -1,0 +1,371 @@
+"""Preference pairs: loading, validating, splitting by prompt, writing."""
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import pandas as pd
+
+from rmtension.errors import DataError, OptionError
+
+_ASSISTANT = "\n\nAssistant:"
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One prompt with the response that was preferred and the one that was not.
+
+    `objective` says what the preference rewards (for example "helpful" or "harmless"), `subset` is a finer label,
+    `id` names the pair in messages and tables.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    objective: str | None = None
+    subset: str | None = None
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            object.__setattr__(self, "id", self.digest()[:16])
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether chosen and rejected are the same text, so that no reward model can tell them apart."""
+        return self.chosen == self.rejected
+
+    def digest(self) -> str:
+        """SHA-256 over prompt, chosen and rejected, in hexadecimal."""
+        return hashlib.sha256(json.dumps([self.prompt, self.chosen, self.rejected]).encode()).hexdigest()
+
+    def swapped(self) -> "PreferencePair":
+        """The same pair with the preference turned round."""
+        return replace(self, chosen=self.rejected, rejected=self.chosen)
+
+    def to_dict(self) -> dict[str, str | None]:
+        """A plain dict with the field names of the JSON-lines format."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def join_prompt(prompt: str, response: str) -> str:
+    """The text that a reward model reads: one space between prompt and response unless whitespace is there already.
+
+    >>> join_prompt("Human: hi Assistant:", "hello")
+    'Human: hi Assistant: hello'
+    """
+    gap = prompt and response and not prompt[-1].isspace() and not response[0].isspace()
+    return f"{prompt} {response}" if gap else prompt + response
+
+
+def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    r"""Prompt and the two responses of a pair of HH transcripts: the prompt ends at the last shared `\n\nAssistant:`.
+
+    >>> split_transcripts("\n\nHuman: hi\n\nAssistant: a", "\n\nHuman: hi\n\nAssistant: b")
+    ('\n\nHuman: hi\n\nAssistant:', 'a', 'b')
+    """
+    shared = "".join(one for one, _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False)))
+    end = shared.rfind(_ASSISTANT)
+    if end < 0:
+        raise DataError(
+            f"chosen, rejected: expected transcripts that share a prompt ending in {_ASSISTANT!r}, got two texts that "
+            "share none. Give each pair a field 'prompt'."
+        )
+    end += len(_ASSISTANT)
+    return chosen[:end], chosen[end:].removeprefix(" "), rejected[end:].removeprefix(" ")
+
+
+class PreferencePairs(Sequence[PreferencePair]):
+    """An immutable sequence of validated preference pairs.
+
+    Identical chosen and rejected responses are kept and counted in `n_ties`; `skipped` counts, by reason, what a
+    loader left out with `on_invalid="skip"`.
+
+    >>> pairs = PreferencePairs.from_records([{"prompt": "Q", "chosen": "yes", "rejected": "no"}])
+    >>> len(pairs), pairs[0].chosen, pairs.n_ties
+    (1, 'yes', 0)
+    """
+
+    def __init__(self, pairs: Iterable[PreferencePair], skipped: Mapping[str, int] | None = None) -> None:
+        self._pairs = tuple(pairs)
+        self.skipped: dict[str, int] = dict(skipped or {})
+        for number, pair in enumerate(self._pairs):
+            if not isinstance(pair, PreferencePair):
+                raise DataError(
+                    f"pairs: expected PreferencePair, got {type(pair).__name__} at position {number}. For dicts use "
+                    "PreferencePairs.from_records."
+                )
+            _require_responses(pair, f"pair {number} (id {pair.id!r})")
+
+    # -- loading ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_records(
+        cls, records: Iterable[Mapping[str, Any]], *, on_invalid: Literal["raise", "skip"] = "raise", **labels: str
+    ) -> "PreferencePairs":
+        """Pairs from dicts with `prompt`, `chosen`, `rejected` and optionally `objective`, `subset`, `id`.
+
+        Without a `prompt`, `chosen` and `rejected` are taken for whole HH transcripts and split. Keyword arguments
+        (`objective="helpful"`) set that field in every pair. Raises `DataError` naming the record and the field;
+        `on_invalid="skip"` counts such records in `skipped` instead.
+        """
+        located = ((f"record {number}", record) for number, record in enumerate(records))
+        return cls._collect(located, _as_is, on_invalid, labels)
+
+    @classmethod
+    def from_jsonl(
+        cls, path: str | Path, *, on_invalid: Literal["raise", "skip"] = "raise", **labels: str
+    ) -> "PreferencePairs":
+        """Pairs from a JSON-lines file, plain or gzip'd (recognised by its first bytes), in UTF-8.
+
+        Fields and errors are those of `from_records`; messages name the file and the line.
+        """
+        return cls._collect(_lines(Path(path)), _parse, on_invalid, labels)
+
+    @classmethod
+    def from_hub(
+        cls,
+        name: str,
+        *,
+        split: str = "test",
+        data_dir: str | None = None,
+        revision: str | None = None,
+        on_invalid: Literal["raise", "skip"] = "raise",
+        **labels: str,
+    ) -> "PreferencePairs":
+        """Pairs from a Hugging Face data set (or a local folder of its files), read with `datasets`.
+
+        This is the only call of this class that uses the network, and `HF_HUB_OFFLINE=1` keeps it from doing so.
+        Fields and errors are those of `from_records`; HH transcripts are split into prompt and response.
+        """
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise DataError(
+                "from_hub: needs the package 'datasets'. Install it with `pip install datasets`."
+            ) from error
+        try:
+            rows = load_dataset(name, data_dir=data_dir, split=split, revision=revision)
+        except Exception as error:  # datasets raises a dozen unrelated types for "not there"
+            raise DataError(
+                f"from_hub: could not load {name!r} (data_dir={data_dir!r}, split={split!r}, revision={revision!r}): "
+                f"{error}"
+            ) from error
+        return cls.from_records(rows, on_invalid=on_invalid, **labels)
+
+    @classmethod
+    def _collect(
+        cls,
+        located: Iterable[tuple[str, Any]],
+        parse: Callable[[Any, str], Any],
+        on_invalid: str,
+        labels: Mapping[str, str],
+    ) -> "PreferencePairs":
+        if on_invalid not in ("raise", "skip"):
+            raise OptionError(f"on_invalid: expected 'raise' or 'skip', got {on_invalid!r}.")
+        unknown = set(labels) - {"objective", "subset"}
+        if unknown:
+            raise OptionError(f"labels: expected 'objective' or 'subset', got {sorted(unknown)}.")
+        pairs: list[PreferencePair] = []
+        skipped: Counter[str] = Counter()
+        for where, item in located:
+            try:
+                pairs.append(_to_pair(parse(item, where), where, labels))
+            except DataError as error:
+                if on_invalid == "raise":
+                    raise
+                skipped[str(error).partition(": ")[2]] += 1
+        return cls(pairs, skipped)
+
+    # -- a sequence ------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> PreferencePair: ...
+    @overload
+    def __getitem__(self, index: slice) -> "PreferencePairs": ...
+    def __getitem__(self, index: int | slice) -> "PreferencePair | PreferencePairs":
+        return PreferencePairs(self._pairs[index]) if isinstance(index, slice) else self._pairs[index]
+
+    def __iter__(self) -> Iterator[PreferencePair]:
+        return iter(self._pairs)
+
+    def __add__(self, other: "PreferencePairs") -> "PreferencePairs":
+        return PreferencePairs(self._pairs + other._pairs, Counter(self.skipped) + Counter(other.skipped))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PreferencePairs) and self._pairs == other._pairs
+
+    def __hash__(self) -> int:
+        return hash(self._pairs)
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self)} pairs", f"{len(self.prompts)} prompts"]
+        parts += [f"objectives {self.objectives}"] if self.objectives else []
+        parts += [f"{self.n_ties} ties"] if self.n_ties else []
+        parts += [f"{sum(self.skipped.values())} skipped"] if self.skipped else []
+        return f"PreferencePairs({', '.join(parts)})"
+
+    @property
+    def prompts(self) -> list[str]:
+        """The distinct prompts, in order of first appearance."""
+        return list(dict.fromkeys(pair.prompt for pair in self._pairs))
+
+    @property
+    def objectives(self) -> list[str]:
+        """The distinct objectives that are set, sorted."""
+        return sorted({pair.objective for pair in self._pairs if pair.objective is not None})
+
+    @property
+    def subsets(self) -> list[str]:
+        """The distinct subsets that are set, sorted."""
+        return sorted({pair.subset for pair in self._pairs if pair.subset is not None})
+
+    @property
+    def n_ties(self) -> int:
+        """How many pairs have identical chosen and rejected responses."""
+        return sum(pair.is_tie for pair in self._pairs)
+
+    @property
+    def digest(self) -> str:
+        """64 hexadecimal digits over all pairs, whatever their order: the sum of their SHA-256 digests modulo 2^256.
+
+        A sum, so that digests of parts add up to the digest of the whole.
+        """
+        return f"{sum(int(pair.digest(), 16) for pair in self._pairs) % 2**256:064x}"
+
+    # -- choosing --------------------------------------------------------------------------------------------------
+
+    def filter(self, *, objective: str | None = None, subset: str | Iterable[str] | None = None) -> "PreferencePairs":
+        """The pairs of one objective and of one or several subsets."""
+        wanted = {subset} if isinstance(subset, str) else None if subset is None else set(subset)
+        return PreferencePairs(
+            pair
+            for pair in self._pairs
+            if (objective is None or pair.objective == objective) and (wanted is None or pair.subset in wanted)
+        )
+
+    def split(self, test_fraction: float, *, seed: int = 0) -> tuple["PreferencePairs", "PreferencePairs"]:
+        """Train and test pairs, divided by prompt: no prompt is on both sides. Order is kept.
+
+        `test_fraction` is a share of the prompts, in (0, 1). The division depends on the prompts and `seed` alone.
+        """
+        if not 0 < test_fraction < 1:
+            raise OptionError(f"test_fraction: expected a number in (0, 1), got {test_fraction}.")
+        prompts = sorted(set(self.prompts))
+        n_test = round(test_fraction * len(prompts))
+        if not 0 < n_test < len(prompts):
+            raise OptionError(
+                f"test_fraction: {test_fraction} of {len(prompts)} distinct prompts leaves one side empty. Use more "
+                "prompts or another fraction."
+            )
+        order = np.random.default_rng(seed).permutation(len(prompts))
+        test = {prompts[i] for i in order[:n_test]}
+        return (
+            PreferencePairs(pair for pair in self._pairs if pair.prompt not in test),
+            PreferencePairs(pair for pair in self._pairs if pair.prompt in test),
+        )
+
+    def sample(self, n: int, *, seed: int = 0) -> "PreferencePairs":
+        """`n` pairs drawn without replacement, in their original order; all of them when there are no more than `n`."""
+        if n < 1:
+            raise OptionError(f"n: expected a positive number of pairs, got {n}.")
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:n])
+        return PreferencePairs(self._pairs[i] for i in chosen)
+
+    def swapped(self) -> "PreferencePairs":
+        """Every preference turned round: signed scores and margins change their sign on it."""
+        return PreferencePairs(pair.swapped() for pair in self._pairs)
+
+    # -- out -------------------------------------------------------------------------------------------------------
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a pair, with the field names of the JSON-lines format."""
+        return pd.DataFrame([pair.to_dict() for pair in self._pairs], columns=list(PreferencePair.__dataclass_fields__))
+
+    def to_jsonl(self, path: str | Path) -> None:
+        """Write JSON lines that `from_jsonl` reads back equal; gzip'd if the name ends in `.gz`."""
+        lines = "".join(json.dumps(pair.to_dict(), ensure_ascii=False) + "\n" for pair in self._pairs).encode()
+        # mtime=0: the same pairs give the same bytes.
+        Path(path).write_bytes(gzip.compress(lines, mtime=0) if str(path).endswith(".gz") else lines)
+
+
+def _require_responses(pair: PreferencePair, where: str) -> None:
+    for field in ("chosen", "rejected"):
+        if not getattr(pair, field).strip():
+            raise DataError(
+                f"{where}: field {field!r} is empty; a reward model needs a response to score. Remove the pair, or "
+                'load with on_invalid="skip".'
+            )
+
+
+def _to_pair(record: Any, where: str, labels: Mapping[str, str]) -> PreferencePair:
+    if not isinstance(record, Mapping):
+        raise DataError(
+            f"{where}: expected a JSON object with 'prompt', 'chosen' and 'rejected', got {type(record).__name__}."
+        )
+    for field in ("chosen", "rejected"):
+        if field not in record:
+            raise DataError(f"{where}: field {field!r} is missing; fields present: {sorted(map(str, record))}.")
+    fields: dict[str, Any] = {**record, **labels}
+    for field in ("prompt", "chosen", "rejected"):
+        if field in fields and not isinstance(fields[field], str):
+            raise DataError(
+                f"{where}: field {field!r} should be text, got {type(fields[field]).__name__}. Render chat messages to "
+                "text first."
+            )
+    if "prompt" not in fields:
+        try:
+            fields["prompt"], fields["chosen"], fields["rejected"] = split_transcripts(
+                fields["chosen"], fields["rejected"]
+            )
+        except DataError as error:
+            raise DataError(f"{where}: field 'prompt' is missing. {error}") from error
+    optional = {name: None if fields.get(name) is None else str(fields[name]) for name in ("objective", "subset")}
+    pair = PreferencePair(
+        fields["prompt"], fields["chosen"], fields["rejected"], id=str(fields.get("id") or ""), **optional
+    )
+    _require_responses(pair, where)
+    return pair
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Every line that is not blank, with where it stands."""
+    try:
+        with path.open("rb") as raw:
+            is_gzip = raw.read(2) == _GZIP_MAGIC
+        with gzip.open(path) if is_gzip else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield where, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: the gzip data is damaged or cut short ({error}). Fetch the file again.") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}).") from error
+
+
+def _as_is(record: Any, where: str) -> Any:
+    return record
+
+
+def _parse(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: not valid UTF-8 at byte {error.start} of the line ({error.reason}). Re-encode the file as UTF-8."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error}). Each line must be one JSON object.") from error

@@ -1,0 +1,86 @@
+"""Rewards of preference pairs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rmtension.pairs import PreferencePairs
+from rmtension.provenance import Provenance
+from rmtension.storage import read_result, write_result
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredPairs:
+    """The two rewards of every pair, in the order of `pairs`.
+
+    `n_prompts_cut` and `n_responses_cut` count pairs that lost prompt tokens from the left, or response tokens from
+    the right, to fit the context.
+    """
+
+    chosen: Float[Tensor, "pair"]
+    rejected: Float[Tensor, "pair"]
+    pairs: PreferencePairs
+    provenance: Provenance
+    n_prompts_cut: int = 0
+    n_responses_cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def margin(self) -> Float[Tensor, "pair"]:
+        """r(chosen) - r(rejected)."""
+        return self.chosen - self.rejected
+
+    @property
+    def correct(self) -> Bool[Tensor, "pair"]:
+        """Whether the chosen response got the higher reward; False for a tie."""
+        return self.margin > 0
+
+    @property
+    def tied(self) -> Bool[Tensor, "pair"]:
+        """Whether both responses got the same reward."""
+        return self.margin == 0
+
+    def accuracy(self, *, tie: float = 0.5) -> float:
+        """Share of pairs ranked correctly; a tie counts `tie` (0 is the strict rule). NaN without pairs.
+
+        `rmtension.evaluation.accuracy` gives the same number with its interval.
+        """
+        return float((self.correct.double() + tie * self.tied.double()).mean())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a pair: id, objective, subset, chosen, rejected, margin, correct, tied."""
+        frame = self.pairs.to_frame()[["id", "objective", "subset"]]
+        columns = ("chosen", "rejected", "margin", "correct", "tied")
+        return frame.assign(**{name: getattr(self, name).numpy() for name in columns})
+
+    def __repr__(self) -> str:
+        ties = int(self.tied.sum())
+        return f"ScoredPairs(n={len(self)}, accuracy={self.accuracy():.3f}, ties={ties})"
+
+    def save(self, path: str | Path) -> None:
+        """Write rewards, pairs and provenance to one safetensors file."""
+        values = {
+            "pairs": [pair.to_dict() for pair in self.pairs],
+            "provenance": self.provenance.to_dict(),
+            "n_prompts_cut": self.n_prompts_cut,
+            "n_responses_cut": self.n_responses_cut,
+        }
+        write_result(path, "ScoredPairs", {"chosen": self.chosen, "rejected": self.rejected}, values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ScoredPairs":
+        """Read what `save` wrote."""
+        tensors, values = read_result(path, "ScoredPairs")
+        return cls(
+            tensors["chosen"],
+            tensors["rejected"],
+            PreferencePairs.from_records(values["pairs"]),
+            Provenance.from_dict(values["provenance"]),
+            values["n_prompts_cut"],
+            values["n_responses_cut"],
+        )

@@ -1,0 +1,229 @@
+"""Which neurons several models have in common, beside what chance and their base would give."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from rmtension.errors import OptionError
+from rmtension.neurons import NeuronScores, NeuronSet
+from rmtension.provenance import Provenance
+from rmtension.storage import read_result, write_result
+
+_THIRDS = ("early", "middle", "late")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How far two sets of neurons coincide.
+
+    `jaccard` is |A & B| / |A | B|, `coefficient` |A & B| / min(|A|, |B|). Under chance B is a random set of its size
+    among `n_neurons`, so that |A & B| is hypergeometric: `expected_jaccard` is the mean of the Jaccard index then,
+    `p_value` the probability of an intersection at least as large.
+    """
+
+    size_a: int
+    size_b: int
+    intersection: int
+    n_neurons: int
+    jaccard: float
+    coefficient: float
+    expected_jaccard: float
+    p_value: float
+
+    @classmethod
+    def of(cls, a: NeuronSet, b: NeuronSet, *, outside: NeuronSet | None = None) -> "Overlap":
+        """The overlap of `a` and `b`; `outside` removes its neurons from both sets and from the universe first.
+
+        A Jaccard index or coefficient of empty sets is NaN: undefined, not 0.
+        """
+        total = a.mask.numel()
+        if outside is not None:
+            a, b, total = a - outside, b - outside, total - len(outside)
+        common, union, smaller = len(a & b), len(a | b), min(len(a), len(b))
+        chance = stats.hypergeom(total, len(a), len(b))
+        hits = np.arange(max(0, len(a) + len(b) - total), smaller + 1)
+        expected = float((chance.pmf(hits) * hits / (len(a) + len(b) - hits)).sum()) if union else np.nan
+        return cls(
+            size_a=len(a),
+            size_b=len(b),
+            intersection=common,
+            n_neurons=total,
+            jaccard=common / union if union else np.nan,
+            coefficient=common / smaller if smaller else np.nan,
+            expected_jaccard=expected,
+            p_value=float(chance.sf(common - 1)),
+        )
+
+
+def depth_thirds(neurons: NeuronSet) -> dict[str, float]:
+    """Share of the set in the early, middle and late third of the model's layers (NaN for an empty set).
+
+    Layer l of L belongs to third floor(3 l / L).
+    """
+    layers = neurons.mask.shape[0]
+    counts = dict.fromkeys(_THIRDS, 0)
+    for layer, n in enumerate(neurons.n_per_layer):
+        counts[_THIRDS[3 * layer // layers]] += n
+    return {third: n / len(neurons) if len(neurons) else np.nan for third, n in counts.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class SharedNeuronReport:
+    """The top sets of several models and how they overlap.
+
+    `sets` holds each model's top set, `shared` what is in all of them, `specific[name]` what is in that one alone.
+    `overlap[a, b]` compares two; `beyond_base[a, b]` does so after taking the base model's own top set out of both.
+    """
+
+    sets: dict[str, NeuronSet]
+    shared: NeuronSet
+    specific: dict[str, NeuronSet]
+    overlap: dict[tuple[str, str], Overlap]
+    beyond_base: dict[tuple[str, str], Overlap]
+    base: NeuronSet | None
+    fraction: float
+    by: str
+    provenance: dict[str, Provenance]
+
+    @classmethod
+    def of(
+        cls,
+        sets: Mapping[str, NeuronSet],
+        base: NeuronSet | None,
+        *,
+        fraction: float,
+        by: str,
+        provenance: Mapping[str, Provenance],
+    ) -> "SharedNeuronReport":
+        """Compare `sets` with one another, and beyond `base`."""
+        shared = next(iter(sets.values()))
+        specific = {}
+        for name, neurons in sets.items():
+            shared = shared & neurons
+            for other, theirs in sets.items():
+                neurons = neurons if other == name else neurons - theirs
+            specific[name] = neurons
+        names = list(combinations(sets, 2))
+        return cls(
+            sets=dict(sets),
+            shared=shared,
+            specific=specific,
+            overlap={(a, b): Overlap.of(sets[a], sets[b]) for a, b in names},
+            beyond_base={} if base is None else {(a, b): Overlap.of(sets[a], sets[b], outside=base) for a, b in names},
+            base=base,
+            fraction=fraction,
+            by=by,
+            provenance=dict(provenance),
+        )
+
+    @property
+    def jaccard(self) -> float:
+        """The Jaccard index of the two sets; with more than two, use `overlap[a, b]`."""
+        return self._only().jaccard
+
+    @property
+    def coefficient(self) -> float:
+        """The overlap coefficient of the two sets."""
+        return self._only().coefficient
+
+    @property
+    def expected_jaccard(self) -> float:
+        """What chance gives for the Jaccard index of the two sets."""
+        return self._only().expected_jaccard
+
+    @property
+    def p_value(self) -> float:
+        """The probability that chance gives an intersection at least as large."""
+        return self._only().p_value
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a comparison, with and without the base model's top set where a base was given."""
+        rows = [
+            {"a": a, "b": b, "without_base": without, **asdict(overlap)}
+            for without, table in ((False, self.overlap), (True, self.beyond_base))
+            for (a, b), overlap in table.items()
+        ]
+        return pd.DataFrame(rows)
+
+    def depth(self) -> pd.DataFrame:
+        """One row a set: size and the share in each third of the model's layers; `all neurons` is the comparison."""
+        everything = next(iter(self.sets.values()))
+        named = {
+            **self.sets,
+            **{f"{name} only": neurons for name, neurons in self.specific.items()},
+            "shared": self.shared,
+            **({"base": self.base} if self.base is not None else {}),
+            "all neurons": everything | ~everything,
+        }
+        return pd.DataFrame([{"set": name, "size": len(s), **depth_thirds(s)} for name, s in named.items()])
+
+    def save(self, path: str | Path) -> None:
+        """Write the sets and their provenance to one safetensors file."""
+        masks = {f"set/{name}": neurons.mask for name, neurons in self.sets.items()}
+        first = next(iter(self.sets.values()))
+        values = {
+            "names": list(self.sets),
+            "site": first.site,
+            "architecture": first.architecture,
+            "fraction": self.fraction,
+            "by": self.by,
+            "provenance": {name: provenance.to_dict() for name, provenance in self.provenance.items()},
+        }
+        write_result(
+            path, "SharedNeuronReport", masks | ({"base": self.base.mask} if self.base is not None else {}), values
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SharedNeuronReport":
+        """Read what `save` wrote; the comparisons are computed again from the sets."""
+        tensors, values = read_result(path, "SharedNeuronReport")
+        place = (values["site"], values["architecture"])
+        return cls.of(
+            {name: NeuronSet(tensors[f"set/{name}"], *place) for name in values["names"]},
+            NeuronSet(tensors["base"], *place) if "base" in tensors else None,
+            fraction=values["fraction"],
+            by=values["by"],
+            provenance={name: Provenance.from_dict(values["provenance"][name]) for name in values["names"]},
+        )
+
+    def _only(self) -> Overlap:
+        if len(self.overlap) != 1:
+            raise OptionError(
+                f"report: {len(self.overlap)} comparisons here; choose one of overlap{list(self.overlap)}."
+            )
+        return next(iter(self.overlap.values()))
+
+
+class SharedNeuronAnalyzer:
+    """Compares the top neurons of several models.
+
+    Args:
+        scores: name -> scores, at least two, of models with one architecture, scored at one site and at the same
+            positions by one method; otherwise `ProvenanceError`.
+        base: scores of the model they were all trained from. It has top neurons of its own, which its descendants
+            inherit: overlap that is no more than that shows nothing.
+    """
+
+    def __init__(self, scores: Mapping[str, NeuronScores], *, base: NeuronScores | None = None) -> None:
+        if len(scores) < 2:
+            raise OptionError(f"scores: expected at least two sets of scores to compare, got {len(scores)}.")
+        first, *others = scores.values()
+        for other in [*others, *([base] if base is not None else [])]:
+            first.provenance.require_same(
+                other.provenance, ("architecture", "site", "positions", "method"), what="SharedNeuronAnalyzer"
+            )
+        self.scores = dict(scores)
+        self.base = base
+
+    def analyze(self, *, fraction: float = 0.10, by: Literal["absolute", "value"] = "absolute") -> SharedNeuronReport:
+        """Take each model's top `fraction` of neurons and compare them. No model pass."""
+        sets = {name: scores.top(fraction, by=by) for name, scores in self.scores.items()}
+        base = None if self.base is None else self.base.top(fraction, by=by)
+        provenance = {name: scores.provenance for name, scores in self.scores.items()}
+        return SharedNeuronReport.of(sets, base, fraction=fraction, by=by, provenance=provenance)

@@ -1,0 +1,62 @@
+"""Where a neuron is read and written, and at which tokens."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from einops import reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from rmtension.errors import OptionError
+
+SiteName = Literal["mlp", "attn_head"]
+Positions = Literal["all", "response", "last"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in every layer that holds one activation per neuron.
+
+    `hook` is the TransformerLens hook name below a block. A neuron of the `mlp` site is one column of the input of
+    the down projection; a neuron of the `attn_head` site is one head, `d_head` columns of the input of the output
+    projection. A column is called a channel.
+    """
+
+    name: SiteName
+    hook: str
+
+    def hook_name(self, layer: int) -> str:
+        """TransformerLens' name of this site's hook point in `layer`."""
+        return f"blocks.{layer}.{self.hook}"
+
+
+SITES: dict[str, Site] = {
+    "mlp": Site("mlp", "mlp.hook_post"),
+    "attn_head": Site("attn_head", "attn.hook_z"),
+}
+
+
+def find_site(name: str) -> Site:
+    """The site called `name`; raises `OptionError` with the known names otherwise."""
+    if name not in SITES:
+        raise OptionError(f"site: expected one of {sorted(SITES)}, got {name!r}.")
+    return SITES[name]
+
+
+def check_positions(positions: str) -> None:
+    """Raise `OptionError` unless `positions` is a known token selection."""
+    if positions not in get_args(Positions):
+        raise OptionError(
+            f"positions: expected one of {list(get_args(Positions))}, got {positions!r}. 'all' are all real tokens, "
+            "'response' those of the response, 'last' the one the reward is read from."
+        )
+
+
+def neuron_activations(
+    channels: Float[Tensor, "text token channel"], site: str, n_neurons: int
+) -> Float[Tensor, "text token neuron"]:
+    """One number per neuron: the channel itself for `mlp`, the L2 norm of a head's channels for `attn_head`."""
+    if find_site(site).name == "mlp":
+        return channels
+    squares = reduce(channels.square(), "text token (head d_head) -> text token head", "sum", head=n_neurons)
+    return squares.sqrt()

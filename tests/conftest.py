@@ -1,0 +1,132 @@
+"""Tiny reward models, built in memory, saved as real checkpoints; a tokenizer; ragged texts and pairs."""
+
+import os
+
+# Before transformers is imported: nothing in this suite may ask a hub for anything.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import random
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from rmtension import PreferencePairs, RewardHead
+
+transformers.utils.logging.disable_progress_bar()
+# Two threads on models this small spend their time waiting for each other.
+torch.set_num_threads(1)
+
+EOS, PAD = "<eos>", "<pad>"
+CONTEXT = 96
+WORDS = "how do i bake kill a python process cake bread please sorry help cannot sure first then the with and".split()
+FAMILIES = ("gpt2", "llama", "gpt_neox")
+
+
+def make_tokenizer(folder, *, pad=PAD, bos=None):
+    """A byte-level BPE tokenizer over a few English words, saved and loaded again as a user's would be."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator([" " + " ".join(WORDS)] * 4, trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=EOS, pad_token=pad, bos_token=bos)
+    fast.save_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def make_config(family, vocab_size, **changes):
+    """A three-layer config of `family` whose MLP has 48 neurons (GPT-2: 64) and whose attention has 4 heads."""
+    common = {"num_labels": 1, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0, "vocab_size": vocab_size}
+    if family == "gpt2":
+        sizes = {"n_positions": CONTEXT, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 64}
+        return transformers.GPT2Config(**common | sizes | changes)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT,
+    }
+    if family == "llama":
+        return transformers.LlamaConfig(**common | sizes | {"num_key_value_heads": 2} | changes)
+    return transformers.GPTNeoXConfig(**common | sizes | changes)
+
+
+def save_classifier(folder, family, tokenizer, *, seed=0, **changes):
+    """A sequence classifier with weights large enough that rewards differ visibly, saved with its tokenizer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = make_config(family, len(tokenizer), **changes)
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        for parameter in model.parameters():
+            # The default initialisation (0.02) makes everything nearly linear; a test needs curvature.
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, tokenizer):
+    """family -> folder of a reward model."""
+    return {f: save_classifier(tmp_path_factory.mktemp(f), f, tokenizer) for f in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def ragged_texts():
+    """64 texts of 1 to 60 words, seeded."""
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for _ in range(64)]
+    assert len(set(map(len, texts))) > 30
+    return texts
+
+
+def make_pairs(n, *, seed=0, longest=12):
+    draw = random.Random(seed)
+
+    def words():
+        return " ".join(draw.choices(WORDS, k=draw.randint(1, longest)))
+
+    rows = [
+        {
+            "prompt": f"\n\nHuman: {words()} {number}\n\nAssistant:",
+            "chosen": words() + " a",
+            "rejected": words() + " b",
+            "objective": "helpful" if number % 2 else "harmless",
+            "subset": ("should_refuse", "informative", "should_respond", "compliance")[number % 4],
+        }
+        for number in range(n)
+    ]
+    return PreferencePairs.from_records(rows)
+
+
+@pytest.fixture(scope="session")
+def pairs():
+    """24 pairs of ragged lengths with prompts of their own."""
+    made = make_pairs(24)
+    assert len(made.prompts) == 24
+    return made
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def exact_head(request, checkpoints):
+    """A head in float64, of every family in turn."""
+    return RewardHead.from_pretrained(checkpoints[request.param], dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def head(checkpoints):
+    """A GPT-2-shaped head in float32."""
+    return RewardHead.from_pretrained(checkpoints["gpt2"])

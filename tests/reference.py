@@ -1,0 +1,100 @@
+"""The same numbers computed without this library: transformers, plain PyTorch hooks on its modules, and autograd.
+
+One text at a time, unpadded, in float64. Nothing here imports rmtension.
+"""
+
+from contextlib import contextmanager
+
+import torch
+import transformers
+
+
+class Reference:
+    """A sequence classifier of transformers with hooks on the inputs of its down and output projections."""
+
+    def __init__(self, folder):
+        load = transformers.AutoModelForSequenceClassification.from_pretrained
+        self.model = load(folder, dtype=torch.float64, attn_implementation="eager").eval()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        base = self.model.base_model
+        self.blocks = base.h if hasattr(base, "h") else base.layers
+        self.n_heads = self.model.config.num_attention_heads
+
+    def projection(self, site, layer):
+        """The module whose input is the activation of `site`."""
+        block = self.blocks[layer]
+        names = {
+            "mlp": ("mlp.c_proj", "mlp.down_proj", "mlp.dense_4h_to_h"),
+            "attn_head": ("attn.c_proj", "self_attn.o_proj", "attention.dense"),
+        }[site]
+        for name in names:
+            module = block
+            for part in name.split("."):
+                module = getattr(module, part, None)
+                if module is None:
+                    break
+            if module is not None:
+                return module
+        raise AssertionError(f"no projection of {site} in {type(block).__name__}")
+
+    @contextmanager
+    def hooked(self, site, function):
+        """`function(layer, activation)` sees, and may replace, the activation [1, token, channel] of every layer."""
+
+        def hook(layer):
+            def pre_hook(_module, inputs):
+                changed = function(layer, inputs[0])
+                return None if changed is None else (changed, *inputs[1:])
+
+            return pre_hook
+
+        handles = [
+            self.projection(site, layer).register_forward_pre_hook(hook(layer)) for layer in range(len(self.blocks))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def tokens(self, pair, side):
+        """Ids of one text, and how many of its first tokens belong to the prompt."""
+        text = f"{pair.prompt} {getattr(pair, side)}"
+        ids = self.tokenizer(text, return_tensors="pt")["input_ids"]
+        prompt = self.tokenizer(pair.prompt)["input_ids"]
+        assert ids[0, : len(prompt)].tolist() == prompt, "the prompt must be a prefix in tokens for this reference"
+        return ids, len(prompt)
+
+    def reward(self, ids):
+        return self.model(input_ids=ids).logits[0, 0]
+
+    def activations(self, site, ids, *, gradients=False):
+        """Activation of every layer [layer, token, channel], and dr/da if asked."""
+        seen = {}
+
+        def keep(layer, activation):
+            seen[layer] = activation if activation.requires_grad else activation.detach().requires_grad_()
+            return seen[layer]
+
+        with self.hooked(site, keep):
+            reward = self.reward(ids)
+        values = torch.stack([seen[layer].detach()[0] for layer in sorted(seen)])
+        if not gradients:
+            return values
+        slopes = torch.autograd.grad(reward, [seen[layer] for layer in sorted(seen)])
+        return values, torch.stack([slope[0] for slope in slopes])
+
+    def selected(self, n_tokens, n_prompt, positions):
+        """Token indices by name."""
+        return {
+            "all": list(range(n_tokens)),
+            "response": list(range(n_prompt, n_tokens)),
+            "last": [n_tokens - 1],
+        }[positions]
+
+    def per_neuron(self, channels, site, how):
+        """[layer, channel] or [layer, token, channel] to one number a neuron: a head's norm, or its sum."""
+        if site == "mlp":
+            return channels
+        heads = channels.unflatten(-1, (self.n_heads, -1))
+        return heads.norm(dim=-1) if how == "norm" else heads.sum(dim=-1)
