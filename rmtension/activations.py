@@ -186,26 +186,27 @@ class ActivationCollector:
         drawn = np.sort(np.random.default_rng(seed).permutation(int(counts.sum()))[:n])
         owners = np.searchsorted(ends, drawn, side="right")
         offsets = drawn - (ends - counts)[owners]
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for donor, (owner, offset) in enumerate(zip(owners.tolist(), offsets.tolist(), strict=True)):
+            wanted.setdefault(owner, []).append((donor, offset))
         values = torch.empty(len(drawn), self.head.n_layers, self.head.n_channels(self.site), dtype=self.head.dtype)
-        used = np.unique(owners)
+        used = list(wanted)
         batches = text_batches(
-            [texts[i] for i in used],
+            [texts[owner] for owner in used],
             tokens_per_batch=self.head.tokens_per_batch,
             pad_token_id=self.head.pad_token_id,
             device=self.head.device,
         )
         for batch in batches:
-            select = batch.select(self.positions)
+            columns_of = [row.nonzero()[:, 0].tolist() for row in batch.select(self.positions)]
             places = [
-                (donor, row, int(select[row].nonzero()[offset]))
-                for row, text in enumerate(batch.rows)
-                for donor, offset in zip(
-                    np.flatnonzero(owners == used[text]), offsets[owners == used[text]], strict=True
-                )
+                (donor, row, columns_of[row][offset])
+                for row, number in enumerate(batch.rows)
+                for donor, offset in wanted[used[number]]
             ]
-            donors, rows, columns = (list(part) for part in zip(*places, strict=True))
+            donors, rows, columns = torch.tensor(places).unbind(dim=1)
 
-            _run(self.head, self.site, batch, partial(_keep, values, donors, (rows, columns)))
+            _run(self.head, self.site, batch, partial(_keep, values, donors, rows, columns))
         keys = torch.tensor([texts[owner].key for owner in owners])
         provenance = self.head.provenance(pairs, encoded, site=self.site, positions=self.positions, method="sample")
         return ActivationSample(values, keys, replace(provenance, n_tokens=len(drawn)))
@@ -243,8 +244,8 @@ class ActivationCollector:
         return replace(empty, model=self._model, data=data, n_pairs=self._n_pairs, n_tokens=self._n_tokens)
 
 
-def _keep(values: Tensor, donors: list[int], where: tuple[list[int], list[int]], layer: int, channels: Tensor) -> None:
-    values[donors, layer] = channels[where].cpu()
+def _keep(values: Tensor, donors: Tensor, rows: Tensor, columns: Tensor, layer: int, channels: Tensor) -> None:
+    values[donors, layer] = channels[rows, columns].cpu()
 
 
 def _run(head: RewardHead, site: str, batch: TokenBatch, visit: Callable[[int, Tensor], None]) -> None:

@@ -83,8 +83,8 @@ def find_body(model: nn.Module) -> Body:
     if hasattr(model, "hook_dict") and hasattr(model, "cfg") and hasattr(model, "ln_final"):
         return HookedTransformerBody(model)
     raise ModelError(
-        f"model: expected a TransformerBridge or a HookedTransformer, got {type(model).__name__}. Checkpoints are opened "
-        "with RewardHead.from_pretrained."
+        f"model: expected a TransformerBridge or a HookedTransformer, got {type(model).__name__}. Checkpoints are "
+        "opened with RewardHead.from_pretrained."
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -170,14 +170,16 @@ def bootstrap_mean(
     return Estimate(float(values.double().mean()), float(low), float(high), len(pairs), len(pairs.prompts), level)
 
 
-def _bootstrap(values: Float[Tensor, "pair"], pairs: PreferencePairs, seed: int) -> tuple[np.ndarray[Any, Any], float]:
+def _bootstrap(
+    values: Float[Tensor, "pair"], pairs: PreferencePairs, seed: int
+) -> tuple[Float[np.ndarray, "resample"], float]:
     """Resampled means, and their standard deviation."""
     index = {prompt: number for number, prompt in enumerate(pairs.prompts)}
     owner = np.array([index[pair.prompt] for pair in pairs])
     sums = np.bincount(owner, weights=values.double().numpy(), minlength=len(index))
     counts = np.bincount(owner, minlength=len(index))
     generator = np.random.default_rng(seed)
-    means: list[np.ndarray[Any, Any]] = []
+    means = []
     left = N_BOOTSTRAP
     while left:
         rows = min(left, max(1, _WEIGHTS_AT_A_TIME // len(index)))

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -100,9 +99,7 @@ class NeuronSet:
 
     # -- controls --------------------------------------------------------------------------------------------------
 
-    def matched_random(
-        self, *, seed: int, match: Literal["layer", "model"] = "layer", exclude: "NeuronSet | None" = None
-    ) -> "NeuronSet":
+    def matched_random(self, *, seed: int, match: str = "layer", exclude: "NeuronSet | None" = None) -> "NeuronSet":
         """A random set of the same size, disjoint from this one: the control for ablating it.
 
         `match="layer"` draws as many neurons in every layer as the set has there; `"model"` only as many in all.
@@ -175,7 +172,7 @@ class NeuronScores:
         fraction: float | None = None,
         *,
         k: int | None = None,
-        by: Literal["absolute", "value"] = "absolute",
+        by: str = "absolute",
     ) -> NeuronSet:
         """The `ceil(fraction * N)` neurons (or exactly `k`) that score highest over all layers jointly.
 

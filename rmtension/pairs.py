@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
@@ -110,7 +110,7 @@ class PreferencePairs(Sequence[PreferencePair]):
 
     @classmethod
     def from_records(
-        cls, records: Iterable[Mapping[str, Any]], *, on_invalid: Literal["raise", "skip"] = "raise", **labels: str
+        cls, records: Iterable[Mapping[str, Any]], *, on_invalid: str = "raise", **labels: str
     ) -> "PreferencePairs":
         """Pairs from dicts with `prompt`, `chosen`, `rejected` and optionally `objective`, `subset`, `id`.
 
@@ -122,9 +122,7 @@ class PreferencePairs(Sequence[PreferencePair]):
         return cls._collect(located, _as_is, on_invalid, labels)
 
     @classmethod
-    def from_jsonl(
-        cls, path: str | Path, *, on_invalid: Literal["raise", "skip"] = "raise", **labels: str
-    ) -> "PreferencePairs":
+    def from_jsonl(cls, path: str | Path, *, on_invalid: str = "raise", **labels: str) -> "PreferencePairs":
         """Pairs from a JSON-lines file, plain or gzip'd (recognised by its first bytes), in UTF-8.
 
         Fields and errors are those of `from_records`; messages name the file and the line.
@@ -139,7 +137,7 @@ class PreferencePairs(Sequence[PreferencePair]):
         split: str = "test",
         data_dir: str | None = None,
         revision: str | None = None,
-        on_invalid: Literal["raise", "skip"] = "raise",
+        on_invalid: str = "raise",
         **labels: str,
     ) -> "PreferencePairs":
         """Pairs from a Hugging Face data set (or a local folder of its files), read with `datasets`.

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -221,7 +220,7 @@ class SharedNeuronAnalyzer:
         self.scores = dict(scores)
         self.base = base
 
-    def analyze(self, *, fraction: float = 0.10, by: Literal["absolute", "value"] = "absolute") -> SharedNeuronReport:
+    def analyze(self, *, fraction: float = 0.10, by: str = "absolute") -> SharedNeuronReport:
         """Take each model's top `fraction` of neurons and compare them. No model pass."""
         sets = {name: scores.top(fraction, by=by) for name, scores in self.scores.items()}
         base = None if self.base is None else self.base.top(fraction, by=by)

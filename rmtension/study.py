@@ -40,7 +40,7 @@ class StudyOptions:
     method: str = "mean_difference"
     site: str = "mlp"
     positions: str = "response"
-    by: Literal["absolute", "value"] = "absolute"
+    by: str = "absolute"
     mode: str = "mean"
     n_draws: int = 8
     level: float = 0.95

@@ -20,7 +20,10 @@ torch.set_num_threads(1)
 
 EOS, PAD = "<eos>", "<pad>"
 CONTEXT = 96
-WORDS = "how do i bake kill a python process cake bread please sorry help cannot sure first then the with and".split()
+WORDS = [
+    *("how", "do", "i", "bake", "kill", "a", "python", "process", "cake", "bread"),
+    *("please", "sorry", "help", "cannot", "sure", "first", "then", "the", "with", "and"),
+]
 FAMILIES = ("gpt2", "llama", "gpt_neox")
 
 

@@ -14,7 +14,8 @@ class Reference:
 
     def __init__(self, folder):
         load = transformers.AutoModelForSequenceClassification.from_pretrained
-        self.model = load(folder, dtype=torch.float64, attn_implementation="eager").eval()
+        # SDPA: the eager attention of some families takes its softmax in float32.
+        self.model = load(folder, dtype=torch.float64, attn_implementation="sdpa").eval()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         base = self.model.base_model
         self.blocks = base.h if hasattr(base, "h") else base.layers

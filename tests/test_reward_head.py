@@ -76,7 +76,7 @@ def test_head_with_bias_and_matrix_weight(head, ragged_texts):
 
 
 def test_live_bridge_of_a_language_model(tmp_path, tokenizer, ragged_texts):
-    """A bridge that the user booted, with a weight of the user's: equal to that weight on transformers' hidden state."""
+    """A bridge that the user booted, with a weight of the user's: that weight on transformers' hidden state."""
     from conftest import make_config
     from transformer_lens.model_bridge import TransformerBridge
 

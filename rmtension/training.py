@@ -1,0 +1,665 @@
+"""Training reward models, and a base model to start them from, with TRL and transformers (extra `train`)."""
+
+import copy
+import dataclasses
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import math
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rmtension.errors import DataError, ModelError, OptionError, StorageError
+from rmtension.pairs import PreferencePairs, join_prompt
+from rmtension.tokens import EncodedPairs, encode_pairs
+
+RECORD_NAME = "rmtension_training.json"
+HEAD_STD = 0.02  # of a fresh reward head, as in the paper
+_LONGEST = 1024  # tokens, unless the caller or the model's context says otherwise; as in the paper
+
+
+@dataclass(frozen=True)
+class FamilySettings:
+    """Sizes and schedule of `train_family`; the defaults suit `preference_world` on two CPU cores (about a minute).
+
+    The models are GPT-2-shaped with 4 * `d_model` MLP neurons a layer. `max_length` counts tokens; a longer response
+    raises unless `truncate_response`. `mixed_pairs` is how many pairs the mixed model sees (None: all there are).
+    """
+
+    n_layer: int = 3
+    d_model: int = 96
+    n_head: int = 4
+    vocab_size: int = 1024
+    max_length: int = 128
+    truncate_response: bool = False
+    base_epochs: float = 1.0
+    base_learning_rate: float = 2e-3
+    base_batch_size: int = 16
+    reward_epochs: float = 2.0
+    reward_learning_rate: float = 7e-4
+    reward_warmup_steps: int = 20
+    reward_batch_size: int = 16
+    mixed_pairs: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.n_layer, self.d_model, self.n_head) < 1 or self.d_model % self.n_head:
+            raise OptionError(
+                f"d_model, n_head: expected positive sizes, n_head a divisor of d_model, got n_layer={self.n_layer}, "
+                f"d_model={self.d_model}, n_head={self.n_head}."
+            )
+
+
+def train_reward_model(
+    pairs: PreferencePairs | Mapping[str, PreferencePairs],
+    base: Any,
+    output_dir: str | Path,
+    *,
+    objective: str | None = None,
+    proportions: Mapping[str, float] | None = None,
+    n_pairs: int | None = None,
+    validation: PreferencePairs | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    epochs: float = 1.0,
+    max_steps: int | None = None,
+    eval_steps: int | None = None,
+    learning_rate: float = 1e-4,
+    warmup_steps: int = 0,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    truncate_response: bool = False,
+    dropout: bool = False,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+    overwrite: bool = False,
+    trainer_options: Mapping[str, Any] | None = None,
+) -> Path:
+    """Train a reward model with TRL's `RewardTrainer` (Bradley-Terry loss, AdamW) and return its folder.
+
+    Data. `pairs` are used as they are, or by objective (a dict, or the pairs' own labels): `objective="helpful"` takes
+    one; `proportions={"helpful": 0.5, "harmless": 0.5}` draws a mixture of `n_pairs` (default: as many as the
+    proportions allow). Training reads the tokens that scoring reads (`rmtension.tokens.encode_pairs`): no eos is
+    appended, no pair is dropped, prompts are cut from the left to `max_length` tokens (default: the model's context,
+    at most 1024). `validation` picks the best of the checkpoints taken every `eval_steps` steps (default: every epoch)
+    by loss; it may share no prompt with the training pairs. Test pairs have no place here.
+
+    Model. `base` is the folder (or hub name) of a language model or classifier, whose head, if any, is replaced by a
+    fresh one, N(0, 0.02); or a transformers config, for fresh weights (then `tokenizer` is required). `dropout=True`
+    leaves the base's dropout on; by default all of it is set to 0, as in TRL. Weights and optimiser states are float32;
+    `dtype=torch.bfloat16` computes the forward and backward pass in that type.
+
+    `seed` decides the mixture, the fresh weights, the order of the pairs and dropout; the caller's random states are
+    left as they were. `max_steps` replaces `epochs`. `trainer_options` are further fields of `trl.RewardConfig`.
+
+    The folder holds a checkpoint for `AutoModelForSequenceClassification`, its tokenizer, and
+    `rmtension_training.json` (options, data digest, versions). It appears only when training has finished.
+    `overwrite=True` replaces the folder of an earlier training. Raises `DataError`, `ModelError`, `OptionError` or
+    `StorageError`. One process.
+    """
+    options = {
+        name: value
+        for name, value in locals().items()
+        if name not in ("pairs", "base", "output_dir", "validation", "tokenizer", "progress", "overwrite")
+    }
+    trl = _require("trl")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise OptionError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}.")
+    data = select_pairs(pairs, objective=objective, proportions=proportions, n_pairs=n_pairs, seed=seed)
+    _require_disjoint(data, validation)
+    with _isolated(seed), _new_folder(output_dir, overwrite) as (folder, scratch):
+        model, tokenizer = _classifier(base, tokenizer, seed)
+        limit = _context(model.config, max_length)
+        sets = [
+            encode_pairs(tokenizer, part, max_length=limit, truncate_response=truncate_response)
+            for part in (data, validation)
+            if part is not None
+        ]
+        selection = _selection(eval_steps) if validation is not None else {"save_strategy": "no"}
+        config = _arguments(
+            trl.RewardConfig,
+            trainer_options,
+            **_schedule(scratch, seed, epochs, max_steps, learning_rate, warmup_steps, batch_size, progress),
+            **selection,
+            bf16=dtype == torch.bfloat16,
+            # transformers takes bfloat16 on a CPU only from someone who says that they mean the CPU.
+            use_cpu=dtype == torch.bfloat16 and not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+            max_length=None,  # TRL drops longer pairs without a word; ours fit already
+            disable_dropout=not dropout,
+        )
+        tables = [_table(part) for part in sets]
+        trainer = trl.RewardTrainer(
+            model=model,
+            args=config,
+            train_dataset=tables[0],
+            eval_dataset=tables[1] if validation is not None else None,
+            processing_class=tokenizer,
+        )
+        result = _run(trainer)
+        _save(folder, trainer.model, tokenizer)
+        _write_record(
+            folder,
+            kind="reward_model",
+            base=str(base) if isinstance(base, (str, Path)) else type(base).__name__,
+            options={**options, "max_length": limit},
+            n_pairs=len(data),
+            n_validation_pairs=0 if validation is None else len(validation),
+            n_prompts_cut=sets[0].n_prompts_cut,
+            n_responses_cut=sets[0].n_responses_cut,
+            data=data.digest,
+            result={**result, "best_validation_loss": trainer.state.best_metric},
+        )
+    return Path(output_dir)
+
+
+def train_base_model(
+    texts: Sequence[str],
+    config: Any,
+    tokenizer: Any,
+    output_dir: str | Path,
+    *,
+    seed: int = 0,
+    epochs: float = 1.0,
+    max_steps: int | None = None,
+    learning_rate: float = 1e-3,
+    warmup_steps: int = 0,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> Path:
+    """Train a causal language model from fresh weights with transformers' `Trainer` and return its folder.
+
+    `config` is a transformers config; its special-token ids are set to the tokenizer's. Every text gets the tokenizer's
+    eos; one longer than `max_length` tokens (default: the context, at most 1024) is read in consecutive pieces. Seed,
+    folder and errors are as for `train_reward_model`.
+    """
+    options = {"seed": seed, "epochs": epochs, "max_steps": max_steps, "learning_rate": learning_rate}
+    options |= {"warmup_steps": warmup_steps, "batch_size": batch_size}
+    _require("accelerate")
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise DataError("texts: expected at least one text, none of them empty.")
+    _require_pad_token(tokenizer)
+    from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    with _isolated(seed), _new_folder(output_dir, overwrite) as (folder, scratch):
+        config = copy.deepcopy(config)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        _require_vocabulary(model, tokenizer)
+        limit = _context(config, max_length)
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        encoded = [[*ids, *end] for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+        rows = [{"input_ids": ids[i : i + limit]} for ids in encoded for i in range(0, len(ids), limit)]
+        schedule = _schedule(scratch, seed, epochs, max_steps, learning_rate, warmup_steps, batch_size, progress)
+        trainer = Trainer(
+            model=model,
+            args=_arguments(TrainingArguments, None, **schedule, save_strategy="no"),
+            train_dataset=rows,  # any sequence will do
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        )
+        result = _run(trainer)
+        _save(folder, trainer.model, tokenizer)
+        _write_record(
+            folder,
+            kind="base_model",
+            options={**options, "max_length": limit},
+            n_texts=len(texts),
+            data=hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest(),
+            result=result,
+        )
+    return Path(output_dir)
+
+
+def train_tokenizer(
+    texts: Sequence[str],
+    vocab_size: int,
+    *,
+    eos_token: str = "<|endoftext|>",  # noqa: S107 - tokens of text, no passwords
+    pad_token: str = "<|pad|>",  # noqa: S107
+    max_length: int | None = None,
+) -> Any:
+    """A byte-level BPE tokenizer for `texts`, with an eos token and a pad token of its own.
+
+    `vocab_size` counts everything, at least 258 (256 bytes and the two). The same texts give the same tokenizer.
+
+    >>> tokenizer = train_tokenizer(["hello hello"], 260)
+    >>> tokenizer.decode(tokenizer("hello hello")["input_ids"])
+    'hello hello'
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < 258:
+        raise OptionError(f"vocab_size: expected at least 258 (256 bytes, eos and pad), got {vocab_size}.")
+    if eos_token == pad_token:
+        raise OptionError(f"pad_token: expected another token than eos, got {pad_token!r} for both.")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[eos_token, pad_token],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    length = {} if max_length is None else {"model_max_length": max_length}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=eos_token,
+        pad_token=pad_token,
+        clean_up_tokenization_spaces=False,
+        **length,
+    )
+
+
+def train_family(
+    pairs: Mapping[str, PreferencePairs],
+    output_dir: str | Path,
+    *,
+    base: str | Path | None = None,
+    settings: FamilySettings | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> dict[str, Path]:
+    """Train a base model, one reward model per objective, and one on all objectives in equal parts.
+
+    `pairs` are training pairs by objective. Returns the folders below `output_dir` by name: "base", every objective
+    and "mixed". Without `base`, a tokenizer and a GPT-2-shaped language model are trained on the chosen texts of all
+    objectives (so the base has seen which prompts are refused, as an instruction-tuned model has); with it, `settings`
+    governs the reward models alone. Errors are those of `train_reward_model`.
+    """
+    chosen = settings or FamilySettings()
+    if len(pairs) < 2 or {"base", "mixed"} & set(pairs):
+        raise OptionError(
+            f"pairs: expected two objectives or more, none called 'base' or 'mixed', got {sorted(pairs)}. One "
+            "objective alone is train_reward_model's."
+        )
+    root = Path(output_dir)
+    folders = {name: root / name for name in (*(["base"] if base is None else []), *pairs, "mixed")}
+    for folder in folders.values():
+        _require_free(folder, overwrite)
+    if base is None:
+        # Rejected texts would hide from the base what prompts and responses have to do with each other, and the
+        # reward models would have to find it alone: on preference_world, harmlessness then takes twice as long.
+        texts = sorted({join_prompt(pair.prompt, pair.chosen) for part in pairs.values() for pair in part})
+        _train_family_base(texts, folders["base"], chosen, seed, progress, overwrite)
+    start = Path(base) if base is not None else folders["base"]
+    shares = {name: 1 / len(pairs) for name in pairs}
+    for name in (*pairs, "mixed"):
+        wanted: dict[str, Any] = {"objective": name}
+        if name == "mixed":
+            wanted = {"proportions": shares, "n_pairs": chosen.mixed_pairs}
+        train_reward_model(
+            pairs,
+            start,
+            folders[name],
+            **wanted,
+            seed=seed,
+            epochs=chosen.reward_epochs,
+            learning_rate=chosen.reward_learning_rate,
+            warmup_steps=chosen.reward_warmup_steps,
+            batch_size=chosen.reward_batch_size,
+            max_length=chosen.max_length,
+            truncate_response=chosen.truncate_response,
+            progress=progress,
+            overwrite=overwrite,
+        )
+    return {"base": start, **folders}
+
+
+def select_pairs(
+    pairs: PreferencePairs | Mapping[str, PreferencePairs],
+    *,
+    objective: str | None = None,
+    proportions: Mapping[str, float] | None = None,
+    n_pairs: int | None = None,
+    seed: int = 0,
+) -> PreferencePairs:
+    """The pairs that `train_reward_model` trains on: all, those of one objective, or a mixture in stated proportions.
+
+    Proportions are positive and sum to 1; they hold to rounding (largest remainder). The draw is by `seed`.
+    """
+    if objective is not None and proportions is not None:
+        raise OptionError("objective, proportions: expected one of the two, got both.")
+    if isinstance(pairs, PreferencePairs):
+        if objective is None and proportions is None:
+            return _drawn(pairs, n_pairs, seed, "pairs")
+        pairs = {name: pairs.filter(objective=name) for name in pairs.objectives}
+    if objective is None and proportions is None:
+        raise OptionError(
+            f"pairs: got the objectives {sorted(pairs)}. Say objective=... for one, or proportions={{...}} for several."
+        )
+    unknown = {objective} - set(pairs) if proportions is None else set(proportions) - set(pairs)
+    if unknown:
+        raise OptionError(f"objective, proportions: {sorted(map(str, unknown))} not among {sorted(pairs)}.")
+    if proportions is None:
+        return _drawn(pairs[str(objective)], n_pairs, seed, f"{objective} pairs")
+    if min(proportions.values(), default=0.0) <= 0 or not math.isclose(sum(proportions.values()), 1, abs_tol=1e-6):
+        raise OptionError(f"proportions: expected positive numbers that sum to 1, got {dict(proportions)}.")
+    # 1e-9: 0.1 * 30 must not round 3 down to 2.
+    most = math.floor(min(len(pairs[name]) / share for name, share in proportions.items()) + 1e-9)
+    total = most if n_pairs is None else n_pairs
+    if not 0 < total <= most:
+        raise DataError(f"n_pairs: expected 1 to {most}, the most these proportions allow, got {total}.")
+    exact = {name: total * share for name, share in proportions.items()}
+    counts = {name: math.floor(value + 1e-9) for name, value in exact.items()}
+    for name in sorted(exact, key=lambda name: counts[name] - exact[name])[: total - sum(counts.values())]:
+        counts[name] += 1
+    parts = [pairs[name].sample(count, seed=seed) for name, count in counts.items() if count]
+    return PreferencePairs(pair for part in parts for pair in part)
+
+
+def _drawn(pairs: PreferencePairs, n_pairs: int | None, seed: int, name: str) -> PreferencePairs:
+    if not len(pairs) or (n_pairs is not None and not 0 < n_pairs <= len(pairs)):
+        raise DataError(
+            f"n_pairs: expected 1 or more and no more than there are, got {n_pairs} of {len(pairs)} {name}."
+        )
+    return pairs if n_pairs is None else pairs.sample(n_pairs, seed=seed)
+
+
+def _train_family_base(
+    texts: Sequence[str], folder: Path, settings: FamilySettings, seed: int, progress: bool, overwrite: bool
+) -> None:
+    from transformers import GPT2Config
+
+    tokenizer = train_tokenizer(texts, settings.vocab_size, max_length=settings.max_length)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=settings.max_length,
+        n_embd=settings.d_model,
+        n_layer=settings.n_layer,
+        n_head=settings.n_head,
+        # The same function as GPT-2's own "gelu_new", in one kernel instead of eight.
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    train_base_model(
+        texts,
+        config,
+        tokenizer,
+        folder,
+        seed=seed,
+        epochs=settings.base_epochs,
+        learning_rate=settings.base_learning_rate,
+        batch_size=settings.base_batch_size,
+        max_length=settings.max_length,
+        progress=progress,
+        overwrite=overwrite,
+    )
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _require(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ModelError(f'training: needs the package {package!r}. Run `pip install "rmtension[train]"`.') from error
+
+
+def _require_disjoint(data: PreferencePairs, validation: PreferencePairs | None) -> None:
+    shared = set() if validation is None else set(data.prompts) & set(validation.prompts)
+    if shared:
+        raise DataError(
+            f"validation: {len(shared)} of its prompts are training prompts too, for example {min(shared)!r}. Divide "
+            "with PreferencePairs.split, which divides by prompt."
+        )
+    if validation is not None and not len(validation):
+        raise DataError("validation: expected at least one pair, got none. Leave it out to train without.")
+
+
+def _require_pad_token(tokenizer: Any) -> None:
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            "tokenizer: it has no pad token, and which token the reward is read from depends on it (transformers skips "
+            "trailing pad tokens). Set tokenizer.pad_token, to its eos token or better to one that no text contains, "
+            "and pass tokenizer=..."
+        )
+
+
+def _require_vocabulary(model: Any, tokenizer: Any) -> None:
+    n_rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > n_rows:
+        raise ModelError(
+            f"tokenizer: it has {len(tokenizer)} tokens, the model's embedding {n_rows} rows. Use the model's own "
+            "tokenizer, or resize the embedding first."
+        )
+
+
+def _require_free(folder: Path, overwrite: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise StorageError(f"output_dir: {folder} holds something already. Name another, or pass overwrite=True.")
+    if not (folder / RECORD_NAME).is_file():
+        # Replacing a folder deletes it: never one that this module did not write.
+        raise StorageError(f"output_dir: {folder} was not written by rmtension.training, so it is not overwritten.")
+
+
+def _context(config: Any, max_length: int | None) -> int:
+    """The most tokens a text may have."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = max_length if max_length is not None else min(_LONGEST, context or _LONGEST)
+    if limit < 1 or limit > (context or limit):
+        raise OptionError(f"max_length: expected 1 to {context} (the model's context), got {limit}.")
+    return int(limit)
+
+
+# -- parts of a run --------------------------------------------------------------------------------------------------
+
+
+def _classifier(base: Any, tokenizer: Any, seed: int) -> tuple[Any, Any]:
+    """A sequence classifier in float32 with one fresh output, and its tokenizer."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if isinstance(base, (str, Path)):
+        try:
+            tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(str(base))
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                str(base),
+                num_labels=1,
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # of a head with several outputs; anything else is refused below
+                output_loading_info=True,
+            )
+        except (OSError, KeyError, ValueError, RuntimeError) as error:
+            raise ModelError(f"base: transformers could not load {base}: {error}") from error
+        odd = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])} - {"score.weight", "score.bias"}
+        if odd:
+            raise ModelError(f"base: {base} lacks weights of {type(model).__name__}: {sorted(odd)[:4]}.")
+    else:
+        if tokenizer is None:
+            raise OptionError("tokenizer: required where base is a config. train_tokenizer makes a small one.")
+        config = copy.deepcopy(base)
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    _require_pad_token(tokenizer)
+    _require_vocabulary(model, tokenizer)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    _draw_head(model, seed)
+    return model, tokenizer
+
+
+def _draw_head(model: Any, seed: int) -> None:
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise ModelError(
+            f"base: expected a classifier with a linear layer 'score' with one output, got {type(model).__name__} with "
+            f"{head}. Use a causal language model."
+        )
+    # A generator of its own: the head depends on the seed, not on how many numbers loading has drawn.
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * HEAD_STD)
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def _table(encoded: EncodedPairs) -> Any:
+    """The columns that TRL takes for tokenised already."""
+    columns = {"chosen_ids": encoded.chosen, "rejected_ids": encoded.rejected}
+    return _require("datasets").Dataset.from_dict(
+        {name: [list(text.ids) for text in texts] for name, texts in columns.items()}
+    )
+
+
+def _schedule(
+    scratch: Path,
+    seed: int,
+    epochs: float,
+    max_steps: int | None,
+    learning_rate: float,
+    warmup_steps: int,
+    batch_size: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """The fields that both trainers share."""
+    return {
+        "output_dir": str(scratch),
+        "seed": seed,
+        "data_seed": seed,
+        "num_train_epochs": epochs,
+        "max_steps": -1 if max_steps is None else max_steps,
+        "learning_rate": learning_rate,
+        "warmup_steps": warmup_steps,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "disable_tqdm": not progress,
+        "logging_strategy": "no",
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+def _selection(eval_steps: int | None) -> dict[str, Any]:
+    """Keep the checkpoint with the lowest validation loss, in the scratch folder."""
+    strategy = "epoch" if eval_steps is None else "steps"
+    return {
+        "eval_strategy": strategy,
+        "save_strategy": strategy,
+        "eval_steps": eval_steps,
+        "save_steps": eval_steps or 500,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "save_only_model": True,
+        "save_total_limit": 1,
+    }
+
+
+def _arguments(config_class: Any, extra: Mapping[str, Any] | None, **fields: Any) -> Any:
+    taken = set(extra or {}) & set(fields)
+    if taken:
+        raise OptionError(f"trainer_options: {sorted(taken)} are set by other arguments of this call.")
+    # TRL turns it on, for memory; both trainers should differ in nothing but the loss. transformers 5 renamed it.
+    names = {field.name for field in dataclasses.fields(config_class)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    try:
+        return config_class(**{checkpointing: False, **fields, **(extra or {})})
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"trainer_options: {config_class.__name__} does not take them: {error}") from error
+
+
+def _run(trainer: Any) -> dict[str, Any]:
+    """Train, with a bar but without the dicts that transformers prints beside it."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    class Bar(ProgressCallback):  # type: ignore[misc]
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            """Say nothing."""
+
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(Bar)
+    output = trainer.train()
+    return {"training_loss": output.training_loss, "n_steps": output.global_step}
+
+
+def _save(folder: Path, model: Any, tokenizer: Any) -> None:
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _write_record(folder: Path, **values: Any) -> None:
+    packages = ("rmtension", "torch", "transformers", "trl", "tokenizers")
+    values["versions"] = {name: _version(name) for name in packages}
+    text = json.dumps(values, indent=2, sort_keys=True, default=str)
+    (folder / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def _new_folder(output_dir: str | Path, overwrite: bool) -> Iterator[tuple[Path, Path]]:
+    """Yields an empty folder that becomes `output_dir` on success, and a scratch folder; both vanish on failure."""
+    target = Path(output_dir)
+    _require_free(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise StorageError(f"output_dir: {target} could not be made ({error}).") from error
+    try:
+        folder, scratch = place / "model", place / "scratch"
+        folder.mkdir()
+        scratch.mkdir()
+        yield folder, scratch
+        if target.exists():
+            target.rename(place / "replaced")  # deleted with `place`, once the new folder is there
+        folder.rename(target)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _isolated(seed: int) -> Iterator[None]:
+    """Seed every generator, and give the caller its random states and the libraries' settings back afterwards."""
+    import huggingface_hub
+    import transformers
+
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the caller's, global one
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    telemetry = huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            transformers.set_seed(seed)
+            # Loading reports the head as missing, which is the point of the exercise; other gaps raise.
+            transformers.logging.set_verbosity_error()
+            transformers.logging.disable_progress_bar()
+            # TRL counts its users over the network; training on local files should send nothing.
+            huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+        huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = telemetry

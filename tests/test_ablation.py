@@ -1,0 +1,250 @@
+"""Life cycle of an ablation, what resampling draws, and every wrong argument."""
+
+import pytest
+import torch
+from conftest import make_pairs, save_classifier
+from scipy import stats
+from test_reward_head import snapshot
+
+from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
+from rmtension.ablation import draw_donors
+from rmtension.errors import DataError, OptionError, ProvenanceError
+from rmtension.tokens import EncodedText, TokenBatch
+
+
+def neurons_of(head, site="mlp", share=0.5, seed=0):
+    mask = torch.rand(head.n_layers, head.n_neurons(site), generator=torch.Generator().manual_seed(seed)) < share
+    return NeuronSet(mask, site, head.architecture)
+
+
+def test_everything_is_as_before_after_leaving_and_after_an_exception(head, pairs):
+    before, margin = snapshot(head), head.score_pairs(pairs).margin
+    with AblationContext(head, neurons_of(head)):
+        inside = head.score_pairs(pairs).margin
+        assert snapshot(head) != before
+    assert not torch.allclose(inside, margin)
+    assert snapshot(head) == before
+    with pytest.raises(KeyboardInterrupt), AblationContext(head, neurons_of(head)):
+        raise KeyboardInterrupt
+    assert snapshot(head) == before
+    assert torch.equal(head.score_pairs(pairs).margin, margin)
+
+
+def test_exception_inside_a_collector_or_an_attribution_leaves_no_hook(head, pairs, monkeypatch):
+    before = snapshot(head)
+    collector = ActivationCollector(head).update(pairs[:4])
+    expected = collector.compute()
+
+    def fail(*_):
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr("rmtension.activations.neuron_activations", fail)
+    with pytest.raises(RuntimeError, match="stopped"):
+        collector.update(pairs)
+    monkeypatch.undo()
+    assert snapshot(head) == before
+    assert torch.equal(collector.compute().mean, expected.mean)
+    monkeypatch.setattr("rmtension.attribution.neuron_activations", fail)
+    with pytest.raises(RuntimeError, match="stopped"):
+        NeuronAttribution(head).score(pairs)
+    assert snapshot(head) == before
+
+
+def test_failed_entry_installs_nothing(head, monkeypatch):
+    before = snapshot(head)
+    context = AblationContext(head, neurons_of(head))
+    last = head._body.spots("mlp", 2)[-1].module
+
+    def refuse(*_, **__):
+        raise RuntimeError("no more hooks")
+
+    monkeypatch.setattr(last, "register_forward_pre_hook", refuse)
+    with pytest.raises(RuntimeError, match="no more hooks"):
+        context.__enter__()
+    monkeypatch.undo()
+    assert snapshot(head) == before
+    with context:
+        pass
+
+
+def test_reentry_is_refused_and_contexts_nest(head, pairs):
+    one, two = neurons_of(head, seed=1), neurons_of(head, seed=2)
+    context = AblationContext(head, one)
+    with context, pytest.raises(OptionError, match="already entered"):
+        context.__enter__()
+    with AblationContext(head, one), AblationContext(head, two):
+        nested = head.score_pairs(pairs).margin
+    with AblationContext(head, one | two):
+        together = head.score_pairs(pairs).margin
+    assert torch.allclose(nested, together, atol=1e-6)
+
+
+def test_the_bridge_itself_is_ablated_too(head):
+    """Users run `head.model` with TransformerLens' own calls: an ablation holds there as well."""
+    ids = torch.arange(2, 12)[None]
+    plain = head.model.original_model.base_model(input_ids=ids)[0]
+    with AblationContext(head, neurons_of(head)):
+        ablated = head.model.original_model.base_model(input_ids=ids)[0]
+        assert torch.allclose(ablated[:, -1] @ head.weight, head.score_tokens(ids), atol=1e-5)
+    assert not torch.allclose(plain, ablated, atol=1e-3)
+
+
+def test_user_hooks_on_the_bridge_count(head, pairs):
+    """A hook that the user adds through TransformerLens changes what the head scores, and an ablation composes."""
+    scored = head.score_pairs(pairs).margin
+    everything = NeuronSet(torch.ones(3, head.n_neurons("mlp"), dtype=torch.bool), "mlp", head.architecture)
+    layer = everything.mask.clone()
+    layer[1:] = False
+    with head.model.hooks(fwd_hooks=[("blocks.0.mlp.hook_post", lambda activation, hook: activation * 0)]):
+        hooked = head.score_pairs(pairs).margin
+        with AblationContext(head, everything):
+            both = head.score_pairs(pairs).margin
+    with AblationContext(head, NeuronSet(layer, "mlp", head.architecture)):
+        ablated = head.score_pairs(pairs).margin
+    with AblationContext(head, everything):
+        all_ablated = head.score_pairs(pairs).margin
+    assert not torch.allclose(hooked, scored, atol=1e-3)
+    assert torch.allclose(hooked, ablated, atol=1e-5)
+    assert torch.allclose(both, all_ablated, atol=1e-5)
+    assert torch.equal(head.score_pairs(pairs).margin, scored)
+
+
+def test_scale_one_and_empty_set_change_nothing(exact_head, pairs):
+    expected = exact_head.score_pairs(pairs).margin
+    empty = NeuronSet(torch.zeros(3, exact_head.n_neurons("mlp"), dtype=torch.bool), "mlp", exact_head.architecture)
+    for neurons, options in ((neurons_of(exact_head), {"mode": "scale", "alpha": 1.0}), (empty, {"mode": "zero"})):
+        with AblationContext(exact_head, neurons, **options):
+            assert torch.equal(exact_head.score_pairs(pairs).margin, expected)
+
+
+class TestDonors:
+    def batch(self, *lengths_and_keys):
+        texts = [EncodedText(tuple(range(2, 2 + length)), 0, key) for length, key in lengths_and_keys]
+        return TokenBatch.from_texts(texts, range(len(texts)), pad_token_id=1, device="cpu")
+
+    def test_never_from_the_own_prompt_and_whatever_the_batch(self):
+        keys = torch.tensor([7, 8, 8, 9])
+        batch = self.batch((40, 7), (60, 8))
+        donors = draw_donors(batch, keys, seed=3)
+        assert not (keys[donors[0]] == 7).any()
+        assert not (keys[donors[1]] == 8).any()
+        alone = draw_donors(self.batch((40, 7)), keys, seed=3)
+        assert torch.equal(alone[0], donors[0, :40])
+        assert not torch.equal(draw_donors(batch, keys, seed=4), donors)
+
+    def test_equal_prefixes_get_equal_donors(self):
+        """Chosen and rejected of a pair share the prompt's donors, so that the margin holds no noise from it."""
+        donors = draw_donors(self.batch((30, 7), (50, 7)), torch.arange(100, 160), seed=0)
+        assert torch.equal(donors[0, :30], donors[1, :30])
+
+    def test_draws_are_even(self):
+        """Chi-square over 20 donors and 20,000 draws; the seed is fixed, so this is a check of the hash."""
+        batch = self.batch(*[(100, 1000 + number) for number in range(200)])
+        counts = torch.bincount(draw_donors(batch, torch.arange(20), seed=0).flatten(), minlength=20)
+        assert stats.chisquare(counts.numpy()).pvalue > 0.01
+
+    def test_only_the_own_prompt(self):
+        with pytest.raises(DataError, match="more prompts"):
+            draw_donors(self.batch((5, 7)), torch.tensor([7, 7]), seed=0)
+
+
+class TestWrongArguments:
+    def test_mode(self, head):
+        with pytest.raises(OptionError, match="mode: expected one of"):
+            AblationContext(head, neurons_of(head), mode="erase")
+
+    def test_positions(self, head):
+        with pytest.raises(OptionError, match="positions"):
+            AblationContext(head, neurons_of(head), positions="first")
+
+    @pytest.mark.parametrize(("mode", "what"), [("mean", "ActivationStatistics"), ("resample", "ActivationSample")])
+    def test_missing_reference(self, head, mode, what):
+        with pytest.raises(OptionError, match=f"reference: mode '{mode}' needs {what}"):
+            AblationContext(head, neurons_of(head), mode=mode)
+
+    def test_needless_reference_or_alpha(self, head, pairs):
+        statistics = ActivationCollector(head).collect(pairs[:2])
+        with pytest.raises(OptionError, match="reference: mode 'zero' uses none"):
+            AblationContext(head, neurons_of(head), reference=statistics)
+        with pytest.raises(OptionError, match="alpha"):
+            AblationContext(head, neurons_of(head), mode="scale")
+        with pytest.raises(OptionError, match="alpha"):
+            AblationContext(head, neurons_of(head), alpha=0.5)
+
+    def test_set_of_another_model(self, head):
+        other = NeuronSet(torch.ones(3, 48, dtype=torch.bool), "mlp", "llama-3x48-heads4x8-d32")
+        with pytest.raises(ProvenanceError, match=r"llama-3x48.*gpt2-3x64"):
+            AblationContext(head, other)
+
+    def test_set_of_another_site(self, head):
+        with pytest.raises(ProvenanceError, match=r"expected a mask of \(3, 4\) for site 'attn_head'"):
+            AblationContext(head, NeuronSet(neurons_of(head).mask, "attn_head", head.architecture))
+
+    def test_statistics_of_another_model(self, head, pairs, tmp_path, tokenizer):
+        other = RewardHead.from_pretrained(save_classifier(tmp_path, "gpt2", tokenizer, seed=3))
+        statistics = ActivationCollector(other).collect(pairs[:2])
+        with pytest.raises(ProvenanceError, match="reference: its activations are those of model"):
+            AblationContext(head, neurons_of(head), mode="mean", reference=statistics)
+
+    def test_statistics_of_another_site(self, head, pairs):
+        statistics = ActivationCollector(head, site="attn_head").collect(pairs[:2])
+        with pytest.raises(ProvenanceError, match="site 'attn_head'"):
+            AblationContext(head, neurons_of(head), mode="mean", reference=statistics)
+
+    def test_choosing_tokens_outside_the_library(self, head):
+        with (
+            AblationContext(head, neurons_of(head), positions="last"),
+            pytest.raises(OptionError, match=r"RewardHead\.score"),
+        ):
+            head.model.original_model.base_model(input_ids=torch.tensor([[2, 3]]))
+
+
+def test_collector_merge_equals_one_pass(exact_head):
+    """Any partition and order, an empty part and a part of one pair; equal to 1e-12, the rounding of float64."""
+    pairs = make_pairs(17, seed=4)
+    whole = ActivationCollector(exact_head).collect(pairs)
+    parts = [pairs[5:16], pairs[:0], pairs[16:17], pairs[:5]]
+    merged = ActivationCollector(exact_head)
+    for part in parts:
+        merged.merge(ActivationCollector(exact_head).update(part))
+    updated = ActivationCollector(exact_head)
+    for part in parts:
+        updated.update(part)
+    for other in (merged.compute(), updated.compute()):
+        assert other.provenance == whole.provenance
+        for name in ("mean", "abs_mean", "rms", "frequency", "channel_mean"):
+            assert torch.allclose(getattr(other, name), getattr(whole, name), atol=1e-12, rtol=0)
+
+
+def test_collector_refuses_what_does_not_belong(head, pairs):
+    collector = ActivationCollector(head)
+    with pytest.raises(DataError, match="nothing was collected"):
+        collector.compute()
+    with pytest.raises(ProvenanceError, match="positions differs"):
+        collector.merge(ActivationCollector(head, positions="last"))
+    with pytest.raises(OptionError, match="got this one"):
+        collector.merge(collector)
+    with pytest.raises(OptionError, match="site: expected one of"):
+        ActivationCollector(head, site="mlp_out")
+
+
+def test_results_share_no_memory_with_the_collector(head, pairs):
+    collector = ActivationCollector(head)
+    first = collector.collect(pairs[:4])
+    before = first.mean.clone()
+    collector.update(pairs)
+    assert torch.equal(first.mean, before)
+
+
+def test_statistics_and_samples_survive_the_disk(head, pairs, tmp_path):
+    from rmtension import ActivationSample, ActivationStatistics
+
+    collector = ActivationCollector(head, site="attn_head")
+    statistics, sample = collector.collect(pairs), collector.sample(pairs, n=7)
+    statistics.save(tmp_path / "statistics.safetensors")
+    sample.save(tmp_path / "sample.safetensors")
+    assert ActivationStatistics.load(tmp_path / "statistics.safetensors").to_frame().equals(statistics.to_frame())
+    loaded = ActivationSample.load(tmp_path / "sample.safetensors")
+    assert torch.equal(loaded.values, sample.values)
+    assert loaded.provenance == sample.provenance
+    assert len(loaded) == 7

@@ -1,0 +1,165 @@
+"""Sets obey the algebra of sets, top-k is exact, controls match, and results survive the disk."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from rmtension import NeuronScores, NeuronSet
+from rmtension.errors import OptionError, ProvenanceError, StorageError
+from rmtension.provenance import Provenance
+
+
+def provenance(**changes):
+    fields = {
+        "architecture": "toy",
+        "model": "m",
+        "site": "mlp",
+        "positions": "all",
+        "method": "mean_difference",
+        "dtype": "float32",
+        "data": "d",
+        "n_pairs": 10,
+        "n_tokens": 100,
+        "version": "0",
+    }
+    return Provenance(**fields | changes)
+
+
+def scores_of(values, **changes):
+    return NeuronScores(values, torch.ones_like(values), provenance(**changes))
+
+
+def random_set(seed, shape=(4, 25), share=0.3):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+    return NeuronSet(mask, "mlp", "toy")
+
+
+def test_algebra_equals_python_sets():
+    a, b = random_set(0), random_set(1)
+    for ours, theirs in (
+        (a & b, set(a) & set(b)),
+        (a | b, set(a) | set(b)),
+        (a - b, set(a) - set(b)),
+        (a ^ b, set(a) ^ set(b)),
+        (~a, set(itertools.product(range(4), range(25))) - set(a)),
+    ):
+        assert set(ours) == theirs
+        assert len(ours) == len(theirs)
+    assert (0, 0) in (a | ~a)
+    assert (9, 9) not in (a | ~a)
+    assert a == NeuronSet.from_indices(list(a), shape=(4, 25), site="mlp", architecture="toy")
+    assert a != b
+    assert hash(a) == hash(a & a)
+
+
+def test_a_set_shares_no_memory_with_its_mask():
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    neurons = NeuronSet(mask, "mlp", "toy")
+    mask[:] = True
+    assert len(neurons) == 0
+
+
+def test_sets_of_other_places_do_not_mix():
+    with pytest.raises(ProvenanceError, match="site differs: 'mlp' here, 'attn_head' there"):
+        random_set(0) & NeuronSet(random_set(0).mask, "attn_head", "toy")
+    with pytest.raises(ProvenanceError, match="architecture differs"):
+        random_set(0) | NeuronSet(random_set(0).mask, "mlp", "other")
+    with pytest.raises(OptionError, match="outside a model with 2 layers of 3 neurons"):
+        NeuronSet.from_indices([(0, 3)], shape=(2, 3), site="mlp", architecture="toy")
+
+
+class TestTop:
+    @pytest.mark.parametrize("fraction", [0.001, 0.05, 0.1, 1 / 3, 0.5, 1.0])
+    @pytest.mark.parametrize("shape", [(7, 10), (3, 48), (1, 1)])
+    def test_exactly_the_ceiling_and_the_highest(self, fraction, shape):
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        for by, ranked in (("absolute", values.abs()), ("value", values)):
+            top = scores_of(values).top(fraction, by=by)
+            assert len(top) == math.ceil(round(fraction * values.numel(), 6))
+            if len(top) < values.numel():
+                assert ranked[top.mask].min() > ranked[~top.mask].max()
+
+    def test_ties_are_broken_by_place_with_a_warning(self):
+        values = torch.tensor([[1.0, 5.0, 1.0], [1.0, 0.0, 5.0]])
+        assert list(scores_of(values).top(k=2)) == [(0, 1), (1, 2)]
+        with pytest.warns(UserWarning, match="tie of 3 equal scores"):
+            assert list(scores_of(values).top(k=3)) == [(0, 0), (0, 1), (1, 2)]
+
+    @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01, float("nan")])
+    def test_fraction_outside(self, fraction):
+        with pytest.raises(OptionError, match=r"fraction: expected a number in \(0, 1\]"):
+            scores_of(torch.randn(2, 3)).top(fraction)
+
+    def test_both_or_neither(self):
+        for options in ({}, {"fraction": 0.1, "k": 2}):
+            with pytest.raises(OptionError, match="exactly one of fraction and k"):
+                scores_of(torch.randn(2, 3)).top(**options)
+        with pytest.raises(OptionError, match="k: expected 1 to 6"):
+            scores_of(torch.randn(2, 3)).top(k=7)
+
+
+class TestMatchedRandom:
+    def test_same_size_per_layer_and_disjoint(self):
+        neurons, exclude = random_set(0, share=0.2), random_set(1, share=0.2)
+        drawn = neurons.matched_random(seed=3, exclude=exclude)
+        assert drawn.n_per_layer == neurons.n_per_layer
+        assert len(drawn & neurons) == len(drawn & exclude) == 0
+        assert drawn == neurons.matched_random(seed=3, exclude=exclude)
+        assert drawn != neurons.matched_random(seed=4, exclude=exclude)
+
+    def test_by_model_keeps_the_size_only(self):
+        neurons = NeuronSet.from_indices([(0, i) for i in range(20)], shape=(4, 25), site="mlp", architecture="toy")
+        drawn = neurons.matched_random(seed=0, match="model")
+        assert len(drawn) == 20
+        assert drawn.n_per_layer != neurons.n_per_layer
+
+    def test_every_neuron_is_equally_likely(self):
+        neurons = NeuronSet.from_indices([(0, 0), (0, 1)], shape=(1, 12), site="mlp", architecture="toy")
+        counts = sum(neurons.matched_random(seed=seed).mask[0].int() for seed in range(2000))
+        assert counts[:2].sum() == 0
+        assert stats.chisquare(counts[2:].numpy()).pvalue > 0.01
+
+    def test_too_few_left(self):
+        neurons = NeuronSet(torch.ones(1, 3, dtype=torch.bool), "mlp", "toy")
+        with pytest.raises(OptionError, match="3 neurons wanted in layers"):
+            neurons.matched_random(seed=0)
+        with pytest.raises(OptionError, match="match"):
+            neurons.matched_random(seed=0, match="magnitude")
+
+
+def test_results_survive_the_disk(tmp_path):
+    neurons, scores = random_set(0), scores_of(torch.randn(4, 25, dtype=torch.float64))
+    neurons.save(tmp_path / "set.safetensors")
+    scores.save(tmp_path / "scores.safetensors")
+    assert NeuronSet.load(tmp_path / "set.safetensors") == neurons
+    loaded = NeuronScores.load(tmp_path / "scores.safetensors")
+    assert torch.equal(loaded.values, scores.values)
+    assert loaded.provenance == scores.provenance
+    assert loaded.to_frame().equals(scores.to_frame())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.safetensors", "set.safetensors"]
+    with pytest.raises(StorageError, match="expected a NeuronSet"):
+        NeuronSet.load(tmp_path / "scores.safetensors")
+    (tmp_path / "junk").write_bytes(b"\x80\x04junk")
+    with pytest.raises(StorageError, match="not a result of rmtension"):
+        NeuronSet.load(tmp_path / "junk")
+    with pytest.raises(StorageError, match="not a result of rmtension"):
+        NeuronSet.load(tmp_path / "nothing")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "set.safetensors"
+    random_set(0).save(path)
+    before = path.read_bytes()
+
+    def full(_tensors, target, _header):
+        target.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("rmtension.storage.save_file", full)
+    with pytest.raises(StorageError, match="No space left"):
+        random_set(1).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

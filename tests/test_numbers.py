@@ -1,0 +1,179 @@
+"""Statistics, scores and ablations against plain PyTorch hooks and autograd on transformers' model, in float64.
+
+Tolerance 1e-9: float64 leaves 1e-15 relative; sums over some hundred tokens and three layers of curvature cost a few
+digits, and RMS norms of the Llama family compute in float32 whatever the model's dtype (deterministic, so equal in both
+runs as long as its inputs round alike).
+"""
+
+import pytest
+import torch
+from conftest import FAMILIES
+from reference import Reference
+
+from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet
+from rmtension.ablation import draw_donors
+from rmtension.tokens import text_batches
+
+CLOSE = {"atol": 1e-9, "rtol": 0.0}
+SITES = ("mlp", "attn_head")
+POSITIONS = ("all", "response", "last")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def both(request, checkpoints):
+    """The head under test and the reference, of every family."""
+    from rmtension import RewardHead
+
+    return RewardHead.from_pretrained(checkpoints[request.param], dtype=torch.float64), Reference(
+        checkpoints[request.param]
+    )
+
+
+def texts_of(reference, pairs):
+    return [reference.tokens(pair, side) for pair in pairs for side in ("chosen", "rejected")]
+
+
+def some_neurons(head, site, seed=0):
+    """A third of all neurons, with one layer left out."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(head.n_layers, head.n_neurons(site), generator=generator) < 1 / 3
+    mask[1] = False
+    mask[0, 0] = True
+    return NeuronSet(mask, site, head.architecture)
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_statistics(both, pairs, site, positions):
+    head, reference = both
+    tokens = []
+    for ids, n_prompt in texts_of(reference, pairs):
+        chosen = reference.selected(ids.shape[1], n_prompt, positions)
+        tokens.append(reference.activations(site, ids)[:, chosen])
+    channels = torch.cat(tokens, dim=1)
+    neurons = reference.per_neuron(channels, site, "norm")
+    statistics = ActivationCollector(head, site=site, positions=positions).collect(pairs)
+    assert statistics.n_tokens == channels.shape[1]
+    assert torch.allclose(statistics.channel_mean, channels.mean(1), **CLOSE)
+    assert torch.allclose(statistics.mean, neurons.mean(1), **CLOSE)
+    assert torch.allclose(statistics.abs_mean, neurons.abs().mean(1), **CLOSE)
+    assert torch.allclose(statistics.rms, neurons.square().mean(1).sqrt(), **CLOSE)
+    assert torch.allclose(statistics.frequency, (neurons > 0).double().mean(1), **CLOSE)
+    # Negative control: one token less is seen by the same check.
+    assert not torch.allclose(statistics.channel_mean, channels[:, 1:].mean(1), **CLOSE)
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("aggregate", ["signed", "absolute"])
+def test_mean_difference(both, pairs, site, positions, aggregate):
+    head, reference = both
+    means = []
+    for ids, n_prompt in texts_of(reference, pairs):
+        chosen = reference.selected(ids.shape[1], n_prompt, positions)
+        means.append(reference.per_neuron(reference.activations(site, ids), site, "norm")[:, chosen].mean(1))
+    check(head, pairs, means, "mean_difference", site, positions, aggregate)
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("aggregate", ["signed", "absolute"])
+def test_gradient_x_activation(both, pairs, site, positions, aggregate):
+    head, reference = both
+    sums = []
+    for ids, n_prompt in texts_of(reference, pairs):
+        values, slopes = reference.activations(site, ids, gradients=True)
+        chosen = reference.selected(ids.shape[1], n_prompt, positions)
+        sums.append(reference.per_neuron((values * slopes)[:, chosen].sum(1), site, "sum"))
+    check(head, pairs, sums, "gradient_x_activation", site, positions, aggregate)
+
+
+def check(head, pairs, per_text, method, site, positions, aggregate):
+    """Mean over pairs and its standard error; and swapping every pair flips the signed scores exactly."""
+    per_pair = torch.stack(per_text[::2]) - torch.stack(per_text[1::2])
+    per_pair = per_pair.abs() if aggregate == "absolute" else per_pair
+    attribution = NeuronAttribution(head, method=method, site=site, positions=positions, aggregate=aggregate)
+    scores = attribution.score(pairs)
+    assert scores.n == len(pairs)
+    assert float(per_pair.abs().max()) > 1e-4, "the scores must not vanish for this test to mean anything"
+    assert torch.allclose(scores.values, per_pair.mean(0), **CLOSE)
+    assert torch.allclose(scores.stderr, per_pair.std(0) / len(pairs) ** 0.5, **CLOSE)
+    swapped = attribution.score(pairs.swapped()).values
+    assert torch.allclose(swapped, scores.values if aggregate == "absolute" else -scores.values, **CLOSE)
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("mode", ["zero", "scale", "mean", "resample"])
+def test_ablation(both, pairs, site, positions, mode):
+    head, reference = both
+    neurons = some_neurons(head, site)
+    per_neuron = head.n_channels(site) // head.n_neurons(site)
+    columns = neurons.mask.repeat_interleave(per_neuron, dim=1)
+    collector = ActivationCollector(head, site=site)
+    options = {
+        "zero": {},
+        "scale": {"alpha": -0.5},
+        "mean": {"reference": collector.collect(pairs)} if mode == "mean" else {},
+        "resample": {"reference": collector.sample(pairs, n=20, seed=1), "seed": 5} if mode == "resample" else {},
+    }[mode]
+    means, donors = None, None
+    if mode == "mean":
+        runs = [reference.activations(site, ids) for ids, _ in texts_of(reference, pairs)]
+        means = torch.cat(runs, dim=1).mean(1)
+    if mode == "resample":
+        donors = reference_donors(reference, pairs, site, options["reference"])
+    with AblationContext(head, neurons, mode=mode, positions=positions, **options):
+        scored = head.score_pairs(pairs)
+    expected = []
+    for row, pair in enumerate(pairs):
+        for side in ("chosen", "rejected"):
+            ids, n_prompt = reference.tokens(pair, side)
+            chosen = reference.selected(ids.shape[1], n_prompt, positions)
+            drawn = None if donors is None else donors_of(head, pairs, row, side, options)[chosen]
+
+            def replace(layer, activation, chosen=chosen, drawn=drawn):
+                if not columns[layer].any():
+                    return None
+                changed = activation.clone()
+                block = changed[0, chosen][:, columns[layer]]
+                if mode == "zero":
+                    block = torch.zeros_like(block)
+                elif mode == "scale":
+                    block = -0.5 * block
+                elif mode == "mean":
+                    block = means[layer, columns[layer]].expand_as(block)
+                else:
+                    block = donors[drawn, layer][:, columns[layer]]
+                rows = changed[0, chosen].clone()
+                rows[:, columns[layer]] = block
+                changed[0, chosen] = rows
+                return changed
+
+            with reference.hooked(site, replace), torch.no_grad():
+                expected.append(reference.reward(ids))
+    expected = torch.stack(expected)
+    assert torch.allclose(scored.chosen, expected[::2], **CLOSE)
+    assert torch.allclose(scored.rejected, expected[1::2], **CLOSE)
+    # Negative control: the ablation changes rewards by far more than the tolerance.
+    untouched = head.score_pairs(pairs)
+    assert float((untouched.chosen - scored.chosen).abs().max()) > 1e-4
+
+
+def reference_donors(reference, pairs, site, sample):
+    """The sample's activations found again among the reference's own, token by token."""
+    everything = torch.cat([reference.activations(site, ids) for ids, _ in texts_of(reference, pairs)], dim=1)
+    found = []
+    for donor in sample.values:
+        distance = (everything - donor[:, None]).abs().amax(dim=(0, 2))
+        assert float(distance.min()) < 1e-9, "a donor is no token of the reference pairs"
+        found.append(everything[:, int(distance.argmin())])
+    return torch.stack(found)
+
+
+def donors_of(head, pairs, row, side, options):
+    """Donor of every token of one text, drawn for that text alone."""
+    encoded = head.encode(pairs)
+    text = getattr(encoded, side)[row]
+    batches = text_batches([text], tokens_per_batch=4096, pad_token_id=head.pad_token_id, device="cpu")
+    return draw_donors(next(iter(batches)), options["reference"].keys, options["seed"])[0]

@@ -1,0 +1,76 @@
+"""The package as users meet it: a cheap import, names, the README's block, docstring examples."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rmtension
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(module.name for module in pkgutil.iter_modules(rmtension.__path__))
+# Floors of the design: a module imports only from floors below its own.
+FLOORS = [
+    {"errors", "sites", "hooks", "provenance", "storage"},
+    {"neurons", "pairs"},
+    {"tokens", "scored"},
+    {"body", "checkpoints", "reward_head"},
+    {"activations", "ablation"},
+    {"attribution", "evaluation"},
+    {"shared"},
+    {"study", "organisms", "training"},
+    {"plots", "report", "cli"},
+]
+
+
+def test_import_is_cheap():
+    heavy = {"torch", "transformers", "transformer_lens", "matplotlib", "trl", "datasets"}
+    code = f"import rmtension, sys; rmtension.PreferencePairs; print(sorted(set(sys.modules) & {heavy}))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_names():
+    assert len(rmtension.__all__) <= 20
+    assert rmtension.__all__ == sorted(rmtension.__all__)
+    for name in rmtension.__all__:
+        assert getattr(rmtension, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = rmtension.Nothing
+    assert (ROOT / "rmtension" / "py.typed").exists()
+
+
+def test_every_module_is_on_a_floor_and_imports_only_from_its_own_or_below():
+    placed = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+    assert sorted(placed) == MODULES
+    for module, floor in placed.items():
+        text = (ROOT / "rmtension" / f"{module}.py").read_text()
+        for imported in re.findall(r"^\s*from rmtension(?:\.(\w+))? import (.+)$", text, re.MULTILINE):
+            names = [imported[0]] if imported[0] else re.findall(r"\w+", imported[1])
+            for name in names:
+                assert placed.get(name, 0) <= floor, f"{module} imports {name} from above"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    results = doctest.testmod(importlib.import_module(f"rmtension.{name}"))
+    assert results.failed == 0
+
+
+def test_docstring_examples_exist():
+    finder = doctest.DocTestFinder()
+    modules = [importlib.import_module(f"rmtension.{name}") for name in MODULES]
+    assert sum(bool(test.examples) for module in modules for test in finder.find(module)) >= 5
+
+
+def test_readme_block_runs(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert re.search(r"Jaccard \d\.\d{3}, by chance 0\.05\d", printed)
+    assert printed.count("ScoredPairs(n=48") == 2

@@ -1,0 +1,112 @@
+"""Overlap against brute force over every possible set, depth by hand, and what may not be compared."""
+
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import pytest
+import torch
+from test_neurons import random_set, scores_of
+
+from rmtension import NeuronSet, SharedNeuronAnalyzer, SharedNeuronReport
+from rmtension.errors import OptionError, ProvenanceError
+from rmtension.shared import Overlap, depth_thirds
+
+
+def set_of(*neurons, size=7):
+    return NeuronSet.from_indices([(0, n) for n in neurons], shape=(1, size), site="mlp", architecture="toy")
+
+
+@pytest.mark.parametrize(("size_a", "size_b"), [(2, 3), (4, 5), (1, 7), (3, 3)])
+def test_chance_is_the_mean_over_every_possible_set(size_a, size_b):
+    a = set_of(*range(size_a))
+    overlaps = [Overlap.of(a, set_of(*b)) for b in combinations(range(7), size_b)]
+    assert len(overlaps) == comb(7, size_b)
+    jaccards = [len(set(a) & set(set_of(*b))) / len(set(a) | set(set_of(*b))) for b in combinations(range(7), size_b)]
+    assert [overlap.jaccard for overlap in overlaps] == pytest.approx(jaccards)
+    intersections = np.array([overlap.intersection for overlap in overlaps])
+    for overlap in overlaps:
+        assert overlap.expected_jaccard == pytest.approx(np.mean(jaccards))
+        assert overlap.p_value == pytest.approx(np.mean(intersections >= overlap.intersection))
+        assert overlap.coefficient == overlap.intersection / min(size_a, size_b)
+
+
+def test_two_independent_tenths_overlap_as_in_the_paper():
+    """Two random 10% sets of a large model have a Jaccard index of .053."""
+    a = NeuronSet.from_indices([(0, i) for i in range(1000)], shape=(1, 10000), site="mlp", architecture="toy")
+    assert Overlap.of(a, a.matched_random(seed=0)).expected_jaccard == pytest.approx(0.0526, abs=1e-4)
+
+
+def test_empty_sets_are_undefined():
+    overlap = Overlap.of(set_of(), set_of())
+    assert np.isnan(overlap.jaccard)
+    assert np.isnan(overlap.coefficient)
+    assert np.isnan(overlap.expected_jaccard)
+    assert overlap.p_value == 1.0
+
+
+def test_beyond_the_base():
+    """Two sets that share only what the base has: nothing is left."""
+    overlap = Overlap.of(set_of(0, 1, 2), set_of(0, 1, 3), outside=set_of(0, 1))
+    assert (overlap.intersection, overlap.jaccard, overlap.n_neurons) == (0, 0.0, 5)
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(3, [1, 1, 1]), (4, [2, 1, 1]), (5, [2, 2, 1]), (12, [4, 4, 4])])
+def test_depth_thirds(layers, expected):
+    everything = NeuronSet(torch.ones(layers, 5, dtype=torch.bool), "mlp", "toy")
+    assert list(depth_thirds(everything).values()) == pytest.approx([n / layers for n in expected])
+    assert all(np.isnan(share) for share in depth_thirds(everything - everything).values())
+
+
+class TestAnalyzer:
+    scores = {
+        name: scores_of(torch.randn(4, 25, generator=torch.Generator().manual_seed(i))) for i, name in enumerate("abc")
+    }
+
+    def test_sets(self):
+        report = SharedNeuronAnalyzer(self.scores).analyze(fraction=0.3)
+        sets = {name: set(neurons) for name, neurons in report.sets.items()}
+        assert all(len(neurons) == 30 for neurons in sets.values())
+        assert set(report.shared) == sets["a"] & sets["b"] & sets["c"]
+        assert set(report.specific["b"]) == sets["b"] - sets["a"] - sets["c"]
+        assert report.overlap["a", "c"] == Overlap.of(report.sets["a"], report.sets["c"])
+        with pytest.raises(OptionError, match="choose one of overlap"):
+            _ = report.jaccard
+
+    def test_two_models_have_one_comparison(self, tmp_path):
+        two = {name: self.scores[name] for name in "ab"}
+        report = SharedNeuronAnalyzer(two, base=self.scores["c"]).analyze(fraction=0.2)
+        overlap = report.overlap["a", "b"]
+        assert (report.jaccard, report.expected_jaccard, report.p_value, report.coefficient) == (
+            overlap.jaccard,
+            overlap.expected_jaccard,
+            overlap.p_value,
+            overlap.coefficient,
+        )
+        assert report.beyond_base["a", "b"].n_neurons == 80
+        assert report.to_frame()["without_base"].tolist() == [False, True]
+        assert report.depth().set_index("set").loc["all neurons", "size"] == 100
+        report.save(tmp_path / "report.safetensors")
+        loaded = SharedNeuronReport.load(tmp_path / "report.safetensors")
+        assert loaded.to_frame().equals(report.to_frame())
+        assert loaded.sets == report.sets
+        assert loaded.base == report.base
+        assert loaded.provenance == report.provenance
+
+    def test_what_does_not_belong_together(self):
+        with pytest.raises(OptionError, match="at least two"):
+            SharedNeuronAnalyzer({"a": self.scores["a"]})
+        for field, value in (("architecture", "other"), ("site", "attn_head"), ("method", "x"), ("positions", "last")):
+            other = scores_of(torch.randn(4, 25), **{field: value})
+            with pytest.raises(ProvenanceError, match=f"{field} differs"):
+                SharedNeuronAnalyzer({"a": self.scores["a"], "b": other})
+            with pytest.raises(ProvenanceError, match=f"{field} differs"):
+                SharedNeuronAnalyzer({name: self.scores[name] for name in "ab"}, base=other)
+
+
+def test_p_values_of_random_sets_are_calibrated():
+    """400 pairs of random sets: at most 5% + 3 binomial standard errors have p <= 0.05 (discrete, so conservative)."""
+    small = [
+        Overlap.of(random_set(2 * i, (4, 100)), random_set(2 * i + 1, (4, 100))).p_value <= 0.05 for i in range(400)
+    ]
+    assert 0.01 <= np.mean(small) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
