@@ -3,7 +3,7 @@
     python examples/real_pairs.py --helpful a.jsonl.gz b.jsonl --harmless c.jsonl.gz --out real-pairs
 
 Each line of a file is a JSON object with "prompt", "chosen" and "rejected". Pairs without a response, and pairs with a
-response longer than the context, are left out and counted. A tenth of the prompts is kept for testing. The base is a
+response longer than the context, are left out and counted. A fifth of the prompts is kept for testing. The base is a
 small GPT-2-shaped model trained from scratch on the text of the training pairs; sizes, steps and seeds are options.
 """
 
@@ -20,11 +20,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import transformers
 
 from rmtension import PreferencePairs, StudyOptions, TensionStudy
+from rmtension.family import FamilySettings, train_family
 from rmtension.pairs import join_prompt
 from rmtension.report import to_text, write_report
 from rmtension.study import OBJECTIVES, require_no_study
 from rmtension.tokens import encode_pairs
-from rmtension.training import FamilySettings, train_base_model, train_family, train_tokenizer
+from rmtension.training import train_base_model, train_tokenizer
 
 
 def read(paths: list[Path], objective: str) -> PreferencePairs:
@@ -51,7 +52,7 @@ def divide(
 ) -> tuple[dict[str, PreferencePairs], dict[str, PreferencePairs]]:
     """Training and test pairs by objective; a prompt that both objectives have is on one side for both."""
     everything = pairs["helpful"] + pairs["harmless"]
-    sides = everything.split(0.1, seed=seed)
+    sides = everything.split(0.2, seed=seed)
     train, test = ({name: side.filter(objective=name) for name in OBJECTIVES} for side in sides)
     return train, test
 

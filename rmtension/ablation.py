@@ -23,7 +23,7 @@ class AblationContext:
     """Context manager: while it is entered, the neurons of a set have other activations.
 
     `zero` sets them to 0; `mean` to their mean in `reference` (an `ActivationStatistics` of this model); `resample`
-    to their values at one token of a text with another prompt, drawn from `reference` (an `ActivationSample`), the
+    to their values at one token of a pair with another prompt, drawn from `reference` (an `ActivationSample`), the
     same donor in all layers and at equal positions of texts with one prompt, whatever the batch; `scale` multiplies
     them by `alpha`. `positions` chooses the tokens: "all", "response" or "last".
 
@@ -104,17 +104,18 @@ def draw_donors(batch: TokenBatch, donor_keys: Int[Tensor, "donor"], seed: int) 
     """
     donors = torch.empty_like(batch.input_ids)
     columns = torch.arange(batch.input_ids.shape[1], device=donors.device)
+    start = _mix(torch.tensor(seed))
     for row, key in enumerate(batch.keys.tolist()):
         others = (donor_keys != key).nonzero()[:, 0].to(donors.device)
         if not len(others):
             raise DataError(
                 "resample: all donors come from the prompt that is scored. Sample the reference from more prompts."
             )
-        donors[row] = others[_mix(_mix(columns + seed) ^ key) % len(others)]
+        donors[row] = others[_mix(_mix(columns) ^ _mix(start ^ key).to(columns)) % len(others)]
     return donors
 
 
-def _mix(numbers: Int[Tensor, "token"]) -> Int[Tensor, "token"]:
+def _mix(numbers: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """Spread integers over [0, 2^31): the finaliser of MurmurHash3, 32 bits wide."""
     low = 0xFFFFFFFF
     mixed = (numbers ^ (numbers >> 32)) & low

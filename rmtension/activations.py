@@ -179,6 +179,8 @@ class ActivationCollector:
         """
         if n < 1:
             raise OptionError(f"n: expected a positive number of donors, got {n}.")
+        if not len(pairs):
+            raise DataError("pairs: expected at least one preference pair to draw donors from, got none.")
         encoded = self.head.encode(pairs, truncate_response=truncate_response)
         texts = [*encoded.chosen, *encoded.rejected]
         counts = np.array([self._n_selected(text) for text in texts])
@@ -222,15 +224,14 @@ class ActivationCollector:
         return sums | {"channel": torch.zeros(layers, self.head.n_channels(self.site), dtype=torch.float64)}
 
     def _add(self, sums: Mapping[str, Tensor], select: Tensor, layer: int, channels: Tensor) -> None:
-        neurons = neuron_activations(channels, self.site, self.head.n_neurons(self.site))
-        for rows in torch.split(neurons[select], _ROWS):
-            exact = rows.double()
-            sums["value"][layer] += exact.sum(0).cpu()
-            sums["absolute"][layer] += exact.abs().sum(0).cpu()
-            sums["square"][layer] += exact.square().sum(0).cpu()
-            sums["positive"][layer] += (exact > 0).sum(0).cpu()
         for rows in torch.split(channels[select], _ROWS):
-            sums["channel"][layer] += rows.double().sum(0).cpu()
+            exact = rows.double()
+            sums["channel"][layer] += exact.sum(0).cpu()
+            neurons = neuron_activations(exact[None], self.site, self.head.n_neurons(self.site))[0]
+            sums["value"][layer] += neurons.sum(0).cpu()
+            sums["absolute"][layer] += neurons.abs().sum(0).cpu()
+            sums["square"][layer] += neurons.square().sum(0).cpu()
+            sums["positive"][layer] += (neurons > 0).sum(0).cpu()
 
     def _n_selected(self, text: EncodedText) -> int:
         return {"all": len(text), "response": len(text) - text.response_start, "last": 1}[self.positions]

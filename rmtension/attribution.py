@@ -1,7 +1,7 @@
 """Scoring neurons by what they have to do with the margin between chosen and rejected."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -65,15 +65,17 @@ class NeuronAttribution:
         if not len(pairs):
             raise DataError("pairs: expected at least one preference pair, got none.")
         encoded = self.head.encode(pairs, truncate_response=truncate_response)
+        n_tokens = 0
         moments = _Moments.zeros(self.head.n_layers, self.head.n_neurons(self.site))
         for batch in self.head.batches(encoded, desc=self.method, progress=progress):
             per_text = METHODS[self.method](self.head, self.site, batch, self.positions)
+            n_tokens += int(batch.select(self.positions).sum())
             half = len(batch.rows) // 2
             per_pair = per_text[:half] - per_text[half:]
             moments = moments.updated(per_pair.abs() if self.aggregate == "absolute" else per_pair)
         method = self.method if self.aggregate == "signed" else f"{self.method}, absolute"
         provenance = self.head.provenance(pairs, encoded, site=self.site, positions=self.positions, method=method)
-        return NeuronScores(moments.mean, moments.stderr(), provenance)
+        return NeuronScores(moments.mean, moments.stderr(), replace(provenance, n_tokens=n_tokens))
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,9 @@ def _gradient_x_activation(
         scores.append(per_neuron.cpu())
     return torch.stack(scores, dim=1)
 
+
+# Methods that differentiate the reward, which a language model has not.
+NEEDS_REWARD = frozenset({"gradient_x_activation"})
 
 METHODS: dict[str, PerText] = {
     "mean_difference": _mean_activation,

@@ -1,5 +1,6 @@
 """The part of a reward model that runs, up to the final norm, and where its neurons are in it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from jaxtyping import Float
@@ -40,6 +41,12 @@ class BridgeBody:
         projection = self._projections.get((site, layer))
         return [Spot(point, "output")] + ([] if projection is None else [Spot(projection, "input")])
 
+    def modules(self) -> Iterator[nn.Module]:
+        """Every module that may run. A bridge keeps transformers' model outside its own list."""
+        bridge: Any = self.bridge
+        roots = [self.module, bridge, bridge.original_model]
+        return iter({id(module): module for root in roots for module in root.modules()}.values())
+
     def _base(self) -> nn.Module:
         bridge: Any = self.bridge
         base: nn.Module = bridge.original_model.base_model
@@ -57,6 +64,10 @@ class HookedTransformerBody:
                 "stream lacks the norm's gain. Load it with HookedTransformer.from_pretrained_no_processing."
             )
         self.module = model
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Every module that may run."""
+        return self.module.modules()
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "text token d_model"]:
         """The residual stream after the final norm's gain; no unembedding."""

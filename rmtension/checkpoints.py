@@ -55,13 +55,15 @@ def open_checkpoint(
     if missing:
         raise ModelError(
             f"{name}: the checkpoint lacks {missing[:4]}{' and more' if len(missing) > 4 else ''}, which transformers "
-            "would draw at random. A language model is not a reward model: train a head "
-            "(rmtension.training.train_reward_model) or name the checkpoint that holds it."
+            "would draw at random. Name the checkpoint that holds them; where it is the score head, train "
+            "one (rmtension.training.train_reward_model)."
         )
     loaded = loaded.to(device).eval().requires_grad_(False)
     weight, bias = _score_head(name, loaded) if reward else (None, 0.0)
     tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(name, source)
-    pad_token_id = _pad_token_id(name, loaded.config, tokenizer, pad_token)
+    pad_token_id = getattr(loaded.config, "pad_token_id", None)
+    if reward or pad_token is not None:
+        pad_token_id = _pad_token_id(name, loaded.config, tokenizer, pad_token)
     body = _bridge(name, loaded.base_model if reward else loaded, tokenizer, dtype, device, trust_remote_code)
     return OpenedCheckpoint(body, weight, bias, tokenizer, pad_token_id)
 

@@ -81,8 +81,8 @@ def over_seeds(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 def _study_seed(folder: Path, seed: int, *, overwrite: bool, progress: bool) -> StudyResult:
     # Imported here: TRL takes seconds to load, and `rmtension --help` does without.
+    from rmtension.family import train_family
     from rmtension.organisms import preference_world
-    from rmtension.training import train_family
 
     world = preference_world(seed)
     models = train_family(world.train, folder / "models", seed=seed, progress=progress, overwrite=overwrite)

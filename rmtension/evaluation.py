@@ -98,6 +98,9 @@ class AgainstRandom:
         return asdict(self)
 
 
+NO_CONTROL = AgainstRandom(np.nan, np.nan, 0, np.nan, np.nan, np.nan)
+
+
 def against_random(
     effect: Float[Tensor, "pair"],
     random: Sequence[Float[Tensor, "pair"]],
@@ -138,12 +141,13 @@ def balance(
     correct = _correct(scored, 0.5)
     groups = [(correct[part], PreferencePairs(scored.pairs[i] for i in part)) for part in parts]
     refusing, responding = (_bounded(values, pairs, level=level, seed=seed) for values, pairs in groups)
-    # The two kinds have prompts of their own, so they are resampled independently.
-    resamples = np.mean([_bootstrap(*group, seed + i)[0] for i, group in enumerate(groups)], axis=0)
-    tails = np.quantile(resamples, [(1 - level) / 2, (1 + level) / 2])
+    # Intervals of a mean from those of its parts (Zou and Donner 2008), which keeps its width where a part is 0 or 1.
+    # The two kinds of subset have prompts of their own, so the parts are independent.
     mean = (refusing.value + responding.value) / 2
+    below = float(np.hypot(refusing.value - refusing.low, responding.value - responding.low)) / 2
+    above = float(np.hypot(refusing.high - refusing.value, responding.high - responding.value)) / 2
     sizes = (refusing.n + responding.n, refusing.n_prompts + responding.n_prompts)
-    balanced = Estimate(mean, float(tails[0]), float(tails[1]), *sizes, level)
+    balanced = Estimate(mean, mean - below, mean + above, *sizes, level)
     return {"refusing": refusing, "responding": responding, "balanced": balanced}
 
 
@@ -158,8 +162,8 @@ def bootstrap_mean(
 ) -> Estimate:
     """Mean of one value per pair; percentile bootstrap over prompts, because pairs of one prompt are not independent.
 
-    Cost: `N_BOOTSTRAP` (2,000) resamples, no model pass. An interval without width means that no pair differs from
-    another, not that the value is known exactly.
+    Cost: `N_BOOTSTRAP` (2,000) resamples, no model pass. The ends are NaN for a single prompt, which says nothing about
+    others. An interval without width means that all prompts have one mean, not that the value is known exactly.
     """
     if not len(pairs):
         raise DataError("pairs: expected at least one preference pair, got none.")
@@ -167,6 +171,8 @@ def bootstrap_mean(
         raise OptionError(f"level: expected a number in (0, 1), got {level}.")
     resamples, _ = _bootstrap(values, pairs, seed)
     low, high = np.quantile(resamples, [(1 - level) / 2, (1 + level) / 2])
+    if len(pairs.prompts) == 1:
+        low = high = np.nan
     return Estimate(float(values.double().mean()), float(low), float(high), len(pairs), len(pairs.prompts), level)
 
 

@@ -193,6 +193,11 @@ class NeuronScores:
             raise OptionError(f"k: expected 1 to {total} neurons, got {size}.")
         ranked = self.values.flatten().double()
         ranked = ranked.abs() if by == "absolute" else ranked
+        if ranked.isnan().any():
+            raise OptionError(
+                f"top: {int(ranked.isnan().sum())} of {total} scores are NaN, which nothing ranks. Score in float32, "
+                "or look for overflow in the model."
+            )
         order = torch.argsort(ranked, descending=True, stable=True)
         n_tied = int((ranked == ranked[order[size - 1]]).sum())
         if size < total and ranked[order[size - 1]] == ranked[order[size]]:

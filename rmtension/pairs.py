@@ -300,8 +300,10 @@ class PreferencePairs(Sequence[PreferencePair]):
 
 
 def _require_responses(pair: PreferencePair, where: str) -> None:
-    for field in ("chosen", "rejected"):
-        if not getattr(pair, field).strip():
+    for field in ("prompt", "chosen", "rejected"):
+        if not isinstance(getattr(pair, field), str):
+            raise DataError(f"{where}: field {field!r} should be text, got {type(getattr(pair, field)).__name__}.")
+        if field != "prompt" and not getattr(pair, field).strip():
             raise DataError(
                 f"{where}: field {field!r} is empty; a reward model needs a response to score. Remove the pair, or "
                 'load with on_invalid="skip".'

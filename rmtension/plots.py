@@ -40,7 +40,7 @@ def accuracy(table: pd.DataFrame, ax: "Axes | None" = None) -> "Figure":
         axes.errorbar(
             np.array(places) + (number - (len(models) - 1) / 2) * width,
             values["value"],
-            yerr=[values["value"] - values["low"], values["high"] - values["value"]],
+            yerr=[(values["value"] - values["low"]).clip(lower=0), (values["high"] - values["value"]).clip(lower=0)],
             fmt="o",
             color=_COLOURS[model],
             label=model,
@@ -70,6 +70,10 @@ def overlap(table: pd.DataFrame, ax: "Axes | None" = None) -> "Figure":
         # A label that starts with an underscore stays out of the legend.
         chance = "_chance" if without else "chance"
         axes.hlines(part["expected_jaccard"], places + shift - 0.1, places + shift + 0.1, color="black", label=chance)
+        layered = f"{chance}, layer by layer"
+        axes.hlines(
+            part["layer_expected_jaccard"], places + shift - 0.1, places + shift + 0.1, color="#D55E00", label=layered
+        )
     axes.set_xticks(range(len(names)), [f"{a} / {b}" for a, b in names])
     axes.set(ylim=(0, 1), xlim=(-0.6, len(names) - 0.4), ylabel="Jaccard index")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
@@ -105,7 +109,7 @@ def ablation(table: pd.DataFrame, ax: "Axes | None" = None, *, quantity: str = "
     names = list(dict.fromkeys(zip(rows["set"], rows["size"], strict=True)))
     for number, (objective, part) in enumerate(rows.groupby("objective", sort=False)):
         places = np.arange(len(part)) + (number - 0.5) * 0.36
-        spread = [part["effect"] - part["low"], part["high"] - part["effect"]]
+        spread = [(part["effect"] - part["low"]).clip(lower=0), (part["high"] - part["effect"]).clip(lower=0)]
         colour = _COLOURS[str(objective)]
         axes.errorbar(places - 0.06, part["effect"], yerr=spread, fmt="o", color=colour, capsize=3, label=objective)
         label = "random sets" if number == 0 else None
@@ -141,4 +145,4 @@ def _axes(ax: "Axes | None", size: tuple[float, float]) -> tuple["Figure", "Axes
 
 
 def _level(rows: pd.DataFrame) -> str:
-    return f"{round(100 * float(rows['level'].iloc[0]))}%"
+    return f"{100 * float(rows['level'].iloc[0]):g}%"

@@ -78,8 +78,10 @@ def _overlap(table: pd.DataFrame) -> pd.DataFrame:
             "shared": row.intersection,
             "Jaccard": f"{row.jaccard:.3f}",
             "by chance": f"{row.expected_jaccard:.3f}",
+            "by chance in each layer": f"{row.layer_expected_jaccard:.3f}",
             "overlap coefficient": f"{row.coefficient:.3f}",
             "p": f"{row.p_value:.2g}",
+            "p in each layer": f"{row.layer_p_value:.2g}",
         }
         for row in table.itertuples()
     ]
@@ -116,12 +118,13 @@ def _notes(result: StudyResult) -> str:
         f"({part['identical_responses']} with identical responses, {part['prompts_cut']} prompts cut)"
         for name, part in pairs.items()
     )
-    how = f"by {options['by']} {options['method']} at {options['site']}, {options['positions']} tokens"
+    share, level = 100 * options["fraction"], 100 * options["level"]
     return (
-        f"Top sets: {options['fraction']:.0%} of the neurons {how}. Ablation: {options['mode']}, all tokens, against "
-        f"{options['n_draws']} random sets of the same size in every layer, outside both objectives' top sets. "
-        f"{counts}. Intervals: {options['level']:.0%}, bootstrap over prompts; 'beyond random' adds the spread between random "
-        f"sets. rmtension {result.summary['version']}, seed {options['seed']}."
+        f"Top sets: {share:g}% of the neurons by {options['by']} {options['method']} at {options['site']}, "
+        f"{options['positions']} tokens. Ablation: {options['mode']}, all tokens, against {options['n_draws']} random "
+        f"sets of the same size in every layer, outside both objectives' top sets. {counts}. Intervals: {level:g}%, "
+        "bootstrap over prompts; 'beyond random' adds the spread between random sets. rmtension "
+        f"{result.summary['version']}, seed {options['seed']}."
     )
 
 

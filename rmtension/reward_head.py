@@ -22,6 +22,7 @@ from rmtension.provenance import Provenance
 from rmtension.scored import ScoredPairs
 from rmtension.sites import SITES, find_site
 from rmtension.tokens import (
+    DEFAULT_TOKENS_PER_BATCH,
     EncodedPairs,
     TokenBatch,
     compact,
@@ -80,7 +81,9 @@ class RewardHead:
         if max_length is not None and not 0 < max_length <= context:
             raise OptionError(f"max_length: expected 1 to {context} (the model's context), got {max_length}.")
         self.max_length = max_length or context
-        self.tokens_per_batch = tokens_per_batch or (4096 if self.device.type == "cpu" else 32768)
+        self.tokens_per_batch = tokens_per_batch or (
+            DEFAULT_TOKENS_PER_BATCH if self.device.type == "cpu" else 8 * DEFAULT_TOKENS_PER_BATCH
+        )
         self.weight = None if weight is None else _one_row(weight, int(cfg.d_model)).to(self.device, copy=True)
         self._widths = self._measure_sites()
         self._fingerprint: tuple[object, str] | None = None
@@ -207,6 +210,10 @@ class RewardHead:
                 f"attention_mask: expected the shape of input_ids {tuple(input_ids.shape)} with a real token in every "
                 f"row, got {tuple(mask.shape)}."
             )
+        if int(mask.sum(dim=1).max()) > self.max_length:
+            raise OptionError(
+                f"input_ids: a row has {int(mask.sum(dim=1).max())} tokens, the context holds {self.max_length}."
+            )
         ids, mask = compact(input_ids.to(self.device), mask.to(self.device))
         batch = TokenBatch(
             ids, mask, mask, last_token(ids, mask, self.pad_token_id), torch.arange(len(ids)), tuple(range(len(ids)))
@@ -280,9 +287,12 @@ class RewardHead:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits over every weight and the head; reads all weights once until one changes."""
+        """16 hexadecimal digits over every weight and the head; reads all weights, once until one changes.
+
+        A change through `parameter.data`, which PyTorch does not count, is not seen: edit under `torch.no_grad()`.
+        """
         parameters = [*self._body.module.parameters(), *([] if self.weight is None else [self.weight])]
-        state = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
+        state = (self.bias, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
         if self._fingerprint is None or self._fingerprint[0] != state:
             digest = hashlib.blake2b(self.architecture.encode(), digest_size=8)
             for parameter in parameters:
@@ -343,7 +353,7 @@ class RewardHead:
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:
-        training = [module for module in self._body.module.modules() if module.training]
+        training = [module for module in self._body.modules() if module.training]
         for module in training:
             module.training = False
         try:

@@ -1,6 +1,7 @@
 """The whole comparison of three reward models in one object."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -13,13 +14,14 @@ from tqdm.auto import tqdm
 from rmtension import evaluation
 from rmtension.ablation import AblationContext
 from rmtension.activations import ActivationCollector, ActivationStatistics
-from rmtension.attribution import NeuronAttribution
-from rmtension.errors import OptionError, StorageError
+from rmtension.attribution import METHODS, NEEDS_REWARD, NeuronAttribution
+from rmtension.errors import OptionError, ProvenanceError, StorageError
 from rmtension.neurons import NeuronScores, NeuronSet
 from rmtension.pairs import PreferencePairs
 from rmtension.reward_head import RewardHead
 from rmtension.scored import ScoredPairs
 from rmtension.shared import SharedNeuronAnalyzer, SharedNeuronReport
+from rmtension.sites import check_positions, find_site
 
 OBJECTIVES = ("helpful", "harmless")
 MODELS = (*OBJECTIVES, "mixed")
@@ -51,6 +53,14 @@ class StudyOptions:
             raise OptionError(f"fraction: expected a number in (0, 1], got {self.fraction}.")
         if self.mode not in ("zero", "mean"):
             raise OptionError(f"mode: expected 'zero' or 'mean', got {self.mode!r}.")
+        if self.by not in ("absolute", "value"):
+            raise OptionError(f"by: expected 'absolute' or 'value', got {self.by!r}.")
+        if self.method not in METHODS:
+            raise OptionError(f"method: expected one of {sorted(METHODS)}, got {self.method!r}.")
+        if not 0 < self.level < 1:
+            raise OptionError(f"level: expected a number in (0, 1), got {self.level}.")
+        find_site(self.site)
+        check_positions(self.positions)
         if self.n_draws < 2:
             raise OptionError(f"n_draws: expected at least 2 random sets to know their spread, got {self.n_draws}.")
 
@@ -78,13 +88,14 @@ class StudyResult:
         if table not in TABLES:
             raise OptionError(f"table: expected one of {list(TABLES)}, got {table!r}.")
         frame: pd.DataFrame = getattr(self, table)
-        return frame
+        return frame.copy()
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write one CSV a table and `summary.json`; refuses a folder that holds a study unless `overwrite`."""
         folder = require_no_study(folder, overwrite=overwrite)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / _SUMMARY).unlink(missing_ok=True)
             for table in TABLES:
                 self.to_frame(table).to_csv(folder / f"{table}.csv", index=False)
             # Last, so that a folder with a summary holds a whole study.
@@ -143,26 +154,29 @@ class TensionStudy:
         self.options = options or StudyOptions()
         self.models = dict(models)
         self.base = base
+        if base is not None and self.options.method in NEEDS_REWARD:
+            raise OptionError(
+                f"base: a base model has no reward, and {self.options.method!r} needs one. Leave the base out, or use "
+                "another method."
+            )
         if scoring_pairs is None:
-            halves = {name: pairs[name].split(0.5, seed=self.options.seed) for name in OBJECTIVES}
-            self.scoring = {name: half[0] for name, half in halves.items()}
-            self.evaluating = {name: half[1] for name, half in halves.items()}
+            self.scoring, self.evaluating = _halves(pairs, self.options.seed)
         else:
             _require_names("scoring_pairs", scoring_pairs, OBJECTIVES)
             self.scoring, self.evaluating = dict(scoring_pairs), dict(pairs)
-            for name in OBJECTIVES:
-                both = set(self.scoring[name].prompts) & set(self.evaluating[name].prompts)
-                if both:
-                    raise OptionError(
-                        f"scoring_pairs: {len(both)} prompts of {name!r} are in `pairs` too, so that effects would be "
-                        "measured on the pairs that chose the neurons. Use PreferencePairs.split."
-                    )
+        both = set(_joined(self.scoring).prompts) & set(_joined(self.evaluating).prompts)
+        if both:
+            raise OptionError(
+                f"scoring_pairs: {len(both)} prompts are in `pairs` too, so that effects would be measured on the "
+                "pairs that chose the neurons. Use PreferencePairs.split."
+            )
 
     def run(self, *, progress: bool = True) -> StudyResult:
         """Do it all.
 
         Cost: two forward passes per evaluation pair and model, two (four with gradients) per scoring pair and model,
-        and two per evaluation pair for each of the 3 sets and 3 x `n_draws` random ones, on the mixed model.
+        and on the mixed model two per evaluation pair for each of the 3 sets and 3 x `n_draws` random ones, and two per
+        scoring pair for the means that `mode="mean"` writes.
         """
         options = self.options
         n_steps = len(MODELS) + (self.base is not None) + len(OBJECTIVES) * 3 * (1 + options.n_draws)
@@ -170,15 +184,20 @@ class TensionStudy:
             scored: dict[str, dict[str, ScoredPairs]] = {}
             scores: dict[str, NeuronScores] = {}
             base_scores = None
+            everything_scoring = _joined(self.scoring)
             if self.base is not None:
                 bar.set_description("study: base")
-                base_scores = self._attribution(_open(self.base, reward=False)).score(self._all_scoring())
+                base_scores = self._attribution(_open(self.base, reward=False)).score(everything_scoring)
                 bar.update()
             for name in MODELS:
                 bar.set_description(f"study: {name}")
                 head = _open(self.models[name], reward=True)
+                if scores and head.architecture != (expected := next(iter(scores.values())).provenance.architecture):
+                    raise ProvenanceError(
+                        f"models: architecture differs: {name!r} is {head.architecture}, the others are {expected}."
+                    )
                 scored[name] = {objective: head.score_pairs(self.evaluating[objective]) for objective in OBJECTIVES}
-                scores[name] = self._attribution(head).score(self.scoring.get(name, self._all_scoring()))
+                scores[name] = self._attribution(head).score(self.scoring.get(name, everything_scoring))
                 bar.update()
             everything = SharedNeuronAnalyzer(scores, base=base_scores).analyze(
                 fraction=options.fraction, by=options.by
@@ -195,7 +214,7 @@ class TensionStudy:
             depth=depth.reset_index(drop=True),
             ablation=ablation,
             neurons=_neuron_table(scores, base_scores, sets),
-            summary=self._summary(scored, scores, sets),
+            summary=self._summary(scored, {**scores, **({} if base_scores is None else {"base": base_scores})}, sets),
         )
 
     # -- parts -----------------------------------------------------------------------------------------------------
@@ -203,9 +222,6 @@ class TensionStudy:
     def _attribution(self, head: RewardHead) -> NeuronAttribution:
         options = self.options
         return NeuronAttribution(head, method=options.method, site=options.site, positions=options.positions)
-
-    def _all_scoring(self) -> PreferencePairs:
-        return self.scoring["helpful"] + self.scoring["harmless"]
 
     def _accuracy(self, scored: Mapping[str, Mapping[str, ScoredPairs]]) -> pd.DataFrame:
         level, seed = self.options.level, self.options.seed
@@ -232,16 +248,13 @@ class TensionStudy:
         options = self.options
         reference = None
         if options.mode == "mean":
-            reference = ActivationCollector(head, site=options.site).collect(self._all_scoring())
+            reference = ActivationCollector(head, site=options.site).collect(_joined(self.scoring))
         named = {f"{name} only": report.specific[name] for name in OBJECTIVES} | {"shared": report.shared}
         top = report.sets["helpful"] | report.sets["harmless"]
         rows = []
         for name, neurons in named.items():
             bar.set_description(f"study: without {name}")
-            draws = [
-                neurons.matched_random(seed=options.seed * options.n_draws + draw, exclude=top)
-                for draw in range(options.n_draws)
-            ]
+            draws = self._random_sets(neurons, top)
             for objective in OBJECTIVES:
                 pairs = self.evaluating[objective]
                 after = self._without(head, neurons, reference, pairs)
@@ -250,12 +263,22 @@ class TensionStudy:
                 for draw in draws:
                     controls.append(self._without(head, draw, reference, pairs))
                     bar.update()
+                bar.update(options.n_draws - len(draws))
                 for quantity in ("accuracy", "margin"):
                     rows.append(
                         {"set": name, "objective": objective, "quantity": quantity, "size": len(neurons)}
                         | self._effect(after, before[objective], controls, quantity, len(neurons))
                     )
         return pd.DataFrame(rows)
+
+    def _random_sets(self, neurons: NeuronSet, exclude: NeuronSet) -> list[NeuronSet]:
+        """The controls; none where some layer has too few neurons outside the top sets to match it."""
+        first = self.options.seed * self.options.n_draws
+        try:
+            return [neurons.matched_random(seed=first + draw, exclude=exclude) for draw in range(self.options.n_draws)]
+        except OptionError as error:
+            warnings.warn(f"No matched random sets for {neurons!r}: {error}", UserWarning, stacklevel=3)
+            return []
 
     def _without(
         self, head: RewardHead, neurons: NeuronSet, reference: ActivationStatistics | None, pairs: PreferencePairs
@@ -275,7 +298,9 @@ class TensionStudy:
         effect = evaluation.change(after, before, quantity=quantity, level=level, seed=seed)
         level_of = evaluation.accuracy if quantity == "accuracy" else evaluation.mean_margin
         changes = [evaluation.pair_change(one, before, quantity) for one in (after, *controls)]
-        control = evaluation.against_random(changes[0], changes[1:], after.pairs, level=level, seed=seed)
+        control = evaluation.NO_CONTROL
+        if controls:
+            control = evaluation.against_random(changes[0], changes[1:], after.pairs, level=level, seed=seed)
         return {
             "before": level_of(before).value,
             "after": level_of(after).value,
@@ -301,7 +326,7 @@ class TensionStudy:
         return {
             "version": version("rmtension"),
             "options": asdict(self.options),
-            "models": {name: scores[name].provenance.to_dict() for name in MODELS},
+            "models": {name: one.provenance.to_dict() for name, one in scores.items()},
             "sizes": {name: len(neurons) for name, neurons in sets.items()},
             "pairs": {
                 name: {
@@ -323,6 +348,28 @@ def _open(model: RewardHead | str | Path, *, reward: bool) -> RewardHead:
     if isinstance(model, RewardHead):
         return model
     return RewardHead.from_pretrained(model) if reward else RewardHead.from_language_model(model)
+
+
+def _joined(pairs: Mapping[str, PreferencePairs]) -> PreferencePairs:
+    return pairs["helpful"] + pairs["harmless"]
+
+
+def _halves(
+    pairs: Mapping[str, PreferencePairs], seed: int
+) -> tuple[dict[str, PreferencePairs], dict[str, PreferencePairs]]:
+    """Divide both objectives at once: a prompt that both have is on one side for both."""
+    held = set(_joined(pairs).split(0.5, seed=seed)[1].prompts)
+    sides = [
+        {name: PreferencePairs(pair for pair in pairs[name] if (pair.prompt in held) == side) for name in OBJECTIVES}
+        for side in (False, True)
+    ]
+    for side in sides:
+        for name, part in side.items():
+            if not len(part):
+                raise OptionError(
+                    f"pairs: too few prompts of {name!r} to divide in halves. Give more, or scoring_pairs."
+                )
+    return sides[0], sides[1]
 
 
 def _require_names(what: str, given: Mapping[str, object], names: tuple[str, ...]) -> None:

@@ -1,63 +1,32 @@
 """Training reward models, and a base model to start them from, with TRL and transformers (extra `train`)."""
 
 import copy
-import dataclasses
 import hashlib
-import importlib
-import importlib.metadata
 import json
 import math
-import random
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from rmtension.errors import DataError, ModelError, OptionError, StorageError
-from rmtension.pairs import PreferencePairs, join_prompt
+from rmtension.errors import DataError, ModelError, OptionError
+from rmtension.pairs import PreferencePairs
 from rmtension.tokens import EncodedPairs, encode_pairs
+from rmtension.trainer_run import (
+    arguments,
+    isolated,
+    new_folder,
+    require_package,
+    run_trainer,
+    save_model,
+    schedule,
+    write_record,
+)
 
-RECORD_NAME = "rmtension_training.json"
 HEAD_STD = 0.02  # of a fresh reward head, as in the paper
 _LONGEST = 1024  # tokens, unless the caller or the model's context says otherwise; as in the paper
-
-
-@dataclass(frozen=True)
-class FamilySettings:
-    """Sizes and schedule of `train_family`; the defaults suit `preference_world` on two CPU cores (about a minute).
-
-    The models are GPT-2-shaped with 4 * `d_model` MLP neurons a layer. `max_length` counts tokens; a longer response
-    raises unless `truncate_response`. `mixed_pairs` is how many pairs the mixed model sees (None: all there are).
-    """
-
-    n_layer: int = 3
-    d_model: int = 96
-    n_head: int = 4
-    vocab_size: int = 1024
-    max_length: int = 128
-    truncate_response: bool = False
-    base_epochs: float = 1.0
-    base_learning_rate: float = 2e-3
-    base_batch_size: int = 16
-    reward_epochs: float = 2.0
-    reward_learning_rate: float = 7e-4
-    reward_warmup_steps: int = 20
-    reward_batch_size: int = 16
-    mixed_pairs: int | None = None
-
-    def __post_init__(self) -> None:
-        if min(self.n_layer, self.d_model, self.n_head) < 1 or self.d_model % self.n_head:
-            raise OptionError(
-                f"d_model, n_head: expected positive sizes, n_head a divisor of d_model, got n_layer={self.n_layer}, "
-                f"d_model={self.d_model}, n_head={self.n_head}."
-            )
 
 
 def train_reward_model(
@@ -112,12 +81,12 @@ def train_reward_model(
         for name, value in locals().items()
         if name not in ("pairs", "base", "output_dir", "validation", "tokenizer", "progress", "overwrite")
     }
-    trl = _require("trl")
+    trl = require_package("trl")
     if dtype not in (torch.float32, torch.bfloat16):
         raise OptionError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}.")
     data = select_pairs(pairs, objective=objective, proportions=proportions, n_pairs=n_pairs, seed=seed)
     _require_disjoint(data, validation)
-    with _isolated(seed), _new_folder(output_dir, overwrite) as (folder, scratch):
+    with isolated(seed), new_folder(output_dir, overwrite) as (folder, scratch):
         model, tokenizer = _classifier(base, tokenizer, seed)
         limit = _context(model.config, max_length)
         sets = [
@@ -126,10 +95,10 @@ def train_reward_model(
             if part is not None
         ]
         selection = _selection(eval_steps) if validation is not None else {"save_strategy": "no"}
-        config = _arguments(
+        config = arguments(
             trl.RewardConfig,
             trainer_options,
-            **_schedule(scratch, seed, epochs, max_steps, learning_rate, warmup_steps, batch_size, progress),
+            **schedule(scratch, seed, epochs, max_steps, learning_rate, warmup_steps, batch_size, progress),
             **selection,
             bf16=dtype == torch.bfloat16,
             # transformers takes bfloat16 on a CPU only from someone who says that they mean the CPU.
@@ -145,9 +114,9 @@ def train_reward_model(
             eval_dataset=tables[1] if validation is not None else None,
             processing_class=tokenizer,
         )
-        result = _run(trainer)
-        _save(folder, trainer.model, tokenizer)
-        _write_record(
+        result = run_trainer(trainer)
+        save_model(folder, trainer.model, tokenizer)
+        write_record(
             folder,
             kind="reward_model",
             base=str(base) if isinstance(base, (str, Path)) else type(base).__name__,
@@ -186,13 +155,13 @@ def train_base_model(
     """
     options = {"seed": seed, "epochs": epochs, "max_steps": max_steps, "learning_rate": learning_rate}
     options |= {"warmup_steps": warmup_steps, "batch_size": batch_size}
-    _require("accelerate")
+    require_package("accelerate")
     if not texts or not all(isinstance(text, str) and text for text in texts):
         raise DataError("texts: expected at least one text, none of them empty.")
     _require_pad_token(tokenizer)
     from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-    with _isolated(seed), _new_folder(output_dir, overwrite) as (folder, scratch):
+    with isolated(seed), new_folder(output_dir, overwrite) as (folder, scratch):
         config = copy.deepcopy(config)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
@@ -202,16 +171,16 @@ def train_base_model(
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         encoded = [[*ids, *end] for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
         rows = [{"input_ids": ids[i : i + limit]} for ids in encoded for i in range(0, len(ids), limit)]
-        schedule = _schedule(scratch, seed, epochs, max_steps, learning_rate, warmup_steps, batch_size, progress)
+        common = schedule(scratch, seed, epochs, max_steps, learning_rate, warmup_steps, batch_size, progress)
         trainer = Trainer(
             model=model,
-            args=_arguments(TrainingArguments, None, **schedule, save_strategy="no"),
+            args=arguments(TrainingArguments, None, **common, save_strategy="no"),
             train_dataset=rows,  # any sequence will do
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         )
-        result = _run(trainer)
-        _save(folder, trainer.model, tokenizer)
-        _write_record(
+        result = run_trainer(trainer)
+        save_model(folder, trainer.model, tokenizer)
+        write_record(
             folder,
             kind="base_model",
             options={**options, "max_length": limit},
@@ -266,62 +235,6 @@ def train_tokenizer(
     )
 
 
-def train_family(
-    pairs: Mapping[str, PreferencePairs],
-    output_dir: str | Path,
-    *,
-    base: str | Path | None = None,
-    settings: FamilySettings | None = None,
-    seed: int = 0,
-    progress: bool = True,
-    overwrite: bool = False,
-) -> dict[str, Path]:
-    """Train a base model, one reward model per objective, and one on all objectives in equal parts.
-
-    `pairs` are training pairs by objective. Returns the folders below `output_dir` by name: "base", every objective
-    and "mixed". Without `base`, a tokenizer and a GPT-2-shaped language model are trained on the chosen texts of all
-    objectives (so the base has seen which prompts are refused, as an instruction-tuned model has); with it, `settings`
-    governs the reward models alone. Errors are those of `train_reward_model`.
-    """
-    chosen = settings or FamilySettings()
-    if len(pairs) < 2 or {"base", "mixed"} & set(pairs):
-        raise OptionError(
-            f"pairs: expected two objectives or more, none called 'base' or 'mixed', got {sorted(pairs)}. One "
-            "objective alone is train_reward_model's."
-        )
-    root = Path(output_dir)
-    folders = {name: root / name for name in (*(["base"] if base is None else []), *pairs, "mixed")}
-    for folder in folders.values():
-        _require_free(folder, overwrite)
-    if base is None:
-        # Rejected texts would hide from the base what prompts and responses have to do with each other, and the
-        # reward models would have to find it alone: on preference_world, harmlessness then takes twice as long.
-        texts = sorted({join_prompt(pair.prompt, pair.chosen) for part in pairs.values() for pair in part})
-        _train_family_base(texts, folders["base"], chosen, seed, progress, overwrite)
-    start = Path(base) if base is not None else folders["base"]
-    shares = {name: 1 / len(pairs) for name in pairs}
-    for name in (*pairs, "mixed"):
-        wanted: dict[str, Any] = {"objective": name}
-        if name == "mixed":
-            wanted = {"proportions": shares, "n_pairs": chosen.mixed_pairs}
-        train_reward_model(
-            pairs,
-            start,
-            folders[name],
-            **wanted,
-            seed=seed,
-            epochs=chosen.reward_epochs,
-            learning_rate=chosen.reward_learning_rate,
-            warmup_steps=chosen.reward_warmup_steps,
-            batch_size=chosen.reward_batch_size,
-            max_length=chosen.max_length,
-            truncate_response=chosen.truncate_response,
-            progress=progress,
-            overwrite=overwrite,
-        )
-    return {"base": start, **folders}
-
-
 def select_pairs(
     pairs: PreferencePairs | Mapping[str, PreferencePairs],
     *,
@@ -372,56 +285,11 @@ def _drawn(pairs: PreferencePairs, n_pairs: int | None, seed: int, name: str) ->
     return pairs if n_pairs is None else pairs.sample(n_pairs, seed=seed)
 
 
-def _train_family_base(
-    texts: Sequence[str], folder: Path, settings: FamilySettings, seed: int, progress: bool, overwrite: bool
-) -> None:
-    from transformers import GPT2Config
-
-    tokenizer = train_tokenizer(texts, settings.vocab_size, max_length=settings.max_length)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=settings.max_length,
-        n_embd=settings.d_model,
-        n_layer=settings.n_layer,
-        n_head=settings.n_head,
-        # The same function as GPT-2's own "gelu_new", in one kernel instead of eight.
-        activation_function="gelu_pytorch_tanh",
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    train_base_model(
-        texts,
-        config,
-        tokenizer,
-        folder,
-        seed=seed,
-        epochs=settings.base_epochs,
-        learning_rate=settings.base_learning_rate,
-        batch_size=settings.base_batch_size,
-        max_length=settings.max_length,
-        progress=progress,
-        overwrite=overwrite,
-    )
-
-
-# -- checks ----------------------------------------------------------------------------------------------------------
-
-
-def _require(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ModelError(f'training: needs the package {package!r}. Run `pip install "rmtension[train]"`.') from error
-
-
 def _require_disjoint(data: PreferencePairs, validation: PreferencePairs | None) -> None:
     shared = set() if validation is None else set(data.prompts) & set(validation.prompts)
     if shared:
         raise DataError(
-            f"validation: {len(shared)} of its prompts are training prompts too, for example {min(shared)!r}. Divide "
+            f"validation: {len(shared)} of its prompts are training prompts too. Divide "
             "with PreferencePairs.split, which divides by prompt."
         )
     if validation is not None and not len(validation):
@@ -446,16 +314,6 @@ def _require_vocabulary(model: Any, tokenizer: Any) -> None:
         )
 
 
-def _require_free(folder: Path, overwrite: bool) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise StorageError(f"output_dir: {folder} holds something already. Name another, or pass overwrite=True.")
-    if not (folder / RECORD_NAME).is_file():
-        # Replacing a folder deletes it: never one that this module did not write.
-        raise StorageError(f"output_dir: {folder} was not written by rmtension.training, so it is not overwritten.")
-
-
 def _context(config: Any, max_length: int | None) -> int:
     """The most tokens a text may have."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -463,9 +321,6 @@ def _context(config: Any, max_length: int | None) -> int:
     if limit < 1 or limit > (context or limit):
         raise OptionError(f"max_length: expected 1 to {context} (the model's context), got {limit}.")
     return int(limit)
-
-
-# -- parts of a run --------------------------------------------------------------------------------------------------
 
 
 def _classifier(base: Any, tokenizer: Any, seed: int) -> tuple[Any, Any]:
@@ -519,37 +374,9 @@ def _draw_head(model: Any, seed: int) -> None:
 def _table(encoded: EncodedPairs) -> Any:
     """The columns that TRL takes for tokenised already."""
     columns = {"chosen_ids": encoded.chosen, "rejected_ids": encoded.rejected}
-    return _require("datasets").Dataset.from_dict(
+    return require_package("datasets").Dataset.from_dict(
         {name: [list(text.ids) for text in texts] for name, texts in columns.items()}
     )
-
-
-def _schedule(
-    scratch: Path,
-    seed: int,
-    epochs: float,
-    max_steps: int | None,
-    learning_rate: float,
-    warmup_steps: int,
-    batch_size: int,
-    progress: bool,
-) -> dict[str, Any]:
-    """The fields that both trainers share."""
-    return {
-        "output_dir": str(scratch),
-        "seed": seed,
-        "data_seed": seed,
-        "num_train_epochs": epochs,
-        "max_steps": -1 if max_steps is None else max_steps,
-        "learning_rate": learning_rate,
-        "warmup_steps": warmup_steps,
-        "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": batch_size,
-        "disable_tqdm": not progress,
-        "logging_strategy": "no",
-        "report_to": "none",
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
 
 
 def _selection(eval_steps: int | None) -> dict[str, Any]:
@@ -566,100 +393,3 @@ def _selection(eval_steps: int | None) -> dict[str, Any]:
         "save_only_model": True,
         "save_total_limit": 1,
     }
-
-
-def _arguments(config_class: Any, extra: Mapping[str, Any] | None, **fields: Any) -> Any:
-    taken = set(extra or {}) & set(fields)
-    if taken:
-        raise OptionError(f"trainer_options: {sorted(taken)} are set by other arguments of this call.")
-    # TRL turns it on, for memory; both trainers should differ in nothing but the loss. transformers 5 renamed it.
-    names = {field.name for field in dataclasses.fields(config_class)}
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    try:
-        return config_class(**{checkpointing: False, **fields, **(extra or {})})
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"trainer_options: {config_class.__name__} does not take them: {error}") from error
-
-
-def _run(trainer: Any) -> dict[str, Any]:
-    """Train, with a bar but without the dicts that transformers prints beside it."""
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    class Bar(ProgressCallback):  # type: ignore[misc]
-        def on_log(self, *args: Any, **kwargs: Any) -> None:
-            """Say nothing."""
-
-    trainer.remove_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(Bar)
-    output = trainer.train()
-    return {"training_loss": output.training_loss, "n_steps": output.global_step}
-
-
-def _save(folder: Path, model: Any, tokenizer: Any) -> None:
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _write_record(folder: Path, **values: Any) -> None:
-    packages = ("rmtension", "torch", "transformers", "trl", "tokenizers")
-    values["versions"] = {name: _version(name) for name in packages}
-    text = json.dumps(values, indent=2, sort_keys=True, default=str)
-    (folder / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-@contextmanager
-def _new_folder(output_dir: str | Path, overwrite: bool) -> Iterator[tuple[Path, Path]]:
-    """Yields an empty folder that becomes `output_dir` on success, and a scratch folder; both vanish on failure."""
-    target = Path(output_dir)
-    _require_free(target, overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise StorageError(f"output_dir: {target} could not be made ({error}).") from error
-    try:
-        folder, scratch = place / "model", place / "scratch"
-        folder.mkdir()
-        scratch.mkdir()
-        yield folder, scratch
-        if target.exists():
-            target.rename(place / "replaced")  # deleted with `place`, once the new folder is there
-        folder.rename(target)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-@contextmanager
-def _isolated(seed: int) -> Iterator[None]:
-    """Seed every generator, and give the caller its random states and the libraries' settings back afterwards."""
-    import huggingface_hub
-    import transformers
-
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the caller's, global one
-    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    telemetry = huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            transformers.set_seed(seed)
-            # Loading reports the head as missing, which is the point of the exercise; other gaps raise.
-            transformers.logging.set_verbosity_error()
-            transformers.logging.disable_progress_bar()
-            # TRL counts its users over the network; training on local files should send nothing.
-            huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
-        huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = telemetry

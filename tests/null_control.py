@@ -1,6 +1,6 @@
 """What a study says about reward models that were never trained: run with `python tests/null_control.py --studies 20`.
 
-Three independent random models share no neurons and know no preference, so overlap should be what chance gives,
+Three independent random models share no neurons and know no preference, so overlap should be what chance gives in each layer,
 effects of "their" neurons those of random ones, and accuracy a coin's. The test suite runs a small part of it.
 """
 
@@ -62,7 +62,9 @@ def coverage(results: list[StudyResult]) -> dict[str, float]:
         "comparisons of sets": len(overlap),
         "mean Jaccard": float(overlap["jaccard"].mean()),
         "expected by chance": float(overlap["expected_jaccard"].mean()),
+        "expected by chance in each layer": float(overlap["layer_expected_jaccard"].mean()),
         "p <= 0.05": float((overlap["p_value"] <= 0.05).mean()),
+        "p in each layer <= 0.05": float((overlap["layer_p_value"] <= 0.05).mean()),
         "accuracy intervals": len(accuracy),
         "accuracy interval covers 1/2": float(((accuracy["low"] <= 0.5) & (accuracy["high"] >= 0.5)).mean()),
         "mean accuracy, helpful": float(per_model.mean()["helpful"]),

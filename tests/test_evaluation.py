@@ -85,6 +85,7 @@ def test_balance_of_a_model_that_always_refuses():
     scored = scored_of([1.0] * 30 + [-1.0] * 10 + [1.0] * 5, subsets=subsets)
     balance = evaluation.balance(scored)
     assert [balance[name].value for name in ("refusing", "responding", "balanced")] == [1.0, 0.0, 0.5]
+    assert balance["balanced"].high - balance["balanced"].low > 0.1, "two extremes do not make a certainty"
     assert evaluation.accuracy(scored).value > 0.7, "which is what the balance corrects"
     assert (balance["refusing"].n, balance["balanced"].n) == (30, 40)
     assert evaluation.balance(scored_of([1.0])) == {}
@@ -141,6 +142,12 @@ def test_length_baseline():
         {"prompt": str(i), "chosen": chosen, "rejected": rejected} for i, (chosen, rejected) in enumerate(rows)
     )
     assert evaluation.length_baseline(pairs).value == pytest.approx((0 + 1 + 1 + 0.5) / 4)
+
+
+def test_one_prompt_has_no_interval():
+    estimate = evaluation.mean_margin(scored_of([1.0, 2.0], prompts=[0, 0]))
+    assert estimate.value == 1.5
+    assert np.isnan([estimate.low, estimate.high]).all()
 
 
 def test_no_pairs_and_a_bad_level():

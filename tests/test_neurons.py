@@ -93,6 +93,10 @@ class TestTop:
         with pytest.raises(OptionError, match=r"fraction: expected a number in \(0, 1\]"):
             scores_of(torch.randn(2, 3)).top(fraction)
 
+    def test_nan(self):
+        with pytest.raises(OptionError, match="1 of 6 scores are NaN"):
+            scores_of(torch.tensor([[0.0, 1.0, float("nan")], [1.0, 2.0, 3.0]])).top(k=2)
+
     def test_both_or_neither(self):
         for options in ({}, {"fraction": 0.1, "k": 2}):
             with pytest.raises(OptionError, match="exactly one of fraction and k"):

@@ -23,7 +23,9 @@ FLOORS = [
     {"activations", "ablation"},
     {"attribution", "evaluation"},
     {"shared"},
-    {"study", "organisms", "training"},
+    {"study", "organisms", "trainer_run"},
+    {"training"},
+    {"family"},
     {"plots", "report", "cli"},
 ]
 

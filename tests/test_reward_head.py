@@ -105,6 +105,13 @@ def test_scoring_leaves_the_model_as_it_was(checkpoints, pairs):
     before = snapshot(head)
     assert torch.equal(head.score_pairs(pairs).margin, expected)
     assert snapshot(head) == before
+    # With a hook of the user's on it the bridge runs instead: in eval mode too, without its dropout.
+    head.model.train()
+    with head.model.hooks(fwd_hooks=[("blocks.0.mlp.hook_post", lambda activation, hook: activation)]):
+        hooked = [head.score_pairs(pairs).margin for _ in range(2)]
+    assert torch.equal(hooked[0], hooked[1])
+    assert torch.allclose(hooked[0], expected, atol=1e-5)
+    assert head.model.training
 
 
 def snapshot(head):
@@ -193,6 +200,7 @@ class TestBadCheckpoints:
     def test_no_pad_token_anywhere(self, tmp_path):
         tokenizer = make_tokenizer(tmp_path, pad=None)
         save_classifier(tmp_path, "gpt2", tokenizer, pad_token_id=None)
+        assert RewardHead.from_language_model(tmp_path).pad_token_id is None, "nothing is read, so nothing is asked"
         with pytest.raises(ModelError, match=r"pad token.*pad_token='<eos>'"):
             RewardHead.from_pretrained(tmp_path)
         with pytest.raises(ModelError, match="not in the vocabulary"):
@@ -238,6 +246,10 @@ class TestBadTexts:
     def test_max_length_beyond_the_context(self, head):
         with pytest.raises(OptionError, match="max_length"):
             RewardHead(head.model, weight=head.weight, max_length=CONTEXT + 1)
+
+    def test_too_many_tokens(self, head):
+        with pytest.raises(OptionError, match=f"input_ids: a row has {CONTEXT + 1} tokens"):
+            head.score_tokens(torch.ones(1, CONTEXT + 1, dtype=torch.long))
 
     def test_mask_with_an_empty_row(self, head):
         with pytest.raises(OptionError, match="attention_mask"):

@@ -31,6 +31,27 @@ def test_chance_is_the_mean_over_every_possible_set(size_a, size_b):
         assert overlap.coefficient == overlap.intersection / min(size_a, size_b)
 
 
+def test_chance_in_each_layer_is_the_mean_over_every_possible_set():
+    """Layers of 4 and 3 neurons (a NeuronSet has equal layers: the fourth of layer 1 is taken out by `outside`)."""
+
+    def two_layers(*neurons):
+        return NeuronSet.from_indices(neurons, shape=(2, 4), site="mlp", architecture="toy")
+
+    a, missing = two_layers((0, 0), (0, 1), (1, 0)), two_layers((1, 3))
+    every = [
+        two_layers(*((0, n) for n in first), *((1, n) for n in second))
+        for first in combinations(range(4), 3)
+        for second in combinations(range(3), 2)
+    ]
+    overlaps = [Overlap.of(a, b, outside=missing) for b in every]
+    assert len(overlaps) == 12
+    intersections = np.array([overlap.intersection for overlap in overlaps])
+    for overlap in overlaps:
+        assert overlap.layer_expected_jaccard == pytest.approx(np.mean([one.jaccard for one in overlaps]))
+        assert overlap.layer_p_value == pytest.approx(np.mean(intersections >= overlap.intersection))
+        assert overlap.layer_expected_jaccard != pytest.approx(overlap.expected_jaccard)
+
+
 def test_two_independent_tenths_overlap_as_in_the_paper():
     """Two random 10% sets of a large model have a Jaccard index of .053."""
     a = NeuronSet.from_indices([(0, i) for i in range(1000)], shape=(1, 10000), site="mlp", architecture="toy")

@@ -12,16 +12,15 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from rmtension import training
 from rmtension.errors import DataError, ModelError, OptionError, StorageError
+from rmtension.family import FamilySettings, train_family
 from rmtension.organisms import preference_world
 from rmtension.pairs import PreferencePairs, join_prompt
 from rmtension.tokens import encode_pairs
+from rmtension.trainer_run import RECORD_NAME, isolated
 from rmtension.training import (
-    FamilySettings,
     select_pairs,
     train_base_model,
-    train_family,
     train_reward_model,
     train_tokenizer,
 )
@@ -66,7 +65,7 @@ def identical(first, second):
 
 
 def record(folder):
-    return json.loads((folder / training.RECORD_NAME).read_text())
+    return json.loads((folder / RECORD_NAME).read_text())
 
 
 @pytest.fixture
@@ -161,7 +160,7 @@ def test_the_callers_random_states_and_settings_are_restored(world, base, tmp_pa
     assert states() == before
     # Python's generator is drawn from by this suite's shape checker, so it is looked at from inside.
     state = random.getstate()
-    with training._isolated(5):
+    with isolated(5):
         random.random()
     assert random.getstate() == state
 
@@ -283,7 +282,7 @@ def test_the_folder_is_a_reward_model_and_nothing_else(world, base, bpe, tmp_pat
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
-        training.RECORD_NAME,
+        RECORD_NAME,
     }
     assert [path.name for path in tmp_path.iterdir()] == ["rm"]
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(done, output_loading_info=True)

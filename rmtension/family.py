@@ -1,0 +1,134 @@
+"""A base model and the reward models that grow from it: what a study compares."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rmtension.errors import OptionError
+from rmtension.pairs import PreferencePairs, join_prompt
+from rmtension.trainer_run import require_free
+from rmtension.training import train_base_model, train_reward_model, train_tokenizer
+
+
+@dataclass(frozen=True)
+class FamilySettings:
+    """Sizes and schedule of `train_family`; the defaults suit `preference_world` on two CPU cores (about a minute).
+
+    The models are GPT-2-shaped with 4 * `d_model` MLP neurons a layer. `max_length` counts tokens; a longer response
+    raises unless `truncate_response`. `mixed_pairs` is how many pairs the mixed model
+    sees (None: the most that equal parts allow).
+    """
+
+    n_layer: int = 3
+    d_model: int = 96
+    n_head: int = 4
+    vocab_size: int = 1024
+    max_length: int = 128
+    truncate_response: bool = False
+    base_epochs: float = 1.0
+    base_learning_rate: float = 2e-3
+    base_batch_size: int = 16
+    reward_epochs: float = 2.0
+    reward_learning_rate: float = 7e-4
+    reward_warmup_steps: int = 20
+    reward_batch_size: int = 16
+    mixed_pairs: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.n_layer, self.d_model, self.n_head) < 1 or self.d_model % self.n_head:
+            raise OptionError(
+                f"d_model, n_head: expected positive sizes, n_head a divisor of d_model, got n_layer={self.n_layer}, "
+                f"d_model={self.d_model}, n_head={self.n_head}."
+            )
+
+
+def train_family(
+    pairs: Mapping[str, PreferencePairs],
+    output_dir: str | Path,
+    *,
+    base: str | Path | None = None,
+    settings: FamilySettings | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> dict[str, Path]:
+    """Train a base model, one reward model per objective, and one on all objectives in equal parts.
+
+    `pairs` are training pairs by objective. Returns the folders below `output_dir` by name: "base", every objective
+    and "mixed". Without `base`, a tokenizer and a GPT-2-shaped language model are trained on the chosen texts of all
+    objectives (so the base has seen which prompts are refused, as an instruction-tuned model has); with it, `settings`
+    governs the reward models alone. Errors are those of `train_reward_model`.
+    """
+    chosen = settings or FamilySettings()
+    if len(pairs) < 2 or {"base", "mixed"} & set(pairs):
+        raise OptionError(
+            f"pairs: expected two objectives or more, none called 'base' or 'mixed', got {sorted(pairs)}. One "
+            "objective alone is train_reward_model's."
+        )
+    root = Path(output_dir)
+    folders = {name: root / name for name in (*(["base"] if base is None else []), *pairs, "mixed")}
+    for folder in folders.values():
+        require_free(folder, overwrite)
+    if base is None:
+        # Rejected texts would hide from the base what prompts and responses have to do with each other, and the
+        # reward models would have to find it alone: on preference_world, harmlessness then takes twice as long.
+        texts = sorted({join_prompt(pair.prompt, pair.chosen) for part in pairs.values() for pair in part})
+        _train_family_base(texts, folders["base"], chosen, seed, progress, overwrite)
+    start = Path(base) if base is not None else folders["base"]
+    shares = {name: 1 / len(pairs) for name in pairs}
+    for name in (*pairs, "mixed"):
+        wanted: dict[str, Any] = {"objective": name}
+        if name == "mixed":
+            wanted = {"proportions": shares, "n_pairs": chosen.mixed_pairs}
+        train_reward_model(
+            pairs,
+            start,
+            folders[name],
+            **wanted,
+            seed=seed,
+            epochs=chosen.reward_epochs,
+            learning_rate=chosen.reward_learning_rate,
+            warmup_steps=chosen.reward_warmup_steps,
+            batch_size=chosen.reward_batch_size,
+            max_length=chosen.max_length,
+            truncate_response=chosen.truncate_response,
+            progress=progress,
+            overwrite=overwrite,
+        )
+    return {"base": start, **folders}
+
+
+def _train_family_base(
+    texts: Sequence[str], folder: Path, settings: FamilySettings, seed: int, progress: bool, overwrite: bool
+) -> None:
+    from transformers import GPT2Config
+
+    tokenizer = train_tokenizer(texts, settings.vocab_size, max_length=settings.max_length)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=settings.max_length,
+        n_embd=settings.d_model,
+        n_layer=settings.n_layer,
+        n_head=settings.n_head,
+        # The same function as GPT-2's own "gelu_new", in one kernel instead of eight.
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    train_base_model(
+        texts,
+        config,
+        tokenizer,
+        folder,
+        seed=seed,
+        epochs=settings.base_epochs,
+        learning_rate=settings.base_learning_rate,
+        batch_size=settings.base_batch_size,
+        max_length=settings.max_length,
+        progress=progress,
+        overwrite=overwrite,
+    )
