@@ -26,8 +26,8 @@ class Overlap:
     `jaccard` is |A & B| / |A | B|, `coefficient` |A & B| / min(|A|, |B|). Under chance B is a random set of its size
     among `n_neurons`, so that |A & B| is hypergeometric: `expected_jaccard` is the mean of the Jaccard index then,
     `p_value` the probability of an intersection at least as large. Top sets crowd in some layers of every model,
-    trained or not, and overlap for that alone: `layer_expected_jaccard` and `layer_p_value` are the same with B random within
-    each layer, as many neurons there as it has.
+    trained or not, and overlap for that alone: `layer_expected_jaccard` and `layer_p_value` are the same for a B that
+    is random within each layer, with as many neurons there as it has.
     """
 
     size_a: int

@@ -1,7 +1,7 @@
 """What a study says about reward models that were never trained: run with `python tests/null_control.py --studies 20`.
 
-Three independent random models share no neurons and know no preference, so overlap should be what chance gives in each layer,
-effects of "their" neurons those of random ones, and accuracy a coin's. The test suite runs a small part of it.
+Three independent random models share no neurons and know no preference, so overlap should be what chance gives in each
+layer, effects of "their" neurons those of random ones, and accuracy a coin's. The test suite runs a small part of it.
 """
 
 import argparse
