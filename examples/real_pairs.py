@@ -21,7 +21,6 @@ import transformers
 
 from rmtension import PreferencePairs, StudyOptions, TensionStudy
 from rmtension.family import FamilySettings, train_family
-from rmtension.pairs import join_prompt
 from rmtension.report import to_text, write_report
 from rmtension.study import OBJECTIVES, require_no_study
 from rmtension.tokens import encode_pairs
@@ -69,7 +68,7 @@ def train_base(
         n_head=options.heads,
     )
     return train_base_model(
-        sorted({join_prompt(pair.prompt, pair.chosen) for part in train.values() for pair in part}),
+        sorted({pair.text("chosen") for part in train.values() for pair in part}),
         config,
         tokenizer,
         folder,
@@ -114,7 +113,7 @@ def main() -> None:
     for seed in range(options.seeds):
         folder = options.out if options.seeds == 1 else options.out / f"seed-{seed}"
         train, test = divide(pairs, seed)
-        texts = [join_prompt(pair.prompt, pair.chosen) for part in train.values() for pair in part]
+        texts = [pair.text("chosen") for part in train.values() for pair in part]
         tokenizer = train_tokenizer(texts[::2], options.vocab_size, max_length=options.max_length)
         sides = []
         for side, most in ((train, options.train_pairs), (test, options.test_pairs)):

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from rmtension.attribution import NeuronAttribution
     from rmtension.errors import RMTensionError
     from rmtension.neurons import NeuronScores, NeuronSet
-    from rmtension.pairs import PreferencePair, PreferencePairs
+    from rmtension.pair import PreferencePair
+    from rmtension.pairs import PreferencePairs
     from rmtension.reward_head import RewardHead
     from rmtension.scored import ScoredPairs
     from rmtension.shared import SharedNeuronAnalyzer, SharedNeuronReport
@@ -26,7 +27,7 @@ _MODULE_OF = {
     "NeuronAttribution": "attribution",
     "NeuronScores": "neurons",
     "NeuronSet": "neurons",
-    "PreferencePair": "pairs",
+    "PreferencePair": "pair",
     "PreferencePairs": "pairs",
     "RMTensionError": "errors",
     "RewardHead": "reward_head",

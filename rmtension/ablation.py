@@ -70,14 +70,16 @@ class AblationContext:
         self._hooks.__exit__(*exception)
 
     def _ablate(self, layer: int, activation: Tensor) -> Tensor:
-        columns = self._columns[layer]
+        columns = self._columns[layer].to(activation.device)
         # Rows are tokens of all texts: some models flatten the two before the MLP, some do not.
         rows = activation.reshape(-1, self.head.n_channels(self.neurons.site))
         block = rows[:, columns]
         ablated = self._replacement(layer, columns, block)
         # "all" needs no mask: what becomes of padding reaches no real token.
         if self._positions != "all":
-            ablated = torch.where(_require_batch().select(self._positions).reshape(-1, 1), ablated, block)
+            ablated = torch.where(
+                _require_batch().select(self._positions).to(block.device).reshape(-1, 1), ablated, block
+            )
         rows = rows.clone()
         rows[:, columns] = ablated
         return rows.reshape(activation.shape)

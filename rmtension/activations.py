@@ -11,13 +11,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rmtension.encoding import EncodedPairs, EncodedText
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance
 from rmtension.reward_head import RewardHead
 from rmtension.sites import check_positions, find_site, neuron_activations
 from rmtension.storage import read_result, write_result
-from rmtension.tokens import EncodedPairs, EncodedText, TokenBatch, text_batches
+from rmtension.tokens import TokenBatch, text_batches
 
 # Rows that go to float64 at a time: whole activations would double the memory of a batch.
 _ROWS = 512
@@ -224,7 +225,7 @@ class ActivationCollector:
         return sums | {"channel": torch.zeros(layers, self.head.n_channels(self.site), dtype=torch.float64)}
 
     def _add(self, sums: Mapping[str, Tensor], select: Tensor, layer: int, channels: Tensor) -> None:
-        for rows in torch.split(channels[select], _ROWS):
+        for rows in torch.split(channels[select.to(channels.device)], _ROWS):
             exact = rows.double()
             sums["channel"][layer] += exact.sum(0).cpu()
             neurons = neuron_activations(exact[None], self.site, self.head.n_neurons(self.site))[0]
@@ -246,7 +247,7 @@ class ActivationCollector:
 
 
 def _keep(values: Tensor, donors: Tensor, rows: Tensor, columns: Tensor, layer: int, channels: Tensor) -> None:
-    values[donors, layer] = channels[rows, columns].cpu()
+    values[donors, layer] = channels[rows.to(channels.device), columns.to(channels.device)].cpu()
 
 
 def _run(head: RewardHead, site: str, batch: TokenBatch, visit: Callable[[int, Tensor], None]) -> None:

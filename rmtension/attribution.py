@@ -117,7 +117,7 @@ def _mean_activation(
         channels = activation.reshape(*select.shape, -1)
         # Half precision would lose the sum, not only its last digits.
         values = neuron_activations(channels.to(head.reward_dtype), site, head.n_neurons(site))
-        weights = select.to(values) / select.sum(dim=1, keepdim=True)
+        weights = select.to(values) / select.sum(dim=1, keepdim=True).to(values.device)
         means[layer] = einsum(weights, values, "text token, text token neuron -> text neuron").double().cpu()
 
     with head.hooks(site, look), torch.no_grad():

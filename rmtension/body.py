@@ -1,15 +1,22 @@
 """The part of a reward model that runs, up to the final norm, and where its neurons are in it."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension.errors import ModelError
-from rmtension.hooks import InstalledHooks, Spot, count_foreign_hooks
+from rmtension.hooks import InstalledHooks, Spot, Visit, count_foreign_hooks, in_eval_mode
+from rmtension.norms import read_norm
 from rmtension.sites import SITES, find_site
 from rmtension.tokens import TokenBatch
+
+# Largest difference of a bridge, relative to the residual stream. A wrong one is off by percents; half precision rounds
+# every step of attention to 3 or 2 digits.
+_BRIDGE_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
 class BridgeBody:
@@ -24,22 +31,69 @@ class BridgeBody:
     def __init__(self, bridge: nn.Module, plain: nn.Module | None = None, names: dict[int, str] | None = None) -> None:
         self.bridge = bridge
         self.module: nn.Module = self._base() if plain is None else plain
-        self._plain = plain
+        self.plain = plain
+        self._names = names or {}
+        self.projection_names = {} if plain is None else _projection_names(bridge, self._names)
+        self._bridge_error = 0.0 if plain is None else self._compare()
+        # After the first run, in which a bridge installs hooks of its own.
         self._foreign = count_foreign_hooks(bridge)
-        self._projections = {} if plain is None else _projections(bridge, plain, names or {})
+
+    @property
+    def final_norm_folded(self) -> bool:
+        """Whether compatibility mode moved the final norm's gain into the unembedding."""
+        bridge: Any = self.bridge
+        if not getattr(bridge, "compatibility_mode", False) or not hasattr(bridge, "ln_final"):
+            return False
+        return read_norm(bridge.ln_final.original_component, int(bridge.cfg.d_model)).is_plain
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "text token d_model"]:
         """The residual stream after the final norm's gain; no vocabulary projection."""
-        alone = self._plain is not None and count_foreign_hooks(self.bridge) == self._foreign
-        base: Any = self._plain if alone else self._base()
-        output: Tensor = base(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False)[0]
-        return output
+        if self.plain is not None and count_foreign_hooks(self.bridge) == self._foreign:
+            return _run(self.plain, batch)
+        if self._bridge_error > _BRIDGE_TOLERANCE.get(next(self.module.parameters()).dtype, 1e-3):
+            raise ModelError(
+                f"model: the TransformerBridge of {type(self.module).__name__} is off by {self._bridge_error:.1e} of "
+                "its residual stream, so that hooks on it would see another model. Remove your hooks from head.model "
+                "and use head.hooks(site, visit), which runs transformers' own modules."
+            )
+        return _run(self._base(), batch)
 
     def spots(self, site: str, layer: int) -> list[Spot]:
         """Every place where the activation of `site` in `layer` passes, whichever way the model runs."""
-        point = _hook_point(self.bridge, site, layer)
-        projection = self._projections.get((site, layer))
-        return [Spot(point, "output")] + ([] if projection is None else [Spot(projection, "input")])
+        point = Spot(_hook_point(self.bridge, site, layer), "output")
+        if self.plain is None:
+            return [point]
+        name = self.projection_names.get((site, layer))
+        if name is None:
+            raise ModelError(
+                f"site {site!r}: layer {layer} of {type(self.plain).__name__} has no single projection that its "
+                "neurons go through (a mixture of experts has one for each expert)."
+            )
+        return [point, Spot(self.plain.get_submodule(name), "input")]
+
+    @property
+    def n_embeddings(self) -> int:
+        """Rows of the embedding: token ids lie below."""
+        bridge: Any = self.bridge
+        source: Any = bridge.original_model if self.plain is None else self.plain
+        return int(source.get_input_embeddings().weight.shape[0])
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm whose output the head multiplies, in the model that runs while nobody hooks the bridge."""
+        bridge: Any = self.bridge
+        if not hasattr(bridge, "ln_final"):
+            raise ModelError(f"{type(self.module).__name__}: TransformerLens knows no final norm in it.")
+        norm: nn.Module = bridge.ln_final
+        name = self._names.get(id(bridge.ln_final.original_component))
+        return norm if self.plain is None or name is None else self.plain.get_submodule(name)
+
+    def block(self, layer: int) -> nn.Module:
+        """The module whose input is the residual stream before `layer`."""
+        bridge: Any = self.bridge
+        block: nn.Module = bridge.blocks[layer]
+        name = self._names.get(id(getattr(block, "original_component", None)))
+        return block if self.plain is None or name is None else self.plain.get_submodule(name)
 
     def modules(self) -> Iterator[nn.Module]:
         """Every module that may run. A bridge keeps transformers' model outside its own list."""
@@ -52,18 +106,48 @@ class BridgeBody:
         base: nn.Module = bridge.original_model.base_model
         return base
 
+    def _compare(self) -> float:
+        """How far the bridge is from transformers' modules on a few tokens, relative to the residual stream."""
+        parameter = next(self.module.parameters())
+        batch = probe_batch(min(12, self.n_embeddings), parameter.device)
+        with torch.no_grad(), in_eval_mode(self.modules()):
+            expected, output = (_run(base, batch).double() for base in (self.module, self._base()))
+        return float((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+
 
 class HookedTransformerBody:
     """A HookedTransformer (TransformerLens 3.x)."""
 
+    plain: nn.Module | None = None
+
     def __init__(self, model: nn.Module) -> None:
-        cfg: Any = model.cfg
-        if str(getattr(cfg, "normalization_type", "")).endswith("Pre"):
-            raise ModelError(
-                "model: the final norm of this HookedTransformer was folded into its unembedding, so that its residual "
-                "stream lacks the norm's gain. Load it with HookedTransformer.from_pretrained_no_processing."
-            )
         self.module = model
+        self.projection_names: dict[tuple[str, int], str] = {}
+
+    @property
+    def final_norm_folded(self) -> bool:
+        """Whether weight processing moved the final norm's gain into the unembedding."""
+        cfg: Any = self.module.cfg
+        return str(getattr(cfg, "normalization_type", "")).endswith("Pre")
+
+    @property
+    def n_embeddings(self) -> int:
+        """Rows of the embedding: token ids lie below."""
+        cfg: Any = self.module.cfg
+        return int(cfg.d_vocab)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm whose output the head multiplies."""
+        model: Any = self.module
+        norm: nn.Module = model.ln_final
+        return norm
+
+    def block(self, layer: int) -> nn.Module:
+        """The module whose input is the residual stream before `layer`."""
+        model: Any = self.module
+        block: nn.Module = model.blocks[layer]
+        return block
 
     def modules(self) -> Iterator[nn.Module]:
         """Every module that may run."""
@@ -95,8 +179,53 @@ def find_body(model: nn.Module) -> Body:
         return HookedTransformerBody(model)
     raise ModelError(
         f"model: expected a TransformerBridge or a HookedTransformer, got {type(model).__name__}. Checkpoints are "
-        "opened with RewardHead.from_pretrained."
+        "opened with RewardHead.from_pretrained, transformers' classifiers with RewardHead.from_classifier."
     )
+
+
+def probe_batch(n_tokens: int, device: torch.device) -> TokenBatch:
+    """One text of the first `n_tokens` ids."""
+    ids = torch.arange(n_tokens, device=device)[None]
+    real = torch.ones_like(ids, dtype=torch.bool)
+    return TokenBatch(ids, real, real, ids[:, -1], ids[:, 0], (0,))
+
+
+def measure_sites(body: Body, n_layers: int, device: torch.device) -> tuple[dict[str, int], dict[str, ModelError]]:
+    """Channels per layer of every site, and why a site is not there.
+
+    The widths are read off one token's run: configs do not always tell (OPT's does not).
+    """
+    shapes: dict[tuple[str, int], int] = {}
+    missing: dict[str, ModelError] = {}
+    hooks: list[tuple[Spot, Visit]] = []
+
+    def record(site: str, layer: int, activation: Tensor) -> None:
+        shapes[site, layer] = activation.numel()
+
+    for site in SITES:
+        try:
+            spots = [
+                (spot, partial(record, site, layer)) for layer in range(n_layers) for spot in body.spots(site, layer)
+            ]
+        except ModelError as error:
+            missing[site] = error
+        else:
+            hooks += spots
+    with InstalledHooks(hooks), torch.no_grad():
+        body.residual(probe_batch(1, device))
+    found = {}
+    for site in set(SITES) - set(missing):
+        widths = {shapes.get((site, layer)) for layer in range(n_layers)}
+        if len(widths) == 1 and None not in widths:
+            found[site] = shapes[site, 0]
+        else:
+            missing[site] = ModelError(f"site {site!r}: expected one width in all {n_layers} layers, got {widths}.")
+    return found, missing
+
+
+def _run(base: Any, batch: TokenBatch) -> Float[Tensor, "text token d_model"]:
+    output: Tensor = base(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False)[0]
+    return output
 
 
 def _hook_point(model: Any, site: str, layer: int) -> nn.Module:
@@ -107,10 +236,11 @@ def _hook_point(model: Any, site: str, layer: int) -> nn.Module:
     return point
 
 
-def _projections(bridge: Any, plain: nn.Module, names: dict[int, str]) -> dict[tuple[str, int], nn.Module]:
-    """(site, layer) -> the module of `plain` whose input the bridge's hook point shows.
+def _projection_names(bridge: Any, names: dict[int, str]) -> dict[tuple[str, int], str]:
+    """(site, layer) -> the name of the module of transformers' model whose input the bridge's hook point shows.
 
-    `names` maps the id of each module of the bridged twin to its name, taken before bridging.
+    `names` maps the id of each module of the bridged twin to its name, taken before bridging. A site whose neurons go
+    through no projection of their own is left out.
     """
     owners = {
         id(module.hook_in): module
@@ -120,11 +250,8 @@ def _projections(bridge: Any, plain: nn.Module, names: dict[int, str]) -> dict[t
     found = {}
     for site in SITES:
         for layer in range(int(bridge.cfg.n_layers)):
-            owner = owners.get(id(_hook_point(bridge, site, layer)))
-            name = names.get(id(getattr(owner, "original_component", None)))
-            if name is None:
-                raise ModelError(
-                    f"site {site!r}: layer {layer} has no projection of its own in {type(plain).__name__}."
-                )
-            found[site, layer] = plain.get_submodule(name)
+            point = bridge.hook_dict.get(find_site(site).hook_name(layer))
+            name = names.get(id(getattr(owners.get(id(point)), "original_component", None)))
+            if name is not None:
+                found[site, layer] = name
     return found

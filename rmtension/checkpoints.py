@@ -1,169 +1,279 @@
-"""Opening a checkpoint: transformers loads it, a TransformerBridge gives its hooks, the reward head stays with it."""
+"""Opening a reward model's checkpoint: transformers loads it, safetensors only, and its scalar head stays with it."""
 
-import copy
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from rmtension.body import BridgeBody
-from rmtension.errors import ModelError
+from rmtension.errors import ModelError, OptionError
+from rmtension.heads import LinearHead, head_keys, read_head
+
+_DRAWN = "which transformers would draw at random"
+
+
+class LoadOptions(TypedDict, total=False):
+    """How `RewardHead.from_pretrained` and `from_language_model` load a checkpoint.
+
+    dtype: float32 by default; with half precision the head's product stays in float32.
+    device: the first GPU if there is one, otherwise the CPU.
+    device_map: passed to transformers (needs accelerate): a model larger than a device, layer by layer; instead of
+        `device`. Weights on disk or on the meta device are refused.
+    n_devices: spread the model over this many GPUs; short for a balanced `device_map`.
+    revision: of a hub name.
+    tokenizer: used in place of the checkpoint's own.
+    pad_token: which token transformers skips at the end of a text, where neither config nor tokenizer says so.
+    trust_remote_code: False; True runs code that comes with the checkpoint.
+    """
+
+    dtype: torch.dtype
+    device: torch.device | str | None
+    device_map: str | dict[str, Any] | None
+    n_devices: int | None
+    revision: str | None
+    tokenizer: Any
+    pad_token: str | None
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
-class OpenedCheckpoint:
-    """A body with what a reward head needs; `weight` is None for a language model."""
+class Source:
+    """Where a checkpoint was read from, to read it again."""
 
-    body: BridgeBody
-    weight: Float[Tensor, "d_model"] | None
-    bias: float
+    name: str
+    revision: str | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base model of transformers with what a reward head needs; `head` is None where only activations are wanted.
+
+    `is_classifier` says whether transformers itself makes the reward of it: from `source`, or from the live model.
+    """
+
+    base: nn.Module
+    head: LinearHead | None
     tokenizer: Any
     pad_token_id: int | None
+    name: str
+    is_classifier: bool
+    source: Source | None
 
 
-def open_checkpoint(
-    name: str | Path,
-    *,
-    reward: bool,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    revision: str | None,
-    tokenizer: Any,
-    pad_token: str | None,
-    trust_remote_code: bool,
-) -> OpenedCheckpoint:
-    """Load `name` (a folder, or a hub name) with transformers and wrap it; safetensors only.
+def open_checkpoint(name: str | Path, *, reward: bool, head: object = None, options: LoadOptions) -> Checkpoint:
+    """Load `name` (a folder, or a hub name) with transformers; raises `ModelError` for what is no reward model.
 
-    With `reward` it must be a sequence classifier with one output whose head is in the file, otherwise `ModelError`;
-    without, its head (if any) is left out. Memory: the weights once, with no vocabulary projection beyond the
-    embeddings.
+    With `reward` and no `head` it must be a sequence classifier with one output, or a language model saved with a
+    value head; `head` is taken in place of any that the checkpoint has. Memory: the weights once.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = _load("config", name, AutoConfig.from_pretrained, **source)
-    if reward:
-        _require_classifier(name, config)
-    loader = AutoModelForSequenceClassification if reward else AutoModel
+    source = Source(str(name), options.get("revision"), options.get("trust_remote_code", False))
+    origin: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    placement = _placement(options)
+    config = _load("config", name, AutoConfig.from_pretrained, **origin)
+    _refuse_quantised(name, config)
+    architectures = config.architectures or []
+    is_classifier = reward and head is None and any(a.endswith("ForSequenceClassification") for a in architectures)
+    stored = _stored_tensors(name, config, source.revision) if reward and head is None else {}
+    if is_classifier:
+        _require_one_output(name, config, stored)
+    elif reward and head is None and not head_keys(stored):
+        raise ModelError(
+            f"{name}: expected a checkpoint of a sequence classifier, got {architectures}: it has no score head. A "
+            "language model is not a reward model; give it one with head=(weight, bias), or read its activations alone "
+            "with RewardHead.from_language_model."
+        )
+    loader = AutoModelForSequenceClassification if is_classifier else AutoModel
     loaded, info = _load(
-        "weights", name, loader.from_pretrained, dtype=dtype, use_safetensors=True, output_loading_info=True, **source
+        "weights",
+        name,
+        loader.from_pretrained,
+        dtype=options.get("dtype", torch.float32),
+        use_safetensors=True,
+        output_loading_info=True,
+        **origin,
+        **placement,
     )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
-            f"{name}: the checkpoint lacks {missing[:4]}{' and more' if len(missing) > 4 else ''}, which transformers "
-            "would draw at random. Name the checkpoint that holds them; where it is the score head, train "
-            "one (rmtension.training.train_reward_model)."
+            f"{name}: the checkpoint lacks {missing[:4]}{' and more' if len(missing) > 4 else ''}, {_DRAWN}. Name the "
+            "checkpoint that holds them; where it is the score head, train one "
+            "(rmtension.training.train_reward_model)."
         )
-    loaded = loaded.to(device).eval().requires_grad_(False)
-    weight, bias = _score_head(name, loaded) if reward else (None, 0.0)
-    tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(name, source)
-    pad_token_id = getattr(loaded.config, "pad_token_id", None)
-    if reward or pad_token is not None:
-        pad_token_id = _pad_token_id(name, loaded.config, tokenizer, pad_token)
-    body = _bridge(name, loaded.base_model if reward else loaded, tokenizer, dtype, device, trust_remote_code)
-    return OpenedCheckpoint(body, weight, bias, tokenizer, pad_token_id)
+    if not placement:
+        loaded = loaded.to(_device(options))
+    loaded = loaded.eval().requires_grad_(False)
+    _refuse_offloaded(name, loaded)
+    found: LinearHead | None = None
+    if is_classifier:
+        found = _score_head(name, loaded, stored)
+    elif reward:
+        found = read_head(stored if head is None else head)
+    base = loaded.base_model if is_classifier else loaded
+    tokenizer = options.get("tokenizer")
+    tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(name, origin)
+    pad_token_id = _pad_token_id(name, base.config, tokenizer, options.get("pad_token"), is_classifier, found is None)
+    return Checkpoint(base, found, tokenizer, pad_token_id, str(name), is_classifier, source)
+
+
+def checkpoint_of(classifier: Any, tokenizer: Any, pad_token: str | None) -> Checkpoint:
+    """The same for a classifier of transformers that is in memory; its modules and weights are used as they are."""
+    name = type(classifier).__name__
+    if not name.endswith("ForSequenceClassification"):
+        raise ModelError(
+            f"model: expected a ...ForSequenceClassification of transformers, got {name}. Hooked models go to "
+            "RewardHead(model, weight=...)."
+        )
+    _refuse_quantised(name, classifier.config)
+    _refuse_offloaded(name, classifier)
+    _require_one_output(name, classifier.config, {})
+    head = _score_head(name, classifier, {})
+    base = classifier.base_model
+    pad_token_id = _pad_token_id(name, base.config, tokenizer, pad_token, is_classifier=True, is_headless=False)
+    return Checkpoint(base, head, tokenizer, pad_token_id, name, is_classifier=True, source=None)
 
 
 def _load(what: str, name: str | Path, load: Any, **options: Any) -> Any:
     try:
         return load(str(name), **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"{name}: transformers could not load the {what}: {error}") from error
 
 
-def _require_classifier(name: str | Path, config: Any) -> None:
-    architectures = config.architectures or []
-    if not any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
+def _device(options: LoadOptions) -> torch.device:
+    device = options.get("device")
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _placement(options: LoadOptions) -> dict[str, Any]:
+    """Transformers' arguments for a model over several devices; empty for one device."""
+    device_map, n_devices = options.get("device_map"), options.get("n_devices")
+    if sum(value is not None for value in (options.get("device"), device_map, n_devices)) > 1:
+        raise OptionError("device, device_map, n_devices: expected at most one of the three.")
+    if device_map is not None:
+        return {"device_map": device_map}
+    if n_devices is None or n_devices == 1:
+        return {}
+    available = torch.cuda.device_count()
+    if not 1 <= n_devices <= available:
+        raise OptionError(f"n_devices: expected 1 to {available}, the GPUs of this machine, got {n_devices}.")
+    return {
+        "device_map": "balanced",
+        "max_memory": {number: torch.cuda.mem_get_info(number)[0] for number in range(n_devices)},
+    }
+
+
+def _refuse_quantised(name: str | Path, config: Any) -> None:
+    if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
-            f"{name}: expected a checkpoint of a sequence classifier, got {architectures}: it has no score head. A "
-            "language model is not a reward model; to read its activations alone use RewardHead.from_language_model."
+            f"{name}: its weights are quantised, so that neurons have no exact weights to read or to ablate. Open the "
+            "checkpoint it was made from, with dtype=torch.bfloat16 if memory is short."
         )
+
+
+def _refuse_offloaded(name: str | Path, model: nn.Module) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(
+            f"{name}: some weights are not in memory (device_map put them on disk or on the meta device). Use more "
+            "devices, or dtype=torch.bfloat16."
+        )
+
+
+def _require_one_output(name: str | Path, config: Any, stored: Mapping[str, Any]) -> None:
     if config.num_labels != 1:
         raise ModelError(
             f"{name}: expected a score head with one output, got {config.num_labels}. Load the reward model that was "
-            "trained with num_labels=1, or pass RewardHead(model, weight=...) the row you mean."
+            "trained with num_labels=1, or pass head= the row that you mean."
+        )
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    shape = tuple(stored["score.weight"].shape) if "score.weight" in stored else (1, width)
+    if shape != (1, width):
+        raise ModelError(
+            f"{name}: expected a score head of shape (1, {width}), the width of the model, got {shape}. Its head and "
+            "its body do not belong together; load the checkpoint they were saved in, or pass head=."
         )
 
 
-def _score_head(name: str | Path, classifier: Any) -> tuple[Tensor, float]:
+def _score_head(name: str | Path, classifier: Any, stored: Mapping[str, Any]) -> LinearHead:
     score = getattr(classifier, "score", None)
     if not isinstance(score, nn.Linear) or score.out_features != 1:
         raise ModelError(
-            f"{name}: expected a linear layer called 'score' with one output, got {score}. Pass its weight to "
-            "RewardHead(model, weight=...) yourself."
+            f"{name}: expected a linear layer called 'score' with one output on the last token, got {score}. "
+            f"{type(classifier).__name__} computes its reward in another way, which this library does not follow."
         )
-    return score.weight[0].detach().clone(), 0.0 if score.bias is None else float(score.bias)
+    head = read_head(score)
+    if getattr(score, "bias", None) is None and "score.bias" in stored:
+        constant = float(stored["score.bias"])
+        warnings.warn(
+            f"{name}: the checkpoint has a score.bias of {constant:.4g}, for which transformers has no place. It is "
+            "added here: rewards differ from transformers' by this constant, margins do not.",
+            UserWarning,
+            stacklevel=4,
+        )
+        head = LinearHead(head.weight, constant)
+    return head
 
 
-def _load_tokenizer(name: str | Path, source: dict[str, Any]) -> Any:
+def _stored_tensors(name: str | Path, config: Any, revision: str | None) -> dict[str, Any]:
+    """Those tensors of the checkpoint's safetensors files that look like a scalar head; nothing else is read."""
+    import json
+
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    def find(file: str) -> str | None:
+        try:
+            found: str | None = cached_file(str(name), file, revision=revision)
+        except OSError:
+            return None
+        return found
+
+    index = find("model.safetensors.index.json")
+    if index is not None:
+        files = json.loads(Path(index).read_text(encoding="utf-8")).get("weight_map", {})
+        names = sorted({files[key] for key in head_keys(files)})
+    else:
+        names = ["model.safetensors"]
+    tensors: dict[str, Any] = {}
+    for path in filter(None, map(find, names)):
+        with safe_open(path, framework="pt") as opened:
+            tensors |= {key: opened.get_tensor(key) for key in head_keys(opened.keys())}
+    return tensors
+
+
+def _load_tokenizer(name: str | Path, origin: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return _load("tokenizer", name, AutoTokenizer.from_pretrained, **source)
+        return _load("tokenizer", name, AutoTokenizer.from_pretrained, **origin)
     except ModelError as error:
         raise ModelError(f"{error} Pass tokenizer=... if it lies elsewhere.") from error
 
 
-def _pad_token_id(name: str | Path, config: Any, tokenizer: Any, pad_token: str | None) -> int | None:
+def _pad_token_id(
+    name: str | Path, config: Any, tokenizer: Any, pad_token: str | None, is_classifier: bool, is_headless: bool
+) -> int | None:
     """The id that transformers skips at the end of a text (None: it skips none)."""
     if pad_token is not None:
-        token_id = tokenizer.get_vocab().get(pad_token)
+        token_id = None if tokenizer is None else tokenizer.get_vocab().get(pad_token)
         if token_id is None:
             raise ModelError(f"pad_token: {pad_token!r} is not in the vocabulary of {name}. Name a token that is.")
         return int(token_id)
-    if getattr(config, "pad_token_id", None) is None and tokenizer.pad_token_id is None:
+    configured: int | None = getattr(config.get_text_config(), "pad_token_id", None)
+    if not is_classifier:
+        # A head of another kind is read at the last token, whichever it is; a model without one, to be compared with
+        # reward models, has its last token where they have it.
+        return configured if is_headless else None
+    if configured is None and getattr(tokenizer, "pad_token_id", None) is None:
         raise ModelError(
             f"{name}: neither its config nor its tokenizer has a pad token, and transformers reads the reward at the "
             "last token that is not one. Say which it is: from_pretrained(..., pad_token="
-            f"{tokenizer.eos_token or '<a token of the vocabulary>'!r})."
+            f"{getattr(tokenizer, 'eos_token', None) or '<a token of the vocabulary>'!r})."
         )
-    return getattr(config, "pad_token_id", None)
-
-
-def _bridge(
-    name: str | Path,
-    plain: Any,
-    tokenizer: Any,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    trust_remote_code: bool,
-) -> BridgeBody:
-    """A TransformerBridge on a twin of `plain` that shares its tensors.
-
-    TransformerLens boots causal language models only, and puts its components in the place of the model's modules. It
-    gets the twin in a shell on the meta device, whose vocabulary projection, which nothing here runs, is tied to the
-    embeddings or an expanded zero.
-    """
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoModelForCausalLM
-
-    shared = {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]}
-    twin = copy.deepcopy(plain, shared)
-    names = {id(module): path for path, module in twin.named_modules()}
-    try:
-        with torch.device("meta"):
-            build: Any = AutoModelForCausalLM.from_config
-            shell = build(twin.config, trust_remote_code=trust_remote_code)
-        setattr(shell, shell.base_model_prefix, twin)
-        shell.tie_weights()
-        unembedding = shell.get_output_embeddings()
-        if unembedding.weight.is_meta:
-            zero = torch.zeros((), dtype=dtype, device=device).expand(unembedding.weight.shape)
-            unembedding.weight = nn.Parameter(zero, requires_grad=False)
-        # TransformerLens re-reads a tokenizer that has a BOS token from disk to make it prepend one. It gets a copy
-        # without; the reward model's own tokenizer stays as it is.
-        spare = copy.deepcopy(tokenizer)
-        spare.bos_token = None
-        bridge: nn.Module = TransformerBridge.boot_transformers(
-            str(name), hf_model=shell.eval(), dtype=dtype, device=device, tokenizer=spare
-        )
-    except Exception as error:  # the adapters of TransformerLens fail in as many ways as there are architectures
-        raise ModelError(
-            f"{name}: TransformerLens could not wrap a {type(plain).__name__} ({type(error).__name__}: {error}). Its "
-            "architecture may not be supported; RewardHead(model, weight=...) takes a hooked model of your own."
-        ) from error
-    return BridgeBody(bridge, plain, names)
+    return configured

@@ -1,5 +1,10 @@
 """What the library raises: every message names the argument, what was expected, what came, and the next step."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 class RMTensionError(Exception):
     """Base of every error that rmtension raises on purpose."""
@@ -11,6 +16,14 @@ class DataError(RMTensionError, ValueError):
 
 class ModelError(RMTensionError, ValueError):
     """A checkpoint or a model cannot serve as a reward model here."""
+
+
+class CheckError(ModelError):
+    """`RewardHead.check` found something wrong; `table` holds every check, passed or not."""
+
+    def __init__(self, message: str, table: "pd.DataFrame") -> None:
+        super().__init__(message)
+        self.table = table
 
 
 class OptionError(RMTensionError, ValueError):

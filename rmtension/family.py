@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rmtension.errors import OptionError
-from rmtension.pairs import PreferencePairs, join_prompt
+from rmtension.pairs import PreferencePairs
 from rmtension.trainer_run import require_free
 from rmtension.training import train_base_model, train_reward_model, train_tokenizer
 
@@ -73,7 +73,7 @@ def train_family(
     if base is None:
         # Rejected texts would hide from the base what prompts and responses have to do with each other, and the
         # reward models would have to find it alone: on preference_world, harmlessness then takes twice as long.
-        texts = sorted({join_prompt(pair.prompt, pair.chosen) for part in pairs.values() for pair in part})
+        texts = sorted({pair.text("chosen") for part in pairs.values() for pair in part})
         _train_family_base(texts, folders["base"], chosen, seed, progress, overwrite)
     start = Path(base) if base is not None else folders["base"]
     shares = {name: 1 / len(pairs) for name in pairs}

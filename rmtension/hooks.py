@@ -1,7 +1,7 @@
 """Forward hooks that come off again, whatever happens."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,6 +46,19 @@ class InstalledHooks:
         installed, self._installed = self._installed, None
         if installed is not None:
             installed.close()
+
+
+@contextmanager
+def in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Every module in eval mode, and afterwards each in the mode it had."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _OurHook:

@@ -7,7 +7,8 @@ from itertools import product
 import numpy as np
 
 from rmtension.errors import OptionError
-from rmtension.pairs import PreferencePair, PreferencePairs, join_prompt
+from rmtension.pair import PreferencePair
+from rmtension.pairs import PreferencePairs
 
 PROMPTS_PER_BLOCK = 48  # 24 harmful and 3 * 8 safe prompts: the smallest world in which every count below is exact
 
@@ -112,12 +113,7 @@ class PreferenceWorld:
     @property
     def texts(self) -> list[str]:
         """The distinct texts of the training pairs, sorted: what a base language model may be trained on."""
-        texts = {
-            join_prompt(pair.prompt, response)
-            for pairs in self.train.values()
-            for pair in pairs
-            for response in (pair.chosen, pair.rejected)
-        }
+        texts = {pair.text(side) for pairs in self.train.values() for pair in pairs for side in ("chosen", "rejected")}
         return sorted(texts)
 
 

@@ -1,87 +1,22 @@
 """Preference pairs: loading, validating, splitting by prompt, writing."""
 
 import gzip
-import hashlib
 import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import pandas as pd
 
+from rmtension.chat import Chat, prompt_text, split_turns
 from rmtension.errors import DataError, OptionError
+from rmtension.pair import PreferencePair, require_responses, to_pair
 
-_ASSISTANT = "\n\nAssistant:"
 _GZIP_MAGIC = b"\x1f\x8b"
-
-
-@dataclass(frozen=True)
-class PreferencePair:
-    """One prompt with the response that was preferred and the one that was not.
-
-    `objective` says what the preference rewards (for example "helpful" or "harmless"), `subset` is a finer label,
-    `id` names the pair in messages and tables.
-    """
-
-    prompt: str
-    chosen: str
-    rejected: str
-    objective: str | None = None
-    subset: str | None = None
-    id: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.id:
-            object.__setattr__(self, "id", self.digest()[:16])
-
-    @property
-    def is_tie(self) -> bool:
-        """Whether chosen and rejected are the same text, so that no reward model can tell them apart."""
-        return self.chosen == self.rejected
-
-    def digest(self) -> str:
-        """SHA-256 over prompt, chosen and rejected, in hexadecimal."""
-        return hashlib.sha256(json.dumps([self.prompt, self.chosen, self.rejected]).encode()).hexdigest()
-
-    def swapped(self) -> "PreferencePair":
-        """The same pair with the preference turned round."""
-        return replace(self, chosen=self.rejected, rejected=self.chosen)
-
-    def to_dict(self) -> dict[str, str | None]:
-        """A plain dict with the field names of the JSON-lines format."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
-
-def join_prompt(prompt: str, response: str) -> str:
-    """The text that a reward model reads: one space between prompt and response unless whitespace is there already.
-
-    >>> join_prompt("Human: hi Assistant:", "hello")
-    'Human: hi Assistant: hello'
-    """
-    gap = prompt and response and not prompt[-1].isspace() and not response[0].isspace()
-    return f"{prompt} {response}" if gap else prompt + response
-
-
-def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    r"""Prompt and the two responses of a pair of HH transcripts: the prompt ends at the last shared `\n\nAssistant:`.
-
-    >>> split_transcripts("\n\nHuman: hi\n\nAssistant: a", "\n\nHuman: hi\n\nAssistant: b")
-    ('\n\nHuman: hi\n\nAssistant:', 'a', 'b')
-    """
-    shared = "".join(one for one, _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False)))
-    end = shared.rfind(_ASSISTANT)
-    if end < 0:
-        raise DataError(
-            f"chosen, rejected: expected transcripts that share a prompt ending in {_ASSISTANT!r}, got two texts that "
-            "share none. Give each pair a field 'prompt'."
-        )
-    end += len(_ASSISTANT)
-    return chosen[:end], chosen[end:].removeprefix(" "), rejected[end:].removeprefix(" ")
 
 
 class PreferencePairs(Sequence[PreferencePair]):
@@ -104,7 +39,7 @@ class PreferencePairs(Sequence[PreferencePair]):
                     f"pairs: expected PreferencePair, got {type(pair).__name__} at position {number}. For dicts use "
                     "PreferencePairs.from_records."
                 )
-            _require_responses(pair, f"pair {number} (id {pair.id!r})")
+            require_responses(pair, f"pair {number} (id {pair.id!r})")
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -177,7 +112,7 @@ class PreferencePairs(Sequence[PreferencePair]):
         skipped: Counter[str] = Counter()
         for where, item in located:
             try:
-                pairs.append(_to_pair(parse(item, where), where, labels))
+                pairs.append(to_pair(parse(item, where), where, labels))
             except DataError as error:
                 if on_invalid == "raise":
                     raise
@@ -216,7 +151,7 @@ class PreferencePairs(Sequence[PreferencePair]):
         return f"PreferencePairs({', '.join(parts)})"
 
     @property
-    def prompts(self) -> list[str]:
+    def prompts(self) -> list[str | Chat]:
         """The distinct prompts, in order of first appearance."""
         return list(dict.fromkeys(pair.prompt for pair in self._pairs))
 
@@ -261,7 +196,7 @@ class PreferencePairs(Sequence[PreferencePair]):
         """
         if not 0 < test_fraction < 1:
             raise OptionError(f"test_fraction: expected a number in (0, 1), got {test_fraction}.")
-        prompts = sorted(set(self.prompts))
+        prompts = sorted(set(self.prompts), key=prompt_text)
         n_test = round(test_fraction * len(prompts))
         if not 0 < n_test < len(prompts):
             raise OptionError(
@@ -286,6 +221,23 @@ class PreferencePairs(Sequence[PreferencePair]):
         """Every preference turned round: signed scores and margins change their sign on it."""
         return PreferencePairs(pair.swapped() for pair in self._pairs)
 
+    def as_chat(self) -> "PreferencePairs":
+        r"""The same pairs with plain HH transcripts as chats, for reward models with a chat template.
+
+        Raises `DataError` for a prompt that is no transcript of `\n\nHuman:` and `\n\nAssistant:` turns.
+        """
+        return PreferencePairs(
+            pair
+            if not isinstance(pair.prompt, str)
+            else replace(
+                pair,
+                prompt=split_turns(pair.prompt),
+                chosen=pair.chosen.strip(),
+                rejected=pair.rejected.strip(),
+            )
+            for pair in self._pairs
+        )
+
     # -- out -------------------------------------------------------------------------------------------------------
 
     def to_frame(self) -> pd.DataFrame:
@@ -297,47 +249,6 @@ class PreferencePairs(Sequence[PreferencePair]):
         lines = "".join(json.dumps(pair.to_dict(), ensure_ascii=False) + "\n" for pair in self._pairs).encode()
         # mtime=0: the same pairs give the same bytes.
         Path(path).write_bytes(gzip.compress(lines, mtime=0) if str(path).endswith(".gz") else lines)
-
-
-def _require_responses(pair: PreferencePair, where: str) -> None:
-    for field in ("prompt", "chosen", "rejected"):
-        if not isinstance(getattr(pair, field), str):
-            raise DataError(f"{where}: field {field!r} should be text, got {type(getattr(pair, field)).__name__}.")
-        if field != "prompt" and not getattr(pair, field).strip():
-            raise DataError(
-                f"{where}: field {field!r} is empty; a reward model needs a response to score. Remove the pair, or "
-                'load with on_invalid="skip".'
-            )
-
-
-def _to_pair(record: Any, where: str, labels: Mapping[str, str]) -> PreferencePair:
-    if not isinstance(record, Mapping):
-        raise DataError(
-            f"{where}: expected a JSON object with 'prompt', 'chosen' and 'rejected', got {type(record).__name__}."
-        )
-    for field in ("chosen", "rejected"):
-        if field not in record:
-            raise DataError(f"{where}: field {field!r} is missing; fields present: {sorted(map(str, record))}.")
-    fields: dict[str, Any] = {**record, **labels}
-    for field in ("prompt", "chosen", "rejected"):
-        if field in fields and not isinstance(fields[field], str):
-            raise DataError(
-                f"{where}: field {field!r} should be text, got {type(fields[field]).__name__}. Render chat messages to "
-                "text first."
-            )
-    if "prompt" not in fields:
-        try:
-            fields["prompt"], fields["chosen"], fields["rejected"] = split_transcripts(
-                fields["chosen"], fields["rejected"]
-            )
-        except DataError as error:
-            raise DataError(f"{where}: field 'prompt' is missing. {error}") from error
-    optional = {name: None if fields.get(name) is None else str(fields[name]) for name in ("objective", "subset")}
-    pair = PreferencePair(
-        fields["prompt"], fields["chosen"], fields["rejected"], id=str(fields.get("id") or ""), **optional
-    )
-    _require_responses(pair, where)
-    return pair
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -1,10 +1,14 @@
 """Where a result came from, and whether two results may be combined."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rmtension.errors import ProvenanceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -46,3 +50,13 @@ class Provenance:
             if not isinstance(values.get(field.name), field.type):  # type: ignore[arg-type]
                 raise ProvenanceError(f"provenance: field {field.name!r} is missing or not {field.type}.")
         return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+def fingerprint(parameters: "Iterable[Tensor]", *values: object) -> str:
+    """16 hexadecimal digits over all bytes of `parameters`, and over `values` as they print."""
+    import torch
+
+    digest = hashlib.blake2b(repr(values).encode(), digest_size=8)
+    for parameter in parameters:
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,38 +1,42 @@
 """A reward model with hooks: a scalar head on a TransformerBridge or a HookedTransformer."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rmtension.body import Body, find_body
-from rmtension.checkpoints import OpenedCheckpoint, open_checkpoint
-from rmtension.errors import ModelError, OptionError
-from rmtension.hooks import InstalledHooks
+from rmtension.body import Body, find_body, measure_sites, probe_batch
+from rmtension.checkpoints import Checkpoint, LoadOptions, checkpoint_of, open_checkpoint
+from rmtension.encoding import EncodedPairs, TextOrChat, encode_pairs, encode_texts
+from rmtension.errors import DataError, ModelError, OptionError
+from rmtension.heads import read_head
+from rmtension.hooks import InstalledHooks, in_eval_mode
+from rmtension.norms import read_norm
 from rmtension.pairs import PreferencePairs
-from rmtension.provenance import Provenance
+from rmtension.provenance import Provenance, fingerprint
 from rmtension.scored import ScoredPairs
-from rmtension.sites import SITES, find_site
+from rmtension.sites import find_site
 from rmtension.tokens import (
     DEFAULT_TOKENS_PER_BATCH,
-    EncodedPairs,
     TokenBatch,
     compact,
-    encode_pairs,
-    encode_texts,
     last_token,
     pair_batches,
     running,
     text_batches,
 )
+from rmtension.wrapping import check_model_class, wrap
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from rmtension.neurons import NeuronSet
 
 
 class RewardHead:
@@ -43,40 +47,42 @@ class RewardHead:
     mode it had.
 
     Args:
-        model: a `TransformerBridge` or `HookedTransformer`. One whose final norm was folded into the unembedding
-            raises `ModelError`: its residual stream is off by the norm's gain.
-        weight: the head's row, `d_model` numbers (or a matrix of one row). None makes a head without a reward, for
-            reading activations of a language model.
-        bias: added to every reward.
+        model: a `TransformerBridge` or `HookedTransformer`.
+        weight: the head: `d_model` numbers, a matrix of one row, a (weight, bias) pair, an `nn.Linear`, or a state
+            dict that holds one. None makes a head without a reward, for reading activations of a language model.
+        bias: added to every reward, beside the bias that `weight` may bring.
+        final_norm: the final norm before any processing of weights. Needed where TransformerLens folded its gain into
+            the unembedding (a `HookedTransformer` loaded with its default processing, a bridge in compatibility mode):
+            the head takes the gain over. Without it such a model raises `ModelError`.
         tokenizer: needed to score texts. The model's own is not taken: TransformerLens makes it prepend a BOS token.
         pad_token_id: skipped at the end of a text, as transformers' classifiers do; None skips nothing.
         max_length: tokens per text; by default, and at most, the model's context.
         tokens_per_batch: how many tokens run together; by default 4,096 on a CPU, 32,768 on another device.
-        body: how the model runs, where opening a checkpoint knows better than `model` shows.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        weight: Tensor | None,
+        weight: object,
         bias: float = 0.0,
+        final_norm: nn.Module | None = None,
         tokenizer: Any = None,
         pad_token_id: int | None = None,
         max_length: int | None = None,
         tokens_per_batch: int | None = None,
-        body: Body | None = None,
+        _body: Body | None = None,
+        _checkpoint: Checkpoint | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.pad_token_id = pad_token_id
-        self.bias = float(bias)
-        self._body = find_body(model) if body is None else body
-        parameter = next(self._body.module.parameters())
+        self.body = find_body(model) if _body is None else _body
+        self.checkpoint = _checkpoint
+        parameter = next(self.body.module.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         cfg: Any = model.cfg
-        self.n_layers = int(cfg.n_layers)
-        self.n_heads = int(cfg.n_heads)
+        self.n_layers, self.n_heads, self.d_model = int(cfg.n_layers), int(cfg.n_heads), int(cfg.d_model)
         context = int(cfg.n_ctx)
         if max_length is not None and not 0 < max_length <= context:
             raise OptionError(f"max_length: expected 1 to {context} (the model's context), got {max_length}.")
@@ -84,8 +90,15 @@ class RewardHead:
         self.tokens_per_batch = tokens_per_batch or (
             DEFAULT_TOKENS_PER_BATCH if self.device.type == "cpu" else 8 * DEFAULT_TOKENS_PER_BATCH
         )
-        self.weight = None if weight is None else _one_row(weight, int(cfg.d_model)).to(self.device, copy=True)
-        self._widths = self._measure_sites()
+        if tokenizer is not None and len(tokenizer) > self.body.n_embeddings:
+            raise ModelError(
+                f"tokenizer: it has {len(tokenizer)} tokens, the model's embedding has {self.body.n_embeddings} rows. "
+                "Pass the tokenizer that the model was trained with; where tokens were added since, call "
+                "model.resize_token_embeddings(len(tokenizer)) and save the model."
+            )
+        self.weight, self.bias = self._read_weight(weight, bias, final_norm)
+        with in_eval_mode(self.body.modules()):
+            self._widths, self._missing = measure_sites(self.body, self.n_layers, self.device)
         self._fingerprint: tuple[object, str] | None = None
 
     @classmethod
@@ -93,70 +106,111 @@ class RewardHead:
         cls,
         name_or_path: str | Path,
         *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-        revision: str | None = None,
-        tokenizer: Any = None,
-        pad_token: str | None = None,
+        head: object = None,
+        model_class: str = "TransformerBridge",
+        process_weights: bool = False,
         max_length: int | None = None,
         tokens_per_batch: int | None = None,
-        trust_remote_code: bool = False,
+        **options: Unpack[LoadOptions],
     ) -> "RewardHead":
-        """Open a one-label sequence classifier, from a folder or the hub; safetensors only, fp32 by default.
+        """Open a reward model from a folder or the hub; safetensors only, fp32 by default.
 
-        The reward is read where transformers reads it: at the last token that is not `config.pad_token_id`. Raises
-        `ModelError` for a checkpoint without a score head, with more than one output, or without any pad token
-        (`pad_token=` says which).
+        A one-label sequence classifier is read where transformers reads it: at the last token that is not
+        `config.pad_token_id`. A language model saved with a value head (trl's `v_head`), or opened with `head=` (what
+        `weight` takes above), is read at its last token.
+
+        `model_class="HookedTransformer"` (TransformerLens 3.x) converts the weights; `process_weights=True` folds and
+        centres them as TransformerLens does. Both are compared with transformers on a short text, and raise
+        `ModelError` if they differ. `options` are those of `rmtension.checkpoints.LoadOptions`.
+
+        Raises `ModelError` for a checkpoint without a head, with more than one output, quantised, or without any pad
+        token (`pad_token=` says which).
         """
-        opened = _open(name_or_path, True, dtype, device, revision, tokenizer, pad_token, trust_remote_code)
-        return cls._from_opened(opened, max_length, tokens_per_batch)
+        check_model_class(model_class)
+        opened = open_checkpoint(name_or_path, reward=True, head=head, options=options)
+        return cls._from_checkpoint(opened, max_length, tokens_per_batch, model_class, process_weights)
 
     @classmethod
     def from_language_model(
         cls,
         name_or_path: str | Path,
         *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-        revision: str | None = None,
-        tokenizer: Any = None,
-        pad_token: str | None = None,
         max_length: int | None = None,
         tokens_per_batch: int | None = None,
-        trust_remote_code: bool = False,
+        **options: Unpack[LoadOptions],
     ) -> "RewardHead":
         """Open any checkpoint for its activations alone, for example the base of some reward models.
 
         Collectors and mean-difference scores work; `score` raises `ModelError`, because there is no reward.
         """
-        opened = _open(name_or_path, False, dtype, device, revision, tokenizer, pad_token, trust_remote_code)
-        return cls._from_opened(opened, max_length, tokens_per_batch)
+        opened = open_checkpoint(name_or_path, reward=False, options=options)
+        return cls._from_checkpoint(opened, max_length, tokens_per_batch)
 
     @classmethod
-    def _from_opened(
-        cls, opened: OpenedCheckpoint, max_length: int | None, tokens_per_batch: int | None
+    def from_classifier(
+        cls,
+        classifier: nn.Module,
+        *,
+        tokenizer: Any = None,
+        pad_token: str | None = None,
+        model_class: str = "TransformerBridge",
+        process_weights: bool = False,
+        max_length: int | None = None,
+        tokens_per_batch: int | None = None,
     ) -> "RewardHead":
-        return cls(
-            opened.body.bridge,
-            body=opened.body,
-            weight=opened.weight,
-            bias=opened.bias,
+        """The head of a transformers classifier in memory, for example one that a trainer just left behind.
+
+        Its weights are shared, not copied (a HookedTransformer and processed weights are copies): training it further
+        changes the rewards. The head itself is a copy.
+        """
+        check_model_class(model_class)
+        opened = checkpoint_of(classifier, tokenizer, pad_token)
+        return cls._from_checkpoint(opened, max_length, tokens_per_batch, model_class, process_weights)
+
+    @classmethod
+    def _from_checkpoint(
+        cls,
+        opened: Checkpoint,
+        max_length: int | None,
+        tokens_per_batch: int | None,
+        model_class: str = "TransformerBridge",
+        process_weights: bool = False,
+    ) -> "RewardHead":
+        base = opened.base
+        body = wrap(opened.name, base, opened.tokenizer, model_class=model_class, process_weights=process_weights)
+        norm: nn.Module | None = None
+        if body.plain is None:
+            norm = wrap(
+                opened.name, opened.base, None, model_class="TransformerBridge", process_weights=False
+            ).final_norm
+        head = cls(
+            getattr(body, "bridge", body.module),
+            weight=opened.head,
+            final_norm=norm,
             tokenizer=opened.tokenizer,
             pad_token_id=opened.pad_token_id,
             max_length=max_length,
             tokens_per_batch=tokens_per_batch,
+            _body=body,
+            _checkpoint=opened,
         )
+        if body.plain is None:
+            _require_same_rewards(head, opened)
+        return head
 
     # -- scoring ---------------------------------------------------------------------------------------------------
 
-    def score(self, texts: Sequence[str], *, truncate: bool = False, progress: bool = False) -> Float[Tensor, "text"]:
+    def score(
+        self, texts: Sequence[TextOrChat], *, truncate: bool = False, progress: bool = False
+    ) -> Float[Tensor, "text"]:
         """The reward of every text, in their order, on the CPU. One forward pass per text.
 
-        A text that does not fit the context raises `DataError`, or is cut from the left with `truncate=True`.
+        A text is a string, or the messages of a chat, which the tokenizer's chat template renders. One that does not
+        fit the context raises `DataError`, or is cut from the left with `truncate=True`.
         """
         if isinstance(texts, str):
             raise OptionError("texts: expected a list of texts, got one string. Put it in a list.")
-        self._require_reward()
+        self.require_weight()
         encoded = encode_texts(self.tokenizer, texts, max_length=self.max_length, truncate=truncate)
         rewards = torch.empty(len(encoded), dtype=self.reward_dtype)
         batches = text_batches(
@@ -177,7 +231,7 @@ class RewardHead:
         Identical responses tie exactly. Prompts are cut from the left where a text is too long for the context, and
         counted; a response that does not fit raises `DataError`, or is cut with `truncate_response=True`.
         """
-        self._require_reward()
+        self.require_weight()
         encoded = self.encode(pairs, truncate_response=truncate_response)
         chosen = torch.empty(len(encoded), dtype=self.reward_dtype)
         rejected = torch.empty_like(chosen)
@@ -203,7 +257,7 @@ class RewardHead:
         self, input_ids: Int[Tensor, "text token"], attention_mask: Tensor | None = None
     ) -> Float[Tensor, "text"]:
         """The reward of every row of token ids, padded on either side as `attention_mask` (1 = real) says."""
-        self._require_reward()
+        self.require_weight()
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if mask.shape != input_ids.shape or not mask.any(dim=1).all():
             raise OptionError(
@@ -214,7 +268,14 @@ class RewardHead:
             raise OptionError(
                 f"input_ids: a row has {int(mask.sum(dim=1).max())} tokens, the context holds {self.max_length}."
             )
-        ids, mask = compact(input_ids.to(self.device), mask.to(self.device))
+        real = input_ids[mask]
+        if not 0 <= int(real.min()) <= int(real.max()) < self.body.n_embeddings:
+            raise DataError(
+                f"input_ids: expected ids from 0 to {self.body.n_embeddings - 1}, got {int(real.min())} to "
+                f"{int(real.max())}. Encode with this model's own tokenizer."
+            )
+        # What stands under the mask may be anything; the embedding still looks it up.
+        ids, mask = compact(input_ids.masked_fill(~mask, 0).to(self.device), mask.to(self.device))
         batch = TokenBatch(
             ids, mask, mask, last_token(ids, mask, self.pad_token_id), torch.arange(len(ids)), tuple(range(len(ids)))
         )
@@ -224,14 +285,37 @@ class RewardHead:
     def forward(self, batch: TokenBatch) -> Float[Tensor, "text"]:
         """The rewards of one batch on its device, with gradients where the caller's grad mode has them."""
         residual = self.residual(batch)
-        weight = self._require_reward().to(self.reward_dtype)
-        last = residual[torch.arange(len(residual), device=residual.device), batch.last]
-        return last.to(self.reward_dtype) @ weight + self.bias
+        # Of a model over several devices the residual stream comes out on the last one.
+        rows = torch.arange(len(residual), device=residual.device)
+        last = residual[rows, batch.last.to(residual.device)].to(self.reward_dtype)
+        return last @ self.require_weight().to(last) + self.bias
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "text token d_model"]:
         """Run the blocks and the final norm, not the vocabulary projection, with every hook firing."""
-        with running(batch), self._eval_mode():
-            return self._body.residual(batch)
+        with running(batch), in_eval_mode(self.body.modules()):
+            return self.body.residual(batch)
+
+    # -- proof, and out again --------------------------------------------------------------------------------------
+
+    def check(self, pairs: PreferencePairs | None = None, *, reference: Any = None) -> "pd.DataFrame":
+        """Prove on this model that rewards and hooks are right: one row a check; see `rmtension.selfcheck`."""
+        from rmtension.selfcheck import check_head
+
+        return check_head(self, pairs, reference)
+
+    def with_ablation(
+        self, neurons: "NeuronSet", *, mode: str = "zero", reference: Any = None, alpha: float | None = None
+    ) -> "RewardHead":
+        """A copy whose weights do for good what `AblationContext` does at all positions; see `rmtension.export`."""
+        from rmtension.export import ablate_weights
+
+        return ablate_weights(self, neurons, mode=mode, reference=reference, alpha=alpha)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a checkpoint that `AutoModelForSequenceClassification` loads, with the tokenizer."""
+        from rmtension.export import save_classifier
+
+        save_classifier(self, folder)
 
     # -- for the modules above -------------------------------------------------------------------------------------
 
@@ -248,13 +332,21 @@ class RewardHead:
                 yield batch
                 bar.update(len(batch.rows) // 2)
 
+    @property
+    def sites(self) -> list[str]:
+        """The sites that this model has in every layer; a mixture of experts has no `mlp`."""
+        return sorted(self._widths)
+
     def n_neurons(self, site: str) -> int:
         """Neurons per layer at `site`: hidden units of the MLP, or attention heads."""
-        return self.n_heads if find_site(site).name == "attn_head" else self._widths["mlp"]
+        channels = self.n_channels(site)
+        return self.n_heads if site == "attn_head" else channels
 
     def n_channels(self, site: str) -> int:
         """Columns per layer at `site`: one a neuron for `mlp`, `d_head` a head for `attn_head`."""
-        return self._widths[find_site(site).name]
+        if find_site(site).name in self._missing:
+            raise self._missing[site]
+        return self._widths[site]
 
     def hooks(
         self, site: str, visit: Callable[[int, Tensor], Tensor | None], layers: Iterable[int] | None = None
@@ -266,7 +358,7 @@ class RewardHead:
         """
         chosen = range(self.n_layers) if layers is None else layers
         return InstalledHooks(
-            [(spot, partial(visit, layer)) for layer in chosen for spot in self._body.spots(site, layer)]
+            [(spot, partial(visit, layer)) for layer in chosen for spot in self.body.spots(site, layer)]
         )
 
     @property
@@ -282,8 +374,8 @@ class RewardHead:
         family = getattr(config, "model_type", None) or str(getattr(cfg, "original_architecture", "") or "transformer")
         for suffix in ("lmheadmodel", "forcausallm", "_"):
             family = family.lower().replace(suffix, "")
-        width = self._widths["attn_head"] // self.n_heads
-        return f"{family}-{self.n_layers}x{self._widths['mlp']}-heads{self.n_heads}x{width}-d{int(cfg.d_model)}"
+        mlp, heads = (self._widths.get(site, 0) for site in ("mlp", "attn_head"))
+        return f"{family}-{self.n_layers}x{mlp}-heads{self.n_heads}x{heads // self.n_heads}-d{self.d_model}"
 
     @property
     def fingerprint(self) -> str:
@@ -291,14 +383,10 @@ class RewardHead:
 
         A change through `parameter.data`, which PyTorch does not count, is not seen: edit under `torch.no_grad()`.
         """
-        parameters = [*self._body.module.parameters(), *([] if self.weight is None else [self.weight])]
+        parameters = [*self.body.module.parameters(), *([] if self.weight is None else [self.weight])]
         state = (self.bias, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
         if self._fingerprint is None or self._fingerprint[0] != state:
-            digest = hashlib.blake2b(self.architecture.encode(), digest_size=8)
-            for parameter in parameters:
-                digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-            digest.update(repr(self.bias).encode())
-            self._fingerprint = (state, digest.hexdigest())
+            self._fingerprint = (state, fingerprint(parameters, self.architecture, self.bias))
         return self._fingerprint[1]
 
     def provenance(
@@ -323,7 +411,24 @@ class RewardHead:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _require_reward(self) -> Float[Tensor, "d_model"]:
+    def _read_weight(
+        self, weight: object, bias: float, final_norm: nn.Module | None
+    ) -> tuple[Float[Tensor, "d_model"] | None, float]:
+        if weight is None:
+            return None, float(bias)
+        head = read_head(weight, self.d_model)
+        if self.body.final_norm_folded:
+            if final_norm is None:
+                raise ModelError(
+                    "model: weight processing folded the gain of its final norm into its unembedding, so that its "
+                    "residual stream lacks it. Pass final_norm= the norm of the model before processing, or load "
+                    "without processing (HookedTransformer.from_pretrained_no_processing)."
+                )
+            head = head.after_folding(read_norm(final_norm, self.d_model))
+        return head.weight.to(self.device, copy=True), head.bias + float(bias)
+
+    def require_weight(self) -> Float[Tensor, "d_model"]:
+        """The head's row; raises `ModelError` for a head without a reward."""
         if self.weight is None:
             raise ModelError(
                 "This head was opened as a language model and has no reward. Use RewardHead.from_pretrained on a "
@@ -331,69 +436,24 @@ class RewardHead:
             )
         return self.weight
 
-    def _measure_sites(self) -> dict[str, int]:
-        """Channels per layer of every site, read off one token's run: configs do not always tell (OPT's does not)."""
-        shapes: dict[tuple[str, int], int] = {}
 
-        def record(site: str, layer: int, activation: Tensor) -> None:
-            shapes[site, layer] = activation.numel()
-
-        token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
-        real = torch.ones_like(token, dtype=torch.bool)
-        batch = TokenBatch(token, real, real, token[0], token[0], (0,))
-        with ExitStack() as stack, torch.no_grad():
-            for site in SITES:
-                stack.enter_context(self.hooks(site, partial(record, site)))
-            self.residual(batch)
-        for site in SITES:
-            widths = {shapes.get((site, layer)) for layer in range(self.n_layers)}
-            if len(widths) != 1 or None in widths:
-                raise ModelError(f"site {site!r}: expected one width in all {self.n_layers} layers, got {widths}.")
-        return {site: shapes[site, 0] for site in SITES}
-
-    @contextmanager
-    def _eval_mode(self) -> Iterator[None]:
-        training = [module for module in self._body.modules() if module.training]
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
-
-
-def _open(
-    name: str | Path,
-    reward: bool,
-    dtype: torch.dtype,
-    device: torch.device | str | None,
-    revision: str | None,
-    tokenizer: Any,
-    pad_token: str | None,
-    trust_remote_code: bool,
-) -> OpenedCheckpoint:
-    return open_checkpoint(
-        name,
-        reward=reward,
-        dtype=dtype,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        revision=revision,
-        tokenizer=tokenizer,
-        pad_token=pad_token,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def _one_row(weight: Tensor, d_model: int) -> Float[Tensor, "d_model"]:
-    row = weight.detach()
-    row = row[0] if row.ndim == 2 and row.shape[0] == 1 else row
-    if row.shape != (d_model,):
+def _require_same_rewards(head: RewardHead, opened: Checkpoint) -> None:
+    """Compare a converted model with transformers on one short text: a conversion may be wrong for an architecture."""
+    assert opened.head is not None
+    batch = probe_batch(min(12, head.max_length, head.body.n_embeddings), head.device)
+    base: Any = opened.base
+    with torch.no_grad():
+        residual = base(input_ids=batch.input_ids, use_cache=False)[0][0, -1].to(head.reward_dtype)
+        expected = float(residual @ opened.head.weight.to(residual) + opened.head.bias)
+        difference = abs(float(head.forward(batch)[0]) - expected)
+    # Half precision rounds every layer to 3 or 2 digits, in another order after a conversion.
+    tolerance = (1e-4 if head.dtype in (torch.float32, torch.float64) else 5e-2) * max(1.0, abs(expected))
+    if not difference <= tolerance:
         raise ModelError(
-            f"weight: expected {d_model} numbers, one for each direction of the residual stream, got shape "
-            f"{tuple(weight.shape)}. A reward head has one output."
+            f"{opened.name}: as a {type(head.model).__name__} it gets rewards that differ by {difference:.1e} from "
+            "transformers'. TransformerLens converts this architecture in another way; open it without model_class and "
+            "process_weights."
         )
-    return row
 
 
 def _require_finite(rewards: Float[Tensor, "text"]) -> Float[Tensor, "text"]:

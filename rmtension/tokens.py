@@ -1,136 +1,19 @@
-"""From texts to batches of tokens: encoding, truncation, length buckets, and the token the reward is read from."""
+"""Batches of tokens: padding, length buckets, and the token the reward is read from."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from rmtension.errors import DataError, ModelError, OptionError
-from rmtension.pairs import PreferencePairs, join_prompt
+from rmtension.encoding import EncodedPairs, EncodedText
+from rmtension.errors import OptionError
 from rmtension.sites import check_positions
 
 DEFAULT_TOKENS_PER_BATCH = 4096
-
-
-@dataclass(frozen=True)
-class EncodedText:
-    """Token ids of one text, the index of its first response token, and a key that stands for its prompt."""
-
-    ids: tuple[int, ...]
-    response_start: int
-    key: int
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class EncodedPairs:
-    """The two texts of every pair, and how many pairs were cut, and where."""
-
-    chosen: tuple[EncodedText, ...]
-    rejected: tuple[EncodedText, ...]
-    n_prompts_cut: int
-    n_responses_cut: int
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens in all texts."""
-        return sum(map(len, self.chosen)) + sum(map(len, self.rejected))
-
-
-def encode_texts(tokenizer: Any, texts: Sequence[str], *, max_length: int, truncate: bool = False) -> list[EncodedText]:
-    """Encode whole texts, with the special tokens that the tokenizer adds by itself.
-
-    A text longer than `max_length` tokens raises `DataError`; `truncate=True` cuts it from the left instead, because
-    the reward is read at the end. The whole text counts as response.
-    """
-    encoded = []
-    parts = _parts(tokenizer, texts, [0] * len(texts))
-    for number, (text, (lead, _, response)) in enumerate(zip(texts, parts, strict=True)):
-        length = len(lead) + len(response)
-        if length > max_length and not truncate:
-            raise DataError(
-                f"texts: text {number} has {length} tokens, the context holds {max_length}. Score it as a "
-                "PreferencePair so that only its prompt is cut, or pass truncate=True to drop its first tokens."
-            )
-        kept = response[max(0, length - max_length) :]
-        encoded.append(EncodedText(tuple(lead + kept), len(lead), _key(text)))
-    return encoded
-
-
-def encode_pairs(
-    tokenizer: Any, pairs: PreferencePairs, *, max_length: int, truncate_response: bool = False
-) -> EncodedPairs:
-    """Encode both texts of every pair (`join_prompt(prompt, response)`), with the tokenizer's own special tokens.
-
-    A token belongs to the response when it ends after the prompt's last character. A pair that does not fit loses
-    prompt tokens from the left, equally on both sides, so that both responses still follow the same prompt. A
-    response that does not fit by itself raises `DataError`; `truncate_response=True` cuts its end instead. Both kinds
-    of cut are counted.
-    """
-    texts = [join_prompt(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
-    parts = _parts(tokenizer, texts, [len(pair.prompt) for pair in pairs for _ in range(2)])
-    chosen: list[EncodedText] = []
-    rejected: list[EncodedText] = []
-    n_prompts_cut = n_responses_cut = 0
-    for pair, sides in zip(pairs, zip(parts[::2], parts[1::2], strict=True), strict=True):
-        longest = max(len(lead) + len(response) for lead, _, response in sides)
-        if longest > max_length and not truncate_response:
-            raise DataError(
-                f"pair {pair.id!r}: a response has {longest} tokens, the context holds {max_length}. Remove the pair, "
-                "or pass truncate_response=True to cut the response's end."
-            )
-        room = max(0, max_length - longest)
-        n_responses_cut += longest > max_length
-        n_prompts_cut += any(len(prompt) > room for _, prompt, _ in sides)
-        for side, (lead, prompt, response) in zip((chosen, rejected), sides, strict=True):
-            before = lead + prompt[max(0, len(prompt) - room) :]
-            after = response[: max_length - len(lead)]
-            side.append(EncodedText(tuple(before + after), len(before), _key(pair.prompt)))
-    return EncodedPairs(tuple(chosen), tuple(rejected), n_prompts_cut, n_responses_cut)
-
-
-def _parts(
-    tokenizer: Any, texts: Sequence[str], prompt_lengths: Sequence[int]
-) -> list[tuple[list[int], list[int], list[int]]]:
-    """Every text's ids as (leading special tokens, prompt, response); `prompt_lengths` count characters."""
-    if tokenizer is None:
-        raise ModelError("tokenizer: this reward model has none. Pass tokenizer=... to RewardHead to score texts.")
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(
-            f"tokenizer: {type(tokenizer).__name__} cannot map tokens to characters, which is how the response is "
-            "found. Load the fast tokenizer of this model (use_fast=True)."
-        )
-    if not texts:
-        return []
-    # verbose=False: length is checked by the callers, against the model's context.
-    encoding = tokenizer(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
-    parts = []
-    for number, n_characters in enumerate(prompt_lengths):
-        ids = list(encoding["input_ids"][number])
-        special = encoding["special_tokens_mask"][number]
-        ends = [end for _, end in encoding["offset_mapping"][number]]
-        lead = next((i for i, flag in enumerate(special) if not flag), len(ids))
-        # Trailing special tokens have offset (0, 0); they come after the response has begun.
-        start = next((i for i in range(lead, len(ids)) if ends[i] > n_characters), len(ids))
-        if start == len(ids):
-            raise DataError(f"texts: text {number} has no token after its prompt. Give it a response.")
-        parts.append((ids[:lead], ids[lead:start], ids[start:]))
-    return parts
-
-
-def _key(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()) >> 1
 
 
 @dataclass(frozen=True)

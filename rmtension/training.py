@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from rmtension.encoding import EncodedPairs, encode_pairs
 from rmtension.errors import DataError, ModelError, OptionError
 from rmtension.pairs import PreferencePairs
-from rmtension.tokens import EncodedPairs, encode_pairs
 from rmtension.trainer_run import (
     arguments,
     isolated,

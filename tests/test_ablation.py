@@ -9,7 +9,8 @@ from test_reward_head import snapshot
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
 from rmtension.ablation import draw_donors
 from rmtension.errors import DataError, OptionError, ProvenanceError
-from rmtension.tokens import EncodedText, TokenBatch
+from rmtension.encoding import EncodedText
+from rmtension.tokens import TokenBatch
 
 
 def neurons_of(head, site="mlp", share=0.5, seed=0):
@@ -53,7 +54,7 @@ def test_exception_inside_a_collector_or_an_attribution_leaves_no_hook(head, pai
 def test_failed_entry_installs_nothing(head, monkeypatch):
     before = snapshot(head)
     context = AblationContext(head, neurons_of(head))
-    last = head._body.spots("mlp", 2)[-1].module
+    last = head.body.spots("mlp", 2)[-1].module
 
     def refuse(*_, **__):
         raise RuntimeError("no more hooks")

@@ -16,11 +16,13 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.iter_modules(rmtension.__path__))
 # Floors of the design: a module imports only from floors below its own.
 FLOORS = [
-    {"errors", "sites", "hooks", "provenance", "storage"},
-    {"neurons", "pairs"},
-    {"tokens", "scored"},
-    {"body", "checkpoints", "reward_head"},
-    {"activations", "ablation"},
+    {"errors", "sites", "hooks", "norms", "provenance", "storage"},
+    {"chat", "heads", "neurons", "pair"},
+    {"pairs"},
+    {"encoding", "scored", "tokens"},
+    {"body", "checkpoints", "wrapping"},
+    # A head reaches from its methods to the modules that prove, decompose and export it, and these to ablation.
+    {"reward_head", "direct", "selfcheck", "activations", "ablation", "export"},
     {"attribution", "evaluation"},
     {"shared"},
     {"study", "organisms", "trainer_run"},

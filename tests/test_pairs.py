@@ -7,7 +7,7 @@ import pytest
 
 from rmtension import PreferencePair, PreferencePairs
 from rmtension.errors import DataError, OptionError
-from rmtension.pairs import join_prompt
+from rmtension.pair import join_prompt
 
 GOOD = {"prompt": "Q", "chosen": "yes", "rejected": "no"}
 
@@ -48,8 +48,8 @@ def test_gzip_is_recognised_without_its_suffix_and_blank_lines_are_skipped(tmp_p
         ({"chosen": "yes", "rejected": "no"}, "line 2: field 'prompt' is missing"),
         (GOOD | {"chosen": " \n"}, "line 2: field 'chosen' is empty"),
         (GOOD | {"rejected": ""}, "line 2: field 'rejected' is empty"),
-        (GOOD | {"chosen": ["a"]}, "line 2: field 'chosen' should be text, got list"),
-        (GOOD | {"prompt": None}, "line 2: field 'prompt' should be text, got NoneType"),
+        (GOOD | {"chosen": 1}, "line 2: field 'chosen' should be text or messages, got int"),
+        (GOOD | {"prompt": None}, "line 2: field 'prompt' should be text or messages, got NoneType"),
         ([1, 2], "line 2: expected a JSON object .* got list"),
         (b'{"prompt": ', "line 2: not valid JSON"),
         (b'{"prompt": "\xff"}', "line 2: not valid UTF-8 at byte 12"),

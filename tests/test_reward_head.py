@@ -99,7 +99,7 @@ def test_scoring_leaves_the_model_as_it_was(checkpoints, pairs):
     """Hooks, parameters, requires_grad and training mode; the head runs in eval mode although the model trains."""
     head = RewardHead.from_pretrained(checkpoints["gpt2"])
     expected = head.score_pairs(pairs).margin
-    head._body.module.train()
+    head.body.module.train()
     for parameter in list(head.model.parameters())[:3]:
         parameter.requires_grad_(True)
     before = snapshot(head)
@@ -116,7 +116,7 @@ def test_scoring_leaves_the_model_as_it_was(checkpoints, pairs):
 
 def snapshot(head):
     """Everything a call could change: parameters, flags, modes and hooks of every module."""
-    modules = list(head._body.module.modules()) + list(head.model.modules())
+    modules = list(head.body.module.modules()) + list(head.model.modules())
     return {
         "parameters": [(p.data_ptr(), p._version, p.requires_grad) for p in head.model.parameters()],
         "training": [module.training for module in modules],
@@ -218,7 +218,7 @@ class TestBadCheckpoints:
             RewardHead(torch.nn.Linear(2, 2), weight=torch.ones(2))
 
     def test_weight_of_another_width(self, head):
-        with pytest.raises(ModelError, match=r"expected 32 numbers.*\(2, 32\)"):
+        with pytest.raises(ModelError, match=r"expected one row of numbers.*\(2, 32\)"):
             RewardHead(head.model, weight=torch.ones(2, 32))
 
     def test_non_finite_rewards(self, head):

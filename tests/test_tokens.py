@@ -7,7 +7,8 @@ from tokenizers import processors
 
 from rmtension import PreferencePairs
 from rmtension.errors import DataError, OptionError
-from rmtension.tokens import compact, encode_pairs, encode_texts, last_token, length_buckets, pair_batches
+from rmtension.encoding import encode_pairs, encode_texts
+from rmtension.tokens import compact, last_token, length_buckets, pair_batches
 
 
 def one_pair(prompt, chosen="sure", rejected="sorry please"):

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from rmtension.errors import DataError, ModelError, OptionError, StorageError
 from rmtension.family import FamilySettings, train_family
 from rmtension.organisms import preference_world
-from rmtension.pairs import PreferencePairs, join_prompt
-from rmtension.tokens import encode_pairs
+from rmtension.pair import join_prompt
+from rmtension.pairs import PreferencePairs
+from rmtension.encoding import encode_pairs
 from rmtension.trainer_run import RECORD_NAME, isolated
 from rmtension.training import (
     select_pairs,

@@ -1,0 +1,142 @@
+"""The direct path: what the embedding, every block and every neuron add to the reward through the residual stream.
+
+With the scale of the final norm frozen at its value, the reward is linear in the residual stream, and the residual
+stream is a sum of what was written to it. The parts below sum to the reward exactly. What a neuron does through later
+blocks is not in its part.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from einops import reduce
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rmtension.hooks import InstalledHooks, Spot, Visit
+from rmtension.norms import read_norm
+from rmtension.reward_head import RewardHead
+from rmtension.tokens import TokenBatch
+
+
+@dataclass(frozen=True, eq=False)
+class DirectContributions:
+    """Parts of the reward of each text: `embedding + blocks.sum(1) + constant` is the reward.
+
+    `constant` is the bias of the final norm and of the head. `neurons` maps a site to its neurons' parts; together
+    with `biases`, those of the projections they go through, they sum to `blocks`, layer by layer. Both are there for
+    models that transformers runs; for others `neurons` is empty and `biases` is None.
+    """
+
+    embedding: Float[Tensor, "text"]
+    blocks: Float[Tensor, "text layer"]
+    constant: float
+    neurons: dict[str, Float[Tensor, "text layer neuron"]]
+    biases: Float[Tensor, "text layer"] | None
+
+    @property
+    def reward(self) -> Float[Tensor, "text"]:
+        """The sum of all parts."""
+        return self.embedding + self.blocks.sum(dim=1) + self.constant
+
+
+def direct_contributions(head: RewardHead, batch: TokenBatch) -> DirectContributions:
+    """The parts of the rewards of `batch`, on the CPU. Cost: one forward pass and one product with each projection.
+
+    Raises `ModelError` for a head without a reward, and for a model whose final norm is unknown.
+    """
+    record = _Record(head, batch)
+    inside = _modules_inside(head)
+    with record.hooks(inside), torch.no_grad():
+        head.residual(batch)
+    norm_module = head.body.final_norm
+    last_in, last_out = record.inputs[norm_module], record.outputs[norm_module]
+    norm = read_norm(norm_module, head.d_model).to(last_in)
+    weight = head.require_weight().to(last_in)
+    direction = norm.pull_back(weight.expand_as(last_in), norm.sigma(last_in, last_out))
+    stream = [record.inputs[head.body.block(layer)] for layer in range(head.n_layers)] + [last_in]
+    parts = torch.stack([(state * direction).sum(dim=-1) for state in stream], dim=1).cpu()
+    neurons: dict[str, list[Tensor]] = {site: [] for site in inside}
+    biases = torch.zeros(len(last_in), head.n_layers, dtype=last_in.dtype)
+    for site, projections in inside.items():
+        for layer, projection in enumerate(projections):
+            per_channel, constant = _through(projection, head.body.block(layer), record, direction)
+            shape = "text (neuron channel) -> text neuron"
+            neurons[site].append(reduce(per_channel, shape, "sum", neuron=head.n_neurons(site)).cpu())
+            biases[:, layer] += constant.cpu()
+    return DirectContributions(
+        embedding=parts[:, 0],
+        blocks=parts.diff(dim=1),
+        constant=float(weight @ norm.bias) + head.bias,
+        neurons={site: torch.stack(layers, dim=1) for site, layers in neurons.items()},
+        biases=biases if inside else None,
+    )
+
+
+def _modules_inside(head: RewardHead) -> dict[str, list[nn.Module]]:
+    """Site -> the projection of every layer, in transformers' own modules; empty where they do not run."""
+    if head.body.plain is None:
+        return {}
+    plain = head.body.plain
+    names = head.body.projection_names
+    return {site: [plain.get_submodule(names[site, layer]) for layer in range(head.n_layers)] for site in head.sites}
+
+
+class _Record:
+    """First inputs and outputs of modules at the token the reward is read from, in the dtype of rewards."""
+
+    def __init__(self, head: RewardHead, batch: TokenBatch) -> None:
+        self._head = head
+        self._batch = batch
+        self.inputs: dict[nn.Module, Float[Tensor, "text channel"]] = {}
+        self.outputs: dict[nn.Module, Float[Tensor, "text channel"]] = {}
+
+    def hooks(self, inside: dict[str, list[nn.Module]]) -> InstalledHooks:
+        body, layers = self._head.body, range(self._head.n_layers)
+        blocks = [body.block(layer) for layer in layers]
+        both = [body.final_norm, *(module for modules in inside.values() for module in modules)]
+        both += [module for block in blocks if inside for module in block.modules() if _is_norm(module)]
+        hooks: list[tuple[Spot, Visit]] = [
+            (Spot(block, "input"), partial(self._keep, self.inputs, block)) for block in blocks
+        ]
+        for module in both:
+            hooks.append((Spot(module, "input"), partial(self._keep, self.inputs, module)))
+            hooks.append((Spot(module, "output"), partial(self._keep, self.outputs, module)))
+        return InstalledHooks(hooks)
+
+    def _keep(self, store: dict[nn.Module, Tensor], module: nn.Module, value: Tensor) -> None:
+        n_texts, n_tokens = self._batch.mask.shape
+        if value.numel() % (n_texts * n_tokens) or value.shape[0] not in (n_texts, n_texts * n_tokens):
+            return  # a norm of single heads, which has nothing to do with the residual stream
+        rows = value.detach().reshape(n_texts, n_tokens, -1)
+        last = self._batch.last.to(value.device)
+        store[module] = rows[torch.arange(n_texts, device=value.device), last].to(self._head.reward_dtype)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _through(
+    projection: nn.Module, block: nn.Module, record: _Record, direction: Float[Tensor, "text d_model"]
+) -> tuple[Float[Tensor, "text channel"], Float[Tensor, "text"]]:
+    """What every input of `projection` adds along `direction`, and what its bias adds.
+
+    Some families (Gemma-2, OLMo-2) norm what the projection writes before they add it; that norm is found as the one
+    whose input is the projection's output, and frozen like the final one.
+    """
+    activation, written = record.inputs[projection], record.outputs[projection]
+    constant = torch.zeros_like(direction[:, 0]).to(written)
+    direction = direction.to(written)
+    for module in block.modules():
+        if _is_norm(module) and module in record.inputs and torch.equal(record.inputs[module], written):
+            norm = read_norm(module, written.shape[-1]).to(written)
+            constant = (direction * norm.bias).sum(dim=-1)
+            direction = norm.pull_back(direction, norm.sigma(written, record.outputs[module]))
+    dtype = next(projection.parameters()).dtype
+    with torch.enable_grad():
+        inputs = activation.to(dtype).requires_grad_(True)
+        # The gradient of a linear map is its transpose, however its module stores the weights.
+        (slope,) = torch.autograd.grad((projection(inputs).to(written) * direction).sum(), inputs)
+    per_channel = activation * slope.to(activation)
+    return per_channel, constant + (written * direction).sum(dim=-1) - per_channel.sum(dim=-1)

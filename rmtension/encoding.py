@@ -1,0 +1,170 @@
+"""From texts to token ids: plain texts and chats, special tokens, where the response begins, truncation."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rmtension.chat import Chat, RenderedText, is_messages, prompt_text, read_chat, render
+from rmtension.errors import DataError, ModelError, OptionError
+from rmtension.pair import join_prompt
+from rmtension.pairs import PreferencePairs
+
+# What `RewardHead.score` takes for a text: the text itself, or the messages of a chat.
+TextOrChat = str | Sequence[Mapping[str, Any]] | Chat
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Token ids of one text, the index of its first response token, and a key that stands for its prompt."""
+
+    ids: tuple[int, ...]
+    response_start: int
+    key: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """The two texts of every pair, and how many pairs were cut, and where."""
+
+    chosen: tuple[EncodedText, ...]
+    rejected: tuple[EncodedText, ...]
+    n_prompts_cut: int
+    n_responses_cut: int
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all texts."""
+        return sum(map(len, self.chosen)) + sum(map(len, self.rejected))
+
+
+def encode_texts(
+    tokenizer: Any, texts: Sequence[TextOrChat], *, max_length: int, truncate: bool = False
+) -> list[EncodedText]:
+    """Encode whole texts, with the special tokens that the tokenizer adds by itself; chats, with their template's.
+
+    A text longer than `max_length` tokens raises `DataError`; `truncate=True` cuts it from the left instead, because
+    the reward is read at the end. The whole text counts as response.
+    """
+    encoded = []
+    rendered = [_render(tokenizer, text, f"texts: text {number}") for number, text in enumerate(texts)]
+    parts = _parts(tokenizer, rendered)
+    for number, (text, (lead, _, response)) in enumerate(zip(rendered, parts, strict=True)):
+        length = len(lead) + len(response)
+        if length > max_length and not truncate:
+            raise DataError(
+                f"texts: text {number} has {length} tokens, the context holds {max_length}. Score it as a "
+                "PreferencePair so that only its prompt is cut, or pass truncate=True to drop its first tokens."
+            )
+        kept = response[max(0, length - max_length) :]
+        encoded.append(EncodedText(tuple(lead + kept), len(lead), _key(text.text)))
+    return encoded
+
+
+def encode_pairs(
+    tokenizer: Any, pairs: PreferencePairs, *, max_length: int, truncate_response: bool = False
+) -> EncodedPairs:
+    """Encode both texts of every pair: `join_prompt(prompt, response)`, or the chat by the tokenizer's template.
+
+    A token belongs to the response when it ends after the prompt's last character. A pair that does not fit loses
+    prompt tokens from the left, equally on both sides, so that both responses still follow the same prompt. A
+    response that does not fit by itself raises `DataError`; `truncate_response=True` cuts its end instead. Both kinds
+    of cut are counted.
+    """
+    _require_tokenizer(tokenizer)
+    rendered = [
+        RenderedText(join_prompt(pair.prompt, response), len(pair.prompt), is_chat=False)
+        if isinstance(pair.prompt, str)
+        else render(tokenizer, pair.prompt, response)
+        for pair in pairs
+        for response in (pair.chosen, pair.rejected)
+    ]
+    parts = _parts(tokenizer, rendered)
+    chosen: list[EncodedText] = []
+    rejected: list[EncodedText] = []
+    n_prompts_cut = n_responses_cut = 0
+    for pair, sides in zip(pairs, zip(parts[::2], parts[1::2], strict=True), strict=True):
+        longest = max(len(lead) + len(response) for lead, _, response in sides)
+        if longest > max_length and not truncate_response:
+            raise DataError(
+                f"pair {pair.id!r}: a response has {longest} tokens, the context holds {max_length}. Remove the pair, "
+                "or pass truncate_response=True to cut the response's end."
+            )
+        room = max(0, max_length - longest)
+        n_responses_cut += longest > max_length
+        n_prompts_cut += any(len(prompt) > room for _, prompt, _ in sides)
+        for side, (lead, prompt, response) in zip((chosen, rejected), sides, strict=True):
+            before = lead + prompt[max(0, len(prompt) - room) :]
+            after = response[: max_length - len(lead)]
+            side.append(EncodedText(tuple(before + after), len(before), _key(prompt_text(pair.prompt))))
+    return EncodedPairs(tuple(chosen), tuple(rejected), n_prompts_cut, n_responses_cut)
+
+
+def _render(tokenizer: Any, text: TextOrChat, where: str) -> RenderedText:
+    if isinstance(text, str):
+        return RenderedText(text, 0, is_chat=False)
+    if not is_messages(text):
+        raise OptionError(
+            f"{where}: expected a text or a list of messages, got {type(text).__name__}. "
+            "One chat is scored as score([messages])."
+        )
+    _require_tokenizer(tokenizer)
+    return render(tokenizer, read_chat(text, where))
+
+
+def _parts(tokenizer: Any, texts: Sequence[RenderedText]) -> list[tuple[list[int], list[int], list[int]]]:
+    """Every text's ids as (leading special tokens, prompt, response)."""
+    _require_tokenizer(tokenizer)
+    parts: list[tuple[list[int], list[int], list[int]]] = [([], [], [])] * len(texts)
+    # A chat template writes all special tokens itself.
+    for is_chat in (False, True):
+        numbers = [number for number, text in enumerate(texts) if text.is_chat == is_chat]
+        if not numbers:
+            continue
+        # verbose=False: length is checked by the callers, against the model's context.
+        encoding = tokenizer(
+            [texts[number].text for number in numbers],
+            add_special_tokens=not is_chat,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,
+        )
+        for row, number in enumerate(numbers):
+            ids = list(encoding["input_ids"][row])
+            added = list(encoding["special_tokens_mask"][row])
+            ends = [end for _, end in encoding["offset_mapping"][row]]
+            if is_chat:
+                added = [int(ids[0] == tokenizer.bos_token_id), *[0] * (len(ids) - 1)] if ids else []
+            elif added[:1] == [1] and ids[:2] == [tokenizer.bos_token_id] * 2:
+                # The text begins with the BOS token that the tokenizer puts before it: never twice.
+                del ids[1], added[1], ends[1]
+            lead = next((i for i, flag in enumerate(added) if not flag), len(ids))
+            # Trailing special tokens have offset (0, 0); they come after the response has begun.
+            start = next((i for i in range(lead, len(ids)) if ends[i] > texts[number].response_start), len(ids))
+            if start == len(ids):
+                raise DataError(
+                    f"texts: text {number} has no token"
+                    f"{' after its prompt. Give it a response' if texts[number].response_start else ': it is empty'}."
+                )
+            parts[number] = (ids[:lead], ids[lead:start], ids[start:])
+    return parts
+
+
+def _require_tokenizer(tokenizer: Any) -> None:
+    if tokenizer is None:
+        raise ModelError("tokenizer: this reward model has none. Pass tokenizer=... to RewardHead to score texts.")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"tokenizer: {type(tokenizer).__name__} cannot map tokens to characters, which is how the response is "
+            "found. Load the fast tokenizer of this model (use_fast=True)."
+        )
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()) >> 1

@@ -1,0 +1,180 @@
+"""Out again: a head's model as a classifier of transformers, on disk or in memory, with neurons ablated for good."""
+
+import copy
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rmtension.checkpoints import Checkpoint
+from rmtension.errors import ModelError, OptionError, StorageError
+from rmtension.neurons import NeuronSet
+from rmtension.reward_head import RewardHead
+
+
+def ablate_weights(
+    head: RewardHead, neurons: NeuronSet, *, mode: str = "zero", reference: Any = None, alpha: float | None = None
+) -> RewardHead:
+    """A copy of `head` whose weights do what `AblationContext(head, neurons, mode=mode, ...)` does at all positions.
+
+    `zero` and `scale` multiply the neurons' weights in the down (or output) projection by 0 or `alpha`; `mean` sets
+    them to 0 and adds what the mean activations write to the projection's bias. Where the projection has no bias, one
+    is made if the architecture has a place for it in its config (Llama: `mlp_bias`, `attention_bias`), with zeros
+    in the biases that come with it; otherwise `ModelError`. Memory: the model a second time.
+    """
+    from rmtension.ablation import AblationContext
+
+    checkpoint = _require_checkpoint(head, "with_ablation")
+    if mode not in ("zero", "mean", "scale"):
+        raise OptionError(
+            f"mode: weights can do 'zero', 'mean' or 'scale' for good, got {mode!r}. Use AblationContext for the rest."
+        )
+    AblationContext(head, neurons, mode=mode, reference=reference, alpha=alpha)  # validates its arguments
+    names = head.body.projection_names
+    base = copy.deepcopy(checkpoint.base)
+    per_neuron = head.n_channels(neurons.site) // head.n_neurons(neurons.site)
+    columns = repeat(neurons.mask, "layer neuron -> layer (neuron channel)", channel=per_neuron)
+    layers = [layer for layer in range(head.n_layers) if columns[layer].any()]
+    if mode == "mean" and any(base.get_submodule(names[neurons.site, layer]).bias is None for layer in layers):
+        base = _with_biases(base, [names[neurons.site, layer] for layer in range(head.n_layers)])
+    with torch.no_grad():
+        for layer in layers:
+            projection: Any = base.get_submodule(names[neurons.site, layer])
+            chosen = columns[layer].to(projection.weight.device)
+            if mode == "mean":
+                means = torch.where(columns[layer], reference.channel_mean[layer], 0.0)
+                projection.bias += _written(projection, means)
+            _scale_inputs(projection, chosen, alpha if mode == "scale" and alpha is not None else 0.0)
+    opened = replace(checkpoint, base=base, source=None, name=f"{checkpoint.name}, {len(neurons)} neurons ablated")
+    return RewardHead._from_checkpoint(opened, head.max_length, head.tokens_per_batch)
+
+
+def save_classifier(head: RewardHead, folder: str | Path) -> None:
+    """Write the model of `head` as a one-label sequence classifier (safetensors), with its tokenizer.
+
+    A bias of the head, for which transformers has no place, is written as `score.bias`: `RewardHead.from_pretrained`
+    reads it back, transformers leaves it out, with a `UserWarning` here.
+    """
+    checkpoint = _require_checkpoint(head, "save_pretrained")
+    head.require_weight()
+    classifier = build_classifier(head)
+    folder = Path(folder)
+    try:
+        state = classifier.state_dict()
+        if head.bias:
+            state["score.bias"] = torch.tensor([head.bias], dtype=torch.float32)
+        classifier.save_pretrained(folder, state_dict=state)
+        if checkpoint.tokenizer is not None:
+            checkpoint.tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise StorageError(f"{folder}: the checkpoint could not be written ({error}).") from error
+    if head.bias:
+        warnings.warn(
+            f"save_pretrained: the head has a bias of {head.bias:.4g}, for which transformers' classifiers have no "
+            "place. It is in the file as 'score.bias'; transformers leaves it out, so that its rewards are smaller by "
+            "that constant. Margins are the same.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def build_classifier(head: RewardHead) -> Any:
+    """A classifier of transformers around the model of `head`; it shares the weights."""
+    from transformers import AutoModelForSequenceClassification
+
+    checkpoint = _require_checkpoint(head, "build_classifier")
+    base: Any = checkpoint.base
+    config = copy.deepcopy(base.config)
+    config.num_labels = 1
+    pad = head.pad_token_id
+    if pad is None and checkpoint.tokenizer is not None:
+        pad = checkpoint.tokenizer.pad_token_id
+    config.get_text_config().pad_token_id = pad
+    try:
+        with torch.device("meta"):
+            build: Any = AutoModelForSequenceClassification.from_config
+            classifier = build(config)
+    except ValueError as error:
+        raise ModelError(f"{checkpoint.name}: transformers has no sequence classifier for it ({error}).") from error
+    setattr(classifier, classifier.base_model_prefix, base)
+    classifier.score = nn.Linear(head.d_model, 1, bias=False, device=head.device, dtype=head.dtype)
+    classifier.score.weight = nn.Parameter(head.require_weight()[None].to(head.dtype, copy=True), requires_grad=False)
+    return classifier
+
+
+def reload_classifier(head: RewardHead) -> Any:
+    """The classifier that transformers loads from where `head` came from; None where transformers knows of none."""
+    from transformers import AutoModelForSequenceClassification
+
+    checkpoint = head.checkpoint
+    if checkpoint is None or not checkpoint.is_classifier:
+        return None
+    if checkpoint.source is None:
+        return build_classifier(head)
+    source = checkpoint.source
+    classifier: Any = AutoModelForSequenceClassification.from_pretrained(
+        source.name,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+        use_safetensors=True,
+        dtype=head.dtype,
+    )
+    classifier.config.get_text_config().pad_token_id = head.pad_token_id
+    return classifier.to(head.device)
+
+
+def _require_checkpoint(head: RewardHead, what: str) -> Checkpoint:
+    if head.checkpoint is None or head.body.plain is None:
+        raise ModelError(
+            f"{what}: this head's weights are TransformerLens' conversion, not transformers' own. Open the checkpoint "
+            "with RewardHead.from_pretrained or from_classifier, without model_class and process_weights."
+        )
+    return head.checkpoint
+
+
+def _scale_inputs(projection: Any, chosen: Tensor, factor: float) -> None:
+    # nn.Linear holds [out, in], GPT-2's Conv1D [in, out].
+    weight = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T
+    weight[:, chosen] *= factor
+
+
+def _written(projection: Any, activation: Float[Tensor, "channel"]) -> Float[Tensor, "d_model"]:
+    """What `activation` writes through the weights alone, in float64 until the end."""
+    weight = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T
+    exact: Tensor = weight.double() @ activation.to(weight.device, torch.float64)
+    return exact.to(projection.bias.dtype)
+
+
+def _with_biases(base: Any, names: list[str]) -> Any:
+    """`base` rebuilt by a config in which the projections `names` have a bias; all new biases are 0."""
+    flags = [key for key, value in base.config.to_dict().items() if "bias" in key and value is False]
+    for flag in flags:
+        config = copy.deepcopy(base.config)
+        setattr(config, flag, True)
+        with torch.device("meta"):
+            rebuilt = type(base)(config)
+        if any(rebuilt.get_submodule(name).bias is None for name in names):
+            continue
+        state = dict(base.state_dict())
+        parameter = next(base.parameters())
+        new = [key for key in rebuilt.state_dict() if key not in state]
+        if not all(key.endswith(".bias") for key in new):
+            continue
+        state |= {
+            key: torch.zeros(rebuilt.get_parameter(key).shape, dtype=parameter.dtype, device=parameter.device)
+            for key in new
+        }
+        rebuilt.load_state_dict(state, assign=True)
+        for name, buffer in base.named_buffers():
+            owner, _, key = name.rpartition(".")
+            setattr(rebuilt.get_submodule(owner), key, buffer)
+        return rebuilt.eval().requires_grad_(False)
+    raise ModelError(
+        f"mode 'mean': the projections of {type(base).__name__} have no bias, and its config has no place for one. Use "
+        "mode='zero', or AblationContext, which needs none."
+    )

@@ -1,0 +1,88 @@
+"""What a layer norm does, measured from outside: every family writes its own, with gains stored in its own way."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rmtension.errors import ModelError
+
+# Large against any epsilon inside the square root, small enough that its square fits in half precision's sums.
+_SCALE = {torch.float16: 1e2, torch.bfloat16: 1e2}
+
+
+@dataclass(frozen=True)
+class NormLayer:
+    """gain * (x - mean(x) if centred else x) / sigma(x) + bias, as a norm of width d computes it."""
+
+    gain: Float[Tensor, "d"]
+    bias: Float[Tensor, "d"]
+    centred: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether gain is 1 and bias 0: a norm without parameters, or one whose parameters were folded elsewhere."""
+        tolerance = 1e-3 if self.gain.dtype in (torch.float16, torch.bfloat16) else 1e-5
+        return bool(((self.gain - 1).abs() < tolerance).all() and (self.bias.abs() < tolerance).all())
+
+    def pull_back(self, direction: Float[Tensor, "*text d"], sigma: Float[Tensor, "*text"]) -> Float[Tensor, "*text d"]:
+        """The vector u for which `direction @ (output - bias) == u @ input`, the scale frozen at `sigma`."""
+        scaled = self.gain * direction / sigma[..., None]
+        return scaled - scaled.mean(dim=-1, keepdim=True) if self.centred else scaled
+
+    def sigma(self, x: Float[Tensor, "*text d"], y: Float[Tensor, "*text d"]) -> Float[Tensor, "*text"]:
+        """The scale that the norm divided by when it made `y` of `x`, by least squares over its d outputs."""
+        unscaled = self.gain * (x - x.mean(dim=-1, keepdim=True) if self.centred else x)
+        return unscaled.square().sum(dim=-1) / (unscaled * (y - self.bias)).sum(dim=-1)
+
+    def apply(self, x: Float[Tensor, "*text d"], sigma: Float[Tensor, "*text"]) -> Float[Tensor, "*text d"]:
+        """The norm's output for `x` with the scale frozen at `sigma`."""
+        centred = x - x.mean(dim=-1, keepdim=True) if self.centred else x
+        return self.gain * centred / sigma[..., None] + self.bias
+
+    def to(self, like: Tensor) -> "NormLayer":
+        """The same in the dtype and on the device of `like`."""
+        return NormLayer(self.gain.to(like), self.bias.to(like), self.centred)
+
+
+def read_norm(norm: nn.Module, width: int) -> NormLayer:
+    """Measure `norm` with two inputs of entries +-1, mean zero and one sign turned.
+
+    For such v: norm(v) = gain * v + bias and norm(-v) = bias - gain * v, whichever norm it is. Adding a constant
+    tells a norm that subtracts the mean from one that does not. Raises `ModelError` where neither formula holds.
+    """
+    parameter = next(norm.parameters(), torch.empty(0))
+    with torch.no_grad():
+        signs = torch.ones(width, dtype=parameter.dtype, device=parameter.device)
+        signs[1::2] = -1
+        if width % 2:
+            signs[-1] = 0
+        scale = _SCALE.get(parameter.dtype, 1e3)
+        # Mean zero leaves one entry 0 where the width is odd; rolling the pattern shows that entry's gain too.
+        gains, biases = [], []
+        for v in (signs, signs.roll(1)):
+            ups, downs = (_apply(norm, sign * scale * v) for sign in (1, -1))
+            unit = v.abs().mean().sqrt()
+            gains.append((ups - downs) / 2 * unit * v)
+            biases.append((ups + downs) / 2)
+        gain = torch.where(signs != 0, gains[0], gains[1])
+        bias = biases[0]
+        probe = torch.linspace(-1, 2, width, dtype=gain.dtype, device=gain.device) * scale
+        out = _apply(norm, probe)
+        layers = [NormLayer(gain, bias, centred) for centred in (True, False)]
+        errors = [float((layer.apply(probe, layer.sigma(probe, out)) - out).abs().max()) for layer in layers]
+    best = min(range(2), key=errors.__getitem__)
+    tolerance = {torch.float16: 2e-2, torch.bfloat16: 1e-1}.get(parameter.dtype, 1e-3)
+    if not errors[best] <= tolerance * max(1.0, float(out.abs().max())):
+        raise ModelError(
+            f"norm: {type(norm).__name__} is neither a layer norm nor an RMS norm (off by {errors[best]:.1e})."
+        )
+    return layers[best]
+
+
+def _apply(norm: Any, x: Tensor) -> Tensor:
+    # Some norms want [text, token, d].
+    output: Tensor = norm(x[None, None])[0, 0]
+    return output

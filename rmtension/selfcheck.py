@@ -1,0 +1,246 @@
+"""`RewardHead.check`: the guarantees of this library, proved again on the user's own model.
+
+| check | what it compares | what it does not show |
+|---|---|---|
+| tokens | ids with the tokenizer's own; BOS at most once | that the model was trained with this tokenizer |
+| equal to transformers | rewards with the checkpoint, read again by transformers, one text at a time | other texts |
+| bridge | rewards through the TransformerBridge with transformers' modules | hooks inside attention |
+| batch equals single | rewards in one batch with rewards alone | other batch sizes |
+| padding | rewards with 0 to 7 pad tokens on either side with rewards without | more padding |
+| last token | that another last token gives another reward | that it is the one you want to read |
+| hooks, per site | calls of each layer's hook in one run; exactly one each | what the activation means |
+| zeroing, per site | rewards with the site at 0 with rewards as they are | single neurons |
+| direct contributions | their sum with the reward | indirect effects |
+| layers | what neurons and biases write with what each layer adds to the residual stream | the same |
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rmtension.encoding import EncodedText, encode_texts
+from rmtension.errors import CheckError, ModelError
+from rmtension.hooks import in_eval_mode
+from rmtension.pairs import PreferencePairs
+from rmtension.tokens import TokenBatch
+
+if TYPE_CHECKING:
+    from rmtension.reward_head import RewardHead
+
+N_PAIRS = 8
+_TEXTS = (
+    "\n\nHuman: How do I bake bread?\n\nAssistant: Mix flour, water, salt and yeast, let it rise twice, and bake it.",
+    "\n\nHuman: How do I bake bread?\n\nAssistant: No.",
+    "\n\nHuman: Write a poem about rain\n\nAssistant: The gutters sing all night; the morning smells of stone.",
+    "\n\nHuman: Hi\n\nAssistant: Hello! What can I do for you?\n\nHuman: Name a river\n\nAssistant: The Elbe.",
+    "\n\nHuman: Can I mix bleach and vinegar?\n\nAssistant: Please don't: it releases chlorine gas.",
+    "Yes",
+    "A list: one, two, three.",
+    "\n\nHuman: Summarise the plot of Hamlet in a sentence.\n\nAssistant: A prince who cannot decide loses everyone.",
+)
+
+
+def check_head(head: "RewardHead", pairs: PreferencePairs | None = None, reference: Any = None) -> pd.DataFrame:
+    """Run every check that applies to `head`; one row each: check, n, value, limit, passed, note.
+
+    Texts are those of the first 8 `pairs`, or 8 built in (token ids where there is no tokenizer). `reference` is a
+    classifier of transformers to compare with; by default the checkpoint is loaded again from where it came, which
+    takes its memory a second time while this runs. Cost: about 30 forward passes over 8 or 16 texts.
+
+    Raises `CheckError` naming the checks that failed; its `table` attribute holds the rows.
+    """
+    head.require_weight()
+    checker = _Checker(head, _probes(head, pairs))
+    checker.run(reference)
+    table = pd.DataFrame(checker.rows, columns=["check", "n", "value", "limit", "passed", "note"])
+    failed = table.loc[~table["passed"]]
+    if len(failed):
+        described = "; ".join(
+            f"{row.check}: {row.value:.2g}, limit {row.limit:.2g} ({row.note})" for row in failed.itertuples()
+        )
+        raise CheckError(f"check: {len(failed)} of {len(table)} failed: {described}", table)
+    return table
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A text (None for a chat, or where there is no tokenizer), the ids the head makes of it, and its reward alone."""
+
+    text: str | None
+    ids: list[int]
+    reward: float
+
+
+def _probes(head: "RewardHead", pairs: PreferencePairs | None) -> list[_Probe]:
+    if head.tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        drawn = [torch.randint(head.body.n_embeddings, (n,), generator=generator) for n in (1, 2, 3, 5, 8, 13)]
+        return [_Probe(None, ids.tolist(), float(head.score_tokens(ids[None])[0])) for ids in drawn]
+    if pairs is None:
+        encoded = encode_texts(head.tokenizer, _TEXTS, max_length=head.max_length, truncate=True)
+        rewards = [float(head.score([text], truncate=True)[0]) for text in _TEXTS]
+        return [_Probe(text, list(one.ids), r) for text, one, r in zip(_TEXTS, encoded, rewards, strict=True)]
+    probes = []
+    for pair in pairs[:N_PAIRS]:
+        alone = PreferencePairs([pair])
+        scored, encoded_pair = (
+            head.score_pairs(alone, truncate_response=True),
+            head.encode(alone, truncate_response=True),
+        )
+        for side in ("chosen", "rejected"):
+            text = pair.text(side) if isinstance(pair.prompt, str) else None
+            ids = list(getattr(encoded_pair, side)[0].ids)
+            probes.append(_Probe(text, ids, float(getattr(scored, side)[0])))
+    return probes
+
+
+class _Checker:
+    def __init__(self, head: "RewardHead", probes: list[_Probe]) -> None:
+        self.head = head
+        self.probes = probes
+        self.ids = [probe.ids for probe in probes]
+        self.alone = torch.tensor([probe.reward for probe in probes], dtype=head.reward_dtype)
+        self.rows: list[tuple[str, int, float, float, bool, str]] = []
+
+    def run(self, reference: Any) -> None:
+        self._tokens()
+        self._transformers(reference)
+        self._bridge()
+        self._compare("batch equals single", self._score(self.ids), half=5e-2)
+        self._padding()
+        self._last_token()
+        for site in self.head.sites:
+            self._site(site)
+        self._direct()
+
+    def _tokens(self) -> None:
+        if self.head.tokenizer is None:
+            return
+        bos = self.head.tokenizer.bos_token_id
+        wrong = sum(
+            self._own_ids(probe) != probe.ids or (bos is not None and probe.ids[:2] == [bos, bos])
+            for probe in self.probes
+        )
+        self._add("tokens", len(self.probes), wrong, 0, "texts with other ids than the tokenizer's, or BOS twice")
+
+    def _transformers(self, reference: Any) -> None:
+        from rmtension.export import reload_classifier
+
+        checkpoint = self.head.checkpoint
+        opened = None if checkpoint is None else checkpoint.head
+        model: Any = reload_classifier(self.head) if reference is None else reference
+        if model is None and checkpoint is not None and opened is not None:
+            model = checkpoint.base
+        if model is None:
+            return
+        expected = []
+        device = next(model.parameters()).device
+        with torch.no_grad(), in_eval_mode(model.modules()):
+            for probe in self.probes:
+                # Transformers' own way from the text on: its tokens, its pooling, its head.
+                output = model(input_ids=torch.tensor([self._own_ids(probe)], device=device), use_cache=False)
+                if hasattr(output, "logits"):
+                    expected.append(output.logits[0].to(self.alone).cpu())
+                else:
+                    last = output[0][:, -1].to(self.alone).cpu()
+                    expected.append(last @ opened.weight.to(last))  # type: ignore[union-attr]
+        # A bias for which transformers has no place is the head's alone.
+        has_place = getattr(getattr(model, "score", None), "bias", None) is not None
+        constant = 0.0 if opened is None or has_place else opened.bias
+        difference = float((torch.cat(expected) + constant - self.alone).abs().max())
+        self._add("equal to transformers", len(expected), difference, self._limit(half=5e-2), "max |difference|")
+
+    def _bridge(self) -> None:
+        if self.head.body.plain is None:
+            return
+        bridge: Any = self.head.model
+        # Any hook of the user's makes the bridge run in place of transformers' modules.
+        with bridge.hooks(fwd_hooks=[(next(iter(bridge.hook_dict)), lambda value, hook: value)]):
+            rewards = self._score(self.ids)
+        self._compare("bridge", rewards, half=5e-2)
+
+    def _padding(self) -> None:
+        worst = 0.0
+        for left, right in ((0, 0), (0, 3), (1, 0), (7, 0), (7, 3)):
+            width = max(map(len, self.ids)) + left + right
+            ids = torch.full((len(self.ids), width), self.head.pad_token_id or 0)
+            mask = torch.zeros_like(ids)
+            for row, tokens in enumerate(self.ids):
+                place = slice(width - right - len(tokens), width - right) if left else slice(0, len(tokens))
+                ids[row, place], mask[row, place] = torch.tensor(tokens), 1
+            worst = max(worst, float((self.head.score_tokens(ids, mask) - self.alone).abs().max()))
+        self._add("padding", len(self.ids), worst, self._limit(half=5e-2), "max |difference|, either side")
+
+    def _last_token(self) -> None:
+        changed = []
+        for ids in self.ids:
+            free = (i for i in range(self.head.body.n_embeddings) if i not in (self.head.pad_token_id, ids[-1]))
+            changed.append([*ids[:-1], next(free)])
+        rewards = torch.cat([self._score([ids]) for ids in changed])
+        same = int((rewards == self.alone).sum())
+        self._add("last token", len(changed), same, 0, "texts whose reward another last token leaves as it is")
+
+    def _site(self, site: str) -> None:
+        calls = [0] * self.head.n_layers
+
+        def count(layer: int, activation: Tensor) -> None:
+            calls[layer] += 1
+
+        with self.head.hooks(site, count):
+            self._score(self.ids)
+        wrong = sum(n != 1 for n in calls)
+        self._add(f"hooks, {site}", len(calls), wrong, 0, "layers whose hook was not called exactly once")
+        with self.head.hooks(site, lambda layer, activation: torch.zeros_like(activation)):
+            zeroed = self._score(self.ids)
+        same = int((zeroed == self.alone).sum())
+        self._add(f"zeroing, {site}", len(zeroed), same, 0, "texts whose reward stays as it is")
+
+    def _direct(self) -> None:
+        from rmtension.direct import direct_contributions
+
+        try:
+            parts = direct_contributions(self.head, self._batch(self.ids))
+        except ModelError as error:
+            self.rows.append(("direct contributions", 0, float("nan"), float("nan"), True, f"not applicable: {error}"))
+            return
+        self._compare("direct contributions", parts.reward, half=2e-1)
+        if parts.biases is not None and len(parts.neurons) == 2:
+            written = parts.biases + sum(part.sum(dim=2) for part in parts.neurons.values())
+            worst = float((written - parts.blocks).abs().max())
+            self._add("layers", parts.blocks.numel(), worst, self._limit(half=2e-1), "max |difference| in a layer")
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _own_ids(self, probe: _Probe) -> list[int]:
+        """The tokenizer's ids of the text; the head's for a chat, one too long, or one that begins with BOS itself."""
+        tokenizer = self.head.tokenizer
+        if probe.text is None or (tokenizer.bos_token and probe.text.startswith(tokenizer.bos_token)):
+            return probe.ids
+        own: list[int] = tokenizer(probe.text, verbose=False)["input_ids"]
+        return own if len(own) <= self.head.max_length else probe.ids
+
+    def _batch(self, texts: list[list[int]]) -> TokenBatch:
+        encoded = [EncodedText(tuple(ids), 0, 0) for ids in texts]
+        return TokenBatch.from_texts(
+            encoded, range(len(texts)), pad_token_id=self.head.pad_token_id, device=self.head.device
+        )
+
+    def _score(self, texts: list[list[int]]) -> Float[Tensor, "text"]:
+        with torch.no_grad():
+            return self.head.forward(self._batch(texts)).cpu()
+
+    def _limit(self, *, half: float) -> float:
+        """1e-4 in fp32, 1e-6 in float64 (norms of some families stay in fp32), relative to the largest reward."""
+        limits = {torch.float64: 1e-6, torch.float32: 1e-4}
+        return limits.get(self.head.dtype, half) * max(1.0, float(self.alone.abs().max()))
+
+    def _compare(self, name: str, rewards: Tensor, *, half: float) -> None:
+        difference = float((rewards - self.alone).abs().max())
+        self._add(name, len(rewards), difference, self._limit(half=half), "max |difference|")
+
+    def _add(self, name: str, n: int, value: float, limit: float, note: str) -> None:
+        self.rows.append((name, n, float(value), float(limit), bool(value <= limit), note))

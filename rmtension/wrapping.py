@@ -1,0 +1,128 @@
+"""Hooks for transformers' model: a bridge beside it, a bridge with processed weights, or a HookedTransformer."""
+
+import copy
+import tempfile
+import warnings
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from rmtension.body import Body, BridgeBody, HookedTransformerBody
+from rmtension.errors import ModelError, OptionError
+
+MODEL_CLASSES = ("TransformerBridge", "HookedTransformer")
+
+
+def wrap(name: str, plain: Any, tokenizer: Any, *, model_class: str, process_weights: bool) -> Body:
+    """Hooks for `plain`, a base model of transformers.
+
+    A TransformerBridge without processing shares every tensor with `plain`, which stays as it was; the others take a
+    copy of the weights. Raises `ModelError` where TransformerLens does not know the architecture, or has no
+    `HookedTransformer`.
+    """
+    check_model_class(model_class)
+    try:
+        if model_class == "HookedTransformer":
+            return HookedTransformerBody(_hooked_transformer(plain, process_weights))
+        if process_weights:
+            bridge = _boot(name, copy.deepcopy(plain), tokenizer, writable=True)
+            bridge.enable_compatibility_mode(disable_warnings=True)
+            return BridgeBody(bridge)
+        twin = copy.deepcopy(plain, {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]})
+        names = {id(module): path for path, module in twin.named_modules()}
+        return BridgeBody(_boot(name, twin, tokenizer), plain, names)
+    except Exception as error:  # the adapters of TransformerLens fail in as many ways as there are architectures
+        text = " ".join(str(error).split())
+        raise ModelError(
+            f"{name}: TransformerLens {version('transformer-lens')} could not wrap a {type(plain).__name__} as a "
+            f"{model_class}{' with processed weights' if process_weights else ''} ({type(error).__name__}: "
+            f"{text[:300]}). docs/families.md lists the families that work; RewardHead(model, weight=...) takes a "
+            "hooked model of your own."
+        ) from error
+
+
+def check_model_class(model_class: str) -> None:
+    """Raise `OptionError` for an unknown name, `ModelError` for a HookedTransformer where there is none."""
+    if model_class not in MODEL_CLASSES:
+        raise OptionError(f"model_class: expected one of {list(MODEL_CLASSES)}, got {model_class!r}.")
+    installed = version("transformer-lens")
+    if model_class == "HookedTransformer" and int(installed.split(".")[0]) >= 4:
+        raise ModelError(
+            f"model_class: transformer-lens {installed} has no HookedTransformer; version 4 removed it. Install "
+            "'transformer-lens<4', or leave model_class out: a TransformerBridge has the same hook names."
+        )
+
+
+def _boot(name: str, base: Any, tokenizer: Any, *, writable: bool = False) -> Any:
+    """A TransformerBridge on `base`, whose modules it takes over; `writable` if its weights will be processed."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    parameter = next(base.parameters())
+    # TransformerLens re-reads a tokenizer that has a BOS token from disk to make it prepend one. It gets a copy
+    # without; the reward model's own tokenizer stays as it is.
+    spare = copy.deepcopy(tokenizer)
+    if spare is not None:
+        spare.bos_token = None
+    return TransformerBridge.boot_transformers(
+        name, hf_model=_language_model(base, writable), dtype=parameter.dtype, device=parameter.device, tokenizer=spare
+    )
+
+
+def _language_model(base: Any, writable: bool) -> Any:
+    """`base` in the shell of a causal language model, which is all that TransformerLens takes.
+
+    The shell is made on the meta device. Its vocabulary projection, which nothing here runs, is tied to the
+    embeddings or zero: one number seen as a matrix, unless it has to be `writable`.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = copy.deepcopy(base.config)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        # TransformerLens goes by this name; a classifier's config has its own.
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    with torch.device("meta"):
+        build: Any = AutoModelForCausalLM.from_config
+        shell = build(config)
+    setattr(shell, shell.base_model_prefix, base)
+    shell.tie_weights()
+    parameter = next(base.parameters())
+    for module in shell.modules():
+        for key, weight in list(module.named_parameters(recurse=False)):
+            if weight.is_meta:
+                shape = weight.shape if writable else ()
+                zero = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device).expand(weight.shape)
+                setattr(module, key, nn.Parameter(zero, requires_grad=False))
+    return shell.eval()
+
+
+def _hooked_transformer(plain: Any, process_weights: bool) -> nn.Module:
+    """A HookedTransformer with the weights of `plain`, by TransformerLens' own conversion."""
+    from transformer_lens import HookedTransformer, loading_from_pretrained
+
+    shell = _language_model(copy.deepcopy(plain), writable=True)
+    parameter = next(plain.parameters())
+    steps = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), process_weights)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the caller asked for this class by name
+        config = copy.deepcopy(shell.config)
+        # TransformerLens reads names that configs had before transformers 5.
+        for key, value in (getattr(config, "rope_parameters", None) or {}).items():
+            if not hasattr(config, key):
+                setattr(config, key, value)
+        context = getattr(config, "max_position_embeddings", None)
+        if config.model_type == "gpt2":
+            config.n_ctx = context
+        config.save_pretrained(folder)
+        cfg = loading_from_pretrained.get_pretrained_model_config(
+            folder, fold_ln=process_weights, device=str(parameter.device), dtype=parameter.dtype
+        )
+        state = loading_from_pretrained.get_pretrained_state_dict(folder, cfg, hf_model=shell, dtype=parameter.dtype)
+        cfg.tokenizer_name = None
+        cfg.n_ctx = min(cfg.n_ctx, context or cfg.n_ctx)
+        model = HookedTransformer(cfg, None, move_to_device=False)
+    model.load_and_process_state_dict(state, **steps)
+    hooked: nn.Module = model.to(parameter.device).eval().requires_grad_(False)
+    return hooked
