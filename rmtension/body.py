@@ -159,7 +159,7 @@ class HookedTransformerBody:
         model: Any = self.module
         with InstalledHooks([(Spot(model.ln_final, "output"), captured.append)]):
             # return_type=None leaves out the unembedding.
-            model(batch.input_ids, attention_mask=batch.mask.long(), return_type=None)
+            model(batch.input_ids, return_type=None)
         return captured[0]
 
     def spots(self, site: str, layer: int) -> list[Spot]:
@@ -224,7 +224,9 @@ def measure_sites(body: Body, n_layers: int, device: torch.device) -> tuple[dict
 
 
 def _run(base: Any, batch: TokenBatch) -> Float[Tensor, "text token d_model"]:
-    output: Tensor = base(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False)[0]
+    # No attention mask: behind a causal mask nothing sees the padding on the right. With one, padding further than a
+    # sliding window sees nothing at all, becomes NaN, and 0 * NaN then reaches every token (Gemma-2, Mistral).
+    output: Tensor = base(input_ids=batch.input_ids, use_cache=False)[0]
     return output
 
 

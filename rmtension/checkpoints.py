@@ -141,7 +141,9 @@ def checkpoint_of(classifier: Any, tokenizer: Any, pad_token: str | None) -> Che
 
 def _load(what: str, name: str | Path, load: Any, **options: Any) -> Any:
     try:
-        return load(str(name), **options)
+        # Loading draws initial weights before it reads them; the user's random numbers stay as they were.
+        with torch.random.fork_rng(devices=[]):
+            return load(str(name), **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"{name}: transformers could not load the {what}: {error}") from error
 

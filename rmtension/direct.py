@@ -135,7 +135,7 @@ def _through(
             direction = norm.pull_back(direction, norm.sigma(written, record.outputs[module]))
     dtype = next(projection.parameters()).dtype
     with torch.enable_grad():
-        inputs = activation.to(dtype).requires_grad_(True)
+        inputs = activation.to(dtype, copy=True).requires_grad_(True)
         # The gradient of a linear map is its transpose, however its module stores the weights.
         (slope,) = torch.autograd.grad((projection(inputs).to(written) * direction).sum(), inputs)
     per_channel = activation * slope.to(activation)

@@ -89,13 +89,13 @@ def last_token(
 
 def compact(
     input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "text token"]
-) -> tuple[Int[Tensor, "text token"], Bool[Tensor, "text token"]]:
-    """Move every row's real tokens to the left, in order: left padding becomes right padding.
+) -> tuple[Int[Tensor, "text kept"], Bool[Tensor, "text kept"]]:
+    """Move every row's real tokens to the left, in order, and drop the columns that no row uses.
 
     Behind a causal mask, right padding is invisible to real tokens and positions count from 0, so that the same text
     gets the same reward however it came padded, with absolute positions too.
     """
-    order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)
+    order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)[:, : int(mask.sum(dim=1).max())]
     return input_ids.gather(1, order), mask.gather(1, order)
 
 

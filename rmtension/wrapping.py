@@ -24,15 +24,9 @@ def wrap(name: str, plain: Any, tokenizer: Any, *, model_class: str, process_wei
     """
     check_model_class(model_class)
     try:
-        if model_class == "HookedTransformer":
-            return HookedTransformerBody(_hooked_transformer(plain, process_weights))
-        if process_weights:
-            bridge = _boot(name, copy.deepcopy(plain), tokenizer, writable=True)
-            bridge.enable_compatibility_mode(disable_warnings=True)
-            return BridgeBody(bridge)
-        twin = copy.deepcopy(plain, {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]})
-        names = {id(module): path for path, module in twin.named_modules()}
-        return BridgeBody(_boot(name, twin, tokenizer), plain, names)
+        # Building shells draws initial weights; the user's random numbers stay as they were.
+        with torch.random.fork_rng(devices=[]):
+            return _wrap(name, plain, tokenizer, model_class, process_weights)
     except Exception as error:  # the adapters of TransformerLens fail in as many ways as there are architectures
         text = " ".join(str(error).split())
         raise ModelError(
@@ -41,6 +35,18 @@ def wrap(name: str, plain: Any, tokenizer: Any, *, model_class: str, process_wei
             f"{text[:300]}). docs/families.md lists the families that work; RewardHead(model, weight=...) takes a "
             "hooked model of your own."
         ) from error
+
+
+def _wrap(name: str, plain: Any, tokenizer: Any, model_class: str, process_weights: bool) -> Body:
+    if model_class == "HookedTransformer":
+        return HookedTransformerBody(_hooked_transformer(plain, process_weights))
+    if process_weights:
+        bridge = _boot(name, copy.deepcopy(plain), tokenizer, writable=True)
+        bridge.enable_compatibility_mode(disable_warnings=True)
+        return BridgeBody(bridge)
+    twin = copy.deepcopy(plain, {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]})
+    names = {id(module): path for path, module in twin.named_modules()}
+    return BridgeBody(_boot(name, twin, tokenizer), plain, names)
 
 
 def check_model_class(model_class: str) -> None:

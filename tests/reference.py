@@ -12,21 +12,27 @@ import transformers
 class Reference:
     """A sequence classifier of transformers with hooks on the inputs of its down and output projections."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, dtype=torch.float64):
         load = transformers.AutoModelForSequenceClassification.from_pretrained
-        # SDPA: the eager attention of some families takes its softmax in float32.
-        self.model = load(folder, dtype=torch.float64, attn_implementation="sdpa").eval()
+        self.model = load(folder, dtype=dtype).eval()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         base = self.model.base_model
-        self.blocks = base.h if hasattr(base, "h") else base.layers
+        base = getattr(base, "decoder", base)
+        self.blocks = next(getattr(base, name) for name in ("h", "layers", "blocks") if hasattr(base, name))
         self.n_heads = self.model.config.num_attention_heads
 
     def projection(self, site, layer):
         """The module whose input is the activation of `site`."""
         block = self.blocks[layer]
         names = {
-            "mlp": ("mlp.c_proj", "mlp.down_proj", "mlp.dense_4h_to_h"),
-            "attn_head": ("attn.c_proj", "self_attn.o_proj", "attention.dense"),
+            "mlp": (
+                *("mlp.c_proj", "mlp.down_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "mlp.fc2", "fc2"),
+                "ffn.down_proj",
+            ),
+            "attn_head": (
+                *("attn.c_proj", "self_attn.o_proj", "attention.dense", "self_attn.out_proj", "self_attn.dense"),
+                *("attn.attention.out_proj", "attn.out_proj", "self_attention.dense"),
+            ),
         }[site]
         for name in names:
             module = block

@@ -8,8 +8,8 @@ from test_reward_head import snapshot
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
 from rmtension.ablation import draw_donors
-from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.encoding import EncodedText
+from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.tokens import TokenBatch
 
 

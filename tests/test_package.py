@@ -28,7 +28,7 @@ FLOORS = [
     {"study", "organisms", "trainer_run"},
     {"training"},
     {"family"},
-    {"plots", "report", "cli"},
+    {"plots", "report", "cli", "check_matrix"},
 ]
 
 

@@ -6,8 +6,8 @@ from conftest import EOS, make_tokenizer
 from tokenizers import processors
 
 from rmtension import PreferencePairs
-from rmtension.errors import DataError, OptionError
 from rmtension.encoding import encode_pairs, encode_texts
+from rmtension.errors import DataError, OptionError
 from rmtension.tokens import compact, last_token, length_buckets, pair_batches
 
 

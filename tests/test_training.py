@@ -12,12 +12,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from rmtension.encoding import encode_pairs
 from rmtension.errors import DataError, ModelError, OptionError, StorageError
 from rmtension.family import FamilySettings, train_family
 from rmtension.organisms import preference_world
 from rmtension.pair import join_prompt
 from rmtension.pairs import PreferencePairs
-from rmtension.encoding import encode_pairs
 from rmtension.trainer_run import RECORD_NAME, isolated
 from rmtension.training import (
     select_pairs,

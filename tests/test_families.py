@@ -1,0 +1,129 @@
+"""Every family: rewards are transformers' own, ablated neurons are the right ones, the direct path sums to the reward.
+
+All in float64, so that only the order of sums and the norms that families keep in float32 differ.
+"""
+
+import pytest
+import torch
+from conftest import make_pairs, make_tokenizer
+from reference import Reference
+
+from rmtension import AblationContext, NeuronSet, RewardHead, wrapping
+from rmtension.check_matrix import FAMILIES, make_classifier
+from rmtension.direct import direct_contributions
+from rmtension.encoding import encode_texts
+from rmtension.errors import ModelError
+from rmtension.tokens import text_batches
+
+DENSE = [
+    *("gpt2", "gpt_neox", "llama", "llama, tied embeddings", "olmo2", "mistral", "qwen2", "qwen3", "gemma2", "opt"),
+    *("phi3", "gpt_neo", "gptj", "falcon", "stablelm", "bloom", "exaone4", "gemma3_text", "glm4", "mpt", "nemotron"),
+    *("phi", "starcoder2", "gpt_bigcode"),
+]
+EXPERTS = ["mixtral", "qwen3_moe"]
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [pair.text(side) for pair in make_pairs(6) for side in ("chosen", "rejected")]
+
+
+@pytest.fixture
+def folder(request, tmp_path, plain_tokenizer):
+    make_classifier(request.param, len(plain_tokenizer) + 8).save_pretrained(tmp_path)
+    plain_tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewards_of(reference, texts):
+    with torch.no_grad():
+        return torch.stack([reference.reward(reference.tokenizer(t, return_tensors="pt")["input_ids"]) for t in texts])
+
+
+@pytest.mark.parametrize("folder", DENSE, indirect=True)
+def test_family(folder, texts):
+    assert folder.name
+    head = RewardHead.from_pretrained(folder, dtype=torch.float64)
+    reference = Reference(folder)
+    plain = rewards_of(reference, texts)
+    assert plain.std() > 0.05, "the rewards must differ for this test to mean anything"
+    # Norms that compute in float32 round differently in another batch: 2e-7 of a reward. Others are exact to 1e-12.
+    assert torch.allclose(head.score(texts), plain, atol=1e-6, rtol=0)
+    assert head.sites == ["attn_head", "mlp"]
+    for site in head.sites:
+        shape = (head.n_layers, head.n_neurons(site))
+        mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+        columns = mask.repeat_interleave(head.n_channels(site) // head.n_neurons(site), dim=1)
+
+        def zero(layer, activation, columns=columns):
+            return torch.where(columns[layer], 0.0, activation)
+
+        with reference.hooked(site, zero):
+            expected = rewards_of(reference, texts)
+        with AblationContext(head, NeuronSet(mask, site, head.architecture)):
+            assert torch.allclose(head.score(texts), expected, atol=1e-6, rtol=0)
+        assert not torch.allclose(expected, plain, atol=1e-3), "the ablation must do something"
+    (batch,) = text_batches(
+        encode_texts(head.tokenizer, texts, max_length=head.max_length),
+        tokens_per_batch=10_000,
+        pad_token_id=head.pad_token_id,
+        device="cpu",
+    )
+    parts = direct_contributions(head, batch)
+    order = list(batch.rows)
+    assert torch.allclose(parts.reward, plain[order], atol=1e-6, rtol=0)
+    written = sum(neurons.sum(dim=2) for neurons in parts.neurons.values()) + parts.biases
+    assert torch.allclose(written, parts.blocks, atol=1e-6, rtol=0)
+    # Negative control: a layer's neurons without its biases, or another layer's, do not sum to it.
+    assert not torch.allclose(written.roll(1, dims=1), parts.blocks, atol=1e-3)
+
+
+@pytest.mark.parametrize("folder", EXPERTS, indirect=True)
+def test_mixture_of_experts_has_heads_only(folder, texts):
+    """In float32: torch has no grouped matrix product of float64."""
+    head = RewardHead.from_pretrained(folder)
+    reference = Reference(folder, dtype=torch.float32)
+    assert torch.allclose(head.score(texts), rewards_of(reference, texts), atol=1e-5)
+    assert head.sites == ["attn_head"]
+    assert head.check()["passed"].all()
+    with pytest.raises(ModelError, match="no single projection"):
+        head.n_neurons("mlp")
+    with pytest.raises(ModelError, match="no single projection"):
+        head.hooks("mlp", lambda layer, activation: None)
+
+
+@pytest.mark.parametrize("folder", ["bert", "modernbert-decoder"], indirect=True)
+def test_other_heads_are_refused(folder):
+    with pytest.raises(ModelError, match=r"linear layer called 'score'.*does not follow"):
+        RewardHead.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_a_wrong_bridge_is_not_run(folder, texts, monkeypatch):
+    """A bridge off by 1% (TransformerLens 3.9 has two such) is noticed on opening; transformers' modules may run."""
+    boot = wrapping._boot
+
+    def boot_wrong(*args, **options):
+        bridge = boot(*args, **options)
+        bridge.ln_final.register_forward_hook(lambda module, inputs, output: 1.01 * output)
+        return bridge
+
+    monkeypatch.setattr(wrapping, "_boot", boot_wrong)
+    head = RewardHead.from_pretrained(folder)
+    expected = rewards_of(Reference(folder, dtype=torch.float32), texts)
+    assert torch.allclose(head.score(texts), expected, atol=1e-5)
+    with (
+        head.model.hooks(fwd_hooks=[("blocks.0.mlp.hook_post", lambda value, hook: value)]),
+        pytest.raises(ModelError, match=r"TransformerBridge of LlamaModel is off by 1\.0e-02"),
+    ):
+        head.score(texts)
+    assert torch.allclose(head.score(texts), expected, atol=1e-5)
+
+
+def test_named_families_are_in_the_table():
+    assert set(DENSE) | set(EXPERTS) <= set(FAMILIES)

@@ -1,0 +1,295 @@
+"""Heads: however a checkpoint or a user holds them, the reward is transformers' hidden state times the weight."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from conftest import make_config, make_tokenizer, save_classifier
+from safetensors.torch import load_file, save_file
+
+from rmtension import RewardHead
+from rmtension.errors import DataError, ModelError, OptionError
+from rmtension.heads import read_head
+from rmtension.norms import read_norm
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("lm")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(make_config("llama", len(tokenizer))).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def hidden_rewards(folder, texts, weight, bias):
+    """The base model's own last hidden state at the last token of each text, times the weight."""
+    base = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        states = [base(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1] for text in texts]
+    return torch.stack(states) @ weight + bias
+
+
+def with_tensors(source, folder, tensors, n_shards=1):
+    """The checkpoint of `source` in `folder`, with more tensors, in one file or in shards with an index."""
+    weights = load_file(source / "model.safetensors") | tensors
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    if n_shards == 1:
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    names = sorted(weights)
+    size = math.ceil(len(names) / n_shards)
+    weight_map = {}
+    for number in range(n_shards):
+        file = f"model-{number + 1:05d}-of-{n_shards:05d}.safetensors"
+        part = {name: weights[name] for name in names[number * size : (number + 1) * size]}
+        save_file(part, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(tensor.nbytes for tensor in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("n_shards", [1, 3])
+@pytest.mark.parametrize("name", ["v_head.summary", "v_head", "value_head", "score"])
+def test_value_head_of_a_language_model(language_model, tmp_path, ragged_texts, name, n_shards):
+    """trl saves `v_head.summary.weight` [1, d_model] and its bias beside the language model's own weights."""
+    weight, bias = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0.7])
+    folder = with_tensors(language_model, tmp_path, {f"{name}.weight": weight, f"{name}.bias": bias}, n_shards=n_shards)
+    head = RewardHead.from_pretrained(folder)
+    texts = ragged_texts[:16]
+    expected = hidden_rewards(folder, texts, weight[0], 0.7)
+    assert torch.allclose(head.score(texts), expected, atol=1e-5)
+    assert not torch.allclose(hidden_rewards(folder, texts, weight[0], 0.0), expected, atol=1e-2)
+    assert head.check()["passed"].all()
+
+
+def test_heads_given_by_the_user(language_model, ragged_texts):
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(32, generator=generator), 0.25
+    linear = torch.nn.Linear(32, 1)
+    linear.weight.data, linear.bias.data = weight[None].clone(), torch.tensor([bias])
+    expected = hidden_rewards(language_model, ragged_texts[:8], weight, bias)
+    given = [
+        (weight, bias),
+        (weight[None], torch.tensor([bias])),
+        linear,
+        linear.state_dict(),
+        {
+            "model.norm.weight": torch.ones(32),
+            "reward_head.weight": weight[None],
+            "reward_head.bias": torch.tensor(bias),
+        },
+    ]
+    for one in given:
+        head = RewardHead.from_pretrained(language_model, head=one)
+        assert torch.allclose(head.score(ragged_texts[:8]), expected, atol=1e-5)
+    # Replacing the head of a classifier, and the same through the constructor.
+    live = RewardHead(head.model, weight=(weight, 0.2), bias=0.05, tokenizer=head.tokenizer)
+    assert torch.allclose(live.score(ragged_texts[:8]), expected, atol=1e-5)
+    linear.weight.data.zero_()
+    assert float(head.weight.abs().sum()) > 0, "the head is a copy"
+
+
+def test_a_head_in_place_of_two_labels(tmp_path, tokenizer, ragged_texts):
+    save_classifier(tmp_path, "gpt2", tokenizer, num_labels=2)
+    row = load_file(tmp_path / "model.safetensors")["score.weight"][1]
+    head = RewardHead.from_pretrained(tmp_path, head=row)
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = [classifier(**tokenizer(t, return_tensors="pt")).logits[0, 1] for t in ragged_texts[:8]]
+    assert torch.allclose(head.score(ragged_texts[:8]), torch.stack(expected), atol=1e-5)
+
+
+def test_score_bias_that_transformers_drops(checkpoints, tmp_path, ragged_texts):
+    folder = with_tensors(checkpoints["llama"], tmp_path, {"score.bias": torch.tensor([2.5])})
+    with pytest.warns(UserWarning, match=r"score.bias of 2.5.*margins do not"):
+        head = RewardHead.from_pretrained(folder)
+    without = RewardHead.from_pretrained(checkpoints["llama"])
+    assert torch.allclose(head.score(ragged_texts), without.score(ragged_texts) + 2.5, atol=1e-5)
+    assert head.check()["passed"].all()
+
+
+def test_classifier_in_memory(checkpoints, tokenizer, ragged_texts):
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
+        checkpoints["llama"], dtype=torch.float32
+    )
+    classifier.train()
+    before = [(p.data_ptr(), p._version, p.requires_grad) for p in classifier.parameters()]
+    modes = [module.training for module in classifier.modules()]
+    head = RewardHead.from_classifier(classifier, tokenizer=tokenizer)
+    expected = RewardHead.from_pretrained(checkpoints["llama"]).score(ragged_texts)
+    assert torch.equal(head.score(ragged_texts), expected)
+    assert head.check()["passed"].all()
+    assert [(p.data_ptr(), p._version, p.requires_grad) for p in classifier.parameters()] == before
+    assert [module.training for module in classifier.modules()] == modes
+    # The body is shared: what a trainer changes, the head scores.
+    with torch.no_grad():
+        classifier.model.layers[1].mlp.down_proj.weight.mul_(2)
+    assert not torch.allclose(head.score(ragged_texts), expected, atol=1e-4)
+    with pytest.raises(ModelError, match=r"ForSequenceClassification of transformers, got Linear"):
+        RewardHead.from_classifier(torch.nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_heads_product_in_float32(checkpoints, ragged_texts, dtype):
+    """The last hidden state is transformers' own in half precision; from there on everything is float32."""
+    head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=dtype)
+    texts = ragged_texts[:8]
+    base = transformers.AutoModel.from_pretrained(checkpoints["gpt2"], dtype=dtype).eval()
+    with torch.no_grad():
+        states = [base(**head.tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1].float() for text in texts]
+    rewards = torch.cat([head.score([text]) for text in texts])
+    assert rewards.dtype == torch.float32
+    assert torch.allclose(rewards, torch.stack(states) @ head.weight.float(), atol=1e-6)
+
+
+def test_loading_touches_no_global_switch(checkpoints):
+    def switches():
+        return (
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_num_threads(),
+        )
+
+    before = switches()
+    state = torch.random.get_rng_state()
+    RewardHead.from_pretrained(checkpoints["gpt_neox"], dtype=torch.bfloat16).score(["help"])
+    assert switches() == before
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_device_map(checkpoints, ragged_texts):
+    expected = RewardHead.from_pretrained(checkpoints["gpt2"]).score(ragged_texts)
+    for device_map in ("auto", {"": "cpu"}):
+        head = RewardHead.from_pretrained(checkpoints["gpt2"], device_map=device_map)
+        assert torch.equal(head.score(ragged_texts), expected)
+    with pytest.raises(OptionError, match="at most one of the three"):
+        RewardHead.from_pretrained(checkpoints["gpt2"], device_map="auto", device="cpu")
+    with pytest.raises(OptionError, match=rf"n_devices: expected 1 to {torch.cuda.device_count()}"):
+        RewardHead.from_pretrained(checkpoints["gpt2"], n_devices=99)
+
+
+@pytest.mark.parametrize("width", [8, 9])
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm", "Gemma2RMSNorm"])
+def test_a_norm_is_measured(kind, width):
+    """Gain and bias from outside, whichever way a family stores them (Gemma's gain is 1 + weight)."""
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+
+    norm = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm, "Gemma2RMSNorm": Gemma2RMSNorm}[kind](width)
+    norm = norm.double()
+    for parameter in norm.parameters():
+        parameter.data = torch.randn(width, generator=torch.Generator().manual_seed(0)).double()
+    layer = read_norm(norm, width)
+    # Gemma's norm computes in float32 whatever its dtype; the others are limited by epsilon over the probe's square.
+    atol = 1e-6 if kind == "Gemma2RMSNorm" else 1e-9
+    assert torch.allclose(layer.gain, norm.weight + (kind == "Gemma2RMSNorm"), atol=atol)
+    assert torch.allclose(
+        layer.bias, getattr(norm, "bias", None) if kind == "LayerNorm" else 0 * norm.weight, atol=atol
+    )
+    assert layer.centred == (kind == "LayerNorm")
+    x = torch.randn(5, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y = norm(x).detach()
+    sigma = layer.sigma(x, y)
+    expected = (x.var(dim=1, unbiased=False) if layer.centred else x.square().mean(1)).add(norm_eps(norm)).sqrt()
+    assert torch.allclose(sigma, expected, rtol=1e-5)
+    assert torch.allclose(layer.apply(x, sigma), y, atol=1e-5)
+    direction = torch.randn(5, width, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    pulled = (layer.pull_back(direction, sigma) * x).sum(1)
+    assert torch.allclose(pulled, (direction * (y - layer.bias)).sum(1), atol=1e-5)
+    assert not layer.is_plain
+    assert read_norm(torch.nn.LayerNorm(width), width).is_plain
+    with pytest.raises(ModelError, match=r"norm: Tanh is neither"):
+        read_norm(torch.nn.Tanh(), width)
+
+
+def norm_eps(norm):
+    eps = norm.eps
+    return torch.finfo(torch.float64).eps if eps is None else eps
+
+
+class TestBadHeads:
+    def test_width(self, language_model):
+        with pytest.raises(ModelError, match=r"expected 32 numbers.*got 31.*another width"):
+            RewardHead.from_pretrained(language_model, head=torch.ones(31))
+
+    def test_width_in_the_file(self, checkpoints, tmp_path):
+        folder = with_tensors(checkpoints["llama"], tmp_path, {"score.weight": torch.ones(1, 64)})
+        with pytest.raises(ModelError, match=r"score head of shape \(1, 32\).*got \(1, 64\)"):
+            RewardHead.from_pretrained(folder)
+
+    def test_rows(self):
+        with pytest.raises(ModelError, match=r"one row of numbers.*\(2, 4\)"):
+            read_head(torch.ones(2, 4))
+
+    def test_bias(self):
+        with pytest.raises(ModelError, match=r"bias: expected one number, got shape \(2,\)"):
+            read_head((torch.ones(4), torch.ones(2)))
+
+    def test_kind(self):
+        with pytest.raises(ModelError, match=r"head: expected a weight.*got str"):
+            read_head("score")
+        with pytest.raises(ModelError, match=r"weight: expected a tensor, got list"):
+            read_head(([1.0, 2.0], 0.0))
+
+    def test_state_dict(self):
+        with pytest.raises(ModelError, match=r"expected one weight called score.*got \[\]"):
+            read_head({"lm_head.weight": torch.ones(3, 4)})
+        with pytest.raises(ModelError, match=r"got \['score.weight', 'v_head.weight'\]"):
+            read_head({"score.weight": torch.ones(1, 4), "v_head.weight": torch.ones(1, 4)})
+
+    def test_no_head_at_all(self, language_model):
+        with pytest.raises(ModelError, match=r"LlamaForCausalLM.*no score head.*head=\(weight, bias\)"):
+            RewardHead.from_pretrained(language_model)
+
+
+class TestBadCheckpoints:
+    def test_quantised(self, checkpoints, tmp_path):
+        folder = with_tensors(checkpoints["gpt2"], tmp_path, {})
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match=r"quantised.*dtype=torch.bfloat16"):
+            RewardHead.from_pretrained(folder)
+
+    def test_tokenizer_with_more_tokens_than_the_embedding(self, checkpoints, tmp_path):
+        larger = make_tokenizer(tmp_path)
+        larger.add_tokens(["<more>", "<and more>"])
+        with pytest.raises(ModelError, match=r"tokenizer: it has 322 tokens.*has 320 rows.*resize_token_embeddings"):
+            RewardHead.from_pretrained(checkpoints["gpt2"], tokenizer=larger)
+
+    def test_pickled_weights_only(self, checkpoints, tmp_path):
+        folder = with_tensors(checkpoints["gpt2"], tmp_path, {})
+        (folder / "model.safetensors").unlink()
+        torch.save({}, folder / "pytorch_model.bin")
+        with pytest.raises(ModelError, match=r"could not load the weights.*safetensors"):
+            RewardHead.from_pretrained(folder)
+
+    def test_model_class(self, checkpoints):
+        with pytest.raises(OptionError, match=r"model_class: expected one of.*got 'Bridge'"):
+            RewardHead.from_pretrained(checkpoints["gpt2"], model_class="Bridge")
+
+
+class TestBadInput:
+    def test_ids_out_of_range(self, head):
+        with pytest.raises(DataError, match=r"ids from 0 to 319, got 5 to 320"):
+            head.score_tokens(torch.tensor([[5, 320]]))
+        with pytest.raises(DataError, match=r"got -1 to 5"):
+            head.score_tokens(torch.tensor([[5, -1]]))
+        # Under the mask anything may stand: -100 is common.
+        masked = head.score_tokens(torch.tensor([[-100, 5]]), torch.tensor([[0, 1]]))
+        assert torch.equal(masked, head.score_tokens(torch.tensor([[5]])))
+
+    def test_empty_text(self, head):
+        with pytest.raises(DataError, match=r"text 1 has no token: it is empty"):
+            head.score(["help", ""])
