@@ -44,9 +44,7 @@ class EncodedPairs:
         return sum(map(len, self.chosen)) + sum(map(len, self.rejected))
 
 
-def encode_texts(
-    tokenizer: Any, texts: Sequence[TextOrChat], *, max_length: int, truncate: bool = False
-) -> list[EncodedText]:
+def encode_texts(tokenizer: Any, texts: Sequence[Any], *, max_length: int, truncate: bool = False) -> list[EncodedText]:
     """Encode whole texts, with the special tokens that the tokenizer adds by itself; chats, with their template's.
 
     A text longer than `max_length` tokens raises `DataError`; `truncate=True` cuts it from the left instead, because
@@ -106,7 +104,7 @@ def encode_pairs(
     return EncodedPairs(tuple(chosen), tuple(rejected), n_prompts_cut, n_responses_cut)
 
 
-def _render(tokenizer: Any, text: TextOrChat, where: str) -> RenderedText:
+def _render(tokenizer: Any, text: Any, where: str) -> RenderedText:
     if isinstance(text, str):
         return RenderedText(text, 0, is_chat=False)
     if not is_messages(text):

@@ -65,6 +65,7 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
     classifier = build_classifier(head)
     folder = Path(folder)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         state = classifier.state_dict()
         if head.bias:
             state["score.bias"] = torch.tensor([head.bias], dtype=torch.float32)
