@@ -211,8 +211,14 @@ def measure_sites(body: Body, n_layers: int, device: torch.device) -> tuple[dict
             missing[site] = error
         else:
             hooks += spots
-    with InstalledHooks(hooks), torch.no_grad():
-        body.residual(probe_batch(1, device))
+    try:
+        with InstalledHooks(hooks), torch.no_grad():
+            body.residual(probe_batch(1, device))
+    except Exception as error:  # whatever a conversion that went wrong runs into
+        raise ModelError(
+            f"model: this {type(body.module).__name__} does not run ({type(error).__name__}: {error}). With processed "
+            "weights or a HookedTransformer, try dtype=torch.float32, or open it without them."
+        ) from error
     found = {}
     for site in set(SITES) - set(missing):
         widths = {shapes.get((site, layer)) for layer in range(n_layers)}

@@ -66,14 +66,30 @@ def _boot(name: str, base: Any, tokenizer: Any, *, writable: bool = False) -> An
     from transformer_lens.model_bridge import TransformerBridge
 
     parameter = next(base.parameters())
-    # TransformerLens re-reads a tokenizer that has a BOS token from disk to make it prepend one. It gets a copy
-    # without; the reward model's own tokenizer stays as it is.
-    spare = copy.deepcopy(tokenizer)
-    if spare is not None:
-        spare.bos_token = None
     return TransformerBridge.boot_transformers(
-        name, hf_model=_language_model(base, writable), dtype=parameter.dtype, device=parameter.device, tokenizer=spare
+        name,
+        hf_model=_language_model(base, writable),
+        dtype=parameter.dtype,
+        device=parameter.device,
+        tokenizer=_spare(tokenizer),
     )
+
+
+def _spare(tokenizer: Any) -> Any:
+    """A tokenizer for TransformerLens alone, so that it leaves the network and the reward model's tokenizer in peace.
+
+    It looks for one by the model's name where it gets none, and re-reads one with a BOS token to make it prepend that.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    if tokenizer is None:
+        empty = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))  # noqa: S106 - a token, no password
+        return PreTrainedTokenizerFast(tokenizer_object=empty, unk_token="<unk>", eos_token="<unk>", pad_token="<unk>")  # noqa: S106
+    spare = copy.deepcopy(tokenizer)
+    spare.bos_token = None
+    return spare
 
 
 def _language_model(base: Any, writable: bool) -> Any:

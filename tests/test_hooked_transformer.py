@@ -1,5 +1,6 @@
 """A HookedTransformer of TransformerLens 3.x under the same head, scores and ablations."""
 
+import copy
 from importlib.metadata import version
 
 import pytest
@@ -12,6 +13,9 @@ from rmtension.errors import ModelError
 if int(version("transformer-lens").split(".")[0]) >= 4:
     pytest.skip("TransformerLens 4 removed HookedTransformer", allow_module_level=True)
 
+# 3.x says so at every construction.
+pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated:DeprecationWarning")
+
 
 def hooked(vocab_size, **changes):
     torch.manual_seed(0)
@@ -19,8 +23,7 @@ def hooked(vocab_size, **changes):
     config = transformer_lens.HookedTransformerConfig(
         **sizes | {"normalization_type": "LN", "d_vocab": vocab_size, "dtype": torch.float64, "device": "cpu"} | changes
     )
-    with pytest.warns(DeprecationWarning, match="HookedTransformer is deprecated"):
-        model = transformer_lens.HookedTransformer(config)
+    model = transformer_lens.HookedTransformer(config)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
@@ -82,6 +85,16 @@ def test_gradients_equal_finite_differences(head, pairs):
         assert float(scores.values[place]) == pytest.approx(slope, abs=1e-6)
 
 
-def test_folded_final_norm_is_refused(tokenizer):
-    with pytest.raises(ModelError, match="from_pretrained_no_processing"):
-        RewardHead(hooked(len(tokenizer), normalization_type="LNPre"), weight=torch.ones(32))
+def test_folded_final_norm(model, head, tokenizer, ragged_texts):
+    """Folding by TransformerLens' own code; the head gets the norm as it was before."""
+    config = copy.deepcopy(model.cfg)
+    config.normalization_type = "LNPre"
+    folded = transformer_lens.HookedTransformer(config)
+    folded.load_and_process_state_dict(model.state_dict(), fold_ln=True)
+    options = {"weight": model.W_U[:, 7], "bias": model.b_U[7].item(), "tokenizer": tokenizer}
+    with pytest.raises(ModelError, match=r"final_norm=.*from_pretrained_no_processing"):
+        RewardHead(folded, **options)
+    absorbed = RewardHead(folded, final_norm=model.ln_final, **options)
+    # 1e-9: the norm's gain is measured from outside, to epsilon over the square of the probe.
+    assert torch.allclose(absorbed.score(ragged_texts), head.score(ragged_texts), atol=1e-9)
+    assert absorbed.check()["passed"].all()

@@ -1,0 +1,113 @@
+"""Models whose weights TransformerLens converted or processed: the head takes over the gain that was folded away."""
+
+from importlib.metadata import version
+
+import pytest
+import torch
+import transformers
+
+from rmtension import AblationContext, ActivationCollector, NeuronSet, RewardHead
+from rmtension.check_matrix import make_classifier
+from rmtension.errors import ModelError
+
+HAS_HOOKED_TRANSFORMER = int(version("transformer-lens").split(".")[0]) < 4
+WAYS = [{"process_weights": True}]
+if HAS_HOOKED_TRANSFORMER:
+    WAYS += [{"model_class": "HookedTransformer"}, {"model_class": "HookedTransformer", "process_weights": True}]
+FAMILIES = ("gpt2", "gpt_neox", "llama", "qwen2")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer):
+    made = {}
+    for family in FAMILIES:
+        made[family] = tmp_path_factory.mktemp(family)
+        make_classifier(family, len(tokenizer) + 8).save_pretrained(made[family])
+        tokenizer.save_pretrained(made[family])
+    return made
+
+
+@pytest.mark.parametrize("options", WAYS, ids=lambda options: " ".join(map(str, options.values())))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rewards_and_neurons_are_those_of_the_checkpoint(folders, ragged_texts, pairs, family, options):
+    plain = RewardHead.from_pretrained(folders[family])
+    # In float32: TransformerLens 3.9 processes Qwen2 to two dtypes otherwise.
+    head = RewardHead.from_pretrained(folders[family], **options)
+    assert torch.allclose(head.score(ragged_texts), plain.score(ragged_texts), atol=1e-5, rtol=0)
+    assert head.check()["passed"].all()
+    assert "equal to transformers" in set(head.check()["check"])
+    # Neurons of the MLP mean the same: the same activations, and the same reward without them.
+    ours, theirs = (ActivationCollector(one, site="mlp").collect(pairs) for one in (head, plain))
+    assert torch.allclose(ours.mean, theirs.mean, atol=1e-5)
+    mask = torch.rand(3, 128, generator=torch.Generator().manual_seed(0)) < 0.5
+    rewards = []
+    for one in (head, plain):
+        with AblationContext(one, NeuronSet(mask, "mlp", one.architecture)):
+            rewards.append(one.score(ragged_texts))
+    assert torch.allclose(rewards[0], rewards[1], atol=1e-5)
+    assert not torch.allclose(rewards[0], plain.score(ragged_texts), atol=1e-3)
+    with pytest.raises(ModelError, match=r"save_pretrained: this head's weights are TransformerLens' conversion"):
+        head.save_pretrained("nowhere")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bridge_in_compatibility_mode(folders, ragged_texts, tokenizer, family):
+    """The user's own bridge: without the norm it is refused, with the norm it scores what transformers scores."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    classifier = load(folders[family], dtype=torch.float32).eval()
+    expected = RewardHead.from_pretrained(folders[family]).score(ragged_texts)
+    config = transformers.AutoConfig.from_pretrained(folders[family])
+    lm = transformers.AutoModelForCausalLM.from_config(config).eval()
+    lm.base_model.load_state_dict(classifier.base_model.state_dict())
+    norm = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm"}.get(family, "norm")
+    norm = getattr(classifier.base_model, norm)
+    bridge = TransformerBridge.boot_transformers("local", hf_model=lm, tokenizer=tokenizer, device="cpu")
+    options = {"weight": classifier.score, "tokenizer": tokenizer, "pad_token_id": 1}
+    assert torch.allclose(RewardHead(bridge, **options).score(ragged_texts), expected, atol=1e-5)
+    bridge.enable_compatibility_mode(disable_warnings=True)
+    with pytest.raises(ModelError, match=r"folded the gain.*final_norm="):
+        RewardHead(bridge, **options)
+    head = RewardHead(bridge, final_norm=norm, **options)
+    assert torch.allclose(head.score(ragged_texts), expected, atol=1e-5)
+    assert head.check(reference=classifier)["passed"].all()
+    # Negative control: a norm with another gain gives other rewards.
+    other = type(norm)(32)
+    assert not torch.allclose(RewardHead(bridge, final_norm=other, **options).score(ragged_texts), expected, atol=1e-3)
+
+
+@pytest.mark.skipif(HAS_HOOKED_TRANSFORMER, reason="this transformer-lens has a HookedTransformer")
+def test_no_hooked_transformer_here(folders):
+    with pytest.raises(ModelError, match=r"has no HookedTransformer.*transformer-lens<4"):
+        RewardHead.from_pretrained(folders["gpt2"], model_class="HookedTransformer")
+
+
+def test_a_conversion_that_differs_is_refused(folders, monkeypatch):
+    """Rewards are compared on opening, because TransformerLens converts some families wrongly."""
+    from rmtension import wrapping
+
+    boot = wrapping._boot
+
+    def boot_wrong(name, base, tokenizer, **options):
+        bridge = boot(name, base, tokenizer, **options)
+        if options:
+            with torch.no_grad():
+                base.layers[0].mlp.down_proj.weight.mul_(1.2)
+        return bridge
+
+    monkeypatch.setattr(wrapping, "_boot", boot_wrong)
+    with pytest.raises(ModelError, match=r"rewards that differ by \d.*open it without model_class"):
+        RewardHead.from_pretrained(folders["llama"], process_weights=True)
+
+
+def test_unknown_to_transformer_lens(folders, monkeypatch, tmp_path, tokenizer):
+    """TransformerLens' own words reach the user, whatever it raises."""
+    from rmtension import wrapping
+
+    def fail(*args, **options):
+        raise KeyError("no adapter for this architecture")
+
+    monkeypatch.setattr(wrapping, "_boot", fail)
+    with pytest.raises(ModelError, match=r"could not wrap a LlamaModel.*KeyError.*no adapter.*docs/families.md"):
+        RewardHead.from_pretrained(folders["llama"])
