@@ -2,15 +2,28 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The same with the newest TransformerLens that still has HookedTransformer.
+VENV3 := .venv-tl3
+TRANSFORMER_LENS_3 := 3.9.0
+PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check clean
+.PHONY: demo test test-tl3 matrix matrix-tl3 check clean
 
 demo: $(VENV)/ready
 	$(BIN)/rmtension demo --overwrite
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+test-tl3: $(VENV3)/ready
+	$(VENV3)/bin/python -m pytest -p no:cacheprovider
+
+# Which families of reward models open, and how exactly: fails if one that opens is further than 1e-4 off.
+matrix: $(VENV)/ready
+	$(BIN)/python -m rmtension.check_matrix
+
+matrix-tl3: $(VENV3)/ready
+	$(VENV3)/bin/python -m rmtension.check_matrix
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .
@@ -20,9 +33,16 @@ check: $(VENV)/ready
 # torch first and by its pin: an open range would be resolved to a build with gigabytes of CUDA libraries.
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(PIP) --constraint constraints.txt torch
-	$(PIP) --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/$(PIP) --constraint constraints.txt torch
+	$(BIN)/$(PIP) --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(VENV3)/ready: pyproject.toml constraints.txt
+	test -d $(VENV3) || $(PYTHON) -m venv $(VENV3)
+	sed 's/^transformer-lens==.*/transformer-lens==$(TRANSFORMER_LENS_3)/' constraints.txt > $(VENV3)/constraints.txt
+	$(VENV3)/bin/$(PIP) --constraint $(VENV3)/constraints.txt torch
+	$(VENV3)/bin/$(PIP) --constraint $(VENV3)/constraints.txt --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) rmtension-demo real-pairs dist build
+	rm -rf $(VENV) $(VENV3) rmtension-demo real-pairs dist build

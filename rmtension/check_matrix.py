@@ -189,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="also write the table as Markdown")
     chosen = parser.parse_args(arguments)
     _quiet()
+    torch.set_num_threads(1)  # on models this small, threads wait for each other
     from rmtension.training import train_tokenizer
 
     tokenizer = train_tokenizer(preference_world(seed=0, n_train=48, n_test=48).texts, vocab_size=320)

@@ -5,7 +5,7 @@ All in float64, so that only the order of sums and the norms that families keep 
 
 import pytest
 import torch
-from conftest import make_pairs, make_tokenizer
+from conftest import EOS, PAD, make_pairs, make_tokenizer
 from reference import Reference
 
 from rmtension import AblationContext, NeuronSet, RewardHead, wrapping
@@ -54,6 +54,11 @@ def test_family(folder, texts):
     assert plain.std() > 0.05, "the rewards must differ for this test to mean anything"
     # Norms that compute in float32 round differently in another batch: 2e-7 of a reward. Others are exact to 1e-12.
     assert torch.allclose(head.score(texts), plain, atol=1e-6, rtol=0)
+    # Texts that end in pad and eos tokens of their own: every family pools as transformers does.
+    ending = [texts[0] + PAD, texts[1] + EOS + EOS, texts[2] + EOS + PAD + PAD]
+    assert torch.allclose(head.score(ending), rewards_of(reference, ending), atol=1e-6, rtol=0)
+    assert torch.allclose(head.score(ending[:1]), plain[:1], atol=1e-6, rtol=0)
+    assert not torch.allclose(head.score(ending[1:]), plain[1:3], atol=1e-3)
     assert head.sites == ["attn_head", "mlp"]
     for site in head.sites:
         shape = (head.n_layers, head.n_neurons(site))

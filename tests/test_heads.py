@@ -37,6 +37,7 @@ def hidden_rewards(folder, texts, weight, bias):
 def with_tensors(source, folder, tensors, n_shards=1):
     """The checkpoint of `source` in `folder`, with more tensors, in one file or in shards with an index."""
     weights = load_file(source / "model.safetensors") | tensors
+    folder.mkdir(exist_ok=True)
     for path in source.iterdir():
         if path.suffix != ".safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
@@ -274,6 +275,16 @@ class TestBadCheckpoints:
         torch.save({}, folder / "pytorch_model.bin")
         with pytest.raises(ModelError, match=r"could not load the weights.*safetensors"):
             RewardHead.from_pretrained(folder)
+
+    def test_code_in_a_checkpoint_is_not_run(self, checkpoints, tmp_path):
+        folder = with_tensors(checkpoints["gpt2"], tmp_path / "remote", {})
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "of_their_own", "auto_map": {"AutoConfig": "theirs.TheirConfig"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "theirs.py").write_text(f"open({str(tmp_path / 'was_here')!r}, 'w')")
+        with pytest.raises(ModelError, match=r"could not load the config.*trust_remote_code"):
+            RewardHead.from_pretrained(folder)
+        assert not (tmp_path / "was_here").exists()
 
     def test_model_class(self, checkpoints):
         with pytest.raises(OptionError, match=r"model_class: expected one of.*got 'Bridge'"):
