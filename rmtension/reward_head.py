@@ -11,20 +11,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rmtension.body import Body, find_body, measure_sites, probe_batch
+from rmtension.body import Body, find_body, measure_sites
 from rmtension.checkpoints import Checkpoint, LoadOptions, checkpoint_of, open_checkpoint
 from rmtension.encoding import EncodedPairs, TextOrChat, encode_pairs, encode_texts
-from rmtension.errors import DataError, ModelError, OptionError
+from rmtension.errors import ModelError, OptionError
 from rmtension.heads import read_head
 from rmtension.hooks import InstalledHooks, in_eval_mode
 from rmtension.norms import read_norm
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance, fingerprint
-from rmtension.scored import ScoredPairs
+from rmtension.scored import ScoredPairs, require_finite
 from rmtension.sites import find_site
 from rmtension.tokens import (
     DEFAULT_TOKENS_PER_BATCH,
     TokenBatch,
+    check_ids,
     compact,
     last_token,
     pair_batches,
@@ -195,7 +196,9 @@ class RewardHead:
             _checkpoint=opened,
         )
         if body.plain is None:
-            _require_same_rewards(head, opened)
+            from rmtension.selfcheck import require_same_rewards
+
+            require_same_rewards(head, opened)
         return head
 
     # -- scoring ---------------------------------------------------------------------------------------------------
@@ -221,7 +224,7 @@ class RewardHead:
                 with torch.no_grad():
                     rewards[list(batch.rows)] = self.forward(batch).cpu()
                 bar.update(len(batch.rows))
-        return _require_finite(rewards)
+        return require_finite(rewards)
 
     def score_pairs(
         self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False
@@ -245,8 +248,8 @@ class RewardHead:
             if one.ids == other.ids:
                 rejected[row] = chosen[row]
         return ScoredPairs(
-            _require_finite(chosen),
-            _require_finite(rejected),
+            require_finite(chosen),
+            require_finite(rejected),
             pairs,
             self.provenance(pairs, encoded, site="residual", positions="last", method="reward"),
             encoded.n_prompts_cut,
@@ -259,28 +262,14 @@ class RewardHead:
         """The reward of every row of token ids, padded on either side as `attention_mask` (1 = real) says."""
         self.require_weight()
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        if mask.shape != input_ids.shape or not mask.any(dim=1).all():
-            raise OptionError(
-                f"attention_mask: expected the shape of input_ids {tuple(input_ids.shape)} with a real token in every "
-                f"row, got {tuple(mask.shape)}."
-            )
-        if int(mask.sum(dim=1).max()) > self.max_length:
-            raise OptionError(
-                f"input_ids: a row has {int(mask.sum(dim=1).max())} tokens, the context holds {self.max_length}."
-            )
-        real = input_ids[mask]
-        if not 0 <= int(real.min()) <= int(real.max()) < self.body.n_embeddings:
-            raise DataError(
-                f"input_ids: expected ids from 0 to {self.body.n_embeddings - 1}, got {int(real.min())} to "
-                f"{int(real.max())}. Encode with this model's own tokenizer."
-            )
+        check_ids(input_ids, mask, max_length=self.max_length, n_embeddings=self.body.n_embeddings)
         # What stands under the mask may be anything; the embedding still looks it up.
         ids, mask = compact(input_ids.masked_fill(~mask, 0).to(self.device), mask.to(self.device))
         batch = TokenBatch(
             ids, mask, mask, last_token(ids, mask, self.pad_token_id), torch.arange(len(ids)), tuple(range(len(ids)))
         )
         with torch.no_grad():
-            return _require_finite(self.forward(batch).cpu())
+            return require_finite(self.forward(batch).cpu())
 
     def forward(self, batch: TokenBatch) -> Float[Tensor, "text"]:
         """The rewards of one batch on its device, with gradients where the caller's grad mode has them."""
@@ -435,32 +424,3 @@ class RewardHead:
                 "reward model."
             )
         return self.weight
-
-
-def _require_same_rewards(head: RewardHead, opened: Checkpoint) -> None:
-    """Compare a converted model with transformers on one short text: a conversion may be wrong for an architecture."""
-    assert opened.head is not None
-    batch = probe_batch(min(12, head.max_length, head.body.n_embeddings), head.device)
-    base: Any = opened.base
-    with torch.no_grad():
-        residual = base(input_ids=batch.input_ids, use_cache=False)[0][0, -1].to(head.reward_dtype)
-        expected = float(residual @ opened.head.weight.to(residual) + opened.head.bias)
-        difference = abs(float(head.forward(batch)[0]) - expected)
-    # Half precision rounds every layer to 3 or 2 digits, in another order after a conversion.
-    tolerance = (1e-4 if head.dtype in (torch.float32, torch.float64) else 5e-2) * max(1.0, abs(expected))
-    if not difference <= tolerance:
-        raise ModelError(
-            f"{opened.name}: as a {type(head.model).__name__} it gets rewards that differ by {difference:.1e} from "
-            "transformers'. TransformerLens converts this architecture in another way; open it without model_class and "
-            "process_weights."
-        )
-
-
-def _require_finite(rewards: Float[Tensor, "text"]) -> Float[Tensor, "text"]:
-    if not torch.isfinite(rewards).all():
-        row = int((~torch.isfinite(rewards)).nonzero()[0])
-        raise ModelError(
-            f"rewards: item {row} got {float(rewards[row])}. Check the weights, or load with dtype=torch.float32 if "
-            "half precision overflows."
-        )
-    return rewards

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rmtension.errors import ModelError
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance
 from rmtension.storage import read_result, write_result
@@ -84,3 +86,14 @@ class ScoredPairs:
             values["n_prompts_cut"],
             values["n_responses_cut"],
         )
+
+
+def require_finite(rewards: Float[Tensor, "text"]) -> Float[Tensor, "text"]:
+    """The rewards, or `ModelError` naming the first that is no number."""
+    if not torch.isfinite(rewards).all():
+        row = int((~torch.isfinite(rewards)).nonzero()[0])
+        raise ModelError(
+            f"rewards: item {row} got {float(rewards[row])}. Check the weights, or load with dtype=torch.float32 if "
+            "half precision overflows."
+        )
+    return rewards

@@ -24,13 +24,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rmtension.body import probe_batch
 from rmtension.encoding import EncodedText, encode_texts
-from rmtension.errors import CheckError
+from rmtension.errors import CheckError, ModelError
 from rmtension.hooks import in_eval_mode
 from rmtension.pairs import PreferencePairs
 from rmtension.tokens import TokenBatch
 
 if TYPE_CHECKING:
+    from rmtension.checkpoints import Checkpoint
     from rmtension.reward_head import RewardHead
 
 N_PAIRS = 8
@@ -66,6 +68,25 @@ def check_head(head: "RewardHead", pairs: PreferencePairs | None = None, referen
         )
         raise CheckError(f"check: {len(failed)} of {len(table)} failed: {described}", table)
     return table
+
+
+def require_same_rewards(head: "RewardHead", opened: "Checkpoint") -> None:
+    """Compare a converted model with transformers on one short text; `ModelError` if the rewards differ."""
+    assert opened.head is not None
+    batch = probe_batch(min(12, head.max_length, head.body.n_embeddings), head.device)
+    base: Any = opened.base
+    with torch.no_grad():
+        residual = base(input_ids=batch.input_ids, use_cache=False)[0][0, -1].to(head.reward_dtype)
+        expected = float(residual @ opened.head.weight.to(residual) + opened.head.bias)
+        difference = abs(float(head.forward(batch)[0]) - expected)
+    # Half precision rounds every layer to 3 or 2 digits, in another order after a conversion.
+    tolerance = (1e-4 if head.dtype in (torch.float32, torch.float64) else 5e-2) * max(1.0, abs(expected))
+    if not difference <= tolerance:
+        raise ModelError(
+            f"{opened.name}: as a {type(head.model).__name__} it gets rewards that differ by {difference:.1e} from "
+            "transformers'. TransformerLens converts this architecture in another way; open it without model_class and "
+            "process_weights."
+        )
 
 
 @dataclass(frozen=True)

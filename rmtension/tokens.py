@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from rmtension.encoding import EncodedPairs, EncodedText
-from rmtension.errors import OptionError
+from rmtension.errors import DataError, OptionError
 from rmtension.sites import check_positions
 
 DEFAULT_TOKENS_PER_BATCH = 4096
@@ -85,6 +85,26 @@ def last_token(
     wanted = mask if pad_token_id is None else mask & (input_ids != pad_token_id)
     columns = torch.arange(mask.shape[1], device=mask.device)
     return (columns * wanted).argmax(dim=1)
+
+
+def check_ids(
+    input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "..."], *, max_length: int, n_embeddings: int
+) -> None:
+    """Raise `OptionError` for a mask that does not fit or rows too long, `DataError` for ids outside the embedding."""
+    if mask.shape != input_ids.shape or not mask.any(dim=1).all():
+        raise OptionError(
+            f"attention_mask: expected the shape of input_ids {tuple(input_ids.shape)} with a real token in every "
+            f"row, got {tuple(mask.shape)}."
+        )
+    longest = int(mask.sum(dim=1).max())
+    if longest > max_length:
+        raise OptionError(f"input_ids: a row has {longest} tokens, the context holds {max_length}.")
+    real = input_ids[mask]
+    if not 0 <= int(real.min()) <= int(real.max()) < n_embeddings:
+        raise DataError(
+            f"input_ids: expected ids from 0 to {n_embeddings - 1}, got {int(real.min())} to {int(real.max())}. Encode "
+            "with this model's own tokenizer."
+        )
 
 
 def compact(
