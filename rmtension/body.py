@@ -46,11 +46,21 @@ class BridgeBody:
             return False
         return read_norm(bridge.ln_final.original_component, int(bridge.cfg.d_model)).is_plain
 
+    @property
+    def model(self) -> nn.Module:
+        """The hooked model, as users know it."""
+        return self.bridge
+
+    @property
+    def runs_plain(self) -> bool:
+        """Whether transformers' own modules run: there are some, and nobody but this library hooked the bridge."""
+        return self.plain is not None and count_foreign_hooks(self.bridge) == self._foreign
+
     def residual(self, batch: TokenBatch) -> Float[Tensor, "text token d_model"]:
         """The residual stream after the final norm's gain; no vocabulary projection."""
-        if self.plain is not None and count_foreign_hooks(self.bridge) == self._foreign:
+        if self.plain is not None and self.runs_plain:
             return _run(self.plain, batch)
-        if self._bridge_error > _BRIDGE_TOLERANCE.get(next(self.module.parameters()).dtype, 1e-3):
+        if not self._bridge_error <= _BRIDGE_TOLERANCE.get(next(self.module.parameters()).dtype, 1e-3):
             raise ModelError(
                 f"model: the TransformerBridge of {type(self.module).__name__} is off by {self._bridge_error:.1e} of "
                 "its residual stream, so that hooks on it would see another model. Remove your hooks from head.model "
@@ -119,9 +129,10 @@ class HookedTransformerBody:
     """A HookedTransformer (TransformerLens 3.x)."""
 
     plain: nn.Module | None = None
+    runs_plain = False
 
     def __init__(self, model: nn.Module) -> None:
-        self.module = model
+        self.module = self.model = model
         self.projection_names: dict[tuple[str, int], str] = {}
 
     @property

@@ -1,5 +1,6 @@
 """Opening a reward model's checkpoint: transformers loads it, safetensors only, and its scalar head stays with it."""
 
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from rmtension.errors import ModelError, OptionError
@@ -41,11 +43,11 @@ class LoadOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint was read from, to read it again."""
+    """Where a checkpoint was read from, and how, to read it again; `head` is what the user gave in place of its own."""
 
     name: str
-    revision: str | None
-    trust_remote_code: bool
+    head: object
+    options: LoadOptions
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,21 @@ class Checkpoint:
     """A base model of transformers with what a reward head needs; `head` is None where only activations are wanted.
 
     `is_classifier` says whether transformers itself makes the reward of it: from `source`, or from the live model.
+    `base` is None once a conversion has taken its place and it can be read again.
     """
 
-    base: nn.Module
+    base: nn.Module | None
     head: LinearHead | None
     tokenizer: Any
     pad_token_id: int | None
     name: str
     is_classifier: bool
     source: Source | None
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether code that came with the checkpoint may run."""
+        return self.source is not None and self.source.options.get("trust_remote_code", False)
 
 
 def open_checkpoint(name: str | Path, *, reward: bool, head: object = None, options: LoadOptions) -> Checkpoint:
@@ -72,17 +80,22 @@ def open_checkpoint(name: str | Path, *, reward: bool, head: object = None, opti
     """
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-    source = Source(str(name), options.get("revision"), options.get("trust_remote_code", False))
-    origin: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
-    placement = _placement(options)
+    unknown = sorted(set(options) - set(LoadOptions.__annotations__))
+    if unknown:
+        raise OptionError(
+            f"from_pretrained: unknown options {unknown}; expected {sorted(LoadOptions.__annotations__)}."
+        )
+    revision = options.get("revision")
+    origin: dict[str, Any] = {"revision": revision, "trust_remote_code": options.get("trust_remote_code", False)}
+    placement, device = _placement(options)
     config = _load("config", name, AutoConfig.from_pretrained, **origin)
     _refuse_quantised(name, config)
     architectures = config.architectures or []
     is_classifier = reward and head is None and any(a.endswith("ForSequenceClassification") for a in architectures)
-    stored = _stored_tensors(name, config, source.revision) if reward and head is None else {}
+    stored = _stored_heads(name, revision)
     if is_classifier:
         _require_one_output(name, config, stored)
-    elif reward and head is None and not head_keys(stored):
+    elif reward and head is None and not stored:
         raise ModelError(
             f"{name}: expected a checkpoint of a sequence classifier, got {architectures}: it has no score head. A "
             "language model is not a reward model; give it one with head=(weight, bias), or read its activations alone "
@@ -106,9 +119,7 @@ def open_checkpoint(name: str | Path, *, reward: bool, head: object = None, opti
             "checkpoint that holds them; where it is the score head, train one "
             "(rmtension.training.train_reward_model)."
         )
-    if not placement:
-        loaded = loaded.to(_device(options))
-    loaded = loaded.eval().requires_grad_(False)
+    loaded = (loaded if placement else loaded.to(device)).eval().requires_grad_(False)
     _refuse_offloaded(name, loaded)
     found: LinearHead | None = None
     if is_classifier:
@@ -119,6 +130,7 @@ def open_checkpoint(name: str | Path, *, reward: bool, head: object = None, opti
     tokenizer = options.get("tokenizer")
     tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(name, origin)
     pad_token_id = _pad_token_id(name, base.config, tokenizer, options.get("pad_token"), is_classifier, found is None)
+    source = Source(str(name), head, options)
     return Checkpoint(base, found, tokenizer, pad_token_id, str(name), is_classifier, source)
 
 
@@ -144,31 +156,29 @@ def _load(what: str, name: str | Path, load: Any, **options: Any) -> Any:
         # Loading draws initial weights before it reads them; the user's random numbers stay as they were.
         with torch.random.fork_rng(devices=[]):
             return load(str(name), **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError, SafetensorError) as error:
         raise ModelError(f"{name}: transformers could not load the {what}: {error}") from error
 
 
-def _device(options: LoadOptions) -> torch.device:
-    device = options.get("device")
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _placement(options: LoadOptions) -> dict[str, Any]:
-    """Transformers' arguments for a model over several devices; empty for one device."""
+def _placement(options: LoadOptions) -> tuple[dict[str, Any], torch.device]:
+    """Transformers' arguments for a model over several devices (empty for one), and the one device."""
     device_map, n_devices = options.get("device_map"), options.get("n_devices")
     if sum(value is not None for value in (options.get("device"), device_map, n_devices)) > 1:
         raise OptionError("device, device_map, n_devices: expected at most one of the three.")
+    try:
+        device = torch.device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"device: {options.get('device')!r} is none of this machine's ({error}).") from error
     if device_map is not None:
-        return {"device_map": device_map}
+        return {"device_map": device_map}, device
     if n_devices is None or n_devices == 1:
-        return {}
+        return {}, device
     available = torch.cuda.device_count()
     if not 1 <= n_devices <= available:
         raise OptionError(f"n_devices: expected 1 to {available}, the GPUs of this machine, got {n_devices}.")
-    return {
-        "device_map": "balanced",
-        "max_memory": {number: torch.cuda.mem_get_info(number)[0] for number in range(n_devices)},
-    }
+    memory = {number: torch.cuda.mem_get_info(number)[0] for number in range(n_devices)}
+    return {"device_map": "balanced", "max_memory": memory}, device
 
 
 def _refuse_quantised(name: str | Path, config: Any) -> None:
@@ -222,11 +232,11 @@ def _score_head(name: str | Path, classifier: Any, stored: Mapping[str, Any]) ->
     return head
 
 
-def _stored_tensors(name: str | Path, config: Any, revision: str | None) -> dict[str, Any]:
-    """Those tensors of the checkpoint's safetensors files that look like a scalar head; nothing else is read."""
-    import json
+def _stored_heads(name: str | Path, revision: str | None) -> dict[str, Any]:
+    """Those tensors of the checkpoint's safetensors files that look like a scalar head; nothing else is read.
 
-    from safetensors import safe_open
+    Raises `ModelError` where there are no such files. (transformers would go and ask the hub to convert others.)
+    """
     from transformers.utils import cached_file
 
     def find(file: str) -> str | None:
@@ -236,16 +246,28 @@ def _stored_tensors(name: str | Path, config: Any, revision: str | None) -> dict
             return None
         return found
 
-    index = find("model.safetensors.index.json")
-    if index is not None:
-        files = json.loads(Path(index).read_text(encoding="utf-8")).get("weight_map", {})
-        names = sorted({files[key] for key in head_keys(files)})
-    else:
-        names = ["model.safetensors"]
-    tensors: dict[str, Any] = {}
-    for path in filter(None, map(find, names)):
-        with safe_open(path, framework="pt") as opened:
-            tensors |= {key: opened.get_tensor(key) for key in head_keys(opened.keys())}
+    index, single = find("model.safetensors.index.json"), find("model.safetensors")
+    try:
+        if index is not None:
+            files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            paths = [find(file) for file in sorted({files[key] for key in head_keys(files)})]
+        elif single is not None:
+            paths = [single]
+        else:
+            raise ModelError(
+                f"{name}: it has no model.safetensors, and pickled weights are not read. Convert them: load them with "
+                "transformers where you trust them, and save_pretrained."
+            )
+        tensors: dict[str, Any] = {}
+        for path in filter(None, paths):
+            with safe_open(path, framework="pt") as opened:
+                tensors |= {key: opened.get_tensor(key) for key in head_keys(opened.keys())}
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            f"{name}: its safetensors files are damaged or cut short ({error}). Fetch them again."
+        ) from error
     return tensors
 
 
@@ -262,20 +284,24 @@ def _pad_token_id(
     name: str | Path, config: Any, tokenizer: Any, pad_token: str | None, is_classifier: bool, is_headless: bool
 ) -> int | None:
     """The id that transformers skips at the end of a text (None: it skips none)."""
+    configured: int | None = getattr(config.get_text_config(), "pad_token_id", None)
     if pad_token is not None:
         token_id = None if tokenizer is None else tokenizer.get_vocab().get(pad_token)
         if token_id is None:
             raise ModelError(f"pad_token: {pad_token!r} is not in the vocabulary of {name}. Name a token that is.")
+        if is_classifier and configured not in (None, token_id):
+            raise ModelError(
+                f"pad_token: {pad_token!r} is token {token_id}, and the config of {name} says {configured}, which is "
+                "what transformers skips. Leave pad_token out, or change the config."
+            )
         return int(token_id)
-    configured: int | None = getattr(config.get_text_config(), "pad_token_id", None)
     if not is_classifier:
         # A head of another kind is read at the last token, whichever it is; a model without one, to be compared with
         # reward models, has its last token where they have it.
         return configured if is_headless else None
-    if configured is None and getattr(tokenizer, "pad_token_id", None) is None:
+    if configured is None and tokenizer is not None and tokenizer.pad_token_id is None:
         raise ModelError(
             f"{name}: neither its config nor its tokenizer has a pad token, and transformers reads the reward at the "
-            "last token that is not one. Say which it is: from_pretrained(..., pad_token="
-            f"{getattr(tokenizer, 'eos_token', None) or '<a token of the vocabulary>'!r})."
+            f"last token that is not one. Say which it is: pad_token={tokenizer.eos_token or '<a token>'!r}."
         )
     return configured

@@ -13,6 +13,7 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rmtension.errors import ModelError
 from rmtension.hooks import InstalledHooks, Spot, Visit
 from rmtension.norms import read_norm
 from rmtension.reward_head import RewardHead
@@ -55,7 +56,7 @@ def direct_contributions(head: RewardHead, batch: TokenBatch) -> DirectContribut
     weight = head.require_weight().to(last_in)
     direction = norm.pull_back(weight.expand_as(last_in), norm.sigma(last_in, last_out))
     stream = [record.inputs[head.body.block(layer)] for layer in range(head.n_layers)] + [last_in]
-    parts = torch.stack([(state * direction).sum(dim=-1) for state in stream], dim=1).cpu()
+    parts = torch.stack([(state.to(direction) * direction).sum(dim=-1) for state in stream], dim=1).cpu()
     neurons: dict[str, list[Tensor]] = {site: [] for site in inside}
     biases = torch.zeros(len(last_in), head.n_layers, dtype=last_in.dtype)
     for site, projections in inside.items():
@@ -77,6 +78,11 @@ def _modules_inside(head: RewardHead) -> dict[str, list[nn.Module]]:
     """Site -> the projection of every layer, in transformers' own modules; empty where they do not run."""
     if head.body.plain is None:
         return {}
+    if not head.body.runs_plain:
+        raise ModelError(
+            "direct_contributions: the bridge has hooks of yours, so that it runs in place of transformers' modules, "
+            "which this looks into. Remove the hooks from head.model first."
+        )
     plain = head.body.plain
     names = head.body.projection_names
     return {site: [plain.get_submodule(names[site, layer]) for layer in range(head.n_layers)] for site in head.sites}
@@ -136,7 +142,8 @@ def _through(
     dtype = next(projection.parameters()).dtype
     with torch.enable_grad():
         inputs = activation.to(dtype, copy=True).requires_grad_(True)
-        # The gradient of a linear map is its transpose, however its module stores the weights.
-        (slope,) = torch.autograd.grad((projection(inputs).to(written) * direction).sum(), inputs)
+        # The gradient of a linear map is its transpose, however its module stores the weights. `forward`, because an
+        # ablation's hook on the projection has already changed the activation once.
+        (slope,) = torch.autograd.grad((projection.forward(inputs).to(written) * direction).sum(), inputs)
     per_channel = activation * slope.to(activation)
     return per_channel, constant + (written * direction).sum(dim=-1) - per_channel.sum(dim=-1)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from rmtension.checkpoints import Checkpoint
 from rmtension.errors import ModelError, OptionError, StorageError
+from rmtension.heads import LinearHead
+from rmtension.hooks import copy_without_hooks
 from rmtension.neurons import NeuronSet
 from rmtension.reward_head import RewardHead
 
@@ -29,14 +31,14 @@ def ablate_weights(
     """
     from rmtension.ablation import AblationContext
 
-    checkpoint = _require_checkpoint(head, "with_ablation")
+    checkpoint, base = _current(head, "with_ablation")
     if mode not in ("zero", "mean", "scale"):
         raise OptionError(
             f"mode: weights can do 'zero', 'mean' or 'scale' for good, got {mode!r}. Use AblationContext for the rest."
         )
     AblationContext(head, neurons, mode=mode, reference=reference, alpha=alpha)  # validates its arguments
     names = head.body.projection_names
-    base = copy.deepcopy(checkpoint.base)
+    base = copy_without_hooks(base)
     per_neuron = head.n_channels(neurons.site) // head.n_neurons(neurons.site)
     columns = repeat(neurons.mask, "layer neuron -> layer (neuron channel)", channel=per_neuron)
     layers = [layer for layer in range(head.n_layers) if columns[layer].any()]
@@ -57,11 +59,11 @@ def ablate_weights(
 def save_classifier(head: RewardHead, folder: str | Path) -> None:
     """Write the model of `head` as a one-label sequence classifier (safetensors), with its tokenizer.
 
-    A bias of the head, for which transformers has no place, is written as `score.bias`: `RewardHead.from_pretrained`
-    reads it back, transformers leaves it out, with a `UserWarning` here.
+    The config gets the head's pad token: where it has none, the reward is read at the last token whichever it is, and
+    transformers scores one text at a time. A bias of the head, for which transformers has no place, is written as
+    `score.bias`: `RewardHead.from_pretrained` reads it back, transformers leaves it out. Both give a `UserWarning`.
     """
-    checkpoint = _require_checkpoint(head, "save_pretrained")
-    head.require_weight()
+    checkpoint, _ = _current(head, "save_pretrained")
     classifier = build_classifier(head)
     folder = Path(folder)
     try:
@@ -74,6 +76,14 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
             checkpoint.tokenizer.save_pretrained(folder)
     except OSError as error:
         raise StorageError(f"{folder}: the checkpoint could not be written ({error}).") from error
+    if head.pad_token_id is None:
+        warnings.warn(
+            "save_pretrained: this head has no pad token to skip, it reads the last token whichever it is. So does "
+            "transformers with this checkpoint, but one text at a time; for batches set config.pad_token_id to a token "
+            "that ends no text.",
+            UserWarning,
+            stacklevel=3,
+        )
     if head.bias:
         warnings.warn(
             f"save_pretrained: the head has a bias of {head.bias:.4g}, for which transformers' classifiers have no "
@@ -88,22 +98,18 @@ def build_classifier(head: RewardHead) -> Any:
     """A classifier of transformers around the model of `head`; it shares the weights."""
     from transformers import AutoModelForSequenceClassification
 
-    checkpoint = _require_checkpoint(head, "build_classifier")
-    base: Any = checkpoint.base
-    config = copy.deepcopy(base.config)
+    checkpoint, base = _current(head, "build_classifier")
+    config: Any = copy.deepcopy(base.config)
     config.num_labels = 1
-    pad = head.pad_token_id
-    if pad is None and checkpoint.tokenizer is not None:
-        pad = checkpoint.tokenizer.pad_token_id
-    config.get_text_config().pad_token_id = pad
+    config.get_text_config().pad_token_id = head.pad_token_id
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
             build: Any = AutoModelForSequenceClassification.from_config
-            classifier = build(config)
+            classifier = build(config, trust_remote_code=checkpoint.trust_remote_code)
     except ValueError as error:
         raise ModelError(f"{checkpoint.name}: transformers has no sequence classifier for it ({error}).") from error
     setattr(classifier, classifier.base_model_prefix, base)
-    classifier.score = nn.Linear(head.d_model, 1, bias=False, device=head.device, dtype=head.dtype)
+    classifier.score = nn.Linear(head.d_model, 1, bias=False, device="meta")
     classifier.score.weight = nn.Parameter(head.require_weight()[None].to(head.dtype, copy=True), requires_grad=False)
     return classifier
 
@@ -117,25 +123,38 @@ def reload_classifier(head: RewardHead) -> Any:
         return None
     if checkpoint.source is None:
         return build_classifier(head)
-    source = checkpoint.source
-    classifier: Any = AutoModelForSequenceClassification.from_pretrained(
-        source.name,
-        revision=source.revision,
-        trust_remote_code=source.trust_remote_code,
-        use_safetensors=True,
-        dtype=head.dtype,
-    )
-    classifier.config.get_text_config().pad_token_id = head.pad_token_id
-    return classifier.to(head.device)
+    options = checkpoint.source.options
+    with torch.random.fork_rng(devices=[]):
+        classifier: Any = AutoModelForSequenceClassification.from_pretrained(
+            checkpoint.source.name,
+            revision=options.get("revision"),
+            trust_remote_code=checkpoint.trust_remote_code,
+            use_safetensors=True,
+            dtype=head.dtype,
+            device_map=options.get("device_map"),
+            local_files_only=True,  # it was loaded from there a moment ago
+        )
+    config = classifier.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = head.pad_token_id
+    return classifier if options.get("device_map") else classifier.to(head.device)
 
 
-def _require_checkpoint(head: RewardHead, what: str) -> Checkpoint:
-    if head.checkpoint is None or head.body.plain is None:
+def _current(head: RewardHead, what: str) -> tuple[Checkpoint, nn.Module]:
+    """The checkpoint with what `head` is today (its weight may have been changed since), and its base model."""
+    checkpoint = head.checkpoint
+    if checkpoint is None or checkpoint.base is None or head.body.plain is None:
         raise ModelError(
             f"{what}: this head's weights are TransformerLens' conversion, not transformers' own. Open the checkpoint "
             "with RewardHead.from_pretrained or from_classifier, without model_class and process_weights."
         )
-    return head.checkpoint
+    today = replace(
+        checkpoint,
+        head=LinearHead(head.require_weight(), head.bias),
+        pad_token_id=head.pad_token_id,
+        tokenizer=head.tokenizer,
+    )
+    return today, checkpoint.base
 
 
 def _scale_inputs(projection: Any, chosen: Tensor, factor: float) -> None:

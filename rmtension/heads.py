@@ -85,7 +85,10 @@ def _head(weight: Any, bias: Any) -> LinearHead:
             f"weight: expected one row of numbers, one for each direction of the residual stream, got shape "
             f"{tuple(weight.shape)}. A reward head has one output."
         )
-    constant = torch.as_tensor(0.0 if bias is None else bias).detach()
+    try:
+        constant = torch.as_tensor(0.0 if bias is None else bias, dtype=torch.float64).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"bias: expected one number, got {bias!r:.40}.") from error
     if constant.numel() != 1:
         raise ModelError(f"bias: expected one number, got shape {tuple(constant.shape)}.")
     return LinearHead(row.clone(), float(constant))

@@ -1,5 +1,7 @@
 """Forward hooks that come off again, whatever happens."""
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -59,6 +61,31 @@ def in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def copy_without_hooks(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """`copy.deepcopy` of a model without any hook of its modules: they belong to the original, and may not copy."""
+    kept = []
+    try:
+        for module in model.modules():
+            for name in _HOOK_DICTS:
+                kept.append((module, name, getattr(module, name)))
+                setattr(module, name, OrderedDict())
+        return copy.deepcopy(model, memo)
+    finally:
+        for module, name, hooks in kept:
+            setattr(module, name, hooks)
+
+
+_HOOK_DICTS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 class _OurHook:

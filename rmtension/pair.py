@@ -94,7 +94,10 @@ def require_responses(pair: PreferencePair, where: str) -> None:
     """Raise `DataError` unless the prompt is a text or a chat and both responses are texts with something in them."""
     is_chat = isinstance(pair.prompt, tuple) and all(isinstance(message, Message) for message in pair.prompt)
     if not isinstance(pair.prompt, str) and not (is_chat and pair.prompt):
-        raise DataError(f"{where}: field 'prompt' should be text or messages, got {type(pair.prompt).__name__}.")
+        raise DataError(
+            f"{where}: field 'prompt' should be text or messages, got {type(pair.prompt).__name__}. "
+            "PreferencePairs.from_records reads messages from dicts."
+        )
     for field in ("chosen", "rejected"):
         response = getattr(pair, field)
         if not isinstance(response, str):

@@ -226,17 +226,7 @@ class PreferencePairs(Sequence[PreferencePair]):
 
         Raises `DataError` for a prompt that is no transcript of `\n\nHuman:` and `\n\nAssistant:` turns.
         """
-        return PreferencePairs(
-            pair
-            if not isinstance(pair.prompt, str)
-            else replace(
-                pair,
-                prompt=split_turns(pair.prompt),
-                chosen=pair.chosen.strip(),
-                rejected=pair.rejected.strip(),
-            )
-            for pair in self._pairs
-        )
+        return PreferencePairs(_as_chat(pair) for pair in self._pairs)
 
     # -- out -------------------------------------------------------------------------------------------------------
 
@@ -249,6 +239,18 @@ class PreferencePairs(Sequence[PreferencePair]):
         lines = "".join(json.dumps(pair.to_dict(), ensure_ascii=False) + "\n" for pair in self._pairs).encode()
         # mtime=0: the same pairs give the same bytes.
         Path(path).write_bytes(gzip.compress(lines, mtime=0) if str(path).endswith(".gz") else lines)
+
+
+def _as_chat(pair: PreferencePair) -> PreferencePair:
+    if not isinstance(pair.prompt, str):
+        return pair
+    chat = split_turns(pair.prompt)
+    if chat[-1].role != "user":
+        raise DataError(
+            f"pair {pair.id!r}: its prompt ends inside a turn of the assistant ({chat[-1].content[:40]!r}): the "
+            "response would be no message of its own. Move that text to the responses."
+        )
+    return replace(pair, prompt=chat, chosen=pair.chosen.strip(), rejected=pair.rejected.strip())
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -1,6 +1,7 @@
 """A reward model with hooks: a scalar head on a TransformerBridge or a HookedTransformer."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -177,15 +178,20 @@ class RewardHead:
         model_class: str = "TransformerBridge",
         process_weights: bool = False,
     ) -> "RewardHead":
-        base = opened.base
-        body = wrap(opened.name, base, opened.tokenizer, model_class=model_class, process_weights=process_weights)
+        body = wrap(
+            opened.name,
+            opened.base,
+            opened.tokenizer,
+            model_class=model_class,
+            process_weights=process_weights,
+            trust_remote_code=opened.trust_remote_code,
+        )
         norm: nn.Module | None = None
-        if body.plain is None:
-            norm = wrap(
-                opened.name, opened.base, None, model_class="TransformerBridge", process_weights=False
-            ).final_norm
+        if body.final_norm_folded:
+            # The norm as transformers has it, found through an unprocessed bridge.
+            norm = wrap(opened.name, opened.base, None, trust_remote_code=opened.trust_remote_code).final_norm
         head = cls(
-            getattr(body, "bridge", body.module),
+            body.model,
             weight=opened.head,
             final_norm=norm,
             tokenizer=opened.tokenizer,
@@ -199,6 +205,8 @@ class RewardHead:
             from rmtension.selfcheck import require_same_rewards
 
             require_same_rewards(head, opened)
+            if opened.source is not None:
+                head.checkpoint = replace(opened, base=None)
         return head
 
     # -- scoring ---------------------------------------------------------------------------------------------------

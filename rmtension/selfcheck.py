@@ -8,13 +8,14 @@
 | batch equals single | rewards in one batch with rewards alone | other batch sizes |
 | padding | rewards with 0 to 40 pad tokens on either side with rewards without | more padding |
 | last token | that another last token gives another reward | that it is the one you want to read |
-| hooks, per site | that each layer's hook sees one activation, and no other layer's | what it means |
+| hooks, per site | that each layer's hook sees one activation of its own and none earlier | what it means |
 | zeroing, per site | rewards with the site at 0 with rewards as they are | single neurons |
 | direct contributions | their sum with the reward | indirect effects |
 | layers | what neurons and biases write with what each layer adds to the residual stream | the same |
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,13 +27,13 @@ from torch import Tensor
 
 from rmtension.body import probe_batch
 from rmtension.encoding import EncodedText, encode_texts
-from rmtension.errors import CheckError, ModelError
-from rmtension.hooks import in_eval_mode
+from rmtension.errors import CheckError, DataError, ModelError
+from rmtension.hooks import InstalledHooks, Spot, in_eval_mode
 from rmtension.pairs import PreferencePairs
 from rmtension.tokens import TokenBatch
 
 if TYPE_CHECKING:
-    from rmtension.checkpoints import Checkpoint
+    from rmtension.checkpoints import Checkpoint, Source
     from rmtension.reward_head import RewardHead
 
 N_PAIRS = 8
@@ -75,7 +76,7 @@ def require_same_rewards(head: "RewardHead", opened: "Checkpoint") -> None:
     assert opened.head is not None
     batch = probe_batch(min(12, head.max_length, head.body.n_embeddings), head.device)
     base: Any = opened.base
-    with torch.no_grad():
+    with torch.no_grad(), in_eval_mode(base.modules()):
         residual = base(input_ids=batch.input_ids, use_cache=False)[0][0, -1].to(head.reward_dtype)
         expected = float(residual @ opened.head.weight.to(residual) + opened.head.bias)
         difference = abs(float(head.forward(batch)[0]) - expected)
@@ -107,6 +108,8 @@ def _probes(head: "RewardHead", pairs: PreferencePairs | None) -> list[_Probe]:
         encoded = encode_texts(head.tokenizer, _TEXTS, max_length=head.max_length, truncate=True)
         rewards = [float(head.score([text], truncate=True)[0]) for text in _TEXTS]
         return [_Probe(text, list(one.ids), r) for text, one, r in zip(_TEXTS, encoded, rewards, strict=True)]
+    if not len(pairs):
+        raise DataError("pairs: expected at least one preference pair, got none. Leave it out for built-in texts.")
     probes = []
     for pair in pairs[:N_PAIRS]:
         alone = PreferencePairs([pair])
@@ -163,29 +166,43 @@ class _Checker:
     def _transformers(self, reference: Any) -> None:
         from rmtension.export import reload_classifier
 
-        checkpoint = self.head.checkpoint
-        opened = None if checkpoint is None else checkpoint.head
         model: Any = reload_classifier(self.head) if reference is None else reference
-        if model is None and checkpoint is not None and opened is not None:
-            model = checkpoint.base
-        if model is None:
-            return
-        expected = []
-        device = next(model.parameters()).device
-        with torch.no_grad(), in_eval_mode(model.modules()):
-            for probe in self.probes:
-                # Transformers' own way from the text on: its tokens, its pooling, its head.
-                output = model(input_ids=torch.tensor([self._own_ids(probe)], device=device), use_cache=False)
-                if hasattr(output, "logits"):
-                    expected.append(output.logits[0].to(self.alone).cpu())
-                else:
-                    last = output[0][:, -1].to(self.alone).cpu()
-                    expected.append(last @ opened.weight.to(last))  # type: ignore[union-attr]
+        checkpoint = self.head.checkpoint
         # A bias for which transformers has no place is the head's alone.
         has_place = getattr(getattr(model, "score", None), "bias", None) is not None
-        constant = 0.0 if opened is None or has_place else opened.bias
-        difference = float((torch.cat(expected) + constant - self.alone).abs().max())
+        constant = 0.0 if checkpoint is None or checkpoint.head is None or has_place else checkpoint.head.bias
+        if model is not None:
+            expected = self._by_classifier(model) + constant
+        elif checkpoint is not None and checkpoint.source is not None:
+            expected = self._by_hidden_state(checkpoint.source)
+        else:
+            return
+        difference = float((expected - self.alone).abs().max())
         self._add("equal to transformers", len(expected), difference, self._limit(half=5e-2), "max |difference|")
+
+    def _by_classifier(self, model: Any) -> Float[Tensor, "text"]:
+        """Transformers' own way from the text on: its tokens, its pooling, its head."""
+        device = next(model.parameters()).device
+        with torch.no_grad(), in_eval_mode(model.modules()):
+            ids = [torch.tensor([self._own_ids(probe)], device=device) for probe in self.probes]
+            return torch.cat([model(input_ids=one, use_cache=False).logits[0].to(self.alone) for one in ids])
+
+    def _by_hidden_state(self, source: "Source") -> Float[Tensor, "text"]:
+        """For a head that transformers does not know: the checkpoint again, its last hidden state times its head."""
+        from rmtension.checkpoints import open_checkpoint
+
+        again = open_checkpoint(source.name, reward=True, head=source.head, options=source.options)
+        base: Any = again.base
+        assert again.head is not None
+        rewards = []
+        for probe in self.probes:
+            ids = self._own_ids(probe)
+            while again.pad_token_id is not None and len(ids) > 1 and ids[-1] == again.pad_token_id:
+                ids = ids[:-1]
+            with torch.no_grad():
+                state = base(input_ids=torch.tensor([ids], device=self.head.device), use_cache=False)[0][0, -1]
+            rewards.append(state.to(self.alone) @ again.head.weight.to(self.alone) + again.head.bias)
+        return torch.stack(rewards)
 
     def _bridge(self) -> None:
         if self.head.body.plain is None:
@@ -198,7 +215,7 @@ class _Checker:
 
     def _padding(self) -> None:
         worst = 0.0
-        for left, right in ((0, 0), (0, 3), (1, 0), (7, 0), (7, 40)):
+        for left, right in ((0, 0), (0, 3), (1, 0), (40, 0), (7, 40)):
             width = max(map(len, self.ids)) + left + right
             ids = torch.full((len(self.ids), width), self.head.pad_token_id or 0)
             mask = torch.zeros_like(ids)
@@ -228,7 +245,11 @@ class _Checker:
         # Two hooks on one place would see the same tensor.
         places = {id(activations[0]) for activations in seen if len(activations) == 1}
         wrong = self.head.n_layers - len(places)
-        self._add(f"hooks, {site}", len(seen), wrong, 0, "layers whose hook did not see one activation of its own")
+        for layer in range(self.head.n_layers):
+            # A hook that stands in an earlier layer than it says changes the stream that this layer gets.
+            wrong += not torch.equal(self._stream(layer), self._stream(layer, zeroed=site))
+        note = "layers whose hook did not see one activation of its own, or changes what comes before the layer"
+        self._add(f"hooks, {site}", len(seen), wrong, 0, note)
         with self.head.hooks(site, lambda layer, activation: torch.zeros_like(activation)):
             zeroed = self._score(self.ids)
         same = int((zeroed == self.alone).sum())
@@ -237,6 +258,10 @@ class _Checker:
     def _direct(self) -> None:
         from rmtension.direct import direct_contributions
 
+        try:
+            _ = self.head.body.final_norm
+        except ModelError:
+            return  # no final norm: the reward is no sum over the residual stream
         parts = direct_contributions(self.head, self._batch(self.ids))
         self._compare("direct contributions", parts.reward, half=2e-1)
         if parts.biases is not None and len(parts.neurons) == 2:
@@ -245,6 +270,18 @@ class _Checker:
             self._add("layers", parts.blocks.numel(), worst, self._limit(half=2e-1), "max |difference| in a layer")
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _stream(self, layer: int, zeroed: str | None = None) -> Tensor:
+        """The residual stream before `layer` on the shortest probe, with a site of that layer at 0 or as it is."""
+        kept: list[Tensor] = []
+        hooks = [InstalledHooks([(Spot(self.head.body.block(layer), "input"), kept.append)])]
+        if zeroed is not None:
+            hooks.append(self.head.hooks(zeroed, lambda layer, activation: torch.zeros_like(activation), [layer]))
+        with ExitStack() as stack:
+            for hook in hooks:
+                stack.enter_context(hook)
+            self._score([min(self.ids, key=len)])
+        return kept[0]
 
     def _own_ids(self, probe: _Probe) -> list[int]:
         """The tokenizer's ids of the text; the head's for a chat, one too long, or one that begins with BOS itself."""

@@ -37,8 +37,8 @@ class TokenBatch:
     ) -> "TokenBatch":
         """Pad `texts` on the right. `pad_token_id` is skipped at the end of a text, as in `last_token`."""
         width = max(map(len, texts))
-        filler = 0 if pad_token_id is None else pad_token_id
-        input_ids = torch.tensor([[*text.ids, *[filler] * (width - len(text))] for text in texts])
+        # Any id would do, and 0 is in every vocabulary; a config's pad token may not be.
+        input_ids = torch.tensor([[*text.ids, *[0] * (width - len(text))] for text in texts])
         lengths = torch.tensor([len(text) for text in texts])
         starts = torch.tensor([text.response_start for text in texts])
         columns = torch.arange(width)
@@ -91,6 +91,11 @@ def check_ids(
     input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "..."], *, max_length: int, n_embeddings: int
 ) -> None:
     """Raise `OptionError` for a mask that does not fit or rows too long, `DataError` for ids outside the embedding."""
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise OptionError(
+            f"input_ids: expected one row of token ids for each text, got shape {tuple(input_ids.shape)}. One text is "
+            "input_ids[None]."
+        )
     if mask.shape != input_ids.shape or not mask.any(dim=1).all():
         raise OptionError(
             f"attention_mask: expected the shape of input_ids {tuple(input_ids.shape)} with a real token in every "

@@ -11,11 +11,20 @@ from torch import nn
 
 from rmtension.body import Body, BridgeBody, HookedTransformerBody
 from rmtension.errors import ModelError, OptionError
+from rmtension.hooks import copy_without_hooks
 
 MODEL_CLASSES = ("TransformerBridge", "HookedTransformer")
 
 
-def wrap(name: str, plain: Any, tokenizer: Any, *, model_class: str, process_weights: bool) -> Body:
+def wrap(
+    name: str,
+    plain: Any,
+    tokenizer: Any,
+    *,
+    model_class: str = "TransformerBridge",
+    process_weights: bool = False,
+    trust_remote_code: bool = False,
+) -> Body:
     """Hooks for `plain`, a base model of transformers.
 
     A TransformerBridge without processing shares every tensor with `plain`, which stays as it was; the others take a
@@ -26,7 +35,7 @@ def wrap(name: str, plain: Any, tokenizer: Any, *, model_class: str, process_wei
     try:
         # Building shells draws initial weights; the user's random numbers stay as they were.
         with torch.random.fork_rng(devices=[]):
-            return _wrap(name, plain, tokenizer, model_class, process_weights)
+            return _wrap(name, plain, tokenizer, model_class, process_weights, trust_remote_code)
     except Exception as error:  # the adapters of TransformerLens fail in as many ways as there are architectures
         text = " ".join(str(error).split())
         raise ModelError(
@@ -37,16 +46,18 @@ def wrap(name: str, plain: Any, tokenizer: Any, *, model_class: str, process_wei
         ) from error
 
 
-def _wrap(name: str, plain: Any, tokenizer: Any, model_class: str, process_weights: bool) -> Body:
+def _wrap(
+    name: str, plain: Any, tokenizer: Any, model_class: str, process_weights: bool, trust_remote_code: bool
+) -> Body:
     if model_class == "HookedTransformer":
-        return HookedTransformerBody(_hooked_transformer(plain, process_weights))
+        return HookedTransformerBody(_hooked_transformer(plain, process_weights, trust_remote_code))
     if process_weights:
-        bridge = _boot(name, copy.deepcopy(plain), tokenizer, writable=True)
+        bridge = _boot(name, copy_without_hooks(plain), tokenizer, trust_remote_code, writable=True)
         bridge.enable_compatibility_mode(disable_warnings=True)
         return BridgeBody(bridge)
-    twin = copy.deepcopy(plain, {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]})
+    twin = copy_without_hooks(plain, {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]})
     names = {id(module): path for path, module in twin.named_modules()}
-    return BridgeBody(_boot(name, twin, tokenizer), plain, names)
+    return BridgeBody(_boot(name, twin, tokenizer, trust_remote_code), plain, names)
 
 
 def check_model_class(model_class: str) -> None:
@@ -61,14 +72,14 @@ def check_model_class(model_class: str) -> None:
         )
 
 
-def _boot(name: str, base: Any, tokenizer: Any, *, writable: bool = False) -> Any:
+def _boot(name: str, base: Any, tokenizer: Any, trust_remote_code: bool, *, writable: bool = False) -> Any:
     """A TransformerBridge on `base`, whose modules it takes over; `writable` if its weights will be processed."""
     from transformer_lens.model_bridge import TransformerBridge
 
     parameter = next(base.parameters())
     return TransformerBridge.boot_transformers(
         name,
-        hf_model=_language_model(base, writable),
+        hf_model=_language_model(base, trust_remote_code, writable=writable),
         dtype=parameter.dtype,
         device=parameter.device,
         tokenizer=_spare(tokenizer),
@@ -92,7 +103,7 @@ def _spare(tokenizer: Any) -> Any:
     return spare
 
 
-def _language_model(base: Any, writable: bool) -> Any:
+def _language_model(base: Any, trust_remote_code: bool, *, writable: bool) -> Any:
     """`base` in the shell of a causal language model, which is all that TransformerLens takes.
 
     The shell is made on the meta device. Its vocabulary projection, which nothing here runs, is tied to the
@@ -107,7 +118,7 @@ def _language_model(base: Any, writable: bool) -> Any:
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     with torch.device("meta"):
         build: Any = AutoModelForCausalLM.from_config
-        shell = build(config)
+        shell = build(config, trust_remote_code=trust_remote_code)
     setattr(shell, shell.base_model_prefix, base)
     shell.tie_weights()
     parameter = next(base.parameters())
@@ -120,11 +131,11 @@ def _language_model(base: Any, writable: bool) -> Any:
     return shell.eval()
 
 
-def _hooked_transformer(plain: Any, process_weights: bool) -> nn.Module:
+def _hooked_transformer(plain: Any, process_weights: bool, trust_remote_code: bool) -> nn.Module:
     """A HookedTransformer with the weights of `plain`, by TransformerLens' own conversion."""
     from transformer_lens import HookedTransformer, loading_from_pretrained
 
-    shell = _language_model(copy.deepcopy(plain), writable=True)
+    shell = _language_model(copy_without_hooks(plain), trust_remote_code, writable=True)
     parameter = next(plain.parameters())
     steps = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), process_weights)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():

@@ -1,9 +1,11 @@
 """Out again: what an ablation does in a context, the folded weights do for good, and transformers scores the same."""
 
+import threading
+
 import pytest
 import torch
 import transformers
-from conftest import make_pairs, save_classifier
+from conftest import PAD, make_pairs, save_classifier
 from safetensors.torch import load_file
 
 from rmtension import AblationContext, ActivationCollector, NeuronSet, RewardHead
@@ -156,16 +158,59 @@ def test_heads_of_other_kinds_become_classifiers(tmp_path, tokenizer, ragged_tex
     tokenizer.save_pretrained(tmp_path / "lm")
     weight = torch.randn(32)
     plain = RewardHead.from_pretrained(tmp_path / "lm", head=weight)
-    plain.save_pretrained(tmp_path / "classifier")
+    with pytest.warns(UserWarning, match=r"no pad token to skip.*one text at a time"):
+        plain.save_pretrained(tmp_path / "classifier")
+    # Texts that end in what the tokenizer pads with: the token that is read must not move.
+    ragged_texts = [*ragged_texts, *(text + PAD for text in ragged_texts[:4])]
     expected = plain.score(ragged_texts)
+    assert not torch.allclose(expected[-4:], expected[:4], atol=1e-3)
     assert torch.allclose(transformers_rewards(tmp_path / "classifier", ragged_texts), expected, atol=1e-5)
     biased = RewardHead.from_pretrained(tmp_path / "lm", head=(weight, 1.5))
+    biased.pad_token_id = 0
+    ragged_texts = ragged_texts[:-4]
+    expected = expected[:-4]
     with pytest.warns(UserWarning, match=r"bias of 1.5.*Margins are the same"):
         biased.save_pretrained(tmp_path / "biased")
     assert torch.allclose(transformers_rewards(tmp_path / "biased", ragged_texts), expected, atol=1e-5)
     with pytest.warns(UserWarning, match=r"score.bias of 1.5"):
         again = RewardHead.from_pretrained(tmp_path / "biased")
     assert torch.allclose(again.score(ragged_texts), expected + 1.5, atol=1e-5)
+
+
+class HookThatCannotBeCopied:
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __call__(self, *_):
+        return None
+
+
+def test_the_copy_is_of_the_head_as_it_is_now(checkpoints, tokenizer, ragged_texts):
+    """Changes to the head's weight come along; a context that is entered, and the user's own hooks, do not."""
+    head = RewardHead.from_pretrained(checkpoints["llama"])
+    neurons, others = random_set(head, "mlp"), random_set(head, "mlp", seed=1)
+    expected = head.with_ablation(neurons).score(ragged_texts)
+    handle = head.body.plain.register_forward_hook(HookThatCannotBeCopied())
+    with AblationContext(head, others):
+        inside = head.with_ablation(neurons)
+    assert torch.equal(inside.score(ragged_texts), expected)
+    assert not any(module._forward_pre_hooks for module in inside.body.plain.modules())
+    assert len(head.body.plain._forward_hooks) == 1
+    handle.remove()
+    with torch.no_grad():
+        head.weight.mul_(2)
+    assert torch.allclose(head.with_ablation(neurons).score(ragged_texts), 2 * expected, atol=1e-5)
+
+
+def test_export_leaves_random_numbers_alone(checkpoints, tokenizer, tmp_path):
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    classifier = load(checkpoints["gpt2"], dtype=torch.float32)
+    state = torch.random.get_rng_state()
+    head = RewardHead.from_classifier(classifier, tokenizer=tokenizer)
+    head.check()
+    head.save_pretrained(tmp_path)
+    head.with_ablation(random_set(head, "mlp"))
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_what_cannot_be_exported_says_why(head, pairs, tmp_path):

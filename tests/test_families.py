@@ -84,8 +84,40 @@ def test_family(folder, texts):
     assert torch.allclose(parts.reward, plain[order], atol=1e-6, rtol=0)
     written = sum(neurons.sum(dim=2) for neurons in parts.neurons.values()) + parts.biases
     assert torch.allclose(written, parts.blocks, atol=1e-6, rtol=0)
-    # Negative control: a layer's neurons without its biases, or another layer's, do not sum to it.
+    # Negative control: another layer's neurons do not sum to it.
     assert not torch.allclose(written.roll(1, dims=1), parts.blocks, atol=1e-3)
+
+
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_the_direct_path_of_an_ablated_model(folder, texts):
+    """Layer 0 gets the same activations either way, so that halving them halves its neurons' parts, and no bias."""
+    head = RewardHead.from_pretrained(folder, dtype=torch.float64)
+    # One text: the scale of the final norm differs between the two runs, by the same factor for all parts.
+    encoded = encode_texts(head.tokenizer, texts[:1], max_length=head.max_length)
+    (batch,) = text_batches(encoded, tokens_per_batch=10_000, pad_token_id=head.pad_token_id, device="cpu")
+    whole = direct_contributions(head, batch)
+    everything = NeuronSet(torch.ones(3, 128, dtype=torch.bool), "mlp", head.architecture)
+    with AblationContext(head, everything, mode="scale", alpha=0.5):
+        half = direct_contributions(head, batch)
+        assert torch.allclose(half.reward, head.score(texts[:1]), atol=1e-6)
+    scale = half.embedding / whole.embedding
+    assert torch.allclose(half.neurons["mlp"][:, 0], 0.5 * scale * whole.neurons["mlp"][:, 0], atol=1e-6)
+    assert torch.allclose(half.biases, torch.zeros(1, 3, dtype=torch.float64), atol=1e-6)
+    with (
+        head.model.hooks(fwd_hooks=[("blocks.0.mlp.hook_post", lambda value, hook: value)]),
+        pytest.raises(ModelError, match=r"the bridge has hooks of yours"),
+    ):
+        direct_contributions(head, batch)
+
+
+@pytest.mark.parametrize("folder", ["openai-gpt"], indirect=True)
+def test_a_family_without_a_final_norm(folder, texts):
+    """It has no direct path; everything else is checked."""
+    head = RewardHead.from_pretrained(folder)
+    assert torch.allclose(head.score(texts), rewards_of(Reference(folder, dtype=torch.float32), texts), atol=1e-5)
+    table = head.check()
+    assert table["passed"].all()
+    assert "direct contributions" not in set(table["check"])
 
 
 @pytest.mark.parametrize("folder", EXPERTS, indirect=True)
@@ -128,6 +160,13 @@ def test_a_wrong_bridge_is_not_run(folder, texts, monkeypatch):
     ):
         head.score(texts)
     assert torch.allclose(head.score(texts), expected, atol=1e-5)
+    # One that returns no numbers is wrong too.
+    head.body._bridge_error = float("nan")
+    with (
+        head.model.hooks(fwd_hooks=[("blocks.0.mlp.hook_post", lambda value, hook: value)]),
+        pytest.raises(ModelError, match=r"is off by nan"),
+    ):
+        head.score(texts)
 
 
 def test_named_families_are_in_the_table():

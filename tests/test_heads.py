@@ -139,6 +139,25 @@ def test_classifier_in_memory(checkpoints, tokenizer, ragged_texts):
         RewardHead.from_classifier(torch.nn.Linear(2, 1))
 
 
+def test_a_pad_token_outside_the_vocabulary(tmp_path, tokenizer, ragged_texts):
+    """Old Llama configs say -1: it is never met, and it is never given to the embedding."""
+    folder = save_classifier(tmp_path, "gpt2", tokenizer, pad_token_id=-1)
+    head = RewardHead.from_pretrained(folder)
+    assert torch.allclose(head.score(ragged_texts), torch.cat([head.score([t]) for t in ragged_texts]), atol=1e-5)
+
+
+def test_without_tokenizer_and_pad_token(tmp_path, tokenizer):
+    """Then transformers reads the last token, one text at a time, and so does the head."""
+    folder = save_classifier(tmp_path, "gpt2", tokenizer, pad_token_id=None)
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    head = RewardHead.from_classifier(classifier)
+    ids = torch.tensor([[5, 9, 1, 0]])
+    with torch.no_grad():
+        expected = classifier(input_ids=ids).logits[:, 0]
+    assert torch.allclose(head.score_tokens(ids), expected, atol=1e-6)
+    assert head.check()["passed"].all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_the_heads_product_in_float32(checkpoints, ragged_texts, dtype):
     """The last hidden state is transformers' own in half precision; from there on everything is float32."""
@@ -236,6 +255,8 @@ class TestBadHeads:
     def test_bias(self):
         with pytest.raises(ModelError, match=r"bias: expected one number, got shape \(2,\)"):
             read_head((torch.ones(4), torch.ones(2)))
+        with pytest.raises(ModelError, match=r"bias: expected one number, got 'a'"):
+            read_head((torch.ones(4), "a"))
 
     def test_kind(self):
         with pytest.raises(ModelError, match=r"head: expected a weight.*got str"):
@@ -273,7 +294,7 @@ class TestBadCheckpoints:
         folder = with_tensors(checkpoints["gpt2"], tmp_path, {})
         (folder / "model.safetensors").unlink()
         torch.save({}, folder / "pytorch_model.bin")
-        with pytest.raises(ModelError, match=r"could not load the weights.*safetensors"):
+        with pytest.raises(ModelError, match=r"no model.safetensors, and pickled weights are not read"):
             RewardHead.from_pretrained(folder)
 
     def test_code_in_a_checkpoint_is_not_run(self, checkpoints, tmp_path):
@@ -282,9 +303,30 @@ class TestBadCheckpoints:
         config |= {"model_type": "of_their_own", "auto_map": {"AutoConfig": "theirs.TheirConfig"}}
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "theirs.py").write_text(f"open({str(tmp_path / 'was_here')!r}, 'w')")
-        with pytest.raises(ModelError, match=r"could not load the config.*trust_remote_code"):
+        with pytest.raises(ModelError, match=r"(?s)could not load the config.*trust_remote_code"):
             RewardHead.from_pretrained(folder)
         assert not (tmp_path / "was_here").exists()
+
+    def test_damaged_files(self, checkpoints, tmp_path):
+        folder = with_tensors(checkpoints["gpt2"], tmp_path, {})
+        whole = (folder / "model.safetensors").read_bytes()
+        for cut in (4, 100, len(whole) - 10):
+            (folder / "model.safetensors").write_bytes(whole[:cut])
+            with pytest.raises(ModelError, match=r"safetensors files are damaged or cut short"):
+                RewardHead.from_pretrained(folder)
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": ')
+        with pytest.raises(ModelError, match=r"damaged or cut short"):
+            RewardHead.from_pretrained(folder)
+
+    def test_options(self, checkpoints):
+        with pytest.raises(OptionError, match=r"unknown options \['torch_dtype'\]; expected \['device', "):
+            RewardHead.from_pretrained(checkpoints["gpt2"], torch_dtype=torch.bfloat16)
+        with pytest.raises(OptionError, match=r"device: 'gpu' is none of this machine's"):
+            RewardHead.from_pretrained(checkpoints["gpt2"], device="gpu")
+
+    def test_another_pad_token_than_the_configs(self, checkpoints):
+        with pytest.raises(ModelError, match=r"pad_token: '<eos>' is token 0, and the config.*says 1"):
+            RewardHead.from_pretrained(checkpoints["gpt2"], pad_token="<eos>")
 
     def test_model_class(self, checkpoints):
         with pytest.raises(OptionError, match=r"model_class: expected one of.*got 'Bridge'"):
@@ -300,6 +342,10 @@ class TestBadInput:
         # Under the mask anything may stand: -100 is common.
         masked = head.score_tokens(torch.tensor([[-100, 5]]), torch.tensor([[0, 1]]))
         assert torch.equal(masked, head.score_tokens(torch.tensor([[5]])))
+
+    def test_no_rows(self, head):
+        with pytest.raises(OptionError, match=r"one row of token ids for each text, got shape \(0, 3\)"):
+            head.score_tokens(torch.ones(0, 3, dtype=torch.long))
 
     def test_empty_text(self, head):
         with pytest.raises(DataError, match=r"text 1 has no token: it is empty"):

@@ -77,6 +77,19 @@ def test_a_bridge_in_compatibility_mode(folders, ragged_texts, tokenizer, family
     assert not torch.allclose(RewardHead(bridge, final_norm=other, **options).score(ragged_texts), expected, atol=1e-3)
 
 
+def test_a_classifier_in_training_mode(folders, ragged_texts, tokenizer):
+    """Its dropout is off while the conversion is compared with it, and afterwards it trains on."""
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    classifier = load(folders["gpt2"], dtype=torch.float32).train()
+    assert classifier.config.resid_pdrop > 0
+    state = torch.random.get_rng_state()
+    head = RewardHead.from_classifier(classifier, tokenizer=tokenizer, process_weights=True)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(module.training for module in classifier.modules())
+    expected = RewardHead.from_pretrained(folders["gpt2"]).score(ragged_texts)
+    assert torch.allclose(head.score(ragged_texts), expected, atol=1e-5)
+
+
 @pytest.mark.skipif(HAS_HOOKED_TRANSFORMER, reason="this transformer-lens has a HookedTransformer")
 def test_no_hooked_transformer_here(folders):
     with pytest.raises(ModelError, match=r"has no HookedTransformer.*transformer-lens<4"):
@@ -89,8 +102,8 @@ def test_a_conversion_that_differs_is_refused(folders, monkeypatch):
 
     boot = wrapping._boot
 
-    def boot_wrong(name, base, tokenizer, **options):
-        bridge = boot(name, base, tokenizer, **options)
+    def boot_wrong(name, base, tokenizer, trust_remote_code, **options):
+        bridge = boot(name, base, tokenizer, trust_remote_code, **options)
         if options:
             with torch.no_grad():
                 base.layers[0].mlp.down_proj.weight.mul_(1.2)

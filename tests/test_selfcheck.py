@@ -9,7 +9,7 @@ import rmtension.reward_head
 from rmtension import RewardHead
 from rmtension.body import BridgeBody
 from rmtension.encoding import EncodedText
-from rmtension.errors import CheckError
+from rmtension.errors import CheckError, DataError
 from rmtension.tokens import TokenBatch, last_token
 
 ALWAYS = {
@@ -152,6 +152,25 @@ def test_changed_weights_are_noticed(checkpoints):
     with torch.no_grad():
         head.body.plain.layers[0].mlp.down_proj.weight.mul_(1.5)
     assert failed(head) == {"equal to transformers"}
+
+
+def test_changed_weights_under_a_head_of_the_users_are_noticed(checkpoints):
+    head = RewardHead.from_pretrained(checkpoints["llama"], head=torch.linspace(-1, 1, 32), pad_token=EOS)
+    assert head.check(make_pairs(3))["passed"].all()
+    with torch.no_grad():
+        head.body.plain.layers[0].mlp.down_proj.weight.mul_(1.5)
+    assert failed(head) == {"equal to transformers"}
+
+
+def test_hooks_in_each_others_layers_are_rejected(head, monkeypatch):
+    spots = BridgeBody.spots
+    monkeypatch.setattr(BridgeBody, "spots", lambda body, site, layer: spots(body, site, [1, 0, 2][layer]))
+    assert failed(head) == {"hooks, mlp", "hooks, attn_head"}
+
+
+def test_nothing_to_check(head, pairs):
+    with pytest.raises(DataError, match="at least one preference pair"):
+        head.check(pairs[:0])
 
 
 def test_pairs_of_chats_are_checked_too(tmp_path):
