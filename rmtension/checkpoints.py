@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from rmtension.errors import ModelError, OptionError
+from rmtension.errors import ModelError, OptionError, RMTensionWarning
 from rmtension.heads import LinearHead, head_keys, read_head
 
 _DRAWN = "which transformers would draw at random"
@@ -225,7 +225,7 @@ def _score_head(name: str | Path, classifier: Any, stored: Mapping[str, Any]) ->
         warnings.warn(
             f"{name}: the checkpoint has a score.bias of {constant:.4g}, for which transformers has no place. It is "
             "added here: rewards differ from transformers' by this constant, margins do not.",
-            UserWarning,
+            RMTensionWarning,
             stacklevel=4,
         )
         head = LinearHead(head.weight, constant)

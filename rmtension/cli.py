@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from rmtension import __version__
-from rmtension.errors import OptionError, RMTensionError
+from rmtension.errors import OptionError, RMTensionError, RMTensionWarning
 from rmtension.report import to_text, write_report
 from rmtension.study import StudyOptions, StudyResult, TensionStudy, require_no_study
 
@@ -103,6 +103,7 @@ def _quieten() -> None:
     import transformers
 
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", category=RMTensionWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)

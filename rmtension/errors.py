@@ -10,6 +10,10 @@ class RMTensionError(Exception):
     """Base of every error that rmtension raises on purpose."""
 
 
+class RMTensionWarning(UserWarning):
+    """Every warning of this library, so that it can be told apart from those of the libraries underneath."""
+
+
 class DataError(RMTensionError, ValueError):
     """A preference pair, a text or a data file cannot be used as it is."""
 

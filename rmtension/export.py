@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension.checkpoints import Checkpoint
-from rmtension.errors import ModelError, OptionError, StorageError
+from rmtension.errors import ModelError, OptionError, RMTensionWarning, StorageError
 from rmtension.heads import LinearHead
 from rmtension.hooks import copy_without_hooks
 from rmtension.neurons import NeuronSet
@@ -61,7 +61,7 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
 
     The config gets the head's pad token: where it has none, the reward is read at the last token whichever it is, and
     transformers scores one text at a time. A bias of the head, for which transformers has no place, is written as
-    `score.bias`: `RewardHead.from_pretrained` reads it back, transformers leaves it out. Both give a `UserWarning`.
+    `score.bias`: `RewardHead.from_pretrained` reads it back, transformers leaves it out. Both warn.
     """
     checkpoint, _ = _current(head, "save_pretrained")
     classifier = build_classifier(head)
@@ -81,7 +81,7 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
             "save_pretrained: this head has no pad token to skip, it reads the last token whichever it is. So does "
             "transformers with this checkpoint, but one text at a time; for batches set config.pad_token_id to a token "
             "that ends no text.",
-            UserWarning,
+            RMTensionWarning,
             stacklevel=3,
         )
     if head.bias:
@@ -89,7 +89,7 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
             f"save_pretrained: the head has a bias of {head.bias:.4g}, for which transformers' classifiers have no "
             "place. It is in the file as 'score.bias'; transformers leaves it out, so that its rewards are smaller by "
             "that constant. Margins are the same.",
-            UserWarning,
+            RMTensionWarning,
             stacklevel=3,
         )
 

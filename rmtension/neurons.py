@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rmtension.errors import OptionError, ProvenanceError
+from rmtension.errors import OptionError, ProvenanceError, RMTensionWarning
 from rmtension.provenance import Provenance
 from rmtension.storage import read_result, write_result
 
@@ -177,7 +177,7 @@ class NeuronScores:
         """The `ceil(fraction * N)` neurons (or exactly `k`) that score highest over all layers jointly.
 
         `by="absolute"` ranks by |score|, `"value"` by the signed score. Equal scores are taken in the order of (layer,
-        neuron), with a `UserWarning` when the cut falls between them: the choice is then arbitrary.
+        neuron), with a `RMTensionWarning` when the cut falls between them: the choice is then arbitrary.
         """
         if (fraction is None) == (k is None):
             raise OptionError("top: expected exactly one of fraction and k.")
@@ -204,7 +204,7 @@ class NeuronScores:
             warnings.warn(
                 f"top: the cut at {size} of {total} neurons falls inside a tie of {n_tied} equal scores; the first by "
                 "(layer, neuron) are taken.",
-                UserWarning,
+                RMTensionWarning,
                 stacklevel=2,
             )
         mask = torch.zeros(total, dtype=torch.bool)

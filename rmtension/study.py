@@ -15,7 +15,7 @@ from rmtension import evaluation
 from rmtension.ablation import AblationContext
 from rmtension.activations import ActivationCollector, ActivationStatistics
 from rmtension.attribution import METHODS, NEEDS_REWARD, NeuronAttribution
-from rmtension.errors import OptionError, ProvenanceError, StorageError
+from rmtension.errors import OptionError, ProvenanceError, RMTensionWarning, StorageError
 from rmtension.neurons import NeuronScores, NeuronSet
 from rmtension.pairs import PreferencePairs
 from rmtension.reward_head import RewardHead
@@ -277,7 +277,7 @@ class TensionStudy:
         try:
             return [neurons.matched_random(seed=first + draw, exclude=exclude) for draw in range(self.options.n_draws)]
         except OptionError as error:
-            warnings.warn(f"No matched random sets for {neurons!r}: {error}", UserWarning, stacklevel=3)
+            warnings.warn(f"No matched random sets for {neurons!r}: {error}", RMTensionWarning, stacklevel=3)
             return []
 
     def _without(

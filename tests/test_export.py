@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from rmtension import AblationContext, ActivationCollector, NeuronSet, RewardHead
 from rmtension.check_matrix import make_classifier
-from rmtension.errors import ModelError, OptionError, StorageError
+from rmtension.errors import ModelError, OptionError, RMTensionWarning, StorageError
 
 CASES = {
     "gpt2": {},
@@ -158,7 +158,7 @@ def test_heads_of_other_kinds_become_classifiers(tmp_path, tokenizer, ragged_tex
     tokenizer.save_pretrained(tmp_path / "lm")
     weight = torch.randn(32)
     plain = RewardHead.from_pretrained(tmp_path / "lm", head=weight)
-    with pytest.warns(UserWarning, match=r"no pad token to skip.*one text at a time"):
+    with pytest.warns(RMTensionWarning, match=r"no pad token to skip.*one text at a time"):
         plain.save_pretrained(tmp_path / "classifier")
     # Texts that end in what the tokenizer pads with: the token that is read must not move.
     ragged_texts = [*ragged_texts, *(text + PAD for text in ragged_texts[:4])]
@@ -169,10 +169,10 @@ def test_heads_of_other_kinds_become_classifiers(tmp_path, tokenizer, ragged_tex
     biased.pad_token_id = 0
     ragged_texts = ragged_texts[:-4]
     expected = expected[:-4]
-    with pytest.warns(UserWarning, match=r"bias of 1.5.*Margins are the same"):
+    with pytest.warns(RMTensionWarning, match=r"bias of 1.5.*Margins are the same"):
         biased.save_pretrained(tmp_path / "biased")
     assert torch.allclose(transformers_rewards(tmp_path / "biased", ragged_texts), expected, atol=1e-5)
-    with pytest.warns(UserWarning, match=r"score.bias of 1.5"):
+    with pytest.warns(RMTensionWarning, match=r"score.bias of 1.5"):
         again = RewardHead.from_pretrained(tmp_path / "biased")
     assert torch.allclose(again.score(ragged_texts), expected + 1.5, atol=1e-5)
 

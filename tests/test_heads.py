@@ -10,7 +10,7 @@ from conftest import make_config, make_tokenizer, save_classifier
 from safetensors.torch import load_file, save_file
 
 from rmtension import RewardHead
-from rmtension.errors import DataError, ModelError, OptionError
+from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning
 from rmtension.heads import read_head
 from rmtension.norms import read_norm
 
@@ -111,7 +111,7 @@ def test_a_head_in_place_of_two_labels(tmp_path, tokenizer, ragged_texts):
 
 def test_score_bias_that_transformers_drops(checkpoints, tmp_path, ragged_texts):
     folder = with_tensors(checkpoints["llama"], tmp_path, {"score.bias": torch.tensor([2.5])})
-    with pytest.warns(UserWarning, match=r"score.bias of 2.5.*margins do not"):
+    with pytest.warns(RMTensionWarning, match=r"score.bias of 2.5.*margins do not"):
         head = RewardHead.from_pretrained(folder)
     without = RewardHead.from_pretrained(checkpoints["llama"])
     assert torch.allclose(head.score(ragged_texts), without.score(ragged_texts) + 2.5, atol=1e-5)

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from rmtension import NeuronScores, NeuronSet
-from rmtension.errors import OptionError, ProvenanceError, StorageError
+from rmtension.errors import OptionError, ProvenanceError, RMTensionWarning, StorageError
 from rmtension.provenance import Provenance
 
 
@@ -85,7 +85,7 @@ class TestTop:
     def test_ties_are_broken_by_place_with_a_warning(self):
         values = torch.tensor([[1.0, 5.0, 1.0], [1.0, 0.0, 5.0]])
         assert list(scores_of(values).top(k=2)) == [(0, 1), (1, 2)]
-        with pytest.warns(UserWarning, match="tie of 3 equal scores"):
+        with pytest.warns(RMTensionWarning, match="tie of 3 equal scores"):
             assert list(scores_of(values).top(k=3)) == [(0, 0), (0, 1), (1, 2)]
 
     @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01, float("nan")])

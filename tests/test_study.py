@@ -11,7 +11,7 @@ from conftest import make_config, make_pairs, save_classifier
 from null_control import coverage, untrained_study
 
 from rmtension import AblationContext, RewardHead, StudyOptions, StudyResult, TensionStudy, cli, evaluation, plots
-from rmtension.errors import OptionError, ProvenanceError, StorageError
+from rmtension.errors import OptionError, ProvenanceError, RMTensionWarning, StorageError
 from rmtension.report import to_text, write_report
 from rmtension.study import TABLES
 
@@ -88,7 +88,7 @@ def test_no_effect_is_measured_on_pairs_that_chose_neurons(folders, world):
 def test_sets_too_large_to_match_have_no_control(folders, world):
     """Nothing is lost: the effects stand, the columns of the control are NaN."""
     options = StudyOptions(n_draws=2, fraction=0.9)
-    with pytest.warns(UserWarning, match="No matched random sets"):
+    with pytest.warns(RMTensionWarning, match="No matched random sets"):
         found = study_of(folders, world, options=options).run(progress=False).ablation
     assert (found["n_draws"] == 0).any()
     assert found.loc[found["n_draws"] == 0, "beyond_random"].isna().all()
