@@ -169,8 +169,9 @@ class HookedTransformerBody:
         captured: list[Tensor] = []
         model: Any = self.module
         with InstalledHooks([(Spot(model.ln_final, "output"), captured.append)]):
-            # return_type=None leaves out the unembedding.
-            model(batch.input_ids, return_type=None)
+            # return_type=None leaves out the unembedding. Without a mask one is guessed where the model has a tokenizer
+            # that pads on the left, from pad tokens that may be part of a text. All ones, for the reason in `_run`.
+            model(batch.input_ids, attention_mask=torch.ones_like(batch.input_ids), return_type=None)
         return captured[0]
 
     def spots(self, site: str, layer: int) -> list[Spot]:

@@ -52,6 +52,17 @@ def test_rewards_equal_logits(model, head, ragged_texts):
         assert float((rewards - torch.stack(expected)).abs().max()) < 1e-12
 
 
+def test_the_models_own_tokenizer_hides_no_token(model, head, monkeypatch):
+    """TransformerLens guesses a mask from pad tokens where the model has a tokenizer that pads on the left."""
+    text = "<pad><pad>bake a<pad> cake"
+    with torch.no_grad():
+        expected = model(head.tokenizer(text, return_tensors="pt")["input_ids"], return_type="logits")[0, -1, 7]
+    tokenizer = copy.deepcopy(head.tokenizer)
+    tokenizer.padding_side = "left"
+    monkeypatch.setattr(model, "tokenizer", tokenizer)
+    assert abs(float(head.score([text])[0] - expected)) < 1e-12
+
+
 @pytest.mark.parametrize("site", ["mlp", "attn_head"])
 def test_ablation_and_scores_equal_hooks_of_transformer_lens(model, head, pairs, site):
     mask = torch.rand(3, head.n_neurons(site), generator=torch.Generator().manual_seed(0)) < 0.5
