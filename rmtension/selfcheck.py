@@ -15,7 +15,6 @@
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -215,7 +214,7 @@ class _Checker:
 
     def _padding(self) -> None:
         worst = 0.0
-        for left, right in ((0, 0), (0, 3), (1, 0), (40, 0), (7, 40)):
+        for left, right in ((0, 3), (40, 0), (7, 40)):
             width = max(map(len, self.ids)) + left + right
             ids = torch.full((len(self.ids), width), self.head.pad_token_id or 0)
             mask = torch.zeros_like(ids)
@@ -245,9 +244,11 @@ class _Checker:
         # Two hooks on one place would see the same tensor.
         places = {id(activations[0]) for activations in seen if len(activations) == 1}
         wrong = self.head.n_layers - len(places)
+        before = self._streams()
         for layer in range(self.head.n_layers):
             # A hook that stands in an earlier layer than it says changes the stream that this layer gets.
-            wrong += not torch.equal(self._stream(layer), self._stream(layer, zeroed=site))
+            with self.head.hooks(site, lambda _, activation: torch.zeros_like(activation), [layer]):
+                wrong += not torch.equal(self._streams()[layer], before[layer])
         note = "layers whose hook did not see one activation of its own, or changes what comes before the layer"
         self._add(f"hooks, {site}", len(seen), wrong, 0, note)
         with self.head.hooks(site, lambda layer, activation: torch.zeros_like(activation)):
@@ -271,17 +272,13 @@ class _Checker:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _stream(self, layer: int, zeroed: str | None = None) -> Tensor:
-        """The residual stream before `layer` on the shortest probe, with a site of that layer at 0 or as it is."""
+    def _streams(self) -> list[Tensor]:
+        """The residual stream before every layer on the shortest probe."""
         kept: list[Tensor] = []
-        hooks = [InstalledHooks([(Spot(self.head.body.block(layer), "input"), kept.append)])]
-        if zeroed is not None:
-            hooks.append(self.head.hooks(zeroed, lambda layer, activation: torch.zeros_like(activation), [layer]))
-        with ExitStack() as stack:
-            for hook in hooks:
-                stack.enter_context(hook)
+        blocks = map(self.head.body.block, range(self.head.n_layers))
+        with InstalledHooks([(Spot(block, "input"), kept.append) for block in blocks]):
             self._score([min(self.ids, key=len)])
-        return kept[0]
+        return kept
 
     def _own_ids(self, probe: _Probe) -> list[int]:
         """The tokenizer's ids of the text; the head's for a chat, one too long, or one that begins with BOS itself."""

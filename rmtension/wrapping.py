@@ -157,5 +157,5 @@ def _hooked_transformer(plain: Any, process_weights: bool, trust_remote_code: bo
         cfg.n_ctx = min(cfg.n_ctx, context or cfg.n_ctx)
         model = HookedTransformer(cfg, None, move_to_device=False)
     model.load_and_process_state_dict(state, **steps)
-    hooked: nn.Module = model.to(parameter.device).eval().requires_grad_(False)
+    hooked: nn.Module = model.to(parameter.device, print_details=False).eval().requires_grad_(False)
     return hooked
