@@ -242,8 +242,8 @@ def measure_sites(body: Body, n_layers: int, device: torch.device) -> tuple[dict
 
 
 def _run(base: Any, batch: TokenBatch) -> Float[Tensor, "text token d_model"]:
-    # No attention mask: behind a causal mask nothing sees the padding on the right. With one, padding further than a
-    # sliding window sees nothing at all, becomes NaN, and 0 * NaN then reaches every token (Gemma-2, Mistral).
+    # No attention mask: behind a causal mask nothing sees the padding on the right. With one, padding further away than
+    # a sliding window sees nothing at all; Gemma-2 in float64 makes NaN of it, and 0 * NaN then reaches every token.
     output: Tensor = base(input_ids=batch.input_ids, use_cache=False)[0]
     return output
 
