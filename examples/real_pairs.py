@@ -20,10 +20,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import transformers
 
 from rmtension import PreferencePairs, StudyOptions, TensionStudy
+from rmtension.encoding import encode_pairs
 from rmtension.family import FamilySettings, train_family
 from rmtension.report import to_text, write_report
 from rmtension.study import OBJECTIVES, require_no_study
-from rmtension.tokens import encode_pairs
 from rmtension.training import train_base_model, train_tokenizer
 
 

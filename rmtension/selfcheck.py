@@ -91,7 +91,7 @@ def require_same_rewards(head: "RewardHead", opened: "Checkpoint") -> None:
 
 @dataclass(frozen=True)
 class _Probe:
-    """A text (None for a chat, or where there is no tokenizer), the ids the head makes of it, and its reward alone."""
+    """A text (None for a chat, a cut one, or without a tokenizer), the ids the head makes of it, its reward alone."""
 
     text: str | None
     ids: list[int]
@@ -112,12 +112,12 @@ def _probes(head: "RewardHead", pairs: PreferencePairs | None) -> list[_Probe]:
     probes = []
     for pair in pairs[:N_PAIRS]:
         alone = PreferencePairs([pair])
-        scored, encoded_pair = (
-            head.score_pairs(alone, truncate_response=True),
-            head.encode(alone, truncate_response=True),
-        )
+        scored = head.score_pairs(alone, truncate_response=True)
+        encoded_pair = head.encode(alone, truncate_response=True)
         for side in ("chosen", "rejected"):
-            text = pair.text(side) if isinstance(pair.prompt, str) else None
+            # A pair that does not fit is cut on both sides alike: its ids are no longer the tokenizer's of the text.
+            is_whole = encoded_pair.n_prompts_cut + encoded_pair.n_responses_cut == 0
+            text = pair.text(side) if is_whole and isinstance(pair.prompt, str) else None
             ids = list(getattr(encoded_pair, side)[0].ids)
             probes.append(_Probe(text, ids, float(getattr(scored, side)[0])))
     return probes

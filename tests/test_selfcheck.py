@@ -6,7 +6,7 @@ from conftest import EOS, make_pairs, make_tokenizer, save_classifier
 from tokenizers import processors
 
 import rmtension.reward_head
-from rmtension import RewardHead
+from rmtension import PreferencePairs, RewardHead
 from rmtension.body import BridgeBody
 from rmtension.encoding import EncodedText
 from rmtension.errors import CheckError, DataError
@@ -166,6 +166,17 @@ def test_hooks_in_each_others_layers_are_rejected(head, monkeypatch):
     spots = BridgeBody.spots
     monkeypatch.setattr(BridgeBody, "spots", lambda body, site, layer: spots(body, site, [1, 0, 2][layer]))
     assert failed(head) == {"hooks, mlp", "hooks, attn_head"}
+
+
+def test_pairs_that_are_cut(head):
+    """One response is long: the prompt is cut on both sides, although the other text would fit by itself."""
+    prompt = "please help " * 30
+    rows = [{"prompt": prompt, "chosen": "sure " * 40, "rejected": "sorry"}]
+    pairs = PreferencePairs.from_records(rows)
+    encoded = head.encode(pairs)
+    assert encoded.n_prompts_cut == 1
+    assert len(head.tokenizer(pairs[0].text("rejected"))["input_ids"]) <= head.max_length
+    assert head.check(pairs)["passed"].all()
 
 
 def test_nothing_to_check(head, pairs):
