@@ -110,15 +110,12 @@ def _language_model(base: Any, trust_remote_code: bool, *, writable: bool) -> An
     embeddings or zero: one number seen as a matrix, unless it has to be `writable`.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = copy.deepcopy(base.config)
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        # TransformerLens goes by this name; a classifier's config has its own.
-        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     with torch.device("meta"):
         build: Any = AutoModelForCausalLM.from_config
-        shell = build(config, trust_remote_code=trust_remote_code)
+        shell = build(copy.deepcopy(base.config), trust_remote_code=trust_remote_code)
+    # TransformerLens goes by this name; a classifier's config has its own.
+    shell.config.architectures = [type(shell).__name__]
     setattr(shell, shell.base_model_prefix, base)
     shell.tie_weights()
     parameter = next(base.parameters())

@@ -25,6 +25,31 @@ def language_model(tmp_path_factory, tokenizer):
     return folder
 
 
+REMOTE = """
+import torch, transformers
+from transformers.models.llama import modeling_llama as llama
+
+class TheirConfig(transformers.LlamaConfig):
+    model_type = "theirs"
+
+class LlamaModel(llama.LlamaModel):
+    config_class = TheirConfig
+
+class LlamaForCausalLM(llama.LlamaForCausalLM):
+    config_class = TheirConfig
+
+class LlamaForSequenceClassification(llama.LlamaForSequenceClassification):
+    config_class = TheirConfig
+
+    def __init__(self, config):
+        llama.LlamaPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = LlamaModel(config)
+        self.score = torch.nn.Linear(config.hidden_size, 1, bias=False)
+        self.post_init()
+"""
+
+
 def hidden_rewards(folder, texts, weight, bias):
     """The base model's own last hidden state at the last token of each text, times the weight."""
     base = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -327,6 +352,23 @@ class TestBadCheckpoints:
     def test_another_pad_token_than_the_configs(self, checkpoints):
         with pytest.raises(ModelError, match=r"pad_token: '<eos>' is token 0, and the config.*says 1"):
             RewardHead.from_pretrained(checkpoints["gpt2"], pad_token="<eos>")
+
+    def test_code_in_a_checkpoint_runs_when_the_user_says_so(self, checkpoints, tmp_path, monkeypatch, ragged_texts):
+        """A model type of its own whose classes are Llama's; transformers copies the code to a cache, here a folder."""
+        monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+        monkeypatch.syspath_prepend(tmp_path / "cache")
+        folder = with_tensors(checkpoints["llama"], tmp_path / "remote", {})
+        names = {"AutoConfig": "TheirConfig", "AutoModel": "LlamaModel", "AutoModelForCausalLM": "LlamaForCausalLM"}
+        names["AutoModelForSequenceClassification"] = "LlamaForSequenceClassification"
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "theirs", "auto_map": {auto: f"theirs.{name}" for auto, name in names.items()}}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "theirs.py").write_text(REMOTE)
+        head = RewardHead.from_pretrained(folder, trust_remote_code=True)
+        assert head.architecture.startswith("theirs-")
+        expected = RewardHead.from_pretrained(checkpoints["llama"]).score(ragged_texts)
+        assert torch.equal(head.score(ragged_texts), expected)
+        assert head.check()["passed"].all()
 
     def test_model_class(self, checkpoints):
         with pytest.raises(OptionError, match=r"model_class: expected one of.*got 'Bridge'"):
