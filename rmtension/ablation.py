@@ -59,8 +59,9 @@ class AblationContext:
         self._seed = seed
         per_neuron = head.n_channels(neurons.site) // head.n_neurons(neurons.site)
         columns = repeat(neurons.mask, "layer neuron -> layer (neuron channel)", channel=per_neuron)
-        self._columns = {layer: row.nonzero()[:, 0].to(head.device) for layer, row in enumerate(columns) if row.any()}
-        self._hooks = head.hooks(neurons.site, self._ablate, self._columns)
+        # layer -> the columns of its projection's input that the set's neurons are; layers without any are left out.
+        self.columns = {layer: row.nonzero()[:, 0].to(head.device) for layer, row in enumerate(columns) if row.any()}
+        self._hooks = head.hooks(neurons.site, self._ablate, self.columns)
 
     def __enter__(self) -> "AblationContext":
         self._hooks.__enter__()
@@ -70,7 +71,7 @@ class AblationContext:
         self._hooks.__exit__(*exception)
 
     def _ablate(self, layer: int, activation: Tensor) -> Tensor:
-        columns = self._columns[layer].to(activation.device)
+        columns = self.columns[layer].to(activation.device)
         # Rows are tokens of all texts: some models flatten the two before the MLP, some do not.
         rows = activation.reshape(-1, self.head.n_channels(self.neurons.site))
         block = rows[:, columns]

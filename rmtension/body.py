@@ -59,14 +59,14 @@ class BridgeBody:
     def residual(self, batch: TokenBatch) -> Float[Tensor, "text token d_model"]:
         """The residual stream after the final norm's gain; no vocabulary projection."""
         if self.plain is not None and self.runs_plain:
-            return _run(self.plain, batch)
+            return run_base(self.plain, batch)
         if not self._bridge_error <= _BRIDGE_TOLERANCE.get(next(self.module.parameters()).dtype, 1e-3):
             raise ModelError(
                 f"model: the TransformerBridge of {type(self.module).__name__} is off by {self._bridge_error:.1e} of "
                 "its residual stream, so that hooks on it would see another model. Remove your hooks from head.model "
                 "and use head.hooks(site, visit), which runs transformers' own modules."
             )
-        return _run(self._base(), batch)
+        return run_base(self._base(), batch)
 
     def spots(self, site: str, layer: int) -> list[Spot]:
         """Every place where the activation of `site` in `layer` passes, whichever way the model runs."""
@@ -121,7 +121,7 @@ class BridgeBody:
         parameter = next(self.module.parameters())
         batch = probe_batch(min(12, self.n_embeddings), parameter.device)
         with torch.no_grad(), in_eval_mode(self.modules()):
-            expected, output = (_run(base, batch).double() for base in (self.module, self._base()))
+            expected, output = (run_base(base, batch).double() for base in (self.module, self._base()))
         return float((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
@@ -170,7 +170,7 @@ class HookedTransformerBody:
         model: Any = self.module
         with InstalledHooks([(Spot(model.ln_final, "output"), captured.append)]):
             # return_type=None leaves out the unembedding. Without a mask one is guessed where the model has a tokenizer
-            # that pads on the left, from pad tokens that may be part of a text. All ones, for the reason in `_run`.
+            # that pads on the left, from pad tokens that may be part of a text. All ones, for the reason in `run_base`.
             model(batch.input_ids, attention_mask=torch.ones_like(batch.input_ids), return_type=None)
         return captured[0]
 
@@ -241,7 +241,8 @@ def measure_sites(body: Body, n_layers: int, device: torch.device) -> tuple[dict
     return found, missing
 
 
-def _run(base: Any, batch: TokenBatch) -> Float[Tensor, "text token d_model"]:
+def run_base(base: Any, batch: TokenBatch) -> Float[Tensor, "text token d_model"]:
+    """The last hidden state of a base model of transformers, bridged or not."""
     # No attention mask: behind a causal mask nothing sees the padding on the right. With one, padding further away than
     # a sliding window sees nothing at all; Gemma-2 in float64 makes NaN of it, and 0 * NaN then reaches every token.
     output: Tensor = base(input_ids=batch.input_ids, use_cache=False)[0]

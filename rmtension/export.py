@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import repeat
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from rmtension.checkpoints import Checkpoint
 from rmtension.errors import ModelError, OptionError, RMTensionWarning, StorageError
@@ -36,22 +34,23 @@ def ablate_weights(
         raise OptionError(
             f"mode: weights can do 'zero', 'mean' or 'scale' for good, got {mode!r}. Use AblationContext for the rest."
         )
-    AblationContext(head, neurons, mode=mode, reference=reference, alpha=alpha)  # validates its arguments
-    names = head.body.projection_names
+    context = AblationContext(head, neurons, mode=mode, reference=reference, alpha=alpha)
     base = copy_without_hooks(base)
-    per_neuron = head.n_channels(neurons.site) // head.n_neurons(neurons.site)
-    columns = repeat(neurons.mask, "layer neuron -> layer (neuron channel)", channel=per_neuron)
-    layers = [layer for layer in range(head.n_layers) if columns[layer].any()]
-    if mode == "mean" and any(base.get_submodule(names[neurons.site, layer]).bias is None for layer in layers):
-        base = _with_biases(base, [names[neurons.site, layer] for layer in range(head.n_layers)])
+    names = [head.body.projection_names[neurons.site, layer] for layer in range(head.n_layers)]
+    if mode == "mean" and any(base.get_submodule(names[layer]).bias is None for layer in context.columns):
+        base = _with_biases(base, names)
     with torch.no_grad():
-        for layer in layers:
-            projection: Any = base.get_submodule(names[neurons.site, layer])
-            chosen = columns[layer].to(projection.weight.device)
+        for layer, columns in context.columns.items():
+            projection: Any = base.get_submodule(names[layer])
+            # nn.Linear holds [out, in], GPT-2's Conv1D [in, out].
+            weight = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T
+            columns = columns.to(weight.device)
             if mode == "mean":
-                means = torch.where(columns[layer], reference.channel_mean[layer], 0.0)
-                projection.bias += _written(projection, means)
-            _scale_inputs(projection, chosen, alpha if mode == "scale" and alpha is not None else 0.0)
+                means = reference.channel_mean[layer].to(weight.device)[columns]
+                # In float64 until the end: it stands for what thousands of tokens had in common.
+                projection.bias += (weight[:, columns].double() @ means).to(projection.bias.dtype)
+            # Only "scale" takes an alpha; the context has made sure.
+            weight[:, columns] *= 0.0 if alpha is None else alpha
     opened = replace(checkpoint, base=base, source=None, name=f"{checkpoint.name}, {len(neurons)} neurons ablated")
     return RewardHead._from_checkpoint(opened, head.max_length, head.tokens_per_batch)
 
@@ -155,19 +154,6 @@ def _current(head: RewardHead, what: str) -> tuple[Checkpoint, nn.Module]:
         tokenizer=head.tokenizer,
     )
     return today, checkpoint.base
-
-
-def _scale_inputs(projection: Any, chosen: Tensor, factor: float) -> None:
-    # nn.Linear holds [out, in], GPT-2's Conv1D [in, out].
-    weight = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T
-    weight[:, chosen] *= factor
-
-
-def _written(projection: Any, activation: Float[Tensor, "channel"]) -> Float[Tensor, "d_model"]:
-    """What `activation` writes through the weights alone, in float64 until the end."""
-    weight = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T
-    exact: Tensor = weight.double() @ activation.to(weight.device, torch.float64)
-    return exact.to(projection.bias.dtype)
 
 
 def _with_biases(base: Any, names: list[str]) -> Any:

@@ -165,7 +165,6 @@ class RewardHead:
         Its weights are shared, not copied (a HookedTransformer and processed weights are copies): training it further
         changes the rewards. The head itself is a copy.
         """
-        check_model_class(model_class)
         opened = checkpoint_of(classifier, tokenizer, pad_token)
         return cls._from_checkpoint(opened, max_length, tokens_per_batch, model_class, process_weights)
 

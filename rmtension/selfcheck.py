@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension.body import probe_batch
+from rmtension.body import probe_batch, run_base
 from rmtension.encoding import EncodedText, encode_texts
 from rmtension.errors import CheckError, DataError, ModelError
 from rmtension.hooks import InstalledHooks, Spot, in_eval_mode
@@ -76,7 +76,7 @@ def require_same_rewards(head: "RewardHead", opened: "Checkpoint") -> None:
     batch = probe_batch(min(12, head.max_length, head.body.n_embeddings), head.device)
     base: Any = opened.base
     with torch.no_grad(), in_eval_mode(base.modules()):
-        residual = base(input_ids=batch.input_ids, use_cache=False)[0][0, -1].to(head.reward_dtype)
+        residual = run_base(base, batch)[0, -1].to(head.reward_dtype)
         expected = float(residual @ opened.head.weight.to(residual) + opened.head.bias)
         difference = abs(float(head.forward(batch)[0]) - expected)
     # Half precision rounds every layer to 3 or 2 digits, in another order after a conversion.

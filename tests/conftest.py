@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from rmtension import PreferencePairs, RewardHead
 
@@ -25,6 +25,15 @@ WORDS = [
     *("please", "sorry", "help", "cannot", "sure", "first", "then", "the", "with", "and"),
 ]
 FAMILIES = ("gpt2", "llama", "gpt_neox")
+
+
+def put_bos_first(tokenizer):
+    """Make a tokenizer put its BOS token before every text by itself."""
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
+    return tokenizer
 
 
 def make_tokenizer(folder, *, pad=PAD, bos=None):

@@ -105,3 +105,11 @@ class Reference:
             return channels
         heads = channels.unflatten(-1, (self.n_heads, -1))
         return heads.norm(dim=-1) if how == "norm" else heads.sum(dim=-1)
+
+
+def transformers_rewards(folder, texts, *, dtype=torch.float32):
+    """One text at a time, unpadded: the reference that batching must not change."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        return torch.stack([model(**tokenizer(text, return_tensors="pt")).logits[0, 0] for text in texts])

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import EOS, make_pairs, make_tokenizer, save_classifier
-from tokenizers import processors
+from conftest import EOS, make_pairs, make_tokenizer, put_bos_first, save_classifier
 
 from rmtension import PreferencePairs, RewardHead
 from rmtension.chat import Message, split_turns
@@ -32,9 +31,7 @@ MESSAGES = [{"role": "user", "content": "how do i bake bread"}, {"role": "assist
 @pytest.fixture(params=TEMPLATES)
 def chat_tokenizer(request, tmp_path):
     """A tokenizer that puts BOS before every text by itself, with a chat template that may do it as well."""
-    tokenizer = make_tokenizer(tmp_path, bos=EOS)
-    bos = (EOS, tokenizer.bos_token_id)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"{EOS} $A", special_tokens=[bos])
+    tokenizer = put_bos_first(make_tokenizer(tmp_path, bos=EOS))
     tokenizer.chat_template = TEMPLATES[request.param]
     return tokenizer
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from conftest import PAD, make_pairs, save_classifier
+from reference import transformers_rewards
 from safetensors.torch import load_file
 
 from rmtension import AblationContext, ActivationCollector, NeuronSet, RewardHead
@@ -38,13 +39,6 @@ def random_set(head, site, seed=0):
     # One layer without any: folding must pass over it.
     mask[1] = False
     return NeuronSet(mask, site, head.architecture)
-
-
-def transformers_rewards(folder, texts, dtype=torch.float32):
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    with torch.no_grad():
-        return torch.stack([model(**tokenizer(t, return_tensors="pt")).logits[0, 0] for t in texts])
 
 
 def texts_of(pairs):

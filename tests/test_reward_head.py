@@ -4,17 +4,10 @@ import pytest
 import torch
 import transformers
 from conftest import CONTEXT, EOS, FAMILIES, make_tokenizer, save_classifier
+from reference import transformers_rewards
 
 from rmtension import PreferencePairs, RewardHead
 from rmtension.errors import DataError, ModelError, OptionError
-
-
-def transformers_rewards(folder, texts, *, dtype=torch.float32):
-    """One text at a time, unpadded: the reference that batching must not change."""
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    with torch.no_grad():
-        return torch.stack([model(**tokenizer(text, return_tensors="pt")).logits[0, 0] for text in texts])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

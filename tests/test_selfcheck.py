@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import EOS, make_pairs, make_tokenizer, save_classifier
-from tokenizers import processors
+from conftest import EOS, make_pairs, make_tokenizer, put_bos_first, save_classifier
 
 import rmtension.reward_head
 from rmtension import PreferencePairs, RewardHead
@@ -91,9 +90,7 @@ def test_the_last_column_is_rejected(head, monkeypatch):
 
 def test_double_bos_is_rejected(tmp_path, monkeypatch):
     """TransformerLens prepends a BOS token to texts that already have one."""
-    tokenizer = make_tokenizer(tmp_path, bos=EOS)
-    bos = (EOS, tokenizer.bos_token_id)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"{EOS} $A", special_tokens=[bos])
+    tokenizer = put_bos_first(make_tokenizer(tmp_path, bos=EOS))
     save_classifier(tmp_path, "gpt2", tokenizer)
     head = RewardHead.from_pretrained(tmp_path)
     assert head.tokenizer("cake")["input_ids"][0] == head.tokenizer.bos_token_id
