@@ -16,7 +16,7 @@ from rmtension.curves import ablation_curves
 from rmtension.errors import DataError
 from rmtension.family_runs import MODELS, OBJECTIVES, FamilyRuns
 from rmtension.intervals import Estimate, adjusted_p_values
-from rmtension.length import length_baseline, length_matched
+from rmtension.length import length_baseline, length_matched_places
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
 from rmtension.overlap import Overlap, depth_thirds, jaccard_intervals
@@ -138,13 +138,7 @@ def depth(family: FamilyRuns) -> Tables:
     rows = []
     for score in family.options.scores:
         tops = {model: family.top(family.scores_of(score, model)) for model in family.models_with(score)}
-        shared = tops["helpful"] & tops["harmless"]
-        named = {
-            **tops,
-            **{f"{name} only": tops[name] - shared for name in OBJECTIVES},
-            "shared": shared,
-            "all neurons": shared | ~shared,
-        }
+        named = {**tops, **family.shared_sets(score), "all neurons": tops["mixed"] | ~tops["mixed"]}
         for name, neurons in named.items():
             rows.append({"score": score, "set": name, "size": len(neurons), **depth_thirds(neurons)})
     return {"depth": pd.DataFrame(rows)}
@@ -334,7 +328,6 @@ def _overlap_rows(
 def _length_matched(scored: ScoredPairs) -> ScoredPairs | None:
     """The rewards of the pairs in which length is of no use; None where none are left, or items have no one length."""
     try:
-        kept = {id(pair) for pair in length_matched(scored.pairs)}
+        return scored.take(length_matched_places(scored.pairs))
     except DataError:
         return None
-    return scored.take([row for row, pair in enumerate(scored.pairs) if id(pair) in kept])

@@ -62,12 +62,7 @@ class Ablations:
 
     def estimate(self, values: Float[Tensor, "item"], objective: str) -> Estimate:
         """Mean of one value per item of an objective, with its interval."""
-        return bootstrap_mean(values, self.items(objective), level=self.level, seed=self.seed)
-
-    def items(self, objective: str) -> PreferencePairs:
-        """The first pair of every item of an objective."""
-        pairs = self.pairs[objective]
-        return PreferencePairs(pairs[rows[0]] for rows in pairs.items)
+        return bootstrap_mean(values, self.pairs[objective].by_item, level=self.level, seed=self.seed)
 
 
 def ablation_matrix(

@@ -14,7 +14,7 @@ from scipy import stats
 from rmtension.causality import QUANTITIES, Ablations
 from rmtension.chat import prompt_text
 from rmtension.errors import OptionError
-from rmtension.evaluation import chance, item_values
+from rmtension.evaluation import chance, item_values, subset_places
 from rmtension.intervals import bootstrap_mean, percentile_interval, resampled_sums
 from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
@@ -60,10 +60,7 @@ def effects_by_subset(ablations: Ablations, neurons: NeuronSet) -> pd.DataFrame:
     before, after = ablations.rewards(), ablations.rewards(neurons)
     rows = []
     for objective, pairs in ablations.pairs.items():
-        places: dict[str, list[int]] = {}
-        for place, pair in enumerate(pairs):
-            places.setdefault(str(pair.subset), []).append(place)
-        for subset, kept in places.items():
+        for subset, kept in subset_places(pairs).items():
             one, other = after[objective].take(kept), before[objective].take(kept)
             change = bootstrap_mean(
                 ablations.change(one, other, "accuracy"),
@@ -116,8 +113,7 @@ def split_drift(ablations: Ablations, neurons: NeuronSet) -> dict[str, float]:
             one, other = after[name].take(kept), before[name].take(kept)
             gap, was = ablations.change(one, other, "accuracy"), item_values(other, "accuracy", tie=ablations.tie)
             by_item = other.by_item().pairs
-            for subset in dict.fromkeys(str(pair.subset) for pair in by_item):
-                mine = [row for row, pair in enumerate(by_item) if str(pair.subset) == subset]
+            for subset, mine in subset_places(by_item).items():
                 level = float(chance(by_item)[mine].mean())
                 rows[name, subset] = (float(was[mine].mean()), level, float(gap[mine].mean()))
         tables.append(rows)
@@ -161,7 +157,7 @@ def _retained(
         columns = torch.zeros(len(now), 4, dtype=torch.float64)
         columns[:, 2 * number], columns[:, 2 * number + 1] = now, was
         parts.append(columns)
-        items.append(ablations.items(objective))
+        items.append(ablations.pairs[objective].by_item)
     table = torch.cat(parts)
     sums = resampled_sums(table, items[0] + items[1], seed=ablations.seed)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension import benchmarks
+from rmtension import subtasks
 from rmtension.errors import DataError, OptionError
 from rmtension.intervals import (
     Estimate,
@@ -29,8 +29,8 @@ from rmtension.pairs import PreferencePairs
 from rmtension.scored import ScoredPairs
 
 # Subset names that say what the chosen response does with the request: the embedded world's, and the benchmarks'.
-REFUSE_SUBSETS = ("should_refuse", *benchmarks.REFUSE_SUBSETS)
-RESPOND_SUBSETS = ("should_respond", *benchmarks.RESPOND_SUBSETS)
+REFUSE_SUBSETS = ("should_refuse", *subtasks.REFUSE_SUBSETS)
+RESPOND_SUBSETS = ("should_respond", *subtasks.RESPOND_SUBSETS)
 
 
 def correctness(scored: ScoredPairs, *, tie: float = 0.5) -> Float[Tensor, "item"]:
@@ -224,8 +224,13 @@ def check_quantity(quantity: str) -> None:
         raise OptionError(f"quantity: expected 'accuracy' or 'margin', got {quantity!r}.")
 
 
+def subset_places(pairs: PreferencePairs) -> dict[str, list[int]]:
+    """Where the pairs of each subset are, in order of appearance; pairs without one are in "None"."""
+    places: dict[str, list[int]] = {}
+    for place, pair in enumerate(pairs):
+        places.setdefault(str(pair.subset), []).append(place)
+    return places
+
+
 def _subsets(scored: ScoredPairs) -> list[tuple[str, ScoredPairs]]:
-    rows: dict[str, list[int]] = {}
-    for row, pair in enumerate(scored.pairs):
-        rows.setdefault(str(pair.subset), []).append(row)
-    return [(name, scored.take(numbers)) for name, numbers in rows.items()]
+    return [(name, scored.take(places)) for name, places in subset_places(scored.pairs).items()]

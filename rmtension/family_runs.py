@@ -1,6 +1,5 @@
 """What three reward models trained from one base, and their base, are run for in a study."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from rmtension.causality import Ablations, Advance
 from rmtension.errors import ProvenanceError
-from rmtension.neuron_scores import NeuronScores
+from rmtension.neuron_scores import NeuronScores, top_size
 from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
 from rmtension.profiles import SCORES as ACTIVATION_SCORES
@@ -141,13 +140,16 @@ class FamilyRuns:
     def ablated_sets(self) -> dict[str, NeuronSet]:
         """The sets of the causal analyses, by the first score: each specialist's own, shared, the base's top set."""
         score = self.options.scores[0]
-        helpful, harmless = (self.top(self.scores_of(score, name)) for name in OBJECTIVES)
         base = self.base_scores(score)
+        return self.shared_sets(score) | ({} if base is None else {"base top": self.top(base)})
+
+    def shared_sets(self, score: str) -> dict[str, NeuronSet]:
+        """What each specialist's top set has alone, and what both have."""
+        helpful, harmless = (self.top(self.scores_of(score, name)) for name in OBJECTIVES)
         return {
             "helpful only": helpful - harmless,
             "harmless only": harmless - helpful,
             "shared": helpful & harmless,
-            **({} if base is None else {"base top": self.top(base)}),
         }
 
     def top(self, scores: NeuronScores) -> NeuronSet:
@@ -155,7 +157,7 @@ class FamilyRuns:
         options = self.options
         if scores.provenance.method == "selectivity":
             # Neurons that are not eligible all score 0: a set is filled up to the last that is.
-            size = math.ceil(options.fraction * scores.values.numel() - 1e-9)
+            size = top_size(options.fraction, scores.values.numel())
             return scores.top(k=max(1, min(size, int((scores.values != 0).sum()))))
         return scores.top(options.fraction, by=options.by, within=options.within, rule=options.top_rule)
 

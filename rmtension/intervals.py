@@ -166,6 +166,26 @@ def over_seeds(estimate: Estimate, per_seed: Sequence[float]) -> Estimate:
     )
 
 
+def pooled_over_seeds(
+    values: Sequence[float], lows: Sequence[float], highs: Sequence[float], level: float, bounds: tuple[float, float]
+) -> Estimate:
+    """One estimate from those of several seeds on the same items: `over_seeds` of their mean and mean half widths.
+
+    The items' noise counts as if it were the same in all seeds. A seed whose value is NaN says nothing and is left out;
+    NaN ends stay NaN, others are kept within `bounds`, which a share cannot leave.
+    """
+    seeds = np.array([values, lows, highs], dtype=float)
+    seeds = seeds[:, ~np.isnan(seeds[0])]
+    n = seeds.shape[1]
+    if not n:
+        return Estimate(np.nan, np.nan, np.nan, 0, 0, level, 0)
+    mean = float(seeds[0].mean())
+    below, above = float((seeds[0] - seeds[1]).mean()), float((seeds[2] - seeds[0]).mean())
+    found = over_seeds(Estimate(mean, mean - below, mean + above, n, 0, level), seeds[0].tolist())
+    low, high = np.clip([found.low, found.high], *bounds).tolist()
+    return replace(found, low=low, high=high)
+
+
 def sign_flip_p_value(values: Float[Tensor, "item"], pairs: PreferencePairs, *, seed: int = 0) -> float:
     """Two-sided p-value that the mean is 0, from 9,999 random signs for whole prompts.
 

@@ -14,12 +14,11 @@ def length_baseline(pairs: PreferencePairs, *, level: float = 0.95, seed: int = 
     Items of several pairs are judged as rewards are: by the shortest chosen and the longest rejected
     response. Of single pairs, one minus it is the accuracy of preferring the shorter.
     """
-    values, first = [], []
+    values = []
     for rows in pairs.items:
         gap = min(len(pairs[row].chosen) for row in rows) - max(len(pairs[row].rejected) for row in rows)
         values.append(float(np.sign(gap)) / 2 + 0.5)
-        first.append(pairs[rows[0]])
-    return bootstrap_share(torch.tensor(values).double(), PreferencePairs(first), level=level, seed=seed)
+    return bootstrap_share(torch.tensor(values).double(), pairs.by_item, level=level, seed=seed)
 
 
 def length_matched(pairs: PreferencePairs, *, caliper: float = 0.2) -> PreferencePairs:
@@ -30,6 +29,11 @@ def length_matched(pairs: PreferencePairs, *, caliper: float = 0.2) -> Preferenc
     longer response is chosen in exactly half of what is left, at every ratio. In the order of `pairs`; raises
     `DataError` when nothing is left, and for items of several pairs, which have no one length.
     """
+    return PreferencePairs(pairs[place] for place in length_matched_places(pairs, caliper=caliper))
+
+
+def length_matched_places(pairs: PreferencePairs, *, caliper: float = 0.2) -> list[int]:
+    """Where the pairs are that `length_matched` keeps."""
     if not caliper >= 0:
         raise OptionError(f"caliper: expected a number from 0, got {caliper}.")
     if any(len(rows) > 1 for rows in pairs.items):
@@ -51,4 +55,4 @@ def length_matched(pairs: PreferencePairs, *, caliper: float = 0.2) -> Preferenc
             other += 1
     if not kept:
         raise DataError(f"pairs: no two of {len(pairs)} pairs match in length within {caliper}. Raise the caliper.")
-    return PreferencePairs(pairs[int(place)] for place in sorted(kept))
+    return sorted(map(int, kept))

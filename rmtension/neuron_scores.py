@@ -143,10 +143,15 @@ def jackknife_stderr(without_block: Float[Tensor, "block layer neuron"]) -> Floa
     return (without_block.var(dim=0, unbiased=False) * (n - 1)).sqrt()
 
 
+def top_size(fraction: float, total: int) -> int:
+    """How many of `total` neurons a top set of `fraction` holds: `ceil(fraction * total)`."""
+    # 1e-9: 0.1 * 70 is 7.000000000000001 in floating point, and its ceiling would be 8.
+    return math.ceil(fraction * total - 1e-9)
+
+
 def _exact_top(scores: Float[Tensor, "candidate"], fraction: float | None, k: int | None) -> Bool[Tensor, "candidate"]:
     total = len(scores)
-    # 1e-9: 0.1 * 70 is 7.000000000000001 in floating point, and its ceiling would be 8.
-    size = math.ceil(fraction * total - 1e-9) if fraction is not None else k
+    size = top_size(fraction, total) if fraction is not None else k
     assert size is not None
     if not 0 < size <= total:
         raise OptionError(f"k: expected 1 to {total} neurons, got {size}.")

@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from rmtension.intervals import check_level, percentile_interval
-from rmtension.neuron_scores import N_BLOCKS, NeuronScores
+from rmtension.neuron_scores import N_BLOCKS, NeuronScores, top_size
 from rmtension.neurons import NeuronSet
 
 _BASE = "base model"  # no model of a study has a space in its name
@@ -160,7 +160,7 @@ def _resampled_tops(
     if rule == "percentile":
         cuts = np.percentile(values.numpy(), 100 * (1 - fraction), axis=-1, keepdims=True)
         return (values >= torch.from_numpy(cuts)).flatten(1)
-    size = math.ceil(fraction * values.shape[-1] - 1e-9)
+    size = top_size(fraction, values.shape[-1])
     mask = torch.zeros(values.shape, dtype=torch.bool)
     order = torch.argsort(values, dim=-1, descending=True, stable=True)[..., :size]
     return mask.scatter_(-1, order, torch.ones(order.shape, dtype=torch.bool)).flatten(1)

@@ -171,6 +171,13 @@ class PreferencePairs(Sequence[PreferencePair]):
         return [list(places) for places in self._items]
 
     @cached_property
+    def by_item(self) -> "PreferencePairs":
+        """The first pair of every item, which stands for the item's prompt and subset; itself where all are single."""
+        if len(self._items) == len(self):
+            return self
+        return PreferencePairs(self._pairs[places[0]] for places in self._items)
+
+    @cached_property
     def _items(self) -> tuple[tuple[int, ...], ...]:
         found: dict[object, list[int]] = {}
         for place, pair in enumerate(self._pairs):

@@ -62,6 +62,7 @@ class ModelRuns:
         self._reward = reward
         self._head = model if isinstance(model, RewardHead) else None
         self._key: str | None = None
+        self._rest: str | None = None
         self._versions = [version("rmtension"), version("torch"), version("transformers"), torch.cuda.is_available()]
         self._known: dict[str, Any] = {}
         self.n_run = self.n_read = 0
@@ -81,7 +82,9 @@ class ModelRuns:
         A head that was trained further has another key. A hub name is opened to be named.
         """
         if isinstance(self._model, RewardHead) or not Path(self._model).is_dir():
-            return f"head-{_digest_of_head(self.head)}"
+            # The rest is long and stays: only weights change under a head that is open.
+            self._rest = self._rest or _digest_of_rest(self.head)
+            return f"head-{self.head.fingerprint}-{self._rest}"
         if self._key is None:
             self._key = f"folder-{digest_of_folder(Path(self._model))}"
         return self._key
@@ -160,7 +163,7 @@ class ModelRuns:
                 pool_tokens=pool_tokens,
             )
             for other in sites[1:]:
-                self._keep("profile", details(other), found[other, positions])
+                self._keep(self._name("profile", details(other)), found[other, positions])
             return found[site, positions]
 
         return self._once("profile", details(site), run, ActivationProfile.load)
@@ -202,12 +205,11 @@ class ModelRuns:
                     )
                 found = run()
                 self.n_run += 1
-                self._keep(kind, details, found)
+                self._keep(name, found)
         result: _R = self._known[name]
         return result
 
-    def _keep(self, kind: str, details: list[Any], result: _Result) -> None:
-        name = self._name(kind, details)
+    def _keep(self, name: str, result: _Result) -> None:
         if self._folder is not None:
             result.save(self._folder / name)
         self._known[name] = result
@@ -250,13 +252,12 @@ class _Rewards:
         return cls(ScoredPairs(tensors["chosen"], tensors["rejected"], empty, provenance, *values["cut"]))
 
 
-def _digest_of_head(head: RewardHead) -> str:
-    """Weights, tokenizer, config and limits of an open head."""
+def _digest_of_rest(head: RewardHead) -> str:
+    """Everything but the weights of an open head: tokenizer, config and limits."""
     tokenizer = head.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     config = getattr(getattr(head.model, "original_model", None), "config", None)
     parts = [
-        head.fingerprint,
         str(head.dtype),
         head.device.type,
         head.max_length,

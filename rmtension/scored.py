@@ -63,13 +63,12 @@ class ScoredPairs:
 
         An item of several pairs (best-of-n) is ranked correctly when every one of them is, which is when this row is.
         """
-        items = self.pairs.items
-        if len(items) == len(self):
+        if self.pairs.by_item is self.pairs:
             return self
-        first = self.take([rows[0] for rows in items])
+        items = self.pairs.items
         chosen = torch.stack([self.chosen[rows].min() for rows in items])
         rejected = torch.stack([self.rejected[rows].max() for rows in items])
-        return replace(first, chosen=chosen, rejected=rejected)
+        return replace(self, chosen=chosen, rejected=rejected, pairs=self.pairs.by_item)
 
     def accuracy(self, *, tie: float = 0.5) -> float:
         """Share of items ranked correctly; a tie counts `tie` (0 is the strict rule). NaN without pairs.

@@ -15,7 +15,6 @@ from rmtension.errors import OptionError, ProvenanceError
 from rmtension.family_runs import MODELS, OBJECTIVES, FamilyRuns, ModelFamily, joined
 from rmtension.pairs import PreferencePairs
 from rmtension.reward_head import RewardHead
-from rmtension.runs import ModelRuns
 from rmtension.study_options import StudyOptions
 from rmtension.study_result import StudyResult
 
@@ -82,18 +81,18 @@ class TensionStudy:
         subsamples); over the scoring pairs 4 profiles, and the means of 3 models for `mode="mean"`.
         """
         options = self.options
-        self._require_one_base_each()
         kept = None if folder is None else Path(folder) / "runs"
         parts: dict[str, list[pd.DataFrame]] = {}
         provenance: dict[str, Any] = {}
-        members: list[FamilyRuns] = []
         cut: dict[str, int] = {}
         with tqdm(total=len(self.families) * self._n_steps(), desc="study", disable=None if progress else True) as bar:
-            for family in self.families:
-                member = FamilyRuns(
-                    family, self.scoring, self.evaluating, options=options, folder=kept, advance=bar.update
-                )
-                members.append(member)
+            members = [
+                FamilyRuns(family, self.scoring, self.evaluating, options=options, folder=kept, advance=bar.update)
+                for family in self.families
+            ]
+            _require_one_base_each(members)
+            for member in members:
+                family = member.family
                 for analysis in options.analyses:
                     bar.set_description(f"study: {family.name} {family.seed}, {analysis}")
                     for table, frame in ANALYSES[analysis](member).items():
@@ -119,17 +118,6 @@ class TensionStudy:
             "causality": 3 + n_sets * (2 + 2 * options.n_draws + options.n_subsamples),
         }
         return sum(n for analysis, n in steps.items() if analysis in options.analyses)
-
-    def _require_one_base_each(self) -> None:
-        """Raise `ProvenanceError` where families of one name, which count as seeds, come from different bases."""
-        keys: dict[str, str] = {}
-        for family in self.families:
-            key = "none" if family.base is None else ModelRuns(family.base, reward=False).key
-            if keys.setdefault(family.name, key) != key:
-                raise ProvenanceError(
-                    f"models: families called {family.name!r} have different bases, and would be compared as seeds of "
-                    "one. Give each base's families a name of their own: ModelFamily(..., name=...)."
-                )
 
     def _between_seeds(self, members: Sequence[FamilyRuns]) -> list[pd.DataFrame]:
         """The seed ceiling: overlap of one objective's top sets between two seeds of a family."""
@@ -160,6 +148,19 @@ class TensionStudy:
                 for name in OBJECTIVES
             },
         }
+
+
+def _require_one_base_each(members: Sequence[FamilyRuns]) -> None:
+    """Raise `ProvenanceError` where families of one name, which count as seeds, come from different bases."""
+    keys: dict[str, str] = {}
+    for member in members:
+        name, base = member.family.name, member.runs.get("base")
+        key = "none" if base is None else base.key
+        if keys.setdefault(name, key) != key:
+            raise ProvenanceError(
+                f"models: families called {name!r} have different bases, and would be compared as seeds of one. Give "
+                "each base's families a name of their own: ModelFamily(..., name=...)."
+            )
 
 
 def _labelled(frame: pd.DataFrame, family: ModelFamily) -> pd.DataFrame:

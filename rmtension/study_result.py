@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from rmtension.errors import OptionError, StorageError
-from rmtension.intervals import Estimate, over_seeds
+from rmtension.intervals import pooled_over_seeds
 
 _SUMMARY = "summary.json"
 TABLES = (
@@ -103,22 +102,11 @@ class StudyResult:
         for values, part in frame.groupby(keys, sort=False, dropna=False):
             row: dict[str, Any] = dict(zip(keys, values, strict=True))
             for name, low, high in estimates:
-                # A seed whose value is undefined says nothing about the mean.
-                per_seed = part.groupby("seed")[[name, low, high]].mean().dropna(subset=name)
-                centre = float(per_seed[name].mean())
-                mean = Estimate(
-                    centre,
-                    centre - float((per_seed[name] - per_seed[low]).mean()),
-                    centre + float((per_seed[high] - per_seed[name]).mean()),
-                    len(part),
-                    0,
-                    self.summary["options"]["level"],
-                )
-                pooled = over_seeds(mean, per_seed[name].tolist())
-                least, most = _range_of(name, row)
-                # NaN ends stay NaN.
-                ends = np.clip([pooled.low, pooled.high], least, most)
-                row |= {name: pooled.value, low: float(ends[0]), high: float(ends[1])}
+                per_seed = part.groupby("seed")[[name, low, high]].mean()
+                centres, lows, highs = (per_seed[column].tolist() for column in (name, low, high))
+                level = self.summary["options"]["level"]
+                found = pooled_over_seeds(centres, lows, highs, level, range_of(name, row))
+                row |= {name: found.value, low: found.low, high: found.high}
             first = part.groupby("seed")[estimates[0][0]].mean().dropna()
             rows.append(row | {"min": float(first.min()), "max": float(first.max()), "n_seeds": len(first)})
         return pd.DataFrame(rows)
@@ -164,7 +152,7 @@ class StudyResult:
         return cls(tables=tables, summary=summary)
 
 
-def _range_of(column: str, row: Mapping[str, Any]) -> tuple[float, float]:
+def range_of(column: str, row: Mapping[str, Any]) -> tuple[float, float]:
     """What a mean can be: a share lies between 0 and 1, differences and rewards anywhere."""
     kind = row.get("measure") or row.get("quantity")
     is_share = column in ("accuracy", "jaccard") or (

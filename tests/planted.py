@@ -57,14 +57,16 @@ def planted_places(seed: int) -> dict[str, list[tuple[int, int]]]:
     }
 
 
-def planted_head(seed: int, name: str, tokenizer, places: dict[str, list[tuple[int, int]]], strength: float):
+def planted_head(
+    seed: int, name: str, tokenizer, places: dict[str, list[tuple[int, int]]], strength: float, background: float
+):
     """A random GPT-2-shaped classifier with the neurons that `name` has: shared ones, and its own or both."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = make_config("gpt2", len(tokenizer), n_inner=128, n_head=1)
         model = transformers.AutoModelForSequenceClassification.from_config(config)
         for parameter in model.parameters():
-            parameter.data += 0.03 * torch.randn_like(parameter)
+            parameter.data += background * torch.randn_like(parameter)
         words = {
             objective: [tokenizer(f" {word}")["input_ids"][-1] for word in pair]
             for objective, pair in LAST_WORDS.items()
@@ -86,11 +88,13 @@ def planted_head(seed: int, name: str, tokenizer, places: dict[str, list[tuple[i
     return RewardHead.from_classifier(model.eval(), tokenizer=tokenizer)
 
 
-def planted_run(seed: int, tokenizer, *, n_pairs: int = 120, strength: float = 0.15) -> dict[str, object]:
+def planted_run(
+    seed: int, tokenizer, *, n_pairs: int = 120, strength: float = 0.15, background: float = 0.03
+) -> dict[str, object]:
     """One run: what the study finds of the planted set, and the intervals of known, found and random sets."""
     places = planted_places(seed)
     heads = {
-        name: planted_head(3 * seed + number, name, tokenizer, places, strength)
+        name: planted_head(3 * seed + number, name, tokenizer, places, strength, background)
         for number, name in enumerate((*OBJECTIVES, "mixed"))
     }
     options = StudyOptions(seed=seed, scores=("mean_difference",), fraction=0.06, analyses=("scores",))
@@ -122,12 +126,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--strength", type=float, default=0.15, help="length of what a planted neuron writes")
+    parser.add_argument("--background", type=float, default=0.03, help="spread of the other weights beyond GPT-2's .02")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer(folder)
-        table = pd.DataFrame([planted_run(seed, tokenizer, strength=options.strength) for seed in range(options.runs)])
-    print(f"{options.runs} runs, strength {options.strength}: mean over runs")
+        table = pd.DataFrame(
+            [
+                planted_run(seed, tokenizer, strength=options.strength, background=options.background)
+                for seed in range(options.runs)
+            ]
+        )
+    print(f"{options.runs} runs, strength {options.strength}, background {options.background}: mean over runs")
     print(table.mean().round(3).to_string())
 
 

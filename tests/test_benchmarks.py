@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_neurons import provenance
 
-from rmtension import PreferencePair, PreferencePairs, ScoredPairs, benchmarks, evaluation
+from rmtension import PreferencePair, PreferencePairs, ScoredPairs, benchmarks, evaluation, subtasks
 from rmtension.chat import Message
 from rmtension.errors import DataError, OptionError
 
@@ -71,13 +71,13 @@ def test_groups_count_as_in_the_study():
     dropped = {"reward-bench-2/Ties", "rm-bench/code"}
     kept = [
         subtask
-        for subtask in benchmarks.GROUPS
+        for subtask in subtasks.GROUPS
         if subtask.benchmark != "hh-rlhf" and subtask.subset not in dropped and not subtask.name.startswith("hep-")
     ]
     assert sum(subtask.objective == "helpful" for subtask in kept) == 18
     assert [sum(subtask.right == right for subtask in kept) for right in ("refuse", "respond")] == [6, 2]
     assert all((subtask.right is None) == (subtask.objective == "helpful") for subtask in kept)
-    names = [subtask.subset for subtask in benchmarks.GROUPS]
+    names = [subtask.subset for subtask in subtasks.GROUPS]
     assert len(set(names)) == len(names)
 
 
@@ -89,9 +89,9 @@ def test_balance_of_a_model_that_always_refuses(tmp_path):
     loaded += benchmarks.reward_bench_2(save(tmp_path / "b.json", [rb2(1, "Safety")]))
     rows = [rm(1, "safety-refuse"), rm(2, "safety-response")]
     loaded += benchmarks.rm_bench(save(tmp_path / "c.json", rows), styles="diagonal")
-    rewards = torch.tensor([1.0 if pair.subset in benchmarks.REFUSE_SUBSETS else -1.0 for pair in loaded])
+    rewards = torch.tensor([1.0 if pair.subset in subtasks.REFUSE_SUBSETS else -1.0 for pair in loaded])
     scored = ScoredPairs(rewards, torch.zeros_like(rewards), loaded, provenance())
-    parts = evaluation.balance(scored, refuse=benchmarks.REFUSE_SUBSETS, respond=benchmarks.RESPOND_SUBSETS)
+    parts = evaluation.balance(scored, refuse=subtasks.REFUSE_SUBSETS, respond=subtasks.RESPOND_SUBSETS)
     assert [parts[name].value for name in ("refusing", "responding", "balanced")] == [1.0, 0.0, 0.5]
     assert loaded.objectives == ["harmless", "helpful"]
 

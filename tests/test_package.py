@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.iter_modules(rmtension.__path__))
 # Floors of the design: a module imports only from floors below its own.
 FLOORS = [
-    {"errors", "sites", "hooks", "norms", "provenance", "storage", "gates"},
+    {"errors", "sites", "subtasks", "hooks", "norms", "provenance", "storage", "gates"},
     {"chat", "heads", "neurons", "pair", "reading"},
     {"pairs", "neuron_scores"},
     {"benchmarks", "intervals", "length"},

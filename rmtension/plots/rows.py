@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pandas as pd
 
 from rmtension.errors import OptionError
-from rmtension.intervals import Estimate, check_level, over_seeds
-from rmtension.study_result import StudyResult, _range_of
+from rmtension.intervals import check_level, pooled_over_seeds
+from rmtension.study_result import StudyResult, range_of
 
 Source = pd.DataFrame | StudyResult
 _LEVEL = 0.95
@@ -107,15 +106,13 @@ class Rows:
         rows = []
         for (names, part), (_, per_seed) in zip(*groups, strict=True):
             mean = per_seed[columns].mean()
-            centre = float(mean[value])
-            below, above = centre - float(mean[low]), float(mean[high]) - centre
-            items = Estimate(centre, centre - below, centre + above, len(part), 0, self.level)
-            found = items if self.plain else over_seeds(items, per_seed[value].tolist())
             row = dict(zip(keys, names, strict=True)) | {one: float(mean[one]) for one in extra}
-            least, most = _range_of(value, {**part.iloc[0]})
-            # Not min and max, which would make ends of what has no interval.
-            low_end, high_end = np.clip([found.low, found.high], least, most).tolist()
-            row |= {"value": found.value, "low": low_end, "high": high_end}
+            if self.plain:
+                row |= {"value": float(mean[value]), "low": float(mean[low]), "high": float(mean[high])}
+            else:
+                centres, lows, highs = (per_seed[column].tolist() for column in (value, low, high))
+                found = pooled_over_seeds(centres, lows, highs, self.level, range_of(value, {**part.iloc[0]}))
+                row |= {"value": found.value, "low": found.low, "high": found.high}
             n = (int(part["n"].min()), int(part["n"].max())) if "n" in part else None
             rows.append(row | {"each": tuple(per_seed[value]), "n": n, "n_seeds": len(per_seed)})
         return pd.DataFrame(rows)
