@@ -23,8 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.errors import RMTensionError
-from rmtension.organisms import preference_world
 from rmtension.reward_head import RewardHead
+from rmtension.world import preference_world
 
 N_TEXTS = 64
 TOLERANCE = 1e-4

@@ -73,7 +73,7 @@ def run_demo(
     _quieten()
     # Imported here: TRL takes seconds to load, and `rmtension --help` does without.
     from rmtension.family import train_seeds
-    from rmtension.organisms import preference_world
+    from rmtension.world import preference_world
 
     start = time.monotonic()
     world = preference_world(0)

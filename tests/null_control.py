@@ -15,8 +15,8 @@ import torch
 from conftest import make_config
 
 from rmtension import PreferencePairs, RewardHead, StudyOptions, StudyResult, TensionStudy
-from rmtension.organisms import preference_world
 from rmtension.training import train_tokenizer
+from rmtension.world import preference_world
 
 ANALYSES = ("accuracy", "overlap", "causality")
 OBJECTIVES = ("helpful", "harmless")

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from rmtension.encoding import encode_pairs
 from rmtension.errors import DataError, ModelError, OptionError, StorageError
 from rmtension.family import FamilySettings, train_family
-from rmtension.organisms import preference_world
 from rmtension.pair import join_prompt
 from rmtension.pairs import PreferencePairs
 from rmtension.trainer_run import RECORD_NAME, isolated
@@ -25,6 +24,7 @@ from rmtension.training import (
     train_reward_model,
     train_tokenizer,
 )
+from rmtension.world import preference_world
 
 CONTEXT = 160
 
@@ -438,7 +438,7 @@ def test_base_model_is_seeded_and_reads_long_texts_in_pieces(world, bpe, tmp_pat
 
 def test_tokenizer_is_the_same_in_another_process_and_loses_nothing(world):
     code = (
-        "from rmtension.organisms import preference_world as w; from rmtension.training import train_tokenizer as t;"
+        "from rmtension.world import preference_world as w; from rmtension.training import train_tokenizer as t;"
         "print(t(w(0, n_train=48, n_test=48).texts, 320).backend_tokenizer.to_str())"
     )
     # Another process hashes strings differently, which is what an unordered merge would depend on.

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rmtension.errors import OptionError
-from rmtension.organisms import PreferenceWorld, preference_world
 from rmtension.pairs import PreferencePairs
 from rmtension.training import train_tokenizer
+from rmtension.world import PreferenceWorld, preference_world
 
 SEEDS = (0, 1, 247)
 PEOPLE = re.compile(

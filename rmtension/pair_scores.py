@@ -1,0 +1,60 @@
+"""Scores of neurons pair by pair: what a bootstrap over prompts, and a comparison within one model, start from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from rmtension.errors import OptionError
+from rmtension.pairs import PreferencePairs
+from rmtension.provenance import Provenance
+from rmtension.storage import read_result, write_result
+
+
+@dataclass(frozen=True, eq=False)
+class PairScores:
+    """One signed score per pair and neuron, in the order of `pairs`, in the dtype of rewards.
+
+    Memory: `pairs x layers x neurons` numbers; 500 pairs of a model with 6 x 1,536 neurons take 18 MB in float32.
+    """
+
+    values: Float[Tensor, "pair layer neuron"]
+    pairs: PreferencePairs
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        if len(self.values) != len(self.pairs):
+            raise OptionError(f"values: expected a row for each of {len(self.pairs)} pairs, got {len(self.values)}.")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def mean(self) -> Float[Tensor, "layer neuron"]:
+        """The mean over pairs, in float64: the values of `NeuronAttribution.score`."""
+        return self.values.double().mean(dim=0)
+
+    def take(self, rows: list[int]) -> "PairScores":
+        """The scores of some pairs, by their places; the provenance stays that of the whole."""
+        return PairScores(self.values[rows], PreferencePairs(self.pairs[row] for row in rows), self.provenance)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a pair and neuron: id, layer, neuron, score."""
+        n, layers, neurons = self.values.shape
+        index = pd.MultiIndex.from_product(
+            [[pair.id for pair in self.pairs], range(layers), range(neurons)], names=["id", "layer", "neuron"]
+        )
+        return pd.DataFrame({"score": self.values.reshape(n * layers * neurons).numpy()}, index=index).reset_index()
+
+    def save(self, path: str | Path) -> None:
+        """Write scores, pairs and provenance to one safetensors file."""
+        values = {"pairs": [pair.to_dict() for pair in self.pairs], "provenance": self.provenance.to_dict()}
+        write_result(path, "PairScores", {"values": self.values}, values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PairScores":
+        """Read what `save` wrote."""
+        tensors, values = read_result(path, "PairScores")
+        pairs = PreferencePairs.from_records(values["pairs"])
+        return cls(tensors["values"], pairs, Provenance.from_dict(values["provenance"]))
