@@ -11,6 +11,7 @@ from torch import Tensor
 from rmtension.activations import ActivationSample, ActivationStatistics
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.neurons import NeuronSet
+from rmtension.replacing import require_made_from
 from rmtension.reward_head import RewardHead
 from rmtension.sites import check_positions
 from rmtension.tokens import TokenBatch, running_batch
@@ -49,7 +50,7 @@ class AblationContext:
         _check_set(head, neurons)
         _check_mode(mode, reference, alpha)
         if reference is not None:
-            _check_reference(head, neurons, reference)
+            require_made_from(head, neurons.site, reference.provenance)
         self.head = head
         self.neurons = neurons
         self.mode = mode
@@ -164,17 +165,3 @@ def _check_mode(mode: str, reference: object, alpha: float | None) -> None:
         raise OptionError(f"reference: mode {mode!r} uses none. Leave it out, or use mode='mean' or 'resample'.")
     if (mode == "scale") != (alpha is not None):
         raise OptionError(f"alpha: expected a factor with mode 'scale' and none otherwise, got {alpha} with {mode!r}.")
-
-
-def _check_reference(head: RewardHead, neurons: NeuronSet, reference: ActivationStatistics | ActivationSample) -> None:
-    found = reference.provenance
-    if found.model != head.fingerprint:
-        raise ProvenanceError(
-            f"reference: its activations are those of model {found.model}, this one is {head.fingerprint}. Collect "
-            "them from the model that is ablated."
-        )
-    if found.site != neurons.site:
-        raise ProvenanceError(
-            f"reference: its activations are those of site {found.site!r}, the set is of {neurons.site!r}. Collect "
-            "them at the set's site."
-        )

@@ -1,43 +1,87 @@
 """Scoring neurons by what they have to do with the margin between chosen and rejected."""
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
-from einops import einsum, reduce
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from rmtension.batch_run import BatchRun
+from rmtension.encoding import EncodedPairs
 from rmtension.errors import DataError, OptionError
-from rmtension.neuron_scores import N_BLOCKS, NeuronScores, block_of
+from rmtension.methods import FIRST_ORDER, NEEDS_GRADIENTS, Asked, ByToken, dropped_patching, integrated_gradients
+from rmtension.neuron_scores import NeuronScores
+from rmtension.pair_scores import PairScores
 from rmtension.pairs import PreferencePairs
+from rmtension.replacing import Reference, check_reference, name_of
 from rmtension.reward_head import RewardHead
-from rmtension.sites import check_positions, find_site, neuron_activations
+from rmtension.running_scores import RunningScores
+from rmtension.sites import check_positions, find_site
 from rmtension.tokens import TokenBatch
 
-Aggregate = Literal["signed", "absolute"]
+METHODS = (*FIRST_ORDER, "integrated_gradients")
+# Methods that ask for the reward, which a language model has not.
+NEEDS_REWARD = frozenset(METHODS) - {"mean_difference"}
+# Methods that replace activations by something.
+_WITH_REFERENCE = frozenset({"attribution_patching", "integrated_gradients"})
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What each token of the two texts of a pair adds to every neuron's score.
+
+    The sum over tokens of `chosen`, minus that of `rejected`, is the pair's score.
+    """
+
+    id: str
+    chosen_tokens: tuple[str, ...]
+    rejected_tokens: tuple[str, ...]
+    chosen: Float[Tensor, "chosen layer neuron"]
+    rejected: Float[Tensor, "rejected layer neuron"]
 
 
 class NeuronAttribution:
     """Scores every neuron of a model over preference pairs.
 
-    Methods, for one pair with margin M = r(chosen) - r(rejected), over the selected tokens t:
+    Methods, for one pair with margin M = r(chosen) - r(rejected), over the selected tokens t of both texts. L is the
+    number of layers; a pass is one over each text of every pair, and a pass of one block 1 / L of it.
 
-    - `mean_difference`: mean_t a(chosen) - mean_t a(rejected). One forward pass per text; needs no reward.
-    - `gradient_x_activation`: sum_t a(t) dM/da(t) over both texts, the first-order effect that removing the neuron
-      would have on the margin, with its sign turned. One forward and one backward pass per text.
+    - `mean_difference`: mean_t a(chosen) - mean_t a(rejected). 1 forward pass; needs no reward. Says what differs, not
+      what matters.
+    - `gradient_x_activation`: sum_t a(t) dM/da(t), to first order what the neuron contributes to the margin.
+      1 forward, 1 backward pass.
+    - `attribution_patching`: sum_t (a_ref(t) - a(t)) dM/da(t), to first order the change of the margin when the
+      activation is replaced by `reference`, as an `AblationContext` of mode "zero" or "mean" does (Nanda 2023;
+      Syed, Rager and Conmy 2023). 1 forward, 1 backward pass.
+    - the same with `graddrop=True`: the mean over the other layers of its magnitude when no gradient flows through what
+      that layer's block adds, so that a direct and an indirect effect do not cancel (AtP*, Kramar et al. 2024,
+      section 3.1.2). 1 forward, L backward passes; needs `aggregate="absolute"`.
+    - `integrated_gradients`: sum_t (a(t) - a_ref(t)) times the mean of dM/da(t) on the straight path from a_ref to a,
+      all neurons of a layer moving together (Sundararajan, Taly and Yan 2017), at `steps` Gauss-Legendre nodes. A
+      layer's scores add up to M minus the margin with all of the layer replaced, but for `completeness_gap`.
+      1 + (steps + 1) (L + 1) / 2 forward and steps (L + 1) / 2 backward passes, where blocks run one by one.
+    - `direct_effect`: what the neuron adds to the margin through the residual stream, past later blocks, with the scale
+      of the final norm as it is; exact (`rmtension.direct`). 1 forward pass. Only the token the reward is read from
+      counts, whatever `positions`.
 
-    The activation of an attention head is the norm of its output for `mean_difference`; for `gradient_x_activation`
-    the products are summed over its channels. Scores are means over pairs with their standard error, in float64.
-    Turning every pair round flips signed scores; a constant added to the reward changes none.
+    Signs: `attribution_patching` is a change (positive: the margin grows without the neuron), the others are
+    contributions. The activation of an attention head is the norm of its output for `mean_difference`; elsewhere
+    products are summed over its channels. Scores are means over pairs with their standard error, in float64. Turning
+    every pair round flips signed scores; a constant added to the reward changes none.
 
     Args:
         head: the model to score.
         method: one of the above.
         site: "mlp", "mlp_gate" or "attn_head".
-        positions: "all", "response" or "last"; for gradients, the tokens whose products are summed.
+        positions: "all", "response" or "last": tokens that are averaged, that count, or whose activation is replaced.
         aggregate: "signed" averages the pairs' values, "absolute" their magnitudes.
+        reference: what activations are replaced by, for `attribution_patching` and `integrated_gradients`: "zero",
+            `ActivationStatistics` of this model for their mean, or "other", the mean over the selected tokens of the
+            pair's other response. By default zero.
+        steps: nodes of integrated gradients.
+        graddrop: see above.
     """
 
     def __init__(
@@ -48,120 +92,185 @@ class NeuronAttribution:
         site: str = "mlp",
         positions: str = "all",
         aggregate: str = "signed",
+        reference: Reference | None = None,
+        steps: int = 32,
+        graddrop: bool = False,
     ) -> None:
         if method not in METHODS:
             raise OptionError(f"method: expected one of {sorted(METHODS)}, got {method!r}.")
         if aggregate not in ("signed", "absolute"):
             raise OptionError(f"aggregate: expected 'signed' or 'absolute', got {aggregate!r}.")
         check_positions(positions)
+        self.site = find_site(site).name
+        if reference is not None and method not in _WITH_REFERENCE:
+            raise OptionError(f"reference: method {method!r} replaces nothing. Leave it out.")
+        reference = "zero" if reference is None else reference
+        check_reference(head, self.site, reference)
+        if steps < 1:
+            raise OptionError(f"steps: expected a positive number of nodes, got {steps}.")
+        if graddrop and (method != "attribution_patching" or aggregate != "absolute"):
+            raise OptionError(
+                "graddrop: it averages magnitudes of attribution patching; use it with "
+                f"method='attribution_patching' and aggregate='absolute', got {method!r} and {aggregate!r}."
+            )
         self.head = head
         self.method = method
-        self.site = find_site(site).name
         self.positions = positions
         self.aggregate = aggregate
+        self.reference = reference
+        self.steps = steps
+        self.graddrop = graddrop
 
     def score(self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False) -> NeuronScores:
         """One score per neuron. Memory: one batch's activations and 32 x `layers x neurons` sums, for any pairs."""
-        if not len(pairs):
-            raise DataError("pairs: expected at least one preference pair, got none.")
-        encoded = self.head.encode(pairs, truncate_response=truncate_response)
-        n_tokens = 0
-        moments = _Moments.zeros(self.head.n_layers, self.head.n_neurons(self.site))
-        blocks = torch.zeros(N_BLOCKS, *moments.mean.shape, dtype=torch.float64)
-        block_sizes = torch.zeros(N_BLOCKS, dtype=torch.float64)
+        return score_together([self], pairs, truncate_response=truncate_response, progress=progress)[0]
+
+    def per_pair(
+        self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False
+    ) -> PairScores:
+        """Every pair's signed scores, whatever `aggregate`. Memory: `pairs x layers x neurons` numbers."""
+        if self.graddrop:
+            raise OptionError("per_pair: GradDrop has no signed scores. Leave graddrop out.")
+        encoded = _encoded(self.head, pairs, truncate_response)
+        shape = (len(pairs), self.head.n_layers, self.head.n_neurons(self.site))
+        values = torch.empty(shape, dtype=self.head.reward_dtype)
         for batch in self.head.batches(encoded, desc=self.method, progress=progress):
-            per_text = METHODS[self.method](self.head, self.site, batch, self.positions)
-            n_tokens += int(batch.select(self.positions).sum())
+            scores = self._per_text(_run([self], batch))[0]
             half = len(batch.rows) // 2
-            per_pair = per_text[:half] - per_text[half:]
-            per_pair = per_pair.abs() if self.aggregate == "absolute" else per_pair
-            moments = moments.updated(per_pair)
-            owners = block_of(batch.keys[:half].cpu())
-            blocks.index_add_(0, owners, per_pair)
-            block_sizes += torch.bincount(owners, minlength=N_BLOCKS)
-        method = self.method if self.aggregate == "signed" else f"{self.method}, absolute"
-        provenance = self.head.provenance(pairs, encoded, site=self.site, positions=self.positions, method=method)
-        # NaN where one block holds all pairs, so that nothing is left without it.
-        without = (blocks.sum(0) - blocks) / (len(pairs) - block_sizes)[:, None, None]
-        return NeuronScores(moments.mean, moments.stderr(), replace(provenance, n_tokens=n_tokens), without)
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """Mean and sum of squared deviations, merged batch by batch (Chan, Golub and LeVeque 1983): no cancellation."""
-
-    n: int
-    mean: Float[Tensor, "layer neuron"]
-    deviations: Float[Tensor, "layer neuron"]
-
-    @classmethod
-    def zeros(cls, layers: int, neurons: int) -> "_Moments":
-        return cls(0, *torch.zeros(2, layers, neurons, dtype=torch.float64))
-
-    def updated(self, values: Float[Tensor, "pair layer neuron"]) -> "_Moments":
-        n = self.n + len(values)
-        mean = values.mean(0)
-        step = mean - self.mean
-        deviations = (values - mean).square().sum(0) + step.square() * (self.n * len(values) / n)
-        return _Moments(n, self.mean + step * (len(values) / n), self.deviations + deviations)
-
-    def stderr(self) -> Float[Tensor, "layer neuron"]:
-        if self.n < 2:
-            return torch.full_like(self.mean, torch.nan)
-        return (self.deviations / (self.n - 1) / self.n).sqrt()
-
-
-PerText = Callable[[RewardHead, str, TokenBatch, str], Float[Tensor, "text layer neuron"]]
-
-
-def _mean_activation(
-    head: RewardHead, site: str, batch: TokenBatch, positions: str
-) -> Float[Tensor, "text layer neuron"]:
-    """mean_t a(t) of every text, in float64 on the CPU."""
-    select = batch.select(positions)
-    means: list[Tensor] = [torch.empty(0)] * head.n_layers
-
-    def look(layer: int, activation: Tensor) -> None:
-        channels = activation.reshape(*select.shape, -1)
-        # Half precision would lose the sum, not only its last digits.
-        values = neuron_activations(channels.to(head.reward_dtype), site, head.n_neurons(site))
-        weights = select.to(values) / select.sum(dim=1, keepdim=True).to(values.device)
-        means[layer] = einsum(weights, values, "text token, text token neuron -> text neuron").double().cpu()
-
-    with head.hooks(site, look), torch.no_grad():
-        head.residual(batch)
-    return torch.stack(means, dim=1)
-
-
-def _gradient_x_activation(
-    head: RewardHead, site: str, batch: TokenBatch, positions: str
-) -> Float[Tensor, "text layer neuron"]:
-    """sum_t a(t) dr/da(t) of every text, in float64 on the CPU: texts do not interact, so one backward serves all."""
-    activations: list[Tensor] = [torch.empty(0)] * head.n_layers
-
-    def keep(layer: int, activation: Tensor) -> Tensor:
-        # The first layer starts the graph, also where all parameters are frozen; later ones are already in it.
-        activations[layer] = activation if activation.requires_grad else activation.detach().requires_grad_(True)
-        return activations[layer]
-
-    with head.hooks(site, keep), torch.enable_grad():
-        gradients = torch.autograd.grad(head.forward(batch).sum(), activations)
-    select = batch.select(positions)
-    scores = []
-    for activation, gradient in zip(activations, gradients, strict=True):
-        products = (activation.detach().to(head.reward_dtype) * gradient).reshape(*select.shape, -1)
-        per_channel = einsum(select.to(products), products, "text token, text token channel -> text channel")
-        per_neuron = reduce(
-            per_channel.double(), "text (neuron channel) -> text neuron", "sum", neuron=head.n_neurons(site)
+            values[list(batch.rows[:half])] = (scores[:half] - scores[half:]).to(values.dtype)
+        provenance = self.head.provenance(
+            pairs, encoded, site=self.site, positions=self.positions, method=self._name("signed")
         )
-        scores.append(per_neuron.cpu())
-    return torch.stack(scores, dim=1)
+        return PairScores(values, pairs, provenance)
+
+    def per_token(self, pairs: PreferencePairs, *, truncate_response: bool = False) -> Iterator[TokenScores]:
+        """Every pair's scores token by token, one pair at a time, in order; tokens as the tokenizer writes them."""
+        if self.graddrop:
+            raise OptionError("per_token: GradDrop has no signed scores. Leave graddrop out.")
+        encoded = _encoded(self.head, pairs, truncate_response)
+        name = self.head.tokenizer.convert_ids_to_tokens
+        for pair, *texts in zip(pairs, encoded.chosen, encoded.rejected, strict=True):
+            batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=self.head.pad_token_id, device=self.head.device)
+            layers = [_weighted(by_token) for by_token, _ in self._by_layer(_run([self], batch))]
+            values = torch.stack(layers, dim=2).cpu()
+            chosen, rejected = (values[row, : len(text)] for row, text in enumerate(texts))
+            one, other = (tuple(name(list(text.ids))) for text in texts)
+            yield TokenScores(pair.id, one, other, chosen, rejected)
+
+    # -- for score_together ----------------------------------------------------------------------------------------
+
+    def _name(self, aggregate: str) -> str:
+        reference = f" to {name_of(self.reference)}" if self.method in _WITH_REFERENCE else ""
+        steps = f" in {self.steps} steps" if self.method == "integrated_gradients" else ""
+        options = [", graddrop"] * self.graddrop + [", absolute"] * (aggregate == "absolute")
+        return f"{self.method}{reference}{steps}{''.join(options)}"
+
+    def _by_layer(self, run: BatchRun) -> Iterator[tuple[ByToken, Float[Tensor, "text"] | None]]:
+        """The method's values by token, layer by layer, with the completeness gap of integrated gradients."""
+        asked = Asked(self.site, self.positions, self.reference, self.steps)
+        for layer in range(self.head.n_layers):
+            if self.method == "integrated_gradients":
+                yield integrated_gradients(run, asked, layer)
+            else:
+                yield FIRST_ORDER[self.method](run, asked, layer), None
+
+    def _per_text(self, run: BatchRun) -> tuple[Float[Tensor, "text layer neuron"], Float[Tensor, "text layer"] | None]:
+        """Every text's scores and gaps, on the CPU: scores in float64."""
+        scores, gaps = [], []
+        for by_token, gap in self._by_layer(run):
+            scores.append(_summed(by_token))
+            gaps += [] if gap is None else [gap.double().cpu()]
+        return torch.stack(scores, dim=1), torch.stack(gaps, dim=1) if gaps else None
+
+    def _per_pair(self, run: BatchRun) -> tuple[Float[Tensor, "pair layer neuron"], Float[Tensor, "pair layer"] | None]:
+        """Every pair's scores by `aggregate`, and the magnitude of its gaps."""
+        half = len(run.batch.rows) // 2
+        if self.graddrop:
+            return self._dropped(run, half), None
+        scores, gaps = self._per_text(run)
+        per_pair = scores[:half] - scores[half:]
+        gap = None if gaps is None else (gaps[:half] - gaps[half:]).abs()
+        return per_pair.abs() if self.aggregate == "absolute" else per_pair, gap
+
+    def _dropped(self, run: BatchRun, half: int) -> Float[Tensor, "pair layer neuron"]:
+        asked = Asked(self.site, self.positions, self.reference)
+        layers = []
+        for layer in range(self.head.n_layers):
+            texts = [_summed(by_token) for by_token in dropped_patching(run, asked, layer)]
+            layers.append(torch.stack([(each[:half] - each[half:]).abs() for each in texts]).mean(dim=0))
+        return torch.stack(layers, dim=1)
 
 
-# Methods that differentiate the reward, which a language model has not.
-NEEDS_REWARD = frozenset({"gradient_x_activation"})
+def score_together(
+    attributions: Sequence[NeuronAttribution],
+    pairs: PreferencePairs,
+    *,
+    truncate_response: bool = False,
+    progress: bool = False,
+) -> list[NeuronScores]:
+    """The scores of several attributions of one model, from the same passes, in their order.
 
-METHODS: dict[str, PerText] = {
-    "mean_difference": _mean_activation,
-    "gradient_x_activation": _gradient_x_activation,
-}
+    Cost: 1 forward pass, and 1 backward pass if any of them needs gradients, for all first-order methods, sites,
+    positions and references; plus L backward passes for GradDrop and the passes of each integrated gradients.
+    Raises `OptionError` for attributions of different models or without any.
+    """
+    if not attributions or any(one.head is not attributions[0].head for one in attributions):
+        raise OptionError("attributions: expected at least one NeuronAttribution, all of the same head.")
+    head = attributions[0].head
+    if any(one.method in NEEDS_REWARD for one in attributions):
+        head.require_weight()
+    if any(one.graddrop for one in attributions) and head.n_layers < 2:
+        raise OptionError("graddrop: it leaves out one other layer at a time, and this model has one. Leave it out.")
+    encoded = _encoded(head, pairs, truncate_response)
+    n_tokens = 0
+    running = [RunningScores(head.n_layers, head.n_neurons(one.site)) for one in attributions]
+    gaps: list[list[Tensor]] = [[] for _ in attributions]
+    desc = ", ".join(dict.fromkeys(one.method for one in attributions))
+    tokens = [0] * len(attributions)
+    for batch in head.batches(encoded, desc=desc, progress=progress):
+        run = _run(attributions, batch)
+        half = len(batch.rows) // 2
+        for number, one in enumerate(attributions):
+            per_pair, gap = one._per_pair(run)
+            running[number].add(per_pair, batch.keys[:half])
+            gaps[number] += [] if gap is None else [gap]
+            tokens[number] += int(batch.select(one.positions).sum())
+    found = []
+    for one, sums, gap_parts, n_tokens in zip(attributions, running, gaps, tokens, strict=True):
+        provenance = head.provenance(
+            pairs, encoded, site=one.site, positions=one.positions, method=one._name(one.aggregate)
+        )
+        gap = torch.cat(gap_parts).mean(dim=0) if gap_parts else None
+        found.append(sums.finish(replace(provenance, n_tokens=n_tokens), gap))
+    return found
+
+
+def _encoded(head: RewardHead, pairs: PreferencePairs, truncate_response: bool) -> EncodedPairs:
+    if not len(pairs):
+        raise DataError("pairs: expected at least one preference pair, got none.")
+    return head.encode(pairs, truncate_response=truncate_response)
+
+
+def _run(attributions: Sequence[NeuronAttribution], batch: TokenBatch) -> BatchRun:
+    """What all of them have to see of one batch."""
+    first_order = [one for one in attributions if one.method in FIRST_ORDER]
+    return BatchRun(
+        attributions[0].head,
+        batch,
+        sorted({one.site for one in attributions}),
+        forward=bool(first_order),
+        gradients=any(one.method in NEEDS_GRADIENTS and not one.graddrop for one in first_order),
+        drops=any(one.graddrop for one in first_order),
+        direct=any(one.method == "direct_effect" for one in first_order),
+    )
+
+
+def _weighted(by_token: ByToken) -> Float[Tensor, "text token neuron"]:
+    values, weights = by_token
+    return values * weights[..., None]
+
+
+def _summed(by_token: ByToken) -> Float[Tensor, "text neuron"]:
+    """Each text's score, in float64 on the CPU."""
+    values, weights = by_token
+    return einsum(weights, values, "text token, text token neuron -> text neuron").double().cpu()

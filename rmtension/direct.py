@@ -48,32 +48,10 @@ def direct_contributions(head: RewardHead, batch: TokenBatch) -> DirectContribut
 
     Raises `ModelError` for a head without a reward, and for a model whose final norm is unknown.
     """
-    record = _Record(head, batch)
-    inside = _modules_inside(head)
-    with record.hooks(inside), torch.no_grad():
+    paths = DirectPaths(head, batch)
+    with InstalledHooks(paths.hooks), torch.no_grad():
         head.residual(batch)
-    norm_module = head.body.final_norm
-    last_in, last_out = record.inputs[norm_module], record.outputs[norm_module]
-    norm = read_norm(norm_module, head.d_model).to(last_in)
-    weight = head.require_weight().to(last_in)
-    direction = norm.pull_back(weight.expand_as(last_in), norm.sigma(last_in, last_out))
-    stream = [record.inputs[head.body.block(layer)] for layer in range(head.n_layers)] + [last_in]
-    parts = torch.stack([(state.to(direction) * direction).sum(dim=-1) for state in stream], dim=1).cpu()
-    neurons: dict[str, list[Tensor]] = {site: [] for site in inside}
-    biases = torch.zeros(len(last_in), head.n_layers, dtype=last_in.dtype)
-    for site, projections in inside.items():
-        for layer, projection in enumerate(projections):
-            per_channel, constant = _through(projection, head.body.block(layer), record, direction)
-            shape = "text (neuron channel) -> text neuron"
-            neurons[site].append(reduce(per_channel, shape, "sum", neuron=head.n_neurons(site)).cpu())
-            biases[:, layer] += constant.cpu()
-    return DirectContributions(
-        embedding=parts[:, 0],
-        blocks=parts.diff(dim=1),
-        constant=float(weight @ norm.bias) + head.bias,
-        neurons={site: torch.stack(layers, dim=1) for site, layers in neurons.items()},
-        biases=biases if inside else None,
-    )
+    return paths.contributions()
 
 
 def _modules_inside(head: RewardHead) -> dict[str, list[nn.Module]]:
@@ -92,62 +70,92 @@ def _modules_inside(head: RewardHead) -> dict[str, list[nn.Module]]:
     return {site: [plain.get_submodule(names[site, layer]) for layer in range(head.n_layers)] for site in sites}
 
 
-class _Record:
-    """First inputs and outputs of modules at the token the reward is read from, in the dtype of rewards."""
+class DirectPaths:
+    """What has to be seen in a run of `batch` to tell its direct paths: `hooks` before, `contributions` after it.
+
+    Keeps first inputs and outputs of modules at the token the reward is read from, in the dtype of rewards.
+    """
 
     def __init__(self, head: RewardHead, batch: TokenBatch) -> None:
         self._head = head
         self._batch = batch
+        self._inside = _modules_inside(head)
         self.inputs: dict[nn.Module, Float[Tensor, "text channel"]] = {}
         self.outputs: dict[nn.Module, Float[Tensor, "text channel"]] = {}
 
-    def hooks(self, inside: dict[str, list[nn.Module]]) -> InstalledHooks:
-        body, layers = self._head.body, range(self._head.n_layers)
-        blocks = [body.block(layer) for layer in layers]
-        both = [body.final_norm, *(module for modules in inside.values() for module in modules)]
-        both += [module for block in blocks if inside for module in block.modules() if _is_norm(module)]
+    @property
+    def hooks(self) -> list[tuple[Spot, Visit]]:
+        """What to install for the run."""
+        body = self._head.body
+        blocks = [body.block(layer) for layer in range(self._head.n_layers)]
+        both = [body.final_norm, *(module for modules in self._inside.values() for module in modules)]
+        both += [module for block in blocks if self._inside for module in block.modules() if _is_norm(module)]
         hooks: list[tuple[Spot, Visit]] = [
             (Spot(block, "input"), partial(self._keep, self.inputs, block)) for block in blocks
         ]
         for module in both:
             hooks.append((Spot(module, "input"), partial(self._keep, self.inputs, module)))
             hooks.append((Spot(module, "output"), partial(self._keep, self.outputs, module)))
-        return InstalledHooks(hooks)
+        return hooks
+
+    @torch.no_grad()
+    def contributions(self) -> DirectContributions:
+        """The parts of the rewards of the run that was seen."""
+        head, body = self._head, self._head.body
+        last_in, last_out = self.inputs[body.final_norm], self.outputs[body.final_norm]
+        norm = read_norm(body.final_norm, head.d_model).to(last_in)
+        weight = head.require_weight().to(last_in)
+        direction = norm.pull_back(weight.expand_as(last_in), norm.sigma(last_in, last_out))
+        stream = [self.inputs[body.block(layer)] for layer in range(head.n_layers)] + [last_in]
+        parts = torch.stack([(state.to(direction) * direction).sum(dim=-1) for state in stream], dim=1).cpu()
+        neurons: dict[str, list[Tensor]] = {site: [] for site in self._inside}
+        biases = torch.zeros(len(last_in), head.n_layers, dtype=last_in.dtype)
+        for site, projections in self._inside.items():
+            for layer, projection in enumerate(projections):
+                per_channel, constant = self._through(projection, body.block(layer), direction)
+                shape = "text (neuron channel) -> text neuron"
+                neurons[site].append(reduce(per_channel, shape, "sum", neuron=head.n_neurons(site)).cpu())
+                biases[:, layer] += constant.cpu()
+        return DirectContributions(
+            embedding=parts[:, 0],
+            blocks=parts.diff(dim=1),
+            constant=float(weight @ norm.bias) + head.bias,
+            neurons={site: torch.stack(layers, dim=1) for site, layers in neurons.items()},
+            biases=biases if self._inside else None,
+        )
 
     def _keep(self, store: dict[nn.Module, Tensor], module: nn.Module, value: Tensor) -> None:
         n_texts, n_tokens = self._batch.mask.shape
         if value.numel() % (n_texts * n_tokens) or value.shape[0] not in (n_texts, n_texts * n_tokens):
             return  # a norm of single heads, which has nothing to do with the residual stream
         rows = value.detach().reshape(n_texts, n_tokens, -1)
-        last = self._batch.last.to(value.device)
-        store[module] = rows[torch.arange(n_texts, device=value.device), last].to(self._head.reward_dtype)
+        store[module] = self._batch.at_last(rows).to(self._head.reward_dtype)
+
+    def _through(
+        self, projection: nn.Module, block: nn.Module, direction: Float[Tensor, "text d_model"]
+    ) -> tuple[Float[Tensor, "text channel"], Float[Tensor, "text"]]:
+        """What every input of `projection` adds along `direction`, and what its bias adds.
+
+        Some families (Gemma-2, OLMo-2) norm what the projection writes before they add it; that norm is found as the
+        one whose input is the projection's output, and frozen like the final one.
+        """
+        activation, written = self.inputs[projection], self.outputs[projection]
+        constant = torch.zeros_like(direction[:, 0]).to(written)
+        direction = direction.to(written)
+        for module in block.modules():
+            if _is_norm(module) and module in self.inputs and torch.equal(self.inputs[module], written):
+                norm = read_norm(module, written.shape[-1]).to(written)
+                constant = (direction * norm.bias).sum(dim=-1)
+                direction = norm.pull_back(direction, norm.sigma(written, self.outputs[module]))
+        dtype = next(projection.parameters()).dtype
+        with torch.enable_grad():
+            inputs = activation.to(dtype, copy=True).requires_grad_(True)
+            # The gradient of a linear map is its transpose, however its module stores the weights. `forward`, because
+            # an ablation's hook on the projection has already changed the activation once.
+            (slope,) = torch.autograd.grad((projection.forward(inputs).to(written) * direction).sum(), inputs)
+        per_channel = activation * slope.to(activation)
+        return per_channel, constant + (written * direction).sum(dim=-1) - per_channel.sum(dim=-1)
 
 
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
-
-
-def _through(
-    projection: nn.Module, block: nn.Module, record: _Record, direction: Float[Tensor, "text d_model"]
-) -> tuple[Float[Tensor, "text channel"], Float[Tensor, "text"]]:
-    """What every input of `projection` adds along `direction`, and what its bias adds.
-
-    Some families (Gemma-2, OLMo-2) norm what the projection writes before they add it; that norm is found as the one
-    whose input is the projection's output, and frozen like the final one.
-    """
-    activation, written = record.inputs[projection], record.outputs[projection]
-    constant = torch.zeros_like(direction[:, 0]).to(written)
-    direction = direction.to(written)
-    for module in block.modules():
-        if _is_norm(module) and module in record.inputs and torch.equal(record.inputs[module], written):
-            norm = read_norm(module, written.shape[-1]).to(written)
-            constant = (direction * norm.bias).sum(dim=-1)
-            direction = norm.pull_back(direction, norm.sigma(written, record.outputs[module]))
-    dtype = next(projection.parameters()).dtype
-    with torch.enable_grad():
-        inputs = activation.to(dtype, copy=True).requires_grad_(True)
-        # The gradient of a linear map is its transpose, however its module stores the weights. `forward`, because an
-        # ablation's hook on the projection has already changed the activation once.
-        (slope,) = torch.autograd.grad((projection.forward(inputs).to(written) * direction).sum(), inputs)
-    per_channel = activation * slope.to(activation)
-    return per_channel, constant + (written * direction).sum(dim=-1) - per_channel.sum(dim=-1)

@@ -13,6 +13,8 @@ from rmtension.errors import OptionError
 
 # What a hook gets and may return in its place.
 Visit = Callable[[Tensor], Tensor | None]
+# What a module is called with: positional and named arguments.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,27 @@ class _OurHook:
             return self._visit(output)
         changed = self._visit(inputs[0])
         return None if changed is None else (changed, *inputs[1:])
+
+
+class _OurRecorder(_OurHook):
+    """Keeps what its module was called with."""
+
+    def __init__(self, calls: dict[nn.Module, Call]) -> None:
+        self._calls = calls
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        self._calls[module] = (args, dict(kwargs))
+
+
+@contextmanager
+def recorded_calls(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Call]]:
+    """Module -> the positional and named arguments of its last call in the meantime."""
+    calls: dict[nn.Module, Call] = {}
+    with ExitStack() as stack:
+        for module in modules:
+            handle = module.register_forward_pre_hook(_OurRecorder(calls), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield calls
 
 
 def _install(spot: Spot, visit: Visit) -> Callable[[], None]:

@@ -19,7 +19,7 @@ from rmtension.storage import read_result, write_result
 
 # Prompts are divided into so many blocks by a hash of their text, in every result that keeps blocks.
 N_BLOCKS = 32
-_TENSORS = ("values", "stderr", "without_block")
+_TENSORS = ("values", "stderr", "without_block", "completeness_gap")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,15 +28,18 @@ class NeuronScores:
 
     `without_block[b]` holds the scores computed without the prompts of block b (`block_of`): what bootstrapping over
     prompts needs, at a size that does not grow with their number. None where a method keeps none.
+    `completeness_gap` belongs to integrated gradients: the mean over pairs of how far each layer's scores are from the
+    margin's change that they add up to.
     """
 
     values: Float[Tensor, "layer neuron"]
     stderr: Float[Tensor, "layer neuron"]
     provenance: Provenance
     without_block: Float[Tensor, "block layer neuron"] | None = None
+    completeness_gap: Float[Tensor, "layer"] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("values", "stderr", "without_block"):
+        for name in _TENSORS:
             given = getattr(self, name)
             object.__setattr__(self, name, None if given is None else given.detach().cpu().clone())
 
@@ -86,6 +89,10 @@ class NeuronScores:
         mask = torch.cat(masks).view_as(self.values)
         return NeuronSet(mask, self.provenance.site, self.provenance.architecture)
 
+    def as_effects(self) -> Float[Tensor, "layer neuron"]:
+        """The change of the margin that the scores predict for taking out each neuron; magnitudes if `absolute`."""
+        return self.values * sign_of_effect(self.provenance.method)
+
     def resampled(self, counts: Float[Tensor, "resample block"]) -> Float[Tensor, "resample layer neuron"]:
         """The scores on resamples of the prompts in which block b stands `counts[r, b]` times; rows sum to all blocks.
 
@@ -129,7 +136,16 @@ class NeuronScores:
         """Read what `save` wrote."""
         tensors, values = read_result(path, "NeuronScores")
         provenance = Provenance.from_dict(values["provenance"])
-        return cls(tensors["values"], tensors["stderr"], provenance, tensors.get("without_block"))
+        optional = {name: tensors.get(name) for name in _TENSORS[2:]}
+        return cls(tensors["values"], tensors["stderr"], provenance, **optional)
+
+
+def sign_of_effect(method: str) -> int:
+    """1 where scores of `method` are changes of the margin when the neuron is taken out, -1 where contributions to it.
+
+    1 for magnitudes, which predict magnitudes.
+    """
+    return 1 if method.startswith(("attribution_patching", "effect of")) or method.endswith("absolute") else -1
 
 
 def block_of(keys: Int[Tensor, "text"]) -> Int[Tensor, "text"]:

@@ -280,11 +280,12 @@ class RewardHead:
 
     def forward(self, batch: TokenBatch) -> Float[Tensor, "text"]:
         """The rewards of one batch on its device, with gradients where the caller's grad mode has them."""
-        residual = self.residual(batch)
-        # Of a model over several devices the residual stream comes out on the last one.
-        rows = torch.arange(len(residual), device=residual.device)
-        last = residual[rows, batch.last.to(residual.device)].to(self.reward_dtype)
-        return last @ self.require_weight().to(last) + self.bias
+        return self.read(batch.at_last(self.residual(batch)))
+
+    def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
+        """The rewards that the head reads from the residual stream after the final norm, at the last token."""
+        exact = last.to(self.reward_dtype)
+        return exact @ self.require_weight().to(exact) + self.bias
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "text token d_model"]:
         """Run the blocks and the final norm, not the vocabulary projection, with every hook firing."""

@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rmtension.encoding import EncodedPairs, EncodedText
@@ -63,6 +63,12 @@ class TokenBatch:
             keys=self.keys.to(device),
             rows=self.rows,
         )
+
+    def at_last(self, values: Float[Tensor, "text token *rest"]) -> Float[Tensor, "text *rest"]:
+        """Each text's row at the token the reward is read from, on the device of `values`."""
+        # Of a model over several devices the residual stream comes out on the last one.
+        rows = torch.arange(len(values), device=values.device)
+        return values[rows, self.last.to(values.device)]
 
     def select(self, positions: str) -> Bool[Tensor, "text token"]:
         """Which tokens `positions` names: `all` real ones, those of the `response`, or the `last` one."""

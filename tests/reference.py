@@ -75,8 +75,8 @@ class Reference:
     def reward(self, ids):
         return self.model(input_ids=ids).logits[0, 0]
 
-    def activations(self, site, ids, *, gradients=False):
-        """Activation of every layer [layer, token, channel], and dr/da if asked."""
+    def activations(self, site, ids, *, gradients=False, unused=False):
+        """Activation of every layer [layer, token, channel], and dr/da if asked; 0 where `unused` ones are allowed."""
         seen = {}
 
         def keep(layer, activation):
@@ -88,7 +88,9 @@ class Reference:
         values = torch.stack([seen[layer].detach()[0] for layer in sorted(seen)])
         if not gradients:
             return values
-        slopes = torch.autograd.grad(reward, [seen[layer] for layer in sorted(seen)])
+        slopes = torch.autograd.grad(
+            reward, [seen[layer] for layer in sorted(seen)], allow_unused=unused, materialize_grads=unused
+        )
         return values, torch.stack([slope[0] for slope in slopes])
 
     def selected(self, n_tokens, n_prompt, positions):

@@ -3,12 +3,14 @@
 The first argument is a `StudyResult`, or one of its tables, which may also be made by hand: columns `family` and `seed`
 may be missing then. Several seeds are averaged, with the intervals of `intervals.over_seeds`, and shown faintly one by
 one. `family` chooses among several; `level` is that of the intervals in a bare table (0.95 unless the table says).
-Figures of several panels draw one of them into a given `ax`, chosen by the arguments.
+Figures of several panels draw one of them into a given `ax`, chosen by the arguments. `conflict_scatter` takes a
+`ConflictReport` instead.
 """
 
 from rmtension.plots.behaviour import accuracy, comparisons, radar, refuse_respond, transferability
 from rmtension.plots.causes import collapse, curves, equal_size, matrix
 from rmtension.plots.confidence import confidence, distributions
+from rmtension.plots.conflict import conflict_scatter
 from rmtension.plots.neurons import depth, overlap
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "collapse",
     "comparisons",
     "confidence",
+    "conflict_scatter",
     "curves",
     "depth",
     "distributions",

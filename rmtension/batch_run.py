@@ -1,0 +1,144 @@
+"""One batch run once, forward and backward, for all the first-order methods that want to look at it."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rmtension.direct import DirectContributions, DirectPaths
+from rmtension.errors import ModelError
+from rmtension.hooks import InstalledHooks, Spot, Visit
+from rmtension.replay import Replay
+from rmtension.reward_head import RewardHead
+from rmtension.tokens import TokenBatch
+
+Place = tuple[str, int]  # site and layer
+
+
+class BatchRun:
+    """Activations of some sites in all layers, the gradient of each text's reward to them, and direct paths.
+
+    One forward pass; one backward pass with `gradients`, and one more for every layer with `drops`. Texts do not
+    interact, so that one backward pass of the summed rewards holds every text's own gradient.
+
+    Args:
+        head: the model.
+        batch: the texts.
+        sites: what to keep activations of.
+        forward: run the batch now; otherwise nothing runs before `replay` is asked for.
+        gradients: keep dr/da.
+        drops: keep dr/da again without what flows through each layer's block: `dropped[l]` (GradDrop).
+        direct: keep the parts of direct paths.
+    """
+
+    def __init__(
+        self,
+        head: RewardHead,
+        batch: TokenBatch,
+        sites: Collection[str],
+        *,
+        forward: bool = True,
+        gradients: bool = False,
+        drops: bool = False,
+        direct: bool = False,
+    ) -> None:
+        self.head = head
+        self.batch = batch
+        self.sites = tuple(sites)
+        self.gradients: dict[Place, Float[Tensor, "text token channel"]] = {}
+        self.dropped: list[dict[Place, Float[Tensor, "text token channel"]]] = []
+        self._seen: dict[Place, Tensor] = {}
+        self._differentiated = gradients or drops
+        paths = DirectPaths(head, batch) if direct else None
+        gates = _BlockGates(head) if drops else None
+        hooks: list[tuple[Spot, Visit]] = [
+            (spot, partial(self._keep, site, layer))
+            for site in self.sites
+            for layer in range(head.n_layers)
+            for spot in head.body.spots(site, layer)
+        ]
+        self.activations: dict[Place, Float[Tensor, "text token channel"]] = {}
+        self.direct: DirectContributions | None = None
+        if not forward:
+            return
+        with (
+            InstalledHooks(hooks + (gates.hooks if gates else [])),
+            InstalledHooks(paths.hooks if paths else []),
+            torch.set_grad_enabled(self._differentiated),
+        ):
+            rewards = head.forward(batch) if self._differentiated else head.residual(batch)
+        if gradients:
+            self.gradients = self._gradients(rewards, keep_graph=drops)
+        if gates is not None:
+            for layer in range(head.n_layers):
+                with gates.closed(layer):
+                    self.dropped.append(self._gradients(rewards, keep_graph=layer < head.n_layers - 1))
+        self.direct = None if paths is None else paths.contributions()
+        self.activations = {place: self._shaped(seen.detach()) for place, seen in self._seen.items()}
+        self._seen = {}
+
+    @cached_property
+    def replay(self) -> Replay:
+        """The same batch, ready to run again from any layer on; one more forward pass."""
+        return Replay(self.head, self.batch, self.sites)
+
+    def _keep(self, site: str, layer: int, activation: Tensor) -> Tensor | None:
+        if not self._differentiated:
+            self._seen[site, layer] = activation
+            return None
+        # The first place starts the graph, also where all parameters are frozen; later ones are already in it.
+        self._seen[site, layer] = activation if activation.requires_grad else activation.detach().requires_grad_(True)
+        return self._seen[site, layer]
+
+    def _gradients(self, rewards: Tensor, *, keep_graph: bool) -> dict[Place, Tensor]:
+        # Above a dropped block nothing of a place may be left: its gradient is 0.
+        found = torch.autograd.grad(
+            rewards.sum(), list(self._seen.values()), retain_graph=keep_graph, allow_unused=True, materialize_grads=True
+        )
+        return {place: self._shaped(gradient) for place, gradient in zip(self._seen, found, strict=True)}
+
+    def _shaped(self, values: Tensor) -> Tensor:
+        return values.reshape(*self.batch.mask.shape, -1)
+
+
+class _BlockGates:
+    """Lets no gradient through what one block adds to the residual stream; forward, nothing changes."""
+
+    def __init__(self, head: RewardHead) -> None:
+        if head.body.plain is not None and not head.body.runs_plain:
+            raise ModelError(
+                "graddrop: the bridge has hooks of yours, so that it runs in place of transformers' modules, which "
+                "this looks into. Remove the hooks from head.model first."
+            )
+        modules = [*(head.body.block(layer) for layer in range(head.n_layers)), head.body.final_norm]
+        self._closed = -1
+        self._before: Tensor | None = None
+        self.hooks: list[tuple[Spot, Visit]] = [
+            (Spot(module, "input"), partial(self._split, number - 1)) for number, module in enumerate(modules)
+        ]
+
+    @contextmanager
+    def closed(self, layer: int) -> Iterator[None]:
+        """Backward passes in the meantime leave out what the block of `layer` adds."""
+        self._closed = layer
+        try:
+            yield
+        finally:
+            self._closed = -1
+
+    def _split(self, layer: int, stream: Tensor) -> Tensor:
+        """The stream after the block of `layer`, as the stream before it plus what the block added."""
+        before, self._before = self._before, stream
+        if before is None or not stream.requires_grad:
+            return stream
+        added = stream - before
+        gate = partial(self._pass, layer)
+        added.register_hook(gate)  # type: ignore[no-untyped-call]
+        self._before = before + added
+        return self._before
+
+    def _pass(self, layer: int, gradient: Tensor) -> Tensor:
+        return torch.zeros_like(gradient) if self._closed == layer else gradient

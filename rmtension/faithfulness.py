@@ -1,0 +1,267 @@
+"""How well scores predict what ablation does: against every neuron by itself, and against sets of growing size."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rmtension.ablation import AblationContext
+from rmtension.activations import ActivationStatistics
+from rmtension.agreement import MEASURES, agreement
+from rmtension.errors import OptionError
+from rmtension.intervals import bootstrap_mean, check_level
+from rmtension.neuron_scores import NeuronScores, top_size
+from rmtension.neurons import NeuronSet
+from rmtension.pairs import PreferencePairs
+from rmtension.provenance import Provenance
+from rmtension.reward_head import RewardHead
+from rmtension.single_effects import single_neuron_effects
+from rmtension.storage import read_result, write_result
+
+
+@dataclass(frozen=True, eq=False)
+class Faithfulness:
+    """What a comparison of scores with true effects found.
+
+    `summary` has one row a method: `n` neurons compared, and with their intervals (`_low`, `_high`)
+
+    - `spearman`: rank correlation of predicted and true effects of single neurons;
+    - `sign_agreement`: share of neurons whose effect has the predicted sign, of those where neither is 0;
+    - `top_precision`: share of the `top` neurons of largest predicted magnitude that are among those of largest true
+      magnitude; by chance it is `top / n`;
+    - `slope`: least-squares slope of the true on the predicted effect; 1 where predictions are right in size.
+
+    Scores without a sign (`aggregate="absolute"`) are compared with magnitudes, and have no sign agreement.
+
+    `neurons` has one row a neuron that was ablated: layer, neuron, its true effect and standard error, and a column of
+    predicted effects for each method. `sets` has one row a method and fraction: `size`, the `predicted` effect of
+    ablating all those neurons together (the sum of theirs), the true `effect` with `low` and `high` over prompts, and
+    the `random` control: mean, smallest and largest effect of `n_random` random sets of equal size, in each layer where
+    `match` says "layer", over the whole model where the set has more than half of a layer.
+    """
+
+    summary: pd.DataFrame
+    neurons: pd.DataFrame
+    sets: pd.DataFrame
+    provenance: Provenance
+    level: float
+
+    def to_frame(self) -> pd.DataFrame:
+        """The summary."""
+        return self.summary
+
+    def __repr__(self) -> str:
+        lines = [
+            f"Faithfulness to the {self.provenance.method} ({self.provenance.n_pairs} pairs, {self.level:g} intervals)"
+        ]
+        for row in self.summary.to_dict("records"):
+            parts = [
+                f"{name} {row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]" for name in MEASURES
+            ]
+            lines.append(f"  {row['method']} (n = {row['n']}): {', '.join(parts)}")
+        return "\n".join(lines)
+
+    def save(self, path: str | Path) -> None:
+        """Write the three tables and the provenance to one safetensors file."""
+        columns = {name: torch.from_numpy(column.to_numpy(copy=True)) for name, column in self.neurons.items()}
+        values: dict[str, Any] = {
+            **{name: getattr(self, name).to_dict("split", index=False) for name in ("summary", "sets")},
+            "columns": list(columns),
+            "provenance": self.provenance.to_dict(),
+            "level": self.level,
+        }
+        write_result(path, "Faithfulness", {str(name): column for name, column in columns.items()}, values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Faithfulness":
+        """Read what `save` wrote."""
+        tensors, values = read_result(path, "Faithfulness")
+        neurons = pd.DataFrame({name: tensors[name].numpy() for name in values["columns"]})
+        summary, sets = (pd.DataFrame(**values[name]) for name in ("summary", "sets"))
+        return cls(summary, neurons, sets, Provenance.from_dict(values["provenance"]), values["level"])
+
+
+def faithfulness(
+    head: RewardHead,
+    scores: NeuronScores | Mapping[str, NeuronScores],
+    pairs: PreferencePairs,
+    *,
+    mode: str = "zero",
+    reference: ActivationStatistics | None = None,
+    positions: str = "all",
+    sample: int | None = None,
+    truth: NeuronScores | None = None,
+    top: float = 0.1,
+    set_fractions: Sequence[float] = (0.01, 0.02, 0.05, 0.1, 0.2),
+    n_random: int = 8,
+    level: float = 0.95,
+    seed: int = 0,
+    progress: bool = False,
+) -> Faithfulness:
+    """Compare scores with what ablating neurons of this model does to the margin on `pairs`.
+
+    Contributions (all methods but attribution patching) predict the effect with their sign turned: without the neuron,
+    what it contributed is gone. Intervals resample blocks of prompts, of scores and truth together where both are of
+    the same pairs, and shift the resamples to have the observed value as their mean, because resampling adds noise
+    that lowers every agreement; for a sample of neurons they resample these too, within layers.
+
+    Cost: that of `single_neuron_effects`, and two forward passes a pair for every set: (1 + `n_random`) for each method
+    and fraction.
+
+    Args:
+        head: the model that the scores are of.
+        scores: of one method, or of several by name.
+        pairs: where effects are measured; the same that were scored, or others.
+        mode: "zero", "mean" (with `reference`), or "other", the mean of the pair's other response, which ablates no
+            sets.
+        reference: as in `AblationContext`.
+        positions: tokens whose activation is replaced; the scores' own, to compare like with like.
+        sample: how many neurons to ablate, drawn evenly from all layers; by default all.
+        truth: what `single_neuron_effects` gave for the same model, pairs and ablation, instead of running it.
+        top: share of neurons that `top_precision` takes.
+        set_fractions: sizes of the sets, as shares of all neurons; empty for none.
+        n_random: random sets beside each.
+        level: of the intervals.
+        seed: of the sample, the random sets and the resamples.
+        progress: show bars.
+
+    Raises `ProvenanceError` for scores of another model, `OptionError` for wrong options.
+    """
+    check_level(level)
+    if not 0 < top <= 1:
+        raise OptionError(f"top: expected a share in (0, 1], got {top}.")
+    named = {scores.provenance.method: scores} if isinstance(scores, NeuronScores) else dict(scores)
+    if not named:
+        raise OptionError("scores: expected at least one NeuronScores, got none.")
+    site = next(iter(named.values())).provenance.site
+    planned = [] if mode == "other" else _plan(named, set_fractions, n_random, seed)
+    if truth is None:
+        truth = single_neuron_effects(
+            head,
+            pairs,
+            reference=_reference(mode, reference),
+            site=site,
+            positions=positions,
+            neurons=None if sample is None else sample_neurons(head, site, sample, seed=seed),
+            progress=progress,
+        )
+    for name, one in named.items():
+        one.provenance.require_same(truth.provenance, ("architecture", "model", "site"), what=f"faithfulness of {name}")
+    measured = torch.isfinite(truth.as_effects())
+    if int(measured.sum()) < 3:
+        raise OptionError(f"sample: expected at least 3 neurons to compare, got {int(measured.sum())}.")
+    rows = []
+    for name, one in named.items():
+        measures = agreement(one, truth, measured, top=top, level=level, seed=seed)
+        rows.append({"method": name, "n": int(measured.sum()), "top": top_size(top, int(measured.sum())), **measures})
+    predicted = {name: one.as_effects()[measured].numpy() for name, one in named.items()}
+    table = truth.to_frame().rename(columns={"score": "effect"}).dropna(subset="effect").assign(**predicted)
+    sets = _set_rows(head, planned, pairs, mode, reference, positions, level, seed, progress)
+    return Faithfulness(pd.DataFrame(rows), table.reset_index(drop=True), sets, truth.provenance, level)
+
+
+def sample_neurons(head: RewardHead, site: str, n: int, *, seed: int = 0) -> NeuronSet:
+    """`n` neurons at random, as many from every layer; what is left over goes to layers at random."""
+    layers, width = head.n_layers, head.n_neurons(site)
+    if not 0 < n <= layers * width:
+        raise OptionError(f"sample: expected 1 to {layers * width} neurons, got {n}.")
+    generator = np.random.default_rng(seed)
+    sizes = np.full(layers, n // layers)
+    sizes[generator.permutation(layers)[: n % layers]] += 1
+    mask = torch.zeros(layers, width, dtype=torch.bool)
+    for layer, size in enumerate(sizes):
+        mask[layer, torch.from_numpy(generator.permutation(width)[:size])] = True
+    return NeuronSet(mask, site, head.architecture)
+
+
+def _reference(mode: str, reference: ActivationStatistics | None) -> str | ActivationStatistics:
+    if mode not in ("zero", "mean", "other"):
+        raise OptionError(f"mode: expected 'zero', 'mean' or 'other', got {mode!r}.")
+    if (mode == "mean") != (reference is not None):
+        raise OptionError(
+            f"reference: expected ActivationStatistics with mode 'mean' and nothing otherwise, got "
+            f"{type(reference).__name__} with {mode!r}. Use ActivationCollector(head).collect(pairs)."
+        )
+    return mode if reference is None else reference
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A set to ablate, and random ones beside it."""
+
+    method: str
+    fraction: float
+    neurons: NeuronSet
+    predicted: float
+    match: str
+    random: list[NeuronSet]
+
+
+def _plan(named: Mapping[str, NeuronScores], fractions: Sequence[float], n_random: int, seed: int) -> list[_Planned]:
+    """All sets, before anything is run: a set that cannot be drawn is an error at once."""
+    planned = []
+    for name, scores in named.items():
+        for fraction in fractions:
+            neurons = scores.top(fraction)
+            predicted = float(scores.as_effects()[neurons.mask].sum())
+            # Of a layer that is mostly in the set, no set of equal size is left.
+            fits = all(2 * n <= neurons.mask.shape[1] for n in neurons.n_per_layer)
+            match = "layer" if fits else "model"
+            random = [neurons.matched_random(seed=seed + draw, match=match) for draw in range(n_random)]
+            planned.append(_Planned(name, fraction, neurons, predicted, match, random))
+    return planned
+
+
+def _set_rows(
+    head: RewardHead,
+    planned: Sequence[_Planned],
+    pairs: PreferencePairs,
+    mode: str,
+    reference: ActivationStatistics | None,
+    positions: str,
+    level: float,
+    seed: int,
+    progress: bool,
+) -> pd.DataFrame:
+    """True and predicted effects of ablating each method's top sets."""
+    if not planned:
+        return pd.DataFrame()
+    base = head.score_pairs(pairs).margin
+    rows = []
+    total = sum(1 + len(one.random) for one in planned)
+    with tqdm(total=total, desc="ablate sets", unit="set", disable=None if progress else True) as bar:
+
+        def change(neurons: NeuronSet) -> Float[Tensor, "pair"]:
+            with AblationContext(head, neurons, mode=mode, reference=reference, positions=positions):
+                margin = head.score_pairs(pairs).margin
+            bar.update()
+            return (margin - base).double()
+
+        for one in planned:
+            estimate = bootstrap_mean(change(one.neurons), pairs, level=level, seed=seed)
+            random = [float(change(neurons).mean()) for neurons in one.random]
+            rows.append(
+                {
+                    "method": one.method,
+                    "fraction": one.fraction,
+                    "size": len(one.neurons),
+                    "predicted": one.predicted,
+                    "effect": estimate.value,
+                    "low": estimate.low,
+                    "high": estimate.high,
+                    "n": estimate.n,
+                    "random": float(np.mean(random)) if random else np.nan,
+                    "random_min": min(random, default=np.nan),
+                    "random_max": max(random, default=np.nan),
+                    "n_random": len(random),
+                    "match": one.match,
+                }
+            )
+    return pd.DataFrame(rows)

@@ -1,0 +1,143 @@
+"""How each attribution method scores neurons in one batch: a value per token, weighted and summed over the text."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from einops import einsum, reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from rmtension.batch_run import BatchRun
+from rmtension.errors import ModelError
+from rmtension.replacing import Reference, step_to
+from rmtension.sites import neuron_activations
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a method is asked for: where, at which tokens, and its options."""
+
+    site: str
+    positions: str
+    reference: Reference = "zero"
+    steps: int = 32
+
+
+# The value of every token and neuron of one layer, and the weight of every token: a text's score is their product
+# summed over tokens.
+ByToken = tuple[Float[Tensor, "text token neuron"], Float[Tensor, "text token"]]
+
+
+def mean_activation(run: BatchRun, asked: Asked, layer: int) -> ByToken:
+    """a(t), each token weighted by one over the number of selected ones."""
+    # Half precision would lose the sum, not only its last digits.
+    activation = run.activations[asked.site, layer].to(run.head.reward_dtype)
+    values = neuron_activations(activation, asked.site, run.head.n_neurons(asked.site))
+    select = run.batch.select(asked.positions).to(values)
+    return values, select / select.sum(dim=1, keepdim=True)
+
+
+def gradient_x_activation(run: BatchRun, asked: Asked, layer: int) -> ByToken:
+    """a(t) dr/da(t)."""
+    place = asked.site, layer
+    products = run.activations[place].to(run.head.reward_dtype) * run.gradients[place]
+    return _neurons(run, asked, products)
+
+
+def attribution_patching(run: BatchRun, asked: Asked, layer: int) -> ByToken:
+    """(a_ref(t) - a(t)) dr/da(t)."""
+    place = asked.site, layer
+    return _neurons(run, asked, _step(run, asked, layer, run.activations[place]) * run.gradients[place])
+
+
+def direct_effect(run: BatchRun, asked: Asked, layer: int) -> ByToken:
+    """What the neuron adds to the reward through the residual stream, all at the token the reward is read from."""
+    assert run.direct is not None
+    if asked.site not in run.direct.neurons:
+        raise ModelError(
+            f"direct_effect: only transformers' own modules say what a neuron of site {asked.site!r} writes. Use site "
+            "'mlp' or 'attn_head', and open the model without model_class and process_weights."
+        )
+    last = run.batch.select("last").cpu()
+    values = run.direct.neurons[asked.site][:, layer]
+    return values[:, None].expand(*last.shape, values.shape[-1]), last.to(values)
+
+
+def integrated_gradients(run: BatchRun, asked: Asked, layer: int) -> tuple[ByToken, Float[Tensor, "text"]]:
+    """(a(t) - a_ref(t)) times the mean of dr/da(t) on the straight path from a_ref to a, and the gap.
+
+    All neurons of the layer move together. The mean is taken at `steps` Gauss-Legendre nodes. The gap is how far the
+    sum over tokens and neurons is from the reward minus that at a_ref.
+    """
+    replay, site = run.replay, asked.site
+    step = _step(run, asked, layer, replay.activations[site, layer])
+    nodes, weights = _gauss_legendre(asked.steps)
+    mean = torch.zeros_like(step)
+    start = replay.activations[site, layer] + step.to(run.head.dtype)
+    for node, weight in zip(nodes, weights, strict=True):
+        leaf = (start - node * step.to(start)).requires_grad_(True)
+        with torch.enable_grad():
+            rewards = _with_activation(run, site, layer, leaf)
+            (gradient,) = torch.autograd.grad(rewards.sum(), leaf)
+        mean += weight * gradient.to(mean)
+    with torch.no_grad():
+        change = replay.rewards - _with_activation(run, site, layer, start)
+    values, ones = _neurons(run, asked, -step * mean)
+    return (values, ones), einsum(values, ones, "text token neuron, text token -> text") - change
+
+
+def dropped_patching(run: BatchRun, asked: Asked, layer: int) -> list[ByToken]:
+    """`attribution_patching` without what flows through each other layer's block, one after the other."""
+    step = _step(run, asked, layer, run.activations[asked.site, layer])
+    others = (gradients for number, gradients in enumerate(run.dropped) if number != layer)
+    return [_neurons(run, asked, step * gradients[asked.site, layer]) for gradients in others]
+
+
+def _step(
+    run: BatchRun, asked: Asked, layer: int, activation: Float[Tensor, "text token channel"]
+) -> Float[Tensor, "text token channel"]:
+    select = run.batch.select(asked.positions).to(activation.device)
+    return step_to(asked.reference, layer, activation.to(run.head.reward_dtype), select)
+
+
+def _neurons(run: BatchRun, asked: Asked, channels: Float[Tensor, "text token channel"]) -> ByToken:
+    """Summed over the channels of each neuron, every selected token counting 1."""
+    values = channels
+    if run.head.n_neurons(asked.site) < channels.shape[-1]:
+        shape = "text token (neuron channel) -> text token neuron"
+        values = reduce(channels, shape, "sum", neuron=run.head.n_neurons(asked.site))
+    return values, run.batch.select(asked.positions).to(values)
+
+
+def _with_activation(
+    run: BatchRun, site: str, layer: int, activation: Float[Tensor, "text token channel"]
+) -> Float[Tensor, "text"]:
+    """The rewards when the layer's site has `activation`."""
+
+    def put(_layer: int, found: Tensor) -> Tensor:
+        return activation.reshape(found.shape)
+
+    with run.head.hooks(site, put, [layer]):
+        return run.replay.rewards_from(layer)
+
+
+@lru_cache(maxsize=8)
+def _gauss_legendre(steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Nodes and weights on [0, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    return tuple((nodes + 1) / 2), tuple(weights / 2)
+
+
+FirstOrder = Callable[[BatchRun, Asked, int], ByToken]
+
+# Methods that need one run, and what of it.
+FIRST_ORDER: dict[str, FirstOrder] = {
+    "mean_difference": mean_activation,
+    "gradient_x_activation": gradient_x_activation,
+    "attribution_patching": attribution_patching,
+    "direct_effect": direct_effect,
+}
+NEEDS_GRADIENTS = frozenset({"gradient_x_activation", "attribution_patching"})

@@ -1,0 +1,99 @@
+"""Running a model again from one of its layers on, with everything below it as it was."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rmtension.errors import ModelError
+from rmtension.hooks import Call, InstalledHooks, Spot, Visit, in_eval_mode, recorded_calls
+from rmtension.reward_head import RewardHead
+from rmtension.tokens import TokenBatch, running
+
+
+class Replay:
+    """One batch that a model has run, kept so that its upper layers can run again.
+
+    Making it costs one forward pass; `rewards_from(layer)` costs the blocks from `layer` on and the final norm, hooks
+    on them included. Memory: the residual stream before every block, and the activations of `sites`.
+
+    Only transformers' own modules can run one by one. Where they do not run (a HookedTransformer, a bridge that the
+    user hooked) `is_partial` is False, `rewards_from` runs the whole model, and it takes no other stream.
+
+    Args:
+        head: the model.
+        batch: the texts.
+        sites: activations to keep in `activations[site, layer]`, [text, token, channel].
+    """
+
+    def __init__(self, head: RewardHead, batch: TokenBatch, sites: Sequence[str] = ()) -> None:
+        self.head = head
+        self.batch = batch
+        self.is_partial = head.body.runs_plain
+        self.activations: dict[tuple[str, int], Float[Tensor, "text token channel"]] = {}
+        self._streams: list[Tensor] = []
+        self._blocks: list[nn.Module] = []
+        hooks: list[tuple[Spot, Visit]] = [
+            (spot, partial(self._keep, site, layer))
+            for site in sites
+            for layer in range(head.n_layers)
+            for spot in head.body.spots(site, layer)
+        ]
+        if self.is_partial:
+            self._blocks = [head.body.block(layer) for layer in range(head.n_layers)]
+            stream = [*self._blocks, head.body.final_norm]
+            hooks += [(Spot(module, "input"), self._keep_stream) for module in stream]
+        with InstalledHooks(hooks), recorded_calls(self._blocks) as calls, torch.no_grad():
+            self.rewards: Float[Tensor, "text"] = head.forward(batch)
+        self._calls: list[Call] = [calls[block] for block in self._blocks]
+
+    def stream(self, layer: int) -> Float[Tensor, "text token d_model"]:
+        """The residual stream before the block of `layer`, or before the final norm at `n_layers`."""
+        self._require_partial()
+        return self._streams[layer]
+
+    def rewards_from(
+        self, layer: int, stream: Float[Tensor, "text token d_model"] | None = None
+    ) -> Float[Tensor, "text"]:
+        """The rewards when the blocks from `layer` on run on `stream`, by default on what they ran on before.
+
+        With gradients where the caller's grad mode has them.
+        """
+        if not self.is_partial and stream is None:
+            return self.head.forward(self.batch)
+        state = self.stream(layer) if stream is None else stream
+        with running(self.batch), in_eval_mode(self.head.body.modules()):
+            for number in range(layer, self.head.n_layers):
+                state = self.run_block(number, state)
+            return self.read(self.batch.at_last(state))
+
+    def run_block(self, layer: int, stream: Float[Tensor, "text token d_model"]) -> Float[Tensor, "text token d_model"]:
+        """What one block makes of `stream`; call it inside `rewards_from`'s modes (eval)."""
+        self._require_partial()
+        args, kwargs = self._calls[layer]
+        output: Any = self._blocks[layer](stream, *args[1:], **kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
+        """The rewards of what the blocks left at the last token: final norm and head."""
+        self._require_partial()
+        return self.head.read(self.head.body.final_norm(last[:, None])[:, 0])
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _require_partial(self) -> None:
+        if not self.is_partial:
+            raise ModelError(
+                "replay: only transformers' own modules run one by one. Open the model without model_class and "
+                "process_weights, and remove your hooks from head.model."
+            )
+
+    def _keep(self, site: str, layer: int, activation: Tensor) -> None:
+        self.activations[site, layer] = activation.detach().reshape(*self.batch.mask.shape, -1)
+
+    def _keep_stream(self, stream: Tensor) -> None:
+        self._streams.append(stream.detach())

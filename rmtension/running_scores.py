@@ -1,0 +1,43 @@
+"""Scores summed batch by batch: means, standard errors and blocks of prompts, at a size that pairs do not grow."""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rmtension.neuron_scores import N_BLOCKS, NeuronScores, block_of
+from rmtension.provenance import Provenance
+
+
+class RunningScores:
+    """Mean and squared deviations of one value per pair and neuron, and their sums by block of prompts, in float64.
+
+    Merged batch by batch (Chan, Golub and LeVeque 1983), so that nothing cancels.
+    """
+
+    def __init__(self, layers: int, neurons: int) -> None:
+        self._n = 0
+        self._mean, self._deviations = torch.zeros(2, layers, neurons, dtype=torch.float64)
+        self._blocks = torch.zeros(N_BLOCKS, layers, neurons, dtype=torch.float64)
+        self._block_sizes = torch.zeros(N_BLOCKS, dtype=torch.float64)
+
+    def add(self, values: Float[Tensor, "pair layer neuron"], keys: Int[Tensor, "pair"]) -> None:
+        """Add a batch of pairs; `keys` stand for their prompts."""
+        n = self._n + len(values)
+        mean = values.mean(0)
+        step = mean - self._mean
+        self._deviations += (values - mean).square().sum(0) + step.square() * (self._n * len(values) / n)
+        self._mean += step * (len(values) / n)
+        self._n = n
+        owners = block_of(keys.cpu())
+        self._blocks.index_add_(0, owners, values)
+        self._block_sizes += torch.bincount(owners, minlength=N_BLOCKS)
+
+    def finish(self, provenance: Provenance, completeness_gap: Float[Tensor, "layer"] | None = None) -> NeuronScores:
+        """The scores of everything that was added."""
+        undefined = torch.full_like(self._mean, torch.nan)
+        stderr = undefined if self._n < 2 else (self._deviations / (self._n - 1) / self._n).sqrt()
+        # NaN where one block holds all pairs, so that nothing is left without it.
+        left = rearrange(self._n - self._block_sizes, "block -> block 1 1")
+        without = (self._blocks.sum(0) - self._blocks) / left
+        return NeuronScores(self._mean, stderr, provenance, without, completeness_gap)

@@ -1,0 +1,159 @@
+"""The truth that attribution is measured against: what taking out each neuron by itself does to the margin."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rmtension.errors import DataError, OptionError
+from rmtension.neuron_scores import NeuronScores
+from rmtension.neurons import NeuronSet
+from rmtension.pairs import PreferencePairs
+from rmtension.replacing import Reference, check_reference, name_of, step_to
+from rmtension.replay import Replay
+from rmtension.reward_head import RewardHead
+from rmtension.running_scores import RunningScores
+from rmtension.sites import check_positions, find_site
+
+# Residual streams of one step over the last layer's neurons, in numbers: 64 MB in float32.
+_AT_A_TIME = 16_000_000
+
+
+def single_neuron_effects(
+    head: RewardHead,
+    pairs: PreferencePairs,
+    *,
+    reference: Reference = "zero",
+    site: str = "mlp",
+    positions: str = "all",
+    neurons: NeuronSet | None = None,
+    truncate_response: bool = False,
+    progress: bool = False,
+) -> NeuronScores:
+    """What replacing each neuron by `reference`, alone, does to the margin: mean over pairs of M without - M with it.
+
+    Exact: the model runs again for every neuron, as under an `AblationContext` of that neuron with mode "zero" or
+    "mean" ("other" replaces by the mean of the pair's other response over the selected tokens). Neurons outside
+    `neurons` get NaN. `stderr` is over pairs; `without_block` serves intervals over prompts.
+
+    Cost: one forward pass over the pairs, and for a neuron of layer l (from 0) of L the blocks above it, which are
+    (L - 1 - l) / L of a forward pass, where the residual stream takes what the site's projection writes as it is
+    (`mlp` of most families); otherwise, as for heads before an MLP, its own block as well, (L - l) / L. So all N
+    neurons a layer of the former take N (L - 1) / 2 passes instead of N L. Models whose blocks do not run one by one
+    take a whole pass a neuron. Raises `OptionError` for a wrong site, position or reference.
+    """
+    check_positions(positions)
+    site = find_site(site).name
+    check_reference(head, site, reference)
+    head.require_weight()
+    if not len(pairs):
+        raise DataError("pairs: expected at least one preference pair, got none.")
+    shape = (head.n_layers, head.n_neurons(site))
+    if neurons is None:
+        neurons = NeuronSet(torch.ones(shape, dtype=torch.bool), site, head.architecture)
+    if tuple(neurons.mask.shape) != shape or neurons.site != site:
+        raise OptionError(
+            f"neurons: expected a set of {shape} at site {site!r}, got {tuple(neurons.mask.shape)} at {neurons.site!r}."
+        )
+    encoded = head.encode(pairs, truncate_response=truncate_response)
+    scores = RunningScores(*shape)
+    with (
+        tqdm(total=len(encoded) * len(neurons), desc="ablate", unit="pair", disable=None if progress else True) as bar,
+        torch.no_grad(),
+    ):
+        for batch in head.batches(encoded, desc="", progress=False):
+            replay = Replay(head, batch, [site])
+            half = len(batch.rows) // 2
+            changes = torch.full((half, *shape), torch.nan, dtype=torch.float64)
+            for layer, columns in enumerate(neurons.mask):
+                wanted = columns.nonzero()[:, 0].tolist()
+                activation = replay.activations[site, layer]
+                step = step_to(reference, layer, activation, batch.select(positions).to(activation.device))
+                for number, change in zip(wanted, _changes(replay, site, layer, step, wanted), strict=True):
+                    changes[:, layer, number] = (change[:half] - change[half:]).double().cpu()
+                    bar.update(half)
+            scores.add(changes, batch.keys[:half])
+    provenance = head.provenance(
+        pairs, encoded, site=site, positions=positions, method=f"effect of ablation to {name_of(reference)}"
+    )
+    return scores.finish(replace(provenance, n_tokens=encoded.n_tokens))
+
+
+def _changes(
+    replay: Replay, site: str, layer: int, step: Float[Tensor, "text token channel"], wanted: list[int]
+) -> Iterator[Float[Tensor, "text"]]:
+    """The change of every text's reward for each wanted neuron of a layer, in order."""
+    head = replay.head
+    steps = rearrange(step, "text token (neuron channel) -> text token neuron channel", neuron=head.n_neurons(site))
+    written = _written(replay, site, layer, step) if replay.is_partial and wanted else None
+    if written is None:
+        base = replay.rewards_from(layer)
+        for number in wanted:
+            only = torch.zeros_like(steps)
+            only[:, :, number] = steps[:, :, number]
+            yield _with_step(replay, site, layer, only.flatten(2)) - base
+        return
+    # What each channel writes into the stream after the block, [neuron, channel, d_model].
+    weights = rearrange(written, "(neuron channel) d_model -> neuron channel d_model", neuron=head.n_neurons(site))
+    above = replay.stream(layer + 1)
+    if layer == head.n_layers - 1:
+        last, last_steps = replay.batch.at_last(above), replay.batch.at_last(steps)
+        base = replay.read(last)
+        at_a_time = max(1, _AT_A_TIME // last.numel())
+        for start in range(0, len(wanted), at_a_time):
+            some = wanted[start : start + at_a_time]
+            moves = torch.einsum("xnc,ncd->nxd", last_steps[:, some], weights[some])
+            rewards = replay.read((last + moves).flatten(0, 1))
+            yield from rewards.view(len(some), -1) - base
+        return
+    base = replay.rewards_from(layer + 1)
+    for number in wanted:
+        yield replay.rewards_from(layer + 1, above + steps[:, :, number] @ weights[number]) - base
+
+
+def _with_step(
+    replay: Replay, site: str, layer: int, step: Float[Tensor, "text token channel"]
+) -> Float[Tensor, "text"]:
+    """The rewards when the activation at the site moves by `step`."""
+
+    def move(_layer: int, activation: Tensor) -> Tensor:
+        return activation + step.reshape(activation.shape)
+
+    with replay.head.hooks(site, move, [layer]):
+        return replay.rewards_from(layer)
+
+
+def _written(
+    replay: Replay, site: str, layer: int, step: Float[Tensor, "text token channel"]
+) -> Float[Tensor, "channel d_model"] | None:
+    """What one unit of each channel adds to the stream after the block; None where the block does more with it.
+
+    A norm behind the projection (Gemma-2), or an MLP behind attention, makes it depend on the rest. Decided by trying:
+    the block runs once with all of `step`, and its output has to move by what the projection says.
+    """
+    head = replay.head
+    name = head.body.projection_names.get((site, layer))
+    assert head.body.plain is not None
+    if name is None or find_site(site).factor_of is not None:
+        return None
+    projection = head.body.plain.get_submodule(name)
+    n_channels = head.n_channels(site)
+    parameter = next(projection.parameters())
+    # In pieces and through `forward`, because a user's hook has nothing to do with the weights.
+    unit = torch.eye(n_channels, dtype=parameter.dtype, device=parameter.device)
+    weights: Tensor = projection.forward(unit) - projection.forward(torch.zeros_like(unit[:1]))
+
+    def move(_layer: int, activation: Tensor) -> Tensor:
+        return activation + step.reshape(activation.shape)
+
+    with head.hooks(site, move, [layer]):
+        moved = replay.run_block(layer, replay.stream(layer)) - replay.stream(layer + 1)
+    expected = step @ weights
+    scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+    # Two roundings of the stream; another path is off by the size of the step itself.
+    room = 64 * torch.finfo(expected.dtype).eps * (replay.stream(layer + 1).abs().max() + scale)
+    return weights if (moved - expected).abs().max() <= room else None
