@@ -34,14 +34,19 @@ def agreement(
     signed = not scores.provenance.method.endswith("absolute")
     observed = _measures(scores.as_effects()[measured][None].numpy(), truth.values[measured][None].numpy(), top, signed)
     parts: dict[str, list[Float[np.ndarray, "resample"]]] = {name: [] for name in MEASURES}
+    known = True
     for predicted, effects in _resamples(scores, truth, measured, seed):
+        # Where one block holds all prompts, nothing is known of others.
+        known &= bool(np.isfinite(predicted).all() and np.isfinite(effects).all())
         for name, values in _measures(sign * predicted, effects, top, signed).items():
             parts[name].append(values)
     found: dict[str, float] = {}
     for name, value in observed.items():
-        resamples = np.concatenate(parts[name])
+        resamples = np.concatenate(parts[name]) if known else np.full(1, np.nan)
         low, high = percentile_interval(resamples - resamples.mean() + value[0], level)
         least, most = {"spearman": (-1.0, 1.0), "slope": (-np.inf, np.inf)}.get(name, (0.0, 1.0))
+        # Of a few neurons a share moves in steps, and shifted ones may all be on one side of what was observed.
+        low, high = min(low, float(value[0])), max(high, float(value[0]))
         found |= {name: float(value[0]), f"{name}_low": max(low, least), f"{name}_high": min(high, most)}
     return found
 
@@ -73,11 +78,17 @@ def _resamples(
 
 def _places_within(
     layers: Int[np.ndarray, "place"], n: int, generator: np.random.Generator
-) -> Int[np.ndarray, "resample place"]:
-    """`n` resamples of places, each place replaced by one of its layer; `layers` ascends."""
+) -> Int[np.ndarray, "resample drawn"]:
+    """`n` resamples of places, one fewer than each layer has; `layers` ascends.
+
+    One fewer, because so many draws vary as a sample does (McCarthy and Snowden 1985). Where a layer has a single
+    place, which says nothing about its spread, all layers are one.
+    """
     _, starts, sizes = np.unique(layers, return_index=True, return_counts=True)
-    place_of = np.repeat(np.arange(len(sizes)), sizes)
-    return starts[place_of] + (generator.random((n, len(layers))) * sizes[place_of]).astype(np.int64)
+    if sizes.min() < 2:
+        starts, sizes = np.array([0]), np.array([len(layers)])
+    stratum = np.repeat(np.arange(len(sizes)), sizes - 1)
+    return starts[stratum] + (generator.random((n, len(stratum))) * sizes[stratum]).astype(np.int64)
 
 
 def _measures(

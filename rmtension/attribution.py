@@ -3,16 +3,19 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import pandas as pd
 import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from rmtension.batch_run import BatchRun
-from rmtension.encoding import EncodedPairs
+from rmtension.encoding import EncodedPairs, EncodedText
 from rmtension.errors import DataError, OptionError
 from rmtension.methods import FIRST_ORDER, NEEDS_GRADIENTS, Asked, ByToken, dropped_patching, integrated_gradients
 from rmtension.neuron_scores import NeuronScores
+from rmtension.pair import PreferencePair
 from rmtension.pair_scores import PairScores
 from rmtension.pairs import PreferencePairs
 from rmtension.replacing import Reference, check_reference, name_of
@@ -28,11 +31,12 @@ NEEDS_REWARD = frozenset(METHODS) - {"mean_difference"}
 _WITH_REFERENCE = frozenset({"attribution_patching", "integrated_gradients"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenScores:
     """What each token of the two texts of a pair adds to every neuron's score.
 
-    The sum over tokens of `chosen`, minus that of `rejected`, is the pair's score.
+    The sum over tokens of `chosen`, minus that of `rejected`, is the pair's score. Memory: tokens of both texts x
+    layers x neurons.
     """
 
     id: str
@@ -40,6 +44,21 @@ class TokenScores:
     rejected_tokens: tuple[str, ...]
     chosen: Float[Tensor, "chosen layer neuron"]
     rejected: Float[Tensor, "rejected layer neuron"]
+
+    def to_frame(self, layer: int, neuron: int) -> pd.DataFrame:
+        """One neuron, a row a token of both texts: side, position, token, score."""
+        sides = {"chosen": (self.chosen_tokens, self.chosen), "rejected": (self.rejected_tokens, self.rejected)}
+        parts = [
+            pd.DataFrame(
+                {"side": side, "position": range(len(tokens)), "token": tokens, "score": values[:, layer, neuron]}
+            )
+            for side, (tokens, values) in sides.items()
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+    def __repr__(self) -> str:
+        (chosen, layers, neurons), rejected = self.chosen.shape, len(self.rejected)
+        return f"TokenScores({self.id!r}: {chosen} chosen and {rejected} rejected tokens, {layers} x {neurons} neurons)"
 
 
 class NeuronAttribution:
@@ -61,7 +80,8 @@ class NeuronAttribution:
     - `integrated_gradients`: sum_t (a(t) - a_ref(t)) times the mean of dM/da(t) on the straight path from a_ref to a,
       all neurons of a layer moving together (Sundararajan, Taly and Yan 2017), at `steps` Gauss-Legendre nodes. A
       layer's scores add up to M minus the margin with all of the layer replaced, but for `completeness_gap`.
-      1 + (steps + 1) (L + 1) / 2 forward and steps (L + 1) / 2 backward passes, where blocks run one by one.
+      1 + (steps + 1) (L + 1) / 2 forward and steps (L + 1) / 2 backward passes, where blocks run one by one. Where a
+      norm follows the projection (Gemma-2, OLMo-2), zero is a singular point of that norm: use statistics.
     - `direct_effect`: what the neuron adds to the margin through the residual stream, past later blocks, with the scale
       of the final norm as it is; exact (`rmtension.direct`). 1 forward pass. Only the token the reward is read from
       counts, whatever `positions`.
@@ -106,12 +126,19 @@ class NeuronAttribution:
             raise OptionError(f"reference: method {method!r} replaces nothing. Leave it out.")
         reference = "zero" if reference is None else reference
         check_reference(head, self.site, reference)
+        head.n_neurons(self.site)  # raises where the model has no such site
         if steps < 1:
             raise OptionError(f"steps: expected a positive number of nodes, got {steps}.")
+        if method in NEEDS_REWARD:
+            head.require_weight()
         if graddrop and (method != "attribution_patching" or aggregate != "absolute"):
             raise OptionError(
                 "graddrop: it averages magnitudes of attribution patching; use it with "
                 f"method='attribution_patching' and aggregate='absolute', got {method!r} and {aggregate!r}."
+            )
+        if graddrop and head.n_layers < 2:
+            raise OptionError(
+                "graddrop: it leaves out one other layer at a time, and this model has one. Leave it out."
             )
         self.head = head
         self.method = method
@@ -125,6 +152,7 @@ class NeuronAttribution:
         """One score per neuron. Memory: one batch's activations and 32 x `layers x neurons` sums, for any pairs."""
         return score_together([self], pairs, truncate_response=truncate_response, progress=progress)[0]
 
+    @torch.inference_mode(False)  # what is made in it cannot be differentiated
     def per_pair(
         self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False
     ) -> PairScores:
@@ -134,28 +162,44 @@ class NeuronAttribution:
         encoded = _encoded(self.head, pairs, truncate_response)
         shape = (len(pairs), self.head.n_layers, self.head.n_neurons(self.site))
         values = torch.empty(shape, dtype=self.head.reward_dtype)
+        n_tokens = 0
         for batch in self.head.batches(encoded, desc=self.method, progress=progress):
+            n_tokens += int(batch.select(self.positions).sum())
             scores = self._per_text(_run([self], batch))[0]
             half = len(batch.rows) // 2
             values[list(batch.rows[:half])] = (scores[:half] - scores[half:]).to(values.dtype)
         provenance = self.head.provenance(
             pairs, encoded, site=self.site, positions=self.positions, method=self._name("signed")
         )
-        return PairScores(values, pairs, provenance)
+        return PairScores(values, pairs, replace(provenance, n_tokens=n_tokens))
 
-    def per_token(self, pairs: PreferencePairs, *, truncate_response: bool = False) -> Iterator[TokenScores]:
+    def per_token(
+        self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False
+    ) -> Iterator[TokenScores]:
         """Every pair's scores token by token, one pair at a time, in order; tokens as the tokenizer writes them."""
         if self.graddrop:
             raise OptionError("per_token: GradDrop has no signed scores. Leave graddrop out.")
         encoded = _encoded(self.head, pairs, truncate_response)
-        name = self.head.tokenizer.convert_ids_to_tokens
-        for pair, *texts in zip(pairs, encoded.chosen, encoded.rejected, strict=True):
-            batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=self.head.pad_token_id, device=self.head.device)
-            layers = [_weighted(by_token) for by_token, _ in self._by_layer(_run([self], batch))]
-            values = torch.stack(layers, dim=2).cpu()
-            chosen, rejected = (values[row, : len(text)] for row, text in enumerate(texts))
-            one, other = (tuple(name(list(text.ids))) for text in texts)
-            yield TokenScores(pair.id, one, other, chosen, rejected)
+        both = tqdm(
+            zip(pairs, encoded.chosen, encoded.rejected, strict=True),
+            total=len(pairs),
+            desc=self.method,
+            unit="pair",
+            disable=None if progress else True,
+        )
+        return (self._by_token(pair, texts) for pair, *texts in both)
+
+    @torch.inference_mode(False)
+    def _by_token(self, pair: PreferencePair, texts: list[EncodedText]) -> TokenScores:
+        batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=self.head.pad_token_id, device=self.head.device)
+        layers = [_weighted(by_token) for by_token, _ in self._by_layer(_run([self], batch))]
+        values = torch.stack(layers, dim=2).cpu()
+        chosen, rejected = (values[row, : len(text)] for row, text in enumerate(texts))
+        one, other = (tuple(self.head.tokenizer.convert_ids_to_tokens(list(text.ids))) for text in texts)
+        return TokenScores(pair.id, one, other, chosen, rejected)
+
+    def __repr__(self) -> str:
+        return f"NeuronAttribution({self._name(self.aggregate)}, {self.site} at {self.positions} tokens, {self.head!r})"
 
     # -- for score_together ----------------------------------------------------------------------------------------
 
@@ -201,6 +245,7 @@ class NeuronAttribution:
         return torch.stack(layers, dim=1)
 
 
+@torch.inference_mode(False)
 def score_together(
     attributions: Sequence[NeuronAttribution],
     pairs: PreferencePairs,
@@ -217,12 +262,7 @@ def score_together(
     if not attributions or any(one.head is not attributions[0].head for one in attributions):
         raise OptionError("attributions: expected at least one NeuronAttribution, all of the same head.")
     head = attributions[0].head
-    if any(one.method in NEEDS_REWARD for one in attributions):
-        head.require_weight()
-    if any(one.graddrop for one in attributions) and head.n_layers < 2:
-        raise OptionError("graddrop: it leaves out one other layer at a time, and this model has one. Leave it out.")
     encoded = _encoded(head, pairs, truncate_response)
-    n_tokens = 0
     running = [RunningScores(head.n_layers, head.n_neurons(one.site)) for one in attributions]
     gaps: list[list[Tensor]] = [[] for _ in attributions]
     desc = ", ".join(dict.fromkeys(one.method for one in attributions))
@@ -235,6 +275,7 @@ def score_together(
             running[number].add(per_pair, batch.keys[:half])
             gaps[number] += [] if gap is None else [gap]
             tokens[number] += int(batch.select(one.positions).sum())
+        del run  # its activations, before the next batch has its own
     found = []
     for one, sums, gap_parts, n_tokens in zip(attributions, running, gaps, tokens, strict=True):
         provenance = head.provenance(

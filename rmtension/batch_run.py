@@ -1,7 +1,7 @@
 """One batch run once, forward and backward, for all the first-order methods that want to look at it."""
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 
 import torch
@@ -64,18 +64,20 @@ class BatchRun:
         self.direct: DirectContributions | None = None
         if not forward:
             return
-        with (
-            InstalledHooks(hooks + (gates.hooks if gates else [])),
-            InstalledHooks(paths.hooks if paths else []),
-            torch.set_grad_enabled(self._differentiated),
-        ):
-            rewards = head.forward(batch) if self._differentiated else head.residual(batch)
-        if gradients:
-            self.gradients = self._gradients(rewards, keep_graph=drops)
-        if gates is not None:
-            for layer in range(head.n_layers):
-                with gates.closed(layer):
-                    self.dropped.append(self._gradients(rewards, keep_graph=layer < head.n_layers - 1))
+        # The caller may be under no_grad.
+        with torch.set_grad_enabled(self._differentiated):
+            with (
+                InstalledHooks(hooks + (gates.hooks if gates else [])),
+                InstalledHooks(paths.hooks if paths else []),
+                gates.running() if gates else nullcontext(),
+            ):
+                rewards = head.forward(batch) if self._differentiated else head.residual(batch)
+            if gradients:
+                self.gradients = self._gradients(rewards, keep_graph=drops)
+            if gates is not None:
+                for layer in range(head.n_layers):
+                    with gates.closed(layer):
+                        self.dropped.append(self._gradients(rewards, keep_graph=layer < head.n_layers - 1))
         self.direct = None if paths is None else paths.contributions()
         self.activations = {place: self._shaped(seen.detach()) for place, seen in self._seen.items()}
         self._seen = {}
@@ -105,7 +107,7 @@ class BatchRun:
 
 
 class _BlockGates:
-    """Lets no gradient through what one block adds to the residual stream; forward, nothing changes."""
+    """Lets no gradient through what one block adds to the residual stream; forward, nothing changes but rounding."""
 
     def __init__(self, head: RewardHead) -> None:
         if head.body.plain is not None and not head.body.runs_plain:
@@ -114,11 +116,22 @@ class _BlockGates:
                 "this looks into. Remove the hooks from head.model first."
             )
         modules = [*(head.body.block(layer) for layer in range(head.n_layers)), head.body.final_norm]
-        self._closed = -1
+        self._closed: int | None = None
         self._before: Tensor | None = None
         self.hooks: list[tuple[Spot, Visit]] = [
             (Spot(module, "input"), partial(self._split, number - 1)) for number, module in enumerate(modules)
         ]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """For the forward pass; afterwards nothing is kept of its graph.
+
+        The graph's hooks hold this object: together with a tensor of the graph that is a cycle no collector sees.
+        """
+        try:
+            yield
+        finally:
+            self._before = None
 
     @contextmanager
     def closed(self, layer: int) -> Iterator[None]:
@@ -127,18 +140,19 @@ class _BlockGates:
         try:
             yield
         finally:
-            self._closed = -1
+            self._closed = None
 
     def _split(self, layer: int, stream: Tensor) -> Tensor:
         """The stream after the block of `layer`, as the stream before it plus what the block added."""
-        before, self._before = self._before, stream
-        if before is None or not stream.requires_grad:
-            return stream
-        added = stream - before
-        gate = partial(self._pass, layer)
-        added.register_hook(gate)  # type: ignore[no-untyped-call]
-        self._before = before + added
-        return self._before
+        # What comes before the first block is no block's: an embedding, in some families through the final norm.
+        before = None if layer < 0 else self._before
+        if before is not None and stream.requires_grad:
+            added = stream - before
+            gate = partial(self._pass, layer)
+            added.register_hook(gate)  # type: ignore[no-untyped-call]
+            stream = before + added
+        self._before = stream
+        return stream
 
     def _pass(self, layer: int, gradient: Tensor) -> Tensor:
         return torch.zeros_like(gradient) if self._closed == layer else gradient

@@ -116,9 +116,20 @@ class DirectPaths:
                 shape = "text (neuron channel) -> text neuron"
                 neurons[site].append(reduce(per_channel, shape, "sum", neuron=head.n_neurons(site)).cpu())
                 biases[:, layer] += constant.cpu()
+        blocks = parts.diff(dim=1)
+        if {"mlp", "attn_head"} <= set(neurons):
+            inside = sum(torch.stack(layers, dim=1).sum(dim=2) for layers in neurons.values()) + biases
+            # Rounding goes with what is summed; a factor on the way is off by a share of it.
+            lost, room = (inside - blocks).abs().max(), torch.finfo(head.dtype).eps ** 0.5 * parts.abs().max()
+            if not lost <= room:
+                raise ModelError(
+                    f"direct path: what the neurons of {head.architecture} write is not what its blocks add (off by "
+                    f"{float(lost):.2g}, of {float(blocks.abs().max()):.2g}): it scales or norms it in a way unknown "
+                    "here. Use attribution_patching or integrated_gradients."
+                )
         return DirectContributions(
             embedding=parts[:, 0],
-            blocks=parts.diff(dim=1),
+            blocks=blocks,
             constant=float(weight @ norm.bias) + head.bias,
             neurons={site: torch.stack(layers, dim=1) for site, layers in neurons.items()},
             biases=biases if self._inside else None,

@@ -1,7 +1,7 @@
 """How well scores predict what ablation does: against every neuron by itself, and against sets of growing size."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,13 @@ from rmtension.neuron_scores import NeuronScores, top_size
 from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance
+from rmtension.replacing import name_of
 from rmtension.reward_head import RewardHead
 from rmtension.single_effects import single_neuron_effects
 from rmtension.storage import read_result, write_result
+
+_SAME_MODEL = ("architecture", "model", "site")
+_COLUMNS = ("layer", "neuron", "effect", "stderr")
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +99,7 @@ def faithfulness(
     *,
     mode: str = "zero",
     reference: ActivationStatistics | None = None,
-    positions: str = "all",
+    positions: str | None = None,
     sample: int | None = None,
     truth: NeuronScores | None = None,
     top: float = 0.1,
@@ -103,6 +107,7 @@ def faithfulness(
     n_random: int = 8,
     level: float = 0.95,
     seed: int = 0,
+    truncate_response: bool = False,
     progress: bool = False,
 ) -> Faithfulness:
     """Compare scores with what ablating neurons of this model does to the margin on `pairs`.
@@ -112,8 +117,8 @@ def faithfulness(
     the same pairs, and shift the resamples to have the observed value as their mean, because resampling adds noise
     that lowers every agreement; for a sample of neurons they resample these too, within layers.
 
-    Cost: that of `single_neuron_effects`, and two forward passes a pair for every set: (1 + `n_random`) for each method
-    and fraction.
+    Cost: that of `single_neuron_effects`, and a forward pass for every set: (1 + `n_random`) for each method and
+    fraction, and one more without any. A pass is one over both texts of every pair.
 
     Args:
         head: the model that the scores are of.
@@ -122,48 +127,70 @@ def faithfulness(
         mode: "zero", "mean" (with `reference`), or "other", the mean of the pair's other response, which ablates no
             sets.
         reference: as in `AblationContext`.
-        positions: tokens whose activation is replaced; the scores' own, to compare like with like.
-        sample: how many neurons to ablate, drawn evenly from all layers; by default all.
+        positions: tokens whose activation is replaced; by default those of the scores.
+        sample: how many neurons to ablate, drawn evenly from all layers; by default all. With fewer than two a layer,
+            intervals take all layers for one.
         truth: what `single_neuron_effects` gave for the same model, pairs and ablation, instead of running it.
         top: share of neurons that `top_precision` takes.
         set_fractions: sizes of the sets, as shares of all neurons; empty for none.
         n_random: random sets beside each.
         level: of the intervals.
         seed: of the sample, the random sets and the resamples.
+        truncate_response: as in `RewardHead.score_pairs`.
         progress: show bars.
 
-    Raises `ProvenanceError` for scores of another model, `OptionError` for wrong options.
+    Raises `ProvenanceError` for scores of another model and truth of another ablation, `OptionError` for wrong options;
+    both before the model runs.
     """
     check_level(level)
     if not 0 < top <= 1:
         raise OptionError(f"top: expected a share in (0, 1], got {top}.")
+    if n_random < 0:
+        raise OptionError(f"n_random: expected 0 or more sets, got {n_random}.")
     named = {scores.provenance.method: scores} if isinstance(scores, NeuronScores) else dict(scores)
-    if not named:
-        raise OptionError("scores: expected at least one NeuronScores, got none.")
-    site = next(iter(named.values())).provenance.site
+    site, positions = _where(head, named, positions)
+    target = _reference(mode, reference)
+    neurons = None if sample is None else sample_neurons(head, site, sample, seed=seed)
     planned = [] if mode == "other" else _plan(named, set_fractions, n_random, seed)
+    if truth is None:
+        measured = (
+            torch.ones(head.n_layers, head.n_neurons(site), dtype=torch.bool) if neurons is None else neurons.mask
+        )
+    else:
+        if sample is not None:
+            raise OptionError("sample: truth says which neurons were ablated. Leave sample out, or truth.")
+        asked = head.provenance(
+            pairs,
+            head.encode(pairs, truncate_response=truncate_response),
+            site=site,
+            positions=positions,
+            method=f"effect of ablation to {name_of(target)}",
+        )
+        truth.provenance.require_same(
+            asked, (*_SAME_MODEL, "positions", "method", "data"), what="truth of faithfulness"
+        )
+        measured = torch.isfinite(truth.as_effects())
+    if int(measured.sum()) < 3:
+        raise OptionError(f"sample: expected at least 3 neurons to compare, got {int(measured.sum())}.")
     if truth is None:
         truth = single_neuron_effects(
             head,
             pairs,
-            reference=_reference(mode, reference),
+            reference=target,
             site=site,
             positions=positions,
-            neurons=None if sample is None else sample_neurons(head, site, sample, seed=seed),
+            neurons=neurons,
+            truncate_response=truncate_response,
             progress=progress,
         )
-    for name, one in named.items():
-        one.provenance.require_same(truth.provenance, ("architecture", "model", "site"), what=f"faithfulness of {name}")
-    measured = torch.isfinite(truth.as_effects())
-    if int(measured.sum()) < 3:
-        raise OptionError(f"sample: expected at least 3 neurons to compare, got {int(measured.sum())}.")
     rows = []
     for name, one in named.items():
         measures = agreement(one, truth, measured, top=top, level=level, seed=seed)
         rows.append({"method": name, "n": int(measured.sum()), "top": top_size(top, int(measured.sum())), **measures})
     predicted = {name: one.as_effects()[measured].numpy() for name, one in named.items()}
     table = truth.to_frame().rename(columns={"score": "effect"}).dropna(subset="effect").assign(**predicted)
-    sets = _set_rows(head, planned, pairs, mode, reference, positions, level, seed, progress)
+    ablation = {"mode": mode, "reference": reference, "positions": positions}
+    sets = _set_rows(head, planned, pairs, ablation, level, seed, truncate_response, progress)
     return Faithfulness(pd.DataFrame(rows), table.reset_index(drop=True), sets, truth.provenance, level)
 
 
@@ -179,6 +206,26 @@ def sample_neurons(head: RewardHead, site: str, n: int, *, seed: int = 0) -> Neu
     for layer, size in enumerate(sizes):
         mask[layer, torch.from_numpy(generator.permutation(width)[:size])] = True
     return NeuronSet(mask, site, head.architecture)
+
+
+def _where(head: RewardHead, named: Mapping[str, NeuronScores], positions: str | None) -> tuple[str, str]:
+    """Site and positions of all scores, which are of this model and can be resampled."""
+    if not named:
+        raise OptionError("scores: expected at least one NeuronScores, got none.")
+    if reserved := sorted(set(named) & set(_COLUMNS)):
+        raise OptionError(f"scores: {reserved} are names of columns of the result. Call the methods otherwise.")
+    first = next(iter(named.values())).provenance
+    mine = replace(first, architecture=head.architecture, model=head.fingerprint)
+    for name, one in named.items():
+        one.provenance.require_same(mine, _SAME_MODEL, what=f"faithfulness of {name}")
+        one.require_blocks()
+    found = {one.provenance.positions for one in named.values()}
+    if positions is None and len(found) > 1:
+        raise OptionError(
+            f"positions: the scores are of {sorted(found)} tokens. Say at which of them to replace activations, or "
+            "compare scores of the same."
+        )
+    return first.site, found.pop() if positions is None else positions
 
 
 def _reference(mode: str, reference: ActivationStatistics | None) -> str | ActivationStatistics:
@@ -223,24 +270,23 @@ def _set_rows(
     head: RewardHead,
     planned: Sequence[_Planned],
     pairs: PreferencePairs,
-    mode: str,
-    reference: ActivationStatistics | None,
-    positions: str,
+    ablation: Mapping[str, Any],
     level: float,
     seed: int,
+    truncate_response: bool,
     progress: bool,
 ) -> pd.DataFrame:
     """True and predicted effects of ablating each method's top sets."""
     if not planned:
         return pd.DataFrame()
-    base = head.score_pairs(pairs).margin
+    base = head.score_pairs(pairs, truncate_response=truncate_response).margin
     rows = []
     total = sum(1 + len(one.random) for one in planned)
     with tqdm(total=total, desc="ablate sets", unit="set", disable=None if progress else True) as bar:
 
         def change(neurons: NeuronSet) -> Float[Tensor, "pair"]:
-            with AblationContext(head, neurons, mode=mode, reference=reference, positions=positions):
-                margin = head.score_pairs(pairs).margin
+            with AblationContext(head, neurons, **ablation):
+                margin = head.score_pairs(pairs, truncate_response=truncate_response).margin
             bar.update()
             return (margin - base).double()
 

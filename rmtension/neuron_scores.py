@@ -22,7 +22,7 @@ N_BLOCKS = 32
 _TENSORS = ("values", "stderr", "without_block", "completeness_gap")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NeuronScores:
     """One score per neuron with its standard error (NaN where it is undefined), and where it came from.
 
@@ -42,6 +42,16 @@ class NeuronScores:
         for name in _TENSORS:
             given = getattr(self, name)
             object.__setattr__(self, name, None if given is None else given.detach().cpu().clone())
+
+    def __repr__(self) -> str:
+        layers, neurons = self.values.shape
+        where, known = self.provenance, self.values[self.values.isfinite()]
+        span = f"from {known.min():.3g} to {known.max():.3g}" if len(known) else "none is a number"
+        some = "" if len(known) == self.values.numel() else f", {len(known)} of them scored"
+        return (
+            f"NeuronScores({where.method}: {layers} x {neurons} {where.site} neurons{some}, {span}; "
+            f"{where.n_pairs} pairs, {where.positions} tokens, {where.architecture})"
+        )
 
     @property
     def n(self) -> int:
@@ -98,17 +108,22 @@ class NeuronScores:
 
         Exact for means over blocks of equal size; to first order for others (the infinitesimal jackknife).
         """
+        without = self.require_blocks()
+        n = len(without)
+        influence = (n - 1) * (self.values - without)
+        return (
+            self.values
+            + einsum(counts - 1, influence, "resample block, block layer neuron -> resample layer neuron") / n
+        )
+
+    def require_blocks(self) -> Float[Tensor, "block layer neuron"]:
+        """`without_block`; raises `OptionError` for scores that keep none."""
         if self.without_block is None:
             raise OptionError(
                 f"scores: those of method {self.provenance.method!r} keep no blocks of prompts, so they cannot be "
                 "resampled. Score again with this version."
             )
-        n = len(self.without_block)
-        influence = (n - 1) * (self.values - self.without_block)
-        return (
-            self.values
-            + einsum(counts - 1, influence, "resample block, block layer neuron -> resample layer neuron") / n
-        )
+        return self.without_block
 
     def to_frame(self) -> pd.DataFrame:
         """One row a neuron: layer, neuron, score, stderr."""

@@ -13,7 +13,7 @@ from rmtension.provenance import Provenance
 from rmtension.storage import read_result, write_result
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PairScores:
     """One signed score per pair and neuron, in the order of `pairs`, in the dtype of rewards.
 
@@ -27,6 +27,13 @@ class PairScores:
     def __post_init__(self) -> None:
         if len(self.values) != len(self.pairs):
             raise OptionError(f"values: expected a row for each of {len(self.pairs)} pairs, got {len(self.values)}.")
+
+    def __repr__(self) -> str:
+        n, layers, neurons = self.values.shape
+        where = self.provenance
+        return (
+            f"PairScores({where.method}: {n} pairs, {layers} x {neurons} {where.site} neurons of {where.architecture})"
+        )
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -21,7 +21,8 @@ class Replay:
     on them included. Memory: the residual stream before every block, and the activations of `sites`.
 
     Only transformers' own modules can run one by one. Where they do not run (a HookedTransformer, a bridge that the
-    user hooked) `is_partial` is False, `rewards_from` runs the whole model, and it takes no other stream.
+    user hooked), or a block runs more than once, `is_partial` is False, `rewards_from` runs the whole model, and it
+    takes no other stream.
 
     Args:
         head: the model.
@@ -34,8 +35,9 @@ class Replay:
         self.batch = batch
         self.is_partial = head.body.runs_plain
         self.activations: dict[tuple[str, int], Float[Tensor, "text token channel"]] = {}
-        self._streams: list[Tensor] = []
+        self._streams: dict[int, Tensor] = {}
         self._blocks: list[nn.Module] = []
+        n_runs = [0] * head.n_layers
         hooks: list[tuple[Spot, Visit]] = [
             (spot, partial(self._keep, site, layer))
             for site in sites
@@ -45,9 +47,14 @@ class Replay:
         if self.is_partial:
             self._blocks = [head.body.block(layer) for layer in range(head.n_layers)]
             stream = [*self._blocks, head.body.final_norm]
-            hooks += [(Spot(module, "input"), self._keep_stream) for module in stream]
+            hooks += [
+                (Spot(module, "input"), partial(self._keep_stream, number, n_runs))
+                for number, module in enumerate(stream)
+            ]
         with InstalledHooks(hooks), recorded_calls(self._blocks) as calls, torch.no_grad():
             self.rewards: Float[Tensor, "text"] = head.forward(batch)
+        # A block that runs twice for one text is not replayed by running it once.
+        self.is_partial = self.is_partial and n_runs == [1] * head.n_layers
         self._calls: list[Call] = [calls[block] for block in self._blocks]
 
     def stream(self, layer: int) -> Float[Tensor, "text token d_model"]:
@@ -95,5 +102,8 @@ class Replay:
     def _keep(self, site: str, layer: int, activation: Tensor) -> None:
         self.activations[site, layer] = activation.detach().reshape(*self.batch.mask.shape, -1)
 
-    def _keep_stream(self, stream: Tensor) -> None:
-        self._streams.append(stream.detach())
+    def _keep_stream(self, number: int, n_runs: list[int], stream: Tensor) -> None:
+        # Of several, the last: some families run their final norm on the embedding too.
+        self._streams[number] = stream.detach()
+        if number < len(n_runs):
+            n_runs[number] += 1

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rmtension.errors import DataError, OptionError
+from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
@@ -21,6 +21,8 @@ from rmtension.sites import check_positions, find_site
 
 # Residual streams of one step over the last layer's neurons, in numbers: 64 MB in float32.
 _AT_A_TIME = 16_000_000
+# Relative rounding beyond which trying a block says nothing: that of half precision.
+_COARSE = 1e-4
 
 
 def single_neuron_effects(
@@ -42,9 +44,14 @@ def single_neuron_effects(
 
     Cost: one forward pass over the pairs, and for a neuron of layer l (from 0) of L the blocks above it, which are
     (L - 1 - l) / L of a forward pass, where the residual stream takes what the site's projection writes as it is
-    (`mlp` of most families); otherwise, as for heads before an MLP, its own block as well, (L - l) / L. So all N
-    neurons a layer of the former take N (L - 1) / 2 passes instead of N L. Models whose blocks do not run one by one
-    take a whole pass a neuron. Raises `OptionError` for a wrong site, position or reference.
+    (`mlp` of most families); otherwise, as for heads before an MLP and in half precision, its own block as well,
+    (L - l) / L. So all N neurons a layer of the former take N (L - 1) / 2 passes instead of N L. To this every layer
+    that has a wanted neuron adds what another neuron of it would cost, and one block to tell the two cases apart.
+    Models whose blocks do not run one by one take a whole pass a neuron.
+
+    In half precision effects near the rounding of the reward are rounding; open the model in float32 for the truth.
+    Raises `OptionError` for a wrong site, position or reference, `ProvenanceError` for neurons or a reference of
+    another model.
     """
     check_positions(positions)
     site = find_site(site).name
@@ -59,8 +66,14 @@ def single_neuron_effects(
         raise OptionError(
             f"neurons: expected a set of {shape} at site {site!r}, got {tuple(neurons.mask.shape)} at {neurons.site!r}."
         )
+    if neurons.architecture != head.architecture:
+        raise ProvenanceError(
+            f"neurons: the set indexes neurons of {neurons.architecture!r}, the model is {head.architecture!r}. Use a "
+            "set made with a model of this architecture."
+        )
     encoded = head.encode(pairs, truncate_response=truncate_response)
     scores = RunningScores(*shape)
+    n_tokens = 0
     with (
         tqdm(total=len(encoded) * len(neurons), desc="ablate", unit="pair", disable=None if progress else True) as bar,
         torch.no_grad(),
@@ -71,16 +84,19 @@ def single_neuron_effects(
             changes = torch.full((half, *shape), torch.nan, dtype=torch.float64)
             for layer, columns in enumerate(neurons.mask):
                 wanted = columns.nonzero()[:, 0].tolist()
+                if not wanted:
+                    continue
                 activation = replay.activations[site, layer]
                 step = step_to(reference, layer, activation, batch.select(positions).to(activation.device))
                 for number, change in zip(wanted, _changes(replay, site, layer, step, wanted), strict=True):
                     changes[:, layer, number] = (change[:half] - change[half:]).double().cpu()
                     bar.update(half)
             scores.add(changes, batch.keys[:half])
+            n_tokens += int(batch.select(positions).sum())
     provenance = head.provenance(
         pairs, encoded, site=site, positions=positions, method=f"effect of ablation to {name_of(reference)}"
     )
-    return scores.finish(replace(provenance, n_tokens=encoded.n_tokens))
+    return scores.finish(replace(provenance, n_tokens=n_tokens))
 
 
 def _changes(
@@ -89,7 +105,7 @@ def _changes(
     """The change of every text's reward for each wanted neuron of a layer, in order."""
     head = replay.head
     steps = rearrange(step, "text token (neuron channel) -> text token neuron channel", neuron=head.n_neurons(site))
-    written = _written(replay, site, layer, step) if replay.is_partial and wanted else None
+    written = _written(replay, site, layer, step) if replay.is_partial else None
     if written is None:
         base = replay.rewards_from(layer)
         for number in wanted:
@@ -133,7 +149,8 @@ def _written(
     """What one unit of each channel adds to the stream after the block; None where the block does more with it.
 
     A norm behind the projection (Gemma-2), or an MLP behind attention, makes it depend on the rest. Decided by trying:
-    the block runs once with all of `step`, and its output has to move by what the projection says.
+    the block runs once with all of `step`, as large as the stream, and its output has to move by what the projection
+    says. Half precision is too coarse to tell.
     """
     head = replay.head
     name = head.body.projection_names.get((site, layer))
@@ -143,17 +160,25 @@ def _written(
     projection = head.body.plain.get_submodule(name)
     n_channels = head.n_channels(site)
     parameter = next(projection.parameters())
+    precision = torch.finfo(parameter.dtype).eps
+    if precision > _COARSE:
+        return None
     # In pieces and through `forward`, because a user's hook has nothing to do with the weights.
     unit = torch.eye(n_channels, dtype=parameter.dtype, device=parameter.device)
     weights: Tensor = projection.forward(unit) - projection.forward(torch.zeros_like(unit[:1]))
 
+    above = replay.stream(layer + 1)
+    size = above.abs().max()
+    expected = step @ weights
+    factor = size / expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+    if not factor.isfinite():
+        return None  # nothing is written, or next to nothing
+    expected = expected * factor
+
     def move(_layer: int, activation: Tensor) -> Tensor:
-        return activation + step.reshape(activation.shape)
+        return activation + (step * factor).reshape(activation.shape)
 
     with head.hooks(site, move, [layer]):
-        moved = replay.run_block(layer, replay.stream(layer)) - replay.stream(layer + 1)
-    expected = step @ weights
-    scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
-    # Two roundings of the stream; another path is off by the size of the step itself.
-    room = 64 * torch.finfo(expected.dtype).eps * (replay.stream(layer + 1).abs().max() + scale)
-    return weights if (moved - expected).abs().max() <= room else None
+        moved = replay.run_block(layer, replay.stream(layer)) - above
+    # Roundings of the stream and of the step; another path is off by a share of the step itself.
+    return weights if (moved - expected).abs().max() <= 64 * precision * size else None

@@ -6,8 +6,8 @@
 
 Of the embedded world, every model is measured on test pairs of its own objective, the mixed one on both. For mean and
 zero ablation of every MLP neuron and every head, each method is compared with the true effect; top sets of growing
-size follow for mean ablation of MLP neurons. Tables go to `--out` as CSV files, one a model, ablation and site; what is
-there is not computed again.
+size follow for mean ablation of MLP neurons. Tables go to `--out` as CSV files, one a model, ablation and site, and
+results as `Faithfulness` files; what is there is not computed again.
 """
 
 import argparse
@@ -72,6 +72,7 @@ def measure(
                 n_random=4,
                 progress=progress,
             )
+            found.save(out / f"{name} {site} {mode}.safetensors")
             found.sets.to_csv(out / f"{name} {site} {mode} sets.csv", index=False)
             labels = {"model": name, "site": site, "mode": mode, "n_pairs": len(pairs)}
             found.summary.assign(**labels).to_csv(path, index=False)
@@ -99,15 +100,15 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, nargs="*", default=[])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--n-pairs", type=int, default=96)
-    parser.add_argument("--steps", type=int, default=8, help="nodes of integrated gradients")
+    parser.add_argument("--steps", type=int, default=32, help="nodes of integrated gradients")
     parser.add_argument("--fractions", type=float, nargs="*", default=[0.01, 0.05, 0.2], help="sizes of ablated sets")
     parser.add_argument("--progress", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     settings = {"steps": options.steps, "fractions": options.fractions, "progress": options.progress}
     if options.models is not None:
+        test = preference_world(0).test  # as the demo trains all its seeds on the training pairs of world 0
         for seed in range(options.seeds):
-            test = preference_world(seed).test
             for name in (*OBJECTIVES, "mixed"):
                 parts = [name] if name in OBJECTIVES else list(OBJECTIVES)
                 each = options.n_pairs // len(parts)
@@ -120,11 +121,31 @@ def main() -> None:
         pairs = PreferencePairs(pair for file in files for pair in take(file, each, head))
         measure(options.model.name + " real", options.model, pairs, options.out, **settings)
     paths = sorted(path for path in options.out.glob("*.csv") if not path.stem.endswith("sets"))
-    table = pd.concat([pd.read_csv(path) for path in paths])
-    table["family"] = table["model"].str.contains("real").map({True: "real pairs", False: "embedded world"})
-    columns = ["spearman", "sign_agreement", "top_precision", "slope"]
-    grouped = table.groupby(["family", "site", "mode", "method"])[columns]
-    print(grouped.agg(["mean", "min", "max"]).round(3).to_string())
+    print_tables(pd.concat([pd.read_csv(path) for path in paths]))
+
+
+def print_tables(table: pd.DataFrame) -> None:
+    """In Markdown: for one model its intervals, for several the mean over models and their range."""
+    names = ["spearman", "sign_agreement", "top_precision", "slope"]
+    for (site, mode), part in table.groupby(["site", "mode"]):
+        models = part["model"].unique()
+        print(
+            f"\n{site}, {mode}: {len(models)} models, {part['n'].min()} neurons, {part['n_pairs'].min()} pairs each\n"
+        )
+        print(f"| method | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+        for method, rows in part.groupby("method", sort=False):
+            low, high = ("_low", "_high") if len(models) == 1 else ("", "")
+            cells = [
+                f"{rows[name].mean():.3f} [{rows[name + low].min():.3f}, {rows[name + high].max():.3f}]"
+                if rows[name].notna().all()
+                else "none"
+                for name in names
+            ]
+            print(f"| `{method}` | {' | '.join(cells)} |")
+        best = part.groupby("method")["spearman"].mean().idxmax()
+        print(f"\n`{best}`, Spearman model by model:\n")
+        for row in part[part["method"] == best].to_dict("records"):
+            print(f"- {row['model']}: {row['spearman']:.4f} [{row['spearman_low']:.4f}, {row['spearman_high']:.4f}]")
 
 
 if __name__ == "__main__":

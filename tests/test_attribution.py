@@ -4,6 +4,8 @@ Tolerance 1e-9 as in test_numbers.py. captum runs the same float64 model; 1e-6 i
 1e-9 what is seen.
 """
 
+import gc
+import weakref
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -11,12 +13,13 @@ import captum.attr
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, make_config, make_pairs
+from conftest import FAMILIES, make_config, make_pairs, save_classifier
 from reference import Reference
 from test_reward_head import snapshot
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronScores, NeuronSet, RewardHead
 from rmtension.attribution import score_together
+from rmtension.batch_run import BatchRun, _BlockGates
 from rmtension.direct import direct_contributions
 from rmtension.errors import DataError, ModelError, OptionError, ProvenanceError
 from rmtension.methods import FIRST_ORDER
@@ -476,6 +479,42 @@ def test_the_model_is_as_before(head, few, monkeypatch):
         assert snapshot(head) == before
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_grad_mode_changes_nothing(gpt2, few, mode):
+    head, _ = gpt2
+    expected = score_together(every_method(head, few), few)
+    with mode():
+        found = score_together(every_method(head, few), few)
+        pair = NeuronAttribution(head, method="gradient_x_activation").per_pair(few)
+        tokens = next(NeuronAttribution(head, method="gradient_x_activation").per_token(few))
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+        assert not torch.is_grad_enabled()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.values, other.values)
+    assert torch.allclose(pair.values[0], tokens.chosen.sum(0) - tokens.rejected.sum(0), **CLOSE)
+
+
+def test_nothing_is_kept_of_a_batch(gpt2, few, monkeypatch):
+    """GradDrop's gates and the graph that they are in, and the run of a batch when the next one starts."""
+    head, _ = gpt2
+    gates, runs, alive = [], [], []
+    for owner, seen in ((_BlockGates, gates), (BatchRun, runs)):
+
+        def watched(self, *args, _init=owner.__init__, _seen=seen, **options):
+            if _seen is runs:
+                alive.append(sum(one() is not None for one in runs))
+            _seen.append(weakref.ref(self))
+            _init(self, *args, **options)
+
+        monkeypatch.setattr(owner, "__init__", watched)
+    monkeypatch.setattr(head, "tokens_per_batch", 64)
+    score_together(every_method(head, few), few)
+    assert len(runs) == len(gates) > 2
+    assert alive == [0] * len(runs)
+    gc.collect()
+    assert not any(one() for one in gates)
+
+
 @contextmanager
 def counted(head):
     """Blocks run forward, and gradients that came out of a block's output."""
@@ -589,7 +628,7 @@ class TestWrongArguments:
         with pytest.raises(OptionError, match="GradDrop has no signed scores"):
             dropping.per_pair(few)
         with pytest.raises(OptionError, match="GradDrop has no signed scores"):
-            next(dropping.per_token(few))
+            dropping.per_token(few)
         with pytest.raises(OptionError, match="expected a row for each of 6 pairs, got 5"):
             PairScores(torch.zeros(5, 3, 64), few, NeuronAttribution(exact).score(few).provenance)
 
@@ -598,4 +637,31 @@ class TestWrongArguments:
         assert NeuronAttribution(base).score(few).n == len(few)
         for method in ("attribution_patching", "integrated_gradients", "direct_effect"):
             with pytest.raises(ModelError, match="opened as a language model"):
-                NeuronAttribution(base, method=method).score(few)
+                NeuronAttribution(base, method=method)
+
+    def test_one_layer_has_no_other_to_leave_out(self, tokenizer, tmp_path):
+        head = RewardHead.from_pretrained(save_classifier(tmp_path, "gpt2", tokenizer, n_layer=1))
+        with pytest.raises(OptionError, match="graddrop: it leaves out one other layer"):
+            NeuronAttribution(head, method="attribution_patching", aggregate="absolute", graddrop=True)
+
+
+def test_what_prints(gpt2, few):
+    """In a line: what, of what, from how much."""
+    head, _ = gpt2
+    attribution = NeuronAttribution(head, method="gradient_x_activation", positions="response")
+    scores, pairs, tokens = attribution.score(few), attribution.per_pair(few), next(attribution.per_token(few))
+    low, high = scores.values.min(), scores.values.max()
+    assert repr(scores) == (
+        f"NeuronScores(gradient_x_activation: 3 x 64 mlp neurons, from {low:.3g} to {high:.3g}; 6 pairs, response "
+        f"tokens, {head.architecture})"
+    )
+    assert repr(pairs) == f"PairScores(gradient_x_activation: 6 pairs, 3 x 64 mlp neurons of {head.architecture})"
+    chosen, rejected = len(tokens.chosen_tokens), len(tokens.rejected_tokens)
+    assert repr(tokens) == f"TokenScores({few[0].id!r}: {chosen} chosen and {rejected} rejected tokens, 3 x 64 neurons)"
+    assert repr(attribution).startswith("NeuronAttribution(gradient_x_activation, mlp at response tokens, RewardHead(")
+    frame = tokens.to_frame(layer=1, neuron=5)
+    assert list(frame.columns) == ["side", "position", "token", "score"]
+    assert len(frame) == chosen + rejected
+    sums = frame.groupby("side")["score"].sum()
+    assert sums["chosen"] - sums["rejected"] == pytest.approx(float(pairs.values[0, 1, 5]), abs=1e-9)
+    assert scores.provenance.n_tokens == pairs.provenance.n_tokens < attribution.head.encode(few).n_tokens

@@ -515,6 +515,8 @@ class TestFigure:
         zeros = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_label().startswith("_child")]
         assert [[0, 0], [1, 0]] in zeros
         assert [[0, 0], [0, 1]] in zeros
+        assert axes.get_xlabel() == "mean contribution to helpful margins\n(reward units; 30 pairs of 15 prompts)"
+        assert axes.get_ylabel() == "mean contribution to harmless margins\n(reward units; 30 pairs of 10 prompts)"
         first, second = figure.get_suptitle().split("\n")
         assert first == "Contributions to helpful and harmless margins: mlp, gradient x activation"
         assert second == f"Cosine {report.cosine}; 90% intervals over prompts"

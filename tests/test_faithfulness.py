@@ -10,7 +10,7 @@ from test_attribution import references, sides
 from test_reward_head import snapshot
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronScores, NeuronSet, RewardHead
-from rmtension.agreement import agreement
+from rmtension.agreement import MEASURES, _places_within, agreement
 from rmtension.attribution import score_together
 from rmtension.errors import DataError, ModelError, OptionError, ProvenanceError
 from rmtension.faithfulness import Faithfulness, faithfulness, sample_neurons
@@ -108,9 +108,18 @@ def test_single_effects_cost(gpt2, few):
         # Heads stand before an MLP: their own block runs too.
         single_neuron_effects(gpt2, few, site="attn_head")
         assert len(calls) == 3 + 3 + (4 + 1) * (3 + 2 + 1)
+        calls.clear()
+        # Layers without a wanted neuron cost nothing.
+        single_neuron_effects(gpt2, few, neurons=sample_of(gpt2, [(1, 5)]))
+        assert len(calls) == 3 + 1 + (1 + 1) * 1
     finally:
         for handle in handles:
             handle.remove()
+
+
+def sample_of(head, places):
+    shape = (head.n_layers, head.n_neurons("mlp"))
+    return NeuronSet.from_indices(places, shape=shape, site="mlp", architecture=head.architecture)
 
 
 def test_single_effects_where_blocks_do_not_run_one_by_one(gpt2, few):
@@ -193,6 +202,45 @@ def test_measures_by_other_means():
     assert size["spearman"] == pytest.approx(stats.spearmanr(np.abs(a), np.abs(b)).statistic, abs=1e-12)
     assert np.isnan(size["sign_agreement"])
     assert size["top_precision"] == found["top_precision"]
+
+
+def test_without_other_prompts_there_is_no_interval():
+    """All prompts in one block: nothing is left without it."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(2, 30))
+    known, unknown = made_scores(values), made_scores(values + 0.1 * rng.normal(size=values.shape))
+    without = known.without_block.clone()
+    without[3] = torch.nan
+    found = measures(NeuronScores(known.values, known.stderr, known.provenance, without), unknown)
+    for name in MEASURES:
+        assert np.isfinite(found[name])
+        assert np.isnan([found[f"{name}_low"], found[f"{name}_high"]]).all()
+    assert np.isfinite(list(measures(known, unknown).values())).all()
+
+
+def test_intervals_hold_what_was_observed():
+    """Few neurons, of which shares move in steps."""
+    rng = np.random.default_rng(4)
+    for _ in range(40):
+        blocks = rng.normal(size=(2, N_BLOCKS, 3, 4)) + rng.normal(size=(2, 1, 3, 4))
+        found = measures(*(made_scores(one.mean(0), one) for one in blocks), top=0.2)
+        for name in MEASURES:
+            assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
+
+
+@pytest.mark.parametrize("sizes", [[5, 9], [2, 2, 2], [1, 1, 6]])
+def test_resampled_neurons_vary_as_samples_do(sizes):
+    """The variance of a layer's resampled mean is s^2 / n; drawing n of n would give (n - 1) / n of it."""
+    layers = np.repeat(np.arange(len(sizes)), sizes)
+    values = np.random.default_rng(1).normal(size=len(layers))
+    drawn = values[_places_within(layers, 200_000, np.random.default_rng(2))]
+    strata = [len(layers)] if min(sizes) < 2 else sizes
+    ends = np.cumsum([size - 1 for size in strata])[:-1]
+    for own, part in zip(np.split(values, np.cumsum(strata)[:-1]), np.split(drawn, ends, axis=1), strict=True):
+        assert part.shape[1] == len(own) - 1
+        # 1%: three standard errors of the variance of 200,000 draws.
+        assert part.mean(1).var() == pytest.approx(own.var(ddof=1) / len(own), rel=0.01)
+        assert np.isin(part, own).all()
 
 
 def test_perfect_and_meaningless_scores():
@@ -299,6 +347,28 @@ def test_a_sample_of_neurons(gpt2, few, tmp_path):
     assert back.to_frame().equals(found.summary)
 
 
+def test_responses_that_do_not_fit_are_cut_everywhere(gpt2, few, monkeypatch):
+    longest = max(len(text) - text.response_start for text in gpt2.encode(few).chosen)
+    monkeypatch.setattr(gpt2, "max_length", longest - 2)
+    with pytest.raises(DataError, match="truncate_response=True"):
+        NeuronAttribution(gpt2).score(few)
+    scores = NeuronAttribution(gpt2, method="gradient_x_activation").score(few, truncate_response=True)
+    options = {"sample": 6, "set_fractions": (0.1,), "n_random": 1}
+    found = faithfulness(gpt2, scores, few, truncate_response=True, **options)
+    assert len(found.neurons) == 6
+    with pytest.raises(DataError, match="truncate_response=True"):
+        faithfulness(gpt2, scores, few, **options)
+
+
+def test_replaces_where_the_scores_look(gpt2, few):
+    scores = NeuronAttribution(gpt2, method="gradient_x_activation", positions="last").score(few)
+    found = faithfulness(gpt2, scores, few, sample=6, set_fractions=())
+    assert found.provenance.positions == "last"
+    elsewhere = faithfulness(gpt2, scores, few, sample=6, set_fractions=(), positions="all")
+    assert elsewhere.provenance.positions == "all"
+    assert not found.neurons["effect"].equals(elsewhere.neurons["effect"])
+
+
 def test_other_responses_ablate_no_sets(gpt2, few):
     scores = NeuronAttribution(gpt2, method="attribution_patching", reference="other").score(few)
     found = faithfulness(gpt2, scores, few, mode="other")
@@ -324,20 +394,47 @@ class TestWrongArguments:
             ({"sample": 2}, "sample: expected at least 3"),
             ({"top": 0.0}, "top: expected a share"),
             ({"level": 2.0}, "level"),
+            ({"n_random": -1}, "n_random: expected 0 or more"),
+            ({"sample": 9, "truth": single_neuron_effects(gpt2, few)}, "sample: truth says which"),
         ]:
             with pytest.raises(OptionError, match=message):
                 faithfulness(gpt2, scores, few, **options)
         with pytest.raises(OptionError, match="at least one NeuronScores"):
             faithfulness(gpt2, {}, few)
 
+        with pytest.raises(OptionError, match=r"\['effect'\] are names of columns"):
+            faithfulness(gpt2, {"effect": scores}, few)
+        both = {"here": scores, "there": NeuronAttribution(gpt2, positions="response").score(few)}
+        with pytest.raises(OptionError, match=r"positions: the scores are of \['all', 'response'\] tokens"):
+            faithfulness(gpt2, both, few)
+        bare = NeuronScores(scores.values, scores.stderr, scores.provenance)
+        with pytest.raises(OptionError, match="keep no blocks of prompts"):
+            faithfulness(gpt2, bare, few)
+
     def test_scores_of_another_model(self, gpt2, head, few):
-        with pytest.raises(ProvenanceError, match="model differs"):
+        with pytest.raises(ProvenanceError, match=r"(model|architecture) differs"):
             faithfulness(gpt2, NeuronAttribution(head).score(few), few, sample=3)
+
+    def test_truth_of_another_ablation(self, gpt2, few):
+        scores = NeuronAttribution(gpt2, method="gradient_x_activation").score(few)
+        for truth, field in [
+            (single_neuron_effects(gpt2, few, reference="other"), "method"),
+            (single_neuron_effects(gpt2, few, positions="response"), "positions"),
+            (single_neuron_effects(gpt2, few[:2]), "data"),
+            (scores, "method"),
+        ]:
+            with pytest.raises(ProvenanceError, match=f"truth of faithfulness: {field} differs"):
+                faithfulness(gpt2, scores, few, truth=truth)
+        right = single_neuron_effects(gpt2, few)
+        assert faithfulness(gpt2, scores, few, truth=right, set_fractions=()).neurons["effect"].notna().all()
 
     def test_single_effects(self, gpt2, checkpoints, few):
         heads = NeuronSet(torch.ones(3, 4, dtype=torch.bool), "attn_head", gpt2.architecture)
         with pytest.raises(OptionError, match=r"neurons: expected a set of \(3, 64\) at site 'mlp'"):
             single_neuron_effects(gpt2, few, neurons=heads)
+        foreign = NeuronSet(torch.ones(3, 64, dtype=torch.bool), "mlp", "another")
+        with pytest.raises(ProvenanceError, match="neurons: the set indexes neurons of 'another'"):
+            single_neuron_effects(gpt2, few, neurons=foreign)
         with pytest.raises(OptionError, match="reference: expected 'zero'"):
             single_neuron_effects(gpt2, few, reference="mean")
         with pytest.raises(DataError, match="at least one preference pair"):

@@ -4,13 +4,14 @@ The first argument is a `StudyResult`, or one of its tables, which may also be m
 may be missing then. Several seeds are averaged, with the intervals of `intervals.over_seeds`, and shown faintly one by
 one. `family` chooses among several; `level` is that of the intervals in a bare table (0.95 unless the table says).
 Figures of several panels draw one of them into a given `ax`, chosen by the arguments. `conflict_scatter` takes a
-`ConflictReport` instead.
+`ConflictReport` instead, `faithfulness_scatter` and `faithfulness_sets` a `Faithfulness`.
 """
 
 from rmtension.plots.behaviour import accuracy, comparisons, radar, refuse_respond, transferability
 from rmtension.plots.causes import collapse, curves, equal_size, matrix
 from rmtension.plots.confidence import confidence, distributions
 from rmtension.plots.conflict import conflict_scatter
+from rmtension.plots.faithfulness import faithfulness_scatter, faithfulness_sets
 from rmtension.plots.neurons import depth, overlap
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "depth",
     "distributions",
     "equal_size",
+    "faithfulness_scatter",
+    "faithfulness_sets",
     "matrix",
     "overlap",
     "radar",

@@ -53,8 +53,12 @@ def conflict_scatter(report: ConflictReport, ax: "Axes | None" = None) -> "Figur
             axes.errorbar(x, y, xerr=x_reach, yerr=y_reach, markersize=5, elinewidth=0.7, zorder=3, **style)
     for line in (axes.axhline, axes.axvline):
         line(0, color="black", linewidth=0.8, zorder=2)
-    axes.set_xlabel("mean contribution to helpful margins")
-    axes.set_ylabel("mean contribution to harmless margins")
+    x_label, y_label = (
+        f"mean contribution to {one} margins\n"
+        f"(reward units; {report.n_pairs[one]} pairs of {report.n_prompts[one]} prompts)"
+        for one in OBJECTIVES
+    )
+    axes.set(xlabel=x_label, ylabel=y_label)
     where, cosine = report.provenance["helpful"], report.cosine
     title = (
         f"Contributions to helpful and harmless margins: {readable(where.site)}, {readable(where.method)}\n"
