@@ -162,7 +162,13 @@ class TestSets:
         assert len(panels(figure)) == len(METHODS)
         for method, axes in zip(METHODS, panels(figure), strict=True):
             mine = result.sets[result.sets["method"] == method]
-            (drawn,) = [one for one in axes.containers if isinstance(one, ErrorbarContainer)]
+            drawn, ranges = sorted(
+                (one for one in axes.containers if isinstance(one, ErrorbarContainer)),
+                key=lambda one: one.get_label() == "_random ranges",
+            )
+            assert np.array(ranges.lines[2][0].get_segments())[:, :, 1] == pytest.approx(
+                mine[["random_min", "random_max"]].to_numpy()
+            )
             line, _, (bars,) = drawn.lines
             assert np.array(line.get_data()) == pytest.approx(mine[["size", "effect"]].to_numpy().T)
             ends = np.array(bars.get_segments())

@@ -91,6 +91,7 @@ def faithfulness_sets(
         axes.grid(color="#E8E8E8", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.set_xscale("log")
+        axes.set_xlim(sizes.min() / 1.25, sizes.max() * 1.25)
         axes.set_xticks(ticks, [f"{size:g}" for size in ticks])
         axes.set_xticks([], minor=True)
         if canvas.left(number):
@@ -113,9 +114,15 @@ def _sets(axes: "Axes", mine: pd.DataFrame, signs: tuple[int, ...]) -> None:
             drawn["size"], drawn["random_min"], drawn["random_max"], color=GREY, alpha=0.35, linewidth=0, label=label
         )
         axes.plot(drawn["size"], drawn["random"], color=GREY, linewidth=1.2, label="_random")
+        # Of a single size a band and a line are nothing.
+        span = np.stack([drawn["random"] - drawn["random_min"], drawn["random_max"] - drawn["random"]]).clip(min=0)
+        axes.errorbar(
+            drawn["size"], drawn["random"], yerr=span, fmt="s", markersize=3, color=GREY, elinewidth=1, capsize=0,
+            label="_random ranges",
+        )  # fmt: skip
     for sign in signs:
         axes.plot(
-            size, sign * mine["predicted"], "--", color=_BLUE, linewidth=1.3,
+            size, sign * mine["predicted"], "--x", color=_BLUE, linewidth=1.3, markersize=5,
             label="sum of predicted effects" if sign == 1 else "_turned",
         )  # fmt: skip
     effect, low, high = (mine[one].to_numpy() for one in ("effect", "low", "high"))
