@@ -119,8 +119,9 @@ class DirectPaths:
         blocks = parts.diff(dim=1)
         if {"mlp", "attn_head"} <= set(neurons):
             inside = sum(torch.stack(layers, dim=1).sum(dim=2) for layers in neurons.values()) + biases
-            # Rounding goes with what is summed; a factor on the way is off by a share of it.
-            lost, room = (inside - blocks).abs().max(), torch.finfo(head.dtype).eps ** 0.5 * parts.abs().max()
+            # Rounding goes with what is summed (norms may be float32 in a float64 model); a factor is off by a share.
+            share = max(1e-4, torch.finfo(head.dtype).eps ** 0.5)
+            lost, room = (inside - blocks).abs().max(), share * parts.abs().max()
             if not lost <= room:
                 raise ModelError(
                     f"direct path: what the neurons of {head.architecture} write is not what its blocks add (off by "
