@@ -45,7 +45,7 @@ def test_exception_inside_a_collector_or_an_attribution_leaves_no_hook(head, pai
     monkeypatch.undo()
     assert snapshot(head) == before
     assert torch.equal(collector.compute().mean, expected.mean)
-    monkeypatch.setattr("rmtension.attribution.neuron_activations", fail)
+    monkeypatch.setattr("rmtension.methods.neuron_activations", fail)
     with pytest.raises(RuntimeError, match="stopped"):
         NeuronAttribution(head).score(pairs)
     assert snapshot(head) == before
