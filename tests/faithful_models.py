@@ -73,7 +73,8 @@ def measure(
                 progress=progress,
             )
             found.save(out / f"{name} {site} {mode}.safetensors")
-            found.sets.to_csv(out / f"{name} {site} {mode} sets.csv", index=False)
+            if len(found.sets):
+                found.sets.to_csv(out / f"{name} {site} {mode} sets.csv", index=False)
             labels = {"model": name, "site": site, "mode": mode, "n_pairs": len(pairs)}
             found.summary.assign(**labels).to_csv(path, index=False)
             gap = float(scores["integrated_gradients"].completeness_gap.max())
