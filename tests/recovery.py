@@ -4,10 +4,11 @@ Organisms with hand-set weights (`rmtension.organisms`), without and with redund
 method scores all neurons on helpful and on harmless margins, `conflict` sorts them into classes, and the classes are
 compared with the truth: a neuron that carries helpfulness should raise helpful margins only, a shared one both, a
 conflict one helpful margins at the cost of harmless ones. "true single effects" sorts by the exact effect of zeroing
-each neuron alone, with the same floor: what no method that predicts single ablations can exceed.
+each neuron alone, with the same floor: what a method that predicts single ablations should find.
 """
 
 import argparse
+import sys
 import tempfile
 
 import pandas as pd
@@ -89,6 +90,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 found = recovery(make_organism(folder, seed=seed, **arguments))
             rows += [{"design": design, "method": method, **row} for method, row in found.items()]
+            print(f"{design}: seed {seed} done", file=sys.stderr)
     sums = pd.DataFrame(rows).groupby(["design", "method"], sort=False)[["hits", "found", "truth", "decoys"]].sum()
     sums["precision"], sums["recall"] = sums["hits"] / sums["found"], sums["hits"] / sums["truth"]
     sums["F1"] = 2 * sums["hits"] / (sums["found"] + sums["truth"])
