@@ -73,14 +73,14 @@ class AblationContext:
 
     def _ablate(self, layer: int, activation: Tensor) -> Tensor:
         columns = self.columns[layer].to(activation.device)
-        # Rows are tokens of all texts: some models flatten the two before the MLP, some do not.
+        # Rows here are tokens of all texts: some models flatten the two before the MLP, some do not.
         rows = activation.reshape(-1, self.head.n_channels(self.neurons.site))
         block = rows[:, columns]
         ablated = self._replacement(layer, columns, block)
         # "all" needs no mask: what becomes of padding reaches no real token.
         if self._positions != "all":
             ablated = torch.where(
-                _require_batch().select(self._positions).to(block.device).reshape(-1, 1), ablated, block
+                _require_batch().touched(self._positions).to(block.device).reshape(-1, 1), ablated, block
             )
         rows = rows.clone()
         rows[:, columns] = ablated
@@ -101,21 +101,25 @@ class AblationContext:
         return self._reference.values[donors.cpu(), layer].to(block)[:, columns]
 
 
-def draw_donors(batch: TokenBatch, donor_keys: Int[Tensor, "donor"], seed: int) -> Int[Tensor, "text token"]:
+def draw_donors(batch: TokenBatch, donor_keys: Int[Tensor, "donor"], seed: int) -> Int[Tensor, "row token"]:
     """Which donor every token takes its activations from: one with another prompt than its own.
 
-    The draw is a hash of (seed, prompt, column), not a random stream, so that it does not depend on the batch.
+    The draw is a hash of (seed, prompt, place in the text), not a random stream, so that it does not depend on the
+    batch.
     """
     donors = torch.empty_like(batch.input_ids)
-    columns = torch.arange(batch.input_ids.shape[1], device=donors.device)
+    places = torch.arange(batch.input_ids.shape[1], device=donors.device).expand_as(donors)
+    if batch.position_ids is not None:
+        places = batch.position_ids
     start = _mix(torch.tensor(seed))
-    for row, key in enumerate(batch.keys.tolist()):
+    # The texts of a packed row have one prompt.
+    for row, key in enumerate(batch.keys[: len(donors)].tolist()):
         others = (donor_keys != key).nonzero()[:, 0].to(donors.device)
         if not len(others):
             raise DataError(
                 "resample: all donors come from the prompt that is scored. Sample the reference from more prompts."
             )
-        donors[row] = others[_mix(_mix(columns) ^ _mix(start ^ key).to(columns)) % len(others)]
+        donors[row] = others[_mix(_mix(places[row]) ^ _mix(start ^ key).to(places)) % len(others)]
     return donors
 
 

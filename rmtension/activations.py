@@ -16,12 +16,11 @@ from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance
 from rmtension.reward_head import RewardHead
-from rmtension.sites import check_positions, find_site, neuron_activations
+from rmtension.sites import check_positions, find_site
 from rmtension.storage import read_result, write_result
+from rmtension.sums import weighted_sums
 from rmtension.tokens import TokenBatch, text_batches
 
-# Rows that go to float64 at a time: whole activations would double the memory of a batch.
-_ROWS = 512
 _STATISTICS = ("mean", "abs_mean", "rms", "frequency")
 
 
@@ -93,7 +92,8 @@ class ActivationSample:
 class ActivationCollector:
     """Streams preference pairs through a model and sums what every neuron does.
 
-    Cost: two forward passes per pair; memory: one batch and `layers x channels` float64 sums, however many pairs.
+    Cost: a forward pass over both texts of every pair, what they share once (`rmtension.packing`); memory: one batch
+    and `layers x channels` float64 sums, however many pairs.
     Sums are float64, so any partition of the pairs over `update` and `merge`, in any order, gives the same
     statistics up to the rounding of the model's own arithmetic. A failed `update` changes nothing.
 
@@ -127,9 +127,10 @@ class ActivationCollector:
         n_tokens = 0
         encoded = self.head.encode(pairs, truncate_response=truncate_response)
         for batch in self.head.batches(encoded, desc="collect", progress=progress):
-            select = batch.select(self.positions)
-            n_tokens += int(select.sum())
-            _run(self.head, self.site, batch, partial(self._add, sums, select))
+            # How many of its row's texts have a token: those of a shared prefix count twice.
+            counts = batch.by_token(batch.select(self.positions).float())
+            n_tokens += int(counts.sum())
+            _run(self.head, self.site, batch, partial(self._add, sums, counts))
         for name, total in sums.items():
             self._sums[name] += total
         self._n_tokens += n_tokens
@@ -204,7 +205,7 @@ class ActivationCollector:
             columns_of = [row.nonzero()[:, 0].tolist() for row in batch.select(self.positions)]
             places = [
                 (donor, row, columns_of[row][offset])
-                for row, number in enumerate(batch.rows)
+                for row, number in enumerate(batch.places)
                 for donor, offset in wanted[used[number]]
             ]
             donors, rows, columns = torch.tensor(places).unbind(dim=1)
@@ -224,15 +225,10 @@ class ActivationCollector:
         }
         return sums | {"channel": torch.zeros(layers, self.head.n_channels(self.site), dtype=torch.float64)}
 
-    def _add(self, sums: Mapping[str, Tensor], select: Tensor, layer: int, channels: Tensor) -> None:
-        for rows in torch.split(channels[select.to(channels.device)], _ROWS):
-            exact = rows.double()
-            sums["channel"][layer] += exact.sum(0).cpu()
-            neurons = neuron_activations(exact[None], self.site, self.head.n_neurons(self.site))[0]
-            sums["value"][layer] += neurons.sum(0).cpu()
-            sums["absolute"][layer] += neurons.abs().sum(0).cpu()
-            sums["square"][layer] += neurons.square().sum(0).cpu()
-            sums["positive"][layer] += (neurons > 0).sum(0).cpu()
+    def _add(self, sums: Mapping[str, Tensor], counts: Tensor, layer: int, channels: Tensor) -> None:
+        total = weighted_sums(channels, counts.to(channels.device), self.site, self.head.n_neurons(self.site))
+        for name, values in total.items():
+            sums[name][layer] += values.cpu()
 
     def _n_selected(self, text: EncodedText) -> int:
         return {"all": len(text), "response": len(text) - text.response_start, "last": 1}[self.positions]
@@ -251,10 +247,10 @@ def _keep(values: Tensor, donors: Tensor, rows: Tensor, columns: Tensor, layer: 
 
 
 def _run(head: RewardHead, site: str, batch: TokenBatch, visit: Callable[[int, Tensor], None]) -> None:
-    """One forward pass; `visit(layer, channels)` sees every layer's activations as [text, token, channel]."""
+    """One forward pass; `visit(layer, channels)` sees every layer's activations as [row, token, channel]."""
 
     def look(layer: int, activation: Tensor) -> None:
-        visit(layer, activation.reshape(*batch.mask.shape, -1))
+        visit(layer, activation.reshape(*batch.input_ids.shape, -1))
 
     with head.hooks(site, look), torch.no_grad():
         head.residual(batch)

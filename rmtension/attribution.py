@@ -13,12 +13,20 @@ from tqdm.auto import tqdm
 from rmtension.batch_run import BatchRun
 from rmtension.encoding import EncodedPairs, EncodedText
 from rmtension.errors import DataError, OptionError
-from rmtension.methods import FIRST_ORDER, NEEDS_GRADIENTS, Asked, ByToken, dropped_patching, integrated_gradients
+from rmtension.methods import (
+    FIRST_ORDER,
+    NEEDS_GRADIENTS,
+    Asked,
+    ByToken,
+    dropped_patching,
+    integrated_gradients,
+    of_pairs,
+)
 from rmtension.neuron_scores import NeuronScores
 from rmtension.pair import PreferencePair
 from rmtension.pair_scores import PairScores
 from rmtension.pairs import PreferencePairs
-from rmtension.replacing import Reference, check_reference, name_of
+from rmtension.replacing import Reference, can_share, check_reference, name_of
 from rmtension.reward_head import RewardHead
 from rmtension.running_scores import RunningScores
 from rmtension.sites import check_positions, find_site
@@ -163,11 +171,11 @@ class NeuronAttribution:
         shape = (len(pairs), self.head.n_layers, self.head.n_neurons(self.site))
         values = torch.empty(shape, dtype=self.head.reward_dtype)
         n_tokens = 0
-        for batch in self.head.batches(encoded, desc=self.method, progress=progress):
+        packed = can_share(self.reference)
+        for batch in self.head.batches(encoded, desc=self.method, progress=progress, packed=packed):
             n_tokens += int(batch.select(self.positions).sum())
-            scores = self._per_text(_run([self], batch))[0]
-            half = len(batch.rows) // 2
-            values[list(batch.rows[:half])] = (scores[:half] - scores[half:]).to(values.dtype)
+            half = len(batch.places) // 2
+            values[list(batch.places[:half])] = self._signed(_run([self], batch))[0].to(values.dtype)
         provenance = self.head.provenance(
             pairs, encoded, site=self.site, positions=self.positions, method=self._name("signed")
         )
@@ -194,7 +202,8 @@ class NeuronAttribution:
         batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=self.head.pad_token_id, device=self.head.device)
         layers = [_weighted(by_token) for by_token, _ in self._by_layer(_run([self], batch))]
         values = torch.stack(layers, dim=2).cpu()
-        chosen, rejected = (values[row, : len(text)] for row, text in enumerate(texts))
+        # What a rejected text adds to its pair's score has a minus already.
+        chosen, rejected = (sign * values[row, : len(texts[row])] for row, sign in enumerate((1, -1)))
         one, other = (tuple(self.head.tokenizer.convert_ids_to_tokens(list(text.ids))) for text in texts)
         return TokenScores(pair.id, one, other, chosen, rejected)
 
@@ -209,7 +218,7 @@ class NeuronAttribution:
         options = [", graddrop"] * self.graddrop + [", absolute"] * (aggregate == "absolute")
         return f"{self.method}{reference}{steps}{''.join(options)}"
 
-    def _by_layer(self, run: BatchRun) -> Iterator[tuple[ByToken, Float[Tensor, "text"] | None]]:
+    def _by_layer(self, run: BatchRun) -> Iterator[tuple[ByToken, Float[Tensor, "pair"] | None]]:
         """The method's values by token, layer by layer, with the completeness gap of integrated gradients."""
         asked = Asked(self.site, self.positions, self.reference, self.steps)
         for layer in range(self.head.n_layers):
@@ -218,30 +227,27 @@ class NeuronAttribution:
             else:
                 yield FIRST_ORDER[self.method](run, asked, layer), None
 
-    def _per_text(self, run: BatchRun) -> tuple[Float[Tensor, "text layer neuron"], Float[Tensor, "text layer"] | None]:
-        """Every text's scores and gaps, on the CPU: scores in float64."""
+    def _signed(self, run: BatchRun) -> tuple[Float[Tensor, "pair layer neuron"], Float[Tensor, "pair layer"] | None]:
+        """Every pair's signed scores and gaps, on the CPU: scores in float64."""
         scores, gaps = [], []
         for by_token, gap in self._by_layer(run):
-            scores.append(_summed(by_token))
+            scores.append(_summed(by_token, run))
             gaps += [] if gap is None else [gap.double().cpu()]
         return torch.stack(scores, dim=1), torch.stack(gaps, dim=1) if gaps else None
 
     def _per_pair(self, run: BatchRun) -> tuple[Float[Tensor, "pair layer neuron"], Float[Tensor, "pair layer"] | None]:
         """Every pair's scores by `aggregate`, and the magnitude of its gaps."""
-        half = len(run.batch.rows) // 2
         if self.graddrop:
-            return self._dropped(run, half), None
-        scores, gaps = self._per_text(run)
-        per_pair = scores[:half] - scores[half:]
-        gap = None if gaps is None else (gaps[:half] - gaps[half:]).abs()
-        return per_pair.abs() if self.aggregate == "absolute" else per_pair, gap
+            return self._dropped(run), None
+        scores, gaps = self._signed(run)
+        return scores.abs() if self.aggregate == "absolute" else scores, None if gaps is None else gaps.abs()
 
-    def _dropped(self, run: BatchRun, half: int) -> Float[Tensor, "pair layer neuron"]:
+    def _dropped(self, run: BatchRun) -> Float[Tensor, "pair layer neuron"]:
         asked = Asked(self.site, self.positions, self.reference)
         layers = []
         for layer in range(self.head.n_layers):
-            texts = [_summed(by_token) for by_token in dropped_patching(run, asked, layer)]
-            layers.append(torch.stack([(each[:half] - each[half:]).abs() for each in texts]).mean(dim=0))
+            pairs = [_summed(by_token, run).abs() for by_token in dropped_patching(run, asked, layer)]
+            layers.append(torch.stack(pairs).mean(dim=0))
         return torch.stack(layers, dim=1)
 
 
@@ -267,9 +273,10 @@ def score_together(
     gaps: list[list[Tensor]] = [[] for _ in attributions]
     desc = ", ".join(dict.fromkeys(one.method for one in attributions))
     tokens = [0] * len(attributions)
-    for batch in head.batches(encoded, desc=desc, progress=progress):
+    packed = all(can_share(one.reference) for one in attributions)
+    for batch in head.batches(encoded, desc=desc, progress=progress, packed=packed):
         run = _run(attributions, batch)
-        half = len(batch.rows) // 2
+        half = len(batch.places) // 2
         for number, one in enumerate(attributions):
             per_pair, gap = one._per_pair(run)
             running[number].add(per_pair, batch.keys[:half])
@@ -306,12 +313,13 @@ def _run(attributions: Sequence[NeuronAttribution], batch: TokenBatch) -> BatchR
     )
 
 
-def _weighted(by_token: ByToken) -> Float[Tensor, "text token neuron"]:
+def _weighted(by_token: ByToken) -> Float[Tensor, "row token neuron"]:
     values, weights = by_token
     return values * weights[..., None]
 
 
-def _summed(by_token: ByToken) -> Float[Tensor, "text neuron"]:
-    """Each text's score, in float64 on the CPU."""
+def _summed(by_token: ByToken, run: BatchRun) -> Float[Tensor, "pair neuron"]:
+    """Each pair's score, in float64 on the CPU."""
     values, weights = by_token
-    return einsum(weights, values, "text token, text token neuron -> text neuron").double().cpu()
+    rows = einsum(weights, values, "row token, row token neuron -> row neuron")
+    return of_pairs(rows.double().cpu(), len(run.batch.places) // 2)

@@ -19,18 +19,18 @@ Place = tuple[str, int]  # site and layer
 
 
 class BatchRun:
-    """Activations of some sites in all layers, the gradient of each text's reward to them, and direct paths.
+    """Activations of some sites in all layers, the gradient of each pair's margin to them, and direct paths.
 
-    One forward pass; one backward pass with `gradients`, and one more for every layer with `drops`. Texts do not
-    interact, so that one backward pass of the summed rewards holds every text's own gradient.
+    One forward pass; one backward pass with `gradients`, and one more for every layer with `drops`. Pairs do not
+    interact, so that one backward pass of the summed margins holds every pair's own gradient.
 
     Args:
         head: the model.
-        batch: the texts.
+        batch: both texts of some pairs.
         sites: what to keep activations of.
         forward: run the batch now; otherwise nothing runs before `replay` is asked for.
-        gradients: keep dr/da.
-        drops: keep dr/da again without what flows through each layer's block: `dropped[l]` (GradDrop).
+        gradients: keep dM/da.
+        drops: keep dM/da again without what flows through each layer's block: `dropped[l]` (GradDrop).
         direct: keep the parts of direct paths.
     """
 
@@ -48,8 +48,8 @@ class BatchRun:
         self.head = head
         self.batch = batch
         self.sites = tuple(sites)
-        self.gradients: dict[Place, Float[Tensor, "text token channel"]] = {}
-        self.dropped: list[dict[Place, Float[Tensor, "text token channel"]]] = []
+        self.gradients: dict[Place, Float[Tensor, "row token channel"]] = {}
+        self.dropped: list[dict[Place, Float[Tensor, "row token channel"]]] = []
         self._seen: dict[Place, Tensor] = {}
         self._differentiated = gradients or drops
         paths = DirectPaths(head, batch) if direct else None
@@ -60,7 +60,7 @@ class BatchRun:
             for layer in range(head.n_layers)
             for spot in head.body.spots(site, layer)
         ]
-        self.activations: dict[Place, Float[Tensor, "text token channel"]] = {}
+        self.activations: dict[Place, Float[Tensor, "row token channel"]] = {}
         self.direct: DirectContributions | None = None
         if not forward:
             return
@@ -98,12 +98,22 @@ class BatchRun:
     def _gradients(self, rewards: Tensor, *, keep_graph: bool) -> dict[Place, Tensor]:
         # Above a dropped block nothing of a place may be left: its gradient is 0.
         found = torch.autograd.grad(
-            rewards.sum(), list(self._seen.values()), retain_graph=keep_graph, allow_unused=True, materialize_grads=True
+            margins(rewards).sum(),
+            list(self._seen.values()),
+            retain_graph=keep_graph,
+            allow_unused=True,
+            materialize_grads=True,
         )
         return {place: self._shaped(gradient) for place, gradient in zip(self._seen, found, strict=True)}
 
     def _shaped(self, values: Tensor) -> Tensor:
-        return values.reshape(*self.batch.mask.shape, -1)
+        return values.reshape(*self.batch.input_ids.shape, -1)
+
+
+def margins(of_texts: Float[Tensor, "text *rest"]) -> Float[Tensor, "pair *rest"]:
+    """Chosen minus rejected, of a batch of pairs: the first half of its texts are the chosen ones."""
+    chosen, rejected = of_texts.chunk(2)
+    return chosen - rejected
 
 
 class _BlockGates:

@@ -12,6 +12,7 @@ from rmtension.errors import ModelError
 from rmtension.gates import GATE_ROWS, find_gates
 from rmtension.hooks import InstalledHooks, Spot, Visit, count_foreign_hooks, has_own_hooks, in_eval_mode
 from rmtension.norms import read_norm
+from rmtension.plain_run import measure_packing, probe_batch, run_base
 from rmtension.sites import SITES, find_site
 from rmtension.tokens import TokenBatch
 
@@ -38,6 +39,8 @@ class BridgeBody:
         self._bridge_error = 0.0 if plain is None else self._compare()
         # After the first run, in which a bridge installs hooks of its own.
         self._foreign = count_foreign_hooks(bridge)
+        cfg: Any = bridge.cfg
+        self._pack_up_to = 0 if plain is None else measure_packing(plain, self.n_embeddings, int(cfg.n_ctx))
 
     @property
     def final_norm_folded(self) -> bool:
@@ -58,11 +61,16 @@ class BridgeBody:
         return self.plain is not None and count_foreign_hooks(self.bridge) == self._foreign
 
     @property
+    def pack_up_to(self) -> int:
+        """The longest row that two texts may share; 0 where none may."""
+        return self._pack_up_to if self.runs_plain else 0
+
+    @property
     def is_hooked(self) -> bool:
         """Whether somebody hooked the model: the user the bridge, or this library either way it runs."""
         return count_foreign_hooks(self.bridge) != self._foreign or has_own_hooks(self.modules())
 
-    def residual(self, batch: TokenBatch) -> Float[Tensor, "text token d_model"]:
+    def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
         """The residual stream after the final norm's gain; no vocabulary projection."""
         if self.plain is not None and self.runs_plain:
             return run_base(self.plain, batch)
@@ -160,6 +168,7 @@ class HookedTransformerBody:
 
     plain: nn.Module | None = None
     runs_plain = False
+    pack_up_to = 0
 
     def __init__(self, model: nn.Module) -> None:
         self.module = self.model = model
@@ -199,7 +208,7 @@ class HookedTransformerBody:
         """Whether somebody hooked the model."""
         return count_foreign_hooks(self.module) > 0 or has_own_hooks(self.modules())
 
-    def residual(self, batch: TokenBatch) -> Float[Tensor, "text token d_model"]:
+    def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
         """The residual stream after the final norm's gain; no unembedding."""
         captured: list[Tensor] = []
         model: Any = self.module
@@ -237,13 +246,6 @@ def find_body(model: nn.Module) -> Body:
         f"model: expected a TransformerBridge or a HookedTransformer, got {type(model).__name__}. Checkpoints are "
         "opened with RewardHead.from_pretrained, transformers' classifiers with RewardHead.from_classifier."
     )
-
-
-def probe_batch(n_tokens: int, device: torch.device, n_texts: int = 1) -> TokenBatch:
-    """A text of the first `n_tokens` ids, `n_texts` times."""
-    ids = torch.arange(n_tokens, device=device).repeat(n_texts, 1)
-    real = torch.ones_like(ids, dtype=torch.bool)
-    return TokenBatch(ids, real, real, ids[:, -1], ids[:, 0], tuple(range(n_texts)))
 
 
 def measure_sites(body: Body, n_layers: int, device: torch.device) -> tuple[dict[str, int], dict[str, ModelError]]:
@@ -296,14 +298,6 @@ def measure_sites(body: Body, n_layers: int, device: torch.device) -> tuple[dict
             except ModelError as error:
                 missing[name] = error
     return found, missing
-
-
-def run_base(base: Any, batch: TokenBatch) -> Float[Tensor, "text token d_model"]:
-    """The last hidden state of a base model of transformers, bridged or not."""
-    # No attention mask: behind a causal mask nothing sees the padding on the right. With one, padding further away than
-    # a sliding window sees nothing at all; Gemma-2 in float64 makes NaN of it, and 0 * NaN then reaches every token.
-    output: Tensor = base(input_ids=batch.input_ids, use_cache=False)[0]
-    return output
 
 
 def _hook_point(model: Any, site: str, layer: int) -> nn.Module:

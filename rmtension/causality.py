@@ -48,7 +48,7 @@ class Ablations:
     advance: Advance = _no_progress
 
     def rewards(self, without: NeuronSet | None = None) -> dict[str, ScoredPairs]:
-        """The rewards of every objective's pairs, whole or without a set. Two forward passes per pair."""
+        """The rewards of every objective's pairs, whole or without a set. One pass over the pairs."""
         found = {
             name: self.runs.rewards(part, without=without, mode=self.mode, reference=self.reference)
             for name, part in self.pairs.items()
@@ -81,7 +81,7 @@ def ablation_matrix(
     neuron, the mean random effect and the spread between draws, and the effect beyond random with the interval of
     `controls.against_random`. Where too few neurons are left to match a set, a warning says so and the control is NaN.
 
-    Cost: two forward passes per pair for each set and each of its `n_draws` random sets of each control.
+    Cost: a pass over the pairs for each set and each of its `n_draws` random sets of each control.
     """
     if n_draws < 2:
         raise OptionError(f"n_draws: expected at least 2 random sets to know their spread, got {n_draws}.")

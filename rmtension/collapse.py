@@ -28,7 +28,7 @@ def collapse(ablations: Ablations, sets: Mapping[str, NeuronSet]) -> pd.DataFram
     nothing happened, 0 where nothing of the ranking is left. Of the accuracy it is the share above chance that is
     left, NaN where there was none to lose. `difference` is the first objective's minus the second's: 0 where both
     shrink alike, however much. `spread` is the standard deviation of the rewards after over that before. Intervals:
-    bootstrap over prompts. Cost: two forward passes per pair and set, none where the sets were run before.
+    bootstrap over prompts. Cost: a pass over the pairs for each set, none where the sets were run before.
     """
     first, second = _two_objectives(ablations.pairs)
     before = ablations.rewards()

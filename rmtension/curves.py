@@ -30,7 +30,8 @@ def ablation_curves(
 
     One row a score, draw, fraction and objective. `drop` is 1 - accuracy / accuracy before, `normalised` the accuracy
     above chance over what it was (NaN where it was at chance); `clamp` keeps both within [0, 1]. `change` and
-    `margin_change` have paired intervals over prompts. Cost: two forward passes per pair, fraction and (score or draw).
+    `margin_change` have paired intervals over prompts. Cost: a pass over the pairs for each fraction and (score or
+    draw).
     """
     before = ablations.rewards()
     first = next(iter(scores.values()))

@@ -137,10 +137,10 @@ class DirectPaths:
         )
 
     def _keep(self, store: dict[nn.Module, Tensor], module: nn.Module, value: Tensor) -> None:
-        n_texts, n_tokens = self._batch.mask.shape
-        if value.numel() % (n_texts * n_tokens) or value.shape[0] not in (n_texts, n_texts * n_tokens):
+        n_rows, n_tokens = self._batch.input_ids.shape
+        if value.numel() % (n_rows * n_tokens) or value.shape[0] not in (n_rows, n_rows * n_tokens):
             return  # a norm of single heads, which has nothing to do with the residual stream
-        rows = value.detach().reshape(n_texts, n_tokens, -1)
+        rows = value.detach().reshape(n_rows, n_tokens, -1)
         store[module] = self._batch.at_last(rows).to(self._head.reward_dtype)
 
     def _through(

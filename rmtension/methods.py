@@ -10,7 +10,7 @@ from einops import einsum, reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension.batch_run import BatchRun
+from rmtension.batch_run import BatchRun, margins
 from rmtension.errors import ModelError
 from rmtension.replacing import Reference, step_to
 from rmtension.sites import neuron_activations
@@ -26,29 +26,29 @@ class Asked:
     steps: int = 32
 
 
-# The value of every token and neuron of one layer, and the weight of every token: a text's score is their product
-# summed over tokens.
-ByToken = tuple[Float[Tensor, "text token neuron"], Float[Tensor, "text token"]]
+# The value of every token and neuron of one layer, and the weight of every token: a pair's score is their product
+# summed over the tokens of its rows. Rejected texts have their minus sign in one of the two.
+ByToken = tuple[Float[Tensor, "row token neuron"], Float[Tensor, "row token"]]
 
 
 def mean_activation(run: BatchRun, asked: Asked, layer: int) -> ByToken:
-    """a(t), each token weighted by one over the number of selected ones."""
+    """a(t), each token weighted by one over the number of selected ones of its text."""
     # Half precision would lose the sum, not only its last digits.
     activation = run.activations[asked.site, layer].to(run.head.reward_dtype)
     values = neuron_activations(activation, asked.site, run.head.n_neurons(asked.site))
     select = run.batch.select(asked.positions).to(values)
-    return values, select / select.sum(dim=1, keepdim=True)
+    return values, run.batch.by_token(_signed(select / select.sum(dim=1, keepdim=True)))
 
 
 def gradient_x_activation(run: BatchRun, asked: Asked, layer: int) -> ByToken:
-    """a(t) dr/da(t)."""
+    """a(t) dM/da(t)."""
     place = asked.site, layer
     products = run.activations[place].to(run.head.reward_dtype) * run.gradients[place]
     return _neurons(run, asked, products)
 
 
 def attribution_patching(run: BatchRun, asked: Asked, layer: int) -> ByToken:
-    """(a_ref(t) - a(t)) dr/da(t)."""
+    """(a_ref(t) - a(t)) dM/da(t)."""
     place = asked.site, layer
     return _neurons(run, asked, _step(run, asked, layer, run.activations[place]) * run.gradients[place])
 
@@ -61,16 +61,18 @@ def direct_effect(run: BatchRun, asked: Asked, layer: int) -> ByToken:
             f"direct_effect: only transformers' own modules say what a neuron of site {asked.site!r} writes. Use site "
             "'mlp' or 'attn_head', and open the model without model_class and process_weights."
         )
-    last = run.batch.select("last").cpu()
-    values = run.direct.neurons[asked.site][:, layer]
-    return values[:, None].expand(*last.shape, values.shape[-1]), last.to(values)
+    values = _signed(run.direct.neurons[asked.site][:, layer])
+    n_rows, n_tokens = run.batch.input_ids.shape
+    by_token = values.new_zeros(n_rows, n_tokens, values.shape[1])
+    by_token[torch.arange(len(values)) % n_rows, run.batch.last.cpu()] = values
+    return by_token, run.batch.touched("last").to(values)
 
 
-def integrated_gradients(run: BatchRun, asked: Asked, layer: int) -> tuple[ByToken, Float[Tensor, "text"]]:
-    """(a(t) - a_ref(t)) times the mean of dr/da(t) on the straight path from a_ref to a, and the gap.
+def integrated_gradients(run: BatchRun, asked: Asked, layer: int) -> tuple[ByToken, Float[Tensor, "pair"]]:
+    """(a(t) - a_ref(t)) times the mean of dM/da(t) on the straight path from a_ref to a, and the gap.
 
     All neurons of the layer move together. The mean is taken at `steps` Gauss-Legendre nodes. The gap is how far the
-    sum over tokens and neurons is from the reward minus that at a_ref.
+    sum over tokens and neurons is from the margin minus that at a_ref.
     """
     replay, site = run.replay, asked.site
     step = _step(run, asked, layer, replay.activations[site, layer])
@@ -81,12 +83,13 @@ def integrated_gradients(run: BatchRun, asked: Asked, layer: int) -> tuple[ByTok
         leaf = (start - node * step.to(start)).requires_grad_(True)
         with torch.enable_grad():
             rewards = _with_activation(run, site, layer, leaf)
-            (gradient,) = torch.autograd.grad(rewards.sum(), leaf)
+            (gradient,) = torch.autograd.grad(margins(rewards).sum(), leaf)
         mean += weight * gradient.to(mean)
     with torch.no_grad():
-        change = replay.rewards - _with_activation(run, site, layer, start)
+        change = margins(replay.rewards - _with_activation(run, site, layer, start))
     values, ones = _neurons(run, asked, -step * mean)
-    return (values, ones), einsum(values, ones, "text token neuron, text token -> text") - change
+    in_rows = einsum(values, ones, "row token neuron, row token -> row")
+    return (values, ones), of_pairs(in_rows, len(change)) - change
 
 
 def dropped_patching(run: BatchRun, asked: Asked, layer: int) -> list[ByToken]:
@@ -97,23 +100,34 @@ def dropped_patching(run: BatchRun, asked: Asked, layer: int) -> list[ByToken]:
 
 
 def _step(
-    run: BatchRun, asked: Asked, layer: int, activation: Float[Tensor, "text token channel"]
-) -> Float[Tensor, "text token channel"]:
-    select = run.batch.select(asked.positions).to(activation.device)
+    run: BatchRun, asked: Asked, layer: int, activation: Float[Tensor, "row token channel"]
+) -> Float[Tensor, "row token channel"]:
+    select = run.batch.touched(asked.positions).to(activation.device)
     return step_to(asked.reference, layer, activation.to(run.head.reward_dtype), select)
 
 
-def _neurons(run: BatchRun, asked: Asked, channels: Float[Tensor, "text token channel"]) -> ByToken:
+def _neurons(run: BatchRun, asked: Asked, channels: Float[Tensor, "row token channel"]) -> ByToken:
     """Summed over the channels of each neuron, every selected token counting 1."""
     values = channels
     if run.head.n_neurons(asked.site) < channels.shape[-1]:
-        shape = "text token (neuron channel) -> text token neuron"
+        shape = "row token (neuron channel) -> row token neuron"
         values = reduce(channels, shape, "sum", neuron=run.head.n_neurons(asked.site))
-    return values, run.batch.select(asked.positions).to(values)
+    return values, run.batch.touched(asked.positions).to(values)
+
+
+def of_pairs(of_rows: Float[Tensor, "row *rest"], n_pairs: int) -> Float[Tensor, "pair *rest"]:
+    """Summed over the rows of a pair: one where it is packed, otherwise two."""
+    return reduce(of_rows, "(side pair) ... -> pair ...", "sum", pair=n_pairs)
+
+
+def _signed(of_texts: Float[Tensor, "text rest"]) -> Float[Tensor, "text rest"]:
+    """With a minus for rejected texts, the second half of a batch."""
+    chosen, rejected = of_texts.chunk(2)
+    return torch.cat([chosen, -rejected])
 
 
 def _with_activation(
-    run: BatchRun, site: str, layer: int, activation: Float[Tensor, "text token channel"]
+    run: BatchRun, site: str, layer: int, activation: Float[Tensor, "row token channel"]
 ) -> Float[Tensor, "text"]:
     """The rewards when the layer's site has `activation`."""
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -132,7 +131,7 @@ def collect_profiles(
     Every text counts once, however long, unless `pool_tokens`: then every token does. With a `base` of the same
     architecture, which reads the same tokens, the change of every neuron is collected too.
 
-    Cost: two forward passes per pair, and two of the base; memory: one batch's activations (of all layers with a
+    Cost: a pass over the pairs, and one of the base; memory: one batch's activations (of all layers with a
     base), and 5 x 2 x 32 sums a neuron, however many pairs.
     """
     for one in positions:
@@ -149,7 +148,8 @@ def collect_profiles(
         )
     totals = {key: _Totals.zeros(head, *key, pool_tokens) for key in keys}
     encoded = head.encode(pairs, truncate_response=truncate_response)
-    for batch in head.batches(encoded, desc="profile", progress=progress):
+    packed = base is None or base.body.pack_up_to >= head.body.pack_up_to
+    for batch in head.batches(encoded, desc="profile", progress=progress, packed=packed):
         before = {} if base is None else _activations(base, batch, sites)
         with ExitStack() as hooks:
             for site in dict.fromkeys(sites):
@@ -229,11 +229,11 @@ class _Totals:
         lengths = select.sum(dim=1, keepdim=True)
         per_text = lengths[:, 0].double() if self.pool_tokens else torch.ones(len(lengths), dtype=torch.float64)
         # Sums go to row side * N_BLOCKS + block: the first half of a batch are chosen responses.
-        halves = torch.arange(len(batch.rows)) // (len(batch.rows) // 2)
+        halves = torch.arange(len(batch.places)) // (len(batch.places) // 2)
         cells = halves * N_BLOCKS + block_of(batch.keys.cpu())
         self.weights.view(-1).index_add_(0, cells, per_text.cpu())
         self.n_tokens += int(lengths.sum())
-        return _View(self, select.double() / (1 if self.pool_tokens else lengths), cells)
+        return _View(self, batch, select.double() / (1 if self.pool_tokens else lengths), cells)
 
 
 @dataclass(frozen=True)
@@ -241,13 +241,13 @@ class _View:
     """One batch as one `_Totals` sees it: the weight of every token, and the cell that each text adds to."""
 
     totals: _Totals
+    batch: TokenBatch
     token_weights: Float[Tensor, "text token"]
     cells: Int[Tensor, "text"]
 
-    def add(self, statistic: int, layer: int, values: Float[Tensor, "text token neuron"]) -> None:
+    def add(self, statistic: int, layer: int, values: Float[Tensor, "row token neuron"]) -> None:
         """Add one statistic of one layer, given for every token."""
-        weights = self.token_weights.to(values)
-        per_text = einsum(weights, values, "text token, text token neuron -> text neuron").double().cpu()
+        per_text = self.batch.by_text(self.token_weights.to(values), values).double().cpu()
         self.totals.sums[statistic].flatten(0, 1)[:, layer].index_add_(0, self.cells, per_text)
 
 
@@ -256,12 +256,12 @@ def _add(
     site: str,
     batch: TokenBatch,
     views: Sequence[_View],
-    before: Mapping[tuple[str, int], Float[Tensor, "text token channel"]],
+    before: Mapping[tuple[str, int], Float[Tensor, "row token channel"]],
     layer: int,
     activation: Tensor,
 ) -> None:
     """Hook: add every statistic of one layer to every view."""
-    channels = activation.reshape(*batch.mask.shape, -1).to(head.reward_dtype)
+    channels = activation.reshape(*batch.input_ids.shape, -1).to(head.reward_dtype)
     values = neuron_activations(channels, site, head.n_neurons(site))
     statistics = [values, values.abs(), values.square(), (values > 0).to(values)]
     if before:
@@ -274,12 +274,12 @@ def _add(
 
 def _activations(
     head: RewardHead, batch: TokenBatch, sites: Sequence[str]
-) -> dict[tuple[str, int], Float[Tensor, "text token channel"]]:
+) -> dict[tuple[str, int], Float[Tensor, "row token channel"]]:
     """All layers' activations at some sites, from one forward pass."""
     found: dict[tuple[str, int], Tensor] = {}
 
     def keep(site: str, layer: int, activation: Tensor) -> None:
-        found[site, layer] = activation.reshape(*batch.mask.shape, -1)
+        found[site, layer] = activation.reshape(*batch.input_ids.shape, -1)
 
     with ExitStack() as hooks:
         for site in dict.fromkeys(sites):

@@ -44,13 +44,18 @@ def name_of(reference: Reference) -> str:
     return "mean" if isinstance(reference, ActivationStatistics) else reference
 
 
+def can_share(reference: Reference) -> bool:
+    """Whether a token that two texts share is replaced by the same in both: not by the mean of the other text."""
+    return isinstance(reference, ActivationStatistics) or reference != "other"
+
+
 def step_to(
     reference: Reference,
     layer: int,
-    activation: Float[Tensor, "text token channel"],
-    select: Bool[Tensor, "text token"],
-) -> Float[Tensor, "text token channel"]:
-    """a_ref(t) - a(t) at the selected tokens, 0 at others."""
+    activation: Float[Tensor, "row token channel"],
+    select: Bool[Tensor, "row token"],
+) -> Float[Tensor, "row token channel"]:
+    """a_ref(t) - a(t) at the selected tokens, 0 at others. "other" needs a text a row."""
     weights = select.to(activation)
     if isinstance(reference, ActivationStatistics):
         target = reference.channel_mean[layer].to(activation).expand_as(activation)

@@ -27,14 +27,14 @@ class Replay:
     Args:
         head: the model.
         batch: the texts.
-        sites: activations to keep in `activations[site, layer]`, [text, token, channel].
+        sites: activations to keep in `activations[site, layer]`, [row, token, channel].
     """
 
     def __init__(self, head: RewardHead, batch: TokenBatch, sites: Sequence[str] = ()) -> None:
         self.head = head
         self.batch = batch
         self.is_partial = head.body.runs_plain
-        self.activations: dict[tuple[str, int], Float[Tensor, "text token channel"]] = {}
+        self.activations: dict[tuple[str, int], Float[Tensor, "row token channel"]] = {}
         self._streams: dict[int, Tensor] = {}
         self._blocks: list[nn.Module] = []
         n_runs = [0] * head.n_layers
@@ -57,13 +57,13 @@ class Replay:
         self.is_partial = self.is_partial and n_runs == [1] * head.n_layers
         self._calls: list[Call] = [calls[block] for block in self._blocks]
 
-    def stream(self, layer: int) -> Float[Tensor, "text token d_model"]:
+    def stream(self, layer: int) -> Float[Tensor, "row token d_model"]:
         """The residual stream before the block of `layer`, or before the final norm at `n_layers`."""
         self._require_partial()
         return self._streams[layer]
 
     def rewards_from(
-        self, layer: int, stream: Float[Tensor, "text token d_model"] | None = None
+        self, layer: int, stream: Float[Tensor, "row token d_model"] | None = None
     ) -> Float[Tensor, "text"]:
         """The rewards when the blocks from `layer` on run on `stream`, by default on what they ran on before.
 
@@ -77,7 +77,7 @@ class Replay:
                 state = self.run_block(number, state)
             return self.read(self.batch.at_last(state))
 
-    def run_block(self, layer: int, stream: Float[Tensor, "text token d_model"]) -> Float[Tensor, "text token d_model"]:
+    def run_block(self, layer: int, stream: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"]:
         """What one block makes of `stream`; call it inside `rewards_from`'s modes (eval)."""
         self._require_partial()
         args, kwargs = self._calls[layer]
@@ -100,7 +100,7 @@ class Replay:
             )
 
     def _keep(self, site: str, layer: int, activation: Tensor) -> None:
-        self.activations[site, layer] = activation.detach().reshape(*self.batch.mask.shape, -1)
+        self.activations[site, layer] = activation.detach().reshape(*self.batch.input_ids.shape, -1)
 
     def _keep_stream(self, number: int, n_runs: list[int], stream: Tensor) -> None:
         # Of several, the last: some families run their final norm on the embedding too.

@@ -19,6 +19,7 @@ from rmtension.errors import ModelError, OptionError
 from rmtension.heads import read_head
 from rmtension.hooks import InstalledHooks, in_eval_mode
 from rmtension.norms import read_norm
+from rmtension.packing import pair_batches
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance, fingerprint
 from rmtension.scored import ScoredPairs, require_finite
@@ -29,7 +30,6 @@ from rmtension.tokens import (
     check_ids,
     compact,
     last_token,
-    pair_batches,
     running,
     text_batches,
 )
@@ -229,14 +229,14 @@ class RewardHead:
         with tqdm(total=len(encoded), desc="score", unit="text", disable=None if progress else True) as bar:
             for batch in batches:
                 with torch.no_grad():
-                    rewards[list(batch.rows)] = self.forward(batch).cpu()
-                bar.update(len(batch.rows))
+                    rewards[list(batch.places)] = self.forward(batch).cpu()
+                bar.update(len(batch.places))
         return require_finite(rewards)
 
     def score_pairs(
         self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False
     ) -> ScoredPairs:
-        """The rewards of both responses of every pair. Two forward passes per pair.
+        """The rewards of both responses of every pair. One pass over both texts, what they share once.
 
         Identical responses tie exactly. Prompts are cut from the left where a text is too long for the context, and
         counted; a response that does not fit raises `DataError`, or is cut with `truncate_response=True`.
@@ -248,8 +248,8 @@ class RewardHead:
         for batch in self.batches(encoded, desc="score", progress=progress):
             with torch.no_grad():
                 rewards = self.forward(batch).cpu()
-            half = len(batch.rows) // 2
-            rows = list(batch.rows[:half])
+            half = len(batch.places) // 2
+            rows = list(batch.places[:half])
             chosen[rows], rejected[rows] = rewards[:half], rewards[half:]
         for row, (one, other) in enumerate(zip(encoded.chosen, encoded.rejected, strict=True)):
             if one.ids == other.ids:
@@ -287,7 +287,7 @@ class RewardHead:
         exact = last.to(self.reward_dtype)
         return exact @ self.require_weight().to(exact) + self.bias
 
-    def residual(self, batch: TokenBatch) -> Float[Tensor, "text token d_model"]:
+    def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
         """Run the blocks and the final norm, not the vocabulary projection, with every hook firing."""
         with running(batch), in_eval_mode(self.body.modules()):
             return self.body.residual(batch)
@@ -320,14 +320,18 @@ class RewardHead:
         """Tokens of both texts of every pair, within `max_length`."""
         return encode_pairs(self.tokenizer, pairs, max_length=self.max_length, truncate_response=truncate_response)
 
-    def batches(self, encoded: EncodedPairs, *, desc: str, progress: bool) -> Iterator[TokenBatch]:
-        """`pair_batches` for this model, with a progress bar over pairs."""
+    def batches(self, encoded: EncodedPairs, *, desc: str, progress: bool, packed: bool = True) -> Iterator[TokenBatch]:
+        """`pair_batches` for this model, with a progress bar over pairs; packed where the model can be."""
         with tqdm(total=len(encoded), desc=desc, unit="pair", disable=None if progress else True) as bar:
             for batch in pair_batches(
-                encoded, tokens_per_batch=self.tokens_per_batch, pad_token_id=self.pad_token_id, device=self.device
+                encoded,
+                tokens_per_batch=self.tokens_per_batch,
+                pad_token_id=self.pad_token_id,
+                device=self.device,
+                pack_up_to=self.body.pack_up_to if packed else 0,
             ):
                 yield batch
-                bar.update(len(batch.rows) // 2)
+                bar.update(len(batch.places) // 2)
 
     @property
     def sites(self) -> list[str]:
@@ -350,8 +354,9 @@ class RewardHead:
     ) -> InstalledHooks:
         """A context in which `visit(layer, activation)` sees, and may replace, the activation at `site`.
 
-        The activation is what the projection below reads (for `mlp_gate` the factor act(gate) of it): [text, token,
-        channel], or with the first two flattened, or with the last split into heads, as the model's family has it.
+        The activation is what the projection below reads (for `mlp_gate` the factor act(gate) of it): [row, token,
+        channel], or with the first two flattened, or with the last split into heads, as the model's family has it. A
+        row is a text, or a pair whose texts share a prefix (`rmtension.packing`).
         """
         self.n_channels(site)  # raises where the model has no such site
         chosen = range(self.n_layers) if layers is None else layers

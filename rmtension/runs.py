@@ -110,7 +110,7 @@ class ModelRuns:
         mode: str = "zero",
         reference: ActivationStatistics | None = None,
     ) -> ScoredPairs:
-        """The rewards of `pairs`, or what they are without some neurons. Two forward passes per pair when run."""
+        """The rewards of `pairs`, or what they are without some neurons. One pass over them when run."""
         ablation = None
         if without is not None and len(without):
             means = None if reference is None else hashlib.sha256(reference.channel_mean.numpy().tobytes()).hexdigest()

@@ -24,11 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension.body import probe_batch, run_base
 from rmtension.encoding import EncodedText, encode_texts
 from rmtension.errors import CheckError, DataError, ModelError
 from rmtension.hooks import InstalledHooks, Spot, in_eval_mode
 from rmtension.pairs import PreferencePairs
+from rmtension.plain_run import probe_batch, run_base
 from rmtension.tokens import TokenBatch
 
 if TYPE_CHECKING:

@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rmtension.batch_run import margins
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
-from rmtension.replacing import Reference, check_reference, name_of, step_to
+from rmtension.replacing import Reference, can_share, check_reference, name_of, step_to
 from rmtension.replay import Replay
 from rmtension.reward_head import RewardHead
 from rmtension.running_scores import RunningScores
@@ -78,18 +79,18 @@ def single_neuron_effects(
         tqdm(total=len(encoded) * len(neurons), desc="ablate", unit="pair", disable=None if progress else True) as bar,
         torch.no_grad(),
     ):
-        for batch in head.batches(encoded, desc="", progress=False):
+        for batch in head.batches(encoded, desc="", progress=False, packed=can_share(reference)):
             replay = Replay(head, batch, [site])
-            half = len(batch.rows) // 2
+            half = len(batch.places) // 2
             changes = torch.full((half, *shape), torch.nan, dtype=torch.float64)
             for layer, columns in enumerate(neurons.mask):
                 wanted = columns.nonzero()[:, 0].tolist()
                 if not wanted:
                     continue
                 activation = replay.activations[site, layer]
-                step = step_to(reference, layer, activation, batch.select(positions).to(activation.device))
+                step = step_to(reference, layer, activation, batch.touched(positions).to(activation.device))
                 for number, change in zip(wanted, _changes(replay, site, layer, step, wanted), strict=True):
-                    changes[:, layer, number] = (change[:half] - change[half:]).double().cpu()
+                    changes[:, layer, number] = margins(change).double().cpu()
                     bar.update(half)
             scores.add(changes, batch.keys[:half])
             n_tokens += int(batch.select(positions).sum())
@@ -100,11 +101,11 @@ def single_neuron_effects(
 
 
 def _changes(
-    replay: Replay, site: str, layer: int, step: Float[Tensor, "text token channel"], wanted: list[int]
+    replay: Replay, site: str, layer: int, step: Float[Tensor, "row token channel"], wanted: list[int]
 ) -> Iterator[Float[Tensor, "text"]]:
     """The change of every text's reward for each wanted neuron of a layer, in order."""
     head = replay.head
-    steps = rearrange(step, "text token (neuron channel) -> text token neuron channel", neuron=head.n_neurons(site))
+    steps = rearrange(step, "row token (neuron channel) -> row token neuron channel", neuron=head.n_neurons(site))
     written = _written(replay, site, layer, step) if replay.is_partial else None
     if written is None:
         base = replay.rewards_from(layer)
@@ -132,7 +133,7 @@ def _changes(
 
 
 def _with_step(
-    replay: Replay, site: str, layer: int, step: Float[Tensor, "text token channel"]
+    replay: Replay, site: str, layer: int, step: Float[Tensor, "row token channel"]
 ) -> Float[Tensor, "text"]:
     """The rewards when the activation at the site moves by `step`."""
 
@@ -144,7 +145,7 @@ def _with_step(
 
 
 def _written(
-    replay: Replay, site: str, layer: int, step: Float[Tensor, "text token channel"]
+    replay: Replay, site: str, layer: int, step: Float[Tensor, "row token channel"]
 ) -> Float[Tensor, "channel d_model"] | None:
     """What one unit of each channel adds to the stream after the block; None where the block does more with it.
 

@@ -59,10 +59,10 @@ def check_positions(positions: str) -> None:
 
 
 def neuron_activations(
-    channels: Float[Tensor, "text token channel"], site: str, n_neurons: int
-) -> Float[Tensor, "text token neuron"]:
+    channels: Float[Tensor, "row token channel"], site: str, n_neurons: int
+) -> Float[Tensor, "row token neuron"]:
     """One number per neuron: the L2 norm of a head's channels for `attn_head`, the channel itself otherwise."""
     if find_site(site).name != "attn_head":
         return channels
-    squares = reduce(channels.square(), "text token (head d_head) -> text token head", "sum", head=n_neurons)
+    squares = reduce(channels.square(), "row token (head d_head) -> row token head", "sum", head=n_neurons)
     return squares.sqrt()

@@ -76,7 +76,7 @@ class TensionStudy:
         or after an interruption, runs a model only for what was never asked. `n_run` and `n_read` say afterwards how
         many passes over a data set were run, and how many were read from there.
 
-        Cost per family, in passes over the evaluation pairs (two forward passes a pair): 3, plus for "curves"
+        Cost per family, in passes over the evaluation pairs (both texts, what they share once): 3, plus for "curves"
         3 x fractions x (scores + 3), for "cross_objective" 3 x scores, for "causality" 4 sets x (1 + 2 draws +
         subsamples); over the scoring pairs 4 profiles, and the means of 3 models for `mode="mean"`.
         """

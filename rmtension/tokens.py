@@ -6,10 +6,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange, reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rmtension.encoding import EncodedPairs, EncodedText
+from rmtension.encoding import EncodedText
 from rmtension.errors import DataError, OptionError
 from rmtension.sites import check_positions
 
@@ -18,22 +19,30 @@ DEFAULT_TOKENS_PER_BATCH = 4096
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Texts as a right-padded block of tokens.
+    """Texts as right-padded rows of tokens: a row a text, or one for both texts of a pair (`rmtension.packing`).
 
-    `mask` marks real tokens, `response` those of the response, `last` is the column the reward is read from, `keys`
-    stand for the prompts, `rows` are the texts' places in the list that was batched.
+    For every text, `mask` marks its tokens among the columns of its row, `response` those of its response, `last` is
+    the column its reward is read from, `keys` stand for the prompts, `places` are the texts' places in the list that
+    was batched. Of pairs, the chosen texts come first, then the rejected ones; text i is in row i modulo their number.
+    `position_ids` are there if rows are packed: each token's place in its text.
     """
 
-    input_ids: Int[Tensor, "text token"]
+    input_ids: Int[Tensor, "row token"]
     mask: Bool[Tensor, "text token"]
     response: Bool[Tensor, "text token"]
     last: Int[Tensor, "text"]
     keys: Int[Tensor, "text"]
-    rows: tuple[int, ...]
+    places: tuple[int, ...]
+    position_ids: Int[Tensor, "row token"] | None = None
 
     @classmethod
     def from_texts(
-        cls, texts: Sequence[EncodedText], rows: Sequence[int], *, pad_token_id: int | None, device: torch.device | str
+        cls,
+        texts: Sequence[EncodedText],
+        places: Sequence[int],
+        *,
+        pad_token_id: int | None,
+        device: torch.device | str,
     ) -> "TokenBatch":
         """Pad `texts` on the right. `pad_token_id` is skipped at the end of a text, as in `last_token`."""
         width = max(map(len, texts))
@@ -49,7 +58,7 @@ class TokenBatch:
             response=mask & (columns >= starts[:, None]),
             last=last_token(input_ids, mask, pad_token_id),
             keys=torch.tensor([text.key for text in texts]),
-            rows=tuple(rows),
+            places=tuple(places),
         )
         return batch.to(device)
 
@@ -61,17 +70,34 @@ class TokenBatch:
             response=self.response.to(device),
             last=self.last.to(device),
             keys=self.keys.to(device),
-            rows=self.rows,
+            places=self.places,
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
         )
 
-    def at_last(self, values: Float[Tensor, "text token *rest"]) -> Float[Tensor, "text *rest"]:
-        """Each text's row at the token the reward is read from, on the device of `values`."""
+    def at_last(self, values: Float[Tensor, "row token *rest"]) -> Float[Tensor, "text *rest"]:
+        """What stands at the token that each text's reward is read from, on the device of `values`."""
         # Of a model over several devices the residual stream comes out on the last one.
-        rows = torch.arange(len(values), device=values.device)
+        rows = torch.arange(len(self.last), device=values.device) % len(values)
         return values[rows, self.last.to(values.device)]
 
+    def by_token(self, per_text: Float[Tensor, "text token"]) -> Float[Tensor, "row token"]:
+        """Summed over the texts that a token belongs to."""
+        return reduce(per_text, "(side row) token -> row token", "sum", row=len(self.input_ids))
+
+    def by_text(
+        self, weights: Float[Tensor, "text token"], values: Float[Tensor, "row token channel"]
+    ) -> Float[Tensor, "text channel"]:
+        """Every text's sum of its tokens' `values`, weighted."""
+        sides = rearrange(weights, "(side row) token -> side row token", row=len(values))
+        sums = torch.einsum("srt,rtc->src", sides, values)
+        return sums.flatten(0, 1)
+
+    def touched(self, positions: str) -> Bool[Tensor, "row token"]:
+        """Which tokens `positions` names in any text of the row."""
+        return reduce(self.select(positions), "(side row) token -> row token", "any", row=len(self.input_ids))
+
     def select(self, positions: str) -> Bool[Tensor, "text token"]:
-        """Which tokens `positions` names: `all` real ones, those of the `response`, or the `last` one."""
+        """Which tokens of each text `positions` names: `all`, those of the `response`, or the `last` one."""
         check_positions(positions)
         if positions == "all":
             return self.mask
@@ -168,19 +194,7 @@ def running_batch() -> TokenBatch | None:
 def text_batches(
     texts: Sequence[EncodedText], *, tokens_per_batch: int, pad_token_id: int | None, device: torch.device | str
 ) -> Iterator[TokenBatch]:
-    """Batches of texts of similar length; `rows` index `texts`."""
-    for rows in length_buckets([len(text) for text in texts], tokens_per_batch):
-        yield TokenBatch.from_texts([texts[row] for row in rows], rows, pad_token_id=pad_token_id, device=device)
-
-
-def pair_batches(
-    pairs: EncodedPairs, *, tokens_per_batch: int, pad_token_id: int | None, device: torch.device | str
-) -> Iterator[TokenBatch]:
-    """Batches that hold both texts of each pair: the chosen ones, then the rejected ones; `rows` index `pairs`.
-
-    Each row number stands twice, so that per-pair results never wait for another batch.
-    """
-    lengths = [max(map(len, both)) for both in zip(pairs.chosen, pairs.rejected, strict=True)]
-    for rows in length_buckets(lengths, max(1, tokens_per_batch // 2)):
-        texts = [pairs.chosen[row] for row in rows] + [pairs.rejected[row] for row in rows]
-        yield TokenBatch.from_texts(texts, rows + rows, pad_token_id=pad_token_id, device=device)
+    """Batches of texts of similar length; `places` index `texts`."""
+    for places in length_buckets([len(text) for text in texts], tokens_per_batch):
+        some = [texts[place] for place in places]
+        yield TokenBatch.from_texts(some, places, pad_token_id=pad_token_id, device=device)

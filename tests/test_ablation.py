@@ -39,7 +39,7 @@ def test_exception_inside_a_collector_or_an_attribution_leaves_no_hook(head, pai
     def fail(*_):
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr("rmtension.activations.neuron_activations", fail)
+    monkeypatch.setattr("rmtension.activations.weighted_sums", fail)
     with pytest.raises(RuntimeError, match="stopped"):
         collector.update(pairs)
     monkeypatch.undo()

@@ -13,7 +13,7 @@ import captum.attr
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, make_config, make_pairs, save_classifier
+from conftest import FAMILIES, close_to, make_config, make_pairs, save_classifier
 from reference import Reference
 from test_reward_head import snapshot
 
@@ -99,12 +99,12 @@ def test_attribution_patching(both, few, site, positions, name):
     )
     assert float(expected.abs().max()) > 1e-3, "the scores must not vanish for this test to mean anything"
     found = attribution.per_pair(few)
-    assert torch.allclose(found.values, expected, **CLOSE)
+    assert torch.allclose(found.values, expected, **close_to(head))
     scores = attribution.score(few)
-    assert torch.allclose(scores.values, expected.mean(0), **CLOSE)
-    assert torch.allclose(found.mean(), scores.values, **CLOSE)
+    assert torch.allclose(scores.values, expected.mean(0), **close_to(head))
+    assert torch.allclose(found.mean(), scores.values, **close_to(head))
     # Swapping chosen and rejected negates; another layer's activation is seen by the same check.
-    assert torch.allclose(attribution.score(few.swapped()).values, -scores.values, **CLOSE)
+    assert torch.allclose(attribution.score(few.swapped()).values, -scores.values, **close_to(head))
     assert not torch.allclose(scores.values.roll(1, 0), expected.mean(0), atol=1e-4)
 
 
@@ -428,7 +428,7 @@ def test_a_constant_added_to_the_reward_changes_nothing_and_swapping_negates(bot
     for one, other, turned, attribution in zip(before, after, swapped, attributions, strict=True):
         assert torch.allclose(one.values, other.values, atol=1e-12, rtol=0)
         sign = 1 if attribution.graddrop else -1
-        assert torch.allclose(turned.values, sign * one.values, **CLOSE)
+        assert torch.allclose(turned.values, sign * one.values, **close_to(head))
         assert float(one.values.abs().max()) > 1e-3
 
 
@@ -452,9 +452,9 @@ def test_tokens_sum_to_the_pair_and_pairs_average_to_the_score(both, few):
             continue
         by_pair = one.per_pair(few)
         assert isinstance(by_pair, PairScores)
-        assert torch.allclose(by_pair.mean(), one.score(few).values, **CLOSE)
+        assert torch.allclose(by_pair.mean(), one.score(few).values, **close_to(head))
         for row, tokens in enumerate(one.per_token(few)):
-            assert torch.allclose(tokens.chosen.sum(0) - tokens.rejected.sum(0), by_pair.values[row], **CLOSE)
+            assert torch.allclose(tokens.chosen.sum(0) - tokens.rejected.sum(0), by_pair.values[row], **close_to(head))
             assert tokens.id == few[row].id
             ids, n_prompt = reference.tokens(few[row], "chosen")
             assert tokens.chosen_tokens == tuple(reference.tokenizer.convert_ids_to_tokens(ids[0].tolist()))

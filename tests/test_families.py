@@ -81,7 +81,7 @@ def test_family(folder, texts):
         device="cpu",
     )
     parts = direct_contributions(head, batch)
-    order = list(batch.rows)
+    order = list(batch.places)
     assert torch.allclose(parts.reward, plain[order], atol=1e-6, rtol=0)
     written = sum(neurons.sum(dim=2) for neurons in parts.neurons.values()) + parts.biases
     assert torch.allclose(written, parts.blocks, atol=1e-6, rtol=0)

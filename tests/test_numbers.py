@@ -7,7 +7,7 @@ runs as long as its inputs round alike).
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, close_to
 from reference import Reference
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet
@@ -96,10 +96,10 @@ def check(head, pairs, per_text, method, site, positions, aggregate):
     scores = attribution.score(pairs)
     assert scores.n == len(pairs)
     assert float(per_pair.abs().max()) > 1e-4, "the scores must not vanish for this test to mean anything"
-    assert torch.allclose(scores.values, per_pair.mean(0), **CLOSE)
-    assert torch.allclose(scores.stderr, per_pair.std(0) / len(pairs) ** 0.5, **CLOSE)
+    assert torch.allclose(scores.values, per_pair.mean(0), **close_to(head))
+    assert torch.allclose(scores.stderr, per_pair.std(0) / len(pairs) ** 0.5, **close_to(head))
     swapped = attribution.score(pairs.swapped()).values
-    assert torch.allclose(swapped, scores.values if aggregate == "absolute" else -scores.values, **CLOSE)
+    assert torch.allclose(swapped, scores.values if aggregate == "absolute" else -scores.values, **close_to(head))
 
 
 @pytest.mark.parametrize("site", SITES)

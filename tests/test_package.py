@@ -22,7 +22,7 @@ FLOORS = [
     {"pair_scores", "running_scores"},
     {"benchmarks", "intervals", "length"},
     {"encoding", "scored", "tokens", "controls", "overlap"},
-    {"body", "checkpoints", "wrapping"},
+    {"packing", "sums", "plain_run", "body", "checkpoints", "wrapping"},
     # A head reaches from its methods to the modules that prove, decompose and export it, and these to ablation.
     {"reward_head", "direct", "selfcheck", "activations", "ablation", "export", "replacing"},
     {"replay"},

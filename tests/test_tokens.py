@@ -8,7 +8,8 @@ from tokenizers import processors
 from rmtension import PreferencePairs
 from rmtension.encoding import encode_pairs, encode_texts
 from rmtension.errors import DataError, OptionError
-from rmtension.tokens import compact, last_token, length_buckets, pair_batches
+from rmtension.packing import pair_batches
+from rmtension.tokens import compact, last_token, length_buckets
 
 
 def one_pair(prompt, chosen="sure", rejected="sorry please"):
@@ -87,14 +88,14 @@ def test_pair_batches_hold_both_texts_of_every_pair(tokenizer, pairs):
     encoded = encode_pairs(tokenizer, pairs, max_length=500)
     seen = []
     for batch in pair_batches(encoded, tokens_per_batch=200, pad_token_id=1, device="cpu"):
-        half = len(batch.rows) // 2
-        assert batch.rows[:half] == batch.rows[half:]
-        for row, number in enumerate(batch.rows):
+        half = len(batch.places) // 2
+        assert batch.places[:half] == batch.places[half:]
+        for row, number in enumerate(batch.places):
             text = (encoded.chosen if row < half else encoded.rejected)[number]
             assert batch.input_ids[row][batch.mask[row]].tolist() == list(text.ids)
             assert int(batch.response[row].sum()) == len(text) - text.response_start
             assert batch.select("last")[row].nonzero().tolist() == [[len(text) - 1]]
-        seen += batch.rows[:half]
+        seen += batch.places[:half]
     assert sorted(seen) == list(range(len(pairs)))
 
 

@@ -1,0 +1,73 @@
+"""Running a base model of transformers on a batch, and finding out whether it runs packed rows."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rmtension.encoding import EncodedText
+from rmtension.hooks import in_eval_mode
+from rmtension.packing import attention_mask, pack
+from rmtension.tokens import TokenBatch
+
+# A packed row may be off by so many times what a mask alone changes, or by so much of the residual stream. Wrong
+# positions are off by percents; half precision rounds every step of attention to 3 or 2 digits, in deep models often.
+_TIMES_ROUNDING = 4
+_PACKING_TOLERANCE = {torch.float16: 0.003, torch.bfloat16: 0.02}
+# Tokens shared, of one rest and of the other, of the pair that is packed to see whether that works.
+_PROBE = (12, 10, 6)
+# What configs call the number of tokens that attention looks back, in all layers or in some.
+_WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
+
+
+def probe_batch(n_tokens: int, device: torch.device, n_texts: int = 1) -> TokenBatch:
+    """A text of the first `n_tokens` ids, `n_texts` times."""
+    ids = torch.arange(n_tokens, device=device).repeat(n_texts, 1)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    return TokenBatch(ids, real, real, ids[:, -1], ids[:, 0], tuple(range(n_texts)))
+
+
+def run_base(base: Any, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
+    """The last hidden state of a base model of transformers, bridged or not."""
+    # No attention mask: behind a causal mask nothing sees the padding on the right. With one, padding further away than
+    # a sliding window sees nothing at all; Gemma-2 in float64 makes NaN of it, and 0 * NaN then reaches every token.
+    more = {}
+    if batch.position_ids is not None:
+        mask = attention_mask(batch, next(base.parameters()).dtype)
+        more = {"attention_mask": mask, "position_ids": batch.position_ids}
+    output: Tensor = base(input_ids=batch.input_ids, use_cache=False, **more)[0]
+    return output
+
+
+def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
+    """The longest packed row that `base` computes as it computes texts alone; 0 where it does not. Decided by trying.
+
+    Windows are no part of the mask, and some families take columns for positions in one: rows stay within them.
+    """
+    config = base.config.get_text_config()
+    windows = [getattr(config, name, None) for name in _WINDOWS]
+    longest = min([context, *(window for window in windows if isinstance(window, int))])
+    parameter = next(base.parameters())
+    ids = [number % n_embeddings for number in range(sum(_PROBE))]
+    n_shared, n_one, _ = _PROBE
+    rests = ids[n_shared : n_shared + n_one], ids[n_shared + n_one :]
+    texts = [EncodedText((*ids[:n_shared], *rest), n_shared, 0) for rest in rests]
+    alone = TokenBatch.from_texts(texts, (0, 0), pad_token_id=None, device=parameter.device)
+    packed = pack(alone.to("cpu")).to(parameter.device)
+    if packed.input_ids.shape[1] > longest:
+        return 0
+    try:
+        with torch.no_grad(), in_eval_mode(base.modules()):
+            columns = torch.arange(alone.input_ids.shape[1], device=parameter.device)
+            masked = replace(alone, position_ids=columns.expand_as(alone.input_ids))
+            expected, rounded, found = (run_base(base, batch).double() for batch in (alone, masked, packed))
+    except Exception:  # whatever a family that takes no such mask runs into
+        return 0
+    differences = [
+        (found[0, packed.mask[side]] - expected[side, alone.mask[side]]).abs().max() for side in range(len(texts))
+    ]
+    floor = _PACKING_TOLERANCE.get(parameter.dtype, 1e-5) * expected.abs().max()
+    rounding = (rounded - expected)[alone.mask].abs().max()
+    return longest if max(differences) <= max(floor, _TIMES_ROUNDING * rounding) else 0
