@@ -143,22 +143,32 @@ def test_single_and_half_precision(checkpoints, few, alone, dtype):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_family_that_runs_wrong_is_not_packed(checkpoints, monkeypatch, family, dtype):
-    """The probe sees positions that are ignored, and a mask that is."""
+    """The probe sees positions that are ignored, and a mask that is ignored, empty, weak, or makes NaN."""
     from rmtension import plain_run
 
     right = plain_run.run_base
-    for name in ("position_ids", "attention_mask"):
 
-        def without(base, batch, name=name):
+    def changed(name, change):
+        def run(base, batch):
             def call(**arguments):
-                arguments.pop(name, None)
+                if name in arguments:
+                    arguments[name] = change(arguments[name])
                 return base(**arguments)
 
             call.parameters = base.parameters
             return right(call, batch)
 
+        return run
+
+    for name, change in [
+        ("position_ids", lambda _: None),
+        ("attention_mask", lambda _: None),
+        ("attention_mask", torch.zeros_like),
+        ("attention_mask", lambda mask: (mask != 0).to(mask.dtype) * -1),
+        ("attention_mask", lambda mask: mask * torch.nan),
+    ]:
         with monkeypatch.context() as patched:
-            patched.setattr(plain_run, "run_base", without)
+            patched.setattr(plain_run, "run_base", changed(name, change))
             assert RewardHead.from_pretrained(checkpoints[family], dtype=dtype).body.pack_up_to == 0
     assert RewardHead.from_pretrained(checkpoints[family], dtype=dtype).body.pack_up_to == 96
 
