@@ -94,8 +94,9 @@ class ActivationCollector:
 
     Cost: a forward pass over both texts of every pair, what they share once (`rmtension.packing`); memory: one batch
     and `layers x channels` float64 sums, however many pairs.
-    Sums are float64, so any partition of the pairs over `update` and `merge`, in any order, gives the same
-    statistics up to the rounding of the model's own arithmetic. A failed `update` changes nothing.
+    Pieces of activations are summed in float32 (float64 in a model of that), pieces in float64, so any partition of the
+    pairs over `update` and `merge`, in any order, gives the same statistics up to the rounding of the model's own
+    arithmetic. A failed `update` changes nothing.
 
     Args:
         head: the model to read.

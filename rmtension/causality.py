@@ -122,8 +122,8 @@ def equal_size_effects(
 
     `size` neurons of every set are drawn `n_subsamples` times (a set of that size is taken whole, once). The effect is
     the mean over subsamples, its interval that of the prompts widened by the spread between subsamples. `difference`
-    is the effect minus that of the set called `against`, paired by item; empty sets are left out. Cost: two forward
-    passes per pair and subsample.
+    is the effect minus that of the set called `against`, paired by item; empty sets are left out. Cost: a pass
+    over the pairs for each subsample.
     """
     if n_subsamples < 2:
         raise OptionError(f"n_subsamples: expected at least 2, whose spread is in the interval, got {n_subsamples}.")

@@ -54,8 +54,9 @@ def pack(batch: TokenBatch) -> TokenBatch:
     round to the last digit.
     """
     half = len(batch.mask) // 2
-    sides = rearrange(batch.input_ids, "(side row) token -> side row token", side=2)
-    ahead = torch.tensor([one > other for one, other in zip(*sides.tolist(), strict=True)]).long()
+    # With the lengths, because padding looks like a token.
+    texts = list(zip(batch.input_ids.tolist(), batch.mask.sum(1).tolist(), strict=True))
+    ahead = torch.tensor([one > other for one, other in zip(texts[:half], texts[half:], strict=True)]).long()
     # Places in the batch of each row's first text and of its second one.
     row = torch.arange(half)
     first, second = row + ahead * half, row + (1 - ahead) * half

@@ -1,5 +1,6 @@
 """Running a base model of transformers on a batch, and finding out whether it runs packed rows."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +20,10 @@ _PACKING_TOLERANCE = {torch.float16: 0.003, torch.bfloat16: 0.02}
 _TIMES_ROUNDING = 4
 # Tokens shared, of one rest and of the other, of the pair that is packed to see whether that works.
 _PROBE = (12, 10, 6)
-# What configs call the number of tokens that attention looks back, in all layers or in some.
-_WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
+# How configs name the number of tokens that attention looks back, in all layers or in some; not counts of layers.
+_WINDOW = re.compile(r"^(?!.*(layers|pattern)).*(window|chunk|local_attention)")
+# A mask grows with the square of a row: one of so many tokens has 64 MB in float32.
+_LONGEST = 4096
 
 
 def probe_batch(n_tokens: int, device: torch.device, n_texts: int = 1) -> TokenBatch:
@@ -48,8 +51,10 @@ def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
     Windows are no part of the mask, and some families take columns for positions in one: rows stay within them.
     """
     config = base.config.get_text_config()
-    windows = [getattr(config, name, None) for name in _WINDOWS]
-    longest = min([context, *(window for window in windows if isinstance(window, int))])
+    # Flash attention takes the lengths of texts, and reads a mask of two dimensions as if it were those.
+    if "flash" in str(getattr(config, "_attn_implementation", "")):
+        return 0
+    longest = min([context, _LONGEST, *windows_of(config)])
     parameter = next(base.parameters())
     ids = [number % n_embeddings for number in range(sum(_PROBE))]
     n_shared, n_one, _ = _PROBE
@@ -63,17 +68,26 @@ def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
         with torch.no_grad(), in_eval_mode(base.modules()):
             columns = torch.arange(alone.input_ids.shape[1], device=parameter.device)
             masked = replace(alone, position_ids=columns.expand_as(alone.input_ids))
-            expected, rounded, found = (run_base(base, batch).double() for batch in (alone, masked, packed))
+            # Of a model over several devices the stream comes out on the last one.
+            expected, rounded, found = (run_base(base, batch).double().cpu() for batch in (alone, masked, packed))
     except Exception:  # whatever a family that takes no such mask runs into
         return 0
-    right = expected[alone.mask]
-    rounding = _furthest(rounded[alone.mask], right)
-    off = _furthest(torch.cat([found[0, packed.mask[side]] for side in range(len(texts))]), right)
+    mask = alone.mask.cpu()
+    right = expected[mask]
+    rounding = _furthest(rounded[mask], right)
+    off = _furthest(torch.cat([found[0, side] for side in packed.mask.cpu()]), right)
     tolerance = _PACKING_TOLERANCE.get(parameter.dtype, 1e-5)
     # A mask that is misread moves both: only what is small enough to be rounding excuses the packed row.
     return (
         longest if rounding <= _TIMES_ROUNDING * tolerance and off <= max(tolerance, _TIMES_ROUNDING * rounding) else 0
     )
+
+
+def windows_of(config: Any) -> list[int]:
+    """The positive numbers in a config that are named like a window of attention."""
+    return [
+        value for name, value in config.to_dict().items() if type(value) is int and value > 0 and _WINDOW.search(name)
+    ]
 
 
 def _furthest(found: Float[Tensor, "token d_model"], expected: Float[Tensor, "token d_model"]) -> float:

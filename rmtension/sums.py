@@ -33,7 +33,7 @@ def weighted_sums(
     names = ("value", "absolute", "square", "positive")
     sums = {name: torch.zeros(n_neurons, dtype=torch.float64, device=rows.device) for name in names}
     sums["channel"] = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    spare = torch.empty(size, n_neurons, dtype=exact, device=rows.device)
+    spare = torch.empty(min(size, len(rows)), n_neurons, dtype=exact, device=rows.device)
     for piece, weight in zip(torch.split(rows, size), torch.split(exact_weights, size), strict=True):
         values = piece.to(exact)
         sums["channel"] += weight @ values

@@ -5,6 +5,7 @@ In float64 to 1e-9, families with float32 norms to 1e-7 for gradients (`close_to
 
 import pytest
 import torch
+import transformers
 from conftest import close_to, make_pairs, make_tokenizer, save_classifier
 from test_families import DENSE, EXPERTS
 
@@ -13,6 +14,7 @@ from rmtension.check_matrix import FAMILIES as MATRIX
 from rmtension.check_matrix import make_classifier
 from rmtension.encoding import EncodedPairs, EncodedText
 from rmtension.packing import attention_mask, pair_batches
+from rmtension.plain_run import measure_packing, windows_of
 from rmtension.profiles import collect_profiles
 from rmtension.single_effects import single_neuron_effects
 
@@ -242,6 +244,36 @@ def test_turned_round_a_pair_makes_the_same_row(checkpoints, few):
     for method in ("mean_difference", "gradient_x_activation"):
         scores, turned = (NeuronAttribution(head, method=method).per_pair(each).values for each in (few, few.swapped()))
         assert torch.equal(scores, -turned), "to the last digit, in float32"
+
+
+def test_a_text_that_is_the_other_and_token_0():
+    """Padding is 0 as well, and does not make them one."""
+    rows = []
+    for one, other in ([[5, 6, 7], [5, 6, 7, 0]], [[5, 6, 7, 0], [5, 6, 7]]):
+        pairs = EncodedPairs(texts(one), texts(other), 0, 0)
+        batches = pair_batches(pairs, tokens_per_batch=99, pad_token_id=None, device="cpu", pack_up_to=50)
+        rows += [batch.input_ids.tolist() for batch in batches]
+    assert rows[0] == rows[1] == [[5, 6, 7, 7, 0]]
+
+
+def test_windows_of_configs():
+    """Whatever a config calls them; counts of layers and windows that are switched off are none."""
+    make = transformers.AutoConfig.for_model
+    assert windows_of(make("mistral", sliding_window=16)) == [16]
+    assert windows_of(make("gpt_neo", window_size=32)) == [32]
+    assert windows_of(make("qwen2", max_window_layers=28)) == []
+    assert windows_of(make("qwen2_moe")) == []
+    assert windows_of(make("llama")) == windows_of(make("gpt2")) == []
+
+
+def test_flash_attention_is_not_tried(checkpoints, monkeypatch):
+    """It would read the mask as lengths; on a GPU that ends the process."""
+    head = RewardHead.from_pretrained(checkpoints["llama"])
+    base, where = head.body.plain, (head.body.n_embeddings, 96)
+    assert measure_packing(base, *where) == 96
+    monkeypatch.setattr(base.config, "_attn_implementation_internal", "flash_attention_2")
+    assert base.config._attn_implementation == "flash_attention_2"
+    assert measure_packing(base, *where) == 0
 
 
 def test_what_is_packed():
