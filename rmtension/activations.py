@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rmtension.encoding import EncodedPairs, EncodedText
+from rmtension.encoding import EncodedText
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance
@@ -213,8 +213,8 @@ class ActivationCollector:
 
             _run(self.head, self.site, batch, partial(_keep, values, donors, rows, columns))
         keys = torch.tensor([texts[owner].key for owner in owners])
-        provenance = self.head.provenance(pairs, encoded, site=self.site, positions=self.positions, method="sample")
-        return ActivationSample(values, keys, replace(provenance, n_tokens=len(drawn)))
+        provenance = self.head.provenance(pairs, len(drawn), site=self.site, positions=self.positions, method="sample")
+        return ActivationSample(values, keys, provenance)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -235,12 +235,11 @@ class ActivationCollector:
         return {"all": len(text), "response": len(text) - text.response_start, "last": 1}[self.positions]
 
     def _provenance(self) -> Provenance:
-        nothing = EncodedPairs((), (), 0, 0)
         empty = self.head.provenance(
-            PreferencePairs([]), nothing, site=self.site, positions=self.positions, method="statistics"
+            PreferencePairs([]), self._n_tokens, site=self.site, positions=self.positions, method="statistics"
         )
         data = f"{self._data % 2**256:064x}"[:16]
-        return replace(empty, model=self._model, data=data, n_pairs=self._n_pairs, n_tokens=self._n_tokens)
+        return replace(empty, model=self._model, data=data, n_pairs=self._n_pairs)
 
 
 def _keep(values: Tensor, donors: Tensor, rows: Tensor, columns: Tensor, layer: int, channels: Tensor) -> None:

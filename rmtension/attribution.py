@@ -1,7 +1,7 @@
 """Scoring neurons by what they have to do with the margin between chosen and rejected."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -174,12 +174,11 @@ class NeuronAttribution:
         packed = can_share(self.reference)
         for batch in self.head.batches(encoded, desc=self.method, progress=progress, packed=packed):
             n_tokens += int(batch.select(self.positions).sum())
-            half = len(batch.places) // 2
-            values[list(batch.places[:half])] = self._signed(_run([self], batch))[0].to(values.dtype)
+            values[list(batch.places[: batch.n_pairs])] = self._signed(_run([self], batch))[0].to(values.dtype)
         provenance = self.head.provenance(
-            pairs, encoded, site=self.site, positions=self.positions, method=self._name("signed")
+            pairs, n_tokens, site=self.site, positions=self.positions, method=self._name("signed")
         )
-        return PairScores(values, pairs, replace(provenance, n_tokens=n_tokens))
+        return PairScores(values, pairs, provenance)
 
     def per_token(
         self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False
@@ -276,20 +275,19 @@ def score_together(
     packed = all(can_share(one.reference) for one in attributions)
     for batch in head.batches(encoded, desc=desc, progress=progress, packed=packed):
         run = _run(attributions, batch)
-        half = len(batch.places) // 2
         for number, one in enumerate(attributions):
             per_pair, gap = one._per_pair(run)
-            running[number].add(per_pair, batch.keys[:half])
+            running[number].add(per_pair, batch.keys[: batch.n_pairs])
             gaps[number] += [] if gap is None else [gap]
             tokens[number] += int(batch.select(one.positions).sum())
         del run  # its activations, before the next batch has its own
     found = []
     for one, sums, gap_parts, n_tokens in zip(attributions, running, gaps, tokens, strict=True):
         provenance = head.provenance(
-            pairs, encoded, site=one.site, positions=one.positions, method=one._name(one.aggregate)
+            pairs, n_tokens, site=one.site, positions=one.positions, method=one._name(one.aggregate)
         )
         gap = torch.cat(gap_parts).mean(dim=0) if gap_parts else None
-        found.append(sums.finish(replace(provenance, n_tokens=n_tokens), gap))
+        found.append(sums.finish(provenance, gap))
     return found
 
 
@@ -322,4 +320,4 @@ def _summed(by_token: ByToken, run: BatchRun) -> Float[Tensor, "pair neuron"]:
     """Each pair's score, in float64 on the CPU."""
     values, weights = by_token
     rows = einsum(weights, values, "row token, row token neuron -> row neuron")
-    return of_pairs(rows.double().cpu(), len(run.batch.places) // 2)
+    return of_pairs(rows.double().cpu(), run.batch.n_pairs)

@@ -13,7 +13,7 @@ from rmtension.errors import ModelError
 from rmtension.hooks import InstalledHooks, Spot, Visit
 from rmtension.replay import Replay
 from rmtension.reward_head import RewardHead
-from rmtension.tokens import TokenBatch
+from rmtension.tokens import TokenBatch, margins
 
 Place = tuple[str, int]  # site and layer
 
@@ -108,12 +108,6 @@ class BatchRun:
 
     def _shaped(self, values: Tensor) -> Tensor:
         return values.reshape(*self.batch.input_ids.shape, -1)
-
-
-def margins(of_texts: Float[Tensor, "text *rest"]) -> Float[Tensor, "pair *rest"]:
-    """Chosen minus rejected, of a batch of pairs: the first half of its texts are the chosen ones."""
-    chosen, rejected = of_texts.chunk(2)
-    return chosen - rejected
 
 
 class _BlockGates:

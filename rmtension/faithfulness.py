@@ -159,13 +159,8 @@ def faithfulness(
     else:
         if sample is not None:
             raise OptionError("sample: truth says which neurons were ablated. Leave sample out, or truth.")
-        asked = head.provenance(
-            pairs,
-            head.encode(pairs, truncate_response=truncate_response),
-            site=site,
-            positions=positions,
-            method=f"effect of ablation to {name_of(target)}",
-        )
+        method = f"effect of ablation to {name_of(target)}"
+        asked = head.provenance(pairs, truth.provenance.n_tokens, site=site, positions=positions, method=method)
         truth.provenance.require_same(
             asked, (*_SAME_MODEL, "positions", "method", "data"), what="truth of faithfulness"
         )

@@ -10,10 +10,11 @@ from einops import einsum, reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension.batch_run import BatchRun, margins
+from rmtension.batch_run import BatchRun
 from rmtension.errors import ModelError
 from rmtension.replacing import Reference, step_to
 from rmtension.sites import neuron_activations
+from rmtension.tokens import margins
 
 
 @dataclass(frozen=True)

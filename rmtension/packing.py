@@ -7,7 +7,6 @@ each text is computed as if it stood alone. Responses to one prompt share most o
 from collections.abc import Iterator, Sequence
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -53,7 +52,7 @@ def pack(batch: TokenBatch) -> TokenBatch:
     Which rest comes first follows from the texts alone: turned round, a pair makes the same row, and its scores turn
     round to the last digit.
     """
-    half = len(batch.mask) // 2
+    half = batch.n_pairs
     # With the lengths, because padding looks like a token.
     texts = list(zip(batch.input_ids.tolist(), batch.mask.sum(1).tolist(), strict=True))
     ahead = torch.tensor([one > other for one, other in zip(texts[:half], texts[half:], strict=True)]).long()
@@ -87,7 +86,7 @@ def pack(batch: TokenBatch) -> TokenBatch:
 
 def attention_mask(batch: TokenBatch, dtype: torch.dtype) -> Float[Tensor, "row 1 query key"]:
     """0 where a token may look, the lowest number elsewhere: at itself, and at what comes before it in its own text."""
-    texts = rearrange(batch.mask, "(side row) token -> side row token", row=len(batch.input_ids))
+    texts = batch.by_side(batch.mask)
     together = (texts[..., :, None] & texts[..., None, :]).any(0)
     n_tokens = texts.shape[-1]
     # Padding looks at itself: a softmax over nothing is NaN.

@@ -160,8 +160,7 @@ def collect_profiles(
     method = "profile, tokens pooled" if pool_tokens else "profile"
     profiles: dict[tuple[str, str], ActivationProfile] = {}
     for (site, one), total in totals.items():
-        provenance = head.provenance(pairs, encoded, site=site, positions=one, method=method)
-        provenance = replace(provenance, n_tokens=total.n_tokens)
+        provenance = head.provenance(pairs, total.n_tokens, site=site, positions=one, method=method)
         profiles[site, one] = ActivationProfile(
             total.sums, total.weights, "" if base is None else base.fingerprint, provenance
         )
@@ -229,7 +228,7 @@ class _Totals:
         lengths = select.sum(dim=1, keepdim=True)
         per_text = lengths[:, 0].double() if self.pool_tokens else torch.ones(len(lengths), dtype=torch.float64)
         # Sums go to row side * N_BLOCKS + block: the first half of a batch are chosen responses.
-        halves = torch.arange(len(batch.places)) // (len(batch.places) // 2)
+        halves = torch.arange(len(batch.places)) // batch.n_pairs
         cells = halves * N_BLOCKS + block_of(batch.keys.cpu())
         self.weights.view(-1).index_add_(0, cells, per_text.cpu())
         self.n_tokens += int(lengths.sum())

@@ -248,9 +248,8 @@ class RewardHead:
         for batch in self.batches(encoded, desc="score", progress=progress):
             with torch.no_grad():
                 rewards = self.forward(batch).cpu()
-            half = len(batch.places) // 2
-            rows = list(batch.places[:half])
-            chosen[rows], rejected[rows] = rewards[:half], rewards[half:]
+            rows = list(batch.places[: batch.n_pairs])
+            chosen[rows], rejected[rows] = rewards.chunk(2)
         for row, (one, other) in enumerate(zip(encoded.chosen, encoded.rejected, strict=True)):
             if one.ids == other.ids:
                 rejected[row] = chosen[row]
@@ -258,7 +257,7 @@ class RewardHead:
             require_finite(chosen),
             require_finite(rejected),
             pairs,
-            self.provenance(pairs, encoded, site="residual", positions="last", method="reward"),
+            self.provenance(pairs, encoded.n_tokens, site="residual", positions="last", method="reward"),
             encoded.n_prompts_cut,
             encoded.n_responses_cut,
         )
@@ -331,7 +330,7 @@ class RewardHead:
                 pack_up_to=self.body.pack_up_to if packed else 0,
             ):
                 yield batch
-                bar.update(len(batch.places) // 2)
+                bar.update(batch.n_pairs)
 
     @property
     def sites(self) -> list[str]:
@@ -393,9 +392,9 @@ class RewardHead:
         return self._fingerprint[1]
 
     def provenance(
-        self, pairs: PreferencePairs, encoded: EncodedPairs, *, site: str, positions: str, method: str
+        self, pairs: PreferencePairs, n_tokens: int, *, site: str, positions: str, method: str
     ) -> Provenance:
-        """What a result that this head computes from `pairs` has to carry."""
+        """What a result that this head computes from `n_tokens` tokens of `pairs` has to carry."""
         return Provenance(
             architecture=self.architecture,
             model=self.fingerprint,
@@ -405,7 +404,7 @@ class RewardHead:
             dtype=str(self.dtype).removeprefix("torch."),
             data=pairs.digest[:16],
             n_pairs=len(pairs),
-            n_tokens=encoded.n_tokens,
+            n_tokens=n_tokens,
             version=version("rmtension"),
         )
 

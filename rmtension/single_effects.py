@@ -1,7 +1,6 @@
 """The truth that attribution is measured against: what taking out each neuron by itself does to the margin."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 
 import torch
 from einops import rearrange
@@ -9,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rmtension.batch_run import margins
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
@@ -19,6 +17,7 @@ from rmtension.replay import Replay
 from rmtension.reward_head import RewardHead
 from rmtension.running_scores import RunningScores
 from rmtension.sites import check_positions, find_site
+from rmtension.tokens import margins
 
 # Residual streams of one step over the last layer's neurons, in numbers: 64 MB in float32.
 _AT_A_TIME = 16_000_000
@@ -81,8 +80,7 @@ def single_neuron_effects(
     ):
         for batch in head.batches(encoded, desc="", progress=False, packed=can_share(reference)):
             replay = Replay(head, batch, [site])
-            half = len(batch.places) // 2
-            changes = torch.full((half, *shape), torch.nan, dtype=torch.float64)
+            changes = torch.full((batch.n_pairs, *shape), torch.nan, dtype=torch.float64)
             for layer, columns in enumerate(neurons.mask):
                 wanted = columns.nonzero()[:, 0].tolist()
                 if not wanted:
@@ -91,13 +89,11 @@ def single_neuron_effects(
                 step = step_to(reference, layer, activation, batch.touched(positions).to(activation.device))
                 for number, change in zip(wanted, _changes(replay, site, layer, step, wanted), strict=True):
                     changes[:, layer, number] = margins(change).double().cpu()
-                    bar.update(half)
-            scores.add(changes, batch.keys[:half])
+                    bar.update(batch.n_pairs)
+            scores.add(changes, batch.keys[: batch.n_pairs])
             n_tokens += int(batch.select(positions).sum())
-    provenance = head.provenance(
-        pairs, encoded, site=site, positions=positions, method=f"effect of ablation to {name_of(reference)}"
-    )
-    return scores.finish(replace(provenance, n_tokens=n_tokens))
+    method = f"effect of ablation to {name_of(reference)}"
+    return scores.finish(head.provenance(pairs, n_tokens, site=site, positions=positions, method=method))
 
 
 def _changes(
@@ -136,12 +132,17 @@ def _with_step(
     replay: Replay, site: str, layer: int, step: Float[Tensor, "row token channel"]
 ) -> Float[Tensor, "text"]:
     """The rewards when the activation at the site moves by `step`."""
+    with replay.head.hooks(site, _moving(step), [layer]):
+        return replay.rewards_from(layer)
+
+
+def _moving(step: Float[Tensor, "row token channel"]) -> Callable[[int, Tensor], Tensor]:
+    """A visit that adds `step` to the activation."""
 
     def move(_layer: int, activation: Tensor) -> Tensor:
         return activation + step.reshape(activation.shape)
 
-    with replay.head.hooks(site, move, [layer]):
-        return replay.rewards_from(layer)
+    return move
 
 
 def _written(
@@ -175,11 +176,7 @@ def _written(
     if not factor.isfinite():
         return None  # nothing is written, or next to nothing
     expected = expected * factor
-
-    def move(_layer: int, activation: Tensor) -> Tensor:
-        return activation + (step * factor).reshape(activation.shape)
-
-    with head.hooks(site, move, [layer]):
+    with head.hooks(site, _moving(step * factor), [layer]):
         moved = replay.run_block(layer, replay.stream(layer)) - above
     # Roundings of the stream and of the step; another path is off by a share of the step itself.
     return weights if (moved - expected).abs().max() <= 64 * precision * size else None

@@ -6,8 +6,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange, reduce
-from jaxtyping import Bool, Float, Int
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from rmtension.encoding import EncodedText
@@ -74,27 +74,34 @@ class TokenBatch:
             position_ids=None if self.position_ids is None else self.position_ids.to(device),
         )
 
+    @property
+    def n_pairs(self) -> int:
+        """Of a batch of pairs, how many."""
+        return len(self.places) // 2
+
     def at_last(self, values: Float[Tensor, "row token *rest"]) -> Float[Tensor, "text *rest"]:
         """What stands at the token that each text's reward is read from, on the device of `values`."""
         # Of a model over several devices the residual stream comes out on the last one.
         rows = torch.arange(len(self.last), device=values.device) % len(values)
         return values[rows, self.last.to(values.device)]
 
+    def by_side(self, per_text: Shaped[Tensor, "text token"]) -> Shaped[Tensor, "side row token"]:
+        """The texts of every row, one behind the other."""
+        return rearrange(per_text, "(side row) token -> side row token", row=len(self.input_ids))
+
     def by_token(self, per_text: Float[Tensor, "text token"]) -> Float[Tensor, "row token"]:
         """Summed over the texts that a token belongs to."""
-        return reduce(per_text, "(side row) token -> row token", "sum", row=len(self.input_ids))
+        return self.by_side(per_text).sum(0)
 
     def by_text(
         self, weights: Float[Tensor, "text token"], values: Float[Tensor, "row token channel"]
     ) -> Float[Tensor, "text channel"]:
         """Every text's sum of its tokens' `values`, weighted."""
-        sides = rearrange(weights, "(side row) token -> side row token", row=len(values))
-        sums = torch.einsum("srt,rtc->src", sides, values)
-        return sums.flatten(0, 1)
+        return torch.einsum("srt,rtc->src", self.by_side(weights), values).flatten(0, 1)
 
     def touched(self, positions: str) -> Bool[Tensor, "row token"]:
         """Which tokens `positions` names in any text of the row."""
-        return reduce(self.select(positions), "(side row) token -> row token", "any", row=len(self.input_ids))
+        return self.by_side(self.select(positions)).any(0)
 
     def select(self, positions: str) -> Bool[Tensor, "text token"]:
         """Which tokens of each text `positions` names: `all`, those of the `response`, or the `last` one."""
@@ -104,6 +111,12 @@ class TokenBatch:
         if positions == "response":
             return self.response
         return torch.arange(self.mask.shape[1], device=self.mask.device) == self.last[:, None]
+
+
+def margins(of_texts: Float[Tensor, "text *rest"]) -> Float[Tensor, "pair *rest"]:
+    """Chosen minus rejected, of a batch of pairs: the first half of its texts are the chosen ones."""
+    chosen, rejected = of_texts.chunk(2)
+    return chosen - rejected
 
 
 def last_token(
