@@ -112,8 +112,7 @@ def draw_donors(batch: TokenBatch, donor_keys: Int[Tensor, "donor"], seed: int) 
     if batch.position_ids is not None:
         places = batch.position_ids
     start = _mix(torch.tensor(seed))
-    # The texts of a packed row have one prompt.
-    for row, key in enumerate(batch.keys[: len(donors)].tolist()):
+    for row, key in enumerate(batch.row_keys.tolist()):
         others = (donor_keys != key).nonzero()[:, 0].to(donors.device)
         if not len(others):
             raise DataError(

@@ -1,6 +1,6 @@
 """Activation statistics of every neuron over preference pairs, in one streaming pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rmtension.distributed import current
 from rmtension.encoding import EncodedText
 from rmtension.errors import DataError, OptionError, ProvenanceError
+from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance
 from rmtension.reward_head import RewardHead
@@ -119,24 +121,25 @@ class ActivationCollector:
         return self
 
     def update(
-        self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False
+        self, pairs: Iterable[PreferencePair], *, truncate_response: bool = False, progress: bool = False
     ) -> "ActivationCollector":
-        """Add the texts of `pairs`."""
+        """Add the texts of `pairs`, an iterable of them that is read once."""
         if self.head.fingerprint != self._model:
             raise ProvenanceError("update: the model's weights changed since the last reset. Call reset() first.")
         sums = self._zeros()
-        n_tokens = 0
-        encoded = self.head.encode(pairs, truncate_response=truncate_response)
-        for batch in self.head.batches(encoded, desc="collect", progress=progress):
-            # How many of its row's texts have a token: those of a shared prefix count twice.
+        n_tokens = torch.zeros((), dtype=torch.long)
+        stream = self.head.stream(pairs, desc="collect", progress=progress, truncate_response=truncate_response)
+        for batch in stream:
+            # How many of its row's texts have a token: those of a shared prefix count once for each.
             counts = batch.by_token(batch.select(self.positions).float())
-            n_tokens += int(counts.sum())
+            n_tokens += counts.sum().long().cpu()
             _run(self.head, self.site, batch, partial(self._add, sums, counts))
+        stream.add_up(*sums.values(), n_tokens)
         for name, total in sums.items():
             self._sums[name] += total
-        self._n_tokens += n_tokens
-        self._n_pairs += len(pairs)
-        self._data += int(pairs.digest, 16)
+        self._n_tokens += int(n_tokens)
+        self._n_pairs += stream.n_pairs
+        self._data += int(stream.digest, 16)
         return self
 
     def merge(self, other: "ActivationCollector") -> "ActivationCollector":
@@ -168,7 +171,7 @@ class ActivationCollector:
         )
 
     def collect(
-        self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False
+        self, pairs: Iterable[PreferencePair], *, truncate_response: bool = False, progress: bool = False
     ) -> ActivationStatistics:
         """`reset`, `update` and `compute` in one call."""
         return self.reset().update(pairs, truncate_response=truncate_response, progress=progress).compute()
@@ -194,7 +197,7 @@ class ActivationCollector:
         wanted: dict[int, list[tuple[int, int]]] = {}
         for donor, (owner, offset) in enumerate(zip(owners.tolist(), offsets.tolist(), strict=True)):
             wanted.setdefault(owner, []).append((donor, offset))
-        values = torch.empty(len(drawn), self.head.n_layers, self.head.n_channels(self.site), dtype=self.head.dtype)
+        values = torch.zeros(len(drawn), self.head.n_layers, self.head.n_channels(self.site), dtype=self.head.dtype)
         used = list(wanted)
         batches = text_batches(
             [texts[owner] for owner in used],
@@ -202,18 +205,25 @@ class ActivationCollector:
             pad_token_id=self.head.pad_token_id,
             device=self.head.device,
         )
-        for batch in batches:
+        shard = current()
+        for number, batch in enumerate(batches):
+            if not shard.takes(number):
+                continue
             columns_of = [row.nonzero()[:, 0].tolist() for row in batch.select(self.positions)]
             places = [
                 (donor, row, columns_of[row][offset])
-                for row, number in enumerate(batch.places)
-                for donor, offset in wanted[used[number]]
+                for row, place in enumerate(batch.places)
+                for donor, offset in wanted[used[place]]
             ]
             donors, rows, columns = torch.tensor(places).unbind(dim=1)
 
             _run(self.head, self.site, batch, partial(_keep, values, donors, rows, columns))
         keys = torch.tensor([texts[owner].key for owner in owners])
-        provenance = self.head.provenance(pairs, len(drawn), site=self.site, positions=self.positions, method="sample")
+        shard.require_same("set of pairs", f"{pairs.ordered_digest} {self.head.fingerprint}")
+        shard.add_up(values)
+        provenance = self.head.provenance(
+            pairs.digest, len(pairs), len(drawn), site=self.site, positions=self.positions, method="sample"
+        )
         return ActivationSample(values, keys, provenance)
 
     # -- inside ----------------------------------------------------------------------------------------------------
@@ -235,11 +245,15 @@ class ActivationCollector:
         return {"all": len(text), "response": len(text) - text.response_start, "last": 1}[self.positions]
 
     def _provenance(self) -> Provenance:
-        empty = self.head.provenance(
-            PreferencePairs([]), self._n_tokens, site=self.site, positions=self.positions, method="statistics"
+        now = self.head.provenance(
+            f"{self._data % 2**256:064x}",
+            self._n_pairs,
+            self._n_tokens,
+            site=self.site,
+            positions=self.positions,
+            method="statistics",
         )
-        data = f"{self._data % 2**256:064x}"[:16]
-        return replace(empty, model=self._model, data=data, n_pairs=self._n_pairs)
+        return replace(now, model=self._model)
 
 
 def _keep(values: Tensor, donors: Tensor, rows: Tensor, columns: Tensor, layer: int, channels: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Scoring neurons by what they have to do with the margin between chosen and rejected."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rmtension.batch_run import BatchRun
-from rmtension.encoding import EncodedPairs, EncodedText
+from rmtension.encoding import EncodedText
 from rmtension.errors import DataError, OptionError
 from rmtension.methods import (
     FIRST_ORDER,
@@ -20,7 +20,6 @@ from rmtension.methods import (
     ByToken,
     dropped_patching,
     integrated_gradients,
-    of_pairs,
 )
 from rmtension.neuron_scores import NeuronScores
 from rmtension.pair import PreferencePair
@@ -156,27 +155,37 @@ class NeuronAttribution:
         self.steps = steps
         self.graddrop = graddrop
 
-    def score(self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False) -> NeuronScores:
+    def score(
+        self, pairs: Iterable[PreferencePair], *, truncate_response: bool = False, progress: bool = False
+    ) -> NeuronScores:
         """One score per neuron. Memory: one batch's activations and 32 x `layers x neurons` sums, for any pairs."""
         return score_together([self], pairs, truncate_response=truncate_response, progress=progress)[0]
 
     @torch.inference_mode(False)  # what is made in it cannot be differentiated
     def per_pair(
-        self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False
+        self, pairs: Iterable[PreferencePair], *, truncate_response: bool = False, progress: bool = False
     ) -> PairScores:
         """Every pair's signed scores, whatever `aggregate`. Memory: `pairs x layers x neurons` numbers."""
         if self.graddrop:
             raise OptionError("per_pair: GradDrop has no signed scores. Leave graddrop out.")
-        encoded = _encoded(self.head, pairs, truncate_response)
+        pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
         shape = (len(pairs), self.head.n_layers, self.head.n_neurons(self.site))
-        values = torch.empty(shape, dtype=self.head.reward_dtype)
-        n_tokens = 0
-        packed = can_share(self.reference)
-        for batch in self.head.batches(encoded, desc=self.method, progress=progress, packed=packed):
-            n_tokens += int(batch.select(self.positions).sum())
+        values = torch.zeros(shape, dtype=self.head.reward_dtype)
+        n_tokens = torch.zeros((), dtype=torch.long)
+        stream = self.head.stream(
+            pairs,
+            desc=self.method,
+            progress=progress,
+            sharing="pair" if can_share(self.reference) else "none",
+            truncate_response=truncate_response,
+        )
+        for batch in stream:
+            n_tokens += batch.select(self.positions).sum().cpu()
             values[list(batch.places[: batch.n_pairs])] = self._signed(_run([self], batch))[0].to(values.dtype)
-        provenance = self.head.provenance(
-            pairs, n_tokens, site=self.site, positions=self.positions, method=self._name("signed")
+        stream.require_pairs()
+        stream.add_up(values, n_tokens)
+        provenance = stream.provenance(
+            int(n_tokens), site=self.site, positions=self.positions, method=self._name("signed")
         )
         return PairScores(values, pairs, provenance)
 
@@ -186,7 +195,9 @@ class NeuronAttribution:
         """Every pair's scores token by token, one pair at a time, in order; tokens as the tokenizer writes them."""
         if self.graddrop:
             raise OptionError("per_token: GradDrop has no signed scores. Leave graddrop out.")
-        encoded = _encoded(self.head, pairs, truncate_response)
+        if not len(pairs):
+            raise DataError("pairs: expected at least one preference pair, got none.")
+        encoded = self.head.encode(pairs, truncate_response=truncate_response)
         both = tqdm(
             zip(pairs, encoded.chosen, encoded.rejected, strict=True),
             total=len(pairs),
@@ -253,7 +264,7 @@ class NeuronAttribution:
 @torch.inference_mode(False)
 def score_together(
     attributions: Sequence[NeuronAttribution],
-    pairs: PreferencePairs,
+    pairs: Iterable[PreferencePair],
     *,
     truncate_response: bool = False,
     progress: bool = False,
@@ -267,34 +278,34 @@ def score_together(
     if not attributions or any(one.head is not attributions[0].head for one in attributions):
         raise OptionError("attributions: expected at least one NeuronAttribution, all of the same head.")
     head = attributions[0].head
-    encoded = _encoded(head, pairs, truncate_response)
-    running = [RunningScores(head.n_layers, head.n_neurons(one.site)) for one in attributions]
-    gaps: list[list[Tensor]] = [[] for _ in attributions]
+    running = [
+        RunningScores(head.n_layers, head.n_neurons(one.site), gap=one.method == "integrated_gradients")
+        for one in attributions
+    ]
     desc = ", ".join(dict.fromkeys(one.method for one in attributions))
-    tokens = [0] * len(attributions)
-    packed = all(can_share(one.reference) for one in attributions)
-    for batch in head.batches(encoded, desc=desc, progress=progress, packed=packed):
+    n_tokens = torch.zeros(len(attributions), dtype=torch.long)
+    stream = head.stream(
+        pairs,
+        desc=desc,
+        progress=progress,
+        sharing="pair" if all(can_share(one.reference) for one in attributions) else "none",
+        truncate_response=truncate_response,
+    )
+    for batch in stream:
         run = _run(attributions, batch)
         for number, one in enumerate(attributions):
             per_pair, gap = one._per_pair(run)
-            running[number].add(per_pair, batch.keys[: batch.n_pairs])
-            gaps[number] += [] if gap is None else [gap]
-            tokens[number] += int(batch.select(one.positions).sum())
+            running[number].add(per_pair, batch.keys[: batch.n_pairs], gap)
+            n_tokens[number] += batch.select(one.positions).sum().cpu()
         del run  # its activations, before the next batch has its own
+    stream.require_pairs()
+    stream.add_up(n_tokens)
     found = []
-    for one, sums, gap_parts, n_tokens in zip(attributions, running, gaps, tokens, strict=True):
-        provenance = head.provenance(
-            pairs, n_tokens, site=one.site, positions=one.positions, method=one._name(one.aggregate)
-        )
-        gap = torch.cat(gap_parts).mean(dim=0) if gap_parts else None
-        found.append(sums.finish(provenance, gap))
+    for one, sums, n in zip(attributions, running, n_tokens.tolist(), strict=True):
+        sums.add_up(stream)
+        provenance = stream.provenance(n, site=one.site, positions=one.positions, method=one._name(one.aggregate))
+        found.append(sums.finish(provenance))
     return found
-
-
-def _encoded(head: RewardHead, pairs: PreferencePairs, truncate_response: bool) -> EncodedPairs:
-    if not len(pairs):
-        raise DataError("pairs: expected at least one preference pair, got none.")
-    return head.encode(pairs, truncate_response=truncate_response)
 
 
 def _run(attributions: Sequence[NeuronAttribution], batch: TokenBatch) -> BatchRun:
@@ -320,4 +331,4 @@ def _summed(by_token: ByToken, run: BatchRun) -> Float[Tensor, "pair neuron"]:
     """Each pair's score, in float64 on the CPU."""
     values, weights = by_token
     rows = einsum(weights, values, "row token, row token neuron -> row neuron")
-    return of_pairs(rows.double().cpu(), run.batch.n_pairs)
+    return run.batch.by_pair(rows.double().cpu())

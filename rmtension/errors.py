@@ -40,3 +40,7 @@ class ProvenanceError(RMTensionError, ValueError):
 
 class StorageError(RMTensionError, OSError):
     """A result could not be written to, or read from, disk."""
+
+
+class ShardError(RMTensionError, RuntimeError):
+    """Processes that share the work have lost one another, or do not do the same."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rmtension.checkpoints import Checkpoint
+from rmtension.distributed import current
 from rmtension.errors import ModelError, OptionError, RMTensionWarning, StorageError
 from rmtension.heads import LinearHead
 from rmtension.hooks import copy_without_hooks
@@ -73,6 +74,8 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
     `score.bias`: `RewardHead.from_pretrained` reads it back, transformers leaves it out. Both warn.
     """
     checkpoint, _ = _current(head, "save_pretrained")
+    if not current().is_first:
+        return
     classifier = build_classifier(head)
     folder = Path(folder)
     try:

@@ -160,7 +160,8 @@ def faithfulness(
         if sample is not None:
             raise OptionError("sample: truth says which neurons were ablated. Leave sample out, or truth.")
         method = f"effect of ablation to {name_of(target)}"
-        asked = head.provenance(pairs, truth.provenance.n_tokens, site=site, positions=positions, method=method)
+        n_tokens = truth.provenance.n_tokens
+        asked = head.provenance(pairs.digest, len(pairs), n_tokens, site=site, positions=positions, method=method)
         truth.provenance.require_same(
             asked, (*_SAME_MODEL, "positions", "method", "data"), what="truth of faithfulness"
         )

@@ -63,10 +63,10 @@ def direct_effect(run: BatchRun, asked: Asked, layer: int) -> ByToken:
             "'mlp' or 'attn_head', and open the model without model_class and process_weights."
         )
     values = _signed(run.direct.neurons[asked.site][:, layer])
-    n_rows, n_tokens = run.batch.input_ids.shape
-    by_token = values.new_zeros(n_rows, n_tokens, values.shape[1])
-    by_token[torch.arange(len(values)) % n_rows, run.batch.last.cpu()] = values
-    return by_token, run.batch.touched("last").to(values)
+    batch = run.batch
+    by_token = values.new_zeros(*batch.input_ids.shape, values.shape[1])
+    by_token.index_put_((batch.rows.cpu(), batch.last.cpu()), values, accumulate=True)
+    return by_token, batch.touched("last").to(values)
 
 
 def integrated_gradients(run: BatchRun, asked: Asked, layer: int) -> tuple[ByToken, Float[Tensor, "pair"]]:
@@ -90,7 +90,7 @@ def integrated_gradients(run: BatchRun, asked: Asked, layer: int) -> tuple[ByTok
         change = margins(replay.rewards - _with_activation(run, site, layer, start))
     values, ones = _neurons(run, asked, -step * mean)
     in_rows = einsum(values, ones, "row token neuron, row token -> row")
-    return (values, ones), of_pairs(in_rows, len(change)) - change
+    return (values, ones), run.batch.by_pair(in_rows) - change
 
 
 def dropped_patching(run: BatchRun, asked: Asked, layer: int) -> list[ByToken]:
@@ -114,11 +114,6 @@ def _neurons(run: BatchRun, asked: Asked, channels: Float[Tensor, "row token cha
         shape = "row token (neuron channel) -> row token neuron"
         values = reduce(channels, shape, "sum", neuron=run.head.n_neurons(asked.site))
     return values, run.batch.touched(asked.positions).to(values)
-
-
-def of_pairs(of_rows: Float[Tensor, "row *rest"], n_pairs: int) -> Float[Tensor, "pair *rest"]:
-    """Summed over the rows of a pair: one where it is packed, otherwise two."""
-    return reduce(of_rows, "(side pair) ... -> pair ...", "sum", pair=n_pairs)
 
 
 def _signed(of_texts: Float[Tensor, "text rest"]) -> Float[Tensor, "text rest"]:

@@ -1,10 +1,14 @@
-"""Batches of pairs, and what both texts of a pair share run once: [shared prefix, rest of chosen, rest of rejected].
+"""Batches of pairs, and what their texts share run once: [shared prefix, rest of one, rest of another, ...].
 
 A mask keeps the rests from seeing each other, and every token has the position that it has in its own text, so that
-each text is computed as if it stood alone. Responses to one prompt share most of their tokens: 73% in HH-harmless.
+each text is computed as if it stood alone. The responses of a pair follow one prompt, 73% of the tokens in HH-harmless;
+in best-of-n, those of all pairs of an item do.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -13,8 +17,43 @@ from torch import Tensor
 from rmtension.encoding import EncodedPairs, EncodedText
 from rmtension.tokens import TokenBatch, last_token, length_buckets
 
-# Below this share of tokens saved, the attention between the two rests that is computed and masked costs more.
+# Who shares a row: nobody (a text a row, in order); the texts of one pair, so that a row's gradient is that pair's; or
+# those of one prompt.
+Sharing = Literal["none", "pair", "prompt"]
+# Below this share of tokens saved, the attention between the rests that is computed and masked costs more.
 _LEAST_SAVED = 0.1
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One text, or several after the prefix that they share."""
+
+    texts: tuple[EncodedText, ...]
+    n_shared: int
+
+    @property
+    def length(self) -> int:
+        return sum(map(len, self.texts)) - (len(self.texts) - 1) * self.n_shared
+
+    @property
+    def saves(self) -> bool:
+        return self.length <= (1 - _LEAST_SAVED) * sum(map(len, self.texts))
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Pairs that run in one batch, by their places, and the rows that their texts are in."""
+
+    places: tuple[int, ...]
+    rows: tuple[_Row, ...]
+
+    @property
+    def is_packed(self) -> bool:
+        return any(len(row.texts) > 1 for row in self.rows)
+
+    @property
+    def width(self) -> int:
+        return max(row.length for row in self.rows)
 
 
 def pair_batches(
@@ -24,70 +63,42 @@ def pair_batches(
     pad_token_id: int | None,
     device: torch.device | str,
     pack_up_to: int = 0,
+    group_up_to: int = 0,
+    sharing: Sharing = "pair",
 ) -> Iterator[TokenBatch]:
     """Batches that hold both texts of each pair: the chosen ones, then the rejected ones; `places` index `pairs`.
 
-    Each place stands twice, so that per-pair results never wait for another batch. Pairs that share enough are packed
-    where the row then has at most `pack_up_to` tokens; 0 packs none.
+    Each place stands twice, so that per-pair results never wait for another batch. Texts that share enough are packed
+    where the row then has at most `pack_up_to` tokens, or `group_up_to` for more than one pair; 0 packs none.
     """
-    both = list(zip(pairs.chosen, pairs.rejected, strict=True))
-    shared = [_n_shared(*texts, pad_token_id) for texts in both] if pack_up_to else []
-    packed_lengths = [sum(map(len, texts)) - n for texts, n in zip(both, shared, strict=False)]
-    packed = [
-        place
-        for place, length in enumerate(packed_lengths)
-        if length <= min(pack_up_to, (1 - _LEAST_SAVED) * sum(map(len, both[place])))
+    if sharing == "none":
+        lengths = [max(map(len, both)) for both in zip(pairs.chosen, pairs.rejected, strict=True)]
+        for places in length_buckets(lengths, max(1, tokens_per_batch // 2)):
+            texts = [side[place] for side in (pairs.chosen, pairs.rejected) for place in places]
+            yield TokenBatch.from_texts(texts, places * 2, pad_token_id=pad_token_id, device=device)
+        return
+    units = list(_units(pairs, sharing == "prompt", pad_token_id, pack_up_to, min(group_up_to, pack_up_to)))
+    for is_packed in (False, True):
+        some = [unit for unit in units if unit.is_packed == is_packed]
+        # Unpacked, a pair has two rows.
+        budget = tokens_per_batch if is_packed else max(1, tokens_per_batch // 2)
+        for numbers in length_buckets([unit.width for unit in some], budget):
+            yield _batch(pairs, [some[number] for number in numbers], pad_token_id).to(device)
+
+
+def pack(pairs: EncodedPairs, pad_token_id: int | None) -> TokenBatch:
+    """Every pair as one row, whether that saves anything or not."""
+    units = [
+        _Unit((place,), (_row(texts, pad_token_id),))
+        for place, texts in enumerate(zip(pairs.chosen, pairs.rejected, strict=True))
     ]
-    alone = sorted(set(range(len(both))) - set(packed))
-    lengths = [max(map(len, both[place])) for place in alone]
-    for places in length_buckets(lengths, max(1, tokens_per_batch // 2)):
-        yield _batch(pairs, [alone[place] for place in places], pad_token_id, device)
-    for places in length_buckets([packed_lengths[place] for place in packed], tokens_per_batch):
-        yield pack(_batch(pairs, [packed[place] for place in places], pad_token_id, "cpu")).to(device)
-
-
-def pack(batch: TokenBatch) -> TokenBatch:
-    """The pairs of a batch of one text a row, one pair a row.
-
-    Which rest comes first follows from the texts alone: turned round, a pair makes the same row, and its scores turn
-    round to the last digit.
-    """
-    half = batch.n_pairs
-    # With the lengths, because padding looks like a token.
-    texts = list(zip(batch.input_ids.tolist(), batch.mask.sum(1).tolist(), strict=True))
-    ahead = torch.tensor([one > other for one, other in zip(texts[:half], texts[half:], strict=True)]).long()
-    # Places in the batch of each row's first text and of its second one.
-    row = torch.arange(half)
-    first, second = row + ahead * half, row + (1 - ahead) * half
-    ids, others = batch.input_ids[first], batch.input_ids[second]
-    lengths, other_lengths = batch.mask.sum(1)[first], batch.mask.sum(1)[second]
-    same = (ids == others) & batch.mask[first] & batch.mask[second]
-    # The token that a reward is read from is never shared: what is done to it is done to one text.
-    shared = torch.minimum(same.long().cumprod(1).sum(1), torch.minimum(batch.last[first], batch.last[second]))
-    end, n_shared, n_first = (each[:, None] for each in (lengths + other_lengths - shared, shared, lengths))
-    columns = torch.arange(int(end.max()))
-    behind = columns >= n_first
-    # Where every column's token stands in its text; past the end, in padding, anywhere.
-    source = torch.where(behind, columns - n_first + n_shared, columns).clamp(max=ids.shape[1] - 1)
-    mask = torch.cat([~behind, (columns < n_shared) | (behind & (columns < end))])
-    last = torch.cat([batch.last[first], batch.last[second] + lengths - shared])
-    # From first and second back to chosen and rejected; the exchange is its own inverse.
-    back = torch.cat([first, second])
-    return TokenBatch(
-        input_ids=torch.where(behind, others.gather(1, source), ids.gather(1, source)),
-        mask=mask[back],
-        response=mask[back] & batch.response.gather(1, source.repeat(2, 1)),
-        last=last[back],
-        keys=batch.keys,
-        places=batch.places,
-        position_ids=source,
-    )
+    return _batch(pairs, units, pad_token_id)
 
 
 def attention_mask(batch: TokenBatch, dtype: torch.dtype) -> Float[Tensor, "row 1 query key"]:
     """0 where a token may look, the lowest number elsewhere: at itself, and at what comes before it in its own text."""
-    texts = batch.by_side(batch.mask)
-    together = (texts[..., :, None] & texts[..., None, :]).any(0)
+    texts = batch.by_row(batch.mask.float())
+    together = texts.transpose(1, 2) @ texts > 0
     n_tokens = texts.shape[-1]
     # Padding looks at itself: a softmax over nothing is NaN.
     itself = torch.eye(n_tokens, dtype=torch.bool, device=texts.device)
@@ -96,18 +107,108 @@ def attention_mask(batch: TokenBatch, dtype: torch.dtype) -> Float[Tensor, "row 
     return torch.zeros(visible.shape, dtype=dtype, device=texts.device).masked_fill(~visible, lowest)[:, None]
 
 
-def _batch(
-    pairs: EncodedPairs, places: Sequence[int], pad_token_id: int | None, device: torch.device | str
-) -> TokenBatch:
-    texts = [pairs.chosen[place] for place in places] + [pairs.rejected[place] for place in places]
-    return TokenBatch.from_texts(texts, [*places, *places], pad_token_id=pad_token_id, device=device)
+# -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _n_shared(one: EncodedText, other: EncodedText, pad_token_id: int | None) -> int:
-    """Tokens that two texts begin with, before those that their rewards are read from; `pack` finds the same."""
-    most = min(_last(one, pad_token_id), _last(other, pad_token_id))
-    pairs = zip(one.ids[:most], other.ids[:most], strict=True)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), most)
+def _units(
+    pairs: EncodedPairs, by_prompt: bool, pad_token_id: int | None, pack_up_to: int, group_up_to: int
+) -> Iterator[_Unit]:
+    both = list(zip(pairs.chosen, pairs.rejected, strict=True))
+    groups: dict[int, list[int]] = {}
+    for place, (chosen, _) in enumerate(both):
+        groups.setdefault(chosen.key if by_prompt and group_up_to else place, []).append(place)
+    for places in groups.values():
+        taken: list[int] = []
+        row: _Row | None = None
+        for place in places:
+            more = _row([*(row.texts if row else ()), *both[place]], pad_token_id)
+            if row is not None and more.length > group_up_to:
+                yield from _packed_or_alone(both, taken, row, pad_token_id, pack_up_to)
+                taken, more = [], _row(both[place], pad_token_id)
+            taken, row = [*taken, place], more
+        assert row is not None
+        yield from _packed_or_alone(both, taken, row, pad_token_id, pack_up_to)
+
+
+def _packed_or_alone(
+    both: Sequence[tuple[EncodedText, EncodedText]],
+    places: Sequence[int],
+    row: _Row,
+    pad_token_id: int | None,
+    pack_up_to: int,
+) -> Iterator[_Unit]:
+    """One unit of a row where that saves; otherwise the pairs by themselves, and in the end text by text."""
+    if len(row.texts) == 1 or (row.length <= pack_up_to and row.saves):
+        yield _Unit(tuple(places), (row,))
+    elif len(places) > 1:
+        for place in places:
+            yield from _packed_or_alone(both, [place], _row(both[place], pad_token_id), pad_token_id, pack_up_to)
+    else:
+        yield _Unit(tuple(places), tuple(_Row((text,), 0) for text in row.texts))
+
+
+def _row(texts: Sequence[EncodedText], pad_token_id: int | None) -> _Row:
+    """The distinct texts as one row.
+
+    Their order follows from the texts alone: turned round, a pair makes the same row, and its scores turn round to the
+    last digit.
+    """
+    distinct = sorted(set(texts), key=lambda text: (text.ids, text.response_start))
+    if len(distinct) == 1:
+        return _Row(tuple(distinct), 0)
+    # The token that a reward is read from is never shared: what is done to it is done to one text.
+    most = min(_last(text, pad_token_id) for text in distinct)
+    # What the first and the last in order share, all share.
+    columns = zip(distinct[0].ids[:most], distinct[-1].ids[:most], strict=True)
+    return _Row(tuple(distinct), next((place for place, (a, b) in enumerate(columns) if a != b), most))
+
+
+def _batch(pairs: EncodedPairs, units: Sequence[_Unit], pad_token_id: int | None) -> TokenBatch:
+    """The pairs of some units: where each text's tokens are follows from the row it is in."""
+    rows = [row for unit in units for row in unit.rows]
+    width = max(row.length for row in rows)
+    input_ids, position_ids = torch.zeros(2, len(rows), width, dtype=torch.long)
+    # (unit, text) -> its row, and the column that its own tokens begin at.
+    spots: dict[tuple[int, EncodedText], tuple[int, int]] = {}
+    number = 0
+    for owner, unit in enumerate(units):
+        for row in unit.rows:
+            shared, rests = row.texts[0].ids[: row.n_shared], [text.ids[row.n_shared :] for text in row.texts]
+            ids = [*shared, *(one for rest in rests for one in rest)]
+            places = [*range(row.n_shared), *(row.n_shared + place for rest in rests for place in range(len(rest)))]
+            input_ids[number, : len(ids)] = torch.tensor(ids)
+            position_ids[number, : len(ids)] = torch.tensor(places)
+            starts = accumulate(map(len, rests), initial=row.n_shared)
+            spots |= {(owner, text): (number, start) for text, start in zip(row.texts, starts, strict=False)}
+            number += 1
+    sides = [
+        (owner, side[place])
+        for side in (pairs.chosen, pairs.rejected)
+        for owner, unit in enumerate(units)
+        for place in unit.places
+    ]
+    texts = [text for _, text in sides]
+    row_of, starts_at = torch.tensor([spots[one] for one in sides]).unbind(1)
+    n_shared = torch.tensor([row.n_shared for row in rows])[row_of]
+    lengths = torch.tensor([len(text) for text in texts])
+    columns = torch.arange(width)
+    # What a text's own tokens are moved by, and where every column is in the text.
+    moved = (starts_at - n_shared)[:, None]
+    places_in = torch.where(columns < n_shared[:, None], columns, columns - moved)
+    own = (columns >= starts_at[:, None]) & (places_in < lengths[:, None])
+    mask = (columns < n_shared[:, None]) | own
+    last = torch.tensor([_last(text, pad_token_id) for text in texts])
+    return TokenBatch(
+        input_ids=input_ids,
+        mask=mask,
+        response=mask & (places_in >= torch.tensor([text.response_start for text in texts])[:, None]),
+        # Never among what is shared.
+        last=last + moved[:, 0],
+        keys=torch.tensor([text.key for text in texts]),
+        places=tuple(place for unit in units for place in unit.places) * 2,
+        row_of=row_of,
+        position_ids=position_ids if any(unit.is_packed for unit in units) else None,
+    )
 
 
 def _last(text: EncodedText, pad_token_id: int | None) -> int:

@@ -23,17 +23,19 @@ class PreferencePairs(Sequence[PreferencePair]):
     """An immutable sequence of validated preference pairs.
 
     Identical chosen and rejected responses are kept and counted in `n_ties`; `skipped` counts, by reason, what a
-    loader left out with `on_invalid="skip"`.
+    loader left out with `on_invalid="skip"`. Errors count pairs from `first`.
 
     >>> pairs = PreferencePairs.from_records([{"prompt": "Q", "chosen": "yes", "rejected": "no"}])
     >>> len(pairs), pairs[0].chosen, pairs.n_ties
     (1, 'yes', 0)
     """
 
-    def __init__(self, pairs: Iterable[PreferencePair], skipped: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, pairs: Iterable[PreferencePair], skipped: Mapping[str, int] | None = None, *, first: int = 0
+    ) -> None:
         self._pairs = tuple(pairs)
         self.skipped: dict[str, int] = dict(skipped or {})
-        for number, pair in enumerate(self._pairs):
+        for number, pair in enumerate(self._pairs, start=first):
             if not isinstance(pair, PreferencePair):
                 raise DataError(
                     f"pairs: expected PreferencePair, got {type(pair).__name__} at position {number}. For dicts use "
@@ -66,6 +68,18 @@ class PreferencePairs(Sequence[PreferencePair]):
         return cls.from_rows(
             located_lines(Path(path)), lambda line, where: read(parse_json(line, where), where), on_invalid=on_invalid
         )
+
+    @staticmethod
+    def iter_jsonl(path: str | Path, **labels: str) -> Iterator[PreferencePair]:
+        """The pairs of a JSON-lines file one at a time, for files longer than memory; an invalid line raises.
+
+        Whatever sums over pairs takes them so: `ActivationCollector(head).collect(PreferencePairs.iter_jsonl(path))`.
+        """
+        read = _reader(labels)
+        for number, (where, line) in enumerate(located_lines(Path(path))):
+            for pair in read(parse_json(line, where), where):
+                require_responses(pair, f"pair {number} (id {pair.id!r})")
+                yield pair
 
     @classmethod
     def from_hub(

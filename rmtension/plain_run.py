@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension.encoding import EncodedText
+from rmtension.encoding import EncodedPairs, EncodedText
 from rmtension.hooks import in_eval_mode
 from rmtension.packing import attention_mask, pack
 from rmtension.tokens import TokenBatch
@@ -61,7 +61,7 @@ def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
     rests = ids[n_shared : n_shared + n_one], ids[n_shared + n_one :]
     texts = [EncodedText((*ids[:n_shared], *rest), n_shared, 0) for rest in rests]
     alone = TokenBatch.from_texts(texts, (0, 0), pad_token_id=None, device=parameter.device)
-    packed = pack(alone.to("cpu")).to(parameter.device)
+    packed = pack(EncodedPairs((texts[0],), (texts[1],), 0, 0), None).to(parameter.device)
     if packed.input_ids.shape[1] > longest:
         return 0
     try:

@@ -1,6 +1,6 @@
 """What every neuron does on chosen and on rejected responses, and the scores that follow from it: one pass for all."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.neuron_scores import N_BLOCKS, NeuronScores, block_of, jackknife_stderr
-from rmtension.pairs import PreferencePairs
+from rmtension.pair import PreferencePair
 from rmtension.provenance import Provenance
 from rmtension.reward_head import RewardHead
 from rmtension.sites import check_positions, find_site, neuron_activations
@@ -117,7 +117,7 @@ class ActivationProfile:
 
 def collect_profiles(
     head: RewardHead,
-    pairs: PreferencePairs,
+    pairs: Iterable[PreferencePair],
     *,
     sites: Sequence[str] = ("mlp",),
     positions: Sequence[str] = ("response",),
@@ -139,17 +139,23 @@ def collect_profiles(
     keys: list[tuple[str, str]] = [
         (find_site(site).name, one) for site in dict.fromkeys(sites) for one in dict.fromkeys(positions)
     ]
-    if not keys or not len(pairs):
-        raise DataError("pairs, sites, positions: expected at least one of each, got none.")
+    if not keys:
+        raise DataError("sites, positions: expected at least one of each, got none.")
     if base is not None and base.architecture != head.architecture:
         raise ProvenanceError(
             f"base: expected a model of {head.architecture}, got {base.architecture}. Change is defined neuron by "
             "neuron, for a model and the one it was trained from."
         )
     totals = {key: _Totals.zeros(head, *key, pool_tokens) for key in keys}
-    encoded = head.encode(pairs, truncate_response=truncate_response)
-    packed = base is None or base.body.pack_up_to >= head.body.pack_up_to
-    for batch in head.batches(encoded, desc="profile", progress=progress, packed=packed):
+    both_share = base is None or base.body.pack_up_to >= head.body.pack_up_to
+    stream = head.stream(
+        pairs,
+        desc="profile",
+        progress=progress,
+        sharing="prompt" if both_share else "none",
+        truncate_response=truncate_response,
+    )
+    for batch in stream:
         before = {} if base is None else _activations(base, batch, sites)
         with ExitStack() as hooks:
             for site in dict.fromkeys(sites):
@@ -159,8 +165,10 @@ def collect_profiles(
                 head.residual(batch)
     method = "profile, tokens pooled" if pool_tokens else "profile"
     profiles: dict[tuple[str, str], ActivationProfile] = {}
+    stream.require_pairs()
     for (site, one), total in totals.items():
-        provenance = head.provenance(pairs, total.n_tokens, site=site, positions=one, method=method)
+        stream.add_up(total.sums, total.weights, total.n_tokens)
+        provenance = stream.provenance(int(total.n_tokens), site=site, positions=one, method=method)
         profiles[site, one] = ActivationProfile(
             total.sums, total.weights, "" if base is None else base.fingerprint, provenance
         )
@@ -215,12 +223,13 @@ class _Totals:
     pool_tokens: bool
     sums: Float[Tensor, "statistic 2 block layer neuron"]
     weights: Float[Tensor, "2 block"]
-    n_tokens: int = 0
+    n_tokens: Int[Tensor, ""]
 
     @classmethod
     def zeros(cls, head: RewardHead, site: str, positions: str, pool_tokens: bool) -> "_Totals":
         shape = (len(_STATISTICS), 2, N_BLOCKS, head.n_layers, head.n_neurons(site))
-        return cls(positions, pool_tokens, torch.zeros(shape).double(), torch.zeros(2, N_BLOCKS).double())
+        sums, weights = torch.zeros(shape).double(), torch.zeros(2, N_BLOCKS).double()
+        return cls(positions, pool_tokens, sums, weights, torch.tensor(0))
 
     def view_of(self, batch: TokenBatch) -> "_View":
         """What this sees of a batch; counts its texts."""
@@ -231,7 +240,7 @@ class _Totals:
         halves = torch.arange(len(batch.places)) // batch.n_pairs
         cells = halves * N_BLOCKS + block_of(batch.keys.cpu())
         self.weights.view(-1).index_add_(0, cells, per_text.cpu())
-        self.n_tokens += int(lengths.sum())
+        self.n_tokens += lengths.sum().cpu()
         return _View(self, batch, select.double() / (1 if self.pool_tokens else lengths), cells)
 
 

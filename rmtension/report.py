@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from rmtension import plots
+from rmtension.distributed import current
 from rmtension.errors import StorageError
 from rmtension.readable import SECTIONS, Section, families_of, readable_tables, rows_of_family
 from rmtension.study_result import StudyResult
@@ -49,6 +50,8 @@ def to_text(result: StudyResult) -> str:
 def write_report(result: StudyResult, folder: str | Path) -> Path:
     """Write `report.md` and a PNG for every figure that the study has tables for into `folder`; returns the page."""
     folder = Path(folder)
+    if not current().is_first:
+        return folder / "report.md"
     readable = readable_tables(result)
     parts = ["# A study of helpful, harmless and mixed reward models", "\n".join(f"- {one}" for one in notes(result))]
     try:

@@ -1,6 +1,6 @@
 """A reward model with hooks: a scalar head on a TransformerBridge or a HookedTransformer."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -14,16 +14,19 @@ from tqdm.auto import tqdm
 
 from rmtension.body import Body, find_body, measure_sites
 from rmtension.checkpoints import Checkpoint, LoadOptions, checkpoint_of, open_checkpoint
+from rmtension.distributed import current
 from rmtension.encoding import EncodedPairs, TextOrChat, encode_pairs, encode_texts
 from rmtension.errors import ModelError, OptionError
 from rmtension.heads import read_head
 from rmtension.hooks import InstalledHooks, in_eval_mode
 from rmtension.norms import read_norm
-from rmtension.packing import pair_batches
+from rmtension.packing import Sharing
+from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance, fingerprint
 from rmtension.scored import ScoredPairs, require_finite
 from rmtension.sites import find_site
+from rmtension.stream import PairStream
 from rmtension.tokens import (
     DEFAULT_TOKENS_PER_BATCH,
     TokenBatch,
@@ -222,45 +225,41 @@ class RewardHead:
             raise OptionError("texts: expected a list of texts, got one string. Put it in a list.")
         self.require_weight()
         encoded = encode_texts(self.tokenizer, texts, max_length=self.max_length, truncate=truncate)
-        rewards = torch.empty(len(encoded), dtype=self.reward_dtype)
+        rewards = torch.zeros(len(encoded), dtype=self.reward_dtype)
         batches = text_batches(
             encoded, tokens_per_batch=self.tokens_per_batch, pad_token_id=self.pad_token_id, device=self.device
         )
-        with tqdm(total=len(encoded), desc="score", unit="text", disable=None if progress else True) as bar:
-            for batch in batches:
-                with torch.no_grad():
-                    rewards[list(batch.places)] = self.forward(batch).cpu()
+        shard = current()
+        silent = None if progress and shard.is_first else True
+        with tqdm(total=len(encoded), desc="score", unit="text", disable=silent) as bar:
+            for number, batch in enumerate(batches):
+                if shard.takes(number):
+                    with torch.no_grad():
+                        rewards[list(batch.places)] = self.forward(batch).cpu()
                 bar.update(len(batch.places))
+        shard.require_same("list of texts", f"{[text.ids for text in encoded]} {self.fingerprint}")
+        shard.add_up(rewards)
         return require_finite(rewards)
 
     def score_pairs(
-        self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False
+        self, pairs: Iterable[PreferencePair], *, truncate_response: bool = False, progress: bool = False
     ) -> ScoredPairs:
-        """The rewards of both responses of every pair. One pass over both texts, what they share once.
+        """The rewards of both responses of every pair. One pass over all texts, what those of a prompt share once.
 
         Identical responses tie exactly. Prompts are cut from the left where a text is too long for the context, and
         counted; a response that does not fit raises `DataError`, or is cut with `truncate_response=True`.
         """
         self.require_weight()
-        encoded = self.encode(pairs, truncate_response=truncate_response)
-        chosen = torch.empty(len(encoded), dtype=self.reward_dtype)
-        rejected = torch.empty_like(chosen)
-        for batch in self.batches(encoded, desc="score", progress=progress):
+        pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
+        stream = self.stream(pairs, desc="score", progress=progress, truncate_response=truncate_response)
+        rewards = torch.zeros(2, len(pairs), dtype=self.reward_dtype)
+        for batch in stream:
             with torch.no_grad():
-                rewards = self.forward(batch).cpu()
-            rows = list(batch.places[: batch.n_pairs])
-            chosen[rows], rejected[rows] = rewards.chunk(2)
-        for row, (one, other) in enumerate(zip(encoded.chosen, encoded.rejected, strict=True)):
-            if one.ids == other.ids:
-                rejected[row] = chosen[row]
-        return ScoredPairs(
-            require_finite(chosen),
-            require_finite(rejected),
-            pairs,
-            self.provenance(pairs, encoded.n_tokens, site="residual", positions="last", method="reward"),
-            encoded.n_prompts_cut,
-            encoded.n_responses_cut,
-        )
+                rewards[:, list(batch.places[: batch.n_pairs])] = self.forward(batch).cpu().view(2, -1)
+        stream.add_up(rewards)
+        chosen, rejected = (require_finite(side.clone()) for side in rewards)
+        provenance = stream.provenance(stream.n_tokens, site="residual", positions="last", method="reward")
+        return ScoredPairs(chosen, rejected, pairs, provenance, stream.n_prompts_cut, stream.n_responses_cut)
 
     def score_tokens(
         self, input_ids: Int[Tensor, "text token"], attention_mask: Tensor | None = None
@@ -284,7 +283,8 @@ class RewardHead:
     def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
         """The rewards that the head reads from the residual stream after the final norm, at the last token."""
         exact = last.to(self.reward_dtype)
-        return exact @ self.require_weight().to(exact) + self.bias
+        # A product with a matrix would round equal rows differently, and identical responses would not tie.
+        return (exact * self.require_weight().to(exact)).sum(dim=-1) + self.bias
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
         """Run the blocks and the final norm, not the vocabulary projection, with every hook firing."""
@@ -319,18 +319,19 @@ class RewardHead:
         """Tokens of both texts of every pair, within `max_length`."""
         return encode_pairs(self.tokenizer, pairs, max_length=self.max_length, truncate_response=truncate_response)
 
-    def batches(self, encoded: EncodedPairs, *, desc: str, progress: bool, packed: bool = True) -> Iterator[TokenBatch]:
-        """`pair_batches` for this model, with a progress bar over pairs; packed where the model can be."""
-        with tqdm(total=len(encoded), desc=desc, unit="pair", disable=None if progress else True) as bar:
-            for batch in pair_batches(
-                encoded,
-                tokens_per_batch=self.tokens_per_batch,
-                pad_token_id=self.pad_token_id,
-                device=self.device,
-                pack_up_to=self.body.pack_up_to if packed else 0,
-            ):
-                yield batch
-                bar.update(batch.n_pairs)
+    def stream(
+        self,
+        pairs: Iterable[PreferencePair],
+        *,
+        desc: str = "",
+        progress: bool = False,
+        sharing: Sharing = "prompt",
+        truncate_response: bool = False,
+    ) -> PairStream:
+        """Batches of pairs for this model; see `rmtension.stream`."""
+        return PairStream(
+            self, pairs, desc=desc, progress=progress, sharing=sharing, truncate_response=truncate_response
+        )
 
     @property
     def sites(self) -> list[str]:
@@ -392,9 +393,9 @@ class RewardHead:
         return self._fingerprint[1]
 
     def provenance(
-        self, pairs: PreferencePairs, n_tokens: int, *, site: str, positions: str, method: str
+        self, digest: str, n_pairs: int, n_tokens: int, *, site: str, positions: str, method: str
     ) -> Provenance:
-        """What a result that this head computes from `n_tokens` tokens of `pairs` has to carry."""
+        """What a result that this head computes from some tokens of the pairs with `digest` has to carry."""
         return Provenance(
             architecture=self.architecture,
             model=self.fingerprint,
@@ -402,8 +403,8 @@ class RewardHead:
             positions=positions,
             method=method,
             dtype=str(self.dtype).removeprefix("torch."),
-            data=pairs.digest[:16],
-            n_pairs=len(pairs),
+            data=digest[:16],
+            n_pairs=n_pairs,
             n_tokens=n_tokens,
             version=version("rmtension"),
         )

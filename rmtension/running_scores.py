@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rmtension.neuron_scores import N_BLOCKS, NeuronScores, block_of
 from rmtension.provenance import Provenance
+from rmtension.stream import PairStream
 
 
 class RunningScores:
@@ -15,14 +16,22 @@ class RunningScores:
     Merged batch by batch (Chan, Golub and LeVeque 1983), so that nothing cancels.
     """
 
-    def __init__(self, layers: int, neurons: int) -> None:
+    def __init__(self, layers: int, neurons: int, *, gap: bool = False) -> None:
         self._n = 0
+        self._gap = torch.zeros(layers, dtype=torch.float64) if gap else None
         self._mean, self._deviations = torch.zeros(2, layers, neurons, dtype=torch.float64)
         self._blocks = torch.zeros(N_BLOCKS, layers, neurons, dtype=torch.float64)
         self._block_sizes = torch.zeros(N_BLOCKS, dtype=torch.float64)
 
-    def add(self, values: Float[Tensor, "pair layer neuron"], keys: Int[Tensor, "pair"]) -> None:
-        """Add a batch of pairs; `keys` stand for their prompts."""
+    def add(
+        self,
+        values: Float[Tensor, "pair layer neuron"],
+        keys: Int[Tensor, "pair"],
+        gap: Float[Tensor, "pair layer"] | None = None,
+    ) -> None:
+        """Add a batch of pairs; `keys` stand for their prompts, `gap` is how far their scores are from complete."""
+        if self._gap is not None and gap is not None:
+            self._gap += gap.sum(0)
         n = self._n + len(values)
         mean = values.mean(0)
         step = mean - self._mean
@@ -33,11 +42,24 @@ class RunningScores:
         self._blocks.index_add_(0, owners, values)
         self._block_sizes += torch.bincount(owners, minlength=N_BLOCKS)
 
-    def finish(self, provenance: Provenance, completeness_gap: Float[Tensor, "layer"] | None = None) -> NeuronScores:
+    def add_up(self, stream: PairStream) -> None:
+        """Take in what the other processes have added that share the batches of `stream`."""
+        if stream.is_whole:
+            return
+        n = torch.tensor(float(self._n), dtype=torch.float64)
+        mean = self._mean * self._n
+        stream.add_up(n, mean, self._blocks, self._block_sizes, *([] if self._gap is None else [self._gap]))
+        mean /= n
+        self._deviations += self._n * (self._mean - mean).square()
+        stream.add_up(self._deviations)
+        self._n, self._mean = int(n), mean
+
+    def finish(self, provenance: Provenance) -> NeuronScores:
         """The scores of everything that was added."""
         undefined = torch.full_like(self._mean, torch.nan)
         stderr = undefined if self._n < 2 else (self._deviations / (self._n - 1) / self._n).sqrt()
         # NaN where one block holds all pairs, so that nothing is left without it.
         left = rearrange(self._n - self._block_sizes, "block -> block 1 1")
         without = (self._blocks.sum(0) - self._blocks) / left
-        return NeuronScores(self._mean, stderr, provenance, without, completeness_gap)
+        gap = None if self._gap is None else self._gap / self._n
+        return NeuronScores(self._mean, stderr, provenance, without, gap)

@@ -13,6 +13,7 @@ import torch
 from rmtension.ablation import AblationContext
 from rmtension.activations import ActivationCollector, ActivationStatistics
 from rmtension.attribution import NeuronAttribution
+from rmtension.distributed import current
 from rmtension.errors import OptionError, StorageError
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
@@ -194,7 +195,8 @@ class ModelRuns:
         name = self._name(kind, details)
         if name not in self._known:
             path = None if self._folder is None else self._folder / name
-            if path is not None and path.exists():
+            # Of several processes, all read it or all run: they work on one pass together.
+            if path is not None and current().all_have(path.exists()):
                 self._known[name] = load(path)
                 self.n_read += 1
             else:

@@ -1,6 +1,6 @@
 """The truth that attribution is measured against: what taking out each neuron by itself does to the margin."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 
 import torch
 from einops import rearrange
@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rmtension.errors import DataError, OptionError, ProvenanceError
+from rmtension.errors import OptionError, ProvenanceError
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
-from rmtension.pairs import PreferencePairs
+from rmtension.pair import PreferencePair
 from rmtension.replacing import Reference, can_share, check_reference, name_of, step_to
 from rmtension.replay import Replay
 from rmtension.reward_head import RewardHead
@@ -27,7 +27,7 @@ _COARSE = 1e-4
 
 def single_neuron_effects(
     head: RewardHead,
-    pairs: PreferencePairs,
+    pairs: Iterable[PreferencePair],
     *,
     reference: Reference = "zero",
     site: str = "mlp",
@@ -57,8 +57,6 @@ def single_neuron_effects(
     site = find_site(site).name
     check_reference(head, site, reference)
     head.require_weight()
-    if not len(pairs):
-        raise DataError("pairs: expected at least one preference pair, got none.")
     shape = (head.n_layers, head.n_neurons(site))
     if neurons is None:
         neurons = NeuronSet(torch.ones(shape, dtype=torch.bool), site, head.architecture)
@@ -71,14 +69,17 @@ def single_neuron_effects(
             f"neurons: the set indexes neurons of {neurons.architecture!r}, the model is {head.architecture!r}. Use a "
             "set made with a model of this architecture."
         )
-    encoded = head.encode(pairs, truncate_response=truncate_response)
+    stream = head.stream(
+        pairs, sharing="prompt" if can_share(reference) else "none", truncate_response=truncate_response
+    )
     scores = RunningScores(*shape)
-    n_tokens = 0
+    n_tokens = torch.zeros((), dtype=torch.long)
+    total = len(pairs) * len(neurons) if isinstance(pairs, Sized) else None
     with (
-        tqdm(total=len(encoded) * len(neurons), desc="ablate", unit="pair", disable=None if progress else True) as bar,
+        tqdm(total=total, desc="ablate", unit="pair", disable=None if progress else True) as bar,
         torch.no_grad(),
     ):
-        for batch in head.batches(encoded, desc="", progress=False, packed=can_share(reference)):
+        for batch in stream:
             replay = Replay(head, batch, [site])
             changes = torch.full((batch.n_pairs, *shape), torch.nan, dtype=torch.float64)
             for layer, columns in enumerate(neurons.mask):
@@ -91,9 +92,12 @@ def single_neuron_effects(
                     changes[:, layer, number] = margins(change).double().cpu()
                     bar.update(batch.n_pairs)
             scores.add(changes, batch.keys[: batch.n_pairs])
-            n_tokens += int(batch.select(positions).sum())
+            n_tokens += batch.select(positions).sum().cpu()
+    stream.require_pairs()
+    stream.add_up(n_tokens)
+    scores.add_up(stream)
     method = f"effect of ablation to {name_of(reference)}"
-    return scores.finish(head.provenance(pairs, n_tokens, site=site, positions=positions, method=method))
+    return scores.finish(stream.provenance(int(n_tokens), site=site, positions=positions, method=method))
 
 
 def _changes(

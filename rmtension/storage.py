@@ -9,13 +9,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rmtension.distributed import current
 from rmtension.errors import StorageError
 
 _HEADER = "rmtension"
 
 
 def write_result(path: str | Path, kind: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Write a result of `kind` to `path`, all of it or nothing: a failed write leaves the old file as it was."""
+    """Write a result of `kind` to `path`, all of it or nothing: a failed write leaves the old file as it was.
+
+    Of several processes that share the work, the first one writes.
+    """
+    if not current().is_first:
+        return
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
     header = {_HEADER: json.dumps({"kind": kind, **values}, sort_keys=True)}

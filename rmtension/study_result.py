@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from rmtension.distributed import current
 from rmtension.errors import OptionError, StorageError
 from rmtension.intervals import pooled_over_seeds
 
@@ -114,8 +115,11 @@ class StudyResult:
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write one CSV a table, their means over seeds where there are several, and `summary.json`.
 
-        Refuses a folder that holds a study unless `overwrite`.
+        Refuses a folder that holds a study unless `overwrite`. Of several processes that share the work, the first one
+        writes.
         """
+        if not current().is_first:
+            return Path(folder)
         folder = require_no_study(folder, overwrite=overwrite)
         try:
             folder.mkdir(parents=True, exist_ok=True)

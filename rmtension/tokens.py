@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from einops import rearrange
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rmtension.encoding import EncodedText
@@ -19,12 +19,12 @@ DEFAULT_TOKENS_PER_BATCH = 4096
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Texts as right-padded rows of tokens: a row a text, or one for both texts of a pair (`rmtension.packing`).
+    """Texts as right-padded rows of tokens: a row a text, or one for several that share a prefix (`rmtension.packing`).
 
     For every text, `mask` marks its tokens among the columns of its row, `response` those of its response, `last` is
     the column its reward is read from, `keys` stand for the prompts, `places` are the texts' places in the list that
-    was batched. Of pairs, the chosen texts come first, then the rejected ones; text i is in row i modulo their number.
-    `position_ids` are there if rows are packed: each token's place in its text.
+    was batched. Of pairs, the chosen texts come first, then the rejected ones. `row_of` says which row a text is in:
+    without it, text i is row i. `position_ids` are there if rows are packed: each token's place in its text.
     """
 
     input_ids: Int[Tensor, "row token"]
@@ -33,6 +33,7 @@ class TokenBatch:
     last: Int[Tensor, "text"]
     keys: Int[Tensor, "text"]
     places: tuple[int, ...]
+    row_of: Int[Tensor, "text"] | None = None
     position_ids: Int[Tensor, "row token"] | None = None
 
     @classmethod
@@ -71,6 +72,7 @@ class TokenBatch:
             last=self.last.to(device),
             keys=self.keys.to(device),
             places=self.places,
+            row_of=None if self.row_of is None else self.row_of.to(device),
             position_ids=None if self.position_ids is None else self.position_ids.to(device),
         )
 
@@ -79,29 +81,58 @@ class TokenBatch:
         """Of a batch of pairs, how many."""
         return len(self.places) // 2
 
+    @cached_property
+    def rows(self) -> Int[Tensor, "text"]:
+        """Which row each text is in."""
+        return torch.arange(len(self.last), device=self.last.device) if self.row_of is None else self.row_of
+
+    @cached_property
+    def row_keys(self) -> Int[Tensor, "row"]:
+        """What stands for the prompt of each row: texts that share one have one prompt."""
+        keys = torch.zeros(len(self.input_ids), dtype=self.keys.dtype, device=self.keys.device)
+        keys[self.rows] = self.keys
+        return keys
+
     def at_last(self, values: Float[Tensor, "row token *rest"]) -> Float[Tensor, "text *rest"]:
         """What stands at the token that each text's reward is read from, on the device of `values`."""
         # Of a model over several devices the residual stream comes out on the last one.
-        rows = torch.arange(len(self.last), device=values.device) % len(values)
-        return values[rows, self.last.to(values.device)]
+        return values[self.rows.to(values.device), self.last.to(values.device)]
 
-    def by_side(self, per_text: Shaped[Tensor, "text token"]) -> Shaped[Tensor, "side row token"]:
-        """The texts of every row, one behind the other."""
-        return rearrange(per_text, "(side row) token -> side row token", row=len(self.input_ids))
+    def by_row(self, per_text: Float[Tensor, "text token"]) -> Float[Tensor, "row slot token"]:
+        """The texts of every row, one behind the other; zeros where other rows have more texts."""
+        if self.row_of is None:
+            return per_text[:, None]
+        rows, slots = self.rows, self._slots
+        found = per_text.new_zeros(len(self.input_ids), int(slots.max()) + 1, per_text.shape[1])
+        found[rows, slots] = per_text
+        return found
 
     def by_token(self, per_text: Float[Tensor, "text token"]) -> Float[Tensor, "row token"]:
         """Summed over the texts that a token belongs to."""
-        return self.by_side(per_text).sum(0)
+        return self.by_row(per_text).sum(1)
 
     def by_text(
         self, weights: Float[Tensor, "text token"], values: Float[Tensor, "row token channel"]
     ) -> Float[Tensor, "text channel"]:
         """Every text's sum of its tokens' `values`, weighted."""
-        return torch.einsum("srt,rtc->src", self.by_side(weights), values).flatten(0, 1)
+        return (self.by_row(weights) @ values)[self.rows, self._slots]
+
+    def by_pair(self, of_rows: Float[Tensor, "row *rest"]) -> Float[Tensor, "pair *rest"]:
+        """Summed over the rows of a pair; no row may hold texts of two."""
+        n_pairs = self.n_pairs
+        owners = torch.empty(len(of_rows), dtype=torch.long, device=of_rows.device)
+        owners[self.rows.to(of_rows.device)] = torch.arange(2 * n_pairs, device=of_rows.device) % n_pairs
+        return of_rows.new_zeros(n_pairs, *of_rows.shape[1:]).index_add_(0, owners, of_rows)
 
     def touched(self, positions: str) -> Bool[Tensor, "row token"]:
         """Which tokens `positions` names in any text of the row."""
-        return self.by_side(self.select(positions)).any(0)
+        return self.by_token(self.select(positions).float()) > 0
+
+    @cached_property
+    def _slots(self) -> Int[Tensor, "text"]:
+        """Each text's number among those of its row."""
+        same = self.rows[:, None] == torch.arange(len(self.input_ids), device=self.rows.device)
+        return (same.long().cumsum(0) - 1).gather(1, self.rows[:, None])[:, 0]
 
     def select(self, positions: str) -> Bool[Tensor, "text token"]:
         """Which tokens of each text `positions` names: `all`, those of the `response`, or the `last` one."""

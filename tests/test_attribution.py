@@ -305,8 +305,7 @@ def test_integrated_gradients_at_some_positions(gpt2, few):
 def test_direct_effects_and_other_paths_sum_to_the_margin(both, few):
     """Neurons of both sites, biases and the embedding: all there is, in float64 to 1e-9."""
     head, _ = both
-    encoded = head.encode(few)
-    for batch in head.batches(encoded, desc="", progress=False):
+    for batch in head.stream(few):
         parts = direct_contributions(head, batch)
         rest = parts.embedding + parts.biases.sum(1) + parts.constant
         neurons = sum(values.sum((1, 2)) for values in parts.neurons.values())

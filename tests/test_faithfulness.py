@@ -135,7 +135,7 @@ def test_single_effects_where_blocks_do_not_run_one_by_one(gpt2, few):
 
     for hook, same in ((nothing, True), (half, False)):
         with gpt2.model.hooks(fwd_hooks=[("blocks.1.attn.hook_z", hook)]):
-            (batch,) = gpt2.batches(gpt2.encode(few), desc="", progress=False)
+            (batch,) = gpt2.stream(few)
             replay = Replay(gpt2, batch)
             assert not replay.is_partial
             with pytest.raises(ModelError, match="only transformers' own modules run one by one"):

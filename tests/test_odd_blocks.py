@@ -83,7 +83,7 @@ def test_single_effects_in_half_precision(opened, few, family, site):
 def test_a_final_norm_that_runs_on_the_embedding_too(opened, few):
     """NanoChat's. Streams are those before the blocks and before its last run; GradDrop closes no gate for it."""
     head = opened("nanochat")
-    (batch,) = head.batches(head.encode(few), desc="", progress=False)
+    (batch,) = head.stream(few)
     with torch.no_grad():
         replay = Replay(head, batch)
         assert replay.is_partial

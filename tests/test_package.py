@@ -16,15 +16,17 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.iter_modules(rmtension.__path__))
 # Floors of the design: a module imports only from floors below its own.
 FLOORS = [
-    {"errors", "sites", "subtasks", "hooks", "norms", "provenance", "storage", "gates"},
+    {"errors", "sites", "subtasks", "hooks", "norms", "provenance", "gates", "distributed"},
+    {"storage"},
     {"chat", "heads", "neurons", "pair", "reading"},
     {"pairs", "neuron_scores"},
-    {"pair_scores", "running_scores"},
+    {"pair_scores"},
     {"benchmarks", "intervals", "length"},
     {"encoding", "scored", "tokens", "controls", "overlap"},
     {"packing", "sums", "plain_run", "body", "checkpoints", "wrapping"},
     # A head reaches from its methods to the modules that prove, decompose and export it, and these to ablation.
-    {"reward_head", "direct", "selfcheck", "activations", "ablation", "export", "replacing"},
+    {"reward_head", "stream", "direct", "selfcheck", "activations", "ablation", "export", "replacing"},
+    {"running_scores"},
     {"replay"},
     {"batch_run"},
     {"methods"},

@@ -92,7 +92,7 @@ def test_pair_batches_hold_both_texts_of_every_pair(tokenizer, pairs):
         assert batch.places[:half] == batch.places[half:]
         for row, number in enumerate(batch.places):
             text = (encoded.chosen if row < half else encoded.rejected)[number]
-            assert batch.input_ids[row][batch.mask[row]].tolist() == list(text.ids)
+            assert batch.input_ids[batch.rows[row]][batch.mask[row]].tolist() == list(text.ids)
             assert int(batch.response[row].sum()) == len(text) - text.response_start
             assert batch.select("last")[row].nonzero().tolist() == [[len(text) - 1]]
         seen += batch.places[:half]
