@@ -1,6 +1,6 @@
 """Activation statistics of every neuron over preference pairs, in one streaming pass."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from rmtension.reward_head import RewardHead
 from rmtension.sites import check_positions, find_site
 from rmtension.storage import read_result, write_result
 from rmtension.sums import weighted_sums
-from rmtension.tokens import TokenBatch, text_batches
+from rmtension.tokens import text_batches
 
 _STATISTICS = ("mean", "abs_mean", "rms", "frequency")
 
@@ -133,7 +133,7 @@ class ActivationCollector:
             # How many of its row's texts have a token: those of a shared prefix count once for each.
             counts = batch.by_token(batch.select(self.positions).float())
             n_tokens += counts.sum().long().cpu()
-            _run(self.head, self.site, batch, partial(self._add, sums, counts))
+            self.head.look(batch, [self.site], partial(self._add, sums, counts))
         stream.add_up(*sums.values(), n_tokens)
         for name, total in sums.items():
             self._sums[name] += total
@@ -216,8 +216,7 @@ class ActivationCollector:
                 for donor, offset in wanted[used[place]]
             ]
             donors, rows, columns = torch.tensor(places).unbind(dim=1)
-
-            _run(self.head, self.site, batch, partial(_keep, values, donors, rows, columns))
+            self.head.look(batch, [self.site], partial(_keep, values, donors, rows, columns))
         keys = torch.tensor([texts[owner].key for owner in owners])
         shard.require_same("set of pairs", f"{pairs.ordered_digest} {self.head.fingerprint}")
         shard.add_up(values)
@@ -236,7 +235,7 @@ class ActivationCollector:
         }
         return sums | {"channel": torch.zeros(layers, self.head.n_channels(self.site), dtype=torch.float64)}
 
-    def _add(self, sums: Mapping[str, Tensor], counts: Tensor, layer: int, channels: Tensor) -> None:
+    def _add(self, sums: Mapping[str, Tensor], counts: Tensor, _site: str, layer: int, channels: Tensor) -> None:
         total = weighted_sums(channels, counts.to(channels.device), self.site, self.head.n_neurons(self.site))
         for name, values in total.items():
             sums[name][layer] += values.cpu()
@@ -256,15 +255,7 @@ class ActivationCollector:
         return replace(now, model=self._model)
 
 
-def _keep(values: Tensor, donors: Tensor, rows: Tensor, columns: Tensor, layer: int, channels: Tensor) -> None:
+def _keep(
+    values: Tensor, donors: Tensor, rows: Tensor, columns: Tensor, _site: str, layer: int, channels: Tensor
+) -> None:
     values[donors, layer] = channels[rows.to(channels.device), columns.to(channels.device)].cpu()
-
-
-def _run(head: RewardHead, site: str, batch: TokenBatch, visit: Callable[[int, Tensor], None]) -> None:
-    """One forward pass; `visit(layer, channels)` sees every layer's activations as [row, token, channel]."""
-
-    def look(layer: int, activation: Tensor) -> None:
-        visit(layer, activation.reshape(*batch.input_ids.shape, -1))
-
-    with head.hooks(site, look), torch.no_grad():
-        head.residual(batch)

@@ -319,6 +319,10 @@ def _run(attributions: Sequence[NeuronAttribution], batch: TokenBatch) -> BatchR
         gradients=any(one.method in NEEDS_GRADIENTS and not one.graddrop for one in first_order),
         drops=any(one.graddrop for one in first_order),
         direct=any(one.method == "direct_effect" for one in first_order),
+        # What is multiplied by a gradient is not needed where that is 0; the mean of a text is.
+        all_tokens=not all(
+            one.method in NEEDS_GRADIENTS and not one.graddrop and can_share(one.reference) for one in first_order
+        ),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rmtension.direct import DirectContributions, DirectPaths
 from rmtension.errors import ModelError
-from rmtension.hooks import InstalledHooks, Spot, Visit
+from rmtension.hooks import InstalledHooks, Spot, Visit, frozen
 from rmtension.replay import Replay
 from rmtension.reward_head import RewardHead
 from rmtension.tokens import TokenBatch, margins
@@ -32,6 +32,8 @@ class BatchRun:
         gradients: keep dM/da.
         drops: keep dM/da again without what flows through each layer's block: `dropped[l]` (GradDrop).
         direct: keep the parts of direct paths.
+        all_tokens: whether activations of the last block's MLP are wanted where no reward is read. Their gradient is 0
+            there; without them, these activations are 0, and less runs.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class BatchRun:
         gradients: bool = False,
         drops: bool = False,
         direct: bool = False,
+        all_tokens: bool = True,
     ) -> None:
         self.head = head
         self.batch = batch
@@ -52,6 +55,7 @@ class BatchRun:
         self.dropped: list[dict[Place, Float[Tensor, "row token channel"]]] = []
         self._seen: dict[Place, Tensor] = {}
         self._differentiated = gradients or drops
+        self._only_last = False
         paths = DirectPaths(head, batch) if direct else None
         gates = _BlockGates(head) if drops else None
         hooks: list[tuple[Spot, Visit]] = [
@@ -67,6 +71,8 @@ class BatchRun:
         # The caller may be under no_grad.
         with torch.set_grad_enabled(self._differentiated):
             with (
+                frozen(head.body.modules()),
+                nullcontext(False) if all_tokens else head.body.last_mlp_at_last_tokens(batch) as self._only_last,
                 InstalledHooks(hooks + (gates.hooks if gates else [])),
                 InstalledHooks(paths.hooks if paths else []),
                 gates.running() if gates else nullcontext(),
@@ -79,7 +85,7 @@ class BatchRun:
                     with gates.closed(layer):
                         self.dropped.append(self._gradients(rewards, keep_graph=layer < head.n_layers - 1))
         self.direct = None if paths is None else paths.contributions()
-        self.activations = {place: self._shaped(seen.detach()) for place, seen in self._seen.items()}
+        self.activations = {place: self._shaped(place, seen.detach()) for place, seen in self._seen.items()}
         self._seen = {}
 
     @cached_property
@@ -104,9 +110,12 @@ class BatchRun:
             allow_unused=True,
             materialize_grads=True,
         )
-        return {place: self._shaped(gradient) for place, gradient in zip(self._seen, found, strict=True)}
+        return {place: self._shaped(place, gradient) for place, gradient in zip(self._seen, found, strict=True)}
 
-    def _shaped(self, values: Tensor) -> Tensor:
+    def _shaped(self, place: Place, values: Tensor) -> Tensor:
+        site, layer = place
+        if self._only_last and layer == self.head.n_layers - 1 and site != "attn_head":
+            return self.batch.spread(values.reshape(len(self.batch.last), -1))
         return values.reshape(*self.batch.input_ids.shape, -1)
 
 

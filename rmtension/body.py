@@ -1,6 +1,7 @@
 """The part of a reward model that runs, up to the final norm, and where its neurons are in it."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from rmtension.errors import ModelError
 from rmtension.gates import GATE_ROWS, find_gates
 from rmtension.hooks import InstalledHooks, Spot, Visit, count_foreign_hooks, has_own_hooks, in_eval_mode
 from rmtension.norms import read_norm
-from rmtension.plain_run import measure_packing, probe_batch, run_base
+from rmtension.plain_run import find_last_mlp, measure_packing, probe_batch, run_base
 from rmtension.sites import SITES, find_site
 from rmtension.tokens import TokenBatch
 
@@ -41,6 +42,11 @@ class BridgeBody:
         self._foreign = count_foreign_hooks(bridge)
         cfg: Any = bridge.cfg
         self._pack_up_to = 0 if plain is None else measure_packing(plain, self.n_embeddings, int(cfg.n_ctx))
+        self._last_mlp = None
+        if plain is not None:
+            last = int(cfg.n_layers) - 1
+            path = self.projection_names.get(("mlp", last))
+            self._last_mlp = find_last_mlp(plain, path, self.block(last), self.n_embeddings)
 
     @property
     def final_norm_folded(self) -> bool:
@@ -64,6 +70,12 @@ class BridgeBody:
     def pack_up_to(self) -> int:
         """The longest row that two texts may share; 0 where none may."""
         return self._pack_up_to if self.runs_plain else 0
+
+    def last_mlp_at_last_tokens(self, batch: TokenBatch) -> AbstractContextManager[bool]:
+        """`LastMLP.at_last_tokens` where the model runs so, otherwise nothing; says which."""
+        if self._last_mlp is None or not self.runs_plain:
+            return nullcontext(False)
+        return self._last_mlp.at_last_tokens(batch)
 
     @property
     def is_hooked(self) -> bool:
@@ -202,6 +214,10 @@ class HookedTransformerBody:
     def modules(self) -> Iterator[nn.Module]:
         """Every module that may run."""
         return self.module.modules()
+
+    def last_mlp_at_last_tokens(self, batch: TokenBatch) -> AbstractContextManager[bool]:
+        """Nothing: all of it runs."""
+        return nullcontext(False)
 
     @property
     def is_hooked(self) -> bool:

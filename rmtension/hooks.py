@@ -65,6 +65,20 @@ def in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """No parameter asks for a gradient, so that nothing is kept for one; afterwards each asks as it did."""
+    asking = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+    asking = [parameter for parameter in asking if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
 def copy_without_hooks(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """`copy.deepcopy` of a model without any hook of its modules: they belong to the original, and may not copy."""
     kept = []
@@ -140,6 +154,11 @@ def has_own_hooks(modules: Iterable[nn.Module]) -> bool:
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
         for hook in hooks.values()
     )
+
+
+def is_placed(modules: Iterable[nn.Module]) -> bool:
+    """Whether accelerate moves tensors between devices around modules, and has to see each of them end."""
+    return any(hasattr(module, "_hf_hook") for module in modules)
 
 
 def count_foreign_hooks(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Running a base model of transformers on a batch, and finding out whether it runs packed rows."""
+"""Running a base model of transformers on a batch, and finding out what of it need not run."""
 
 import re
 from dataclasses import replace
@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmtension.encoding import EncodedPairs, EncodedText
 from rmtension.hooks import in_eval_mode
+from rmtension.last_block import LastMLP
 from rmtension.packing import attention_mask, pack
 from rmtension.tokens import TokenBatch
 
@@ -81,6 +82,27 @@ def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
     return (
         longest if rounding <= _TIMES_ROUNDING * tolerance and off <= max(tolerance, _TIMES_ROUNDING * rounding) else 0
     )
+
+
+def find_last_mlp(base: Any, path: str | None, block: nn.Module, n_embeddings: int) -> LastMLP | None:
+    """The module that the last block's projection at `path` is in, if it works token by token; decided by trying."""
+    parent = None if path is None else base.get_submodule(path.rpartition(".")[0])
+    if parent is None or parent is block or parent not in list(block.modules()):
+        return None
+    parameter = next(base.parameters())
+    ids = [number % n_embeddings for number in range(sum(_PROBE))]
+    texts = [EncodedText(tuple(some), 0, 0) for some in (ids[: _PROBE[0]], ids[_PROBE[0] :])]
+    batch = TokenBatch.from_texts(texts, (0, 1), pad_token_id=None, device=parameter.device)
+    found = LastMLP(parent)
+    try:
+        with torch.no_grad(), in_eval_mode(base.modules()):
+            expected = batch.at_last(run_base(base, batch)).double().cpu()
+            with found.at_last_tokens(batch):
+                output = batch.at_last(run_base(base, batch)).double().cpu()
+    except Exception:  # whatever an MLP that is called in another way runs into
+        return None
+    tolerance = _PACKING_TOLERANCE.get(parameter.dtype, 1e-5)
+    return found if _furthest(output, expected) <= tolerance else None
 
 
 def windows_of(config: Any) -> list[int]:

@@ -1,7 +1,6 @@
 """What every neuron does on chosen and on rejected responses, and the scores that follow from it: one pass for all."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from math import log
@@ -157,12 +156,11 @@ def collect_profiles(
     )
     for batch in stream:
         before = {} if base is None else _activations(base, batch, sites)
-        with ExitStack() as hooks:
-            for site in dict.fromkeys(sites):
-                views = [totals[site, one].view_of(batch) for one in dict.fromkeys(positions)]
-                hooks.enter_context(head.hooks(site, partial(_add, head, site, batch, views, before)))
-            with torch.no_grad():
-                head.residual(batch)
+        views = {
+            site: [totals[site, one].view_of(batch) for one in dict.fromkeys(positions)]
+            for site in dict.fromkeys(sites)
+        }
+        head.look(batch, list(views), partial(_add, head, views, before))
     method = "profile, tokens pooled" if pool_tokens else "profile"
     profiles: dict[tuple[str, str], ActivationProfile] = {}
     stream.require_pairs()
@@ -261,37 +259,32 @@ class _View:
 
 def _add(
     head: RewardHead,
+    views: Mapping[str, Sequence[_View]],
+    before: Mapping[tuple[str, int], Float[Tensor, "row token _"]],
     site: str,
-    batch: TokenBatch,
-    views: Sequence[_View],
-    before: Mapping[tuple[str, int], Float[Tensor, "row token channel"]],
     layer: int,
-    activation: Tensor,
+    activation: Float[Tensor, "row token channel"],
 ) -> None:
-    """Hook: add every statistic of one layer to every view."""
-    channels = activation.reshape(*batch.input_ids.shape, -1).to(head.reward_dtype)
+    """Add every statistic of one layer to every view of its site."""
+    channels = activation.to(head.reward_dtype)
     values = neuron_activations(channels, site, head.n_neurons(site))
     statistics = [values, values.abs(), values.square(), (values > 0).to(values)]
     if before:
         moved = neuron_activations(channels - before[site, layer].to(channels), site, head.n_neurons(site))
         statistics.append(moved.square())
     for number, statistic in enumerate(statistics):
-        for view in views:
+        for view in views[site]:
             view.add(number, layer, statistic)
 
 
 def _activations(
     head: RewardHead, batch: TokenBatch, sites: Sequence[str]
-) -> dict[tuple[str, int], Float[Tensor, "row token channel"]]:
+) -> dict[tuple[str, int], Float[Tensor, "row token _"]]:
     """All layers' activations at some sites, from one forward pass."""
     found: dict[tuple[str, int], Tensor] = {}
 
     def keep(site: str, layer: int, activation: Tensor) -> None:
-        found[site, layer] = activation.reshape(*batch.input_ids.shape, -1)
+        found[site, layer] = activation
 
-    with ExitStack() as hooks:
-        for site in dict.fromkeys(sites):
-            hooks.enter_context(head.hooks(site, partial(keep, site)))
-        with torch.no_grad():
-            head.residual(batch)
+    head.look(batch, sites, keep)
     return found

@@ -1,6 +1,7 @@
 """A reward model with hooks: a scalar head on a TransformerBridge or a HookedTransformer."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from rmtension.distributed import current
 from rmtension.encoding import EncodedPairs, TextOrChat, encode_pairs, encode_texts
 from rmtension.errors import ModelError, OptionError
 from rmtension.heads import read_head
-from rmtension.hooks import InstalledHooks, in_eval_mode
+from rmtension.hooks import InstalledHooks, has_own_hooks, in_eval_mode, is_placed
 from rmtension.norms import read_norm
 from rmtension.packing import Sharing
 from rmtension.pair import PreferencePair
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from rmtension.neurons import NeuronSet
+
+
+class _AllSeen(Exception):  # noqa: N818 - no error
+    """Ends a run whose rest nobody asked for."""
 
 
 class RewardHead:
@@ -234,8 +239,7 @@ class RewardHead:
         with tqdm(total=len(encoded), desc="score", unit="text", disable=silent) as bar:
             for number, batch in enumerate(batches):
                 if shard.takes(number):
-                    with torch.no_grad():
-                        rewards[list(batch.places)] = self.forward(batch).cpu()
+                    rewards[list(batch.places)] = self.rewards(batch).cpu()
                 bar.update(len(batch.places))
         shard.require_same("list of texts", f"{[text.ids for text in encoded]} {self.fingerprint}")
         shard.add_up(rewards)
@@ -254,8 +258,7 @@ class RewardHead:
         stream = self.stream(pairs, desc="score", progress=progress, truncate_response=truncate_response)
         rewards = torch.zeros(2, len(pairs), dtype=self.reward_dtype)
         for batch in stream:
-            with torch.no_grad():
-                rewards[:, list(batch.places[: batch.n_pairs])] = self.forward(batch).cpu().view(2, -1)
+            rewards[:, list(batch.places[: batch.n_pairs])] = self.rewards(batch).cpu().view(2, -1)
         stream.add_up(rewards)
         chosen, rejected = (require_finite(side.clone()) for side in rewards)
         provenance = stream.provenance(stream.n_tokens, site="residual", positions="last", method="reward")
@@ -273,8 +276,13 @@ class RewardHead:
         batch = TokenBatch(
             ids, mask, mask, last_token(ids, mask, self.pad_token_id), torch.arange(len(ids)), tuple(range(len(ids)))
         )
-        with torch.no_grad():
-            return require_finite(self.forward(batch).cpu())
+        return require_finite(self.rewards(batch).cpu())
+
+    @torch.no_grad()
+    def rewards(self, batch: TokenBatch) -> Float[Tensor, "text"]:
+        """The rewards of one batch on its device, without gradients and without what no reward needs."""
+        with self.body.last_mlp_at_last_tokens(batch):
+            return self.forward(batch)
 
     def forward(self, batch: TokenBatch) -> Float[Tensor, "text"]:
         """The rewards of one batch on its device, with gradients where the caller's grad mode has them."""
@@ -290,6 +298,29 @@ class RewardHead:
         """Run the blocks and the final norm, not the vocabulary projection, with every hook firing."""
         with running(batch), in_eval_mode(self.body.modules()):
             return self.body.residual(batch)
+
+    @torch.no_grad()
+    def look(self, batch: TokenBatch, sites: Sequence[str], visit: Callable[[str, int, Tensor], None]) -> None:
+        """Run a batch as far as `visit(site, layer, activation)` has seen the activations of some sites in all layers.
+
+        Activations are [row, token, channel]. Where the model runs through transformers' own modules and nobody else
+        looks, nothing above the last of them is computed.
+        """
+        body = self.body
+        left = set(sites)
+        may_stop = body.runs_plain and not has_own_hooks(body.modules()) and not is_placed(body.modules())
+
+        def look(site: str, layer: int, activation: Tensor) -> None:
+            visit(site, layer, activation.reshape(*batch.input_ids.shape, -1))
+            if layer == self.n_layers - 1:
+                left.discard(site)
+                if may_stop and not left:
+                    raise _AllSeen
+
+        with ExitStack() as hooks, suppress(_AllSeen):
+            for site in left.copy():
+                hooks.enter_context(self.hooks(site, partial(look, site)))
+            self.residual(batch)
 
     # -- proof, and out again --------------------------------------------------------------------------------------
 

@@ -98,6 +98,11 @@ class TokenBatch:
         # Of a model over several devices the residual stream comes out on the last one.
         return values[self.rows.to(values.device), self.last.to(values.device)]
 
+    def spread(self, at_last: Float[Tensor, "text channel"]) -> Float[Tensor, "row token channel"]:
+        """The inverse of `at_last`: zeros at other tokens. Texts that are one stand at one place, once."""
+        places = self.rows.to(at_last.device), self.last.to(at_last.device)
+        return at_last.new_zeros(*self.input_ids.shape, at_last.shape[1]).index_put(places, at_last)
+
     def by_row(self, per_text: Float[Tensor, "text token"]) -> Float[Tensor, "row slot token"]:
         """The texts of every row, one behind the other; zeros where other rows have more texts."""
         if self.row_of is None:

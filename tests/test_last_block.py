@@ -1,0 +1,198 @@
+"""What the last block leaves out: numbers are those of running it whole, and it is left out where nobody looks."""
+
+import pytest
+import torch
+import transformers
+from conftest import make_pairs, make_tokenizer
+from test_families import DENSE, EXPERTS
+
+from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
+from rmtension.check_matrix import make_classifier
+from rmtension.profiles import collect_profiles
+
+# Their MLP adds what it is given to its output itself, or has no module of its own.
+WHOLE = {"bloom", "mpt", "opt", "biogpt"}
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Pairs of several prompts, and one whose responses are the same."""
+    pairs = make_pairs(4)
+    tie = {"prompt": pairs[0].prompt, "chosen": "sure", "rejected": "sure"}
+    return PreferencePairs([*pairs, *PreferencePairs.from_records([tie])])
+
+
+def tokens_through(head, run):
+    """How many tokens the last block's MLP saw in `run`."""
+    seen = []
+    handle = head.body._last_mlp._module.register_forward_hook(
+        lambda _module, inputs, _output: seen.append(inputs[0].shape[:-1].numel())
+    )
+    try:
+        run()
+    finally:
+        handle.remove()
+    return sum(seen)
+
+
+def numbers(head, pairs):
+    statistics = ActivationCollector(head).collect(pairs)
+    found = {"rewards": head.score_pairs(pairs).margin, "texts": head.score([pair.text("chosen") for pair in pairs])}
+    for site in head.sites:
+        for method, reference in [
+            ("gradient_x_activation", None),
+            ("attribution_patching", "zero"),
+            ("attribution_patching", "other"),
+        ]:
+            for positions in ("all", "last"):
+                scores = NeuronAttribution(head, method=method, site=site, reference=reference, positions=positions)
+                found[site, method, reference, positions] = scores.score(pairs).values
+    patching = NeuronAttribution(head, method="attribution_patching", reference=statistics)
+    return found | {"patching to the mean": patching.score(pairs).values}
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_families(tmp_path, plain_tokenizer, few, family):
+    """In float64 to 1e-9, but for norms that are float32 in every model."""
+    make_classifier(family, len(plain_tokenizer) + 8).save_pretrained(tmp_path)
+    plain_tokenizer.save_pretrained(tmp_path)
+    head = RewardHead.from_pretrained(tmp_path, dtype=torch.float64)
+    assert (head.body._last_mlp is None) == (family in WHOLE)
+    less = [head.score_pairs(few).margin, NeuronAttribution(head, method="gradient_x_activation").score(few).values]
+    head.body._last_mlp = None
+    whole = [head.score_pairs(few).margin, NeuronAttribution(head, method="gradient_x_activation").score(few).values]
+    for one, other in zip(less, whole, strict=True):
+        assert torch.allclose(one, other, atol=1e-6, rtol=0)
+    assert float(less[1][-1].abs().max()) > 1e-3, "the last layer has scores"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_everything_that_leaves_it_out(checkpoints, few, family):
+    head = RewardHead.from_pretrained(checkpoints[family], dtype=torch.float64)
+    n_last = tokens_through(head, lambda: head.score_pairs(few))
+    assert n_last == 2 * len(few)
+    gradients = NeuronAttribution(head, method="gradient_x_activation")
+    assert tokens_through(head, lambda: gradients.score(few)) == 2 * len(few)
+    less = numbers(head, few)
+    head.body._last_mlp = None
+    for name, expected in numbers(head, few).items():
+        assert torch.allclose(less[name], expected, atol=1e-9 if family == "gpt2" else 1e-6, rtol=0), name
+    assert gradients.per_pair(few[-1:]).values.abs().max() == 0, "identical responses: exactly nothing"
+
+
+def test_whoever_looks_inside_sees_all_tokens(checkpoints, few):
+    """An ablation in the last layer, at the tokens it names; a visit; the user's own hooks."""
+    head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64)
+    mask = torch.zeros(head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
+    mask[-1, :9] = True
+    neurons = NeuronSet(mask, "mlp", head.architecture)
+    sample = ActivationCollector(head).sample(few, n=6)
+    ablations = [
+        AblationContext(head, neurons, mode="resample", reference=sample),
+        AblationContext(head, neurons, positions="response"),
+    ]
+
+    def margins():
+        found = []
+        for ablation in ablations:
+            with ablation:
+                assert tokens_through(head, lambda: head.score_pairs(few)) > 2 * len(few)
+                found += [head.score_pairs(few).margin, numbers(head, few)["texts"]]
+                found += [NeuronAttribution(head, method="gradient_x_activation").score(few).values]
+        return found
+
+    less, mlp = margins(), head.body._last_mlp
+    shapes = []
+    with head.hooks("mlp", lambda layer, activation: shapes.append(activation.shape[:2].numel())):
+        head.score_pairs(few)
+    assert len(set(shapes)) == 1
+    head.body._last_mlp = None
+    expected = []
+    for ablation in ablations:
+        with ablation:
+            expected += [head.score_pairs(few).margin, numbers(head, few)["texts"]]
+            expected += [NeuronAttribution(head, method="gradient_x_activation").score(few).values]
+    head.body._last_mlp = mlp
+    assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(less, expected, strict=True))
+
+
+class MixingMLP(torch.nn.Module):
+    """Looks at other tokens."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.c_fc, self.c_proj, self.act = mlp.c_fc, mlp.c_proj, mlp.act
+
+    def forward(self, values):
+        return self.c_proj(self.act(self.c_fc(values.cumsum(1))))
+
+
+def test_an_mlp_that_mixes_tokens_runs_whole(plain_tokenizer):
+    config = transformers.GPT2Config(
+        vocab_size=len(plain_tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64, num_labels=1, pad_token_id=1
+    )
+    classifier = transformers.GPT2ForSequenceClassification(config)
+    assert RewardHead.from_classifier(classifier, tokenizer=plain_tokenizer).body._last_mlp is not None
+    classifier.transformer.h[-1].mlp = MixingMLP(classifier.transformer.h[-1].mlp)
+    assert RewardHead.from_classifier(classifier, tokenizer=plain_tokenizer).body._last_mlp is None
+
+
+def test_experts_run_whole(tmp_path, plain_tokenizer):
+    make_classifier(EXPERTS[0], len(plain_tokenizer) + 8).save_pretrained(tmp_path)
+    plain_tokenizer.save_pretrained(tmp_path)
+    assert RewardHead.from_pretrained(tmp_path).body._last_mlp is None
+
+
+@pytest.mark.parametrize("sites", [["mlp"], ["attn_head"], ["attn_head", "mlp_gate"]])
+def test_statistics_stop_when_all_is_seen(checkpoints, few, sites):
+    """Nothing above the last projection's input runs: not the projection of an MLP, nor the final norm."""
+    head = RewardHead.from_pretrained(checkpoints["llama"], dtype=torch.float64)
+    ran = []
+    last = head.body.block(head.n_layers - 1)
+    handles = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: ran.append(name))
+        for name, module in {"norm": head.body.final_norm, "down": last.mlp.down_proj, "up": last.mlp.up_proj}.items()
+    ]
+    found = collect_profiles(head, few, sites=sites, positions=["all"])
+    assert set(ran) == ({"up"} if sites == ["mlp"] else set())
+    values = [found[site, "all"].sums for site in sites]
+    # Where somebody else looks, everything runs.
+    seen = []
+    with head.hooks("mlp", lambda layer, activation: seen.append(layer)):
+        found = collect_profiles(head, few, sites=sites, positions=["all"])
+    assert set(ran) >= {"norm", "down"}
+    assert set(seen) == set(range(head.n_layers))
+    assert all(torch.equal(one, found[site, "all"].sums) for one, site in zip(values, sites, strict=True))
+    for handle in handles:
+        handle.remove()
+
+
+def test_nothing_is_kept_for_gradients_of_weights(checkpoints, few, plain_tokenizer):
+    """Weights that a trainer left asking for gradients: they ask again afterwards, also after an error."""
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoints["gpt2"])
+    head = RewardHead.from_classifier(classifier, tokenizer=plain_tokenizer)
+    assert all(parameter.requires_grad for parameter in classifier.parameters())
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda x: x):
+        NeuronAttribution(head, method="gradient_x_activation").score(few[:2])
+    asking = len(saved)
+    classifier.requires_grad_(False)
+    saved.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda x: x):
+        NeuronAttribution(head, method="gradient_x_activation").score(few[:2])
+    assert asking == len(saved) > 0
+    classifier.requires_grad_(True)
+
+    def fail(batch):
+        raise RuntimeError("half way")
+
+    head.forward = fail
+    with pytest.raises(RuntimeError, match="half way"):
+        NeuronAttribution(head, method="gradient_x_activation").score(few[:2])
+    assert all(parameter.requires_grad for parameter in classifier.parameters())
+    assert all(parameter.grad is None for parameter in classifier.parameters())
