@@ -4,6 +4,9 @@ import os
 
 # Before transformers is imported: nothing in this suite may ask a hub for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch is: where a test asks for two threads while other workers keep all cores busy, threads that wait for each
+# other by spinning take the cores from those they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
 
