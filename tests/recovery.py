@@ -38,8 +38,8 @@ DESIGNS = {
 LEAST = 0.05
 
 
-def found_sets(organism: Organism) -> dict[str, dict[str, NeuronSet]]:
-    """Method -> class -> neurons."""
+def found_sets(organism: Organism, steps: int = 32) -> dict[str, dict[str, NeuronSet]]:
+    """Method -> class -> neurons; integrated gradients at so many nodes."""
     head = organism.head()
     everything = PreferencePairs([*organism.pairs["helpful"], *organism.pairs["harmless"]])
     statistics = ActivationCollector(head).collect(everything)
@@ -47,7 +47,7 @@ def found_sets(organism: Organism) -> dict[str, dict[str, NeuronSet]]:
         "attribution_patching to zero": {"method": "attribution_patching"},
         "attribution_patching to mean": {"method": "attribution_patching", "reference": statistics},
         "gradient_x_activation": {"method": "gradient_x_activation"},
-        "integrated_gradients to zero": {"method": "integrated_gradients"},
+        "integrated_gradients to zero": {"method": "integrated_gradients", "steps": steps},
         "direct_effect": {"method": "direct_effect"},
         "mean_difference": {"method": "mean_difference"},
     }
@@ -64,11 +64,11 @@ def found_sets(organism: Organism) -> dict[str, dict[str, NeuronSet]]:
     return found
 
 
-def recovery(organism: Organism) -> dict[str, dict[str, int]]:
+def recovery(organism: Organism, **options: int) -> dict[str, dict[str, int]]:
     """Method -> its hits (neurons in the class of their kind), finds, the truth, and decoys put into any class."""
     rows = {}
     decoys = organism.truth["decoy"] | organism.truth["loud"]
-    for method, sets in found_sets(organism).items():
+    for method, sets in found_sets(organism, **options).items():
         classes = {name: one for name, one in sets.items() if name != "none"}
         rows[method] = {
             "hits": sum(len(classes[one] & organism.truth[kind]) for one, kind in KIND_OF.items()),
