@@ -20,6 +20,7 @@ class Reference:
         base = getattr(base, "decoder", base)
         self.blocks = next(getattr(base, name) for name in ("h", "layers", "blocks") if hasattr(base, name))
         self.n_heads = self.model.config.num_attention_heads
+        self._known = {}
 
     def projection(self, site, layer):
         """The module whose input is the activation of `site`."""
@@ -76,7 +77,18 @@ class Reference:
         return self.model(input_ids=ids).logits[0, 0]
 
     def activations(self, site, ids, *, gradients=False, unused=False):
-        """Activation of every layer [layer, token, channel], and dr/da if asked; 0 where `unused` ones are allowed."""
+        """Activation of every layer [layer, token, channel], and dr/da if asked; 0 where `unused` ones are allowed.
+
+        Many tests read the same texts at different positions: what the bare model gives is kept.
+        """
+        if unused:  # by a model with hooks of the caller's
+            return self._run(site, ids, gradients, unused)
+        key = site, tuple(ids[0].tolist()), gradients
+        if key not in self._known:
+            self._known[key] = self._run(site, ids, gradients, unused)
+        return self._known[key]
+
+    def _run(self, site, ids, gradients, unused):
         seen = {}
 
         def keep(layer, activation):

@@ -125,12 +125,13 @@ def test_ablation(both, pairs, site, positions, mode):
         donors = reference_donors(reference, pairs, site, options["reference"])
     with AblationContext(head, neurons, mode=mode, positions=positions, **options):
         scored = head.score_pairs(pairs)
+    encoded = head.encode(pairs)
     expected = []
     for row, pair in enumerate(pairs):
         for side in ("chosen", "rejected"):
             ids, n_prompt = reference.tokens(pair, side)
             chosen = reference.selected(ids.shape[1], n_prompt, positions)
-            drawn = None if donors is None else donors_of(head, pairs, row, side, options)[chosen]
+            drawn = None if donors is None else donors_of(head, getattr(encoded, side)[row], options)[chosen]
 
             def replace(layer, activation, chosen=chosen, drawn=drawn):
                 if not columns[layer].any():
@@ -171,9 +172,7 @@ def reference_donors(reference, pairs, site, sample):
     return torch.stack(found)
 
 
-def donors_of(head, pairs, row, side, options):
-    """Donor of every token of one text, drawn for that text alone."""
-    encoded = head.encode(pairs)
-    text = getattr(encoded, side)[row]
+def donors_of(head, text, options):
+    """Donor of every token of one encoded text, drawn for that text alone."""
     batches = text_batches([text], tokens_per_batch=4096, pad_token_id=head.pad_token_id, device="cpu")
     return draw_donors(next(iter(batches)), options["reference"].keys, options["seed"])[0]
