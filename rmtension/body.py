@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rmtension.errors import ModelError
 from rmtension.gates import GATE_ROWS, find_gates
-from rmtension.hooks import InstalledHooks, Spot, Visit, count_foreign_hooks, has_own_hooks, in_eval_mode
+from rmtension.hooks import InstalledHooks, Spot, Visit, count_foreign_hooks, has_own_hooks, in_eval_mode, modules_of
 from rmtension.norms import read_norm
 from rmtension.plain_run import find_last_mlp, measure_packing, probe_batch, run_base
 from rmtension.sites import SITES, find_site
@@ -158,8 +158,7 @@ class BridgeBody:
     def modules(self) -> Iterator[nn.Module]:
         """Every module that may run. A bridge keeps transformers' model outside its own list."""
         bridge: Any = self.bridge
-        roots = [self.module, bridge, bridge.original_model]
-        return iter({id(module): module for root in roots for module in root.modules()}.values())
+        return modules_of(self.module, bridge, bridge.original_model)
 
     def _base(self) -> nn.Module:
         bridge: Any = self.bridge

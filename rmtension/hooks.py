@@ -146,6 +146,21 @@ def _install(spot: Spot, visit: Visit) -> Callable[[], None]:
     return spot.module.register_forward_pre_hook(hook).remove
 
 
+def modules_of(*roots: nn.Module) -> Iterator[nn.Module]:
+    """Every module of several models once, in the order of `nn.Module.modules`.
+
+    That makes a name for each at every depth, three times the work; and every forward pass asks.
+    """
+    waiting = list(reversed(roots))
+    found: dict[int, nn.Module] = {}
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            waiting += [child for child in reversed(module._modules.values()) if child is not None]
+    return iter(found.values())
+
+
 def has_own_hooks(modules: Iterable[nn.Module]) -> bool:
     """Whether this library has a hook on one of `modules` at this moment."""
     return any(
@@ -165,7 +180,7 @@ def count_foreign_hooks(model: nn.Module) -> int:
     """How many hooks of all kinds are on `model` and its submodules that this library did not install."""
     return sum(
         not isinstance(hook, _OurHook)
-        for module in model.modules()
+        for module in modules_of(model)
         for hooks in (
             module._forward_hooks,
             module._forward_pre_hooks,
