@@ -62,7 +62,9 @@ class AblationContext:
         columns = repeat(neurons.mask, "layer neuron -> layer (neuron channel)", channel=per_neuron)
         # layer -> the columns of its projection's input that the set's neurons are; layers without any are left out.
         self.columns = {layer: row.nonzero()[:, 0].to(head.device) for layer, row in enumerate(columns) if row.any()}
-        self._hooks = head.hooks(neurons.site, self._ablate, self.columns)
+        # At all tokens the same is done to each, whichever there are.
+        any_tokens = positions == "all" and mode != "resample"
+        self._hooks = head.hooks(neurons.site, self.ablated, self.columns, any_tokens=any_tokens)
 
     def __enter__(self) -> "AblationContext":
         self._hooks.__enter__()
@@ -71,7 +73,8 @@ class AblationContext:
     def __exit__(self, *exception: object) -> None:
         self._hooks.__exit__(*exception)
 
-    def _ablate(self, layer: int, activation: Tensor) -> Tensor:
+    def ablated(self, layer: int, activation: Tensor) -> Tensor:
+        """The activation of a layer as it is while this is entered."""
         columns = self.columns[layer].to(activation.device)
         # Rows here are tokens of all texts: some models flatten the two before the MLP, some do not.
         rows = activation.reshape(-1, self.head.n_channels(self.neurons.site))

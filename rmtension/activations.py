@@ -201,7 +201,7 @@ class ActivationCollector:
         used = list(wanted)
         batches = text_batches(
             [texts[owner] for owner in used],
-            tokens_per_batch=self.head.tokens_per_batch,
+            tokens_per_batch=self.head.tokens_together(),
             pad_token_id=self.head.pad_token_id,
             device=self.head.device,
         )

@@ -178,6 +178,7 @@ class NeuronAttribution:
             progress=progress,
             sharing="pair" if can_share(self.reference) else "none",
             truncate_response=truncate_response,
+            keeps_layers=True,
         )
         for batch in stream:
             n_tokens += batch.select(self.positions).sum().cpu()
@@ -290,6 +291,7 @@ def score_together(
         progress=progress,
         sharing="pair" if all(can_share(one.reference) for one in attributions) else "none",
         truncate_response=truncate_response,
+        keeps_layers=True,
     )
     for batch in stream:
         run = _run(attributions, batch)

@@ -56,6 +56,11 @@ class Ablations:
         self.advance()
         return found
 
+    def prepare(self, sets: Sequence[NeuronSet]) -> None:
+        """Run what `rewards` will be asked for, together; what was run before is not."""
+        for part in self.pairs.values():
+            self.runs.prepare(part, sets, mode=self.mode, reference=self.reference)
+
     def change(self, after: ScoredPairs, before: ScoredPairs, quantity: str) -> Float[Tensor, "item"]:
         """The change of every item."""
         return item_change(after, before, quantity, tie=self.tie)
@@ -89,9 +94,12 @@ def ablation_matrix(
     before = ablations.rewards()
     rows = []
     for name, neurons in sets.items():
+        drawn = {
+            control: _matched(neurons, control, n_draws, ablations.seed, exclude, magnitude) for control in controls
+        }
+        ablations.prepare([neurons, *(draw for draws in drawn.values() for draw in draws)])
         after = ablations.rewards(neurons)
-        for control in controls:
-            draws = _matched(neurons, control, n_draws, ablations.seed, exclude, magnitude)
+        for control, draws in drawn.items():
             random = [ablations.rewards(draw) for draw in draws]
             for _ in range(n_draws - len(draws)):
                 ablations.advance()
@@ -144,6 +152,7 @@ def equal_size_effects(
                 for draw in range(n_subsamples)
             ]
         )
+        ablations.prepare(draws)
         after = [ablations.rewards(draw) for draw in draws]
         for _ in range(n_subsamples - len(draws)):
             ablations.advance()

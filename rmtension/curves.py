@@ -40,8 +40,10 @@ def ablation_curves(
         rankings.append(("random", draw, _random_scores(first, ablations.seed, draw), "value"))
     rows = []
     for name, draw, one, order in rankings:
-        for fraction in fractions:
-            neurons = one.top(fraction, by=order, within=within, rule="exact" if name == "random" else rule)
+        exact = "exact" if name == "random" else rule
+        sets = [one.top(fraction, by=order, within=within, rule=exact) for fraction in fractions]
+        ablations.prepare(sets)
+        for fraction, neurons in zip(fractions, sets, strict=True):
             after = ablations.rewards(neurons)
             for objective, scored in after.items():
                 row = {"score": name, "draw": draw, "fraction": fraction, "size": len(neurons), "objective": objective}

@@ -46,6 +46,17 @@ class Shard:
         for tensor in tensors:
             self._talk(lambda tensor=tensor: dist.all_reduce(tensor, group=self.group))
 
+    def least(self, number: int) -> int:
+        """The smallest of all processes' numbers."""
+        if self.size == 1:
+            return number
+        import torch
+        import torch.distributed as dist
+
+        least = torch.tensor([number])
+        self._talk(lambda: dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group))
+        return int(least)
+
     def all_have(self, value: bool) -> bool:
         """Whether `value` is true in every process."""
         if self.size == 1:

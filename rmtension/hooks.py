@@ -29,11 +29,12 @@ class InstalledHooks:
     """Context manager: installs all hooks or none, removes them in reverse order, refuses to be entered twice.
 
     Plain PyTorch hooks, also on TransformerLens' hook points, so that `model.reset_hooks()` does not remove them and
-    they leave no trace in the model's own lists.
+    they leave no trace in the model's own lists. `any_tokens` says that the visits do not mind which tokens they see.
     """
 
-    def __init__(self, hooks: Sequence[tuple[Spot, Visit]]) -> None:
+    def __init__(self, hooks: Sequence[tuple[Spot, Visit]], *, any_tokens: bool = False) -> None:
         self._hooks = tuple(hooks)
+        self._any_tokens = any_tokens
         self._installed: ExitStack | None = None
 
     def __enter__(self) -> "InstalledHooks":
@@ -42,7 +43,7 @@ class InstalledHooks:
         # ExitStack undoes what was registered when a later registration fails, and goes on when one removal fails.
         with ExitStack() as stack:
             for spot, visit in self._hooks:
-                stack.callback(_install(spot, visit))
+                stack.callback(_install(spot, visit, self._any_tokens))
             self._installed = stack.pop_all()
         return self
 
@@ -107,9 +108,12 @@ _HOOK_DICTS = (
 class _OurHook:
     """A hook of this library, told apart from a user's by its type."""
 
-    def __init__(self, visit: Visit, side: str) -> None:
+    any_tokens = False
+
+    def __init__(self, visit: Visit, side: str, any_tokens: bool) -> None:
         self._visit = visit
         self._side = side
+        self.any_tokens = any_tokens
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> Any:
         if self._side == "output":
@@ -139,8 +143,8 @@ def recorded_calls(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Cal
         yield calls
 
 
-def _install(spot: Spot, visit: Visit) -> Callable[[], None]:
-    hook = _OurHook(visit, spot.side)
+def _install(spot: Spot, visit: Visit, any_tokens: bool) -> Callable[[], None]:
+    hook = _OurHook(visit, spot.side, any_tokens)
     if spot.side == "output":
         return spot.module.register_forward_hook(hook).remove
     return spot.module.register_forward_pre_hook(hook).remove
@@ -161,10 +165,10 @@ def modules_of(*roots: nn.Module) -> Iterator[nn.Module]:
     return iter(found.values())
 
 
-def has_own_hooks(modules: Iterable[nn.Module]) -> bool:
-    """Whether this library has a hook on one of `modules` at this moment."""
+def has_own_hooks(modules: Iterable[nn.Module], *, minding_tokens: bool = False) -> bool:
+    """Whether this library has a hook on one of `modules` at this moment, or one that minds which tokens it sees."""
     return any(
-        isinstance(hook, _OurHook)
+        isinstance(hook, _OurHook) and not (minding_tokens and hook.any_tokens)
         for module in modules
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
         for hook in hooks.values()

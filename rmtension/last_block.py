@@ -19,9 +19,9 @@ class LastMLP:
     def at_last_tokens(self, batch: TokenBatch) -> Iterator[bool]:
         """While it is entered and the model runs on `batch`, the MLP adds nothing at other tokens.
 
-        Yields whether that is so: not where hooks of this library are inside, which may want all tokens.
+        Yields whether that is so: not where hooks of this library are inside that want all tokens.
         """
-        if has_own_hooks(self._module.modules()):
+        if has_own_hooks(self._module.modules(), minding_tokens=True):
             yield False
             return
 

@@ -28,9 +28,16 @@ class Replay:
         head: the model.
         batch: the texts.
         sites: activations to keep in `activations[site, layer]`, [row, token, channel].
+        layers: of these layers; by default of all.
     """
 
-    def __init__(self, head: RewardHead, batch: TokenBatch, sites: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        head: RewardHead,
+        batch: TokenBatch,
+        sites: Sequence[str] = (),
+        layers: Sequence[int] | None = None,
+    ) -> None:
         self.head = head
         self.batch = batch
         self.is_partial = head.body.runs_plain
@@ -41,7 +48,7 @@ class Replay:
         hooks: list[tuple[Spot, Visit]] = [
             (spot, partial(self._keep, site, layer))
             for site in sites
-            for layer in range(head.n_layers)
+            for layer in (range(head.n_layers) if layers is None else layers)
             for spot in head.body.spots(site, layer)
         ]
         if self.is_partial:
@@ -72,7 +79,8 @@ class Replay:
         if not self.is_partial and stream is None:
             return self.head.forward(self.batch)
         state = self.stream(layer) if stream is None else stream
-        with running(self.batch), in_eval_mode(self.head.body.modules()):
+        body = self.head.body
+        with running(self.batch), in_eval_mode(body.modules()), body.last_mlp_at_last_tokens(self.batch):
             for number in range(layer, self.head.n_layers):
                 state = self.run_block(number, state)
             return self.read(self.batch.at_last(state))

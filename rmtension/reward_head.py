@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rmtension.body import Body, find_body, measure_sites
+from rmtension.budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.checkpoints import Checkpoint, LoadOptions, checkpoint_of, open_checkpoint
 from rmtension.distributed import current
 from rmtension.encoding import EncodedPairs, TextOrChat, encode_pairs, encode_texts
@@ -29,7 +30,6 @@ from rmtension.scored import ScoredPairs, require_finite
 from rmtension.sites import find_site
 from rmtension.stream import PairStream
 from rmtension.tokens import (
-    DEFAULT_TOKENS_PER_BATCH,
     TokenBatch,
     check_ids,
     compact,
@@ -67,7 +67,8 @@ class RewardHead:
         tokenizer: needed to score texts. The model's own is not taken: TransformerLens makes it prepend a BOS token.
         pad_token_id: skipped at the end of a text, as transformers' classifiers do; None skips nothing.
         max_length: tokens per text; by default, and at most, the model's context.
-        tokens_per_batch: how many tokens run together; by default 4,096 on a CPU, 32,768 on another device.
+        tokens_per_batch: how many tokens run together; by default 4,096 on a CPU, 32,768 on another device, or fewer
+            where activations would take more than half of the memory that is free (`rmtension.budget`).
     """
 
     def __init__(
@@ -97,9 +98,9 @@ class RewardHead:
         if max_length is not None and not 0 < max_length <= context:
             raise OptionError(f"max_length: expected 1 to {context} (the model's context), got {max_length}.")
         self.max_length = max_length or context
-        self.tokens_per_batch = tokens_per_batch or (
-            DEFAULT_TOKENS_PER_BATCH if self.device.type == "cpu" else 8 * DEFAULT_TOKENS_PER_BATCH
-        )
+        if tokens_per_batch is not None and tokens_per_batch < 1:
+            raise OptionError(f"tokens_per_batch: expected a positive number, got {tokens_per_batch}.")
+        self.tokens_per_batch = tokens_per_batch
         if tokenizer is not None and len(tokenizer) > self.body.n_embeddings:
             raise ModelError(
                 f"tokenizer: it has {len(tokenizer)} tokens, the model's embedding has {self.body.n_embeddings} rows. "
@@ -232,7 +233,7 @@ class RewardHead:
         encoded = encode_texts(self.tokenizer, texts, max_length=self.max_length, truncate=truncate)
         rewards = torch.zeros(len(encoded), dtype=self.reward_dtype)
         batches = text_batches(
-            encoded, tokens_per_batch=self.tokens_per_batch, pad_token_id=self.pad_token_id, device=self.device
+            encoded, tokens_per_batch=self.tokens_together(), pad_token_id=self.pad_token_id, device=self.device
         )
         shard = current()
         silent = None if progress and shard.is_first else True
@@ -358,11 +359,38 @@ class RewardHead:
         progress: bool = False,
         sharing: Sharing = "prompt",
         truncate_response: bool = False,
+        keeps_layers: bool = False,
     ) -> PairStream:
         """Batches of pairs for this model; see `rmtension.stream`."""
         return PairStream(
-            self, pairs, desc=desc, progress=progress, sharing=sharing, truncate_response=truncate_response
+            self,
+            pairs,
+            desc=desc,
+            progress=progress,
+            sharing=sharing,
+            truncate_response=truncate_response,
+            keeps_layers=keeps_layers,
         )
+
+    def tokens_together(self, *, keeps_layers: bool = False) -> int:
+        """How many tokens run together: what the user said, or what pays off and fits into memory.
+
+        `keeps_layers` says that something of every layer is kept, for gradients or to run again. The same in all
+        processes that share the work.
+        """
+        if self.tokens_per_batch is not None:
+            return self.tokens_per_batch
+        enough, free = enough_tokens(self.device), free_bytes(self.device)
+        if free is not None:
+            fitting = tokens_that_fit(
+                free,
+                n_layers=self.n_layers if keeps_layers else 1,
+                d_model=self.d_model,
+                d_mlp=self._widths.get("mlp", 4 * self.d_model),
+                itemsize=self.dtype.itemsize,
+            )
+            enough = min(enough, fitting)
+        return current().least(enough)
 
     @property
     def sites(self) -> list[str]:
@@ -381,18 +409,25 @@ class RewardHead:
         return self._widths[site]
 
     def hooks(
-        self, site: str, visit: Callable[[int, Tensor], Tensor | None], layers: Iterable[int] | None = None
+        self,
+        site: str,
+        visit: Callable[[int, Tensor], Tensor | None],
+        layers: Iterable[int] | None = None,
+        *,
+        any_tokens: bool = False,
     ) -> InstalledHooks:
         """A context in which `visit(layer, activation)` sees, and may replace, the activation at `site`.
 
         The activation is what the projection below reads (for `mlp_gate` the factor act(gate) of it): [row, token,
         channel], or with the first two flattened, or with the last split into heads, as the model's family has it. A
-        row is a text, or a pair whose texts share a prefix (`rmtension.packing`).
+        row is a text, or several that share a prefix (`rmtension.packing`). With `any_tokens` the visit takes whatever
+        tokens there are: in the last block those that rewards are read from may be all.
         """
         self.n_channels(site)  # raises where the model has no such site
         chosen = range(self.n_layers) if layers is None else layers
         return InstalledHooks(
-            [(spot, partial(visit, layer)) for layer in chosen for spot in self.body.spots(site, layer)]
+            [(spot, partial(visit, layer)) for layer in chosen for spot in self.body.spots(site, layer)],
+            any_tokens=any_tokens,
         )
 
     @property

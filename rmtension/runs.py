@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from rmtension.ablation import AblationContext
 from rmtension.activations import ActivationCollector, ActivationStatistics
 from rmtension.attribution import NeuronAttribution
 from rmtension.distributed import current
@@ -23,6 +22,7 @@ from rmtension.provenance import Provenance
 from rmtension.reward_head import RewardHead
 from rmtension.scored import ScoredPairs
 from rmtension.storage import read_result, write_result
+from rmtension.sweep import score_without
 
 # What a folder of a checkpoint is told apart by: everything that can change what its model computes.
 _WEIGHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.bin", "*.py")
@@ -111,27 +111,37 @@ class ModelRuns:
         mode: str = "zero",
         reference: ActivationStatistics | None = None,
     ) -> ScoredPairs:
-        """The rewards of `pairs`, or what they are without some neurons. One pass over them when run."""
-        ablation = None
-        if without is not None and len(without):
-            means = None if reference is None else hashlib.sha256(reference.channel_mean.numpy().tobytes()).hexdigest()
-            mask = hashlib.sha256(without.mask.numpy().tobytes()).hexdigest()
-            ablation = [without.site, without.architecture, mask, mode, means]
+        """The rewards of `pairs`, or what they are without some neurons."""
 
         def run() -> ScoredPairs:
-            if ablation is None:
+            if without is None or not len(without):
                 return self.head.score_pairs(pairs)
-            assert without is not None
-            with AblationContext(self.head, without, mode=mode, reference=reference):
-                return self.head.score_pairs(pairs)
+            (found,) = score_without(self.head, pairs, [without], mode=mode, reference=reference)
+            return found
 
-        kept = self._once(
-            "rewards",
-            [pairs.ordered_digest, ablation],
-            lambda: _Rewards.of(run()),
-            _Rewards.load,
-        )
-        return kept.scored(pairs)
+        details = [pairs.ordered_digest, _described(without, mode, reference)]
+        return self._once("rewards", details, lambda: _Rewards.of(run()), _Rewards.load).scored(pairs)
+
+    def prepare(
+        self,
+        pairs: PreferencePairs,
+        sets: Sequence[NeuronSet],
+        *,
+        mode: str = "zero",
+        reference: ActivationStatistics | None = None,
+    ) -> None:
+        """Run what `rewards` will be asked for without each of some sets: together, which is faster."""
+        missing = {}
+        for one in sets:
+            name = self._name("rewards", [pairs.ordered_digest, _described(one, mode, reference)])
+            if len(one) and not self._has(name):
+                missing[name] = one
+        if missing:
+            self._require_unhooked()
+            found = score_without(self.head, pairs, list(missing.values()), mode=mode, reference=reference)
+            for name, scored in zip(missing, found, strict=True):
+                self.n_run += 1
+                self._keep(name, _Rewards.of(scored))
 
     def known_rewards(self, pairs: PreferencePairs) -> ScoredPairs | None:
         """The rewards of `pairs` if they were asked for before."""
@@ -194,22 +204,28 @@ class ModelRuns:
     def _once(self, kind: str, details: list[Any], run: Callable[[], _R], load: Callable[[Path], _R]) -> _R:
         name = self._name(kind, details)
         if name not in self._known:
-            path = None if self._folder is None else self._folder / name
-            # Of several processes, all read it or all run: they work on one pass together.
-            if path is not None and current().all_have(path.exists()):
-                self._known[name] = load(path)
+            if self._folder is not None and self._has(name):
+                self._known[name] = load(self._folder / name)
                 self.n_read += 1
             else:
-                if self.head.body.is_hooked:
-                    raise OptionError(
-                        "runs: the model has hooks, of yours or of an ablation that is entered, whose results would "
-                        "be kept as its own. Leave the context, or remove the hooks from head.model, first."
-                    )
+                self._require_unhooked()
                 found = run()
                 self.n_run += 1
                 self._keep(name, found)
         result: _R = self._known[name]
         return result
+
+    def _has(self, name: str) -> bool:
+        """Whether a result is known, or in the folder."""
+        # Of several processes, all read it or all run: they work on one pass together.
+        return name in self._known or (self._folder is not None and current().all_have((self._folder / name).exists()))
+
+    def _require_unhooked(self) -> None:
+        if self.head.body.is_hooked:
+            raise OptionError(
+                "runs: the model has hooks, of yours or of an ablation that is entered, whose results would be kept as "
+                "its own. Leave the context, or remove the hooks from head.model, first."
+            )
 
     def _keep(self, name: str, result: _Result) -> None:
         if self._folder is not None:
@@ -252,6 +268,15 @@ class _Rewards:
         provenance = Provenance.from_dict(values["provenance"])
         empty = PreferencePairs([])
         return cls(ScoredPairs(tensors["chosen"], tensors["rejected"], empty, provenance, *values["cut"]))
+
+
+def _described(without: NeuronSet | None, mode: str, reference: ActivationStatistics | None) -> list[Any] | None:
+    """What an ablation depends on; None for the whole model."""
+    if without is None or not len(without):
+        return None
+    means = None if reference is None else hashlib.sha256(reference.channel_mean.numpy().tobytes()).hexdigest()
+    mask = hashlib.sha256(without.mask.numpy().tobytes()).hexdigest()
+    return [without.site, without.architecture, mask, mode, means]
 
 
 def _digest_of_rest(head: RewardHead) -> str:

@@ -1,6 +1,6 @@
 """The truth that attribution is measured against: what taking out each neuron by itself does to the margin."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 
 import torch
 from einops import rearrange
@@ -18,11 +18,10 @@ from rmtension.reward_head import RewardHead
 from rmtension.running_scores import RunningScores
 from rmtension.sites import check_positions, find_site
 from rmtension.tokens import margins
+from rmtension.writes import moving, written_weights
 
 # Residual streams of one step over the last layer's neurons, in numbers: 64 MB in float32.
 _AT_A_TIME = 16_000_000
-# Relative rounding beyond which trying a block says nothing: that of half precision.
-_COARSE = 1e-4
 
 
 def single_neuron_effects(
@@ -70,7 +69,10 @@ def single_neuron_effects(
             "set made with a model of this architecture."
         )
     stream = head.stream(
-        pairs, sharing="prompt" if can_share(reference) else "none", truncate_response=truncate_response
+        pairs,
+        sharing="prompt" if can_share(reference) else "none",
+        truncate_response=truncate_response,
+        keeps_layers=True,
     )
     scores = RunningScores(*shape)
     n_tokens = torch.zeros((), dtype=torch.long)
@@ -106,7 +108,7 @@ def _changes(
     """The change of every text's reward for each wanted neuron of a layer, in order."""
     head = replay.head
     steps = rearrange(step, "row token (neuron channel) -> row token neuron channel", neuron=head.n_neurons(site))
-    written = _written(replay, site, layer, step) if replay.is_partial else None
+    written = written_weights(replay, site, layer, step) if replay.is_partial else None
     if written is None:
         base = replay.rewards_from(layer)
         for number in wanted:
@@ -136,51 +138,5 @@ def _with_step(
     replay: Replay, site: str, layer: int, step: Float[Tensor, "row token channel"]
 ) -> Float[Tensor, "text"]:
     """The rewards when the activation at the site moves by `step`."""
-    with replay.head.hooks(site, _moving(step), [layer]):
+    with replay.head.hooks(site, moving(step), [layer]):
         return replay.rewards_from(layer)
-
-
-def _moving(step: Float[Tensor, "row token channel"]) -> Callable[[int, Tensor], Tensor]:
-    """A visit that adds `step` to the activation."""
-
-    def move(_layer: int, activation: Tensor) -> Tensor:
-        return activation + step.reshape(activation.shape)
-
-    return move
-
-
-def _written(
-    replay: Replay, site: str, layer: int, step: Float[Tensor, "row token channel"]
-) -> Float[Tensor, "channel d_model"] | None:
-    """What one unit of each channel adds to the stream after the block; None where the block does more with it.
-
-    A norm behind the projection (Gemma-2), or an MLP behind attention, makes it depend on the rest. Decided by trying:
-    the block runs once with all of `step`, as large as the stream, and its output has to move by what the projection
-    says. Half precision is too coarse to tell.
-    """
-    head = replay.head
-    name = head.body.projection_names.get((site, layer))
-    assert head.body.plain is not None
-    if name is None or find_site(site).factor_of is not None:
-        return None
-    projection = head.body.plain.get_submodule(name)
-    n_channels = head.n_channels(site)
-    parameter = next(projection.parameters())
-    precision = torch.finfo(parameter.dtype).eps
-    if precision > _COARSE:
-        return None
-    # In pieces and through `forward`, because a user's hook has nothing to do with the weights.
-    unit = torch.eye(n_channels, dtype=parameter.dtype, device=parameter.device)
-    weights: Tensor = projection.forward(unit) - projection.forward(torch.zeros_like(unit[:1]))
-
-    above = replay.stream(layer + 1)
-    size = above.abs().max()
-    expected = step @ weights
-    factor = size / expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
-    if not factor.isfinite():
-        return None  # nothing is written, or next to nothing
-    expected = expected * factor
-    with head.hooks(site, _moving(step * factor), [layer]):
-        moved = replay.run_block(layer, replay.stream(layer)) - above
-    # Roundings of the stream and of the step; another path is off by a share of the step itself.
-    return weights if (moved - expected).abs().max() <= 64 * precision * size else None

@@ -42,6 +42,7 @@ class PairStream:
         progress: whether there is one.
         sharing: whose texts may share a row (`rmtension.packing`).
         truncate_response: whether responses that do not fit are cut.
+        keeps_layers: whether something of every layer is kept of a batch, which then has to be smaller.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class PairStream:
         progress: bool = False,
         sharing: Sharing = "prompt",
         truncate_response: bool = False,
+        keeps_layers: bool = False,
     ) -> None:
         self.head = head
         self.n_pairs = self.n_tokens = self.n_prompts_cut = self.n_responses_cut = 0
@@ -61,6 +63,7 @@ class PairStream:
         self._progress = progress
         self._sharing = sharing
         self._truncate_response = truncate_response
+        self._keeps_layers = keeps_layers
         self._digest = 0
         self._shard = current()
 
@@ -68,9 +71,10 @@ class PairStream:
         total = len(self._pairs) if isinstance(self._pairs, Sized) else None
         silent = None if self._progress and self._shard.is_first else True
         number = 0
+        tokens_per_batch = self.head.tokens_together(keeps_layers=self._keeps_layers)
         with tqdm(total=total, desc=self._desc, unit="pair", disable=silent) as bar:
             for first, encoded in self._parts():
-                for batch in self._batches(encoded):
+                for batch in self._batches(encoded, tokens_per_batch):
                     if self._shard.takes(number):
                         yield replace(batch, places=tuple(first + place for place in batch.places))
                     number += 1
@@ -106,9 +110,8 @@ class PairStream:
     def _parts(self) -> Iterator[tuple[int, EncodedPairs]]:
         """Some pairs at a time, as tokens, with the number of the first; counts them."""
         head, rest = self.head, iter(self._pairs)
-        while some := list(islice(rest, _AT_A_TIME)):
+        while len(pairs := PreferencePairs(islice(rest, _AT_A_TIME), first=self.n_pairs)):
             first = self.n_pairs
-            pairs = PreferencePairs(some, first=first)
             encoded = encode_pairs(
                 head.tokenizer, pairs, max_length=head.max_length, truncate_response=self._truncate_response
             )
@@ -119,11 +122,11 @@ class PairStream:
             self._digest += int(pairs.digest, 16)
             yield first, encoded
 
-    def _batches(self, encoded: EncodedPairs) -> Iterator[TokenBatch]:
+    def _batches(self, encoded: EncodedPairs, tokens_per_batch: int) -> Iterator[TokenBatch]:
         head = self.head
         return pair_batches(
             encoded,
-            tokens_per_batch=head.tokens_per_batch,
+            tokens_per_batch=tokens_per_batch,
             pad_token_id=head.pad_token_id,
             device=head.device,
             pack_up_to=head.body.pack_up_to,

@@ -14,8 +14,6 @@ from rmtension.encoding import EncodedText
 from rmtension.errors import DataError, OptionError
 from rmtension.sites import check_positions
 
-DEFAULT_TOKENS_PER_BATCH = 4096
-
 
 @dataclass(frozen=True)
 class TokenBatch:

@@ -37,6 +37,9 @@ class LinearRuns(ModelRuns):
         }
         self.n_run = 0
 
+    def prepare(self, pairs, sets, *, mode="zero", reference=None):
+        """Nothing to run together."""
+
     def rewards(self, pairs, *, without=None, mode="zero", reference=None):
         self.n_run += 1
         left = self.weights if without is None else self.weights * ~without.mask
@@ -268,6 +271,9 @@ class CoinRuns(ModelRuns):
 
     def __init__(self, seed, drifting=False):
         self.seed, self.drifting = seed, drifting
+
+    def prepare(self, pairs, sets, *, mode="zero", reference=None):
+        """Nothing to run together."""
 
     def rewards(self, pairs, *, without=None, mode="zero", reference=None):
         rng = np.random.default_rng([self.seed, 0 if without is None else 1])

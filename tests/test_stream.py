@@ -95,7 +95,7 @@ def test_errors_count_from_the_first_pair(head, pairs, three_at_a_time):
     assert torch.equal(collector.compute().mean, before.mean), "a failed update changes nothing"
     assert collector.compute().provenance == before.provenance
     with pytest.raises(DataError, match="expected PreferencePair, got dict at position 3"):
-        head.score_pairs([*pairs[:3], {"prompt": "Q"}])
+        ActivationCollector(head).collect(iter([*pairs[:3], {"prompt": "Q"}]))
 
 
 @pytest.mark.parametrize("run", [collect_profiles, lambda head, pairs: NeuronAttribution(head).score(pairs)])

@@ -62,7 +62,7 @@ def single_texts(head: RewardHead, pairs: PreferencePairs):
     encoded = head.encode(pairs)
     return text_batches(
         [*encoded.chosen, *encoded.rejected],
-        tokens_per_batch=head.tokens_per_batch,
+        tokens_per_batch=head.tokens_together(),
         pad_token_id=head.pad_token_id,
         device=head.device,
     )

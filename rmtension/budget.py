@@ -1,0 +1,65 @@
+"""How many tokens run together: as many as pay off, and as memory holds."""
+
+import os
+from pathlib import Path
+
+import torch
+
+# More tokens at a time than these make nothing faster.
+_ENOUGH_ON_CPU, _ENOUGH_ELSEWHERE = 4096, 32768
+# Fewer make everything slow; a model that does not even hold these needs another device.
+_FEWEST = 256
+# Of what is free, the share that activations may take.
+_SHARE = 0.5
+# Numbers that one layer keeps of a token for its gradient, in widths of the stream and of the MLP: more than any family
+# in the suite does (`tests/test_budget.py`).
+_WIDTHS, _MLP_WIDTHS = 12, 6
+
+
+def enough_tokens(device: torch.device) -> int:
+    """Tokens beyond which nothing gets faster."""
+    return _ENOUGH_ON_CPU if device.type == "cpu" else _ENOUGH_ELSEWHERE
+
+
+def tokens_that_fit(n_bytes: int, *, n_layers: int, d_model: int, d_mlp: int, itemsize: int) -> int:
+    """How many tokens' activations of `n_layers` layers fit into a share of `n_bytes`, at least 256."""
+    per_token = itemsize * n_layers * (_WIDTHS * d_model + _MLP_WIDTHS * d_mlp)
+    return max(_FEWEST, int(_SHARE * n_bytes) // per_token)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device; None where nobody says.
+
+    Processes that a launcher started on one machine share what the machine has. Where a container or a batch system
+    limits memory, what is left of the limit counts.
+    """
+    if device.type == "cuda":
+        # What PyTorch has reserved and does not use is free as well.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    if device.type != "cpu":
+        return None
+    found = [one for one in (_available(), _left_of_limit()) if one is not None]
+    return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if found else None
+
+
+def _available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _left_of_limit() -> int | None:
+    """Of a control group's limit (version 2, then 1), what its processes have not taken."""
+    root = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return int((root / limit).read_text()) - int((root / used).read_text())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return None

@@ -1,0 +1,169 @@
+"""Many ablations at once: each gives what it gives by itself, and runs no more than it has to."""
+
+import pytest
+import torch
+from conftest import make_pairs, make_tokenizer
+from test_families import DENSE
+
+from rmtension import AblationContext, ActivationCollector, NeuronSet, RewardHead
+from rmtension.check_matrix import make_classifier
+from rmtension.errors import DataError, OptionError, ProvenanceError
+from rmtension.runs import ModelRuns
+from rmtension.sweep import score_without
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def some_sets(head, site="mlp"):
+    """In the first layer and all others, the middle one, the last two, the last; and an empty one."""
+    random = torch.rand(head.n_layers, head.n_neurons(site), generator=torch.Generator().manual_seed(0)) < 0.3
+    random[:, 0] = True
+    sets = []
+    for layers in (range(head.n_layers), [1], [1, head.n_layers - 1], [head.n_layers - 1], []):
+        mask = torch.zeros_like(random)
+        mask[list(layers)] = random[list(layers)]
+        sets.append(NeuronSet(mask, site, head.architecture))
+    return sets
+
+
+def one_by_one(head, pairs, sets, **options):
+    found = []
+    for one in sets:
+        with AblationContext(head, one, **options):
+            found.append(head.score_pairs(pairs))
+    return found
+
+
+@pytest.mark.parametrize("site", ["mlp", "attn_head"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_every_mode_and_position(checkpoints, few, family, site):
+    """In float64 to 1e-9 (1e-6 where norms are float32 in every model)."""
+    head = RewardHead.from_pretrained(checkpoints[family], dtype=torch.float64)
+    sets = some_sets(head, site)
+    collector = ActivationCollector(head, site=site)
+    options = [
+        {"mode": "zero"},
+        {"mode": "mean", "reference": collector.collect(few)},
+        {"mode": "resample", "reference": collector.sample(few, n=8), "seed": 3},
+        {"mode": "scale", "alpha": -0.5},
+    ]
+    room = 1e-6 if family == "llama" else 1e-9
+    for positions in ("all", "response", "last"):
+        for more in options if positions == "all" else options[1:3]:
+            expected = one_by_one(head, few, sets, positions=positions, **more)
+            found = score_without(head, few, sets, positions=positions, **more)
+            for one, other in zip(found, expected, strict=True):
+                assert torch.allclose(one.chosen, other.chosen, atol=room, rtol=0)
+                assert torch.allclose(one.rejected, other.rejected, atol=room, rtol=0)
+                assert one.provenance == other.provenance
+            assert float((found[0].margin - found[-1].margin).abs().max()) > 1e-3
+    assert torch.allclose(found[-1].margin, head.score_pairs(few).margin, atol=room, rtol=0)
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_families(tmp_path, plain_tokenizer, few, family):
+    make_classifier(family, len(plain_tokenizer) + 8).save_pretrained(tmp_path)
+    plain_tokenizer.save_pretrained(tmp_path)
+    head = RewardHead.from_pretrained(tmp_path, dtype=torch.float64)
+    sets = some_sets(head)[:3]
+    for one, other in zip(score_without(head, few, sets), one_by_one(head, few, sets), strict=True):
+        assert torch.allclose(one.margin, other.margin, atol=1e-6, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def few():
+    return make_pairs(6)
+
+
+def n_blocks(head, run):
+    """How often each block runs."""
+    counts = [0] * head.n_layers
+    handles = []
+    for layer in range(head.n_layers):
+
+        def count(*_, layer=layer):
+            counts[layer] += 1
+
+        handles.append(head.body.block(layer).register_forward_hook(count))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+def test_cost_is_what_is_said(checkpoints, few):
+    """Calls of blocks for one batch: a whole run, one of a layer to see that it can be left out, and what is above."""
+    head = RewardHead.from_pretrained(checkpoints["gpt2"])
+    whole, middle, _, last, empty = some_sets(head)
+    assert len(list(head.stream(few))) == 1
+
+    def cost(*sets, site="mlp"):
+        return n_blocks(head, lambda: score_without(head, few, sets))
+
+    assert cost() == cost(empty) == cost(empty, empty) == [1, 1, 1]
+    assert cost(whole) == [2, 2, 2]
+    assert cost(whole, whole, whole) == [2, 4, 4]
+    assert cost(middle) == [1, 2, 2]
+    assert cost(last, last) == [1, 1, 2]
+    heads = some_sets(head, "attn_head")
+    # Behind a head its own block's MLP runs again.
+    assert n_blocks(head, lambda: score_without(head, few, heads[:2])) == [3, 4, 3]
+
+
+def test_models_whose_blocks_do_not_run_one_by_one(checkpoints, few):
+    head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64)
+    sets = some_sets(head)
+    plain = score_without(head, few, sets)
+    with head.model.hooks(fwd_hooks=[("blocks.1.hook_resid_mid", lambda value, hook: value)]):
+        bridged = score_without(head, few, sets)
+    for one, other in zip(bridged, plain, strict=True):
+        assert torch.allclose(one.margin, other.margin, atol=1e-5)  # the bridge's attention is rounded to float32
+
+
+def test_half_precision(checkpoints, few):
+    head = RewardHead.from_pretrained(checkpoints["llama"], dtype=torch.bfloat16)
+    sets = some_sets(head)
+    for one, other in zip(score_without(head, few, sets), one_by_one(head, few, sets), strict=True):
+        assert torch.allclose(one.margin, other.margin, atol=0.05)
+
+
+def test_wrong_arguments(checkpoints, few):
+    head = RewardHead.from_pretrained(checkpoints["gpt2"])
+    sets = some_sets(head)
+    with pytest.raises(OptionError, match=r"sets: expected sets of one site, got \['attn_head', 'mlp'\]"):
+        score_without(head, few, [*sets, *some_sets(head, "attn_head")])
+    with pytest.raises(ProvenanceError):
+        score_without(head, few, [NeuronSet(sets[0].mask, "mlp", "another")])
+    with pytest.raises(OptionError, match="reference"):
+        score_without(head, few, sets, mode="mean")
+    assert score_without(head, few, []) == []
+    sample = ActivationCollector(head).sample(few[:1], n=3)
+    with pytest.raises(DataError, match="all donors come from the prompt"):
+        score_without(head, few[:1], sets[:1], mode="resample", reference=sample)
+    assert not head.body.is_hooked
+
+
+def test_runs_keep_what_a_sweep_found(checkpoints, few, tmp_path):
+    """Each set is run once, alone or with others, in this process or an earlier one."""
+    head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64)
+    sets = some_sets(head)
+    runs = ModelRuns(head, folder=tmp_path)
+    first = runs.rewards(few, without=sets[1])
+    assert runs.n_run == 1
+    runs.prepare(few, sets)
+    assert runs.n_run == 4, "an empty set takes nothing away: the whole model is not run for it"
+    found = [runs.rewards(few, without=one) for one in sets]
+    assert (runs.n_run, runs.n_read) == (5, 0)
+    assert torch.equal(found[1].chosen, first.chosen)
+    assert torch.equal(found[-1].chosen, runs.rewards(few).chosen), "without nothing is the whole model"
+    for one, other in zip(found, one_by_one(head, few, sets), strict=True):
+        assert torch.allclose(one.margin, other.margin, atol=1e-9)
+    again = ModelRuns(head, folder=tmp_path)
+    again.prepare(few, sets)
+    assert [again.rewards(few, without=one).chosen.tolist() for one in sets] == [one.chosen.tolist() for one in found]
+    assert (again.n_run, again.n_read) == (0, 5)
