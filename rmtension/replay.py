@@ -28,16 +28,9 @@ class Replay:
         head: the model.
         batch: the texts.
         sites: activations to keep in `activations[site, layer]`, [row, token, channel].
-        layers: of these layers; by default of all.
     """
 
-    def __init__(
-        self,
-        head: RewardHead,
-        batch: TokenBatch,
-        sites: Sequence[str] = (),
-        layers: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, head: RewardHead, batch: TokenBatch, sites: Sequence[str] = ()) -> None:
         self.head = head
         self.batch = batch
         self.is_partial = head.body.runs_plain
@@ -48,7 +41,7 @@ class Replay:
         hooks: list[tuple[Spot, Visit]] = [
             (spot, partial(self._keep, site, layer))
             for site in sites
-            for layer in (range(head.n_layers) if layers is None else layers)
+            for layer in range(head.n_layers)
             for spot in head.body.spots(site, layer)
         ]
         if self.is_partial:

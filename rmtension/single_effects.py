@@ -108,7 +108,7 @@ def _changes(
     """The change of every text's reward for each wanted neuron of a layer, in order."""
     head = replay.head
     steps = rearrange(step, "row token (neuron channel) -> row token neuron channel", neuron=head.n_neurons(site))
-    written = written_weights(replay, site, layer, step) if replay.is_partial else None
+    written = written_weights(replay, site, layer, step, replay.stream(layer + 1)) if replay.is_partial else None
     if written is None:
         base = replay.rewards_from(layer)
         for number in wanted:

@@ -34,11 +34,12 @@ def score_without(
 ) -> list[ScoredPairs]:
     """The rewards of `pairs` without each of some sets: what `score_pairs` gives under an `AblationContext` of each.
 
-    Every batch runs once whole and is kept; an ablation then runs what is above its lowest neurons. Cost: 1 pass, and
-    for a set whose lowest layer is l (from 0) of L the blocks above it, (L - 1 - l) / L of a pass, where the residual
-    stream takes what the site's projection writes as it is (`mlp` of most families, not in half precision); otherwise
-    its block as well, (L - l) / L. Models whose blocks do not run one by one take a whole pass a set. Memory: one
-    batch's residual stream before every block, and its activations in the sets' lowest layers.
+    Every batch runs whole for the set whose lowest neurons are highest, and is kept; each other set then runs what is
+    above its lowest neurons. Cost: 1 pass, and for every further set whose lowest layer is l (from 0) of L the blocks
+    above it, (L - 1 - l) / L of a pass, where the residual stream takes what the site's projection writes as it is
+    (`mlp` of most families, not in half precision); otherwise its block as well, (L - l) / L. To tell the two apart, a
+    block or two run once. Models whose blocks do not run one by one take a whole pass a set. Memory: one batch's
+    residual stream before every block, and its activations in the sets' lowest layers.
     """
     if len({one.site for one in sets}) > 1:
         raise OptionError(f"sets: expected sets of one site, got {sorted({one.site for one in sets})}.")
@@ -71,7 +72,6 @@ class _Sweep:
     def __init__(self, head: RewardHead, ablations: Sequence[AblationContext]) -> None:
         self._head = head
         self._ablations = ablations
-        self._site = ablations[0].neurons.site if ablations else "mlp"
         # An empty set changes nothing: it begins above the last block.
         self._lowest = [min(one.columns, default=head.n_layers) for one in ablations]
         self._weights: dict[int, Float[Tensor, "channel d_model"] | None] = {}
@@ -80,26 +80,86 @@ class _Sweep:
     def rewards(self, batch: TokenBatch) -> list[Float[Tensor, "text"]]:
         """The rewards of a batch under each ablation."""
         head = self._head
-        replay = Replay(head, batch, [self._site], layers=sorted(set(self._lowest) - {head.n_layers}))
-        found = []
-        for ablation, lowest in zip(self._ablations, self._lowest, strict=True):
-            if lowest == head.n_layers:
-                found.append(replay.rewards)
-                continue
-            moved = self._moved(replay, ablation, lowest) if replay.is_partial else None
-            with ablation:
-                found.append(replay.rewards_from(lowest if moved is None else lowest + 1, moved))
-        return found
+        found: dict[int, Tensor] = {}
+        empty = [number for number, lowest in enumerate(self._lowest) if lowest == head.n_layers]
+        if empty:
+            found = dict.fromkeys(empty, head.rewards(batch))
+        left = [number for number in range(len(self._lowest)) if number not in found]
+        if len(left) == 1 or not head.body.runs_plain:
+            for number in left:
+                with self._ablations[number]:
+                    found[number] = head.rewards(batch)
+        elif left:
+            # Below the highest of all lowest neurons, this run is that of the whole model.
+            first = max(left, key=self._lowest.__getitem__)
+            start = _Start(head, batch, self._ablations[first], sorted({self._lowest[number] for number in left}))
+            found[first] = start.replay.rewards
+            for number in set(left) - {first}:
+                found[number] = self._above(start, self._ablations[number], self._lowest[number])
+        return [found[number] for number in range(len(self._lowest))]
 
-    def _moved(
-        self, replay: Replay, ablation: AblationContext, lowest: int
-    ) -> Float[Tensor, "row token d_model"] | None:
-        """The stream after the block of `lowest` without its neurons; None where the block has to run to tell."""
-        columns = ablation.columns[lowest]
-        activation = replay.activations[self._site, lowest]
-        with running(replay.batch):
-            step = ablation.ablated(lowest, activation) - activation
+    def _above(self, start: "_Start", ablation: AblationContext, lowest: int) -> Float[Tensor, "text"]:
+        """The rewards under an ablation whose lowest neurons are in layer `lowest`, from there on."""
+        replay = start.replay
+        if not replay.is_partial:
+            with ablation:
+                return self._head.rewards(replay.batch)
+        step = start.step(ablation, lowest)
         if lowest not in self._weights:
-            self._weights[lowest] = written_weights(replay, self._site, lowest, step)
+            above = start.above(lowest)
+            self._weights[lowest] = written_weights(replay, ablation.neurons.site, lowest, step, above)
         weights = self._weights[lowest]
-        return None if weights is None else replay.stream(lowest + 1) + step[..., columns] @ weights[columns]
+        if weights is None:
+            with ablation:
+                return replay.rewards_from(lowest)
+        moved = start.stream_after(lowest, weights) + _written(ablation, lowest, step, weights)
+        with ablation:
+            return replay.rewards_from(lowest + 1, moved)
+
+
+class _Start:
+    """A batch run whole under one ablation, and from it what the model was before.
+
+    `layers` are those that ablations begin in; `first` begins in the highest of them.
+    """
+
+    def __init__(self, head: RewardHead, batch: TokenBatch, first: AblationContext, layers: Sequence[int]) -> None:
+        self._first = first
+        self._highest = layers[-1]
+        # Hooks run in the order in which they are installed: what is kept is what comes before the ablation.
+        kept: dict[int, Tensor] = {}
+
+        def keep(layer: int, activation: Tensor) -> None:
+            kept[layer] = activation.reshape(*batch.input_ids.shape, -1)
+
+        with head.hooks(first.neurons.site, keep, layers), first:
+            self.replay = Replay(head, batch)
+        self._activations = kept
+
+    def step(self, ablation: AblationContext, layer: int) -> Float[Tensor, "row token channel"]:
+        """By how much an ablation moves the activation of a layer."""
+        with running(self.replay.batch):
+            return ablation.ablated(layer, self._activations[layer]) - self._activations[layer]
+
+    def above(self, layer: int) -> Float[Tensor, "row token d_model"]:
+        """The stream after a block as it was before any ablation; runs the block where the first ablation is in it."""
+        if layer < self._highest:
+            return self.replay.stream(layer + 1)
+        return self.replay.run_block(layer, self.replay.stream(layer))
+
+    def stream_after(self, layer: int, weights: Float[Tensor, "channel d_model"]) -> Float[Tensor, "row token d_model"]:
+        """The same from what neurons write: what the first ablation took away is put back."""
+        stream = self.replay.stream(layer + 1)
+        if layer < self._highest:
+            return stream
+        return stream - _written(self._first, layer, self.step(self._first, layer), weights)
+
+
+def _written(
+    ablation: AblationContext,
+    layer: int,
+    step: Float[Tensor, "row token channel"],
+    weights: Float[Tensor, "channel d_model"],
+) -> Float[Tensor, "row token d_model"]:
+    columns = ablation.columns[layer]
+    return step[..., columns] @ weights[columns]

@@ -14,13 +14,17 @@ _COARSE = 1e-4
 
 
 def written_weights(
-    replay: Replay, site: str, layer: int, step: Float[Tensor, "row token channel"]
+    replay: Replay,
+    site: str,
+    layer: int,
+    step: Float[Tensor, "row token channel"],
+    above: Float[Tensor, "row token d_model"],
 ) -> Float[Tensor, "channel d_model"] | None:
     """What one unit of each channel adds to the stream after the block; None where the block does more with it.
 
     A norm behind the projection (Gemma-2), or an MLP behind attention, makes it depend on the rest. Decided by trying:
     the block runs once with all of `step`, as large as the stream, and its output has to move by what the projection
-    says. Half precision is too coarse to tell.
+    says. `above` is what the block made of the stream before. Half precision is too coarse to tell.
     """
     head = replay.head
     name = head.body.projection_names.get((site, layer))
@@ -37,7 +41,6 @@ def written_weights(
     unit = torch.eye(n_channels, dtype=parameter.dtype, device=parameter.device)
     weights: Tensor = projection.forward(unit) - projection.forward(torch.zeros_like(unit[:1]))
 
-    above = replay.stream(layer + 1)
     size = above.abs().max()
     expected = step @ weights
     factor = size / expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)

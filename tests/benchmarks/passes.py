@@ -1,15 +1,16 @@
 """How long things take that run over pairs, relative to running every text once, plainly.
 
-    python tests/benchmarks/passes.py --pairs hh_harmless_test.jsonl.gz --n 150 --runs 5
+    python tests/benchmarks/passes.py --pairs hh_harmless_test.jsonl.gz --n 300 --n-slow 24 --runs 5
 
 A plain run (= 1) is transformers' own model without the vocabulary projection, over batches of texts of similar
-length, under `no_grad`. Beside it, each on the same texts, tokenising included: this library's passes, TransformerLens'
-`run_with_cache`, captum's layer gradient x activation, and the procedure of arXiv 2606.13209 (everything padded to
-1,024 tokens, 32 texts a batch, a hook on every activation function), which runs on `--n-slow` of the pairs.
+length, under `no_grad`. Beside it, each on the same texts, tokenising included: this library's passes over all pairs,
+and on `--n-slow` of them, evenly spread over all lengths, also TransformerLens' `run_with_cache`, captum's layer
+gradient x activation, and the procedure of arXiv 2606.13209 (everything padded to 1,024 tokens, 32 texts a batch, a
+hook on every activation function). Then ablations one by one and as a sweep, and best-of-four.
 
-Models have random weights: GPT-2- and Llama-shaped, 6 layers, width 384. Every run of a candidate stands next to a
-plain run; a ratio is of these two. The table has the median of the ratios, the smallest and the largest, and tokens
-a second. On a GPU (`--device cuda`) it has also the share of the rate that a large matrix product reaches there.
+Models have random weights: GPT-2- and Llama-shaped, 6 layers, width 384. In every round each candidate runs once; its
+ratio is to the round's plain run. The tables have the median of the ratios, the smallest and the largest, and tokens a
+second. On a GPU (`--device cuda`) they have also the share of the rate that a large matrix product reaches there.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,8 +28,9 @@ import captum.attr
 import torch
 import transformers
 
-from rmtension import ActivationCollector, NeuronAttribution, PreferencePairs, RewardHead
+from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
 from rmtension.encoding import encode_pairs
+from rmtension.sweep import score_without
 from rmtension.tokens import text_batches
 from rmtension.training import train_tokenizer
 
@@ -128,7 +131,8 @@ def papers_procedure(head: RewardHead, pairs: PreferencePairs) -> None:
             handle.remove()
 
 
-CANDIDATES: dict[str, Callable[[RewardHead, PreferencePairs], object]] = {
+OURS: dict[str, Callable[[RewardHead, PreferencePairs], object]] = {
+    "plain, again": plain,
     "score_pairs": lambda head, pairs: head.score_pairs(pairs),
     "collect mean, abs_mean, rms, frequency, all MLP neurons": lambda head, pairs: ActivationCollector(head).collect(
         pairs
@@ -136,8 +140,12 @@ CANDIDATES: dict[str, Callable[[RewardHead, PreferencePairs], object]] = {
     "gradient_x_activation, all MLP neurons": lambda head, pairs: NeuronAttribution(
         head, method="gradient_x_activation"
     ).score(pairs),
+}
+SLOW: dict[str, Callable[[RewardHead, PreferencePairs], object]] = {
+    **OURS,
     "TransformerLens run_with_cache, mean of all MLP neurons": run_with_cache,
     "captum LayerGradientXActivation, all MLP neurons": captum_gradient,
+    "the paper's procedure": papers_procedure,
 }
 
 
@@ -149,14 +157,62 @@ def seconds(head: RewardHead, run: Callable, pairs: PreferencePairs) -> float:
     return time.perf_counter() - start
 
 
-def compare(head: RewardHead, run: Callable, pairs: PreferencePairs, runs: int) -> tuple[list[float], float]:
-    """Ratios to the plain run before each run, and tokens a second."""
-    ratios, times = [], []
+def compare(
+    head: RewardHead, cases: dict[str, Callable], pairs: PreferencePairs, runs: int, base: Callable = plain
+) -> dict[str, tuple[list[float], float]]:
+    """For every case: its ratios to the base run of the same round, and tokens a second. All cases in every round."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    bases = []
     for _ in range(runs):
-        base = seconds(head, plain, pairs)
-        times.append(seconds(head, run, pairs))
-        ratios.append(times[-1] / base)
-    return ratios, head.encode(pairs).n_tokens / statistics.median(times)
+        bases.append(seconds(head, base, pairs))
+        for name, run in cases.items():
+            times[name].append(seconds(head, run, pairs))
+    n_tokens = head.encode(pairs).n_tokens
+    return {
+        name: ([one / base for one, base in zip(some, bases, strict=True)], n_tokens / statistics.median(some))
+        for name, some in times.items()
+    }
+
+
+def evenly_long(head: RewardHead, pairs: PreferencePairs, n: int) -> PreferencePairs:
+    """`n` pairs at even ranks of their length, so that they stand for all: padding costs short texts most."""
+    encoded = head.encode(pairs)
+    lengths = [len(one) + len(other) for one, other in zip(encoded.chosen, encoded.rejected, strict=True)]
+    order = sorted(range(len(pairs)), key=lengths.__getitem__)
+    return PreferencePairs(pairs[order[(2 * rank + 1) * len(order) // (2 * n)]] for rank in range(n))
+
+
+def sets_of_a_tenth(head: RewardHead, n: int) -> list[NeuronSet]:
+    """Random tenths of the MLP neurons, all layers."""
+    shape, rng = (head.n_layers, head.n_neurons("mlp")), torch.Generator().manual_seed(0)
+    return [NeuronSet(torch.rand(shape, generator=rng) < 0.1, "mlp", head.architecture) for _ in range(n)]
+
+
+def ablate_one_by_one(head: RewardHead, pairs: PreferencePairs) -> None:
+    for neurons in sets_of_a_tenth(head, 9):
+        with AblationContext(head, neurons):
+            head.score_pairs(pairs)
+
+
+def best_of_four(pairs: PreferencePairs) -> PreferencePairs:
+    """Every prompt with its own two responses, and as third and fourth those of the next pair: three pairs an item."""
+    made = []
+    for number, pair in enumerate(pairs):
+        other = pairs[(number + 1) % len(pairs)]
+        for rejected in (pair.rejected, other.chosen, other.rejected):
+            made.append(replace(pair, rejected=rejected, item=pair.id, id=""))
+    return PreferencePairs(made)
+
+
+def plain_of_distinct(head: RewardHead, pairs: PreferencePairs) -> None:
+    encoded = head.encode(pairs)
+    texts = list(dict.fromkeys([*encoded.chosen, *encoded.rejected]))
+    batches = text_batches(
+        texts, tokens_per_batch=head.tokens_together(), pad_token_id=head.pad_token_id, device=head.device
+    )
+    with torch.no_grad():
+        for batch in batches:
+            head.body.plain(input_ids=batch.input_ids, use_cache=False)
 
 
 def matrix_product_rate(device: str, dtype: torch.dtype) -> float:
@@ -171,11 +227,21 @@ def matrix_product_rate(device: str, dtype: torch.dtype) -> float:
     return 10 * 2 * 8192**3 / (time.perf_counter() - start)
 
 
+def print_table(found: dict[str, tuple[list[float], float]], each: int = 1, work: float = 0.0) -> None:
+    """Rows of a table; `work` is the share of a product's rate that a token a second takes."""
+    print("| what runs | time, plain run = 1 | smallest to largest of runs | tokens a second |")
+    print("|---|---|---|---|")
+    for name, (ratios, rate) in found.items():
+        low, middle, high = (pick(ratios) / each for pick in (min, statistics.median, max))
+        share = f", {work * rate * each:.1%} of a product's" if work else ""
+        print(f"| {name} | {middle:.2f} | {low:.2f} to {high:.2f} | {rate * each:,.0f}{share} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, required=True)
-    parser.add_argument("--n", type=int, default=150)
-    parser.add_argument("--n-slow", type=int, default=16)
+    parser.add_argument("--n", type=int, default=200, help="how many pairs; 0 takes all")
+    parser.add_argument("--n-slow", type=int, default=16, help="how many for what takes longer than a plain run")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -183,32 +249,36 @@ def main() -> None:
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     everything = PreferencePairs.from_jsonl(options.pairs, on_invalid="skip")
-    pairs = everything.sample(options.n, seed=0)
+    pairs = everything.sample(options.n, seed=0) if options.n else everything
     tokenizer = train_tokenizer([pair.text("chosen") for pair in everything], 8192, max_length=1024)
     ceiling = matrix_product_rate(options.device, dtype) if options.device != "cpu" else None
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads")
     for shape in options.shapes:
         head = open_head(shape, tokenizer, options.device, dtype)
-        tokens = head.encode(pairs).n_tokens
-        n_parameters = (
-            sum(p.numel() for p in head.body.plain.layers.parameters())
-            if shape == "llama"
-            else sum(p.numel() for p in head.body.plain.h.parameters())
-        )
-        print(f"\n{shape}: {len(pairs)} pairs, {tokens / 2 / len(pairs):.0f} tokens a text\n")
-        print("| what runs | time, plain run = 1 | smallest to largest of runs | tokens a second |")
-        print("|---|---|---|---|")
-        plain(head, pairs[:32])
-        cases = [(name, run, pairs, options.runs) for name, run in CANDIDATES.items()]
-        cases.append(("the paper's procedure", papers_procedure, pairs[: options.n_slow], options.runs))
-        for name, run, some, runs in [("plain, again", plain, pairs, options.runs), *cases]:
-            ratios, rate = compare(head, run, some, runs)
-            share = f", {2 * n_parameters * rate / ceiling:.1%} of the product's" if ceiling else ""
-            print(
-                f"| {name} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} | "
-                f"{rate:,.0f}{share} |",
-                flush=True,
-            )
+        blocks = [head.body.block(layer) for layer in range(head.n_layers)]
+        n_parameters = sum(one.numel() for block in blocks for one in block.parameters())
+        work = 2 * n_parameters / ceiling if ceiling else 0.0
+        few = evenly_long(head, pairs, options.n_slow)
+        for some in (pairs, few):
+            tokens = head.encode(some).n_tokens
+            print(f"\n{shape}: {len(some)} pairs, {tokens / 2 / len(some):.0f} tokens a text\n")
+            plain(head, few)
+            found = compare(head, OURS if some is pairs else SLOW, some, options.runs)
+            print_table(found, work=work)
+            if some is pairs:
+                collected = statistics.median(found["collect mean, abs_mean, rms, frequency, all MLP neurons"][0])
+        paper = statistics.median(found["the paper's procedure"][0])
+        print(f"\ncollecting is {paper / collected:.1f} times faster than the paper's procedure")
+        sweeps = {
+            "ablations of a tenth of the neurons, one by one": ablate_one_by_one,
+            "the same by score_without": lambda head, some: score_without(head, some, sets_of_a_tenth(head, 9)),
+        }
+        print(f"\n{shape}: {len(few)} pairs, each of 9 ablations\n")
+        print_table(compare(head, sweeps, few, options.runs), each=9)
+        items = best_of_four(few)
+        print(f"\n{shape}: best of four, {len(few)} items of three pairs, every distinct text once = 1\n")
+        scoring = {"score_pairs": OURS["score_pairs"]}
+        print_table(compare(head, scoring, items, options.runs, plain_of_distinct))
 
 
 if __name__ == "__main__":
