@@ -218,8 +218,9 @@ class ActivationCollector:
             donors, rows, columns = torch.tensor(places).unbind(dim=1)
             self.head.look(batch, [self.site], partial(_keep, values, donors, rows, columns))
         keys = torch.tensor([texts[owner].key for owner in owners])
-        shard.require_same("set of pairs", f"{pairs.ordered_digest} {self.head.fingerprint}")
-        shard.add_up(values)
+        if shard.size > 1:
+            shard.require_same("list of pairs", f"{pairs.ordered_digest} {self.head.fingerprint}")
+            shard.add_up(values)
         provenance = self.head.provenance(
             pairs.digest, len(pairs), len(drawn), site=self.site, positions=self.positions, method="sample"
         )

@@ -68,6 +68,9 @@ class BatchRun:
         self.direct: DirectContributions | None = None
         if not forward:
             return
+        if not self._differentiated and not direct:
+            head.look(batch, self.sites, self._put)
+            return
         # The caller may be under no_grad.
         with torch.set_grad_enabled(self._differentiated):
             with (
@@ -92,6 +95,9 @@ class BatchRun:
     def replay(self) -> Replay:
         """The same batch, ready to run again from any layer on; one more forward pass."""
         return Replay(self.head, self.batch, self.sites)
+
+    def _put(self, site: str, layer: int, activation: Tensor) -> None:
+        self.activations[site, layer] = activation
 
     def _keep(self, site: str, layer: int, activation: Tensor) -> Tensor | None:
         if not self._differentiated:

@@ -242,8 +242,9 @@ class RewardHead:
                 if shard.takes(number):
                     rewards[list(batch.places)] = self.rewards(batch).cpu()
                 bar.update(len(batch.places))
-        shard.require_same("list of texts", f"{[text.ids for text in encoded]} {self.fingerprint}")
-        shard.add_up(rewards)
+        if shard.size > 1:
+            shard.require_same("list of texts", f"{[text.ids for text in encoded]} {self.fingerprint}")
+            shard.add_up(rewards)
         return require_finite(rewards)
 
     def score_pairs(

@@ -1,5 +1,6 @@
 """Preference pairs on their way through a model: read, encoded and batched some at a time, and counted."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import replace
 from itertools import islice
@@ -65,6 +66,7 @@ class PairStream:
         self._truncate_response = truncate_response
         self._keeps_layers = keeps_layers
         self._digest = 0
+        self._order = hashlib.sha256()
         self._shard = current()
 
     def __iter__(self) -> Iterator[TokenBatch]:
@@ -97,9 +99,10 @@ class PairStream:
 
     def add_up(self, *tensors: Tensor) -> None:
         """Each tensor, on the CPU, becomes its sum over the processes that share the batches, in place."""
-        self._shard.require_same("set of pairs", f"{self.n_pairs} {self.digest}")
-        self._shard.require_same("model", self.head.fingerprint)
-        self._shard.add_up(*tensors)
+        if not self.is_whole:
+            self._shard.require_same("list of pairs", self._order.hexdigest())
+            self._shard.require_same("model", self.head.fingerprint)
+            self._shard.add_up(*tensors)
 
     def provenance(self, n_tokens: int, *, site: str, positions: str, method: str) -> Provenance:
         """What a result from `n_tokens` tokens of the pairs read so far has to carry."""
@@ -120,6 +123,8 @@ class PairStream:
             self.n_prompts_cut += encoded.n_prompts_cut
             self.n_responses_cut += encoded.n_responses_cut
             self._digest += int(pairs.digest, 16)
+            if not self.is_whole:
+                self._order.update(pairs.ordered_digest.encode())
             yield first, encoded
 
     def _batches(self, encoded: EncodedPairs, tokens_per_batch: int) -> Iterator[TokenBatch]:

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 tests/shards.py MODEL PAIRS OUT [--die RANK]
 
 In float64 and in float32, every process computes everything alone first, then with the others, and prints the largest
-relative difference of all numbers. Then process 1 gets other pairs, which has to be an error in all. With `--die` that
+relative difference of all numbers. Then process 1 gets fewer pairs, or in another order, which
+has to be an error in all. With `--die` that
 process ends itself, without a word, at its first batch.
 """
 
@@ -82,10 +83,11 @@ def share(head: RewardHead, pairs: PreferencePairs, out: Path, die: int | None) 
         head.forward = forward
         print(f"{head.dtype}: process {shard.rank} of {shard.size} ran {n_run} of {len(pairs)} pairs", flush=True)
         together = numbers(head, pairs, out.with_suffix(f".{shard.rank}"))
-        try:
-            ActivationCollector(head).collect(pairs[: len(pairs) - shard.rank])
-        except ShardError as error:
-            print(error, flush=True)
+        for others in (pairs[: len(pairs) - shard.rank], pairs[shard.rank :] + pairs[: shard.rank]):
+            try:
+                ActivationCollector(head).collect(others)
+            except ShardError as error:
+                print(error, flush=True)
     assert current().size == 1
     worst = {name: difference(alone[name], value) for name, value in together.items()}
     print(f"largest relative difference {max(worst.values()):.1e}, of {worst}", flush=True)

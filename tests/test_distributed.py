@@ -31,13 +31,13 @@ def torchrun(*arguments):
 
 
 def test_two_processes_compute_what_one_does(arguments, pairs):
-    """To 1e-9, also in float32: the batches are the same, and what is added up is float64. Other pairs are refused."""
+    """To 1e-9, also in float32: the batches are the same, and what is added up is float64. Others are refused."""
     ran = torchrun(*arguments)
     assert ran.returncode == 0, ran.stderr
     differences = [float(one) for one in re.findall(r"largest relative difference (\S+),", ran.stdout)]
     assert len(differences) == 4
     assert max(differences) <= 1e-9, ran.stdout
-    assert ran.stdout.count("sharded: process 1 has another set of pairs than process 0") == 4
+    assert ran.stdout.count("sharded: process 1 has another list of pairs than process 0") == 8
     for dtype in ("float64", "float32"):
         shares = [int(one) for one in re.findall(rf"{dtype}: process . of 2 ran (\d+) of", ran.stdout)]
         assert sum(shares) == len(pairs)

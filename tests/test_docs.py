@@ -67,6 +67,13 @@ def test_blocks_of_the_attribution_page_print_what_it_says(tmp_path, monkeypatch
     assert (tmp_path / "conflict.png").stat().st_size > 10_000
 
 
+def test_blocks_of_the_scaling_page_print_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "scaling.md"
+    assert len(examples(page.read_text())) == 2
+    assert run(page.read_text(), str(page)) == []
+
+
 PAGE = """# A page
 
 ```python
