@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rmtension.errors import ModelError
 from rmtension.gates import GATE_ROWS, find_gates
-from rmtension.hooks import InstalledHooks, Spot, Visit, count_foreign_hooks, has_own_hooks, in_eval_mode, modules_of
+from rmtension.hooks import InstalledHooks, Spot, count_foreign_hooks, has_own_hooks, in_eval_mode, modules_of
 from rmtension.norms import read_norm
 from rmtension.plain_run import find_last_mlp, measure_packing, probe_batch, run_base
 from rmtension.sites import SITES, find_site
@@ -261,58 +261,6 @@ def find_body(model: nn.Module) -> Body:
         f"model: expected a TransformerBridge or a HookedTransformer, got {type(model).__name__}. Checkpoints are "
         "opened with RewardHead.from_pretrained, transformers' classifiers with RewardHead.from_classifier."
     )
-
-
-def measure_sites(body: Body, n_layers: int, device: torch.device) -> tuple[dict[str, int], dict[str, ModelError]]:
-    """Channels per layer of every site, and why a site is not there.
-
-    The widths are read off one token's run: configs do not always tell (OPT's does not).
-    """
-    shapes: dict[tuple[str, int], int] = {}
-    missing: dict[str, ModelError] = {}
-    hooks: list[tuple[Spot, Visit]] = []
-    projected = [name for name, site in SITES.items() if site.factor_of is None]
-
-    def record(site: str, layer: int, activation: Tensor) -> None:
-        shapes[site, layer] = activation.numel()
-
-    for name in projected:
-        try:
-            spots = [
-                (spot, partial(record, name, layer)) for layer in range(n_layers) for spot in body.spots(name, layer)
-            ]
-        except ModelError as error:
-            missing[name] = error
-        else:
-            hooks += spots
-    try:
-        with InstalledHooks(hooks), torch.no_grad():
-            body.residual(probe_batch(1, device))
-    except Exception as error:  # whatever a conversion that went wrong runs into
-        raise ModelError(
-            f"model: this {type(body.module).__name__} does not run ({type(error).__name__}: {error}). With processed "
-            "weights or a HookedTransformer, try dtype=torch.float32, or open it without them."
-        ) from error
-    found = {}
-    for name in set(projected) - set(missing):
-        widths = {shapes.get((name, layer)) for layer in range(n_layers)}
-        if len(widths) == 1 and None not in widths:
-            found[name] = shapes[name, 0]
-        else:
-            missing[name] = ModelError(f"site {name!r}: expected one width in all {n_layers} layers, got {widths}.")
-    # Last, because finding them runs the model, which has now been seen to run.
-    for name, site in SITES.items():
-        if site.factor_of in missing:
-            missing[name] = ModelError(
-                f"site {name!r} has the neurons of {site.factor_of!r}. {missing[site.factor_of]}"
-            )
-        elif site.factor_of is not None:
-            try:
-                _ = [body.spots(name, layer) for layer in range(n_layers)]
-                found[name] = found[site.factor_of]
-            except ModelError as error:
-                missing[name] = error
-    return found, missing
 
 
 def _hook_point(model: Any, site: str, layer: int) -> nn.Module:

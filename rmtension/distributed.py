@@ -44,7 +44,11 @@ class Shard:
         import torch.distributed as dist
 
         for tensor in tensors:
-            self._talk(lambda tensor=tensor: dist.all_reduce(tensor, group=self.group))
+            # Numbers of half precision, which other processes have as zeros, stay what they are.
+            exact = tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
+            self._talk(lambda exact=exact: dist.all_reduce(exact, group=self.group))
+            if exact is not tensor:
+                tensor.copy_(exact)
 
     def least(self, number: int) -> int:
         """The smallest of all processes' numbers."""

@@ -1,9 +1,7 @@
 """A reward model with hooks: a scalar head on a TransformerBridge or a HookedTransformer."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -13,28 +11,25 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rmtension.body import Body, find_body, measure_sites
-from rmtension.budget import enough_tokens, free_bytes, tokens_that_fit
+from rmtension.body import Body, find_body
 from rmtension.checkpoints import Checkpoint, LoadOptions, checkpoint_of, open_checkpoint
 from rmtension.distributed import current
-from rmtension.encoding import EncodedPairs, TextOrChat, encode_pairs, encode_texts
+from rmtension.encoding import TextOrChat, encode_texts
 from rmtension.errors import ModelError, OptionError
 from rmtension.heads import read_head
-from rmtension.hooks import InstalledHooks, has_own_hooks, in_eval_mode, is_placed
+from rmtension.hooked_model import HookedModel
 from rmtension.norms import read_norm
 from rmtension.packing import Sharing
 from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance, fingerprint
 from rmtension.scored import ScoredPairs, require_finite
-from rmtension.sites import find_site
 from rmtension.stream import PairStream
 from rmtension.tokens import (
     TokenBatch,
     check_ids,
     compact,
     last_token,
-    running,
     text_batches,
 )
 from rmtension.wrapping import check_model_class, wrap
@@ -45,11 +40,7 @@ if TYPE_CHECKING:
     from rmtension.neurons import NeuronSet
 
 
-class _AllSeen(Exception):  # noqa: N818 - no error
-    """Ends a run whose rest nobody asked for."""
-
-
-class RewardHead:
+class RewardHead(HookedModel):
     """Scores texts with a hooked transformer and a linear head, and names its neurons.
 
     The reward of a text is `weight @ h + bias`, h the residual stream after the final norm at the last token
@@ -85,31 +76,15 @@ class RewardHead:
         _body: Body | None = None,
         _checkpoint: Checkpoint | None = None,
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
+        super().__init__(
+            find_body(model) if _body is None else _body,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            tokens_per_batch=tokens_per_batch,
+        )
         self.pad_token_id = pad_token_id
-        self.body = find_body(model) if _body is None else _body
         self.checkpoint = _checkpoint
-        parameter = next(self.body.module.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-        cfg: Any = model.cfg
-        self.n_layers, self.n_heads, self.d_model = int(cfg.n_layers), int(cfg.n_heads), int(cfg.d_model)
-        context = int(cfg.n_ctx)
-        if max_length is not None and not 0 < max_length <= context:
-            raise OptionError(f"max_length: expected 1 to {context} (the model's context), got {max_length}.")
-        self.max_length = max_length or context
-        if tokens_per_batch is not None and tokens_per_batch < 1:
-            raise OptionError(f"tokens_per_batch: expected a positive number, got {tokens_per_batch}.")
-        self.tokens_per_batch = tokens_per_batch
-        if tokenizer is not None and len(tokenizer) > self.body.n_embeddings:
-            raise ModelError(
-                f"tokenizer: it has {len(tokenizer)} tokens, the model's embedding has {self.body.n_embeddings} rows. "
-                "Pass the tokenizer that the model was trained with; where tokens were added since, call "
-                "model.resize_token_embeddings(len(tokenizer)) and save the model."
-            )
         self.weight, self.bias = self._read_weight(weight, bias, final_norm)
-        with in_eval_mode(self.body.modules()):
-            self._widths, self._missing = measure_sites(self.body, self.n_layers, self.device)
         self._fingerprint: tuple[object, str] | None = None
 
     @classmethod
@@ -296,34 +271,6 @@ class RewardHead:
         # A product with a matrix would round equal rows differently, and identical responses would not tie.
         return (exact * self.require_weight().to(exact)).sum(dim=-1) + self.bias
 
-    def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
-        """Run the blocks and the final norm, not the vocabulary projection, with every hook firing."""
-        with running(batch), in_eval_mode(self.body.modules()):
-            return self.body.residual(batch)
-
-    @torch.no_grad()
-    def look(self, batch: TokenBatch, sites: Sequence[str], visit: Callable[[str, int, Tensor], None]) -> None:
-        """Run a batch as far as `visit(site, layer, activation)` has seen the activations of some sites in all layers.
-
-        Activations are [row, token, channel]. Where the model runs through transformers' own modules and nobody else
-        looks, nothing above the last of them is computed.
-        """
-        body = self.body
-        left = set(sites)
-        may_stop = body.runs_plain and not has_own_hooks(body.modules()) and not is_placed(body.modules())
-
-        def look(site: str, layer: int, activation: Tensor) -> None:
-            visit(site, layer, activation.reshape(*batch.input_ids.shape, -1))
-            if layer == self.n_layers - 1:
-                left.discard(site)
-                if may_stop and not left:
-                    raise _AllSeen
-
-        with ExitStack() as hooks, suppress(_AllSeen):
-            for site in left.copy():
-                hooks.enter_context(self.hooks(site, partial(look, site)))
-            self.residual(batch)
-
     # -- proof, and out again --------------------------------------------------------------------------------------
 
     def check(self, pairs: PreferencePairs | None = None, *, reference: Any = None) -> "pd.DataFrame":
@@ -348,10 +295,6 @@ class RewardHead:
 
     # -- for the modules above -------------------------------------------------------------------------------------
 
-    def encode(self, pairs: PreferencePairs, *, truncate_response: bool = False) -> EncodedPairs:
-        """Tokens of both texts of every pair, within `max_length`."""
-        return encode_pairs(self.tokenizer, pairs, max_length=self.max_length, truncate_response=truncate_response)
-
     def stream(
         self,
         pairs: Iterable[PreferencePair],
@@ -372,80 +315,6 @@ class RewardHead:
             truncate_response=truncate_response,
             keeps_layers=keeps_layers,
         )
-
-    def tokens_together(self, *, keeps_layers: bool = False) -> int:
-        """How many tokens run together: what the user said, or what pays off and fits into memory.
-
-        `keeps_layers` says that something of every layer is kept, for gradients or to run again. The same in all
-        processes that share the work.
-        """
-        if self.tokens_per_batch is not None:
-            return self.tokens_per_batch
-        enough, free = enough_tokens(self.device), free_bytes(self.device)
-        if free is not None:
-            fitting = tokens_that_fit(
-                free,
-                n_layers=self.n_layers if keeps_layers else 1,
-                d_model=self.d_model,
-                d_mlp=self._widths.get("mlp", 4 * self.d_model),
-                itemsize=self.dtype.itemsize,
-            )
-            enough = min(enough, fitting)
-        return current().least(enough)
-
-    @property
-    def sites(self) -> list[str]:
-        """The sites that this model has in every layer; a mixture of experts has no `mlp`."""
-        return sorted(self._widths)
-
-    def n_neurons(self, site: str) -> int:
-        """Neurons per layer at `site`: hidden units of the MLP, or attention heads."""
-        channels = self.n_channels(site)
-        return self.n_heads if site == "attn_head" else channels
-
-    def n_channels(self, site: str) -> int:
-        """Columns per layer at `site`: one a neuron for `mlp` and `mlp_gate`, `d_head` a head for `attn_head`."""
-        if find_site(site).name in self._missing:
-            raise self._missing[site]
-        return self._widths[site]
-
-    def hooks(
-        self,
-        site: str,
-        visit: Callable[[int, Tensor], Tensor | None],
-        layers: Iterable[int] | None = None,
-        *,
-        any_tokens: bool = False,
-    ) -> InstalledHooks:
-        """A context in which `visit(layer, activation)` sees, and may replace, the activation at `site`.
-
-        The activation is what the projection below reads (for `mlp_gate` the factor act(gate) of it): [row, token,
-        channel], or with the first two flattened, or with the last split into heads, as the model's family has it. A
-        row is a text, or several that share a prefix (`rmtension.packing`). With `any_tokens` the visit takes whatever
-        tokens there are: in the last block those that rewards are read from may be all.
-        """
-        self.n_channels(site)  # raises where the model has no such site
-        chosen = range(self.n_layers) if layers is None else layers
-        return InstalledHooks(
-            [(spot, partial(visit, layer)) for layer in chosen for spot in self.body.spots(site, layer)],
-            any_tokens=any_tokens,
-        )
-
-    @property
-    def reward_dtype(self) -> torch.dtype:
-        """What rewards and sums are computed in: float32, or float64 for a model in float64."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    @property
-    def architecture(self) -> str:
-        """Family, layers and widths: what makes neuron (l, j) of two models the same place."""
-        cfg: Any = self.model.cfg
-        config = getattr(getattr(self.model, "original_model", None), "config", None)
-        family = getattr(config, "model_type", None) or str(getattr(cfg, "original_architecture", "") or "transformer")
-        for suffix in ("lmheadmodel", "forcausallm", "_"):
-            family = family.lower().replace(suffix, "")
-        mlp, heads = (self._widths.get(site, 0) for site in ("mlp", "attn_head"))
-        return f"{family}-{self.n_layers}x{mlp}-heads{self.n_heads}x{heads // self.n_heads}-d{self.d_model}"
 
     @property
     def fingerprint(self) -> str:

@@ -2,21 +2,15 @@
 
 import pytest
 import torch
-from conftest import make_pairs, make_tokenizer
+from conftest import make_pairs
 from test_families import DENSE
 
 from rmtension import NeuronAttribution, RewardHead
 from rmtension.batch_run import BatchRun
 from rmtension.budget import enough_tokens, free_bytes, tokens_that_fit
-from rmtension.check_matrix import make_classifier
 from rmtension.stream import PairStream
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def plain_tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def kept_bytes(head, batch):
@@ -37,18 +31,16 @@ def kept_bytes(head, batch):
 
 
 @pytest.mark.parametrize("family", DENSE)
-def test_no_family_keeps_more_than_is_counted_on(tmp_path, plain_tokenizer, family):
+def test_no_family_keeps_more_than_is_counted_on(dense, family):
     """Nor so little that much of the memory would lie idle."""
-    make_classifier(family, len(plain_tokenizer) + 8).save_pretrained(tmp_path)
-    plain_tokenizer.save_pretrained(tmp_path)
-    head = RewardHead.from_pretrained(tmp_path)
+    head = dense(family)
     (batch,) = head.stream(make_pairs(12), sharing="pair")
     n_tokens = batch.input_ids.numel()
     n_bytes = kept_bytes(head, batch)
-    shape = {"n_layers": head.n_layers, "d_model": head.d_model, "d_mlp": head.n_neurons("mlp"), "itemsize": 4}
+    shape = {"n_layers": head.n_layers, "d_model": head.d_model, "d_mlp": head.n_neurons("mlp"), "itemsize": 8}
     # Twice what it keeps, of which half may be taken.
     assert n_tokens / 5 < tokens_that_fit(2 * n_bytes, **shape) or n_tokens < 5 * 256
-    counted_on = 4 * head.n_layers * (12 * head.d_model + 6 * head.n_neurons("mlp"))
+    counted_on = 8 * head.n_layers * (12 * head.d_model + 6 * head.n_neurons("mlp"))
     assert n_bytes / n_tokens <= counted_on <= 5 * n_bytes / n_tokens
 
 

@@ -57,14 +57,12 @@ def numbers(head, pairs):
 
 
 @pytest.mark.parametrize("family", DENSE)
-def test_families(tmp_path, plain_tokenizer, few, family):
+def test_families(dense, few, monkeypatch, family):
     """In float64 to 1e-9, but for norms that are float32 in every model."""
-    make_classifier(family, len(plain_tokenizer) + 8).save_pretrained(tmp_path)
-    plain_tokenizer.save_pretrained(tmp_path)
-    head = RewardHead.from_pretrained(tmp_path, dtype=torch.float64)
+    head = dense(family)
     assert (head.body._last_mlp is None) == (family in WHOLE)
     less = [head.score_pairs(few).margin, NeuronAttribution(head, method="gradient_x_activation").score(few).values]
-    head.body._last_mlp = None
+    monkeypatch.setattr(head.body, "_last_mlp", None)
     whole = [head.score_pairs(few).margin, NeuronAttribution(head, method="gradient_x_activation").score(few).values]
     for one, other in zip(less, whole, strict=True):
         assert torch.allclose(one, other, atol=1e-6, rtol=0)

@@ -24,6 +24,8 @@ FLOORS = [
     {"benchmarks", "intervals", "length"},
     {"encoding", "scored", "tokens", "controls", "overlap"},
     {"packing", "last_block", "budget", "sums", "plain_run", "body", "checkpoints", "wrapping"},
+    {"site_widths"},
+    {"hooked_model"},
     # A head reaches from its methods to the modules that prove, decompose and export it, and these to ablation.
     {"reward_head", "stream", "direct", "selfcheck", "activations", "ablation", "export", "replacing"},
     {"running_scores"},

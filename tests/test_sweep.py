@@ -2,19 +2,13 @@
 
 import pytest
 import torch
-from conftest import make_pairs, make_tokenizer
+from conftest import make_pairs
 from test_families import DENSE
 
 from rmtension import AblationContext, ActivationCollector, NeuronSet, RewardHead
-from rmtension.check_matrix import make_classifier
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.runs import ModelRuns
 from rmtension.sweep import score_without
-
-
-@pytest.fixture(scope="module")
-def plain_tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def some_sets(head, site="mlp"):
@@ -64,10 +58,8 @@ def test_every_mode_and_position(checkpoints, few, family, site):
 
 
 @pytest.mark.parametrize("family", DENSE)
-def test_families(tmp_path, plain_tokenizer, few, family):
-    make_classifier(family, len(plain_tokenizer) + 8).save_pretrained(tmp_path)
-    plain_tokenizer.save_pretrained(tmp_path)
-    head = RewardHead.from_pretrained(tmp_path, dtype=torch.float64)
+def test_families(dense, few, family):
+    head = dense(family)
     sets = some_sets(head)[:3]
     for one, other in zip(score_without(head, few, sets), one_by_one(head, few, sets), strict=True):
         assert torch.allclose(one.margin, other.margin, atol=1e-6, rtol=0)

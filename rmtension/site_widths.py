@@ -1,0 +1,64 @@
+"""Which sites a model has, and how wide they are: read off one token's run."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rmtension.body import Body
+from rmtension.errors import ModelError
+from rmtension.hooks import InstalledHooks, Spot, Visit
+from rmtension.plain_run import probe_batch
+from rmtension.sites import SITES
+
+
+def measure_sites(body: Body, n_layers: int, device: torch.device) -> tuple[dict[str, int], dict[str, ModelError]]:
+    """Channels per layer of every site, and why a site is not there.
+
+    The widths are read off one token's run: configs do not always tell (OPT's does not).
+    """
+    shapes: dict[tuple[str, int], int] = {}
+    missing: dict[str, ModelError] = {}
+    hooks: list[tuple[Spot, Visit]] = []
+    projected = [name for name, site in SITES.items() if site.factor_of is None]
+
+    def record(site: str, layer: int, activation: Tensor) -> None:
+        shapes[site, layer] = activation.numel()
+
+    for name in projected:
+        try:
+            spots = [
+                (spot, partial(record, name, layer)) for layer in range(n_layers) for spot in body.spots(name, layer)
+            ]
+        except ModelError as error:
+            missing[name] = error
+        else:
+            hooks += spots
+    try:
+        with InstalledHooks(hooks), torch.no_grad():
+            body.residual(probe_batch(1, device))
+    except Exception as error:  # whatever a conversion that went wrong runs into
+        raise ModelError(
+            f"model: this {type(body.module).__name__} does not run ({type(error).__name__}: {error}). With processed "
+            "weights or a HookedTransformer, try dtype=torch.float32, or open it without them."
+        ) from error
+    found = {}
+    for name in set(projected) - set(missing):
+        widths = {shapes.get((name, layer)) for layer in range(n_layers)}
+        if len(widths) == 1 and None not in widths:
+            found[name] = shapes[name, 0]
+        else:
+            missing[name] = ModelError(f"site {name!r}: expected one width in all {n_layers} layers, got {widths}.")
+    # Last, because finding them runs the model, which has now been seen to run.
+    for name, site in SITES.items():
+        if site.factor_of in missing:
+            missing[name] = ModelError(
+                f"site {name!r} has the neurons of {site.factor_of!r}. {missing[site.factor_of]}"
+            )
+        elif site.factor_of is not None:
+            try:
+                _ = [body.spots(name, layer) for layer in range(n_layers)]
+                found[name] = found[site.factor_of]
+            except ModelError as error:
+                missing[name] = error
+    return found, missing
