@@ -14,6 +14,7 @@ _SHARE = 0.5
 # Numbers that one layer keeps of a token for its gradient, in widths of the stream and of the MLP: more than any family
 # in the suite does (`tests/test_budget.py`).
 _WIDTHS, _MLP_WIDTHS = 12, 6
+_ROOT = Path("/")
 
 
 def enough_tokens(device: torch.device) -> int:
@@ -45,21 +46,41 @@ def free_bytes(device: torch.device) -> int | None:
 
 def _available() -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = (_ROOT / "proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _left_of_limit() -> int | None:
-    """Of a control group's limit (version 2, then 1), what its processes have not taken."""
-    root = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    """What is left of the memory that this process's control group, and every group around it, may take."""
+    try:
+        groups = (_ROOT / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    left = []
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        # Version 2 has one tree of groups, version 1 one for memory.
+        top = _ROOT / "sys/fs/cgroup" / controllers
+        group = top / path.strip("/")
+        left += [_left_of_group(one) for one in (group, *group.parents) if one.is_relative_to(top)]
+    found = [one for one in left if one is not None]
+    return min(found) if found else None
+
+
+def _left_of_group(folder: Path) -> int | None:
+    """Of one group's limit, what its processes have not taken; files that the system keeps for them are not taken."""
+    for limit, used, cached in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            return int((root / limit).read_text()) - int((root / used).read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            taken = int((folder / used).read_text()) - int(statistics.get(cached, 0))
+            return max(0, int((folder / limit).read_text()) - taken)
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return None
