@@ -1,6 +1,6 @@
 """How long things take that run over pairs, relative to running every text once, plainly.
 
-    python tests/benchmarks/passes.py --pairs hh_harmless_test.jsonl.gz --n 300 --n-slow 24 --runs 5
+    python tests/benchmarks/passes.py --pairs hh_harmless_test.jsonl.gz --n 200 --n-slow 48 --runs 5
 
 A plain run (= 1) is transformers' own model without the vocabulary projection, over batches of texts of similar
 length, under `no_grad`. Beside it, each on the same texts, tokenising included: this library's passes over all pairs,
@@ -141,11 +141,13 @@ OURS: dict[str, Callable[[RewardHead, PreferencePairs], object]] = {
         head, method="gradient_x_activation"
     ).score(pairs),
 }
+PAPER = "the paper's procedure"
+COLLECT = "collect mean, abs_mean, rms, frequency, all MLP neurons"
 SLOW: dict[str, Callable[[RewardHead, PreferencePairs], object]] = {
-    **OURS,
+    COLLECT: OURS[COLLECT],
     "TransformerLens run_with_cache, mean of all MLP neurons": run_with_cache,
     "captum LayerGradientXActivation, all MLP neurons": captum_gradient,
-    "the paper's procedure": papers_procedure,
+    PAPER: papers_procedure,
 }
 
 
@@ -241,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--n", type=int, default=200, help="how many pairs; 0 takes all")
-    parser.add_argument("--n-slow", type=int, default=16, help="how many for what takes longer than a plain run")
+    parser.add_argument("--n-slow", type=int, default=48, help="how many for what takes longer than a plain run")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -265,10 +267,12 @@ def main() -> None:
             plain(head, few)
             found = compare(head, OURS if some is pairs else SLOW, some, options.runs)
             print_table(found, work=work)
-            if some is pairs:
-                collected = statistics.median(found["collect mean, abs_mean, rms, frequency, all MLP neurons"][0])
-        paper = statistics.median(found["the paper's procedure"][0])
-        print(f"\ncollecting is {paper / collected:.1f} times faster than the paper's procedure")
+        times = [paper / ours for paper, ours in zip(found[PAPER][0], found[COLLECT][0], strict=True)]
+        print(
+            f"\ncollecting is {statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f}) times faster than "
+            "the paper's procedure"
+        )
+        few = evenly_long(head, pairs, options.n_slow // 2)
         sweeps = {
             "ablations of a tenth of the neurons, one by one": ablate_one_by_one,
             "the same by score_without": lambda head, some: score_without(head, some, sets_of_a_tenth(head, 9)),
