@@ -75,16 +75,14 @@ class Replay:
         body = self.head.body
         with running(self.batch), in_eval_mode(body.modules()), body.last_mlp_at_last_tokens(self.batch):
             for number in range(layer, self.head.n_layers):
-                state = self.run_block(number, state)
+                state = self._run_block(number, state)
             return self.read(self.batch.at_last(state))
 
     def run_block(self, layer: int, stream: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"]:
-        """What one block makes of `stream`; call it inside `rewards_from`'s modes (eval)."""
+        """What one block makes of `stream`."""
         self._require_partial()
-        args, kwargs = self._calls[layer]
-        output: Any = self._blocks[layer](stream, *args[1:], **kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        with running(self.batch), in_eval_mode(self.head.body.modules()):
+            return self._run_block(layer, stream)
 
     def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
         """The rewards of what the blocks left at the last token: final norm and head."""
@@ -92,6 +90,12 @@ class Replay:
         return self.head.read(self.head.body.final_norm(last[:, None])[:, 0])
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _run_block(self, layer: int, stream: Tensor) -> Tensor:
+        args, kwargs = self._calls[layer]
+        output: Any = self._blocks[layer](stream, *args[1:], **kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
     def _require_partial(self) -> None:
         if not self.is_partial:

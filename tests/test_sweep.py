@@ -119,6 +119,20 @@ def test_models_whose_blocks_do_not_run_one_by_one(checkpoints, few):
         assert torch.allclose(one.margin, other.margin, atol=1e-5)  # the bridge's attention is rounded to float32
 
 
+def test_inside_an_ablation_of_the_users(checkpoints, few):
+    """What is ablated already stays so, at the tokens it was."""
+    head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64)
+    whole, middle, _, last, _ = some_sets(head)
+    statistics = ActivationCollector(head).collect(few)
+    outer = AblationContext(head, middle, mode="mean", reference=statistics, positions="response")
+    with outer:
+        found = score_without(head, few, [whole, last, last])
+        expected = one_by_one(head, few, [whole, last, last])
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one.margin, other.margin, atol=1e-9)
+    assert not torch.allclose(found[1].margin, score_without(head, few, [last])[0].margin)
+
+
 def test_half_precision(checkpoints, few):
     head = RewardHead.from_pretrained(checkpoints["llama"], dtype=torch.bfloat16)
     sets = some_sets(head)
