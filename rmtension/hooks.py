@@ -181,9 +181,9 @@ def is_placed(modules: Iterable[nn.Module]) -> bool:
 
 
 def count_foreign_hooks(model: nn.Module) -> int:
-    """How many hooks of all kinds are on `model` and its submodules that this library did not install."""
+    """How many hooks of all kinds are on `model` and its submodules that a user put there."""
     return sum(
-        not isinstance(hook, _OurHook)
+        not (isinstance(hook, _OurHook) or _is_wiring(hook))
         for module in modules_of(model)
         for hooks in (
             module._forward_hooks,
@@ -193,3 +193,13 @@ def count_foreign_hooks(model: nn.Module) -> int:
         )
         for hook in hooks.values()
     )
+
+
+def _is_wiring(hook: object) -> bool:
+    """Whether a bridge or transformers put a hook there for itself, when it first ran, for good.
+
+    What a user adds to a hook point is wrapped in a function of `transformer_lens.hook_points`.
+    """
+    module = str(getattr(hook, "__module__", ""))
+    is_lens = module.startswith("transformer_lens.") and not module.startswith("transformer_lens.hook_points")
+    return is_lens or module.startswith("transformers.")

@@ -182,6 +182,25 @@ def test_hooks_of_the_user_run_unpacked(checkpoints, few):
     assert sum(shapes) == 2 * len(few) - few.n_ties, "a tie is one text"
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_what_a_bridge_wires_for_itself_is_no_hook_of_the_users(checkpoints, few, family):
+    """A bridge that ran once keeps hooks of its own: pairs are packed as before, until the user hooks it."""
+    head = RewardHead.from_pretrained(checkpoints[family])
+    before = head.score_pairs(few).margin
+    _, cache = head.model.run_with_cache(torch.tensor([[5, 6, 7]]))
+    assert "blocks.0.mlp.hook_post" in cache
+    assert n_packed(head, few) > 0
+    assert torch.equal(head.score_pairs(few).margin, before)
+    for add in (
+        lambda: head.model.add_hook("blocks.0.mlp.hook_post", lambda value, hook: value),
+        lambda: head.model.blocks[1].hook_resid_pre.add_hook(lambda value, hook: value),
+        lambda: head.model.blocks[0].mlp.register_forward_hook(lambda *_: None),
+    ):
+        add()
+        assert n_packed(head, few) == 0
+        head.model.reset_hooks()
+
+
 def texts(*ids, start=0):
     return tuple(EncodedText(tuple(one), start, 0) for one in ids)
 
