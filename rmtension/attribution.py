@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rmtension.batch_run import BatchRun
+from rmtension.distributed import current
 from rmtension.encoding import EncodedText
 from rmtension.errors import DataError, OptionError
 from rmtension.methods import (
@@ -204,7 +205,7 @@ class NeuronAttribution:
             total=len(pairs),
             desc=self.method,
             unit="pair",
-            disable=None if progress else True,
+            disable=None if progress and current().is_first else True,
         )
         return (self._by_token(pair, texts) for pair, *texts in both)
 

@@ -94,7 +94,7 @@ class Shard:
         except RuntimeError as error:
             raise ShardError(
                 f"sharded: process {self.rank} lost another one ({str(error).splitlines()[0]}). Its own output says "
-                "why; no result was made here."
+                "why; if it was only slow, give sharded a longer timeout. No result was made here."
             ) from error
 
 
@@ -108,20 +108,21 @@ def current() -> Shard:
 
 
 @contextmanager
-def sharded(*, timeout: float = 600.0) -> Iterator[Shard]:
+def sharded(*, timeout: float = 86_400.0) -> Iterator[Shard]:
     """While it is entered, everything that runs over pairs is divided over the processes that were started together.
 
-    `torchrun`, `accelerate launch` and `srun` start them; without one of these there is one process, and nothing
-    changes. All of them have to make the same calls with the same pairs and models, and all get the same results:
-    those of one process, but for the order in which float64 sums are added up. Results are written (`save`) by the
-    first process only.
+    `torchrun` and `accelerate launch` start them; without one of these there is one process, and nothing changes. All
+    of them have to make the same calls with the same pairs and models, and all get the same results: those of one
+    process, but for the order in which float64 sums are added up. Results are written (`save`) by the
+    first process only; the others may read them after leaving.
 
     Where `torch.distributed` is not started yet, it is, for as long as the process lives, and every process gets the
     GPU of its local rank, if there are GPUs: open models inside. What is exchanged, sums and rewards, is on the CPU and
     goes through gloo.
 
     Args:
-        timeout: seconds after which a process that waits for another one in vain raises `ShardError`.
+        timeout: seconds after which a process that waits for a slower one raises `ShardError`. By default a day: one
+            that has ended is noticed at once.
 
     Raises `ShardError` in every process that is left when another ends, and where pairs or models differ.
     """

@@ -14,7 +14,7 @@ from rmtension.budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.distributed import current
 from rmtension.encoding import EncodedPairs, encode_pairs
 from rmtension.errors import ModelError, OptionError
-from rmtension.hooks import InstalledHooks, has_own_hooks, in_eval_mode, is_placed
+from rmtension.hooks import InstalledHooks, count_foreign_hooks, has_own_hooks, in_eval_mode, is_placed
 from rmtension.pairs import PreferencePairs
 from rmtension.site_widths import measure_sites
 from rmtension.sites import find_site
@@ -50,7 +50,7 @@ class HookedModel:
                 "model.resize_token_embeddings(len(tokenizer)) and save the model."
             )
         with in_eval_mode(self.body.modules()):
-            self._widths, self._missing = measure_sites(self.body, self.n_layers, self.device)
+            self._widths, self._missing, self._runs_once = measure_sites(self.body, self.n_layers, self.device)
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
         """Run the blocks and the final norm, not the vocabulary projection, with every hook firing."""
@@ -66,7 +66,9 @@ class HookedModel:
         """
         body = self.body
         left = set(sites)
-        may_stop = body.runs_plain and not has_own_hooks(body.modules()) and not is_placed(body.modules())
+        # Nobody else looks, and accelerate has nothing to put back.
+        may_stop = self._runs_once and body.runs_plain and not has_own_hooks(body.modules())
+        may_stop = may_stop and not count_foreign_hooks(body.module) and not is_placed(body.modules())
 
         def look(site: str, layer: int, activation: Tensor) -> None:
             visit(site, layer, activation.reshape(*batch.input_ids.shape, -1))

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from rmtension.hooks import InstalledHooks, Spot, has_own_hooks
+from rmtension.hooks import InstalledHooks, Spot, count_foreign_hooks, has_own_hooks
 from rmtension.tokens import TokenBatch
 
 
@@ -19,9 +19,9 @@ class LastMLP:
     def at_last_tokens(self, batch: TokenBatch) -> Iterator[bool]:
         """While it is entered and the model runs on `batch`, the MLP adds nothing at other tokens.
 
-        Yields whether that is so: not where hooks of this library are inside that want all tokens.
+        Yields whether that is so: not where hooks are inside that may want all tokens.
         """
-        if has_own_hooks(self._module.modules(), minding_tokens=True):
+        if has_own_hooks(self._module.modules(), minding_tokens=True) or count_foreign_hooks(self._module):
             yield False
             return
 

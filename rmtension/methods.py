@@ -90,7 +90,7 @@ def integrated_gradients(run: BatchRun, asked: Asked, layer: int) -> tuple[ByTok
         change = margins(replay.rewards - _with_activation(run, site, layer, start))
     values, ones = _neurons(run, asked, -step * mean)
     in_rows = einsum(values, ones, "row token neuron, row token -> row")
-    return (values, ones), run.batch.by_pair(in_rows) - change
+    return (values, ones), run.batch.by_pair(in_rows) - change.to(in_rows.device)
 
 
 def dropped_patching(run: BatchRun, asked: Asked, layer: int) -> list[ByToken]:

@@ -114,9 +114,11 @@ def _units(
     pairs: EncodedPairs, by_prompt: bool, pad_token_id: int | None, pack_up_to: int, group_up_to: int
 ) -> Iterator[_Unit]:
     both = list(zip(pairs.chosen, pairs.rejected, strict=True))
-    groups: dict[int, list[int]] = {}
+    groups: dict[object, list[int]] = {}
     for place, (chosen, _) in enumerate(both):
-        groups.setdefault(chosen.key if by_prompt and group_up_to else place, []).append(place)
+        # Prompts that were cut differently are different ones: a token may be the prompt's in one and not in the other.
+        group = (chosen.key, chosen.response_start) if by_prompt and group_up_to else place
+        groups.setdefault(group, []).append(place)
     for places in groups.values():
         taken: list[int] = []
         row: _Row | None = None

@@ -153,6 +153,7 @@ def collect_profiles(
         progress=progress,
         sharing="prompt" if both_share else "none",
         truncate_response=truncate_response,
+        keeps_layers=base is not None,
     )
     for batch in stream:
         before = {} if base is None else _activations(base, batch, sites)

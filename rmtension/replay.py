@@ -21,7 +21,8 @@ class Replay:
     on them included. Memory: the residual stream before every block, and the activations of `sites`.
 
     Only transformers' own modules can run one by one. Where they do not run (a HookedTransformer, a bridge that the
-    user hooked), or a block runs more than once, `is_partial` is False, `rewards_from` runs the whole model, and it
+    user hooked), a block runs more than once, or blocks leave things for one another in an argument that they share
+    (Gemma-4's keys and values), `is_partial` is False, `rewards_from` runs the whole model, and it
     takes no other stream.
 
     Args:
@@ -56,6 +57,8 @@ class Replay:
         # A block that runs twice for one text is not replayed by running it once.
         self.is_partial = self.is_partial and n_runs == [1] * head.n_layers
         self._calls: list[Call] = [calls[block] for block in self._blocks]
+        # What blocks hand to one another beside the stream would be that of another run.
+        self.is_partial = self.is_partial and all(_is_fixed((args, *named.values())) for args, named in self._calls)
 
     def stream(self, layer: int) -> Float[Tensor, "row token d_model"]:
         """The residual stream before the block of `layer`, or before the final norm at `n_layers`."""
@@ -112,3 +115,10 @@ class Replay:
         self._streams[number] = stream.detach()
         if number < len(n_runs):
             n_runs[number] += 1
+
+
+def _is_fixed(value: object) -> bool:
+    """Whether an argument is nothing that a block could put something into."""
+    if isinstance(value, tuple):
+        return all(map(_is_fixed, value))
+    return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype))

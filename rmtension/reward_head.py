@@ -251,7 +251,12 @@ class RewardHead(HookedModel):
         # What stands under the mask may be anything; the embedding still looks it up.
         ids, mask = compact(input_ids.masked_fill(~mask, 0).to(self.device), mask.to(self.device))
         batch = TokenBatch(
-            ids, mask, mask, last_token(ids, mask, self.pad_token_id), torch.arange(len(ids)), tuple(range(len(ids)))
+            ids,
+            mask,
+            mask,
+            last_token(ids, mask, self.pad_token_id),
+            torch.arange(len(ids), device=ids.device),
+            tuple(range(len(ids))),
         )
         return require_finite(self.rewards(batch).cpu())
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rmtension.distributed import current
 from rmtension.errors import OptionError, ProvenanceError
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
@@ -76,9 +77,10 @@ def single_neuron_effects(
     )
     scores = RunningScores(*shape)
     n_tokens = torch.zeros((), dtype=torch.long)
+    silent = None if progress and current().is_first else True
     total = len(pairs) * len(neurons) if isinstance(pairs, Sized) else None
     with (
-        tqdm(total=total, desc="ablate", unit="pair", disable=None if progress else True) as bar,
+        tqdm(total=total, desc="ablate", unit="pair", disable=silent) as bar,
         torch.no_grad(),
     ):
         for batch in stream:

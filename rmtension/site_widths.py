@@ -12,8 +12,10 @@ from rmtension.plain_run import probe_batch
 from rmtension.sites import SITES
 
 
-def measure_sites(body: Body, n_layers: int, device: torch.device) -> tuple[dict[str, int], dict[str, ModelError]]:
-    """Channels per layer of every site, and why a site is not there.
+def measure_sites(
+    body: Body, n_layers: int, device: torch.device
+) -> tuple[dict[str, int], dict[str, ModelError], bool]:
+    """Channels per layer of every site, why a site is not there, and whether every layer runs once.
 
     The widths are read off one token's run: configs do not always tell (OPT's does not).
     """
@@ -22,7 +24,11 @@ def measure_sites(body: Body, n_layers: int, device: torch.device) -> tuple[dict
     hooks: list[tuple[Spot, Visit]] = []
     projected = [name for name, site in SITES.items() if site.factor_of is None]
 
+    runs_once = True
+
     def record(site: str, layer: int, activation: Tensor) -> None:
+        nonlocal runs_once
+        runs_once &= (site, layer) not in shapes
         shapes[site, layer] = activation.numel()
 
     for name in projected:
@@ -61,4 +67,4 @@ def measure_sites(body: Body, n_layers: int, device: torch.device) -> tuple[dict
                 found[name] = found[site.factor_of]
             except ModelError as error:
                 missing[name] = error
-    return found, missing
+    return found, missing, runs_once

@@ -72,6 +72,8 @@ class PairStream:
     def __iter__(self) -> Iterator[TokenBatch]:
         total = len(self._pairs) if isinstance(self._pairs, Sized) else None
         silent = None if self._progress and self._shard.is_first else True
+        if not self.is_whole:
+            self._shard.require_same("model", self.head.fingerprint)
         number = 0
         tokens_per_batch = self.head.tokens_together(keeps_layers=self._keeps_layers)
         with tqdm(total=total, desc=self._desc, unit="pair", disable=silent) as bar:
@@ -101,7 +103,6 @@ class PairStream:
         """Each tensor, on the CPU, becomes its sum over the processes that share the batches, in place."""
         if not self.is_whole:
             self._shard.require_same("list of pairs", self._order.hexdigest())
-            self._shard.require_same("model", self.head.fingerprint)
             self._shard.add_up(*tensors)
 
     def provenance(self, n_tokens: int, *, site: str, positions: str, method: str) -> Provenance:

@@ -37,9 +37,10 @@ def score_without(
     Every batch runs whole for the set whose lowest neurons are highest, and is kept; each other set then runs what is
     above its lowest neurons. Cost: 1 pass, and for every further set whose lowest layer is l (from 0) of L the blocks
     above it, (L - 1 - l) / L of a pass, where the residual stream takes what the site's projection writes as it is
-    (`mlp` of most families, not in half precision); otherwise its block as well, (L - l) / L. To tell the two apart, a
-    block or two run once. Models whose blocks do not run one by one take a whole pass a set. Memory: one batch's
-    residual stream before every block, and its activations in the sets' lowest layers.
+    (`mlp` of most families, not in half precision); otherwise its block as well, (L - l) / L. To tell the two apart,
+    every layer that sets begin in runs once or twice more. Empty sets take one pass together. Models whose blocks do
+    not run one by one take a whole pass a set. Memory: one batch's residual stream before every block, and in every
+    layer that sets begin in its activations and a copy of the projection's weights.
     """
     if len({one.site for one in sets}) > 1:
         raise OptionError(f"sets: expected sets of one site, got {sorted({one.site for one in sets})}.")
@@ -161,5 +162,5 @@ def _written(
     step: Float[Tensor, "row token channel"],
     weights: Float[Tensor, "channel d_model"],
 ) -> Float[Tensor, "row token d_model"]:
-    columns = ablation.columns[layer]
+    columns = ablation.columns[layer].to(step.device)
     return step[..., columns] @ weights[columns]

@@ -105,7 +105,7 @@ class TokenBatch:
         """The texts of every row, one behind the other; zeros where other rows have more texts."""
         if self.row_of is None:
             return per_text[:, None]
-        rows, slots = self.rows, self._slots
+        rows, slots = self.rows.to(per_text.device), self._slots.to(per_text.device)
         found = per_text.new_zeros(len(self.input_ids), int(slots.max()) + 1, per_text.shape[1])
         found[rows, slots] = per_text
         return found
@@ -118,7 +118,8 @@ class TokenBatch:
         self, weights: Float[Tensor, "text token"], values: Float[Tensor, "row token channel"]
     ) -> Float[Tensor, "text channel"]:
         """Every text's sum of its tokens' `values`, weighted."""
-        return (self.by_row(weights) @ values)[self.rows, self._slots]
+        sums = self.by_row(weights.to(values)) @ values
+        return sums[self.rows.to(sums.device), self._slots.to(sums.device)]
 
     def by_pair(self, of_rows: Float[Tensor, "row *rest"]) -> Float[Tensor, "pair *rest"]:
         """Summed over the rows of a pair; no row may hold texts of two."""

@@ -1,5 +1,7 @@
 """What the last block leaves out: numbers are those of running it whole, and it is left out where nobody looks."""
 
+import contextlib
+
 import pytest
 import torch
 import transformers
@@ -8,7 +10,9 @@ from test_families import DENSE, EXPERTS
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
 from rmtension.check_matrix import make_classifier
+from rmtension.hooks import in_eval_mode
 from rmtension.profiles import collect_profiles
+from rmtension.site_widths import measure_sites
 
 # Their MLP adds what it is given to its output itself, or has no module of its own.
 WHOLE = {"bloom", "mpt", "opt"}
@@ -30,14 +34,26 @@ def few():
 def tokens_through(head, run):
     """How many tokens the last block's MLP saw in `run`."""
     seen = []
-    handle = head.body._last_mlp._module.register_forward_hook(
-        lambda _module, inputs, _output: seen.append(inputs[0].shape[:-1].numel())
-    )
-    try:
+    module = head.body._last_mlp._module
+    with counted(module, lambda values: seen.append(values.shape[:-1].numel())):
         run()
-    finally:
-        handle.remove()
     return sum(seen)
+
+
+@contextlib.contextmanager
+def counted(module, see):
+    """Not with a hook: a hook of somebody else's keeps everything running."""
+    forward = module.forward
+
+    def counting(values, *args, **kwargs):
+        see(values)
+        return forward(values, *args, **kwargs)
+
+    module.forward = counting
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def numbers(head, pairs):
@@ -152,10 +168,9 @@ def test_statistics_stop_when_all_is_seen(checkpoints, few, sites):
     head = RewardHead.from_pretrained(checkpoints["llama"], dtype=torch.float64)
     ran = []
     last = head.body.block(head.n_layers - 1)
-    handles = [
-        module.register_forward_hook(lambda module, inputs, output, name=name: ran.append(name))
-        for name, module in {"norm": head.body.final_norm, "down": last.mlp.down_proj, "up": last.mlp.up_proj}.items()
-    ]
+    stack = contextlib.ExitStack()
+    for name, module in {"norm": head.body.final_norm, "down": last.mlp.down_proj, "up": last.mlp.up_proj}.items():
+        stack.enter_context(counted(module, lambda _, name=name: ran.append(name)))
     found = collect_profiles(head, few, sites=sites, positions=["all"])
     assert set(ran) == ({"up"} if sites == ["mlp"] else set())
     values = [found[site, "all"].sums for site in sites]
@@ -166,8 +181,46 @@ def test_statistics_stop_when_all_is_seen(checkpoints, few, sites):
     assert set(ran) >= {"norm", "down"}
     assert set(seen) == set(range(head.n_layers))
     assert all(torch.equal(one, found[site, "all"].sums) for one, site in zip(values, sites, strict=True))
-    for handle in handles:
-        handle.remove()
+    stack.close()
+
+
+class Looped(torch.nn.ModuleList):
+    """Goes through its blocks again and again."""
+
+    def __iter__(self):
+        for _ in range(2):
+            yield from self._modules.values()
+
+
+def test_blocks_that_run_more_than_once_do_not_stop_early(checkpoints, few, plain_tokenizer):
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoints["gpt2"])
+    plain = RewardHead.from_classifier(classifier, tokenizer=plain_tokenizer)
+    assert plain._runs_once
+    looped = RewardHead.from_classifier(classifier, tokenizer=plain_tokenizer)
+    looped.body.plain.h = Looped(list(looped.body.plain.h))
+    with in_eval_mode(looped.body.modules()):
+        _, _, looped._runs_once = measure_sites(looped.body, looped.n_layers, looped.device)
+    assert not looped._runs_once
+    means = [ActivationCollector(looped).collect(few).mean]
+    with looped.hooks("mlp", lambda layer, activation: None):
+        means.append(ActivationCollector(looped).collect(few).mean)
+    assert torch.equal(*means)
+
+
+def test_a_users_own_pytorch_hooks_see_everything(checkpoints, few, plain_tokenizer):
+    """On the modules of a classifier that the library shares."""
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoints["gpt2"])
+    head = RewardHead.from_classifier(classifier, tokenizer=plain_tokenizer)
+    seen = []
+    mlp = classifier.transformer.h[-1].mlp
+    handle = mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    head.score_pairs(few)
+    assert min(seen) > 1
+    seen.clear()
+    ActivationCollector(head).collect(few)
+    assert seen
+    handle.remove()
+    assert tokens_through(head, lambda: head.score_pairs(few)) == 2 * len(few)
 
 
 def test_nothing_is_kept_for_gradients_of_weights(checkpoints, few, plain_tokenizer):

@@ -80,6 +80,35 @@ def test_single_effects_in_half_precision(opened, few, family, site):
     assert float(truth.values[neurons.mask].abs().max()) > 5 * float(off.abs().max()), "effects stand out of it"
 
 
+def test_blocks_that_leave_things_for_one_another(checkpoints, few):
+    """Gemma-4 hands keys and values on in a dict that all blocks share: what another run left in it would be read."""
+    head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64)
+    blocks = [head.body.block(layer) for layer in range(head.n_layers)]
+    store = {}
+
+    def handing_on(block, first):
+        forward = block.forward
+
+        def run(stream, *args, store=store, **kwargs):
+            if first:
+                store["kept"] = stream
+            return forward(stream if first else stream + 0.1 * store["kept"], *args, **kwargs)
+
+        return run
+
+    def with_store(module, args, kwargs):
+        return args, kwargs | {"store": store}
+
+    for number, block in enumerate(blocks):
+        block.forward = handing_on(block, number == 0)
+        block.register_forward_pre_hook(with_store, with_kwargs=True)
+    (batch,) = head.stream(few)
+    assert not Replay(head, batch).is_partial
+    neurons = some(head, "mlp")
+    effects = single_neuron_effects(head, few, neurons=neurons).values
+    assert torch.allclose(effects, by_contexts(head, few, neurons), atol=1e-9, equal_nan=True)
+
+
 def test_a_final_norm_that_runs_on_the_embedding_too(opened, few):
     """NanoChat's. Streams are those before the blocks and before its last run; GradDrop closes no gate for it."""
     head = opened("nanochat")

@@ -200,6 +200,22 @@ def test_rows_of_many_pairs_are_no_longer_than_they_may_be(head, best_of, monkey
     assert torch.allclose(head.score_pairs(best_of).margin, whole.margin, atol=1e-12)
 
 
+def test_prompts_cut_differently_share_no_row(checkpoints):
+    """One word all over: what is prompt in one text stands at the same place as response in the other."""
+    head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64, max_length=40)
+    prompt = " ".join(["cake"] * 60)
+    records = [
+        {"prompt": prompt, "chosen": " ".join(["cake"] * n + ["bread"]), "rejected": " ".join(["cake"] * n + ["help"])}
+        for n in (4, 10)
+    ]
+    both = PreferencePairs.from_records(records)
+    neurons = one_neuron(head)
+    with AblationContext(head, neurons, positions="response"):
+        together = head.score_pairs(both).margin
+        alone = torch.cat([head.score_pairs(both[place : place + 1]).margin for place in range(2)])
+    assert torch.allclose(together, alone, atol=1e-12)
+
+
 def test_a_gradient_is_one_pairs(head, best_of):
     """Pairs of one prompt do not share a row where gradients are taken: each has its own, that of the pair alone."""
     attribution = NeuronAttribution(head, method="gradient_x_activation")
