@@ -12,7 +12,7 @@ _FEWEST = 256
 # Of what is free, the share that activations may take.
 _SHARE = 0.5
 # Numbers that one layer keeps of a token for its gradient, in widths of the stream and of the MLP: more than any family
-# in the suite does (`tests/test_budget.py`).
+# in the suite does (`tests/test_every_family.py`).
 _WIDTHS, _MLP_WIDTHS = 12, 6
 _ROOT = Path("/")
 

@@ -109,24 +109,6 @@ def checkpoints(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="session")
-def dense(tmp_path_factory):
-    """family of the matrix -> a head in float64, opened once. Whoever changes it changes it back."""
-    from rmtension.check_matrix import make_classifier
-
-    opened = {}
-
-    def open_family(family):
-        if family not in opened:
-            folder = tmp_path_factory.mktemp(family)
-            tokenizer = make_tokenizer(folder)
-            make_classifier(family, len(tokenizer) + 8).save_pretrained(folder)
-            opened[family] = RewardHead.from_pretrained(folder, dtype=torch.float64)
-        return opened[family]
-
-    return open_family
-
-
-@pytest.fixture(scope="session")
 def ragged_texts():
     """64 texts of 1 to 60 words, seeded."""
     draw = random.Random(0)

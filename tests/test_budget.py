@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pairs
-from test_families import DENSE
 
 from rmtension import NeuronAttribution, RewardHead
 from rmtension.batch_run import BatchRun
@@ -31,18 +29,6 @@ def kept_bytes(head, batch):
         run = BatchRun(head, batch, ["mlp"], gradients=True)
     gradients = {one.data_ptr(): one.untyped_storage() for one in run.gradients.values()}
     return sum(storage.nbytes() for storage in [*kept.values(), *gradients.values()])
-
-
-@pytest.mark.parametrize("family", DENSE)
-def test_no_family_keeps_more_than_is_counted_on(dense, family):
-    """Nor so little that much of the memory would lie idle."""
-    head = dense(family)
-    (batch,) = head.stream(make_pairs(12), sharing="pair")
-    n_tokens = batch.input_ids.numel()
-    n_bytes = kept_bytes(head, batch)
-    shape = {"n_layers": head.n_layers, "d_model": head.d_model, "d_mlp": head.n_neurons("mlp"), "itemsize": 8}
-    counted_on = 2**40 / 2 / tokens_that_fit(2**40, **shape)
-    assert n_bytes / n_tokens <= counted_on <= 5 * n_bytes / n_tokens
 
 
 def test_by_hand():

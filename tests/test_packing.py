@@ -1,16 +1,15 @@
-"""Packed pairs: the numbers are those of each text alone, family by family, and rows stay what they should be.
+"""Packed pairs: the numbers are those of each text alone, and rows stay what they should be.
 
-In float64 to 1e-9, families with float32 norms to 1e-7 for gradients (`close_to`).
+In float64 to 1e-9, families with float32 norms to 1e-7 for gradients (`close_to`). All families: `test_every_family`.
 """
 
 import pytest
 import torch
 import transformers
 from conftest import close_to, make_pairs, make_tokenizer, save_classifier
-from test_families import DENSE, EXPERTS
+from test_families import EXPERTS
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
-from rmtension.check_matrix import FAMILIES as MATRIX
 from rmtension.check_matrix import make_classifier
 from rmtension.encoding import EncodedPairs, EncodedText
 from rmtension.packing import attention_mask, pair_batches
@@ -18,23 +17,24 @@ from rmtension.plain_run import measure_packing, windows_of
 from rmtension.profiles import collect_profiles
 from rmtension.single_effects import single_neuron_effects
 
-# Their positions are not an argument, or are counted from a mask of one row.
-ALONE = {"bloom", "mpt"}
-
 
 @pytest.fixture(scope="module")
 def plain_tokenizer(tmp_path_factory):
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-@pytest.fixture(scope="module")
-def few():
+def pairs_of_all_kinds():
     """Pairs that share nothing but the prompt, one that shares a start, one prefix of the other, two alike."""
     pairs = list(make_pairs(4))
     prompt = pairs[0].prompt
     more = [("help a cake", "help a python"), ("the bread", "the bread and cake"), ("sure", "sure")]
     records = [{"prompt": prompt, "chosen": one, "rejected": other} for one, other in more]
     return PreferencePairs([*pairs, *PreferencePairs.from_records(records)])
+
+
+@pytest.fixture(scope="module")
+def few():
+    return pairs_of_all_kinds()
 
 
 @pytest.fixture
@@ -95,27 +95,6 @@ def test_everything_that_runs_over_pairs(checkpoints, few, alone, family):
         assert packed[name].dtype == expected.dtype
     # Negative control: the other pairs' numbers are others.
     assert not torch.allclose(packed["gradient_x_activation all"], numbers(head, few[:4])["gradient_x_activation all"])
-
-
-@pytest.mark.parametrize("family", DENSE)
-def test_families(tmp_path, plain_tokenizer, few, alone, family):
-    """Windows are longer than the rows here; `test_windows` has short ones."""
-    changes = {"sliding_window": 64} if "sliding_window" in MATRIX[family] else {}
-    changes |= {"window_size": 64} if "window_size" in MATRIX[family] else {}
-    make_classifier(family, len(plain_tokenizer) + 8, **changes).save_pretrained(tmp_path)
-    plain_tokenizer.save_pretrained(tmp_path)
-    head = RewardHead.from_pretrained(tmp_path, dtype=torch.float64)
-    assert (n_packed(head, few) == 0) == (family in ALONE)
-    scores = [NeuronAttribution(head, method="gradient_x_activation").score(few).values]
-    margins = [head.score_pairs(few).margin]
-    alone()
-    scores.append(NeuronAttribution(head, method="gradient_x_activation").score(few).values)
-    margins.append(head.score_pairs(few).margin)
-    # Norms that stay in float32 differ by 1e-7 between batches of any kind; a margin's gradient they round once, those
-    # of two rewards twice.
-    assert torch.allclose(*margins, atol=1e-6, rtol=0)
-    assert torch.allclose(*scores, atol=1e-6, rtol=0)
-    assert float(scores[0].abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "starcoder2"])

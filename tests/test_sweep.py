@@ -3,7 +3,6 @@
 import pytest
 import torch
 from conftest import make_pairs
-from test_families import DENSE
 
 from rmtension import AblationContext, ActivationCollector, NeuronSet, RewardHead
 from rmtension.errors import DataError, OptionError, ProvenanceError
@@ -55,14 +54,6 @@ def test_every_mode_and_position(checkpoints, few, family, site):
                 assert one.provenance == other.provenance
             assert float((found[0].margin - found[-1].margin).abs().max()) > 1e-3
     assert torch.allclose(found[-1].margin, head.score_pairs(few).margin, atol=room, rtol=0)
-
-
-@pytest.mark.parametrize("family", DENSE)
-def test_families(dense, few, family):
-    head = dense(family)
-    sets = some_sets(head)[:3]
-    for one, other in zip(score_without(head, few, sets), one_by_one(head, few, sets), strict=True):
-        assert torch.allclose(one.margin, other.margin, atol=1e-6, rtol=0)
 
 
 @pytest.fixture(scope="module")
