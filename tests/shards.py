@@ -42,7 +42,7 @@ def numbers(head: RewardHead, pairs: PreferencePairs, folder: Path | None = None
     found["n tokens"] = torch.tensor([statistics.n_tokens])
     for mode, reference in {"zero": None, "mean": statistics, "resample": sample}.items():
         with AblationContext(head, neurons, mode=mode, reference=reference):
-            found[mode] = head.score_pairs(pairs).margin
+            found[f"without neurons, {mode}"] = head.score_pairs(pairs).margin
     for method, more in {
         "mean_difference": {},
         "gradient_x_activation": {"aggregate": "absolute"},
