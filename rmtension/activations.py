@@ -20,6 +20,7 @@ from rmtension.provenance import Provenance
 from rmtension.reward_head import RewardHead
 from rmtension.sites import check_positions, find_site
 from rmtension.storage import read_result, write_result
+from rmtension.stream import PairStream
 from rmtension.sums import weighted_sums
 from rmtension.tokens import text_batches
 
@@ -128,7 +129,7 @@ class ActivationCollector:
             raise ProvenanceError("update: the model's weights changed since the last reset. Call reset() first.")
         sums = self._zeros()
         n_tokens = torch.zeros((), dtype=torch.long)
-        stream = self.head.stream(pairs, desc="collect", progress=progress, truncate_response=truncate_response)
+        stream = PairStream(self.head, pairs, desc="collect", progress=progress, truncate_response=truncate_response)
         for batch in stream:
             # How many of its row's texts have a token: those of a shared prefix count once for each.
             counts = batch.by_token(batch.select(self.positions).float())

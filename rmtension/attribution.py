@@ -30,6 +30,7 @@ from rmtension.replacing import Reference, can_share, check_reference, name_of
 from rmtension.reward_head import RewardHead
 from rmtension.running_scores import RunningScores
 from rmtension.sites import check_positions, find_site
+from rmtension.stream import PairStream
 from rmtension.tokens import TokenBatch
 
 METHODS = (*FIRST_ORDER, "integrated_gradients")
@@ -173,7 +174,8 @@ class NeuronAttribution:
         shape = (len(pairs), self.head.n_layers, self.head.n_neurons(self.site))
         values = torch.zeros(shape, dtype=self.head.reward_dtype)
         n_tokens = torch.zeros((), dtype=torch.long)
-        stream = self.head.stream(
+        stream = PairStream(
+            self.head,
             pairs,
             desc=self.method,
             progress=progress,
@@ -286,7 +288,8 @@ def score_together(
     ]
     desc = ", ".join(dict.fromkeys(one.method for one in attributions))
     n_tokens = torch.zeros(len(attributions), dtype=torch.long)
-    stream = head.stream(
+    stream = PairStream(
+        head,
         pairs,
         desc=desc,
         progress=progress,

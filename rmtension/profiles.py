@@ -18,6 +18,7 @@ from rmtension.provenance import Provenance
 from rmtension.reward_head import RewardHead
 from rmtension.sites import check_positions, find_site, neuron_activations
 from rmtension.storage import read_result, write_result
+from rmtension.stream import PairStream
 from rmtension.tokens import TokenBatch
 
 _STATISTICS = ("value", "absolute", "square", "positive", "change")
@@ -147,7 +148,8 @@ def collect_profiles(
         )
     totals = {key: _Totals.zeros(head, *key, pool_tokens) for key in keys}
     both_share = base is None or base.body.pack_up_to >= head.body.pack_up_to
-    stream = head.stream(
+    stream = PairStream(
+        head,
         pairs,
         desc="profile",
         progress=progress,

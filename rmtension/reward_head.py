@@ -19,7 +19,6 @@ from rmtension.errors import ModelError, OptionError
 from rmtension.heads import read_head
 from rmtension.hooked_model import HookedModel
 from rmtension.norms import read_norm
-from rmtension.packing import Sharing
 from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance, fingerprint
@@ -232,7 +231,7 @@ class RewardHead(HookedModel):
         """
         self.require_weight()
         pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
-        stream = self.stream(pairs, desc="score", progress=progress, truncate_response=truncate_response)
+        stream = PairStream(self, pairs, desc="score", progress=progress, truncate_response=truncate_response)
         rewards = torch.zeros(2, len(pairs), dtype=self.reward_dtype)
         for batch in stream:
             rewards[:, list(batch.places[: batch.n_pairs])] = self.rewards(batch).cpu().view(2, -1)
@@ -299,27 +298,6 @@ class RewardHead(HookedModel):
         save_classifier(self, folder)
 
     # -- for the modules above -------------------------------------------------------------------------------------
-
-    def stream(
-        self,
-        pairs: Iterable[PreferencePair],
-        *,
-        desc: str = "",
-        progress: bool = False,
-        sharing: Sharing = "prompt",
-        truncate_response: bool = False,
-        keeps_layers: bool = False,
-    ) -> PairStream:
-        """Batches of pairs for this model; see `rmtension.stream`."""
-        return PairStream(
-            self,
-            pairs,
-            desc=desc,
-            progress=progress,
-            sharing=sharing,
-            truncate_response=truncate_response,
-            keeps_layers=keeps_layers,
-        )
 
     @property
     def fingerprint(self) -> str:

@@ -18,6 +18,7 @@ from rmtension.replay import Replay
 from rmtension.reward_head import RewardHead
 from rmtension.running_scores import RunningScores
 from rmtension.sites import check_positions, find_site
+from rmtension.stream import PairStream
 from rmtension.tokens import margins
 from rmtension.writes import moving, written_weights
 
@@ -69,7 +70,8 @@ def single_neuron_effects(
             f"neurons: the set indexes neurons of {neurons.architecture!r}, the model is {head.architecture!r}. Use a "
             "set made with a model of this architecture."
         )
-    stream = head.stream(
+    stream = PairStream(
+        head,
         pairs,
         sharing="prompt" if can_share(reference) else "none",
         truncate_response=truncate_response,

@@ -15,6 +15,7 @@ from rmtension.pairs import PreferencePairs
 from rmtension.replay import Replay
 from rmtension.reward_head import RewardHead
 from rmtension.scored import ScoredPairs, require_finite
+from rmtension.stream import PairStream
 from rmtension.tokens import TokenBatch, running
 from rmtension.writes import written_weights
 
@@ -50,8 +51,8 @@ def score_without(
     ]
     pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
     rewards = torch.zeros(len(sets), 2, len(pairs), dtype=head.reward_dtype)
-    stream = head.stream(
-        pairs, desc="ablate", progress=progress, truncate_response=truncate_response, keeps_layers=True
+    stream = PairStream(
+        head, pairs, desc="ablate", progress=progress, truncate_response=truncate_response, keeps_layers=True
     )
     sweep = _Sweep(head, ablations)
     for batch in stream:

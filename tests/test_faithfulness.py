@@ -18,6 +18,7 @@ from rmtension.neuron_scores import N_BLOCKS
 from rmtension.provenance import Provenance
 from rmtension.replay import Replay
 from rmtension.single_effects import single_neuron_effects
+from rmtension.stream import PairStream
 
 CLOSE = {"atol": 1e-9, "rtol": 0.0}
 SITES = ("mlp", "attn_head")
@@ -135,7 +136,7 @@ def test_single_effects_where_blocks_do_not_run_one_by_one(gpt2, few):
 
     for hook, same in ((nothing, True), (half, False)):
         with gpt2.model.hooks(fwd_hooks=[("blocks.1.attn.hook_z", hook)]):
-            (batch,) = gpt2.stream(few)
+            (batch,) = PairStream(gpt2, few)
             replay = Replay(gpt2, batch)
             assert not replay.is_partial
             with pytest.raises(ModelError, match="only transformers' own modules run one by one"):

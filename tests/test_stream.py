@@ -13,6 +13,7 @@ from rmtension.errors import DataError
 from rmtension.pair import PreferencePair
 from rmtension.profiles import collect_profiles
 from rmtension.single_effects import single_neuron_effects
+from rmtension.stream import PairStream
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_parts_change_nothing(head, pairs, monkeypatch):
 def test_an_iterable_is_read_as_it_is_needed(head, pairs, three_at_a_time):
     """It may be endless."""
     n_read = count()
-    stream = head.stream(pairs[next(n_read) % len(pairs)] for _ in count())
+    stream = PairStream(head, (pairs[next(n_read) % len(pairs)] for _ in count()))
     batches = iter(stream)
     places = next(batches).places
     assert next(n_read) == 3
@@ -137,7 +138,7 @@ def best_of():
 
 
 def n_tokens_run(head, pairs, sharing="prompt"):
-    return sum(int((batch.touched("all")).sum()) for batch in head.stream(pairs, sharing=sharing))
+    return sum(int((batch.touched("all")).sum()) for batch in PairStream(head, pairs, sharing=sharing))
 
 
 def test_responses_of_a_prompt_share_it(head, best_of):
@@ -152,7 +153,7 @@ def test_responses_of_a_prompt_share_it(head, best_of):
     assert n_tokens_run(head, best_of) == by_hand
     assert n_tokens_run(head, best_of, "pair") > 1.5 * by_hand
     assert n_tokens_run(head, best_of, "none") == encoded.n_tokens
-    (batch,) = head.stream(best_of)
+    (batch,) = PairStream(head, best_of)
     assert len(batch.input_ids) == 4
 
 
@@ -190,7 +191,7 @@ def test_rows_of_many_pairs_are_no_longer_than_they_may_be(head, best_of, monkey
     monkeypatch.setattr("rmtension.stream._WIDTHS", 0)
     whole = head.score_pairs(best_of)
     several = []
-    for batch in head.stream(best_of):
+    for batch in PairStream(head, best_of):
         several += torch.bincount(batch.rows, minlength=len(batch.input_ids)).tolist()
         if batch.position_ids is not None and len(batch.places) > 2 * len(batch.input_ids):
             assert batch.input_ids.shape[1] <= 45
