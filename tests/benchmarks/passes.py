@@ -1,6 +1,7 @@
 """How long things take that run over pairs, relative to running every text once, plainly.
 
     python tests/benchmarks/passes.py --pairs hh_harmless_test.jsonl.gz --n 200 --n-slow 48 --runs 5
+    python tests/benchmarks/passes.py --pairs hh_harmless_test.jsonl.gz --n 0 --share-out --n-slow 48 --runs 5
 
 A plain run (= 1) is transformers' own model without the vocabulary projection, over batches of texts of similar
 length, under `no_grad`. Beside it, each on the same texts, tokenising included: this library's passes over all pairs,
@@ -9,7 +10,7 @@ gradient x activation, and the procedure of arXiv 2606.13209 (everything padded 
 hook on every activation function). Then ablations one by one and as a sweep, and best-of-four.
 
 Models have random weights: GPT-2- and Llama-shaped, 6 layers, width 384. In every round each candidate runs once; its
-ratio is to the round's plain run. The tables have the median of the ratios, the smallest and the largest, and tokens a
+ratio is to the round's plain run; with `--share-out` every round has its own part of all pairs. The tables have the median of the ratios, the smallest and the largest, and tokens a
 second. On a GPU (`--device cuda`) they have also the share of the rate that a large matrix product reaches there.
 """
 
@@ -160,28 +161,39 @@ def seconds(head: RewardHead, run: Callable, pairs: PreferencePairs) -> float:
 
 
 def compare(
-    head: RewardHead, cases: dict[str, Callable], pairs: PreferencePairs, runs: int, base: Callable = plain
+    head: RewardHead, cases: dict[str, Callable], rounds: list[PreferencePairs], base: Callable = plain
 ) -> dict[str, tuple[list[float], float]]:
     """For every case: its ratios to the base run of the same round, and tokens a second. All cases in every round."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     bases = []
-    for _ in range(runs):
+    for pairs in rounds:
         bases.append(seconds(head, base, pairs))
         for name, run in cases.items():
             times[name].append(seconds(head, run, pairs))
-    n_tokens = head.encode(pairs).n_tokens
+    n_tokens = statistics.mean(head.encode(pairs).n_tokens for pairs in rounds)
     return {
         name: ([one / base for one, base in zip(some, bases, strict=True)], n_tokens / statistics.median(some))
         for name, some in times.items()
     }
 
 
-def evenly_long(head: RewardHead, pairs: PreferencePairs, n: int) -> PreferencePairs:
-    """`n` pairs at even ranks of their length, so that they stand for all: padding costs short texts most."""
+def by_length(head: RewardHead, pairs: PreferencePairs) -> list[int]:
+    """Numbers of the pairs, from the shortest to the longest."""
     encoded = head.encode(pairs)
     lengths = [len(one) + len(other) for one, other in zip(encoded.chosen, encoded.rejected, strict=True)]
-    order = sorted(range(len(pairs)), key=lengths.__getitem__)
+    return sorted(range(len(pairs)), key=lengths.__getitem__)
+
+
+def evenly_long(head: RewardHead, pairs: PreferencePairs, n: int) -> PreferencePairs:
+    """`n` pairs at even ranks of their length, so that they stand for all: padding costs short texts most."""
+    order = by_length(head, pairs)
     return PreferencePairs(pairs[order[(2 * rank + 1) * len(order) // (2 * n)]] for rank in range(n))
+
+
+def shared_out(head: RewardHead, pairs: PreferencePairs, n: int) -> list[PreferencePairs]:
+    """The pairs in `n` parts, every n-th by length in each."""
+    order = by_length(head, pairs)
+    return [PreferencePairs(pairs[one] for one in order[start::n]) for start in range(n)]
 
 
 def sets_of_a_tenth(head: RewardHead, n: int) -> list[NeuronSet]:
@@ -245,6 +257,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200, help="how many pairs; 0 takes all")
     parser.add_argument("--n-slow", type=int, default=48, help="how many for what takes longer than a plain run")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--share-out", action="store_true", help="each run of the first table takes its part of --n")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
@@ -261,11 +274,12 @@ def main() -> None:
         n_parameters = sum(one.numel() for block in blocks for one in block.parameters())
         work = 2 * n_parameters / ceiling if ceiling else 0.0
         few = evenly_long(head, pairs, options.n_slow)
-        for some in (pairs, few):
+        parts = shared_out(head, pairs, options.runs) if options.share_out else [pairs] * options.runs
+        for some, rounds, cases in ((pairs, parts, OURS), (few, [few] * options.runs, SLOW)):
             tokens = head.encode(some).n_tokens
             print(f"\n{shape}: {len(some)} pairs, {tokens / 2 / len(some):.0f} tokens a text\n")
             plain(head, few)
-            found = compare(head, OURS if some is pairs else SLOW, some, options.runs)
+            found = compare(head, cases, rounds)
             print_table(found, work=work)
         times = [paper / ours for paper, ours in zip(found[PAPER][0], found[COLLECT][0], strict=True)]
         print(
@@ -278,11 +292,11 @@ def main() -> None:
             "the same by score_without": lambda head, some: score_without(head, some, sets_of_a_tenth(head, 9)),
         }
         print(f"\n{shape}: {len(few)} pairs, each of 9 ablations\n")
-        print_table(compare(head, sweeps, few, options.runs), each=9)
+        print_table(compare(head, sweeps, [few] * options.runs), each=9)
         items = best_of_four(few)
         print(f"\n{shape}: best of four, {len(few)} items of three pairs, every distinct text once = 1\n")
         scoring = {"score_pairs": OURS["score_pairs"]}
-        print_table(compare(head, scoring, items, options.runs, plain_of_distinct))
+        print_table(compare(head, scoring, [items] * options.runs, plain_of_distinct))
 
 
 if __name__ == "__main__":
