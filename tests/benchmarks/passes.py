@@ -10,8 +10,9 @@ gradient x activation, and the procedure of arXiv 2606.13209 (everything padded 
 hook on every activation function). Then ablations one by one and as a sweep, and best-of-four.
 
 Models have random weights: GPT-2- and Llama-shaped, 6 layers, width 384. In every round each candidate runs once; its
-ratio is to the round's plain run; with `--share-out` every round has its own part of all pairs. The tables have the median of the ratios, the smallest and the largest, and tokens a
-second. On a GPU (`--device cuda`) they have also the share of the rate that a large matrix product reaches there.
+ratio is to the round's plain run. With `--share-out` every round has its own part of all pairs. The tables have the
+median of the ratios, the smallest and the largest, and tokens a second. On a GPU (`--device cuda`) they have also the
+share of the rate that a large matrix product reaches there.
 """
 
 import argparse
