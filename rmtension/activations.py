@@ -16,13 +16,13 @@ from rmtension.encoding import EncodedText
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
-from rmtension.provenance import Provenance
+from rmtension.provenance import Provenance, digest_of
 from rmtension.reward_head import RewardHead
 from rmtension.sites import check_positions, find_site
 from rmtension.storage import read_result, write_result
 from rmtension.stream import PairStream
 from rmtension.sums import weighted_sums
-from rmtension.tokens import text_batches
+from rmtension.tokens import TokenBatch, text_batches
 
 _STATISTICS = ("mean", "abs_mean", "rms", "frequency")
 
@@ -48,6 +48,11 @@ class ActivationStatistics:
         """The number of tokens behind every statistic."""
         return self.provenance.n_tokens
 
+    @property
+    def digest(self) -> str:
+        """32 hexadecimal digits over the means that ablation writes."""
+        return digest_of(self.channel_mean)
+
     def to_frame(self) -> pd.DataFrame:
         """One row a neuron: layer, neuron and the four statistics."""
         layers, neurons = self.mean.shape
@@ -62,7 +67,8 @@ class ActivationStatistics:
     @classmethod
     def load(cls, path: str | Path) -> "ActivationStatistics":
         """Read what `save` wrote."""
-        tensors, values = read_result(path, "ActivationStatistics")
+        shapes = dict.fromkeys(_STATISTICS, "float layer neuron") | {"channel_mean": "float layer channel"}
+        tensors, values = read_result(path, "ActivationStatistics", tensors=shapes, values={"provenance": dict})
         return cls(**tensors, provenance=Provenance.from_dict(values["provenance"]))
 
 
@@ -80,6 +86,11 @@ class ActivationSample:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def digest(self) -> str:
+        """64 hexadecimal digits over the donors."""
+        return digest_of(self.values) + digest_of(self.keys)
+
     def save(self, path: str | Path) -> None:
         """Write the sample and its provenance to one safetensors file."""
         tensors = {"values": self.values, "keys": self.keys}
@@ -88,7 +99,8 @@ class ActivationSample:
     @classmethod
     def load(cls, path: str | Path) -> "ActivationSample":
         """Read what `save` wrote."""
-        tensors, values = read_result(path, "ActivationSample")
+        shapes = {"values": "float donor layer channel", "keys": "int donor"}
+        tensors, values = read_result(path, "ActivationSample", tensors=shapes, values={"provenance": dict})
         return cls(tensors["values"], tensors["keys"], Provenance.from_dict(values["provenance"]))
 
 
@@ -116,31 +128,57 @@ class ActivationCollector:
 
     def reset(self) -> "ActivationCollector":
         """Forget everything collected so far."""
-        self._sums = self._zeros()
-        self._n_tokens = self._n_pairs = self._data = 0
+        self._seen = _Seen(self._zeros())
         self._model = self.head.fingerprint
         return self
 
     def update(
-        self, pairs: Iterable[PreferencePair], *, truncate_response: bool = False, progress: bool = False
+        self,
+        pairs: Iterable[PreferencePair],
+        *,
+        truncate_response: bool = False,
+        on_nonfinite: str = "raise",
+        work: str | Path | None = None,
+        progress: bool = False,
     ) -> "ActivationCollector":
-        """Add the texts of `pairs`, an iterable of them that is read once."""
+        """Add the texts of `pairs`, an iterable of them that is read once.
+
+        An activation that is no finite number raises `ModelError` with the layer and the pair's id; with
+        `on_nonfinite="skip"` such pairs are left out, and their ids are in the result's provenance. A `work` folder
+        keeps what was done every half minute: after an interruption the same call goes on from there and ends with the
+        same numbers (`rmtension.work`).
+        """
         if self.head.fingerprint != self._model:
             raise ProvenanceError("update: the model's weights changed since the last reset. Call reset() first.")
         sums = self._zeros()
         n_tokens = torch.zeros((), dtype=torch.long)
-        stream = PairStream(self.head, pairs, desc="collect", progress=progress, truncate_response=truncate_response)
-        for batch in stream:
+        stream = PairStream(
+            self.head,
+            pairs,
+            desc="collect",
+            progress=progress,
+            truncate_response=truncate_response,
+            on_nonfinite=on_nonfinite,
+            work=work,
+            inputs={"run": "collect", "site": self.site, "positions": self.positions},
+        )
+
+        def look(batch: TokenBatch) -> list[Tensor]:
             # How many of its row's texts have a token: those of a shared prefix count once for each.
             counts = batch.by_token(batch.select(self.positions).float())
-            n_tokens += counts.sum().long().cpu()
-            self.head.look(batch, [self.site], partial(self._add, sums, counts))
+            found = self._zeros()
+            self.head.look(batch, [self.site], partial(self._put, found, counts))
+            return list(found.values())
+
+        def add(batch: TokenBatch, found: list[Tensor]) -> None:
+            n_tokens.add_(batch.select(self.positions).sum().cpu())
+            for total, one in zip(sums.values(), found, strict=True):
+                total += one
+
+        stream.run(look, add, {**sums, "n_tokens": n_tokens}, layer_dim=0)
         stream.add_up(*sums.values(), n_tokens)
-        for name, total in sums.items():
-            self._sums[name] += total
-        self._n_tokens += int(n_tokens)
-        self._n_pairs += stream.n_pairs
-        self._data += int(stream.digest, 16)
+        skipped = tuple(stream.skipped.values())
+        self._seen += _Seen(sums, int(n_tokens), stream.n_pairs, int(stream.digest, 16), skipped)
         return self
 
     def merge(self, other: "ActivationCollector") -> "ActivationCollector":
@@ -150,18 +188,14 @@ class ActivationCollector:
         self._provenance().require_same(
             other._provenance(), ("architecture", "model", "site", "positions", "dtype"), what="merge"
         )
-        for name, total in other._sums.items():
-            self._sums[name] += total
-        self._n_tokens += other._n_tokens
-        self._n_pairs += other._n_pairs
-        self._data += other._data
+        self._seen += other._seen
         return self
 
     def compute(self) -> ActivationStatistics:
         """The statistics of everything collected; raises `DataError` before the first token."""
-        if not self._n_tokens:
+        if not self._seen.n_tokens:
             raise DataError("compute: nothing was collected yet. Call update(pairs) with at least one pair first.")
-        means = {name: total / self._n_tokens for name, total in self._sums.items()}
+        means = {name: total / self._seen.n_tokens for name, total in self._seen.sums.items()}
         return ActivationStatistics(
             mean=means["value"],
             abs_mean=means["absolute"],
@@ -172,10 +206,19 @@ class ActivationCollector:
         )
 
     def collect(
-        self, pairs: Iterable[PreferencePair], *, truncate_response: bool = False, progress: bool = False
+        self,
+        pairs: Iterable[PreferencePair],
+        *,
+        truncate_response: bool = False,
+        on_nonfinite: str = "raise",
+        work: str | Path | None = None,
+        progress: bool = False,
     ) -> ActivationStatistics:
         """`reset`, `update` and `compute` in one call."""
-        return self.reset().update(pairs, truncate_response=truncate_response, progress=progress).compute()
+        self.reset().update(
+            pairs, truncate_response=truncate_response, on_nonfinite=on_nonfinite, work=work, progress=progress
+        )
+        return self.compute()
 
     def sample(
         self, pairs: PreferencePairs, *, n: int = 256, seed: int = 0, truncate_response: bool = False
@@ -237,24 +280,45 @@ class ActivationCollector:
         }
         return sums | {"channel": torch.zeros(layers, self.head.n_channels(self.site), dtype=torch.float64)}
 
-    def _add(self, sums: Mapping[str, Tensor], counts: Tensor, _site: str, layer: int, channels: Tensor) -> None:
+    def _put(self, found: Mapping[str, Tensor], counts: Tensor, _site: str, layer: int, channels: Tensor) -> None:
         total = weighted_sums(channels, counts.to(channels.device), self.site, self.head.n_neurons(self.site))
         for name, values in total.items():
-            sums[name][layer] += values.cpu()
+            found[name][layer] = values.cpu()
 
     def _n_selected(self, text: EncodedText) -> int:
         return {"all": len(text), "response": len(text) - text.response_start, "last": 1}[self.positions]
 
     def _provenance(self) -> Provenance:
+        seen = self._seen
         now = self.head.provenance(
-            f"{self._data % 2**256:064x}",
-            self._n_pairs,
-            self._n_tokens,
+            f"{seen.digest % 2**256:064x}",
+            seen.n_pairs,
+            seen.n_tokens,
             site=self.site,
             positions=self.positions,
             method="statistics",
         )
-        return replace(now, model=self._model)
+        return replace(now, model=self._model, skipped=seen.skipped)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Sums over everything that was collected; replaced as a whole, so that nothing is ever half added."""
+
+    sums: Mapping[str, Float[Tensor, "layer channel"]]
+    n_tokens: int = 0
+    n_pairs: int = 0
+    digest: int = 0
+    skipped: tuple[str, ...] = ()
+
+    def __add__(self, other: "_Seen") -> "_Seen":
+        return _Seen(
+            {name: total + other.sums[name] for name, total in self.sums.items()},
+            self.n_tokens + other.n_tokens,
+            self.n_pairs + other.n_pairs,
+            self.digest + other.digest,
+            self.skipped + other.skipped,
+        )
 
 
 def _keep(

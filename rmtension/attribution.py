@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -26,7 +28,7 @@ from rmtension.neuron_scores import NeuronScores
 from rmtension.pair import PreferencePair
 from rmtension.pair_scores import PairScores
 from rmtension.pairs import PreferencePairs
-from rmtension.replacing import Reference, can_share, check_reference, name_of
+from rmtension.replacing import Reference, can_share, check_reference, key_of, name_of
 from rmtension.reward_head import RewardHead
 from rmtension.running_scores import RunningScores
 from rmtension.sites import check_positions, find_site
@@ -158,16 +160,45 @@ class NeuronAttribution:
         self.graddrop = graddrop
 
     def score(
-        self, pairs: Iterable[PreferencePair], *, truncate_response: bool = False, progress: bool = False
+        self,
+        pairs: Iterable[PreferencePair],
+        *,
+        truncate_response: bool = False,
+        on_nonfinite: str = "raise",
+        work: str | Path | None = None,
+        progress: bool = False,
     ) -> NeuronScores:
-        """One score per neuron. Memory: one batch's activations and 32 x `layers x neurons` sums, for any pairs."""
-        return score_together([self], pairs, truncate_response=truncate_response, progress=progress)[0]
+        """One score per neuron. Memory: one batch's activations and 32 x `layers x neurons` sums, for any pairs.
+
+        A score that is no finite number raises `ModelError` with the layer and the pair's id; with
+        `on_nonfinite="skip"` such pairs are left out, and their ids are in the result's provenance. A `work` folder
+        keeps what was done every half minute: after an interruption the same call goes on from there and ends with the
+        same numbers (`rmtension.work`).
+        """
+        (found,) = score_together(
+            [self],
+            pairs,
+            truncate_response=truncate_response,
+            on_nonfinite=on_nonfinite,
+            work=work,
+            progress=progress,
+        )
+        return found
 
     @torch.inference_mode(False)  # what is made in it cannot be differentiated
     def per_pair(
-        self, pairs: Iterable[PreferencePair], *, truncate_response: bool = False, progress: bool = False
+        self,
+        pairs: Iterable[PreferencePair],
+        *,
+        truncate_response: bool = False,
+        on_nonfinite: str = "raise",
+        work: str | Path | None = None,
+        progress: bool = False,
     ) -> PairScores:
-        """Every pair's signed scores, whatever `aggregate`. Memory: `pairs x layers x neurons` numbers."""
+        """Every pair's signed scores, whatever `aggregate`. Memory: `pairs x layers x neurons` numbers.
+
+        `on_nonfinite` and `work` are those of `score`; pairs that are left out have no row.
+        """
         if self.graddrop:
             raise OptionError("per_pair: GradDrop has no signed scores. Leave graddrop out.")
         pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
@@ -182,16 +213,26 @@ class NeuronAttribution:
             sharing="pair" if can_share(self.reference) else "none",
             truncate_response=truncate_response,
             keeps_layers=True,
+            on_nonfinite=on_nonfinite,
+            work=work,
+            inputs={"run": "per_pair", **self._inputs},
         )
-        for batch in stream:
-            n_tokens += batch.select(self.positions).sum().cpu()
-            values[list(batch.places[: batch.n_pairs])] = self._signed(_run([self], batch))[0].to(values.dtype)
+
+        def look(batch: TokenBatch) -> list[Tensor]:
+            return [self._signed(_run([self], batch))[0].to(values.dtype)]
+
+        def add(batch: TokenBatch, found: list[Tensor]) -> None:
+            n_tokens.add_(batch.select(self.positions).sum().cpu())
+            values[list(batch.places[: batch.n_pairs])] = found[0]
+
+        stream.run(look, add, {"values": values, "n_tokens": n_tokens}, layer_dim=1)
         stream.require_pairs()
         stream.add_up(values, n_tokens)
         provenance = stream.provenance(
             int(n_tokens), site=self.site, positions=self.positions, method=self._name("signed")
         )
-        return PairScores(values, pairs, provenance)
+        found = PairScores(values, pairs, provenance)
+        return found.take(stream.kept(len(pairs))) if stream.skipped else found
 
     def per_token(
         self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False
@@ -223,6 +264,16 @@ class NeuronAttribution:
 
     def __repr__(self) -> str:
         return f"NeuronAttribution({self._name(self.aggregate)}, {self.site} at {self.positions} tokens, {self.head!r})"
+
+    @property
+    def _inputs(self) -> dict[str, Any]:
+        """What the scores depend on, beside the model and the pairs, for a work folder."""
+        return {
+            "method": self._name(self.aggregate),
+            "site": self.site,
+            "positions": self.positions,
+            "reference": key_of(self.reference),
+        }
 
     # -- for score_together ----------------------------------------------------------------------------------------
 
@@ -271,13 +322,16 @@ def score_together(
     pairs: Iterable[PreferencePair],
     *,
     truncate_response: bool = False,
+    on_nonfinite: str = "raise",
+    work: str | Path | None = None,
     progress: bool = False,
 ) -> list[NeuronScores]:
     """The scores of several attributions of one model, from the same passes, in their order.
 
     Cost: 1 forward pass, and 1 backward pass if any of them needs gradients, for all first-order methods, sites,
     positions and references; plus L backward passes for GradDrop and the passes of each integrated gradients.
-    Raises `OptionError` for attributions of different models or without any.
+    `on_nonfinite` and `work` are those of `NeuronAttribution.score`. Raises `OptionError` for attributions of different
+    models or without any.
     """
     if not attributions or any(one.head is not attributions[0].head for one in attributions):
         raise OptionError("attributions: expected at least one NeuronAttribution, all of the same head.")
@@ -286,24 +340,34 @@ def score_together(
         RunningScores(head.n_layers, head.n_neurons(one.site), gap=one.method == "integrated_gradients")
         for one in attributions
     ]
-    desc = ", ".join(dict.fromkeys(one.method for one in attributions))
     n_tokens = torch.zeros(len(attributions), dtype=torch.long)
     stream = PairStream(
         head,
         pairs,
-        desc=desc,
+        desc=", ".join(dict.fromkeys(one.method for one in attributions)),
         progress=progress,
         sharing="pair" if all(can_share(one.reference) for one in attributions) else "none",
         truncate_response=truncate_response,
         keeps_layers=True,
+        on_nonfinite=on_nonfinite,
+        work=work,
+        inputs={"run": "score", "attributions": [one._inputs for one in attributions]},
     )
-    for batch in stream:
+
+    def look(batch: TokenBatch) -> list[Tensor]:
         run = _run(attributions, batch)
-        for number, one in enumerate(attributions):
-            per_pair, gap = one._per_pair(run)
-            running[number].add(per_pair, batch.keys[: batch.n_pairs], gap)
+        # One after the other: values, and the gap where there is one.
+        return [one for each in attributions for one in each._per_pair(run) if one is not None]
+
+    def add(batch: TokenBatch, found: list[Tensor]) -> None:
+        left = iter(found)
+        for number, (one, sums) in enumerate(zip(attributions, running, strict=True)):
+            values = next(left)
+            sums.add(values, batch.keys[: batch.n_pairs], next(left) if sums.has_gap else None)
             n_tokens[number] += batch.select(one.positions).sum().cpu()
-        del run  # its activations, before the next batch has its own
+
+    state = {f"{number}/{name}": part for number, sums in enumerate(running) for name, part in sums.state.items()}
+    stream.run(look, add, {**state, "n_tokens": n_tokens}, layer_dim=1)
     stream.require_pairs()
     stream.add_up(n_tokens)
     found = []

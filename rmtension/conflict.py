@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
-from rmtension.errors import DataError, OptionError
+from rmtension.errors import DataError, OptionError, StorageError
+from rmtension.header import read_numbers, read_record
 from rmtension.intervals import Estimate, adjusted_p_values, check_level, percentile_interval
 from rmtension.neurons import NeuronSet
 from rmtension.pair_scores import PairScores
@@ -107,12 +108,29 @@ class ConflictReport:
     @classmethod
     def load(cls, path: str | Path) -> "ConflictReport":
         """Read what `save` wrote; the classes are found again."""
-        tensors, values = read_result(path, "ConflictReport")
+        path = Path(path)
+        shapes = {name: "int neuron" if name in ("layer", "neuron") else "float neuron" for name in _COLUMNS}
+        objects = ("cosine", "chance", "reliability", "n_pairs", "n_prompts", "provenance")
+        tensors, values = read_result(
+            path, "ConflictReport", tensors=shapes, values=dict.fromkeys(objects, dict) | {"least": float}
+        )
         table = pd.DataFrame({name: tensors[name].numpy() for name in _COLUMNS})
-        values["cosine"] = Estimate(**values["cosine"])
-        values["chance"] = {name: Null(**null) for name, null in values["chance"].items()}
-        values["provenance"] = {name: Provenance.from_dict(one) for name, one in values["provenance"].items()}
-        return cls(table=_classified(table, values["least"], values["cosine"].level), **values)
+        places = table[["layer", "neuron"]].to_numpy()
+        layers, neurons = (places.max(0) + 1).tolist() if len(places) else (0, 0)
+        # The product first: a number in a file may be of any size.
+        if layers * neurons != len(places) or not (places == np.indices((layers, neurons)).reshape(2, -1).T).all():
+            raise StorageError(f"{path}: damaged: its rows are not all neurons in order. Save the result again.")
+        cosine = read_record(path, Estimate, values["cosine"])
+        return cls(
+            table=_classified(table, values["least"], cosine.level),
+            cosine=cosine,
+            chance={name: read_record(path, Null, values["chance"].get(name)) for name in ("coin", "shuffle")},
+            reliability=read_numbers(path, float, values["reliability"], OBJECTIVES),
+            n_pairs=read_numbers(path, int, values["n_pairs"], OBJECTIVES),
+            n_prompts=read_numbers(path, int, values["n_prompts"], OBJECTIVES),
+            least=values["least"],
+            provenance={name: Provenance.from_dict(values["provenance"].get(name)) for name in OBJECTIVES},
+        )
 
     def __repr__(self) -> str:
         where, level = self.provenance["helpful"], self.cosine.level

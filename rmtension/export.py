@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from rmtension.checkpoints import Checkpoint
 from rmtension.distributed import current
-from rmtension.errors import ModelError, OptionError, RMTensionWarning, StorageError
+from rmtension.errors import ModelError, OptionError, RMTensionWarning
+from rmtension.files import filled_whole
 from rmtension.heads import LinearHead
 from rmtension.hooks import copy_without_hooks
 from rmtension.neurons import NeuronSet
 from rmtension.reward_head import RewardHead
 from rmtension.sites import find_site
+from rmtension.storage import os_error
 
 
 def ablate_weights(
@@ -78,16 +81,16 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
         return
     classifier = build_classifier(head)
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        state = classifier.state_dict()
-        if head.bias:
-            state["score.bias"] = torch.tensor([head.bias], dtype=torch.float32)
-        classifier.save_pretrained(folder, state_dict=state)
+    state = classifier.state_dict()
+    if head.bias:
+        state["score.bias"] = torch.tensor([head.bias], dtype=torch.float32)
+    with filled_whole(folder, "checkpoint", seal="config.json") as place:
+        try:
+            classifier.save_pretrained(place, state_dict=state)
+        except SafetensorError as error:
+            raise os_error(error) from error
         if checkpoint.tokenizer is not None:
-            checkpoint.tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise StorageError(f"{folder}: the checkpoint could not be written ({error}).") from error
+            checkpoint.tokenizer.save_pretrained(place)
     if head.pad_token_id is None:
         warnings.warn(
             "save_pretrained: this head has no pad token to skip, it reads the last token whichever it is. So does "

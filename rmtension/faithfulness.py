@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from rmtension.ablation import AblationContext
 from rmtension.activations import ActivationStatistics
 from rmtension.agreement import MEASURES, agreement
-from rmtension.errors import OptionError
+from rmtension.errors import OptionError, StorageError
+from rmtension.header import read_table
 from rmtension.intervals import bootstrap_mean, check_level
 from rmtension.neuron_scores import NeuronScores, top_size
 from rmtension.neurons import NeuronSet
@@ -86,9 +87,15 @@ class Faithfulness:
     @classmethod
     def load(cls, path: str | Path) -> "Faithfulness":
         """Read what `save` wrote."""
-        tensors, values = read_result(path, "Faithfulness")
-        neurons = pd.DataFrame({name: tensors[name].numpy() for name in values["columns"]})
-        summary, sets = (pd.DataFrame(**values[name]) for name in ("summary", "sets"))
+        path = Path(path)
+        expected = {"summary": dict, "sets": dict, "columns": list, "provenance": dict, "level": float}
+        tensors, values = read_result(path, "Faithfulness", tensors={"*": "any neuron"}, values=expected)
+        names = values["columns"]
+        if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(tensors):
+            raise StorageError(f"{path}: damaged: its columns are not those that it names. Save the result again.")
+        neurons = pd.DataFrame({name: tensors[name].numpy() for name in names})
+        shown = ["method", "n", *(name + end for name in MEASURES for end in ("", "_low", "_high"))]
+        summary, sets = read_table(path, values["summary"], shown), read_table(path, values["sets"], ["method"])
         return cls(summary, neurons, sets, Provenance.from_dict(values["provenance"]), values["level"])
 
 

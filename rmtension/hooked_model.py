@@ -1,8 +1,10 @@
 """A hooked transformer with its tokenizer: how it runs, and where its neurons are."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,9 +30,18 @@ class _AllSeen(Exception):  # noqa: N818 - no error
 class HookedModel:
     """What `RewardHead` is without a reward: a body that runs, in eval mode whatever mode it is in, and its neurons."""
 
-    def __init__(self, body: Body, *, tokenizer: Any, max_length: int | None, tokens_per_batch: int | None) -> None:
+    def __init__(
+        self,
+        body: Body,
+        *,
+        tokenizer: Any,
+        pad_token_id: int | None,
+        max_length: int | None,
+        tokens_per_batch: int | None,
+    ) -> None:
         self.model = body.model
         self.tokenizer = tokenizer
+        self.pad_token_id = pad_token_id
         self.body = body
         parameter = next(self.body.module.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -105,6 +116,22 @@ class HookedModel:
             )
             enough = min(enough, fitting)
         return current().least(enough)
+
+    @cached_property
+    def setup_digest(self) -> str:
+        """32 hexadecimal digits over what the model computes with beside its weights: tokenizer, config and limits."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        config = getattr(getattr(self.model, "original_model", None), "config", None)
+        parts = [
+            str(self.dtype),
+            self.device.type,
+            self.max_length,
+            self.pad_token_id,
+            None if backend is None else backend.to_str(),
+            str(getattr(self.tokenizer, "chat_template", None)),
+            str(self.model.cfg) if config is None else config.to_json_string(),
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     @property
     def sites(self) -> list[str]:

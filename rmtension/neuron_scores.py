@@ -149,7 +149,13 @@ class NeuronScores:
     @classmethod
     def load(cls, path: str | Path) -> "NeuronScores":
         """Read what `save` wrote."""
-        tensors, values = read_result(path, "NeuronScores")
+        tensors, values = read_result(
+            path,
+            "NeuronScores",
+            tensors={"values": "float layer neuron", "stderr": "float layer neuron"},
+            optional={"without_block": "float block layer neuron", "completeness_gap": "float layer"},
+            values={"provenance": dict},
+        )
         provenance = Provenance.from_dict(values["provenance"])
         optional = {name: tensors.get(name) for name in _TENSORS[2:]}
         return cls(tensors["values"], tensors["stderr"], provenance, **optional)

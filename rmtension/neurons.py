@@ -39,8 +39,16 @@ class NeuronSet:
         cls, indices: Iterable[tuple[int, int]], *, shape: tuple[int, int], site: str, architecture: str
     ) -> "NeuronSet":
         """The set of the (layer, neuron) pairs `indices`; raises `OptionError` for one outside `shape`."""
+        if not _are_numbers(shape) or min(shape) < 1 or shape[0] * shape[1] > _MOST:
+            raise OptionError(f"shape: expected the numbers of layers and of neurons a layer, got {shape!r:.80}.")
+        for name, text in (("site", site), ("architecture", architecture)):
+            if not isinstance(text, str):
+                raise OptionError(f"{name}: expected a text, got {text!r:.80}.")
+        given = list(indices) if isinstance(indices, Iterable) else None
+        if given is None or not all(map(_are_numbers, given)):
+            raise OptionError(f"indices: expected (layer, neuron) pairs of whole numbers, got {indices!r:.80}.")
         mask = torch.zeros(shape, dtype=torch.bool)
-        for layer, neuron in indices:
+        for layer, neuron in given:
             if not (0 <= layer < shape[0] and 0 <= neuron < shape[1]):
                 raise OptionError(
                     f"indices: ({layer}, {neuron}) is outside a model with {shape[0]} layers of {shape[1]} neurons."
@@ -111,6 +119,7 @@ class NeuronSet:
         absolute activation) is nearest to that of one of the set. Neurons in `exclude` are left out as well. Raises
         `OptionError` when too few are left to draw from.
         """
+        check_seed(seed)
         if match not in ("layer", "model", "magnitude"):
             raise OptionError(f"match: expected 'layer', 'model' or 'magnitude', got {match!r}.")
         if (match == "magnitude") != (magnitude is not None):
@@ -145,7 +154,8 @@ class NeuronSet:
 
     def subsample(self, k: int, *, seed: int) -> "NeuronSet":
         """`k` of the set's neurons drawn at random: sets of unequal size are compared at the size of the smallest."""
-        if not 0 <= k <= len(self):
+        check_seed(seed)
+        if not _is_whole(k) or not 0 <= k <= len(self):
             raise OptionError(f"k: expected 0 to {len(self)} neurons (the set has so many), got {k}.")
         places = self.mask.view(-1).nonzero()[:, 0].numpy()
         mask = torch.zeros_like(self.mask)
@@ -165,7 +175,9 @@ class NeuronSet:
     @classmethod
     def load(cls, path: str | Path) -> "NeuronSet":
         """Read what `save` wrote."""
-        tensors, values = read_result(path, "NeuronSet")
+        tensors, values = read_result(
+            path, "NeuronSet", tensors={"mask": "bool layer neuron"}, values={"site": str, "architecture": str}
+        )
         return cls(tensors["mask"], values["site"], values["architecture"])
 
     def _with(self, mask: Bool[Tensor, "layer neuron"]) -> "NeuronSet":
@@ -177,6 +189,25 @@ class NeuronSet:
             if mine != theirs:
                 raise ProvenanceError(f"NeuronSet: {name} differs: {mine!r} here, {theirs!r} there.")
         return other.mask
+
+
+# More neurons than any model has: a length that comes from a file may be any number.
+_MOST = 2**28
+
+
+def check_seed(seed: int) -> None:
+    """Raise `OptionError` unless `seed` is one: a whole number that is not negative."""
+    if not _is_whole(seed) or seed < 0:
+        raise OptionError(f"seed: expected a whole number from 0 on, got {seed!r:.80}.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _are_numbers(pair: object) -> bool:
+    """Whether this is two whole numbers."""
+    return isinstance(pair, tuple | list) and len(pair) == 2 and all(map(_is_whole, pair))
 
 
 # A neuron's control is drawn among so many that are nearest in magnitude.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from rmtension.chat import Chat, Message, is_messages, read_chat
+from rmtension.chat import Chat, Message, is_messages, prompt_text, read_chat
 from rmtension.errors import DataError
 
 _ASSISTANT = "\n\nAssistant:"
@@ -109,6 +109,17 @@ def require_responses(pair: PreferencePair, where: str) -> None:
                 f"{where}: field {field!r} is empty; a reward model needs a response to score. Remove the pair, or "
                 'load with on_invalid="skip".'
             )
+    for field in PreferencePair.__dataclass_fields__:
+        value = getattr(pair, field)
+        text = prompt_text(value) if field == "prompt" else value or ""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # JSON can escape half a character; no tokenizer takes it, and no file.
+            raise DataError(
+                f"{where}: field {field!r} has half of a surrogate pair, which is no character. Correct the text, or "
+                'load with on_invalid="skip".'
+            ) from error
 
 
 def to_pair(record: Any, where: str, labels: Mapping[str, str]) -> PreferencePair:

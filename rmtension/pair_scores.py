@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.errors import OptionError
+from rmtension.header import read_objects
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance
 from rmtension.storage import read_result, write_result
@@ -62,6 +63,9 @@ class PairScores:
     @classmethod
     def load(cls, path: str | Path) -> "PairScores":
         """Read what `save` wrote."""
-        tensors, values = read_result(path, "PairScores")
-        pairs = PreferencePairs.from_records(values["pairs"])
+        expected = {"pairs": list, "provenance": dict}
+        tensors, values = read_result(
+            path, "PairScores", tensors={"values": "float pair layer neuron"}, values=expected
+        )
+        pairs = PreferencePairs.from_records(read_objects(Path(path), values["pairs"]))
         return cls(tensors["values"], pairs, Provenance.from_dict(values["provenance"]))

@@ -14,7 +14,9 @@ import numpy as np
 import pandas as pd
 
 from rmtension.chat import Chat, prompt_text, split_turns
+from rmtension.distributed import current
 from rmtension.errors import DataError, OptionError
+from rmtension.files import written_whole
 from rmtension.pair import PreferencePair, require_responses, to_pair
 from rmtension.reading import hub_rows, located_lines, parse_json
 
@@ -277,10 +279,16 @@ class PreferencePairs(Sequence[PreferencePair]):
         return pd.DataFrame([pair.to_dict() for pair in self._pairs], columns=list(PreferencePair.__dataclass_fields__))
 
     def to_jsonl(self, path: str | Path) -> None:
-        """Write JSON lines that `from_jsonl` reads back equal; gzip'd if the name ends in `.gz`."""
+        """Write JSON lines that `from_jsonl` reads back equal; gzip'd if the name ends in `.gz`.
+
+        All of it or nothing; of several processes that share the work, the first one writes.
+        """
+        if not current().is_first:
+            return
         lines = "".join(json.dumps(pair.to_dict(), ensure_ascii=False) + "\n" for pair in self._pairs).encode()
-        # mtime=0: the same pairs give the same bytes.
-        Path(path).write_bytes(gzip.compress(lines, mtime=0) if str(path).endswith(".gz") else lines)
+        with written_whole(Path(path), "pairs") as partial:
+            # mtime=0: the same pairs give the same bytes.
+            partial.write_bytes(gzip.compress(lines, mtime=0) if str(path).endswith(".gz") else lines)
 
 
 def _as_chat(pair: PreferencePair) -> PreferencePair:

@@ -110,9 +110,14 @@ class ActivationProfile:
     @classmethod
     def load(cls, path: str | Path) -> "ActivationProfile":
         """Read what `save` wrote."""
-        tensors, values = read_result(path, "ActivationProfile")
+        shapes = {
+            "sums": f"float {len(_STATISTICS)} 2 {N_BLOCKS} layer neuron",
+            "weights": f"float 2 {N_BLOCKS}",
+        }
+        expected = {"provenance": dict, "base": str}
+        tensors, values = read_result(path, "ActivationProfile", tensors=shapes, values=expected)
         provenance = Provenance.from_dict(values["provenance"])
-        return cls(tensors["sums"], tensors["weights"], str(values["base"]), provenance)
+        return cls(tensors["sums"], tensors["weights"], values["base"], provenance)
 
 
 def collect_profiles(
@@ -124,15 +129,18 @@ def collect_profiles(
     base: RewardHead | None = None,
     pool_tokens: bool = False,
     truncate_response: bool = False,
+    on_nonfinite: str = "raise",
+    work: str | Path | None = None,
     progress: bool = False,
 ) -> dict[tuple[str, str], ActivationProfile]:
     """Profiles of a model at every site and position asked for, by (site, positions), from one pass over `pairs`.
 
     Every text counts once, however long, unless `pool_tokens`: then every token does. With a `base` of the same
-    architecture, which reads the same tokens, the change of every neuron is collected too.
+    architecture, which reads the same tokens, the change of every neuron is collected too. `on_nonfinite`
+    and `work` are those of `ActivationCollector.update`.
 
     Cost: a pass over the pairs, and one of the base; memory: one batch's activations (of all layers with a
-    base), and 5 x 2 x 32 sums a neuron, however many pairs.
+    base) and 5 sums a neuron for each of its texts, and 5 x 2 x 32 sums a neuron, however many pairs.
     """
     for one in positions:
         check_positions(one)
@@ -156,14 +164,30 @@ def collect_profiles(
         sharing="prompt" if both_share else "none",
         truncate_response=truncate_response,
         keeps_layers=base is not None,
+        on_nonfinite=on_nonfinite,
+        work=work,
+        inputs={
+            "run": "collect_profiles",
+            "sites and positions": keys,
+            "base": None if base is None else base.fingerprint,
+            "pool_tokens": pool_tokens,
+        },
     )
-    for batch in stream:
+
+    def look(batch: TokenBatch) -> list[Tensor]:
         before = {} if base is None else _activations(base, batch, sites)
-        views = {
-            site: [totals[site, one].view_of(batch) for one in dict.fromkeys(positions)]
-            for site in dict.fromkeys(sites)
-        }
-        head.look(batch, list(views), partial(_add, head, views, before))
+        views = {key: total.view_of(batch, head.reward_dtype) for key, total in totals.items()}
+        head.look(batch, list(dict.fromkeys(site for site, _ in keys)), partial(_look, head, views, before))
+        return [view.found for view in views.values()]
+
+    def add(batch: TokenBatch, found: list[Tensor]) -> None:
+        for total, one in zip(totals.values(), found, strict=True):
+            total.add(batch, one)
+
+    state = {
+        f"{site}/{one}/{name}": part for (site, one), total in totals.items() for name, part in total.state.items()
+    }
+    stream.run(look, add, state, layer_dim=2)
     method = "profile, tokens pooled" if pool_tokens else "profile"
     profiles: dict[tuple[str, str], ActivationProfile] = {}
     stream.require_pairs()
@@ -232,43 +256,55 @@ class _Totals:
         sums, weights = torch.zeros(shape).double(), torch.zeros(2, N_BLOCKS).double()
         return cls(positions, pool_tokens, sums, weights, torch.tensor(0))
 
-    def view_of(self, batch: TokenBatch) -> "_View":
-        """What this sees of a batch; counts its texts."""
-        select = batch.select(self.positions)
-        lengths = select.sum(dim=1, keepdim=True)
-        per_text = lengths[:, 0].double() if self.pool_tokens else torch.ones(len(lengths), dtype=torch.float64)
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """All of it by name, changed in place."""
+        return {"sums": self.sums, "weights": self.weights, "n_tokens": self.n_tokens}
+
+    def lengths(self, batch: TokenBatch) -> Int[Tensor, "text"]:
+        """How many tokens of every text count."""
+        return batch.select(self.positions).sum(dim=1)
+
+    def view_of(self, batch: TokenBatch, dtype: torch.dtype) -> "_View":
+        """What this sees of a batch."""
+        lengths = self.lengths(batch)
+        weights = batch.select(self.positions).double() / (1 if self.pool_tokens else lengths[:, None])
+        statistics, _, _, layers, neurons = self.sums.shape
+        return _View(batch, weights, torch.zeros(statistics, len(lengths), layers, neurons, dtype=dtype))
+
+    def add(self, batch: TokenBatch, found: Float[Tensor, "statistic text layer neuron"]) -> None:
+        """Add what a view of a batch has found."""
+        lengths = self.lengths(batch).cpu()
         # Sums go to row side * N_BLOCKS + block: the first half of a batch are chosen responses.
-        halves = torch.arange(len(batch.places)) // batch.n_pairs
-        cells = halves * N_BLOCKS + block_of(batch.keys.cpu())
-        self.weights.view(-1).index_add_(0, cells, per_text.cpu())
-        self.n_tokens += lengths.sum().cpu()
-        return _View(self, batch, select.double() / (1 if self.pool_tokens else lengths), cells)
+        cells = torch.arange(len(lengths)) // batch.n_pairs * N_BLOCKS + block_of(batch.keys.cpu())
+        per_text = lengths.double() if self.pool_tokens else torch.ones(len(lengths), dtype=torch.float64)
+        self.weights.view(-1).index_add_(0, cells, per_text)
+        self.n_tokens += lengths.sum()
+        self.sums.flatten(1, 2).index_add_(1, cells, found.double())
 
 
 @dataclass(frozen=True)
 class _View:
-    """One batch as one `_Totals` sees it: the weight of every token, and the cell that each text adds to."""
+    """One batch as one `_Totals` sees it: the weight of every token, and every text's sum of every statistic."""
 
-    totals: _Totals
     batch: TokenBatch
     token_weights: Float[Tensor, "text token"]
-    cells: Int[Tensor, "text"]
+    found: Float[Tensor, "statistic text layer neuron"]
 
-    def add(self, statistic: int, layer: int, values: Float[Tensor, "row token neuron"]) -> None:
-        """Add one statistic of one layer, given for every token."""
-        per_text = self.batch.by_text(self.token_weights.to(values), values).double().cpu()
-        self.totals.sums[statistic].flatten(0, 1)[:, layer].index_add_(0, self.cells, per_text)
+    def put(self, statistic: int, layer: int, values: Float[Tensor, "row token neuron"]) -> None:
+        """One statistic of one layer, given for every token."""
+        self.found[statistic, :, layer] = self.batch.by_text(self.token_weights.to(values), values).cpu()
 
 
-def _add(
+def _look(
     head: RewardHead,
-    views: Mapping[str, Sequence[_View]],
+    views: Mapping[tuple[str, str], _View],
     before: Mapping[tuple[str, int], Float[Tensor, "row token _"]],
     site: str,
     layer: int,
     activation: Float[Tensor, "row token channel"],
 ) -> None:
-    """Add every statistic of one layer to every view of its site."""
+    """Every statistic of one layer, for every view of its site."""
     channels = activation.to(head.reward_dtype)
     values = neuron_activations(channels, site, head.n_neurons(site))
     statistics = [values, values.abs(), values.square(), (values > 0).to(values)]
@@ -276,8 +312,9 @@ def _add(
         moved = neuron_activations(channels - before[site, layer].to(channels), site, head.n_neurons(site))
         statistics.append(moved.square())
     for number, statistic in enumerate(statistics):
-        for view in views[site]:
-            view.add(number, layer, statistic)
+        for (place, _), view in views.items():
+            if place == site:
+                view.put(number, layer, statistic)
 
 
 def _activations(

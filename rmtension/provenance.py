@@ -17,6 +17,7 @@ class Provenance:
 
     `architecture` names the neurons (family, layers, widths): sets and scores of two models can be compared only if
     it agrees. `model` is a fingerprint of the weights, `data` of the pairs. `n_tokens` counts the tokens that entered.
+    `skipped` has the ids of pairs that were left out because they gave numbers that are not finite.
     """
 
     architecture: str
@@ -29,6 +30,7 @@ class Provenance:
     n_pairs: int
     n_tokens: int
     version: str
+    skipped: tuple[str, ...] = ()
 
     def require_same(self, other: "Provenance", names: Iterable[str], *, what: str) -> None:
         """Raise `ProvenanceError` naming the first of the fields `names` in which `other` differs."""
@@ -44,12 +46,29 @@ class Provenance:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Provenance":
+    def from_dict(cls, values: Any) -> "Provenance":
         """The inverse of `to_dict`; raises `ProvenanceError` when a field is missing or has another type."""
+        if not isinstance(values, dict):
+            raise ProvenanceError(f"provenance: expected an object, got {type(values).__name__}.")
+        skipped = values.get("skipped", ())
+        if not isinstance(skipped, list | tuple) or not all(isinstance(one, str) for one in skipped):
+            raise ProvenanceError("provenance: field 'skipped' is no list of ids.")
+        given = values | {"skipped": tuple(skipped)}
         for field in fields(cls):
-            if not isinstance(values.get(field.name), field.type):  # type: ignore[arg-type]
+            kind = tuple if field.name == "skipped" else field.type
+            if not isinstance(given.get(field.name), kind) or isinstance(given[field.name], bool):  # type: ignore[arg-type]
                 raise ProvenanceError(f"provenance: field {field.name!r} is missing or not {field.type}.")
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+        return cls(**{field.name: given[field.name] for field in fields(cls)})
+
+
+def digest_of(tensor: "Tensor") -> str:
+    """32 hexadecimal digits over the bytes, dtype and shape of a tensor."""
+    import torch
+
+    there = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{there.dtype} {tuple(there.shape)}".encode())
+    digest.update(there.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
 
 
 def fingerprint(parameters: "Iterable[Tensor]", *values: object) -> str:

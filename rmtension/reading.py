@@ -4,12 +4,15 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rmtension.errors import DataError
 
+# A file of a few kilobytes may unpack to a line that fills the memory.
+_LONGEST_LINE = 1 << 28
 _GZIP_MAGIC = b"\x1f\x8b"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _JSON = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
@@ -49,9 +52,11 @@ def located_lines(path: Path) -> Iterator[tuple[str, bytes]]:
         with path.open("rb") as raw:
             is_gzip = raw.read(2) == _GZIP_MAGIC
         with gzip.open(path) if is_gzip else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(partial(file.readline, _LONGEST_LINE + 1), b""), start=1):
+                where = f"{path}, line {number}"
+                if len(line) > _LONGEST_LINE:
+                    raise DataError(f"{where}: it has more than {_LONGEST_LINE:,} bytes. Is the file JSON lines?")
                 if line.strip():
-                    where = f"{path}, line {number}"
                     yield where, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: the gzip data is damaged or cut short ({error}). Fetch the file again.") from error
@@ -67,7 +72,8 @@ def parse_json(text: bytes, where: str, expected: str = "Each line must be one J
         raise DataError(
             f"{where}: not valid UTF-8 at byte {error.start} of the line ({error.reason}). Re-encode the file as UTF-8."
         ) from error
-    except json.JSONDecodeError as error:
+    # Not only JSONDecodeError: a number may be too long for Python, brackets nested too deeply.
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}). {expected}") from error
 
 

@@ -5,7 +5,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rmtension.activations import ActivationStatistics
+from rmtension.activations import ActivationSample, ActivationStatistics
 from rmtension.errors import OptionError, ProvenanceError
 from rmtension.provenance import Provenance
 from rmtension.reward_head import RewardHead
@@ -37,6 +37,11 @@ def require_made_from(head: RewardHead, site: str, found: Provenance) -> None:
             f"reference: its activations are those of site {found.site!r}, the neurons are of {site!r}. Collect "
             "them at the neurons' site."
         )
+
+
+def key_of(reference: Reference | ActivationSample | None) -> str | None:
+    """What tells references apart in a work folder."""
+    return reference if isinstance(reference, str | None) else reference.digest
 
 
 def name_of(reference: Reference) -> str:

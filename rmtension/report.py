@@ -1,5 +1,6 @@
 """A study as text: tables for a terminal, and a page of Markdown with pictures."""
 
+import html
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,10 +10,11 @@ import pandas as pd
 
 from rmtension import plots
 from rmtension.distributed import current
-from rmtension.errors import StorageError
+from rmtension.files import filled_whole
 from rmtension.readable import SECTIONS, Section, families_of, readable_tables, rows_of_family
 from rmtension.study_result import StudyResult
 
+_PAGE = "report.md"
 # Table -> file name, function and arguments of its figures.
 _FIGURES: dict[str, tuple[tuple[str, Callable[..., Any], dict[str, str]], ...]] = {
     "accuracy": (("accuracy", plots.accuracy, {}), ("refuse_respond", plots.refuse_respond, {})),
@@ -51,25 +53,22 @@ def write_report(result: StudyResult, folder: str | Path) -> Path:
     """Write `report.md` and a PNG for every figure that the study has tables for into `folder`; returns the page."""
     folder = Path(folder)
     if not current().is_first:
-        return folder / "report.md"
+        return folder / _PAGE
     readable = readable_tables(result)
-    parts = ["# A study of helpful, harmless and mixed reward models", "\n".join(f"- {one}" for one in notes(result))]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    done = "\n".join(f"- {escaped(one)}" for one in notes(result))
+    parts = ["# A study of helpful, harmless and mixed reward models", done]
+    with filled_whole(folder, "report", seal=_PAGE) as place:
         for section in _present(result):
             parts.append(f"## {section.title}")
             if section.note:
                 parts.append(section.note)
             for name, caption, figure in _figures(result, section):
-                figure.savefig(folder / name, dpi=144)
-                parts.append(f"![{caption}]({name})")
+                figure.savefig(place / name, dpi=144)
+                parts.append(f"![{escaped(caption)}]({name})")
             table = readable.get(section.title)
             parts.append(_elsewhere(result, section) if table is None else _markdown(table))
-        page = folder / "report.md"
-        page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{folder}: the report could not be written ({error}).") from error
-    return page
+        (place / _PAGE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return folder / _PAGE
 
 
 def notes(result: StudyResult) -> list[str]:
@@ -120,8 +119,7 @@ def _figures(result: StudyResult, section: Section) -> Iterator[tuple[str, str, 
                 # The number keeps families apart whose names differ only in what a file name cannot hold.
                 suffix = f"-{place + 1}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', family)}" if len(families) > 1 else ""
                 figure = draw(result, family=family, **options)
-                caption = figure.get_suptitle().split("\n")[0]
-                yield f"{name}{suffix}.png", re.sub(r"[\[\]]", "", caption), figure
+                yield f"{name}{suffix}.png", figure.get_suptitle().split("\n")[0], figure
 
 
 def _can_draw(figure: str, frame: pd.DataFrame) -> bool:
@@ -133,10 +131,15 @@ def _can_draw(figure: str, frame: pd.DataFrame) -> bool:
     return len(frame) > 0
 
 
+def escaped(text: str) -> str:
+    """Text of data as Markdown shows it: nothing in it is markup, HTML, a link, or the end of a table's cell."""
+    return re.sub(r"([\\`*_|~$]|(?<=\])\()", r"\\\1", html.escape(text, quote=False))
+
+
 def _markdown(table: pd.DataFrame) -> str:
     def line(cells: Sequence[object]) -> str:
-        # A bar would end the cell, a line break the table.
-        return f"| {' | '.join(' '.join(str(cell).split()).replace('|', chr(92) + '|') for cell in cells)} |"
+        # A line break would end the table.
+        return f"| {' | '.join(escaped(' '.join(str(cell).split())) for cell in cells)} |"
 
     rows = [line(list(row)) for row in table.itertuples(index=False, name=None)]
     return "\n".join([line(list(table.columns)), line(["---"] * table.shape[1]), *rows])

@@ -14,21 +14,21 @@ from tqdm.auto import tqdm
 from rmtension.body import Body, find_body
 from rmtension.checkpoints import Checkpoint, LoadOptions, checkpoint_of, open_checkpoint
 from rmtension.distributed import current
-from rmtension.encoding import TextOrChat, encode_texts
+from rmtension.encoding import EncodedText, TextOrChat, encode_texts
 from rmtension.errors import ModelError, OptionError
 from rmtension.heads import read_head
 from rmtension.hooked_model import HookedModel
+from rmtension.nonfinite import require_finite
 from rmtension.norms import read_norm
 from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance, fingerprint
-from rmtension.scored import ScoredPairs, require_finite
+from rmtension.scored import ScoredPairs
 from rmtension.stream import PairStream
 from rmtension.tokens import (
     TokenBatch,
     check_ids,
     compact,
-    last_token,
     text_batches,
 )
 from rmtension.wrapping import check_model_class, wrap
@@ -78,10 +78,10 @@ class RewardHead(HookedModel):
         super().__init__(
             find_body(model) if _body is None else _body,
             tokenizer=tokenizer,
+            pad_token_id=pad_token_id,
             max_length=max_length,
             tokens_per_batch=tokens_per_batch,
         )
-        self.pad_token_id = pad_token_id
         self.checkpoint = _checkpoint
         self.weight, self.bias = self._read_weight(weight, bias, final_norm)
         self._fingerprint: tuple[object, str] | None = None
@@ -219,26 +219,50 @@ class RewardHead(HookedModel):
         if shard.size > 1:
             shard.require_same("list of texts", f"{[text.ids for text in encoded]} {self.fingerprint}")
             shard.add_up(rewards)
-        return require_finite(rewards)
+        return require_finite(self, rewards, lambda row: self._alone(encoded[row]))
 
     def score_pairs(
-        self, pairs: Iterable[PreferencePair], *, truncate_response: bool = False, progress: bool = False
+        self,
+        pairs: Iterable[PreferencePair],
+        *,
+        truncate_response: bool = False,
+        on_nonfinite: str = "raise",
+        work: str | Path | None = None,
+        progress: bool = False,
     ) -> ScoredPairs:
         """The rewards of both responses of every pair. One pass over all texts, what those of a prompt share once.
 
         Identical responses tie exactly. Prompts are cut from the left where a text is too long for the context, and
         counted; a response that does not fit raises `DataError`, or is cut with `truncate_response=True`.
+
+        A reward that is no finite number raises `ModelError` with the pair's id and what can be told of the cause; with
+        `on_nonfinite="skip"` such pairs are left out of the result, and their ids are in its provenance. A `work`
+        folder keeps what was done every half minute: after an interruption the same call goes on from there and ends
+        with the same numbers (`rmtension.work`).
         """
         self.require_weight()
         pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
-        stream = PairStream(self, pairs, desc="score", progress=progress, truncate_response=truncate_response)
+        stream = PairStream(
+            self,
+            pairs,
+            desc="score",
+            progress=progress,
+            truncate_response=truncate_response,
+            on_nonfinite=on_nonfinite,
+            work=work,
+            inputs={"run": "score_pairs"},
+        )
         rewards = torch.zeros(2, len(pairs), dtype=self.reward_dtype)
-        for batch in stream:
-            rewards[:, list(batch.places[: batch.n_pairs])] = self.rewards(batch).cpu().view(2, -1)
+
+        def look(batch: TokenBatch) -> list[Tensor]:
+            return [self.rewards(batch).cpu()]
+
+        def add(batch: TokenBatch, found: list[Tensor]) -> None:
+            rewards[:, list(batch.places[: batch.n_pairs])] = found[0].view(2, -1)
+
+        stream.run(look, add, {"rewards": rewards})
         stream.add_up(rewards)
-        chosen, rejected = (require_finite(side.clone()) for side in rewards)
-        provenance = stream.provenance(stream.n_tokens, site="residual", positions="last", method="reward")
-        return ScoredPairs(chosen, rejected, pairs, provenance, stream.n_prompts_cut, stream.n_responses_cut)
+        return stream.scored(pairs, rewards)
 
     def score_tokens(
         self, input_ids: Int[Tensor, "text token"], attention_mask: Tensor | None = None
@@ -249,15 +273,13 @@ class RewardHead(HookedModel):
         check_ids(input_ids, mask, max_length=self.max_length, n_embeddings=self.body.n_embeddings)
         # What stands under the mask may be anything; the embedding still looks it up.
         ids, mask = compact(input_ids.masked_fill(~mask, 0).to(self.device), mask.to(self.device))
-        batch = TokenBatch(
-            ids,
-            mask,
-            mask,
-            last_token(ids, mask, self.pad_token_id),
-            torch.arange(len(ids), device=ids.device),
-            tuple(range(len(ids))),
+        batch = TokenBatch.from_rows(ids, mask, pad_token_id=self.pad_token_id)
+        rewards = self.rewards(batch).cpu()
+        return require_finite(
+            self,
+            rewards,
+            lambda row: TokenBatch.from_rows(ids[[row]], mask[[row]], pad_token_id=self.pad_token_id),
         )
-        return require_finite(self.rewards(batch).cpu())
 
     @torch.no_grad()
     def rewards(self, batch: TokenBatch) -> Float[Tensor, "text"]:
@@ -332,6 +354,9 @@ class RewardHead(HookedModel):
         return f"RewardHead({self.architecture}, {self.dtype}, {self.device})"
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _alone(self, text: EncodedText) -> TokenBatch:
+        return TokenBatch.from_texts([text], [0], pad_token_id=self.pad_token_id, device=self.device)
 
     def _read_weight(
         self, weight: object, bias: float, final_norm: nn.Module | None

@@ -17,11 +17,23 @@ class RunningScores:
     """
 
     def __init__(self, layers: int, neurons: int, *, gap: bool = False) -> None:
-        self._n = 0
+        self._n = torch.zeros((), dtype=torch.long)
         self._gap = torch.zeros(layers, dtype=torch.float64) if gap else None
         self._mean, self._deviations = torch.zeros(2, layers, neurons, dtype=torch.float64)
         self._blocks = torch.zeros(N_BLOCKS, layers, neurons, dtype=torch.float64)
         self._block_sizes = torch.zeros(N_BLOCKS, dtype=torch.float64)
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether `add` takes gaps."""
+        return self._gap is not None
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """All of it by name, as tensors that `add` changes in place."""
+        gap = {} if self._gap is None else {"gap": self._gap}
+        blocks = {"blocks": self._blocks, "block_sizes": self._block_sizes}
+        return {"n": self._n, "mean": self._mean, "deviations": self._deviations, **blocks, **gap}
 
     def add(
         self,
@@ -32,12 +44,13 @@ class RunningScores:
         """Add a batch of pairs; `keys` stand for their prompts, `gap` is how far their scores are from complete."""
         if self._gap is not None and gap is not None:
             self._gap += gap.sum(0)
-        n = self._n + len(values)
+        before = int(self._n)
+        n = before + len(values)
         mean = values.mean(0)
         step = mean - self._mean
-        self._deviations += (values - mean).square().sum(0) + step.square() * (self._n * len(values) / n)
+        self._deviations += (values - mean).square().sum(0) + step.square() * (before * len(values) / n)
         self._mean += step * (len(values) / n)
-        self._n = n
+        self._n += len(values)
         owners = block_of(keys.cpu())
         self._blocks.index_add_(0, owners, values)
         self._block_sizes += torch.bincount(owners, minlength=N_BLOCKS)
@@ -46,20 +59,21 @@ class RunningScores:
         """Take in what the other processes have added that share the batches of `stream`."""
         if stream.is_whole:
             return
-        n = torch.tensor(float(self._n), dtype=torch.float64)
-        mean = self._mean * self._n
-        stream.add_up(n, mean, self._blocks, self._block_sizes, *([] if self._gap is None else [self._gap]))
-        mean /= n
-        self._deviations += self._n * (self._mean - mean).square()
+        before = int(self._n)
+        mean = self._mean * before
+        stream.add_up(self._n, mean, self._blocks, self._block_sizes, *([] if self._gap is None else [self._gap]))
+        mean /= int(self._n)
+        self._deviations += before * (self._mean - mean).square()
         stream.add_up(self._deviations)
-        self._n, self._mean = int(n), mean
+        self._mean = mean
 
     def finish(self, provenance: Provenance) -> NeuronScores:
         """The scores of everything that was added."""
+        n = int(self._n)
         undefined = torch.full_like(self._mean, torch.nan)
-        stderr = undefined if self._n < 2 else (self._deviations / (self._n - 1) / self._n).sqrt()
+        stderr = undefined if n < 2 else (self._deviations / (n - 1) / n).sqrt()
         # NaN where one block holds all pairs, so that nothing is left without it.
-        left = rearrange(self._n - self._block_sizes, "block -> block 1 1")
+        left = rearrange(n - self._block_sizes, "block -> block 1 1")
         without = (self._blocks.sum(0) - self._blocks) / left
-        gap = None if self._gap is None else self._gap / self._n
+        gap = None if self._gap is None else self._gap / n
         return NeuronScores(self._mean, stderr, provenance, without, gap)

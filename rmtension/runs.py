@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +20,8 @@ from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
 from rmtension.profiles import ActivationProfile, collect_profiles
-from rmtension.provenance import Provenance
+from rmtension.provenance import Provenance, digest_of
+from rmtension.replacing import key_of
 from rmtension.reward_head import RewardHead
 from rmtension.scored import ScoredPairs
 from rmtension.storage import read_result, write_result
@@ -63,7 +66,6 @@ class ModelRuns:
         self._reward = reward
         self._head = model if isinstance(model, RewardHead) else None
         self._key: str | None = None
-        self._rest: str | None = None
         self._versions = [version("rmtension"), version("torch"), version("transformers"), torch.cuda.is_available()]
         self._known: dict[str, Any] = {}
         self.n_run = self.n_read = 0
@@ -83,9 +85,7 @@ class ModelRuns:
         A head that was trained further has another key. A hub name is opened to be named.
         """
         if isinstance(self._model, RewardHead) or not Path(self._model).is_dir():
-            # The rest is long and stays: only weights change under a head that is open.
-            self._rest = self._rest or _digest_of_rest(self.head)
-            return f"head-{self.head.fingerprint}-{self._rest}"
+            return f"head-{self.head.fingerprint}-{self.head.setup_digest}"
         if self._key is None:
             self._key = f"folder-{digest_of_folder(Path(self._model))}"
         return self._key
@@ -113,14 +113,14 @@ class ModelRuns:
     ) -> ScoredPairs:
         """The rewards of `pairs`, or what they are without some neurons."""
 
-        def run() -> ScoredPairs:
+        def run(work: Path | None) -> _Rewards:
             if without is None or not len(without):
-                return self.head.score_pairs(pairs)
-            (found,) = score_without(self.head, pairs, [without], mode=mode, reference=reference)
-            return found
+                return _Rewards.of(self.head.score_pairs(pairs, work=work))
+            (found,) = score_without(self.head, pairs, [without], mode=mode, reference=reference, work=work)
+            return _Rewards.of(found)
 
         details = [pairs.ordered_digest, _described(without, mode, reference)]
-        return self._once("rewards", details, lambda: _Rewards.of(run()), _Rewards.load).scored(pairs)
+        return self._once("rewards", details, run, _Rewards.load).scored(pairs)
 
     def prepare(
         self,
@@ -138,10 +138,13 @@ class ModelRuns:
                 missing[name] = one
         if missing:
             self._require_unhooked()
-            found = score_without(self.head, pairs, list(missing.values()), mode=mode, reference=reference)
-            for name, scored in zip(missing, found, strict=True):
-                self.n_run += 1
-                self._keep(name, _Rewards.of(scored))
+            with self._work(f"sweep-{_digest_of_names(missing)}") as work:
+                found = score_without(
+                    self.head, pairs, list(missing.values()), mode=mode, reference=reference, work=work
+                )
+                for name, scored in zip(missing, found, strict=True):
+                    self.n_run += 1
+                    self._keep(name, _Rewards.of(scored))
 
     def known_rewards(self, pairs: PreferencePairs) -> ScoredPairs | None:
         """The rewards of `pairs` if they were asked for before."""
@@ -164,7 +167,7 @@ class ModelRuns:
         def details(one: str) -> list[Any]:
             return [pairs.ordered_digest, one, positions, None if base is None else base.key, pool_tokens]
 
-        def run() -> ActivationProfile:
+        def run(work: Path | None) -> ActivationProfile:
             found = collect_profiles(
                 self.head,
                 pairs,
@@ -172,6 +175,7 @@ class ModelRuns:
                 positions=[positions],
                 base=None if base is None else base.head,
                 pool_tokens=pool_tokens,
+                work=work,
             )
             for other in sites[1:]:
                 self._keep(self._name("profile", details(other)), found[other, positions])
@@ -184,8 +188,8 @@ class ModelRuns:
     ) -> NeuronScores:
         """Scores by a method of `NeuronAttribution`."""
 
-        def run() -> NeuronScores:
-            return NeuronAttribution(self.head, method=method, site=site, positions=positions).score(pairs)
+        def run(work: Path | None) -> NeuronScores:
+            return NeuronAttribution(self.head, method=method, site=site, positions=positions).score(pairs, work=work)
 
         details = [pairs.ordered_digest, method, site, positions]
         return self._once("attribution", details, run, NeuronScores.load)
@@ -195,13 +199,13 @@ class ModelRuns:
         return self._once(
             "statistics",
             [pairs.ordered_digest, site],
-            lambda: ActivationCollector(self.head, site=site).collect(pairs),
+            lambda work: ActivationCollector(self.head, site=site).collect(pairs, work=work),
             ActivationStatistics.load,
         )
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _once(self, kind: str, details: list[Any], run: Callable[[], _R], load: Callable[[Path], _R]) -> _R:
+    def _once(self, kind: str, details: list[Any], run: Callable[[Path | None], _R], load: Callable[[Path], _R]) -> _R:
         name = self._name(kind, details)
         if name not in self._known:
             if self._folder is not None and self._has(name):
@@ -209,11 +213,23 @@ class ModelRuns:
                 self.n_read += 1
             else:
                 self._require_unhooked()
-                found = run()
-                self.n_run += 1
-                self._keep(name, found)
+                with self._work(name) as work:
+                    found = run(work)
+                    self.n_run += 1
+                    self._keep(name, found)
         result: _R = self._known[name]
         return result
+
+    @contextmanager
+    def _work(self, name: str) -> Iterator[Path | None]:
+        """A work folder for one run, which goes when its results are kept; None where nothing is kept on disk."""
+        if self._folder is None:
+            yield None
+            return
+        work = self._folder / f"{Path(name).stem}.work"
+        yield work
+        if current().is_first:
+            shutil.rmtree(work, ignore_errors=True)
 
     def _has(self, name: str) -> bool:
         """Whether a result is known, or in the folder."""
@@ -264,36 +280,22 @@ class _Rewards:
 
     @classmethod
     def load(cls, path: str | Path) -> "_Rewards":
-        tensors, values = read_result(path, "Rewards")
+        shapes = {"chosen": "float pair", "rejected": "float pair"}
+        tensors, values = read_result(path, "Rewards", tensors=shapes, values={"provenance": dict, "cut": list})
         provenance = Provenance.from_dict(values["provenance"])
         empty = PreferencePairs([])
         return cls(ScoredPairs(tensors["chosen"], tensors["rejected"], empty, provenance, *values["cut"]))
+
+
+def _digest_of_names(names: Iterable[str]) -> str:
+    return hashlib.sha256(" ".join(names).encode()).hexdigest()[:24]
 
 
 def _described(without: NeuronSet | None, mode: str, reference: ActivationStatistics | None) -> list[Any] | None:
     """What an ablation depends on; None for the whole model."""
     if without is None or not len(without):
         return None
-    means = None if reference is None else hashlib.sha256(reference.channel_mean.numpy().tobytes()).hexdigest()
-    mask = hashlib.sha256(without.mask.numpy().tobytes()).hexdigest()
-    return [without.site, without.architecture, mask, mode, means]
-
-
-def _digest_of_rest(head: RewardHead) -> str:
-    """Everything but the weights of an open head: tokenizer, config and limits."""
-    tokenizer = head.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    config = getattr(getattr(head.model, "original_model", None), "config", None)
-    parts = [
-        str(head.dtype),
-        head.device.type,
-        head.max_length,
-        head.pad_token_id,
-        None if backend is None else backend.to_str(),
-        str(getattr(tokenizer, "chat_template", None)),
-        str(head.model.cfg) if config is None else config.to_json_string(),
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    return [without.site, without.architecture, digest_of(without.mask), mode, key_of(reference)]
 
 
 def digest_of_folder(folder: Path) -> str:

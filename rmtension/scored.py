@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rmtension.errors import ModelError
+from rmtension.errors import StorageError
+from rmtension.header import read_objects
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance
 from rmtension.storage import read_result, write_result
@@ -101,23 +102,15 @@ class ScoredPairs:
     @classmethod
     def load(cls, path: str | Path) -> "ScoredPairs":
         """Read what `save` wrote."""
-        tensors, values = read_result(path, "ScoredPairs")
-        return cls(
-            tensors["chosen"],
-            tensors["rejected"],
-            PreferencePairs.from_records(values["pairs"]),
-            Provenance.from_dict(values["provenance"]),
-            values["n_prompts_cut"],
-            values["n_responses_cut"],
+        tensors, values = read_result(
+            path,
+            "ScoredPairs",
+            tensors={"chosen": "float pair", "rejected": "float pair"},
+            values={"pairs": list, "provenance": dict, "n_prompts_cut": int, "n_responses_cut": int},
         )
-
-
-def require_finite(rewards: Float[Tensor, "text"]) -> Float[Tensor, "text"]:
-    """The rewards, or `ModelError` naming the first that is no number."""
-    if not torch.isfinite(rewards).all():
-        row = int((~torch.isfinite(rewards)).nonzero()[0])
-        raise ModelError(
-            f"rewards: item {row} got {float(rewards[row])}. Check the weights, or load with dtype=torch.float32 if "
-            "half precision overflows."
-        )
-    return rewards
+        pairs = PreferencePairs.from_records(read_objects(Path(path), values["pairs"]))
+        if len(pairs) != len(tensors["chosen"]):
+            raise StorageError(f"{path}: damaged: rewards of {len(tensors['chosen'])} pairs, and {len(pairs)} pairs.")
+        provenance = Provenance.from_dict(values["provenance"])
+        cut = values["n_prompts_cut"], values["n_responses_cut"]
+        return cls(tensors["chosen"], tensors["rejected"], pairs, provenance, *cut)

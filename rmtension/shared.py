@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from rmtension.errors import OptionError
+from rmtension.errors import OptionError, StorageError
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
 from rmtension.overlap import Overlap, depth_thirds
@@ -124,14 +124,23 @@ class SharedNeuronReport:
     @classmethod
     def load(cls, path: str | Path) -> "SharedNeuronReport":
         """Read what `save` wrote; the comparisons are computed again from the sets."""
-        tensors, values = read_result(path, "SharedNeuronReport")
+        tensors, values = read_result(
+            path,
+            "SharedNeuronReport",
+            tensors={"set/*": "bool layer neuron"},
+            optional={"base": "bool layer neuron"},
+            values={"names": list, "site": str, "architecture": str, "fraction": float, "by": str, "provenance": dict},
+        )
+        names = values["names"]
+        if not names or sorted(tensors.keys() - {"base"}) != sorted(f"set/{name}" for name in names):
+            raise StorageError(f"{path}: damaged: its sets are not those that it names. Save the result again.")
         place = (values["site"], values["architecture"])
         return cls.of(
-            {name: NeuronSet(tensors[f"set/{name}"], *place) for name in values["names"]},
+            {name: NeuronSet(tensors[f"set/{name}"], *place) for name in names},
             NeuronSet(tensors["base"], *place) if "base" in tensors else None,
             fraction=values["fraction"],
             by=values["by"],
-            provenance={name: Provenance.from_dict(values["provenance"][name]) for name in values["names"]},
+            provenance={name: Provenance.from_dict(values["provenance"].get(name)) for name in names},
         )
 
     def _only(self) -> Overlap:

@@ -1,6 +1,7 @@
 """The truth that attribution is measured against: what taking out each neuron by itself does to the margin."""
 
 from collections.abc import Iterable, Iterator, Sized
+from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -13,13 +14,14 @@ from rmtension.errors import OptionError, ProvenanceError
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
 from rmtension.pair import PreferencePair
-from rmtension.replacing import Reference, can_share, check_reference, name_of, step_to
+from rmtension.provenance import digest_of
+from rmtension.replacing import Reference, can_share, check_reference, key_of, name_of, step_to
 from rmtension.replay import Replay
 from rmtension.reward_head import RewardHead
 from rmtension.running_scores import RunningScores
 from rmtension.sites import check_positions, find_site
 from rmtension.stream import PairStream
-from rmtension.tokens import margins
+from rmtension.tokens import TokenBatch, margins
 from rmtension.writes import moving, written_weights
 
 # Residual streams of one step over the last layer's neurons, in numbers: 64 MB in float32.
@@ -35,6 +37,8 @@ def single_neuron_effects(
     positions: str = "all",
     neurons: NeuronSet | None = None,
     truncate_response: bool = False,
+    on_nonfinite: str = "raise",
+    work: str | Path | None = None,
     progress: bool = False,
 ) -> NeuronScores:
     """What replacing each neuron by `reference`, alone, does to the margin: mean over pairs of M without - M with it.
@@ -51,6 +55,7 @@ def single_neuron_effects(
     Models whose blocks do not run one by one take a whole pass a neuron.
 
     In half precision effects near the rounding of the reward are rounding; open the model in float32 for the truth.
+    `on_nonfinite` and `work` are those of `NeuronAttribution.score`.
     Raises `OptionError` for a wrong site, position or reference, `ProvenanceError` for neurons or a reference of
     another model.
     """
@@ -70,35 +75,50 @@ def single_neuron_effects(
             f"neurons: the set indexes neurons of {neurons.architecture!r}, the model is {head.architecture!r}. Use a "
             "set made with a model of this architecture."
         )
+    per_layer = [columns.nonzero()[:, 0].tolist() for columns in neurons.mask]
+    silent = None if progress and current().is_first else True
+    total = len(pairs) * len(neurons) if isinstance(pairs, Sized) else None
     stream = PairStream(
         head,
         pairs,
         sharing="prompt" if can_share(reference) else "none",
         truncate_response=truncate_response,
         keeps_layers=True,
+        on_nonfinite=on_nonfinite,
+        work=work,
+        inputs={
+            "run": "single_neuron_effects",
+            "site": site,
+            "positions": positions,
+            "reference": key_of(reference),
+            "neurons": digest_of(neurons.mask),
+        },
     )
     scores = RunningScores(*shape)
     n_tokens = torch.zeros((), dtype=torch.long)
-    silent = None if progress and current().is_first else True
-    total = len(pairs) * len(neurons) if isinstance(pairs, Sized) else None
-    with (
-        tqdm(total=total, desc="ablate", unit="pair", disable=silent) as bar,
-        torch.no_grad(),
-    ):
-        for batch in stream:
-            replay = Replay(head, batch, [site])
-            changes = torch.full((batch.n_pairs, *shape), torch.nan, dtype=torch.float64)
-            for layer, columns in enumerate(neurons.mask):
-                wanted = columns.nonzero()[:, 0].tolist()
-                if not wanted:
-                    continue
-                activation = replay.activations[site, layer]
-                step = step_to(reference, layer, activation, batch.touched(positions).to(activation.device))
-                for number, change in zip(wanted, _changes(replay, site, layer, step, wanted), strict=True):
-                    changes[:, layer, number] = margins(change).double().cpu()
-                    bar.update(batch.n_pairs)
-            scores.add(changes, batch.keys[: batch.n_pairs])
-            n_tokens += batch.select(positions).sum().cpu()
+
+    @torch.no_grad()
+    def look(batch: TokenBatch) -> list[Tensor]:
+        replay = Replay(head, batch, [site])
+        found = []
+        for layer, wanted in enumerate(per_layer):
+            if not wanted:
+                continue
+            activation = replay.activations[site, layer]
+            step = step_to(reference, layer, activation, batch.touched(positions).to(activation.device))
+            for change in _changes(replay, site, layer, step, wanted):
+                found.append(margins(change).double().cpu())
+                bar.update(batch.n_pairs)
+        return found
+
+    def add(batch: TokenBatch, found: list[Tensor]) -> None:
+        changes = torch.full((batch.n_pairs, *shape), torch.nan, dtype=torch.float64)
+        changes[:, neurons.mask] = torch.stack(found, dim=1)
+        scores.add(changes, batch.keys[: batch.n_pairs])
+        n_tokens.add_(batch.select(positions).sum().cpu())
+
+    with tqdm(total=total, desc="ablate", unit="pair", disable=silent) as bar:
+        stream.run(look, add, {**scores.state, "n_tokens": n_tokens})
     stream.require_pairs()
     stream.add_up(n_tokens)
     scores.add_up(stream)

@@ -1,22 +1,31 @@
-"""Preference pairs on their way through a model: read, encoded and batched some at a time, and counted."""
+"""Preference pairs on their way through a model: read, encoded and batched some at a time, counted, and resumed."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sized
-from dataclasses import replace
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from itertools import islice
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from rmtension.distributed import current
 from rmtension.encoding import EncodedPairs, encode_pairs
-from rmtension.errors import DataError
+from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning, StorageError
+from rmtension.nonfinite import are_finite, where_not_finite
 from rmtension.packing import Sharing, pair_batches
 from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance
+from rmtension.scored import ScoredPairs
 from rmtension.tokens import TokenBatch
+from rmtension.work import Progress, claim, locked
 
 if TYPE_CHECKING:
     from rmtension.reward_head import RewardHead
@@ -29,8 +38,49 @@ _WIDTHS = 3
 _GROUP_AT_LEAST = 256
 
 
+_Found = TypeVar("_Found", bound=Sequence[Tensor])
+
+
+@dataclass
+class _Place:
+    """Where a run is, and what it has read; JSON in a work folder.
+
+    Batches are numbered over all pairs: `before` came before the part that begins with pair `first`, `done` are done.
+    """
+
+    tokens_per_batch: int
+    first: int = 0
+    before: int = 0
+    done: int = 0
+    is_finished: bool = False
+    # Digest of all pairs up to the end of that part, in their order.
+    order: str = ""
+    n_read: int = 0
+    n_tokens: int = 0
+    n_prompts_cut: int = 0
+    n_responses_cut: int = 0
+    digest: int = 0
+    # Number, id, digest and tokens of every pair that was left out.
+    skipped: list[tuple[int, str, str, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Pairs that are in memory together, as tokens; `first` is the number of the first."""
+
+    first: int
+    pairs: PreferencePairs
+    encoded: EncodedPairs
+
+    def only(self, place: int) -> "_Part":
+        """The pair of that number alone."""
+        row = place - self.first
+        chosen, rejected = (side[row : row + 1] for side in (self.encoded.chosen, self.encoded.rejected))
+        return _Part(place, self.pairs[row : row + 1], replace(self.encoded, chosen=chosen, rejected=rejected))
+
+
 class PairStream:
-    """Batches with both texts of every pair of an iterable, and what has been read of them so far.
+    """A run over both texts of every pair of an iterable, batch by batch, and what has been read of them so far.
 
     `pairs` is read once, `_AT_A_TIME` pairs at a time, so that it may be longer than memory. `places` of batches count
     from its first pair. Inside `distributed.sharded` every process gets some of the batches, and `add_up` puts
@@ -44,6 +94,9 @@ class PairStream:
         sharing: whose texts may share a row (`rmtension.packing`).
         truncate_response: whether responses that do not fit are cut.
         keeps_layers: whether something of every layer is kept of a batch, which then has to be smaller.
+        on_nonfinite: "raise", or "skip": what happens to a pair that gives numbers which are none.
+        work: a folder that keeps what was done, every half minute: after an interruption, the same call goes on there.
+        inputs: name -> value of what the run depends on beside model, pairs and the above; compared in `work`.
     """
 
     def __init__(
@@ -56,33 +109,58 @@ class PairStream:
         sharing: Sharing = "prompt",
         truncate_response: bool = False,
         keeps_layers: bool = False,
+        on_nonfinite: str = "raise",
+        work: str | Path | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
+        if on_nonfinite not in ("raise", "skip"):
+            raise OptionError(f"on_nonfinite: expected 'raise' or 'skip', got {on_nonfinite!r}.")
         self.head = head
-        self.n_pairs = self.n_tokens = self.n_prompts_cut = self.n_responses_cut = 0
         self._pairs = pairs
         self._desc = desc
         self._progress = progress
         self._sharing = sharing
         self._truncate_response = truncate_response
         self._keeps_layers = keeps_layers
-        self._digest = 0
+        self._on_nonfinite = on_nonfinite
+        self._work = None if work is None else Path(work)
+        self._inputs = dict(inputs or {})
+        self._at = _Place(0)
         self._order = hashlib.sha256()
         self._shard = current()
 
-    def __iter__(self) -> Iterator[TokenBatch]:
-        total = len(self._pairs) if isinstance(self._pairs, Sized) else None
-        silent = None if self._progress and self._shard.is_first else True
+    def run(
+        self,
+        look: Callable[[TokenBatch], _Found],
+        add: Callable[[TokenBatch, _Found], None],
+        state: Mapping[str, Tensor],
+        *,
+        layer_dim: int | None = None,
+    ) -> None:
+        """Over every batch, `add(batch, look(batch))`, where all that `look` gives is numbers.
+
+        `add` changes nothing but `state`, in place: with a work folder, that is what is kept there, and what a resumed
+        run starts from. Along `layer_dim` of every tensor that `look` gives lie layers; None where there are none.
+
+        Raises `ModelError` where a pair gives numbers that are none, naming the pair and the layer; with
+        `on_nonfinite="skip"` it is left out and counted. Raises `StorageError` for a work folder of another run.
+        """
         if not self.is_whole:
             self._shard.require_same("model", self.head.fingerprint)
-        number = 0
-        tokens_per_batch = self.head.tokens_together(keeps_layers=self._keeps_layers)
-        with tqdm(total=total, desc=self._desc, unit="pair", disable=silent) as bar:
-            for first, encoded in self._parts():
-                for batch in self._batches(encoded, tokens_per_batch):
-                    if self._shard.takes(number):
-                        yield replace(batch, places=tuple(first + place for place in batch.places))
-                    number += 1
-                    bar.update(batch.n_pairs)
+        self._at = _Place(self.head.tokens_together(keeps_layers=self._keeps_layers))
+        with ExitStack() as stack:
+            kept = None
+            if self._work is not None:
+                self._require_unhooked()
+                stack.enter_context(locked(self._work))
+                claim(self._work, self._depends_on())
+                kept = Progress(self._work, state)
+                self._at = _Place(**kept.place) if kept.place else self._at
+            self._run(look, add, kept, layer_dim)
+        if not self.is_whole:
+            found = self._shard.texts(json.dumps(self._at.skipped))
+            self._at.skipped = [tuple(one) for text in found for one in json.loads(text)]
+        self._warn()
 
     @property
     def is_whole(self) -> bool:
@@ -90,14 +168,38 @@ class PairStream:
         return self._shard.size == 1
 
     @property
+    def n_pairs(self) -> int:
+        """Pairs that were read and not left out."""
+        return self._at.n_read - len(self._at.skipped)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of their texts."""
+        return self._at.n_tokens - sum(n_tokens for *_, n_tokens in self._at.skipped)
+
+    @property
+    def n_cut(self) -> tuple[int, int]:
+        """How many of all pairs that were read lost prompt tokens, and how many response tokens."""
+        return self._at.n_prompts_cut, self._at.n_responses_cut
+
+    @property
+    def skipped(self) -> dict[int, str]:
+        """Number -> id of every pair that was left out."""
+        return {number: name for number, name, *_ in sorted(self._at.skipped)}
+
+    @property
     def digest(self) -> str:
-        """That of `PreferencePairs` over all pairs read so far."""
-        return f"{self._digest % 2**256:064x}"
+        """That of `PreferencePairs` over all pairs that were read and not left out."""
+        left_out = sum(int(digest, 16) for _, _, digest, _ in self._at.skipped)
+        return f"{(self._at.digest - left_out) % 2**256:064x}"
 
     def require_pairs(self) -> None:
         """Raise `DataError` if there was none."""
         if not self.n_pairs:
-            raise DataError("pairs: expected at least one preference pair, got none.")
+            n = len(self._at.skipped)
+            raise DataError(
+                f"pairs: expected at least one preference pair, got {f'{n} without finite numbers' if n else 'none'}."
+            )
 
     def add_up(self, *tensors: Tensor) -> None:
         """Each tensor, on the CPU, becomes its sum over the processes that share the batches, in place."""
@@ -107,35 +209,157 @@ class PairStream:
 
     def provenance(self, n_tokens: int, *, site: str, positions: str, method: str) -> Provenance:
         """What a result from `n_tokens` tokens of the pairs read so far has to carry."""
-        return self.head.provenance(self.digest, self.n_pairs, n_tokens, site=site, positions=positions, method=method)
+        found = self.head.provenance(self.digest, self.n_pairs, n_tokens, site=site, positions=positions, method=method)
+        return replace(found, skipped=tuple(self.skipped.values()))
+
+    def kept(self, n: int) -> list[int]:
+        """The numbers of the first `n` pairs without those that were left out."""
+        left_out = self.skipped
+        return [number for number in range(n) if number not in left_out]
+
+    def scored(self, pairs: PreferencePairs, rewards: Float[Tensor, "2 pair"]) -> ScoredPairs:
+        """The rewards that this run over `pairs` has found, chosen and rejected, without the pairs it left out."""
+        kept = self.kept(len(pairs))
+        some = PreferencePairs(pairs[number] for number in kept) if self.skipped else pairs
+        provenance = self.provenance(self.n_tokens, site="residual", positions="last", method="reward")
+        return ScoredPairs(rewards[0, kept], rewards[1, kept], some, provenance, *self.n_cut)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _parts(self) -> Iterator[tuple[int, EncodedPairs]]:
-        """Some pairs at a time, as tokens, with the number of the first; counts them."""
-        head, rest = self.head, iter(self._pairs)
-        while len(pairs := PreferencePairs(islice(rest, _AT_A_TIME), first=self.n_pairs)):
-            first = self.n_pairs
-            encoded = encode_pairs(
-                head.tokenizer, pairs, max_length=head.max_length, truncate_response=self._truncate_response
-            )
-            self.n_pairs += len(pairs)
-            self.n_tokens += encoded.n_tokens
-            self.n_prompts_cut += encoded.n_prompts_cut
-            self.n_responses_cut += encoded.n_responses_cut
-            self._digest += int(pairs.digest, 16)
-            if not self.is_whole:
-                self._order.update(pairs.ordered_digest.encode())
-            yield first, encoded
+    def _run(
+        self,
+        look: Callable[[TokenBatch], _Found],
+        add: Callable[[TokenBatch, _Found], None],
+        kept: Progress | None,
+        layer_dim: int | None,
+    ) -> None:
+        at = self._at
+        total = len(self._pairs) if isinstance(self._pairs, Sized) else None
+        silent = None if self._progress and self._shard.is_first else True
+        with tqdm(total=total, desc=self._desc, unit="pair", disable=silent) as bar:
+            number = at.before
+            for part in self._parts(bar):
+                at.first, at.before = part.first, number
+                for batch in self._batches(part):
+                    number += 1
+                    bar.update(batch.n_pairs)
+                    if number <= at.done:
+                        continue
+                    if self._shard.takes(number - 1):
+                        self._add(part, batch, look, add, layer_dim)
+                    at.done = number
+                    if kept is not None and kept.is_due:
+                        kept.save(asdict(at))
+            if kept is not None and not at.is_finished:
+                at.is_finished, at.first = True, at.n_read
+                kept.save(asdict(at))
 
-    def _batches(self, encoded: EncodedPairs, tokens_per_batch: int) -> Iterator[TokenBatch]:
+    def _parts(self, bar: Any) -> Iterator[_Part]:
+        """Some pairs at a time; those that were done before an interruption are read, and left out."""
+        at, begun_at, n_known, n_read = self._at, self._at.first, self._at.n_read, 0
+        rest = iter(self._pairs)
+        while len(pairs := PreferencePairs(islice(rest, _AT_A_TIME), first=n_read)):
+            first, n_read = n_read, n_read + len(pairs)
+            if self._work is not None or not self.is_whole:
+                self._order.update(pairs.ordered_digest.encode())
+            order = self._order.hexdigest()
+            is_last_known = first < n_known <= n_read
+            if (is_last_known and (n_read, order) != (n_known, at.order)) or (at.is_finished and first >= n_known):
+                raise self._other_pairs()
+            if first < begun_at:
+                bar.update(len(pairs))
+                continue
+            encoded = encode_pairs(
+                self.head.tokenizer, pairs, max_length=self.head.max_length, truncate_response=self._truncate_response
+            )
+            if first >= n_known:
+                at.n_read, at.order = n_read, order
+                at.n_tokens += encoded.n_tokens
+                at.n_prompts_cut += encoded.n_prompts_cut
+                at.n_responses_cut += encoded.n_responses_cut
+                at.digest += int(pairs.digest, 16)
+            yield _Part(first, pairs, encoded)
+        if n_read < n_known:
+            raise self._other_pairs()
+
+    def _batches(self, part: _Part) -> Iterator[TokenBatch]:
         head = self.head
-        return pair_batches(
-            encoded,
-            tokens_per_batch=tokens_per_batch,
+        batches = pair_batches(
+            part.encoded,
+            tokens_per_batch=self._at.tokens_per_batch,
             pad_token_id=head.pad_token_id,
             device=head.device,
             pack_up_to=head.body.pack_up_to,
             group_up_to=max(_GROUP_AT_LEAST, _WIDTHS * head.d_model),
             sharing=self._sharing,
+        )
+        return (replace(batch, places=tuple(part.first + place for place in batch.places)) for batch in batches)
+
+    def _add(
+        self,
+        part: _Part,
+        batch: TokenBatch,
+        look: Callable[[TokenBatch], _Found],
+        add: Callable[[TokenBatch, _Found], None],
+        layer_dim: int | None,
+    ) -> None:
+        found = look(batch)
+        if are_finite(found):
+            add(batch, found)
+            return
+        # What is no number makes others so that are in its row or batch: every pair has to stand for itself.
+        for place in batch.places[: batch.n_pairs]:
+            one = part.only(place)
+            (alone,) = self._batches(one)
+            found = look(alone)
+            if are_finite(found):
+                add(alone, found)
+                continue
+            pair = one.pairs[0]
+            if self._on_nonfinite == "raise":
+                what = where_not_finite(self.head, alone, found, layer_dim)
+                raise ModelError(
+                    f"pair {pair.id!r} (number {place}): {what}. Or leave such pairs out, and count them: "
+                    'on_nonfinite="skip".'
+                )
+            self._at.skipped.append((place, pair.id, pair.digest(), one.encoded.n_tokens))
+
+    def _warn(self) -> None:
+        n = len(self._at.skipped)
+        if n and self._shard.is_first:
+            some = ", ".join(repr(name) for name in list(self.skipped.values())[:3])
+            warnings.warn(
+                f"{n} of {self._at.n_read} pairs gave numbers that are not finite and are left out: {some}"
+                f"{', ...' if n > 3 else ''}. The result's provenance has all their ids.",
+                RMTensionWarning,
+                stacklevel=4,
+            )
+
+    def _depends_on(self) -> dict[str, Any]:
+        """Everything that the run's numbers depend on, as far as it can be known before the pairs are read."""
+        head, pairs = self.head, self._pairs
+        given = {"pairs": pairs.ordered_digest} if isinstance(pairs, PreferencePairs) else {}
+        return {
+            **self._inputs,
+            **given,
+            "model": head.fingerprint,
+            "tokenizer and config": head.setup_digest,
+            "tokens_per_batch": head.tokens_per_batch,
+            "truncate_response": self._truncate_response,
+            "on_nonfinite": self._on_nonfinite,
+            "sharing": self._sharing,
+            "processes": self._shard.size,
+            "versions": {name: version(name) for name in ("rmtension", "torch", "transformers")},
+        }
+
+    def _require_unhooked(self) -> None:
+        if self.head.body.is_hooked:
+            raise OptionError(
+                "work: the model has hooks, of yours or of an ablation that is entered, and a folder cannot know what "
+                "these do. Leave the context first; sweep.score_without scores ablations with a work folder."
+            )
+
+    def _other_pairs(self) -> StorageError:
+        return StorageError(
+            f"{self._work}: its work was begun with other pairs, or with these in another order. Name another folder."
         )

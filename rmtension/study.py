@@ -1,5 +1,6 @@
 """The whole comparison of reward models in one object: ten analyses over seeds and bases."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -11,12 +12,14 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from rmtension.analyses import ANALYSES, overlap_with
+from rmtension.distributed import current
 from rmtension.errors import OptionError, ProvenanceError
 from rmtension.family_runs import MODELS, OBJECTIVES, FamilyRuns, ModelFamily, joined
 from rmtension.pairs import PreferencePairs
 from rmtension.reward_head import RewardHead
 from rmtension.study_options import StudyOptions
 from rmtension.study_result import StudyResult
+from rmtension.work import claim, locked
 
 
 class TensionStudy:
@@ -72,16 +75,31 @@ class TensionStudy:
     def run(self, *, folder: str | Path | None = None, progress: bool = True) -> StudyResult:
         """Do the analyses of `options.analyses`.
 
-        With a `folder`, every pass over a model is kept in `folder/runs`, so that running again, with other analyses
-        or after an interruption, runs a model only for what was never asked. `n_run` and `n_read` say afterwards how
-        many passes over a data set were run, and how many were read from there.
+        With a `folder`, every pass over a model is kept in `folder/runs`, and every half minute of one that is not
+        ended: running again, with other analyses, more families or after an interruption, runs a model only for what
+        was never asked, and ends with the same numbers. Raises `StorageError` where another process works in the
+        folder, and where it was begun with other pairs or, under one name and seed, other models. `n_run` and `n_read`
+        say afterwards how many passes over a data set were run, and how many were read from there.
 
         Cost per family, in passes over the evaluation pairs (both texts, what they share once): 3, plus for "curves"
         3 x fractions x (scores + 3), for "cross_objective" 3 x scores, for "causality" 4 sets x (1 + 2 draws +
         subsamples); over the scoring pairs 4 profiles, and the means of 3 models for `mode="mean"`.
         """
+        if folder is None:
+            return self._run(None, progress)
+        folder = Path(folder)
+        with locked(folder):
+            result = self._run(folder / "runs", progress)
+            if current().is_first:
+                # Of runs that a kill interrupted between their end and the keeping of their results.
+                for left in (folder / "runs").glob("*.work"):
+                    shutil.rmtree(left, ignore_errors=True)
+        return result
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    def _run(self, kept: Path | None, progress: bool) -> StudyResult:
         options = self.options
-        kept = None if folder is None else Path(folder) / "runs"
         parts: dict[str, list[pd.DataFrame]] = {}
         provenance: dict[str, Any] = {}
         cut: dict[str, int] = {}
@@ -91,6 +109,8 @@ class TensionStudy:
                 for family in self.families
             ]
             _require_one_base_each(members)
+            if kept is not None:
+                claim(kept.parent, self._inputs(members))
             for member in members:
                 family = member.family
                 for analysis in options.analyses:
@@ -107,7 +127,18 @@ class TensionStudy:
         tables = {table: pd.concat(frames, ignore_index=True) for table, frames in parts.items()}
         return StudyResult(tables=tables, summary=self._summary(provenance, cut))
 
-    # -- parts -----------------------------------------------------------------------------------------------------
+    def _inputs(self, members: Sequence[FamilyRuns]) -> dict[str, str]:
+        """What the folder of a study is of; options may differ, because every pass is named by its own."""
+        models = {
+            f"{name} model of {member.family.name} {member.family.seed}": runs.key
+            for member in members
+            for name, runs in member.runs.items()
+        }
+        sides = {"scoring": self.scoring, "evaluation": self.evaluating}
+        pairs = {
+            f"{name} {side} pairs": part.ordered_digest for side, both in sides.items() for name, part in both.items()
+        }
+        return models | pairs
 
     def _n_steps(self) -> int:
         options = self.options

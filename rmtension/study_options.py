@@ -1,12 +1,13 @@
 """What a study does, and with which numbers: the corrected rules, and those of the published code."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from rmtension.attribution import METHODS, NEEDS_REWARD
 from rmtension.errors import OptionError
 from rmtension.evaluation import REFUSE_SUBSETS, RESPOND_SUBSETS
 from rmtension.intervals import check_level
+from rmtension.neurons import check_seed
 from rmtension.profiles import SCORES as ACTIVATION_SCORES
 from rmtension.sites import check_positions, find_site
 
@@ -62,17 +63,24 @@ class StudyOptions:
         "paper": neurons at `mlp_gate`, all tokens pooled, ranked by signed magnitude, then change; percentile sets;
         zero ablation at 2, 4, ..., 30 and 100%; ties are wrong; shares clamped to [0, 1].
         """
-        if rules not in _RULES:
-            raise OptionError(f"rules: expected one of {list(_RULES)}, got {rules!r}.")
+        if not isinstance(rules, str) or rules not in _RULES:
+            raise OptionError(f"rules: expected one of {list(_RULES)}, got {rules!r:.80}.")
+        unknown = [name for name in changes if name not in cls.__dataclass_fields__]
+        if unknown:
+            raise OptionError(
+                f"{unknown[0]}: there is no such option; expected some of {list(cls.__dataclass_fields__)}."
+            )
         return replace(_RULES[rules](), **changes)
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_type(field.name, getattr(self, field.name), str(field.type))
         _check_names("analyses", self.analyses, ANALYSES)
         _check_names("scores", self.scores, SCORES)
         for name in ("fraction", "curve_fractions"):
             given = getattr(self, name)
             for fraction in given if name == "curve_fractions" else (given,):
-                if not 0 < fraction <= 1:
+                if not 0 < fraction <= 1:  # NaN is not
                     raise OptionError(f"{name}: expected a number in (0, 1], got {fraction}.")
         for name, choices in (
             ("by", ("absolute", "value")),
@@ -89,6 +97,7 @@ class StudyOptions:
             raise OptionError(f"n_draws: expected at least 2 random sets to know their spread, got {self.n_draws}.")
         if self.n_subsamples < 2:
             raise OptionError(f"n_subsamples: expected at least 2, got {self.n_subsamples}.")
+        check_seed(self.seed)
         if not 0 <= self.tie <= 1:
             raise OptionError(f"tie: expected a number in [0, 1], got {self.tie}.")
 
@@ -124,6 +133,17 @@ def _paper() -> StudyOptions:
 
 
 _RULES = {"corrected": StudyOptions, "paper": _paper}
+
+
+def _check_type(name: str, value: object, wanted: str) -> None:
+    """Raise `OptionError` unless a value is what an option's annotation says."""
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "float": (float, int), "int": (int,), "bool": (bool,)}
+    kind = next(kind for kind in kinds if kind in wanted)
+    is_list = wanted.startswith("tuple")
+    parts = value if is_list and isinstance(value, tuple) else (value,)
+    fits = isinstance(value, tuple) == is_list
+    if not fits or any(not isinstance(one, kinds[kind]) or (isinstance(one, bool) and kind != "bool") for one in parts):
+        raise OptionError(f"{name}: expected {f'a tuple of {kind}' if is_list else kind}, got {value!r:.80}.")
 
 
 def _check_names(name: str, given: tuple[str, ...], choices: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from rmtension.distributed import current
 from rmtension.errors import OptionError, StorageError
+from rmtension.files import filled_whole
 from rmtension.intervals import pooled_over_seeds
 
 _SUMMARY = "summary.json"
@@ -121,22 +122,15 @@ class StudyResult:
         if not current().is_first:
             return Path(folder)
         folder = require_no_study(folder, overwrite=overwrite)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / _SUMMARY).unlink(missing_ok=True)
-            # Tables of an earlier study would look like this one's.
-            for name in TABLES:
-                for stale in (f"{name}.csv", f"{name}_over_seeds.csv"):
-                    (folder / stale).unlink(missing_ok=True)
+        # Tables of an earlier study would look like this one's.
+        names = [f"{name}{end}.csv" for name in TABLES for end in ("", "_over_seeds")]
+        with filled_whole(folder, "study", seal=_SUMMARY, replaced=names) as place:
             for table, frame in self.tables.items():
-                frame.to_csv(folder / f"{table}.csv", index=False)
+                frame.to_csv(place / f"{table}.csv", index=False)
                 if self.n_seeds > 1 and table in POOLED:
-                    self.over_seeds(table).to_csv(folder / f"{table}_over_seeds.csv", index=False)
-            # Last, so that a folder with a summary holds a whole study.
+                    self.over_seeds(table).to_csv(place / f"{table}_over_seeds.csv", index=False)
             written = {**self.summary, "tables": list(self.tables)}
-            (folder / _SUMMARY).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"{folder}: the study could not be written ({error}).") from error
+            (place / _SUMMARY).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         return folder
 
     @classmethod
@@ -151,7 +145,7 @@ class StudyResult:
                 for name in TABLES
                 if name in names
             }
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise StorageError(f"{folder}: no whole study here ({error}).") from error
         return cls(tables=tables, summary=summary)
 

@@ -24,7 +24,7 @@ def weighted_sums(
     rows, exact_weights = channels.flatten(0, 1), weights.flatten()
     used = exact_weights.nonzero()[:, 0]
     if 2 * len(used) < len(rows):
-        rows, exact_weights = rows[used], exact_weights[used]
+        return weighted_sums(rows[used][None], exact_weights[used][None], site, n_neurons)
     exact = torch.float64 if rows.dtype == torch.float64 else torch.float32
     exact_weights = exact_weights.to(exact)
     numbers = _ON_CPU if rows.device.type == "cpu" else _ELSEWHERE
@@ -47,4 +47,7 @@ def weighted_sums(
         sums["positive"] += weight @ torch.gt(neurons, 0, out=room)
     if same:
         sums["value"] = sums["channel"].clone()
+    if len(used) < len(exact_weights) and not sums["square"].sum().isfinite():
+        # A weight of 0 does not take out what is no number: 0 x inf is none either.
+        return weighted_sums(rows[used][None], exact_weights[used][None], site, n_neurons)
     return sums

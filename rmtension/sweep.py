@@ -1,6 +1,7 @@
 """Many ablations of one model on the same pairs, for less than a pass each."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -12,9 +13,11 @@ from rmtension.errors import OptionError
 from rmtension.neurons import NeuronSet
 from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
+from rmtension.provenance import digest_of
+from rmtension.replacing import key_of
 from rmtension.replay import Replay
 from rmtension.reward_head import RewardHead
-from rmtension.scored import ScoredPairs, require_finite
+from rmtension.scored import ScoredPairs
 from rmtension.stream import PairStream
 from rmtension.tokens import TokenBatch, running
 from rmtension.writes import written_weights
@@ -31,6 +34,8 @@ def score_without(
     positions: str = "all",
     seed: int = 0,
     truncate_response: bool = False,
+    on_nonfinite: str = "raise",
+    work: str | Path | None = None,
     progress: bool = False,
 ) -> list[ScoredPairs]:
     """The rewards of `pairs` without each of some sets: what `score_pairs` gives under an `AblationContext` of each.
@@ -52,20 +57,34 @@ def score_without(
     pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
     rewards = torch.zeros(len(sets), 2, len(pairs), dtype=head.reward_dtype)
     stream = PairStream(
-        head, pairs, desc="ablate", progress=progress, truncate_response=truncate_response, keeps_layers=True
+        head,
+        pairs,
+        desc="ablate",
+        progress=progress,
+        truncate_response=truncate_response,
+        keeps_layers=True,
+        on_nonfinite=on_nonfinite,
+        work=work,
+        inputs={
+            "run": "score_without",
+            "sets": [[one.site, digest_of(one.mask)] for one in sets],
+            "ablation": [mode, alpha, positions, seed],
+            "reference": key_of(reference),
+        },
     )
     sweep = _Sweep(head, ablations)
-    for batch in stream:
+
+    def look(batch: TokenBatch) -> list[Tensor]:
+        return [found.cpu() for found in sweep.rewards(batch)]
+
+    def add(batch: TokenBatch, found: list[Tensor]) -> None:
         places = list(batch.places[: batch.n_pairs])
-        for number, found in enumerate(sweep.rewards(batch)):
-            rewards[number, :, places] = found.cpu().view(2, -1)
+        for number, one in enumerate(found):
+            rewards[number, :, places] = one.view(2, -1)
+
+    stream.run(look, add, {"rewards": rewards})
     stream.add_up(rewards)
-    provenance = stream.provenance(stream.n_tokens, site="residual", positions="last", method="reward")
-    cut = stream.n_prompts_cut, stream.n_responses_cut
-    return [
-        ScoredPairs(require_finite(chosen.clone()), require_finite(rejected.clone()), pairs, provenance, *cut)
-        for chosen, rejected in rewards
-    ]
+    return [stream.scored(pairs, one) for one in rewards]
 
 
 class _Sweep:

@@ -61,6 +61,20 @@ class TokenBatch:
         )
         return batch.to(device)
 
+    @classmethod
+    def from_rows(
+        cls, input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "text token"], *, pad_token_id: int | None
+    ) -> "TokenBatch":
+        """Rows of tokens as they are, each a text of its own that is response throughout."""
+        return cls(
+            input_ids=input_ids,
+            mask=mask,
+            response=mask,
+            last=last_token(input_ids, mask, pad_token_id),
+            keys=torch.arange(len(input_ids), device=input_ids.device),
+            places=tuple(range(len(input_ids))),
+        )
+
     def to(self, device: torch.device | str) -> "TokenBatch":
         """The same batch on `device`."""
         return TokenBatch(

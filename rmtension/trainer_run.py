@@ -49,8 +49,11 @@ def is_finished(folder: Path, options: Mapping[str, Any], **record: Any) -> bool
     """
     if not (folder / RECORD_NAME).is_file():
         return False
-    found = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-    there = {**found, **found.get("options", {})}
+    try:
+        found = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+        there = {**found, **found.get("options", {})}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise StorageError(f"{folder}: its {RECORD_NAME} is damaged ({error}). Name another folder.") from error
     for name, value in {**options, **record}.items():
         if name in there and there[name] != value:
             raise StorageError(

@@ -17,17 +17,18 @@ MODULES = sorted(module.name for module in pkgutil.iter_modules(rmtension.__path
 # Floors of the design: a module imports only from floors below its own.
 FLOORS = [
     {"errors", "sites", "subtasks", "hooks", "norms", "provenance", "gates", "distributed"},
+    {"files", "header"},
     {"storage"},
     {"chat", "heads", "neurons", "pair", "reading"},
     {"pairs", "neuron_scores"},
     {"pair_scores"},
     {"benchmarks", "intervals", "length"},
-    {"encoding", "scored", "tokens", "controls", "overlap"},
+    {"encoding", "scored", "tokens", "controls", "overlap", "work"},
     {"packing", "last_block", "budget", "sums", "plain_run", "body", "checkpoints", "wrapping"},
     {"site_widths"},
     {"hooked_model"},
     # A head reaches from its methods to the modules that prove, decompose and export it, and these to ablation.
-    {"reward_head", "stream", "direct", "selfcheck", "activations", "ablation", "export", "replacing"},
+    {"reward_head", "stream", "nonfinite", "direct", "selfcheck", "activations", "ablation", "export", "replacing"},
     {"running_scores"},
     {"replay"},
     {"writes", "batch_run"},

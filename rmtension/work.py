@@ -1,0 +1,110 @@
+"""Work folders: what a long run has done so far, kept so that after an interruption it goes on and ends the same.
+
+A folder is for one run. It knows what it is a run of, and refuses another; and one process at a time may use it.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from rmtension.distributed import current
+from rmtension.errors import StorageError
+from rmtension.files import SUFFIX, advice, write_text
+from rmtension.storage import read_result, write_tensors
+
+# Seconds of work that an interruption costs at most, unless writing takes longer than `_SHARE` of them.
+EVERY = 30.0
+_SHARE = 0.05
+_INPUTS = "inputs.json"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only this process works in `folder`; raises `StorageError` where another one does.
+
+    The operating system gives the lock back when a process ends, however it ends. What a killed process was writing is
+    removed. Of processes that share the work, each has a lock of its own.
+    """
+    lock = FileLock(folder / f".lock-{current().rank}", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise StorageError(
+            f"{folder}: another process works in this folder. Wait until it has ended, or name another folder."
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        what = advice(error) if isinstance(error, OSError) else "Its file system has no locks: name another folder"
+        raise StorageError(f"{folder}: cannot serve as a work folder ({error}). {what}.") from error
+    try:
+        if current().is_first:
+            for left in folder.glob(f".*{SUFFIX}"):
+                with suppress(OSError):
+                    left.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+def claim(folder: Path, inputs: Mapping[str, Any]) -> None:
+    """Write down in `folder`, or compare with what is written there, what the work in it is done on.
+
+    Only names that both have are compared. Raises `StorageError` naming those that differ.
+    """
+    path = folder / _INPUTS
+    here = json.loads(json.dumps(inputs))
+    if not path.exists():
+        if current().is_first:
+            write_text(path, json.dumps(here, indent=2) + "\n", "list of inputs")
+        return
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        names = [name for name, value in here.items() if there.get(name, value) != value]
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise StorageError(f"{path}: damaged ({error}). Empty the folder, or name another.") from error
+    if names:
+        listed = "; ".join(f"{name} is {here[name]!r} now, {there[name]!r} there" for name in names)
+        raise StorageError(f"{folder}: its work was begun with other inputs: {listed}. Name another folder.")
+
+
+class Progress:
+    """The state of one run in its folder: tensors that it adds to, and where it is.
+
+    Enter `locked(folder)` and `claim` it first.
+
+    Args:
+        folder: the work folder.
+        state: name -> tensor, changed in place by the run, and here to what was kept.
+    """
+
+    def __init__(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        shard = current()
+        self._path = folder / f"progress-{shard.rank}.safetensors"
+        self._state = state
+        self._written = time.monotonic()
+        self._took = 0.0
+        self.place: dict[str, Any] = {}
+        if self._path.exists():
+            spec = {name: " ".join(["any", *map(str, tensor.shape)]) for name, tensor in state.items()}
+            tensors, values = read_result(self._path, "Progress", tensors=spec, values={"place": dict})
+            for name, tensor in tensors.items():
+                state[name].copy_(tensor)
+            self.place = values["place"]
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to save again."""
+        return time.monotonic() - self._written >= max(EVERY, self._took / _SHARE)
+
+    def save(self, place: Mapping[str, Any]) -> None:
+        """Keep the state, and `place` with it."""
+        start = time.monotonic()
+        write_tensors(self._path, "Progress", self._state, {"place": dict(place)})
+        self._written = time.monotonic()
+        self._took = self._written - start

@@ -1,0 +1,692 @@
+"""No call changes the model: hooks, parameters, flags, modes and outputs are the same after it, however it ends.
+
+Which calls these are is found by looking: every context manager of the package, and everything public that takes a
+model, has to be in one of the lists below, so that a new one cannot be forgotten.
+"""
+
+import ast
+import contextlib
+import importlib
+import inspect
+import pkgutil
+import threading
+import typing
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pairs, save_classifier
+
+import rmtension
+from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead, TensionStudy
+from rmtension.batch_run import BatchRun, _BlockGates
+from rmtension.direct import direct_contributions
+from rmtension.distributed import current, sharded
+from rmtension.errors import OptionError, RMTensionError
+from rmtension.export import build_classifier
+from rmtension.faithfulness import faithfulness
+from rmtension.hooks import InstalledHooks, Spot, copy_without_hooks, frozen, in_eval_mode, recorded_calls
+from rmtension.nonfinite import require_finite, where_not_finite
+from rmtension.profiles import collect_profiles
+from rmtension.replay import Replay
+from rmtension.runs import ModelRuns
+from rmtension.single_effects import single_neuron_effects
+from rmtension.site_widths import measure_sites
+from rmtension.stream import PairStream
+from rmtension.study_options import StudyOptions
+from rmtension.sweep import score_without
+from rmtension.tokens import TokenBatch, running, running_batch
+from rmtension.trainer_run import isolated
+
+PACKAGE = Path(rmtension.__file__).parent
+
+
+@dataclass
+class Setup:
+    """A model in a state that is easy to disturb, and what calls on it need."""
+
+    head: RewardHead
+    base: RewardHead
+    pairs: rmtension.PreferencePairs
+    batch: TokenBatch
+    neurons: NeuronSet
+    others: NeuronSet
+    folder: Path
+
+    @property
+    def statistics(self):
+        return ActivationCollector(self.head).collect(self.pairs)
+
+    @property
+    def mlp(self):
+        return self.head.body.plain.get_submodule(self.head.body.projection_names["mlp", 1])
+
+
+def untouched(_module, _inputs, _output):
+    """A user's hook."""
+
+
+def make_setup(folder, checkpoint, other):
+    head, base = RewardHead.from_pretrained(checkpoint), RewardHead.from_pretrained(other)
+    pairs = make_pairs(4, seed=1)
+    encoded = head.encode(pairs)
+    batch = TokenBatch.from_texts([*encoded.chosen, *encoded.rejected], range(8), pad_token_id=1, device="cpu")
+    masks = torch.zeros(2, head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
+    masks[0, 1, 3] = masks[1, 2, 4] = True
+    sets = [NeuronSet(mask, "mlp", head.architecture) for mask in masks]
+    # Some modules train, some parameters ask for gradients and have one.
+    head.body.plain.h[0].train()
+    for parameter in head.body.plain.h[1].parameters():
+        parameter.requires_grad_(True)
+        parameter.grad = torch.ones_like(parameter)
+    return Setup(head, base, pairs, batch, *sets, folder)
+
+
+@pytest.fixture
+def setup(checkpoints, tmp_path, other_checkpoint):
+    return make_setup(tmp_path, checkpoints["gpt2"], other_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def other_checkpoint(tmp_path_factory, tokenizer):
+    return save_classifier(tmp_path_factory.mktemp("other"), "gpt2", tokenizer, seed=1)
+
+
+HOOKS = [name for name in vars(torch.nn.Module()) if "hooks" in name]
+
+
+def state_of(head):
+    """Everything of a model, and around it, that a call could leave changed."""
+    modules = {id(one): one for root in (head.model, *head.body.modules()) for one in root.modules()}
+    tensors = {
+        id(one): one for module in modules.values() for one in (*module.parameters(False), *module.buffers(False))
+    }
+    return {
+        "hooks": {
+            (key, name): [(number, id(hook)) for number, hook in getattr(module, name).items()]
+            for key, module in modules.items()
+            for name in HOOKS
+            if isinstance(getattr(module, name), dict)
+        },
+        "modules": {key: sorted(vars(module)) for key, module in modules.items()},
+        "modes": {key: module.training for key, module in modules.items()},
+        "asks": {key: one.requires_grad for key, one in tensors.items()},
+        "gradients": {key: None if one.grad is None else one.grad.sum().item() for key, one in tensors.items()},
+        "values": {key: (one.data_ptr(), one._version, one.double().sum().item()) for key, one in tensors.items()},
+        "head": (head.weight.sum().item(), head.bias, head.tokens_per_batch, head.max_length),
+        "around": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), running_batch(), current().size),
+        "random": torch.get_rng_state().sum().item(),
+        "rewards": head.score(["help me", "how do i bake a cake"]).tolist(),
+    }
+
+
+def require_same(before, after):
+    for name, value in before.items():
+        assert after[name] == value, f"{name} changed"
+
+
+@contextmanager
+def unchanged(head):
+    before = state_of(head)
+    try:
+        yield
+    finally:
+        require_same(before, state_of(head))
+
+
+# -- faults --------------------------------------------------------------------------------------------------------
+
+
+class Fault(Exception):  # noqa: N818 - not an error
+    """What the test throws into a run."""
+
+
+@contextmanager
+def failing(what, number, error):
+    """The call of that number of modules, or of registrations of hooks, raises. Yields how many there were."""
+    seen = [0]
+
+    def count():
+        seen[0] += 1
+        if seen[0] == number:
+            raise error
+
+    if what == "forward":
+        handle = torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: count())
+        try:
+            yield seen
+        finally:
+            handle.remove()
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("register_forward_hook", "register_forward_pre_hook"):
+            register = getattr(torch.nn.Module, name)
+
+            def counted(*arguments, register=register, **options):
+                count()
+                return register(*arguments, **options)
+
+            patch.setattr(torch.nn.Module, name, counted)
+        yield seen
+
+
+def places(n):
+    """Where among n calls to fail: first, last, and between."""
+    return sorted({1, 2, n // 2, n - 1, n} & set(range(1, n + 1)))
+
+
+def require_unchanged_however_it_ends(head, call):
+    """Run a call to its end, then with an error thrown in at many places: each time the model is what it was."""
+    with unchanged(head), failing("forward", 0, Fault()) as n_calls, failing("register", 0, Fault()) as n_hooks:
+        call()
+    for what, n in (("forward", n_calls[0]), ("register", n_hooks[0])):
+        for number, error in [(place, Fault()) for place in places(n)] + [(max(1, n // 3), KeyboardInterrupt())] * (
+            n > 0
+        ):
+            with unchanged(head), failing(what, number, error), suppress(Fault, KeyboardInterrupt, RMTensionError):
+                call()
+    return n_calls[0], n_hooks[0]
+
+
+# -- everything public that takes a model -----------------------------------------------------------------------------
+
+
+def in_eval(setup, call):
+    """For what leaves the mode to its caller."""
+    with in_eval_mode(setup.head.body.modules()):
+        return call()
+
+
+CALLS = {
+    "ablation.AblationContext.__init__": lambda s: AblationContext(s.head, s.neurons),
+    "activations.ActivationCollector.update": lambda s: ActivationCollector(s.head).update(s.pairs),
+    "activations.ActivationCollector.collect": lambda s: ActivationCollector(s.head, site="attn_head").collect(s.pairs),
+    "activations.ActivationCollector.sample": lambda s: ActivationCollector(s.head).sample(s.pairs, n=5),
+    "attribution.NeuronAttribution.score": lambda s: NeuronAttribution(
+        s.head, method="attribution_patching", graddrop=True, aggregate="absolute"
+    ).score(s.pairs),
+    "attribution.NeuronAttribution.per_pair": lambda s: NeuronAttribution(
+        s.head, method="integrated_gradients", steps=2
+    ).per_pair(s.pairs),
+    "attribution.NeuronAttribution.per_token": lambda s: list(
+        NeuronAttribution(s.head, method="gradient_x_activation").per_token(s.pairs[:2])
+    ),
+    "batch_run.BatchRun.__init__": lambda s: BatchRun(
+        s.head, s.batch, ["mlp"], gradients=True, drops=True, direct=True
+    ),
+    "batch_run.BatchRun.replay": lambda s: BatchRun(s.head, s.batch, ["mlp"], forward=False).replay.rewards_from(1),
+    "body.BridgeBody.residual": lambda s: in_eval(s, lambda: s.head.body.residual(s.batch)),
+    "direct.direct_contributions": lambda s: direct_contributions(s.head, s.batch),
+    "export.build_classifier": lambda s: build_classifier(s.head),
+    "export.save_classifier": lambda s: s.head.save_pretrained(s.folder / "saved"),
+    "faithfulness.faithfulness": lambda s: faithfulness(
+        s.head,
+        NeuronAttribution(s.head, method="direct_effect").score(s.pairs),
+        s.pairs,
+        sample=3,
+        set_fractions=(0.1,),
+        n_random=1,
+    ),
+    "gates.find_gates": lambda s: s.head.body.spots("mlp_gate", 0),
+    "hooked_model.HookedModel.look": lambda s: s.head.look(s.batch, ["mlp", "attn_head"], lambda *_: None),
+    "hooked_model.HookedModel.residual": lambda s: s.head.residual(s.batch),
+    "hooks.copy_without_hooks": lambda s: copy_without_hooks(s.head.body.plain),
+    "nonfinite.require_finite": lambda s: require_finite(s.head, torch.zeros(3), lambda row: s.batch),
+    "nonfinite.where_not_finite": lambda s: where_not_finite(s.head, s.batch, [torch.tensor([torch.inf])], None),
+    "profiles.collect_profiles": lambda s: collect_profiles(s.head, s.pairs, base=s.base),
+    "replay.Replay.__init__": lambda s: Replay(s.head, s.batch, ["mlp"]),
+    "replay.Replay.rewards_from": lambda s: Replay(s.head, s.batch).rewards_from(1),
+    "replay.Replay.run_block": lambda s: (replay := Replay(s.head, s.batch)).run_block(1, replay.stream(1)),
+    "reward_head.RewardHead.__init__": lambda s: RewardHead(s.head.model, weight=s.head.weight),
+    "reward_head.RewardHead.forward": lambda s: s.head.forward(s.batch),
+    "reward_head.RewardHead.rewards": lambda s: s.head.rewards(s.batch),
+    "reward_head.RewardHead.score": lambda s: s.head.score(["help", "sorry"]),
+    "reward_head.RewardHead.score_pairs": lambda s: s.head.score_pairs(s.pairs, work=s.folder / "work"),
+    "reward_head.RewardHead.score_tokens": lambda s: s.head.score_tokens(s.batch.input_ids),
+    "reward_head.RewardHead.with_ablation": lambda s: s.head.with_ablation(
+        s.neurons, mode="mean", reference=s.statistics
+    ),
+    "runs.ModelRuns.attribution": lambda s: ModelRuns(s.head).attribution(s.pairs, method="direct_effect"),
+    "runs.ModelRuns.prepare": lambda s: ModelRuns(s.head).prepare(s.pairs, [s.neurons, s.others]),
+    "runs.ModelRuns.profile": lambda s: ModelRuns(s.head, folder=s.folder / "runs").profile(s.pairs),
+    "runs.ModelRuns.rewards": lambda s: ModelRuns(s.head).rewards(s.pairs, without=s.neurons),
+    "runs.ModelRuns.statistics": lambda s: ModelRuns(s.head).statistics(s.pairs),
+    "selfcheck.check_head": lambda s: s.head.check(s.pairs[:2]),
+    "single_effects.single_neuron_effects": lambda s: single_neuron_effects(s.head, s.pairs, neurons=s.neurons),
+    "site_widths.measure_sites": lambda s: in_eval(
+        s, lambda: measure_sites(s.head.body, s.head.n_layers, s.head.device)
+    ),
+    "stream.PairStream.run": lambda s: PairStream(s.head, s.pairs).run(
+        lambda batch: [s.head.rewards(batch)], lambda *_: None, {}
+    ),
+    "study.TensionStudy.run": lambda s: TensionStudy(
+        {"helpful": s.head, "harmless": s.base, "mixed": s.base},
+        {"helpful": make_pairs(8, seed=3), "harmless": make_pairs(8, seed=4)},
+        options=StudyOptions(analyses=("overlap",), scores=("mean_difference",)),
+    ).run(progress=False),
+    "sweep.score_without": lambda s: score_without(s.head, s.pairs, [s.neurons, s.others, s.neurons | s.others]),
+}
+# The same calls under other names.
+THE_SAME = {
+    "export.ablate_weights": "reward_head.RewardHead.with_ablation",
+    "export.reload_classifier": "selfcheck.check_head",
+    "reward_head.RewardHead.check": "selfcheck.check_head",
+    "reward_head.RewardHead.save_pretrained": "export.save_classifier",
+}
+# What opens or builds a model of its own, or looks at one without running it: nothing of a user's could be changed.
+OWN_MODEL = [
+    "body.BridgeBody.__init__",
+    "body.HookedTransformerBody.__init__",
+    "body.find_body",
+    "hooked_model.HookedModel.__init__",
+    "last_block.LastMLP.__init__",
+    "plain_run.find_last_mlp",
+    "reward_head.RewardHead.from_classifier",
+    "reward_head.RewardHead.from_language_model",
+    "reward_head.RewardHead.from_pretrained",
+    "selfcheck.require_same_rewards",
+    "body.HookedTransformerBody.residual",
+    "checkpoints.Checkpoint.__init__",
+]
+ONLY_LOOKS = [
+    "ablation.AblationContext.ablated",
+    "activations.ActivationCollector.__init__",
+    "activations.ActivationCollector.compute",
+    "activations.ActivationCollector.merge",
+    "activations.ActivationCollector.reset",
+    "attribution.NeuronAttribution.__init__",
+    "body.BridgeBody.block",
+    "body.BridgeBody.final_norm",
+    "body.BridgeBody.final_norm_folded",
+    "body.BridgeBody.is_hooked",
+    "body.BridgeBody.last_mlp_at_last_tokens",
+    "body.BridgeBody.model",
+    "body.BridgeBody.modules",
+    "body.BridgeBody.n_embeddings",
+    "body.BridgeBody.pack_up_to",
+    "body.BridgeBody.runs_plain",
+    "body.BridgeBody.spots",
+    "body.HookedTransformerBody.block",
+    "body.HookedTransformerBody.final_norm",
+    "body.HookedTransformerBody.final_norm_folded",
+    "body.HookedTransformerBody.is_hooked",
+    "body.HookedTransformerBody.last_mlp_at_last_tokens",
+    "body.HookedTransformerBody.modules",
+    "body.HookedTransformerBody.n_embeddings",
+    "body.HookedTransformerBody.spots",
+    "checkpoints.Checkpoint.trust_remote_code",
+    "direct.DirectPaths.__init__",
+    "direct.DirectPaths.contributions",
+    "direct.DirectPaths.hooks",
+    "faithfulness.sample_neurons",
+    "family_runs.ModelFamily.__init__",
+    "hooked_model.HookedModel.architecture",
+    "hooked_model.HookedModel.encode",
+    "hooked_model.HookedModel.hooks",
+    "hooked_model.HookedModel.n_channels",
+    "hooked_model.HookedModel.n_neurons",
+    "hooked_model.HookedModel.reward_dtype",
+    "hooked_model.HookedModel.setup_digest",
+    "hooked_model.HookedModel.sites",
+    "hooked_model.HookedModel.tokens_together",
+    "hooks.Spot.__init__",
+    "hooks.count_foreign_hooks",
+    "hooks.has_own_hooks",
+    "hooks.is_placed",
+    "hooks.modules_of",
+    "norms.read_norm",
+    "replacing.check_reference",
+    "replacing.require_made_from",
+    "replay.Replay.read",
+    "replay.Replay.stream",
+    "reward_head.RewardHead.fingerprint",
+    "reward_head.RewardHead.provenance",
+    "reward_head.RewardHead.read",
+    "reward_head.RewardHead.require_weight",
+    "runs.ModelRuns.__init__",
+    "runs.ModelRuns.close",
+    "runs.ModelRuns.head",
+    "runs.ModelRuns.key",
+    "runs.ModelRuns.known_rewards",
+    "runs.ModelRuns.provenance",
+    "stream.PairStream.__init__",
+    "stream.PairStream.add_up",
+    "stream.PairStream.digest",
+    "stream.PairStream.is_whole",
+    "stream.PairStream.kept",
+    "stream.PairStream.n_cut",
+    "stream.PairStream.n_pairs",
+    "stream.PairStream.n_tokens",
+    "stream.PairStream.provenance",
+    "stream.PairStream.require_pairs",
+    "stream.PairStream.scored",
+    "stream.PairStream.skipped",
+    "study.TensionStudy.__init__",
+]
+
+MODEL_TYPES = ("RewardHead", "HookedModel", "BridgeBody", "HookedTransformerBody", "nn.modules.module.Module")
+
+
+def takes_a_model(function):
+    with suppress(NameError, TypeError):
+        hints = typing.get_type_hints(function)
+        return any(name != "return" and kind in str(hint) for name, hint in hints.items() for kind in MODEL_TYPES)
+    hints = getattr(function, "__annotations__", {})
+    return any(name != "return" and kind in str(hint) for name, hint in hints.items() for kind in MODEL_TYPES)
+
+
+def modules():
+    for found in pkgutil.walk_packages(rmtension.__path__, "rmtension."):
+        yield found.name.removeprefix("rmtension."), importlib.import_module(found.name)
+
+
+def plain_function(value):
+    if isinstance(value, classmethod | staticmethod):
+        return value.__func__
+    return value.fget if isinstance(value, property) else getattr(value, "func", value)
+
+
+def public_calls():
+    """Every public function that takes a model, and every public method of what is one or was made from one."""
+    for name, module in modules():
+        for key, value in vars(module).items():
+            if getattr(value, "__module__", None) != module.__name__ or key.startswith("_"):
+                continue
+            if not inspect.isclass(value):
+                if callable(value) and not is_context_manager(value) and takes_a_model(value):
+                    yield f"{name}.{key}"
+                continue
+            holds = key in MODEL_TYPES or takes_a_model(value.__init__)
+            for method, member in vars(value).items():
+                function = plain_function(member)
+                is_public = method == "__init__" or not method.startswith("_")
+                is_call = callable(function) and is_public and not is_context_manager(function)
+                if is_call and (holds or takes_a_model(function)):
+                    yield f"{name}.{key}.{method}"
+
+
+def is_context_manager(function):
+    """Whether `contextlib.contextmanager` made it; the suite's type checker may have wrapped it once more."""
+    while function is not None:
+        if getattr(getattr(function, "__code__", None), "co_filename", "") == contextlib.__file__:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def context_managers():
+    """Every class that can be entered, and every generator that is a context manager, public or not."""
+    for name, module in modules():
+        for key, value in vars(module).items():
+            if getattr(value, "__module__", None) != module.__name__:
+                continue
+            if inspect.isclass(value):
+                if hasattr(value, "__enter__"):
+                    yield f"{name}.{key}"
+                for method, member in vars(value).items():
+                    function = plain_function(member)
+                    if callable(function) and is_context_manager(function):
+                        yield f"{name}.{key}.{method}"
+            elif callable(value) and is_context_manager(value):
+                yield f"{name}.{key}"
+
+
+def test_every_call_that_takes_a_model_is_in_a_list():
+    listed = [*CALLS, *THE_SAME, *OWN_MODEL, *ONLY_LOOKS]
+    assert set(THE_SAME.values()) <= set(CALLS)
+    assert len(set(listed)) == len(listed)
+    assert sorted(public_calls()) == sorted(listed)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_leave_the_model_as_it_was(name, setup):
+    require_unchanged_however_it_ends(setup.head, partial(CALLS[name], setup))
+
+
+@pytest.mark.parametrize("name", ONLY_LOOKS)
+def test_what_only_looks_installs_nothing(name):
+    """Read from its own code: what it names is none of what changes a model."""
+    module, *path = name.split(".")
+    member = importlib.import_module(f"rmtension.{module}")
+    for part in path:
+        member = inspect.getattr_static(member, part) if inspect.isclass(member) else getattr(member, part)
+    function = plain_function(member)
+    if not hasattr(function, "__code__"):
+        return
+    named = set(inspect.unwrap(function).__code__.co_names)
+    changing = {"in_eval_mode", "frozen", "recorded_calls", "register_forward_hook", "register_forward_pre_hook"}
+    assert not named & (changing | {"requires_grad_", "residual", "__enter__"})
+
+
+# -- context managers -------------------------------------------------------------------------------------------------
+
+
+def spot(s):
+    return Spot(s.mlp, "input")
+
+
+# Those that touch a model.
+CONTEXTS = {
+    "ablation.AblationContext": lambda s: AblationContext(s.head, s.neurons),
+    "batch_run._BlockGates.closed": lambda s: _BlockGates(s.head).closed(1),
+    "batch_run._BlockGates.running": lambda s: _BlockGates(s.head).running(),
+    "hooks.InstalledHooks": lambda s: InstalledHooks([(spot(s), lambda _: None)] * 3),
+    "hooks.frozen": lambda s: frozen(s.head.body.modules()),
+    "hooks.in_eval_mode": lambda s: in_eval_mode(s.head.body.modules()),
+    "hooks.recorded_calls": lambda s: recorded_calls([s.mlp, s.head.body.block(0)]),
+    "last_block.LastMLP.at_last_tokens": lambda s: s.head.body.last_mlp_at_last_tokens(s.batch),
+    "tokens.running": lambda s: running(s.batch),
+}
+# Those that do not, with the tests that look after them.
+ELSEWHERE = {
+    "distributed.sharded": "test_distributed",
+    "files.filled_whole": "test_files",
+    "files.written_whole": "test_files",
+    "runs.ModelRuns._work": "test_work",
+    "trainer_run.isolated": "test_training",
+    "trainer_run.new_folder": "test_training",
+    "work.locked": "test_work",
+}
+ENTERED_ONCE = (AblationContext, InstalledHooks)
+
+
+def test_every_context_manager_is_in_a_list():
+    assert sorted(context_managers()) == sorted([*CONTEXTS, *ELSEWHERE])
+    for file in ELSEWHERE.values():
+        assert Path(__file__).with_name(f"{file}.py").is_file()
+
+
+def require_life_cycle(make, setup):
+    """Everything that a context manager on a model can be put through leaves the model as it was."""
+    head = setup.head
+    with unchanged(head), make(setup):
+        pass
+    for error in (Fault(), KeyboardInterrupt(), GeneratorExit()):
+        with unchanged(head), suppress(Fault, KeyboardInterrupt, GeneratorExit), make(setup):
+            raise error
+    # Entering fails half-way: whatever it had installed is gone.
+    with unchanged(head), failing("register", 0, Fault()) as n_hooks, make(setup):
+        pass
+    for number in range(1, n_hooks[0] + 1):
+        with unchanged(head), failing("register", number, Fault()), pytest.raises(Fault), make(setup):
+            pytest.fail("it should not have been entered")
+    # Nested, and overlapping: the first to be entered is left first.
+    with unchanged(head), make(setup), make(setup):
+        pass
+    with unchanged(head):
+        first, second = make(setup), make(setup)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
+
+    def abandoned():
+        with make(setup):
+            yield 1
+            yield 2
+
+    with unchanged(head):
+        generator = abandoned()
+        next(generator)
+        generator.close()
+    with unchanged(head):
+        generator = abandoned()
+        next(generator)
+        del generator
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_contexts_leave_the_model_as_it_was(name, setup):
+    if name == "tokens.running":
+        # A context variable is given back in the order of taking: overlapping is refused by Python itself.
+        with unchanged(setup.head), running(setup.batch), running(setup.batch):
+            assert running_batch() is setup.batch
+        with unchanged(setup.head), suppress(Fault), running(setup.batch):
+            raise Fault
+        return
+    require_life_cycle(CONTEXTS[name], setup)
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_a_context_is_not_entered_twice(name, setup):
+    context = CONTEXTS[name](setup)
+    if not isinstance(context, ENTERED_ONCE):
+        # contextlib's own: a generator runs once.
+        with context:
+            pass
+        with pytest.raises((RuntimeError, AttributeError)), context:
+            pass
+        return
+    with unchanged(setup.head):
+        with context, pytest.raises(OptionError, match="already entered"), context:
+            pass
+        with context:
+            pass
+
+
+class Leaking:
+    """Like `AblationContext`, but an exception inside leaves its hook."""
+
+    def __init__(self, setup):
+        self.module = setup.mlp
+
+    def __enter__(self):
+        self.handle = self.module.register_forward_pre_hook(lambda *_: None)
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.handle.remove()
+
+
+class LeavingTheMode(Leaking):
+    """Puts a module in eval mode, and back into training, whatever it was."""
+
+    def __enter__(self):
+        self.module.eval()
+
+    def __exit__(self, *_):
+        self.module.train()
+
+
+class HalfEntered(Leaking):
+    """Installs two hooks, the first of which stays when the second cannot be."""
+
+    def __enter__(self):
+        self.handles = [self.module.register_forward_pre_hook(lambda *_: None) for _ in range(2)]
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("leaking", [Leaking, LeavingTheMode, HalfEntered])
+def test_a_leaking_manager_is_found_out(leaking, setup):
+    with pytest.raises(AssertionError, match=r"(hooks|modes) changed"):
+        require_life_cycle(leaking, setup)
+
+
+def test_a_leaking_call_is_found_out(setup):
+    def leaky():
+        handle = setup.mlp.register_forward_pre_hook(lambda *_: None)
+        setup.head.score(["help"])
+        handle.remove()
+
+    with pytest.raises(AssertionError, match="hooks changed"):
+        require_unchanged_however_it_ends(setup.head, leaky)
+
+
+def test_only_these_modules_touch_hooks_and_flags():
+    """Whoever installs a hook, or changes a mode or a flag, goes through `rmtension.hooks`."""
+    found = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            if is_call and node.func.attr in ("register_forward_hook", "register_forward_pre_hook", "train"):
+                found.add((path.stem, node.func.attr))
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            found |= {
+                (path.stem, one.attr) for one in targets if getattr(one, "attr", "") in ("training", "requires_grad")
+            }
+    assert found == {
+        ("hooks", "register_forward_hook"),
+        ("hooks", "register_forward_pre_hook"),
+        ("hooks", "training"),
+        # The trainer's method, on a model that was made for it.
+        ("trainer_run", "train"),
+    }
+
+
+def test_a_hook_of_the_users_stays_and_counts(setup):
+    handle = setup.head.model.blocks[1].mlp.hook_out.register_forward_hook(untouched)
+    with unchanged(setup.head):
+        for name in ("reward_head.RewardHead.score", "activations.ActivationCollector.sample"):
+            CALLS[name](setup)
+    handle.remove()
+
+
+def test_two_threads_with_two_models(checkpoints, other_checkpoint, tmp_path):
+    """Each gets what it gets alone, while the other ablates and collects."""
+    setups = [make_setup(tmp_path / "a", checkpoints["gpt2"], other_checkpoint)]
+    setups.append(make_setup(tmp_path / "b", other_checkpoint, checkpoints["gpt2"]))
+
+    def work(setup):
+        with AblationContext(setup.head, setup.neurons):
+            without = setup.head.score_pairs(setup.pairs).margin
+        found = ActivationCollector(setup.head, positions="last").collect(setup.pairs)
+        scores = NeuronAttribution(setup.head, method="gradient_x_activation", positions="last").score(setup.pairs)
+        return [without, found.mean, scores.values]
+
+    alone = [work(setup) for setup in setups]
+    results = {}
+
+    def repeat(number):
+        results[number] = [work(setups[number]) for _ in range(5)]
+
+    with unchanged(setups[0].head), unchanged(setups[1].head):
+        threads = [threading.Thread(target=repeat, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number, expected in enumerate(alone):
+        assert len(results[number]) == 5
+        for found in results[number]:
+            assert all(map(torch.equal, found, expected))
+
+
+def test_sharded_alone_changes_nothing(setup):
+    with unchanged(setup.head), sharded():
+        setup.head.score_pairs(setup.pairs)
+    with unchanged(setup.head), suppress(Fault), sharded():
+        raise Fault
+
+
+def test_a_trainer_gives_random_states_back():
+    before = torch.get_rng_state()
+    with suppress(Fault), isolated(0):
+        torch.randn(3)
+        raise Fault
+    assert torch.equal(torch.get_rng_state(), before)
