@@ -119,7 +119,8 @@ def _figures(result: StudyResult, section: Section) -> Iterator[tuple[str, str, 
                 # The number keeps families apart whose names differ only in what a file name cannot hold.
                 suffix = f"-{place + 1}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', family)}" if len(families) > 1 else ""
                 figure = draw(result, family=family, **options)
-                yield f"{name}{suffix}.png", figure.get_suptitle().split("\n")[0], figure
+                caption = figure.get_suptitle().split("\n")[0]
+                yield f"{name}{suffix}.png", re.sub(r"[\[\]]", "", caption), figure
 
 
 def _can_draw(figure: str, frame: pd.DataFrame) -> bool:

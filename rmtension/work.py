@@ -4,6 +4,7 @@ A folder is for one run. It knows what it is a run of, and refuses another; and 
 """
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -44,9 +45,9 @@ def locked(folder: Path) -> Iterator[None]:
         raise StorageError(f"{folder}: cannot serve as a work folder ({error}). {what}.") from error
     try:
         if current().is_first:
-            for left in folder.glob(f".*{SUFFIX}"):
+            for left in list(folder.rglob(f".*{SUFFIX}")):
                 with suppress(OSError):
-                    left.unlink()
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield
     finally:
         lock.release()

@@ -16,6 +16,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from rmtension import PreferencePairs, RewardHead
+from rmtension.stream import PairStream
 
 transformers.utils.logging.disable_progress_bar()
 # Two threads on models this small spend their time waiting for each other.
@@ -134,6 +135,13 @@ def make_pairs(n, *, seed=0, longest=12):
         for number in range(n)
     ]
     return PreferencePairs.from_records(rows)
+
+
+def batches_of(head, pairs, **options):
+    """The batches that a run over pairs makes."""
+    found = []
+    PairStream(head, pairs, **options).run(lambda _: [], lambda batch, _: found.append(batch), {})
+    return found
 
 
 @pytest.fixture(scope="session")

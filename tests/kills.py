@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,8 @@ import torch
 from conftest import make_pairs, make_tokenizer, save_classifier
 
 import rmtension.work
-from rmtension import ActivationCollector, ModelFamily, RewardHead, TensionStudy
+from rmtension import ActivationCollector, RewardHead, TensionStudy
+from rmtension.family_runs import ModelFamily
 from rmtension.study_options import StudyOptions
 
 rmtension.work.EVERY, rmtension.work._SHARE = 0.05, float("inf")
@@ -30,14 +32,14 @@ rmtension.work.EVERY, rmtension.work._SHARE = 0.05, float("inf")
 
 def collect(models: dict[str, Path], out: Path) -> None:
     head = RewardHead.from_pretrained(models["helpful"], tokens_per_batch=300)
-    ActivationCollector(head).collect(make_pairs(600), work=out / "work").save(out / "statistics.safetensors")
+    ActivationCollector(head).collect(make_pairs(3000), work=out / "work").save(out / "statistics.safetensors")
 
 
 def study(models: dict[str, Path], out: Path) -> None:
     pairs = {"helpful": make_pairs(40, seed=1), "harmless": make_pairs(40, seed=2)}
     options = StudyOptions(n_draws=2, n_subsamples=2, curve_fractions=(0.1, 0.5))
     result = TensionStudy(ModelFamily(**models, name="toy"), pairs, options=options).run(folder=out, progress=False)
-    result.save(out / "result")
+    result.save(out / "result", overwrite=True)
 
 
 RUNS: dict[str, Callable[[dict[str, Path], Path], None]] = {"collect": collect, "study": study}
@@ -50,9 +52,10 @@ def start(run: Callable[[], None]) -> int:
         return child
     status = 1
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         run()
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 

@@ -21,7 +21,6 @@ from conftest import make_pairs, make_tokenizer, save_classifier
 
 from rmtension import (
     ActivationCollector,
-    ModelFamily,
     NeuronSet,
     PreferencePairs,
     RewardHead,
@@ -29,6 +28,7 @@ from rmtension import (
     TensionStudy,
 )
 from rmtension.errors import RMTensionError
+from rmtension.family_runs import ModelFamily
 from rmtension.report import write_report
 from rmtension.study_options import StudyOptions
 

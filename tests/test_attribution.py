@@ -13,7 +13,7 @@ import captum.attr
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, close_to, make_config, make_pairs, save_classifier
+from conftest import FAMILIES, batches_of, close_to, make_config, make_pairs, save_classifier
 from reference import Reference
 from test_reward_head import snapshot
 
@@ -24,7 +24,6 @@ from rmtension.direct import direct_contributions
 from rmtension.errors import DataError, ModelError, OptionError, ProvenanceError
 from rmtension.methods import FIRST_ORDER
 from rmtension.pair_scores import PairScores
-from rmtension.stream import PairStream
 
 CLOSE = {"atol": 1e-9, "rtol": 0.0}
 SITES = ("mlp", "attn_head")
@@ -306,7 +305,7 @@ def test_integrated_gradients_at_some_positions(gpt2, few):
 def test_direct_effects_and_other_paths_sum_to_the_margin(both, few):
     """Neurons of both sites, biases and the embedding: all there is, in float64 to 1e-9."""
     head, _ = both
-    for batch in PairStream(head, few):
+    for batch in batches_of(head, few):
         parts = direct_contributions(head, batch)
         rest = parts.embedding + parts.biases.sum(1) + parts.constant
         neurons = sum(values.sum((1, 2)) for values in parts.neurons.values())

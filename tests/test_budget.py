@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import batches_of
 
 from rmtension import NeuronAttribution, RewardHead
 from rmtension.batch_run import BatchRun
 from rmtension.budget import enough_tokens, free_bytes, tokens_that_fit
-from rmtension.stream import PairStream
 
 CPU = torch.device("cpu")
 
@@ -85,7 +85,7 @@ def test_little_memory_makes_small_batches(checkpoints, pairs, monkeypatch):
     head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64)
 
     def longest(head, *, keeps_layers):
-        batches = PairStream(head, pairs, keeps_layers=keeps_layers)
+        batches = batches_of(head, pairs, keeps_layers=keeps_layers)
         return max(batch.input_ids.numel() for batch in batches)
 
     whole = longest(head, keeps_layers=True)

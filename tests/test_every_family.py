@@ -6,7 +6,7 @@ those of two rewards twice.
 
 import pytest
 import torch
-from conftest import make_pairs, make_tokenizer
+from conftest import batches_of, make_pairs, make_tokenizer
 from test_budget import kept_bytes
 from test_families import DENSE
 from test_packing import n_packed, pairs_of_all_kinds
@@ -16,7 +16,6 @@ from rmtension import NeuronAttribution, RewardHead
 from rmtension.budget import tokens_that_fit
 from rmtension.check_matrix import FAMILIES as MATRIX
 from rmtension.check_matrix import make_classifier
-from rmtension.stream import PairStream
 from rmtension.sweep import score_without
 
 # Their positions are not an argument, or are counted from a mask of one row.
@@ -83,7 +82,7 @@ def test_sweeps(head, few):
 
 def test_none_keeps_more_than_is_counted_on(head):
     """Nor so little that much of the memory would lie idle."""
-    (batch,) = PairStream(head, make_pairs(12), sharing="pair")
+    (batch,) = batches_of(head, make_pairs(12), sharing="pair")
     n_tokens = batch.input_ids.numel()
     n_bytes = kept_bytes(head, batch)
     shape = {"n_layers": head.n_layers, "d_model": head.d_model, "d_mlp": head.n_neurons("mlp"), "itemsize": 8}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, make_pairs
+from conftest import FAMILIES, batches_of, make_pairs
 from reference import Reference
 from scipy import stats
 from test_attribution import references, sides
@@ -18,7 +18,6 @@ from rmtension.neuron_scores import N_BLOCKS
 from rmtension.provenance import Provenance
 from rmtension.replay import Replay
 from rmtension.single_effects import single_neuron_effects
-from rmtension.stream import PairStream
 
 CLOSE = {"atol": 1e-9, "rtol": 0.0}
 SITES = ("mlp", "attn_head")
@@ -136,7 +135,7 @@ def test_single_effects_where_blocks_do_not_run_one_by_one(gpt2, few):
 
     for hook, same in ((nothing, True), (half, False)):
         with gpt2.model.hooks(fwd_hooks=[("blocks.1.attn.hook_z", hook)]):
-            (batch,) = PairStream(gpt2, few)
+            (batch,) = batches_of(gpt2, few)
             replay = Replay(gpt2, batch)
             assert not replay.is_partial
             with pytest.raises(ModelError, match="only transformers' own modules run one by one"):

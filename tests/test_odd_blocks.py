@@ -6,14 +6,13 @@ Language models with a head of random numbers, because not all of these families
 import pytest
 import torch
 import transformers
-from conftest import make_pairs
+from conftest import batches_of, make_pairs
 from test_faithfulness import some
 
 from rmtension import AblationContext, NeuronAttribution, NeuronSet, RewardHead
 from rmtension.errors import ModelError
 from rmtension.replay import Replay
 from rmtension.single_effects import single_neuron_effects
-from rmtension.stream import PairStream
 
 SIZES = {
     "hidden_size": 32,
@@ -103,7 +102,7 @@ def test_blocks_that_leave_things_for_one_another(checkpoints, few):
     for number, block in enumerate(blocks):
         block.forward = handing_on(block, number == 0)
         block.register_forward_pre_hook(with_store, with_kwargs=True)
-    (batch,) = PairStream(head, few)
+    (batch,) = batches_of(head, few)
     assert not Replay(head, batch).is_partial
     neurons = some(head, "mlp")
     effects = single_neuron_effects(head, few, neurons=neurons).values
@@ -113,7 +112,7 @@ def test_blocks_that_leave_things_for_one_another(checkpoints, few):
 def test_a_final_norm_that_runs_on_the_embedding_too(opened, few):
     """NanoChat's. Streams are those before the blocks and before its last run; GradDrop closes no gate for it."""
     head = opened("nanochat")
-    (batch,) = PairStream(head, few)
+    (batch,) = batches_of(head, few)
     with torch.no_grad():
         replay = Replay(head, batch)
         assert replay.is_partial

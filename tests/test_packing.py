@@ -6,7 +6,7 @@ In float64 to 1e-9, families with float32 norms to 1e-7 for gradients (`close_to
 import pytest
 import torch
 import transformers
-from conftest import close_to, make_pairs, make_tokenizer, save_classifier
+from conftest import batches_of, close_to, make_pairs, make_tokenizer, save_classifier
 from test_families import EXPERTS
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
@@ -16,7 +16,6 @@ from rmtension.packing import attention_mask, pair_batches
 from rmtension.plain_run import measure_packing, windows_of
 from rmtension.profiles import collect_profiles
 from rmtension.single_effects import single_neuron_effects
-from rmtension.stream import PairStream
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def alone(monkeypatch):
 
 
 def n_packed(head, pairs):
-    return sum(batch.n_pairs for batch in PairStream(head, pairs, sharing="pair") if batch.position_ids is not None)
+    return sum(batch.n_pairs for batch in batches_of(head, pairs, sharing="pair") if batch.position_ids is not None)
 
 
 def numbers(head, pairs):
@@ -232,7 +231,7 @@ def test_rows():
 def test_turned_round_a_pair_makes_the_same_row(checkpoints, few):
     head = RewardHead.from_pretrained(checkpoints["gpt2"])
     few = few[:-1]  # of the last pair both texts are the same
-    batches = [next(iter(PairStream(head, each))) for each in (few, few.swapped())]
+    batches = [batches_of(head, each)[0] for each in (few, few.swapped())]
     assert torch.equal(batches[0].input_ids, batches[1].input_ids)
     half = len(few)
     for name in ("mask", "response", "last"):

@@ -216,7 +216,7 @@ class TestBadCheckpoints:
 
     def test_non_finite_rewards(self, head):
         broken = RewardHead(head.model, weight=head.weight * float("nan"), tokenizer=head.tokenizer)
-        with pytest.raises(ModelError, match="item 0 got nan"):
+        with pytest.raises(ModelError, match=r"text 0 got the reward nan: .* weights in the reward head"):
             broken.score(["help"])
 
 

@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 import torch
-from conftest import make_pairs
+from conftest import batches_of, make_pairs
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
 from rmtension.errors import DataError
@@ -77,14 +77,20 @@ def test_parts_change_nothing(head, pairs, monkeypatch):
 
 def test_an_iterable_is_read_as_it_is_needed(head, pairs, three_at_a_time):
     """It may be endless."""
-    n_read = count()
+    n_read, seen = count(), []
     stream = PairStream(head, (pairs[next(n_read) % len(pairs)] for _ in count()))
-    batches = iter(stream)
-    places = next(batches).places
-    assert next(n_read) == 3
-    while max(places) < 100:
-        places = next(batches).places
-    assert stream.n_pairs == next(n_read) - 1 <= 105
+
+    def look(batch):
+        seen.append(max(batch.places))
+        if len(seen) == 1:
+            assert stream.n_pairs == 3
+        if seen[-1] >= 100:
+            raise EOFError
+        return []
+
+    with pytest.raises(EOFError):
+        stream.run(look, lambda *_: None, {})
+    assert stream.n_pairs == next(n_read) <= 105
 
 
 def test_errors_count_from_the_first_pair(head, pairs, three_at_a_time):
@@ -138,7 +144,7 @@ def best_of():
 
 
 def n_tokens_run(head, pairs, sharing="prompt"):
-    return sum(int((batch.touched("all")).sum()) for batch in PairStream(head, pairs, sharing=sharing))
+    return sum(int((batch.touched("all")).sum()) for batch in batches_of(head, pairs, sharing=sharing))
 
 
 def test_responses_of_a_prompt_share_it(head, best_of):
@@ -153,7 +159,7 @@ def test_responses_of_a_prompt_share_it(head, best_of):
     assert n_tokens_run(head, best_of) == by_hand
     assert n_tokens_run(head, best_of, "pair") > 1.5 * by_hand
     assert n_tokens_run(head, best_of, "none") == encoded.n_tokens
-    (batch,) = PairStream(head, best_of)
+    (batch,) = batches_of(head, best_of)
     assert len(batch.input_ids) == 4
 
 
@@ -191,7 +197,7 @@ def test_rows_of_many_pairs_are_no_longer_than_they_may_be(head, best_of, monkey
     monkeypatch.setattr("rmtension.stream._WIDTHS", 0)
     whole = head.score_pairs(best_of)
     several = []
-    for batch in PairStream(head, best_of):
+    for batch in batches_of(head, best_of):
         several += torch.bincount(batch.rows, minlength=len(batch.input_ids)).tolist()
         if batch.position_ids is not None and len(batch.places) > 2 * len(batch.input_ids):
             assert batch.input_ids.shape[1] <= 45

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from conftest import make_pairs
+from conftest import batches_of, make_pairs
 
 from rmtension import AblationContext, ActivationCollector, NeuronSet, RewardHead
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.runs import ModelRuns
-from rmtension.stream import PairStream
 from rmtension.sweep import score_without
 
 
@@ -84,7 +83,7 @@ def test_cost_is_what_is_said(checkpoints, few):
     """Calls of blocks for one batch: a whole run, one of a layer to see that it can be left out, and what is above."""
     head = RewardHead.from_pretrained(checkpoints["gpt2"])
     whole, middle, _, last, empty = some_sets(head)
-    assert len(list(PairStream(head, few))) == 1
+    assert len(batches_of(head, few)) == 1
 
     def cost(*sets):
         return n_blocks(head, lambda: score_without(head, few, sets))
