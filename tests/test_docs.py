@@ -67,10 +67,11 @@ def test_blocks_of_the_attribution_page_print_what_it_says(tmp_path, monkeypatch
     assert (tmp_path / "conflict.png").stat().st_size > 10_000
 
 
-def test_blocks_of_the_scaling_page_print_what_it_says(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "n"), [("scaling.md", 2), ("long_runs.md", 4)])
+def test_blocks_of_shorter_pages_print_what_they_say(name, n, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = DOCS / "scaling.md"
-    assert len(examples(page.read_text())) == 2
+    page = DOCS / name
+    assert len(examples(page.read_text())) == n
     assert run(page.read_text(), str(page)) == []
 
 
