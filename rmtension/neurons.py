@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -195,13 +196,13 @@ class NeuronSet:
 _MOST = 2**28
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: object) -> None:
     """Raise `OptionError` unless `seed` is one: a whole number that is not negative."""
-    if not _is_whole(seed) or seed < 0:
+    if not _is_whole(seed) or int(seed) < 0:
         raise OptionError(f"seed: expected a whole number from 0 on, got {seed!r:.80}.")
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 

@@ -44,13 +44,20 @@ def locked(folder: Path) -> Iterator[None]:
         what = advice(error) if isinstance(error, OSError) else "Its file system has no locks: name another folder"
         raise StorageError(f"{folder}: cannot serve as a work folder ({error}). {what}.") from error
     try:
-        if current().is_first:
-            for left in list(folder.rglob(f".*{SUFFIX}")):
-                with suppress(OSError):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+        _sweep(folder)
         yield
     finally:
         lock.release()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what this process's forerunners left half written; others of those that share the work may be writing."""
+    shard = current()
+    for left in list(folder.rglob(f".*{SUFFIX}")):
+        is_progress = left.name.startswith(".progress-")
+        if left.name.startswith(f".progress-{shard.rank}.") or (shard.is_first and not is_progress):
+            with suppress(OSError):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def claim(folder: Path, inputs: Mapping[str, Any]) -> None:

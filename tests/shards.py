@@ -3,9 +3,8 @@
     torchrun --nproc-per-node 2 tests/shards.py MODEL PAIRS OUT [--die RANK]
 
 In float64 and in float32, every process computes everything alone first, then with the others, and prints the largest
-relative difference of all numbers. Then process 1 gets fewer pairs, or in another order, which
-has to be an error in all. With `--die` that
-process ends itself, without a word, at its first batch.
+relative difference of all numbers. A run is broken off and resumed. Then process 1 gets fewer pairs, or in another
+order, which has to be an error in all. With `--die` that process ends itself, without a word, at its first batch.
 """
 
 import argparse
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import rmtension.work
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
 from rmtension.distributed import current, sharded
 from rmtension.errors import ShardError
@@ -58,6 +58,28 @@ def numbers(head: RewardHead, pairs: PreferencePairs, folder: Path | None = None
     return found | {"profile": profile.sums, "profile weights": profile.weights}
 
 
+def resumed(head: RewardHead, pairs: PreferencePairs, work: Path) -> torch.Tensor:
+    """Statistics from a run that every process breaks off at a batch of its own, and that all resume together."""
+    seen, look = 0, head.look
+
+    def breaking(*arguments):
+        nonlocal seen
+        seen += 1
+        if seen > 1 + current().rank:
+            raise InterruptedError
+        look(*arguments)
+
+    rmtension.work.EVERY, rmtension.work._SHARE = 0.0, float("inf")
+    head.look = breaking
+    try:
+        ActivationCollector(head).collect(pairs, work=work)
+        raise AssertionError("it was not broken off")
+    except InterruptedError:
+        head.look = look
+    assert (work / f"progress-{current().rank}.safetensors").exists()
+    return ActivationCollector(head).collect(pairs, work=work).mean
+
+
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """The largest, relative to the largest number; NaN has to stand where NaN does."""
     assert torch.equal(one.isnan(), other.isnan())
@@ -82,6 +104,10 @@ def share(head: RewardHead, pairs: PreferencePairs, out: Path, die: int | None) 
         head.score_pairs(pairs).save(out)
         head.forward = forward
         print(f"{head.dtype}: process {shard.rank} of {shard.size} ran {n_run} of {len(pairs)} pairs", flush=True)
+        same = torch.equal(
+            resumed(head, pairs, out.with_suffix(".work")), ActivationCollector(head).collect(pairs).mean
+        )
+        print(f"resumed: {same}", flush=True)
         together = numbers(head, pairs, out.with_suffix(f".{shard.rank}"))
         for others in (pairs[: len(pairs) - shard.rank], pairs[shard.rank :] + pairs[: shard.rank]):
             try:

@@ -37,6 +37,7 @@ def test_two_processes_compute_what_one_does(arguments, pairs):
     differences = [float(one) for one in re.findall(r"largest relative difference (\S+),", ran.stdout)]
     assert len(differences) == 4
     assert max(differences) <= 1e-9, ran.stdout
+    assert ran.stdout.count("resumed: True") == 4, ran.stdout
     assert ran.stdout.count("sharded: process 1 has another list of pairs than process 0") == 8
     for dtype in ("float64", "float32"):
         shares = [int(one) for one in re.findall(rf"{dtype}: process . of 2 ran (\d+) of", ran.stdout)]

@@ -1,5 +1,6 @@
 """Sets obey the algebra of sets, top-k is exact, controls match, and results survive the disk."""
 
+import inspect
 import itertools
 import math
 
@@ -10,6 +11,7 @@ from scipy import stats
 
 from rmtension import NeuronScores, NeuronSet
 from rmtension.errors import OptionError, ProvenanceError, RMTensionWarning, StorageError
+from rmtension.neurons import check_seed
 from rmtension.provenance import Provenance
 
 
@@ -240,3 +242,42 @@ def test_subsamples_are_uniform():
     assert len(neurons.subsample(len(neurons), seed=0)) == len(neurons)
     with pytest.raises(OptionError, match="k: expected 0 to"):
         neurons.subsample(len(neurons) + 1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": (2,)}, "shape: expected the numbers of layers and of neurons a layer"),
+        ({"shape": (0, 3)}, "shape: expected the numbers"),
+        ({"shape": (2, 0)}, "shape: expected the numbers"),
+        ({"shape": (2.0, 3)}, "shape: expected the numbers"),
+        ({"shape": (True, 3)}, "shape: expected the numbers"),
+        ({"shape": (2**15, 2**14)}, "shape: expected the numbers"),
+        ({"site": None}, "site: expected a text, got None"),
+        ({"architecture": 3}, "architecture: expected a text, got 3"),
+        ({"indices": 3}, r"indices: expected \(layer, neuron\) pairs of whole numbers, got 3"),
+        ({"indices": [(0, 1.0)]}, "indices: expected"),
+        ({"indices": [(0,)]}, "indices: expected"),
+        ({"indices": [(0, 1, 2)]}, "indices: expected"),
+        ({"indices": ["01"]}, "indices: expected"),
+    ],
+)
+def test_what_a_set_is_not_made_of(changes, message):
+    """Through the plain function: the suite's type checker would refuse most of it first."""
+    make = inspect.unwrap(NeuronSet.from_indices.__func__)
+    given = {"indices": [(0, 1)], "shape": (2, 3), "site": "mlp", "architecture": "toy"} | changes
+    with pytest.raises(OptionError, match=message):
+        make(NeuronSet, given.pop("indices"), **given)
+
+
+def test_shapes_up_to_the_largest_are_taken():
+    at_most = NeuronSet.from_indices([(0, 1)], shape=(1, 2**28), site="mlp", architecture="toy")
+    assert at_most.mask.shape == (1, 2**28)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, True, None, "0"])
+def test_seeds(seed):
+    with pytest.raises(OptionError, match="seed: expected a whole number from 0 on"):
+        inspect.unwrap(check_seed)(seed)
+    check_seed(0)
+    check_seed(np.int64(3))

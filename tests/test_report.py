@@ -1,8 +1,12 @@
 """The page and the text of a study: what it has, in order, and nothing else."""
 
+import html
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
+from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from test_plots import MODELS, SETS, expected, hand_made
 
@@ -250,3 +254,23 @@ def test_a_folder_that_cannot_be_written(study, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="could not be written"):
         write_report(only(study, "drift"), tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("<script>alert(1)</script>", "a | b", "[x](http://e)", "![x](http://e/i.png)"),
+        *("`c`", "*b* __u__ ~~s~~", "$x$", "&lt;", "\\"),
+    ],
+)
+def test_text_of_the_data_is_no_markup(text, study, tmp_path, fast):
+    """Names of subsets and families come from files: rendered, they read as they are."""
+    tables = {"comparisons": study.tables["comparisons"].assign(family=text, subset=text)}
+    families = [{"family": text, "seed": seed, "base": True} for seed in range(3)]
+    page = write_report(StudyResult(tables, study.summary | {"families": families}), tmp_path).read_text()
+    rendered = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(page)
+    assert "<script" not in rendered
+    assert "http://e" not in re.sub(r">[^<]*<", "><", rendered), "a link, or an image from elsewhere"
+    assert html.unescape(re.sub(r"<[^>]+>", "", rendered)).count(text) >= 2
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", rendered)
+    assert text in {html.unescape(re.sub(r"<[^>]+>", "", cell)) for cell in cells}
