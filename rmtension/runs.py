@@ -26,6 +26,7 @@ from rmtension.reward_head import RewardHead
 from rmtension.scored import ScoredPairs
 from rmtension.storage import read_result, write_result
 from rmtension.sweep import score_without
+from rmtension.work import remembered
 
 # What a folder of a checkpoint is told apart by: everything that can change what its model computes.
 _WEIGHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.bin", "*.py")
@@ -131,18 +132,20 @@ class ModelRuns:
         reference: ActivationStatistics | None = None,
     ) -> None:
         """Run what `rewards` will be asked for without each of some sets: together, which is faster."""
-        missing = {}
-        for one in sets:
-            name = self._name("rewards", [pairs.ordered_digest, _described(one, mode, reference)])
-            if len(one) and not self._has(name):
-                missing[name] = one
+        named = {
+            self._name("rewards", [pairs.ordered_digest, _described(one, mode, reference)]): one
+            for one in sets
+            if len(one)
+        }
+        missing = [name for name in named if not self._has(name)]
         if missing:
             self._require_unhooked()
-            with self._work(f"sweep-{_digest_of_names(missing)}") as work:
-                found = score_without(
-                    self.head, pairs, list(missing.values()), mode=mode, reference=reference, work=work
-                )
-                for name, scored in zip(missing, found, strict=True):
+            with self._work(f"sweep-{_digest_of_names(named)}") as work:
+                # In another company the last digits differ: what was interrupted ends as it was begun.
+                together = missing if work is None else remembered(work, "sets", missing)
+                some = [named[name] for name in together if name in named]
+                found = score_without(self.head, pairs, some, mode=mode, reference=reference, work=work)
+                for name, scored in zip(together, found, strict=True):
                     self.n_run += 1
                     self._keep(name, _Rewards.of(scored))
 

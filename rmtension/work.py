@@ -81,6 +81,22 @@ def claim(folder: Path, inputs: Mapping[str, Any]) -> None:
         raise StorageError(f"{folder}: its work was begun with other inputs: {listed}. Name another folder.")
 
 
+def remembered(folder: Path, name: str, value: list[str]) -> list[str]:
+    """What the first attempt in `folder` wrote down under `name`: this `value`, if it is the first."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        if current().is_first:
+            write_text(path, json.dumps(value) + "\n", name)
+        return value
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(f"{path}: damaged ({error}). Empty the folder, or name another.") from error
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise StorageError(f"{path}: damaged: expected a list of texts. Empty the folder, or name another.")
+    return found
+
+
 class Progress:
     """The state of one run in its folder: tensors that it adds to, and where it is.
 

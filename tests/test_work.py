@@ -10,6 +10,7 @@ from conftest import make_pairs, save_classifier
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
 from rmtension.errors import ModelError, OptionError, StorageError
 from rmtension.profiles import collect_profiles
+from rmtension.runs import ModelRuns
 from rmtension.single_effects import single_neuron_effects
 from rmtension.stream import PairStream
 from rmtension.sweep import score_without
@@ -277,3 +278,34 @@ def test_a_failed_update_changes_nothing(head, pairs, monkeypatch):
     after = collector.compute()
     assert after.provenance == before.provenance
     assert all(torch.equal(getattr(after, name), getattr(before, name)) for name in ("mean", "rms", "channel_mean"))
+
+
+def test_a_sweep_that_is_interrupted_between_two_results_ends_as_it_was_begun(head, pairs, tmp_path, monkeypatch):
+    """Sets that run in another company have other last digits: those that are left must not run by themselves."""
+    expected = ModelRuns(head, folder=tmp_path / "whole")
+    expected.prepare(pairs, sets(head))
+    keep, n_kept = ModelRuns._keep, 0
+
+    def dying(*arguments):
+        nonlocal n_kept
+        keep(*arguments)
+        n_kept += 1
+        if n_kept == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ModelRuns, "_keep", dying)
+    with pytest.raises(KeyboardInterrupt):
+        ModelRuns(head, folder=tmp_path / "runs").prepare(pairs, sets(head))
+    swept = []
+    monkeypatch.setattr(
+        "rmtension.runs.score_without", lambda *a, **k: swept.append(len(a[2])) or score_without(*a, **k)
+    )
+    ModelRuns(head, folder=tmp_path / "runs").prepare(pairs, sets(head))
+    assert swept == [3]
+    whole, resumed = (
+        {path.name: path.read_bytes() for path in (tmp_path / one).iterdir()} for one in ("whole", "runs")
+    )
+    assert whole == resumed
+    # What is known already does not run again when more is asked for.
+    ModelRuns(head, folder=tmp_path / "runs").prepare(pairs, [*sets(head), sets(head)[0] | sets(head)[1]])
+    assert swept == [3, 1]
