@@ -1,12 +1,12 @@
 """Sets obey the algebra of sets, top-k is exact, controls match, and results survive the disk."""
 
-import inspect
 import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import unchecked
 from scipy import stats
 
 from rmtension import NeuronScores, NeuronSet
@@ -263,11 +263,46 @@ def test_subsamples_are_uniform():
     ],
 )
 def test_what_a_set_is_not_made_of(changes, message):
-    """Through the plain function: the suite's type checker would refuse most of it first."""
-    make = inspect.unwrap(NeuronSet.from_indices.__func__)
+    make = unchecked(NeuronSet.from_indices.__func__)
     given = {"indices": [(0, 1)], "shape": (2, 3), "site": "mlp", "architecture": "toy"} | changes
     with pytest.raises(OptionError, match=message):
         make(NeuronSet, given.pop("indices"), **given)
+
+
+def test_indices_stop_at_the_shape():
+    for place in ((2, 0), (0, 3), (-1, 0), (0, -1)):
+        with pytest.raises(OptionError, match=r"indices: \(.*\) is outside a model with 2 layers of 3 neurons"):
+            NeuronSet.from_indices([place], shape=(2, 3), site="mlp", architecture="toy")
+    corners = NeuronSet.from_indices([(1, 2), (0, 0), (1, 2)], shape=(2, 3), site="mlp", architecture="toy")
+    assert list(corners) == [(0, 0), (1, 2)]
+    assert corners.to_frame().to_dict("list") == {"layer": [0, 1], "neuron": [0, 2]}
+    assert (1, 2) in corners
+    for other in ((0, 1), (2, 0), (0, 3), (1, 2, 0), (1,), [1, 2], 1, "12", None):
+        assert other not in corners
+
+
+def test_equal_sets_are_one_key():
+    one, other = (NeuronSet(torch.tensor([[True, False]]), "mlp", "toy") for _ in range(2))
+    assert len({one, other, ~one}) == 2
+    assert hash(one) == hash(other) != hash(~one)
+
+
+def test_drawing_takes_the_last_neurons_that_are_free():
+    half = NeuronSet(torch.tensor([[True, False, True, False]]), "mlp", "toy")
+    assert half.matched_random(seed=0) == ~half
+    assert half.subsample(0, seed=0).n_per_layer == [0]
+    assert half.subsample(2, seed=0) == half
+    many = NeuronSet(torch.ones(2, 50, dtype=torch.bool), "mlp", "toy")
+    assert many.subsample(50, seed=3) == many.subsample(50, seed=3) != many.subsample(50, seed=4)
+    assert many.subsample(99, seed=0).mask.sum() == 99
+    with pytest.raises(
+        OptionError, match=r"4 neurons wanted in layers \[0\], only 0 are outside the set. Use a smaller"
+    ):
+        (half | ~half).matched_random(seed=0)
+    with pytest.raises(OptionError, match=r"got NoneType with 'magnitude'"):
+        half.matched_random(seed=0, match="magnitude")
+    with pytest.raises(OptionError, match="match: expected 'layer', 'model' or 'magnitude', got 'other'"):
+        half.matched_random(seed=0, match="other")
 
 
 def test_shapes_up_to_the_largest_are_taken():
@@ -278,6 +313,6 @@ def test_shapes_up_to_the_largest_are_taken():
 @pytest.mark.parametrize("seed", [-1, 1.5, True, None, "0"])
 def test_seeds(seed):
     with pytest.raises(OptionError, match="seed: expected a whole number from 0 on"):
-        inspect.unwrap(check_seed)(seed)
+        unchecked(check_seed)(seed)
     check_seed(0)
     check_seed(np.int64(3))
