@@ -85,6 +85,9 @@ def open_checkpoint(name: str | Path, *, reward: bool, head: object = None, opti
         raise OptionError(
             f"from_pretrained: unknown options {unknown}; expected {sorted(LoadOptions.__annotations__)}."
         )
+    is_path = isinstance(name, Path) or Path(name).is_absolute() or name.startswith((".", "~"))
+    if is_path and not Path(name).is_dir():
+        raise ModelError(f"name_or_path: expected the folder of a checkpoint or a hub name, and {name} is no folder.")
     revision = options.get("revision")
     origin: dict[str, Any] = {"revision": revision, "trust_remote_code": options.get("trust_remote_code", False)}
     placement, device = _placement(options)

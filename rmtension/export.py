@@ -1,6 +1,7 @@
 """Out again: a head's model as a classifier of transformers, on disk or in memory, with neurons ablated for good."""
 
 import copy
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,6 @@ from rmtension.hooks import copy_without_hooks
 from rmtension.neurons import NeuronSet
 from rmtension.reward_head import RewardHead
 from rmtension.sites import find_site
-from rmtension.storage import os_error
 
 
 def ablate_weights(
@@ -88,7 +88,9 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
         try:
             classifier.save_pretrained(place, state_dict=state)
         except SafetensorError as error:
-            raise os_error(error) from error
+            # What the file system said comes as text alone: "... (os error 28)".
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(found[1]) if found else 0, str(error)) from error
         if checkpoint.tokenizer is not None:
             checkpoint.tokenizer.save_pretrained(place)
     if head.pad_token_id is None:

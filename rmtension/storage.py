@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from rmtension.distributed import current
@@ -43,10 +43,8 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], values: 
     """The same in every process."""
     header = {_HEADER: json.dumps({"kind": kind, "format": FORMAT, **values}, sort_keys=True)}
     with written_whole(path, kind) as partial:
-        try:
-            save_file(_apart(tensors), partial, header)
-        except SafetensorError as error:
-            raise os_error(error) from error
+        # Not by safetensors' own writing, whose temporary file nobody would find after a kill.
+        partial.write_bytes(save(_apart(tensors), header))
 
 
 def read_result(
@@ -83,6 +81,8 @@ def read_result(
             shapes = {name: (str(one.get_dtype()), list(one.get_shape())) for name, one in slices.items()}
             _check_shapes(path, shapes, tensors, optional or {})
             return {name: file.get_tensor(name) for name in names}, header
+    except FileNotFoundError as error:
+        raise StorageError(f"{path}: there is no such file.") from error
     except (OSError, SafetensorError) as error:
         if isinstance(error, StorageError):
             raise
@@ -142,11 +142,3 @@ def _check_shapes(
             wrong.append(f"{name!r} should be {specs[0]!r}, found {dtype} {shape}")
     if wrong:
         raise StorageError(f"{path}: damaged: {'; '.join(wrong[:3])}. Save the result again.")
-
-
-def os_error(error: SafetensorError) -> OSError:
-    """What the file system said to safetensors, which hands on the text alone: "... (os error 28)"."""
-    text = str(error)
-    _, found, rest = text.partition("(os error ")
-    number = rest.partition(")")[0]
-    return OSError(int(number), text) if found and number.isdigit() else OSError(text)

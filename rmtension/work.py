@@ -116,7 +116,7 @@ class Progress:
         self.place: dict[str, Any] = {}
         if self._path.exists():
             spec = {name: " ".join(["any", *map(str, tensor.shape)]) for name, tensor in state.items()}
-            tensors, values = read_result(self._path, "Progress", tensors=spec, values={"place": dict})
+            tensors, values = read_result(self._path, "progress", tensors=spec, values={"place": dict})
             for name, tensor in tensors.items():
                 state[name].copy_(tensor)
             self.place = values["place"]
@@ -129,6 +129,6 @@ class Progress:
     def save(self, place: Mapping[str, Any]) -> None:
         """Keep the state, and `place` with it."""
         start = time.monotonic()
-        write_tensors(self._path, "Progress", self._state, {"place": dict(place)})
+        write_tensors(self._path, "progress", self._state, {"place": dict(place)})
         self._written = time.monotonic()
         self._took = self._written - start

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -51,13 +52,15 @@ def mounted(folder: Path, *options: str) -> Iterator[bool]:
             subprocess.run(["umount", str(folder)], check=True)
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def kept(folder: Path) -> dict[str, bytes]:
+    """All files but those of a work folder, which may have begun."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith("work/")}
 
 
 def say(case: str, what: str, call: Callable[[], object], folder: Path) -> bool:
     """Print what a call says; returns whether that was an error of this library, and the folder stayed as it was."""
-    before = tree(folder)
+    before = kept(folder)
     try:
         call()
         message, good = "no error", False
@@ -65,9 +68,8 @@ def say(case: str, what: str, call: Callable[[], object], folder: Path) -> bool:
         message, good = f"{type(error).__name__}: {error}", True
     except Exception as error:
         message, good = f"ANOTHER ERROR, {type(error).__name__}: {error}", False
-    # A work folder may have begun.
-    same = {name: content for name, content in tree(folder).items() if "/.lock" not in name} == before
-    print(f"{case}, {what}: {message}\n    {'as it was' if same else 'CHANGED: ' + ', '.join(tree(folder))}")
+    same = kept(folder) == before
+    print(f"{case}, {what}: {message}\n    {'as it was' if same else 'CHANGED: ' + ', '.join(kept(folder))}")
     return good and same
 
 
@@ -110,6 +112,8 @@ def as_nobody(call: Callable[[], bool]) -> bool:
             os.setgid(NOBODY)
             os.setuid(NOBODY)
         status = 0 if call() else 1
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(status)
