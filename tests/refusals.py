@@ -80,7 +80,7 @@ def writes(
     large = NeuronSet(torch.zeros(3000, 1000, dtype=torch.bool), "mlp", "toy")
     return {
         "a result": lambda: large.save(folder / "set.safetensors"),
-        "pairs": lambda: sum([pairs] * 2000, pairs).to_jsonl(folder / "pairs.jsonl"),
+        "pairs": lambda: sum([pairs] * 200, pairs).to_jsonl(folder / "pairs.jsonl"),
         "a study": lambda: study.save(folder / "study", overwrite=True),
         "a report": lambda: write_report(study, folder / "study"),
         "a model": lambda: head.save_pretrained(folder / "model"),

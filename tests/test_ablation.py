@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_pairs, save_classifier
+from conftest import save_classifier
 from scipy import stats
 from test_reward_head import snapshot
 
@@ -203,54 +203,3 @@ class TestWrongArguments:
             pytest.raises(OptionError, match=r"RewardHead\.score"),
         ):
             head.model.original_model.base_model(input_ids=torch.tensor([[2, 3]]))
-
-
-def test_collector_merge_equals_one_pass(exact_head):
-    """Any partition and order, an empty part and a part of one pair; equal to 1e-12, the rounding of float64."""
-    pairs = make_pairs(17, seed=4)
-    whole = ActivationCollector(exact_head).collect(pairs)
-    parts = [pairs[5:16], pairs[:0], pairs[16:17], pairs[:5]]
-    merged = ActivationCollector(exact_head)
-    for part in parts:
-        merged.merge(ActivationCollector(exact_head).update(part))
-    updated = ActivationCollector(exact_head)
-    for part in parts:
-        updated.update(part)
-    for other in (merged.compute(), updated.compute()):
-        assert other.provenance == whole.provenance
-        for name in ("mean", "abs_mean", "rms", "frequency", "channel_mean"):
-            assert torch.allclose(getattr(other, name), getattr(whole, name), atol=1e-12, rtol=0)
-
-
-def test_collector_refuses_what_does_not_belong(head, pairs):
-    collector = ActivationCollector(head)
-    with pytest.raises(DataError, match="nothing was collected"):
-        collector.compute()
-    with pytest.raises(ProvenanceError, match="positions differs"):
-        collector.merge(ActivationCollector(head, positions="last"))
-    with pytest.raises(OptionError, match="got this one"):
-        collector.merge(collector)
-    with pytest.raises(OptionError, match="site: expected one of"):
-        ActivationCollector(head, site="mlp_out")
-
-
-def test_results_share_no_memory_with_the_collector(head, pairs):
-    collector = ActivationCollector(head)
-    first = collector.collect(pairs[:4])
-    before = first.mean.clone()
-    collector.update(pairs)
-    assert torch.equal(first.mean, before)
-
-
-def test_statistics_and_samples_survive_the_disk(head, pairs, tmp_path):
-    from rmtension import ActivationSample, ActivationStatistics
-
-    collector = ActivationCollector(head, site="attn_head")
-    statistics, sample = collector.collect(pairs), collector.sample(pairs, n=7)
-    statistics.save(tmp_path / "statistics.safetensors")
-    sample.save(tmp_path / "sample.safetensors")
-    assert ActivationStatistics.load(tmp_path / "statistics.safetensors").to_frame().equals(statistics.to_frame())
-    loaded = ActivationSample.load(tmp_path / "sample.safetensors")
-    assert torch.equal(loaded.values, sample.values)
-    assert loaded.provenance == sample.provenance
-    assert len(loaded) == 7

@@ -8,6 +8,7 @@ from test_neurons import provenance
 
 from rmtension import PreferencePairs, ScoredPairs, evaluation
 from rmtension.errors import DataError, OptionError
+from rmtension.intervals import Estimate
 
 
 def scored_of(margins, *, prompts=None, subsets=None):
@@ -229,3 +230,130 @@ def test_benchmarks_subsets_count_as_refusing_and_responding():
 def test_items_of_one_name_and_two_prompts_are_two():
     rows = [{"prompt": prompt, "chosen": "a", "rejected": "b", "item": "1"} for prompt in ("Q", "Q", "other")]
     assert PreferencePairs.from_records(rows).items == [[0, 1], [2]]
+
+
+# -- what options reach ------------------------------------------------------------------------------------------------
+
+
+def mixed_bag(seed=0):
+    """120 pairs of 60 prompts in two subsets, a fifth of them ties."""
+    draw = np.random.default_rng(seed)
+    margins = draw.normal(0.3, 1.0, size=120) * (draw.random(120) > 0.2)
+    subsets = np.where(np.arange(120) % 3 == 0, "should_refuse", "should_respond").tolist()
+    return scored_of(margins, prompts=np.arange(120) % 60, subsets=subsets)
+
+
+def first(frame):
+    """The first row of a table of accuracies, as an estimate."""
+    row = frame.to_dict("records")[0]
+    return Estimate(row["accuracy"], row["low"], row["high"], row["n"], row["n_prompts"])
+
+
+def difference(frame):
+    row = frame.to_dict("records")[0]
+    return Estimate(row["difference"], row["low"], row["high"], row["n"], 0)
+
+
+ESTIMATES = {
+    "accuracy": evaluation.accuracy,
+    "macro accuracy": evaluation.macro_accuracy,
+    "margin": evaluation.mean_margin,
+    "subset": lambda scored, **options: first(evaluation.by_subset(scored, **options)),
+    "balanced": lambda scored, **options: evaluation.balance(scored, **options)["balanced"],
+    "refusing": lambda scored, **options: evaluation.balance(scored, **options)["refusing"],
+    "change": lambda scored, **options: evaluation.change(scored, mixed_bag(1), **options),
+    "compare": lambda scored, **options: evaluation.compare(scored, mixed_bag(1), **options).difference,
+    "compare subsets": lambda scored, **options: difference(
+        evaluation.compare_by_subset(scored, mixed_bag(1), **options)
+    ),
+}
+WITHOUT_TIE = ("margin", "change")
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_level_and_seed_reach_the_interval(name):
+    estimate, scored = ESTIMATES[name], mixed_bag()
+    default = estimate(scored)
+    assert estimate(scored) == default == estimate(scored, seed=0, level=0.95)
+    others, narrow = [estimate(scored, seed=seed) for seed in range(1, 5)], estimate(scored, level=0.5)
+    assert {other.value for other in others} == {narrow.value} == {default.value}
+    # Ends are multiples of half an item: two seeds may meet in them.
+    assert {(other.low, other.high) for other in others} - {(default.low, default.high)}
+    assert default.low < narrow.low < narrow.value < narrow.high < default.high
+    if "subset" not in name:
+        assert (default.level, narrow.level) == (0.95, 0.5)
+
+
+@pytest.mark.parametrize("name", [name for name in ESTIMATES if name not in WITHOUT_TIE])
+def test_a_tie_counts_what_is_said(name):
+    """Half by default; linear in what it counts."""
+    estimate, scored = ESTIMATES[name], mixed_bag()
+    none, half, whole = (estimate(scored, tie=tie).value for tie in (0.0, 0.5, 1.0))
+    assert half == estimate(scored).value == pytest.approx((none + whole) / 2)
+    assert none != whole
+
+
+def test_numbers_behind_estimates():
+    scored = mixed_bag()
+    parts = {name: scored.filter(subset=name) for name in ("should_refuse", "should_respond")}
+    sizes = {name: (len(part), len(part.pairs.prompts)) for name, part in parts.items()}
+    assert sizes == {"should_refuse": (40, 20), "should_respond": (80, 40)}
+    accuracies = {name: evaluation.accuracy(part) for name, part in parts.items()}
+    balance = evaluation.balance(scored)
+    assert balance["refusing"] == accuracies["should_refuse"]
+    assert balance["responding"] == accuracies["should_respond"]
+    one, other, balanced = (balance[name] for name in ("refusing", "responding", "balanced"))
+    assert balanced.value == (one.value + other.value) / 2
+    # Zou and Donner's interval of a mean of two independent estimates.
+    assert balanced.low == balanced.value - np.hypot(one.value - one.low, other.value - other.low) / 2
+    assert balanced.high == balanced.value + np.hypot(one.high - one.value, other.high - other.value) / 2
+    assert (balanced.n, balanced.n_prompts) == (120, 60)
+    macro = evaluation.macro_accuracy(scored)
+    assert macro.value == pytest.approx(balanced.value)
+    assert (macro.n, macro.n_prompts, macro.level) == (120, 60, 0.95)
+    frame = evaluation.by_subset(scored)
+    assert sorted(frame["subset"]) == ["should_refuse", "should_respond"]
+    for row in frame.to_dict("records"):
+        right, margin = accuracies[row["subset"]], evaluation.mean_margin(parts[row["subset"]])
+        assert (row["accuracy"], row["low"], row["high"]) == (right.value, right.low, right.high)
+        assert (row["margin"], row["margin_low"], row["margin_high"]) == (margin.value, margin.low, margin.high)
+        assert (row["n"], row["n_prompts"], row["chance"]) == (right.n, right.n_prompts, 0.5)
+    found = evaluation.compare(scored, mixed_bag(1))
+    assert evaluation.comparison_row(found) == {
+        "difference": found.difference.value,
+        "low": found.difference.low,
+        "high": found.difference.high,
+        "p_value": found.p_value,
+        "test": "sign flip",
+        "n_gained": found.n_gained,
+        "n_lost": found.n_lost,
+        "n": 120,
+    }
+    gap = evaluation.item_change(scored, mixed_bag(1), "accuracy")
+    assert (found.n_gained, found.n_lost) == (int((gap > 0).sum()), int((gap < 0).sum()))
+    assert found.p_value == evaluation.compare(scored, mixed_bag(1), seed=0).p_value
+    assert len({evaluation.compare(scored, mixed_bag(1), seed=seed).p_value for seed in range(4)}) > 1
+
+
+def test_two_prompts_have_an_interval_of_subsets():
+    both = evaluation.macro_accuracy(scored_of([1.0, -1.0], subsets=["a", "b"]))
+    assert (both.low, both.high) == (0.0, 1.0)
+    one = evaluation.macro_accuracy(scored_of([1.0, -1.0], prompts=[0, 0], subsets=["a", "b"]))
+    assert np.isnan(one.low)
+    assert np.isnan(one.high)
+
+
+def test_half_ties_are_flipped_even_if_every_prompt_has_one_item():
+    """McNemar counts what one model gains and loses; half a point is neither."""
+    found = evaluation.compare(scored_of([1.0, 0.0, 1.0]), scored_of([-1.0, 1.0, 1.0]))
+    assert found.test == "sign flip"
+    found = evaluation.compare(scored_of([1.0, 1.0, -1.0]), scored_of([-1.0, 1.0, 1.0]))
+    assert (found.test, found.n_gained, found.n_lost) == ("McNemar", 1, 1)
+
+
+@pytest.mark.parametrize("call", [evaluation.change, evaluation.compare, evaluation.compare_by_subset])
+def test_other_pairs_are_refused(call):
+    with pytest.raises(DataError, match=r"expected rewards of the same pairs in the same order. Score both "):
+        call(mixed_bag(), mixed_bag().take(list(range(1, 120))))
+    with pytest.raises(OptionError, match="quantity: expected 'accuracy' or 'margin', got 'x'"):
+        evaluation.change(mixed_bag(), mixed_bag(1), quantity="x")

@@ -12,7 +12,7 @@ import pkgutil
 import threading
 import typing
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -85,9 +85,21 @@ def make_setup(folder, checkpoint, other):
     return Setup(head, base, pairs, batch, *sets, folder)
 
 
+@pytest.fixture(scope="module")
+def opened(checkpoints, tmp_path_factory, other_checkpoint):
+    """One model for all tests, since none may change it."""
+    return make_setup(tmp_path_factory.mktemp("setup"), checkpoints["gpt2"], other_checkpoint)
+
+
 @pytest.fixture
-def setup(checkpoints, tmp_path, other_checkpoint):
+def spoiled(checkpoints, tmp_path, other_checkpoint):
+    """A model for tests that change it."""
     return make_setup(tmp_path, checkpoints["gpt2"], other_checkpoint)
+
+
+@pytest.fixture
+def setup(opened, tmp_path):
+    return replace(opened, folder=tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -180,14 +192,17 @@ def places(n):
 
 def require_unchanged_however_it_ends(head, call):
     """Run a call to its end, then with an error thrown in at many places: each time the model is what it was."""
-    with unchanged(head), failing("forward", 0, Fault()) as n_calls, failing("register", 0, Fault()) as n_hooks:
+    before = state_of(head)
+    with failing("forward", 0, Fault()) as n_calls, failing("register", 0, Fault()) as n_hooks:
         call()
+    require_same(before, state_of(head))
     for what, n in (("forward", n_calls[0]), ("register", n_hooks[0])):
         for number, error in [(place, Fault()) for place in places(n)] + [(max(1, n // 3), KeyboardInterrupt())] * (
             n > 0
         ):
-            with unchanged(head), failing(what, number, error), suppress(Fault, KeyboardInterrupt, RMTensionError):
+            with failing(what, number, error), suppress(Fault, KeyboardInterrupt, RMTensionError):
                 call()
+            require_same(before, state_of(head))
     return n_calls[0], n_hooks[0]
 
 
@@ -603,19 +618,19 @@ class HalfEntered(Leaking):
 
 
 @pytest.mark.parametrize("leaking", [Leaking, LeavingTheMode, HalfEntered])
-def test_a_leaking_manager_is_found_out(leaking, setup):
+def test_a_leaking_manager_is_found_out(leaking, spoiled):
     with pytest.raises(AssertionError, match=r"(hooks|modes) changed"):
-        require_life_cycle(leaking, setup)
+        require_life_cycle(leaking, spoiled)
 
 
-def test_a_leaking_call_is_found_out(setup):
+def test_a_leaking_call_is_found_out(spoiled):
     def leaky():
-        handle = setup.mlp.register_forward_pre_hook(lambda *_: None)
-        setup.head.score(["help"])
+        handle = spoiled.mlp.register_forward_pre_hook(lambda *_: None)
+        spoiled.head.score(["help"])
         handle.remove()
 
     with pytest.raises(AssertionError, match="hooks changed"):
-        require_unchanged_however_it_ends(setup.head, leaky)
+        require_unchanged_however_it_ends(spoiled.head, leaky)
 
 
 def test_only_these_modules_touch_hooks_and_flags():

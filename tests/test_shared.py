@@ -1,5 +1,6 @@
 """Overlap against brute force over every possible set, depth by hand, and what may not be compared."""
 
+from dataclasses import replace
 from itertools import combinations
 from math import comb
 
@@ -131,3 +132,31 @@ def test_p_values_of_random_sets_are_calibrated():
         Overlap.of(random_set(2 * i, (4, 100)), random_set(2 * i + 1, (4, 100))).p_value <= 0.05 for i in range(400)
     ]
     assert 0.01 <= np.mean(small) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
+
+
+def test_a_report_without_a_base(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    scores = {name: scores_of(torch.randn(3, 10, generator=draw)) for name in ("a", "b")}
+    report = SharedNeuronAnalyzer(scores).analyze(fraction=0.2)
+    assert report.beyond_base == {}
+    assert report.base is None
+    assert list(report.to_frame()[["a", "b", "without_base"]].itertuples(index=False, name=None)) == [("a", "b", False)]
+    assert report.depth()["set"].tolist() == ["a", "b", "a only", "b only", "shared", "all neurons"]
+    report.save(tmp_path / "report")
+    again = SharedNeuronReport.load(tmp_path / "report")
+    assert again.base is None
+    assert again.to_frame().equals(report.to_frame())
+    with_base = SharedNeuronAnalyzer(scores, base=scores["a"]).analyze(fraction=0.2)
+    assert with_base.depth()["set"].tolist() == ["a", "b", "a only", "b only", "shared", "base", "all neurons"]
+    assert with_base.to_frame()["without_base"].tolist() == [False, True]
+
+
+def test_sets_are_ranked_as_asked():
+    """By signed value, for the base too."""
+    scores = scores_of(torch.tensor([[-3.0, 1.0, 2.0, 0.5]]))
+    for by, neuron in (("absolute", 0), ("value", 2)):
+        report = SharedNeuronAnalyzer({"a": scores, "b": scores}, base=scores).analyze(fraction=0.25, by=by)
+        assert list(report.shared) == list(report.base) == [(0, neuron)]
+    other = replace(scores, provenance=replace(scores.provenance, positions="last"))
+    with pytest.raises(ProvenanceError, match=r"^SharedNeuronAnalyzer: positions differs"):
+        SharedNeuronAnalyzer({"a": scores, "b": other})
