@@ -253,6 +253,9 @@ def _stored_heads(name: str | Path, revision: str | None) -> dict[str, Any]:
     try:
         if index is not None:
             files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            outside = [file for file in files.values() if Path(file).name != file]
+            if outside:
+                raise ModelError(f"{name}: its index names a file outside the checkpoint: {outside[0]!r}.")
             paths = [find(file) for file in sorted({files[key] for key in head_keys(files)})]
         elif single is not None:
             paths = [single]
@@ -265,7 +268,7 @@ def _stored_heads(name: str | Path, revision: str | None) -> dict[str, Any]:
         for path in filter(None, paths):
             with safe_open(path, framework="pt") as opened:
                 tensors |= {key: opened.get_tensor(key) for key in head_keys(opened.keys())}
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(

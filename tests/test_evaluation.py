@@ -335,6 +335,23 @@ def test_numbers_behind_estimates():
     assert len({evaluation.compare(scored, mixed_bag(1), seed=seed).p_value for seed in range(4)}) > 1
 
 
+def test_each_of_three_subsets_counts_once():
+    scored = scored_of([1.0, 1.0, 1.0, -1.0, 1.0, -1.0, -1.0], subsets=list("aaabbcc"))
+    assert evaluation.macro_accuracy(scored).value == pytest.approx((1 + 0.5 + 0) / 3)
+
+
+def test_margins_of_a_subset_have_the_level_that_was_asked_for():
+    wide, narrow = (evaluation.by_subset(mixed_bag(), level=level).to_dict("records")[0] for level in (0.95, 0.5))
+    assert wide["margin_low"] < narrow["margin_low"] < narrow["margin_high"] < wide["margin_high"]
+
+
+def test_a_tie_that_is_broken_gains_what_a_tie_lacks():
+    tied, right = scored_of([0.0, 0.0]), scored_of([1.0, -1.0])
+    for tie in (0.0, 0.5, 0.25):
+        assert evaluation.item_change(right, tied, "accuracy", tie=tie).tolist() == [1 - tie, -tie]
+        assert evaluation.item_change(tied, right, "accuracy", tie=tie).tolist() == [tie - 1, tie]
+
+
 def test_two_prompts_have_an_interval_of_subsets():
     both = evaluation.macro_accuracy(scored_of([1.0, -1.0], subsets=["a", "b"]))
     assert (both.low, both.high) == (0.0, 1.0)

@@ -97,6 +97,21 @@ def test_value_head_of_a_language_model(language_model, tmp_path, ragged_texts, 
     assert head.check()["passed"].all()
 
 
+@pytest.mark.parametrize("wrong", ["../elsewhere/model.safetensors", "/etc/passwd", "sub/model.safetensors", 3, None])
+def test_an_index_that_leads_elsewhere_is_refused(language_model, tmp_path, wrong):
+    """Also where there is a file: nothing outside the checkpoint is read for it."""
+    head = {"score.weight": torch.ones(1, 32)}
+    elsewhere = with_tensors(language_model, tmp_path / "elsewhere", head)
+    folder = with_tensors(language_model, tmp_path / "model", head, n_shards=2)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["score.weight"] = wrong
+    path.write_text(json.dumps(index))
+    assert (elsewhere / "model.safetensors").exists()
+    with pytest.raises(ModelError, match=r"its index names a file outside the checkpoint|damaged or cut short"):
+        RewardHead.from_pretrained(folder)
+
+
 def test_heads_given_by_the_user(language_model, ragged_texts):
     generator = torch.Generator().manual_seed(1)
     weight, bias = torch.randn(32, generator=generator), 0.25
