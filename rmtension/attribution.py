@@ -1,11 +1,9 @@
 """Scoring neurons by what they have to do with the margin between chosen and rejected."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from einops import einsum
 from jaxtyping import Float
@@ -33,6 +31,7 @@ from rmtension.reward_head import RewardHead
 from rmtension.running_scores import RunningScores
 from rmtension.sites import check_positions, find_site
 from rmtension.stream import PairStream
+from rmtension.token_scores import TokenScores
 from rmtension.tokens import TokenBatch
 
 METHODS = (*FIRST_ORDER, "integrated_gradients")
@@ -40,36 +39,6 @@ METHODS = (*FIRST_ORDER, "integrated_gradients")
 NEEDS_REWARD = frozenset(METHODS) - {"mean_difference"}
 # Methods that replace activations by something.
 _WITH_REFERENCE = frozenset({"attribution_patching", "integrated_gradients"})
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class TokenScores:
-    """What each token of the two texts of a pair adds to every neuron's score.
-
-    The sum over tokens of `chosen`, minus that of `rejected`, is the pair's score. Memory: tokens of both texts x
-    layers x neurons.
-    """
-
-    id: str
-    chosen_tokens: tuple[str, ...]
-    rejected_tokens: tuple[str, ...]
-    chosen: Float[Tensor, "chosen layer neuron"]
-    rejected: Float[Tensor, "rejected layer neuron"]
-
-    def to_frame(self, layer: int, neuron: int) -> pd.DataFrame:
-        """One neuron, a row a token of both texts: side, position, token, score."""
-        sides = {"chosen": (self.chosen_tokens, self.chosen), "rejected": (self.rejected_tokens, self.rejected)}
-        parts = [
-            pd.DataFrame(
-                {"side": side, "position": range(len(tokens)), "token": tokens, "score": values[:, layer, neuron]}
-            )
-            for side, (tokens, values) in sides.items()
-        ]
-        return pd.concat(parts, ignore_index=True)
-
-    def __repr__(self) -> str:
-        (chosen, layers, neurons), rejected = self.chosen.shape, len(self.rejected)
-        return f"TokenScores({self.id!r}: {chosen} chosen and {rejected} rejected tokens, {layers} x {neurons} neurons)"
 
 
 class NeuronAttribution:

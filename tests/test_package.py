@@ -21,7 +21,7 @@ FLOORS = [
     {"storage"},
     {"chat", "heads", "neurons", "pair", "reading"},
     {"pairs", "neuron_scores"},
-    {"pair_scores"},
+    {"pair_scores", "token_scores"},
     {"benchmarks", "intervals", "length"},
     {"encoding", "scored", "tokens", "controls", "overlap", "work"},
     {"packing", "last_block", "budget", "sums", "plain_run", "body", "checkpoints", "wrapping"},

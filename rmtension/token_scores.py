@@ -1,0 +1,37 @@
+"""Scores of neurons token by token, for one pair."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenScores:
+    """What each token of the two texts of a pair adds to every neuron's score.
+
+    The sum over tokens of `chosen`, minus that of `rejected`, is the pair's score. Memory: tokens of both texts x
+    layers x neurons.
+    """
+
+    id: str
+    chosen_tokens: tuple[str, ...]
+    rejected_tokens: tuple[str, ...]
+    chosen: Float[Tensor, "chosen layer neuron"]
+    rejected: Float[Tensor, "rejected layer neuron"]
+
+    def to_frame(self, layer: int, neuron: int) -> pd.DataFrame:
+        """One neuron, a row a token of both texts: side, position, token, score."""
+        sides = {"chosen": (self.chosen_tokens, self.chosen), "rejected": (self.rejected_tokens, self.rejected)}
+        parts = [
+            pd.DataFrame(
+                {"side": side, "position": range(len(tokens)), "token": tokens, "score": values[:, layer, neuron]}
+            )
+            for side, (tokens, values) in sides.items()
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+    def __repr__(self) -> str:
+        (chosen, layers, neurons), rejected = self.chosen.shape, len(self.rejected)
+        return f"TokenScores({self.id!r}: {chosen} chosen and {rejected} rejected tokens, {layers} x {neurons} neurons)"
