@@ -203,7 +203,7 @@ class TestBadCheckpoints:
         assert torch.allclose(head.score(texts), transformers_rewards(tmp_path, texts), atol=1e-6)
 
     def test_not_there(self, tmp_path):
-        with pytest.raises(ModelError, match="could not load the config"):
+        with pytest.raises(ModelError, match="expected the folder of a checkpoint or a hub name"):
             RewardHead.from_pretrained(tmp_path / "nothing")
 
     def test_not_a_hooked_model(self):
