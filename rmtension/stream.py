@@ -155,7 +155,9 @@ class PairStream:
                 stack.enter_context(locked(self._work))
                 claim(self._work, self._depends_on())
                 kept = Progress(self._work, state)
-                self._at = _Place(**kept.place) if kept.place else self._at
+                if kept.place:
+                    # JSON has no tuples.
+                    self._at = _Place(**kept.place | {"skipped": [tuple(one) for one in kept.place["skipped"]]})
             self._run(look, add, kept, layer_dim)
         if not self.is_whole:
             found = self._shard.texts(json.dumps(self._at.skipped))

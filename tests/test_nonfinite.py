@@ -96,6 +96,25 @@ def test_skipping_gives_what_the_other_pairs_give(name, family, checkpoints, pai
         assert found.pairs == good
 
 
+def test_skipping_goes_on_after_an_interruption(checkpoints, pairs, tmp_path, monkeypatch):
+    """What was left out before and after it is counted together."""
+    monkeypatch.setattr("rmtension.work.EVERY", 0.0)
+    monkeypatch.setattr("rmtension.work._SHARE", float("inf"))
+    monkeypatch.setattr("rmtension.stream._AT_A_TIME", 4)
+    head = broken(checkpoints)
+
+    def cut_short():
+        yield from pairs[:12]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ActivationCollector(head).collect(cut_short(), on_nonfinite="skip", work=tmp_path)
+    with pytest.warns(RMTensionWarning):
+        found = ActivationCollector(head).collect(iter(pairs), on_nonfinite="skip", work=tmp_path)
+    assert found.provenance.skipped == tuple(pair.id for pair in pairs if is_bad(pair))
+    assert 0 < sum(map(is_bad, pairs[:12])) < len(found.provenance.skipped)
+
+
 def test_a_good_model_skips_nothing(head, pairs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
