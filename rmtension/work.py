@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -23,6 +23,7 @@ from rmtension.storage import read_result, write_tensors
 EVERY = 30.0
 _SHARE = 0.05
 _INPUTS = "inputs.json"
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -71,11 +72,8 @@ def claim(folder: Path, inputs: Mapping[str, Any]) -> None:
         if current().is_first:
             write_text(path, json.dumps(here, indent=2) + "\n", "list of inputs")
         return
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        names = [name for name, value in here.items() if there.get(name, value) != value]
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise StorageError(f"{path}: damaged ({error}). Empty the folder, or name another.") from error
+    there = _written_down(path, dict)
+    names = [name for name, value in here.items() if there.get(name, value) != value]
     if names:
         listed = "; ".join(f"{name} is {here[name]!r} now, {there[name]!r} there" for name in names)
         raise StorageError(f"{folder}: its work was begun with other inputs: {listed}. Name another folder.")
@@ -88,12 +86,20 @@ def remembered(folder: Path, name: str, value: list[str]) -> list[str]:
         if current().is_first:
             write_text(path, json.dumps(value) + "\n", name)
         return value
+    found: list[str] = _written_down(path, list)
+    if not all(isinstance(one, str) for one in found):
+        raise StorageError(f"{path}: damaged: expected a list of texts. Empty the folder, or name another.")
+    return found
+
+
+def _written_down(path: Path, kind: type[_T]) -> _T:
+    """What an earlier attempt wrote to a JSON file of a work folder."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"{path}: damaged ({error}). Empty the folder, or name another.") from error
-    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-        raise StorageError(f"{path}: damaged: expected a list of texts. Empty the folder, or name another.")
+    if not isinstance(found, kind):
+        raise StorageError(f"{path}: damaged: expected a {kind.__name__}. Empty the folder, or name another.")
     return found
 
 
