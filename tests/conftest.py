@@ -145,7 +145,7 @@ def unchecked(function):
 def batches_of(head, pairs, **options):
     """The batches that a run over pairs makes."""
     found = []
-    PairStream(head, pairs, **options).run(lambda _: [], lambda batch, _: found.append(batch), {})
+    PairStream(head, pairs, **options).run(lambda _: [], lambda batch, _: found.append(batch.to(head.device)), {})
     return found
 
 

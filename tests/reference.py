@@ -1,6 +1,8 @@
 """The same numbers computed without this library: transformers, plain PyTorch hooks on its modules, and autograd.
 
-One text at a time, unpadded, in float64. Nothing here imports rmtension.
+One text at a time, unpadded, in float64. Nothing here imports rmtension. Models run on the device the library takes:
+what they compute in float32 whatever the dtype (norms, rotary angles) has other last digits on a GPU. What goes in and
+comes out is on the CPU.
 """
 
 from contextlib import contextmanager
@@ -8,13 +10,15 @@ from contextlib import contextmanager
 import torch
 import transformers
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 class Reference:
     """A sequence classifier of transformers with hooks on the inputs of its down and output projections."""
 
     def __init__(self, folder, dtype=torch.float64):
         load = transformers.AutoModelForSequenceClassification.from_pretrained
-        self.model = load(folder, dtype=dtype).eval()
+        self.model = load(folder, dtype=dtype).eval().to(DEVICE)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         base = self.model.base_model
         base = getattr(base, "decoder", base)
@@ -51,8 +55,8 @@ class Reference:
 
         def hook(layer):
             def pre_hook(_module, inputs):
-                changed = function(layer, inputs[0])
-                return None if changed is None else (changed, *inputs[1:])
+                changed = function(layer, inputs[0].cpu())
+                return None if changed is None else (changed.to(DEVICE), *inputs[1:])
 
             return pre_hook
 
@@ -74,7 +78,7 @@ class Reference:
         return ids, len(prompt)
 
     def reward(self, ids):
-        return self.model(input_ids=ids).logits[0, 0]
+        return self.model(input_ids=ids.to(DEVICE)).logits[0, 0].cpu()
 
     def activations(self, site, ids, *, gradients=False, unused=False):
         """Activation of every layer [layer, token, channel], and dr/da if asked; 0 where `unused` ones are allowed.
@@ -123,7 +127,9 @@ class Reference:
 
 def transformers_rewards(folder, texts, *, dtype=torch.float32):
     """One text at a time, unpadded: the reference that batching must not change."""
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval().to(DEVICE)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
-        return torch.stack([model(**tokenizer(text, return_tensors="pt")).logits[0, 0] for text in texts])
+        return torch.stack(
+            [model(**tokenizer(text, return_tensors="pt").to(DEVICE)).logits[0, 0] for text in texts]
+        ).cpu()

@@ -82,11 +82,11 @@ def test_reentry_is_refused_and_contexts_nest(head, pairs):
 
 def test_the_bridge_itself_is_ablated_too(head):
     """Users run `head.model` with TransformerLens' own calls: an ablation holds there as well."""
-    ids = torch.arange(2, 12)[None]
+    ids = torch.arange(2, 12, device=head.device)[None]
     plain = head.model.original_model.base_model(input_ids=ids)[0]
     with AblationContext(head, neurons_of(head)):
         ablated = head.model.original_model.base_model(input_ids=ids)[0]
-        assert torch.allclose(ablated[:, -1] @ head.weight, head.score_tokens(ids), atol=1e-5)
+        assert torch.allclose((ablated[:, -1] @ head.weight).cpu(), head.score_tokens(ids), atol=1e-5)
     assert not torch.allclose(plain, ablated, atol=1e-3)
 
 
@@ -202,4 +202,4 @@ class TestWrongArguments:
             AblationContext(head, neurons_of(head), positions="last"),
             pytest.raises(OptionError, match=r"RewardHead\.score"),
         ):
-            head.model.original_model.base_model(input_ids=torch.tensor([[2, 3]]))
+            head.model.original_model.base_model(input_ids=torch.tensor([[2, 3]], device=head.device))

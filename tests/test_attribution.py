@@ -309,7 +309,7 @@ def test_direct_effects_and_other_paths_sum_to_the_margin(both, few):
         parts = direct_contributions(head, batch)
         rest = parts.embedding + parts.biases.sum(1) + parts.constant
         neurons = sum(values.sum((1, 2)) for values in parts.neurons.values())
-        assert torch.allclose(rest + neurons, head.forward(batch).detach(), atol=1e-9)
+        assert torch.allclose(rest + neurons, head.forward(batch).detach().to(rest.device), atol=1e-9)
         assert float(rest.std()) > 1e-3
         assert float(neurons.std()) > 1e-3
     half = len(few)

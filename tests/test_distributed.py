@@ -45,7 +45,9 @@ def test_two_processes_compute_what_one_does(arguments, pairs):
         assert min(shares) > len(pairs) // 4, "each has its share"
         scored = ScoredPairs.load(Path(arguments[2], f"{dtype}.safetensors"))
         head = RewardHead.from_pretrained(arguments[0], dtype=getattr(torch, dtype), tokens_per_batch=200)
-        assert torch.equal(scored.margin, head.score_pairs(pairs).margin)
+        # A GPU that two processes share adds up in another order.
+        tolerance = 0.0 if head.device.type == "cpu" else 10 * torch.finfo(getattr(torch, dtype)).eps
+        assert torch.allclose(scored.margin, head.score_pairs(pairs).margin, atol=tolerance, rtol=tolerance)
 
 
 def test_torchrun_ends_all_when_one_dies(arguments):

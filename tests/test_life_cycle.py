@@ -73,7 +73,7 @@ def make_setup(folder, checkpoint, other):
     head, base = RewardHead.from_pretrained(checkpoint), RewardHead.from_pretrained(other)
     pairs = make_pairs(4, seed=1)
     encoded = head.encode(pairs)
-    batch = TokenBatch.from_texts([*encoded.chosen, *encoded.rejected], range(8), pad_token_id=1, device="cpu")
+    batch = TokenBatch.from_texts([*encoded.chosen, *encoded.rejected], range(8), pad_token_id=1, device=head.device)
     masks = torch.zeros(2, head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
     masks[0, 1, 3] = masks[1, 2, 4] = True
     sets = [NeuronSet(mask, "mlp", head.architecture) for mask in masks]

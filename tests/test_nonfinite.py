@@ -159,7 +159,7 @@ def test_overflow_of_half_precision_is_named_as_such(tmp_path, tokenizer, pairs)
 
 def test_what_follows_from_finite_activations(head, pairs):
     """A gradient that overflows, and a reward: told apart by what is not finite."""
-    batch = TokenBatch.from_texts([*head.encode(pairs[:1]).chosen], [0], pad_token_id=1, device="cpu")
+    batch = TokenBatch.from_texts([*head.encode(pairs[:1]).chosen], [0], pad_token_id=1, device=head.device)
     values = torch.zeros(1, 3, 64)
     values[0, 1, 5] = float("nan")
     assert "layer 1: what follows from its activations, which are finite, is nan" in where_not_finite(

@@ -99,7 +99,7 @@ def last_activations(head, texts):
     found = {}
     with head.hooks("mlp", lambda layer, seen: found.update({layer: seen.reshape(len(texts), -1, seen.shape[-1])})):
         head.score(texts)
-    return torch.stack([found[layer][:, -1] for layer in range(head.n_layers)], dim=1)
+    return torch.stack([found[layer][:, -1].cpu() for layer in range(head.n_layers)], dim=1)
 
 
 def single_word_texts():

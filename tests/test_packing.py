@@ -166,7 +166,7 @@ def test_what_a_bridge_wires_for_itself_is_no_hook_of_the_users(checkpoints, few
     """A bridge that ran once keeps hooks of its own: pairs are packed as before, until the user hooks it."""
     head = RewardHead.from_pretrained(checkpoints[family])
     before = head.score_pairs(few).margin
-    _, cache = head.model.run_with_cache(torch.tensor([[5, 6, 7]]))
+    _, cache = head.model.run_with_cache(torch.tensor([[5, 6, 7]], device=head.device))
     assert "blocks.0.mlp.hook_post" in cache
     assert n_packed(head, few) > 0
     assert torch.equal(head.score_pairs(few).margin, before)

@@ -298,7 +298,7 @@ def test_the_folder_is_a_reward_model_and_nothing_else(world, base, bpe, tmp_pat
     assert noted["options"]["max_length"] == CONTEXT
     assert noted["data"] == world.train["helpful"].digest
     assert noted["n_pairs"] == len(world.train["helpful"])
-    assert noted["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(noted["versions"]["torch"].partition("+")[0])
 
 
 def test_training_is_quiet_unless_asked(world, base, tmp_path, capfd, caplog):

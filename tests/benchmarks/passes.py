@@ -9,10 +9,10 @@ and on `--n-slow` of them, evenly spread over all lengths, also TransformerLens'
 gradient x activation, and the procedure of arXiv 2606.13209 (everything padded to 1,024 tokens, 32 texts a batch, a
 hook on every activation function). Then ablations one by one and as a sweep, and best-of-four.
 
-Models have random weights: GPT-2- and Llama-shaped, 6 layers, width 384. In every round each candidate runs once; its
-ratio is to the round's plain run. With `--share-out` every round has its own part of all pairs. The tables have the
-median of the ratios, the smallest and the largest, and tokens a second. On a GPU (`--device cuda`) they have also the
-share of the rate that a large matrix product reaches there.
+Models have random weights: GPT-2- and Llama-shaped, 6 layers, width 384 unless `--layers` and `--width` say otherwise.
+In every round each candidate runs once; its ratio is to the round's plain run. With `--share-out` every round has its
+own part of all pairs. The tables have the median of the ratios, the smallest and the largest, and tokens a second. On a
+GPU (`--device cuda`) they have also the share of the rate that a large matrix product reaches there.
 """
 
 import argparse
@@ -37,15 +37,21 @@ from rmtension.tokens import text_batches
 from rmtension.training import train_tokenizer
 
 SHAPES = {
-    "gpt2": lambda n: transformers.GPT2Config(
-        vocab_size=n, n_positions=1024, n_embd=384, n_layer=6, n_head=6, num_labels=1, pad_token_id=1
-    ),
-    "llama": lambda n: transformers.LlamaConfig(
+    "gpt2": lambda n, layers, width: transformers.GPT2Config(
         vocab_size=n,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=6,
+        n_positions=1024,
+        n_embd=width,
+        n_layer=layers,
+        n_head=width // 64,
+        num_labels=1,
+        pad_token_id=1,
+    ),
+    "llama": lambda n, layers, width: transformers.LlamaConfig(
+        vocab_size=n,
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
         max_position_embeddings=1024,
         num_labels=1,
         pad_token_id=1,
@@ -53,13 +59,13 @@ SHAPES = {
 }
 
 
-def open_head(shape: str, tokenizer, device: str, dtype: torch.dtype) -> RewardHead:
-    config = SHAPES[shape](len(tokenizer))
+def open_head(shape: str, tokenizer, options: argparse.Namespace) -> RewardHead:
+    config = SHAPES[shape](len(tokenizer), options.layers, options.width)
     config.bos_token_id = config.eos_token_id = 0
     with tempfile.TemporaryDirectory() as folder:
         transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        return RewardHead.from_pretrained(folder, device=device, dtype=dtype)
+        return RewardHead.from_pretrained(folder, device=options.device, dtype=getattr(torch, options.dtype))
 
 
 def single_texts(head: RewardHead, pairs: PreferencePairs):
@@ -261,16 +267,17 @@ def main() -> None:
     parser.add_argument("--share-out", action="store_true", help="each run of the first table takes its part of --n")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=384, help="of the stream; heads have 64 channels")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
     everything = PreferencePairs.from_jsonl(options.pairs, on_invalid="skip")
     pairs = everything.sample(options.n, seed=0) if options.n else everything
     tokenizer = train_tokenizer([pair.text("chosen") for pair in everything], 8192, max_length=1024)
-    ceiling = matrix_product_rate(options.device, dtype) if options.device != "cpu" else None
+    ceiling = matrix_product_rate(options.device, getattr(torch, options.dtype)) if options.device != "cpu" else None
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads")
     for shape in options.shapes:
-        head = open_head(shape, tokenizer, options.device, dtype)
+        head = open_head(shape, tokenizer, options)
         blocks = [head.body.block(layer) for layer in range(head.n_layers)]
         n_parameters = sum(one.numel() for block in blocks for one in block.parameters())
         work = 2 * n_parameters / ceiling if ceiling else 0.0
