@@ -21,7 +21,7 @@ from rmtension.reward_head import RewardHead
 from rmtension.sites import check_positions, find_site
 from rmtension.storage import read_result, write_result
 from rmtension.stream import PairStream
-from rmtension.sums import weighted_sums
+from rmtension.sums import TokenWeights, weighted_sums
 from rmtension.tokens import TokenBatch, text_batches
 
 _STATISTICS = ("mean", "abs_mean", "rms", "frequency")
@@ -165,10 +165,11 @@ class ActivationCollector:
 
         def look(batch: TokenBatch) -> list[Tensor]:
             # How many of its row's texts have a token: those of a shared prefix count once for each.
-            counts = batch.by_token(batch.select(self.positions).float())
-            found = self._zeros()
-            self.head.look(batch, [self.site], partial(self._put, found, counts))
-            return list(found.values())
+            weights = TokenWeights(batch.by_token(batch.select(self.positions).float()))
+            layers: list[dict[str, Tensor]] = [{} for _ in range(self.head.n_layers)]
+            self.head.look(batch, [self.site], partial(self._put, layers, weights))
+            # All layers run before the first is waited for.
+            return [torch.stack([one[name].cpu() for one in layers]) for name in sums]
 
         def add(batch: TokenBatch, found: list[Tensor]) -> None:
             n_tokens.add_(batch.select(self.positions).sum().cpu())
@@ -280,10 +281,10 @@ class ActivationCollector:
         }
         return sums | {"channel": torch.zeros(layers, self.head.n_channels(self.site), dtype=torch.float64)}
 
-    def _put(self, found: Mapping[str, Tensor], counts: Tensor, _site: str, layer: int, channels: Tensor) -> None:
-        total = weighted_sums(channels, counts.to(channels.device), self.site, self.head.n_neurons(self.site))
-        for name, values in total.items():
-            found[name][layer] = values.cpu()
+    def _put(
+        self, layers: list[dict[str, Tensor]], weights: TokenWeights, _site: str, layer: int, channels: Tensor
+    ) -> None:
+        layers[layer] = weighted_sums(channels, weights, self.site, self.head.n_neurons(self.site))
 
     def _n_selected(self, text: EncodedText) -> int:
         return {"all": len(text), "response": len(text) - text.response_start, "last": 1}[self.positions]

@@ -192,7 +192,7 @@ class NeuronAttribution:
 
         def add(batch: TokenBatch, found: list[Tensor]) -> None:
             n_tokens.add_(batch.select(self.positions).sum().cpu())
-            values[list(batch.places[: batch.n_pairs])] = found[0]
+            values[list(batch.places[: batch.n_pairs])] = found[0].cpu()
 
         stream.run(look, add, {"values": values, "n_tokens": n_tokens}, layer_dim=1)
         stream.require_pairs()
@@ -262,12 +262,12 @@ class NeuronAttribution:
                 yield FIRST_ORDER[self.method](run, asked, layer), None
 
     def _signed(self, run: BatchRun) -> tuple[Float[Tensor, "pair layer neuron"], Float[Tensor, "pair layer"] | None]:
-        """Every pair's signed scores and gaps, on the CPU: scores in float64."""
+        """Every pair's signed scores and gaps, in float64."""
         scores, gaps = [], []
         for by_token, gap in self._by_layer(run):
             scores.append(_summed(by_token, run))
-            gaps += [] if gap is None else [gap.double().cpu()]
-        return torch.stack(scores, dim=1), torch.stack(gaps, dim=1) if gaps else None
+            gaps += [] if gap is None else [gap.double()]
+        return _stacked(scores), _stacked(gaps) if gaps else None
 
     def _per_pair(self, run: BatchRun) -> tuple[Float[Tensor, "pair layer neuron"], Float[Tensor, "pair layer"] | None]:
         """Every pair's scores by `aggregate`, and the magnitude of its gaps."""
@@ -282,7 +282,7 @@ class NeuronAttribution:
         for layer in range(self.head.n_layers):
             pairs = [_summed(by_token, run).abs() for by_token in dropped_patching(run, asked, layer)]
             layers.append(torch.stack(pairs).mean(dim=0))
-        return torch.stack(layers, dim=1)
+        return _stacked(layers)
 
 
 @torch.inference_mode(False)
@@ -371,7 +371,12 @@ def _weighted(by_token: ByToken) -> Float[Tensor, "row token neuron"]:
 
 
 def _summed(by_token: ByToken, run: BatchRun) -> Float[Tensor, "pair neuron"]:
-    """Each pair's score, in float64 on the CPU."""
+    """Each pair's score, in float64."""
     values, weights = by_token
     rows = einsum(weights, values, "row token, row token neuron -> row neuron")
-    return run.batch.by_pair(rows.double().cpu())
+    return run.batch.by_pair(rows.double())
+
+
+def _stacked(layers: Sequence[Float[Tensor, "pair *rest"]]) -> Float[Tensor, "pair layer *rest"]:
+    """All layers, also of a model over several devices."""
+    return torch.stack([one.to(layers[0].device) for one in layers], dim=1)

@@ -255,10 +255,10 @@ class RewardHead(HookedModel):
         rewards = torch.zeros(2, len(pairs), dtype=self.reward_dtype)
 
         def look(batch: TokenBatch) -> list[Tensor]:
-            return [self.rewards(batch).cpu()]
+            return [self.rewards(batch)]
 
         def add(batch: TokenBatch, found: list[Tensor]) -> None:
-            rewards[:, list(batch.places[: batch.n_pairs])] = found[0].view(2, -1)
+            rewards[:, list(batch.places[: batch.n_pairs])] = found[0].view(2, -1).cpu()
 
         stream.run(look, add, {"rewards": rewards})
         stream.add_up(rewards)

@@ -43,16 +43,19 @@ class RunningScores:
     ) -> None:
         """Add a batch of pairs; `keys` stand for their prompts, `gap` is how far their scores are from complete."""
         if self._gap is not None and gap is not None:
-            self._gap += gap.sum(0)
+            self._gap += gap.sum(0).cpu()
         before = int(self._n)
         n = before + len(values)
+        # Summed where the values are: of a batch on a GPU, what comes to the CPU does not grow with its pairs.
         mean = values.mean(0)
-        step = mean - self._mean
-        self._deviations += (values - mean).square().sum(0) + step.square() * (before * len(values) / n)
+        deviations = (values - mean).square().sum(0).cpu()
+        step = mean.cpu() - self._mean
+        self._deviations += deviations + step.square() * (before * len(values) / n)
         self._mean += step * (len(values) / n)
         self._n += len(values)
         owners = block_of(keys.cpu())
-        self._blocks.index_add_(0, owners, values)
+        blocks = values.new_zeros(self._blocks.shape).index_add_(0, owners.to(values.device), values)
+        self._blocks += blocks.cpu()
         self._block_sizes += torch.bincount(owners, minlength=N_BLOCKS)
 
     def add_up(self, stream: PairStream) -> None:

@@ -107,13 +107,13 @@ def single_neuron_effects(
             activation = replay.activations[site, layer]
             step = step_to(reference, layer, activation, batch.touched(positions).to(activation.device))
             for change in _changes(replay, site, layer, step, wanted):
-                found.append(margins(change).double().cpu())
+                found.append(margins(change).double())
                 bar.update(batch.n_pairs)
-        return found
+        return [torch.stack(found, dim=1)]
 
     def add(batch: TokenBatch, found: list[Tensor]) -> None:
         changes = torch.full((batch.n_pairs, *shape), torch.nan, dtype=torch.float64)
-        changes[:, neurons.mask] = torch.stack(found, dim=1)
+        changes[:, neurons.mask] = found[0].cpu()
         scores.add(changes, batch.keys[: batch.n_pairs])
         n_tokens.add_(batch.select(positions).sum().cpu())
 

@@ -242,16 +242,14 @@ class PairStream:
             number = at.before
             for part in self._parts(bar):
                 at.first, at.before = part.first, number
-                for batch in self._batches(part):
-                    number += 1
+                for number, batch, found in self._looked_at(part, look, bar):
+                    if found is not None:
+                        self._add(part, batch, found, look, add, layer_dim)
                     bar.update(batch.n_pairs)
-                    if number <= at.done:
-                        continue
-                    if self._shard.takes(number - 1):
-                        self._add(part, batch, look, add, layer_dim)
                     at.done = number
                     if kept is not None and kept.is_due:
                         kept.save(asdict(at))
+                number = at.done
             if kept is not None and not at.is_finished:
                 at.is_finished, at.first = True, at.n_read
                 kept.save(asdict(at))
@@ -284,6 +282,29 @@ class PairStream:
         if n_read < n_known:
             raise self._other_pairs()
 
+    def _looked_at(
+        self, part: _Part, look: Callable[[TokenBatch], _Found], bar: Any
+    ) -> Iterator[tuple[int, TokenBatch, _Found | None]]:
+        """The number of every batch of a part that is not done, the batch, and what `look` gives of it.
+
+        None where another process has it. A batch on a GPU comes once the next one was begun there, so that the GPU has
+        work while this process waits for what it gave and makes another batch.
+        """
+        waiting = None
+        for number, batch in enumerate(self._batches(part), start=self._at.before + 1):
+            if number <= self._at.done:
+                bar.update(batch.n_pairs)
+                continue
+            begun = number, batch, look(batch) if self._shard.takes(number - 1) else None
+            if self.head.device.type == "cpu":
+                yield begun
+                continue
+            if waiting is not None:
+                yield waiting
+            waiting = begun
+        if waiting is not None:
+            yield waiting
+
     def _batches(self, part: _Part) -> Iterator[TokenBatch]:
         head = self.head
         batches = pair_batches(
@@ -301,11 +322,11 @@ class PairStream:
         self,
         part: _Part,
         batch: TokenBatch,
+        found: _Found,
         look: Callable[[TokenBatch], _Found],
         add: Callable[[TokenBatch, _Found], None],
         layer_dim: int | None,
     ) -> None:
-        found = look(batch)
         if are_finite(found):
             add(batch, found)
             return

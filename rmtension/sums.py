@@ -5,7 +5,7 @@ it goes through memory again.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rmtension.sites import neuron_activations
@@ -14,19 +14,43 @@ from rmtension.sites import neuron_activations
 _ON_CPU, _ELSEWHERE = 1 << 17, 1 << 26
 
 
+class TokenWeights:
+    """How often every token of a batch counts, for activations of all its layers."""
+
+    def __init__(self, weights: Float[Tensor, "row token"]) -> None:
+        self._all = weights.flatten()
+        # Found out once: on a GPU it has to be waited for.
+        self._used = self._all.nonzero()[:, 0]
+
+    def on(self, device: torch.device) -> tuple[Float[Tensor, "token"], Int[Tensor, "used"]]:
+        """All weights, and which are not 0."""
+        return self._all.to(device), self._used.to(device)
+
+
 def weighted_sums(
-    channels: Float[Tensor, "row token channel"], weights: Float[Tensor, "row token"], site: str, n_neurons: int
+    channels: Float[Tensor, "row token channel"], weights: TokenWeights, site: str, n_neurons: int
 ) -> dict[str, Float[Tensor, "sum"]]:
     """Sums over tokens of every neuron's value, absolute, square, and positive (1 where it is), and of every channel.
 
     A piece is summed in float32 (float64 for such activations), pieces in float64.
     """
-    rows, exact_weights = channels.flatten(0, 1), weights.flatten()
-    used = exact_weights.nonzero()[:, 0]
-    if 2 * len(used) < len(rows):
-        return weighted_sums(rows[used][None], exact_weights[used][None], site, n_neurons)
+    rows = channels.flatten(0, 1)
+    counts, used = weights.on(rows.device)
+    all_count = len(used) == len(rows)
+    # On a CPU a copy of most rows costs more than the rest.
+    if not all_count and (rows.device.type != "cpu" or 2 * len(used) < len(rows)):
+        return _sums(rows[used], counts[used], site, n_neurons)
+    sums = _sums(rows, counts, site, n_neurons)
+    if not all_count and not sums["square"].sum().isfinite():
+        # A weight of 0 does not take out what is no number: 0 x inf is none either.
+        return _sums(rows[used], counts[used], site, n_neurons)
+    return sums
+
+
+def _sums(
+    rows: Float[Tensor, "token channel"], weights: Float[Tensor, "token"], site: str, n_neurons: int
+) -> dict[str, Float[Tensor, "sum"]]:
     exact = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    exact_weights = exact_weights.to(exact)
     numbers = _ON_CPU if rows.device.type == "cpu" else _ELSEWHERE
     size = max(1, numbers // rows.shape[1])
     same = n_neurons == rows.shape[1] and site != "attn_head"
@@ -34,7 +58,7 @@ def weighted_sums(
     sums = {name: torch.zeros(n_neurons, dtype=torch.float64, device=rows.device) for name in names}
     sums["channel"] = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     spare = torch.empty(min(size, len(rows)), n_neurons, dtype=exact, device=rows.device)
-    for piece, weight in zip(torch.split(rows, size), torch.split(exact_weights, size), strict=True):
+    for piece, weight in zip(torch.split(rows, size), torch.split(weights.to(exact), size), strict=True):
         values = piece.to(exact)
         sums["channel"] += weight @ values
         neurons = values
@@ -47,7 +71,4 @@ def weighted_sums(
         sums["positive"] += weight @ torch.gt(neurons, 0, out=room)
     if same:
         sums["value"] = sums["channel"].clone()
-    if len(used) < len(exact_weights) and not sums["square"].sum().isfinite():
-        # A weight of 0 does not take out what is no number: 0 x inf is none either.
-        return weighted_sums(rows[used][None], exact_weights[used][None], site, n_neurons)
     return sums

@@ -75,12 +75,12 @@ def score_without(
     sweep = _Sweep(head, ablations)
 
     def look(batch: TokenBatch) -> list[Tensor]:
-        return [found.cpu() for found in sweep.rewards(batch)]
+        return sweep.rewards(batch)
 
     def add(batch: TokenBatch, found: list[Tensor]) -> None:
         places = list(batch.places[: batch.n_pairs])
         for number, one in enumerate(found):
-            rewards[number, :, places] = one.view(2, -1)
+            rewards[number, :, places] = one.view(2, -1).cpu()
 
     stream.run(look, add, {"rewards": rewards})
     stream.add_up(rewards)

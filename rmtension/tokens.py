@@ -120,7 +120,7 @@ class TokenBatch:
         if self.row_of is None:
             return per_text[:, None]
         rows, slots = self.rows.to(per_text.device), self._slots.to(per_text.device)
-        found = per_text.new_zeros(len(self.input_ids), int(slots.max()) + 1, per_text.shape[1])
+        found = per_text.new_zeros(len(self.input_ids), self._n_slots, per_text.shape[1])
         found[rows, slots] = per_text
         return found
 
@@ -151,6 +151,11 @@ class TokenBatch:
         """Each text's number among those of its row."""
         same = self.rows[:, None] == torch.arange(len(self.input_ids), device=self.rows.device)
         return (same.long().cumsum(0) - 1).gather(1, self.rows[:, None])[:, 0]
+
+    @cached_property
+    def _n_slots(self) -> int:
+        """The most texts that a row has."""
+        return int(self._slots.max()) + 1
 
     def select(self, positions: str) -> Bool[Tensor, "text token"]:
         """Which tokens of each text `positions` names: `all`, those of the `response`, or the `last` one."""

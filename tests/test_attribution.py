@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, batches_of, close_to, make_config, make_pairs, save_classifier
-from reference import Reference
+from reference import DEVICE, Reference
 from test_reward_head import snapshot
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronScores, NeuronSet, RewardHead
@@ -242,8 +242,8 @@ def test_gradient_x_activation_is_captums(both, few):
             method = captum.attr.LayerGradientXActivation(
                 lambda one: reference.model(input_ids=one).logits[:, 0], layers
             )
-            found = method.attribute(ids, attribute_to_layer_input=True)
-            parts.append(torch.stack([one.reshape(ids.shape[1], -1).sum(0) for one in found]))
+            found = method.attribute(ids.to(DEVICE), attribute_to_layer_input=True)
+            parts.append(torch.stack([one.reshape(ids.shape[1], -1).sum(0).cpu() for one in found]))
         expected.append(parts[0] - parts[1])
     found = NeuronAttribution(head, method="gradient_x_activation").per_pair(few).values
     assert torch.allclose(found, torch.stack(expected).detach(), atol=1e-6, rtol=0)

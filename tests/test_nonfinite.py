@@ -179,10 +179,10 @@ def test_finite_numbers_whose_sum_is_not():
 
 def test_tokens_that_do_not_count_may_be_anything(checkpoints):
     """The response's statistics of a text whose prompt overflows nowhere it looks: last tokens, one token a text."""
-    from rmtension.sums import weighted_sums
+    from rmtension.sums import TokenWeights, weighted_sums
 
     activations = torch.randn(1, 6, 4, dtype=torch.float64)
-    weights = torch.tensor([[1.0, 1, 1, 1, 0, 1]])
+    weights = TokenWeights(torch.tensor([[1.0, 1, 1, 1, 0, 1]]))
     expected = weighted_sums(activations, weights, "mlp", 4)
     spoiled = activations.clone()
     spoiled[0, 4] = float("inf")
