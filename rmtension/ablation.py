@@ -33,6 +33,12 @@ class AblationContext:
 
     Raises `ProvenanceError` for a set or a reference of another model or site, `OptionError` for wrong options; both
     at construction.
+
+    Examples:
+        >>> with AblationContext(head, neurons, mode="mean", reference=means):
+        ...     inside = head.score_pairs(pairs["helpful"]).margin.mean()
+        >>> bool(inside < scored.margin.mean())
+        True
     """
 
     def __init__(

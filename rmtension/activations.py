@@ -34,6 +34,15 @@ class ActivationStatistics:
     `mean` is signed, `abs_mean` averages |a|, `rms` is the root of the mean square, `frequency` the share of tokens
     with a > 0. The activation of an attention head is the L2 norm of its output. `channel_mean` holds the mean of
     every column, which is what mean ablation writes; for `mlp` it equals `mean`.
+
+    Examples:
+        >>> means.to_frame().round(2).head(2)
+           layer  neuron  mean  abs_mean   rms  frequency
+        0      0       0  0.45      0.45  1.14        0.4
+        1      0       1  0.00      0.00  0.00        0.0
+        >>> means.save("means.safetensors")
+        >>> ActivationStatistics.load("means.safetensors").provenance == means.provenance
+        True
     """
 
     mean: Float[Tensor, "layer neuron"]
@@ -77,6 +86,11 @@ class ActivationSample:
     """All layers' activations at some tokens drawn from the pairs: the donors of resample ablation.
 
     `keys` stand for the prompts that the donors come from, so that no text is given its own activations.
+
+    Examples:
+        >>> donors = ActivationCollector(head).sample(pairs["helpful"], n=16, seed=0)
+        >>> len(donors), donors.values.shape
+        (16, torch.Size([16, 2, 24]))
     """
 
     values: Float[Tensor, "donor layer channel"]
@@ -117,6 +131,15 @@ class ActivationCollector:
         head: the model to read.
         site: "mlp", "mlp_gate" or "attn_head".
         positions: "all" real tokens, "response" tokens, or the "last" one. Padding never counts.
+
+    Examples:
+        >>> collector = ActivationCollector(head, site="mlp", positions="response")
+        >>> statistics = collector.update(pairs["helpful"]).update(pairs["harmless"]).compute()
+        >>> statistics.mean.shape, statistics.n_tokens
+        (torch.Size([2, 24]), 2400)
+        >>> parts = [ActivationCollector(head, positions="response").update(one) for one in pairs.values()]
+        >>> bool((parts[0].merge(parts[1]).compute().mean - statistics.mean).abs().max() < 1e-9)
+        True
     """
 
     def __init__(self, head: RewardHead, *, site: str = "mlp", positions: str = "all") -> None:

@@ -90,14 +90,15 @@ def reward_bench(
 ) -> PreferencePairs:
     r"""RewardBench, less the subtasks in `drop` (code by default).
 
-    >>> import json, tempfile
-    >>> path = Path(tempfile.mkdtemp(), "rows.json")
-    >>> row = {"id": 7, "prompt": "2 + 2?", "chosen": "4", "rejected": "5", "subset": "math-prm"}
-    >>> path.write_text(json.dumps([row])) > 0
-    True
-    >>> reward_bench(path)[0]  # doctest: +NORMALIZE_WHITESPACE
-    PreferencePair(prompt='\n\nHuman: 2 + 2?\n\nAssistant:', chosen='4', rejected='5', objective='helpful',
-                   subset='reward-bench/math-prm', id='reward-bench-7', item=None)
+    Examples:
+        >>> import json, tempfile
+        >>> path = Path(tempfile.mkdtemp(), "rows.json")
+        >>> row = {"id": 7, "prompt": "2 + 2?", "chosen": "4", "rejected": "5", "subset": "math-prm"}
+        >>> path.write_text(json.dumps([row])) > 0
+        True
+        >>> reward_bench(path)[0]  # doctest: +NORMALIZE_WHITESPACE
+        PreferencePair(prompt='\n\nHuman: 2 + 2?\n\nAssistant:', chosen='4', rejected='5', objective='helpful',
+                       subset='reward-bench/math-prm', id='reward-bench-7', item=None)
     """
 
     def sides(row: Mapping[str, Any], where: str) -> list[_Side]:

@@ -87,6 +87,14 @@ def ablation_matrix(
     `controls.against_random`. Where too few neurons are left to match a set, a warning says so and the control is NaN.
 
     Cost: a pass over the pairs for each set and each of its `n_draws` random sets of each control.
+
+    Examples:
+        >>> ablations = Ablations(ModelRuns(head), pairs, mode="zero")
+        >>> matrix = ablation_matrix(ablations, {"its own": neurons}, n_draws=2)
+        >>> matrix.query("quantity == 'margin' and control == 'layer'")[["set", "objective", "effect"]].round(1)
+               set objective  effect
+        1  its own   helpful    -2.0
+        3  its own  harmless     0.0
     """
     if n_draws < 2:
         raise OptionError(f"n_draws: expected at least 2 random sets to know their spread, got {n_draws}.")

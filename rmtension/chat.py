@@ -34,8 +34,9 @@ class RenderedText:
 def read_chat(messages: Sequence[Any], where: str) -> Chat:
     """Messages as a `Chat`; raises `DataError` naming `where` and the message that is none.
 
-    >>> read_chat([{"role": "user", "content": "hi"}], "record 0")
-    (Message(role='user', content='hi'),)
+    Examples:
+        >>> read_chat([{"role": "user", "content": "hi"}], "record 0")
+        (Message(role='user', content='hi'),)
     """
     chat = []
     for number, message in enumerate(messages):
@@ -66,8 +67,9 @@ def split_turns(transcript: str) -> Chat:
 
     A last turn without text, where the response would go, is left out. Raises `DataError` for any other text.
 
-    >>> split_turns("\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:")[1:]
-    (Message(role='assistant', content='hello'), Message(role='user', content='bye'))
+    Examples:
+        >>> split_turns("\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:")[1:]
+        (Message(role='assistant', content='hello'), Message(role='user', content='bye'))
     """
     lead, *turns = _TURN.split(transcript)
     if lead.strip() or not turns:

@@ -20,15 +20,16 @@ _DRAWN = "which transformers would draw at random"
 class LoadOptions(TypedDict, total=False):
     """How `RewardHead.from_pretrained` and `from_language_model` load a checkpoint.
 
-    dtype: float32 by default; with half precision the head's product stays in float32.
-    device: the first GPU if there is one, otherwise the CPU.
-    device_map: passed to transformers (needs accelerate): a model larger than a device, layer by layer; instead of
-        `device`. Weights on disk or on the meta device are refused.
-    n_devices: spread the model over this many GPUs; short for a balanced `device_map`.
-    revision: of a hub name.
-    tokenizer: used in place of the checkpoint's own.
-    pad_token: which token transformers skips at the end of a text, where neither config nor tokenizer says so.
-    trust_remote_code: False; True runs code that comes with the checkpoint.
+    Attributes:
+        dtype: float32 by default; with half precision the head's product stays in float32.
+        device: the first GPU if there is one, otherwise the CPU.
+        device_map: passed to transformers (needs accelerate): a model larger than a device, layer by layer; instead of
+            `device`. Weights on disk or on the meta device are refused.
+        n_devices: spread the model over this many GPUs; short for a balanced `device_map`.
+        revision: of a hub name.
+        tokenizer: used in place of the checkpoint's own.
+        pad_token: which token transformers skips at the end of a text, where neither config nor tokenizer says so.
+        trust_remote_code: False; True runs code that comes with the checkpoint.
     """
 
     dtype: torch.dtype

@@ -180,14 +180,15 @@ def conflict(
     Raises `ProvenanceError` unless model, site, positions and method agree, `DataError` for fewer than two prompts,
     scores that are not finite, and means that are all 0.
 
-    >>> from rmtension.pairs import PreferencePairs
-    >>> pairs = PreferencePairs.from_records([{"prompt": one, "chosen": "yes", "rejected": "no"} for one in "abcd"])
-    >>> where = Provenance("toy", "0f", "mlp", "all", "direct_effect", "float32", "", 4, 64, "0")
-    >>> helpful = PairScores(torch.tensor([[[3.0, 4.0, 0.0]]] * 4), pairs, where)
-    >>> harmless = PairScores(torch.tensor([[[3.0, -4.0, 0.0]]] * 4), pairs, where)
-    >>> report = conflict(helpful, harmless)
-    >>> print(report.cosine, list(report.sets["helpful up, harmless down"]))
-    -0.280 [-0.280, -0.280] [(0, 1)]
+    Examples:
+        >>> from rmtension.pairs import PreferencePairs
+        >>> pairs = PreferencePairs.from_records([{"prompt": one, "chosen": "yes", "rejected": "no"} for one in "abcd"])
+        >>> where = Provenance("toy", "0f", "mlp", "all", "direct_effect", "float32", "", 4, 64, "0")
+        >>> helpful = PairScores(torch.tensor([[[3.0, 4.0, 0.0]]] * 4), pairs, where)
+        >>> harmless = PairScores(torch.tensor([[[3.0, -4.0, 0.0]]] * 4), pairs, where)
+        >>> report = conflict(helpful, harmless)
+        >>> print(report.cosine, list(report.sets["helpful up, harmless down"]))
+        -0.280 [-0.280, -0.280] [(0, 1)]
     """
     if not 0 <= least < 1:
         raise OptionError(f"least: expected a share of the largest contribution in [0, 1), got {least}.")

@@ -142,6 +142,11 @@ def sharded(*, timeout: float = 86_400.0) -> Iterator[Shard]:
             that has ended is noticed at once.
 
     Raises `ShardError` in every process that is left when another ends, and where pairs or models differ.
+
+    Examples:
+        >>> with sharded() as shard:
+        ...     shard.rank, shard.size
+        (0, 1)
     """
     import torch
     import torch.distributed as dist

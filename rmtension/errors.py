@@ -7,7 +7,15 @@ if TYPE_CHECKING:
 
 
 class RMTensionError(Exception):
-    """Base of every error that rmtension raises on purpose."""
+    """Base of every error that rmtension raises on purpose.
+
+    Examples:
+        >>> try:
+        ...     scores.top(2.0)
+        ... except RMTensionError as error:
+        ...     print(error)
+        fraction: expected a number in (0, 1], got 2.0.
+    """
 
 
 class RMTensionWarning(UserWarning):

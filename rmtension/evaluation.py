@@ -44,6 +44,10 @@ def accuracy(scored: ScoredPairs, *, tie: float = 0.5, level: float = 0.95, seed
 
     Where all items of all prompts agree the bootstrap has no spread, and the interval is Clopper and Pearson's for as
     many trials as there are prompts.
+
+    Examples:
+        >>> print(accuracy(scored))
+        1.000 [0.858, 1.000]
     """
     return bootstrap_share(correctness(scored, tie=tie), scored.by_item().pairs, level=level, seed=seed)
 
@@ -52,6 +56,10 @@ def macro_accuracy(scored: ScoredPairs, *, tie: float = 0.5, level: float = 0.95
     """The unweighted mean over subsets of their accuracies, as benchmarks report it, with an interval over prompts.
 
     A resample that has no item of some subset leaves it out of the mean.
+
+    Examples:
+        >>> print(macro_accuracy(scored))
+        1.000 [1.000, 1.000]
     """
     items = scored.by_item()
     right = correctness(scored, tie=tie)
@@ -69,7 +77,13 @@ def macro_accuracy(scored: ScoredPairs, *, tie: float = 0.5, level: float = 0.95
 
 
 def mean_margin(scored: ScoredPairs, *, level: float = 0.95, seed: int = 0) -> Estimate:
-    """Mean margin of the items, in the model's own reward units, with a bootstrap interval over prompts."""
+    """Mean margin of the items, in the model's own reward units, with a bootstrap interval over prompts.
+
+    Examples:
+        >>> estimate = mean_margin(scored)
+        >>> estimate.low <= estimate.value <= estimate.high
+        True
+    """
     items = scored.by_item()
     return bootstrap_mean(items.margin, items.pairs, level=level, seed=seed)
 
@@ -78,6 +92,12 @@ def chance(pairs: PreferencePairs) -> Float[Tensor, "item"]:
     """The probability that random rewards rank each item correctly: 1 / C(m + n, m) for m chosen and n rejected.
 
     1/2 for a pair by itself.
+
+    Examples:
+        >>> row = {"prompt": "2 + 2?", "chosen": "4", "item": "sum"}
+        >>> of_three = PreferencePairs.from_records([row | {"rejected": wrong} for wrong in ("5", "6", "7")])
+        >>> chance(of_three), chance(pairs["helpful"][:2])
+        (tensor([0.2500], dtype=torch.float64), tensor([0.5000, 0.5000], dtype=torch.float64))
     """
     values = []
     for rows in pairs.items:
@@ -88,7 +108,13 @@ def chance(pairs: PreferencePairs) -> Float[Tensor, "item"]:
 
 
 def by_subset(scored: ScoredPairs, *, tie: float = 0.5, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """One row a subset, in order of appearance: accuracy and mean margin with their intervals, chance, n."""
+    """One row a subset, in order of appearance: accuracy and mean margin with their intervals, chance, n.
+
+    Examples:
+        >>> by_subset(scored)[["subset", "accuracy", "chance", "n"]]
+          subset  accuracy  chance   n
+        0   None       1.0     0.5  24
+    """
     rows = []
     for subset, part in _subsets(scored):
         right = accuracy(part, tie=tie, level=level, seed=seed)
@@ -122,6 +148,13 @@ def balance(
     """Accuracy where refusing is right (`refusing`), where responding is right (`responding`), and their mean.
 
     A model that always refuses gets 1, 0 and 0.5. Empty when one of the two kinds of subset is absent.
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> subsets = ("should_refuse", "should_respond")
+        >>> labelled = [replace(pair, subset=subsets[number % 2]) for number, pair in enumerate(pairs["harmless"])]
+        >>> {name: estimate.value for name, estimate in balance(head.score_pairs(labelled)).items()}
+        {'refusing': 1.0, 'responding': 1.0, 'balanced': 1.0}
     """
     parts = [scored.filter(subset=subsets) for subsets in (refuse, respond)]
     if not all(len(part) for part in parts):
@@ -140,7 +173,14 @@ def balance(
 def change(
     after: ScoredPairs, before: ScoredPairs, *, quantity: str = "accuracy", level: float = 0.95, seed: int = 0
 ) -> Estimate:
-    """Mean change of accuracy (ties 1/2) or margin from `before` to `after` on the same pairs, paired by item."""
+    """Mean change of accuracy (ties 1/2) or margin from `before` to `after` on the same pairs, paired by item.
+
+    Examples:
+        >>> with AblationContext(head, neurons):
+        ...     after = head.score_pairs(pairs["helpful"])
+        >>> change(after, scored, quantity="margin").high < 0
+        True
+    """
     values = item_change(after, before, quantity)
     return bootstrap_mean(values, after.by_item().pairs, level=level, seed=seed)
 
@@ -179,7 +219,16 @@ class Comparison:
 def compare(
     first: ScoredPairs, second: ScoredPairs, *, tie: float = 0.5, level: float = 0.95, seed: int = 0
 ) -> Comparison:
-    """Paired comparison of two models' accuracies on the same pairs."""
+    """Paired comparison of two models' accuracies on the same pairs.
+
+    Examples:
+        >>> before = head.score_pairs(pairs["harmless"])
+        >>> with AblationContext(head, organism.truth["harmless"]):
+        ...     after = head.score_pairs(pairs["harmless"])
+        >>> found = compare(after, before)
+        >>> found.test, found.n_gained, found.n_lost
+        ('McNemar', 0, 4)
+    """
     gap = item_change(first, second, "accuracy", tie=tie)
     pairs = first.by_item().pairs
     difference = bootstrap_mean(gap, pairs, level=level, seed=seed)
@@ -192,7 +241,13 @@ def compare(
 def compare_by_subset(
     first: ScoredPairs, second: ScoredPairs, *, tie: float = 0.5, level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
-    """`compare` in every subset; `q_value` is the p-value adjusted for the number of subsets (Benjamini-Hochberg)."""
+    """`compare` in every subset; `q_value` is the p-value adjusted for the number of subsets (Benjamini-Hochberg).
+
+    Examples:
+        >>> compare_by_subset(scored, scored)[["subset", "difference", "p_value", "q_value", "n"]]
+          subset  difference  p_value  q_value   n
+        0   None         0.0      1.0      1.0  24
+    """
     if first.pairs != second.pairs:
         raise DataError("compare: expected rewards of the same pairs in the same order. Score both on one data set.")
     rows = []

@@ -148,6 +148,12 @@ def faithfulness(
 
     Raises `ProvenanceError` for scores of another model and truth of another ablation, `OptionError` for wrong options;
     both before the model runs.
+
+    Examples:
+        >>> found = faithfulness(head, scores, pairs["helpful"], set_fractions=())
+        >>> found.summary[["method", "n", "spearman", "sign_agreement"]].round(2)
+                          method   n  spearman  sign_agreement
+        0  gradient_x_activation  48       1.0             1.0
     """
     check_level(level)
     if not 0 < top <= 1:

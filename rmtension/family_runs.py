@@ -26,6 +26,11 @@ class ModelFamily:
     """Three reward models trained from one base: heads, or checkpoints that are opened when their turn comes.
 
     Families of one `name` are seeds of each other: same base, same data, another `seed`.
+
+    Examples:
+        >>> family = ModelFamily(helpful="helpful-rm", harmless="harmless-rm", mixed="mixed-rm", base="base", seed=1)
+        >>> family.name, family.seed
+        ('models', 1)
     """
 
     helpful: RewardHead | str | Path

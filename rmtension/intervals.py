@@ -21,7 +21,12 @@ _DRAWN_AT_A_TIME = 4_000_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over items with the ends of its interval, and the number of items, prompts and seeds behind it."""
+    """A mean over items with the ends of its interval, and the number of items, prompts and seeds behind it.
+
+    Examples:
+        >>> print(Estimate(0.75, 0.5, 1.0, n=8, n_prompts=8, level=0.95))
+        0.750 [0.500, 1.000]
+    """
 
     value: float
     low: float

@@ -13,6 +13,11 @@ def length_baseline(pairs: PreferencePairs, *, level: float = 0.95, seed: int = 
 
     Items of several pairs are judged as rewards are: by the shortest chosen and the longest rejected
     response. Of single pairs, one minus it is the accuracy of preferring the shorter.
+
+    Examples:
+        >>> from rmtension.world import preference_world
+        >>> print(length_baseline(preference_world(0, n_train=48, n_test=48).test["helpful"]).value)
+        0.5
     """
     values = []
     for rows in pairs.items:
@@ -28,6 +33,11 @@ def length_matched(pairs: PreferencePairs, *, caliper: float = 0.2) -> Preferenc
     much, stays with it: their log ratios of lengths differ by at most `caliper`. Pairs of equal length stay. So the
     longer response is chosen in exactly half of what is left, at every ratio. In the order of `pairs`; raises
     `DataError` when nothing is left, and for items of several pairs, which have no one length.
+
+    Examples:
+        >>> rows = [{"prompt": "Q", "chosen": "yes", "rejected": other} for other in ("no!", "certainly not")]
+        >>> length_matched(PreferencePairs.from_records(rows)).to_frame()["rejected"].tolist()
+        ['no!']
     """
     return PreferencePairs(pairs[place] for place in length_matched_places(pairs, caliper=caliper))
 

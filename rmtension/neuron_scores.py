@@ -30,6 +30,14 @@ class NeuronScores:
     prompts needs, at a size that does not grow with their number. None where a method keeps none.
     `completeness_gap` belongs to integrated gradients: the mean over pairs of how far each layer's scores are from the
     margin's change that they add up to.
+
+    Examples:
+        >>> scores.values.shape, scores.n
+        (torch.Size([2, 24]), 24)
+        >>> scores.to_frame().nlargest(2, "score").round(2)
+            layer  neuron  score  stderr
+        0       0       0   1.12    0.19
+        32      1       8   1.04    0.19
     """
 
     values: Float[Tensor, "layer neuron"]
@@ -75,6 +83,10 @@ class NeuronScores:
 
         `rule="percentile"` takes every neuron whose score is at least the percentile, as the code of arXiv 2606.13209
         does: with ties there it selects more, up to everything.
+
+        Examples:
+            >>> scores.top(0.05), len(scores.top(k=6))
+            (NeuronSet(3 of 48 mlp neurons of gpt2-2x24-heads2x12-d24), 6)
         """
         _check_choice("by", by, ("absolute", "value"))
         _check_choice("within", within, ("model", "layer"))
@@ -100,7 +112,12 @@ class NeuronScores:
         return NeuronSet(mask, self.provenance.site, self.provenance.architecture)
 
     def as_effects(self) -> Float[Tensor, "layer neuron"]:
-        """The change of the margin that the scores predict for taking out each neuron; magnitudes if `absolute`."""
+        """The change of the margin that the scores predict for taking out each neuron; magnitudes if `absolute`.
+
+        Examples:
+            >>> scores.as_effects().equal(-scores.values)
+            True
+        """
         return self.values * sign_of_effect(self.provenance.method)
 
     def resampled(self, counts: Float[Tensor, "resample block"]) -> Float[Tensor, "resample layer neuron"]:

@@ -21,10 +21,11 @@ class NeuronSet:
 
     `architecture` and `site` say which neurons the mask indexes; sets combine only when both agree.
 
-    >>> a = NeuronSet.from_indices([(0, 1), (1, 0)], shape=(2, 3), site="mlp", architecture="toy")
-    >>> b = NeuronSet.from_indices([(0, 1)], shape=(2, 3), site="mlp", architecture="toy")
-    >>> len(a), list(a & b), len(a - b), (0, 1) in a
-    (2, [(0, 1)], 1, True)
+    Examples:
+        >>> a = NeuronSet.from_indices([(0, 1), (1, 0)], shape=(2, 3), site="mlp", architecture="toy")
+        >>> b = NeuronSet.from_indices([(0, 1)], shape=(2, 3), site="mlp", architecture="toy")
+        >>> len(a), list(a & b), len(a - b), (0, 1) in a
+        (2, [(0, 1)], 1, True)
     """
 
     mask: Bool[Tensor, "layer neuron"]
@@ -119,6 +120,11 @@ class NeuronSet:
         `"magnitude"` as many in every layer, each among the free neurons whose `magnitude` (for example the mean
         absolute activation) is nearest to that of one of the set. Neurons in `exclude` are left out as well. Raises
         `OptionError` when too few are left to draw from.
+
+        Examples:
+            >>> control = neurons.matched_random(seed=0, exclude=organism.truth["shared"])
+            >>> control.n_per_layer == neurons.n_per_layer, len(control & neurons)
+            (True, 0)
         """
         check_seed(seed)
         if match not in ("layer", "model", "magnitude"):
@@ -154,7 +160,12 @@ class NeuronSet:
         return self._with(mask)
 
     def subsample(self, k: int, *, seed: int) -> "NeuronSet":
-        """`k` of the set's neurons drawn at random: sets of unequal size are compared at the size of the smallest."""
+        """`k` of the set's neurons drawn at random: sets of unequal size are compared at the size of the smallest.
+
+        Examples:
+            >>> len(neurons.subsample(1, seed=0) & neurons)
+            1
+        """
         check_seed(seed)
         if not _is_whole(k) or not 0 <= k <= len(self):
             raise OptionError(f"k: expected 0 to {len(self)} neurons (the set has so many), got {k}.")

@@ -117,12 +117,13 @@ def make_organism(
     Without superposition and noise every pair is judged right. Raises `OptionError` for a number out of range, and for
     layers too narrow for their neurons. Cost: the checkpoint (200 kB by default) is opened once.
 
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     organism = make_organism(folder, depth=2, width=24, per_kind=2, n_pairs=8)
-    ...     scored = organism.head().score_pairs(organism.pairs["harmless"])
-    >>> scored.accuracy(), organism.truth["shared"]
-    (1.0, NeuronSet(2 of 48 mlp neurons of gpt2-2x24-heads2x12-d24))
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     organism = make_organism(folder, depth=2, width=24, per_kind=2, n_pairs=8)
+        ...     scored = organism.head().score_pairs(organism.pairs["harmless"])
+        >>> scored.accuracy(), organism.truth["shared"]
+        (1.0, NeuronSet(2 of 48 mlp neurons of gpt2-2x24-heads2x12-d24))
     """
     folder = Path(folder)
     _check_ranges(seed, depth, per_kind, redundancy, superposition, noise, n_pairs)

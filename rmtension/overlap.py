@@ -53,6 +53,12 @@ class Overlap:
         """The overlap of `a` and `b`; `outside` removes its neurons from both sets and from the universe first.
 
         A Jaccard index or coefficient of empty sets is NaN: undefined, not 0.
+
+        Examples:
+            >>> a, b = scores.top(k=6), organism.truth["helpful"] | organism.truth["decoy"]
+            >>> overlap = Overlap.of(a, b)
+            >>> overlap.intersection, overlap.jaccard, round(overlap.expected_jaccard, 3)
+            (2, 0.25, 0.058)
         """
         free = torch.ones_like(a.mask) if outside is None else ~outside.mask
         if outside is not None:
@@ -170,6 +176,10 @@ def depth_thirds(neurons: NeuronSet) -> dict[str, float]:
     """Share of the set in the early, middle and late third of the model's layers (NaN for an empty set).
 
     Layer l of L belongs to third floor(3 l / L).
+
+    Examples:
+        >>> depth_thirds(neurons)
+        {'early': 0.5, 'middle': 0.5, 'late': 0.0}
     """
     layers = neurons.mask.shape[0]
     counts = dict.fromkeys(_THIRDS, 0)

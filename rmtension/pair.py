@@ -21,6 +21,11 @@ class PreferencePair:
     `objective` says what the preference rewards (for example "helpful" or "harmless"), `subset` is a finer label,
     `id` names the pair in messages and tables. Pairs with the same `item` are judged together (best-of-n: the item is
     right when every one of its pairs is); without one a pair is judged by itself.
+
+    Examples:
+        >>> pair = PreferencePair("2 + 2?", "4", "5", objective="helpful")
+        >>> pair.text("chosen"), pair.is_tie, pair.swapped().chosen
+        ('2 + 2? 4', False, '5')
     """
 
     prompt: str | Chat
@@ -68,8 +73,9 @@ class PreferencePair:
 def join_prompt(prompt: str, response: str) -> str:
     """The text that a reward model reads: one space between prompt and response unless whitespace is there already.
 
-    >>> join_prompt("Human: hi Assistant:", "hello")
-    'Human: hi Assistant: hello'
+    Examples:
+        >>> join_prompt("Human: hi Assistant:", "hello")
+        'Human: hi Assistant: hello'
     """
     gap = prompt and response and not prompt[-1].isspace() and not response[0].isspace()
     return f"{prompt} {response}" if gap else prompt + response
@@ -78,8 +84,9 @@ def join_prompt(prompt: str, response: str) -> str:
 def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
     r"""Prompt and the two responses of a pair of HH transcripts: the prompt ends at the last shared `\n\nAssistant:`.
 
-    >>> split_transcripts("\n\nHuman: hi\n\nAssistant: a", "\n\nHuman: hi\n\nAssistant: b")
-    ('\n\nHuman: hi\n\nAssistant:', 'a', 'b')
+    Examples:
+        >>> split_transcripts("\n\nHuman: hi\n\nAssistant: a", "\n\nHuman: hi\n\nAssistant: b")
+        ('\n\nHuman: hi\n\nAssistant:', 'a', 'b')
     """
     shared = "".join(one for one, _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False)))
     end = shared.rfind(_ASSISTANT)

@@ -27,9 +27,10 @@ class PreferencePairs(Sequence[PreferencePair]):
     Identical chosen and rejected responses are kept and counted in `n_ties`; `skipped` counts, by reason, what a
     loader left out with `on_invalid="skip"`. Errors count pairs from `first`.
 
-    >>> pairs = PreferencePairs.from_records([{"prompt": "Q", "chosen": "yes", "rejected": "no"}])
-    >>> len(pairs), pairs[0].chosen, pairs.n_ties
-    (1, 'yes', 0)
+    Examples:
+        >>> pairs = PreferencePairs.from_records([{"prompt": "Q", "chosen": "yes", "rejected": "no"}])
+        >>> len(pairs), pairs[0].chosen, pairs.n_ties
+        (1, 'yes', 0)
     """
 
     def __init__(
@@ -56,6 +57,12 @@ class PreferencePairs(Sequence[PreferencePair]):
         Without a `prompt`, `chosen` and `rejected` are taken for whole HH transcripts and split. Keyword arguments
         (`objective="helpful"`) set that field in every pair. Raises `DataError` naming the record and the field;
         `on_invalid="skip"` counts such records in `skipped` instead.
+
+        Examples:
+            >>> rows = [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}, {"prompt": "2 + 3?", "chosen": "5"}]
+            >>> read = PreferencePairs.from_records(rows, on_invalid="skip", objective="helpful")
+            >>> len(read), read.objectives, read.skipped
+            (1, ['helpful'], {"field 'rejected' is missing; fields present: ['chosen', 'prompt'].": 1})
         """
         located = ((f"record {number}", record) for number, record in enumerate(records))
         return cls.from_rows(located, _reader(labels), on_invalid=on_invalid)
@@ -65,6 +72,11 @@ class PreferencePairs(Sequence[PreferencePair]):
         """Pairs from a JSON-lines file, plain or gzip'd (recognised by its first bytes), in UTF-8.
 
         Fields and errors are those of `from_records`; messages name the file and the line.
+
+        Examples:
+            >>> pairs["helpful"].to_jsonl("pairs.jsonl.gz")
+            >>> PreferencePairs.from_jsonl("pairs.jsonl.gz") == pairs["helpful"]
+            True
         """
         read = _reader(labels)
         return cls.from_rows(
@@ -76,6 +88,11 @@ class PreferencePairs(Sequence[PreferencePair]):
         """The pairs of a JSON-lines file one at a time, for files longer than memory; an invalid line raises.
 
         Whatever sums over pairs takes them so: `ActivationCollector(head).collect(PreferencePairs.iter_jsonl(path))`.
+
+        Examples:
+            >>> pairs["helpful"].to_jsonl("pairs.jsonl")
+            >>> ActivationCollector(head).collect(PreferencePairs.iter_jsonl("pairs.jsonl")).mean.equal(means.mean)
+            True
         """
         read = _reader(labels)
         for number, (where, line) in enumerate(located_lines(Path(path))):
@@ -221,7 +238,13 @@ class PreferencePairs(Sequence[PreferencePair]):
     # -- choosing --------------------------------------------------------------------------------------------------
 
     def filter(self, *, objective: str | None = None, subset: str | Iterable[str] | None = None) -> "PreferencePairs":
-        """The pairs of one objective and of one or several subsets."""
+        """The pairs of one objective and of one or several subsets.
+
+        Examples:
+            >>> both = PreferencePairs([*pairs["helpful"], *pairs["harmless"]])
+            >>> len(both), len(both.filter(objective="harmless"))
+            (48, 24)
+        """
         return PreferencePairs(self._pairs[place] for place in self.places(objective=objective, subset=subset))
 
     def places(self, *, objective: str | None = None, subset: str | Iterable[str] | None = None) -> list[int]:
@@ -237,6 +260,11 @@ class PreferencePairs(Sequence[PreferencePair]):
         """Train and test pairs, divided by prompt: no prompt is on both sides. Order is kept.
 
         `test_fraction` is a share of the prompts, in (0, 1). The division depends on the prompts and `seed` alone.
+
+        Examples:
+            >>> train, test = pairs["helpful"].split(0.25, seed=0)
+            >>> len(train), len(test), set(train.prompts) & set(test.prompts)
+            (18, 6, set())
         """
         if not 0 < test_fraction < 1:
             raise OptionError(f"test_fraction: expected a number in (0, 1), got {test_fraction}.")
@@ -255,20 +283,35 @@ class PreferencePairs(Sequence[PreferencePair]):
         )
 
     def sample(self, n: int, *, seed: int = 0) -> "PreferencePairs":
-        """`n` pairs drawn without replacement, in their original order; all of them when there are no more than `n`."""
+        """`n` pairs drawn without replacement, in their original order; all of them when there are no more than `n`.
+
+        Examples:
+            >>> len(pairs["helpful"].sample(5, seed=0))
+            5
+        """
         if n < 1:
             raise OptionError(f"n: expected a positive number of pairs, got {n}.")
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:n])
         return PreferencePairs(self._pairs[i] for i in chosen)
 
     def swapped(self) -> "PreferencePairs":
-        """Every preference turned round: signed scores and margins change their sign on it."""
+        """Every preference turned round: signed scores and margins change their sign on it.
+
+        Examples:
+            >>> head.score_pairs(pairs["helpful"].swapped()).accuracy()
+            0.0
+        """
         return PreferencePairs(pair.swapped() for pair in self._pairs)
 
     def as_chat(self) -> "PreferencePairs":
         r"""The same pairs with plain HH transcripts as chats, for reward models with a chat template.
 
         Raises `DataError` for a prompt that is no transcript of `\n\nHuman:` and `\n\nAssistant:` turns.
+
+        Examples:
+            >>> row = {"prompt": "\n\nHuman: 2 + 2?\n\nAssistant:", "chosen": "4", "rejected": "5"}
+            >>> PreferencePairs.from_records([row]).as_chat()[0].prompt
+            (Message(role='user', content='2 + 2?'),)
         """
         return PreferencePairs(_as_chat(pair) for pair in self._pairs)
 

@@ -141,6 +141,13 @@ def collect_profiles(
 
     Cost: a pass over the pairs, and one of the base; memory: one batch's activations (of all layers with a
     base) and 5 sums a neuron for each of its texts, and 5 x 2 x 32 sums a neuron, however many pairs.
+
+    Examples:
+        >>> profiles = collect_profiles(head, pairs["helpful"], positions=("response", "last"))
+        >>> sorted(profiles)
+        [('mlp', 'last'), ('mlp', 'response')]
+        >>> profiles["mlp", "response"].scores("frequency")
+        NeuronScores(frequency: 2 x 24 mlp neurons, from 0 to 1; 24 pairs, response tokens, gpt2-2x24-heads2x12-d24)
     """
     for one in positions:
         check_positions(one)
@@ -207,6 +214,13 @@ def selectivity(profiles: Mapping[str, ActivationProfile], *, quantile: float = 
     that is on for one objective only (LAPE; Tang et al. 2024). The score is log(K) - H over K objectives: 0 for equal
     frequencies, log(K) at most. Neurons none of whose frequencies is above the `quantile` of all frequencies score 0,
     as there: rarely active ones look selective by chance.
+
+    Examples:
+        >>> both = {name: collect_profiles(head, part)["mlp", "response"] for name, part in pairs.items()}
+        >>> selectivity(both).to_frame().nlargest(2, "score").round(2)
+            layer  neuron  score  stderr
+        29      1       5   0.02    0.01
+        0       0       0   0.00    0.00
     """
     if len(profiles) < 2:
         raise OptionError(f"profiles: expected those of at least two objectives, got {list(profiles)}.")

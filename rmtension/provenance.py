@@ -18,6 +18,10 @@ class Provenance:
     `architecture` names the neurons (family, layers, widths): sets and scores of two models can be compared only if
     it agrees. `model` is a fingerprint of the weights, `data` of the pairs. `n_tokens` counts the tokens that entered.
     `skipped` has the ids of pairs that were left out because they gave numbers that are not finite.
+
+    Examples:
+        >>> scores.provenance.method, scores.provenance.n_pairs, scores.provenance.positions
+        ('gradient_x_activation', 24, 'all')
     """
 
     architecture: str

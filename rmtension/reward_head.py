@@ -59,6 +59,12 @@ class RewardHead(HookedModel):
         max_length: tokens per text; by default, and at most, the model's context.
         tokens_per_batch: how many tokens run together; by default 4,096 on a CPU, 32,768 on another device, or fewer
             where activations would take more than half of the memory that is free (`rmtension.budget`).
+
+    Examples:
+        >>> head
+        RewardHead(gpt2-2x24-heads2x12-d24, torch.float32, cpu)
+        >>> head.score_pairs(pairs["helpful"])
+        ScoredPairs(n=24, accuracy=1.000, ties=0)
     """
 
     def __init__(
@@ -110,6 +116,11 @@ class RewardHead(HookedModel):
 
         Raises `ModelError` for a checkpoint without a head, with more than one output, quantised, or without any pad
         token (`pad_token=` says which).
+
+        Examples:
+            >>> opened = RewardHead.from_pretrained("organism", max_length=32)
+            >>> opened.n_layers, opened.n_neurons("mlp"), opened.sites
+            (2, 24, ['attn_head', 'mlp', 'mlp_gate'])
         """
         check_model_class(model_class)
         opened = open_checkpoint(name_or_path, reward=True, head=head, options=options)
@@ -127,6 +138,11 @@ class RewardHead(HookedModel):
         """Open any checkpoint for its activations alone, for example the base of some reward models.
 
         Collectors and mean-difference scores work; `score` raises `ModelError`, because there is no reward.
+
+        Examples:
+            >>> base = RewardHead.from_language_model("organism")
+            >>> ActivationCollector(base).collect(pairs["helpful"]).n_tokens
+            1536
         """
         opened = open_checkpoint(name_or_path, reward=False, options=options)
         return cls._from_checkpoint(opened, max_length, tokens_per_batch)
@@ -147,6 +163,12 @@ class RewardHead(HookedModel):
 
         Its weights are shared, not copied (a HookedTransformer and processed weights are copies): training it further
         changes the rewards. The head itself is a copy.
+
+        Examples:
+            >>> from transformers import AutoModelForSequenceClassification
+            >>> classifier = AutoModelForSequenceClassification.from_pretrained("organism")
+            >>> RewardHead.from_classifier(classifier, tokenizer=head.tokenizer).score_pairs(pairs["helpful"])
+            ScoredPairs(n=24, accuracy=1.000, ties=0)
         """
         opened = checkpoint_of(classifier, tokenizer, pad_token)
         return cls._from_checkpoint(opened, max_length, tokens_per_batch, model_class, process_weights)
@@ -200,6 +222,11 @@ class RewardHead(HookedModel):
 
         A text is a string, or the messages of a chat, which the tokenizer's chat template renders. One that does not
         fit the context raises `DataError`, or is cut from the left with `truncate=True`.
+
+        Examples:
+            >>> words = ["helpful-0 helpful-1", "helpful-0", ""]
+            >>> [round(float(reward)) for reward in head.score([f"Human: a Assistant: {one} end" for one in words])]
+            [11, 6, 0]
         """
         if isinstance(texts, str):
             raise OptionError("texts: expected a list of texts, got one string. Put it in a list.")
@@ -267,7 +294,14 @@ class RewardHead(HookedModel):
     def score_tokens(
         self, input_ids: Int[Tensor, "text token"], attention_mask: Tensor | None = None
     ) -> Float[Tensor, "text"]:
-        """The reward of every row of token ids, padded on either side as `attention_mask` (1 = real) says."""
+        """The reward of every row of token ids, padded on either side as `attention_mask` (1 = real) says.
+
+        Examples:
+            >>> text = "Human: a Assistant: shared-0 shared-1 end"
+            >>> tokens = head.tokenizer([text], return_tensors="pt")
+            >>> head.score_tokens(tokens["input_ids"], tokens["attention_mask"]).equal(head.score([text]))
+            True
+        """
         self.require_weight()
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         check_ids(input_ids, mask, max_length=self.max_length, n_embeddings=self.body.n_embeddings)
@@ -300,7 +334,18 @@ class RewardHead(HookedModel):
     # -- proof, and out again --------------------------------------------------------------------------------------
 
     def check(self, pairs: PreferencePairs | None = None, *, reference: Any = None) -> "pd.DataFrame":
-        """Prove on this model that rewards and hooks are right: one row a check; see `rmtension.selfcheck`."""
+        """Prove on this model that rewards and hooks are right: one row a check; see `rmtension.selfcheck`.
+
+        Examples:
+            >>> from rmtension.check_matrix import make_classifier
+            >>> small = RewardHead.from_classifier(make_classifier("gpt2", 64), tokenizer=head.tokenizer)
+            >>> small.check(pairs["helpful"][:4])[["check", "n", "passed"]].head(4)
+                               check  n  passed
+            0                 tokens  8    True
+            1  equal to transformers  8    True
+            2                 bridge  8    True
+            3    batch equals single  8    True
+        """
         from rmtension.selfcheck import check_head
 
         return check_head(self, pairs, reference)
@@ -308,13 +353,27 @@ class RewardHead(HookedModel):
     def with_ablation(
         self, neurons: "NeuronSet", *, mode: str = "zero", reference: Any = None, alpha: float | None = None
     ) -> "RewardHead":
-        """A copy whose weights do for good what `AblationContext` does at all positions; see `rmtension.export`."""
+        """A copy whose weights do for good what `AblationContext` does at all positions; see `rmtension.export`.
+
+        Examples:
+            >>> without = head.with_ablation(organism.truth["harmless"])
+            >>> with AblationContext(head, organism.truth["harmless"]):
+            ...     inside = head.score_pairs(pairs["harmless"])
+            >>> bool((without.score_pairs(pairs["harmless"]).margin - inside.margin).abs().max() < 1e-4)
+            True
+        """
         from rmtension.export import ablate_weights
 
         return ablate_weights(self, neurons, mode=mode, reference=reference, alpha=alpha)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a checkpoint that `AutoModelForSequenceClassification` loads, with the tokenizer."""
+        """Write a checkpoint that `AutoModelForSequenceClassification` loads, with the tokenizer.
+
+        Examples:
+            >>> head.with_ablation(neurons).save_pretrained("without-helpful")
+            >>> RewardHead.from_pretrained("without-helpful").score_pairs(pairs["harmless"]).accuracy()
+            1.0
+        """
         from rmtension.export import save_classifier
 
         save_classifier(self, folder)

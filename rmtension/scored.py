@@ -22,6 +22,14 @@ class ScoredPairs:
 
     `n_prompts_cut` and `n_responses_cut` count pairs that lost prompt tokens from the left, or response tokens from
     the right, to fit the context.
+
+    Examples:
+        >>> scored
+        ScoredPairs(n=24, accuracy=1.000, ties=0)
+        >>> scored.margin.equal(scored.chosen - scored.rejected), scored.accuracy()
+        (True, 1.0)
+        >>> scored.to_frame().columns.tolist()
+        ['id', 'objective', 'subset', 'chosen', 'rejected', 'margin', 'correct', 'tied']
     """
 
     chosen: Float[Tensor, "pair"]

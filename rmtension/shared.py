@@ -21,6 +21,11 @@ class SharedNeuronReport:
 
     `sets` holds each model's top set, `shared` what is in all of them, `specific[name]` what is in that one alone.
     `overlap[a, b]` compares two; `beyond_base[a, b]` does so after taking the base model's own top set out of both.
+
+    Examples:
+        >>> report = SharedNeuronAnalyzer({"one": scores, "other": scores}).analyze(fraction=0.125)
+        >>> report.jaccard, round(report.expected_jaccard, 3), f"{report.p_value:.1g}"
+        (1.0, 0.072, '8e-08')
     """
 
     sets: dict[str, NeuronSet]
@@ -159,6 +164,13 @@ class SharedNeuronAnalyzer:
             positions by one method; otherwise `ProvenanceError`.
         base: scores of the model they were all trained from. It has top neurons of its own, which its descendants
             inherit: overlap that is no more than that shows nothing.
+
+    Examples:
+        >>> method = {"method": "gradient_x_activation"}
+        >>> by_objective = {name: NeuronAttribution(head, **method).score(part) for name, part in pairs.items()}
+        >>> report = SharedNeuronAnalyzer(by_objective).analyze(fraction=0.125)
+        >>> report.shared == organism.truth["shared"] | organism.truth["conflict"]
+        True
     """
 
     def __init__(self, scores: Mapping[str, NeuronScores], *, base: NeuronScores | None = None) -> None:

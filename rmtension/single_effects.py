@@ -58,6 +58,11 @@ def single_neuron_effects(
     `on_nonfinite` and `work` are those of `NeuronAttribution.score`.
     Raises `OptionError` for a wrong site, position or reference, `ProvenanceError` for neurons or a reference of
     another model.
+
+    Examples:
+        >>> effects = single_neuron_effects(head, pairs["helpful"], neurons=neurons)
+        >>> bool((effects.values[neurons.mask] < 0).all())
+        True
     """
     check_positions(positions)
     site = find_site(site).name

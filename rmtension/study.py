@@ -35,6 +35,13 @@ class TensionStudy:
             its neurons.
         options: see `StudyOptions`; by default those of `rules`.
         rules: "corrected", or "paper" for the published ones.
+
+    Examples:
+        >>> options = StudyOptions(analyses=("accuracy", "transferability"))
+        >>> study = TensionStudy(dict.fromkeys(("helpful", "harmless", "mixed"), head), pairs, options=options)
+        >>> result = study.run(progress=False)
+        >>> list(result.tables)
+        ['accuracy', 'subsets', 'comparisons', 'transferability']
     """
 
     def __init__(

@@ -34,6 +34,10 @@ class StudyOptions:
     - `refuse` and `respond` name the subsets that reward refusing and responding.
     - `seed` governs the division of the pairs, the random sets, subsamples and the bootstrap; `level` is that of all
       intervals.
+
+    Examples:
+        >>> StudyOptions(n_draws=2).mode, StudyOptions.of("paper").mode
+        ('mean', 'zero')
     """
 
     analyses: tuple[str, ...] = ANALYSES

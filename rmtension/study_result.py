@@ -63,6 +63,15 @@ class StudyResult:
 
     Every table has the columns `family` and `seed` of the models it is about. `summary` holds options, versions,
     provenance and counts. docs/paper.md says what each table is.
+
+    Examples:
+        >>> options = StudyOptions(analyses=("accuracy",))
+        >>> models = dict.fromkeys(("helpful", "harmless", "mixed"), head)
+        >>> result = TensionStudy(models, pairs, options=options).run(progress=False)
+        >>> result.accuracy.query("measure == 'accuracy'")[["model", "objective", "value", "n"]].head(2)
+              model objective  value   n
+        0   helpful   helpful    1.0  12
+        2  harmless   helpful    1.0  12
     """
 
     tables: dict[str, pd.DataFrame]

@@ -10,8 +10,9 @@ class Subtask:
     `right` says what the chosen response of a harmless subtask does with the request: "refuse" or "respond". It is None
     for helpful subtasks and where the subtask mixes both. `subset` is the name that its pairs carry.
 
-    >>> [subtask.subset for subtask in GROUPS if subtask.right == "respond"]
-    ['reward-bench/xstest-should-respond', 'rm-bench/safety-response']
+    Examples:
+        >>> [subtask.subset for subtask in GROUPS if subtask.right == "respond"]
+        ['reward-bench/xstest-should-respond', 'rm-bench/safety-response']
     """
 
     benchmark: str

@@ -47,6 +47,11 @@ def score_without(
     every layer that sets begin in runs once or twice more. Empty sets take one pass together. Models whose blocks do
     not run one by one take a whole pass a set. Memory: one batch's residual stream before every block, and in every
     layer that sets begin in its activations and a copy of the projection's weights.
+
+    Examples:
+        >>> sets = [organism.truth[kind] for kind in ("helpful", "harmless", "shared", "decoy")]
+        >>> [round(one.accuracy(), 2) for one in score_without(head, pairs["harmless"], sets)]
+        [1.0, 0.83, 0.79, 1.0]
     """
     if len({one.site for one in sets}) > 1:
         raise OptionError(f"sets: expected sets of one site, got {sorted({one.site for one in sets})}.")

@@ -204,9 +204,10 @@ def train_tokenizer(
 
     `vocab_size` counts everything, at least 258 (256 bytes and the two). The same texts give the same tokenizer.
 
-    >>> tokenizer = train_tokenizer(["hello hello"], 260)
-    >>> tokenizer.decode(tokenizer("hello hello")["input_ids"])
-    'hello hello'
+    Examples:
+        >>> tokenizer = train_tokenizer(["hello hello"], 260)
+        >>> tokenizer.decode(tokenizer("hello hello")["input_ids"])
+        'hello hello'
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -247,6 +248,10 @@ def select_pairs(
     """The pairs that `train_reward_model` trains on: all, those of one objective, or a mixture in stated proportions.
 
     Proportions are positive and sum to 1; they hold to rounding (largest remainder). The draw is by `seed`.
+
+    Examples:
+        >>> len(select_pairs(pairs, proportions={"helpful": 0.75, "harmless": 0.25}))
+        32
     """
     if objective is not None and proportions is not None:
         raise OptionError("objective, proportions: expected one of the two, got both.")

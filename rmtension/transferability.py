@@ -35,6 +35,13 @@ def transferability(
     """Compare three models on the same pairs, with bootstrap intervals over prompts (arXiv 2606.13209, section 2 here).
 
     An item counts as correct by the strict rule (a tie is not), because sets have no half members.
+
+    Examples:
+        >>> with AblationContext(head, organism.truth["shared"]):
+        ...     mixed = head.score_pairs(pairs["harmless"])
+        >>> found = transferability(mixed, helpful=mixed, harmless=head.score_pairs(pairs["harmless"]))
+        >>> round(found.value.value, 3), found.n_union
+        (0.792, 24)
     """
     if not mixed.pairs == helpful.pairs == harmless.pairs:
         raise DataError("transferability: expected rewards of the same pairs in the same order from all three models.")

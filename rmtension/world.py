@@ -140,9 +140,10 @@ def preference_world(seed: int, *, n_train: int = 1536, n_test: int = 384) -> Pr
     The seed decides everything; no random state but the call's own is used. Raises `OptionError` for a count that is
     no positive multiple of 48 or larger than the supply of prompts (23,040 to train, 7,680 to test).
 
-    >>> world = preference_world(0, n_train=48, n_test=48)
-    >>> len(world.train["helpful"]), world.test["harmless"].subsets
-    (48, ['should_refuse', 'should_respond'])
+    Examples:
+        >>> world = preference_world(0, n_train=48, n_test=48)
+        >>> len(world.train["helpful"]), world.test["harmless"].subsets
+        (48, ['should_refuse', 'should_respond'])
     """
     rng = np.random.default_rng(seed)
     supplies = _prompts(rng)

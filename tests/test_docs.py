@@ -1,78 +1,165 @@
 """Pages that show what they print: their blocks run in order, and print what stands below them."""
 
+import argparse
 import contextlib
 import io
 import re
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
+from documented import DECIMAL, ROOT, blocks, cells, commands, counted, limited, pages, run, same
 
-DOCS = Path(__file__).parents[1] / "docs"
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-DECIMAL = re.compile(r"(-?\d+\.\d+)")
+import rmtension
 
-
-def examples(page):
-    """(line, code, what it is said to print) for every python block; it prints what the text block right below says."""
-    # Commands of a shell take minutes, and print nothing here.
-    fences = [fence for fence in FENCE.finditer(page) if fence[1] != "sh"]
-    assert {fence[1] for fence in fences} <= {"python", "text"}
-    found = []
-    for before, fence in zip([None, *fences], fences, strict=False):
-        if fence[1] == "python":
-            found.append([page.count("\n", 0, fence.start(2)), fence[2], ""])
-        else:
-            assert before is not None, "a text block stands before all python blocks"
-            between = page[before.end() : fence.start()]
-            assert before[1] == "python", "a text block follows another"
-            assert not between.strip(), "a text block has no python block right above"
-            found[-1][2] = fence[2]
-    return [tuple(one) for one in found]
+DOCS = ROOT / "docs"
+SECONDS = 120  # for a page, on a machine that does other things too; the longest takes 35
 
 
-def same(printed, stated):
-    """Whether two texts are equal, but that a decimal may differ by one in its last place, and in spaces behind a line.
+def small_chat_model():
+    """For the families page: a model with a chat template, and the names that the page takes for granted."""
+    import torch
+    from conftest import make_pairs, make_tokenizer, save_classifier
 
-    One in the last place: float32 sums come in another order on another machine, and what they round to may change.
-    """
-    one, other = (DECIMAL.split("\n".join(map(str.rstrip, text.splitlines()))) for text in (printed, stated))
-    return one[::2] == other[::2] and all(map(_close, one[1::2], other[1::2]))
-
-
-def _close(one, other):
-    one, other = Decimal(one), Decimal(other)
-    places = one.as_tuple().exponent
-    return places == other.as_tuple().exponent and abs(one - other) <= Decimal(1).scaleb(places)
-
-
-def run(page, name):
-    """Run the page's blocks in one namespace; (line, printed, stated) of those that print something else."""
-    names = {}
-    wrong = []
-    for line, code, stated in examples(page):
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            # Line breaks first, so that a traceback names the page's line.
-            exec(compile("\n" * line + code, name, "exec"), names)
-        if not same(printed.getvalue(), stated):
-            wrong.append((line, printed.getvalue(), stated))
-    return wrong
+    tokenizer = make_tokenizer("tokenizer")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+    head = rmtension.RewardHead.from_pretrained(save_classifier("model", "gpt2", tokenizer))
+    pairs = make_pairs(4)
+    tokens = tokenizer(["bake a cake", "help"], return_tensors="pt", padding=True)
+    mask = torch.zeros(3, 64, dtype=torch.bool)
+    mask[0, :5] = True
+    return {
+        "head": head,
+        "PreferencePairs": rmtension.PreferencePairs,
+        "rows": [pair.to_dict() for pair in pairs],
+        "input_ids": tokens["input_ids"],
+        "attention_mask": tokens["attention_mask"],
+        "neurons": rmtension.NeuronSet(mask, "mlp", head.architecture),
+        "means": rmtension.ActivationCollector(head, site="mlp").collect(pairs),
+    }
 
 
-def test_blocks_of_the_attribution_page_print_what_it_says(tmp_path, monkeypatch):
+# What stands in a page's folder, and the names it takes for granted.
+BEFORE = {"docs/families.md": small_chat_model}
+# Pages that another test runs, because what they need is made there.
+ELSEWHERE = {"docs/paper.md": "tests/test_study.py"}
+# Models of the README are drawn at random: what it prints is not stated.
+PRINTS = {
+    "README.md": r"Jaccard \d\.\d{3}, by chance 0\.05\d.*\n(without \d+ [a-z ]+ neurons: ScoredPairs\(n=48.*\n){2}"
+}
+WITH_BLOCKS = {
+    name: page for page in pages() if blocks(page.read_text()) and (name := page.relative_to(ROOT).as_posix())
+}
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_BLOCKS if name not in ELSEWHERE])
+def test_blocks_print_what_the_page_says(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = DOCS / "attribution.md"
-    assert len(examples(page.read_text())) >= 10
-    assert run(page.read_text(), str(page)) == []
-    assert (tmp_path / "conflict.png").stat().st_size > 10_000
+    with limited(SECONDS, name):
+        names = BEFORE.get(name, dict)()
+        wrong = run(WITH_BLOCKS[name].read_text(), name, names)
+    if name in PRINTS:
+        ((_, printed, _),) = wrong
+        assert re.fullmatch(PRINTS[name], printed)
+    else:
+        assert wrong == []
+    # A figure that a page says it writes is one.
+    for figure in re.findall(r'savefig\("(\w+\.png)"', WITH_BLOCKS[name].read_text()):
+        assert (tmp_path / figure).stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(("name", "n"), [("scaling.md", 2), ("long_runs.md", 4)])
-def test_blocks_of_shorter_pages_print_what_they_say(name, n, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    page = DOCS / name
-    assert len(examples(page.read_text())) == n
-    assert run(page.read_text(), str(page)) == []
+def test_pages_that_run_elsewhere_do():
+    for name, test in ELSEWHERE.items():
+        assert f'compile(block, "{name}", "exec")' in (ROOT / test).read_text()
+
+
+def test_what_there_is_and_what_is_not_run():
+    """`python tests/documented.py` prints this. A block is left out with a reason, and counted here."""
+    numbers, left = counted()
+    print(numbers)
+    assert [(page, reason) for page, _, reason in left] == NOT_RUN
+    assert numbers["blocks"] >= 60
+    assert numbers["docstring examples"] >= 150
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for notebook, number in cells():
+        assert number
+        assert notebook.name in tests, "every notebook is run by some test"
+
+
+NOT_RUN = []
+
+
+class Parsed(Exception):  # noqa: N818 - no error
+    """Ends a command whose options were understood."""
+
+
+def understood(words, monkeypatch):
+    """Whether `rmtension` takes these words; nothing runs."""
+    from rmtension.cli import main
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self, *args, **kwargs):
+        parse(self, *args, **kwargs)
+        raise Parsed
+
+    with monkeypatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        try:
+            main(words)
+        except Parsed:
+            return True
+        except SystemExit as end:
+            return end.code == 0
+    return False
+
+
+def mistake(words, monkeypatch):
+    """What is wrong with a command of a page, as far as that can be told without running it; "" where nothing is."""
+    program, *rest = words
+    if program == "rmtension":
+        return "" if understood(rest, monkeypatch) else "rmtension does not take these options"
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return "" if set(rest) <= set(targets) else "no such target"
+    for place, word in enumerate(words):
+        # A program of this repository has the options that stand behind it.
+        if re.fullmatch(r"(examples|tests)/\S+\.py", word):
+            if not (ROOT / word).is_file():
+                return f"no file {word}"
+            options = {one.partition("=")[0] for one in words[place + 1 :] if one.startswith("--")}
+            if program != "pytest" and (
+                missing := {one for one in options if f'"{one}"' not in (ROOT / word).read_text()}
+            ):
+                return f"{word} has no {sorted(missing)}"
+    return ""
+
+
+def test_commands_are_taken(monkeypatch):
+    found = [(page, line, words) for page in pages() for line, words in commands(page.read_text())]
+    assert len(found) >= 13
+    wrong = [(page.name, line, said) for page, line, words in found if (said := mistake(words, monkeypatch))]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "rmtension demo --sseeds 3",
+        "rmtension dmo",
+        "make demo tset",
+        "python examples/real_pears.py",
+        "torchrun --nproc-per-node 2 examples/many_processes.py --modell x",
+    ],
+)
+def test_a_wrong_command_is_seen(command, monkeypatch):
+    ((line, words),) = commands(f"# Page\n\n```sh\n{command} \\\n  # more\n```\n")
+    assert line == 4
+    assert mistake(words, monkeypatch)
+
+
+def test_a_block_that_takes_too_long_is_ended():
+    with pytest.raises(TimeoutError, match=r"page takes longer than 0\.05 s"), limited(0.05, "page"):
+        run("```python\nwhile True:\n    pass\n```\n", "page")
 
 
 PAGE = """# A page
@@ -93,6 +180,20 @@ mean 0.38 [-0.10, 0.80], n = 3
 second line
 ```
 
+```sh
+some command
+```
+
+```text
+what it says, which nobody compares
+```
+
+<!-- not run: needs four GPUs -->
+```python
+n = 4
+raise SystemExit
+```
+
 ```python
 print(f"{1 / n:.3f}")
 ```
@@ -104,7 +205,8 @@ print(f"{1 / n:.3f}")
 
 
 def test_a_page_that_is_right():
-    assert [line for line, _, _ in examples(PAGE)] == [3, 9, 19]
+    assert [block.line for block in blocks(PAGE)] == [3, 9, 28, 33]
+    assert [block.not_run for block in blocks(PAGE)] == [None, None, "needs four GPUs", None]
     assert run(PAGE, "page") == []
     # One in the last place, and spaces behind a line, as tables of pandas have.
     assert run(PAGE.replace("0.38", "0.37").replace("second line\n`", "second line  \n`"), "page") == []
@@ -121,9 +223,9 @@ def test_a_page_that_is_right():
         ("mean 0.38", "mean  0.38", 9),
         ("\nsecond line\n", "\n", 9),
         ("second line\n`", "second line\n3\n`", 9),
-        ("0.333", "0.335", 19),
+        ("0.333", "0.335", 33),
         ("n = 3\n```", "n = 3\nprint(n)\n```", 3),
-        ("```text\n0.333\n```", "", 19),
+        ("```text\n0.333\n```", "", 33),
     ],
 )
 def test_a_page_that_is_wrong(old, new, line):
@@ -133,7 +235,7 @@ def test_a_page_that_is_wrong(old, new, line):
 
 def test_a_changed_number_of_the_attribution_page_is_seen():
     """Every decimal that the page says is printed, moved by two in its last place."""
-    stated = [text for _, _, text in examples((DOCS / "attribution.md").read_text())]
+    stated = [block.stated for block in blocks((DOCS / "attribution.md").read_text())]
     moved = 0
     for text in stated:
         for number in DECIMAL.finditer(text):
@@ -148,7 +250,7 @@ def test_a_changed_number_of_the_attribution_page_is_seen():
 )
 def test_a_page_whose_blocks_stand_elsewhere_is_refused(page):
     with pytest.raises(AssertionError):
-        examples(page)
+        blocks(page)
 
 
 def test_a_block_that_raises_names_the_line_of_the_page():

@@ -1,7 +1,5 @@
-"""The package as users meet it: a cheap import, names, the README's block, docstring examples."""
+"""The package as users meet it: a cheap import, names, floors."""
 
-import doctest
-import importlib
 import pkgutil
 import re
 import subprocess
@@ -79,53 +77,3 @@ def test_every_module_is_on_a_floor_and_imports_only_from_its_own_or_below():
             names = [imported[0]] if imported[0] else re.findall(r"\w+", imported[1])
             for name in names:
                 assert placed.get(name, 0) <= floor, f"{module} imports {name} from above"
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name):
-    results = doctest.testmod(importlib.import_module(f"rmtension.{name}"))
-    assert results.failed == 0
-
-
-def test_docstring_examples_exist():
-    finder = doctest.DocTestFinder()
-    modules = [importlib.import_module(f"rmtension.{name}") for name in MODULES]
-    assert sum(bool(test.examples) for module in modules for test in finder.find(module)) >= 5
-
-
-def test_readme_block_runs(capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(compile(block, "README.md", "exec"), {})
-    printed = capsys.readouterr().out
-    assert re.search(r"Jaccard \d\.\d{3}, by chance 0\.05\d", printed)
-    assert printed.count("ScoredPairs(n=48") == 2
-
-
-def test_blocks_of_the_families_page_run(tmp_path, monkeypatch):
-    """With a small model that has a chat template, and the names that the page takes for granted."""
-    import torch
-    from conftest import make_pairs, make_tokenizer, save_classifier
-
-    monkeypatch.chdir(tmp_path)
-    tokenizer = make_tokenizer(tmp_path / "tokenizer")
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
-    head = rmtension.RewardHead.from_pretrained(save_classifier(tmp_path / "model", "gpt2", tokenizer))
-    pairs = make_pairs(4)
-    tokens = tokenizer(["bake a cake", "help"], return_tensors="pt", padding=True)
-    mask = torch.zeros(3, 64, dtype=torch.bool)
-    mask[0, :5] = True
-    names = {
-        "head": head,
-        "PreferencePairs": rmtension.PreferencePairs,
-        "rows": [pair.to_dict() for pair in pairs],
-        "input_ids": tokens["input_ids"],
-        "attention_mask": tokens["attention_mask"],
-        "neurons": rmtension.NeuronSet(mask, "mlp", head.architecture),
-        "means": rmtension.ActivationCollector(head, site="mlp").collect(pairs),
-    }
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "families.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(compile(block, "docs/families.md", "exec"), names)
-    assert names["pruned"].score(["help"]) is not None
-    assert rmtension.RewardHead.from_pretrained("folder").score(["help"]).equal(names["pruned"].score(["help"]))
