@@ -9,7 +9,7 @@ TRANSFORMER_LENS_3 := 3.9.0
 WORKERS := -n 2 --dist loadfile
 PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-tl3 matrix matrix-tl3 check clean
+.PHONY: demo test test-tl3 matrix matrix-tl3 check docs docs-check release-check clean
 
 demo: $(VENV)/ready
 	$(BIN)/rmtension demo --overwrite
@@ -32,11 +32,25 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The site, into site/: any warning is an error, and nothing in it may be fetched from elsewhere.
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python tests/built_site.py site
+
+# What the documentation says, run (the suite does too), and counted.
+docs-check: $(VENV)/ready
+	$(BIN)/python tests/documented.py
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_docstrings.py
+
+# Whether the tag of this commit, pyproject.toml, CITATION.cff and CHANGELOG.md name one version.
+release-check: $(VENV)/ready
+	$(BIN)/python tests/release.py
+
 # torch first and by its pin: an open range would be resolved to a build with gigabytes of CUDA libraries.
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/$(PIP) --constraint constraints.txt torch
-	$(BIN)/$(PIP) --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/$(PIP) --constraint constraints.txt --editable ".[dev,docs]"
 	touch $@
 
 $(VENV3)/ready: pyproject.toml constraints.txt
@@ -47,4 +61,4 @@ $(VENV3)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV3) rmtension-demo real-pairs dist build
+	rm -rf $(VENV) $(VENV3) rmtension-demo real-pairs dist build site

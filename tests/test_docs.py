@@ -2,11 +2,15 @@
 
 import argparse
 import contextlib
+import gzip
 import io
+import json
 import re
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
+from built_site import fetched
 from documented import DECIMAL, ROOT, blocks, cells, commands, counted, limited, pages, run, same
 
 import rmtension
@@ -38,8 +42,23 @@ def small_chat_model():
     }
 
 
+def two_models_of_the_hub():
+    """For the page that compares two: under the names of the hub, folders of small models and of few pairs."""
+    from rmtension.organisms import make_organism
+
+    organism = make_organism("organism", noise=0.03, n_pairs=60)
+    head = organism.head()
+    for name, other in (("helpful", "harmless"), ("harmless", "helpful")):
+        head.with_ablation(organism.truth[other]).save_pretrained(f"Ray2333/gpt2-large-{name}-reward_model")
+        rows = [{side: pair.text(side) for side in ("chosen", "rejected")} for pair in organism.pairs[name]]
+        folder = Path("Anthropic", "hh-rlhf", f"{name}-base")
+        folder.mkdir(parents=True)
+        (folder / "test.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    return {}
+
+
 # What stands in a page's folder, and the names it takes for granted.
-BEFORE = {"docs/families.md": small_chat_model}
+BEFORE = {"docs/families.md": small_chat_model, "docs/compare_two.md": two_models_of_the_hub}
 # Pages that another test runs, because what they need is made there.
 ELSEWHERE = {"docs/paper.md": "tests/test_study.py"}
 # Models of the README are drawn at random: what it prints is not stated.
@@ -77,7 +96,7 @@ def test_what_there_is_and_what_is_not_run():
     numbers, left = counted()
     print(numbers)
     assert [(page, reason) for page, _, reason in left] == NOT_RUN
-    assert numbers["blocks"] >= 60
+    assert numbers["blocks"] >= 55
     assert numbers["docstring examples"] >= 150
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for notebook, number in cells():
@@ -85,7 +104,10 @@ def test_what_there_is_and_what_is_not_run():
         assert notebook.name in tests, "every notebook is run by some test"
 
 
-NOT_RUN = []
+NOT_RUN = [
+    ("docs/large_models.md", "needs four GPUs"),
+    ("docs/large_models.md", "needs two GPUs"),
+]
 
 
 class Parsed(Exception):  # noqa: N818 - no error
@@ -257,3 +279,21 @@ def test_a_block_that_raises_names_the_line_of_the_page():
     with pytest.raises(ZeroDivisionError) as caught:
         run(PAGE.replace("n = 3\n```", "n = 3\n1 / 0\n```"), "page")
     assert (str(caught.traceback[-1].path), caught.traceback[-1].lineno) == ("page", 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "style", "n"),
+    [
+        ('<script src="https://a.test/x.js"></script><link rel="stylesheet" href="//a.test/x.css">', False, 2),
+        ('<img src="https://a.test/x.png"><img src="x.png">', False, 1),
+        (
+            '<a href="https://a.test">read</a><link rel="canonical" href="https://a.test"><script src="x.js"></script>',
+            False,
+            0,
+        ),
+        ('@import "https://a.test/x.css"; a { background: url(//a.test/x.png) }', True, 2),
+        ("a { background: url(x.png) url('data:image/svg+xml;,') }", True, 0),
+    ],
+)
+def test_what_a_built_page_loads_from_elsewhere_is_seen(text, style, n):
+    assert len(fetched(text, style=style)) == n

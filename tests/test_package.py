@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import release
 
 import rmtension
 
@@ -77,3 +78,49 @@ def test_every_module_is_on_a_floor_and_imports_only_from_its_own_or_below():
             names = [imported[0]] if imported[0] else re.findall(r"\w+", imported[1])
             for name in names:
                 assert placed.get(name, 0) <= floor, f"{module} imports {name} from above"
+
+
+def test_one_version_everywhere():
+    found, _ = release.versions(ROOT)
+    assert set(found.values()) == {rmtension.__version__}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("pyproject.toml", 'version = "0.1.0"', 'version = "0.1.1"'),
+        ("CITATION.cff", "version: 0.1.0", "version: 0.1.1"),
+        ("CITATION.cff", "version: 0.1.0\n", ""),
+        ("CHANGELOG.md", "## 0.1.0", "## 0.1.1"),
+        ("CHANGELOG.md", "(2026-01-02)", "(unreleased)"),
+        ("CHANGELOG.md", "# Changelog\n", "# Changelog\n\n## 0.2.0 (2026-01-03)\n"),
+    ],
+)
+def test_the_release_check_sees_what_differs(file, old, new, tmp_path):
+    """On files that are about to be released as 0.1.0, and then with one change."""
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "0.1.0"\n')
+    (tmp_path / "CITATION.cff").write_text("cff-version: 1.2.0\nversion: 0.1.0\n")
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## 0.1.0 (2026-01-02)\n\nFirst.\n\n## 0.0.1 (2026-01-01)\n")
+    assert release.problems(tmp_path, "v0.1.0") == []
+    assert len(release.problems(tmp_path, "v0.2.0")) == 3
+    text = (tmp_path / file).read_text()
+    assert old in text
+    (tmp_path / file).write_text(text.replace(old, new))
+    (said,) = release.problems(tmp_path, "v0.1.0")
+    assert file in said
+
+
+def test_the_citation_has_what_the_format_requires():
+    """Keys that CFF 1.2.0 requires, and the paper whose method this is."""
+    citation = (ROOT / "CITATION.cff").read_text()
+    for key in ("cff-version: 1.2.0", "message:", "title: rmtension", "authors:", "license: MIT", "type: software"):
+        assert re.search(f"^{key}", citation, re.MULTILINE), key
+    assert "https://arxiv.org/abs/2606.13209" in citation
+
+
+def test_the_workflow_runs_what_the_checks_run():
+    """Each `make` of `.ci/run`, in its order."""
+    steps = re.findall(r"^make .+$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert len(steps) >= 6
+    assert re.findall(r"^      - run: (make .+)$", workflow, re.MULTILINE) == steps
