@@ -59,10 +59,20 @@ def hh_rlhf(
     on_invalid: str = "raise",
     revision: str | None = None,
 ) -> PreferencePairs:
-    """HH-RLHF: helpful-base, helpful-online, helpful-rejection-sampled and harmless-base, or those named in `subset`.
+    r"""HH-RLHF: helpful-base, helpful-online, helpful-rejection-sampled and harmless-base, or those named in `subset`.
 
     A local `source` is a folder with a sub-folder of each, which holds for example `test.jsonl.gz`, or the file or
     folder of the single `subset`.
+
+    Examples:
+        >>> import json
+        >>> folder = Path("hh-rlhf", "harmless-base")
+        >>> folder.mkdir(parents=True)
+        >>> row = {name: f"\n\nHuman: hi\n\nAssistant: {name}" for name in ("chosen", "rejected")}
+        >>> (folder / "test.jsonl").write_text(json.dumps(row)) > 0
+        True
+        >>> hh_rlhf("hh-rlhf", subset="harmless-base")[0].chosen
+        'chosen'
     """
     names = [subtask.name for subtask in GROUPS if subtask.benchmark == "hh-rlhf"]
     wanted = names if subset is None else [subset] if isinstance(subset, str) else list(dict.fromkeys(subset))

@@ -23,7 +23,12 @@ def enough_tokens(device: torch.device) -> int:
 
 
 def tokens_that_fit(n_bytes: int, *, n_layers: int, d_model: int, d_mlp: int, itemsize: int) -> int:
-    """How many tokens' activations of `n_layers` layers fit into a share of `n_bytes`, at least 256."""
+    """How many tokens' activations of `n_layers` layers fit into a share of `n_bytes`, at least 256.
+
+    Examples:
+        >>> tokens_that_fit(8 * 2**30, n_layers=12, d_model=768, d_mlp=3072, itemsize=4)
+        3236
+    """
     per_token = itemsize * n_layers * (_WIDTHS * d_model + _MLP_WIDTHS * d_mlp)
     return max(_FEWEST, int(_SHARE * n_bytes) // per_token)
 

@@ -140,6 +140,17 @@ def equal_size_effects(
     the mean over subsamples, its interval that of the prompts widened by the spread between subsamples. `difference`
     is the effect minus that of the set called `against`, paired by item; empty sets are left out. Cost: a pass
     over the pairs for each subsample.
+
+    Examples:
+        >>> ablations = Ablations(ModelRuns(head), pairs, mode="zero")
+        >>> sets = {"one": neurons, "all": organism.truth["helpful"] | organism.truth["shared"]}
+        >>> table = equal_size_effects(ablations, sets, against="one", n_subsamples=2)
+        >>> table.query("quantity == 'margin'")[["set", "objective", "effect"]].round(1)
+           set objective  effect
+        1  one   helpful    -2.0
+        3  one  harmless     0.0
+        5  all   helpful    -2.1
+        7  all  harmless    -0.5
     """
     if n_subsamples < 2:
         raise OptionError(f"n_subsamples: expected at least 2, whose spread is in the interval, got {n_subsamples}.")

@@ -29,6 +29,15 @@ def collapse(ablations: Ablations, sets: Mapping[str, NeuronSet]) -> pd.DataFram
     left, NaN where there was none to lose. `difference` is the first objective's minus the second's: 0 where both
     shrink alike, however much. `spread` is the standard deviation of the rewards after over that before. Intervals:
     bootstrap over prompts. Cost: a pass over the pairs for each set, none where the sets were run before.
+
+    Examples:
+        >>> from rmtension.runs import ModelRuns
+        >>> ablations = Ablations(ModelRuns(head), pairs, mode="zero")
+        >>> table = collapse(ablations, {"helpful": neurons})
+        >>> table[["set", "quantity", "retained_helpful", "retained_harmless"]].round(1)
+               set  quantity  retained_helpful  retained_harmless
+        0  helpful  accuracy               1.0                1.0
+        1  helpful    margin               0.6                1.0
     """
     first, second = _two_objectives(ablations.pairs)
     before = ablations.rewards()

@@ -18,6 +18,11 @@ def centred_rewards(scored: Mapping[str, ScoredPairs]) -> pd.DataFrame:
     A Bradley-Terry reward is fixed only up to a constant per model, so uncentred rewards of two models say nothing
     beside each other. `spread` is the standard deviation of the model's rewards here: margins in units of it compare
     models whose rewards differ in scale. `all_correct` marks pairs that every model ranks correctly (strictly).
+
+    Examples:
+        >>> table = centred_rewards({"one": scored, "other": scored})
+        >>> abs(float(table[["chosen", "rejected"]].mean(axis=None))) < 1e-3
+        True
     """
     _require_same_pairs(scored)
     everyone = torch.stack([one.correct for one in scored.values()]).all(dim=0)
@@ -44,6 +49,10 @@ def confidence(scored: Mapping[str, ScoredPairs], *, level: float = 0.95, seed: 
     `margin` is the mean margin in reward units, `margin_in_spreads` the same over the standard deviation of the
     model's rewards on all pairs, `probability` the mean of 1 / (1 + exp(-margin)), the model's own probability that the
     chosen response is preferred (Bradley and Terry). Intervals over prompts; NaN and n = 0 where no pair is left.
+
+    Examples:
+        >>> confidence({"helpful": scored, "harmless": scored, "mixed": scored}).columns.tolist()
+        ['model', 'pairs', 'quantity', 'value', 'low', 'high', 'n', 'n_prompts']
     """
     _require_same_pairs(scored)
     everyone = torch.stack([one.correct for one in scored.values()]).all(dim=0).nonzero()[:, 0].tolist()

@@ -32,6 +32,16 @@ def ablation_curves(
     above chance over what it was (NaN where it was at chance); `clamp` keeps both within [0, 1]. `change` and
     `margin_change` have paired intervals over prompts. Cost: a pass over the pairs for each fraction and (score or
     draw).
+
+    Examples:
+        >>> from rmtension.runs import ModelRuns
+        >>> ablations = Ablations(ModelRuns(head), pairs, mode="zero")
+        >>> curve = ablation_curves(ablations, {"gradient": scores}, (0.02, 0.05), n_random=1)
+        >>> rows = curve.query("score == 'gradient' and objective == 'helpful'")
+        >>> rows[["fraction", "accuracy", "margin_change"]].round(2)
+           fraction  accuracy  margin_change
+        0      0.02       1.0          -1.12
+        2      0.05       1.0          -3.17
     """
     before = ablations.rewards()
     first = next(iter(scores.values()))

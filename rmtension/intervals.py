@@ -94,6 +94,11 @@ def bootstrap_mean(
 
     The ends are NaN for a single prompt, which says nothing about others. An interval without width means that all
     prompts have one mean, not that the value is known exactly.
+
+    Examples:
+        >>> found = bootstrap_mean(scored.margin, scored.pairs)
+        >>> found.low < found.value < found.high, found.n_prompts
+        (True, 24)
     """
     if not len(pairs):
         raise DataError("pairs: expected at least one preference pair, got none.")
@@ -211,13 +216,23 @@ def sign_flip_p_value(values: Float[Tensor, "item"], pairs: PreferencePairs, *, 
 
 
 def mcnemar_p_value(n_gained: int, n_lost: int) -> float:
-    """Exact two-sided p-value that gains and losses are equally likely (McNemar 1947); 1 where nothing changed."""
+    """Exact two-sided p-value that gains and losses are equally likely (McNemar 1947); 1 where nothing changed.
+
+    Examples:
+        >>> round(mcnemar_p_value(n_gained=9, n_lost=1), 4)
+        0.0215
+    """
     total = n_gained + n_lost
     return float(stats.binomtest(n_gained, total).pvalue) if total else 1.0
 
 
 def adjusted_p_values(p_values: Sequence[float]) -> list[float]:
-    """Benjamini and Hochberg's (1995) adjusted p-values, in order; NaNs stay and are not counted."""
+    """Benjamini and Hochberg's (1995) adjusted p-values, in order; NaNs stay and are not counted.
+
+    Examples:
+        >>> [round(float(one), 3) for one in adjusted_p_values([0.01, 0.02, 0.5])]
+        [0.03, 0.03, 0.5]
+    """
     values = np.array(p_values, dtype=float)
     known = ~np.isnan(values)
     if known.any():

@@ -127,6 +127,12 @@ def jaccard_intervals(
     overlap, so the resamples are shifted to have the observed value as their mean; ends are kept within [0, 1]. With a
     `base`, its own top set is taken out of both, resampled too. Ends are NaN where one block holds all prompts of a
     model, so that nothing is known of others. No model pass.
+
+    Examples:
+        >>> other = NeuronAttribution(head, method="gradient_x_activation").score(pairs["harmless"])
+        >>> found = jaccard_intervals({"helpful": scores, "harmless": other}, fraction=0.125)
+        >>> [round(end, 2) for end in found["helpful", "harmless"]]
+        [0.5, 0.5]
     """
     check_level(level)
     named = dict(scores) | ({} if base is None else {_BASE: base})

@@ -39,7 +39,15 @@ _FIGURES: dict[str, tuple[tuple[str, Callable[..., Any], dict[str, str]], ...]] 
 
 
 def to_text(result: StudyResult) -> str:
-    """What was done, and the readable tables as aligned text; long tables are named."""
+    """What was done, and the readable tables as aligned text; long tables are named.
+
+    Examples:
+        >>> from rmtension import StudyOptions, TensionStudy
+        >>> models = dict.fromkeys(("helpful", "harmless", "mixed"), head)
+        >>> study = TensionStudy(models, pairs, options=StudyOptions(analyses=("accuracy",)))
+        >>> print(to_text(study.run(progress=False)).splitlines()[0])
+        Family models: seeds 0; without the base model.
+    """
     readable = readable_tables(result)
     parts = ["\n".join(notes(result))]
     for section in _present(result):

@@ -62,7 +62,7 @@ class RewardHead(HookedModel):
 
     Examples:
         >>> head
-        RewardHead(gpt2-2x24-heads2x12-d24, torch.float32, cpu)
+        RewardHead(gpt2-2x24-heads2x12-d24, torch.float32, ...)
         >>> head.score_pairs(pairs["helpful"])
         ScoredPairs(n=24, accuracy=1.000, ties=0)
     """

@@ -57,6 +57,11 @@ class ModelRuns:
         model: a head, or the folder or hub name of a checkpoint.
         folder: where results are kept; None keeps them in memory only.
         reward: False for a language model, which is read for its activations.
+
+    Examples:
+        >>> runs = ModelRuns(head)
+        >>> [runs.rewards(pairs["helpful"]).accuracy() for _ in range(2)], runs.n_run
+        ([1.0, 1.0], 1)
     """
 
     def __init__(

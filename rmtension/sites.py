@@ -24,6 +24,10 @@ class Site:
     The neurons of `mlp_gate` are those of `mlp`, and go through the same projection. A gated MLP multiplies two numbers
     for each, act(gate) * up: the site is the first of them, and `factor_of` names their product. Where nothing is
     multiplied, both are the same place.
+
+    Examples:
+        >>> find_site("mlp").hook_name(3)
+        'blocks.3.mlp.hook_post'
     """
 
     name: SiteName

@@ -13,6 +13,11 @@ class TokenScores:
 
     The sum over tokens of `chosen`, minus that of `rejected`, is the pair's score. Memory: tokens of both texts x
     layers x neurons.
+
+    Examples:
+        >>> first = next(NeuronAttribution(head, method="mean_difference").per_token(pairs["helpful"]))
+        >>> first.to_frame(layer=0, neuron=0).columns.tolist()
+        ['side', 'position', 'token', 'score']
     """
 
     id: str
