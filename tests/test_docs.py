@@ -297,3 +297,10 @@ def test_a_block_that_raises_names_the_line_of_the_page():
 )
 def test_what_a_built_page_loads_from_elsewhere_is_seen(text, style, n):
     assert len(fetched(text, style=style)) == n
+
+
+def test_the_site_is_built_so_that_warnings_count():
+    """With --quiet mkdocs drops warnings before --strict counts them."""
+    (line,) = re.findall(r"^\t.*mkdocs build.*$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert "--strict" in line
+    assert "--quiet" not in line
