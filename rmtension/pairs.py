@@ -1,8 +1,6 @@
 """Preference pairs: loading, validating, splitting by prompt, writing."""
 
-import gzip
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +14,7 @@ import pandas as pd
 from rmtension.chat import Chat, prompt_text, split_turns
 from rmtension.distributed import current
 from rmtension.errors import DataError, OptionError
-from rmtension.files import written_whole
+from rmtension.files import write_json_lines
 from rmtension.pair import PreferencePair, require_responses, to_pair
 from rmtension.reading import hub_rows, located_lines, parse_json
 
@@ -285,10 +283,7 @@ class PreferencePairs(Sequence[PreferencePair]):
         """
         if not current().is_first:
             return
-        lines = "".join(json.dumps(pair.to_dict(), ensure_ascii=False) + "\n" for pair in self._pairs).encode()
-        with written_whole(Path(path), "pairs") as partial:
-            # mtime=0: the same pairs give the same bytes.
-            partial.write_bytes(gzip.compress(lines, mtime=0) if str(path).endswith(".gz") else lines)
+        write_json_lines(Path(path), (pair.to_dict() for pair in self._pairs), "pairs")
 
 
 def _as_chat(pair: PreferencePair) -> PreferencePair:

@@ -42,8 +42,9 @@ FLOORS = [
     {"study", "world", "organisms", "trainer_run"},
     {"training"},
     {"family"},
-    {"plots", "readable", "report", "check_matrix"},
+    {"plots", "readable", "report", "check_matrix", "study_config"},
     {"demo"},
+    {"commands"},
     {"cli"},
 ]
 
