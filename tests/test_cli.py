@@ -204,7 +204,7 @@ models: {helpful: models/helpful, harmless: ./models/harmless, mixed: models/mix
 pairs:
   helpful: helpful.jsonl
   harmless: [harmless.jsonl]
-analyses: [accuracy, sets]
+analyses: [transferability]
 options: {scores: [mean_difference], fraction: 0.2}
 out: result
 """
@@ -224,9 +224,9 @@ class TestStudy:
         assert (status, err) == (0, "")
         assert first["n_run"] > 0
         assert Path(first["out"]).resolve() == study / "result", "relative to the file"
-        assert {"accuracy", "sets"} <= set(first["tables"])
+        assert list(first["tables"]) == ["transferability"]
         assert all(Path(path).is_file() for path in (*first["tables"].values(), first["report"]))
-        assert (study / "result" / "accuracy.png").read_bytes() == b"drawn"
+        assert (study / "result" / "transferability.png").read_bytes() == b"drawn"
 
         # Again: nothing is run. Other analyses: only what they need.
         again = json.loads(run(capsys, "study", "../study.yaml", "--json")[1])
@@ -237,8 +237,7 @@ class TestStudy:
         models = [word for name in ("helpful", "harmless", "mixed") for word in (f"--{name}", f"models/{name}")]
         words = [
             "--analyses",
-            "accuracy",
-            "sets",
+            "transferability",
             "--set",
             "scores=[mean_difference]",
             "fraction=0.2",
@@ -247,7 +246,7 @@ class TestStudy:
         ]
         status, out, _ = run(capsys, "study", *models, "--pairs", "both.jsonl", *words)
         assert status == 0
-        assert "Accuracy\n" in out
+        assert "Transferability\n" in out
         assert out.splitlines()[-1].startswith("Written to flags: study ")
         for name in first["tables"]:
             assert (study / "flags" / f"{name}.csv").read_bytes() == (study / "result" / f"{name}.csv").read_bytes()
@@ -269,7 +268,7 @@ class TestStudy:
         assert "matplotlib is not installed" in text
         assert ".png" not in text
 
-        Path("flags/accuracy.csv").write_text("family,seed\nmodels,0\n")
+        Path("flags/transferability.csv").write_text("family,seed\nmodels,0\n")
         status, _, err = run(capsys, "report", "flags")
         assert status == 2
         assert "are not among ['family', 'seed']" in err

@@ -67,7 +67,9 @@ def test_blocks_of_the_attribution_page_print_what_it_says(tmp_path, monkeypatch
     assert (tmp_path / "conflict.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(("name", "n"), [("scaling.md", 2), ("long_runs.md", 4)])
+@pytest.mark.parametrize(
+    ("name", "n"), [("scaling.md", 2), ("long_runs.md", 4), ("command_line.md", 6), ("fit_in.md", 4)]
+)
 def test_blocks_of_shorter_pages_print_what_they_say(name, n, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = DOCS / name
