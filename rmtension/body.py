@@ -86,13 +86,17 @@ class BridgeBody:
         """The residual stream after the final norm's gain; no vocabulary projection."""
         if self.plain is not None and self.runs_plain:
             return run_base(self.plain, batch)
+        self.require_faithful()
+        return run_base(self._base(), batch)
+
+    def require_faithful(self) -> None:
+        """Raise `ModelError` where the bridge itself does not compute what transformers' modules do."""
         if not self._bridge_error <= _BRIDGE_TOLERANCE.get(next(self.module.parameters()).dtype, 1e-3):
             raise ModelError(
                 f"model: the TransformerBridge of {type(self.module).__name__} is off by {self._bridge_error:.1e} of "
                 "its residual stream, so that hooks on it would see another model. Remove your hooks from head.model "
                 "and use head.hooks(site, visit), which runs transformers' own modules."
             )
-        return run_base(self._base(), batch)
 
     def spots(self, site: str, layer: int) -> list[Spot]:
         """Every place where the activation of `site` in `layer` passes, whichever way the model runs."""

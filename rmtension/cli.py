@@ -1,51 +1,68 @@
-"""The command `rmtension`."""
+"""The command `rmtension`: study, score and check reward models from a shell."""
 
-import argparse
+import json
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import redirect_stdout
 
 from rmtension import __version__
+from rmtension.commands import check, demo, report, score, study
+from rmtension.commands.outcome import Outcome, plain
 from rmtension.errors import RMTensionError
 
-_EXAMPLES = """examples:
-  rmtension demo                       a base and three reward models on an embedded world, in about two minutes
-  rmtension demo --seeds 3 --out runs  three seeds from one base
-  rmtension demo --seeds 3 --out runs --analyses overlap depth   again, from what is in the folder
+_COMMANDS = {"demo": demo, "study": study, "score": score, "check": check, "report": report}
+_EPILOG = """examples:
+  rmtension demo                                     everything, on models that it trains, in about two minutes
+  rmtension study study.yaml                         the same analyses of your own models and pairs
+  rmtension score ./my-reward-model pairs.jsonl      rewards and accuracy
+  rmtension check ./my-reward-model                  is the model read as transformers reads it?
+  rmtension report study                             the page of a saved study again
+  rmtension COMMAND --help                           options, formats and more examples
+
+exit status: 0; 1 where a check did not pass; 2 where an option or a file cannot be used as it is, with the reason on
+stderr. Progress and warnings go to stderr, results to stdout; --json makes them one JSON object.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 for an error that the message explains."""
-    parser = argparse.ArgumentParser(
-        prog="rmtension", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Run one command; returns the exit status: 0, 1 for a check that failed, 2 for an error that the message explains.
+
+    argparse's own errors, and --help, end with `SystemExit`.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        # What libraries print is not the command's answer.
+        with redirect_stdout(sys.stderr):
+            outcome: Outcome = _COMMANDS[options.command].run(options)
+    except RMTensionError as error:
+        print(f"rmtension: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rmtension: interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps(plain(outcome.data), indent=2, allow_nan=False) if options.json else outcome.text)
+    return outcome.status
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="rmtension", description=__doc__, epilog=_EPILOG, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"rmtension {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="train small models offline and study them")
-    demo.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds, from 0 (default: 1)")
-    demo.add_argument("--out", type=Path, default=Path("rmtension-demo"), help="folder for everything (%(default)s)")
-    demo.add_argument("--rules", default="corrected", help="corrected (the default), or paper for the published ones")
-    demo.add_argument("--analyses", nargs="+", metavar="NAME", help="some of the ten (default: all)")
-    demo.add_argument("--overwrite", action="store_true", help="train anew and run anew what is already in the folder")
-    demo.add_argument("--quiet", action="store_true", help="no progress bars")
-    options = parser.parse_args(arguments)
-    # Imported here: torch and all that is needed take seconds to load, and `rmtension --help` does without.
-    from rmtension.demo import run_demo
-
-    try:
-        run_demo(
-            options.out,
-            seeds=options.seeds,
-            rules=options.rules,
-            analyses=options.analyses,
-            overwrite=options.overwrite,
-            progress=not options.quiet,
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.__doc__,
+            epilog=module.EXAMPLES,
+            formatter_class=RawDescriptionHelpFormatter,
         )
-    except RMTensionError as error:
-        print(f"rmtension: {error}", file=sys.stderr)
-        return 2
-    return 0
+        module.add_options(command)
+        command.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
+        command.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser
 
 
 if __name__ == "__main__":

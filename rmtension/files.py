@@ -1,12 +1,15 @@
 """Files that appear whole or not at all."""
 
 import errno
+import gzip
+import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from rmtension.errors import StorageError
 
@@ -84,6 +87,14 @@ def write_text(path: Path, text: str, what: str) -> None:
     """Write a text file in UTF-8, all of it or nothing."""
     with written_whole(path, what) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]], what: str) -> None:
+    """Write one JSON object a line, in UTF-8, all of it or nothing; gzip'd if the name ends in `.gz`."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    with written_whole(path, what) as partial:
+        # mtime=0: the same rows give the same bytes.
+        partial.write_bytes(gzip.compress(lines, mtime=0) if path.name.endswith(".gz") else lines)
 
 
 def advice(error: OSError) -> str:

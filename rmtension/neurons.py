@@ -1,9 +1,9 @@
 """Sets of neurons: their algebra, and random sets to compare them with."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -180,6 +180,35 @@ class NeuronSet:
         """One row a neuron of the set: layer, neuron."""
         return pd.DataFrame(list(self), columns=["layer", "neuron"])
 
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict, for JSON: site, architecture, shape, and layer -> indices, the layers as text like JSON's keys.
+
+        >>> a = NeuronSet.from_indices([(1, 0), (1, 2)], shape=(2, 3), site="mlp", architecture="toy")
+        >>> a.to_dict()
+        {'site': 'mlp', 'architecture': 'toy', 'shape': [2, 3], 'neurons': {'1': [0, 2]}}
+        """
+        found: dict[str, list[int]] = {}
+        for layer, neuron in self:
+            found.setdefault(str(layer), []).append(neuron)
+        shape = list(self.mask.shape)
+        return {"site": self.site, "architecture": self.architecture, "shape": shape, "neurons": found}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "NeuronSet":
+        """The inverse of `to_dict`; layers may be numbers. Raises `OptionError` naming what is missing or wrong."""
+        names = ("site", "architecture", "shape", "neurons")
+        if not isinstance(values, Mapping) or set(values) != set(names):
+            keys = sorted(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
+            raise OptionError(f"values: expected a dict with exactly the keys {list(names)}, got {keys!s:.80}.")
+        by_layer = values["neurons"]
+        if not isinstance(by_layer, Mapping) or not all(isinstance(one, list | tuple) for one in by_layer.values()):
+            raise OptionError(f"neurons: expected a dict of layers to lists of indices, got {by_layer!r:.80}.")
+        # `from_indices` looks at what they are.
+        indices: list[Any] = [(_layer(layer), neuron) for layer, some in by_layer.items() for neuron in some]
+        shape = values["shape"]
+        shape = tuple(shape) if isinstance(shape, list) else shape
+        return cls.from_indices(indices, shape=shape, site=values["site"], architecture=values["architecture"])
+
     def save(self, path: str | Path) -> None:
         """Write the set to one safetensors file."""
         write_result(path, "NeuronSet", {"mask": self.mask}, {"site": self.site, "architecture": self.architecture})
@@ -201,6 +230,12 @@ class NeuronSet:
             if mine != theirs:
                 raise ProvenanceError(f"NeuronSet: {name} differs: {mine!r} here, {theirs!r} there.")
         return other.mask
+
+
+def _layer(key: object) -> object:
+    """A layer as a number, where it is the text of one: JSON has no other keys."""
+    # Nine digits: int() takes as many as a file has, and other alphabets' too.
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 else key
 
 
 # More neurons than any model has: a length that comes from a file may be any number.

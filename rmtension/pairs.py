@@ -1,8 +1,6 @@
 """Preference pairs: loading, validating, splitting by prompt, writing."""
 
-import gzip
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,8 +14,9 @@ import pandas as pd
 from rmtension.chat import Chat, prompt_text, split_turns
 from rmtension.distributed import current
 from rmtension.errors import DataError, OptionError
-from rmtension.files import written_whole
+from rmtension.files import write_json_lines
 from rmtension.pair import PreferencePair, require_responses, to_pair
+from rmtension.preference_format import read_row, require_datasets, require_rows, to_rows
 from rmtension.reading import hub_rows, located_lines, parse_json
 
 
@@ -114,10 +113,26 @@ class PreferencePairs(Sequence[PreferencePair]):
         """Pairs from a Hugging Face data set (or a local folder of its files), read with `datasets`.
 
         This is the only call of this class that uses the network, and `HF_HUB_OFFLINE=1` keeps it from doing so.
-        Fields and errors are those of `from_records`; HH transcripts are split into prompt and response.
+        Fields and errors are those of `from_dataset`; HH transcripts are split into prompt and response.
         """
         rows = hub_rows(name, data_dir=data_dir, split=split, revision=revision)
-        return cls.from_records(rows, on_invalid=on_invalid, **labels)
+        return cls.from_dataset(rows, on_invalid=on_invalid, **labels)
+
+    @classmethod
+    def from_dataset(
+        cls, dataset: Iterable[Mapping[str, Any]], *, on_invalid: str = "raise", **labels: str
+    ) -> "PreferencePairs":
+        """Pairs from a `datasets.Dataset` or `IterableDataset` in any of TRL's preference formats.
+
+        Columns are `chosen`, `rejected`, the optional ones of `from_records`, and `prompt`; texts, or lists of messages
+        of which the responses are one each. Without a `prompt`, chosen and rejected are whole conversations, HH
+        transcripts, or texts that begin alike: the prompt then ends behind the last space that both share. The text
+        of a pair is `prompt + response` as in TRL, but with a space between where neither has any white space there.
+        Raises as `from_records` does; rows count from 0.
+        """
+        known = _known_labels(labels)
+        located = ((f"row {number}", row) for number, row in enumerate(require_rows(dataset)))
+        return cls.from_rows(located, lambda row, where: [read_row(row, where, known)], on_invalid=on_invalid)
 
     @classmethod
     def from_rows(
@@ -321,6 +336,16 @@ class PreferencePairs(Sequence[PreferencePair]):
         """One row a pair, with the field names of the JSON-lines format."""
         return pd.DataFrame([pair.to_dict() for pair in self._pairs], columns=list(PreferencePair.__dataclass_fields__))
 
+    def to_dataset(self, *, implicit_prompt: bool = False) -> Any:
+        """A `datasets.Dataset` in TRL's preference format, whose texts TRL reads as this library does.
+
+        Plain pairs have texts, chats have messages; `implicit_prompt` leaves the prompt in front of both responses.
+        `from_dataset` reads it back: equal pairs, but for responses that begin with one space, which they lose where
+        the join puts it back; with an implicit prompt, as far as the prompt can be found. Raises `DataError` for plain
+        prompts among chats, and without the package `datasets`.
+        """
+        return require_datasets().Dataset.from_list(to_rows(self._pairs, implicit_prompt=implicit_prompt))
+
     def to_jsonl(self, path: str | Path) -> None:
         """Write JSON lines that `from_jsonl` reads back equal; gzip'd if the name ends in `.gz`.
 
@@ -328,10 +353,7 @@ class PreferencePairs(Sequence[PreferencePair]):
         """
         if not current().is_first:
             return
-        lines = "".join(json.dumps(pair.to_dict(), ensure_ascii=False) + "\n" for pair in self._pairs).encode()
-        with written_whole(Path(path), "pairs") as partial:
-            # mtime=0: the same pairs give the same bytes.
-            partial.write_bytes(gzip.compress(lines, mtime=0) if str(path).endswith(".gz") else lines)
+        write_json_lines(Path(path), (pair.to_dict() for pair in self._pairs), "pairs")
 
 
 def _as_chat(pair: PreferencePair) -> PreferencePair:
@@ -348,7 +370,12 @@ def _as_chat(pair: PreferencePair) -> PreferencePair:
 
 def _reader(labels: Mapping[str, str]) -> Callable[[Any, str], list[PreferencePair]]:
     """Reads records of the library's own format, `labels` over their fields."""
+    known = _known_labels(labels)
+    return lambda record, where: [to_pair(record, where, known)]
+
+
+def _known_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
     unknown = set(labels) - {"objective", "subset"}
     if unknown:
         raise OptionError(f"labels: expected 'objective' or 'subset', got {sorted(unknown)}.")
-    return lambda record, where: [to_pair(record, where, labels)]
+    return labels

@@ -1,6 +1,7 @@
 """A study as text: tables for a terminal, and a page of Markdown with pictures."""
 
 import html
+import importlib.util
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from rmtension.files import filled_whole
 from rmtension.readable import SECTIONS, Section, families_of, readable_tables, rows_of_family
 from rmtension.study_result import StudyResult
 
-_PAGE = "report.md"
+PAGE = "report.md"
+_NO_FIGURES = 'No figures: matplotlib is not installed. `pip install "rmtension[viz]"`, then `rmtension report`.'
 # Table -> file name, function and arguments of its figures.
 _FIGURES: dict[str, tuple[tuple[str, Callable[..., Any], dict[str, str]], ...]] = {
     "accuracy": (("accuracy", plots.accuracy, {}), ("refuse_respond", plots.refuse_respond, {})),
@@ -58,25 +60,29 @@ def to_text(result: StudyResult) -> str:
 
 
 def write_report(result: StudyResult, folder: str | Path) -> Path:
-    """Write `report.md` and a PNG for every figure that the study has tables for into `folder`; returns the page."""
+    """Write `report.md` and a PNG for every figure that the study has tables for into `folder`; returns the page.
+
+    Without matplotlib the page has the tables alone, and says so.
+    """
     folder = Path(folder)
     if not current().is_first:
-        return folder / _PAGE
+        return folder / PAGE
     readable = readable_tables(result)
-    done = "\n".join(f"- {escaped(one)}" for one in notes(result))
+    can_draw = importlib.util.find_spec("matplotlib") is not None
+    done = "\n".join(f"- {escaped(one)}" for one in [*notes(result), *([] if can_draw else [_NO_FIGURES])])
     parts = ["# A study of helpful, harmless and mixed reward models", done]
-    with filled_whole(folder, "report", seal=_PAGE) as place:
+    with filled_whole(folder, "report", seal=PAGE) as place:
         for section in _present(result):
             parts.append(f"## {section.title}")
             if section.note:
                 parts.append(section.note)
-            for name, caption, figure in _figures(result, section):
+            for name, caption, figure in _figures(result, section) if can_draw else ():
                 figure.savefig(place / name, dpi=144)
                 parts.append(f"![{escaped(caption)}]({name})")
             table = readable.get(section.title)
             parts.append(_elsewhere(result, section) if table is None else _markdown(table))
-        (place / _PAGE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return folder / _PAGE
+        (place / PAGE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return folder / PAGE
 
 
 def notes(result: StudyResult) -> list[str]:

@@ -36,6 +36,7 @@ from rmtension.wrapping import check_model_class, wrap
 if TYPE_CHECKING:
     import pandas as pd
 
+    from rmtension.lens_hooks import LensHook
     from rmtension.neurons import NeuronSet
 
 
@@ -365,6 +366,20 @@ class RewardHead(HookedModel):
         from rmtension.export import ablate_weights
 
         return ablate_weights(self, neurons, mode=mode, reference=reference, alpha=alpha)
+
+    def fwd_hooks(
+        self,
+        neurons: "NeuronSet",
+        *,
+        mode: str = "zero",
+        reference: Any = None,
+        alpha: float | None = None,
+        positions: str = "all",
+    ) -> "list[LensHook]":
+        """`AblationContext` as hooks for `head.model.run_with_hooks(ids, fwd_hooks=...)`: `rmtension.lens_hooks`."""
+        from rmtension.lens_hooks import fwd_hooks
+
+        return fwd_hooks(self, neurons, mode=mode, reference=reference, alpha=alpha, positions=positions)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint that `AutoModelForSequenceClassification` loads, with the tokenizer.

@@ -244,7 +244,17 @@ class Options:
 
     def make(self, draw: random.Random) -> bytes:
         if draw.random() < 0.5:
-            words = ["demo", "--seeds", "--out", "--rules", "--analyses", "--overwrite", "--quiet", "--version"]
+            words = [
+                "demo",
+                "--seeds",
+                "--out",
+                "--rules",
+                "--analyses",
+                "--overwrite",
+                "--quiet",
+                "--version",
+                "--json",
+            ]
             words += [
                 "--help",
                 "corrected",
@@ -281,10 +291,11 @@ class Options:
 
     def command(self, arguments: list[str]) -> None:
         """As the command line runs it, but for the demonstration itself."""
-        import rmtension.demo
         from rmtension.cli import main
+        from rmtension.commands import demo
+        from rmtension.commands.outcome import Outcome
 
-        run, rmtension.demo.run_demo = rmtension.demo.run_demo, lambda out, **options: self.ran.append(options)
+        run, demo.run = demo.run, lambda options: self.ran.append(options) or Outcome("", {})
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
                 try:
@@ -292,7 +303,7 @@ class Options:
                 except SystemExit as end:
                     status = end.code
         finally:
-            rmtension.demo.run_demo = run
+            demo.run = run
         assert status == 0 or (status == 2 and "error:" in said.getvalue())
 
 

@@ -76,6 +76,8 @@ def test_ablation_and_scores_equal_hooks_of_transformer_lens(model, head, pairs,
         expected = head.score_pairs(pairs).margin
     with AblationContext(head, NeuronSet(mask, site, head.architecture)):
         assert torch.allclose(head.score_pairs(pairs).margin, expected, atol=1e-12)
+    with model.hooks(fwd_hooks=head.fwd_hooks(NeuronSet(mask, site, head.architecture))):
+        assert torch.allclose(head.score_pairs(pairs).margin, expected, atol=1e-12)
     assert not torch.allclose(head.score_pairs(pairs).margin, expected, atol=1e-3)
     statistics = ActivationCollector(head, site=site).collect(pairs[:1])
     ids = [head.encode(pairs[:1]).chosen[0].ids, head.encode(pairs[:1]).rejected[0].ids]

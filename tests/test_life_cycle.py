@@ -249,6 +249,8 @@ CALLS = {
     "hooked_model.HookedModel.look": lambda s: s.head.look(s.batch, ["mlp", "attn_head"], lambda *_: None),
     "hooked_model.HookedModel.residual": lambda s: s.head.residual(s.batch),
     "hooks.copy_without_hooks": lambda s: copy_without_hooks(s.head.body.plain),
+    # What a bridge's own run leaves is TransformerLens'.
+    "lens_hooks.fwd_hooks": lambda s: s.head.fwd_hooks(s.neurons, mode="mean", reference=s.statistics),
     "nonfinite.require_finite": lambda s: require_finite(s.head, torch.zeros(3), lambda row: s.batch),
     "nonfinite.where_not_finite": lambda s: where_not_finite(s.head, s.batch, [torch.tensor([torch.inf])], None),
     "profiles.collect_profiles": lambda s: collect_profiles(s.head, s.pairs, base=s.base),
@@ -288,6 +290,7 @@ CALLS = {
 THE_SAME = {
     "export.ablate_weights": "reward_head.RewardHead.with_ablation",
     "export.reload_classifier": "selfcheck.check_head",
+    "reward_head.RewardHead.fwd_hooks": "lens_hooks.fwd_hooks",
     "reward_head.RewardHead.check": "selfcheck.check_head",
     "reward_head.RewardHead.save_pretrained": "export.save_classifier",
 }
@@ -322,6 +325,7 @@ ONLY_LOOKS = [
     "body.BridgeBody.modules",
     "body.BridgeBody.n_embeddings",
     "body.BridgeBody.pack_up_to",
+    "body.BridgeBody.require_faithful",
     "body.BridgeBody.runs_plain",
     "body.BridgeBody.spots",
     "body.HookedTransformerBody.block",
@@ -497,6 +501,7 @@ CONTEXTS = {
 }
 # Those that do not, with the tests that look after them.
 ELSEWHERE = {
+    "commands.quiet.quiet_libraries": "test_cli",
     "distributed.sharded": "test_distributed",
     "files.filled_whole": "test_files",
     "files.written_whole": "test_files",

@@ -19,6 +19,7 @@ FLOORS = [
     {"files", "header"},
     {"storage"},
     {"chat", "heads", "neurons", "pair", "reading"},
+    {"preference_format"},
     {"pairs", "neuron_scores"},
     {"pair_scores", "token_scores"},
     {"benchmarks", "intervals", "length"},
@@ -27,7 +28,18 @@ FLOORS = [
     {"site_widths"},
     {"hooked_model"},
     # A head reaches from its methods to the modules that prove, decompose and export it, and these to ablation.
-    {"reward_head", "stream", "nonfinite", "direct", "selfcheck", "activations", "ablation", "export", "replacing"},
+    {
+        "reward_head",
+        "stream",
+        "nonfinite",
+        "direct",
+        "selfcheck",
+        "activations",
+        "ablation",
+        "export",
+        "replacing",
+        "lens_hooks",
+    },
     {"running_scores"},
     {"replay"},
     {"writes", "batch_run"},
@@ -41,8 +53,9 @@ FLOORS = [
     {"study", "world", "organisms", "trainer_run"},
     {"training"},
     {"family"},
-    {"plots", "readable", "report", "check_matrix"},
+    {"plots", "readable", "report", "check_matrix", "study_config"},
     {"demo"},
+    {"commands"},
     {"cli"},
 ]
 

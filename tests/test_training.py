@@ -5,11 +5,13 @@ import logging
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import make_config, make_pairs, make_tokenizer, put_bos_first
 from safetensors.torch import load_file
 
 from rmtension.encoding import encode_pairs
@@ -17,7 +19,7 @@ from rmtension.errors import DataError, ModelError, OptionError, StorageError
 from rmtension.family import FamilySettings, train_family
 from rmtension.pair import join_prompt
 from rmtension.pairs import PreferencePairs
-from rmtension.trainer_run import RECORD_NAME, isolated
+from rmtension.trainer_run import RECORD_NAME, arguments, isolated
 from rmtension.training import (
     select_pairs,
     train_base_model,
@@ -480,3 +482,63 @@ def test_family_needs_objectives_and_sizes_that_fit(world, tmp_path):
         train_family({"base": world.train["helpful"], "harmless": world.train["harmless"]}, tmp_path)
     with pytest.raises(OptionError, match="n_head a divisor"):
         FamilySettings(d_model=10, n_head=4)
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+class TestTokensOfTRL:
+    """What TRL's own `RewardTrainer` makes of our data sets, beside the tokens that scoring reads."""
+
+    @pytest.fixture
+    def ids_of_trl(self, tokenizer, tmp_path):
+        import trl
+
+        model = transformers.GPT2ForSequenceClassification(make_config("gpt2", len(tokenizer)))
+
+        def make(dataset, processing_class):
+            common = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
+            config = arguments(trl.RewardConfig, None, output_dir=str(tmp_path), max_length=None, **common)
+            with isolated(0):
+                trainer = trl.RewardTrainer(model, config, train_dataset=dataset, processing_class=processing_class)
+            return [[list(ids) for ids in trainer.train_dataset[name]] for name in ("chosen_ids", "rejected_ids")]
+
+        return make
+
+    @staticmethod
+    def ids_of_ours(pairs, processing_class):
+        encoded = encode_pairs(processing_class, pairs, max_length=CONTEXT)
+        return [[list(text.ids) for text in side] for side in (encoded.chosen, encoded.rejected)]
+
+    @pytest.mark.parametrize("bos", [False, True])
+    def test_texts_differ_by_the_eos_that_trl_appends(self, bos, ids_of_trl, tokenizer, tmp_path):
+        if bos:
+            tokenizer = put_bos_first(make_tokenizer(tmp_path / "bos", bos="<eos>"))
+        pairs = make_pairs(6)
+        ours = self.ids_of_ours(pairs, tokenizer)
+        assert all((ids[0] == tokenizer.bos_token_id) == bos for ids in ours[0])
+        for implicit_prompt in (False, True):
+            theirs = ids_of_trl(pairs.to_dataset(implicit_prompt=implicit_prompt), tokenizer)
+            assert [[ids[-1] for ids in side] for side in theirs] == [[tokenizer.eos_token_id] * 6] * 2
+            assert [[ids[:-1] for ids in side] for side in theirs] == ours
+        # So that pairs whose responses have it are read alike.
+        ended = PreferencePairs(
+            replace(one, chosen=one.chosen + tokenizer.eos_token, rejected=one.rejected + tokenizer.eos_token)
+            for one in pairs
+        )
+        assert ids_of_trl(pairs.to_dataset(), tokenizer) == self.ids_of_ours(ended, tokenizer)
+        # A control: without the space between prompt and response, which `to_dataset` writes, texts are others.
+        unspaced = pairs.to_dataset().map(lambda row: {"chosen": row["chosen"].lstrip()})
+        assert ids_of_trl(unspaced, tokenizer)[0] != theirs[0]
+
+    def test_chats_are_the_same(self, ids_of_trl, tmp_path):
+        tokenizer = make_tokenizer(tmp_path / "chat", bos="<eos>")
+        tokenizer.chat_template = TEMPLATE
+        pairs = make_pairs(6).as_chat()
+        ours = self.ids_of_ours(pairs, tokenizer)
+        assert all(ids[0] == tokenizer.bos_token_id != ids[1] for ids in ours[0])
+        for implicit_prompt in (False, True):
+            assert ids_of_trl(pairs.to_dataset(implicit_prompt=implicit_prompt), tokenizer) == ours

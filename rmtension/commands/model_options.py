@@ -1,0 +1,35 @@
+"""Options of the commands that open one reward model."""
+
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rmtension.reward_head import RewardHead
+
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def add_model_options(parser: ArgumentParser) -> None:
+    """The model, and how it is opened."""
+    parser.add_argument("model", metavar="MODEL", help="folder of a reward model's checkpoint, or its name on the hub")
+    parser.add_argument("--device", help="for example cpu or cuda:1 (default: the first GPU, or the CPU)")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights (%(default)s)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens per text (default: the model's context)")
+    parser.add_argument("--revision", help="of a name on the hub")
+    parser.add_argument("--pad-token", metavar="TOKEN", help="which token is skipped at the end of a text, if unsaid")
+
+
+def open_model(options: Namespace) -> "RewardHead":
+    """The head that the options name; errors are those of `RewardHead.from_pretrained`."""
+    import torch
+
+    from rmtension.reward_head import RewardHead
+
+    return RewardHead.from_pretrained(
+        options.model,
+        max_length=options.max_length,
+        dtype=getattr(torch, options.dtype),
+        device=options.device,
+        revision=options.revision,
+        pad_token=options.pad_token,
+    )

@@ -1,0 +1,30 @@
+"""What a command has to say: as text, as data, and as an exit status."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a command: `text` for a reader, `data` for a program (`--json`), and the exit status, 0 or 1."""
+
+    text: str
+    data: Mapping[str, Any]
+    status: int = 0
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: what is no finite number becomes None, tuples lists, paths texts.
+
+    >>> plain({"low": float("nan"), "ids": ("a",)})
+    {'low': None, 'ids': ['a']}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -1,0 +1,38 @@
+"""`rmtension report`: the page and the figures of a study that was saved, again."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from rmtension.commands.outcome import Outcome
+from rmtension.errors import RMTensionError, StorageError
+
+HELP = "write the page and figures of a saved study again"
+EXAMPLES = """examples:
+  rmtension report study          report.md and the figures, from the tables in the folder
+
+No model is opened and nothing is run.
+"""
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where a study was saved")
+
+
+def run(options: Namespace) -> Outcome:
+    """Read the tables, and write the page."""
+    from rmtension.report import notes, write_report
+    from rmtension.study_result import StudyResult
+
+    result = StudyResult.load(options.folder)
+    try:
+        page, done = write_report(result, options.folder), notes(result)
+    except RMTensionError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise StorageError(
+            f"{options.folder}: its tables are not what a study writes ({type(error).__name__}: {error}). Run the "
+            "study again: it keeps its passes."
+        ) from error
+    data = {"folder": options.folder, "report": page, "tables": list(result.tables), "notes": done}
+    return Outcome("\n".join([*done, f"Written to {page}."]), data)

@@ -1,0 +1,143 @@
+"""`rmtension score`: rewards of preference pairs, and how well they rank them."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rmtension.commands.model_options import add_model_options, open_model
+from rmtension.commands.outcome import Outcome
+from rmtension.commands.quiet import quiet_libraries
+from rmtension.errors import DataError, StorageError
+
+if TYPE_CHECKING:
+    from rmtension.scored import ScoredPairs
+
+HELP = "score preference pairs with a reward model"
+EXAMPLES = """examples:
+  rmtension score ./my-reward-model pairs.jsonl.gz
+  rmtension score ./my-reward-model pairs.jsonl --out rewards.jsonl --work scoring   goes on there after a kill
+  rmtension score my-name/my-reward-model pairs.jsonl --dtype bfloat16 --device cuda --json > summary.json
+
+PAIRS has one JSON object a line: "prompt", "chosen", "rejected", and if you like "objective", "subset", "id", "item".
+Prompts are texts, or lists of messages for the model's chat template. Without "prompt", chosen and rejected are whole
+transcripts of "\\n\\nHuman:" and "\\n\\nAssistant:" turns, or whole conversations. --out has one line a pair: id,
+reward_chosen, reward_rejected, margin.
+"""
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """The options of the command."""
+    add_model_options(parser)
+    parser.add_argument("pairs", metavar="PAIRS", type=Path, help="JSON lines, plain or gzip'd")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rewards there; gzip'd if it ends in .gz")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --out")
+    for name, what in (("invalid", "lines that are no pairs"), ("nonfinite", "rewards that are no finite numbers")):
+        parser.add_argument(
+            f"--on-{name}",
+            choices=("raise", "skip"),
+            default="raise",
+            help=f"{what}: end there, or leave out and count",
+        )
+    parser.add_argument("--truncate-response", action="store_true", help="cut responses longer than the context")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep there what is done, to go on after a kill")
+
+
+def run(options: Namespace) -> Outcome:
+    """Score the pairs and write the rewards."""
+    # Before any work: an hour of it may follow.
+    if options.out is not None and options.out.exists() and not options.overwrite:
+        raise StorageError(f"--out: {options.out} exists already. Name another file, or pass --overwrite.")
+    if options.out is not None and options.out.is_dir():
+        raise StorageError(f"--out: {options.out} is a folder. Name a file in it.")
+    with quiet_libraries():
+        return _run(options)
+
+
+def _run(options: Namespace) -> Outcome:
+    from rmtension.files import write_json_lines
+    from rmtension.pairs import PreferencePairs
+
+    pairs = PreferencePairs.from_jsonl(options.pairs, on_invalid=options.on_invalid)
+    if not len(pairs):
+        raise DataError(
+            f"{options.pairs}: expected at least one preference pair, found none{_left_out(pairs.skipped)}."
+        )
+    scored = open_model(options).score_pairs(
+        pairs,
+        truncate_response=options.truncate_response,
+        on_nonfinite=options.on_nonfinite,
+        work=options.work,
+        progress=not options.quiet,
+    )
+    if not len(scored):
+        raise DataError(f"{options.pairs}: none of {len(pairs)} pairs got rewards that are finite numbers.")
+    if options.out is not None:
+        write_json_lines(options.out, _lines(scored), "rewards")
+    parts = {"all": scored} | {name: scored.filter(objective=name) for name in scored.pairs.objectives}
+    data = _data(options, pairs.skipped, scored, parts)
+    return Outcome(_text(options, data), data)
+
+
+def _lines(scored: "ScoredPairs") -> list[dict[str, Any]]:
+    columns = (scored.chosen.tolist(), scored.rejected.tolist(), scored.margin.tolist())
+    return [
+        {"id": pair.id, "reward_chosen": chosen, "reward_rejected": rejected, "margin": margin}
+        for pair, chosen, rejected, margin in zip(scored.pairs, *columns, strict=True)
+    ]
+
+
+def _data(
+    options: Namespace, skipped: Mapping[str, int], scored: "ScoredPairs", parts: Mapping[str, "ScoredPairs"]
+) -> dict[str, Any]:
+    from rmtension.evaluation import accuracy, mean_margin
+
+    found = {
+        name: {"n": len(part), "accuracy": accuracy(part).to_dict(), "margin": mean_margin(part).to_dict()}
+        for name, part in parts.items()
+    }
+    return {
+        "model": options.model,
+        "pairs": options.pairs,
+        **found.pop("all"),
+        "by_objective": found,
+        "skipped": dict(skipped),
+        "not_finite": scored.provenance.skipped,
+        "n_ties": scored.pairs.n_ties,
+        "n_prompts_cut": scored.n_prompts_cut,
+        "n_responses_cut": scored.n_responses_cut,
+        "out": options.out,
+        "provenance": scored.provenance.to_dict(),
+    }
+
+
+def _text(options: Namespace, data: Mapping[str, Any]) -> str:
+    import pandas as pd
+
+    lost = len(data["not_finite"])
+    counts = [f"{data['n']} pairs scored"]
+    counts += [f"{sum(data['skipped'].values())} skipped"] if data["skipped"] else []
+    counts += [f"{lost} without finite rewards"] if lost else []
+    counts += [f"{data['n_ties']} with identical responses"] if data["n_ties"] else []
+    counts += [f"{data['n_prompts_cut']} prompts cut"] if data["n_prompts_cut"] else []
+    counts += [f"{data['n_responses_cut']} responses cut"] if data["n_responses_cut"] else []
+    reasons = [f"  {n} skipped: {reason}" for reason, n in data["skipped"].items()]
+    rows = [
+        {
+            "pairs": name,
+            "n": part["n"],
+            "accuracy [95% interval]": _interval(part["accuracy"]),
+            "mean margin [95% interval]": _interval(part["margin"]),
+        }
+        for name, part in {"all": data, **data["by_objective"]}.items()
+    ]
+    lines = [", ".join(counts) + ".", *reasons, pd.DataFrame(rows).to_string(index=False)]
+    return "\n".join(lines if options.out is None else [*lines, f"Rewards written to {options.out}."])
+
+
+def _interval(estimate: Mapping[str, float]) -> str:
+    return "{value:.3f} [{low:.3f}, {high:.3f}]".format_map(estimate)
+
+
+def _left_out(skipped: Mapping[str, int]) -> str:
+    return "".join(f"; {n} skipped: {reason.rstrip('.')}" for reason, n in skipped.items())

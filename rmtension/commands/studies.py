@@ -1,0 +1,24 @@
+"""What the commands that make studies have to say of one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rmtension.commands.outcome import Outcome
+from rmtension.report import PAGE, notes, to_text
+from rmtension.study_result import StudyResult
+
+
+def study_outcome(result: StudyResult, out: Path, seconds: Mapping[str, float], *, n_run: int, n_read: int) -> Outcome:
+    """The readable tables and where everything is; `seconds` names what took how long."""
+    took = ", ".join(f"{name} {one:.0f} s" for name, one in seconds.items())
+    written = f"Written to {out}: {took}; {n_run} passes over models run, {n_read} read from {out / 'runs'}."
+    data = {
+        "out": out,
+        "report": out / PAGE,
+        "tables": {name: out / f"{name}.csv" for name in result.tables},
+        "notes": notes(result),
+        "seconds": dict(seconds),
+        "n_run": n_run,
+        "n_read": n_read,
+    }
+    return Outcome(f"{to_text(result)}\n\n{written}", data)
