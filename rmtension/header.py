@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import pandas as pd
 
@@ -14,13 +14,13 @@ _CELLS = (str, int, float, bool, type(None))
 
 
 def read_record(path: Path, kind: type[_T], values: Any) -> _T:
-    """A dataclass whose fields are numbers and texts."""
-    types: dict[str, Any] = {field.name: field.type for field in fields(kind)}  # type: ignore[arg-type]
+    """A dataclass whose fields are numbers, texts and lists."""
+    types: dict[str, Any] = {field.name: get_origin(field.type) or field.type for field in fields(kind)}  # type: ignore[arg-type]
     if not isinstance(values, dict) or set(values) != set(types):
         raise _damaged(path, f"expected a {kind.__name__} with {sorted(types)}")
     for name, expected in types.items():
         fits = isinstance(values[name], (int, float) if expected is float else expected)
-        if not fits or isinstance(values[name], bool):
+        if not fits or isinstance(values[name], bool) != (expected is bool):
             raise _damaged(path, f"{name} of a {kind.__name__} should be {expected.__name__}, found {values[name]!r}")
     return kind(**values)
 

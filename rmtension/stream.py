@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from rmtension.distributed import current
 from rmtension.encoding import EncodedPairs, encode_pairs
 from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning, StorageError
+from rmtension.header import read_record
 from rmtension.nonfinite import are_finite, where_not_finite
 from rmtension.packing import Sharing, pair_batches
 from rmtension.pair import PreferencePair
@@ -62,6 +63,22 @@ class _Place:
     digest: int = 0
     # Number, id, digest and tokens of every pair that was left out.
     skipped: list[tuple[int, str, str, int]] = field(default_factory=list)
+
+
+def _read_place(work: Path, values: Mapping[str, Any]) -> _Place:
+    """What a work folder has; raises `StorageError` where it was changed by hand."""
+    skipped, kinds = values.get("skipped"), [int, str, str, int]
+    try:
+        if not isinstance(skipped, list) or not all(isinstance(one, list) for one in skipped):
+            raise StorageError(f"{work}: damaged: expected a list of pairs that were left out, found {skipped!r:.80}.")
+        if not all(list(map(type, one)) == kinds for one in skipped):
+            raise StorageError(f"{work}: damaged: expected pairs that were left out, found {skipped!r:.80}.")
+        # JSON has no tuples.
+        return read_record(work, _Place, {**values, "skipped": [tuple(one) for one in skipped]})
+    except StorageError as error:
+        raise StorageError(
+            f"{work}: what is kept there was changed since ({error}). Remove the folder to begin again."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -156,8 +173,7 @@ class PairStream:
                 claim(self._work, self._depends_on())
                 kept = Progress(self._work, state)
                 if kept.place:
-                    # JSON has no tuples.
-                    self._at = _Place(**kept.place | {"skipped": [tuple(one) for one in kept.place["skipped"]]})
+                    self._at = _read_place(self._work, kept.place)
             self._run(look, add, kept, layer_dim)
         if not self.is_whole:
             found = self._shard.texts(json.dumps(self._at.skipped))

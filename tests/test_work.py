@@ -6,6 +6,8 @@ from contextlib import suppress
 import pytest
 import torch
 from conftest import make_pairs, save_classifier
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
 from rmtension.errors import ModelError, OptionError, StorageError
@@ -234,6 +236,27 @@ def test_damaged_progress_is_an_error(begun, head, base, pairs):
         collected(head, pairs, base, begun)
     (begun / "inputs.json").write_text("[")
     with pytest.raises(StorageError, match=r"inputs.json: damaged"):
+        collected(head, pairs, base, begun)
+
+
+CHANGES = {
+    "no number": lambda place: place.update(first="3"),
+    "one field less": lambda place: place.pop("order"),
+    "one field more": lambda place: place.update(nothing=1),
+    "no truth": lambda place: place.update(is_finished=1),
+    "a pair that is none": lambda place: place.update(skipped=[[0, "id"]]),
+    "pairs that are no list": lambda place: place.update(skipped="pairs"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_progress_that_was_changed_by_hand_is_an_error(change, begun, head, base, pairs):
+    path = begun / "progress-0.safetensors"
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["rmtension"])
+    CHANGES[change](header["place"])
+    save_file(load_file(path), path, metadata={"rmtension": json.dumps(header)})
+    with pytest.raises(StorageError, match=r"changed since .*Remove the folder to begin again"):
         collected(head, pairs, base, begun)
 
 
