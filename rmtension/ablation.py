@@ -53,7 +53,7 @@ class AblationContext:
         seed: int = 0,
     ) -> None:
         check_positions(positions)
-        _check_set(head, neurons)
+        check_set(head, neurons)
         _check_mode(mode, reference, alpha)
         if reference is not None:
             require_made_from(head, neurons.site, reference.provenance)
@@ -150,7 +150,8 @@ def _require_batch() -> TokenBatch:
     return batch
 
 
-def _check_set(head: RewardHead, neurons: NeuronSet) -> None:
+def check_set(head: RewardHead, neurons: NeuronSet) -> None:
+    """Raise `ProvenanceError` unless the set indexes neurons of a model of this architecture."""
     shape = (head.n_layers, head.n_neurons(neurons.site))
     if neurons.architecture != head.architecture:
         raise ProvenanceError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from rmtension.errors import OptionError
 from rmtension.report import write_report
 from rmtension.study import TensionStudy
+from rmtension.study_neurons import write_neurons
 from rmtension.study_options import StudyOptions
 from rmtension.study_result import StudyResult
 from rmtension.world import preference_world
@@ -30,12 +31,14 @@ def run_demo(
     seeds: int = 1,
     rules: str = "corrected",
     analyses: Sequence[str] | None = None,
+    neurons: int = 16,
     overwrite: bool = False,
     progress: bool = True,
 ) -> DemoRun:
     """Train a base and three reward models per seed, study them, and write everything below `out`.
 
-    Models and passes over models that an earlier run left in `out` are used again, unless `overwrite`.
+    Models and passes over models that an earlier run left in `out` are used again, unless `overwrite`. `neurons` of the
+    first mixed model get a page in `report.html`; 0 for none.
     """
     if seeds < 1:
         raise OptionError(f"--seeds: expected a positive number, got {seeds}.")
@@ -52,4 +55,5 @@ def run_demo(
     result = study.run(folder=out, progress=progress)
     result.save(out, overwrite=True)
     write_report(result, out)
+    write_neurons(study, result, out, n=neurons, progress=progress)
     return DemoRun(result, trained - start, time.monotonic() - trained, study.n_run, study.n_read)

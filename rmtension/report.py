@@ -16,7 +16,7 @@ from rmtension.readable import SECTIONS, Section, families_of, readable_tables, 
 from rmtension.study_result import StudyResult
 
 PAGE = "report.md"
-_NO_FIGURES = 'No figures: matplotlib is not installed. `pip install "rmtension[viz]"`, then `rmtension report`.'
+NO_FIGURES = 'No figures: matplotlib is not installed. `pip install "rmtension[viz]"`, then `rmtension report`.'
 # Table -> file name, function and arguments of its figures.
 _FIGURES: dict[str, tuple[tuple[str, Callable[..., Any], dict[str, str]], ...]] = {
     "accuracy": (("accuracy", plots.accuracy, {}), ("refuse_respond", plots.refuse_respond, {})),
@@ -54,7 +54,7 @@ def to_text(result: StudyResult) -> str:
     parts = ["\n".join(notes(result))]
     for section in _present(result):
         table = readable.get(section.title)
-        shown = _elsewhere(result, section) if table is None else table.to_string(index=False)
+        shown = elsewhere(result, section) if table is None else table.to_string(index=False)
         parts.append("\n".join(line for line in (section.title, section.note, shown) if line))
     return "\n\n".join(parts)
 
@@ -68,19 +68,19 @@ def write_report(result: StudyResult, folder: str | Path) -> Path:
     if not current().is_first:
         return folder / PAGE
     readable = readable_tables(result)
-    can_draw = importlib.util.find_spec("matplotlib") is not None
-    done = "\n".join(f"- {escaped(one)}" for one in [*notes(result), *([] if can_draw else [_NO_FIGURES])])
+    can_draw = can_draw_figures()
+    done = "\n".join(f"- {escaped(one)}" for one in [*notes(result), *([] if can_draw else [NO_FIGURES])])
     parts = ["# A study of helpful, harmless and mixed reward models", done]
     with filled_whole(folder, "report", seal=PAGE) as place:
         for section in _present(result):
             parts.append(f"## {section.title}")
             if section.note:
                 parts.append(section.note)
-            for name, caption, figure in _figures(result, section) if can_draw else ():
+            for name, caption, figure in figures_of(result, section) if can_draw else ():
                 figure.savefig(place / name, dpi=144)
                 parts.append(f"![{escaped(caption)}]({name})")
             table = readable.get(section.title)
-            parts.append(_elsewhere(result, section) if table is None else _markdown(table))
+            parts.append(elsewhere(result, section) if table is None else _markdown(table))
         (place / PAGE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return folder / PAGE
 
@@ -118,12 +118,18 @@ def _present(result: StudyResult) -> Iterator[Section]:
     return (section for section in SECTIONS if section.table in result.tables)
 
 
-def _elsewhere(result: StudyResult, section: Section) -> str:
+def can_draw_figures() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def elsewhere(result: StudyResult, section: Section) -> str:
+    """What a page says where a table is too long for it."""
     n = len(result.tables[section.table])
     return f"{n} rows: `{section.table}.csv`, as `StudyResult.save` writes it." if n else "No rows."
 
 
-def _figures(result: StudyResult, section: Section) -> Iterator[tuple[str, str, Any]]:
+def figures_of(result: StudyResult, section: Section) -> Iterator[tuple[str, str, Any]]:
     """File name, caption and figure of everything that can be drawn of a section's table."""
     families = families_of(result)
     for place, family in enumerate(families):

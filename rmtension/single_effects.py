@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rmtension.ablation import check_set
 from rmtension.distributed import current
-from rmtension.errors import OptionError, ProvenanceError
+from rmtension.errors import OptionError
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
 from rmtension.pair import PreferencePair
@@ -75,11 +76,7 @@ def single_neuron_effects(
         raise OptionError(
             f"neurons: expected a set of {shape} at site {site!r}, got {tuple(neurons.mask.shape)} at {neurons.site!r}."
         )
-    if neurons.architecture != head.architecture:
-        raise ProvenanceError(
-            f"neurons: the set indexes neurons of {neurons.architecture!r}, the model is {head.architecture!r}. Use a "
-            "set made with a model of this architecture."
-        )
+    check_set(head, neurons)
     per_layer = [columns.nonzero()[:, 0].tolist() for columns in neurons.mask]
     silent = None if progress and current().is_first else True
     total = len(pairs) * len(neurons) if isinstance(pairs, Sized) else None

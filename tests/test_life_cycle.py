@@ -29,6 +29,7 @@ from rmtension.errors import OptionError, RMTensionError
 from rmtension.export import build_classifier
 from rmtension.faithfulness import faithfulness
 from rmtension.hooks import InstalledHooks, Spot, copy_without_hooks, frozen, in_eval_mode, recorded_calls
+from rmtension.neuron_pages import examine
 from rmtension.nonfinite import require_finite, where_not_finite
 from rmtension.profiles import collect_profiles
 from rmtension.replay import Replay
@@ -251,6 +252,9 @@ CALLS = {
     "hooks.copy_without_hooks": lambda s: copy_without_hooks(s.head.body.plain),
     # What a bridge's own run leaves is TransformerLens'.
     "lens_hooks.fwd_hooks": lambda s: s.head.fwd_hooks(s.neurons, mode="mean", reference=s.statistics),
+    "neuron_pages.examine": lambda s: examine(
+        s.head, {"helpful": s.pairs[:2]}, s.neurons.subsample(1, seed=0), n_examples=1
+    ),
     "nonfinite.require_finite": lambda s: require_finite(s.head, torch.zeros(3), lambda row: s.batch),
     "nonfinite.where_not_finite": lambda s: where_not_finite(s.head, s.batch, [torch.tensor([torch.inf])], None),
     "profiles.collect_profiles": lambda s: collect_profiles(s.head, s.pairs, base=s.base),
@@ -310,6 +314,7 @@ OWN_MODEL = [
     "checkpoints.Checkpoint.__init__",
 ]
 ONLY_LOOKS = [
+    "ablation.check_set",
     "ablation.AblationContext.ablated",
     "activations.ActivationCollector.__init__",
     "activations.ActivationCollector.compute",

@@ -33,8 +33,8 @@ FIGURES = {
 }
 
 
-@pytest.fixture(scope="module")
-def study():
+def hand_made_study():
+    """Every table that a study can have."""
     found = hand_made()
     effects = found.subsets.rename(columns={"accuracy": "before"}).assign(change=-0.1, low=-0.2, high=-0.05)
     effects["score"] = "magnitude"
@@ -65,6 +65,11 @@ def study():
         "ablated_transferability": without,
     }
     return StudyResult(found.tables | tables, found.summary)
+
+
+@pytest.fixture(scope="module")
+def study():
+    return hand_made_study()
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ EXAMPLES = """examples:
   rmtension demo --seeds 3 --out runs  three seeds from one base
   rmtension demo --seeds 3 --out runs --analyses overlap depth   again, from what is in the folder
 
-Writes below --out: models, every pass over a model (runs), one CSV a table, the figures, and report.md.
+Writes below --out: models, every pass over a model (runs), one CSV a table, the figures, report.md, and
+report.html, which needs no other file.
 """
 
 
@@ -23,6 +24,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("rmtension-demo"), help="folder for everything (%(default)s)")
     parser.add_argument("--rules", default="corrected", help="corrected (the default), or paper for the published ones")
     parser.add_argument("--analyses", nargs="+", metavar="NAME", help="some of the ten (default: all)")
+    parser.add_argument("--neurons", type=int, default=16, metavar="N", help="how many get a page (default: 16)")
     parser.add_argument(
         "--overwrite", action="store_true", help="train anew and run anew what is already in the folder"
     )
@@ -40,6 +42,7 @@ def run(options: Namespace) -> Outcome:
             seeds=options.seeds,
             rules=options.rules,
             analyses=options.analyses,
+            neurons=options.neurons,
             overwrite=options.overwrite,
             progress=not options.quiet,
         )

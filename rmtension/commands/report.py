@@ -8,7 +8,7 @@ from rmtension.errors import RMTensionError, StorageError
 
 HELP = "write the page and figures of a saved study again"
 EXAMPLES = """examples:
-  rmtension report study          report.md and the figures, from the tables in the folder
+  rmtension report study          report.html, report.md and the figures, from the tables in the folder
 
 No model is opened and nothing is run.
 """
@@ -21,12 +21,17 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Outcome:
     """Read the tables, and write the page."""
+    from rmtension.neuron_pages import NeuronPages
     from rmtension.report import notes, write_report
+    from rmtension.study_neurons import NEURONS
     from rmtension.study_result import StudyResult
 
     result = StudyResult.load(options.folder)
     try:
         page, done = write_report(result, options.folder), notes(result)
+        kept = options.folder / NEURONS
+        neurons = NeuronPages.load(kept) if kept.exists() else None
+        html = result.report(options.folder, neurons=neurons)
     except RMTensionError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -34,5 +39,5 @@ def run(options: Namespace) -> Outcome:
             f"{options.folder}: its tables are not what a study writes ({type(error).__name__}: {error}). Run the "
             "study again: it keeps its passes."
         ) from error
-    data = {"folder": options.folder, "report": page, "tables": list(result.tables), "notes": done}
-    return Outcome("\n".join([*done, f"Written to {page}."]), data)
+    data = {"folder": options.folder, "report": html, "markdown": page, "tables": list(result.tables), "notes": done}
+    return Outcome("\n".join([*done, f"Written to {html} and {page}."]), data)

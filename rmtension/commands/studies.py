@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rmtension.commands.outcome import Outcome
+from rmtension.html_report import PAGE as HTML_PAGE
 from rmtension.report import PAGE, notes, to_text
 from rmtension.study_result import StudyResult
 
@@ -14,7 +15,8 @@ def study_outcome(result: StudyResult, out: Path, seconds: Mapping[str, float], 
     written = f"Written to {out}: {took}; {n_run} passes over models run, {n_read} read from {out / 'runs'}."
     data = {
         "out": out,
-        "report": out / PAGE,
+        "report": out / HTML_PAGE,
+        "markdown": out / PAGE,
         "tables": {name: out / f"{name}.csv" for name in result.tables},
         "notes": notes(result),
         "seconds": dict(seconds),

@@ -34,8 +34,9 @@ for both objectives: `pairs: both.jsonl`, whose lines have "objective": "helpful
 pairs) are pairs to score neurons on; without them one half of the prompts does that, and the other evaluates.
 `on_invalid: skip` leaves out lines that are no pairs.
 
-Writes into --out: every pass over a model (runs), one CSV a table, figures if matplotlib is installed, report.md. The
-same command again goes on where it was interrupted, and runs only what is not there.
+Writes into --out: every pass over a model (runs), one CSV a table, figures if matplotlib is installed, report.md, and
+report.html, which needs no other file. The same command again goes on where it was interrupted, and runs only what is
+not there.
 """
 
 
@@ -53,6 +54,9 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--rules", help="corrected (the default), or paper for the published ones")
     parser.add_argument("--analyses", nargs="+", metavar="NAME", help="some of the ten (default: all)")
     parser.add_argument("--set", nargs="+", metavar="NAME=VALUE", default=[], help="fields of StudyOptions")
+    parser.add_argument(
+        "--neurons", type=int, default=16, metavar="N", help="how many of the mixed model get a page (default: 16)"
+    )
     parser.add_argument("--out", help="folder for everything (default: study)")
 
 
@@ -61,6 +65,7 @@ def run(options: Namespace) -> Outcome:
     with quiet_libraries():
         from rmtension.commands.studies import study_outcome
         from rmtension.report import write_report
+        from rmtension.study_neurons import write_neurons
 
         config = _config(options)
         start = time.monotonic()
@@ -68,6 +73,7 @@ def run(options: Namespace) -> Outcome:
         result = study.run(folder=config.out, progress=not options.quiet)
         result.save(config.out, overwrite=True)
         write_report(result, config.out)
+        write_neurons(study, result, config.out, n=options.neurons, progress=not options.quiet)
     took = {"study": time.monotonic() - start}
     return study_outcome(result, config.out, took, n_run=study.n_run, n_read=study.n_read)
 

@@ -1,0 +1,50 @@
+"""Single neurons of a study's mixed model, chosen on one half of its pairs and looked at on the other."""
+
+from pathlib import Path
+
+import torch
+
+from rmtension.attribution import NeuronAttribution
+from rmtension.distributed import current
+from rmtension.errors import OptionError
+from rmtension.neuron_pages import NeuronPages, examine
+from rmtension.neurons import NeuronSet
+from rmtension.reward_head import RewardHead
+from rmtension.study import TensionStudy
+from rmtension.study_result import StudyResult
+
+NEURONS = "neurons.json"
+
+
+def study_neurons(study: TensionStudy, *, n: int = 16, progress: bool = True) -> NeuronPages:
+    """`examine` the `n` neurons of the first family's mixed model that score highest on either objective.
+
+    Chosen by gradient x activation on the scoring pairs, each objective's scores in units of its largest; examined on
+    the evaluation pairs, so that no effect is measured on pairs that chose the neuron. Cost: that of `examine`, and a
+    forward and a backward pass over the scoring pairs.
+    """
+    if n < 1:
+        raise OptionError(f"n: expected at least one neuron, got {n}.")
+    mixed, options = study.families[0].mixed, study.options
+    head = mixed if isinstance(mixed, RewardHead) else RewardHead.from_pretrained(mixed)
+    attribution = NeuronAttribution(
+        head, method="gradient_x_activation", site=options.site, positions=options.positions
+    )
+    sizes = [attribution.score(some, progress=progress).values.abs() for some in study.scoring.values()]
+    height = torch.stack([size / size.max().clamp(min=1e-30) for size in sizes]).amax(dim=0)
+    mask = torch.zeros(height.shape, dtype=torch.bool)
+    mask.view(-1)[height.flatten().argsort(descending=True, stable=True)[:n]] = True
+    neurons = NeuronSet(mask, options.site, head.architecture)
+    return examine(head, study.evaluating, neurons, positions=options.positions, level=options.level, progress=progress)
+
+
+def write_neurons(study: TensionStudy, result: StudyResult, folder: Path, *, n: int, progress: bool) -> None:
+    """Keep the pages of `n` neurons (0: of none) in `neurons.json`, and write `report.html` with them."""
+    if n < 0:
+        raise OptionError(f"--neurons: expected 0 or more, got {n}.")
+    pages = study_neurons(study, n=n, progress=progress) if n else None
+    if current().is_first:
+        (folder / NEURONS).unlink(missing_ok=True)
+        if pages is not None:
+            pages.save(folder / NEURONS)
+    result.report(folder, neurons=pages)
