@@ -142,9 +142,10 @@ def examine(
     Raises `OptionError` for an empty set or objectives without pairs, `ProvenanceError` for a set of another model.
 
     Examples:
-        >>> pages = examine(head, {"helpful": pairs}, top, n_examples=1)
-        >>> len(pages.neurons) == len(top), len(pages.table) == 2 * len(top)
-        (True, True)
+        >>> from rmtension.neuron_pages import examine
+        >>> pages = examine(head, pairs, neurons, n_examples=1)
+        >>> len(pages.neurons), len(pages.table), len(pages.examples)
+        (2, 4, 4)
     """
     if not len(neurons):
         raise OptionError("neurons: expected a set with at least one neuron, got an empty one. Use NeuronScores.top.")
