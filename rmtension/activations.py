@@ -17,6 +17,7 @@ from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance, digest_of
+from rmtension.repr_html import N_ROWS, html_table
 from rmtension.reward_head import RewardHead
 from rmtension.sites import check_positions, find_site
 from rmtension.storage import read_result, write_result
@@ -61,6 +62,15 @@ class ActivationStatistics:
     def digest(self) -> str:
         """32 hexadecimal digits over the means that ablation writes."""
         return digest_of(self.channel_mean)
+
+    def _repr_html_(self) -> str:
+        """The neurons of largest mean magnitude."""
+        frame, where = self.to_frame(), self.provenance
+        caption = (
+            f"ActivationStatistics: {len(frame):,} {where.site} neurons of {where.architecture}, {where.n_pairs:,} "
+            f"pairs, {self.n_tokens:,} tokens ({where.positions}); largest abs_mean:"
+        )
+        return html_table(caption, frame.nlargest(N_ROWS, "abs_mean"), n_of=len(frame))
 
     def to_frame(self) -> pd.DataFrame:
         """One row a neuron: layer, neuron and the four statistics."""

@@ -13,6 +13,7 @@ from rmtension.distributed import current
 from rmtension.errors import OptionError, StorageError
 from rmtension.files import filled_whole
 from rmtension.intervals import pooled_over_seeds
+from rmtension.repr_html import html_table
 
 _SUMMARY = "summary.json"
 TABLES = (
@@ -90,6 +91,17 @@ class StudyResult:
                 f"table: expected one of {list(self.tables)}, got {table!r}. Other tables come with other `analyses`."
             )
         return self.tables[table].copy()
+
+    def _repr_html_(self) -> str:
+        """The names and sizes of the tables."""
+        families = ", ".join(f"{one['family']} (seed {one['seed']})" for one in self.summary.get("families", []))
+        sizes = [f"{one['evaluating']:,} {name}" for name, one in self.summary.get("pairs", {}).items()]
+        caption = f"StudyResult: models {families}; evaluated on {' and '.join(sizes)} pairs; its tables:"
+        rows = [
+            {"table": name, "rows": len(frame), "columns": ", ".join(map(str, frame.columns))}
+            for name, frame in self.tables.items()
+        ]
+        return html_table(caption, pd.DataFrame(rows))
 
     @property
     def n_seeds(self) -> int:
