@@ -63,14 +63,18 @@ class ActivationStatistics:
         """32 hexadecimal digits over the means that ablation writes."""
         return digest_of(self.channel_mean)
 
+    def __repr__(self) -> str:
+        layers, neurons = self.mean.shape
+        where = self.provenance
+        return (
+            f"ActivationStatistics({layers} x {neurons} {where.site} neurons; {where.n_pairs} pairs, {self.n_tokens} "
+            f"tokens ({where.positions}), {where.architecture})"
+        )
+
     def _repr_html_(self) -> str:
         """The neurons of largest mean magnitude."""
-        frame, where = self.to_frame(), self.provenance
-        caption = (
-            f"ActivationStatistics: {len(frame):,} {where.site} neurons of {where.architecture}, {where.n_pairs:,} "
-            f"pairs, {self.n_tokens:,} tokens ({where.positions}); largest abs_mean:"
-        )
-        return html_table(caption, frame.nlargest(N_ROWS, "abs_mean"), n_of=len(frame))
+        frame = self.to_frame()
+        return html_table(f"{self!r}; largest abs_mean:", frame.nlargest(N_ROWS, "abs_mean"), n_of=len(frame))
 
     def to_frame(self) -> pd.DataFrame:
         """One row a neuron: layer, neuron and the four statistics."""

@@ -99,13 +99,16 @@ class SharedNeuronReport:
         ]
         return pd.DataFrame(rows)
 
+    def __repr__(self) -> str:
+        names = ", ".join(map(str, self.sets))
+        return (
+            f"SharedNeuronReport(top {self.fraction:.3g} by {self.by} score of {names}; {len(self.shared)} neurons in "
+            "all of them)"
+        )
+
     def _repr_html_(self) -> str:
         """One row a comparison: sizes, Jaccard index beside chance in the whole model and within layers."""
-        caption = (
-            f"SharedNeuronReport: top {self.fraction:.3g} by {self.by} score of {', '.join(self.sets)}; "
-            f"{len(self.shared)} neurons in all of them"
-        )
-        return html_table(caption, self.to_frame()[_SHOWN])
+        return html_table(repr(self), self.to_frame()[_SHOWN])
 
     def depth(self) -> pd.DataFrame:
         """One row a set: size and the share in each third of the model's layers; `all neurons` is the comparison."""

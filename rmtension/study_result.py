@@ -92,16 +92,18 @@ class StudyResult:
             )
         return self.tables[table].copy()
 
-    def _repr_html_(self) -> str:
-        """The names and sizes of the tables."""
+    def __repr__(self) -> str:
         families = ", ".join(f"{one['family']} (seed {one['seed']})" for one in self.summary.get("families", []))
         sizes = [f"{one['evaluating']:,} {name}" for name, one in self.summary.get("pairs", {}).items()]
-        caption = f"StudyResult: models {families}; evaluated on {' and '.join(sizes)} pairs; its tables:"
+        return f"StudyResult({families or 'no models'}; {' and '.join(sizes) or 'no'} pairs; {len(self.tables)} tables)"
+
+    def _repr_html_(self) -> str:
+        """The names and sizes of the tables."""
         rows = [
             {"table": name, "rows": len(frame), "columns": ", ".join(map(str, frame.columns))}
             for name, frame in self.tables.items()
         ]
-        return html_table(caption, pd.DataFrame(rows))
+        return html_table(repr(self), pd.DataFrame(rows))
 
     @property
     def n_seeds(self) -> int:
