@@ -17,6 +17,7 @@ from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance, digest_of
+from rmtension.repr_html import N_ROWS, html_table
 from rmtension.reward_head import RewardHead
 from rmtension.sites import check_positions, find_site
 from rmtension.storage import read_result, write_result
@@ -61,6 +62,19 @@ class ActivationStatistics:
     def digest(self) -> str:
         """32 hexadecimal digits over the means that ablation writes."""
         return digest_of(self.channel_mean)
+
+    def __repr__(self) -> str:
+        layers, neurons = self.mean.shape
+        where = self.provenance
+        return (
+            f"ActivationStatistics({layers} x {neurons} {where.site} neurons; {where.n_pairs} pairs, {self.n_tokens} "
+            f"tokens ({where.positions}), {where.architecture})"
+        )
+
+    def _repr_html_(self) -> str:
+        """The neurons of largest mean magnitude."""
+        frame = self.to_frame()
+        return html_table(f"{self!r}; largest abs_mean:", frame.nlargest(N_ROWS, "abs_mean"), n_of=len(frame))
 
     def to_frame(self) -> pd.DataFrame:
         """One row a neuron: layer, neuron and the four statistics."""

@@ -26,6 +26,7 @@ from rmtension.intervals import (
     sign_flip_p_value,
 )
 from rmtension.pairs import PreferencePairs
+from rmtension.repr_html import html_table
 from rmtension.scored import ScoredPairs
 
 # Subset names that say what the chosen response does with the request: the embedded world's, and the benchmarks'.
@@ -214,6 +215,9 @@ class Comparison:
     test: str
     n_gained: int
     n_lost: int
+
+    def _repr_html_(self) -> str:
+        return html_table("Comparison: accuracy of the first minus the second", pd.DataFrame([comparison_row(self)]))
 
 
 def compare(

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from scipy import stats
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from rmtension.errors import DataError, OptionError
 from rmtension.pairs import PreferencePairs
+from rmtension.repr_html import html_table
 
 N_BOOTSTRAP = 2000
 _N_FLIPS = 9999
@@ -38,6 +40,9 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def _repr_html_(self) -> str:
+        return html_table("Estimate", pd.DataFrame([self.to_dict()]))
 
     def to_dict(self) -> dict[str, float]:
         """A plain dict, for tables and JSON."""

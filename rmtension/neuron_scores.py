@@ -15,6 +15,7 @@ from torch import Tensor
 from rmtension.errors import OptionError, RMTensionWarning
 from rmtension.neurons import NeuronSet
 from rmtension.provenance import Provenance
+from rmtension.repr_html import N_ROWS, html_table
 from rmtension.storage import read_result, write_result
 
 # Prompts are divided into so many blocks by a hash of their text, in every result that keeps blocks.
@@ -60,6 +61,12 @@ class NeuronScores:
             f"NeuronScores({where.method}: {layers} x {neurons} {where.site} neurons{some}, {span}; "
             f"{where.n_pairs} pairs, {where.positions} tokens, {where.architecture})"
         )
+
+    def _repr_html_(self) -> str:
+        """The neurons of largest |score|, and their standard errors over pairs."""
+        frame = self.to_frame()
+        largest = frame.loc[frame["score"].abs().sort_values(ascending=False, kind="stable").index[:N_ROWS]]
+        return html_table(f"{self!r}; largest |score|:", largest, n_of=len(frame))
 
     @property
     def n(self) -> int:

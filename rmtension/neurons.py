@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rmtension.errors import OptionError, ProvenanceError
+from rmtension.repr_html import html_table
 from rmtension.storage import read_result, write_result
 
 
@@ -98,6 +99,16 @@ class NeuronSet:
 
     def __repr__(self) -> str:
         return f"NeuronSet({len(self)} of {self.mask.numel()} {self.site} neurons of {self.architecture})"
+
+    def _repr_html_(self) -> str:
+        """One row a layer that has some: how many, and the first of them."""
+        rows = []
+        for layer, mask in enumerate(self.mask):
+            found = mask.nonzero()[:, 0].tolist()
+            if found:
+                listed = ", ".join(map(str, found[:_N_LISTED])) + (", ..." if len(found) > _N_LISTED else "")
+                rows.append({"layer": layer, "n": len(found), "neurons": listed})
+        return html_table(repr(self), pd.DataFrame(rows[:_N_LISTED]), n_of=len(rows))
 
     @property
     def n_per_layer(self) -> list[int]:
@@ -237,6 +248,9 @@ def _layer(key: object) -> object:
     # Nine digits: int() takes as many as a file has, and other alphabets' too.
     return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 else key
 
+
+# So many layers, and neurons of each, show in a notebook.
+_N_LISTED = 12
 
 # More neurons than any model has: a length that comes from a file may be any number.
 _MOST = 2**28

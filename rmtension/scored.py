@@ -11,8 +11,10 @@ from torch import Tensor
 
 from rmtension.errors import StorageError
 from rmtension.header import read_objects
+from rmtension.intervals import bootstrap_mean, bootstrap_share
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance
+from rmtension.repr_html import N_ROWS, html_table
 from rmtension.storage import read_result, write_result
 
 
@@ -96,6 +98,19 @@ class ScoredPairs:
     def __repr__(self) -> str:
         ties = int(self.tied.sum())
         return f"ScoredPairs(n={len(self)}, accuracy={self.accuracy():.3f}, ties={ties})"
+
+    def _repr_html_(self) -> str:
+        """The first pairs, below accuracy and mean margin with 95% intervals over prompts."""
+        if not len(self):
+            return html_table("ScoredPairs: no pairs", self.to_frame())
+        items = self.by_item()
+        right = bootstrap_share(items.correct.double() + 0.5 * items.tied.double(), items.pairs)
+        margin = bootstrap_mean(items.margin, items.pairs)
+        caption = (
+            f"ScoredPairs: {len(self):,} pairs of {right.n_prompts:,} prompts; accuracy {right}, mean margin {margin} "
+            f"(95% intervals over prompts), {int(self.tied.sum()):,} ties"
+        )
+        return html_table(caption, self.take(range(min(N_ROWS, len(self)))).to_frame(), n_of=len(self))
 
     def save(self, path: str | Path) -> None:
         """Write rewards, pairs and provenance to one safetensors file."""

@@ -12,6 +12,7 @@ from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
 from rmtension.overlap import Overlap, depth_thirds
 from rmtension.provenance import Provenance
+from rmtension.repr_html import html_table
 from rmtension.storage import read_result, write_result
 
 
@@ -98,6 +99,17 @@ class SharedNeuronReport:
         ]
         return pd.DataFrame(rows)
 
+    def __repr__(self) -> str:
+        names = ", ".join(map(str, self.sets))
+        return (
+            f"SharedNeuronReport(top {self.fraction:.3g} by {self.by} score of {names}; {len(self.shared)} neurons in "
+            "all of them)"
+        )
+
+    def _repr_html_(self) -> str:
+        """One row a comparison: sizes, Jaccard index beside chance in the whole model and within layers."""
+        return html_table(repr(self), self.to_frame()[_SHOWN])
+
     def depth(self) -> pd.DataFrame:
         """One row a set: size and the share in each third of the model's layers; `all neurons` is the comparison."""
         everything = next(iter(self.sets.values()))
@@ -154,6 +166,13 @@ class SharedNeuronReport:
                 f"report: {len(self.overlap)} comparisons here; choose one of overlap{list(self.overlap)}."
             )
         return next(iter(self.overlap.values()))
+
+
+# The columns that a notebook shows.
+_SHOWN = [
+    *("a", "b", "without_base", "size_a", "size_b", "intersection", "jaccard", "expected_jaccard", "p_value"),
+    *("layer_expected_jaccard", "layer_p_value"),
+]
 
 
 class SharedNeuronAnalyzer:

@@ -13,6 +13,7 @@ from rmtension.distributed import current
 from rmtension.errors import OptionError, StorageError
 from rmtension.files import filled_whole
 from rmtension.intervals import pooled_over_seeds
+from rmtension.repr_html import html_table
 
 if TYPE_CHECKING:
     from rmtension.neuron_pages import NeuronPages
@@ -93,6 +94,19 @@ class StudyResult:
                 f"table: expected one of {list(self.tables)}, got {table!r}. Other tables come with other `analyses`."
             )
         return self.tables[table].copy()
+
+    def __repr__(self) -> str:
+        families = ", ".join(f"{one['family']} (seed {one['seed']})" for one in self.summary.get("families", []))
+        sizes = [f"{one['evaluating']:,} {name}" for name, one in self.summary.get("pairs", {}).items()]
+        return f"StudyResult({families or 'no models'}; {' and '.join(sizes) or 'no'} pairs; {len(self.tables)} tables)"
+
+    def _repr_html_(self) -> str:
+        """The names and sizes of the tables."""
+        rows = [
+            {"table": name, "rows": len(frame), "columns": ", ".join(map(str, frame.columns))}
+            for name, frame in self.tables.items()
+        ]
+        return html_table(repr(self), pd.DataFrame(rows))
 
     @property
     def n_seeds(self) -> int:

@@ -92,13 +92,13 @@ class Canvas:
             owner: Any = ax.figure
             return cls(owner, [ax], 1, own=False)
         try:
-            from matplotlib.figure import Figure
+            from rmtension.plots.figure import ShownFigure
         except ImportError as error:
             raise OptionError('plots: needs matplotlib. Run `pip install "rmtension[viz]"`.') from error
         columns = min(columns, n)
         rows = ceil(n / columns)
         # Not pyplot: no global state, no window, and the figure goes away with its last reference.
-        figure = Figure(figsize=(WIDTH, rows * height + 1.1), layout="constrained")
+        figure = ShownFigure(figsize=(WIDTH, rows * height + 1.1), layout="constrained")
         kind_of: dict[str, Any] = {"polar": True} if polar else {}
         grid = figure.subplots(rows, columns, squeeze=False, sharex=share_x, sharey=share_y, subplot_kw=kind_of)
         panels = list(grid.ravel())
