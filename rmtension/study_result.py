@@ -96,6 +96,7 @@ class StudyResult:
         return self.tables[table].copy()
 
     def __repr__(self) -> str:
+        # Results made by hand, as for figures, may have a summary without these.
         families = ", ".join(f"{one['family']} (seed {one['seed']})" for one in self.summary.get("families", []))
         sizes = [f"{one['evaluating']:,} {name}" for name, one in self.summary.get("pairs", {}).items()]
         return f"StudyResult({families or 'no models'}; {' and '.join(sizes) or 'no'} pairs; {len(self.tables)} tables)"

@@ -217,6 +217,8 @@ class TestEveryFigure:
         assert isinstance(own, Figure)
         assert own.get_suptitle()
         assert own.get_figwidth() == 8
+        # A notebook shows it as a picture, also without pyplot.
+        assert own._repr_png_().startswith(b"\x89PNG")
 
     @pytest.mark.parametrize("name", DRAWN)
     def test_missing_columns_no_rows_and_other_things_are_refused(self, study, name):
