@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rmtension.neuron_pages import NeuronPages
 
 _SUMMARY = "summary.json"
+_N_LISTED = 12  # columns of a table that a notebook names
 TABLES = (
     "accuracy", "subsets", "comparisons", "transferability", "confidence", "rewards", "neurons", "sets", "depth",
     "overlap", "curves", "cross_objective", "drift", "ablation", "equal_size", "collapse",
@@ -102,11 +103,11 @@ class StudyResult:
         return f"StudyResult({families or 'no models'}; {' and '.join(sizes) or 'no'} pairs; {len(self.tables)} tables)"
 
     def _repr_html_(self) -> str:
-        """The names and sizes of the tables."""
-        rows = [
-            {"table": name, "rows": len(frame), "columns": ", ".join(map(str, frame.columns))}
-            for name, frame in self.tables.items()
-        ]
+        """The names and sizes of the tables, and the first of their columns."""
+        rows = []
+        for name, frame in self.tables.items():
+            listed = ", ".join(map(str, frame.columns[:_N_LISTED])) + (", ..." if frame.shape[1] > _N_LISTED else "")
+            rows.append({"table": name, "rows": len(frame), "columns": listed})
         return html_table(repr(self), pd.DataFrame(rows))
 
     @property

@@ -166,6 +166,8 @@ def test_a_study(head, pairs):
         tables={"accuracy": pd.DataFrame({"family": ["toy"], "seed": [0], "value": [0.5]})}, summary={}
     )
     assert parsed(result._repr_html_())[2] == [["accuracy", "1", "family, seed, value"]]
+    wide = StudyResult(tables={"neurons": pd.DataFrame({f"c{n}": [n] for n in range(40)})}, summary={})
+    assert parsed(wide._repr_html_())[2][0][2].endswith("c11, ...")
 
 
 def test_values_of_every_kind():
