@@ -25,7 +25,7 @@ def neuron_section(pages: NeuronPages) -> dict[str, Any]:
         f"{about['method']}, {about['positions']} tokens, in units of the margin. Effects: change of the mean margin "
         f"when the neuron alone is set to zero, with {100 * about['level']:g}% intervals over blocks of prompts; "
         + ", ".join(f"{n} {name} pairs" for name, n in about["pairs"].items())
-        + ". With as many intervals as rows, one in twenty leaves out 0 by chance."
+        + ". Of intervals around effects of nothing, about one in twenty leaves out 0."
     )
     return {
         "what": what,
