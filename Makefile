@@ -17,8 +17,11 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(WORKERS)
 
+# Tables, figures, pages and what teaches do not touch TransformerLens: they are tested once.
+SAME := $(addprefix --ignore=tests/test_,html_report.py report.py plots.py notebooks.py repr_html.py docstrings.py intervals.py)
+
 test-tl3: $(VENV3)/ready
-	$(VENV3)/bin/python -m pytest -p no:cacheprovider $(WORKERS)
+	$(VENV3)/bin/python -m pytest -p no:cacheprovider $(WORKERS) $(SAME)
 
 # Which families of reward models open, and how exactly: fails if one that opens is further than 1e-4 off.
 matrix: $(VENV)/ready

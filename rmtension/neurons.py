@@ -194,9 +194,10 @@ class NeuronSet:
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, for JSON: site, architecture, shape, and layer -> indices, the layers as text like JSON's keys.
 
-        >>> a = NeuronSet.from_indices([(1, 0), (1, 2)], shape=(2, 3), site="mlp", architecture="toy")
-        >>> a.to_dict()
-        {'site': 'mlp', 'architecture': 'toy', 'shape': [2, 3], 'neurons': {'1': [0, 2]}}
+        Examples:
+            >>> a = NeuronSet.from_indices([(1, 0), (1, 2)], shape=(2, 3), site="mlp", architecture="toy")
+            >>> a.to_dict()
+            {'site': 'mlp', 'architecture': 'toy', 'shape': [2, 3], 'neurons': {'1': [0, 2]}}
         """
         found: dict[str, list[int]] = {}
         for layer, neuron in self:

@@ -213,7 +213,10 @@ out: result
 class TestStudy:
     def test_from_a_file_again_by_flags_and_the_report(self, study, capsys, monkeypatch):
         # Drawn but not rendered: that is most of the time, and no part of what is tested.
-        monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: path.write_bytes(b"drawn"))
+        def save(figure, to, **_):
+            to.write_bytes(b"drawn") if isinstance(to, Path) else to.write(b"drawn")
+
+        monkeypatch.setattr(Figure, "savefig", save)
         elsewhere = study / "elsewhere"
         elsewhere.mkdir()
         monkeypatch.chdir(elsewhere)
@@ -256,7 +259,9 @@ class TestStudy:
         shutil.rmtree("models")
         status, out, _ = run(capsys, "report", "flags", "--json")
         assert status == 0
-        assert json.loads(out)["report"] == "flags/report.md"
+        assert json.loads(out)["markdown"] == "flags/report.md"
+        # Figures are not rendered here; the single neurons that were kept are in the page.
+        assert 'id="neurons"' in Path(json.loads(out)["report"]).read_text()
         assert Path("flags/report.md").read_bytes() == page
 
         # Without matplotlib: the tables alone, and it says so.

@@ -18,8 +18,9 @@ class Outcome:
 def plain(value: Any) -> Any:
     """A value as JSON has it: what is no finite number becomes None, tuples lists, paths texts.
 
-    >>> plain({"low": float("nan"), "ids": ("a",)})
-    {'low': None, 'ids': ['a']}
+    Examples:
+        >>> plain({"low": float("nan"), "ids": ("a",)})
+        {'low': None, 'ids': ['a']}
     """
     if isinstance(value, Mapping):
         return {str(key): plain(one) for key, one in value.items()}
