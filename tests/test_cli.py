@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,11 @@ class TestScore:
             assert line.split()[1] == str(len(part))
             assert line.index(str(accuracy(part))) < line.index(str(mean_margin(part)))
         assert lines[-1] == "Rewards written to rewards.jsonl."
+
+    def test_an_objective_may_be_called_all(self, files, model, pairs, capsys):
+        (pairs[:6] + PreferencePairs(replace(pair, objective="all") for pair in pairs[6:8])).to_jsonl("named.jsonl")
+        found = json.loads(run(capsys, "score", model, "named.jsonl", "--json")[1])
+        assert (found["n"], found["by_objective"]["all"]["n"]) == (8, 2)
 
     def test_json_is_all_of_stdout(self, files, model, pairs, capsys):
         expected = RewardHead.from_pretrained(model, dtype=torch.float64, max_length=64).score_pairs(pairs)

@@ -74,8 +74,7 @@ def _run(options: Namespace) -> Outcome:
         raise DataError(f"{options.pairs}: none of {len(pairs)} pairs got rewards that are finite numbers.")
     if options.out is not None:
         write_json_lines(options.out, _lines(scored), "rewards")
-    parts = {"all": scored} | {name: scored.filter(objective=name) for name in scored.pairs.objectives}
-    data = _data(options, pairs.skipped, scored, parts)
+    data = _data(options, pairs.skipped, scored)
     return Outcome(_text(options, data), data)
 
 
@@ -87,20 +86,18 @@ def _lines(scored: "ScoredPairs") -> list[dict[str, Any]]:
     ]
 
 
-def _data(
-    options: Namespace, skipped: Mapping[str, int], scored: "ScoredPairs", parts: Mapping[str, "ScoredPairs"]
-) -> dict[str, Any]:
+def _judged(scored: "ScoredPairs") -> dict[str, Any]:
     from rmtension.evaluation import accuracy, mean_margin
 
-    found = {
-        name: {"n": len(part), "accuracy": accuracy(part).to_dict(), "margin": mean_margin(part).to_dict()}
-        for name, part in parts.items()
-    }
+    return {"n": len(scored), "accuracy": accuracy(scored).to_dict(), "margin": mean_margin(scored).to_dict()}
+
+
+def _data(options: Namespace, skipped: Mapping[str, int], scored: "ScoredPairs") -> dict[str, Any]:
     return {
         "model": options.model,
         "pairs": options.pairs,
-        **found.pop("all"),
-        "by_objective": found,
+        **_judged(scored),
+        "by_objective": {name: _judged(scored.filter(objective=name)) for name in scored.pairs.objectives},
         "skipped": dict(skipped),
         "not_finite": scored.provenance.skipped,
         "n_ties": scored.pairs.n_ties,
@@ -129,7 +126,7 @@ def _text(options: Namespace, data: Mapping[str, Any]) -> str:
             "accuracy [95% interval]": _interval(part["accuracy"]),
             "mean margin [95% interval]": _interval(part["margin"]),
         }
-        for name, part in {"all": data, **data["by_objective"]}.items()
+        for name, part in [("all", data), *data["by_objective"].items()]
     ]
     lines = [", ".join(counts) + ".", *reasons, pd.DataFrame(rows).to_string(index=False)]
     return "\n".join(lines if options.out is None else [*lines, f"Rewards written to {options.out}."])
