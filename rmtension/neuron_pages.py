@@ -167,7 +167,8 @@ def examine(
         scores[objective] = found = attribution.score(some, progress=progress).to_frame().set_index(list(_PLACE))
         effects = single_neuron_effects(head, some, site=neurons.site, neurons=neurons | random, progress=progress)
         effect = effects.to_frame().set_index(list(_PLACE))["score"].loc[places].to_numpy()
-        half = _half_width(effects, _n_blocks(head, some), level)[
+        largest, n_blocks = _largest_activations(head, some, neurons, positions, progress)
+        half = _half_width(effects, n_blocks, level)[
             tuple(torch.from_numpy(table[[*_PLACE]].to_numpy().T.copy()))
         ].numpy()
         table[f"{objective}_score"] = found["score"].loc[places].to_numpy()
@@ -175,7 +176,6 @@ def examine(
         table[f"{objective}_effect"] = effect
         table[f"{objective}_effect_low"], table[f"{objective}_effect_high"] = effect - half, effect + half
         table[f"{objective}_n"] = len(some)
-        largest = _largest_activations(head, some, neurons, positions, progress)
         counts.append(_counted(neurons, objective, largest))
         examples += _examples(head, some, neurons, objective, largest, n_examples)
     about = {
@@ -214,12 +214,6 @@ def _places(neurons: NeuronSet, name: str) -> pd.DataFrame:
     return frame
 
 
-def _n_blocks(head: RewardHead, pairs: PreferencePairs) -> int:
-    """How many blocks of prompts the pairs fall into."""
-    keys = torch.tensor([text.key for text in head.encode(pairs).chosen])
-    return len(set(block_of(keys).tolist()))
-
-
 def _half_width(effects: NeuronScores, n_blocks: int, level: float) -> Float[Tensor, "layer neuron"]:
     """Of the interval around each effect; NaN for pairs of one block."""
     factor = float(stats.t.ppf((1 + level) / 2, n_blocks - 1)) if n_blocks > 1 else float("nan")
@@ -235,40 +229,45 @@ def _points(scores: Mapping[str, pd.DataFrame], neurons: NeuronSet, seed: int) -
     return pd.DataFrame(columns)[shown.numpy()].reset_index()
 
 
-def _wanted(neurons: NeuronSet) -> list[list[int]]:
-    return [columns.nonzero()[:, 0].tolist() for columns in neurons.mask]
+@torch.no_grad()
+def _activations(head: RewardHead, batch: TokenBatch, neurons: NeuronSet) -> Float[Tensor, "row token wanted"]:
+    """Those of the set's neurons, in its order."""
+    wanted = [columns.nonzero()[:, 0].tolist() for columns in neurons.mask]
+    layers: dict[int, Tensor] = {}
+
+    def visit(site: str, layer: int, channels: Tensor) -> None:
+        if wanted[layer]:
+            values = neuron_activations(channels, site, head.n_neurons(site))[..., wanted[layer]]
+            layers[layer] = values.to(head.device, head.reward_dtype)
+
+    head.look(batch, [neurons.site], visit)
+    return torch.cat([layers[layer] for layer in sorted(layers)], dim=2)
 
 
 def _largest_activations(
     head: RewardHead, pairs: PreferencePairs, neurons: NeuronSet, positions: str, progress: bool
-) -> Float[Tensor, "pair 2 wanted"]:
-    """Of both texts of every pair, each neuron's activation at the token where it is largest in magnitude."""
-    wanted = _wanted(neurons)
+) -> tuple[Float[Tensor, "pair 2 wanted"], int]:
+    """Of both texts of every pair, each neuron's activation at the token where it is largest in magnitude.
+
+    With how many blocks of prompts the pairs fall into.
+    """
     largest = torch.zeros(len(pairs), 2, len(neurons), dtype=head.reward_dtype)
+    keys = torch.zeros(len(pairs), dtype=torch.long)
 
     def look(batch: TokenBatch) -> list[Tensor]:
-        selected = batch.select(positions)
-        layers: dict[int, Tensor] = {}
-
-        def visit(site: str, layer: int, channels: Tensor) -> None:
-            if not wanted[layer]:
-                return
-            values = neuron_activations(channels, site, head.n_neurons(site))[..., wanted[layer]]
-            of_text = values[batch.rows.to(values.device)].to(head.reward_dtype)
-            hidden = ~selected.to(values.device)[..., None]
-            place = of_text.abs().masked_fill(hidden, -1).argmax(dim=1, keepdim=True)
-            layers[layer] = of_text.gather(1, place)[:, 0]
-
-        head.look(batch, [neurons.site], visit)
-        return [torch.cat([layers[layer].cpu() for layer in sorted(layers)], dim=1)]
+        of_text = _activations(head, batch, neurons)[batch.rows]
+        place = of_text.abs().masked_fill(~batch.select(positions)[..., None], -1).argmax(dim=1, keepdim=True)
+        return [of_text.gather(1, place)[:, 0]]
 
     def add(batch: TokenBatch, found: Sequence[Tensor]) -> None:
-        largest[list(batch.places[: batch.n_pairs])] = found[0].view(2, batch.n_pairs, -1).transpose(0, 1)
+        places = list(batch.places[: batch.n_pairs])
+        largest[places] = found[0].cpu().view(2, batch.n_pairs, -1).transpose(0, 1)
+        keys[places] = batch.keys[: batch.n_pairs].cpu()
 
     stream = PairStream(head, pairs, desc="activations", progress=progress)
-    stream.run(look, add, {"largest": largest})
-    stream.add_up(largest)
-    return largest
+    stream.run(look, add, {"largest": largest, "keys": keys})
+    stream.add_up(largest, keys)
+    return largest, len(set(block_of(keys).tolist()))
 
 
 def _counted(neurons: NeuronSet, objective: str, largest: Float[Tensor, "pair 2 wanted"]) -> pd.DataFrame:
@@ -302,31 +301,17 @@ def _examples(
     for place, columns in shown.items():
         encoded = head.encode(pairs[place : place + 1])
         texts = [*encoded.chosen, *encoded.rejected]
-        activations = _by_token(head, texts, neurons)
+        batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=head.pad_token_id, device=head.device)
+        activations = _activations(head, batch, neurons).cpu()
         pieces = [_pieces(head.tokenizer, text.ids) for text in texts]
         for column in columns:
             sides = [
-                _active_text(text, piece, values[:, column])
+                _active_text(text, piece, values[: len(text), column])
                 for text, piece, values in zip(texts, pieces, activations, strict=True)
             ]
             layer, neuron = places[column]
             found[column, place] = NeuronExample(layer, neuron, objective, pairs[place].id, sides[0], sides[1])
     return [found[column, place] for column in range(len(neurons)) for place in order[:, column].tolist()]
-
-
-@torch.no_grad()
-def _by_token(head: RewardHead, texts: list[EncodedText], neurons: NeuronSet) -> list[Float[Tensor, "token wanted"]]:
-    batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=head.pad_token_id, device=head.device)
-    wanted, layers = _wanted(neurons), {}
-
-    def visit(site: str, layer: int, channels: Tensor) -> None:
-        if wanted[layer]:
-            values = neuron_activations(channels, site, head.n_neurons(site))[..., wanted[layer]]
-            layers[layer] = values.to(head.reward_dtype).cpu()
-
-    head.look(batch, [neurons.site], visit)
-    values = torch.cat([layers[layer] for layer in sorted(layers)], dim=2)
-    return [row[: len(text)] for row, text in zip(values, texts, strict=True)]
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -95,11 +95,11 @@ def run(page, name, names=None):
 
 
 @contextlib.contextmanager
-def limited(seconds, what):
-    """Raise `TimeoutError` inside when it takes longer."""
+def limited(seconds, what, error=TimeoutError):
+    """Raise `error` inside when it takes longer."""
 
     def late(_number, _frame):
-        raise TimeoutError(f"{what} takes longer than {seconds} s")
+        raise error(f"{what} takes longer than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -15,7 +15,6 @@ import io
 import json
 import random
 import resource
-import signal
 import struct
 import sys
 import tempfile
@@ -23,11 +22,12 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
+from documented import limited
 
 from rmtension import NeuronSet, PreferencePairs
 from rmtension.errors import RMTensionError
@@ -357,25 +357,9 @@ ONCE_FAILED: dict[str, list[bytes]] = {
 # -- running --------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def at_most(seconds: float):
-    """Raise `TooLong` when the block takes longer."""
-
-    def stop(*_):
-        raise TooLong
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def outcome(surface: Any, content: bytes) -> str:
     """ "read", or the name of the library's error; anything else is raised."""
-    with warnings.catch_warnings(), at_most(SECONDS):
+    with warnings.catch_warnings(), limited(SECONDS, "an input", TooLong):
         warnings.simplefilter("ignore")
         try:
             surface.read(content)

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from fuzz import SURFACES, TooLong, at_most, outcome
+from documented import limited
+from fuzz import SURFACES, TooLong, outcome
 
 
 def test_a_few_of_each_surface():
@@ -35,5 +36,5 @@ class Broken:
 def test_what_fails_is_found():
     with pytest.raises(ZeroDivisionError):
         outcome(Broken(ZeroDivisionError()), b"")
-    with pytest.raises(TooLong), at_most(0.05):
+    with pytest.raises(TooLong), limited(0.05, "an input", TooLong):
         Broken(None).read(b"")
