@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from rmtension.errors import ModelError
 from rmtension.gates import GATE_ROWS, find_gates
-from rmtension.hooks import InstalledHooks, Spot, count_foreign_hooks, has_own_hooks, in_eval_mode, modules_of
+from rmtension.hooks import InstalledHooks, Spot, count_foreign_hooks, eager_eval, has_own_hooks, modules_of
 from rmtension.norms import read_norm
 from rmtension.plain_run import find_last_mlp, measure_packing, probe_batch, run_base
+from rmtension.plain_weights import refuse_quantised, refuse_recomputed
+from rmtension.rope import RopeByText
 from rmtension.sites import SITES, find_site
 from rmtension.tokens import TokenBatch
 
@@ -41,7 +44,8 @@ class BridgeBody:
         # After the first run, in which a bridge installs hooks of its own.
         self._foreign = count_foreign_hooks(bridge)
         cfg: Any = bridge.cfg
-        self._pack_up_to = 0 if plain is None else measure_packing(plain, self.n_embeddings, int(cfg.n_ctx))
+        self._rope = RopeByText(self.modules(), self._run_all, int(cfg.n_ctx))
+        self._pack_up_to = 0 if plain is None else measure_packing(plain, self.n_embeddings, self._rope.same_up_to)
         self._last_mlp = None
         if plain is not None:
             last = int(cfg.n_layers) - 1
@@ -84,10 +88,11 @@ class BridgeBody:
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
         """The residual stream after the final norm's gain; no vocabulary projection."""
-        if self.plain is not None and self.runs_plain:
-            return run_base(self.plain, batch)
-        self.require_faithful()
-        return run_base(self._base(), batch)
+        runs_plain = self.plain is not None and self.runs_plain
+        if not runs_plain:
+            self.require_faithful()
+        with self._rope.for_texts(batch):
+            return run_base(self.plain if runs_plain else self._base(), batch)
 
     def require_faithful(self) -> None:
         """Raise `ModelError` where the bridge itself does not compute what transformers' modules do."""
@@ -100,7 +105,8 @@ class BridgeBody:
 
     def spots(self, site: str, layer: int) -> list[Spot]:
         """Every place where the activation of `site` in `layer` passes, whichever way the model runs."""
-        return self._gates[layer] if find_site(site).factor_of else self._projected(site, layer)
+        found = self._gates[layer] if find_site(site).factor_of else self._projected(site, layer)
+        return [replace(spot, place=(site, layer)) for spot in found]
 
     def _projected(self, site: str, layer: int) -> list[Spot]:
         """The input of the projection that the neurons of `site` go through: on the bridge, and in `plain`."""
@@ -128,7 +134,7 @@ class BridgeBody:
         bases = [self._base()] if self.plain is None else [self._base(), self.plain]
         inputs = zip(*(self._projected("mlp_gate", layer) for layer in range(int(bridge.cfg.n_layers))), strict=True)
         batch = probe_batch(min(4, self.n_embeddings), next(self.module.parameters()).device, GATE_ROWS)
-        with in_eval_mode(self.modules()):
+        with eager_eval(self.modules()):
             found = [
                 find_gates(partial(run_base, base, batch), base.modules(), spots)
                 for base, spots in zip(bases, inputs, strict=True)
@@ -169,11 +175,18 @@ class BridgeBody:
         base: nn.Module = bridge.original_model.base_model
         return base
 
+    def _run_all(self) -> None:
+        """Each base that may run, on one token."""
+        batch = probe_batch(1, next(self.module.parameters()).device)
+        with torch.no_grad(), eager_eval(self.modules()):
+            for base in [self._base()] if self.plain is None else [self._base(), self.plain]:
+                run_base(base, batch)
+
     def _compare(self) -> float:
         """How far the bridge is from transformers' modules on a few tokens, relative to the residual stream."""
         parameter = next(self.module.parameters())
         batch = probe_batch(min(12, self.n_embeddings), parameter.device)
-        with torch.no_grad(), in_eval_mode(self.modules()):
+        with torch.no_grad(), eager_eval(self.modules()):
             expected, output = (run_base(base, batch).double() for base in (self.module, self._base()))
         return float((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
@@ -248,7 +261,7 @@ class HookedTransformerBody:
                 "its activations before any hook sees them. Use site 'mlp', where zero and scale do the same, or open "
                 "the model without model_class."
             )
-        return [Spot(_hook_point(self.module, site, layer), "output")]
+        return [Spot(_hook_point(self.module, site, layer), "output", (site, layer))]
 
 
 # What `RewardHead` asks of a model: `module` owns the parameters that run, `residual` runs it, `spots` finds neurons.
@@ -257,6 +270,8 @@ Body = BridgeBody | HookedTransformerBody
 
 def find_body(model: nn.Module) -> Body:
     """The body of a model that the user hooked; raises `ModelError` for anything else."""
+    refuse_quantised("model", model)
+    refuse_recomputed("model", model)
     if hasattr(model, "original_model"):
         return BridgeBody(model)
     if hasattr(model, "hook_dict") and hasattr(model, "cfg") and hasattr(model, "ln_final"):

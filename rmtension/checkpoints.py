@@ -13,6 +13,8 @@ from torch import nn
 
 from rmtension.errors import ModelError, OptionError, RMTensionWarning
 from rmtension.heads import LinearHead, head_keys, read_head
+from rmtension.hooks import unwrapped
+from rmtension.plain_weights import refuse_quantised
 
 _DRAWN = "which transformers would draw at random"
 
@@ -140,17 +142,19 @@ def open_checkpoint(name: str | Path, *, reward: bool, head: object = None, opti
 
 def checkpoint_of(classifier: Any, tokenizer: Any, pad_token: str | None) -> Checkpoint:
     """The same for a classifier of transformers that is in memory; its modules and weights are used as they are."""
+    classifier = unwrapped(classifier)
     name = type(classifier).__name__
     if not name.endswith("ForSequenceClassification"):
         raise ModelError(
             f"model: expected a ...ForSequenceClassification of transformers, got {name}. Hooked models go to "
             "RewardHead(model, weight=...)."
         )
+    refuse_quantised(name, classifier)
     _refuse_quantised(name, classifier.config)
     _refuse_offloaded(name, classifier)
     _require_one_output(name, classifier.config, {})
     head = _score_head(name, classifier, {})
-    base = classifier.base_model
+    base = unwrapped(classifier.base_model)
     pad_token_id = _pad_token_id(name, base.config, tokenizer, pad_token, is_classifier=True, is_headless=False)
     return Checkpoint(base, head, tokenizer, pad_token_id, name, is_classifier=True, source=None)
 

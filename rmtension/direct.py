@@ -88,13 +88,19 @@ class DirectPaths:
         """What to install for the run."""
         body = self._head.body
         blocks = [body.block(layer) for layer in range(self._head.n_layers)]
-        both = [body.final_norm, *(module for modules in self._inside.values() for module in modules)]
+        # What the paths are made of has to be seen; some norms of a block may not run for every text.
+        needed = [*enumerate(blocks), (self._head.n_layers, body.final_norm)]
+        places = {module: ("residual stream", layer) for layer, module in needed}
+        places |= {
+            module: (site, layer) for site, modules in self._inside.items() for layer, module in enumerate(modules)
+        }
+        both = [module for module in places if module not in blocks]
         both += [module for block in blocks if self._inside for module in block.modules() if _is_norm(module)]
         hooks: list[tuple[Spot, Visit]] = [
-            (Spot(block, "input"), partial(self._keep, self.inputs, block)) for block in blocks
+            (Spot(block, "input", places[block]), partial(self._keep, self.inputs, block)) for block in blocks
         ]
         for module in both:
-            hooks.append((Spot(module, "input"), partial(self._keep, self.inputs, module)))
+            hooks.append((Spot(module, "input", places.get(module)), partial(self._keep, self.inputs, module)))
             hooks.append((Spot(module, "output"), partial(self._keep, self.outputs, module)))
         return hooks
 

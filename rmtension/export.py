@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from rmtension.ablation import AblationContext
 from rmtension.checkpoints import Checkpoint
 from rmtension.distributed import current
 from rmtension.errors import ModelError, OptionError, RMTensionWarning
 from rmtension.files import filled_whole
 from rmtension.heads import LinearHead
-from rmtension.hooks import copy_without_hooks
+from rmtension.hooks import eager_eval, own_hooks_paused
 from rmtension.neurons import NeuronSet
+from rmtension.plain_run import probe_batch, run_base
+from rmtension.plain_weights import plain_copy
 from rmtension.reward_head import RewardHead
 from rmtension.sites import find_site
+
+# What `save_classifier` sets by itself.
+_SCORE = {"score.weight", "score.bias"}
 
 
 def ablate_weights(
@@ -33,8 +41,6 @@ def ablate_weights(
     in the biases that come with it; otherwise `ModelError`. A mean at `mlp_gate` of a gated MLP is no constant at the
     projection: `OptionError`. Memory: the model a second time.
     """
-    from rmtension.ablation import AblationContext
-
     checkpoint, base = _current(head, "with_ablation")
     if mode not in ("zero", "mean", "scale"):
         raise OptionError(
@@ -49,13 +55,18 @@ def ablate_weights(
                 f"mode: no weights do 'mean' at site {neurons.site!r} of a gated MLP, where what a neuron writes still "
                 f"depends on its other factor. Use AblationContext, or neurons and means of site {product!r}."
             )
-    base = copy_without_hooks(base)
+    base = copy.deepcopy(plain_copy(base))
     names = [head.body.projection_names[neurons.site, layer] for layer in range(head.n_layers)]
     if mode == "mean" and any(base.get_submodule(names[layer]).bias is None for layer in context.columns):
         base = _with_biases(base, names)
     with torch.no_grad():
         for layer, columns in context.columns.items():
             projection: Any = base.get_submodule(names[layer])
+            if not isinstance(projection, nn.Linear | Conv1D):
+                raise ModelError(
+                    f"with_ablation: {names[layer]} is a {type(projection).__name__}, and only the weights of a Linear "
+                    "or Conv1D layer can be edited. Use AblationContext, which needs no weights."
+                )
             # nn.Linear holds [out, in], GPT-2's Conv1D [in, out].
             weight = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T
             columns = columns.to(weight.device)
@@ -66,6 +77,7 @@ def ablate_weights(
             # Only "scale" takes an alpha; the context has made sure.
             weight[:, columns] *= 0.0 if alpha is None else alpha
     opened = replace(checkpoint, base=base, source=None, name=f"{checkpoint.name}, {len(neurons)} neurons ablated")
+    _require_same_stream(head, context, base, "with_ablation")
     return RewardHead._from_checkpoint(opened, head.max_length, head.tokens_per_batch)
 
 
@@ -112,10 +124,16 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
 
 
 def build_classifier(head: RewardHead) -> Any:
-    """A classifier of transformers around the model of `head`; it shares the weights."""
+    """A classifier of transformers around the model of `head`.
+
+    It shares the weights; where some have adapters or are parametrised, it gets copies. Raises `ModelError` where the
+    weights alone do not compute what the model does.
+    """
     from transformers import AutoModelForSequenceClassification
 
     checkpoint, base = _current(head, "build_classifier")
+    base = plain_copy(base)
+    _require_same_stream(head, nullcontext(), base, "save_pretrained")
     config: Any = copy.deepcopy(base.config)
     config.num_labels = 1
     config.get_text_config().pad_token_id = head.pad_token_id
@@ -125,9 +143,16 @@ def build_classifier(head: RewardHead) -> Any:
             classifier = build(config, trust_remote_code=checkpoint.trust_remote_code)
     except ValueError as error:
         raise ModelError(f"{checkpoint.name}: transformers has no sequence classifier for it ({error}).") from error
+    expected = set(classifier.state_dict())
     setattr(classifier, classifier.base_model_prefix, base)
     classifier.score = nn.Linear(head.d_model, 1, bias=False, device="meta")
     classifier.score.weight = nn.Parameter(head.require_weight()[None].to(head.dtype, copy=True), requires_grad=False)
+    other = sorted((set(classifier.state_dict()) ^ expected) - _SCORE)
+    if other:
+        raise ModelError(
+            f"{checkpoint.name}: its weights are not those of a {type(classifier).__name__}; only one of the two has "
+            f"{other[:3]}. Modules inside the model were replaced or wrapped; undo that, then save."
+        )
     return classifier
 
 
@@ -172,6 +197,31 @@ def _current(head: RewardHead, what: str) -> tuple[Checkpoint, nn.Module]:
         tokenizer=head.tokenizer,
     )
     return today, checkpoint.base
+
+
+def _require_same_stream(
+    head: RewardHead, inside: AbstractContextManager[object], copied: nn.Module, what: str
+) -> None:
+    """Raise `ModelError` unless `copied` computes on a probe text what the model of `head` computes `inside` a context.
+
+    The copy has nothing of contexts that are entered now. It has no hooks of the user either, but those count.
+    """
+    batch = probe_batch(min(12, head.max_length, head.body.n_embeddings), head.device)
+    with torch.no_grad():
+        with own_hooks_paused(head.body.modules()), inside:
+            expected = head.residual(batch).double()
+        with eager_eval(copied.modules()):
+            found = run_base(copied, batch).double()
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    # Rounding of the stream; half precision rounds every layer to 3 or 2 digits, in another order after an edit.
+    tolerance = {torch.float16: 0.05, torch.bfloat16: 0.2}.get(head.dtype, 1e-4)
+    if not difference <= tolerance:
+        raise ModelError(
+            f"{what}: the weights alone do not compute what the model does: on a probe text their residual stream is "
+            f"off by {difference:.1e} of its size. Hooks, and a forward that was replaced on a module, are not in the "
+            "weights; remove them first (`handle.remove()`, `del module.forward`), or use AblationContext, which needs "
+            "no weights."
+        )
 
 
 def _with_biases(base: Any, names: list[str]) -> Any:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension.encoding import EncodedPairs, EncodedText
-from rmtension.hooks import in_eval_mode
+from rmtension.hooks import eager_eval
 from rmtension.last_block import LastMLP
 from rmtension.packing import attention_mask, pack
 from rmtension.tokens import TokenBatch
@@ -66,7 +66,7 @@ def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
     if packed.input_ids.shape[1] > longest:
         return 0
     try:
-        with torch.no_grad(), in_eval_mode(base.modules()):
+        with torch.no_grad(), eager_eval(base.modules()):
             columns = torch.arange(alone.input_ids.shape[1], device=parameter.device)
             masked = replace(alone, position_ids=columns.expand_as(alone.input_ids))
             # Of a model over several devices the stream comes out on the last one.
@@ -95,7 +95,7 @@ def find_last_mlp(base: Any, path: str | None, block: nn.Module, n_embeddings: i
     batch = TokenBatch.from_texts(texts, (0, 1), pad_token_id=None, device=parameter.device)
     found = LastMLP(parent)
     try:
-        with torch.no_grad(), in_eval_mode(base.modules()):
+        with torch.no_grad(), eager_eval(base.modules()):
             expected = batch.at_last(run_base(base, batch)).double().cpu()
             with found.at_last_tokens(batch):
                 output = batch.at_last(run_base(base, batch)).double().cpu()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rmtension.encoding import EncodedText, encode_texts
 from rmtension.errors import CheckError, DataError, ModelError
-from rmtension.hooks import InstalledHooks, Spot, in_eval_mode
+from rmtension.hooks import InstalledHooks, Spot, eager_eval
 from rmtension.pairs import PreferencePairs
 from rmtension.plain_run import probe_batch, run_base
 from rmtension.tokens import TokenBatch
@@ -75,7 +75,7 @@ def require_same_rewards(head: "RewardHead", opened: "Checkpoint") -> None:
     assert opened.head is not None
     batch = probe_batch(min(12, head.max_length, head.body.n_embeddings), head.device)
     base: Any = opened.base
-    with torch.no_grad(), in_eval_mode(base.modules()):
+    with torch.no_grad(), eager_eval(base.modules()):
         residual = run_base(base, batch)[0, -1].to(head.reward_dtype)
         expected = float(residual @ opened.head.weight.to(residual) + opened.head.bias)
         difference = abs(float(head.forward(batch)[0]) - expected)
@@ -182,7 +182,7 @@ class _Checker:
     def _by_classifier(self, model: Any) -> Float[Tensor, "text"]:
         """Transformers' own way from the text on: its tokens, its pooling, its head."""
         device = next(model.parameters()).device
-        with torch.no_grad(), in_eval_mode(model.modules()):
+        with torch.no_grad(), eager_eval(model.modules()):
             ids = [torch.tensor([self._own_ids(probe)], device=device) for probe in self.probes]
             return torch.cat([model(input_ids=one, use_cache=False).logits[0].to(self.alone) for one in ids])
 

@@ -12,6 +12,7 @@ from torch import nn
 from rmtension.body import Body, BridgeBody, HookedTransformerBody
 from rmtension.errors import ModelError, OptionError
 from rmtension.hooks import copy_without_hooks
+from rmtension.plain_weights import refuse_quantised, refuse_recomputed
 
 MODEL_CLASSES = ("TransformerBridge", "HookedTransformer")
 
@@ -32,6 +33,8 @@ def wrap(
     `HookedTransformer`.
     """
     check_model_class(model_class)
+    refuse_quantised(name, plain)
+    refuse_recomputed(name, plain)
     try:
         # Building shells draws initial weights; the user's random numbers stay as they were.
         with torch.random.fork_rng(devices=[]):
@@ -56,7 +59,8 @@ def _wrap(
         bridge.enable_compatibility_mode(disable_warnings=True)
         return BridgeBody(bridge)
     twin = copy_without_hooks(plain, {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]})
-    names = {id(module): path for path, module in twin.named_modules()}
+    # A compiled module finds its submodules without the name that torch.compile puts between them.
+    names = {id(module): path.replace("_orig_mod.", "") for path, module in twin.named_modules()}
     return BridgeBody(_boot(name, twin, tokenizer, trust_remote_code), plain, names)
 
 

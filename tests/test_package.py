@@ -15,7 +15,18 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.iter_modules(rmtension.__path__))
 # Floors of the design: a module imports only from floors below its own.
 FLOORS = [
-    {"errors", "sites", "subtasks", "hooks", "norms", "provenance", "gates", "distributed", "repr_html"},
+    {
+        "errors",
+        "sites",
+        "subtasks",
+        "hooks",
+        "norms",
+        "provenance",
+        "gates",
+        "distributed",
+        "repr_html",
+        "plain_weights",
+    },
     {"files", "header"},
     {"neuron_json"},
     {"storage"},
@@ -25,7 +36,7 @@ FLOORS = [
     {"pair_scores", "token_scores"},
     {"benchmarks", "intervals", "length"},
     {"encoding", "scored", "tokens", "controls", "overlap", "work"},
-    {"packing", "last_block", "budget", "sums", "plain_run", "body", "checkpoints", "wrapping"},
+    {"packing", "last_block", "rope", "budget", "sums", "plain_run", "body", "checkpoints", "wrapping"},
     {"site_widths"},
     {"hooked_model"},
     # A head reaches from its methods to the modules that prove, decompose and export it, and these to ablation.
