@@ -49,8 +49,9 @@ class RewardHead(HookedModel):
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
-        weight: the head: `d_model` numbers, a matrix of one row, a (weight, bias) pair, an `nn.Linear`, or a state
-            dict that holds one. None makes a head without a reward, for reading activations of a language model.
+        weight: the head: `d_model` numbers, a matrix with a row per output, a (weight, bias) pair, an `nn.Linear`, or
+            a state dict that holds one. None makes a head without a reward, for reading activations of a language model.
+        output: of several rows, the number of the one that is the reward, or a pair of which it is the difference.
         bias: added to every reward, beside the bias that `weight` may bring.
         final_norm: the final norm before any processing of weights. Needed where TransformerLens folded its gain into
             the unembedding (a `HookedTransformer` loaded with its default processing, a bridge in compatibility mode):
@@ -73,6 +74,7 @@ class RewardHead(HookedModel):
         model: nn.Module,
         *,
         weight: object,
+        output: object = None,
         bias: float = 0.0,
         final_norm: nn.Module | None = None,
         tokenizer: Any = None,
@@ -90,7 +92,7 @@ class RewardHead(HookedModel):
             tokens_per_batch=tokens_per_batch,
         )
         self.checkpoint = _checkpoint
-        self.weight, self.bias = self._read_weight(weight, bias, final_norm)
+        self.weight, self.bias = self._read_weight(weight, output, bias, final_norm)
         self._fingerprint: tuple[object, str] | None = None
 
     @classmethod
@@ -99,6 +101,7 @@ class RewardHead(HookedModel):
         name_or_path: str | Path,
         *,
         head: object = None,
+        output: object = None,
         model_class: str = "TransformerBridge",
         process_weights: bool = False,
         max_length: int | None = None,
@@ -124,7 +127,7 @@ class RewardHead(HookedModel):
             (2, 24, ['attn_head', 'mlp', 'mlp_gate'])
         """
         check_model_class(model_class)
-        opened = open_checkpoint(name_or_path, reward=True, head=head, options=options)
+        opened = open_checkpoint(name_or_path, reward=True, head=head, output=output, options=options)
         return cls._from_checkpoint(opened, max_length, tokens_per_batch, model_class, process_weights)
 
     @classmethod
@@ -154,6 +157,8 @@ class RewardHead(HookedModel):
         classifier: nn.Module,
         *,
         tokenizer: Any = None,
+        head: object = None,
+        output: object = None,
         pad_token: str | None = None,
         model_class: str = "TransformerBridge",
         process_weights: bool = False,
@@ -171,7 +176,7 @@ class RewardHead(HookedModel):
             >>> RewardHead.from_classifier(classifier, tokenizer=head.tokenizer).score_pairs(pairs["helpful"])
             ScoredPairs(n=24, accuracy=1.000, ties=0)
         """
-        opened = checkpoint_of(classifier, tokenizer, pad_token)
+        opened = checkpoint_of(classifier, tokenizer, pad_token, head, output)
         return cls._from_checkpoint(opened, max_length, tokens_per_batch, model_class, process_weights)
 
     @classmethod
@@ -433,11 +438,11 @@ class RewardHead(HookedModel):
         return TokenBatch.from_texts([text], [0], pad_token_id=self.pad_token_id, device=self.device)
 
     def _read_weight(
-        self, weight: object, bias: float, final_norm: nn.Module | None
+        self, weight: object, output: object, bias: float, final_norm: nn.Module | None
     ) -> tuple[Float[Tensor, "d_model"] | None, float]:
         if weight is None:
             return None, float(bias)
-        head = read_head(weight, self.d_model)
+        head = read_head(weight, self.d_model, output)
         if self.body.final_norm_folded:
             if final_norm is None:
                 raise ModelError(
