@@ -1,6 +1,7 @@
 """Adapters of peft: a folder with `adapter_config.json`, the model it was trained on, and the two merged into one."""
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from rmtension.stored_heads import CheckpointFiles, refused_pickle
 _CONFIG, _WEIGHTS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # What peft puts before the name that a parameter has in the model.
 _PREFIX = "base_model.model."
+# Of embeddings with added tokens it writes all that it holds: the trained ones under their own name, and twice again.
+_COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.weight$)")
 _NO_WEIGHTS = {
     **dict.fromkeys(
         ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"),
@@ -41,8 +44,8 @@ class Adapter:
     @property
     def n_outputs(self) -> int | None:
         """The rows of the score head that was saved with it; None without one."""
-        shape = self.shapes.get("score.weight")
-        return None if shape is None else shape[0]
+        names = ("score.weight", "classifier.weight") if self.task == "TOKEN_CLS" else ("score.weight",)
+        return next((self.shapes[name][0] for name in names if name in self.shapes), None)
 
 
 def find_adapters(files: CheckpointFiles, base: str | Path | None) -> tuple[list[Adapter], CheckpointFiles]:
@@ -60,8 +63,8 @@ def find_adapters(files: CheckpointFiles, base: str | Path | None) -> tuple[list
         adapters.insert(0, adapter)
         if base is None and files.find("config.json") is not None and _has_weights(files):
             raise ModelError(
-                f"{files.name}: it has an adapter and a whole model, and nothing says whether the model has the adapter "
-                f"merged into it already. If it has not, say base={files.name!r}; if it has, name a folder without "
+                f"{files.name}: it has an adapter and a whole model, and nothing says whether the adapter is merged "
+                f"into the model already. If it is not, say base={files.name!r}; if it is, name a folder without "
                 f"{_CONFIG}."
             )
         files = _base(files, config, base)
@@ -94,17 +97,21 @@ def put_on(model: Any, adapter: Adapter) -> Any:
     name = adapter.files.name
     try:
         with _quiet():
-            unmerged = peft.PeftModel.from_pretrained(model, str(adapter.folder), torch_device="cpu")
+            config = peft.PeftConfig.from_pretrained(str(adapter.folder))
+            if adapter.task == "CAUSAL_LM":
+                config.task_type = None  # as one that does no more than change weights it fits a classifier too
+            unmerged = peft.PeftModel.from_pretrained(model, str(adapter.folder), config=config, torch_device="cpu")
             tensors = peft.utils.load_peft_weights(str(adapter.folder), device="cpu")
             result = peft.set_peft_model_state_dict(unmerged, tensors)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(
             f"{name}: peft could not put the adapter on {type(model).__name__}, its base ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}). If it was trained on another model, name that one: base=..."
         ) from error
-    if result.unexpected_keys:
+    unexpected = [key for key in result.unexpected_keys if not (_COPY.search(key) and _COPY.sub("", key) in tensors)]
+    if unexpected:
         raise ModelError(
-            f"{name}: the base, a {type(model).__name__}, has no place for {sorted(result.unexpected_keys)[:3]} of the "
+            f"{name}: the base, a {type(model).__name__}, has no place for {sorted(unexpected)[:3]} of the "
             "adapter. Name the model that it was trained on: base=..."
         )
     missing = [key for key in result.missing_keys if _is_own(key, unmerged)]
@@ -162,8 +169,8 @@ def _read(files: CheckpointFiles) -> tuple[Adapter, Mapping[str, Any]] | None:
         raise ModelError(f"{files.name}: its {_CONFIG} is damaged ({error}). Fetch it again.") from error
     if kind in _NO_WEIGHTS:
         raise ModelError(
-            f"{files.name}: its adapter is of the kind {kind}, which {_NO_WEIGHTS[kind]}. That is no change of weights, "
-            "so that it cannot be merged. LoRA, DoRA, IA3 and other kinds with merge_and_unload() can."
+            f"{files.name}: its adapter is of the kind {kind}, which {_NO_WEIGHTS[kind]}. That is no change of "
+            "weights, so that it cannot be merged. LoRA, DoRA, IA3 and other kinds with merge_and_unload() can."
         )
     task = config.get("task_type")
     if task not in (None, *_TASKS):
@@ -197,8 +204,8 @@ def _base(files: CheckpointFiles, config: Mapping[str, Any], given: str | Path |
         return CheckpointFiles(find_local(named, revision), revision, files.local_files_only)
     except ModelError as error:
         raise ModelError(
-            f"base: {files.name} is an adapter, and its base model {str(named)!r} is not here: {error} Say where it is: "
-            "base=..."
+            f"base: {files.name} is an adapter, and its base model {str(named)!r} is not here: {error} Say "
+            "where it is: base=..."
         ) from error
 
 
@@ -230,5 +237,5 @@ def _is_own(key: str, unmerged: Any) -> bool:
 
 
 def _quiet() -> Any:
-    """peft warns of what is checked here."""
+    """Without the warnings of peft, about what is checked here."""
     return warnings.catch_warnings(action="ignore")

@@ -67,6 +67,11 @@ class Checkpoint:
     source: Source | None
 
     @property
+    def reads_tokens(self) -> bool:
+        """Whether the reward is a language model's logits of the next token."""
+        return self.logits is not None and self.logits.auto_class == _LANGUAGE_MODEL
+
+    @property
     def trust_remote_code(self) -> bool:
         """Whether code that came with the checkpoint may run."""
         return self.source is not None and self.source.options.get("trust_remote_code", False)
@@ -90,7 +95,8 @@ def open_checkpoint(
     names: Mapping[int, str] = place.config.id2label
     tokenizer = options.get("tokenizer")
     given = read_head_file(head) if isinstance(head, str | Path) else head
-    auto_class, tokens = _auto_class(place, classifies), ()
+    auto_class = _auto_class(place, classifies)
+    tokens: tuple[int, ...] = ()
     if reward and given is None and classifies:
         auto_class = _CLASSIFIER
         if "score.weight" in stored.linear or place.n_saved_outputs is not None:
@@ -113,7 +119,8 @@ def open_checkpoint(
         found, rows = _score_head(str(name), model, stored, output)
         logits = Logits(_CLASSIFIER, rows)
     elif reward:
-        found = read_head(model.score if given is None else given, _width(base.config), output, names)
+        layer = getattr(model, "score", None) or getattr(model, "classifier", None)
+        found = read_head(layer if given is None else given, _width(base.config), output, names)
     tokenizer = load_tokenizer(place) if tokenizer is None else tokenizer
     pools = reward and classifies
     pad_token_id = _pad_token_id(name, base.config, tokenizer, options.get("pad_token"), pools, found is None)
@@ -181,15 +188,15 @@ def _set_outputs(place: Place, stored: StoredHeads) -> None:
         shape = tuple(score.shape)
         if len(shape) != 2 or shape[1] != width:
             raise ModelError(
-                f"{place.files.name}: expected a score head of shape ({config.num_labels}, {width}), a row of the width "
-                f"of the model for each output, got {shape}. Its head and its body do not belong together; load the "
-                "checkpoint they were saved in, or pass head=."
+                f"{place.files.name}: expected a score head of shape ({config.num_labels}, {width}), a row as "
+                f"wide as the model for each output, got {shape}. Its head and its body do not belong together; load "
+                "the checkpoint they were saved in, or pass head=."
             )
         config.num_labels = shape[0]
     elif place.adapters:
         raise ModelError(
-            f"{place.files.name}: neither the adapter nor its base model holds a score head. An adapter that is trained "
-            "with task_type='SEQ_CLS', or with modules_to_save=['score'], is saved with one."
+            f"{place.files.name}: neither the adapter nor its base model holds a score head. An adapter that is "
+            "trained with task_type='SEQ_CLS', or with modules_to_save=['score'], is saved with one."
         )
     elif stored.layers:
         raise ModelError(_no_head(place, stored))
@@ -218,16 +225,17 @@ def _no_head(place: Place, stored: StoredHeads) -> str:
     name = place.files.name
     if stored.layers:
         return (
-            f"{name}: its head has several layers ({list(stored.layers)[:4]}), which this version does not read: it reads "
-            "heads that are one linear map. Its activations are there with RewardHead.from_language_model."
+            f"{name}: its head has several layers ({list(stored.layers)[:4]}), which this version does not read: "
+            "its heads are one linear map. Activations alone are read with RewardHead.from_language_model."
         )
     pickled = pickled_head(place.files)
     if pickled:
         return f"{name}: there is no head in its safetensors files.{pickled}"
     return (
-        f"{name}: expected a checkpoint of a sequence classifier, got {place.config.architectures}: it has no score head. "
-        "A language model is not a reward model; give it one with head=(weight, bias), name the tokens whose logits are "
-        "the reward with output=('Yes', 'No'), or read its activations alone with RewardHead.from_language_model."
+        f"{name}: expected a checkpoint of a sequence classifier, got {place.config.architectures}: it has no score "
+        "head. A language model is not a reward model; give it one with head=(weight, bias), name the tokens whose "
+        "logits are the reward with output=('Yes', 'No'), or read its activations alone with "
+        "RewardHead.from_language_model."
     )
 
 

@@ -42,10 +42,7 @@ def read_head(
     names. Raises `ModelError` for more than one output where none is chosen, another width than `width`, or a state
     dict without a head.
     """
-    if isinstance(given, LinearHead):
-        head = given
-    else:
-        head = _head(*_weight_and_bias(given), output, names)
+    head = given if isinstance(given, LinearHead) else _head(*_weight_and_bias(given), output, names)
     if width is not None and len(head.weight) != width:
         raise ModelError(
             f"weight: expected {width} numbers, one for each direction of the residual stream, got "

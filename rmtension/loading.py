@@ -1,7 +1,7 @@
 """Loading with transformers: options, devices, what is refused, and models with their adapters merged."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 

@@ -1,7 +1,6 @@
 """Names of checkpoints: what is on this machine is looked at first, and a mistyped path never reaches a hub."""
 
 import difflib
-import os
 from pathlib import Path
 
 from rmtension.errors import ModelError

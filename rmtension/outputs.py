@@ -44,9 +44,11 @@ def choose_tokens(output: object, tokenizer: Any) -> tuple[int, ...]:
 def pick(values: Float[Tensor, "row *rest"], rows: tuple[int, ...]) -> Float[Tensor, "*rest"]:
     """The chosen row, or the first minus the second, in float32 at least: halves would round the difference."""
     if len(rows) == 1:
-        return values[rows[0]]
+        only: Tensor = values[rows[0]]
+        return only
     first, second = values[list(rows)].to(torch.promote_types(values.dtype, torch.float32))
-    return first - second
+    difference: Tensor = first - second
+    return difference
 
 
 def _one_or_two(output: object, find: Any) -> tuple[int, ...]:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rmtension.body import Body, find_body
-from rmtension.checkpoints import Checkpoint, LoadOptions, checkpoint_of, open_checkpoint
+from rmtension.checkpoints import Checkpoint, checkpoint_of, open_checkpoint
 from rmtension.distributed import current
 from rmtension.encoding import EncodedText, TextOrChat, encode_texts
 from rmtension.errors import ModelError, OptionError
 from rmtension.heads import read_head
 from rmtension.hooked_model import HookedModel
+from rmtension.loading import LoadOptions
 from rmtension.nonfinite import require_finite
 from rmtension.norms import read_norm
 from rmtension.pair import PreferencePair
@@ -50,7 +51,7 @@ class RewardHead(HookedModel):
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
         weight: the head: `d_model` numbers, a matrix with a row per output, a (weight, bias) pair, an `nn.Linear`, or
-            a state dict that holds one. None makes a head without a reward, for reading activations of a language model.
+            a state dict that holds one. None makes a head without a reward, for the activations of a language model.
         output: of several rows, the number of the one that is the reward, or a pair of which it is the difference.
         bias: added to every reward, beside the bias that `weight` may bring.
         final_norm: the final norm before any processing of weights. Needed where TransformerLens folded its gain into
@@ -116,7 +117,7 @@ class RewardHead(HookedModel):
 
         `model_class="HookedTransformer"` (TransformerLens 3.x) converts the weights; `process_weights=True` folds and
         centres them as TransformerLens does. Both are compared with transformers on a short text, and raise
-        `ModelError` if they differ. `options` are those of `rmtension.checkpoints.LoadOptions`.
+        `ModelError` if they differ. `options` are those of `rmtension.loading.LoadOptions`.
 
         Raises `ModelError` for a checkpoint without a head, with more than one output, quantised, or without any pad
         token (`pad_token=` says which).

@@ -169,9 +169,10 @@ class _Checker:
         model: Any = reload_classifier(self.head) if reference is None else reference
         checkpoint = self.head.checkpoint
         # A bias for which transformers has no place is the head's alone.
+        constant = 0.0 if checkpoint is None or checkpoint.head is None else checkpoint.head.bias
         has_place = getattr(getattr(model, "score", None), "bias", None) is not None
-        is_in_logits = has_place or checkpoint is None or checkpoint.head is None or not checkpoint.pools
-        constant = 0.0 if is_in_logits else checkpoint.head.bias
+        if has_place or (checkpoint is not None and checkpoint.reads_tokens):
+            constant = 0.0
         if model is not None:
             expected = self._by_logits(model) + constant
         elif checkpoint is not None and checkpoint.source is not None:

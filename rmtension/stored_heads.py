@@ -1,18 +1,17 @@
-"""Heads in a checkpoint's safetensors files, in the model's own and in a file beside it; pickled files are never read."""
+"""Heads in a checkpoint's safetensors files, in the model's own and in one beside them; no pickled file is read."""
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rmtension.errors import ModelError
-from rmtension.local_names import contents
 from rmtension.heads import is_linear_head, is_numbered, layered_heads
+from rmtension.local_names import contents
 
 # LLaMA-Factory's name for the value head that it keeps out of the model's own files.
 VALUE_HEAD = "value_head.safetensors"
@@ -91,7 +90,7 @@ def read_head_file(path: str | Path) -> dict[str, Tensor]:
 
 
 def pickled_head(files: CheckpointFiles) -> str:
-    """For a checkpoint without a head: what to do with a pickled file in it that may hold one; '' without such a file."""
+    """For a checkpoint without a head: what to do with a pickled file that may hold one; '' where there is none."""
     found = next((path for file in _PICKLED if (path := files.find(file)) is not None), None)
     if found is None:
         return ""

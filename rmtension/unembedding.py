@@ -34,9 +34,9 @@ def token_head(name: str, model: Any, rows: tuple[int, ...]) -> LinearHead:
         reason = f"capped (final_logit_softcapping={cap})" if cap is not None else "computed in another way"
         weight = "RewardHead.from_language_model(...).body.plain.get_input_embeddings().weight"
         raise ModelError(
-            f"{name}: its logits are {reason}, so that a logit is no linear function of the hidden state. The number "
-            f"before that is head=(weight[yes] - weight[no], 0), weight its unembedding (where it is tied: {weight}) and "
-            "yes, no the numbers of the tokens."
+            f"{name}: its logits are {reason}, so that a logit is no linear function of the hidden state. What it "
+            "is before that is read with head=(weight[yes] - weight[no], 0): yes and no are the numbers of the tokens, "
+            f"weight the unembedding, where it is tied {weight}."
         )
     bias = getattr(unembedding, "bias", None)
     constant = 0.0 if bias is None else scale * float(pick(bias.detach(), rows))

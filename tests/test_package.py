@@ -16,7 +16,7 @@ MODULES = sorted(module.name for module in pkgutil.iter_modules(rmtension.__path
 # Floors of the design: a module imports only from floors below its own.
 FLOORS = [
     {"errors", "sites", "subtasks", "hooks", "norms", "provenance", "gates", "distributed", "repr_html"},
-    {"files", "header"},
+    {"files", "header", "outputs", "local_names"},
     {"neuron_json"},
     {"storage"},
     {"chat", "heads", "neurons", "pair", "reading"},
@@ -25,7 +25,10 @@ FLOORS = [
     {"pair_scores", "token_scores"},
     {"benchmarks", "intervals", "length"},
     {"encoding", "scored", "tokens", "controls", "overlap", "work"},
-    {"packing", "last_block", "budget", "sums", "plain_run", "body", "checkpoints", "wrapping"},
+    {"stored_heads"},
+    {"adapters"},
+    {"packing", "last_block", "budget", "sums", "plain_run", "body", "loading", "unembedding", "wrapping"},
+    {"checkpoints"},
     {"site_widths"},
     {"hooked_model"},
     # A head reaches from its methods to the modules that prove, decompose and export it, and these to ablation.
