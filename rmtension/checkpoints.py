@@ -90,7 +90,7 @@ def open_checkpoint(
     placement_of(options)  # a wrong device is said before anything is read
     stored = stored_heads(place.weights, _width(place.config))
     classifies = _is_classifier(place)
-    if classifies or place.task == _TOKENS:
+    if (classifies or place.task == _TOKENS) and (place.adapters or (reward and head is None)):
         _set_outputs(place, stored)
     names: Mapping[int, str] = place.config.id2label
     tokenizer = options.get("tokenizer")
@@ -228,7 +228,7 @@ def _no_head(place: Place, stored: StoredHeads) -> str:
             f"{name}: its head has several layers ({list(stored.layers)[:4]}), which this version does not read: "
             "its heads are one linear map. Activations alone are read with RewardHead.from_language_model."
         )
-    pickled = pickled_head(place.files)
+    pickled = pickled_head(place.files, is_adapter=bool(place.adapters))
     if pickled:
         return f"{name}: there is no head in its safetensors files.{pickled}"
     return (

@@ -99,7 +99,8 @@ def _token(one: object, tokenizer: Any) -> int:
     ids = tokenizer.encode(one, add_special_tokens=False)
     if len(ids) == 1 and ids[0] != tokenizer.unk_token_id and tokenizer.decode(ids).strip() == one.strip():
         return int(ids[0])
-    pieces = tokenizer.convert_ids_to_tokens(ids)
+    text = one.replace("Ġ", " ").replace("▁", " ")  # as entries write a space
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode(text, add_special_tokens=False))
     close = _close(one, vocabulary)
     raise OptionError(
         f"output: {one!r} is not one token of this tokenizer, which splits it into {pieces}. "

@@ -15,7 +15,6 @@ from rmtension.local_names import contents
 
 # LLaMA-Factory's name for the value head that it keeps out of the model's own files.
 VALUE_HEAD = "value_head.safetensors"
-_PICKLED = ("value_head.bin", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,15 @@ def read_head_file(path: str | Path) -> dict[str, Tensor]:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
 
 
-def pickled_head(files: CheckpointFiles) -> str:
+def pickled_head(files: CheckpointFiles, *, is_adapter: bool) -> str:
     """For a checkpoint without a head: what to do with a pickled file that may hold one; '' where there is none."""
-    found = next((path for file in _PICKLED if (path := files.find(file)) is not None), None)
+    # Beside an adapter trl keeps its value head in a file of this name; beside a model it is the model once more.
+    names = ("value_head.bin", "pytorch_model.bin") if is_adapter else ("value_head.bin",)
+    found = next((path for file in names if (path := files.find(file)) is not None), None)
     if found is None:
         return ""
     path = Path(files.name) / found.name if Path(files.name).is_dir() else found
-    return f" {refused_pickle(path)} Then open it again, with head={str(path.with_name(VALUE_HEAD))!r}."
+    return f" {refused_pickle(path, VALUE_HEAD)} Then open it again, with head={str(path.with_name(VALUE_HEAD))!r}."
 
 
 def refused_pickle(path: Path, target: str | None = None) -> str:

@@ -133,6 +133,10 @@ def test_value_head_beside_an_adapter(bases, tokenizer, tmp_path):
     model, folder = adapt(bases["qwen2 LM"], config, tmp_path, auto="CausalLM")
     with pytest.raises(ModelError, match="no score head"):
         RewardHead.from_pretrained(folder)
+    # trl's trainers write the head there; as everywhere, it is not unpickled.
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model.bin is pickled.*value_head.safetensors"):
+        RewardHead.from_pretrained(folder)
     weight, bias = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
     save_file({"v_head.summary.weight": weight, "v_head.summary.bias": bias}, folder / "value_head.safetensors")
     with torch.no_grad():
@@ -142,8 +146,8 @@ def test_value_head_beside_an_adapter(bases, tokenizer, tmp_path):
     assert torch.allclose(head.score(TEXTS), torch.stack(states) @ weight[0] + 0.5, atol=1e-5)
     assert head.check()["passed"].all()
     # The same adapter without a head: activations, and a judge's tokens.
-    yes, no = tokenizer.convert_tokens_to_ids(["Ġsure", "Ġhelp"])
-    judge = RewardHead.from_pretrained(folder, output=("Ġsure", "Ġhelp"))
+    yes, no = tokenizer.convert_tokens_to_ids(["Ġsure", "Ġbake"])
+    judge = RewardHead.from_pretrained(folder, output=("Ġsure", "Ġbake"))
     scores = logits(model, tokenizer)
     assert torch.allclose(judge.score(TEXTS), scores[:, yes] - scores[:, no], atol=1e-5)
     assert judge.check()["passed"].all()
