@@ -23,6 +23,7 @@ from rmtension.nonfinite import require_finite
 from rmtension.norms import read_norm
 from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
+from rmtension.plain_run import looks_ahead
 from rmtension.provenance import Provenance, fingerprint
 from rmtension.scored import ScoredPairs
 from rmtension.stream import PairStream
@@ -111,16 +112,30 @@ class RewardHead(HookedModel):
     ) -> "RewardHead":
         """Open a reward model from a folder or the hub; safetensors only, fp32 by default.
 
-        A one-label sequence classifier is read where transformers reads it: at the last token that is not
-        `config.pad_token_id`. A language model saved with a value head (trl's `v_head`), or opened with `head=` (what
-        `weight` takes above), is read at its last token.
+        A sequence classifier is read where transformers reads it, at the last token that is not `config.pad_token_id`,
+        also with a head of your own. A language model with a value head in its files or in `value_head.safetensors`
+        beside them, and one whose next-token logits are the reward, is read at its last token. An adapter of peft is
+        merged into its base model, with the head that was saved with it.
+
+        Args:
+            name_or_path: a folder, or a hub name. A path that is not on this machine is an error before any hub is
+                asked; `revision=` says that a name is a hub's.
+            head: in place of the checkpoint's own: what `weight` takes above, or the path of a safetensors file.
+            output: which of several outputs is the reward: its number from 0 or its name in `config.id2label`, for a
+                language model a token (`"ĠYes"` or `" Yes"`). A pair is a difference: `output=("Yes", "No")`.
+            model_class: see below.
+            process_weights: see below.
+            max_length: tokens per text; by default, and at most, the model's context.
+            tokens_per_batch: how many tokens run together.
+            **options: those of `rmtension.loading.LoadOptions`.
 
         `model_class="HookedTransformer"` (TransformerLens 3.x) converts the weights; `process_weights=True` folds and
         centres them as TransformerLens does. Both are compared with transformers on a short text, and raise
-        `ModelError` if they differ. `options` are those of `rmtension.loading.LoadOptions`.
+        `ModelError` if they differ.
 
-        Raises `ModelError` for a checkpoint without a head, with more than one output, quantised, or without any pad
-        token (`pad_token=` says which).
+        Raises `ModelError` for a checkpoint without a head, with more outputs than one where `output` names none,
+        quantised, or without any pad token (`pad_token=` says which), and for an adapter whose base is not there
+        (`base=` says where).
 
         Examples:
             >>> opened = RewardHead.from_pretrained("organism", max_length=32)
@@ -169,13 +184,25 @@ class RewardHead(HookedModel):
         """The head of a transformers classifier in memory, for example one that a trainer just left behind.
 
         Its weights are shared, not copied (a HookedTransformer and processed weights are copies): training it further
-        changes the rewards. The head itself is a copy.
+        changes the rewards. The head itself is a copy. `head` and `output` are those of `from_pretrained`. A
+        `PeftModel` is run with its adapter layers as they are.
 
         Examples:
             >>> from transformers import AutoModelForSequenceClassification
             >>> classifier = AutoModelForSequenceClassification.from_pretrained("organism")
             >>> RewardHead.from_classifier(classifier, tokenizer=head.tokenizer).score_pairs(pairs["helpful"])
             ScoredPairs(n=24, accuracy=1.000, ties=0)
+
+            One output of several, and the difference of two:
+
+            >>> from rmtension.check_matrix import make_classifier
+            >>> three = make_classifier("gpt2", 64, num_labels=3)
+            >>> first, last, both = (
+            ...     RewardHead.from_classifier(three, tokenizer=head.tokenizer, output=output).score(["help"])
+            ...     for output in (0, "LABEL_2", (0, 2))
+            ... )
+            >>> bool((both - (first - last)).abs() < 1e-5)
+            True
         """
         opened = checkpoint_of(classifier, tokenizer, pad_token, head, output)
         return cls._from_checkpoint(opened, max_length, tokens_per_batch, model_class, process_weights)
@@ -197,6 +224,11 @@ class RewardHead(HookedModel):
             process_weights=process_weights,
             trust_remote_code=opened.trust_remote_code,
         )
+        if opened.base is not None and looks_ahead(opened.base, body.n_embeddings):
+            raise ModelError(
+                f"{opened.name}: its tokens see later ones, as in an encoder, so that padding and the rest of a batch "
+                "would change its rewards. This library reads models with causal attention."
+            )
         norm: nn.Module | None = None
         if body.final_norm_folded:
             # The norm as transformers has it, found through an unprocessed bridge.

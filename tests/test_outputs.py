@@ -307,6 +307,16 @@ class TestStoredHeads:
         found = logits(model, tokenizer)
         assert torch.allclose(head.score(TEXTS), found[:, 1] - found[:, 0], atol=1e-5)
 
+    def test_an_encoder_is_refused(self, tokenizer, tmp_path):
+        """Its last hidden state depends on the padding behind it."""
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+        config = transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=96, pad_token_id=1, **sizes)
+        transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+        tokenizer.save_pretrained(tmp_path / "bert")
+        folder = with_tensors(tmp_path / "bert", tmp_path / "head", {"v_head.weight": torch.ones(1, 32)})
+        with pytest.raises(ModelError, match="tokens see later ones, as in an encoder"):
+            RewardHead.from_pretrained(folder)
+
     def test_two_heads(self, language_models, tmp_path):
         one = {"v_head.summary.weight": torch.ones(1, 32)}
         folder = with_tensors(language_models["gpt2"], tmp_path, one)
