@@ -114,7 +114,7 @@ def put_on(model: Any, adapter: Adapter) -> Any:
             f"{name}: the base, a {type(model).__name__}, has no place for {sorted(unexpected)[:3]} of the "
             "adapter. Name the model that it was trained on: base=..."
         )
-    missing = [key for key in result.missing_keys if _is_own(key, unmerged)]
+    missing = _own_missing(result.missing_keys, unmerged)
     if missing:
         raise ModelError(
             f"{name}: its file lacks {sorted(missing)[:3]}, which its config says the adapter has. Fetch or save it "
@@ -228,12 +228,15 @@ def _resize_embeddings(model: Any, adapter: Adapter) -> None:
         model.resize_token_embeddings(saved[0], mean_resizing=False)
 
 
-def _is_own(key: str, unmerged: Any) -> bool:
-    """Whether a parameter that no file had is the adapter's, not the base's."""
+def _own_missing(keys: Sequence[str], unmerged: Any) -> list[str]:
+    """Of the parameters that the adapter's file had not: the adapter's, but for those that share one which it had."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(unmerged.active_peft_config.peft_type, "")
-    return bool(prefix) and prefix in key and ".default" in key
+    state = unmerged.state_dict()
+    read = {state[key].data_ptr() for key in state.keys() - set(keys)}
+    own = [key for key in keys if prefix and prefix in key and ".default" in key and key in state]
+    return [key for key in own if state[key].data_ptr() not in read]
 
 
 def _quiet() -> Any:

@@ -78,6 +78,10 @@ KINDS = {
     "DoRA": ("gpt_neox", lambda: peft.LoraConfig(r=4, use_dora=True, target_modules=["dense_4h_to_h", "dense"])),
     "rsLoRA": ("gpt_neox", lambda: peft.LoraConfig(r=4, use_rslora=True, target_modules=["query_key_value"])),
     "LoHa": ("gpt_neox", lambda: peft.LoHaConfig(r=2, target_modules=["dense_h_to_4h"])),
+    "shared vectors": (
+        "gpt_neox",
+        lambda: peft.VBLoRAConfig(target_modules=["dense"], r=2, num_vectors=8, vector_length=8),
+    ),
     "LoRA on a language model": ("qwen2 LM", lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])),
     "IA3 on a language model": ("gpt2 LM", lambda: peft.IA3Config(target_modules=GPT2, feedforward_modules=["c_proj"])),
 }
@@ -222,6 +226,21 @@ def test_token_classifiers_are_read_at_the_last_token(bases, tokenizer, tmp_path
     model, folder = adapt(bases["gpt2 LM"], config, tmp_path, n_outputs=2, auto="TokenClassification")
     head = RewardHead.from_pretrained(folder, output=1)
     assert torch.allclose(head.score(TEXTS), logits(model, tokenizer)[:, 1], atol=1e-5)
+
+
+def test_a_hub_name_is_an_adapter_too(bases, tokenizer, tmp_path, monkeypatch):
+    """Files of the name are fetched one by one; here they are in a folder."""
+    model, folder = adapt(
+        bases["gpt2"], peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=GPT2), tmp_path / "adapter"
+    )
+    cached = transformers.utils.cached_file
+
+    def fetch(name, file, **options):
+        return cached(str(folder) if name == "someone/adapter" else name, file, **options)
+
+    monkeypatch.setattr(transformers.utils, "cached_file", fetch)
+    head = RewardHead.from_pretrained("someone/adapter")
+    assert torch.allclose(head.score(TEXTS), logits(model, tokenizer)[:, 0], atol=1e-5)
 
 
 class TestInMemory:
