@@ -15,7 +15,7 @@ from rmtension.gates import GATE_ROWS, find_gates
 from rmtension.hooks import InstalledHooks, Spot, count_foreign_hooks, eager_eval, has_own_hooks, modules_of
 from rmtension.norms import read_norm
 from rmtension.plain_run import find_last_mlp, measure_packing, probe_batch, run_base
-from rmtension.plain_weights import refuse_quantised, refuse_recomputed
+from rmtension.plain_weights import refuse_packed_weights, refuse_recomputed
 from rmtension.rope import RopeByText
 from rmtension.sites import SITES, find_site
 from rmtension.tokens import TokenBatch
@@ -270,7 +270,7 @@ Body = BridgeBody | HookedTransformerBody
 
 def find_body(model: nn.Module) -> Body:
     """The body of a model that the user hooked; raises `ModelError` for anything else."""
-    refuse_quantised("model", model)
+    refuse_packed_weights("model", model)
     refuse_recomputed("model", model)
     if hasattr(model, "original_model"):
         return BridgeBody(model)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rmtension.ablation import AblationContext
-from rmtension.checkpoints import Checkpoint
+from rmtension.checkpoints import Checkpoint, reload_model
 from rmtension.distributed import current
 from rmtension.errors import ModelError, OptionError, RMTensionWarning
 from rmtension.files import filled_whole
@@ -157,29 +157,17 @@ def build_classifier(head: RewardHead) -> Any:
 
 
 def reload_classifier(head: RewardHead) -> Any:
-    """The classifier that transformers loads from where `head` came from; None where transformers knows of none."""
-    from transformers import AutoModelForSequenceClassification
-
+    """The model of transformers that makes the reward, from where `head` came; None where transformers has none."""
     checkpoint = head.checkpoint
-    if checkpoint is None or not checkpoint.is_classifier:
+    if checkpoint is None or (checkpoint.source is not None and checkpoint.logits is None):
         return None
-    if checkpoint.source is None:
-        return build_classifier(head)
-    options = checkpoint.source.options
-    with torch.random.fork_rng(devices=[]):
-        classifier: Any = AutoModelForSequenceClassification.from_pretrained(
-            checkpoint.source.name,
-            revision=options.get("revision"),
-            trust_remote_code=checkpoint.trust_remote_code,
-            use_safetensors=True,
-            dtype=head.dtype,
-            device_map=options.get("device_map"),
-            local_files_only=True,  # it was loaded from there a moment ago
-        )
-    config = classifier.config.get_text_config()
+    if checkpoint.source is None or checkpoint.logits is None:
+        return build_classifier(head) if checkpoint.pools else None
+    model = reload_model(checkpoint.source, checkpoint.logits, head.dtype)
+    config = model.config.get_text_config()
     if config.pad_token_id is None:
         config.pad_token_id = head.pad_token_id
-    return classifier if options.get("device_map") else classifier.to(head.device)
+    return model if checkpoint.source.options.get("device_map") else model.to(head.device)
 
 
 def _current(head: RewardHead, what: str) -> tuple[Checkpoint, nn.Module]:

@@ -46,6 +46,16 @@ def run_base(base: Any, batch: TokenBatch) -> Float[Tensor, "row token d_model"]
     return output
 
 
+def looks_ahead(base: Any, n_embeddings: int) -> bool:
+    """Whether a token's hidden state depends on a later token, as in encoders. Decided by trying."""
+    first = probe_batch(3, next(base.parameters()).device)
+    ids = first.input_ids.clone()
+    ids[:, -1] = n_embeddings - 1
+    with torch.no_grad(), eager_eval(base.modules()):
+        one, other = (run_base(base, batch)[:, :-1].float() for batch in (first, replace(first, input_ids=ids)))
+    return not torch.allclose(one, other, rtol=1e-2, atol=1e-4)
+
+
 def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
     """The longest packed row that `base` computes as it computes texts alone; 0 where it does not. Decided by trying.
 

@@ -27,7 +27,7 @@ _QUANTISERS = (
 )
 
 
-def refuse_quantised(name: str, model: nn.Module) -> None:
+def refuse_packed_weights(name: str, model: nn.Module) -> None:
     """Raise `ModelError` for a model in memory whose weights are quantised or packed."""
     for path, module in model.named_modules():
         packed = type(module).__module__.startswith(_QUANTISERS)

@@ -12,7 +12,7 @@ from torch import nn
 from rmtension.body import Body, BridgeBody, HookedTransformerBody
 from rmtension.errors import ModelError, OptionError
 from rmtension.hooks import copy_without_hooks
-from rmtension.plain_weights import refuse_quantised, refuse_recomputed
+from rmtension.plain_weights import refuse_packed_weights, refuse_recomputed
 
 MODEL_CLASSES = ("TransformerBridge", "HookedTransformer")
 
@@ -33,7 +33,7 @@ def wrap(
     `HookedTransformer`.
     """
     check_model_class(model_class)
-    refuse_quantised(name, plain)
+    refuse_packed_weights(name, plain)
     refuse_recomputed(name, plain)
     try:
         # Building shells draws initial weights; the user's random numbers stay as they were.

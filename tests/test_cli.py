@@ -138,7 +138,7 @@ class TestScore:
             (["MODEL", "none.jsonl"], "none.jsonl: cannot be read"),
             (["MODEL", "."], "cannot be read"),
             (["./none", "pairs.jsonl"], "./none is no folder"),
-            ([".", "pairs.jsonl"], "could not load the config"),
+            ([".", "pairs.jsonl"], "no config.json and no adapter_config.json"),
             (["MODEL", "pairs.jsonl", "--out", "there.jsonl"], "there.jsonl exists already"),
             (["MODEL", "pairs.jsonl", "--out", ".", "--overwrite"], "is a folder"),
             (["MODEL", "pairs.jsonl", "--out", "there.jsonl/x"], "could not be written"),

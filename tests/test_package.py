@@ -15,19 +15,8 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.iter_modules(rmtension.__path__))
 # Floors of the design: a module imports only from floors below its own.
 FLOORS = [
-    {
-        "errors",
-        "sites",
-        "subtasks",
-        "hooks",
-        "norms",
-        "provenance",
-        "gates",
-        "distributed",
-        "repr_html",
-        "plain_weights",
-    },
-    {"files", "header"},
+    {"errors", "sites", "subtasks", "hooks", "norms", "provenance", "gates", "distributed", "repr_html"},
+    {"files", "header", "outputs", "local_names", "plain_weights"},
     {"neuron_json"},
     {"storage"},
     {"chat", "heads", "neurons", "pair", "reading"},
@@ -36,7 +25,10 @@ FLOORS = [
     {"pair_scores", "token_scores"},
     {"benchmarks", "intervals", "length"},
     {"encoding", "scored", "tokens", "controls", "overlap", "work"},
-    {"packing", "last_block", "rope", "budget", "sums", "plain_run", "body", "checkpoints", "wrapping"},
+    {"stored_heads"},
+    {"adapters"},
+    {"packing", "last_block", "rope", "budget", "sums", "plain_run", "body", "loading", "unembedding", "wrapping"},
+    {"checkpoints"},
     {"site_widths"},
     {"hooked_model"},
     # A head reaches from its methods to the modules that prove, decompose and export it, and these to ablation.
