@@ -19,7 +19,7 @@ FLOORS = [
     {"files", "header"},
     {"neuron_json"},
     {"storage"},
-    {"chat", "heads", "neurons", "pair", "reading"},
+    {"chat", "heads", "neurons", "pair", "portable", "reading"},
     {"preference_format"},
     {"pairs", "neuron_scores"},
     {"pair_scores", "token_scores"},
