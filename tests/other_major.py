@@ -5,15 +5,16 @@
     .venv-rewardbench/bin/python tests/other_major.py compare FOLDER     (the version that RewardBench pins)
     .venv-rewardbench/bin/python tests/other_major.py rewardbench FOLDER (its own command on pairs)
 
-Each exits with 1 where a reward is further than 1e-5 off, or a token another one, without a warning on export.
+Each exits with 1 where a reward is further than 1e-5 off, or a token another one, without a warning on export. The
+row `control` is Llama without what this library adds for transformers 4: there the comparison has to fail.
 """
 
 import argparse
 import contextlib
 import copy
-import io
 import json
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -42,8 +43,9 @@ ROPES = {
     },
 }
 COLUMNS = [*ROPES, "ablated"]
-# Pairs of frequencies that a head of 8 channels rotates.
-_PAIRS = {"gpt_neox": 1, "stablelm": 1, "qwen3_next": 1, "glm": 2, "glm4": 2, "nemotron": 2, "phi": 2, "deepseek_v3": 2}
+UNKNOWN = "no classifier"
+# Families that rotate a part of each head; here half of its 8 channels, which is two frequencies.
+_PARTIAL = {"gpt_neox", "stablelm", "qwen3_next", "glm", "glm4", "nemotron", "phi"}
 _CHANGES = {"deepseek_v3": {"num_key_value_heads": 4}, "mixtral": {"head_dim": 8}}
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|endoftext|>{% endfor %}"
 CHAT = [{"role": "user", "content": "How do I bake bread?"}, {"role": "assistant", "content": " Mix, wait, bake."}]
@@ -65,6 +67,7 @@ def write(folder):
         for rope in ROPES:
             rows += write_family(folder, family, rope, tokenizer, texts)
         print(family, flush=True)
+    rows.append(control(folder, next(row for row in rows if (row["family"], row["cell"]) == ("llama", "theta"))))
     found = {"families": rows, "tokenizers": write_tokenizers(folder, world.texts, texts)}
     found["pairs"] = write_pairs(folder, world.test["helpful"], tokenizer)
     (folder / "expected.json").write_text(json.dumps(found))
@@ -81,11 +84,11 @@ def rotary(family, name):
     if family == "phi3" and name not in ("theta", "longrope"):
         return None
     rope = copy.deepcopy(ROPES[name]) | {"rope_theta": BASE}
+    if family in _PARTIAL:
+        rope["partial_rotary_factor"] = 0.5
     for factors in ("short_factor", "long_factor"):
         if factors in rope:
-            rope[factors] = rope[factors][: _PAIRS.get(family, 4)]
-    if family in ("gpt_neox", "stablelm", "qwen3_next") and name == "dynamic":
-        rope["partial_rotary_factor"] = 0.5  # one pair of channels has no dynamic base
+            rope[factors] = rope[factors][: 2 if family in _PARTIAL or family == "deepseek_v3" else 4]
     if name == "dynamic":
         changes["max_position_embeddings"] = 32
     if name == "longrope" and family == "phi3":
@@ -140,6 +143,17 @@ def one_row(folder, family, cell, head, texts):
     assert off <= TOLERANCE * max(1.0, *map(abs, found)), f"{place}: transformers 5 itself is {off:.1e} off"
     row = {"family": family, "cell": cell, "folder": place.name, "texts": texts}
     return row | {"ids": ids, "rewards": found, "said": said}
+
+
+def control(folder, row):
+    """The same export without the names of transformers 4, as transformers 5 writes it: the comparison must fail."""
+    place = folder / "control"
+    shutil.copytree(folder / row["folder"], place)
+    config = json.loads((place / "config.json").read_text())
+    for name in ("rope_theta", "rope_scaling"):
+        del config[name]
+    (place / "config.json").write_text(json.dumps(config))
+    return row | {"family": "control", "folder": "control"}
 
 
 def rewards(place, ids):
@@ -230,7 +244,11 @@ def write_pairs(folder, pairs, tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = TEMPLATE
     pairs = pairs.as_chat()
-    rows = [{side: pair.text(side) for side in ("chosen", "rejected")} for pair in pairs]
+    rows = []
+    for pair in pairs:
+        prompt = [{"role": message.role, "content": message.content} for message in pair.prompt]
+        sides = {"chosen": pair.chosen, "rejected": pair.rejected}
+        rows.append({side: [*prompt, {"role": "assistant", "content": text}] for side, text in sides.items()})
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = []
     for family in ("gpt2", "llama"):
@@ -259,8 +277,11 @@ def compare(folder):
     for family in dict.fromkeys(row["family"] for row in expected["families"]):
         cells = dict.fromkeys(COLUMNS, "")
         for row in (row for row in expected["families"] if row["family"] == family):
+            if UNKNOWN in cells.values():
+                cells[row["cell"]] = UNKNOWN
+                continue
             cells[row["cell"]], is_wrong = difference(folder / row["folder"], row, reasons)
-            wrong, n = wrong + is_wrong, n + 1
+            wrong, n = wrong + (is_wrong != (family == "control")), n + 1
         print(f"| {family} | {' | '.join(cells.values())} |", flush=True)
     print()
     for reason, number in reasons.items():
@@ -272,7 +293,7 @@ def compare(folder):
         differs = [name for name in found if found[name] != row[name]]
         wrong += bool(differs)
         print(f"| {row['name']} | {', '.join(differs) or 'nothing'} |")
-    print(f"\n{wrong} wrong of {n} exports and {len(expected['tokenizers'])} tokenizers")
+    print(f"\n{wrong} wrong of {n} exports that have a classifier here and {len(expected['tokenizers'])} tokenizers")
     return wrong
 
 
@@ -283,9 +304,10 @@ def difference(place, row, reasons):
         tokens = [tokenizer(text)["input_ids"] for text in row["texts"]] == row["ids"]
         found = rewards(place, row["ids"])
     except (ValueError, KeyError) as error:
-        is_unknown = any(words in str(error) for words in ("does not recognize", "Unrecognized configuration class"))
-        reason = "not in this version" if is_unknown else f"refused here; on export: {said(row)}"
-        return f"({reasons.setdefault(reason, len(reasons) + 1)})", not (is_unknown or row["said"])
+        if any(words in str(error) for words in ("does not recognize", "Unrecognized configuration class")):
+            return UNKNOWN, False
+        reason = f"refused; on export: {said(row)}"
+        return f"({reasons.setdefault(reason, len(reasons) + 1)})", not row["said"]
     off = max(abs(first - second) for first, second in zip(found, row["rewards"], strict=True))
     good = tokens and off <= TOLERANCE * max(1.0, *map(abs, found))
     mark = f" ({reasons.setdefault(f'on export: {said(row)}', len(reasons) + 1)})" if row["said"] else ""
@@ -320,6 +342,22 @@ def rewardbench(folder):
     return wrong
 
 
+@contextlib.contextmanager
+def to_a_file(name):
+    """Send what a command says, at the level of info, to a file."""
+    streams = [os.dup(number) for number in (1, 2)]
+    with Path(name).open("a") as file:
+        try:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+            yield
+        finally:
+            sys.stdout.flush()
+            for number, stream in zip((1, 2), streams, strict=True):
+                os.dup2(stream, number)
+                os.close(stream)
+
+
 def scored_by_rewardbench(model, batch_size):
     import rewardbench.rewardbench as command
 
@@ -329,8 +367,7 @@ def scored_by_rewardbench(model, batch_size):
         transformers.BatchEncoding.to = lambda self, device, **more: moved(self, "cpu", **more)
     options = {"dataset": "pairs.jsonl", "load_json": True, "not_quantized": True, "torch_dtype": "float32"}
     arguments = command.Args(model=f"models/{model}", batch_size=batch_size, output_dir="results/", **options)
-    # Its log, at the level of info.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with to_a_file("rewardbench.log"):
         command.rewardbench(arguments)
     lines = Path(f"results/models/{model}_outputs.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
