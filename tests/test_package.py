@@ -38,6 +38,7 @@ FLOORS = [
         "activations",
         "ablation",
         "export",
+        "holding",
         "replacing",
         "lens_hooks",
     },
