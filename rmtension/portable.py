@@ -21,6 +21,8 @@ _FIXED = {"gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}}
 _SCALED = {"linear", "dynamic", "yarn", "longrope", "llama3"}
 # In `rope_parameters`, and not in the `rope_scaling` of transformers 4.
 _UNSCALED = {"rope_theta", "partial_rotary_factor", "rope_type", "type"}
+# What a model type of transformers 4 needs for a method, and transformers 5 does not.
+_REQUIRED = {("hunyuan_v1_dense", "dynamic"): "alpha", ("deepseek_v3", "longrope"): "factor"}
 # How a tokenizer was loaded says nothing about the tokenizer.
 _LOADING = {"backend", "files_loaded", "is_local", "local_files_only", "trust_remote_code"}
 
@@ -94,8 +96,9 @@ def _complete_rope(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
         return []
     if method not in _SCALED or kind in ("nemotron", "phi3"):
         return [f"{found} ({kind} does not read them there)"]
-    if kind == "hunyuan_v1_dense" and method == "dynamic" and "alpha" not in scaling:
-        return [f"{found} without 'alpha' ({kind} requires it there)"]
+    required = _REQUIRED.get((kind, method))
+    if required is not None and required not in scaling:
+        return [f"{found} without {required!r} ({kind} requires it there)"]
     decides = method == "yarn" or (method == "longrope" and scaling.get("attention_factor") is None)
     if decides and scaling.get("factor") is not None:
         ratio = config["max_position_embeddings"] / scaling["original_max_position_embeddings"]

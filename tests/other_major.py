@@ -238,7 +238,7 @@ def tokenized(tokenizer, texts):
 
 def write_pairs(folder, pairs, tokenizer):
     """Pairs as RewardBench reads them, and two reward models with and without an ablation."""
-    from rmtension import RewardHead
+    from rmtension import ActivationCollector, RewardHead
     from rmtension.check_matrix import make_classifier
 
     tokenizer = copy.deepcopy(tokenizer)
@@ -255,7 +255,13 @@ def write_pairs(folder, pairs, tokenizer):
         rope = {} if family == "gpt2" else {"rope_parameters": {"rope_type": "default", "rope_theta": BASE}}
         model = make_classifier(family, len(tokenizer) + 8, max_position_embeddings=512, **rope)
         head = RewardHead.from_classifier(model, tokenizer=tokenizer)
-        for name, opened in {"whole": head, "ablated": head.with_ablation(some_neurons(head))}.items():
+        neurons, means = some_neurons(head), ActivationCollector(head).collect(pairs)
+        # For the mean, a Llama gets biases that its config did not have.
+        ablated = {
+            "zero": head.with_ablation(neurons),
+            "mean": head.with_ablation(neurons, mode="mean", reference=means),
+        }
+        for name, opened in {"whole": head, **ablated}.items():
             opened.save_pretrained(folder / "models" / f"{family}-{name}")
             scored = opened.score_pairs(pairs)
             row = {"model": f"{family}-{name}", "accuracy": scored.accuracy()}

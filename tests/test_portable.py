@@ -123,6 +123,7 @@ def test_transformers_5_reads_the_completed_config_as_before(family, tmp_path):
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5e5}},
             "without 'alpha'",
         ),
+        ("deepseek_v3", {"rope_parameters": LONG | {"original_max_position_embeddings": 24}}, "without 'factor'"),
         (
             "llama",
             {"rope_parameters": ROPES["yarn"] | {"rope_theta": 5e5, "factor": 8.0}},
