@@ -23,11 +23,17 @@ from rmtension.hooks import eager_eval, own_hooks_paused
 from rmtension.neurons import NeuronSet
 from rmtension.plain_run import probe_batch, run_base
 from rmtension.plain_weights import plain_copy
+from rmtension.portable import make_portable, warn_of
 from rmtension.reward_head import RewardHead
 from rmtension.sites import find_site
 
 # What `save_classifier` sets by itself.
 _SCORE = {"score.weight", "score.bias"}
+# Files of a checkpoint that was there before, which would be read in place of what is written now.
+_OTHERS = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("chat_template.jinja", "special_tokens_map.json", "added_tokens.json"),
+)
 
 
 def ablate_weights(
@@ -86,7 +92,8 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
 
     The config gets the head's pad token: where it has none, the reward is read at the last token whichever it is, and
     transformers scores one text at a time. A bias of the head, for which transformers has no place, is written as
-    `score.bias`: `RewardHead.from_pretrained` reads it back, transformers leaves it out. Both warn.
+    `score.bias`: `RewardHead.from_pretrained` reads it back, transformers leaves it out. The folder is read by
+    transformers 4 as by 5 (`rmtension.portable`), but for a few ways of scaling rotary angles. All three warn.
     """
     checkpoint, _ = _current(head, "save_pretrained")
     if not current().is_first:
@@ -96,7 +103,7 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
     state = classifier.state_dict()
     if head.bias:
         state["score.bias"] = torch.tensor([head.bias], dtype=torch.float32)
-    with filled_whole(folder, "checkpoint", seal="config.json") as place:
+    with filled_whole(folder, "checkpoint", seal="config.json", replaced=_OTHERS) as place:
         try:
             classifier.save_pretrained(place, state_dict=state)
         except SafetensorError as error:
@@ -105,6 +112,8 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
             raise OSError(int(found[1]) if found else 0, str(error)) from error
         if checkpoint.tokenizer is not None:
             checkpoint.tokenizer.save_pretrained(place)
+        differences = make_portable(place, checkpoint.tokenizer)
+    warn_of(differences, "save_pretrained")
     if head.pad_token_id is None:
         warnings.warn(
             "save_pretrained: this head has no pad token to skip, it reads the last token whichever it is. So does "

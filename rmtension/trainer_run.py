@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from rmtension.errors import ModelError, OptionError, StorageError
+from rmtension.portable import make_portable, warn_of
 
 RECORD_NAME = "rmtension_training.json"
 
@@ -126,9 +127,10 @@ def run_trainer(trainer: Any) -> dict[str, Any]:
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write a checkpoint with its tokenizer, in safetensors."""
+    """Write a checkpoint with its tokenizer, in safetensors, for both majors of transformers."""
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    warn_of(make_portable(folder, tokenizer), "training")
 
 
 def write_record(folder: Path, **values: Any) -> None:
