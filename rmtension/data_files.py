@@ -1,0 +1,349 @@
+"""Rows of a data file by its content: JSON lines, a JSON array, CSV, TSV or Parquet; plain, gzip'd or zstd'd."""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from rmtension.errors import DataError
+
+# A file of a few kilobytes may unpack to a line that fills the memory.
+_LONGEST_LINE = 1 << 28
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+_OTHERS = {
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "a zip archive or an Excel sheet",
+    b"\xd0\xcf\x11\xe0": "an Excel sheet",
+    b"ARROW1": "Arrow",
+    b"Obj\x01": "Avro",
+}
+_READ = "JSON lines, a JSON array, CSV, TSV and Parquet, plain, .gz or .zst"
+_DELIMITERS = (",", "\t", ";")
+
+
+def file_rows(path: Path, *, columns: Collection[str] = ("chosen", "rejected")) -> Iterator[tuple[str, Any]]:
+    """Every row of a file with where it stands: as a mapping, as a line of JSON, or as the error that it is.
+
+    The format is found in the content; the name counts only where a file named as JSON begins like a table, which it
+    is if its first line has `columns`. Rows that are no rows, such as a line of CSV with a field too many, come as a
+    `DataError`, so that the reader may leave them out. Raises `DataError` naming the file where it cannot be read on.
+    """
+    lines = _lines(path)
+    start = next(((number, line) for number, line in lines if line.strip(_BYTE_ORDER_MARK).strip()), None)
+    if start is None:
+        return
+    number, first = start
+    lines = chain([(number, first)], lines)
+    if first.startswith(_PARQUET):
+        yield from _located(_parquet_rows(path, lines), path)
+        return
+    for magic, name in _OTHERS.items():
+        if first.startswith(magic):
+            raise DataError(f"{path}: it is {name}, and what can be read is {_READ}. Unpack or convert it first.")
+    begins = first.removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
+    if begins == b"[":
+        yield from _located(_array(path, lines), path)
+    elif begins != b"{" and (delimiter := _delimiter(path, first, columns)):
+        yield from _table_rows(path, lines, delimiter)
+    else:
+        yield from _json_rows(path, lines, columns)
+
+
+def parse_json(text: bytes, where: str, expected: str = "Each line must be one JSON object.") -> Any:
+    """The value of JSON in UTF-8; raises `DataError` naming `where`."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _not_utf8(error, where) from error
+    # Not only JSONDecodeError: a number may be too long for Python, brackets nested too deeply.
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error}). {expected}") from error
+
+
+def without_padding(value: Any) -> Any:
+    """A value of Arrow as it was before: Arrow gives every struct of a column the keys of all others, as None.
+
+    A message's `content` stays, also where it is None.
+    """
+    if isinstance(value, list | tuple | np.ndarray):
+        return [without_padding(one) for one in value]
+    if isinstance(value, Mapping):
+        return {name: without_padding(one) for name, one in value.items() if one is not None or name == "content"}
+    return value
+
+
+def require_zstandard(path: Path) -> Any:
+    """The package `zstandard`; raises `DataError` that says how to install it."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise DataError(
+            f"{path}: .zst needs the package 'zstandard'. Install it with `pip install zstandard`."
+        ) from error
+    return zstandard
+
+
+# -- bytes -------------------------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Every line of the unpacked file, with its number."""
+    try:
+        with path.open("rb") as raw, _unpacked(raw, path) as file:
+            for number, line in enumerate(iter(partial(file.readline, _LONGEST_LINE + 1), b""), start=1):
+                if len(line) > _LONGEST_LINE:
+                    raise DataError(
+                        f"{path}, line {number}: it has more than {_LONGEST_LINE:,} bytes. Is the file JSON lines?"
+                    )
+                yield number, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{path}: the compressed data is damaged or cut short ({error}). Fetch the file again."
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}).") from error
+
+
+def _unpacked(raw: io.BufferedReader, path: Path) -> Any:
+    # peek, so that pipes can be read too.
+    magic = raw.peek(4)[:4]
+    if magic.startswith(_GZIP):
+        return gzip.open(raw)
+    return io.BufferedReader(_ZstdFile(raw, require_zstandard(path))) if magic == _ZSTD else raw
+
+
+class _ZstdFile(io.RawIOBase):
+    """The unpacked bytes of a zstd file of one frame or more; a file that is cut short raises `EOFError`.
+
+    zstandard's own reader ends without a word where the file does.
+    """
+
+    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
+        self._raw, self._zstandard, self._decompressor = raw, zstandard, zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._packed = self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            self._packed = self._packed or self._raw.read(1 << 16)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            try:
+                self._left = self._frame.decompress(self._packed)
+            except self._zstandard.ZstdError as error:
+                raise EOFError(str(error)) from error
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        n = min(len(buffer), len(self._left))
+        buffer[:n], self._left = self._left[:n], self._left[n:]
+        return n
+
+
+# -- formats -----------------------------------------------------------------------------------------------------------
+
+
+def _located(rows: Iterable[Any], place: object) -> Iterator[tuple[str, Any]]:
+    """Rows with their numbers, from 1 as lines have."""
+    return ((f"{place}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _array(path: Path, lines: Iterable[tuple[int, bytes]]) -> list[Any]:
+    rows = parse_json(
+        b"".join(line for _, line in lines), str(path), "Expected one JSON array of objects. Fetch the file again."
+    )
+    assert isinstance(rows, list)
+    return rows
+
+
+def _is_row(value: Any, columns: Collection[str]) -> bool:
+    """Whether a JSON value is one row, and not a table by columns or rows below a name."""
+    if not isinstance(value, dict) or not set(columns) <= set(value):
+        return False
+    return not any(isinstance(value[name], list) and str in map(type, value[name]) for name in columns)
+
+
+def _json_rows(path: Path, lines: Iterator[tuple[int, bytes]], columns: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """JSON lines; or the one object that a file without line-wise JSON holds."""
+    number, first = next(lines)
+    try:
+        parse_json(first, str(path))
+    except DataError:
+        rest = list(lines)
+        try:
+            whole = parse_json(first + b"".join(line for _, line in rest), str(path))
+        except DataError:
+            lines = iter(rest)
+        else:
+            if not _is_row(whole, columns):
+                raise DataError(
+                    f"{path}: it holds one JSON object, with the keys {sorted(map(str, whole))[:10]}, and not one for "
+                    "each row. Write an array of objects, or one object a line."
+                )
+            yield f"{path}, line {number}", whole
+            return
+    for at, line in chain([(number, first)], lines):
+        if line.strip():
+            yield f"{path}, line {at}", line
+
+
+def _parquet_rows(path: Path, lines: Iterable[tuple[int, bytes]]) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(
+            f"{path}: Parquet needs the package 'pyarrow'. Install it with `pip install pyarrow`."
+        ) from error
+    with path.open("rb") as raw:
+        is_plain = raw.read(4) == _PARQUET
+    source = path if is_plain else io.BytesIO(b"".join(line for _, line in lines))
+    try:
+        file = parquet.ParquetFile(source)
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                # Structs that hold JSON text have no padding, and their nulls are the data's own.
+                has_json = "arrow.json" in str(file.schema_arrow)
+                yield _parsed(row, file.schema_arrow) if has_json else _unpadded(row)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: the Parquet data is damaged or cut short ({' '.join(str(error).split())[:200]}). Fetch the file "
+            "again."
+        ) from error
+
+
+def _unpadded(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: without_padding(value) for name, value in row.items()}
+
+
+def _parsed(value: Any, kind: Any) -> Any:
+    """A value of Arrow with its JSON texts (what `datasets` stores as `Json`) read."""
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        return {name: _parsed(one, kind.field(name).type) for name, one in value.items()}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_parsed(one, kind.value_type) for one in value]
+    return json.loads(value) if "arrow.json" in str(kind) else value
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def _delimiter(path: Path, first: bytes, columns: Collection[str]) -> str | None:
+    """What separates the fields of a table, from its first line; None where the file is none."""
+    line = _decoded(first, f"{path}, line 1")
+    headers = {one: _header(line, one) for one in _DELIMITERS}
+    best = max(_DELIMITERS, key=lambda one: (set(columns) <= set(headers[one]), len(headers[one])))
+    if set(columns) <= set(headers[best]) or any(one in (".csv", ".tsv") for one in path.suffixes):
+        return best
+    return best if ".json" not in path.name and len(headers[best]) > 1 else None
+
+
+def _table_rows(path: Path, lines: Iterable[tuple[int, bytes]], delimiter: str) -> Iterator[tuple[str, Any]]:
+    """Rows of CSV with any delimiter: texts by column, a field of messages in JSON as these messages."""
+    at = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal at
+        for at, line in lines:
+            yield _decoded(line, f"{path}, line {at}")
+
+    rows = csv.reader(texts(), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        start = at + 1
+        try:
+            row = _with_long_fields(rows)
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, line {start}: not valid CSV ({error}). A field with quotes is written in quotes, with each "
+                "of its own doubled."
+            ) from error
+        where = f"{path}, line {start}"
+        if row is None:
+            return
+        if not row:
+            continue
+        if header is None:
+            header = row
+            if repeated := sorted({name for name in header if header.count(name) > 1}):
+                raise DataError(f"{path}: the columns {repeated} are there more than once. Rename them.")
+        elif len(row) != len(header):
+            yield (
+                where,
+                DataError(
+                    f"{where}: expected {len(header)} fields as in the first line, got {len(row)}. A field that has "
+                    f"{delimiter!r}, quotes or line breaks in it is written in quotes."
+                ),
+            )
+        else:
+            try:
+                yield where, {name: _cell(text, where) for name, text in zip(header, row, strict=True)}
+            except DataError as error:
+                yield where, error
+
+
+def _header(line: str, delimiter: str) -> list[str]:
+    try:
+        return _with_long_fields(csv.reader([line], delimiter=delimiter)) or []
+    except csv.Error:
+        return []
+
+
+def _with_long_fields(rows: Iterator[list[str]]) -> list[str] | None:
+    """The next row, whatever the length of its fields; the limit of the module csv belongs to the whole process."""
+    before = csv.field_size_limit(_LONGEST_LINE)
+    try:
+        return next(rows, None)
+    finally:
+        csv.field_size_limit(before)
+
+
+def _cell(text: str, where: str) -> Any:
+    """The text of a field, or the messages that it has in JSON."""
+    if not text.lstrip().startswith(("[{", "{")):
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        if text.lstrip().startswith("[{'") and any(name in text for name in ("'role':", "'from':")):
+            raise DataError(
+                f"{where}: a field has messages as Python prints them ({text[:40]!r}). Write them as JSON "
+                "(json.dumps), or the table as JSON lines or Parquet."
+            ) from None
+        return text
+    listed = value if isinstance(value, list) else [value]
+    keys = [set(one) if isinstance(one, dict) else set() for one in listed]
+    return value if all({"role", "content"} <= one or {"from", "value"} <= one for one in keys) else text
+
+
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.removeprefix(_BYTE_ORDER_MARK).decode()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(error, where) from error
+
+
+def _not_utf8(error: UnicodeDecodeError, where: str) -> DataError:
+    return DataError(
+        f"{where}: not valid UTF-8 at byte {error.start} of the line ({error.reason}). Re-encode the file as UTF-8."
+    )
