@@ -125,8 +125,8 @@ def _warn_of_texts(tokenizer: Any, pairs: PreferencePairs) -> None:
         warnings.warn(
             f"pairs: this model's tokenizer has a chat template, and {n} of {len(pairs)} pairs have a plain text as "
             "prompt: they were read as prompt and response, without the template. If the model was trained on chats, "
-            "load them with chat=True, for example PreferencePairs.read(path, chat=True), or use pairs.as_chat(). "
-            "(Said once for each model.)",
+            "load them with chat=True (PreferencePairs.read(path, chat=True); --chat on the command line), or use "
+            "pairs.as_chat(). This is said once for each model.",
             RMTensionWarning,
             stacklevel=2,
         )

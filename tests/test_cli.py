@@ -361,7 +361,7 @@ class TestConfig:
             ({"models.seed": True}, OptionError, "here: models.seed: expected a whole number"),
             ({"pairs": {"helpful": "helpful.jsonl"}}, OptionError, "here: pairs: the key 'harmless' is missing"),
             ({"pairs": []}, OptionError, "here: pairs: expected a file or a list of files"),
-            ({"pairs": ["both.jsonl", "none"]}, DataError, "here: pairs[1]: expected a file of JSON lines, and there"),
+            ({"pairs": ["both.jsonl", "none"]}, DataError, "here: pairs[1]: expected a file of pairs, and there"),
             ({"pairs": "helpful.jsonl"}, DataError, "here: pairs: expected the field 'objective' of every pair"),
             ({"pairs": "bad.jsonl"}, DataError, "here: pairs: "),
             ({"pairs.harmless": "empty.jsonl"}, OptionError, "too few prompts of 'harmless'"),
