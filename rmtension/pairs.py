@@ -64,8 +64,8 @@ class PreferencePairs(Sequence[PreferencePair]):
         The content says which, not the name. A row has `prompt`, `chosen`, `rejected`, and if you like `objective`,
         `subset`, `id`, `item`, `tools` and `system`; `columns={"prompt": "question"}` says which column a field is in,
         and `{"prompt": None}` that it is in none. `objective` and `subset` set that field in every pair. Prompts and
-        responses are texts or messages (docs/pairs.md shows every shape); `chat=True` makes messages of plain prompts,
-        for models with a chat template.
+        responses are texts or messages: the page "Load your pairs" shows every shape. `chat=True` makes messages of
+        plain prompts, for models with a chat template.
 
         Raises `DataError` naming the file, the line or row, and the field; `on_invalid="skip"` counts such rows in
         `skipped` instead. A column that no row has is an `OptionError`. Parquet needs the package pyarrow, .zst needs
