@@ -94,7 +94,7 @@ def read_chat(messages: Any, where: str) -> Chat:
 def is_messages(value: object) -> bool:
     """Whether `value` looks like a list of messages, or a single one, rather than a text."""
     if isinstance(value, Mapping):
-        return {"role", "content"} <= set(value) or {"from", "value"} <= set(value)
+        return "role" in value or {"from", "value"} <= set(value)
     return isinstance(value, list | tuple | np.ndarray | Message)
 
 
@@ -125,7 +125,7 @@ def _read_message(message: Any, where: str) -> Message:
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             raise DataError(f"{where}: 'from' should be one of {list(_SHAREGPT_ROLES)}, got {speaker!r:.80}.")
         fields = {"role": _SHAREGPT_ROLES[speaker], "content": fields.pop("value"), **fields}
-    calls_tools = bool(fields.get("tool_calls"))
+    calls_tools = bool(fields.get("tool_calls") or fields.get("function_call"))
     role, content = fields.pop("role", None), fields.pop("content", "" if calls_tools else None)
     if isinstance(content, list | tuple | np.ndarray):
         content = _joined(content, message, where)

@@ -5,9 +5,9 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,16 +34,17 @@ _DELIMITERS = (",", "\t", ";")
 def file_rows(path: Path, *, columns: Collection[str] = ("chosen", "rejected")) -> Iterator[tuple[str, Any]]:
     """Every row of a file with where it stands: as a mapping, as a line of JSON, or as the error that it is.
 
-    The format is found in the content; the name counts only where a file named as JSON begins like a table, which it
-    is if its first line has `columns`. Rows that are no rows, such as a line of CSV with a field too many, come as a
-    `DataError`, so that the reader may leave them out. Raises `DataError` naming the file where it cannot be read on.
+    The format is found in the content, for which `columns` are names that every row has. Rows that are none, such as a
+    line of CSV with a field too many, come as a `DataError`, so that the reader may leave them out. Raises `DataError`
+    naming the file where it cannot be read on.
     """
     lines = _lines(path)
     start = next(((number, line) for number, line in lines if line.strip(_BYTE_ORDER_MARK).strip()), None)
     if start is None:
         return
-    number, first = start
-    lines = chain([(number, first)], lines)
+    first = start[1]
+    begun = [start, *islice(lines, 1)]
+    lines = chain(begun, lines)
     if first.startswith(_PARQUET):
         yield from _located(_parquet_rows(path, lines), path)
         return
@@ -53,7 +54,7 @@ def file_rows(path: Path, *, columns: Collection[str] = ("chosen", "rejected")) 
     begins = first.removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
     if begins == b"[":
         yield from _located(_array(path, lines), path)
-    elif begins != b"{" and (delimiter := _delimiter(path, first, columns)):
+    elif begins != b"{" and (delimiter := _delimiter(path, [line for _, line in begun], columns)):
         yield from _table_rows(path, lines, delimiter)
     else:
         yield from _json_rows(path, lines, columns)
@@ -221,7 +222,8 @@ def _parquet_rows(path: Path, lines: Iterable[tuple[int, bytes]]) -> Iterator[di
                 # Structs that hold JSON text have no padding, and their nulls are the data's own.
                 has_json = "arrow.json" in str(file.schema_arrow)
                 yield _parsed(row, file.schema_arrow) if has_json else _unpadded(row)
-    except (pyarrow.ArrowException, OSError) as error:
+    # ValueError: bytes that are no UTF-8, and JSON that is none.
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(
             f"{path}: the Parquet data is damaged or cut short ({' '.join(str(error).split())[:200]}). Fetch the file "
             "again."
@@ -248,14 +250,16 @@ def _parsed(value: Any, kind: Any) -> Any:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _delimiter(path: Path, first: bytes, columns: Collection[str]) -> str | None:
-    """What separates the fields of a table, from its first line; None where the file is none."""
-    line = _decoded(first, f"{path}, line 1")
+def _delimiter(path: Path, begun: Sequence[bytes], columns: Collection[str]) -> str | None:
+    """What separates the fields of a table, from the first two lines of the file; None where it is no table."""
+    line = _decoded(begun[0], f"{path}, line 1")
     headers = {one: _header(line, one) for one in _DELIMITERS}
     best = max(_DELIMITERS, key=lambda one: (set(columns) <= set(headers[one]), len(headers[one])))
     if set(columns) <= set(headers[best]) or any(one in (".csv", ".tsv") for one in path.suffixes):
         return best
-    return best if ".json" not in path.name and len(headers[best]) > 1 else None
+    # JSON lines whose first line is damaged go on with an object.
+    has_rows = len(begun) > 1 and not begun[1].startswith(b"{")
+    return best if has_rows and len(headers[best]) > 1 else None
 
 
 def _table_rows(path: Path, lines: Iterable[tuple[int, bytes]], delimiter: str) -> Iterator[tuple[str, Any]]:

@@ -194,6 +194,7 @@ class TestFields:
         ("chosen", "rejected"),
         [
             ([call(sweet=True, n=1)], [call(sweet=False, n=1)]),
+            (call(n=1), {"role": "assistant", "tool_calls": call(n=2)["tool_calls"]}),
             ([assistant("a", reasoning_content="bake")], [assistant("a", reasoning_content="kill")]),
             ([assistant("a", name="bob")], [assistant("a")]),
             ([call(n=3), {"role": "tool", "content": "cake", "name": "x"}, assistant("sure")], [assistant("no")]),
@@ -202,6 +203,7 @@ class TestFields:
     def test_reach_the_template_and_files(self, chosen, rejected, model, rewards_equal, tmp_path):
         head, reward = model
         row = {"prompt": TALK, "chosen": chosen, "rejected": rejected}
+        chosen, rejected = ([one] if isinstance(one, dict) else one for one in (chosen, rejected))
         pairs = rewards_equal(row, [*TALK, *chosen], [*TALK, *rejected])
         assert pairs.n_ties == 0
         assert abs(reward([*TALK, *chosen]) - reward([*TALK, *rejected])) > 1e-4, "the template shows the difference"

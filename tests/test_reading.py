@@ -166,6 +166,26 @@ class TestPromptsInOtherColumns:
         assert PreferencePairs.from_records(rows[:1], columns={"prompt": None})[0].text("chosen") == "two words a"
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a", "a.csv"])
+def test_a_table_with_other_columns_is_a_table_whatever_its_name(tmp_path, name):
+    path = write(tmp_path / name, table([{"question": "Q", "better": "a", "worse": "b"}]))
+    with pytest.raises(
+        DataError, match=r"field 'chosen' is missing; fields present: \['better', 'question', 'worse'\]"
+    ):
+        PreferencePairs.read(path)
+    columns = {"prompt": "question", "chosen": "better", "rejected": "worse"}
+    assert len(PreferencePairs.read(path, columns=columns)) == 1
+
+
+def test_json_lines_with_a_first_line_that_is_damaged_stay_json_lines(tmp_path):
+    path = write(tmp_path / "a", b'"prompt": "a", "chosen\n' + FORMATS["jsonl"](ROWS))
+    with pytest.raises(DataError, match="line 1: not valid JSON"):
+        PreferencePairs.read(path)
+    assert len(PreferencePairs.read(path, on_invalid="skip")) == 3
+    with pytest.raises(DataError, match="line 1: not valid JSON"):
+        PreferencePairs.read(write(path, '"prompt": "a", "chosen'))
+
+
 class TestTables:
     def test_empty_cells_are_missing_labels_and_empty_responses(self, tmp_path):
         path = write(tmp_path / "a.csv", "prompt,chosen,rejected,subset,id\nQ,a,b,,\nQ,a,,s,1\n,a,b,s,2\n")
