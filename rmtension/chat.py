@@ -12,6 +12,7 @@ import numpy as np
 from rmtension.errors import DataError, ModelError
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_FIRST_TURN = re.compile(rf"\s*{_TURN.pattern}")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 # ShareGPT's names of who speaks.
 _SHAREGPT_ROLES = {
@@ -171,8 +172,7 @@ def n_characters(response: str | Chat) -> int:
 
 def is_transcript(text: str) -> bool:
     r"""Whether a text begins with a turn of an HH transcript, `\n\nHuman:` or `\n\nAssistant:`."""
-    lead, *turns = _TURN.split(text, maxsplit=1)
-    return bool(turns) and not lead.strip()
+    return _FIRST_TURN.match(text) is not None
 
 
 def split_turns(transcript: str) -> Chat:

@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.iter_modules(rmtension.__path__))
 # Floors of the design: a module imports only from floors below its own.
 FLOORS = [
-    {"errors", "sites", "subtasks", "hooks", "norms", "provenance", "gates", "distributed", "repr_html"},
+    {"errors", "sites", "subtasks", "hooks", "norms", "provenance", "gates", "distributed", "repr_html", "data_files"},
     {"files", "header"},
     {"neuron_json"},
     {"storage"},
     {"chat", "heads", "neurons", "pair", "reading"},
-    {"preference_format"},
+    {"preference_format", "rows"},
     {"pairs", "neuron_scores"},
     {"pair_scores", "token_scores"},
     {"benchmarks", "intervals", "length"},
