@@ -1,24 +1,20 @@
 """Rows of a data file by its content: JSON lines, a JSON array, CSV, TSV or Parquet; plain, gzip'd or zstd'd."""
 
 import csv
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from rmtension.errors import DataError
+from rmtension.packed import LONGEST_LINE, read_lines
 
-# A file of a few kilobytes may unpack to a line that fills the memory.
-_LONGEST_LINE = 1 << 28
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+_PARQUET = b"PAR1"
 _OTHERS = {
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
@@ -38,8 +34,9 @@ def file_rows(path: Path, *, columns: Collection[str] = ("chosen", "rejected")) 
     line of CSV with a field too many, come as a `DataError`, so that the reader may leave them out. Raises `DataError`
     naming the file where it cannot be read on.
     """
-    lines = _lines(path)
-    start = next(((number, line) for number, line in lines if line.strip(_BYTE_ORDER_MARK).strip()), None)
+    lines = read_lines(path)
+    unmarked = ((number, line.removeprefix(_BYTE_ORDER_MARK)) for number, line in lines)
+    start = next(((number, line) for number, line in unmarked if line.strip()), None)
     if start is None:
         return
     first = start[1]
@@ -51,7 +48,7 @@ def file_rows(path: Path, *, columns: Collection[str] = ("chosen", "rejected")) 
     for magic, name in _OTHERS.items():
         if first.startswith(magic):
             raise DataError(f"{path}: it is {name}, and what can be read is {_READ}. Unpack or convert it first.")
-    begins = first.removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
+    begins = first.lstrip()[:1]
     if begins == b"[":
         yield from _located(_array(path, lines), path)
     elif begins != b"{" and (delimiter := _delimiter(path, [line for _, line in begun], columns)):
@@ -81,80 +78,6 @@ def without_padding(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: without_padding(one) for name, one in value.items() if one is not None or name == "content"}
     return value
-
-
-def require_zstandard(path: Path) -> Any:
-    """The package `zstandard`; raises `DataError` that says how to install it."""
-    try:
-        import zstandard
-    except ImportError as error:
-        raise DataError(
-            f"{path}: .zst needs the package 'zstandard'. Install it with `pip install zstandard`."
-        ) from error
-    return zstandard
-
-
-# -- bytes -------------------------------------------------------------------------------------------------------------
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Every line of the unpacked file, with its number."""
-    try:
-        with path.open("rb") as raw, _unpacked(raw, path) as file:
-            for number, line in enumerate(iter(partial(file.readline, _LONGEST_LINE + 1), b""), start=1):
-                if len(line) > _LONGEST_LINE:
-                    raise DataError(
-                        f"{path}, line {number}: it has more than {_LONGEST_LINE:,} bytes. Is the file JSON lines?"
-                    )
-                yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"{path}: the compressed data is damaged or cut short ({error}). Fetch the file again."
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}).") from error
-
-
-def _unpacked(raw: io.BufferedReader, path: Path) -> Any:
-    # peek, so that pipes can be read too.
-    magic = raw.peek(4)[:4]
-    if magic.startswith(_GZIP):
-        return gzip.open(raw)
-    return io.BufferedReader(_ZstdFile(raw, require_zstandard(path))) if magic == _ZSTD else raw
-
-
-class _ZstdFile(io.RawIOBase):
-    """The unpacked bytes of a zstd file of one frame or more; a file that is cut short raises `EOFError`.
-
-    zstandard's own reader ends without a word where the file does.
-    """
-
-    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
-        self._raw, self._zstandard, self._decompressor = raw, zstandard, zstandard.ZstdDecompressor()
-        self._frame: Any = None
-        self._packed = self._left = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._left:
-            self._packed = self._packed or self._raw.read(1 << 16)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a zstd frame")
-                return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
-            try:
-                self._left = self._frame.decompress(self._packed)
-            except self._zstandard.ZstdError as error:
-                raise EOFError(str(error)) from error
-            self._packed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        n = min(len(buffer), len(self._left))
-        buffer[:n], self._left = self._left[:n], self._left[n:]
-        return n
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------
@@ -315,7 +238,7 @@ def _header(line: str, delimiter: str) -> list[str]:
 
 def _with_long_fields(rows: Iterator[list[str]]) -> list[str] | None:
     """The next row, whatever the length of its fields; the limit of the module csv belongs to the whole process."""
-    before = csv.field_size_limit(_LONGEST_LINE)
+    before = csv.field_size_limit(LONGEST_LINE)
     try:
         return next(rows, None)
     finally:
@@ -342,7 +265,7 @@ def _cell(text: str, where: str) -> Any:
 
 def _decoded(line: bytes, where: str) -> str:
     try:
-        return line.removeprefix(_BYTE_ORDER_MARK).decode()
+        return line.decode()
     except UnicodeDecodeError as error:
         raise _not_utf8(error, where) from error
 

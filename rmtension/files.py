@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rmtension.data_files import require_zstandard
 from rmtension.errors import StorageError
+from rmtension.packed import require_zstandard
 
 SUFFIX = ".partial"
 _ADVICE = {

@@ -10,14 +10,14 @@ which shape it is:
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import takewhile
 from typing import Any
 
 import pandas as pd
 
-from rmtension.chat import Chat, Message, is_messages, is_transcript, json_text, prompt_chat, read_chat, split_turns
+from rmtension.chat import Message, is_messages, is_transcript, json_text, read_chat, split_turns
+from rmtension.conversations import after_prompt, require_contained, shared_messages
 from rmtension.data_files import parse_json
 from rmtension.errors import DataError, OptionError, RMTensionWarning
 from rmtension.pair import PreferencePair, join_prompt, require_responses, split_transcripts
@@ -157,7 +157,7 @@ class RowReader:
         chosen, rejected = given["chosen"], given["rejected"]
         if "prompt" not in given:
             if isinstance(chosen, tuple) and isinstance(rejected, tuple):
-                prompt = _shared(chosen, rejected)
+                prompt = shared_messages(chosen, rejected)
                 if prompt:
                     return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
                 raise DataError(f"{where}: field 'prompt' is missing, and {_NOT_WHOLE}{self._advice(row)}")
@@ -169,7 +169,7 @@ class RowReader:
             return self._split(chosen, rejected, row, where)
         if not has_chats and _are_transcripts(given):
             shared, chosen, rejected = split_transcripts(chosen, rejected)
-            _require_contained(split_turns(shared), given["prompt"], where)
+            require_contained(split_turns(shared), given["prompt"], where)
             return shared, chosen, rejected
         if not has_chats:
             self._n_texts += 1
@@ -177,7 +177,7 @@ class RowReader:
                 side.startswith(given["prompt"]) for side in (chosen, rejected)
             )
             return given["prompt"], chosen, rejected
-        return _after_prompt(given["prompt"], chosen, rejected, where)
+        return after_prompt(given["prompt"], chosen, rejected, where)
 
     def _split(self, chosen: str, rejected: str, row: Mapping[str, Any], where: str) -> tuple[str, str, str]:
         """Prompt and responses of two texts: at the last shared turn of the assistant, or behind the last shared space.
@@ -270,70 +270,6 @@ def _with_system(pair: PreferencePair, system: Any, where: str) -> PreferencePai
     if not is_given or any(isinstance(message, Message) and message.role == "system" for message in pair.prompt):
         return pair
     return replace(pair, prompt=(Message("system", system), *pair.prompt))
-
-
-# -- conversations -----------------------------------------------------------------------------------------------------
-
-
-def _shared(chosen: Chat, rejected: Chat) -> Chat:
-    """The messages that two conversations begin with, less one where nothing would be left for a response."""
-    most = min(len(chosen), len(rejected)) - 1
-    return tuple(one for one, _ in takewhile(lambda two: two[0] == two[1], zip(chosen[:most], rejected, strict=False)))
-
-
-def _after_prompt(prompt: str | Chat, chosen: Any, rejected: Any, where: str) -> tuple[Chat, Any, Any]:
-    """Prompt and responses of a row with a prompt and with messages in some field."""
-    if isinstance(chosen, tuple) and isinstance(rejected, tuple) and _are_whole(prompt, chosen, rejected):
-        shared = _shared(chosen, rejected)
-        _require_contained(shared, prompt, where)
-        return shared, chosen[len(shared) :], rejected[len(shared) :]
-    messages = prompt_chat(prompt, where) if isinstance(prompt, str) else prompt
-    for name, response in (("chosen", chosen), ("rejected", rejected)):
-        if isinstance(response, tuple) and messages[-1].role == "user" and response[0].role in ("user", "system"):
-            raise DataError(
-                f"{where}: field {name!r} should be one message of the assistant or several after the field 'prompt', "
-                f"or both whole conversations, got the roles {[message.role for message in response]} behind a "
-                "message of the user."
-            )
-    return messages, chosen, rejected
-
-
-def _are_whole(prompt: str | Chat, chosen: Chat, rejected: Chat) -> bool:
-    """Whether the responses have the prompt in front: both begin with it, or both with one message of a user."""
-    if not isinstance(prompt, str) and all(_begins(side, prompt) for side in (chosen, rejected)):
-        return True
-    return chosen[0] == rejected[0] and (chosen[0].role != "assistant" or _contains(_shared(chosen, rejected), prompt))
-
-
-def _begins(chat: Chat, prompt: Chat) -> bool:
-    return len(chat) > len(prompt) and _said(chat[: len(prompt)]) == _said(prompt)
-
-
-def _require_contained(shared: Chat, prompt: str | Chat, where: str) -> None:
-    if not _contains(shared, prompt):
-        said = prompt if isinstance(prompt, str) else " ".join(message.content or "" for message in prompt)
-        raise DataError(
-            f"{where}: field 'prompt' ({said[:60]!r}) is not in the turns that 'chosen' and 'rejected' share. Correct "
-            "it, or read the conversations alone: columns={'prompt': None}."
-        )
-
-
-def _contains(shared: Chat, prompt: str | Chat) -> bool:
-    """Whether a prompt is a part of the messages that conversations share, whatever its white space."""
-    if isinstance(prompt, str):
-        parts = split_turns(prompt) if is_transcript(prompt) else (Message("user", prompt),)
-        whole = _words(message.content for message in shared)
-        return all(_words([part.content]) in whole for part in parts)
-    said, wanted = _said(shared), _said(prompt)
-    return any(said[start : start + len(wanted)] == wanted for start in range(len(said) - len(wanted) + 1))
-
-
-def _said(chat: Chat) -> list[tuple[str, str | None]]:
-    return [(message.role, message.content) for message in chat]
-
-
-def _words(texts: Iterable[str | None]) -> str:
-    return " ".join(word for text in texts for word in (text or "").split())
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from conftest import make_pairs, make_tokenizer, save_classifier
 
 from rmtension import ActivationCollector, NeuronAttribution, PreferencePairs, RewardHead
 from rmtension.chat import Message
+from rmtension.cli import main
 from rmtension.encoding import encode_pairs
 from rmtension.errors import DataError, RMTensionWarning
 from rmtension.length import length_baseline
@@ -300,6 +301,23 @@ class TestTextsOnChatModels:
             encode_pairs(tokenizer, pairs, max_length=400)
         encode_pairs(tokenizer, pairs, max_length=400)
         encode_pairs(head.tokenizer, pairs.as_chat(), max_length=400)
+
+    def test_on_the_command_line(self, tmp_path, capsys):
+        tokenizer = make_tokenizer(tmp_path)
+        tokenizer.chat_template = TEMPLATE
+        model = str(save_classifier(tmp_path, "gpt2", tokenizer))
+        (tmp_path / "pairs.json").write_text(json.dumps(self.rows))
+        said = {}
+        for options in ([], ["--chat"]):
+            assert main(["score", model, str(tmp_path / "pairs.json"), "--json", *options]) == 0
+            out, err = capsys.readouterr()
+            said[bool(options)] = json.loads(out)["margin"]["value"], err
+        expected = RewardHead.from_pretrained(model).score_pairs(PreferencePairs.from_records(self.rows, chat=True))
+        assert said[True] == (pytest.approx(float(expected.margin.mean()), abs=1e-6), "")
+        assert said[False][1].startswith(
+            "rmtension: warning: pairs: this model's tokenizer has a chat template, and 2 of 2"
+        )
+        assert said[False][0] != said[True][0]
 
     def test_words_that_are_shared_are_no_message(self):
         row = {"chosen": "the sky is blue", "rejected": "the sky is red"}
