@@ -17,7 +17,7 @@ from rmtension.activations import ActivationStatistics
 from rmtension.agreement import MEASURES, agreement
 from rmtension.errors import OptionError, StorageError
 from rmtension.header import read_table
-from rmtension.intervals import bootstrap_mean, check_level
+from rmtension.intervals import bootstrap_mean, check_level, with_interval
 from rmtension.neuron_scores import NeuronScores, top_size
 from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
@@ -67,9 +67,7 @@ class Faithfulness:
             f"Faithfulness to the {self.provenance.method} ({self.provenance.n_pairs} pairs, {self.level:g} intervals)"
         ]
         for row in self.summary.to_dict("records"):
-            parts = [
-                f"{name} {row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]" for name in MEASURES
-            ]
+            parts = [f"{name} {with_interval(row[name], row[f'{name}_low'], row[f'{name}_high'])}" for name in MEASURES]
             lines.append(f"  {row['method']} (n = {row['n']}): {', '.join(parts)}")
         return "\n".join(lines)
 

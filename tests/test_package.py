@@ -15,12 +15,13 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.iter_modules(rmtension.__path__))
 # Floors of the design: a module imports only from floors below its own.
 FLOORS = [
-    {"errors", "sites", "subtasks", "hooks", "norms", "provenance", "gates", "distributed", "repr_html"},
-    {"files", "header", "outputs", "local_names", "plain_weights"},
+    {"errors", "sites", "subtasks", "hooks", "norms", "provenance", "gates", "distributed", "repr_html", "packed"},
+    {"files", "header", "outputs", "local_names", "plain_weights", "data_files"},
     {"neuron_json"},
     {"storage"},
     {"chat", "heads", "neurons", "pair", "portable", "reading"},
-    {"preference_format"},
+    {"preference_format", "conversations"},
+    {"rows"},
     {"pairs", "neuron_scores"},
     {"pair_scores", "token_scores"},
     {"benchmarks", "intervals", "length"},

@@ -10,6 +10,7 @@ import pandas as pd
 
 from rmtension.errors import OptionError
 from rmtension.faithfulness import Faithfulness
+from rmtension.intervals import with_interval
 from rmtension.plots.drawing import GREY, Canvas, readable
 from rmtension.plots.rows import count, sized
 
@@ -57,7 +58,8 @@ def faithfulness_scatter(
         if canvas.bottom(number) or signed[number + canvas.columns] != signed[number]:
             axes.set_xlabel(f"predicted {what} (reward units)")
         row = summary[method]
-        interval = f"Spearman {row['spearman']:.2f} [{row['spearman_low']:.2f}, {row['spearman_high']:.2f}]"
+        ends = row["spearman_low"], row["spearman_high"]
+        interval = f"Spearman {with_interval(row['spearman'], *ends, form='.2f')}"
         names.append(_name(method, (row["n"], row["n"]), 29 * 3 // min(len(shown), 3), interval))
     return canvas.finish(_title(result, "Predicted and true effects of taking out single neurons"), names)
 
