@@ -38,10 +38,11 @@ matrix-tl3: $(VENV3)/ready
 # Whether transformers 4 and RewardBench read what is exported as transformers 5 does: fails if a reward is 1e-5 off.
 exports: $(VENV)/ready $(VENV4)/ready $(VENV_REWARDBENCH)/ready
 	rm -rf build/exports
-	$(BIN)/python tests/other_major.py write build/exports
-	$(VENV4)/bin/python tests/other_major.py compare build/exports
-	$(VENV_REWARDBENCH)/bin/python tests/other_major.py compare build/exports
-	$(VENV_REWARDBENCH)/bin/python tests/other_major.py rewardbench build/exports
+	$(BIN)/python tests/other_major.py write build/exports/families
+	$(VENV4)/bin/python tests/other_major.py compare build/exports/families
+	$(VENV_REWARDBENCH)/bin/python tests/other_major.py compare build/exports/families
+	$(BIN)/python tests/on_rewardbench.py write build/exports/pairs
+	$(VENV_REWARDBENCH)/bin/python tests/on_rewardbench.py score build/exports/pairs
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .

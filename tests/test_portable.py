@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import WORDS, make_config, save_classifier
-from other_major import COLUMNS, ROPES, TEMPLATE, rotary, tokenized, tokenizers
+from other_major import ROPES, TEMPLATE, rotary, tokenized, tokenizers
 from reference import transformers_rewards
 
 from rmtension import RewardHead
@@ -220,7 +220,3 @@ def test_trained_models_are_read_by_both_too(tokenizer, tmp_path):
     save_model(tmp_path, transformers.AutoModelForSequenceClassification.from_config(config), tokenizer)
     assert json.loads((tmp_path / "config.json").read_text())["rope_theta"] == 5e5
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
-
-
-def test_the_program_has_a_column_for_every_rope():
-    assert [*ROPES, "ablated"] == COLUMNS
