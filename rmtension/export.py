@@ -98,8 +98,13 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
     checkpoint, _ = _current(head, "save_pretrained")
     if not current().is_first:
         return
-    classifier = build_classifier(head)
     folder = Path(folder)
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"folder: {folder} holds an adapter (adapter_config.json), which transformers would put on the model that "
+            "is written there. Name another folder."
+        )
+    classifier = build_classifier(head)
     state = classifier.state_dict()
     if head.bias:
         state["score.bias"] = torch.tensor([head.bias], dtype=torch.float32)
