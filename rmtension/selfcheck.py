@@ -257,7 +257,7 @@ class _Checker:
         self._add(f"zeroing, {site}", len(zeroed), same, 0, "texts whose reward stays as it is")
 
     def _direct(self) -> None:
-        from rmtension.direct import direct_contributions
+        from rmtension.direct import direct_contributions, written_by
 
         try:
             _ = self.head.body.final_norm
@@ -265,7 +265,7 @@ class _Checker:
             return  # no final norm: the reward is no sum over the residual stream
         parts = direct_contributions(self.head, self._batch(self.ids))
         self._compare("direct contributions", parts.reward, half=2e-1)
-        if parts.biases is not None and len(parts.neurons) == 2:
+        if set(parts.neurons) == written_by(self.head):
             written = parts.biases + sum(part.sum(dim=2) for part in parts.neurons.values())
             worst = float((written - parts.blocks).abs().max())
             self._add("layers", parts.blocks.numel(), worst, self._limit(half=2e-1), "max |difference| in a layer")

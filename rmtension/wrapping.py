@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmtension.body import Body, BridgeBody, HookedTransformerBody
+from rmtension.body import Body, BridgeBody
 from rmtension.errors import ModelError, OptionError
+from rmtension.hooked_transformer_body import HookedTransformerBody
 from rmtension.hooks import copy_without_hooks
 
 MODEL_CLASSES = ("TransformerBridge", "HookedTransformer")
