@@ -227,6 +227,13 @@ class NativeBody(BridgeBody):
             )
         return self._projected(site, layer)
 
+    def weights(
+        self, site: str, layer: int
+    ) -> tuple[Float[Tensor, "channel d_model"], Float[Tensor, "d_model"] | None]:
+        """The weight and the bias that the neurons of `site` in `layer` go through: views of the parameters."""
+        module: Any = self.projection(site, layer).written.module
+        return module.weight.T, module.bias
+
     def _base(self) -> Any:
         bridge: Any = self.bridge
         return bridge.original_model

@@ -11,12 +11,15 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from rmtension.ablation import AblationContext
+from rmtension.activations import ActivationStatistics
 from rmtension.checkpoints import Checkpoint
 from rmtension.distributed import current
 from rmtension.errors import ModelError, OptionError, RMTensionWarning
 from rmtension.files import filled_whole
 from rmtension.heads import LinearHead
 from rmtension.hooks import copy_without_hooks
+from rmtension.lens_models import CONFIG_FILE, copy_model, is_own_model, write_model
 from rmtension.neurons import NeuronSet
 from rmtension.reward_head import RewardHead
 from rmtension.sites import find_site
@@ -33,9 +36,9 @@ def ablate_weights(
     in the biases that come with it; otherwise `ModelError`. A mean at `mlp_gate` of a gated MLP is no constant at the
     projection: `OptionError`. Memory: the model a second time.
     """
-    from rmtension.ablation import AblationContext
-
-    checkpoint, base = _current(head, "with_ablation")
+    is_own = is_own_model(head.body)
+    if not is_own:
+        checkpoint, base = _current(head, "with_ablation")
     if mode not in ("zero", "mean", "scale"):
         raise OptionError(
             f"mode: weights can do 'zero', 'mean' or 'scale' for good, got {mode!r}. Use AblationContext for the rest."
@@ -49,6 +52,8 @@ def ablate_weights(
                 f"mode: no weights do 'mean' at site {neurons.site!r} of a gated MLP, where what a neuron writes still "
                 f"depends on its other factor. Use AblationContext, or neurons and means of site {product!r}."
             )
+    if is_own:
+        return _ablate_own(head, context)
     base = copy_without_hooks(base)
     names = [head.body.projection_names[neurons.site, layer] for layer in range(head.n_layers)]
     if mode == "mean" and any(base.get_submodule(names[layer]).bias is None for layer in context.columns):
@@ -69,13 +74,42 @@ def ablate_weights(
     return RewardHead._from_checkpoint(opened, head.max_length, head.tokens_per_batch)
 
 
+def _ablate_own(head: RewardHead, context: AblationContext) -> RewardHead:
+    """The same for a model of TransformerLens' own: its W_out or W_O, and b_out or b_O."""
+    site, factor = context.neurons.site, context.alpha or 0.0
+    ablated = head.on_own_model(copy_model(head.body))
+    body = ablated.body
+    assert is_own_model(body)
+    with torch.no_grad():
+        for layer, columns in context.columns.items():
+            weight, bias = body.weights(site, layer)
+            if isinstance(context.reference, ActivationStatistics):
+                if bias is None:
+                    raise ModelError(
+                        "mode 'mean': the projections of this gated MLP have no bias, and boot_native builds none. Use "
+                        "mode='zero', or AblationContext, which needs none."
+                    )
+                means = context.reference.channel_mean[layer].to(weight.device)[columns]
+                bias += (means @ weight[columns].double()).to(bias.dtype)
+            weight[columns] *= factor
+    return ablated
+
+
 def save_classifier(head: RewardHead, folder: str | Path) -> None:
     """Write the model of `head` as a one-label sequence classifier (safetensors), with its tokenizer.
+
+    A model of TransformerLens' own has no class of transformers: `rmtension.lens_models` writes its weights, its config
+    and the head, which `RewardHead.from_pretrained` opens.
 
     The config gets the head's pad token: where it has none, the reward is read at the last token whichever it is, and
     transformers scores one text at a time. A bias of the head, for which transformers has no place, is written as
     `score.bias`: `RewardHead.from_pretrained` reads it back, transformers leaves it out. Both warn.
     """
+    if is_own_model(head.body):
+        if current().is_first:
+            linear = LinearHead(head.require_weight(), head.bias)
+            write_model(head.body, linear, head.pad_token_id, head.tokenizer, Path(folder))
+        return
     checkpoint, _ = _current(head, "save_pretrained")
     if not current().is_first:
         return
@@ -84,7 +118,7 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
     state = classifier.state_dict()
     if head.bias:
         state["score.bias"] = torch.tensor([head.bias], dtype=torch.float32)
-    with filled_whole(folder, "checkpoint", seal="config.json") as place:
+    with filled_whole(folder, "checkpoint", seal="config.json", replaced=(CONFIG_FILE,)) as place:
         try:
             classifier.save_pretrained(place, state_dict=state)
         except SafetensorError as error:

@@ -3,8 +3,10 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ def read_head(given: object, width: int | None = None) -> LinearHead:
 
     Raises `ModelError` for more than one output, another width than `width`, or a state dict without a head.
     """
+    given = _as_tensors(given)
     if isinstance(given, LinearHead):
         head = given
     elif isinstance(given, nn.Linear):
@@ -92,3 +95,25 @@ def _head(weight: Any, bias: Any) -> LinearHead:
     if constant.numel() != 1:
         raise ModelError(f"bias: expected one number, got shape {tuple(constant.shape)}.")
     return LinearHead(row.clone(), float(constant))
+
+
+def _as_tensors(given: Any) -> Any:
+    """The same with tensors where arrays or lists of numbers are: the weight itself, of a pair, or in a state dict."""
+    if isinstance(given, Mapping):
+        return {name: _as_tensor(value) for name, value in given.items()}
+    if isinstance(given, tuple | list) and len(given) == 2 and not isinstance(given[0], Number):
+        weight, bias = given
+        is_matrix = isinstance(weight, list) and isinstance(bias, list) and len(weight) == len(bias) > 1
+        return _as_tensor(given) if is_matrix else (_as_tensor(weight), bias)
+    return _as_tensor(given)
+
+
+def _as_tensor(weight: Any) -> Any:
+    """A tensor of floats for an array or a list, float64 where it does not say otherwise; anything else as it is."""
+    if isinstance(weight, Tensor) or not (isinstance(weight, tuple | list) or hasattr(weight, "__array__")):
+        return weight
+    try:
+        values = torch.from_numpy(np.array(weight))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"weight: expected numbers, got {weight!r:.60} ({error}).") from error
+    return values if values.is_floating_point() else values.double()

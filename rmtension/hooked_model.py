@@ -22,7 +22,6 @@ from rmtension.site_widths import measure_sites
 from rmtension.sites import find_site
 from rmtension.tokens import TokenBatch, running
 
-
 # How far rounding may put a text in a batch from the same text alone, relative to its residual stream.
 _PADDING_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.2}
 

@@ -16,8 +16,9 @@ from rmtension.checkpoints import Checkpoint, LoadOptions, checkpoint_of, open_c
 from rmtension.distributed import current
 from rmtension.encoding import EncodedText, TextOrChat, encode_texts
 from rmtension.errors import ModelError, OptionError
-from rmtension.heads import read_head
+from rmtension.heads import LinearHead, read_head
 from rmtension.hooked_model import HookedModel
+from rmtension.lens_models import is_saved_model, read_model
 from rmtension.nonfinite import require_finite
 from rmtension.norms import read_norm
 from rmtension.pair import PreferencePair
@@ -49,8 +50,9 @@ class RewardHead(HookedModel):
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
-        weight: the head: `d_model` numbers, a matrix of one row, a (weight, bias) pair, an `nn.Linear`, or a state
-            dict that holds one. None makes a head without a reward, for reading activations of a language model.
+        weight: the head: `d_model` numbers (a tensor, an array or a list), a matrix of one row, a (weight, bias) pair,
+            an `nn.Linear`, or a state dict that holds one. None makes a head without a reward, for reading activations
+            of a language model.
         bias: added to every reward, beside the bias that `weight` may bring.
         final_norm: the final norm before any processing of weights. Needed where TransformerLens folded its gain into
             the unembedding (a `HookedTransformer` loaded with its default processing, a bridge in compatibility mode):
@@ -124,6 +126,8 @@ class RewardHead(HookedModel):
             (2, 24, ['attn_head', 'mlp', 'mlp_gate'])
         """
         check_model_class(model_class)
+        if is_saved_model(name_or_path):
+            return cls._from_saved_model(Path(name_or_path), head, max_length, tokens_per_batch, options)
         opened = open_checkpoint(name_or_path, reward=True, head=head, options=options)
         return cls._from_checkpoint(opened, max_length, tokens_per_batch, model_class, process_weights)
 
@@ -213,6 +217,45 @@ class RewardHead(HookedModel):
             if opened.source is not None:
                 head.checkpoint = replace(opened, base=None)
         return head
+
+    @classmethod
+    def _from_saved_model(
+        cls, folder: Path, head: object, max_length: int | None, tokens_per_batch: int | None, options: LoadOptions
+    ) -> "RewardHead":
+        unknown = sorted(set(options) - {"dtype", "device", "tokenizer"})
+        if unknown:
+            raise OptionError(
+                f"from_pretrained: {folder} is a model of TransformerLens' own, which opens with dtype, device, "
+                f"tokenizer and head alone, got {unknown}. Leave them out."
+            )
+        device = torch.device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        saved = read_model(folder, options.get("dtype", torch.float32), device)
+        opened = cls(
+            saved.model,
+            weight=None,
+            tokenizer=saved.tokenizer if options.get("tokenizer") is None else options["tokenizer"],
+            pad_token_id=saved.pad_token_id,
+            max_length=max_length,
+            tokens_per_batch=tokens_per_batch,
+        )
+        return opened._with_head(saved.head if head is None else read_head(head, opened.d_model))
+
+    def on_own_model(self, model: nn.Module) -> "RewardHead":
+        """This head on another model of the same shape, with its tokenizer and limits."""
+        head = type(self)(
+            model,
+            weight=None,
+            tokenizer=self.tokenizer,
+            pad_token_id=self.pad_token_id,
+            max_length=self.max_length,
+            tokens_per_batch=self.tokens_per_batch,
+        )
+        return head._with_head(LinearHead(self.require_weight(), self.bias))
+
+    def _with_head(self, head: LinearHead) -> "RewardHead":
+        """Read by `head` as it is: a gain that processing of weights folded away is in it already."""
+        self.weight, self.bias = head.weight.to(self.device, copy=True), head.bias
+        return self
 
     # -- scoring ---------------------------------------------------------------------------------------------------
 
@@ -443,10 +486,14 @@ class RewardHead(HookedModel):
                 raise ModelError(
                     "model: weight processing folded the gain of its final norm into its unembedding, so that its "
                     "residual stream lacks it. Pass final_norm= the norm of the model before processing, or load "
-                    "without processing (HookedTransformer.from_pretrained_no_processing)."
+                    "without processing (HookedTransformer.from_pretrained_no_processing). Where the model never had a "
+                    "gain (normalization_type 'LNPre' or 'RMSPre' from the start), pass its own: "
+                    "final_norm=model.ln_final."
                 )
             head = head.after_folding(read_norm(final_norm, self.d_model))
-        return head.weight.to(self.device, copy=True), head.bias + float(bias)
+        # No more digits than rewards have: some devices know no float64, which arrays and lists come in.
+        dtype = self.reward_dtype if head.weight.dtype == torch.float64 else head.weight.dtype
+        return head.weight.to(self.device, dtype, copy=True), head.bias + float(bias)
 
     def require_weight(self) -> Float[Tensor, "d_model"]:
         """The head's row; raises `ModelError` for a head without a reward."""

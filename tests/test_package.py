@@ -25,7 +25,11 @@ FLOORS = [
     {"pair_scores", "token_scores"},
     {"benchmarks", "intervals", "length"},
     {"encoding", "scored", "tokens", "controls", "overlap", "work"},
-    {"packing", "last_block", "budget", "sums", "plain_run", "body", "checkpoints", "wrapping"},
+    {"projections", "packing", "last_block", "budget", "sums", "plain_run", "checkpoints"},
+    {"hooked_transformer_body"},
+    {"body"},
+    {"wrapping"},
+    {"lens_models"},
     {"site_widths"},
     {"hooked_model"},
     # A head reaches from its methods to the modules that prove, decompose and export it, and these to ablation.
