@@ -111,15 +111,7 @@ class DirectPaths:
         blocks = parts.diff(dim=1)
         if set(neurons) == written_by(head):
             inside = sum(torch.stack(layers, dim=1).sum(dim=2) for layers in neurons.values()) + biases
-            # Rounding goes with what is summed (norms may be float32 in a float64 model); a factor is off by a share.
-            share = max(1e-4, torch.finfo(head.dtype).eps ** 0.5)
-            lost, room = (inside - blocks).abs().max(), share * parts.abs().max()
-            if not lost <= room:
-                raise ModelError(
-                    f"direct path: what the neurons of {head.architecture} write is not what its blocks add (off by "
-                    f"{float(lost):.2g}, of {float(blocks.abs().max()):.2g}): it scales or norms it in a way unknown "
-                    "here. Use attribution_patching or integrated_gradients."
-                )
+            self._require_close("what its neurons write", inside, blocks, "its blocks add", parts)
         return DirectContributions(
             embedding=parts[:, 0],
             blocks=blocks,
@@ -135,6 +127,19 @@ class DirectPaths:
         rows = value.detach().reshape(n_rows, n_tokens, -1)
         self.seen[spot] = self._batch.at_last(rows).to(self._head.reward_dtype)
 
+    def _require_close(
+        self, name: str, found: Tensor, expected: Tensor, expected_name: str, summed: Tensor | None = None
+    ) -> None:
+        # Rounding goes with what is summed (norms may be float32 in a float64 model); a factor is off by a share.
+        share = max(1e-4, torch.finfo(self._head.dtype).eps ** 0.5)
+        lost, size = (found - expected).abs().max(), expected.abs().max()
+        if not lost <= share * (size if summed is None else summed.abs().max()):
+            raise ModelError(
+                f"direct path of {self._head.architecture}: {name} is not what {expected_name} (off by "
+                f"{float(lost):.2g}, of {float(size):.2g}): it is scaled or normed in a way unknown here. Use "
+                "attribution_patching or integrated_gradients."
+            )
+
     def _through(
         self, projection: Projection, block: nn.Module, direction: Float[Tensor, "text d_model"]
     ) -> tuple[Float[Tensor, "text channel"], Float[Tensor, "text"]]:
@@ -146,6 +151,8 @@ class DirectPaths:
         activation = self.seen[projection.read]
         computed = projection.apply(activation.to(projection.dtype)).to(activation)
         written = self.seen.get(projection.written, computed)
+        # Or what the weights do not say would pass for the bias.
+        self._require_close("what the weights make of its neurons", computed, written, "comes out of the projection")
         room = 0.0 if written is not computed else 32 * torch.finfo(projection.dtype).eps * float(computed.abs().max())
         constant = torch.zeros_like(direction[:, 0]).to(written)
         direction = direction.to(written)

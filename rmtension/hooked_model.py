@@ -57,8 +57,8 @@ class HookedModel:
         stable = body.stable_up_to
         if stable is not None and self.max_length > stable:
             raise OptionError(
-                f"max_length: expected at most {stable}, got {self.max_length}: this model changes the rotary positions "
-                "of a whole batch as soon as one text is longer (use_dynamic_ntk_rope), so that a text would get "
+                f"max_length: expected at most {stable}, got {self.max_length}: this model changes the rotary "
+                "positions of a whole batch as soon as one text is longer (use_dynamic_ntk_rope), so that a text would get "
                 f"another reward in company. Pass max_length={stable}."
             )
         if tokens_per_batch is not None and tokens_per_batch < 1:
@@ -72,10 +72,9 @@ class HookedModel:
             )
         with in_eval_mode(self.body.modules()):
             self._widths, self._missing, self._runs_once = measure_sites(self.body, self.n_layers, self.device)
-            self._require_hidden_padding()
 
     @torch.no_grad()
-    def _require_hidden_padding(self) -> None:
+    def require_hidden_padding(self) -> None:
         """Raise `ModelError` where a short text beside a longer one is not what it is alone. Cost: two short runs."""
         longest = min(6, self.max_length)
         ids = [number % self.body.n_embeddings for number in range(longest)]
@@ -83,7 +82,7 @@ class HookedModel:
         streams = []
         for some in (texts[:1], texts):
             batch = TokenBatch.from_texts(some, range(len(some)), pad_token_id=None, device=self.device)
-            streams.append(batch.at_last(self.body.residual(batch))[0].double())
+            streams.append(batch.at_last(self.residual(batch))[0].double())
         off = float((streams[1] - streams[0]).abs().max() / streams[0].abs().max().clamp(min=1e-12))
         if off > _PADDING_TOLERANCE.get(self.dtype, 1e-4):
             raise ModelError(

@@ -36,11 +36,13 @@ class HookedTransformerBody:
                 "model: its weights are quantised (load_in_4bit), so that neurons have no exact weights to read or to "
                 "ablate. Load the model without load_in_4bit."
             )
-        dtype = next(model.parameters()).dtype
-        if cfg.dtype != dtype:
+        # The widest, because `model.double()` changes all but the config.
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+        if dtypes | {cfg.dtype} != {widest}:
             raise ModelError(
-                f"model: its weights are {dtype} and its config says {cfg.dtype}, which its norms would round to. "
-                f"Convert both: model.to({dtype})."
+                f"model: its weights are {' and '.join(sorted(map(str, dtypes)))} and its config says {cfg.dtype}, "
+                f"which norms would round to. Convert all of it: model.to({widest})."
             )
 
     @property

@@ -194,7 +194,9 @@ def _hooked_transformer(values: dict[str, Any], state: Mapping[str, Tensor]) -> 
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the model is of this class
-        model: Any = HookedTransformer(HookedTransformerConfig.from_dict(values), None, move_to_device=False)
+        made: Any = HookedTransformer(HookedTransformerConfig.from_dict(values), None, move_to_device=False)
+    # Experts are made in float32 whatever the config says.
+    model = made.to(values["dtype"], print_details=False)
     buffers = dict(model.named_buffers())
     result = model.load_state_dict({name: state[name] for name in state if name not in buffers}, strict=False)
     missing = sorted(set(result.missing_keys) - set(buffers))

@@ -18,6 +18,7 @@ from rmtension.encoding import EncodedText, TextOrChat, encode_texts
 from rmtension.errors import ModelError, OptionError
 from rmtension.heads import LinearHead, read_head
 from rmtension.hooked_model import HookedModel
+from rmtension.hooks import copy_without_hooks
 from rmtension.lens_models import is_saved_model, read_model
 from rmtension.nonfinite import require_finite
 from rmtension.norms import read_norm
@@ -94,6 +95,8 @@ class RewardHead(HookedModel):
         self.checkpoint = _checkpoint
         self.weight, self.bias = self._read_weight(weight, bias, final_norm)
         self._fingerprint: tuple[object, str] | None = None
+        if _checkpoint is None:
+            self.require_hidden_padding()
 
     @classmethod
     def from_pretrained(
@@ -159,6 +162,7 @@ class RewardHead(HookedModel):
         *,
         tokenizer: Any = None,
         pad_token: str | None = None,
+        dtype: torch.dtype | None = None,
         model_class: str = "TransformerBridge",
         process_weights: bool = False,
         max_length: int | None = None,
@@ -166,8 +170,8 @@ class RewardHead(HookedModel):
     ) -> "RewardHead":
         """The head of a transformers classifier in memory, for example one that a trainer just left behind.
 
-        Its weights are shared, not copied (a HookedTransformer and processed weights are copies): training it further
-        changes the rewards. The head itself is a copy.
+        Its weights are shared, not copied (a HookedTransformer, processed weights and another `dtype` are copies):
+        training it further changes the rewards. The head itself is a copy.
 
         Examples:
             >>> from transformers import AutoModelForSequenceClassification
@@ -176,6 +180,8 @@ class RewardHead(HookedModel):
             ScoredPairs(n=24, accuracy=1.000, ties=0)
         """
         opened = checkpoint_of(classifier, tokenizer, pad_token)
+        if dtype is not None and opened.base is not None and dtype != next(opened.base.parameters()).dtype:
+            opened = replace(opened, base=copy_without_hooks(opened.base).to(dtype))
         return cls._from_checkpoint(opened, max_length, tokens_per_batch, model_class, process_weights)
 
     @classmethod
@@ -216,6 +222,7 @@ class RewardHead(HookedModel):
             require_same_rewards(head, opened)
             if opened.source is not None:
                 head.checkpoint = replace(opened, base=None)
+        head.require_hidden_padding()
         return head
 
     @classmethod

@@ -28,7 +28,7 @@ from rmtension.encoding import EncodedText, encode_texts
 from rmtension.errors import CheckError, DataError, ModelError
 from rmtension.hooks import InstalledHooks, Spot, in_eval_mode
 from rmtension.pairs import PreferencePairs
-from rmtension.plain_run import probe_batch, run_base
+from rmtension.plain_run import let_run_in_float64, probe_batch, run_base
 from rmtension.tokens import TokenBatch
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ class _Checker:
         has_place = getattr(getattr(model, "score", None), "bias", None) is not None
         constant = 0.0 if checkpoint is None or checkpoint.head is None or has_place else checkpoint.head.bias
         if model is not None:
+            let_run_in_float64(model)
             expected = self._by_classifier(model) + constant
         elif checkpoint is not None and checkpoint.source is not None:
             expected = self._by_hidden_state(checkpoint.source)
@@ -208,6 +209,7 @@ class _Checker:
 
         again = open_checkpoint(source.name, reward=True, head=source.head, options=source.options)
         base: Any = again.base
+        let_run_in_float64(base)
         assert again.head is not None
         rewards = []
         for probe in self.probes:

@@ -13,6 +13,7 @@ from rmtension.body import Body, BridgeBody
 from rmtension.errors import ModelError, OptionError
 from rmtension.hooked_transformer_body import HookedTransformerBody
 from rmtension.hooks import copy_without_hooks
+from rmtension.plain_run import let_run_in_float64
 
 MODEL_CLASSES = ("TransformerBridge", "HookedTransformer")
 
@@ -33,6 +34,7 @@ def wrap(
     `HookedTransformer`.
     """
     check_model_class(model_class)
+    let_run_in_float64(plain)
     try:
         # Building shells draws initial weights; the user's random numbers stay as they were.
         with torch.random.fork_rng(devices=[]):
@@ -55,6 +57,9 @@ def _wrap(
     if process_weights:
         bridge = _boot(name, copy_without_hooks(plain), tokenizer, trust_remote_code, writable=True)
         bridge.enable_compatibility_mode(disable_warnings=True)
+        if next(plain.parameters()).dtype == torch.float64:
+            # TransformerLens 3.9 makes biases that were not there in float32.
+            bridge.original_model.to(torch.float64)
         return BridgeBody(bridge)
     twin = copy_without_hooks(plain, {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]})
     names = {id(module): path for path, module in twin.named_modules()}
@@ -153,7 +158,8 @@ def _hooked_transformer(plain: Any, process_weights: bool, trust_remote_code: bo
         state = loading_from_pretrained.get_pretrained_state_dict(folder, cfg, hf_model=shell, dtype=parameter.dtype)
         cfg.tokenizer_name = None
         cfg.n_ctx = min(cfg.n_ctx, context or cfg.n_ctx)
-        model = HookedTransformer(cfg, None, move_to_device=False)
+        # Experts are made in float32 whatever the config says.
+        model = HookedTransformer(cfg, None, move_to_device=False).to(parameter.dtype, print_details=False)
     model.load_and_process_state_dict(state, **steps)
     hooked: nn.Module = model.to(parameter.device, print_details=False).eval().requires_grad_(False)
     return hooked
