@@ -57,9 +57,9 @@ class HookedModel:
         stable = body.stable_up_to
         if stable is not None and self.max_length > stable:
             raise OptionError(
-                f"max_length: expected at most {stable}, got {self.max_length}: this model changes the rotary "
-                "positions of a whole batch as soon as one text is longer (use_dynamic_ntk_rope), so that a text would get "
-                f"another reward in company. Pass max_length={stable}."
+                f"max_length: expected at most {stable}, got {self.max_length}: one longer text changes the rotary "
+                "positions of its whole batch (use_dynamic_ntk_rope), so that a text would get another reward in "
+                f"company. Pass max_length={stable}."
             )
         if tokens_per_batch is not None and tokens_per_batch < 1:
             raise OptionError(f"tokens_per_batch: expected a positive number, got {tokens_per_batch}.")

@@ -41,7 +41,9 @@ class NormLayer:
         if not self.divides:
             return torch.ones_like(x[..., 0])
         unscaled = self.gain * (x - x.mean(dim=-1, keepdim=True) if self.centred else x)
-        return unscaled.square().sum(dim=-1) / (unscaled * (y - self.bias)).sum(dim=-1)
+        size = unscaled.square().sum(dim=-1)
+        # Of a stream that is 0, as at a pad token without an embedding, nothing tells the scale, and 1 / 0 is no part.
+        return torch.where(size == 0, torch.ones_like(size), size / (unscaled * (y - self.bias)).sum(dim=-1))
 
     def apply(self, x: Float[Tensor, "*text d"], sigma: Float[Tensor, "*text"]) -> Float[Tensor, "*text d"]:
         """The norm's output for `x` with the scale frozen at `sigma`."""

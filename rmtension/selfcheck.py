@@ -52,9 +52,8 @@ def check_head(head: "RewardHead", pairs: PreferencePairs | None = None, referen
     """Run every check that applies to `head`; one row each: check, n, value, limit, passed, note.
 
     Texts are those of the first 8 `pairs`, or 8 built in; token ids are drawn where there is no tokenizer, or one whose
-    vocabulary has none of them. `reference` is a
-    classifier of transformers to compare with; by default the checkpoint is loaded again from where it came, which
-    takes its memory a second time while this runs. Cost: about 30 forward passes over 8 or 16 texts.
+    vocabulary has none of them. `reference` is a classifier of transformers to compare with; by default the checkpoint
+    is loaded again from where it came, which takes its memory a second time while this runs. Cost: about 30 forward passes over 8 or 16 texts.
 
     Raises `CheckError` naming the checks that failed; its `table` attribute holds the rows.
     """
@@ -181,8 +180,10 @@ class _Checker:
     def _transformers(self, reference: Any) -> None:
         from rmtension.export import reload_classifier
 
-        model: Any = reload_classifier(self.head) if reference is None else reference
         checkpoint = self.head.checkpoint
+        if reference is None and checkpoint is not None and checkpoint.source is None and self.head.body.plain is None:
+            return  # a conversion of a model in memory, compared with it when it was made
+        model: Any = reload_classifier(self.head) if reference is None else reference
         # A bias for which transformers has no place is the head's alone.
         has_place = getattr(getattr(model, "score", None), "bias", None) is not None
         constant = 0.0 if checkpoint is None or checkpoint.head is None or has_place else checkpoint.head.bias

@@ -96,17 +96,27 @@ def _spare(tokenizer: Any) -> Any:
     """A tokenizer for TransformerLens alone, so that it leaves the network and the reward model's tokenizer in peace.
 
     It looks for one by the model's name where it gets none, and re-reads one with a BOS token to make it prepend that.
+    Where the user's cannot encode what TransformerLens tries, it gets an empty one.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    if tokenizer is None:
+    spare = copy.deepcopy(tokenizer)
+    if spare is not None:
+        spare.bos_token = None
+    if not _encodes(spare, "a"):
         empty = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))  # noqa: S106 - a token, no password
         return PreTrainedTokenizerFast(tokenizer_object=empty, unk_token="<unk>", eos_token="<unk>", pad_token="<unk>")  # noqa: S106
-    spare = copy.deepcopy(tokenizer)
-    spare.bos_token = None
     return spare
+
+
+def _encodes(tokenizer: Any, text: str) -> bool:
+    """Whether a tokenizer takes the text that TransformerLens tries it with: one without an unknown token may not."""
+    try:
+        return tokenizer is not None and tokenizer.encode(text) is not None
+    except Exception:  # tokenizers raises nothing more exact
+        return False
 
 
 def _language_model(base: Any, trust_remote_code: bool, *, writable: bool) -> Any:

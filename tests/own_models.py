@@ -10,8 +10,16 @@ from transformer_lens.model_bridge import TransformerBridge
 HAS_HOOKED_TRANSFORMER = int(version("transformer-lens").split(".")[0]) < 4
 KINDS = ("native", "hooked") if HAS_HOOKED_TRANSFORMER else ("native",)
 SIZES = {
-    "n_layers": 2, "d_model": 16, "n_ctx": 24, "d_head": 4, "n_heads": 4, "d_mlp": 20,
-    "act_fn": "gelu_new", "d_vocab": 13, "device": "cpu", "normalization_type": "LN",
+    "n_layers": 2,
+    "d_model": 16,
+    "n_ctx": 24,
+    "d_head": 4,
+    "n_heads": 4,
+    "d_mlp": 20,
+    "act_fn": "gelu_new",
+    "d_vocab": 13,
+    "device": "cpu",
+    "normalization_type": "LN",
 }
 LENGTHS = (20, 3, 11, 7, 1)
 

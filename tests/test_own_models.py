@@ -19,8 +19,11 @@ CONFIGS = {
     "LN": {},
     "no norm, ReLU": {"normalization_type": None, "act_fn": "relu"},
     "RMS, gated, rotary": {
-        "normalization_type": "RMS", "gated_mlp": True, "act_fn": "silu",
-        "positional_embedding_type": "rotary", "n_key_value_heads": 2,
+        "normalization_type": "RMS",
+        "gated_mlp": True,
+        "act_fn": "silu",
+        "positional_embedding_type": "rotary",
+        "n_key_value_heads": 2,
     },
     "final RMS": {"final_rms": True},
     "attention alone": {"attn_only": True},
