@@ -116,6 +116,9 @@ class RewardHead(HookedModel):
         `config.pad_token_id`. A language model saved with a value head (trl's `v_head`), or opened with `head=` (what
         `weight` takes above), is read at its last token.
 
+        A folder that `save_pretrained` wrote for a model of TransformerLens' own opens as that model
+        (`rmtension.lens_models`), with `dtype`, `device`, `tokenizer` and `head`.
+
         `model_class="HookedTransformer"` (TransformerLens 3.x) converts the weights; `process_weights=True` folds and
         centres them as TransformerLens does. Both are compared with transformers on a short text, and raise
         `ModelError` if they differ. `options` are those of `rmtension.checkpoints.LoadOptions`.
@@ -433,6 +436,9 @@ class RewardHead(HookedModel):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint that `AutoModelForSequenceClassification` loads, with the tokenizer.
+
+        A HookedTransformer or `boot_native` bridge, for which transformers has no class, is written as its state dict,
+        config and head (`rmtension.lens_models`). Either is opened by `from_pretrained`.
 
         Examples:
             >>> head.with_ablation(neurons).save_pretrained("without-helpful")

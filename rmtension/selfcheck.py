@@ -53,7 +53,8 @@ def check_head(head: "RewardHead", pairs: PreferencePairs | None = None, referen
 
     Texts are those of the first 8 `pairs`, or 8 built in; token ids are drawn where there is no tokenizer, or one whose
     vocabulary has none of them. `reference` is a classifier of transformers to compare with; by default the checkpoint
-    is loaded again from where it came, which takes its memory a second time while this runs. Cost: about 30 forward passes over 8 or 16 texts.
+    is loaded again from where it came, which takes its memory a second time while this runs. Cost: about 30 forward
+    passes over 8 or 16 texts.
 
     Raises `CheckError` naming the checks that failed; its `table` attribute holds the rows.
     """
