@@ -60,8 +60,8 @@ class AblationContext:
         self.head = head
         self.neurons = neurons
         self.mode = mode
-        self._reference = reference
-        self._alpha = alpha
+        self.reference = reference
+        self.alpha = alpha
         self._positions = positions
         self._seed = seed
         per_neuron = head.n_channels(neurons.site) // head.n_neurons(neurons.site)
@@ -101,13 +101,13 @@ class AblationContext:
         if self.mode == "zero":
             return torch.zeros_like(block)
         if self.mode == "scale":
-            assert self._alpha is not None
-            return block * self._alpha
-        if isinstance(self._reference, ActivationStatistics):
-            return self._reference.channel_mean[layer].to(block)[columns].expand_as(block)
-        assert isinstance(self._reference, ActivationSample)
-        donors = draw_donors(_require_batch(), self._reference.keys, self._seed).flatten()
-        return self._reference.values[donors.cpu(), layer].to(block)[:, columns]
+            assert self.alpha is not None
+            return block * self.alpha
+        if isinstance(self.reference, ActivationStatistics):
+            return self.reference.channel_mean[layer].to(block)[columns].expand_as(block)
+        assert isinstance(self.reference, ActivationSample)
+        donors = draw_donors(_require_batch(), self.reference.keys, self._seed).flatten()
+        return self.reference.values[donors.cpu(), layer].to(block)[:, columns]
 
 
 def draw_donors(batch: TokenBatch, donor_keys: Int[Tensor, "donor"], seed: int) -> Int[Tensor, "row token"]:

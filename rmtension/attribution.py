@@ -71,6 +71,10 @@ class NeuronAttribution:
     products are summed over its channels. Scores are means over pairs with their standard error, in float64. Turning
     every pair round flips signed scores; a constant added to the reward changes none.
 
+    A gradient jumps where the input of a ReLU is 0 but for rounding, as in models with round numbers for weights:
+    float32 and float64 may give different scores there. Open the model with `dtype=torch.float64` to see whether they
+    do.
+
     Args:
         head: the model to score.
         method: one of the above.

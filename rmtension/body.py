@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from rmtension.errors import ModelError
 from rmtension.gates import GATE_ROWS, find_gates
-from rmtension.hooks import InstalledHooks, Spot, count_foreign_hooks, eager_eval, has_own_hooks, modules_of
+from rmtension.hooked_transformer_body import HookedTransformerBody
+from rmtension.hooks import InstalledHooks, Spot, count_foreign_hooks, eager_eval, has_own_hooks, modules_of, unwrapped
 from rmtension.norms import read_norm
 from rmtension.plain_run import find_last_mlp, measure_packing, probe_batch, run_base
 from rmtension.plain_weights import refuse_packed_weights, refuse_recomputed
+from rmtension.projections import Projection
 from rmtension.rope import RopeByText
 from rmtension.sites import SITES, find_site
 from rmtension.tokens import TokenBatch
@@ -58,7 +60,8 @@ class BridgeBody:
         bridge: Any = self.bridge
         if not getattr(bridge, "compatibility_mode", False) or not hasattr(bridge, "ln_final"):
             return False
-        return read_norm(bridge.ln_final.original_component, int(bridge.cfg.d_model)).is_plain
+        norm = read_norm(bridge.ln_final.original_component, int(bridge.cfg.d_model))
+        return norm.divides and norm.is_plain
 
     @property
     def model(self) -> nn.Module:
@@ -69,6 +72,11 @@ class BridgeBody:
     def runs_plain(self) -> bool:
         """Whether transformers' own modules run: there are some, and nobody but this library hooked the bridge."""
         return self.plain is not None and count_foreign_hooks(self.bridge) == self._foreign
+
+    @property
+    def stable_up_to(self) -> int | None:
+        """The longest text that does not change the positions of others in its batch; None where none does."""
+        return None
 
     @property
     def pack_up_to(self) -> int:
@@ -108,9 +116,19 @@ class BridgeBody:
         found = self._gates[layer] if find_site(site).factor_of else self._projected(site, layer)
         return [replace(spot, place=(site, layer)) for spot in found]
 
+    def projection(self, site: str, layer: int) -> Projection:
+        """The map from the neurons of `site` in `layer` into the residual stream, in the model that runs."""
+        if self.plain is not None:
+            return Projection.of(self.plain.get_submodule(self.projection_names[site, layer]))
+        point = find_site(site).hook_point(self.bridge, layer)
+        owner: Any = _owners_of_inputs(self.bridge)[id(point)]
+        inside = Projection.of(owner.original_component)
+        # Some bridges with processed weights multiply by those of the projection without calling it.
+        return replace(inside, read=Spot(point, "output"))
+
     def _projected(self, site: str, layer: int) -> list[Spot]:
         """The input of the projection that the neurons of `site` go through: on the bridge, and in `plain`."""
-        module = _hook_point(self.bridge, site, layer)
+        module = find_site(site).hook_point(self.bridge, layer)
         point = Spot(module, "output")
         if self.plain is None:
             if id(module) not in _owners_of_inputs(self.bridge):
@@ -191,77 +209,46 @@ class BridgeBody:
         return float((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
-class HookedTransformerBody:
-    """A HookedTransformer (TransformerLens 3.x)."""
-
-    plain: nn.Module | None = None
-    runs_plain = False
-    pack_up_to = 0
-
-    def __init__(self, model: nn.Module) -> None:
-        self.module = self.model = model
-        self.projection_names: dict[tuple[str, int], str] = {}
-
-    @property
-    def final_norm_folded(self) -> bool:
-        """Whether weight processing moved the final norm's gain into the unembedding."""
-        cfg: Any = self.module.cfg
-        return str(getattr(cfg, "normalization_type", "")).endswith("Pre")
+class NativeBody(BridgeBody):
+    """A bridge made by `TransformerBridge.boot_native`: TransformerLens' own model, with nothing of transformers."""
 
     @property
     def n_embeddings(self) -> int:
         """Rows of the embedding: token ids lie below."""
-        cfg: Any = self.module.cfg
-        return int(cfg.d_vocab)
-
-    @property
-    def final_norm(self) -> nn.Module:
-        """The norm whose output the head multiplies."""
-        model: Any = self.module
-        norm: nn.Module = model.ln_final
-        return norm
-
-    def block(self, layer: int) -> nn.Module:
-        """The module whose input is the residual stream before `layer`."""
-        model: Any = self.module
-        block: nn.Module = model.blocks[layer]
-        return block
-
-    def modules(self) -> Iterator[nn.Module]:
-        """Every module that may run."""
-        return self.module.modules()
-
-    def last_mlp_at_last_tokens(self, batch: TokenBatch) -> AbstractContextManager[bool]:
-        """Nothing: all of it runs."""
-        return nullcontext(False)
-
-    @property
-    def is_hooked(self) -> bool:
-        """Whether somebody hooked the model."""
-        return count_foreign_hooks(self.module) > 0 or has_own_hooks(self.modules())
+        bridge: Any = self.bridge
+        return int(bridge.cfg.d_vocab)
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
-        """The residual stream after the final norm's gain; no unembedding."""
+        """The residual stream after the final norm, or the stream itself where the model has no norm."""
         captured: list[Tensor] = []
-        model: Any = self.module
-        with InstalledHooks([(Spot(model.ln_final, "output"), captured.append)]):
-            # return_type=None leaves out the unembedding. Without a mask one is guessed where the model has a tokenizer
-            # that pads on the left, from pad tokens that may be part of a text. All ones, for the reason in `run_base`.
-            model(batch.input_ids, attention_mask=torch.ones_like(batch.input_ids), return_type=None)
+        base = self._base()
+        # Attention that is not causal would see the padding.
+        more = {} if base.cfg.attention_dir == "causal" else {"attention_mask": batch.touched("all")}
+        with InstalledHooks([(Spot(self.final_norm, "output"), captured.append)]):
+            base(input_ids=batch.input_ids, **more)
         return captured[0]
 
     def spots(self, site: str, layer: int) -> list[Spot]:
         """The hook point of `site` in `layer`."""
-        points: Any = self.module.hook_dict
-        # A gated MLP has the first, one with a norm inside the second; without them `hook_post` is act(hidden).
-        more = {f"blocks.{layer}.mlp.hook_pre_linear", f"blocks.{layer}.mlp.hook_mid"} & set(points)
-        if find_site(site).factor_of and more:
+        bridge: Any = self.bridge
+        inside: Any = getattr(bridge.blocks[layer], "mlp", None)
+        if find_site(site).factor_of and (bridge.cfg.gated_mlp or hasattr(inside, "ln")):
             raise ModelError(
-                f"site {site!r}: a HookedTransformer computes the input of the down projection of layer {layer} from "
-                "its activations before any hook sees them. Use site 'mlp', where zero and scale do the same, or open "
-                "the model without model_class."
+                f"site {site!r}: a model of boot_native computes the input of the down projection of layer {layer} "
+                "from its activations where no hook sees them. Use site 'mlp', where zero and scale do the same."
             )
-        return [Spot(_hook_point(self.module, site, layer), "output", (site, layer))]
+        return [replace(spot, place=(site, layer)) for spot in self._projected(site, layer)]
+
+    def weights(
+        self, site: str, layer: int
+    ) -> tuple[Float[Tensor, "channel d_model"], Float[Tensor, "d_model"] | None]:
+        """The weight and the bias that the neurons of `site` in `layer` go through: views of the parameters."""
+        module: Any = self.projection(site, layer).written.module
+        return module.weight.T, module.bias
+
+    def _base(self) -> Any:
+        bridge: Any = self.bridge
+        return bridge.original_model
 
 
 # What `RewardHead` asks of a model: `module` owns the parameters that run, `residual` runs it, `spots` finds neurons.
@@ -270,24 +257,31 @@ Body = BridgeBody | HookedTransformerBody
 
 def find_body(model: nn.Module) -> Body:
     """The body of a model that the user hooked; raises `ModelError` for anything else."""
+    model = unwrapped(model)
     refuse_packed_weights("model", model)
     refuse_recomputed("model", model)
-    if hasattr(model, "original_model"):
-        return BridgeBody(model)
-    if hasattr(model, "hook_dict") and hasattr(model, "cfg") and hasattr(model, "ln_final"):
+    lens = {kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformer_lens.")}
+    if "HookedTransformer" in lens:
         return HookedTransformerBody(model)
+    if "TransformerBridge" in lens:
+        base: Any = model.original_model
+        if type(base).__name__ == "NativeModel":
+            return NativeBody(model)
+        if hasattr(base, "base_model"):
+            return BridgeBody(model)
+        raise ModelError(
+            f"model: its bridge is around a {type(base).__name__}, which is neither of transformers nor of "
+            "TransformerBridge.boot_native. Build the model with one of them."
+        )
+    if lens & {"HookedEncoder", "HookedEncoderDecoder", "HookedAudioEncoder"}:
+        raise ModelError(
+            f"model: a {type(model).__name__} has no final residual stream at the last token, where rewards are read. "
+            "Expected a decoder: a TransformerBridge or a HookedTransformer."
+        )
     raise ModelError(
         f"model: expected a TransformerBridge or a HookedTransformer, got {type(model).__name__}. Checkpoints are "
         "opened with RewardHead.from_pretrained, transformers' classifiers with RewardHead.from_classifier."
     )
-
-
-def _hook_point(model: Any, site: str, layer: int) -> nn.Module:
-    name = find_site(site).hook_name(layer)
-    if name not in model.hook_dict:
-        raise ModelError(f"site {site!r}: this model has no hook point {name!r}.")
-    point: nn.Module = model.hook_dict[name]
-    return point
 
 
 def _projection_names(bridge: Any, names: dict[int, str]) -> dict[tuple[str, int], str]:

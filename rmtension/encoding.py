@@ -66,6 +66,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[Any], *, max_length: int, trunc
                 f"texts: text {number} has {length} tokens, the context holds {max_length}. Score it as a "
                 "PreferencePair so that only its prompt is cut, or pass truncate=True to drop its first tokens."
             )
+        _require_room(lead, max_length)
         kept = response[max(0, length - max_length) :]
         encoded.append(EncodedText(tuple(lead + kept), len(lead), _key(text.text)))
     return encoded
@@ -97,6 +98,7 @@ def encode_pairs(
                 f"pair {pair.id!r}: a response has {longest} tokens, the context holds {max_length}. Remove the pair, "
                 "or pass truncate_response=True to cut the response's end."
             )
+        _require_room(sides[0][0], max_length)
         room = max(0, max_length - longest)
         n_responses_cut += longest > max_length
         n_prompts_cut += any(len(prompt) > room for _, prompt, _ in sides)
@@ -132,6 +134,14 @@ def _warn_of_texts(tokenizer: Any, pairs: PreferencePairs) -> None:
         )
 
 
+def _require_room(lead: list[int], max_length: int) -> None:
+    if len(lead) >= max_length:
+        raise DataError(
+            f"max_length: expected more than {len(lead)}, which is how many special tokens the tokenizer puts before "
+            f"every text, got {max_length}. Nothing of the text would be read."
+        )
+
+
 def _render(tokenizer: Any, text: Any, where: str) -> RenderedText:
     if isinstance(text, str):
         return RenderedText(text, 0, is_chat=False)
@@ -155,7 +165,12 @@ def _parts(tokenizer: Any, texts: Sequence[RenderedText]) -> list[tuple[list[int
             some = numbers[start : start + _AT_A_TIME]
             for number, part in zip(some, _encoded(tokenizer, [texts[one] for one in some], is_chat), strict=True):
                 if not part[2]:
-                    why = " after its prompt. Give it a response" if texts[number].response_start else ": it is empty"
+                    text = texts[number]
+                    why = ": it is empty"
+                    if text.text[text.response_start :].strip():
+                        why = ": nothing of it is in the tokenizer's vocabulary"
+                    elif text.response_start:
+                        why = " after its prompt. Give it a response"
                     raise DataError(f"texts: text {number} has no token{why}.")
                 parts[number] = part
     return parts
@@ -164,14 +179,7 @@ def _parts(tokenizer: Any, texts: Sequence[RenderedText]) -> list[tuple[list[int
 def _encoded(
     tokenizer: Any, texts: Sequence[RenderedText], is_chat: bool
 ) -> Iterator[tuple[list[int], list[int], list[int]]]:
-    # verbose=False: length is checked by the callers, against the model's context.
-    encoding = tokenizer(
-        [text.text for text in texts],
-        add_special_tokens=not is_chat,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        verbose=False,
-    )
+    encoding = _tokens(tokenizer, [text.text for text in texts], is_chat)
     for row, text in enumerate(texts):
         ids = list(encoding["input_ids"][row])
         added = list(encoding["special_tokens_mask"][row])
@@ -185,6 +193,26 @@ def _encoded(
         # Trailing special tokens have offset (0, 0); they come after the response has begun.
         start = next((i for i in range(lead, len(ids)) if ends[i] > text.response_start), len(ids))
         yield ids[:lead], ids[lead:start], ids[start:]
+
+
+def _tokens(tokenizer: Any, texts: list[str], is_chat: bool) -> Any:
+    try:
+        # verbose=False: length is checked by the callers, against the model's context.
+        return tokenizer(
+            texts,
+            add_special_tokens=not is_chat,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,
+        )
+    except Exception as error:  # tokenizers raises nothing more exact where a vocabulary has no unknown token
+        if len(texts) > 1:
+            for text in texts:
+                _tokens(tokenizer, [text], is_chat)
+        raise DataError(
+            f"texts: the tokenizer cannot encode {texts[0]!r:.60} ({error}). Leave the text out, or give the tokenizer "
+            "an unknown token."
+        ) from error
 
 
 def _require_tokenizer(tokenizer: Any) -> None:

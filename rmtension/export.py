@@ -3,29 +3,35 @@
 import copy
 import re
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rmtension.ablation import AblationContext
+from rmtension.activations import ActivationStatistics
 from rmtension.checkpoints import Checkpoint, reload_model
 from rmtension.distributed import current
 from rmtension.errors import ModelError, OptionError, RMTensionWarning
 from rmtension.files import filled_whole
 from rmtension.heads import LinearHead
 from rmtension.hooks import eager_eval, own_hooks_paused
+from rmtension.lens_models import CONFIG_FILE, copy_model, is_own_model, write_model
 from rmtension.neurons import NeuronSet
 from rmtension.plain_run import probe_batch, run_base
 from rmtension.plain_weights import plain_copy
 from rmtension.portable import make_portable, warn_of
 from rmtension.reward_head import RewardHead
 from rmtension.sites import find_site
+from rmtension.tokens import TokenBatch
 
 # What `save_classifier` sets by itself.
 _SCORE = {"score.weight", "score.bias"}
@@ -47,7 +53,9 @@ def ablate_weights(
     in the biases that come with it; otherwise `ModelError`. A mean at `mlp_gate` of a gated MLP is no constant at the
     projection: `OptionError`. Memory: the model a second time.
     """
-    checkpoint, base = _current(head, "with_ablation")
+    is_own = is_own_model(head.body)
+    if not is_own:
+        checkpoint, base = _current(head, "with_ablation")
     if mode not in ("zero", "mean", "scale"):
         raise OptionError(
             f"mode: weights can do 'zero', 'mean' or 'scale' for good, got {mode!r}. Use AblationContext for the rest."
@@ -61,6 +69,8 @@ def ablate_weights(
                 f"mode: no weights do 'mean' at site {neurons.site!r} of a gated MLP, where what a neuron writes still "
                 f"depends on its other factor. Use AblationContext, or neurons and means of site {product!r}."
             )
+    if is_own:
+        return _ablate_own(head, context)
     base = copy.deepcopy(plain_copy(base))
     names = [head.body.projection_names[neurons.site, layer] for layer in range(head.n_layers)]
     if mode == "mean" and any(base.get_submodule(names[layer]).bias is None for layer in context.columns):
@@ -83,18 +93,48 @@ def ablate_weights(
             # Only "scale" takes an alpha; the context has made sure.
             weight[:, columns] *= 0.0 if alpha is None else alpha
     opened = replace(checkpoint, base=base, source=None, name=f"{checkpoint.name}, {len(neurons)} neurons ablated")
-    _require_same_stream(head, context, base, "with_ablation")
+    _require_same_stream(head, context, partial(_run_eagerly, base), "with_ablation")
     return RewardHead._from_checkpoint(opened, head.max_length, head.tokens_per_batch)
+
+
+def _ablate_own(head: RewardHead, context: AblationContext) -> RewardHead:
+    """The same for a model of TransformerLens' own: its W_out or W_O, and b_out or b_O."""
+    site, factor = context.neurons.site, context.alpha or 0.0
+    ablated = head.on_own_model(copy_model(head.body))
+    body = ablated.body
+    assert is_own_model(body)
+    with torch.no_grad():
+        for layer, columns in context.columns.items():
+            weight, bias = body.weights(site, layer)
+            if isinstance(context.reference, ActivationStatistics):
+                if bias is None:
+                    raise ModelError(
+                        "mode 'mean': the projections of this gated MLP have no bias, and boot_native builds none. Use "
+                        "mode='zero', or AblationContext, which needs none."
+                    )
+                means = context.reference.channel_mean[layer].to(weight.device)[columns]
+                bias += (means @ weight[columns].double()).to(bias.dtype)
+            weight[columns] *= factor
+    _require_same_stream(head, context, ablated.residual, "with_ablation")
+    return ablated
 
 
 def save_classifier(head: RewardHead, folder: str | Path) -> None:
     """Write the model of `head` as a one-label sequence classifier (safetensors), with its tokenizer.
+
+    A model of TransformerLens' own has no class of transformers: `rmtension.lens_models` writes its weights, its config
+    and the head, which `RewardHead.from_pretrained` opens.
 
     The config gets the head's pad token: where it has none, the reward is read at the last token whichever it is, and
     transformers scores one text at a time. A bias of the head, for which transformers has no place, is written as
     `score.bias`: `RewardHead.from_pretrained` reads it back, transformers leaves it out. The folder is read by
     transformers 4 as by 5 (`rmtension.portable`), but for a few ways of scaling rotary angles. All three warn.
     """
+    if is_own_model(head.body):
+        if current().is_first:
+            linear = LinearHead(head.require_weight(), head.bias)
+            write_model(head.body, linear, head.pad_token_id, head.tokenizer, Path(folder))
+        return
     checkpoint, _ = _current(head, "save_pretrained")
     if not current().is_first:
         return
@@ -108,7 +148,7 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
     state = classifier.state_dict()
     if head.bias:
         state["score.bias"] = torch.tensor([head.bias], dtype=torch.float32)
-    with filled_whole(folder, "checkpoint", seal="config.json", replaced=_OTHERS) as place:
+    with filled_whole(folder, "checkpoint", seal="config.json", replaced=(*_OTHERS, CONFIG_FILE)) as place:
         try:
             classifier.save_pretrained(place, state_dict=state)
         except SafetensorError as error:
@@ -147,7 +187,7 @@ def build_classifier(head: RewardHead) -> Any:
 
     checkpoint, base = _current(head, "build_classifier")
     base = plain_copy(base)
-    _require_same_stream(head, nullcontext(), base, "save_pretrained")
+    _require_same_stream(head, nullcontext(), partial(_run_eagerly, base), "save_pretrained")
     config: Any = copy.deepcopy(base.config)
     config.num_labels = 1
     config.get_text_config().pad_token_id = head.pad_token_id
@@ -201,19 +241,26 @@ def _current(head: RewardHead, what: str) -> tuple[Checkpoint, nn.Module]:
     return today, checkpoint.base
 
 
-def _require_same_stream(
-    head: RewardHead, inside: AbstractContextManager[object], copied: nn.Module, what: str
-) -> None:
-    """Raise `ModelError` unless `copied` computes on a probe text what the model of `head` computes `inside` a context.
+def _run_eagerly(base: nn.Module, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
+    with eager_eval(base.modules()):
+        return run_base(base, batch)
 
-    The copy has nothing of contexts that are entered now. It has no hooks of the user either, but those count.
+
+def _require_same_stream(
+    head: RewardHead,
+    inside: AbstractContextManager[object],
+    run: Callable[[TokenBatch], Float[Tensor, "row token d_model"]],
+    what: str,
+) -> None:
+    """Raise `ModelError` unless `run`, on a probe text, gives the residual stream of the model `inside` a context.
+
+    A copy has nothing of contexts that are entered now. It has no hooks of the user either, but those count.
     """
     batch = probe_batch(min(12, head.max_length, head.body.n_embeddings), head.device)
     with torch.no_grad():
         with own_hooks_paused(head.body.modules()), inside:
             expected = head.residual(batch).double()
-        with eager_eval(copied.modules()):
-            found = run_base(copied, batch).double()
+        found = run(batch).double()
     difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
     # Rounding of the stream; half precision rounds every layer to 3 or 2 digits, in another order after an edit.
     tolerance = {torch.float16: 0.05, torch.bfloat16: 0.2}.get(head.dtype, 1e-4)

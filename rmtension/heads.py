@@ -3,8 +3,10 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -42,7 +44,7 @@ def read_head(
     names. Raises `ModelError` for more than one output where none is chosen, another width than `width`, or a state
     dict without a head.
     """
-    head = given if isinstance(given, LinearHead) else _head(*_weight_and_bias(given), output, names)
+    head = given if isinstance(given, LinearHead) else _head(*_weight_and_bias(_as_tensors(given)), output, names)
     if width is not None and len(head.weight) != width:
         raise ModelError(
             f"weight: expected {width} numbers, one for each direction of the residual stream, got "
@@ -128,3 +130,25 @@ def _head(weight: Any, bias: Any, output: object, names: Mapping[int, str] | Non
         )
     chosen = choose_rows(output, len(rows), names, f"weight of shape {tuple(weight.shape)}")
     return LinearHead(pick(rows, chosen).clone(), float(pick(constants.expand(len(rows)), chosen)))
+
+
+def _as_tensors(given: Any) -> Any:
+    """The same with tensors where arrays or lists of numbers are: the weight itself, of a pair, or in a state dict."""
+    if isinstance(given, Mapping):
+        return {name: _as_tensor(value) for name, value in given.items()}
+    if isinstance(given, tuple | list) and len(given) == 2 and not isinstance(given[0], Number):
+        weight, bias = given
+        is_matrix = isinstance(weight, list) and isinstance(bias, list) and len(weight) == len(bias) > 1
+        return _as_tensor(given) if is_matrix else (_as_tensor(weight), bias)
+    return _as_tensor(given)
+
+
+def _as_tensor(weight: Any) -> Any:
+    """A tensor of floats for an array or a list, float64 where it does not say otherwise; anything else as it is."""
+    if isinstance(weight, Tensor) or not (isinstance(weight, tuple | list) or hasattr(weight, "__array__")):
+        return weight
+    try:
+        values = torch.from_numpy(np.array(weight))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"weight: expected numbers, got {weight!r:.60} ({error}).") from error
+    return values if values.is_floating_point() else values.double()

@@ -14,13 +14,16 @@ from torch import Tensor
 from rmtension.body import Body
 from rmtension.budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.distributed import current
-from rmtension.encoding import EncodedPairs, encode_pairs
+from rmtension.encoding import EncodedPairs, EncodedText, encode_pairs
 from rmtension.errors import ModelError, OptionError
 from rmtension.hooks import InstalledHooks, all_fire, count_foreign_hooks, eager_eval, has_own_hooks, is_placed
 from rmtension.pairs import PreferencePairs
 from rmtension.site_widths import measure_sites
 from rmtension.sites import find_site
 from rmtension.tokens import TokenBatch, running
+
+# How far rounding may put a text in a batch from the same text alone, relative to its residual stream.
+_PADDING_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
 class _AllSeen(Exception):  # noqa: N818 - no error
@@ -51,6 +54,13 @@ class HookedModel:
         if max_length is not None and not 0 < max_length <= context:
             raise OptionError(f"max_length: expected 1 to {context} (the model's context), got {max_length}.")
         self.max_length = max_length or context
+        stable = body.stable_up_to
+        if stable is not None and self.max_length > stable:
+            raise OptionError(
+                f"max_length: expected at most {stable}, got {self.max_length}: one longer text changes the rotary "
+                "positions of its whole batch (use_dynamic_ntk_rope), so that a text would get another reward in "
+                f"company. Pass max_length={stable}."
+            )
         if tokens_per_batch is not None and tokens_per_batch < 1:
             raise OptionError(f"tokens_per_batch: expected a positive number, got {tokens_per_batch}.")
         self.tokens_per_batch = tokens_per_batch
@@ -62,6 +72,24 @@ class HookedModel:
             )
         with eager_eval(self.body.modules()):
             self._widths, self._missing, self._runs_once = measure_sites(self.body, self.n_layers, self.device)
+
+    @torch.no_grad()
+    def require_hidden_padding(self) -> None:
+        """Raise `ModelError` where a short text beside a longer one is not what it is alone. Cost: two short runs."""
+        longest = min(6, self.max_length)
+        ids = [number % self.body.n_embeddings for number in range(longest)]
+        texts = [EncodedText(tuple(ids[:length]), 0, 0) for length in (max(1, longest // 2), longest)]
+        streams = []
+        for some in (texts[:1], texts):
+            batch = TokenBatch.from_texts(some, range(len(some)), pad_token_id=None, device=self.device)
+            streams.append(batch.at_last(self.residual(batch))[0].double())
+        off = float((streams[1] - streams[0]).abs().max() / streams[0].abs().max().clamp(min=1e-12))
+        if off > _PADDING_TOLERANCE.get(self.dtype, 1e-4):
+            raise ModelError(
+                f"model: padding behind a text changes its residual stream by {off:.1e} of its size, so that a text "
+                f"would get another reward in a batch than alone: attention of this {type(self.body.module).__name__} "
+                "is not causal. Expected a decoder."
+            )
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
         """Run the blocks and the final norm, not the vocabulary projection, with every hook firing."""

@@ -59,8 +59,8 @@ def direct_effect(run: BatchRun, asked: Asked, layer: int) -> ByToken:
     assert run.direct is not None
     if asked.site not in run.direct.neurons:
         raise ModelError(
-            f"direct_effect: only transformers' own modules say what a neuron of site {asked.site!r} writes. Use site "
-            "'mlp' or 'attn_head', and open the model without model_class and process_weights."
+            f"direct_effect: the neurons of site {asked.site!r} are those of 'mlp', and write what those write. Use "
+            "site 'mlp'."
         )
     values = _signed(run.direct.neurons[asked.site][:, layer])
     batch = run.batch

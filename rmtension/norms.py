@@ -15,11 +15,15 @@ _SCALE = {torch.float16: 1e2, torch.bfloat16: 1e2}
 
 @dataclass(frozen=True)
 class NormLayer:
-    """gain * (x - mean(x) if centred else x) / sigma(x) + bias, as a norm of width d computes it."""
+    """gain * (x - mean(x) if centred else x) / sigma(x) + bias, as a norm of width d computes it.
+
+    Without `divides` sigma is 1: a model without norms reads its residual stream as it is.
+    """
 
     gain: Float[Tensor, "d"]
     bias: Float[Tensor, "d"]
     centred: bool
+    divides: bool = True
 
     @property
     def is_plain(self) -> bool:
@@ -34,8 +38,12 @@ class NormLayer:
 
     def sigma(self, x: Float[Tensor, "*text d"], y: Float[Tensor, "*text d"]) -> Float[Tensor, "*text"]:
         """The scale that the norm divided by when it made `y` of `x`, by least squares over its d outputs."""
+        if not self.divides:
+            return torch.ones_like(x[..., 0])
         unscaled = self.gain * (x - x.mean(dim=-1, keepdim=True) if self.centred else x)
-        return unscaled.square().sum(dim=-1) / (unscaled * (y - self.bias)).sum(dim=-1)
+        size = unscaled.square().sum(dim=-1)
+        # Of a stream that is 0, as at a pad token without an embedding, nothing tells the scale, and 1 / 0 is no part.
+        return torch.where(size == 0, torch.ones_like(size), size / (unscaled * (y - self.bias)).sum(dim=-1))
 
     def apply(self, x: Float[Tensor, "*text d"], sigma: Float[Tensor, "*text"]) -> Float[Tensor, "*text d"]:
         """The norm's output for `x` with the scale frozen at `sigma`."""
@@ -44,14 +52,15 @@ class NormLayer:
 
     def to(self, like: Tensor) -> "NormLayer":
         """The same in the dtype and on the device of `like`."""
-        return NormLayer(self.gain.to(like), self.bias.to(like), self.centred)
+        return NormLayer(self.gain.to(like), self.bias.to(like), self.centred, self.divides)
 
 
 def read_norm(norm: nn.Module, width: int) -> NormLayer:
     """Measure `norm` with two inputs of entries +-1, mean zero and one sign turned.
 
     For such v: norm(v) = gain * v + bias and norm(-v) = bias - gain * v, whichever norm it is. Adding a constant
-    tells a norm that subtracts the mean from one that does not. Raises `ModelError` where neither formula holds.
+    tells a norm that subtracts the mean from one that does not. An identity divides by nothing. Raises `ModelError`
+    where no formula holds.
     """
     parameter = next(norm.parameters(), torch.empty(0))
     with torch.no_grad():
@@ -71,6 +80,8 @@ def read_norm(norm: nn.Module, width: int) -> NormLayer:
         bias = biases[0]
         probe = torch.linspace(-1, 2, width, dtype=gain.dtype, device=gain.device) * scale
         out = _apply(norm, probe)
+        if torch.equal(out, probe):
+            return NormLayer(torch.ones_like(gain), torch.zeros_like(gain), centred=False, divides=False)
         layers = [NormLayer(gain, bias, centred) for centred in (True, False)]
         errors = [float((layer.apply(probe, layer.sigma(probe, out)) - out).abs().max()) for layer in layers]
     best = min(range(2), key=errors.__getitem__)

@@ -56,6 +56,13 @@ def looks_ahead(base: Any, n_embeddings: int) -> bool:
     return not torch.allclose(one, other, rtol=1e-2, atol=1e-4)
 
 
+def let_run_in_float64(model: Any) -> None:
+    """Have a model in float64 run its experts one by one: transformers' kernel for all at once knows no float64."""
+    grouped = getattr(getattr(model, "config", None), "_experts_implementation", None) == "grouped_mm"
+    if grouped and next(model.parameters()).dtype == torch.float64:
+        model.set_experts_implementation("eager")
+
+
 def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
     """The longest packed row that `base` computes as it computes texts alone; 0 where it does not. Decided by trying.
 

@@ -16,8 +16,10 @@ from rmtension.checkpoints import Checkpoint, checkpoint_of, open_checkpoint
 from rmtension.distributed import current
 from rmtension.encoding import EncodedText, TextOrChat, encode_texts
 from rmtension.errors import ModelError, OptionError
-from rmtension.heads import read_head
+from rmtension.heads import LinearHead, read_head
 from rmtension.hooked_model import HookedModel
+from rmtension.hooks import copy_without_hooks
+from rmtension.lens_models import is_saved_model, read_model
 from rmtension.loading import LoadOptions
 from rmtension.nonfinite import require_finite
 from rmtension.norms import read_norm
@@ -51,8 +53,9 @@ class RewardHead(HookedModel):
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
-        weight: the head: `d_model` numbers, a matrix with a row per output, a (weight, bias) pair, an `nn.Linear`, or
-            a state dict that holds one. None makes a head without a reward, for the activations of a language model.
+        weight: the head: `d_model` numbers (a tensor, an array or a list), a matrix with a row per output, a (weight,
+            bias) pair, an `nn.Linear`, or a state dict that holds one. None makes a head without a reward, for the
+            activations of a language model.
         output: of several rows, the number of the one that is the reward, or a pair of which it is the difference.
         bias: added to every reward, beside the bias that `weight` may bring.
         final_norm: the final norm before any processing of weights. Needed where TransformerLens folded its gain into
@@ -96,6 +99,8 @@ class RewardHead(HookedModel):
         self.checkpoint = _checkpoint
         self.weight, self.bias = self._read_weight(weight, output, bias, final_norm)
         self._fingerprint: tuple[object, str] | None = None
+        if _checkpoint is None:
+            self.require_hidden_padding()
 
     @classmethod
     def from_pretrained(
@@ -129,6 +134,9 @@ class RewardHead(HookedModel):
             tokens_per_batch: how many tokens run together.
             **options: those of `rmtension.loading.LoadOptions`.
 
+        A folder that `save_pretrained` wrote for a model of TransformerLens' own opens as that model
+        (`rmtension.lens_models`), with `dtype`, `device`, `tokenizer` and `head`.
+
         `model_class="HookedTransformer"` (TransformerLens 3.x) converts the weights; `process_weights=True` folds and
         centres them as TransformerLens does. Both are compared with transformers on a short text, and raise
         `ModelError` if they differ.
@@ -143,6 +151,8 @@ class RewardHead(HookedModel):
             (2, 24, ['attn_head', 'mlp', 'mlp_gate'])
         """
         check_model_class(model_class)
+        if is_saved_model(name_or_path):
+            return cls._from_saved_model(Path(name_or_path), head, max_length, tokens_per_batch, options)
         opened = open_checkpoint(name_or_path, reward=True, head=head, output=output, options=options)
         return cls._from_checkpoint(opened, max_length, tokens_per_batch, model_class, process_weights)
 
@@ -176,6 +186,7 @@ class RewardHead(HookedModel):
         head: object = None,
         output: object = None,
         pad_token: str | None = None,
+        dtype: torch.dtype | None = None,
         model_class: str = "TransformerBridge",
         process_weights: bool = False,
         max_length: int | None = None,
@@ -183,9 +194,9 @@ class RewardHead(HookedModel):
     ) -> "RewardHead":
         """The head of a transformers classifier in memory, for example one that a trainer just left behind.
 
-        Its weights are shared, not copied (a HookedTransformer and processed weights are copies): training it further
-        changes the rewards. The head itself is a copy. `head` and `output` are those of `from_pretrained`. A
-        `PeftModel` is run with its adapter layers as they are.
+        Its weights are shared, not copied (a HookedTransformer, processed weights and another `dtype` are copies):
+        training it further changes the rewards. The head itself is a copy. `head` and `output` are those of
+        `from_pretrained`. A `PeftModel` is run with its adapter layers as they are.
 
         Examples:
             >>> from transformers import AutoModelForSequenceClassification
@@ -205,6 +216,8 @@ class RewardHead(HookedModel):
             True
         """
         opened = checkpoint_of(classifier, tokenizer, pad_token, head, output)
+        if dtype is not None and opened.base is not None and dtype != next(opened.base.parameters()).dtype:
+            opened = replace(opened, base=copy_without_hooks(opened.base).to(dtype))
         return cls._from_checkpoint(opened, max_length, tokens_per_batch, model_class, process_weights)
 
     @classmethod
@@ -250,7 +263,47 @@ class RewardHead(HookedModel):
             require_same_rewards(head, opened)
             if opened.source is not None:
                 head.checkpoint = replace(opened, base=None)
+        head.require_hidden_padding()
         return head
+
+    @classmethod
+    def _from_saved_model(
+        cls, folder: Path, head: object, max_length: int | None, tokens_per_batch: int | None, options: LoadOptions
+    ) -> "RewardHead":
+        unknown = sorted(set(options) - {"dtype", "device", "tokenizer"})
+        if unknown:
+            raise OptionError(
+                f"from_pretrained: {folder} is a model of TransformerLens' own, which opens with dtype, device, "
+                f"tokenizer and head alone, got {unknown}. Leave them out."
+            )
+        device = torch.device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        saved = read_model(folder, options.get("dtype", torch.float32), device)
+        opened = cls(
+            saved.model,
+            weight=None,
+            tokenizer=saved.tokenizer if options.get("tokenizer") is None else options["tokenizer"],
+            pad_token_id=saved.pad_token_id,
+            max_length=max_length,
+            tokens_per_batch=tokens_per_batch,
+        )
+        return opened._with_head(saved.head if head is None else read_head(head, opened.d_model))
+
+    def on_own_model(self, model: nn.Module) -> "RewardHead":
+        """This head on another model of the same shape, with its tokenizer and limits."""
+        head = type(self)(
+            model,
+            weight=None,
+            tokenizer=self.tokenizer,
+            pad_token_id=self.pad_token_id,
+            max_length=self.max_length,
+            tokens_per_batch=self.tokens_per_batch,
+        )
+        return head._with_head(LinearHead(self.require_weight(), self.bias))
+
+    def _with_head(self, head: LinearHead) -> "RewardHead":
+        """Read by `head` as it is: a gain that processing of weights folded away is in it already."""
+        self.weight, self.bias = head.weight.to(self.device, copy=True), head.bias
+        return self
 
     # -- scoring ---------------------------------------------------------------------------------------------------
 
@@ -422,6 +475,9 @@ class RewardHead(HookedModel):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint that `AutoModelForSequenceClassification` loads, with the tokenizer.
 
+        A HookedTransformer or `boot_native` bridge, for which transformers has no class, is written as its state dict,
+        config and head (`rmtension.lens_models`). Either is opened by `from_pretrained`.
+
         Examples:
             >>> head.with_ablation(neurons).save_pretrained("without-helpful")
             >>> RewardHead.from_pretrained("without-helpful").score_pairs(pairs["harmless"]).accuracy()
@@ -481,10 +537,14 @@ class RewardHead(HookedModel):
                 raise ModelError(
                     "model: weight processing folded the gain of its final norm into its unembedding, so that its "
                     "residual stream lacks it. Pass final_norm= the norm of the model before processing, or load "
-                    "without processing (HookedTransformer.from_pretrained_no_processing)."
+                    "without processing (HookedTransformer.from_pretrained_no_processing). Where the model never had a "
+                    "gain (normalization_type 'LNPre' or 'RMSPre' from the start), pass its own: "
+                    "final_norm=model.ln_final."
                 )
             head = head.after_folding(read_norm(final_norm, self.d_model))
-        return head.weight.to(self.device, copy=True), head.bias + float(bias)
+        # No more digits than rewards have: some devices know no float64, which arrays and lists come in.
+        dtype = self.reward_dtype if head.weight.dtype == torch.float64 else head.weight.dtype
+        return head.weight.to(self.device, dtype, copy=True), head.bias + float(bias)
 
     def require_weight(self) -> Float[Tensor, "d_model"]:
         """The head's row; raises `ModelError` for a head without a reward."""

@@ -7,9 +7,9 @@
 | bridge | rewards through the TransformerBridge with transformers' modules | hooks inside attention |
 | batch equals single | rewards in one batch with rewards alone | other batch sizes |
 | padding | rewards with 0 to 40 pad tokens on either side with rewards without | more padding |
-| last token | that another last token gives another reward | that it is the one you want to read |
+| last token | that another last token changes what is read | that it is the one you want to read |
 | hooks, per site | that each layer's hook sees one activation of its own and none earlier | what it means |
-| zeroing, per site | rewards with the site at 0 with rewards as they are | single neurons |
+| zeroing, per site | what is read with the site at 0 with what is read otherwise | single neurons |
 | direct contributions | their sum with the reward | indirect effects |
 | layers | what neurons and biases write with what each layer adds to the residual stream | the same |
 """
@@ -29,7 +29,7 @@ from rmtension.errors import CheckError, DataError, ModelError, OptionError
 from rmtension.hooks import InstalledHooks, Spot, eager_eval
 from rmtension.outputs import pick
 from rmtension.pairs import PreferencePairs
-from rmtension.plain_run import probe_batch, run_base
+from rmtension.plain_run import let_run_in_float64, probe_batch, run_base
 from rmtension.tokens import TokenBatch
 
 if TYPE_CHECKING:
@@ -52,9 +52,10 @@ _TEXTS = (
 def check_head(head: "RewardHead", pairs: PreferencePairs | None = None, reference: Any = None) -> pd.DataFrame:
     """Run every check that applies to `head`; one row each: check, n, value, limit, passed, note.
 
-    Texts are those of the first 8 `pairs`, or 8 built in (token ids where there is no tokenizer). `reference` is a
-    classifier of transformers to compare with; by default the checkpoint is loaded again from where it came, which
-    takes its memory a second time while this runs. Cost: about 30 forward passes over 8 or 16 texts.
+    Texts are those of the first 8 `pairs`, or 8 built in; token ids are drawn where there is no tokenizer, or one whose
+    vocabulary has none of them. `reference` is a classifier of transformers to compare with; by default the checkpoint
+    is loaded again from where it came, which takes its memory a second time while this runs. Cost: about 30 forward
+    passes over 8 or 16 texts.
 
     Raises `CheckError` naming the checks that failed; its `table` attribute holds the rows.
     """
@@ -101,13 +102,9 @@ class _Probe:
 
 def _probes(head: "RewardHead", pairs: PreferencePairs | None) -> list[_Probe]:
     if head.tokenizer is None:
-        generator = torch.Generator().manual_seed(0)
-        drawn = [torch.randint(head.body.n_embeddings, (n,), generator=generator) for n in (1, 2, 3, 5, 8, 13)]
-        return [_Probe(None, ids.tolist(), float(head.score_tokens(ids[None])[0])) for ids in drawn]
+        return _drawn_probes(head)
     if pairs is None:
-        encoded = encode_texts(head.tokenizer, _TEXTS, max_length=head.max_length, truncate=True)
-        rewards = [float(head.score([text], truncate=True)[0]) for text in _TEXTS]
-        return [_Probe(text, list(one.ids), r) for text, one, r in zip(_TEXTS, encoded, rewards, strict=True)]
+        return _built_in_probes(head) or _drawn_probes(head)
     if not len(pairs):
         raise DataError("pairs: expected at least one preference pair, got none. Leave it out for built-in texts.")
     probes = []
@@ -122,6 +119,25 @@ def _probes(head: "RewardHead", pairs: PreferencePairs | None) -> list[_Probe]:
             ids = list(getattr(encoded_pair, side)[0].ids)
             probes.append(_Probe(text, ids, float(getattr(scored, side)[0])))
     return probes
+
+
+def _built_in_probes(head: "RewardHead") -> list[_Probe]:
+    """Those of the built-in texts that the vocabulary has tokens for."""
+    probes = []
+    for text in _TEXTS:
+        try:
+            (encoded,) = encode_texts(head.tokenizer, [text], max_length=head.max_length, truncate=True)
+        except DataError:
+            continue
+        probes.append(_Probe(text, list(encoded.ids), float(head.score([text], truncate=True)[0])))
+    return probes
+
+
+def _drawn_probes(head: "RewardHead") -> list[_Probe]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = sorted({min(length, head.max_length) for length in (1, 2, 3, 5, 8, 13)})
+    drawn = [torch.randint(head.body.n_embeddings, (length,), generator=generator) for length in lengths]
+    return [_Probe(None, ids.tolist(), float(head.score_tokens(ids[None])[0])) for ids in drawn]
 
 
 class _Checker:
@@ -166,14 +182,17 @@ class _Checker:
     def _transformers(self, reference: Any) -> None:
         from rmtension.export import reload_classifier
 
-        model: Any = reload_classifier(self.head) if reference is None else reference
         checkpoint = self.head.checkpoint
+        if reference is None and checkpoint is not None and checkpoint.source is None and self.head.body.plain is None:
+            return  # a conversion of a model in memory, compared with it when it was made
+        model: Any = reload_classifier(self.head) if reference is None else reference
         # A bias for which transformers has no place is the head's alone.
         constant = 0.0 if checkpoint is None or checkpoint.head is None else checkpoint.head.bias
         has_place = getattr(getattr(model, "score", None), "bias", None) is not None
         if has_place or (checkpoint is not None and checkpoint.reads_tokens):
             constant = 0.0
         if model is not None:
+            let_run_in_float64(model)
             expected = self._by_logits(model) + constant
         elif checkpoint is not None and checkpoint.source is not None:
             expected = self._by_hidden_state(checkpoint.source)
@@ -212,6 +231,7 @@ class _Checker:
             source.name, reward=True, head=source.head, output=source.output, options=source.options
         )
         base: Any = again.base
+        let_run_in_float64(base)
         assert again.head is not None
         rewards = []
         for probe in self.probes:
@@ -248,10 +268,13 @@ class _Checker:
         changed = []
         for ids in self.ids:
             free = (i for i in range(self.head.body.n_embeddings) if i not in (self.head.pad_token_id, ids[-1]))
-            changed.append([*ids[:-1], next(free)])
-        rewards = torch.cat([self._score([ids]) for ids in changed])
-        same = int((rewards == self.alone).sum())
-        self._add("last token", len(changed), same, 0, "texts whose reward another last token leaves as it is")
+            changed += [[*ids[:-1], other] for other in [next(free, None)] if other is not None]
+        if len(changed) < len(self.ids):
+            return  # a vocabulary of one or two tokens has no other
+        # What is read, because a head may not mind which token it was.
+        same = (self._read(changed) == self._read(self.ids)).all(dim=1)
+        note = "texts that another last token leaves as they are where they are read"
+        self._add("last token", len(changed), int(same.sum()), 0, note)
 
     def _site(self, site: str) -> None:
         seen: list[list[Tensor]] = [[] for _ in range(self.head.n_layers)]
@@ -271,13 +294,26 @@ class _Checker:
                 wrong += not torch.equal(self._streams()[layer], before[layer])
         note = "layers whose hook did not see one activation of its own, or changes what comes before the layer"
         self._add(f"hooks, {site}", len(seen), wrong, 0, note)
+        batch = self._batch(self.ids)
+        active = torch.zeros(len(self.ids), dtype=torch.bool, device=self.head.device)
+
+        def note_active(_layer: int, activation: Tensor) -> None:
+            if activation.numel() % batch.input_ids.numel():
+                active.fill_(True)
+            else:
+                values = activation.reshape(*batch.input_ids.shape, -1).ne(0).any(dim=2)
+                active.logical_or_((values.to(active.device) & batch.mask).any(dim=1))
+
+        with self.head.hooks(site, note_active):
+            as_is = self._read(self.ids)
         with self.head.hooks(site, lambda layer, activation: torch.zeros_like(activation)):
-            zeroed = self._score(self.ids)
-        same = int((zeroed == self.alone).sum())
-        self._add(f"zeroing, {site}", len(zeroed), same, 0, "texts whose reward stays as it is")
+            same = (self._read(self.ids) == as_is).all(dim=1)
+        # A text may reach no neuron of a small ReLU model.
+        active = active.cpu()
+        self._add(f"zeroing, {site}", int(active.sum()), int((same & active).sum()), 0, "texts that are read as before")
 
     def _direct(self) -> None:
-        from rmtension.direct import direct_contributions
+        from rmtension.direct import direct_contributions, written_by
 
         try:
             _ = self.head.body.final_norm
@@ -285,7 +321,7 @@ class _Checker:
             return  # no final norm: the reward is no sum over the residual stream
         parts = direct_contributions(self.head, self._batch(self.ids))
         self._compare("direct contributions", parts.reward, half=2e-1)
-        if parts.biases is not None and len(parts.neurons) == 2:
+        if set(parts.neurons) == written_by(self.head):
             written = parts.biases + sum(part.sum(dim=2) for part in parts.neurons.values())
             worst = float((written - parts.blocks).abs().max())
             self._add("layers", parts.blocks.numel(), worst, self._limit(half=2e-1), "max |difference| in a layer")
@@ -299,6 +335,12 @@ class _Checker:
         with InstalledHooks([(Spot(block, "input"), kept.append) for block in blocks]):
             self._score([min(self.ids, key=len)])
         return kept
+
+    def _read(self, texts: list[list[int]]) -> Float[Tensor, "text d_model"]:
+        """The residual stream where the reward of each text is read."""
+        batch = self._batch(texts)
+        with torch.no_grad():
+            return batch.at_last(self.head.residual(batch)).cpu()
 
     def _own_ids(self, probe: _Probe) -> list[int]:
         """The tokenizer's ids of the text; the head's for a chat, one too long, or one that begins with BOS itself."""

@@ -1,13 +1,13 @@
 """Where a neuron is read and written, and at which tokens."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from einops import reduce
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from rmtension.errors import OptionError
+from rmtension.errors import ModelError, OptionError
 
 SiteName = Literal["mlp", "mlp_gate", "attn_head"]
 Positions = Literal["all", "response", "last"]
@@ -37,6 +37,20 @@ class Site:
     def hook_name(self, layer: int) -> str:
         """TransformerLens' name of the hook point on the projection's input in `layer`."""
         return f"blocks.{layer}.{self.hook}"
+
+    def hook_point(self, model: Any, layer: int) -> nn.Module:
+        """The hook point on the projection's input in `layer`; raises `ModelError` where the model has none."""
+        name = self.hook_name(layer)
+        if name in model.hook_dict:
+            point: nn.Module = model.hook_dict[name]
+            return point
+        why = f"this model has no hook point {name!r}."
+        if self.hook.startswith("mlp"):
+            if getattr(model.cfg, "attn_only", False):
+                why = "this model has attention alone (attn_only) and no MLP. Use site 'attn_head'."
+            elif getattr(model.cfg, "num_experts", None):
+                why = f"this model has no hook point {name!r}, because a mixture of experts has one for each expert."
+        raise ModelError(f"site {self.name!r}: {why}")
 
 
 SITES: dict[str, Site] = {

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmtension.body import Body, BridgeBody, HookedTransformerBody
+from rmtension.body import Body, BridgeBody
 from rmtension.errors import ModelError, OptionError
+from rmtension.hooked_transformer_body import HookedTransformerBody
 from rmtension.hooks import copy_without_hooks
+from rmtension.plain_run import let_run_in_float64
 from rmtension.plain_weights import refuse_packed_weights, refuse_recomputed
 
 MODEL_CLASSES = ("TransformerBridge", "HookedTransformer")
@@ -35,6 +37,7 @@ def wrap(
     check_model_class(model_class)
     refuse_packed_weights(name, plain)
     refuse_recomputed(name, plain)
+    let_run_in_float64(plain)
     try:
         # Building shells draws initial weights; the user's random numbers stay as they were.
         with torch.random.fork_rng(devices=[]):
@@ -57,6 +60,9 @@ def _wrap(
     if process_weights:
         bridge = _boot(name, copy_without_hooks(plain), tokenizer, trust_remote_code, writable=True)
         bridge.enable_compatibility_mode(disable_warnings=True)
+        if next(plain.parameters()).dtype == torch.float64:
+            # TransformerLens 3.9 makes biases that were not there in float32.
+            bridge.original_model.to(torch.float64)
         return BridgeBody(bridge)
     twin = copy_without_hooks(plain, {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]})
     # A compiled module finds its submodules without the name that torch.compile puts between them.
@@ -94,17 +100,27 @@ def _spare(tokenizer: Any) -> Any:
     """A tokenizer for TransformerLens alone, so that it leaves the network and the reward model's tokenizer in peace.
 
     It looks for one by the model's name where it gets none, and re-reads one with a BOS token to make it prepend that.
+    Where the user's cannot encode what TransformerLens tries, it gets an empty one.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    if tokenizer is None:
+    spare = copy.deepcopy(tokenizer)
+    if spare is not None:
+        spare.bos_token = None
+    if not _encodes(spare, "a"):
         empty = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))  # noqa: S106 - a token, no password
         return PreTrainedTokenizerFast(tokenizer_object=empty, unk_token="<unk>", eos_token="<unk>", pad_token="<unk>")  # noqa: S106
-    spare = copy.deepcopy(tokenizer)
-    spare.bos_token = None
     return spare
+
+
+def _encodes(tokenizer: Any, text: str) -> bool:
+    """Whether a tokenizer takes the text that TransformerLens tries it with: one without an unknown token may not."""
+    try:
+        return tokenizer is not None and tokenizer.encode(text) is not None
+    except Exception:  # tokenizers raises nothing more exact
+        return False
 
 
 def _language_model(base: Any, trust_remote_code: bool, *, writable: bool) -> Any:
@@ -156,7 +172,8 @@ def _hooked_transformer(plain: Any, process_weights: bool, trust_remote_code: bo
         state = loading_from_pretrained.get_pretrained_state_dict(folder, cfg, hf_model=shell, dtype=parameter.dtype)
         cfg.tokenizer_name = None
         cfg.n_ctx = min(cfg.n_ctx, context or cfg.n_ctx)
-        model = HookedTransformer(cfg, None, move_to_device=False)
+        # Experts are made in float32 whatever the config says.
+        model = HookedTransformer(cfg, None, move_to_device=False).to(parameter.dtype, print_details=False)
     model.load_and_process_state_dict(state, **steps)
     hooked: nn.Module = model.to(parameter.device, print_details=False).eval().requires_grad_(False)
     return hooked

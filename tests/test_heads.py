@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -413,3 +414,30 @@ class TestBadInput:
     def test_empty_text(self, head):
         with pytest.raises(DataError, match=r"text 1 has no token: it is empty"):
             head.score(["help", ""])
+
+
+def test_arrays_and_lists_are_weights(head, ragged_texts):
+    """In every shape that a tensor may have, with the rewards of the tensor."""
+    weight = head.weight.double()
+    expected = RewardHead(head.model, weight=weight, bias=0.5, tokenizer=head.tokenizer).score(ragged_texts[:4])
+    rows = weight.numpy()
+    for given in (
+        (rows, 0.5),
+        (rows[None].astype(np.float32), np.array([0.5])),
+        (rows.tolist(), 0.5),
+        [[rows.tolist()], 0.5],
+        {"score.weight": rows[None], "score.bias": [0.5]},
+    ):
+        opened = RewardHead(head.model, weight=given, tokenizer=head.tokenizer)
+        assert torch.allclose(opened.score(ragged_texts[:4]), expected, atol=1e-6)
+        assert opened.weight.dtype == torch.float32
+    for given in (rows, rows.tolist(), [rows.tolist()], tuple(rows.tolist())):
+        opened = RewardHead(head.model, weight=given, bias=0.5, tokenizer=head.tokenizer)
+        assert torch.allclose(opened.score(ragged_texts[:4]), expected, atol=1e-6)
+    assert read_head([1, 2]).weight.tolist() == [1.0, 2.0]  # two numbers are no (weight, bias) pair
+
+
+@pytest.mark.parametrize("given", [["a", "b"], ["a"] * 32, np.array([None] * 32), [[1.0, 2.0], [3.0, 4.0]]])
+def test_what_is_no_list_of_numbers_is_refused(given):
+    with pytest.raises(ModelError, match=r"weight: expected"):
+        read_head(given, 32)

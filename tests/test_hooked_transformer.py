@@ -6,15 +6,18 @@ from importlib.metadata import version
 import pytest
 import torch
 import transformer_lens
+from own_models import alone, make_own, ragged_ids
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
-from rmtension.errors import ModelError
+from rmtension.direct import direct_contributions
+from rmtension.errors import ModelError, OptionError
+from rmtension.tokens import TokenBatch
 
 if int(version("transformer-lens").split(".")[0]) >= 4:
     pytest.skip("TransformerLens 4 removed HookedTransformer", allow_module_level=True)
 
 # 3.x says so at every construction.
-pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:Hooked.* is deprecated:DeprecationWarning")
 
 
 def hooked(vocab_size, **changes):
@@ -111,3 +114,146 @@ def test_folded_final_norm(model, head, tokenizer, ragged_texts):
     # 1e-9: the norm's gain is measured from outside, to epsilon over the square of the probe.
     assert torch.allclose(absorbed.score(ragged_texts), head.score(ragged_texts), atol=1e-9)
     assert absorbed.check()["passed"].all()
+
+
+# Whatever a config may say about attention, positions, norms and MLPs.
+ODD = {
+    "shortformer": {"positional_embedding_type": "shortformer"},
+    "rotary": {"positional_embedding_type": "rotary"},
+    "yarn": {"positional_embedding_type": "rotary", "use_yarn_rope": True},
+    "alibi": {"positional_embedding_type": "alibi", "n_heads": 3},
+    "alibi, bidirectional": {"positional_embedding_type": "alibi", "attention_dir": "bidirectional"},
+    "windows": {"use_local_attn": True, "window_size": 4, "attn_types": ["local", "global"]},
+    "no BOS, results of heads": {"default_prepend_bos": False, "use_attn_result": True},
+    "split inputs": {"use_split_qkv_input": True, "use_hook_mlp_in": True, "use_hook_tokens": True},
+    "norm of the embedding": {"post_embedding_ln": True},
+    "parallel, LNPre": {"parallel_attn_mlp": True, "normalization_type": "LNPre"},
+    "gated": {"gated_mlp": True},
+    "norms after": {"use_normalization_before_and_after": True, "normalization_type": "RMS"},
+    "norms after, of the output alone": {"original_architecture": "Olmo2ForCausalLM", "normalization_type": "RMS"},
+    "solu": {"act_fn": "solu_ln"},
+    "experts": {"num_experts": 3, "experts_per_token": 2},
+    "sinks, caps, log-n": {
+        "use_attention_sinks": True,
+        "attn_scores_soft_cap": 5.0,
+        "output_logits_soft_cap": 3.0,
+        "use_logn_attn": True,
+        "train_seq_length": 6,
+        "use_qk_norm": True,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", ODD.values(), ids=ODD)
+def test_odd_configs_give_a_text_the_reward_it_has_alone(changes):
+    """The stream that `model(ids)` unembeds, of a model that has run nothing before; layers sum to 1e-9."""
+    ids, mask = ragged_ids(pad=3)
+    model = make_own("hooked", **changes)
+    norm = model.ln_final if str(model.cfg.normalization_type).endswith("Pre") else None
+    weight = torch.randn(16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    head = RewardHead(model, weight=weight, final_norm=norm)
+    rewards = head.score_tokens(ids, mask)
+    # Again, after a longer text: ALiBi keeps the biases of the longest.
+    assert torch.equal(head.score_tokens(ids[1:], mask[1:]), rewards[1:]) or "alibi" not in str(changes)
+
+    def stream(row):
+        seen = []
+        fresh = make_own("hooked", **changes)
+        fresh.ln_final.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        fresh(row)
+        return seen[0][0, -1] @ head.weight
+
+    with torch.no_grad():
+        expected = torch.stack([stream(row[None, kept.bool()]) for row, kept in zip(ids, mask, strict=True)])
+    assert torch.allclose(rewards, expected, atol=1e-9)
+    parts = direct_contributions(head, TokenBatch.from_rows(ids, mask.bool(), pad_token_id=None))
+    assert torch.allclose(parts.reward, rewards, atol=1e-6)
+    if changes.get("num_experts") is None:
+        inside = sum(part.sum(dim=2) for part in parts.neurons.values()) + parts.biases
+        assert torch.allclose(inside, parts.blocks, atol=1e-7)
+
+
+def test_direct_effects_are_the_written_vectors_behind_a_frozen_norm():
+    """W_out's row times the activation, through the norm behind the MLP and the final one, with both scales frozen."""
+    ids, _ = ragged_ids()
+    for changes in (ODD["norms after"], {}):
+        model = make_own("hooked", **changes)
+        weight = torch.randn(16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        head = RewardHead(model, weight=weight)
+        with torch.no_grad():
+            _, cache = model.run_with_cache(ids[:1])
+        batch = TokenBatch.from_rows(ids[:1], torch.ones_like(ids[:1], dtype=torch.bool), pad_token_id=None)
+        found = direct_contributions(head, batch).neurons
+        gain = model.ln_final.w / cache["ln_final.hook_scale"][0, -1]
+        for layer, block in enumerate(model.blocks):
+            written = {
+                "mlp": cache[f"blocks.{layer}.mlp.hook_post"][0, -1][:, None] * block.mlp.W_out,
+                "attn_head": torch.einsum("hd,hdm->hm", cache[f"blocks.{layer}.attn.hook_z"][0, -1], block.attn.W_O),
+            }
+            for site, after in (("mlp", "ln2_post"), ("attn_head", "ln1_post")):
+                vectors = written[site]
+                if changes:
+                    scale = cache[f"blocks.{layer}.{after}.hook_scale"][0, -1]
+                    vectors = vectors / scale * getattr(block, after).w
+                else:
+                    vectors = vectors - vectors.mean(dim=-1, keepdim=True)
+                assert torch.allclose(found[site][0, layer], (vectors * gain) @ weight, atol=1e-7)
+
+
+def test_positions_that_depend_on_the_longest_text_need_a_limit():
+    """Dynamic NTK: the advice of the error is followed, and then a text is what it is alone."""
+    changes = {"use_dynamic_ntk_rope": True, "train_seq_length": 6, "positional_embedding_type": "rotary"}
+    model = make_own("hooked", **changes)
+    with pytest.raises(OptionError, match=r"max_length: expected at most 6, got 24.*Pass max_length=6"):
+        RewardHead(model, weight=[1.0] * 16)
+    ids, mask = ragged_ids()
+    head = RewardHead(model, weight=model.W_U[:, 7], max_length=6)
+    rewards = head.score_tokens(ids[:, :6], mask[:, :6])
+    with torch.no_grad():
+        # Layer norm's output times the unembedding without its bias.
+        expected = torch.stack(
+            [model(row[None, kept.bool()])[0, -1, 7] for row, kept in zip(ids[:, :6], mask[:, :6], strict=True)]
+        )
+    assert torch.allclose(rewards + model.b_U[7], expected, atol=1e-9)
+    assert head.check()["passed"].all()
+
+
+def test_a_bidirectional_model_is_alone_what_it_is():
+    """Without hidden padding the same batch gives other rewards: the check below can fail."""
+    ids, mask = ragged_ids(pad=3)
+    model = make_own("hooked", attention_dir="bidirectional")
+    head = RewardHead(model, weight=model.W_U[:, 7], bias=model.b_U[7].item())
+    expected = alone(model, ids)[:, 7]
+    assert torch.allclose(head.score_tokens(ids, mask), expected, atol=1e-9)
+    with torch.no_grad():
+        seen = model(ids)[torch.arange(len(ids)), mask.sum(1) - 1, 7]
+    assert (seen - expected).abs().max() > 0.1
+
+
+def test_a_dtype_that_the_config_does_not_know_is_refused():
+    """`model.double()` leaves norms in float32; what the error says is done, and works."""
+    model = make_own("hooked").to(torch.float32, print_details=False).double()
+    with pytest.raises(ModelError, match=r"weights are torch.float64 and its config says torch.float32.*model.to"):
+        RewardHead(model, weight=[1.0] * 16)
+    assert RewardHead(model.to(torch.float64, print_details=False), weight=[1.0] * 16).dtype == torch.float64
+    experts = hooked(13, n_layers=2, num_experts=2, experts_per_token=1)
+    with pytest.raises(ModelError, match=r"weights are torch.float32 and torch.float64"):
+        RewardHead(experts, weight=[1.0] * 32)
+    assert RewardHead(experts.to(torch.float64, print_details=False), weight=[1.0] * 32).sites == ["attn_head"]
+
+
+def test_encoders_and_folded_norms_are_refused_with_a_way_on():
+    encoder = transformer_lens.HookedEncoder(
+        transformer_lens.HookedTransformerConfig(
+            n_layers=1, d_model=8, n_ctx=8, d_head=4, n_heads=2, d_mlp=8, act_fn="gelu", d_vocab=9, device="cpu"
+        )
+    )
+    with pytest.raises(ModelError, match=r"a HookedEncoder has no final residual stream.*Expected a decoder"):
+        RewardHead(encoder, weight=[1.0] * 8)
+    toy = make_own("hooked", normalization_type="RMSPre")
+    with pytest.raises(ModelError, match=r"never had a gain.*final_norm=model.ln_final"):
+        RewardHead(toy, weight=toy.W_U[:, 7])
+    ids, mask = ragged_ids()
+    head = RewardHead(toy, weight=toy.W_U[:, 7], bias=toy.b_U[7].item(), final_norm=toy.ln_final)
+    # 1e-6: the gain is measured, in float32 because the norm has no parameter.
+    assert torch.allclose(head.score_tokens(ids, mask), alone(toy, ids)[:, 7], atol=1e-6)

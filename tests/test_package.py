@@ -28,8 +28,11 @@ FLOORS = [
     {"encoding", "scored", "tokens", "controls", "overlap", "work"},
     {"stored_heads"},
     {"adapters"},
-    {"packing", "last_block", "rope", "budget", "sums", "plain_run", "body", "loading", "unembedding", "wrapping"},
-    {"checkpoints"},
+    {"projections", "packing", "last_block", "rope", "budget", "sums", "plain_run", "loading", "unembedding"},
+    {"checkpoints", "hooked_transformer_body"},
+    {"body"},
+    {"wrapping"},
+    {"lens_models"},
     {"site_widths"},
     {"hooked_model"},
     # A head reaches from its methods to the modules that prove, decompose and export it, and these to ablation.

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from rmtension import AblationContext, ActivationCollector, NeuronSet, RewardHead
+from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
 from rmtension.check_matrix import make_classifier
 from rmtension.errors import ModelError
 
@@ -29,7 +29,7 @@ def folders(tmp_path_factory, tokenizer):
 
 @pytest.mark.parametrize("options", WAYS, ids=lambda options: " ".join(map(str, options.values())))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rewards_and_neurons_are_those_of_the_checkpoint(folders, ragged_texts, pairs, family, options):
+def test_rewards_and_neurons_are_those_of_the_checkpoint(folders, ragged_texts, pairs, family, options, tmp_path):
     plain = RewardHead.from_pretrained(folders[family])
     # In float32: TransformerLens 3.9 processes Qwen2 to two dtypes otherwise.
     head = RewardHead.from_pretrained(folders[family], **options)
@@ -46,8 +46,18 @@ def test_rewards_and_neurons_are_those_of_the_checkpoint(folders, ragged_texts, 
             rewards.append(one.score(ragged_texts))
     assert torch.allclose(rewards[0], rewards[1], atol=1e-5)
     assert not torch.allclose(rewards[0], plain.score(ragged_texts), atol=1e-3)
-    with pytest.raises(ModelError, match=r"save_pretrained: this head's weights are TransformerLens' conversion"):
-        head.save_pretrained("nowhere")
+    direct = [NeuronAttribution(one, method="direct_effect").score(pairs[:4]).values for one in (head, plain)]
+    assert torch.allclose(*direct, atol=1e-4)
+    assert direct[1].abs().max() > 1e-2
+    neurons = NeuronSet(mask, "mlp", head.architecture)
+    if "model_class" not in options:
+        with pytest.raises(ModelError, match=r"save_pretrained: this head's weights are TransformerLens' conversion"):
+            head.save_pretrained("nowhere")
+    else:  # what transformers has no class for is a state dict, which opens again
+        head.with_ablation(neurons).save_pretrained(tmp_path)
+        opened = RewardHead.from_pretrained(tmp_path)
+        assert torch.allclose(opened.score(ragged_texts), rewards[0], atol=1e-5)
+        assert opened.check()["passed"].all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
