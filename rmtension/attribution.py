@@ -72,7 +72,7 @@ class NeuronAttribution:
     every pair round flips signed scores; a constant added to the reward changes none.
 
     A gradient jumps where the input of a ReLU is 0 but for rounding, as in models with round numbers for weights:
-    float32 and float64 may give different scores there. Open the model with `dtype=torch.float64` to see whether they
+    float32 and float64 may give different scores there. `dtype=torch.float64` opens any model and shows whether they
     do.
 
     Args:

@@ -308,8 +308,8 @@ class TestBadHeads:
     def test_kind(self):
         with pytest.raises(ModelError, match=r"head: expected a weight.*got str"):
             read_head("score")
-        with pytest.raises(ModelError, match=r"weight: expected a tensor, got list"):
-            read_head(([1.0, 2.0], 0.0))
+        with pytest.raises(ModelError, match=r"weight: expected a tensor, got str"):
+            read_head(("score", 0.0))
 
     def test_state_dict(self):
         with pytest.raises(ModelError, match=r"expected one weight called score.*got \[\]"):
