@@ -43,7 +43,8 @@ class Faithfulness:
       magnitude; by chance it is `top / n`;
     - `slope`: least-squares slope of the true on the predicted effect; 1 where predictions are right in size.
 
-    Scores without a sign (`aggregate="absolute"`) are compared with magnitudes, and have no sign agreement.
+    Scores without a direction (`aggregate="absolute"`, magnitudes of activations) are compared with magnitudes, and
+    have no sign agreement.
 
     `neurons` has one row a neuron that was ablated: layer, neuron, its true effect and standard error, and a column of
     predicted effects for each method. `sets` has one row a method and fraction: `size`, the `predicted` effect of
@@ -119,10 +120,10 @@ def faithfulness(
 ) -> Faithfulness:
     """Compare scores with what ablating neurons of this model does to the margin on `pairs`.
 
-    Contributions (all methods but attribution patching) predict the effect with their sign turned: without the neuron,
+    What scores predict is `NeuronScores.as_effects`: contributions with their sign turned, since without the neuron
     what it contributed is gone. Intervals resample blocks of prompts, of scores and truth together where both are of
-    the same pairs, and shift the resamples to have the observed value as their mean, because resampling adds noise
-    that lowers every agreement; for a sample of neurons they resample these too, within layers.
+    the same pairs, and shift the resamples to have the observed value as their mean, because resampling adds noise that
+    lowers every agreement; for a sample of neurons they resample these too, within layers.
 
     Cost: that of `single_neuron_effects`, and a forward pass for every set: (1 + `n_random`) for each method and
     fraction, and one more without any. A pass is one over both texts of every pair.
@@ -197,7 +198,9 @@ def faithfulness(
         measures = agreement(one, truth, measured, top=top, level=level, seed=seed)
         rows.append({"method": name, "n": int(measured.sum()), "top": top_size(top, int(measured.sum())), **measures})
     predicted = {name: one.as_effects()[measured].numpy() for name, one in named.items()}
-    table = truth.to_frame().rename(columns={"score": "effect"}).dropna(subset="effect").assign(**predicted)
+    table = (
+        truth.to_frame().rename(columns={"score": "effect"})[[*_COLUMNS]].dropna(subset="effect").assign(**predicted)
+    )
     ablation = {"mode": mode, "reference": reference, "positions": positions}
     sets = _set_rows(head, planned, pairs, ablation, level, seed, truncate_response, progress)
     return Faithfulness(pd.DataFrame(rows), table.reset_index(drop=True), sets, truth.provenance, level)

@@ -203,7 +203,7 @@ class SharedNeuronAnalyzer:
         self.scores = dict(scores)
         self.base = base
 
-    def analyze(self, *, fraction: float = 0.10, by: str = "absolute") -> SharedNeuronReport:
+    def analyze(self, *, fraction: float = 0.10, by: str = "magnitude") -> SharedNeuronReport:
         """Take each model's top `fraction` of neurons and compare them. No model pass."""
         sets = {name: scores.top(fraction, by=by) for name, scores in self.scores.items()}
         base = None if self.base is None else self.base.top(fraction, by=by)

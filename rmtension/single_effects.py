@@ -1,6 +1,7 @@
 """The truth that attribution is measured against: what taking out each neuron by itself does to the margin."""
 
 from collections.abc import Iterable, Iterator, Sized
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,6 +44,8 @@ def single_neuron_effects(
     progress: bool = False,
 ) -> NeuronScores:
     """What replacing each neuron by `reference`, alone, does to the margin: mean over pairs of M without - M with it.
+
+    A neuron with a negative effect supports the margin, one with a positive effect opposes it (`provenance.sign` -1).
 
     Exact: the model runs again for every neuron, as under an `AblationContext` of that neuron with mode "zero" or
     "mean" ("other" replaces by the mean of the pair's other response over the selected tokens). Neurons outside
@@ -125,7 +128,9 @@ def single_neuron_effects(
     stream.add_up(n_tokens)
     scores.add_up(stream)
     method = f"effect of ablation to {name_of(reference)}"
-    return scores.finish(stream.provenance(int(n_tokens), site=site, positions=positions, method=method))
+    provenance = stream.provenance(int(n_tokens), site=site, positions=positions, method=method)
+    # A change of the margin without the neuron: where it is positive, the neuron held the margin down.
+    return scores.finish(replace(provenance, sign=-1))
 
 
 def _changes(

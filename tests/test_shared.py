@@ -152,9 +152,9 @@ def test_a_report_without_a_base(tmp_path):
 
 
 def test_sets_are_ranked_as_asked():
-    """By signed value, for the base too."""
+    """By the score with its sign, for the base too."""
     scores = scores_of(torch.tensor([[-3.0, 1.0, 2.0, 0.5]]))
-    for by, neuron in (("absolute", 0), ("value", 2)):
+    for by, neuron in (("magnitude", 0), ("score", 2)):
         report = SharedNeuronAnalyzer({"a": scores, "b": scores}, base=scores).analyze(fraction=0.25, by=by)
         assert list(report.shared) == list(report.base) == [(0, neuron)]
     other = replace(scores, provenance=replace(scores.provenance, positions="last"))
