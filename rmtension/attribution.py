@@ -9,10 +9,8 @@ import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rmtension.batch_run import BatchRun
-from rmtension.distributed import current
 from rmtension.encoding import EncodedText
 from rmtension.errors import DataError, OptionError
 from rmtension.methods import METHODS, Asked, ByToken, Found, dropped_patching
@@ -20,6 +18,7 @@ from rmtension.neuron_scores import NeuronScores
 from rmtension.pair import PreferencePair
 from rmtension.pair_scores import PairScores
 from rmtension.pairs import PreferencePairs
+from rmtension.progress import progress_bar
 from rmtension.provenance import Provenance
 from rmtension.replacing import Reference, can_share, check_reference, key_of, name_of
 from rmtension.reward_head import RewardHead
@@ -224,12 +223,12 @@ class NeuronAttribution:
         if not len(pairs):
             raise DataError("pairs: expected at least one preference pair, got none.")
         encoded = self.head.encode(pairs, truncate_response=truncate_response)
-        both = tqdm(
+        both = progress_bar(
             zip(pairs, encoded.chosen, encoded.rejected, strict=True),
+            progress=progress,
             total=len(pairs),
             desc=self.method,
             unit="pair",
-            disable=None if progress and current().is_first else True,
         )
         return (self._by_token(pair, texts) for pair, *texts in both)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from rmtension.errors import ModelError, OptionError, RMTensionWarning
 from rmtension.heads import LinearHead, head_keys, read_head
+from rmtension.progress import without_unseen_bars
 
 _DRAWN = "which transformers would draw at random"
 
@@ -158,7 +159,7 @@ def checkpoint_of(classifier: Any, tokenizer: Any, pad_token: str | None) -> Che
 def _load(what: str, name: str | Path, load: Any, **options: Any) -> Any:
     try:
         # Loading draws initial weights before it reads them; the user's random numbers stay as they were.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), without_unseen_bars():
             return load(str(name), **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError, SafetensorError) as error:
         raise ModelError(f"{name}: transformers could not load the {what}: {error}") from error

@@ -18,6 +18,7 @@ from rmtension.files import filled_whole
 from rmtension.heads import LinearHead
 from rmtension.hooks import copy_without_hooks
 from rmtension.neurons import NeuronSet
+from rmtension.progress import without_unseen_bars
 from rmtension.reward_head import RewardHead
 from rmtension.sites import find_site
 
@@ -69,6 +70,7 @@ def ablate_weights(
     return RewardHead._from_checkpoint(opened, head.max_length, head.tokens_per_batch)
 
 
+@without_unseen_bars()
 def save_classifier(head: RewardHead, folder: str | Path) -> None:
     """Write the model of `head` as a one-label sequence classifier (safetensors), with its tokenizer.
 
@@ -131,6 +133,7 @@ def build_classifier(head: RewardHead) -> Any:
     return classifier
 
 
+@without_unseen_bars()
 def reload_classifier(head: RewardHead) -> Any:
     """The classifier that transformers loads from where `head` came from; None where transformers knows of none."""
     from transformers import AutoModelForSequenceClassification

@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rmtension.ablation import AblationContext
 from rmtension.activations import ActivationStatistics
@@ -21,6 +20,7 @@ from rmtension.intervals import bootstrap_mean, check_level
 from rmtension.neuron_scores import NeuronScores, top_size
 from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
+from rmtension.progress import progress_bar
 from rmtension.provenance import Provenance
 from rmtension.replacing import name_of
 from rmtension.reward_head import RewardHead
@@ -294,7 +294,7 @@ def _set_rows(
     base = head.score_pairs(pairs, truncate_response=truncate_response).margin
     rows = []
     total = sum(1 + len(one.random) for one in planned)
-    with tqdm(total=total, desc="ablate sets", unit="set", disable=None if progress else True) as bar:
+    with progress_bar(progress=progress, total=total, desc="ablate sets", unit="set") as bar:
 
         def change(neurons: NeuronSet) -> Float[Tensor, "pair"]:
             with AblationContext(head, neurons, **ablation):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from rmtension.body import Body, find_body
 from rmtension.checkpoints import Checkpoint, LoadOptions, checkpoint_of, open_checkpoint
@@ -22,6 +21,7 @@ from rmtension.nonfinite import require_finite
 from rmtension.norms import read_norm
 from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
+from rmtension.progress import progress_bar
 from rmtension.provenance import Provenance, fingerprint
 from rmtension.scored import ScoredPairs
 from rmtension.stream import PairStream
@@ -238,8 +238,7 @@ class RewardHead(HookedModel):
             encoded, tokens_per_batch=self.tokens_together(), pad_token_id=self.pad_token_id, device=self.device
         )
         shard = current()
-        silent = None if progress and shard.is_first else True
-        with tqdm(total=len(encoded), desc="score", unit="text", disable=silent) as bar:
+        with progress_bar(progress=progress, total=len(encoded), desc="score", unit="text") as bar:
             for number, batch in enumerate(batches):
                 if shard.takes(number):
                     rewards[list(batch.places)] = self.rewards(batch).cpu()

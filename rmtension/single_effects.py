@@ -8,14 +8,13 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rmtension.ablation import check_set
-from rmtension.distributed import current
 from rmtension.errors import OptionError
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
 from rmtension.pair import PreferencePair
+from rmtension.progress import progress_bar
 from rmtension.provenance import digest_of
 from rmtension.replacing import Reference, can_share, check_reference, key_of, name_of, step_to
 from rmtension.replay import Replay
@@ -81,7 +80,6 @@ def single_neuron_effects(
         )
     check_set(head, neurons)
     per_layer = [columns.nonzero()[:, 0].tolist() for columns in neurons.mask]
-    silent = None if progress and current().is_first else True
     total = len(pairs) * len(neurons) if isinstance(pairs, Sized) else None
     stream = PairStream(
         head,
@@ -122,7 +120,7 @@ def single_neuron_effects(
         scores.add(changes, batch.keys[: batch.n_pairs])
         n_tokens.add_(batch.select(positions).sum().cpu())
 
-    with tqdm(total=total, desc="ablate", unit="pair", disable=silent) as bar:
+    with progress_bar(progress=progress, total=total, desc="ablate", unit="pair") as bar:
         stream.run(look, add, {**scores.state, "n_tokens": n_tokens})
     stream.require_pairs()
     stream.add_up(n_tokens)

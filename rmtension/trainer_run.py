@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from rmtension.errors import ModelError, OptionError, StorageError
+from rmtension.progress import shows_bars
 
 RECORD_NAME = "rmtension_training.json"
 
@@ -89,7 +90,7 @@ def schedule(
         "warmup_steps": warmup_steps,
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": batch_size,
-        "disable_tqdm": not progress,
+        "disable_tqdm": not shows_bars(progress),
         "logging_strategy": "no",
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
