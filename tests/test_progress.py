@@ -86,10 +86,15 @@ def test_transformers_draws_none_either(checkpoints, tmp_path, talking, capfd):
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals")
 def test_on_a_real_terminal():
     """In a process of its own, whose stderr is a terminal; then the same with a pipe."""
-    code = "from rmtension.progress import progress_bar\nfor _ in progress_bar('abc', progress=True, desc='seen', ncols=60): 0"
+    code = """if True:
+        from rmtension.progress import progress_bar
+        for _ in progress_bar("abc", progress=True, desc="seen", ncols=60, nrows=20):
+            pass
+    """
     ours, theirs = pty.openpty()
     subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True)
+    drawn = os.read(ours, 10_000)
     os.close(theirs)
-    assert b"seen: 100%" in os.read(ours, 10_000)
     os.close(ours)
+    assert b"seen:" in drawn
     assert subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, check=True).stderr == b""
