@@ -10,6 +10,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from rmtension.arguments import require_arguments, require_choice
 from rmtension.batch_run import BatchRun
 from rmtension.encoding import EncodedText
 from rmtension.errors import DataError, OptionError
@@ -85,8 +86,8 @@ class NeuronAttribution:
     def __init__(
         self,
         head: RewardHead,
-        *,
         method: str = "mean_difference",
+        *,
         site: str = "mlp",
         positions: str = "all",
         aggregate: str = "signed",
@@ -94,8 +95,8 @@ class NeuronAttribution:
         steps: int = 32,
         graddrop: bool = False,
     ) -> None:
-        if method not in METHODS:
-            raise OptionError(f"method: expected one of {sorted(METHODS)}, got {method!r}.")
+        require_arguments("NeuronAttribution(head, method)", head=(head, RewardHead), method=(method, str))
+        require_choice("method", method, sorted(METHODS))
         if aggregate not in ("signed", "absolute"):
             raise OptionError(f"aggregate: expected 'signed' or 'absolute', got {aggregate!r}.")
         check_positions(positions)
@@ -209,7 +210,7 @@ class NeuronAttribution:
         return found.take(stream.kept(len(pairs))) if stream.skipped else found
 
     def per_token(
-        self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False
+        self, pairs: Iterable[PreferencePair], *, truncate_response: bool = False, progress: bool = False
     ) -> Iterator[TokenScores]:
         """Every pair's scores token by token, one pair at a time, in order; tokens as the tokenizer writes them.
 
@@ -220,6 +221,7 @@ class NeuronAttribution:
         """
         if self.graddrop:
             raise OptionError("per_token: GradDrop has no signed scores. Leave graddrop out.")
+        pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
         if not len(pairs):
             raise DataError("pairs: expected at least one preference pair, got none.")
         encoded = self.head.encode(pairs, truncate_response=truncate_response)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
+from rmtension.arguments import require_arguments
 from rmtension.errors import DataError, OptionError, StorageError
 from rmtension.header import read_numbers, read_record
 from rmtension.intervals import Estimate, adjusted_p_values, check_level, percentile_interval
@@ -187,6 +188,8 @@ def conflict(
         >>> print(report.cosine, list(report.sets["helpful up, harmless down"]))
         -0.280 [-0.280, -0.280] [(0, 1)]
     """
+    for name, scores in (("helpful", helpful), ("harmless", harmless)):
+        require_arguments("conflict(helpful, harmless)", **{name: (scores, PairScores)})
     if not 0 <= least < 1:
         raise OptionError(f"least: expected a share of the largest contribution in [0, 1), got {least}.")
     check_level(level)

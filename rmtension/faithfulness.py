@@ -14,6 +14,7 @@ from torch import Tensor
 from rmtension.ablation import AblationContext
 from rmtension.activations import ActivationStatistics
 from rmtension.agreement import MEASURES, agreement
+from rmtension.arguments import require_arguments
 from rmtension.errors import OptionError, StorageError
 from rmtension.header import read_table
 from rmtension.intervals import bootstrap_mean, check_level
@@ -156,12 +157,18 @@ def faithfulness(
                           method   n  spearman  sign_agreement
         0  gradient_x_activation  48       1.0             1.0
     """
+    named = {scores.provenance.method: scores} if isinstance(scores, NeuronScores) else scores
+    require_arguments(
+        "faithfulness(head, scores, pairs)",
+        head=(head, RewardHead),
+        scores=(named, Mapping),
+        pairs=(pairs, PreferencePairs),
+    )
     check_level(level)
     if not 0 < top <= 1:
         raise OptionError(f"top: expected a share in (0, 1], got {top}.")
     if n_random < 0:
         raise OptionError(f"n_random: expected 0 or more sets, got {n_random}.")
-    named = {scores.provenance.method: scores} if isinstance(scores, NeuronScores) else dict(scores)
     site, positions = _where(head, named, positions)
     target = _reference(mode, reference)
     neurons = None if sample is None else sample_neurons(head, site, sample, seed=seed)

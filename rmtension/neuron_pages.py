@@ -14,6 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from rmtension.ablation import check_set
+from rmtension.arguments import require_arguments
 from rmtension.attribution import NeuronAttribution
 from rmtension.encoding import EncodedText
 from rmtension.errors import OptionError
@@ -149,6 +150,9 @@ def examine(
         >>> len(pages.neurons), len(pages.table), len(pages.examples)
         (2, 4, 4)
     """
+    require_arguments(
+        "examine(head, pairs, neurons)", head=(head, RewardHead), pairs=(pairs, Mapping), neurons=(neurons, NeuronSet)
+    )
     if not len(neurons):
         raise OptionError("neurons: expected a set with at least one neuron, got an empty one. Use NeuronScores.top.")
     if not pairs or not all(len(some) for some in pairs.values()):

@@ -12,6 +12,7 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rmtension.arguments import require_choice
 from rmtension.errors import OptionError, RMTensionWarning
 from rmtension.neurons import NeuronSet
 from rmtension.provenance import Provenance
@@ -107,8 +108,8 @@ class NeuronScores:
             >>> scores.top(0.05), len(scores.top(k=6, by="supports"))
             (NeuronSet(3 of 48 mlp neurons of gpt2-2x24-heads2x12-d24), 6)
         """
-        _check_choice("within", within, ("model", "layer"))
-        _check_choice("rule", rule, ("exact", "percentile"))
+        require_choice("within", within, ("model", "layer"))
+        require_choice("rule", rule, ("exact", "percentile"))
         if (fraction is None) == (k is None):
             raise OptionError("top: expected exactly one of fraction and k.")
         if fraction is not None and not 0 < fraction <= 1:
@@ -245,8 +246,3 @@ def _exact_top(scores: Float[Tensor, "candidate"], fraction: float | None, k: in
     mask = torch.zeros(total, dtype=torch.bool)
     mask[order[:size]] = True
     return mask
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise OptionError(f"{name}: expected one of {list(choices)}, got {value!r}.")

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rmtension.arguments import require_arguments, require_choice
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.neuron_scores import N_BLOCKS, NeuronScores, block_of, jackknife_stderr
 from rmtension.pair import PreferencePair
@@ -95,8 +96,7 @@ class ActivationProfile:
         on the chosen minus mean a on the rejected, and has that of `NeuronAttribution`. Standard errors are a jackknife
         over blocks of prompts.
         """
-        if method not in SCORES:
-            raise OptionError(f"method: expected one of {list(SCORES)}, got {method!r}.")
+        require_choice("method", method, SCORES)
         if method == "change" and not self.base:
             raise OptionError("method: 'change' needs a base model. Collect the profile with base=.")
         asked = SCORES[method]
@@ -170,6 +170,7 @@ def collect_profiles(
         >>> profiles["mlp", "response"].scores("frequency")
         NeuronScores(frequency: 2 x 24 mlp neurons, from 0 to 1; 24 pairs, response tokens, gpt2-2x24-heads2x12-d24)
     """
+    require_arguments("collect_profiles(head, pairs)", head=(head, RewardHead), pairs=(pairs, Iterable))
     for one in positions:
         check_positions(one)
     keys: list[tuple[str, str]] = [

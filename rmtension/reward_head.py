@@ -1,6 +1,6 @@
 """A reward model with hooks: a scalar head on a TransformerBridge or a HookedTransformer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -231,6 +231,11 @@ class RewardHead(HookedModel):
         """
         if isinstance(texts, str):
             raise OptionError("texts: expected a list of texts, got one string. Put it in a list.")
+        if isinstance(texts, PreferencePairs | Mapping) or (texts and isinstance(texts[0], PreferencePair)):
+            raise OptionError(
+                f"texts: expected a list of texts, got {type(texts).__name__}. Score preference pairs with "
+                "score_pairs(pairs), those of one objective with score_pairs(pairs['helpful'])."
+            )
         self.require_weight()
         encoded = encode_texts(self.tokenizer, texts, max_length=self.max_length, truncate=truncate)
         rewards = torch.zeros(len(encoded), dtype=self.reward_dtype)

@@ -1,10 +1,13 @@
 """What the sign of a score says of a neuron: whether it supports the margin or opposes it."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from rmtension.arguments import require_choice
 from rmtension.errors import OptionError
 from rmtension.provenance import Provenance
 
@@ -15,8 +18,7 @@ _DIRECTIONS = pd.Index(["opposes", "neither", "supports"])
 
 def check_by(by: str, sign: int | None, scores: str) -> None:
     """Raise `OptionError` unless scores of this sign can be ranked `by`; `scores` names them in the message."""
-    if by not in BY:
-        raise OptionError(f"by: expected one of {list(BY)}, got {by!r}.")
+    require_choice("by", by, BY)
     if by in ("supports", "opposes") and sign is None:
         raise OptionError(
             f"by: {by!r} needs scores whose sign says whether a neuron supports the margin, and the sign of {scores} "
@@ -52,8 +54,8 @@ def effect_sign(provenance: Provenance) -> int:
     return 1 if provenance.sign is None else -provenance.sign
 
 
-def directions(values: Float[Tensor, "*rest"], sign: int) -> pd.Categorical:
-    """What each neuron does to the margin, flattened: "supports", "opposes", or "neither" for 0 and NaN."""
+def directions(values: Float[Tensor, "*rest"], sign: int) -> Any:
+    """What each neuron does to the margin: "supports", "opposes" or "neither" (0, NaN), a flat `pandas.Categorical`."""
     codes = np.nan_to_num(np.sign(values.flatten().numpy() * sign)).astype(np.int8) + 1
     return pd.Categorical.from_codes(codes, categories=_DIRECTIONS)
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.ablation import check_set
+from rmtension.arguments import require_arguments
 from rmtension.errors import OptionError
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
@@ -67,6 +68,7 @@ def single_neuron_effects(
         >>> bool((effects.values[neurons.mask] < 0).all())
         True
     """
+    require_arguments("single_neuron_effects(head, pairs)", head=(head, RewardHead), pairs=(pairs, Iterable))
     check_positions(positions)
     site = find_site(site).name
     check_reference(head, site, reference)

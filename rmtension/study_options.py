@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from rmtension.arguments import nearest, require_choice
 from rmtension.errors import OptionError
 from rmtension.evaluation import REFUSE_SUBSETS, RESPOND_SUBSETS
 from rmtension.intervals import check_level
@@ -69,12 +70,12 @@ class StudyOptions:
         "paper": neurons at `mlp_gate`, all tokens pooled, ranked by signed magnitude, then change; percentile sets;
         zero ablation at 2, 4, ..., 30 and 100%; ties are wrong; shares clamped to [0, 1].
         """
-        if not isinstance(rules, str) or rules not in _RULES:
-            raise OptionError(f"rules: expected one of {list(_RULES)}, got {rules!r:.80}.")
+        require_choice("rules", rules, _RULES)
         unknown = [name for name in changes if name not in cls.__dataclass_fields__]
         if unknown:
+            known = list(cls.__dataclass_fields__)
             raise OptionError(
-                f"{unknown[0]}: there is no such option; expected some of {list(cls.__dataclass_fields__)}."
+                f"{unknown[0]}: there is no such option; expected some of {known}.{nearest(unknown[0], known)}"
             )
         return replace(_RULES[rules](), **changes)
 
@@ -94,8 +95,7 @@ class StudyOptions:
             ("within", ("model", "layer")),
             ("top_rule", ("exact", "percentile")),
         ):
-            if getattr(self, name) not in choices:
-                raise OptionError(f"{name}: expected one of {list(choices)}, got {getattr(self, name)!r}.")
+            require_choice(name, getattr(self, name), choices)
         for score in self.scores:
             check_by(self.by, sign_of(score), repr(score))
         check_level(self.level)
@@ -163,4 +163,6 @@ def _check_type(name: str, value: object, wanted: str) -> None:
 
 def _check_names(name: str, given: tuple[str, ...], choices: tuple[str, ...]) -> None:
     if not isinstance(given, tuple) or not given or not set(given) <= set(choices):
-        raise OptionError(f"{name}: expected a tuple of some of {list(choices)}, got {given!r}.")
+        unknown = [one for one in given if one not in choices] if isinstance(given, tuple) else []
+        hints = "".join(dict.fromkeys(nearest(one, choices) for one in unknown))
+        raise OptionError(f"{name}: expected a tuple of some of {list(choices)}, got {given!r}.{hints}")

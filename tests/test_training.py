@@ -15,6 +15,7 @@ from conftest import make_config, make_pairs, make_tokenizer, put_bos_first
 from safetensors.torch import load_file
 
 from rmtension import progress
+from rmtension.cli import main
 from rmtension.encoding import encode_pairs
 from rmtension.errors import DataError, ModelError, OptionError, StorageError
 from rmtension.family import FamilySettings, train_family
@@ -417,6 +418,16 @@ def test_a_missing_extra_is_named(monkeypatch, world, base, tmp_path):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ModelError, match=r'pip install "rmtension\[train\]"'):
         quick(world.train["helpful"], base, tmp_path / "a")
+
+
+def test_a_missing_extra_is_named_before_anything_is_trained(monkeypatch, world, tmp_path, capsys):
+    """The base would not need it."""
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ModelError, match=r"""needs the package 'trl'\. Run `pip install "rmtension\[train\]"`"""):
+        train_family(world.train, tmp_path / "family")
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--quiet"]) == 2
+    assert capsys.readouterr().err.startswith("rmtension: error: training: needs the package 'trl'.")
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- base model, tokenizer, family -------------------------------------------------------------------------------------
