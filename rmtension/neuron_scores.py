@@ -93,8 +93,8 @@ class NeuronScores:
           activations, `aggregate="absolute"`) they are an `OptionError`. Of `mean_difference`, which does not look at
           the reward, they take the neurons that are more active in the chosen responses (in the rejected ones):
           candidates, whether or not the reward reads them.
-        - `by="score"` ranks scores without a direction as they are, with their sign, as the published code ranks mean
-          activations. Scores with a direction refuse it.
+        - `by="score"` ranks the scores as they are, with their sign, as the published code ranks mean activations. It
+          is an `OptionError` where a positive score opposes the margin.
 
         `within="model"` ranks all layers jointly, `"layer"` each by itself, `k` counting neurons per layer. Equal
         scores are taken in the order of (layer, neuron), with a `RMTensionWarning` when the cut falls between them: the

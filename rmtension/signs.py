@@ -24,11 +24,10 @@ def check_by(by: str, sign: int | None, scores: str) -> None:
             f"by: {by!r} needs scores whose sign says whether a neuron supports the margin, and the sign of {scores} "
             "does not. Use by='magnitude', or signed scores of another method, such as 'gradient_x_activation'."
         )
-    if by == "score" and sign is not None:
-        does = "supports" if sign > 0 else "opposes"
+    if by == "score" and sign == -1:
         raise OptionError(
-            f"by: 'score' ranks scores that have no direction. A neuron with a positive score of {scores} {does} the "
-            "margin: use by='supports' or by='opposes'."
+            f"by: 'score' takes the highest scores, and a neuron with a positive score of {scores} opposes the margin. "
+            "Use by='supports' or by='opposes'."
         )
 
 

@@ -27,9 +27,9 @@ class StudyOptions:
     - `analyses`: which of the ten to do (`ANALYSES`).
     - `scores`: by which scores neurons are ranked; the sets of the first are ablated in the causal analyses.
     - `fraction` of the neurons make a top set at `site` and `positions`, `within` the "model" or each "layer", ranked
-      `by` "magnitude", "supports", "opposes" or "score" (see `NeuronScores.top`; each of `scores` has to have a
-      direction for "supports" and "opposes", and none of them for "score"); `top_rule` is "exact", or "percentile" with
-      its ties; `pool_tokens` counts every token once, not every text.
+      `by` "magnitude", "supports", "opposes" or "score" (see `NeuronScores.top`; the two in the middle need `scores`
+      that all have a direction); `top_rule` is "exact", or "percentile" with its ties; `pool_tokens` counts every token
+      once, not every text.
     - `mode`, "zero" or "mean", is how sets are ablated, at all tokens; `curve_fractions` the sizes of the ablation
       curves, `n_draws` the random sets of a control, `n_subsamples` the subsamples in which sets are compared at equal
       size.
