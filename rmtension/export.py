@@ -29,6 +29,7 @@ from rmtension.neurons import NeuronSet
 from rmtension.plain_run import probe_batch, run_base
 from rmtension.plain_weights import plain_copy
 from rmtension.portable import make_portable, warn_of
+from rmtension.progress import without_unseen_bars
 from rmtension.reward_head import RewardHead
 from rmtension.sites import find_site
 from rmtension.tokens import TokenBatch
@@ -119,6 +120,7 @@ def _ablate_own(head: RewardHead, context: AblationContext) -> RewardHead:
     return ablated
 
 
+@without_unseen_bars()
 def save_classifier(head: RewardHead, folder: str | Path) -> None:
     """Write the model of `head` as a one-label sequence classifier (safetensors), with its tokenizer.
 
@@ -210,6 +212,7 @@ def build_classifier(head: RewardHead) -> Any:
     return classifier
 
 
+@without_unseen_bars()
 def reload_classifier(head: RewardHead) -> Any:
     """The model of transformers that makes the reward, from where `head` came; None where transformers has none."""
     checkpoint = head.checkpoint

@@ -12,6 +12,7 @@ from torch import nn
 from rmtension.adapters import Adapter, find_adapters, merge_adapters, put_on
 from rmtension.errors import ModelError, OptionError
 from rmtension.local_names import find_local
+from rmtension.progress import without_unseen_bars
 from rmtension.stored_heads import CheckpointFiles
 
 
@@ -161,7 +162,7 @@ def load(what: str, name: str | Path, function: Any, **options: Any) -> Any:
     """`function(name, **options)` of transformers; whatever it raises becomes a `ModelError`."""
     try:
         # Loading draws initial weights before it reads them; the user's random numbers stay as they were.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), without_unseen_bars():
             return function(str(name), **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError, SafetensorError) as error:
         raise ModelError(f"{name}: transformers could not load the {what}: {error}") from error

@@ -36,13 +36,17 @@ class PreferencePairs(Sequence[PreferencePair]):
     def __init__(
         self, pairs: Iterable[PreferencePair], skipped: Mapping[str, int] | None = None, *, first: int = 0
     ) -> None:
+        if isinstance(pairs, Mapping):
+            raise DataError(
+                f"pairs: expected preference pairs, got a mapping of {list(pairs)!r:.80}. Choose those of one name."
+            )
         self._pairs = tuple(pairs)
         self.skipped: dict[str, int] = dict(skipped or {})
         for number, pair in enumerate(self._pairs, start=first):
             if not isinstance(pair, PreferencePair):
                 raise DataError(
                     f"pairs: expected PreferencePair, got {type(pair).__name__} at position {number}. For dicts use "
-                    "PreferencePairs.from_records."
+                    "PreferencePairs.from_records; texts that are not pairs are scored with RewardHead.score."
                 )
             require_responses(pair, f"pair {number} (id {pair.id!r})")
 

@@ -1,6 +1,6 @@
 """A reward model with hooks: a scalar head on a TransformerBridge or a HookedTransformer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from rmtension.body import Body, find_body
 from rmtension.checkpoints import Checkpoint, checkpoint_of, open_checkpoint
@@ -26,6 +25,7 @@ from rmtension.norms import read_norm
 from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
 from rmtension.plain_run import looks_ahead
+from rmtension.progress import progress_bar
 from rmtension.provenance import Provenance, fingerprint
 from rmtension.scored import ScoredPairs
 from rmtension.stream import PairStream
@@ -322,6 +322,11 @@ class RewardHead(HookedModel):
         """
         if isinstance(texts, str):
             raise OptionError("texts: expected a list of texts, got one string. Put it in a list.")
+        if isinstance(texts, PreferencePairs | Mapping) or (texts and isinstance(texts[0], PreferencePair)):
+            raise OptionError(
+                f"texts: expected a list of texts, got {type(texts).__name__}. Score preference pairs with "
+                "score_pairs(pairs), those of one objective with score_pairs(pairs['helpful'])."
+            )
         self.require_weight()
         encoded = encode_texts(self.tokenizer, texts, max_length=self.max_length, truncate=truncate)
         rewards = torch.zeros(len(encoded), dtype=self.reward_dtype)
@@ -329,8 +334,7 @@ class RewardHead(HookedModel):
             encoded, tokens_per_batch=self.tokens_together(), pad_token_id=self.pad_token_id, device=self.device
         )
         shard = current()
-        silent = None if progress and shard.is_first else True
-        with tqdm(total=len(encoded), desc="score", unit="text", disable=silent) as bar:
+        with progress_bar(progress=progress, total=len(encoded), desc="score", unit="text") as bar:
             for number, batch in enumerate(batches):
                 if shard.takes(number):
                     rewards[list(batch.places)] = self.rewards(batch).cpu()

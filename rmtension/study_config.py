@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from rmtension.arguments import nearest
 from rmtension.errors import DataError, ModelError, OptionError, RMTensionError
 from rmtension.family_runs import MODELS, OBJECTIVES, ModelFamily
 from rmtension.pairs import PreferencePairs
@@ -177,7 +178,8 @@ def _mapping(value: Any, key: str, known: Sequence[str], required: Sequence[str]
         raise OptionError(f"{key}: expected a mapping with some of the keys {list(known)}, got {_shown(value)}.")
     for name in value:
         if name not in known:
-            raise OptionError(f"{key}: unknown key {_shown(name)}; expected some of {list(known)}.")
+            hint = nearest(name, known)
+            raise OptionError(f"{key}: unknown key {_shown(name)}; expected some of {list(known)}.{hint}")
     for name in required:
         if value.get(name) is None:
             raise OptionError(f"{key}: the key {name!r} is missing; it has {list(value)}.")

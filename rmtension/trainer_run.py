@@ -18,6 +18,7 @@ import torch
 
 from rmtension.errors import ModelError, OptionError, StorageError
 from rmtension.portable import make_portable, warn_of
+from rmtension.progress import shows_bars
 
 RECORD_NAME = "rmtension_training.json"
 
@@ -90,7 +91,7 @@ def schedule(
         "warmup_steps": warmup_steps,
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": batch_size,
-        "disable_tqdm": not progress,
+        "disable_tqdm": not shows_bars(progress),
         "logging_strategy": "no",
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),

@@ -1,7 +1,10 @@
 """Options of the commands that open one reward model."""
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rmtension.errors import OptionError
 
 if TYPE_CHECKING:
     from rmtension.reward_head import RewardHead
@@ -24,6 +27,15 @@ def add_model_options(parser: ArgumentParser) -> None:
         help="number or name of the output that is the reward; given twice, the reward is the first minus the second",
     )
     parser.add_argument("--pad-token", metavar="TOKEN", help="which token is skipped at the end of a text, if unsaid")
+
+
+def refuse_swapped(options: Namespace) -> None:
+    """Raise `OptionError` where the file of pairs is named before the model."""
+    if Path(options.model).is_file() and not options.pairs.is_file():
+        raise OptionError(
+            f"MODEL, PAIRS: they are swapped: {options.model} is a file, and a model is a folder or a hub name. Run "
+            f"`rmtension {options.command} {options.pairs} {options.model}`."
+        )
 
 
 def open_model(options: Namespace) -> "RewardHead":

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rmtension.commands.model_options import add_model_options, open_model
+from rmtension.commands.model_options import add_model_options, open_model, refuse_swapped
 from rmtension.commands.outcome import Outcome
 from rmtension.commands.pair_options import add_pair_options, read_pairs
 from rmtension.commands.quiet import quiet_libraries
@@ -49,6 +49,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Outcome:
     """Score the pairs and write the rewards."""
+    refuse_swapped(options)
     # Before any work: an hour of it may follow.
     if options.out is not None and options.out.exists() and not options.overwrite:
         raise StorageError(f"--out: {options.out} exists already. Name another file, or pass --overwrite.")
