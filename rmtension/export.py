@@ -120,7 +120,6 @@ def _ablate_own(head: RewardHead, context: AblationContext) -> RewardHead:
     return ablated
 
 
-@without_unseen_bars()
 def save_classifier(head: RewardHead, folder: str | Path) -> None:
     """Write the model of `head` as a one-label sequence classifier (safetensors), with its tokenizer.
 
@@ -152,7 +151,8 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
         state["score.bias"] = torch.tensor([head.bias], dtype=torch.float32)
     with filled_whole(folder, "checkpoint", seal="config.json", replaced=(*_OTHERS, CONFIG_FILE)) as place:
         try:
-            classifier.save_pretrained(place, state_dict=state)
+            with without_unseen_bars():
+                classifier.save_pretrained(place, state_dict=state)
         except SafetensorError as error:
             # What the file system said comes as text alone: "... (os error 28)".
             found = re.search(r"\(os error (\d+)\)", str(error))
@@ -212,7 +212,6 @@ def build_classifier(head: RewardHead) -> Any:
     return classifier
 
 
-@without_unseen_bars()
 def reload_classifier(head: RewardHead) -> Any:
     """The model of transformers that makes the reward, from where `head` came; None where transformers has none."""
     checkpoint = head.checkpoint

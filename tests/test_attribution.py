@@ -586,7 +586,7 @@ def test_scores_and_their_gap_are_saved(gpt2, few, tmp_path):
     assert torch.equal(loaded.values, by_pair.values)
     assert loaded.pairs.digest == few.digest
     frame = loaded.take([0, 2]).to_frame()
-    assert list(frame) == ["id", "layer", "neuron", "score"]
+    assert list(frame) == ["id", "layer", "neuron", "score", "direction"]
     assert len(frame) == 2 * head.n_layers * head.n_neurons("mlp")
     assert frame["score"].iloc[-1] == pytest.approx(float(by_pair.values[2, -1, -1]))
 
@@ -660,7 +660,7 @@ def test_what_prints(gpt2, few):
     assert repr(tokens) == f"TokenScores({few[0].id!r}: {chosen} chosen and {rejected} rejected tokens, 3 x 64 neurons)"
     assert repr(attribution).startswith("NeuronAttribution(gradient_x_activation, mlp at response tokens, RewardHead(")
     frame = tokens.to_frame(layer=1, neuron=5)
-    assert list(frame.columns) == ["side", "position", "token", "score"]
+    assert list(frame.columns) == ["side", "position", "token", "score", "direction"]
     assert len(frame) == chosen + rejected
     sums = frame.groupby("side")["score"].sum()
     assert sums["chosen"] - sums["rejected"] == pytest.approx(float(pairs.values[0, 1, 5]), abs=1e-9)

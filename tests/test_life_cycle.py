@@ -531,6 +531,7 @@ ELSEWHERE = {
     "distributed.sharded": "test_distributed",
     "files.filled_whole": "test_files",
     "files.written_whole": "test_files",
+    "progress.without_unseen_bars": "test_progress",
     "runs.ModelRuns._work": "test_work",
     "stored_heads._damage_named": "test_heads",
     "trainer_run.isolated": "test_training",
