@@ -86,9 +86,9 @@ class HookedModel:
         off = float((streams[1] - streams[0]).abs().max() / streams[0].abs().max().clamp(min=1e-12))
         if off > _PADDING_TOLERANCE.get(self.dtype, 1e-4):
             raise ModelError(
-                f"model: padding behind a text changes its residual stream by {off:.1e} of its size, so that a text "
-                f"would get another reward in a batch than alone: attention of this {type(self.body.module).__name__} "
-                "is not causal. Expected a decoder."
+                f"model: padding behind a text changes its residual stream by {off:.1e} of its size, so a text would "
+                f"get another reward in a batch than alone. The attention of this {type(self.body.module).__name__} is "
+                "not causal, as in an encoder; this library reads models with causal attention."
             )
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:

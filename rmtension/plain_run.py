@@ -46,16 +46,6 @@ def run_base(base: Any, batch: TokenBatch) -> Float[Tensor, "row token d_model"]
     return output
 
 
-def looks_ahead(base: Any, n_embeddings: int) -> bool:
-    """Whether a token's hidden state depends on a later token, as in encoders. Decided by trying."""
-    first = probe_batch(3, next(base.parameters()).device)
-    ids = first.input_ids.clone()
-    ids[:, -1] = n_embeddings - 1
-    with torch.no_grad(), eager_eval(base.modules()):
-        one, other = (run_base(base, batch)[:, :-1].float() for batch in (first, replace(first, input_ids=ids)))
-    return not torch.allclose(one, other, rtol=1e-2, atol=1e-4)
-
-
 def let_run_in_float64(model: Any) -> None:
     """Have a model in float64 run its experts one by one: transformers' kernel for all at once knows no float64."""
     grouped = getattr(getattr(model, "config", None), "_experts_implementation", None) == "grouped_mm"

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from rmtension.adapters import active_head
 from rmtension.errors import ModelError
 from rmtension.hooks import copy_without_hooks, unwrapped
 
@@ -100,9 +101,8 @@ def _bake(module: Any) -> None:
 def _merged(path: str, layer: Any) -> nn.Module:
     """The module that computes what a layer of peft computes."""
     try:
-        if hasattr(layer, "modules_to_save"):  # a whole module that was trained in place of the original one
-            disabled = layer.disable_adapters or not layer.active_adapters
-            plain: nn.Module = layer.original_module if disabled else layer.modules_to_save[layer.active_adapters[0]]
+        plain: nn.Module = active_head(layer)
+        if plain is not layer:  # a whole module that was trained in place of the original one
             return plain
         if layer.disable_adapters:
             layer.unmerge()

@@ -24,7 +24,6 @@ from rmtension.nonfinite import require_finite
 from rmtension.norms import read_norm
 from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
-from rmtension.plain_run import looks_ahead
 from rmtension.progress import progress_bar
 from rmtension.provenance import Provenance, fingerprint
 from rmtension.scored import ScoredPairs
@@ -237,11 +236,6 @@ class RewardHead(HookedModel):
             process_weights=process_weights,
             trust_remote_code=opened.trust_remote_code,
         )
-        if opened.base is not None and looks_ahead(opened.base, body.n_embeddings):
-            raise ModelError(
-                f"{opened.name}: its tokens see later ones, as in an encoder, so that padding and the rest of a batch "
-                "would change its rewards. This library reads models with causal attention."
-            )
         norm: nn.Module | None = None
         if body.final_norm_folded:
             # The norm as transformers has it, found through an unprocessed bridge.

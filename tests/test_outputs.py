@@ -324,7 +324,7 @@ class TestStoredHeads:
         transformers.BertModel(config).save_pretrained(tmp_path / "bert")
         tokenizer.save_pretrained(tmp_path / "bert")
         folder = with_tensors(tmp_path / "bert", tmp_path / "head", {"v_head.weight": torch.ones(1, 32)})
-        with pytest.raises(ModelError, match="tokens see later ones, as in an encoder"):
+        with pytest.raises(ModelError, match="not causal, as in an encoder"):
             RewardHead.from_pretrained(folder)
 
     def test_two_heads(self, language_models, tmp_path):
