@@ -1,6 +1,6 @@
 """A model whose weights are plain matrices: what can be edited for good, and what transformers can save."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -101,21 +101,21 @@ def _bake(module: Any) -> None:
 def _merged(path: str, layer: Any) -> nn.Module:
     """The module that computes what a layer of peft computes."""
     try:
-        plain: nn.Module = active_head(layer)
-        if plain is not layer:  # a whole module that was trained in place of the original one
-            return plain
+        trained = active_head(layer)
+        if trained is not layer:  # a whole module that was trained in place of the original one
+            return cast(nn.Module, trained)
         if layer.disable_adapters:
             layer.unmerge()
         else:
             layer.merge(safe_merge=True)
-        plain = layer.get_base_layer()
+        merged: nn.Module = layer.get_base_layer()
     except Exception as error:  # each kind of adapter has its own reasons
         raise ModelError(
             f"model: the adapter layer {path!r} ({type(layer).__name__}) cannot be merged into one weight "
             f"({type(error).__name__}: {error}). Merge or remove the adapters before the model is opened, for example "
             "with model.merge_and_unload() of peft."
         ) from error
-    return plain
+    return merged
 
 
 def _is_of_peft(module: nn.Module) -> bool:
