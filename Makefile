@@ -5,11 +5,16 @@ BIN := $(VENV)/bin
 # The same with the newest TransformerLens that still has HookedTransformer.
 VENV3 := .venv-tl3
 TRANSFORMER_LENS_3 := 3.9.0
+# transformers 4, and RewardBench with the release of it that its own pins.
+VENV4 := .venv-tf4
+VENV_REWARDBENCH := .venv-rewardbench
+REWARDBENCH := 0.1.4
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # The suite runs on one thread each; a file's tests stay together, because they share models.
 WORKERS := -n 2 --dist loadfile
 PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-tl3 matrix matrix-tl3 check docs docs-check release-check clean
+.PHONY: demo test test-tl3 matrix matrix-tl3 exports check docs docs-check release-check clean
 
 demo: $(VENV)/ready
 	$(BIN)/rmtension demo --overwrite
@@ -29,6 +34,15 @@ matrix: $(VENV)/ready
 
 matrix-tl3: $(VENV3)/ready
 	$(VENV3)/bin/python -m rmtension.check_matrix
+
+# Whether transformers 4 and RewardBench read what is exported as transformers 5 does: fails if a reward is 1e-5 off.
+exports: $(VENV)/ready $(VENV4)/ready $(VENV_REWARDBENCH)/ready
+	rm -rf build/exports
+	$(BIN)/python tests/other_major.py write build/exports/families
+	$(VENV4)/bin/python tests/other_major.py compare build/exports/families
+	$(VENV_REWARDBENCH)/bin/python tests/other_major.py compare build/exports/families
+	$(BIN)/python tests/on_rewardbench.py write build/exports/pairs
+	$(VENV_REWARDBENCH)/bin/python tests/on_rewardbench.py score build/exports/pairs
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .
@@ -64,5 +78,20 @@ $(VENV3)/ready: pyproject.toml constraints.txt
 	$(VENV3)/bin/$(PIP) --constraint $(VENV3)/constraints.txt --editable ".[dev]"
 	touch $@
 
+$(VENV4)/ready: constraints.txt
+	test -d $(VENV4) || $(PYTHON) -m venv $(VENV4)
+	$(VENV4)/bin/$(PIP) --constraint constraints.txt torch numpy
+	$(VENV4)/bin/$(PIP) "torch==$(TORCH)" "transformers==4.57.*"
+	touch $@
+
+# What its command imports, without what it pins beside transformers for other uses (vllm, bitsandbytes).
+$(VENV_REWARDBENCH)/ready: constraints.txt
+	test -d $(VENV_REWARDBENCH) || $(PYTHON) -m venv $(VENV_REWARDBENCH)
+	$(VENV_REWARDBENCH)/bin/$(PIP) --constraint constraints.txt torch numpy
+	$(VENV_REWARDBENCH)/bin/$(PIP) "torch==$(TORCH)" "transformers==4.51.0" \
+		accelerate "datasets<6" "fschat==0.2.36" pandas sentencepiece "setuptools<81" "trl<0.20" wandb
+	$(VENV_REWARDBENCH)/bin/$(PIP) --no-deps "rewardbench==$(REWARDBENCH)"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV3) rmtension-demo real-pairs dist build site
+	rm -rf $(VENV) $(VENV3) $(VENV4) $(VENV_REWARDBENCH) rmtension-demo real-pairs dist build site

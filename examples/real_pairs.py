@@ -33,7 +33,7 @@ def read(paths: list[Path], objective: str) -> PreferencePairs:
     """All pairs of some files, without those that lack a response, and without repetitions."""
     pairs = PreferencePairs([])
     for path in paths:
-        pairs = pairs + PreferencePairs.from_jsonl(path, on_invalid="skip", objective=objective)
+        pairs = pairs + PreferencePairs.read(path, on_invalid="skip", objective=objective)
     distinct = {pair.digest(): pair for pair in pairs}
     print(f"{objective}: {pairs!r}; {len(pairs) - len(distinct)} repeated")
     return PreferencePairs(distinct.values())

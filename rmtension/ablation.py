@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rmtension.activations import ActivationSample, ActivationStatistics
+from rmtension.arguments import require_arguments
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.neurons import NeuronSet
 from rmtension.replacing import require_made_from
@@ -151,7 +152,8 @@ def _require_batch() -> TokenBatch:
 
 
 def check_set(head: RewardHead, neurons: NeuronSet) -> None:
-    """Raise `ProvenanceError` unless the set indexes neurons of a model of this architecture."""
+    """Raise `ProvenanceError` unless the set indexes neurons of a model of this architecture, `OptionError` if none."""
+    require_arguments("AblationContext(head, neurons)", head=(head, RewardHead), neurons=(neurons, NeuronSet))
     shape = (head.n_layers, head.n_neurons(neurons.site))
     if neurons.architecture != head.architecture:
         raise ProvenanceError(

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rmtension.arguments import require_arguments
 from rmtension.distributed import current
 from rmtension.encoding import EncodedText
 from rmtension.errors import DataError, OptionError, ProvenanceError
@@ -157,6 +158,7 @@ class ActivationCollector:
     """
 
     def __init__(self, head: RewardHead, *, site: str = "mlp", positions: str = "all") -> None:
+        require_arguments("ActivationCollector(head), then collect(pairs)", head=(head, RewardHead))
         check_positions(positions)
         self.head = head
         self.site = find_site(site).name

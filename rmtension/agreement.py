@@ -9,7 +9,8 @@ from scipy import stats
 from torch import Tensor
 
 from rmtension.intervals import percentile_interval
-from rmtension.neuron_scores import N_BLOCKS, NeuronScores, sign_of_effect, top_size
+from rmtension.neuron_scores import N_BLOCKS, NeuronScores, top_size
+from rmtension.signs import effect_sign
 
 MEASURES = ("spearman", "sign_agreement", "top_precision", "slope")
 _N_RESAMPLES = 500
@@ -30,8 +31,8 @@ def agreement(
     neurons within layers where not all are measured. That adds noise, which lowers agreement, so the draws are shifted
     to have the observed value as their mean; the noise of the data itself lowers it too, and stays.
     """
-    sign = sign_of_effect(scores.provenance.method)
-    signed = not scores.provenance.method.endswith("absolute")
+    signed = scores.provenance.sign is not None
+    sign = effect_sign(scores.provenance)
     observed = _measures(scores.as_effects()[measured][None].numpy(), truth.values[measured][None].numpy(), top, signed)
     parts: dict[str, list[Float[np.ndarray, "resample"]]] = {name: [] for name in MEASURES}
     known = True

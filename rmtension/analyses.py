@@ -22,6 +22,7 @@ from rmtension.neurons import NeuronSet
 from rmtension.overlap import Overlap, depth_thirds, jaccard_intervals
 from rmtension.profiles import SCORES as ACTIVATION_SCORES
 from rmtension.scored import ScoredPairs
+from rmtension.signs import ranked
 from rmtension.study_options import base_has
 from rmtension.transferability import transferability as transferability_of
 
@@ -117,16 +118,16 @@ def sets(family: FamilyRuns) -> Tables:
         for model in family.models_with(score):
             found = family.scores_of(score, model)
             neurons = family.top(found)
-            ranked = abs(found.values) if family.options.by == "absolute" else found.values  # noqa: PD011 - tensors
-            cut = float(ranked[neurons.mask].min())
+            order = ranked(found.values, family.options.by, found.provenance)
+            cut = float(order[neurons.mask].min())
             rows.append(
                 {
                     "score": score,
                     "model": model,
                     "size": len(neurons),
-                    "fraction": len(neurons) / ranked.numel(),
+                    "fraction": len(neurons) / order.numel(),
                     "cut": cut,
-                    "n_tied": int((ranked == cut).sum()),
+                    "n_tied": int((order == cut).sum()),
                     "n_pairs": found.n,
                 }
             )

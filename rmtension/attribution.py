@@ -1,6 +1,7 @@
 """Scoring neurons by what they have to do with the margin between chosen and rejected."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,24 +9,18 @@ import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from rmtension.arguments import require_arguments, require_choice
 from rmtension.batch_run import BatchRun
-from rmtension.distributed import current
 from rmtension.encoding import EncodedText
 from rmtension.errors import DataError, OptionError
-from rmtension.methods import (
-    FIRST_ORDER,
-    NEEDS_GRADIENTS,
-    Asked,
-    ByToken,
-    dropped_patching,
-    integrated_gradients,
-)
+from rmtension.methods import METHODS, Asked, ByToken, Found, dropped_patching
 from rmtension.neuron_scores import NeuronScores
 from rmtension.pair import PreferencePair
 from rmtension.pair_scores import PairScores
 from rmtension.pairs import PreferencePairs
+from rmtension.progress import progress_bar
+from rmtension.provenance import Provenance
 from rmtension.replacing import Reference, can_share, check_reference, key_of, name_of
 from rmtension.reward_head import RewardHead
 from rmtension.running_scores import RunningScores
@@ -33,12 +28,6 @@ from rmtension.sites import check_positions, find_site
 from rmtension.stream import PairStream
 from rmtension.token_scores import TokenScores
 from rmtension.tokens import TokenBatch
-
-METHODS = (*FIRST_ORDER, "integrated_gradients")
-# Methods that ask for the reward, which a language model has not.
-NEEDS_REWARD = frozenset(METHODS) - {"mean_difference"}
-# Methods that replace activations by something.
-_WITH_REFERENCE = frozenset({"attribution_patching", "integrated_gradients"})
 
 
 class NeuronAttribution:
@@ -66,10 +55,14 @@ class NeuronAttribution:
       of the final norm as it is; exact (`rmtension.direct`). 1 forward pass. Only the token the reward is read from
       counts, whatever `positions`.
 
-    Signs: `attribution_patching` is a change (positive: the margin grows without the neuron), the others are
-    contributions. The activation of an attention head is the norm of its output for `mean_difference`; elsewhere
-    products are summed over its channels. Scores are means over pairs with their standard error, in float64. Turning
-    every pair round flips signed scores; a constant added to the reward changes none.
+    Signs: `attribution_patching` is a change (positive: the margin grows without the neuron, which opposes it), the
+    others are contributions (positive: the neuron supports the margin). Results say which (`Provenance.sign`), and
+    `top(by="supports")` means the same for all. A positive `mean_difference` says that the neuron is more active in the
+    chosen responses. For lack of a reward that is taken for support: a neuron that nothing reads, or that pushes the
+    reward down, can have one, and `faithfulness` measures how often. The activation of an attention head is the norm of
+    its output for `mean_difference`; elsewhere products are summed over its channels. Scores are means over pairs with
+    their standard error, in float64. Turning every pair round flips signed scores; a constant added to the reward
+    changes none.
 
     A gradient jumps where the input of a ReLU is 0 but for rounding, as in models with round numbers for weights:
     float32 and float64 may give different scores there. `dtype=torch.float64` opens any model and shows whether they
@@ -97,8 +90,8 @@ class NeuronAttribution:
     def __init__(
         self,
         head: RewardHead,
-        *,
         method: str = "mean_difference",
+        *,
         site: str = "mlp",
         positions: str = "all",
         aggregate: str = "signed",
@@ -106,20 +99,20 @@ class NeuronAttribution:
         steps: int = 32,
         graddrop: bool = False,
     ) -> None:
-        if method not in METHODS:
-            raise OptionError(f"method: expected one of {sorted(METHODS)}, got {method!r}.")
+        require_arguments("NeuronAttribution(head, method)", head=(head, RewardHead), method=(method, str))
+        require_choice("method", method, sorted(METHODS))
         if aggregate not in ("signed", "absolute"):
             raise OptionError(f"aggregate: expected 'signed' or 'absolute', got {aggregate!r}.")
         check_positions(positions)
         self.site = find_site(site).name
-        if reference is not None and method not in _WITH_REFERENCE:
+        if reference is not None and not METHODS[method].takes_reference:
             raise OptionError(f"reference: method {method!r} replaces nothing. Leave it out.")
         reference = "zero" if reference is None else reference
         check_reference(head, self.site, reference)
         head.n_neurons(self.site)  # raises where the model has no such site
         if steps < 1:
             raise OptionError(f"steps: expected a positive number of nodes, got {steps}.")
-        if method in NEEDS_REWARD:
+        if METHODS[method].needs_reward:
             head.require_weight()
         if graddrop and (method != "attribution_patching" or aggregate != "absolute"):
             raise OptionError(
@@ -217,14 +210,11 @@ class NeuronAttribution:
         stream.run(look, add, {"values": values, "n_tokens": n_tokens}, layer_dim=1)
         stream.require_pairs()
         stream.add_up(values, n_tokens)
-        provenance = stream.provenance(
-            int(n_tokens), site=self.site, positions=self.positions, method=self._name("signed")
-        )
-        found = PairScores(values, pairs, provenance)
+        found = PairScores(values, pairs, self._provenance(stream, int(n_tokens), "signed"))
         return found.take(stream.kept(len(pairs))) if stream.skipped else found
 
     def per_token(
-        self, pairs: PreferencePairs, *, truncate_response: bool = False, progress: bool = False
+        self, pairs: Iterable[PreferencePair], *, truncate_response: bool = False, progress: bool = False
     ) -> Iterator[TokenScores]:
         """Every pair's scores token by token, one pair at a time, in order; tokens as the tokenizer writes them.
 
@@ -235,15 +225,16 @@ class NeuronAttribution:
         """
         if self.graddrop:
             raise OptionError("per_token: GradDrop has no signed scores. Leave graddrop out.")
+        pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
         if not len(pairs):
             raise DataError("pairs: expected at least one preference pair, got none.")
         encoded = self.head.encode(pairs, truncate_response=truncate_response)
-        both = tqdm(
+        both = progress_bar(
             zip(pairs, encoded.chosen, encoded.rejected, strict=True),
+            progress=progress,
             total=len(pairs),
             desc=self.method,
             unit="pair",
-            disable=None if progress and current().is_first else True,
         )
         return (self._by_token(pair, texts) for pair, *texts in both)
 
@@ -255,7 +246,7 @@ class NeuronAttribution:
         # What a rejected text adds to its pair's score has a minus already.
         chosen, rejected = (sign * values[row, : len(texts[row])] for row, sign in enumerate((1, -1)))
         one, other = (tuple(self.head.tokenizer.convert_ids_to_tokens(list(text.ids))) for text in texts)
-        return TokenScores(pair.id, one, other, chosen, rejected)
+        return TokenScores(pair.id, one, other, chosen, rejected, METHODS[self.method].sign)
 
     def __repr__(self) -> str:
         return f"NeuronAttribution({self._name(self.aggregate)}, {self.site} at {self.positions} tokens, {self.head!r})"
@@ -273,19 +264,21 @@ class NeuronAttribution:
     # -- for score_together ----------------------------------------------------------------------------------------
 
     def _name(self, aggregate: str) -> str:
-        reference = f" to {name_of(self.reference)}" if self.method in _WITH_REFERENCE else ""
+        reference = f" to {name_of(self.reference)}" if METHODS[self.method].takes_reference else ""
         steps = f" in {self.steps} steps" if self.method == "integrated_gradients" else ""
         options = [", graddrop"] * self.graddrop + [", absolute"] * (aggregate == "absolute")
         return f"{self.method}{reference}{steps}{''.join(options)}"
 
-    def _by_layer(self, run: BatchRun) -> Iterator[tuple[ByToken, Float[Tensor, "pair"] | None]]:
+    def _provenance(self, stream: PairStream, n_tokens: int, aggregate: str) -> Provenance:
+        """Where scores by `aggregate` come from; magnitudes have no direction."""
+        found = stream.provenance(n_tokens, site=self.site, positions=self.positions, method=self._name(aggregate))
+        return replace(found, sign=METHODS[self.method].sign if aggregate == "signed" else None)
+
+    def _by_layer(self, run: BatchRun) -> Iterator[Found]:
         """The method's values by token, layer by layer, with the completeness gap of integrated gradients."""
         asked = Asked(self.site, self.positions, self.reference, self.steps)
         for layer in range(self.head.n_layers):
-            if self.method == "integrated_gradients":
-                yield integrated_gradients(run, asked, layer)
-            else:
-                yield FIRST_ORDER[self.method](run, asked, layer), None
+            yield METHODS[self.method].by_layer(run, asked, layer)
 
     def _signed(self, run: BatchRun) -> tuple[Float[Tensor, "pair layer neuron"], Float[Tensor, "pair layer"] | None]:
         """Every pair's signed scores and gaps, in float64."""
@@ -337,7 +330,7 @@ def score_together(
         raise OptionError("attributions: expected at least one NeuronAttribution, all of the same head.")
     head = attributions[0].head
     running = [
-        RunningScores(head.n_layers, head.n_neurons(one.site), gap=one.method == "integrated_gradients")
+        RunningScores(head.n_layers, head.n_neurons(one.site), gap=not METHODS[one.method].one_run)
         for one in attributions
     ]
     n_tokens = torch.zeros(len(attributions), dtype=torch.long)
@@ -373,25 +366,25 @@ def score_together(
     found = []
     for one, sums, n in zip(attributions, running, n_tokens.tolist(), strict=True):
         sums.add_up(stream)
-        provenance = stream.provenance(n, site=one.site, positions=one.positions, method=one._name(one.aggregate))
-        found.append(sums.finish(provenance))
+        found.append(sums.finish(one._provenance(stream, n, one.aggregate)))
     return found
 
 
 def _run(attributions: Sequence[NeuronAttribution], batch: TokenBatch) -> BatchRun:
     """What all of them have to see of one batch."""
-    first_order = [one for one in attributions if one.method in FIRST_ORDER]
+    first_order = [one for one in attributions if METHODS[one.method].one_run]
+    products = [METHODS[one.method].needs_gradients and not one.graddrop for one in first_order]
     return BatchRun(
         attributions[0].head,
         batch,
         sorted({one.site for one in attributions}),
         forward=bool(first_order),
-        gradients=any(one.method in NEEDS_GRADIENTS and not one.graddrop for one in first_order),
+        gradients=any(products),
         drops=any(one.graddrop for one in first_order),
         direct=any(one.method == "direct_effect" for one in first_order),
         # What is multiplied by a gradient is not needed where that is 0; the mean of a text is.
         all_tokens=not all(
-            one.method in NEEDS_GRADIENTS and not one.graddrop and can_share(one.reference) for one in first_order
+            product and can_share(one.reference) for product, one in zip(products, first_order, strict=True)
         ),
     )
 

@@ -20,9 +20,10 @@ from typing import Any
 
 from rmtension.chat import Chat, Message, read_chat
 from rmtension.errors import DataError, OptionError
-from rmtension.pair import PreferencePair, require_responses, to_pair
+from rmtension.pair import PreferencePair, require_responses, split_transcripts
 from rmtension.pairs import PreferencePairs
 from rmtension.reading import read_field, read_object, read_texts, source_rows
+from rmtension.rows import RowReader
 from rmtension.subtasks import CODE, GROUPS
 
 # RM-Bench's files of one domain name the source of the prompt instead of the domain. Seen there: alpacaeval and
@@ -183,7 +184,12 @@ def rmb(source: str | Path, *, chat: bool = False, on_invalid: str = "raise") ->
     def read(raw: Any, where: str) -> list[PreferencePair]:
         row = read_object(raw, where)
         objective, subset = _rmb_category(row, where)
-        messages = read_chat(read_field(row, "conversation_input", list, where), f"{where}: field 'conversation_input'")
+        listed = read_field(row, "conversation_input", list, where)
+        # Other fields of its messages are about the data set.
+        messages = tuple(
+            Message(message.role, message.content)
+            for message in read_chat(listed, f"{where}: field 'conversation_input'")
+        )
         labels = {"prompt": _prompt(messages, where, chat=chat), "objective": objective, "subset": subset}
         if "bon_best" not in row and "loser_list" not in row:
             name = unique(f"rmb-pairwise-{read_field(row, 'pair_uid', int | str, where)}")
@@ -211,17 +217,19 @@ _Read = Callable[[Any, str], list[PreferencePair]]
 def _transcript_reader(name: str, split: str, *, chat: bool) -> _Read:
     """Reads rows of HH-RLHF: two transcripts that differ in the last turn. They have no ids, so rows are numbered."""
     subtask = next(subtask for subtask in GROUPS if subtask.subset == f"hh-rlhf/{name}")
-    numbers = count(1)
+    numbers, reader = count(1), RowReader(chat=chat)
 
     def read(raw: Any, where: str) -> list[PreferencePair]:
         number, row = next(numbers), read_object(raw, where)
-        record = {side: read_field(row, side, str, where) for side in ("chosen", "rejected")}
-        labels = {"objective": subtask.objective, "subset": subtask.subset, "id": f"hh-rlhf-{name}-{split}-{number}"}
-        pairs = PreferencePairs([to_pair(record | labels, where, {})])
         try:
-            return list(pairs.as_chat() if chat else pairs)
+            sides = split_transcripts(*(read_field(row, side, str, where) for side in ("chosen", "rejected")))
         except DataError as error:
-            raise DataError(f"{where}: {error}") from error
+            raise (
+                error if str(error).startswith(where) else DataError(f"{where}: field 'prompt' is missing. {error}")
+            ) from error
+        record = dict(zip(("prompt", "chosen", "rejected"), sides, strict=True))
+        labels = {"objective": subtask.objective, "subset": subtask.subset, "id": f"hh-rlhf-{name}-{split}-{number}"}
+        return [reader.read(record | labels, where)]
 
     return read
 
@@ -307,10 +315,12 @@ def _prompt(messages: Chat, where: str, *, chat: bool) -> str | Chat:
     if chat:
         return messages
     speakers = {"user": "Human", "assistant": "Assistant"}
-    for role, _ in messages:
-        if role not in speakers:
-            raise DataError(f"{where}: an HH transcript has no turn for the role {role!r}. Load with chat=True.")
-    return "".join(f"\n\n{speakers[role]}: {content}" for role, content in messages) + "\n\nAssistant:"
+    for message in messages:
+        if message.role not in speakers:
+            raise DataError(
+                f"{where}: an HH transcript has no turn for the role {message.role!r}. Load with chat=True."
+            )
+    return "".join(f"\n\n{speakers[one.role]}: {one.content}" for one in messages) + "\n\nAssistant:"
 
 
 def _answer(row: Mapping[str, Any], field: str, where: str) -> str:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from rmtension.errors import ModelError
 from rmtension.gates import GATE_ROWS, find_gates
 from rmtension.hooked_transformer_body import HookedTransformerBody
-from rmtension.hooks import InstalledHooks, Spot, count_foreign_hooks, has_own_hooks, in_eval_mode, modules_of
+from rmtension.hooks import InstalledHooks, Spot, count_foreign_hooks, eager_eval, has_own_hooks, modules_of, unwrapped
 from rmtension.norms import read_norm
 from rmtension.plain_run import find_last_mlp, measure_packing, probe_batch, run_base
+from rmtension.plain_weights import refuse_packed_weights, refuse_recomputed
 from rmtension.projections import Projection
+from rmtension.rope import RopeByText
 from rmtension.sites import SITES, find_site
 from rmtension.tokens import TokenBatch
 
@@ -44,7 +46,8 @@ class BridgeBody:
         # After the first run, in which a bridge installs hooks of its own.
         self._foreign = count_foreign_hooks(bridge)
         cfg: Any = bridge.cfg
-        self._pack_up_to = 0 if plain is None else measure_packing(plain, self.n_embeddings, int(cfg.n_ctx))
+        self._rope = RopeByText(self.modules(), self._run_all, int(cfg.n_ctx))
+        self._pack_up_to = 0 if plain is None else measure_packing(plain, self.n_embeddings, self._rope.same_up_to)
         self._last_mlp = None
         if plain is not None:
             last = int(cfg.n_layers) - 1
@@ -93,10 +96,11 @@ class BridgeBody:
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
         """The residual stream after the final norm's gain; no vocabulary projection."""
-        if self.plain is not None and self.runs_plain:
-            return run_base(self.plain, batch)
-        self.require_faithful()
-        return run_base(self._base(), batch)
+        runs_plain = self.plain is not None and self.runs_plain
+        if not runs_plain:
+            self.require_faithful()
+        with self._rope.for_texts(batch):
+            return run_base(self.plain if runs_plain else self._base(), batch)
 
     def require_faithful(self) -> None:
         """Raise `ModelError` where the bridge itself does not compute what transformers' modules do."""
@@ -109,7 +113,8 @@ class BridgeBody:
 
     def spots(self, site: str, layer: int) -> list[Spot]:
         """Every place where the activation of `site` in `layer` passes, whichever way the model runs."""
-        return self._gates[layer] if find_site(site).factor_of else self._projected(site, layer)
+        found = self._gates[layer] if find_site(site).factor_of else self._projected(site, layer)
+        return [replace(spot, place=(site, layer)) for spot in found]
 
     def projection(self, site: str, layer: int) -> Projection:
         """The map from the neurons of `site` in `layer` into the residual stream, in the model that runs."""
@@ -147,7 +152,7 @@ class BridgeBody:
         bases = [self._base()] if self.plain is None else [self._base(), self.plain]
         inputs = zip(*(self._projected("mlp_gate", layer) for layer in range(int(bridge.cfg.n_layers))), strict=True)
         batch = probe_batch(min(4, self.n_embeddings), next(self.module.parameters()).device, GATE_ROWS)
-        with in_eval_mode(self.modules()):
+        with eager_eval(self.modules()):
             found = [
                 find_gates(partial(run_base, base, batch), base.modules(), spots)
                 for base, spots in zip(bases, inputs, strict=True)
@@ -188,11 +193,18 @@ class BridgeBody:
         base: nn.Module = bridge.original_model.base_model
         return base
 
+    def _run_all(self) -> None:
+        """Each base that may run, on one token."""
+        batch = probe_batch(1, next(self.module.parameters()).device)
+        with torch.no_grad(), eager_eval(self.modules()):
+            for base in [self._base()] if self.plain is None else [self._base(), self.plain]:
+                run_base(base, batch)
+
     def _compare(self) -> float:
         """How far the bridge is from transformers' modules on a few tokens, relative to the residual stream."""
         parameter = next(self.module.parameters())
         batch = probe_batch(min(12, self.n_embeddings), parameter.device)
-        with torch.no_grad(), in_eval_mode(self.modules()):
+        with torch.no_grad(), eager_eval(self.modules()):
             expected, output = (run_base(base, batch).double() for base in (self.module, self._base()))
         return float((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
@@ -225,7 +237,7 @@ class NativeBody(BridgeBody):
                 f"site {site!r}: a model of boot_native computes the input of the down projection of layer {layer} "
                 "from its activations where no hook sees them. Use site 'mlp', where zero and scale do the same."
             )
-        return self._projected(site, layer)
+        return [replace(spot, place=(site, layer)) for spot in self._projected(site, layer)]
 
     def weights(
         self, site: str, layer: int
@@ -245,6 +257,9 @@ Body = BridgeBody | HookedTransformerBody
 
 def find_body(model: nn.Module) -> Body:
     """The body of a model that the user hooked; raises `ModelError` for anything else."""
+    model = unwrapped(model)
+    refuse_packed_weights("model", model)
+    refuse_recomputed("model", model)
     lens = {kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformer_lens.")}
     if "HookedTransformer" in lens:
         return HookedTransformerBody(model)

@@ -1,45 +1,35 @@
 """Opening a reward model's checkpoint: transformers loads it, safetensors only, and its scalar head stays with it."""
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
-from rmtension.errors import ModelError, OptionError, RMTensionWarning
-from rmtension.heads import LinearHead, head_keys, read_head
+from rmtension.adapters import active_head, inside_peft
+from rmtension.errors import ModelError, RMTensionWarning
+from rmtension.heads import LinearHead, read_head
+from rmtension.hooks import unwrapped
+from rmtension.loading import (
+    LoadOptions,
+    Place,
+    find_place,
+    load_model,
+    load_tokenizer,
+    placement_of,
+    refuse_offloaded,
+    refuse_quantised,
+)
+from rmtension.outputs import choose_rows, choose_tokens, pick
+from rmtension.plain_weights import refuse_packed_weights
+from rmtension.stored_heads import StoredHeads, head_beside, pickled_head, read_head_file, stored_heads
+from rmtension.unembedding import token_head
 
-_DRAWN = "which transformers would draw at random"
-
-
-class LoadOptions(TypedDict, total=False):
-    """How `RewardHead.from_pretrained` and `from_language_model` load a checkpoint.
-
-    Attributes:
-        dtype: float32 by default; with half precision the head's product stays in float32.
-        device: the first GPU if there is one, otherwise the CPU.
-        device_map: passed to transformers (needs accelerate): a model larger than a device, layer by layer; instead of
-            `device`. Weights on disk or on the meta device are refused.
-        n_devices: spread the model over this many GPUs; short for a balanced `device_map`.
-        revision: of a hub name.
-        tokenizer: used in place of the checkpoint's own.
-        pad_token: which token transformers skips at the end of a text, where neither config nor tokenizer says so.
-        trust_remote_code: False; True runs code that comes with the checkpoint.
-    """
-
-    dtype: torch.dtype
-    device: torch.device | str | None
-    device_map: str | dict[str, Any] | None
-    n_devices: int | None
-    revision: str | None
-    tokenizer: Any
-    pad_token: str | None
-    trust_remote_code: bool
+_CLASSIFIER, _LANGUAGE_MODEL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
+_TOKENS = "TOKEN_CLS"  # peft's name of the task
 
 
 @dataclass(frozen=True)
@@ -48,15 +38,25 @@ class Source:
 
     name: str
     head: object
+    output: object
     options: LoadOptions
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The reward as transformers' own logits of `auto_class`: the one of `rows`, or the first minus the second."""
+
+    auto_class: str
+    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A base model of transformers with what a reward head needs; `head` is None where only activations are wanted.
 
-    `is_classifier` says whether transformers itself makes the reward of it: from `source`, or from the live model.
-    `base` is None once a conversion has taken its place and it can be read again.
+    `pools` says that the reward is read where transformers' classifiers read it. `logits` are those of transformers
+    that the reward is, from `source` or from the live model; None where transformers computes no such number. `base` is
+    None once a conversion has taken its place and it can be read again.
     """
 
     base: nn.Module | None
@@ -64,8 +64,14 @@ class Checkpoint:
     tokenizer: Any
     pad_token_id: int | None
     name: str
-    is_classifier: bool
+    pools: bool
+    logits: Logits | None
     source: Source | None
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the reward is a language model's logits of the next token."""
+        return self.logits is not None and self.logits.auto_class == _LANGUAGE_MODEL
 
     @property
     def trust_remote_code(self) -> bool:
@@ -73,159 +79,188 @@ class Checkpoint:
         return self.source is not None and self.source.options.get("trust_remote_code", False)
 
 
-def open_checkpoint(name: str | Path, *, reward: bool, head: object = None, options: LoadOptions) -> Checkpoint:
+def open_checkpoint(
+    name: str | Path, *, reward: bool, head: object = None, output: object = None, options: LoadOptions
+) -> Checkpoint:
     """Load `name` (a folder, or a hub name) with transformers; raises `ModelError` for what is no reward model.
 
-    With `reward` and no `head` it must be a sequence classifier with one output, or a language model saved with a
-    value head; `head` is taken in place of any that the checkpoint has. Memory: the weights once.
+    With `reward` and no `head` it must be a sequence classifier, a language model with a value head in its files or
+    beside them, or a language model whose tokens `output` names; `head` is taken in place of any that the checkpoint
+    has. An adapter is merged into its base. Memory: the weights once.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
-
-    unknown = sorted(set(options) - set(LoadOptions.__annotations__))
-    if unknown:
-        raise OptionError(
-            f"from_pretrained: unknown options {unknown}; expected {sorted(LoadOptions.__annotations__)}."
-        )
-    is_path = isinstance(name, Path) or Path(name).is_absolute() or name.startswith((".", "~"))
-    if is_path and not Path(name).is_dir():
-        raise ModelError(f"name_or_path: expected the folder of a checkpoint or a hub name, and {name} is no folder.")
-    revision = options.get("revision")
-    origin: dict[str, Any] = {"revision": revision, "trust_remote_code": options.get("trust_remote_code", False)}
-    placement, device = _placement(options)
-    config = _load("config", name, AutoConfig.from_pretrained, **origin)
-    _refuse_quantised(name, config)
-    architectures = config.architectures or []
-    is_classifier = reward and head is None and any(a.endswith("ForSequenceClassification") for a in architectures)
-    stored = _stored_heads(name, revision)
-    if is_classifier:
-        _require_one_output(name, config, stored)
-    elif reward and head is None and not stored:
-        raise ModelError(
-            f"{name}: expected a checkpoint of a sequence classifier, got {architectures}: it has no score head. A "
-            "language model is not a reward model; give it one with head=(weight, bias), or read its activations alone "
-            "with RewardHead.from_language_model."
-        )
-    loader = AutoModelForSequenceClassification if is_classifier else AutoModel
-    loaded, info = _load(
-        "weights",
-        name,
-        loader.from_pretrained,
-        dtype=options.get("dtype", torch.float32),
-        use_safetensors=True,
-        output_loading_info=True,
-        **origin,
-        **placement,
-    )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{name}: the checkpoint lacks {missing[:4]}{' and more' if len(missing) > 4 else ''}, {_DRAWN}. Name the "
-            "checkpoint that holds them; where it is the score head, train one "
-            "(rmtension.training.train_reward_model)."
-        )
-    loaded = (loaded if placement else loaded.to(device)).eval().requires_grad_(False)
-    _refuse_offloaded(name, loaded)
-    found: LinearHead | None = None
-    if is_classifier:
-        found = _score_head(name, loaded, stored)
-    elif reward:
-        found = read_head(stored if head is None else head)
-    base = loaded.base_model if is_classifier else loaded
+    place = find_place(name, options)
+    placement_of(options)  # a wrong device is said before anything is read
+    stored = stored_heads(place.weights, _width(place.config))
+    classifies = _is_classifier(place)
+    if (classifies or place.task == _TOKENS) and (place.adapters or (reward and head is None)):
+        _set_outputs(place, stored)
+    names: Mapping[int, str] = place.config.id2label
     tokenizer = options.get("tokenizer")
-    tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(name, origin)
-    pad_token_id = _pad_token_id(name, base.config, tokenizer, options.get("pad_token"), is_classifier, found is None)
-    source = Source(str(name), head, options)
-    return Checkpoint(base, found, tokenizer, pad_token_id, str(name), is_classifier, source)
+    given = read_head_file(head) if isinstance(head, str | Path) else head
+    auto_class = _auto_class(place, classifies)
+    tokens: tuple[int, ...] = ()
+    if reward and given is None and classifies:
+        auto_class = _CLASSIFIER
+        if "score.weight" in stored.linear or place.n_saved_outputs is not None:
+            choose_rows(output, len(names), names, str(name))  # said before the weights are read
+    elif reward and given is None:
+        given = _value_head(place, stored)
+        is_labelled = place.task == _TOKENS or place.is_for("ForTokenClassification")
+        if output is not None and not is_labelled and (given is None or _has_text(output)):
+            tokenizer = load_tokenizer(place) if tokenizer is None else tokenizer
+            auto_class, tokens = _LANGUAGE_MODEL, choose_tokens(output, tokenizer)
+        elif given is None and place.task != _TOKENS:
+            raise ModelError(_no_head(place, stored))
+    model = load_model(place, auto_class)
+    base = model.base_model
+    found: LinearHead | None = None
+    logits: Logits | None = None
+    if tokens:
+        found, logits = token_head(str(name), model, tokens), Logits(_LANGUAGE_MODEL, tokens)
+    elif reward and given is None and classifies:
+        found, rows = _score_head(str(name), model, stored, output)
+        logits = Logits(_CLASSIFIER, rows)
+    elif reward:
+        layer = getattr(model, "score", None) or getattr(model, "classifier", None)
+        found = read_head(layer if given is None else given, _width(base.config), output, names)
+    tokenizer = load_tokenizer(place) if tokenizer is None else tokenizer
+    pools = reward and classifies
+    pad_token_id = _pad_token_id(name, base.config, tokenizer, options.get("pad_token"), pools, found is None)
+    source = Source(str(name), head, output, options)
+    return Checkpoint(base, found, tokenizer, pad_token_id, str(name), pools, logits, source)
 
 
-def checkpoint_of(classifier: Any, tokenizer: Any, pad_token: str | None) -> Checkpoint:
+def reload_model(source: Source, logits: Logits, dtype: torch.dtype) -> Any:
+    """The model of transformers whose `logits` the reward is, read again, with its adapter as peft runs it."""
+    options: LoadOptions = {**source.options, "dtype": dtype}
+    place = find_place(source.name, options, local_files_only=True)  # it was loaded from there a moment ago
+    if logits.auto_class == _CLASSIFIER:
+        _set_outputs(place, stored_heads(place.weights, _width(place.config)))
+    return load_model(place, logits.auto_class, merge=False)
+
+
+def checkpoint_of(
+    classifier: Any, tokenizer: Any, pad_token: str | None, head: object = None, output: object = None
+) -> Checkpoint:
     """The same for a classifier of transformers that is in memory; its modules and weights are used as they are."""
+    classifier = inside_peft(unwrapped(classifier))
     name = type(classifier).__name__
     if not name.endswith("ForSequenceClassification"):
         raise ModelError(
             f"model: expected a ...ForSequenceClassification of transformers, got {name}. Hooked models go to "
             "RewardHead(model, weight=...)."
         )
-    _refuse_quantised(name, classifier.config)
-    _refuse_offloaded(name, classifier)
-    _require_one_output(name, classifier.config, {})
-    head = _score_head(name, classifier, {})
-    base = classifier.base_model
-    pad_token_id = _pad_token_id(name, base.config, tokenizer, pad_token, is_classifier=True, is_headless=False)
-    return Checkpoint(base, head, tokenizer, pad_token_id, name, is_classifier=True, source=None)
+    refuse_packed_weights(name, classifier)
+    refuse_quantised(name, classifier.config)
+    refuse_offloaded(name, classifier)
+    logits: Logits | None = None
+    if head is None:
+        found, rows = _score_head(name, classifier, StoredHeads({}), output)
+        logits = Logits(_CLASSIFIER, rows)
+    else:
+        given = read_head_file(head) if isinstance(head, str | Path) else head
+        found = read_head(given, _width(classifier.config), output, classifier.config.id2label)
+    base = unwrapped(classifier.base_model)
+    pad_token_id = _pad_token_id(name, base.config, tokenizer, pad_token, pools=True, is_headless=False)
+    return Checkpoint(base, found, tokenizer, pad_token_id, name, pools=True, logits=logits, source=None)
 
 
-def _load(what: str, name: str | Path, load: Any, **options: Any) -> Any:
-    try:
-        # Loading draws initial weights before it reads them; the user's random numbers stay as they were.
-        with torch.random.fork_rng(devices=[]):
-            return load(str(name), **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError, SafetensorError) as error:
-        raise ModelError(f"{name}: transformers could not load the {what}: {error}") from error
+def _is_classifier(place: Place) -> bool:
+    """Whether transformers has a classifier of it, with its rule which token is read."""
+    if place.task == _TOKENS:
+        return False
+    return place.is_for("ForSequenceClassification") or place.task == "SEQ_CLS" or place.n_saved_outputs is not None
 
 
-def _placement(options: LoadOptions) -> tuple[dict[str, Any], torch.device]:
-    """Transformers' arguments for a model over several devices (empty for one), and the one device."""
-    device_map, n_devices = options.get("device_map"), options.get("n_devices")
-    if sum(value is not None for value in (options.get("device"), device_map, n_devices)) > 1:
-        raise OptionError("device, device_map, n_devices: expected at most one of the three.")
-    try:
-        device = torch.device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"device: {options.get('device')!r} is none of this machine's ({error}).") from error
-    if device_map is not None:
-        return {"device_map": device_map}, device
-    if n_devices is None or n_devices == 1:
-        return {}, device
-    available = torch.cuda.device_count()
-    if not 1 <= n_devices <= available:
-        raise OptionError(f"n_devices: expected 1 to {available}, the GPUs of this machine, got {n_devices}.")
-    memory = {number: torch.cuda.mem_get_info(number)[0] for number in range(n_devices)}
-    return {"device_map": "balanced", "max_memory": memory}, device
+def _auto_class(place: Place, classifies: bool) -> str:
+    """The class whose parameters have the names that the adapter's have; the bare model where there is none."""
+    if not place.adapters or place.task == "FEATURE_EXTRACTION":
+        return "AutoModel"
+    if place.task == _TOKENS:
+        return "AutoModelForTokenClassification"
+    return _CLASSIFIER if classifies else _LANGUAGE_MODEL
 
 
-def _refuse_quantised(name: str | Path, config: Any) -> None:
-    if getattr(config, "quantization_config", None) is not None:
+def _set_outputs(place: Place, stored: StoredHeads) -> None:
+    """Set the config's number of labels to the rows of the score head that there is, whatever it says."""
+    config, width = place.config, _width(place.config)
+    score = stored.linear.get("score.weight")
+    if place.n_saved_outputs is not None:
+        config.num_labels = place.n_saved_outputs
+    elif score is not None:
+        shape = tuple(score.shape)
+        if len(shape) != 2 or shape[1] != width:
+            raise ModelError(
+                f"{place.files.name}: expected a score head of shape ({config.num_labels}, {width}), a row as "
+                f"wide as the model for each output, got {shape}. Its head and its body do not belong together; load "
+                "the checkpoint they were saved in, or pass head=."
+            )
+        config.num_labels = shape[0]
+    elif place.adapters:
         raise ModelError(
-            f"{name}: its weights are quantised, so that neurons have no exact weights to read or to ablate. Open the "
-            "checkpoint it was made from, with dtype=torch.bfloat16 if memory is short."
+            f"{place.files.name}: neither the adapter nor its base model holds a score head. An adapter that is "
+            "trained with task_type='SEQ_CLS', or with modules_to_save=['score'], is saved with one."
         )
+    elif stored.layers:
+        raise ModelError(_no_head(place, stored))
 
 
-def _refuse_offloaded(name: str | Path, model: nn.Module) -> None:
-    if any(parameter.is_meta for parameter in model.parameters()):
+def _value_head(place: Place, stored: StoredHeads) -> Mapping[str, Tensor] | None:
+    """The head of a language model in its own files or in one beside them; that of an adapter before its base's."""
+    beside = head_beside(place.files)
+    if place.adapters and not beside:
+        beside = head_beside(place.weights)
+        beside = beside or {}
+    if place.adapters and beside:
+        return beside
+    linear = stored.linear
+    differing = [key for key in beside.keys() & linear.keys() if not torch.equal(beside[key], linear[key])]
+    if linear and beside and (differing or not beside.keys() <= linear.keys()):
         raise ModelError(
-            f"{name}: some weights are not in memory (device_map put them on disk or on the meta device). Use more "
-            "devices, or dtype=torch.bfloat16."
+            f"{place.files.name}: it has two heads, {sorted(linear)[:2]} in the model and {sorted(beside)[:2]} in "
+            "value_head.safetensors. Say which one is meant: head=... takes the path of a file, or the tensors."
         )
+    return beside or linear or None
 
 
-def _require_one_output(name: str | Path, config: Any, stored: Mapping[str, Any]) -> None:
-    if config.num_labels != 1:
-        raise ModelError(
-            f"{name}: expected a score head with one output, got {config.num_labels}. Load the reward model that was "
-            "trained with num_labels=1, or pass head= the row that you mean."
+def _no_head(place: Place, stored: StoredHeads) -> str:
+    """Why there is no reward, and what there is in place of one."""
+    name = place.files.name
+    if stored.layers:
+        return (
+            f"{name}: its head has several layers ({list(stored.layers)[:4]}), which this version does not read: "
+            "its heads are one linear map. Activations alone are read with RewardHead.from_language_model."
         )
-    width = getattr(config.get_text_config(), "hidden_size", None)
-    shape = tuple(stored["score.weight"].shape) if "score.weight" in stored else (1, width)
-    if shape != (1, width):
+    pickled = pickled_head(place.files, is_adapter=bool(place.adapters))
+    if pickled:
+        return f"{name}: there is no head in its safetensors files.{pickled}"
+    return (
+        f"{name}: expected a checkpoint of a sequence classifier, got {place.config.architectures}: it has no score "
+        "head. A language model is not a reward model; give it one with head=(weight, bias), name the tokens whose "
+        "logits are the reward with output=('Yes', 'No'), or read its activations alone with "
+        "RewardHead.from_language_model."
+    )
+
+
+def _score_head(name: str, classifier: Any, stored: StoredHeads, output: object) -> tuple[LinearHead, tuple[int, ...]]:
+    """The head of a classifier of transformers, and the rows of its score layer that it is made of."""
+    score = active_head(getattr(classifier, "score", None))
+    if hasattr(score, "base_layer"):
         raise ModelError(
-            f"{name}: expected a score head of shape (1, {width}), the width of the model, got {shape}. Its head and "
-            "its body do not belong together; load the checkpoint they were saved in, or pass head=."
+            f"{name}: its score head is an adapter layer ({type(score).__name__}). Merge the adapter first: "
+            "model.merge_and_unload()."
         )
-
-
-def _score_head(name: str | Path, classifier: Any, stored: Mapping[str, Any]) -> LinearHead:
-    score = getattr(classifier, "score", None)
-    if not isinstance(score, nn.Linear) or score.out_features != 1:
+    if not isinstance(score, nn.Linear):
         raise ModelError(
-            f"{name}: expected a linear layer called 'score' with one output on the last token, got {score}. "
+            f"{name}: expected a linear layer called 'score' on the last token, got {score}. "
             f"{type(classifier).__name__} computes its reward in another way, which this library does not follow."
         )
-    head = read_head(score)
-    if getattr(score, "bias", None) is None and "score.bias" in stored:
-        constant = float(stored["score.bias"])
+    names = classifier.config.id2label
+    rows = choose_rows(output, score.out_features, names if len(names) == score.out_features else None, name)
+    head = read_head(score, output=rows if len(rows) == 2 else rows[0])
+    bias = stored.linear.get("score.bias")
+    if getattr(score, "bias", None) is None and bias is not None:
+        constant = float(pick(bias.double().reshape(score.out_features), rows))
         warnings.warn(
             f"{name}: the checkpoint has a score.bias of {constant:.4g}, for which transformers has no place. It is "
             "added here: rewards differ from transformers' by this constant, margins do not.",
@@ -233,62 +268,20 @@ def _score_head(name: str | Path, classifier: Any, stored: Mapping[str, Any]) ->
             stacklevel=4,
         )
         head = LinearHead(head.weight, constant)
-    return head
+    return head, rows
 
 
-def _stored_heads(name: str | Path, revision: str | None) -> dict[str, Any]:
-    """Those tensors of the checkpoint's safetensors files that look like a scalar head; nothing else is read.
-
-    Raises `ModelError` where there are no such files. (transformers would go and ask the hub to convert others.)
-    """
-    from transformers.utils import cached_file
-
-    def find(file: str) -> str | None:
-        try:
-            found: str | None = cached_file(str(name), file, revision=revision)
-        except OSError:
-            return None
-        return found
-
-    index, single = find("model.safetensors.index.json"), find("model.safetensors")
-    try:
-        if index is not None:
-            files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-            outside = [file for file in files.values() if Path(file).name != file]
-            if outside:
-                raise ModelError(f"{name}: its index names a file outside the checkpoint: {outside[0]!r}.")
-            paths = [find(file) for file in sorted({files[key] for key in head_keys(files)})]
-        elif single is not None:
-            paths = [single]
-        else:
-            raise ModelError(
-                f"{name}: it has no model.safetensors, and pickled weights are not read. Convert them: load them with "
-                "transformers where you trust them, and save_pretrained."
-            )
-        tensors: dict[str, Any] = {}
-        for path in filter(None, paths):
-            with safe_open(path, framework="pt") as opened:
-                tensors |= {key: opened.get_tensor(key) for key in head_keys(opened.keys())}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(
-            f"{name}: its safetensors files are damaged or cut short ({error}). Fetch them again."
-        ) from error
-    return tensors
+def _width(config: Any) -> int | None:
+    width: int | None = getattr(config.get_text_config(), "hidden_size", None)
+    return width
 
 
-def _load_tokenizer(name: str | Path, origin: dict[str, Any]) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return _load("tokenizer", name, AutoTokenizer.from_pretrained, **origin)
-    except ModelError as error:
-        raise ModelError(f"{error} Pass tokenizer=... if it lies elsewhere.") from error
+def _has_text(output: object) -> bool:
+    return any(isinstance(one, str) for one in (output if isinstance(output, tuple | list) else [output]))
 
 
 def _pad_token_id(
-    name: str | Path, config: Any, tokenizer: Any, pad_token: str | None, is_classifier: bool, is_headless: bool
+    name: str | Path, config: Any, tokenizer: Any, pad_token: str | None, pools: bool, is_headless: bool
 ) -> int | None:
     """The id that transformers skips at the end of a text (None: it skips none)."""
     configured: int | None = getattr(config.get_text_config(), "pad_token_id", None)
@@ -296,15 +289,15 @@ def _pad_token_id(
         token_id = None if tokenizer is None else tokenizer.get_vocab().get(pad_token)
         if token_id is None:
             raise ModelError(f"pad_token: {pad_token!r} is not in the vocabulary of {name}. Name a token that is.")
-        if is_classifier and configured not in (None, token_id):
+        if pools and configured not in (None, token_id):
             raise ModelError(
                 f"pad_token: {pad_token!r} is token {token_id}, and the config of {name} says {configured}, which is "
                 "what transformers skips. Leave pad_token out, or change the config."
             )
         return int(token_id)
-    if not is_classifier:
-        # A head of another kind is read at the last token, whichever it is; a model without one, to be compared with
-        # reward models, has its last token where they have it.
+    if not pools:
+        # A value head or a token's logit is read at the last token, whichever it is; a model without a reward, to be
+        # compared with reward models, has its last token where they have it.
         return configured if is_headless else None
     if configured is None and tokenizer is not None and tokenizer.pad_token_id is None:
         raise ModelError(

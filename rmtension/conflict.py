@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
+from rmtension.arguments import require_arguments
 from rmtension.errors import DataError, OptionError, StorageError
 from rmtension.header import read_numbers, read_record
 from rmtension.intervals import Estimate, adjusted_p_values, check_level, percentile_interval
@@ -31,9 +32,6 @@ _NUMBERS = ("", "_stderr", "_p_value", "_q_value")
 _COLUMNS = ("layer", "neuron", *(one + number for one in OBJECTIVES for number in _NUMBERS))
 _N_DRAWS = 1000
 _NEURONS_AT_A_TIME = 8192
-# Methods whose scores are what a neuron adds to the margin, and those whose scores are what taking it out changes.
-_ADDS = ("gradient_x_activation", "integrated_gradients", "direct_effect", "mean_difference")
-_TAKES_OUT = ("attribution_patching",)
 
 
 @dataclass(frozen=True)
@@ -150,17 +148,17 @@ class ConflictReport:
 def contributions(scores: PairScores) -> Float[Tensor, "pair layer neuron"]:
     """What every neuron adds to every margin: positive pushes it up. May share memory with `scores`.
 
-    Attribution patching scores what taking the neuron out changes, which is the negative. Raises `OptionError` for
-    methods whose sign is unknown here.
+    Attribution patching scores what taking the neuron out changes, which is the negative: `Provenance.sign` says so.
+    Raises `OptionError` for scores whose sign is not known.
     """
-    method = scores.provenance.method
-    if not method.startswith(_ADDS + _TAKES_OUT) or ", absolute" in method:
+    where, values = scores.provenance, scores.values  # noqa: PD011 - a tensor
+    if where.sign is None:
         raise OptionError(
-            f"method: expected signed scores by one of {[*_ADDS, *_TAKES_OUT]}, whose sign says where a neuron pushes "
-            f"the margin, got {method!r}."
+            f"scores: expected scores whose sign says where a neuron pushes the margin, and the provenance of these "
+            f"(method {where.method!r}) has sign None. Use NeuronAttribution(...).per_pair, or say what a positive "
+            "score means: dataclasses.replace(provenance, sign=1) if it supports the margin, sign=-1 if it opposes it."
         )
-    values: Tensor = scores.values  # noqa: PD011 - a tensor
-    return -values if method.startswith(_TAKES_OUT) else values
+    return values if where.sign > 0 else -values
 
 
 def conflict(
@@ -183,17 +181,19 @@ def conflict(
     Examples:
         >>> from rmtension.pairs import PreferencePairs
         >>> pairs = PreferencePairs.from_records([{"prompt": one, "chosen": "yes", "rejected": "no"} for one in "abcd"])
-        >>> where = Provenance("toy", "0f", "mlp", "all", "direct_effect", "float32", "", 4, 64, "0")
+        >>> where = Provenance("toy", "0f", "mlp", "all", "direct_effect", "float32", "", 4, 64, "0", sign=1)
         >>> helpful = PairScores(torch.tensor([[[3.0, 4.0, 0.0]]] * 4), pairs, where)
         >>> harmless = PairScores(torch.tensor([[[3.0, -4.0, 0.0]]] * 4), pairs, where)
         >>> report = conflict(helpful, harmless)
         >>> print(report.cosine, list(report.sets["helpful up, harmless down"]))
         -0.280 [-0.280, -0.280] [(0, 1)]
     """
+    for name, scores in (("helpful", helpful), ("harmless", harmless)):
+        require_arguments("conflict(helpful, harmless)", **{name: (scores, PairScores)})
     if not 0 <= least < 1:
         raise OptionError(f"least: expected a share of the largest contribution in [0, 1), got {least}.")
     check_level(level)
-    same = ("architecture", "model", "site", "positions", "method")
+    same = ("architecture", "model", "site", "positions", "method", "sign")
     helpful.provenance.require_same(harmless.provenance, same, what="conflict")
     both = dict(zip(OBJECTIVES, (helpful, harmless), strict=True))
     table, cells = _summarised(both)

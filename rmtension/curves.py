@@ -20,7 +20,7 @@ def ablation_curves(
     scores: Mapping[str, NeuronScores],
     fractions: Sequence[float],
     *,
-    by: str = "absolute",
+    by: str = "magnitude",
     within: str = "model",
     rule: str = "exact",
     clamp: bool = False,
@@ -47,7 +47,7 @@ def ablation_curves(
     first = next(iter(scores.values()))
     rankings = [(name, 0, one, by) for name, one in scores.items()]
     for draw in range(n_random):
-        rankings.append(("random", draw, _random_scores(first, ablations.seed, draw), "value"))
+        rankings.append(("random", draw, _random_scores(first, ablations.seed, draw), "magnitude"))
     rows = []
     for name, draw, one, order in rankings:
         exact = "exact" if name == "random" else rule

@@ -5,7 +5,7 @@ stream is a sum of what was written to it. The parts below sum to the reward exa
 blocks is not in its part.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -84,10 +84,14 @@ class DirectPaths:
         """What to install for the run."""
         body = self._head.body
         blocks = [body.block(layer) for layer in range(self._head.n_layers)]
-        norms = [body.final_norm, *(module for block in blocks for module in block.modules() if _is_norm(module))]
-        spots = [Spot(block, "input") for block in blocks]
+        norms = [module for block in blocks for module in block.modules() if _is_norm(module)]
+        # What the paths are made of has to be seen; some norms of a block may not run for every text.
+        spots = [Spot(block, "input", ("residual stream", layer)) for layer, block in enumerate(blocks)]
+        spots += [Spot(body.final_norm, side, ("residual stream", len(blocks))) for side in ("input", "output")]
         spots += [Spot(norm, side) for norm in norms for side in ("input", "output")]
-        spots += [spot for layers in self._inside.values() for one in layers for spot in (one.read, one.written)]
+        for site, layers in self._inside.items():
+            for layer, one in enumerate(layers):
+                spots += [replace(one.read, place=(site, layer)), one.written]
         return [(spot, partial(self._keep, spot)) for spot in dict.fromkeys(spots)]
 
     @torch.no_grad()

@@ -1,17 +1,21 @@
 """From texts to token ids: plain texts and chats, special tokens, where the response begins, truncation."""
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
-from rmtension.chat import Chat, RenderedText, is_messages, prompt_text, read_chat, render
-from rmtension.errors import DataError, ModelError, OptionError
-from rmtension.pair import join_prompt
+from rmtension.chat import Chat, Message, RenderedText, is_messages, prompt_text, read_chat, render
+from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning
+from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
 
 # Texts that a tokenizer gets at a time: with offsets, what it makes of a token takes ten times the room of its id.
 _AT_A_TIME = 64
+# Tokenizers whose users know that plain prompts are read without their chat template.
+_WARNED: WeakSet[Any] = WeakSet()
 # What `RewardHead.score` takes for a text: the text itself, or the messages of a chat.
 TextOrChat = str | Sequence[Mapping[str, Any]] | Chat
 
@@ -73,19 +77,16 @@ def encode_pairs(
 ) -> EncodedPairs:
     """Encode both texts of every pair: `join_prompt(prompt, response)`, or the chat by the tokenizer's template.
 
+    A tokenizer with a template that gets plain prompts is warned of, once.
+
     A token belongs to the response when it ends after the prompt's last character. A pair that does not fit loses
     prompt tokens from the left, equally on both sides, so that both responses still follow the same prompt. A
     response that does not fit by itself raises `DataError`; `truncate_response=True` cuts its end instead. Both kinds
     of cut are counted.
     """
     _require_tokenizer(tokenizer)
-    rendered = [
-        RenderedText(join_prompt(pair.prompt, response), len(pair.prompt), is_chat=False)
-        if isinstance(pair.prompt, str)
-        else render(tokenizer, pair.prompt, response)
-        for pair in pairs
-        for response in (pair.chosen, pair.rejected)
-    ]
+    _warn_of_texts(tokenizer, pairs)
+    rendered = [_render_side(tokenizer, pair, side) for pair in pairs for side in ("chosen", "rejected")]
     parts = _parts(tokenizer, rendered)
     chosen: list[EncodedText] = []
     rejected: list[EncodedText] = []
@@ -104,8 +105,33 @@ def encode_pairs(
         for side, (lead, prompt, response) in zip((chosen, rejected), sides, strict=True):
             before = lead + prompt[max(0, len(prompt) - room) :]
             after = response[: max_length - len(lead)]
-            side.append(EncodedText(tuple(before + after), len(before), _key(prompt_text(pair.prompt))))
+            side.append(
+                EncodedText(tuple(before + after), len(before), _key(prompt_text(pair.prompt) + (pair.tools or "")))
+            )
     return EncodedPairs(tuple(chosen), tuple(rejected), n_prompts_cut, n_responses_cut)
+
+
+def _render_side(tokenizer: Any, pair: PreferencePair, side: str) -> RenderedText:
+    if isinstance(pair.prompt, str):
+        return RenderedText(pair.text(side), len(pair.prompt), is_chat=False)
+    return render(tokenizer, pair.prompt, getattr(pair, side), tools=pair.tools)
+
+
+def _warn_of_texts(tokenizer: Any, pairs: PreferencePairs) -> None:
+    """Say once for each tokenizer with a chat template that plain prompts are read without it."""
+    if getattr(tokenizer, "chat_template", None) is None or tokenizer in _WARNED:
+        return
+    n = sum(not pair.is_chat for pair in pairs)
+    if n:
+        _WARNED.add(tokenizer)
+        warnings.warn(
+            f"pairs: this model's tokenizer has a chat template, and {n} of {len(pairs)} pairs have a plain text as "
+            "prompt: they were read as prompt and response, without the template. If the model was trained on chats, "
+            "load them with chat=True (PreferencePairs.read(path, chat=True); --chat on the command line), or use "
+            "pairs.as_chat(). This is said once for each model.",
+            RMTensionWarning,
+            stacklevel=2,
+        )
 
 
 def _require_room(lead: list[int], max_length: int) -> None:
@@ -119,7 +145,7 @@ def _require_room(lead: list[int], max_length: int) -> None:
 def _render(tokenizer: Any, text: Any, where: str) -> RenderedText:
     if isinstance(text, str):
         return RenderedText(text, 0, is_chat=False)
-    if not is_messages(text):
+    if isinstance(text, Mapping | Message) or not is_messages(text):
         raise OptionError(
             f"{where}: expected a text or a list of messages, got {type(text).__name__}. "
             "One chat is scored as score([messages])."

@@ -3,26 +3,44 @@
 import copy
 import re
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rmtension.ablation import AblationContext
 from rmtension.activations import ActivationStatistics
-from rmtension.checkpoints import Checkpoint
+from rmtension.checkpoints import Checkpoint, reload_model
 from rmtension.distributed import current
 from rmtension.errors import ModelError, OptionError, RMTensionWarning
 from rmtension.files import filled_whole
 from rmtension.heads import LinearHead
-from rmtension.hooks import copy_without_hooks
+from rmtension.hooks import eager_eval, own_hooks_paused
 from rmtension.lens_models import CONFIG_FILE, copy_model, is_own_model, write_model
 from rmtension.neurons import NeuronSet
+from rmtension.plain_run import probe_batch, run_base
+from rmtension.plain_weights import plain_copy
+from rmtension.portable import make_portable, warn_of
+from rmtension.progress import without_unseen_bars
 from rmtension.reward_head import RewardHead
 from rmtension.sites import find_site
+from rmtension.tokens import TokenBatch
+
+# What `save_classifier` sets by itself.
+_SCORE = {"score.weight", "score.bias"}
+# Files of a checkpoint that was there before, which would be read in place of what is written now.
+_OTHERS = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("chat_template.jinja", "special_tokens_map.json", "added_tokens.json"),
+)
 
 
 def ablate_weights(
@@ -54,13 +72,18 @@ def ablate_weights(
             )
     if is_own:
         return _ablate_own(head, context)
-    base = copy_without_hooks(base)
+    base = copy.deepcopy(plain_copy(base))
     names = [head.body.projection_names[neurons.site, layer] for layer in range(head.n_layers)]
     if mode == "mean" and any(base.get_submodule(names[layer]).bias is None for layer in context.columns):
         base = _with_biases(base, names)
     with torch.no_grad():
         for layer, columns in context.columns.items():
             projection: Any = base.get_submodule(names[layer])
+            if not isinstance(projection, nn.Linear | Conv1D):
+                raise ModelError(
+                    f"with_ablation: {names[layer]} is a {type(projection).__name__}, and only the weights of a Linear "
+                    "or Conv1D layer can be edited. Use AblationContext, which needs no weights."
+                )
             # nn.Linear holds [out, in], GPT-2's Conv1D [in, out].
             weight = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T
             columns = columns.to(weight.device)
@@ -71,6 +94,7 @@ def ablate_weights(
             # Only "scale" takes an alpha; the context has made sure.
             weight[:, columns] *= 0.0 if alpha is None else alpha
     opened = replace(checkpoint, base=base, source=None, name=f"{checkpoint.name}, {len(neurons)} neurons ablated")
+    _require_same_stream(head, context, partial(_run_eagerly, base), "with_ablation")
     return RewardHead._from_checkpoint(opened, head.max_length, head.tokens_per_batch)
 
 
@@ -92,9 +116,11 @@ def _ablate_own(head: RewardHead, context: AblationContext) -> RewardHead:
                 means = context.reference.channel_mean[layer].to(weight.device)[columns]
                 bias += (means @ weight[columns].double()).to(bias.dtype)
             weight[columns] *= factor
+    _require_same_stream(head, context, ablated.residual, "with_ablation")
     return ablated
 
 
+@without_unseen_bars()
 def save_classifier(head: RewardHead, folder: str | Path) -> None:
     """Write the model of `head` as a one-label sequence classifier (safetensors), with its tokenizer.
 
@@ -103,7 +129,8 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
 
     The config gets the head's pad token: where it has none, the reward is read at the last token whichever it is, and
     transformers scores one text at a time. A bias of the head, for which transformers has no place, is written as
-    `score.bias`: `RewardHead.from_pretrained` reads it back, transformers leaves it out. Both warn.
+    `score.bias`: `RewardHead.from_pretrained` reads it back, transformers leaves it out. The folder is read by
+    transformers 4 as by 5 (`rmtension.portable`), but for a few ways of scaling rotary angles. All three warn.
     """
     if is_own_model(head.body):
         if current().is_first:
@@ -113,12 +140,17 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
     checkpoint, _ = _current(head, "save_pretrained")
     if not current().is_first:
         return
-    classifier = build_classifier(head)
     folder = Path(folder)
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"folder: {folder} holds an adapter (adapter_config.json), which transformers would put on the model that "
+            "is written there. Name another folder."
+        )
+    classifier = build_classifier(head)
     state = classifier.state_dict()
     if head.bias:
         state["score.bias"] = torch.tensor([head.bias], dtype=torch.float32)
-    with filled_whole(folder, "checkpoint", seal="config.json", replaced=(CONFIG_FILE,)) as place:
+    with filled_whole(folder, "checkpoint", seal="config.json", replaced=(*_OTHERS, CONFIG_FILE)) as place:
         try:
             classifier.save_pretrained(place, state_dict=state)
         except SafetensorError as error:
@@ -127,6 +159,8 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
             raise OSError(int(found[1]) if found else 0, str(error)) from error
         if checkpoint.tokenizer is not None:
             checkpoint.tokenizer.save_pretrained(place)
+        differences = make_portable(place, checkpoint.tokenizer)
+    warn_of(differences, "save_pretrained")
     if head.pad_token_id is None:
         warnings.warn(
             "save_pretrained: this head has no pad token to skip, it reads the last token whichever it is. So does "
@@ -146,10 +180,16 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
 
 
 def build_classifier(head: RewardHead) -> Any:
-    """A classifier of transformers around the model of `head`; it shares the weights."""
+    """A classifier of transformers around the model of `head`.
+
+    It shares the weights; where some have adapters or are parametrised, it gets copies. Raises `ModelError` where the
+    weights alone do not compute what the model does.
+    """
     from transformers import AutoModelForSequenceClassification
 
     checkpoint, base = _current(head, "build_classifier")
+    base = plain_copy(base)
+    _require_same_stream(head, nullcontext(), partial(_run_eagerly, base), "save_pretrained")
     config: Any = copy.deepcopy(base.config)
     config.num_labels = 1
     config.get_text_config().pad_token_id = head.pad_token_id
@@ -159,36 +199,32 @@ def build_classifier(head: RewardHead) -> Any:
             classifier = build(config, trust_remote_code=checkpoint.trust_remote_code)
     except ValueError as error:
         raise ModelError(f"{checkpoint.name}: transformers has no sequence classifier for it ({error}).") from error
+    expected = set(classifier.state_dict())
     setattr(classifier, classifier.base_model_prefix, base)
     classifier.score = nn.Linear(head.d_model, 1, bias=False, device="meta")
     classifier.score.weight = nn.Parameter(head.require_weight()[None].to(head.dtype, copy=True), requires_grad=False)
+    other = sorted((set(classifier.state_dict()) ^ expected) - _SCORE)
+    if other:
+        raise ModelError(
+            f"{checkpoint.name}: its weights are not those of a {type(classifier).__name__}; only one of the two has "
+            f"{other[:3]}. Modules inside the model were replaced or wrapped; undo that, then save."
+        )
     return classifier
 
 
+@without_unseen_bars()
 def reload_classifier(head: RewardHead) -> Any:
-    """The classifier that transformers loads from where `head` came from; None where transformers knows of none."""
-    from transformers import AutoModelForSequenceClassification
-
+    """The model of transformers that makes the reward, from where `head` came; None where transformers has none."""
     checkpoint = head.checkpoint
-    if checkpoint is None or not checkpoint.is_classifier:
+    if checkpoint is None or (checkpoint.source is not None and checkpoint.logits is None):
         return None
-    if checkpoint.source is None:
-        return build_classifier(head)
-    options = checkpoint.source.options
-    with torch.random.fork_rng(devices=[]):
-        classifier: Any = AutoModelForSequenceClassification.from_pretrained(
-            checkpoint.source.name,
-            revision=options.get("revision"),
-            trust_remote_code=checkpoint.trust_remote_code,
-            use_safetensors=True,
-            dtype=head.dtype,
-            device_map=options.get("device_map"),
-            local_files_only=True,  # it was loaded from there a moment ago
-        )
-    config = classifier.config.get_text_config()
+    if checkpoint.source is None or checkpoint.logits is None:
+        return build_classifier(head) if checkpoint.pools else None
+    model = reload_model(checkpoint.source, checkpoint.logits, head.dtype)
+    config = model.config.get_text_config()
     if config.pad_token_id is None:
         config.pad_token_id = head.pad_token_id
-    return classifier if options.get("device_map") else classifier.to(head.device)
+    return model if checkpoint.source.options.get("device_map") else model.to(head.device)
 
 
 def _current(head: RewardHead, what: str) -> tuple[Checkpoint, nn.Module]:
@@ -206,6 +242,38 @@ def _current(head: RewardHead, what: str) -> tuple[Checkpoint, nn.Module]:
         tokenizer=head.tokenizer,
     )
     return today, checkpoint.base
+
+
+def _run_eagerly(base: nn.Module, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
+    with eager_eval(base.modules()):
+        return run_base(base, batch)
+
+
+def _require_same_stream(
+    head: RewardHead,
+    inside: AbstractContextManager[object],
+    run: Callable[[TokenBatch], Float[Tensor, "row token d_model"]],
+    what: str,
+) -> None:
+    """Raise `ModelError` unless `run`, on a probe text, gives the residual stream of the model `inside` a context.
+
+    A copy has nothing of contexts that are entered now. It has no hooks of the user either, but those count.
+    """
+    batch = probe_batch(min(12, head.max_length, head.body.n_embeddings), head.device)
+    with torch.no_grad():
+        with own_hooks_paused(head.body.modules()), inside:
+            expected = head.residual(batch).double()
+        found = run(batch).double()
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    # Rounding of the stream; half precision rounds every layer to 3 or 2 digits, in another order after an edit.
+    tolerance = {torch.float16: 0.05, torch.bfloat16: 0.2}.get(head.dtype, 1e-4)
+    if not difference <= tolerance:
+        raise ModelError(
+            f"{what}: the weights alone do not compute what the model does: on a probe text their residual stream is "
+            f"off by {difference:.1e} of its size. Hooks, and a forward that was replaced on a module, are not in the "
+            "weights; remove them first (`handle.remove()`, `del module.forward`), or use AblationContext, which needs "
+            "no weights."
+        )
 
 
 def _with_biases(base: Any, names: list[str]) -> Any:

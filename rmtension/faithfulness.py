@@ -10,17 +10,18 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rmtension.ablation import AblationContext
 from rmtension.activations import ActivationStatistics
 from rmtension.agreement import MEASURES, agreement
+from rmtension.arguments import require_arguments
 from rmtension.errors import OptionError, StorageError
 from rmtension.header import read_table
-from rmtension.intervals import bootstrap_mean, check_level
+from rmtension.intervals import bootstrap_mean, check_level, with_interval
 from rmtension.neuron_scores import NeuronScores, top_size
 from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
+from rmtension.progress import progress_bar
 from rmtension.provenance import Provenance
 from rmtension.replacing import name_of
 from rmtension.reward_head import RewardHead
@@ -43,7 +44,8 @@ class Faithfulness:
       magnitude; by chance it is `top / n`;
     - `slope`: least-squares slope of the true on the predicted effect; 1 where predictions are right in size.
 
-    Scores without a sign (`aggregate="absolute"`) are compared with magnitudes, and have no sign agreement.
+    Scores without a direction (`aggregate="absolute"`, magnitudes of activations) are compared with magnitudes, and
+    have no sign agreement.
 
     `neurons` has one row a neuron that was ablated: layer, neuron, its true effect and standard error, and a column of
     predicted effects for each method. `sets` has one row a method and fraction: `size`, the `predicted` effect of
@@ -67,9 +69,7 @@ class Faithfulness:
             f"Faithfulness to the {self.provenance.method} ({self.provenance.n_pairs} pairs, {self.level:g} intervals)"
         ]
         for row in self.summary.to_dict("records"):
-            parts = [
-                f"{name} {row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]" for name in MEASURES
-            ]
+            parts = [f"{name} {with_interval(row[name], row[f'{name}_low'], row[f'{name}_high'])}" for name in MEASURES]
             lines.append(f"  {row['method']} (n = {row['n']}): {', '.join(parts)}")
         return "\n".join(lines)
 
@@ -119,10 +119,10 @@ def faithfulness(
 ) -> Faithfulness:
     """Compare scores with what ablating neurons of this model does to the margin on `pairs`.
 
-    Contributions (all methods but attribution patching) predict the effect with their sign turned: without the neuron,
+    What scores predict is `NeuronScores.as_effects`: contributions with their sign turned, since without the neuron
     what it contributed is gone. Intervals resample blocks of prompts, of scores and truth together where both are of
-    the same pairs, and shift the resamples to have the observed value as their mean, because resampling adds noise
-    that lowers every agreement; for a sample of neurons they resample these too, within layers.
+    the same pairs, and shift the resamples to have the observed value as their mean, because resampling adds noise that
+    lowers every agreement; for a sample of neurons they resample these too, within layers.
 
     Cost: that of `single_neuron_effects`, and a forward pass for every set: (1 + `n_random`) for each method and
     fraction, and one more without any. A pass is one over both texts of every pair.
@@ -155,12 +155,18 @@ def faithfulness(
                           method   n  spearman  sign_agreement
         0  gradient_x_activation  48       1.0             1.0
     """
+    named = {scores.provenance.method: scores} if isinstance(scores, NeuronScores) else scores
+    require_arguments(
+        "faithfulness(head, scores, pairs)",
+        head=(head, RewardHead),
+        scores=(named, Mapping),
+        pairs=(pairs, PreferencePairs),
+    )
     check_level(level)
     if not 0 < top <= 1:
         raise OptionError(f"top: expected a share in (0, 1], got {top}.")
     if n_random < 0:
         raise OptionError(f"n_random: expected 0 or more sets, got {n_random}.")
-    named = {scores.provenance.method: scores} if isinstance(scores, NeuronScores) else dict(scores)
     site, positions = _where(head, named, positions)
     target = _reference(mode, reference)
     neurons = None if sample is None else sample_neurons(head, site, sample, seed=seed)
@@ -197,7 +203,9 @@ def faithfulness(
         measures = agreement(one, truth, measured, top=top, level=level, seed=seed)
         rows.append({"method": name, "n": int(measured.sum()), "top": top_size(top, int(measured.sum())), **measures})
     predicted = {name: one.as_effects()[measured].numpy() for name, one in named.items()}
-    table = truth.to_frame().rename(columns={"score": "effect"}).dropna(subset="effect").assign(**predicted)
+    table = (
+        truth.to_frame().rename(columns={"score": "effect"})[[*_COLUMNS]].dropna(subset="effect").assign(**predicted)
+    )
     ablation = {"mode": mode, "reference": reference, "positions": positions}
     sets = _set_rows(head, planned, pairs, ablation, level, seed, truncate_response, progress)
     return Faithfulness(pd.DataFrame(rows), table.reset_index(drop=True), sets, truth.provenance, level)
@@ -291,7 +299,7 @@ def _set_rows(
     base = head.score_pairs(pairs, truncate_response=truncate_response).margin
     rows = []
     total = sum(1 + len(one.random) for one in planned)
-    with tqdm(total=total, desc="ablate sets", unit="set", disable=None if progress else True) as bar:
+    with progress_bar(progress=progress, total=total, desc="ablate sets", unit="set") as bar:
 
         def change(neurons: NeuronSet) -> Float[Tensor, "pair"]:
             with AblationContext(head, neurons, **ablation):

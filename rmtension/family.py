@@ -9,7 +9,7 @@ from rmtension.errors import OptionError
 from rmtension.family_runs import OBJECTIVES, ModelFamily
 from rmtension.pairs import PreferencePairs
 from rmtension.runs import digest_of_folder
-from rmtension.trainer_run import digest_of_texts, is_finished, require_free
+from rmtension.trainer_run import digest_of_texts, is_finished, require_free, require_package
 from rmtension.training import select_pairs, train_base_model, train_reward_model, train_tokenizer
 
 
@@ -94,6 +94,9 @@ def train_family(
                 **({"base_digest": digest_of_folder(start)} if start.is_dir() else {}),
             ):
                 there.add(name)
+    if there != set(folders):
+        # Before the base is trained, which needs no TRL and may take long.
+        require_package("trl")
     for name, folder in folders.items():
         if name not in there:
             require_free(folder, overwrite)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rmtension.errors import StorageError
+from rmtension.packed import require_zstandard
 
 SUFFIX = ".partial"
 _ADVICE = {
@@ -90,11 +91,15 @@ def write_text(path: Path, text: str, what: str) -> None:
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]], what: str) -> None:
-    """Write one JSON object a line, in UTF-8, all of it or nothing; gzip'd if the name ends in `.gz`."""
+    """Write one JSON object a line, in UTF-8, all of it or nothing; packed if the name ends in `.gz` or `.zst`."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    with written_whole(path, what) as partial:
+    if path.name.endswith(".gz"):
         # mtime=0: the same rows give the same bytes.
-        partial.write_bytes(gzip.compress(lines, mtime=0) if path.name.endswith(".gz") else lines)
+        lines = gzip.compress(lines, mtime=0)
+    elif path.name.endswith(".zst"):
+        lines = require_zstandard(path).compress(lines)
+    with written_whole(path, what) as partial:
+        partial.write_bytes(lines)
 
 
 def advice(error: OSError) -> str:

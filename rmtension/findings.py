@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rmtension.errors import OptionError
+from rmtension.intervals import with_interval
 from rmtension.plots.rows import Rows, count
 from rmtension.readable import families_of
 from rmtension.study_result import StudyResult
@@ -32,9 +33,7 @@ class Finding:
     @property
     def estimate(self) -> str:
         """The number with its interval."""
-        form = "+.3f" if self.none == 0 else ".3f"
-        ends = f" [{self.low:{form}}, {self.high:{form}}]" if self.low == self.low else " (no interval)"
-        return f"{self.value:{form}}{ends}"
+        return with_interval(self.value, self.low, self.high, form="+.3f" if self.none == 0 else ".3f")
 
 
 def findings(result: StudyResult) -> list[Finding]:

@@ -16,7 +16,7 @@ from rmtension.budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.distributed import current
 from rmtension.encoding import EncodedPairs, EncodedText, encode_pairs
 from rmtension.errors import ModelError, OptionError
-from rmtension.hooks import InstalledHooks, count_foreign_hooks, has_own_hooks, in_eval_mode, is_placed
+from rmtension.hooks import InstalledHooks, all_fire, count_foreign_hooks, eager_eval, has_own_hooks, is_placed
 from rmtension.pairs import PreferencePairs
 from rmtension.site_widths import measure_sites
 from rmtension.sites import find_site
@@ -70,7 +70,7 @@ class HookedModel:
                 "Pass the tokenizer that the model was trained with; where tokens were added since, call "
                 "model.resize_token_embeddings(len(tokenizer)) and save the model."
             )
-        with in_eval_mode(self.body.modules()):
+        with eager_eval(self.body.modules()):
             self._widths, self._missing, self._runs_once = measure_sites(self.body, self.n_layers, self.device)
 
     @torch.no_grad()
@@ -93,7 +93,8 @@ class HookedModel:
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
         """Run the blocks and the final norm, not the vocabulary projection, with every hook firing."""
-        with running(batch), in_eval_mode(self.body.modules()):
+        modules = list(self.body.modules())
+        with running(batch), eager_eval(modules), all_fire(modules):
             return self.body.residual(batch)
 
     @torch.no_grad()

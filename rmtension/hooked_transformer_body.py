@@ -114,7 +114,7 @@ class HookedTransformerBody:
                 "its activations before any hook sees them. Use site 'mlp', where zero and scale do the same, or open "
                 "the model without model_class."
             )
-        return [Spot(find_site(site).hook_point(self.module, layer), "output")]
+        return [Spot(find_site(site).hook_point(self.module, layer), "output", (site, layer))]
 
     def projection(self, site: str, layer: int) -> Projection:
         """The map from the neurons of `site` in `layer` into the residual stream: W_out with b_out, W_O with b_O."""

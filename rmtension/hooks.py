@@ -1,28 +1,37 @@
-"""Forward hooks that come off again, whatever happens."""
+"""Forward hooks that come off again, whatever happens, and that are known to have fired."""
 
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from rmtension.errors import OptionError
+from rmtension.errors import ModelError, OptionError
 
 # What a hook gets and may return in its place.
 Visit = Callable[[Tensor], Tensor | None]
+# The same for a whole call: the module, its positional and named arguments, and what it gave.
+CallVisit = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 # What a module is called with: positional and named arguments.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Spot:
-    """A tensor inside a running model: the output of a module, or its first input."""
+    """A tensor inside a running model: the output of a module, or its first input.
+
+    `place` is the (site, layer) whose activation it is; a model may have several spots for one, of which one fires in
+    each run. None where nothing depends on the hook.
+    """
 
     module: nn.Module
     side: Literal["input", "output"]
+    place: tuple[str, int] | None = field(default=None, compare=False)
 
 
 class InstalledHooks:
@@ -54,16 +63,63 @@ class InstalledHooks:
 
 
 @contextmanager
-def in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Every module in eval mode, and afterwards each in the mode it had."""
-    training = [module for module in modules if module.training]
+def eager_eval(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Every module in eval mode and run eagerly, and afterwards each in the mode it had.
+
+    Compiled code does not call hooks that were registered after it was compiled, so `torch.compile` is set aside.
+    """
+    listed = list(modules)
+    training = [module for module in listed if module.training]
     for module in training:
         module.training = False
     try:
-        yield
+        with _eager() if any(map(_is_compiled, listed)) else nullcontext():
+            yield
     finally:
         for module in training:
             module.training = True
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether the module, or the function that it calls, went through `torch.compile`."""
+    return (
+        module._compiled_call_impl is not None
+        or "_orig_mod" in module._modules
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
+
+
+def _eager() -> AbstractContextManager[None]:
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    if set_stance is None:
+        raise ModelError(
+            f"model: some of its modules are compiled, and torch {torch.__version__} cannot run them uncompiled, so "
+            "that hooks would not fire. Open the model before torch.compile, or install torch 2.6 or newer."
+        )
+    stance: AbstractContextManager[None] = set_stance("force_eager")
+    return stance
+
+
+@contextmanager
+def all_fire(modules: Iterable[nn.Module], layers: range | None = None) -> Iterator[None]:
+    """After a run in the meantime, raise `ModelError` if a place of this library's hooks did not fire.
+
+    `layers` are those that the run goes through; all by default.
+    """
+    counts: dict[tuple[str, int], list[tuple[_SpotHook, int]]] = {}
+    for module in modules:
+        for hook in _forward_hooks_of(module):
+            if isinstance(hook, _SpotHook) and hook.place and (layers is None or hook.place[1] in layers):
+                counts.setdefault(hook.place, []).append((hook, hook.n_fired))
+    yield
+    for (site, layer), before in counts.items():
+        if not any(hook.n_fired > n for hook, n in before):
+            raise ModelError(
+                f"hooks: the hook at site {site!r} of layer {layer} did not fire, so nothing was read or changed: "
+                "the model does not call the module that the hook is on. Restore the module's own forward (`del "
+                "module.forward` where it was replaced on the instance), undo wrappers inside the model, and open it "
+                "again."
+            )
 
 
 @contextmanager
@@ -94,6 +150,30 @@ def copy_without_hooks(model: nn.Module, memo: dict[int, Any] | None = None) -> 
             setattr(module, name, hooks)
 
 
+@contextmanager
+def own_hooks_paused(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While it is entered, hooks of this library that are on `modules` now do nothing; those of the user run."""
+    found = [hook for module in modules for hook in _forward_hooks_of(module) if isinstance(hook, _SpotHook)]
+    for hook in found:
+        hook.n_pauses += 1
+    try:
+        yield
+    finally:
+        for hook in found:
+            hook.n_pauses -= 1
+
+
+def unwrapped(model: Any) -> Any:
+    """The module inside `torch.compile(module)` and (distributed) data parallelism, which share its parameters."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 _HOOK_DICTS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -110,19 +190,28 @@ class _OurHook:
 
     any_tokens = False
 
-    def __init__(self, visit: Visit, side: str, any_tokens: bool) -> None:
+
+class _SpotHook(_OurHook):
+    """Sees the tensor of a spot, and may replace it; counts how often it fired."""
+
+    def __init__(self, spot: Spot, visit: Visit, any_tokens: bool) -> None:
         self._visit = visit
-        self._side = side
+        self._side = spot.side
+        self.place = spot.place
         self.any_tokens = any_tokens
+        self.n_fired = self.n_pauses = 0
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> Any:
+        self.n_fired += 1
+        if self.n_pauses:
+            return None
         if self._side == "output":
             return self._visit(output)
         changed = self._visit(inputs[0])
         return None if changed is None else (changed, *inputs[1:])
 
 
-class _OurRecorder(_OurHook):
+class _Recorder(_OurHook):
     """Keeps what its module was called with."""
 
     def __init__(self, calls: dict[nn.Module, Call]) -> None:
@@ -138,13 +227,32 @@ def recorded_calls(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Cal
     calls: dict[nn.Module, Call] = {}
     with ExitStack() as stack:
         for module in modules:
-            handle = module.register_forward_pre_hook(_OurRecorder(calls), with_kwargs=True)
+            handle = module.register_forward_pre_hook(_Recorder(calls), with_kwargs=True)
             stack.callback(handle.remove)
         yield calls
 
 
+class _CallHook(_OurHook):
+    """Sees a whole call of its module, and may replace what it gave."""
+
+    def __init__(self, visit: CallVisit) -> None:
+        self._visit = visit
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None, output: Any = None) -> Any:
+        return self._visit(module, args, kwargs, output)
+
+
+@contextmanager
+def on_calls(modules: Iterable[nn.Module], visit: CallVisit) -> Iterator[None]:
+    """While it is entered, `visit(module, args, kwargs, output)` sees every call, and may return another output."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(_CallHook(visit), with_kwargs=True).remove)
+        yield
+
+
 def _install(spot: Spot, visit: Visit, any_tokens: bool) -> Callable[[], None]:
-    hook = _OurHook(visit, spot.side, any_tokens)
+    hook = _SpotHook(spot, visit, any_tokens)
     if spot.side == "output":
         return spot.module.register_forward_hook(hook).remove
     return spot.module.register_forward_pre_hook(hook).remove
@@ -170,9 +278,12 @@ def has_own_hooks(modules: Iterable[nn.Module], *, minding_tokens: bool = False)
     return any(
         isinstance(hook, _OurHook) and not (minding_tokens and hook.any_tokens)
         for module in modules
-        for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        for hook in hooks.values()
+        for hook in _forward_hooks_of(module)
     )
+
+
+def _forward_hooks_of(module: nn.Module) -> Iterator[object]:
+    return chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
 
 
 def is_placed(modules: Iterable[nn.Module]) -> bool:

@@ -139,7 +139,7 @@ def _code(result: StudyResult, neurons: NeuronPages | None) -> str:
         paths = [f'"helpful-{seed}", "harmless-{seed}", "mixed-{seed}"', '"base"' if one["base"] else "None"]
         families.append(f"    ModelFamily({', '.join(paths)}, name={name!r}, seed={seed}),")
     pairs = [
-        f'    "{name}": PreferencePairs.from_jsonl("{name}.jsonl"),  # {part["scoring"]} + {part["evaluating"]} pairs'
+        f'    "{name}": PreferencePairs.read("{name}.jsonl"),  # {part["scoring"]} + {part["evaluating"]} pairs'
         for name, part in result.summary["pairs"].items()
     ]
     lines = [

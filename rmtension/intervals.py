@@ -28,6 +28,8 @@ class Estimate:
     Examples:
         >>> print(Estimate(0.75, 0.5, 1.0, n=8, n_prompts=8, level=0.95))
         0.750 [0.500, 1.000]
+        >>> print(Estimate(0.5, float("nan"), float("nan"), n=1, n_prompts=1))
+        0.500 (no interval: one prompt)
     """
 
     value: float
@@ -39,7 +41,8 @@ class Estimate:
     n_seeds: int = 1
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        why = ": one prompt" if self.n_prompts == 1 else ""
+        return with_interval(self.value, self.low, self.high, why=why)
 
     def _repr_html_(self) -> str:
         return html_table("Estimate", pd.DataFrame([self.to_dict()]))
@@ -47,6 +50,17 @@ class Estimate:
     def to_dict(self) -> dict[str, float]:
         """A plain dict, for tables and JSON."""
         return asdict(self)
+
+
+def with_interval(value: float, low: float, high: float, *, form: str = ".3f", why: str = "") -> str:
+    """A number and its interval as text; where the ends are NaN, that there is none, and `why`.
+
+    Examples:
+        >>> with_interval(0.5, 0.25, 0.75, form=".2f"), with_interval(0.5, float("nan"), float("nan"))
+        ('0.50 [0.25, 0.75]', '0.500 (no interval)')
+    """
+    has_ends = low == low and high == high
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]" if has_ends else f"{value:{form}} (no interval{why})"
 
 
 def resampled_sums(

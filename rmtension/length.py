@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from rmtension.chat import n_characters
 from rmtension.errors import DataError, OptionError
 from rmtension.intervals import Estimate, bootstrap_share
 from rmtension.pairs import PreferencePairs
@@ -21,7 +22,9 @@ def length_baseline(pairs: PreferencePairs, *, level: float = 0.95, seed: int = 
     """
     values = []
     for rows in pairs.items:
-        gap = min(len(pairs[row].chosen) for row in rows) - max(len(pairs[row].rejected) for row in rows)
+        gap = min(n_characters(pairs[row].chosen) for row in rows) - max(
+            n_characters(pairs[row].rejected) for row in rows
+        )
         values.append(float(np.sign(gap)) / 2 + 0.5)
     return bootstrap_share(torch.tensor(values).double(), pairs.by_item, level=level, seed=seed)
 
@@ -48,7 +51,8 @@ def length_matched_places(pairs: PreferencePairs, *, caliper: float = 0.2) -> li
         raise OptionError(f"caliper: expected a number from 0, got {caliper}.")
     if any(len(rows) > 1 for rows in pairs.items):
         raise DataError("pairs: expected single pairs, got items of several. Match each benchmark's single pairs.")
-    ratios = np.array([np.log(len(pair.chosen) / len(pair.rejected)) for pair in pairs])
+    # A message of tool calls alone has no characters.
+    ratios = np.array([np.log(max(1, n_characters(one.chosen)) / max(1, n_characters(one.rejected))) for one in pairs])
     kept = list(np.flatnonzero(ratios == 0))
     longer = sorted(np.flatnonzero(ratios > 0), key=lambda place: ratios[place])
     shorter = sorted(np.flatnonzero(ratios < 0), key=lambda place: -ratios[place])

@@ -19,7 +19,7 @@ from rmtension.errors import ModelError
 from rmtension.files import filled_whole
 from rmtension.heads import LinearHead
 from rmtension.hooked_transformer_body import HookedTransformerBody
-from rmtension.hooks import in_eval_mode
+from rmtension.hooks import eager_eval
 from rmtension.plain_run import probe_batch
 from rmtension.wrapping import check_model_class
 
@@ -214,7 +214,7 @@ def _hooked_transformer(values: dict[str, Any], state: Mapping[str, Tensor]) -> 
 def _stream(body: Any) -> Float[Tensor, "d_model"]:
     """The residual stream at the last of a few tokens, in float64."""
     batch = probe_batch(min(6, body.n_embeddings, int(body.model.cfg.n_ctx)), next(body.module.parameters()).device)
-    with in_eval_mode(body.modules()):
+    with eager_eval(body.modules()):
         last: Tensor = body.residual(batch)[0, -1].double().cpu()
     return last
 

@@ -32,29 +32,33 @@ class Asked:
 ByToken = tuple[Float[Tensor, "row token neuron"], Float[Tensor, "row token"]]
 
 
-def mean_activation(run: BatchRun, asked: Asked, layer: int) -> ByToken:
+# The same, and for methods that have one how far each pair's scores are from adding up (the completeness gap).
+Found = tuple[ByToken, Float[Tensor, "pair"] | None]
+
+
+def mean_activation(run: BatchRun, asked: Asked, layer: int) -> Found:
     """a(t), each token weighted by one over the number of selected ones of its text."""
     # Half precision would lose the sum, not only its last digits.
     activation = run.activations[asked.site, layer].to(run.head.reward_dtype)
     values = neuron_activations(activation, asked.site, run.head.n_neurons(asked.site))
     select = run.batch.select(asked.positions).to(values)
-    return values, run.batch.by_token(_signed(select / select.sum(dim=1, keepdim=True)))
+    return (values, run.batch.by_token(_signed(select / select.sum(dim=1, keepdim=True)))), None
 
 
-def gradient_x_activation(run: BatchRun, asked: Asked, layer: int) -> ByToken:
+def gradient_x_activation(run: BatchRun, asked: Asked, layer: int) -> Found:
     """a(t) dM/da(t)."""
     place = asked.site, layer
     products = run.activations[place].to(run.head.reward_dtype) * run.gradients[place]
-    return _neurons(run, asked, products)
+    return _neurons(run, asked, products), None
 
 
-def attribution_patching(run: BatchRun, asked: Asked, layer: int) -> ByToken:
+def attribution_patching(run: BatchRun, asked: Asked, layer: int) -> Found:
     """(a_ref(t) - a(t)) dM/da(t)."""
     place = asked.site, layer
-    return _neurons(run, asked, _step(run, asked, layer, run.activations[place]) * run.gradients[place])
+    return _neurons(run, asked, _step(run, asked, layer, run.activations[place]) * run.gradients[place]), None
 
 
-def direct_effect(run: BatchRun, asked: Asked, layer: int) -> ByToken:
+def direct_effect(run: BatchRun, asked: Asked, layer: int) -> Found:
     """What the neuron adds to the reward through the residual stream, all at the token the reward is read from."""
     assert run.direct is not None
     if asked.site not in run.direct.neurons:
@@ -66,10 +70,10 @@ def direct_effect(run: BatchRun, asked: Asked, layer: int) -> ByToken:
     batch = run.batch
     by_token = values.new_zeros(*batch.input_ids.shape, values.shape[1])
     by_token.index_put_((batch.rows.cpu(), batch.last.cpu()), values, accumulate=True)
-    return by_token, batch.touched("last").to(values)
+    return (by_token, batch.touched("last").to(values)), None
 
 
-def integrated_gradients(run: BatchRun, asked: Asked, layer: int) -> tuple[ByToken, Float[Tensor, "pair"]]:
+def integrated_gradients(run: BatchRun, asked: Asked, layer: int) -> Found:
     """(a(t) - a_ref(t)) times the mean of dM/da(t) on the straight path from a_ref to a, and the gap.
 
     All neurons of the layer move together. The mean is taken at `steps` Gauss-Legendre nodes. The gap is how far the
@@ -141,13 +145,70 @@ def _gauss_legendre(steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple((nodes + 1) / 2), tuple(weights / 2)
 
 
-FirstOrder = Callable[[BatchRun, Asked, int], ByToken]
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way of scoring neurons: what it computes, what that needs, and what a positive score says.
 
-# Methods that need one run, and what of it.
-FIRST_ORDER: dict[str, FirstOrder] = {
-    "mean_difference": mean_activation,
-    "gradient_x_activation": gradient_x_activation,
-    "attribution_patching": attribution_patching,
-    "direct_effect": direct_effect,
+    - `by_layer`: the scores of one batch, layer by layer.
+    - `sign`: 1 where a positive score supports the margin, -1 where it opposes the margin (`Provenance.sign`).
+    - `needs_reward`: it looks at the reward, which a language model does not have.
+    - `needs_gradients`: of the margin, at every activation.
+    - `takes_reference`: it replaces activations by something.
+    - `one_run`: all such methods share one run of the model. The others run it again along a path of their own, and
+      have a completeness gap.
+    """
+
+    by_layer: Callable[[BatchRun, Asked, int], Found]
+    sign: int
+    needs_reward: bool
+    needs_gradients: bool
+    takes_reference: bool
+    one_run: bool
+
+
+# Nothing has a default: a new method says all of it.
+METHODS: dict[str, Method] = {
+    # More active in the chosen responses: in favour of them, as far as activations alone can say.
+    "mean_difference": Method(
+        by_layer=mean_activation,
+        sign=1,
+        needs_reward=False,
+        needs_gradients=False,
+        takes_reference=False,
+        one_run=True,
+    ),
+    # Contributions.
+    "gradient_x_activation": Method(
+        by_layer=gradient_x_activation,
+        sign=1,
+        needs_reward=True,
+        needs_gradients=True,
+        takes_reference=False,
+        one_run=True,
+    ),
+    # A change: without a neuron that supports the margin, it falls.
+    "attribution_patching": Method(
+        by_layer=attribution_patching,
+        sign=-1,
+        needs_reward=True,
+        needs_gradients=True,
+        takes_reference=True,
+        one_run=True,
+    ),
+    "direct_effect": Method(
+        by_layer=direct_effect,
+        sign=1,
+        needs_reward=True,
+        needs_gradients=False,
+        takes_reference=False,
+        one_run=True,
+    ),
+    "integrated_gradients": Method(
+        by_layer=integrated_gradients,
+        sign=1,
+        needs_reward=True,
+        needs_gradients=False,  # it takes its own, on the path
+        takes_reference=True,
+        one_run=False,
+    ),
 }
-NEEDS_GRADIENTS = frozenset({"gradient_x_activation", "attribution_patching"})

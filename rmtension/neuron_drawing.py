@@ -22,8 +22,9 @@ def neuron_section(pages: NeuronPages) -> dict[str, Any]:
     about = pages.about
     what = (
         f"{len(asked)} {about['site']} neurons of the model with fingerprint {about['model']}. Scores: "
-        f"{about['method']}, {about['positions']} tokens, in units of the margin. Effects: change of the mean margin "
-        f"when the neuron alone is set to zero, with {100 * about['level']:g}% intervals over blocks of prompts; "
+        f"{about['method']}, {about['positions']} tokens, in units of the margin; a neuron with a positive one "
+        f"{_direction(pages)} the margin. Effects: change of the mean margin when the neuron alone is set to zero, "
+        f"negative where it supports the margin, with {100 * about['level']:g}% intervals over blocks of prompts; "
         + ", ".join(f"{n} {name} pairs" for name, n in about["pairs"].items())
         + ". Of intervals around effects of nothing, about one in twenty leaves out 0."
     )
@@ -38,6 +39,11 @@ def neuron_section(pages: NeuronPages) -> dict[str, Any]:
         "activation, blue: negative, each in proportion to the largest in the pair. Grey: the prompt.",
         "texts": _texts(pages),
     }
+
+
+def _direction(pages: NeuronPages) -> str:
+    """What a neuron with a positive score does."""
+    return "supports" if pages.about["sign"] > 0 else "opposes"
 
 
 def _id(layer: int, neuron: int) -> str:
@@ -116,6 +122,7 @@ def _scatter(pages: NeuronPages) -> dict[str, Any]:
         )
     n, total = len(scatter), pages.about["n_neurons"]
     shown = f"all {total}" if n == total else f"{n} of {total}, the others left out at random"
+    toward = f"{_direction(pages)} the margin \N{RIGHTWARDS ARROW}"
     zero_x, zero_y = x_axis["at"](0.0), y_axis["at"](0.0)
     return {
         "width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "right": _RIGHT, "bottom": _BOTTOM,
@@ -123,8 +130,8 @@ def _scatter(pages: NeuronPages) -> dict[str, Any]:
         "x_ticks": x_axis["ticks"], "y_ticks": y_axis["ticks"],
         "zero": f"M{zero_x:.1f} {_TOP}V{_BOTTOM}M{_LEFT} {zero_y:.1f}H{_RIGHT}",
         "axes": f"M{_LEFT} {_TOP}V{_BOTTOM}H{_RIGHT}",
-        "x_label": f"score on {across} pairs (margin)",
-        "y_label": f"score on {up} pairs (margin)" if up != "layer" else "layer",
+        "x_label": f"score on {across} pairs ({toward})",
+        "y_label": f"score on {up} pairs ({toward})" if up != "layer" else up,
         "cloud": "".join(cloud), "points": points,
         "label": f"{pages.about['method']} of neurons on {across} and {up} pairs",
         "caption": f"Scores of {shown} neurons. Orange ones have a page: choose one to open it.",

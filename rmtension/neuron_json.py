@@ -19,7 +19,16 @@ _FRAMES = {
     "scatter": _PLACE,
     "distribution": (*_PLACE, "objective", "side", "low", "high", "texts"),
 }
-_ABOUT = {"model": str, "architecture": str, "site": str, "positions": str, "method": str, "level": float, "seed": int}
+_ABOUT = {
+    "model": str,
+    "architecture": str,
+    "site": str,
+    "positions": str,
+    "method": str,
+    "sign": int,
+    "level": float,
+    "seed": int,
+}
 _TEXT = {"tokens": list, "activations": list, "first": int, "response_start": int, "n_tokens": int}
 _EXAMPLE = {"layer": int, "neuron": int, "objective": str, "pair": str, "chosen": dict, "rejected": dict}
 
@@ -54,6 +63,8 @@ def read_pages(path: Path) -> tuple[dict[str, pd.DataFrame], list[dict[str, Any]
         )
     frames = {name: read_table(path, found.get(name), columns) for name, columns in _FRAMES.items()}
     about = _fields(path, found.get("about"), {**_ABOUT, "n_neurons": int, "pairs": dict, "digests": dict})
+    if about["sign"] not in (1, -1):
+        raise _damaged(path, f"sign should be 1 or -1, found {about['sign']!r:.80}")
     objectives = list(about["pairs"])
     read_numbers(path, int, about["pairs"], objectives)
     if list(about["digests"]) != objectives or not all(isinstance(one, str) for one in about["digests"].values()):

@@ -14,10 +14,12 @@ from scipy import stats
 from torch import Tensor
 
 from rmtension.ablation import check_set
+from rmtension.arguments import require_arguments
 from rmtension.attribution import NeuronAttribution
 from rmtension.encoding import EncodedText
 from rmtension.errors import OptionError
 from rmtension.files import write_text
+from rmtension.methods import METHODS
 from rmtension.neuron_json import pages_to_json, read_pages
 from rmtension.neuron_scores import NeuronScores, block_of, jackknife_stderr
 from rmtension.neurons import NeuronSet
@@ -69,7 +71,8 @@ class NeuronPages:
     `table` has a row for every neuron that was asked for and for every random one beside it (`set`: "asked for" or
     "random"), with columns `<objective>_score`, `_score_stderr`, `_effect`, `_effect_low`, `_effect_high`, `_n`.
     `scatter` has the scores of all neurons, or of a random part of them. `distribution` counts texts by a neuron's
-    largest activation (in magnitude) over their tokens. `about` says of which model, site, pairs and method.
+    largest activation (in magnitude) over their tokens. `about` says of which model, site, pairs and method, and its
+    `sign` what a positive score means (`Provenance.sign`).
     """
 
     table: pd.DataFrame
@@ -147,6 +150,9 @@ def examine(
         >>> len(pages.neurons), len(pages.table), len(pages.examples)
         (2, 4, 4)
     """
+    require_arguments(
+        "examine(head, pairs, neurons)", head=(head, RewardHead), pairs=(pairs, Mapping), neurons=(neurons, NeuronSet)
+    )
     if not len(neurons):
         raise OptionError("neurons: expected a set with at least one neuron, got an empty one. Use NeuronScores.top.")
     if not pairs or not all(len(some) for some in pairs.values()):
@@ -184,6 +190,7 @@ def examine(
         "site": neurons.site,
         "positions": positions,
         "method": method,
+        "sign": METHODS[method].sign,
         "level": level,
         "seed": seed,
         "n_neurons": neurons.mask.numel(),

@@ -12,10 +12,12 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rmtension.arguments import require_choice
 from rmtension.errors import OptionError, RMTensionWarning
 from rmtension.neurons import NeuronSet
 from rmtension.provenance import Provenance
 from rmtension.repr_html import N_ROWS, html_table
+from rmtension.signs import effect_sign, ranked, with_direction
 from rmtension.storage import read_result, write_result
 
 # Prompts are divided into so many blocks by a hash of their text, in every result that keeps blocks.
@@ -30,15 +32,15 @@ class NeuronScores:
     `without_block[b]` holds the scores computed without the prompts of block b (`block_of`): what bootstrapping over
     prompts needs, at a size that does not grow with their number. None where a method keeps none.
     `completeness_gap` belongs to integrated gradients: the mean over pairs of how far each layer's scores are from the
-    margin's change that they add up to.
+    margin's change that they add up to. `provenance.sign` says what a positive score means: see `top`.
 
     Examples:
         >>> scores.values.shape, scores.n
         (torch.Size([2, 24]), 24)
         >>> scores.to_frame().nlargest(2, "score").round(2)
-            layer  neuron  score  stderr
-        0       0       0   1.12    0.19
-        32      1       8   1.04    0.19
+            layer  neuron  score  stderr direction
+        0       0       0   1.12    0.19  supports
+        32      1       8   1.04    0.19  supports
     """
 
     values: Float[Tensor, "layer neuron"]
@@ -78,37 +80,47 @@ class NeuronScores:
         fraction: float | None = None,
         *,
         k: int | None = None,
-        by: str = "absolute",
+        by: str = "magnitude",
         within: str = "model",
         rule: str = "exact",
     ) -> NeuronSet:
         """The `ceil(fraction * N)` neurons (or exactly `k`) that score highest.
 
-        `by="absolute"` ranks by |score|, `"value"` by the signed score. `within="model"` ranks all layers jointly,
-        `"layer"` each by itself, `k` counting neurons per layer. Equal scores are taken in the order of (layer,
-        neuron), with a `RMTensionWarning` when the cut falls between them: the choice is then arbitrary.
+        - `by="magnitude"` ranks by |score|.
+        - `by="supports"` takes the neurons that raise the margin most, by their scores: without them it falls.
+          `"opposes"` takes those that lower it most. Both mean the same for every method, whose `provenance.sign` says
+          whether its positive scores support the margin. For scores without a direction (magnitudes and frequencies of
+          activations, `aggregate="absolute"`) they are an `OptionError`. Of `mean_difference`, which does not look at
+          the reward, they take the neurons that are more active in the chosen responses (in the rejected ones):
+          candidates, whether or not the reward reads them.
+        - `by="score"` ranks the scores as they are, with their sign, as the published code ranks mean activations. It
+          is an `OptionError` where a positive score opposes the margin.
 
-        `rule="percentile"` takes every neuron whose score is at least the percentile, as the code of arXiv 2606.13209
+        `within="model"` ranks all layers jointly, `"layer"` each by itself, `k` counting neurons per layer. Equal
+        scores are taken in the order of (layer, neuron), with a `RMTensionWarning` when the cut falls between them: the
+        choice is then arbitrary. There is a warning too when fewer neurons support (or oppose) the margin than are
+        taken.
+
+        `rule="percentile"` takes every neuron that ranks at or above the percentile, as the code of arXiv 2606.13209
         does: with ties there it selects more, up to everything.
 
         Examples:
-            >>> scores.top(0.05), len(scores.top(k=6))
+            >>> scores.top(0.05), len(scores.top(k=6, by="supports"))
             (NeuronSet(3 of 48 mlp neurons of gpt2-2x24-heads2x12-d24), 6)
         """
-        _check_choice("by", by, ("absolute", "value"))
-        _check_choice("within", within, ("model", "layer"))
-        _check_choice("rule", rule, ("exact", "percentile"))
+        require_choice("within", within, ("model", "layer"))
+        require_choice("rule", rule, ("exact", "percentile"))
         if (fraction is None) == (k is None):
             raise OptionError("top: expected exactly one of fraction and k.")
         if fraction is not None and not 0 < fraction <= 1:
             raise OptionError(f"fraction: expected a number in (0, 1], got {fraction}.")
-        ranked = self.values.double().abs() if by == "absolute" else self.values.double()
-        if ranked.isnan().any():
+        order = ranked(self.values.double(), by, self.provenance)
+        if order.isnan().any():
             raise OptionError(
-                f"top: {int(ranked.isnan().sum())} of {ranked.numel()} scores are NaN, which nothing ranks. Score in "
+                f"top: {int(order.isnan().sum())} of {order.numel()} scores are NaN, which nothing ranks. Score in "
                 "float32, or look for overflow in the model."
             )
-        parts = [ranked.flatten()] if within == "model" else list(ranked)
+        parts = [order.flatten()] if within == "model" else list(order)
         if rule == "percentile":
             if fraction is None:
                 raise OptionError("rule: 'percentile' needs fraction, not k.")
@@ -116,16 +128,25 @@ class NeuronScores:
         else:
             masks = [_exact_top(part, fraction, k) for part in parts]
         mask = torch.cat(masks).view_as(self.values)
+        if by in ("supports", "opposes") and not mask.all() and (others := int((order[mask] <= 0).sum())):
+            warnings.warn(
+                f"top: {others} of the {int(mask.sum())} neurons taken do not have a score by which the neuron {by} "
+                f"the margin; {int((order > 0).sum())} of {order.numel()} have. Take fewer.",
+                RMTensionWarning,
+                stacklevel=2,
+            )
         return NeuronSet(mask, self.provenance.site, self.provenance.architecture)
 
     def as_effects(self) -> Float[Tensor, "layer neuron"]:
-        """The change of the margin that the scores predict for taking out each neuron; magnitudes if `absolute`.
+        """The change of the margin that the scores predict for taking out each neuron: below 0 where it supports it.
+
+        Scores without a direction (`provenance.sign` None) predict magnitudes, and are given as they are.
 
         Examples:
             >>> scores.as_effects().equal(-scores.values)
             True
         """
-        return self.values * sign_of_effect(self.provenance.method)
+        return self.values * effect_sign(self.provenance)
 
     def resampled(self, counts: Float[Tensor, "resample block"]) -> Float[Tensor, "resample layer neuron"]:
         """The scores on resamples of the prompts in which block b stands `counts[r, b]` times; rows sum to all blocks.
@@ -150,9 +171,13 @@ class NeuronScores:
         return self.without_block
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a neuron: layer, neuron, score, stderr."""
+        """One row a neuron: layer, neuron, score, stderr, and its direction.
+
+        `direction` says what the score means for the margin: the neuron "supports" it, "opposes" it, or "neither" (0 or
+        NaN). Scores without a direction have no such column.
+        """
         layers, neurons = self.values.shape
-        return pd.DataFrame(
+        frame = pd.DataFrame(
             {
                 "layer": np.repeat(np.arange(layers), neurons),
                 "neuron": np.tile(np.arange(neurons), layers),
@@ -160,6 +185,7 @@ class NeuronScores:
                 "stderr": self.stderr.flatten().numpy(),
             }
         )
+        return with_direction(frame, self.values, self.provenance)
 
     def save(self, path: str | Path) -> None:
         """Write scores and provenance to one safetensors file."""
@@ -183,14 +209,6 @@ class NeuronScores:
         provenance = Provenance.from_dict(values["provenance"])
         optional = {name: tensors.get(name) for name in _TENSORS[2:]}
         return cls(tensors["values"], tensors["stderr"], provenance, **optional)
-
-
-def sign_of_effect(method: str) -> int:
-    """1 where scores of `method` are changes of the margin when the neuron is taken out, -1 where contributions to it.
-
-    1 for magnitudes, which predict magnitudes.
-    """
-    return 1 if method.startswith(("attribution_patching", "effect of")) or method.endswith("absolute") else -1
 
 
 def block_of(keys: Int[Tensor, "text"]) -> Int[Tensor, "text"]:
@@ -228,8 +246,3 @@ def _exact_top(scores: Float[Tensor, "candidate"], fraction: float | None, k: in
     mask = torch.zeros(total, dtype=torch.bool)
     mask[order[:size]] = True
     return mask
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise OptionError(f"{name}: expected one of {list(choices)}, got {value!r}.")

@@ -18,6 +18,7 @@ from rmtension.errors import OptionError
 from rmtension.neurons import NeuronSet
 from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
+from rmtension.portable import make_portable
 from rmtension.reward_head import RewardHead
 
 # What one word of a kind adds to the reward, and which responses have such words in helpful and in harmless pairs.
@@ -274,7 +275,9 @@ def _save(folder: Path, config: GPT2Config, words: list[str], weights: _Weights)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     raw = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token=_UNKNOWN))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token=_UNKNOWN, pad_token=_PAD).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token=_UNKNOWN, pad_token=_PAD)
+    tokenizer.save_pretrained(folder)
+    make_portable(folder, tokenizer)
 
 
 def _pairs(rng: np.random.Generator, per_kind: int, n_pairs: int) -> dict[str, PreferencePairs]:

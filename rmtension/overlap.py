@@ -14,6 +14,7 @@ from torch import Tensor
 from rmtension.intervals import check_level, percentile_interval
 from rmtension.neuron_scores import N_BLOCKS, NeuronScores, top_size
 from rmtension.neurons import NeuronSet
+from rmtension.signs import ranked
 
 _BASE = "base model"  # no model of a study has a space in its name
 # Scores held at a time while resampling.
@@ -113,7 +114,7 @@ def jaccard_intervals(
     scores: Mapping[str, NeuronScores],
     *,
     fraction: float,
-    by: str = "absolute",
+    by: str = "magnitude",
     within: str = "model",
     rule: str = "exact",
     base: NeuronScores | None = None,
@@ -166,8 +167,7 @@ def _resampled_tops(
     scores: NeuronScores, counts: Float[Tensor, "resample block"], fraction: float, by: str, within: str, rule: str
 ) -> Bool[Tensor, "resample place"]:
     """The top set in every resample; ties are broken by place, silently: a resample is no result."""
-    values = scores.resampled(counts)
-    values = values.abs() if by == "absolute" else values
+    values = ranked(scores.resampled(counts), by, scores.provenance)
     values = values if within == "layer" else values.flatten(1)
     if rule == "percentile":
         cuts = np.percentile(values.numpy(), 100 * (1 - fraction), axis=-1, keepdims=True)

@@ -1,13 +1,12 @@
-"""One preference pair: its fields, the text a reward model reads, and how it is made from a record."""
+"""One preference pair: its fields, and the text a reward model reads."""
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
-from rmtension.chat import Chat, Message, is_messages, prompt_text, read_chat
+from rmtension.chat import Chat, Message, prompt_chat, prompt_text
 from rmtension.errors import DataError
 
 _ASSISTANT = "\n\nAssistant:"
@@ -17,57 +16,88 @@ _ASSISTANT = "\n\nAssistant:"
 class PreferencePair:
     """One prompt with the response that was preferred and the one that was not.
 
-    The prompt is plain text, or a chat (a tuple of messages) that each model renders with its own template.
+    The prompt is plain text, or a chat (a tuple of messages) that each model renders with its own template. Behind a
+    chat a response is the text of one message of the assistant, or a chat of its own: several messages, or one with
+    further fields such as tool calls. `tools` is the JSON text of the tools that the template is given.
+
     `objective` says what the preference rewards (for example "helpful" or "harmless"), `subset` is a finer label,
     `id` names the pair in messages and tables. Pairs with the same `item` are judged together (best-of-n: the item is
-    right when every one of its pairs is); without one a pair is judged by itself.
+    right when every one of its pairs is); without one a pair is judged by itself. An empty label is none.
+
+    Pairs that read the same are equal: the one space that `join_prompt` puts between a text prompt and a response is
+    not kept in the response, and a chat response of one message with text alone is that text.
 
     Examples:
         >>> pair = PreferencePair("2 + 2?", "4", "5", objective="helpful")
         >>> pair.text("chosen"), pair.is_tie, pair.swapped().chosen
         ('2 + 2? 4', False, '5')
+        >>> pair == PreferencePair("2 + 2?", " 4", " 5", objective="helpful")
+        True
     """
 
     prompt: str | Chat
-    chosen: str
-    rejected: str
+    chosen: str | Chat
+    rejected: str | Chat
     objective: str | None = None
     subset: str | None = None
     id: str = ""
     item: str | None = None
+    tools: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("chosen", "rejected"):
+            object.__setattr__(self, name, _canonical(self.prompt, getattr(self, name)))
+        for name in ("objective", "subset", "item", "tools"):
+            object.__setattr__(self, name, getattr(self, name) or None)
         if not self.id:
             object.__setattr__(self, "id", self.digest()[:16])
 
     @property
     def is_tie(self) -> bool:
-        """Whether chosen and rejected are the same text, so that no reward model can tell them apart."""
+        """Whether chosen and rejected are the same response, so that no reward model can tell them apart."""
         return self.chosen == self.rejected
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether the pair is read with a model's chat template."""
+        return not isinstance(self.prompt, str)
+
     def digest(self) -> str:
-        """SHA-256 over prompt, chosen and rejected, in hexadecimal."""
-        return hashlib.sha256(json.dumps([self.prompt, self.chosen, self.rejected]).encode()).hexdigest()
+        """SHA-256 over prompt, chosen, rejected, and tools if there are any, in hexadecimal."""
+        parts = [_listed(self.prompt), _listed(self.chosen), _listed(self.rejected)]
+        parts += [self.tools] if self.tools else []
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def text(self, side: str) -> str:
         """The plain text of one side, "chosen" or "rejected"; raises `DataError` for a chat, which has none."""
-        if not isinstance(self.prompt, str):
+        response = getattr(self, side)
+        if not isinstance(self.prompt, str) or not isinstance(response, str):
             raise DataError(
                 f"pair {self.id!r}: its prompt is a chat, whose text depends on a model's template. Use a pair with a "
                 "plain prompt here."
             )
-        return join_prompt(self.prompt, getattr(self, side))
+        return join_prompt(self.prompt, response)
 
     def swapped(self) -> "PreferencePair":
         """The same pair with the preference turned round."""
         return replace(self, chosen=self.rejected, rejected=self.chosen)
 
-    def to_dict(self) -> dict[str, Any]:
-        """A plain dict with the field names of the JSON-lines format; messages are dicts."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+    def as_chat(self) -> "PreferencePair":
+        """The same pair with messages in the place of a plain prompt; see `PreferencePairs.as_chat`."""
         if not isinstance(self.prompt, str):
-            fields["prompt"] = [message._asdict() for message in self.prompt]
-        return fields
+            return self
+        chat = prompt_chat(self.prompt, f"pair {self.id!r}")
+        responses = {name: getattr(self, name).strip() for name in ("chosen", "rejected")}
+        return replace(self, prompt=chat, **responses)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict with the field names of the JSON-lines format; messages are dicts. `tools` only if there are."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        for name in ("prompt", "chosen", "rejected"):
+            if isinstance(fields[name], tuple):
+                fields[name] = [message.to_dict() for message in fields[name]]
+        tools = fields.pop("tools")
+        return fields if tools is None else {**fields, "tools": json.loads(tools)}
 
 
 def join_prompt(prompt: str, response: str) -> str:
@@ -100,96 +130,55 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def require_responses(pair: PreferencePair, where: str) -> None:
-    """Raise `DataError` unless the prompt is a text or a chat and both responses are texts with something in them."""
-    is_chat = isinstance(pair.prompt, tuple) and all(isinstance(message, Message) for message in pair.prompt)
-    if not isinstance(pair.prompt, str) and not (is_chat and pair.prompt):
+    """Raise `DataError` unless the prompt is a text or a chat, and the responses are such as it can have, not empty."""
+    if not isinstance(pair.prompt, str) and not _is_chat(pair.prompt):
         raise DataError(
             f"{where}: field 'prompt' should be text or messages, got {type(pair.prompt).__name__}. "
             "PreferencePairs.from_records reads messages from dicts."
         )
-    for field in ("chosen", "rejected"):
-        response = getattr(pair, field)
-        if not isinstance(response, str):
-            raise DataError(f"{where}: field {field!r} should be text, got {type(response).__name__}.")
-        if not response.strip():
+    for name in ("chosen", "rejected"):
+        response = getattr(pair, name)
+        if not isinstance(response, str) and not (pair.is_chat and _is_chat(response)):
+            expected = "text or messages" if pair.is_chat else "text, as the prompt is"
+            raise DataError(f"{where}: field {name!r} should be {expected}, got {type(response).__name__}.")
+        if not isinstance(response, str) and response[-1].role != "assistant":
             raise DataError(
-                f"{where}: field {field!r} is empty; a reward model needs a response to score. Remove the pair, or "
+                f"{where}: field {name!r} should end in a message of the assistant, got the roles "
+                f"{[message.role for message in response]}."
+            )
+        said = response if isinstance(response, str) else "".join(f"{one.content or ''}{one.more}" for one in response)
+        if not said.strip():
+            raise DataError(
+                f"{where}: field {name!r} is empty; a reward model needs a response to score. Remove the pair, or "
                 'load with on_invalid="skip".'
             )
-    for field in PreferencePair.__dataclass_fields__:
-        value = getattr(pair, field)
-        text = prompt_text(value) if field == "prompt" else value or ""
+    for name in PreferencePair.__dataclass_fields__:
+        value = getattr(pair, name)
+        text = prompt_text(value) if name in ("prompt", "chosen", "rejected") else value or ""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             # JSON can escape half a character; no tokenizer takes it, and no file.
             raise DataError(
-                f"{where}: field {field!r} has half of a surrogate pair, which is no character. Correct the text, or "
+                f"{where}: field {name!r} has half of a surrogate pair, which is no character. Correct the text, or "
                 'load with on_invalid="skip".'
             ) from error
 
 
-def to_pair(record: Any, where: str, labels: Mapping[str, str]) -> PreferencePair:
-    """The pair of one record, `labels` over its own; raises `DataError` naming `where` and the field."""
-    if not isinstance(record, Mapping):
-        raise DataError(
-            f"{where}: expected a JSON object with 'prompt', 'chosen' and 'rejected', got {type(record).__name__}."
-        )
-    for field in ("chosen", "rejected"):
-        if field not in record:
-            raise DataError(f"{where}: field {field!r} is missing; fields present: {sorted(map(str, record))}.")
-    fields: dict[str, Any] = {**record, **labels}
-    if any(is_messages(fields.get(name)) for name in ("prompt", "chosen", "rejected")):
-        fields |= _from_messages(fields, where)
-    for field in ("prompt", "chosen", "rejected"):
-        # By now a chat is a tuple of messages, and only a prompt may be one.
-        is_chat = field == "prompt" and isinstance(fields.get(field), tuple)
-        if field in fields and not isinstance(fields[field], str) and not is_chat:
-            raise DataError(f"{where}: field {field!r} should be text or messages, got {type(fields[field]).__name__}.")
-    if "prompt" not in fields:
-        try:
-            fields["prompt"], fields["chosen"], fields["rejected"] = split_transcripts(
-                fields["chosen"], fields["rejected"]
-            )
-        except DataError as error:
-            raise DataError(f"{where}: field 'prompt' is missing. {error}") from error
-    labelled = ("objective", "subset", "item")
-    optional = {name: None if fields.get(name) is None else str(fields[name]) for name in labelled}
-    pair = PreferencePair(
-        fields["prompt"], fields["chosen"], fields["rejected"], id=str(fields.get("id") or ""), **optional
-    )
-    require_responses(pair, where)
-    return pair
+def _is_chat(value: object) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(isinstance(message, Message) for message in value)
 
 
-def _from_messages(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Prompt and responses of a record that has messages in some fields.
+def _canonical(prompt: Any, response: Any) -> Any:
+    """The response without the space that the join puts back; the text of one message that has nothing else."""
+    if isinstance(response, str):
+        shorter = response.removeprefix(" ")
+        is_put_back = isinstance(prompt, str) and shorter and join_prompt(prompt, shorter) == prompt + response
+        return shorter if is_put_back else response
+    if _is_chat(response) and len(response) == 1 and response[0].role == "assistant" and not response[0].more:
+        return response[0].content
+    return response
 
-    With a prompt, a response is text or one message of the assistant. Without, `chosen` and `rejected` are whole
-    conversations that differ in their last message only.
-    """
-    chats = {
-        name: read_chat(fields[name], f"{where}: field {name!r}")
-        for name in ("prompt", "chosen", "rejected")
-        if is_messages(fields.get(name))
-    }
-    prompt: Any = chats.get("prompt", fields.get("prompt"))
-    if prompt is None and {"chosen", "rejected"} <= set(chats):
-        prompt = chats["chosen"][:-1]
-        if not prompt or chats["rejected"][:-1] != prompt:
-            raise DataError(
-                f"{where}: field 'prompt' is missing, and the messages of 'chosen' and 'rejected' differ in more than "
-                "the last one. Give the record a 'prompt' with the messages before the responses."
-            )
-        chats = {name: chats[name][-1:] for name in ("chosen", "rejected")}
-    responses = {}
-    for name in ("chosen", "rejected"):
-        responses[name] = fields[name]
-        if name in chats:
-            if isinstance(prompt, str) or len(chats[name]) != 1 or chats[name][0].role != "assistant":
-                raise DataError(
-                    f"{where}: field {name!r} should be one message of the assistant after a prompt of messages, got "
-                    f"the roles {[message.role for message in chats[name]]}."
-                )
-            responses[name] = chats[name][0].content
-    return responses if prompt is None else {"prompt": prompt, **responses}
+
+def _listed(value: Any) -> Any:
+    return [message.to_list() for message in value] if _is_chat(value) else value

@@ -11,6 +11,7 @@ from rmtension.errors import OptionError
 from rmtension.header import read_objects
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance
+from rmtension.signs import with_direction
 from rmtension.storage import read_result, write_result
 
 
@@ -53,12 +54,16 @@ class PairScores:
         return PairScores(self.values[rows], PreferencePairs(self.pairs[row] for row in rows), self.provenance)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a pair and neuron: id, layer, neuron, score."""
+        """One row a pair and neuron: id, layer, neuron, score, and its direction for that pair's margin.
+
+        `direction` is that of `NeuronScores.to_frame`.
+        """
         n, layers, neurons = self.values.shape
         index = pd.MultiIndex.from_product(
             [[pair.id for pair in self.pairs], range(layers), range(neurons)], names=["id", "layer", "neuron"]
         )
-        return pd.DataFrame({"score": self.values.reshape(n * layers * neurons).numpy()}, index=index).reset_index()
+        frame = pd.DataFrame({"score": self.values.reshape(n * layers * neurons).numpy()}, index=index).reset_index()
+        return with_direction(frame, self.values, self.provenance)
 
     def save(self, path: str | Path) -> None:
         """Write scores, pairs and provenance to one safetensors file."""

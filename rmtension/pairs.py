@@ -3,7 +3,6 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -11,13 +10,15 @@ from typing import Any, overload
 import numpy as np
 import pandas as pd
 
-from rmtension.chat import Chat, prompt_text, split_turns
+from rmtension.chat import Chat, prompt_text
+from rmtension.data_files import file_rows, without_padding
 from rmtension.distributed import current
 from rmtension.errors import DataError, OptionError
 from rmtension.files import write_json_lines
-from rmtension.pair import PreferencePair, require_responses, to_pair
-from rmtension.preference_format import read_row, require_datasets, require_rows, to_rows
-from rmtension.reading import hub_rows, located_lines, parse_json
+from rmtension.pair import PreferencePair, require_responses
+from rmtension.preference_format import dataset_rows, to_dataset
+from rmtension.reading import hub_rows
+from rmtension.rows import RowReader
 
 
 class PreferencePairs(Sequence[PreferencePair]):
@@ -35,27 +36,102 @@ class PreferencePairs(Sequence[PreferencePair]):
     def __init__(
         self, pairs: Iterable[PreferencePair], skipped: Mapping[str, int] | None = None, *, first: int = 0
     ) -> None:
+        if isinstance(pairs, Mapping):
+            raise DataError(
+                f"pairs: expected preference pairs, got a mapping of {list(pairs)!r:.80}. Choose those of one name."
+            )
         self._pairs = tuple(pairs)
         self.skipped: dict[str, int] = dict(skipped or {})
         for number, pair in enumerate(self._pairs, start=first):
             if not isinstance(pair, PreferencePair):
                 raise DataError(
                     f"pairs: expected PreferencePair, got {type(pair).__name__} at position {number}. For dicts use "
-                    "PreferencePairs.from_records."
+                    "PreferencePairs.from_records; texts that are not pairs are scored with RewardHead.score."
                 )
             require_responses(pair, f"pair {number} (id {pair.id!r})")
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_records(
-        cls, records: Iterable[Mapping[str, Any]], *, on_invalid: str = "raise", **labels: str
+    def read(
+        cls,
+        path: str | Path,
+        *,
+        columns: Mapping[str, str | None] | None = None,
+        objective: str | None = None,
+        subset: str | None = None,
+        chat: bool = False,
+        on_invalid: str = "raise",
     ) -> "PreferencePairs":
-        """Pairs from dicts with `prompt`, `chosen`, `rejected` and optionally `objective`, `subset`, `id`, `item`.
+        r"""Pairs from a file: JSON lines, a JSON array, CSV, TSV or Parquet; plain, gzip'd or zstd'd; in UTF-8.
 
-        Without a `prompt`, `chosen` and `rejected` are taken for whole HH transcripts and split. Keyword arguments
-        (`objective="helpful"`) set that field in every pair. Raises `DataError` naming the record and the field;
-        `on_invalid="skip"` counts such records in `skipped` instead.
+        The content says which, not the name. A row has `prompt`, `chosen`, `rejected`, and if you like `objective`,
+        `subset`, `id`, `item`, `tools` and `system`; `columns={"prompt": "question"}` says which column a field is in,
+        and `{"prompt": None}` that it is in none. `objective` and `subset` set that field in every pair. Prompts and
+        responses are texts or messages: the page "Load your pairs" shows every shape. `chat=True` makes messages of
+        plain prompts, for models with a chat template.
+
+        Raises `DataError` naming the file, the line or row, and the field; `on_invalid="skip"` counts such rows in
+        `skipped` instead. A column that no row has is an `OptionError`. Parquet needs the package pyarrow, .zst needs
+        zstandard. JSON arrays are read whole, other files row by row.
+
+        Examples:
+            >>> Path("pairs.csv").write_text('question,good,bad\n2 + 2?,4,"5, or 6"\n') > 0
+            True
+            >>> columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+            >>> PreferencePairs.read("pairs.csv", columns=columns)[0].rejected
+            '5, or 6'
+        """
+        reader = RowReader(columns, objective=objective, subset=subset, chat=chat)
+        return cls._read(file_rows(Path(path).expanduser(), columns=reader.sides), reader, on_invalid)
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path, **options: Any) -> "PreferencePairs":
+        """`read`, by the name of the format that `to_jsonl` writes.
+
+        Examples:
+            >>> pairs["helpful"].to_jsonl("pairs.jsonl.gz")
+            >>> PreferencePairs.from_jsonl("pairs.jsonl.gz") == pairs["helpful"]
+            True
+        """
+        return cls.read(path, **options)
+
+    @staticmethod
+    def iter_jsonl(
+        path: str | Path,
+        *,
+        columns: Mapping[str, str | None] | None = None,
+        objective: str | None = None,
+        subset: str | None = None,
+        chat: bool = False,
+    ) -> Iterator[PreferencePair]:
+        """The pairs of a file one at a time, for files longer than memory; an invalid row raises.
+
+        The options are those of `read`. Whatever sums over pairs takes them so:
+        `ActivationCollector(head).collect(PreferencePairs.iter_jsonl(path))`.
+
+        Examples:
+            >>> pairs["helpful"].to_jsonl("pairs.jsonl")
+            >>> ActivationCollector(head).collect(PreferencePairs.iter_jsonl("pairs.jsonl")).mean.equal(means.mean)
+            True
+        """
+        reader = RowReader(columns, objective=objective, subset=subset, chat=chat)
+        for where, row in file_rows(Path(path).expanduser(), columns=reader.sides):
+            yield reader.read(row, where)
+        reader.finish()
+
+    @classmethod
+    def from_records(
+        cls,
+        records: Iterable[Mapping[str, Any]],
+        *,
+        columns: Mapping[str, str | None] | None = None,
+        objective: str | None = None,
+        subset: str | None = None,
+        chat: bool = False,
+        on_invalid: str = "raise",
+    ) -> "PreferencePairs":
+        """Pairs from dicts, read as the rows of a file are; options and errors are those of `read`.
 
         Examples:
             >>> rows = [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}, {"prompt": "2 + 3?", "chosen": "5"}]
@@ -63,41 +139,38 @@ class PreferencePairs(Sequence[PreferencePair]):
             >>> len(read), read.objectives, read.skipped
             (1, ['helpful'], {"field 'rejected' is missing; fields present: ['chosen', 'prompt'].": 1})
         """
-        located = ((f"record {number}", record) for number, record in enumerate(records))
-        return cls.from_rows(located, _reader(labels), on_invalid=on_invalid)
+        reader = RowReader(columns, objective=objective, subset=subset, chat=chat)
+        return cls._read(((f"record {number}", one) for number, one in enumerate(records)), reader, on_invalid)
 
     @classmethod
-    def from_jsonl(cls, path: str | Path, *, on_invalid: str = "raise", **labels: str) -> "PreferencePairs":
-        """Pairs from a JSON-lines file, plain or gzip'd (recognised by its first bytes), in UTF-8.
+    def from_frame(
+        cls,
+        frame: pd.DataFrame,
+        *,
+        columns: Mapping[str, str | None] | None = None,
+        objective: str | None = None,
+        subset: str | None = None,
+        chat: bool = False,
+        on_invalid: str = "raise",
+    ) -> "PreferencePairs":
+        """Pairs from a pandas frame, read as the rows of a file are; NaN, NaT and NA are missing. Rows count from 0.
 
-        Fields and errors are those of `from_records`; messages name the file and the line.
-
-        Examples:
-            >>> pairs["helpful"].to_jsonl("pairs.jsonl.gz")
-            >>> PreferencePairs.from_jsonl("pairs.jsonl.gz") == pairs["helpful"]
-            True
-        """
-        read = _reader(labels)
-        return cls.from_rows(
-            located_lines(Path(path)), lambda line, where: read(parse_json(line, where), where), on_invalid=on_invalid
-        )
-
-    @staticmethod
-    def iter_jsonl(path: str | Path, **labels: str) -> Iterator[PreferencePair]:
-        """The pairs of a JSON-lines file one at a time, for files longer than memory; an invalid line raises.
-
-        Whatever sums over pairs takes them so: `ActivationCollector(head).collect(PreferencePairs.iter_jsonl(path))`.
+        Options and errors are those of `read`.
 
         Examples:
-            >>> pairs["helpful"].to_jsonl("pairs.jsonl")
-            >>> ActivationCollector(head).collect(PreferencePairs.iter_jsonl("pairs.jsonl")).mean.equal(means.mean)
+            >>> PreferencePairs.from_frame(pairs["helpful"].to_frame()) == pairs["helpful"]
             True
         """
-        read = _reader(labels)
-        for number, (where, line) in enumerate(located_lines(Path(path))):
-            for pair in read(parse_json(line, where), where):
-                require_responses(pair, f"pair {number} (id {pair.id!r})")
-                yield pair
+        if not isinstance(frame, pd.DataFrame):
+            raise OptionError(
+                f"frame: expected a pandas.DataFrame, got {type(frame).__name__}. A path goes to PreferencePairs.read, "
+                "dicts to PreferencePairs.from_records."
+            )
+        if not frame.columns.is_unique:
+            raise DataError(f"frame: expected columns with names of their own, got {list(map(str, frame.columns))}.")
+        reader = RowReader(columns, objective=objective, subset=subset, chat=chat)
+        rows = ({str(name): _of_frame(value) for name, value in row.items()} for row in frame.to_dict("records"))
+        return cls._read(((f"row {number}", row) for number, row in enumerate(rows)), reader, on_invalid)
 
     @classmethod
     def from_hub(
@@ -107,32 +180,46 @@ class PreferencePairs(Sequence[PreferencePair]):
         split: str = "test",
         data_dir: str | None = None,
         revision: str | None = None,
+        columns: Mapping[str, str | None] | None = None,
+        objective: str | None = None,
+        subset: str | None = None,
+        chat: bool = False,
         on_invalid: str = "raise",
-        **labels: str,
     ) -> "PreferencePairs":
         """Pairs from a Hugging Face data set (or a local folder of its files), read with `datasets`.
 
         This is the only call of this class that uses the network, and `HF_HUB_OFFLINE=1` keeps it from doing so.
-        Fields and errors are those of `from_dataset`; HH transcripts are split into prompt and response.
+        The other options and errors are those of `from_dataset`.
         """
         rows = hub_rows(name, data_dir=data_dir, split=split, revision=revision)
-        return cls.from_dataset(rows, on_invalid=on_invalid, **labels)
+        return cls.from_dataset(
+            rows, columns=columns, objective=objective, subset=subset, chat=chat, on_invalid=on_invalid
+        )
 
     @classmethod
     def from_dataset(
-        cls, dataset: Iterable[Mapping[str, Any]], *, on_invalid: str = "raise", **labels: str
+        cls,
+        dataset: Iterable[Mapping[str, Any]],
+        *,
+        columns: Mapping[str, str | None] | None = None,
+        objective: str | None = None,
+        subset: str | None = None,
+        chat: bool = False,
+        on_invalid: str = "raise",
     ) -> "PreferencePairs":
-        """Pairs from a `datasets.Dataset` or `IterableDataset` in any of TRL's preference formats.
+        """Pairs from a `datasets.Dataset` or `IterableDataset`, read as the rows of a file are; rows count from 0.
 
-        Columns are `chosen`, `rejected`, the optional ones of `from_records`, and `prompt`; texts, or lists of messages
-        of which the responses are one each. Without a `prompt`, chosen and rejected are whole conversations, HH
-        transcripts, or texts that begin alike: the prompt then ends behind the last space that both share. The text
-        of a pair is `prompt + response` as in TRL, but with a space between where neither has any white space there.
-        Raises as `from_records` does; rows count from 0.
+        All of TRL's preference formats are read. The text of a pair is `prompt + response` as in TRL, but with a space
+        between where neither has any white space there. Options and errors are those of `read`.
         """
-        known = _known_labels(labels)
-        located = ((f"row {number}", row) for number, row in enumerate(require_rows(dataset)))
-        return cls.from_rows(located, lambda row, where: [read_row(row, where, known)], on_invalid=on_invalid)
+        reader = RowReader(columns, objective=objective, subset=subset, chat=chat)
+        return cls._read(dataset_rows(dataset), reader, on_invalid)
+
+    @classmethod
+    def _read(cls, rows: Iterable[tuple[str, Any]], reader: RowReader, on_invalid: str) -> "PreferencePairs":
+        pairs = cls.from_rows(rows, reader, on_invalid=on_invalid)
+        reader.finish()
+        return pairs
 
     @classmethod
     def from_rows(
@@ -319,35 +406,39 @@ class PreferencePairs(Sequence[PreferencePair]):
         return PreferencePairs(pair.swapped() for pair in self._pairs)
 
     def as_chat(self) -> "PreferencePairs":
-        r"""The same pairs with plain HH transcripts as chats, for reward models with a chat template.
+        r"""The same pairs with messages in the place of plain prompts, for reward models with a chat template.
 
-        Raises `DataError` for a prompt that is no transcript of `\n\nHuman:` and `\n\nAssistant:` turns.
+        An HH transcript becomes the messages of its turns, any other text one message of the user; chats stay as they
+        are. `chat=True` at loading does the same. Raises `DataError` for an empty prompt, and for a transcript that
+        ends inside a turn of the assistant.
 
         Examples:
             >>> row = {"prompt": "\n\nHuman: 2 + 2?\n\nAssistant:", "chosen": "4", "rejected": "5"}
-            >>> PreferencePairs.from_records([row]).as_chat()[0].prompt
-            (Message(role='user', content='2 + 2?'),)
+            >>> PreferencePairs.from_records([row, row | {"prompt": "2 + 2?"}]).as_chat().prompts
+            [(Message(role='user', content='2 + 2?'),)]
         """
-        return PreferencePairs(_as_chat(pair) for pair in self._pairs)
+        return PreferencePairs(pair.as_chat() for pair in self._pairs)
 
     # -- out -------------------------------------------------------------------------------------------------------
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a pair, with the field names of the JSON-lines format."""
-        return pd.DataFrame([pair.to_dict() for pair in self._pairs], columns=list(PreferencePair.__dataclass_fields__))
+        """One row a pair, with the field names of the JSON-lines format; `tools` only where some pair has tools."""
+        names = [name for name in PreferencePair.__dataclass_fields__ if name != "tools"]
+        names += ["tools"] if any(pair.tools for pair in self._pairs) else []
+        return pd.DataFrame([pair.to_dict() for pair in self._pairs], columns=names)
 
     def to_dataset(self, *, implicit_prompt: bool = False) -> Any:
         """A `datasets.Dataset` in TRL's preference format, whose texts TRL reads as this library does.
 
         Plain pairs have texts, chats have messages; `implicit_prompt` leaves the prompt in front of both responses.
-        `from_dataset` reads it back: equal pairs, but for responses that begin with one space, which they lose where
-        the join puts it back; with an implicit prompt, as far as the prompt can be found. Raises `DataError` for plain
-        prompts among chats, and without the package `datasets`.
+        `from_dataset` reads it back equal, and `read` does so from the files that the data set writes; with an
+        implicit prompt, as far as the prompt can be found. Raises `DataError` for plain prompts among chats, and
+        without the package `datasets`.
         """
-        return require_datasets().Dataset.from_list(to_rows(self._pairs, implicit_prompt=implicit_prompt))
+        return to_dataset(self._pairs, implicit_prompt=implicit_prompt)
 
     def to_jsonl(self, path: str | Path) -> None:
-        """Write JSON lines that `from_jsonl` reads back equal; gzip'd if the name ends in `.gz`.
+        """Write JSON lines that `read` reads back equal; compressed if the name ends in `.gz` or `.zst`.
 
         All of it or nothing; of several processes that share the work, the first one writes.
         """
@@ -356,26 +447,6 @@ class PreferencePairs(Sequence[PreferencePair]):
         write_json_lines(Path(path), (pair.to_dict() for pair in self._pairs), "pairs")
 
 
-def _as_chat(pair: PreferencePair) -> PreferencePair:
-    if not isinstance(pair.prompt, str):
-        return pair
-    chat = split_turns(pair.prompt)
-    if chat[-1].role != "user":
-        raise DataError(
-            f"pair {pair.id!r}: its prompt ends inside a turn of the assistant ({chat[-1].content[:40]!r}): the "
-            "response would be no message of its own. Move that text to the responses."
-        )
-    return replace(pair, prompt=chat, chosen=pair.chosen.strip(), rejected=pair.rejected.strip())
-
-
-def _reader(labels: Mapping[str, str]) -> Callable[[Any, str], list[PreferencePair]]:
-    """Reads records of the library's own format, `labels` over their fields."""
-    known = _known_labels(labels)
-    return lambda record, where: [to_pair(record, where, known)]
-
-
-def _known_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
-    unknown = set(labels) - {"objective", "subset"}
-    if unknown:
-        raise OptionError(f"labels: expected 'objective' or 'subset', got {sorted(unknown)}.")
-    return labels
+def _of_frame(value: Any) -> Any:
+    # A frame of Parquet has arrays in the place of lists, with the padding of Arrow.
+    return without_padding(value) if isinstance(value, np.ndarray) else value

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension.encoding import EncodedPairs, EncodedText
-from rmtension.hooks import in_eval_mode
+from rmtension.hooks import eager_eval
 from rmtension.last_block import LastMLP
 from rmtension.packing import attention_mask, pack
 from rmtension.tokens import TokenBatch
@@ -46,6 +46,16 @@ def run_base(base: Any, batch: TokenBatch) -> Float[Tensor, "row token d_model"]
     return output
 
 
+def looks_ahead(base: Any, n_embeddings: int) -> bool:
+    """Whether a token's hidden state depends on a later token, as in encoders. Decided by trying."""
+    first = probe_batch(3, next(base.parameters()).device)
+    ids = first.input_ids.clone()
+    ids[:, -1] = n_embeddings - 1
+    with torch.no_grad(), eager_eval(base.modules()):
+        one, other = (run_base(base, batch)[:, :-1].float() for batch in (first, replace(first, input_ids=ids)))
+    return not torch.allclose(one, other, rtol=1e-2, atol=1e-4)
+
+
 def let_run_in_float64(model: Any) -> None:
     """Have a model in float64 run its experts one by one: transformers' kernel for all at once knows no float64."""
     grouped = getattr(getattr(model, "config", None), "_experts_implementation", None) == "grouped_mm"
@@ -73,7 +83,7 @@ def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
     if packed.input_ids.shape[1] > longest:
         return 0
     try:
-        with torch.no_grad(), in_eval_mode(base.modules()):
+        with torch.no_grad(), eager_eval(base.modules()):
             columns = torch.arange(alone.input_ids.shape[1], device=parameter.device)
             masked = replace(alone, position_ids=columns.expand_as(alone.input_ids))
             # Of a model over several devices the stream comes out on the last one.
@@ -102,7 +112,7 @@ def find_last_mlp(base: Any, path: str | None, block: nn.Module, n_embeddings: i
     batch = TokenBatch.from_texts(texts, (0, 1), pad_token_id=None, device=parameter.device)
     found = LastMLP(parent)
     try:
-        with torch.no_grad(), in_eval_mode(base.modules()):
+        with torch.no_grad(), eager_eval(base.modules()):
             expected = batch.at_last(run_base(base, batch)).double().cpu()
             with found.at_last_tokens(batch):
                 output = batch.at_last(run_base(base, batch)).double().cpu()

@@ -1,29 +1,47 @@
 """Preference pairs as rows of `datasets`, in TRL's formats: prompt explicit or implicit, texts or messages."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rmtension.chat import Chat, Message
+from rmtension.data_files import without_padding
 from rmtension.errors import DataError, OptionError
-from rmtension.pair import PreferencePair, join_prompt, split_transcripts, to_pair
+from rmtension.pair import PreferencePair
 
-_LABELS = ("objective", "subset", "item")
+_LABELS = ("objective", "subset", "item", "tools")
 
 
-def read_row(row: Any, where: str, labels: Mapping[str, str]) -> PreferencePair:
-    """The pair of a row, as `to_pair` reads it, and of two texts with an implicit prompt that are no HH transcripts.
+def dataset_rows(dataset: Any) -> Iterator[tuple[str, Any]]:
+    """The rows of one split with where each stands; raises `OptionError` for several splits, or what has no rows."""
+    if isinstance(dataset, Mapping):
+        raise OptionError(
+            f"dataset: expected one split, got a mapping of {list(map(str, dataset))}. Name one: dataset['train']."
+        )
+    if not isinstance(dataset, Iterable) or isinstance(dataset, str | bytes):
+        raise OptionError(
+            f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}. A name on the hub goes to "
+            "PreferencePairs.from_hub."
+        )
+    # Fields that are JSON come back as they were; the structs of Arrow are padded.
+    features = getattr(dataset, "features", None)
+    is_padded = features is not None and "Json" not in str(features)
+    for number, row in enumerate(dataset):
+        if is_padded and isinstance(row, Mapping):
+            row = {name: without_padding(value) for name, value in row.items()}
+        yield f"row {number}", row
 
-    Where the prompt is explicit, TRL puts nothing between it and a response: the one space in front of a response is
-    what `join_prompt` puts there, and is taken off.
-    """
-    if not isinstance(row, Mapping) or not all(isinstance(row.get(name), str) for name in ("chosen", "rejected")):
-        return to_pair(row, where, labels)
-    if "prompt" not in row:
-        prompt, chosen, rejected = _split(row["chosen"], row["rejected"], where)
-        return to_pair({**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}, where, labels)
-    if isinstance(row["prompt"], str):
-        joined = {name: _without_gap(row["prompt"], row[name]) for name in ("chosen", "rejected")}
-        return to_pair({**row, **joined}, where, labels)
-    return to_pair(row, where, labels)
+
+def to_dataset(pairs: Sequence[PreferencePair], *, implicit_prompt: bool = False) -> Any:
+    """A `datasets.Dataset` of `to_rows`."""
+    datasets = _require_datasets()
+    rows = to_rows(pairs, implicit_prompt=implicit_prompt)
+    chats = [chat for pair in pairs for chat in (pair.prompt, pair.chosen, pair.rejected) if isinstance(chat, tuple)]
+    if not any(message.more for chat in chats for message in chat) or not hasattr(datasets, "Json"):
+        return datasets.Dataset.from_list(rows)
+    # Columns of structs would give every message the fields of all others.
+    kinds = {name: datasets.List(datasets.Json()) for name in ("prompt", "chosen", "rejected")}
+    features = {name: kinds.get(name, datasets.Value("string")) for name in rows[0]}
+    return datasets.Dataset.from_list(rows, features=datasets.Features(features))
 
 
 def to_rows(pairs: Iterable[PreferencePair], *, implicit_prompt: bool = False) -> list[dict[str, Any]]:
@@ -46,21 +64,7 @@ def to_rows(pairs: Iterable[PreferencePair], *, implicit_prompt: bool = False) -
     ]
 
 
-def require_rows(dataset: Any) -> Iterable[Any]:
-    """The data set itself; raises `OptionError` for several splits, and for what has no rows."""
-    if isinstance(dataset, Mapping):
-        raise OptionError(
-            f"dataset: expected one split, got a mapping of {list(map(str, dataset))}. Name one: dataset['train']."
-        )
-    if not isinstance(dataset, Iterable) or isinstance(dataset, str | bytes):
-        raise OptionError(
-            f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}. A name on the hub goes to "
-            "PreferencePairs.from_hub."
-        )
-    return dataset
-
-
-def require_datasets() -> Any:
+def _require_datasets() -> Any:
     """The package `datasets`; raises `DataError` that says how to install it."""
     try:
         import datasets
@@ -75,38 +79,13 @@ def _fields(pair: PreferencePair, implicit_prompt: bool) -> dict[str, Any]:
         if implicit_prompt:
             return whole
         return {"prompt": pair.prompt, **{name: text[len(pair.prompt) :] for name, text in whole.items()}}
-    prompt = [message._asdict() for message in pair.prompt]
-    answers = {name: [{"role": "assistant", "content": getattr(pair, name)}] for name in ("chosen", "rejected")}
+    prompt = _messages(pair.prompt)
+    answers = {name: _messages(getattr(pair, name)) for name in ("chosen", "rejected")}
     if implicit_prompt:
         return {name: [*prompt, *answer] for name, answer in answers.items()}
     return {"prompt": prompt, **answers}
 
 
-def _without_gap(prompt: str, response: str) -> str:
-    shorter = response.removeprefix(" ")
-    return shorter if join_prompt(prompt, shorter) == prompt + response else response
-
-
-def _split(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
-    """Prompt and responses of two texts: at the last shared turn of the assistant, or behind the last shared space.
-
-    Words are not cut: what both responses begin with is in the prompt as far as its last space.
-    """
-    try:
-        return split_transcripts(chosen, rejected)
-    except DataError:
-        pass
-    # At least a word is left for both responses.
-    shortest = min(len(chosen.rstrip()), len(rejected.rstrip()))
-    shared = next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest - 1)
-    end = next((i for i in range(shared, 0, -1) if chosen[i - 1].isspace()), 0)
-    prompt = chosen[:end]
-    if not prompt.strip():
-        raise DataError(
-            f"{where}: field 'prompt' is missing, and 'chosen' and 'rejected' begin with no word that both have, so "
-            "that no prompt is in them. Rename the column that holds the prompt to 'prompt'."
-        )
-    parts = chosen[end:], rejected[end:]
-    if all(join_prompt(prompt[:-1], part) == prompt + part for part in parts):
-        prompt = prompt[:-1]  # a space that the join puts back
-    return prompt, *parts
+def _messages(chat: str | Chat) -> list[dict[str, Any]]:
+    listed = (Message("assistant", chat),) if isinstance(chat, str) else chat
+    return [message.to_dict() for message in listed]

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rmtension.arguments import require_arguments, require_choice
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.neuron_scores import N_BLOCKS, NeuronScores, block_of, jackknife_stderr
 from rmtension.pair import PreferencePair
@@ -22,16 +23,35 @@ from rmtension.stream import PairStream
 from rmtension.tokens import TokenBatch
 
 _STATISTICS = ("value", "absolute", "square", "positive", "change")
-# Score -> the statistic whose mean it is made of, and whether it is the root of that mean.
-_SCORES = {
-    "magnitude": ("value", False),
-    "abs_mean": ("absolute", False),
-    "rms": ("square", True),
-    "frequency": ("positive", False),
-    "change": ("change", True),
-    "mean_difference": ("value", False),
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationScore:
+    """How one activation score is made of a statistic, and what it says.
+
+    - `statistic`: one of those that a profile sums; `is_root`: the score is the root of its mean.
+    - `contrasts`: the score is chosen minus rejected, instead of the mean of both.
+    - `sign`: see `Provenance.sign`.
+    """
+
+    statistic: str
+    is_root: bool
+    contrasts: bool
+    sign: int | None
+
+
+def _of_both_sides(statistic: str, *, is_root: bool = False) -> ActivationScore:
+    return ActivationScore(statistic=statistic, is_root=is_root, contrasts=False, sign=None)
+
+
+SCORES = {
+    "magnitude": _of_both_sides("value"),
+    "abs_mean": _of_both_sides("absolute"),
+    "rms": _of_both_sides("square", is_root=True),
+    "frequency": _of_both_sides("positive"),
+    "change": _of_both_sides("change", is_root=True),
+    "mean_difference": ActivationScore(statistic="value", is_root=False, contrasts=True, sign=1),
 }
-SCORES = tuple(_SCORES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,19 +91,20 @@ class ActivationProfile:
 
         Each is computed for the chosen and for the rejected responses and averaged: `magnitude` mean a (signed),
         `abs_mean` mean |a|, `rms` root of mean a^2, `frequency` share of tokens with a > 0, `change` root of mean
-        (a - a_base)^2 (arXiv 2606.13209; analysis 4 in docs/paper.md). `mean_difference` is mean a on the chosen minus
-        mean a on the rejected. Standard errors are a jackknife over blocks of prompts.
+        (a - a_base)^2 (arXiv 2606.13209; analysis 4 in docs/paper.md): these say nothing about a direction
+        (`provenance.sign` None), `magnitude` neither, whose sign is that of the activation. `mean_difference` is mean a
+        on the chosen minus mean a on the rejected, and has that of `NeuronAttribution`. Standard errors are a jackknife
+        over blocks of prompts.
         """
-        if method not in _SCORES:
-            raise OptionError(f"method: expected one of {list(SCORES)}, got {method!r}.")
+        require_choice("method", method, SCORES)
         if method == "change" and not self.base:
             raise OptionError("method: 'change' needs a base model. Collect the profile with base=.")
-        name, is_root = _SCORES[method]
-        row = _STATISTICS.index(name)
+        asked = SCORES[method]
+        row = _STATISTICS.index(asked.statistic)
 
         def score(sides: Float[Tensor, "*part 2 layer neuron"]) -> Float[Tensor, "*part layer neuron"]:
-            sides = sides.sqrt() if is_root else sides
-            if method == "mean_difference":
+            sides = sides.sqrt() if asked.is_root else sides
+            if asked.contrasts:
                 return sides[..., 0, :, :] - sides[..., 1, :, :]
             return sides.mean(dim=-3)
 
@@ -91,7 +112,7 @@ class ActivationProfile:
         without_block = score(without)
         pooled = ", tokens pooled" if self.provenance.method.endswith("pooled") else ""
         beside = f" from base {self.base}" if method == "change" else ""
-        provenance = replace(self.provenance, method=f"{method}{beside}{pooled}")
+        provenance = replace(self.provenance, method=f"{method}{beside}{pooled}", sign=asked.sign)
         return NeuronScores(score(whole), jackknife_stderr(without_block), provenance, without_block)
 
     def _means(self, row: int) -> tuple[Float[Tensor, "2 layer neuron"], Float[Tensor, "block 2 layer neuron"]]:
@@ -149,6 +170,7 @@ def collect_profiles(
         >>> profiles["mlp", "response"].scores("frequency")
         NeuronScores(frequency: 2 x 24 mlp neurons, from 0 to 1; 24 pairs, response tokens, gpt2-2x24-heads2x12-d24)
     """
+    require_arguments("collect_profiles(head, pairs)", head=(head, RewardHead), pairs=(pairs, Iterable))
     for one in positions:
         check_positions(one)
     keys: list[tuple[str, str]] = [

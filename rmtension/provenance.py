@@ -19,9 +19,12 @@ class Provenance:
     it agrees. `model` is a fingerprint of the weights, `data` of the pairs. `n_tokens` counts the tokens that entered.
     `skipped` has the ids of pairs that were left out because they gave numbers that are not finite.
 
+    `sign` is what a positive score of a neuron says: 1, the neuron supports the margin, which falls without it; -1, the
+    neuron opposes the margin; None, no direction (magnitudes, frequencies, and results that are not scores).
+
     Examples:
-        >>> scores.provenance.method, scores.provenance.n_pairs, scores.provenance.positions
-        ('gradient_x_activation', 24, 'all')
+        >>> scores.provenance.method, scores.provenance.n_pairs, scores.provenance.positions, scores.provenance.sign
+        ('gradient_x_activation', 24, 'all', 1)
     """
 
     architecture: str
@@ -35,6 +38,11 @@ class Provenance:
     n_tokens: int
     version: str
     skipped: tuple[str, ...] = ()
+    sign: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sign not in (1, -1, None):
+            raise ProvenanceError(f"provenance: field 'sign' is 1, -1 or None, got {self.sign!r:.80}.")
 
     def require_same(self, other: "Provenance", names: Iterable[str], *, what: str) -> None:
         """Raise `ProvenanceError` naming the first of the fields `names` in which `other` differs."""
@@ -60,8 +68,11 @@ class Provenance:
         given = values | {"skipped": tuple(skipped)}
         for field in fields(cls):
             kind = tuple if field.name == "skipped" else field.type
-            if not isinstance(given.get(field.name), kind) or isinstance(given[field.name], bool):  # type: ignore[arg-type]
-                raise ProvenanceError(f"provenance: field {field.name!r} is missing or not {field.type}.")
+            there = field.name in given and not isinstance(given[field.name], bool)
+            if not there or not isinstance(given[field.name], kind):  # type: ignore[arg-type]
+                raise ProvenanceError(
+                    f"provenance: field {field.name!r} is missing or not {field.type}. Compute the result again."
+                )
         return cls(**{field.name: given[field.name] for field in fields(cls)})
 
 

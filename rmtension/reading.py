@@ -1,22 +1,16 @@
 """Rows of data files and hub data sets, with where each stands, and their fields: errors name file, row and field."""
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from rmtension.data_files import file_rows, parse_json
 from rmtension.errors import DataError
 
-# A file of a few kilobytes may unpack to a line that fills the memory.
-_LONGEST_LINE = 1 << 28
-_GZIP_MAGIC = b"\x1f\x8b"
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_JSON = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-_PARQUET = (".parquet",)
+_PACKED = ("", ".gz", ".zst")
+_JSON = tuple(kind + packed for kind in (".json", ".jsonl") for packed in _PACKED)
+_OTHERS = tuple(kind + packed for kind in (".csv", ".tsv", ".parquet") for packed in _PACKED)
 # Names of splits that a file may begin with; a file that begins with none belongs to every split.
 _SPLITS = ("filtered", "raw", "test", "train", "validation")
 _TYPES = {str: "text", list: "a list", Mapping: "an object", int | str: "a number or text"}
@@ -27,16 +21,14 @@ def source_rows(
 ) -> Iterator[tuple[str, Any]]:
     """Rows of a local file or folder, or else of the hub data set of that name; those of JSON lines as bytes.
 
-    Files hold a JSON array, JSON lines (either gzip'd or not) or parquet. Of a folder these are all JSON files in it
-    and below, less those whose names begin with another split; without any, `datasets` reads the folder. Only a name
-    that is neither a path here nor looks like one reaches the network. Raises `DataError` where nothing can be read.
+    A file is any that `file_rows` reads. Of a folder these are all JSON files in it and below, less those whose names
+    begin with another split; without any, `datasets` reads the folder. Only a name that is neither a path here nor
+    looks like one reaches the network. Raises `DataError` where nothing can be read.
     """
     path = Path(source).expanduser()
-    looks_local = path.is_absolute() or path.name.endswith(_JSON + _PARQUET) or str(source).startswith((".", "~"))
+    looks_local = path.is_absolute() or path.name.endswith(_JSON + _OTHERS) or str(source).startswith((".", "~"))
     if path.is_dir():
         yield from _folder_rows(path, split)
-    elif path.is_file() and path.name.endswith(_PARQUET):
-        yield from _located(hub_rows("parquet", data_files=str(path), split="train"), path)
     elif path.is_file():
         yield from _file_rows(path)
     elif isinstance(source, Path) or looks_local:
@@ -44,37 +36,6 @@ def source_rows(
     else:
         rows = hub_rows(source, data_dir=data_dir, split=split, revision=revision)
         yield from _located(rows, " ".join(filter(None, (source, data_dir, split))))
-
-
-def located_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Every line of a file, plain or gzip'd, that is not blank, with where it stands."""
-    try:
-        with path.open("rb") as raw:
-            is_gzip = raw.read(2) == _GZIP_MAGIC
-        with gzip.open(path) if is_gzip else path.open("rb") as file:
-            for number, line in enumerate(iter(partial(file.readline, _LONGEST_LINE + 1), b""), start=1):
-                where = f"{path}, line {number}"
-                if len(line) > _LONGEST_LINE:
-                    raise DataError(f"{where}: it has more than {_LONGEST_LINE:,} bytes. Is the file JSON lines?")
-                if line.strip():
-                    yield where, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: the gzip data is damaged or cut short ({error}). Fetch the file again.") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}).") from error
-
-
-def parse_json(text: bytes, where: str, expected: str = "Each line must be one JSON object.") -> Any:
-    """The value of JSON in UTF-8; raises `DataError` naming `where`."""
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: not valid UTF-8 at byte {error.start} of the line ({error.reason}). Re-encode the file as UTF-8."
-        ) from error
-    # Not only JSONDecodeError: a number may be too long for Python, brackets nested too deeply.
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON ({error}). {expected}") from error
 
 
 def hub_rows(name: str, **options: str | None) -> Iterable[Mapping[str, Any]]:
@@ -95,6 +56,8 @@ def hub_rows(name: str, **options: str | None) -> Iterable[Mapping[str, Any]]:
 
 def read_object(row: Any, where: str) -> Mapping[str, Any]:
     """A row, or a part of one, as the object that it must be; parses a line of JSON first."""
+    if isinstance(row, DataError):
+        raise row
     value = parse_json(row, where) if isinstance(row, bytes) else row
     if not isinstance(value, Mapping):
         raise DataError(f"{where}: expected a JSON object, got {type(value).__name__}.")
@@ -140,7 +103,7 @@ def _folder_rows(folder: Path, split: str | None) -> Iterator[tuple[str, Any]]:
     files = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not files:
         if not any(folder.rglob("*.parquet")):
-            raise DataError(f"{folder}: expected files ending in {', '.join(_JSON + _PARQUET)}, found none.")
+            raise DataError(f"{folder}: expected files ending in {', '.join((*_JSON, '.parquet'))}, found none.")
         return _located(hub_rows(str(folder), split=split), f"{folder} {split}")
     kept = [path for path in files if split is None or not _is_of_another_split(path, split)]
     if not kept:
@@ -154,15 +117,11 @@ def _is_of_another_split(path: Path, split: str) -> bool:
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    lines = located_lines(path)
-    start = next(lines, None)
-    if start is None:
+    rows = file_rows(path)
+    first = next(rows, None)
+    if first is None:
         raise DataError(f"{path}: it is empty; expected a JSON array or JSON lines. Fetch the file again.")
-    if start[1].removeprefix(_BYTE_ORDER_MARK).lstrip()[:1] != b"[":
-        yield from chain([start], lines)
-        return
-    text = start[1] + b"".join(line for _, line in lines)
-    yield from _located(parse_json(text, str(path), "Expected one JSON array of objects. Fetch the file again."), path)
+    return chain([first], rows)
 
 
 def _located(rows: Iterable[Any], place: object) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension.errors import ModelError
-from rmtension.hooks import Call, InstalledHooks, Spot, Visit, in_eval_mode, recorded_calls
+from rmtension.hooks import Call, InstalledHooks, Spot, Visit, all_fire, eager_eval, recorded_calls
 from rmtension.reward_head import RewardHead
 from rmtension.tokens import TokenBatch, running
 
@@ -76,15 +76,22 @@ class Replay:
             return self.head.forward(self.batch)
         state = self.stream(layer) if stream is None else stream
         body = self.head.body
-        with running(self.batch), in_eval_mode(body.modules()), body.last_mlp_at_last_tokens(self.batch):
-            for number in range(layer, self.head.n_layers):
+        modules, layers = list(body.modules()), range(layer, self.head.n_layers)
+        with (
+            running(self.batch),
+            eager_eval(modules),
+            all_fire(modules, layers),
+            body.last_mlp_at_last_tokens(self.batch),
+        ):
+            for number in layers:
                 state = self._run_block(number, state)
             return self.read(self.batch.at_last(state))
 
     def run_block(self, layer: int, stream: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"]:
         """What one block makes of `stream`."""
         self._require_partial()
-        with running(self.batch), in_eval_mode(self.head.body.modules()):
+        modules = list(self.head.body.modules())
+        with running(self.batch), eager_eval(modules), all_fire(modules, range(layer, layer + 1)):
             return self._run_block(layer, stream)
 
     def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:

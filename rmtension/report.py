@@ -100,7 +100,7 @@ def notes(result: StudyResult) -> list[str]:
             f"({part['identical_responses']} with identical responses, {cut} prompts cut)."
         )
     found += [
-        f"Neurons: top {100 * options['fraction']:g}% by {options['by']} {', '.join(options['scores'])} at "
+        f"Neurons: top {100 * options['fraction']:g}% by {', '.join(options['scores'])} (ranked by {options['by']}) at "
         f"{options['site']}, {options['positions']} tokens, rule '{options['top_rule']}'.",
         f"Ablation: {options['mode']}, at all tokens; {options['n_draws']} random sets for every control, "
         f"{options['n_subsamples']} subsamples; causal sets by {options['scores'][0]}.",

@@ -1,6 +1,6 @@
 """A reward model with hooks: a scalar head on a TransformerBridge or a HookedTransformer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from rmtension.body import Body, find_body
-from rmtension.checkpoints import Checkpoint, LoadOptions, checkpoint_of, open_checkpoint
+from rmtension.checkpoints import Checkpoint, checkpoint_of, open_checkpoint
 from rmtension.distributed import current
 from rmtension.encoding import EncodedText, TextOrChat, encode_texts
 from rmtension.errors import ModelError, OptionError
@@ -20,10 +19,13 @@ from rmtension.heads import LinearHead, read_head
 from rmtension.hooked_model import HookedModel
 from rmtension.hooks import copy_without_hooks
 from rmtension.lens_models import is_saved_model, read_model
+from rmtension.loading import LoadOptions
 from rmtension.nonfinite import require_finite
 from rmtension.norms import read_norm
 from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
+from rmtension.plain_run import looks_ahead
+from rmtension.progress import progress_bar
 from rmtension.provenance import Provenance, fingerprint
 from rmtension.scored import ScoredPairs
 from rmtension.stream import PairStream
@@ -51,9 +53,10 @@ class RewardHead(HookedModel):
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
-        weight: the head: `d_model` numbers (a tensor, an array or a list), a matrix of one row, a (weight, bias) pair,
-            an `nn.Linear`, or a state dict that holds one. None makes a head without a reward, for reading activations
-            of a language model.
+        weight: the head: `d_model` numbers (a tensor, an array or a list), a matrix with a row per output, a (weight,
+            bias) pair, an `nn.Linear`, or a state dict that holds one. None makes a head without a reward, for the
+            activations of a language model.
+        output: of several rows, the number of the one that is the reward, or a pair of which it is the difference.
         bias: added to every reward, beside the bias that `weight` may bring.
         final_norm: the final norm before any processing of weights. Needed where TransformerLens folded its gain into
             the unembedding (a `HookedTransformer` loaded with its default processing, a bridge in compatibility mode):
@@ -76,6 +79,7 @@ class RewardHead(HookedModel):
         model: nn.Module,
         *,
         weight: object,
+        output: object = None,
         bias: float = 0.0,
         final_norm: nn.Module | None = None,
         tokenizer: Any = None,
@@ -93,7 +97,7 @@ class RewardHead(HookedModel):
             tokens_per_batch=tokens_per_batch,
         )
         self.checkpoint = _checkpoint
-        self.weight, self.bias = self._read_weight(weight, bias, final_norm)
+        self.weight, self.bias = self._read_weight(weight, output, bias, final_norm)
         self._fingerprint: tuple[object, str] | None = None
         if _checkpoint is None:
             self.require_hidden_padding()
@@ -104,6 +108,7 @@ class RewardHead(HookedModel):
         name_or_path: str | Path,
         *,
         head: object = None,
+        output: object = None,
         model_class: str = "TransformerBridge",
         process_weights: bool = False,
         max_length: int | None = None,
@@ -112,19 +117,33 @@ class RewardHead(HookedModel):
     ) -> "RewardHead":
         """Open a reward model from a folder or the hub; safetensors only, fp32 by default.
 
-        A one-label sequence classifier is read where transformers reads it: at the last token that is not
-        `config.pad_token_id`. A language model saved with a value head (trl's `v_head`), or opened with `head=` (what
-        `weight` takes above), is read at its last token.
+        A sequence classifier is read where transformers reads it, at the last token that is not `config.pad_token_id`,
+        also with a head of your own. A language model with a value head in its files or in `value_head.safetensors`
+        beside them, and one whose next-token logits are the reward, is read at its last token. An adapter of peft is
+        merged into its base model, with the head that was saved with it.
+
+        Args:
+            name_or_path: a folder, or a hub name. A path that is not on this machine is an error before any hub is
+                asked; `revision=` says that a name is a hub's.
+            head: in place of the checkpoint's own: what `weight` takes above, or the path of a safetensors file.
+            output: which of several outputs is the reward: its number from 0 or its name in `config.id2label`, for a
+                language model a token (`"ĠYes"` or `" Yes"`). A pair is a difference: `output=("Yes", "No")`.
+            model_class: see below.
+            process_weights: see below.
+            max_length: tokens per text; by default, and at most, the model's context.
+            tokens_per_batch: how many tokens run together.
+            **options: those of `rmtension.loading.LoadOptions`.
 
         A folder that `save_pretrained` wrote for a model of TransformerLens' own opens as that model
         (`rmtension.lens_models`), with `dtype`, `device`, `tokenizer` and `head`.
 
         `model_class="HookedTransformer"` (TransformerLens 3.x) converts the weights; `process_weights=True` folds and
         centres them as TransformerLens does. Both are compared with transformers on a short text, and raise
-        `ModelError` if they differ. `options` are those of `rmtension.checkpoints.LoadOptions`.
+        `ModelError` if they differ.
 
-        Raises `ModelError` for a checkpoint without a head, with more than one output, quantised, or without any pad
-        token (`pad_token=` says which).
+        Raises `ModelError` for a checkpoint without a head, with more outputs than one where `output` names none,
+        quantised, or without any pad token (`pad_token=` says which), and for an adapter whose base is not there
+        (`base=` says where).
 
         Examples:
             >>> opened = RewardHead.from_pretrained("organism", max_length=32)
@@ -134,7 +153,7 @@ class RewardHead(HookedModel):
         check_model_class(model_class)
         if is_saved_model(name_or_path):
             return cls._from_saved_model(Path(name_or_path), head, max_length, tokens_per_batch, options)
-        opened = open_checkpoint(name_or_path, reward=True, head=head, options=options)
+        opened = open_checkpoint(name_or_path, reward=True, head=head, output=output, options=options)
         return cls._from_checkpoint(opened, max_length, tokens_per_batch, model_class, process_weights)
 
     @classmethod
@@ -164,6 +183,8 @@ class RewardHead(HookedModel):
         classifier: nn.Module,
         *,
         tokenizer: Any = None,
+        head: object = None,
+        output: object = None,
         pad_token: str | None = None,
         dtype: torch.dtype | None = None,
         model_class: str = "TransformerBridge",
@@ -174,15 +195,27 @@ class RewardHead(HookedModel):
         """The head of a transformers classifier in memory, for example one that a trainer just left behind.
 
         Its weights are shared, not copied (a HookedTransformer, processed weights and another `dtype` are copies):
-        training it further changes the rewards. The head itself is a copy.
+        training it further changes the rewards. The head itself is a copy. `head` and `output` are those of
+        `from_pretrained`. A `PeftModel` is run with its adapter layers as they are.
 
         Examples:
             >>> from transformers import AutoModelForSequenceClassification
             >>> classifier = AutoModelForSequenceClassification.from_pretrained("organism")
             >>> RewardHead.from_classifier(classifier, tokenizer=head.tokenizer).score_pairs(pairs["helpful"])
             ScoredPairs(n=24, accuracy=1.000, ties=0)
+
+            One output of several, and the difference of two:
+
+            >>> from rmtension.check_matrix import make_classifier
+            >>> three = make_classifier("gpt2", 64, num_labels=3)
+            >>> first, last, both = (
+            ...     RewardHead.from_classifier(three, tokenizer=head.tokenizer, output=output).score(["help"])
+            ...     for output in (0, "LABEL_2", (0, 2))
+            ... )
+            >>> bool((both - (first - last)).abs() < 1e-5)
+            True
         """
-        opened = checkpoint_of(classifier, tokenizer, pad_token)
+        opened = checkpoint_of(classifier, tokenizer, pad_token, head, output)
         if dtype is not None and opened.base is not None and dtype != next(opened.base.parameters()).dtype:
             opened = replace(opened, base=copy_without_hooks(opened.base).to(dtype))
         return cls._from_checkpoint(opened, max_length, tokens_per_batch, model_class, process_weights)
@@ -204,6 +237,11 @@ class RewardHead(HookedModel):
             process_weights=process_weights,
             trust_remote_code=opened.trust_remote_code,
         )
+        if opened.base is not None and looks_ahead(opened.base, body.n_embeddings):
+            raise ModelError(
+                f"{opened.name}: its tokens see later ones, as in an encoder, so that padding and the rest of a batch "
+                "would change its rewards. This library reads models with causal attention."
+            )
         norm: nn.Module | None = None
         if body.final_norm_folded:
             # The norm as transformers has it, found through an unprocessed bridge.
@@ -284,6 +322,11 @@ class RewardHead(HookedModel):
         """
         if isinstance(texts, str):
             raise OptionError("texts: expected a list of texts, got one string. Put it in a list.")
+        if isinstance(texts, PreferencePairs | Mapping) or (texts and isinstance(texts[0], PreferencePair)):
+            raise OptionError(
+                f"texts: expected a list of texts, got {type(texts).__name__}. Score preference pairs with "
+                "score_pairs(pairs), those of one objective with score_pairs(pairs['helpful'])."
+            )
         self.require_weight()
         encoded = encode_texts(self.tokenizer, texts, max_length=self.max_length, truncate=truncate)
         rewards = torch.zeros(len(encoded), dtype=self.reward_dtype)
@@ -291,8 +334,7 @@ class RewardHead(HookedModel):
             encoded, tokens_per_batch=self.tokens_together(), pad_token_id=self.pad_token_id, device=self.device
         )
         shard = current()
-        silent = None if progress and shard.is_first else True
-        with tqdm(total=len(encoded), desc="score", unit="text", disable=silent) as bar:
+        with progress_bar(progress=progress, total=len(encoded), desc="score", unit="text") as bar:
             for number, batch in enumerate(batches):
                 if shard.takes(number):
                     rewards[list(batch.places)] = self.rewards(batch).cpu()
@@ -489,11 +531,11 @@ class RewardHead(HookedModel):
         return TokenBatch.from_texts([text], [0], pad_token_id=self.pad_token_id, device=self.device)
 
     def _read_weight(
-        self, weight: object, bias: float, final_norm: nn.Module | None
+        self, weight: object, output: object, bias: float, final_norm: nn.Module | None
     ) -> tuple[Float[Tensor, "d_model"] | None, float]:
         if weight is None:
             return None, float(bias)
-        head = read_head(weight, self.d_model)
+        head = read_head(weight, self.d_model, output)
         if self.body.final_norm_folded:
             if final_norm is None:
                 raise ModelError(

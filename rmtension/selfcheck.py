@@ -25,8 +25,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.encoding import EncodedText, encode_texts
-from rmtension.errors import CheckError, DataError, ModelError
-from rmtension.hooks import InstalledHooks, Spot, in_eval_mode
+from rmtension.errors import CheckError, DataError, ModelError, OptionError
+from rmtension.hooks import InstalledHooks, Spot, eager_eval
+from rmtension.outputs import pick
 from rmtension.pairs import PreferencePairs
 from rmtension.plain_run import let_run_in_float64, probe_batch, run_base
 from rmtension.tokens import TokenBatch
@@ -76,7 +77,7 @@ def require_same_rewards(head: "RewardHead", opened: "Checkpoint") -> None:
     assert opened.head is not None
     batch = probe_batch(min(12, head.max_length, head.body.n_embeddings), head.device)
     base: Any = opened.base
-    with torch.no_grad(), in_eval_mode(base.modules()):
+    with torch.no_grad(), eager_eval(base.modules()):
         residual = run_base(base, batch)[0, -1].to(head.reward_dtype)
         expected = float(residual @ opened.head.weight.to(residual) + opened.head.bias)
         difference = abs(float(head.forward(batch)[0]) - expected)
@@ -186,11 +187,13 @@ class _Checker:
             return  # a conversion of a model in memory, compared with it when it was made
         model: Any = reload_classifier(self.head) if reference is None else reference
         # A bias for which transformers has no place is the head's alone.
+        constant = 0.0 if checkpoint is None or checkpoint.head is None else checkpoint.head.bias
         has_place = getattr(getattr(model, "score", None), "bias", None) is not None
-        constant = 0.0 if checkpoint is None or checkpoint.head is None or has_place else checkpoint.head.bias
+        if has_place or (checkpoint is not None and checkpoint.reads_tokens):
+            constant = 0.0
         if model is not None:
             let_run_in_float64(model)
-            expected = self._by_classifier(model) + constant
+            expected = self._by_logits(model) + constant
         elif checkpoint is not None and checkpoint.source is not None:
             expected = self._by_hidden_state(checkpoint.source)
         else:
@@ -198,18 +201,35 @@ class _Checker:
         difference = float((expected - self.alone).abs().max())
         self._add("equal to transformers", len(expected), difference, self._limit(half=5e-2), "max |difference|")
 
-    def _by_classifier(self, model: Any) -> Float[Tensor, "text"]:
-        """Transformers' own way from the text on: its tokens, its pooling, its head."""
+    def _by_logits(self, model: Any) -> Float[Tensor, "text"]:
+        """Transformers' own way from the text on: its tokens, its pooling, its logits."""
         device = next(model.parameters()).device
-        with torch.no_grad(), in_eval_mode(model.modules()):
-            ids = [torch.tensor([self._own_ids(probe)], device=device) for probe in self.probes]
-            return torch.cat([model(input_ids=one, use_cache=False).logits[0].to(self.alone) for one in ids])
+        rewards = []
+        with torch.no_grad(), eager_eval(model.modules()):
+            for probe in self.probes:
+                ids = torch.tensor([self._own_ids(probe)], device=device)
+                logits = model(input_ids=ids, use_cache=False).logits[0].to(self.alone)
+                # A language model has logits at every token, a classifier at the one it pools.
+                rewards.append(pick(logits if logits.ndim == 1 else logits[-1], self._rows(logits.shape[-1])))
+        return torch.stack(rewards)
+
+    def _rows(self, n_logits: int) -> tuple[int, ...]:
+        """Which of so many logits the reward is."""
+        checkpoint = self.head.checkpoint
+        rows = None if checkpoint is None or checkpoint.logits is None else checkpoint.logits.rows
+        if n_logits == 1:
+            return (0,)
+        if rows is None or max(rows) >= n_logits:
+            raise OptionError(f"reference: it has {n_logits} outputs, and nothing says which one this head is.")
+        return rows
 
     def _by_hidden_state(self, source: "Source") -> Float[Tensor, "text"]:
         """For a head that transformers does not know: the checkpoint again, its last hidden state times its head."""
         from rmtension.checkpoints import open_checkpoint
 
-        again = open_checkpoint(source.name, reward=True, head=source.head, options=source.options)
+        again = open_checkpoint(
+            source.name, reward=True, head=source.head, output=source.output, options=source.options
+        )
         base: Any = again.base
         let_run_in_float64(base)
         assert again.head is not None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from rmtension.arguments import require_arguments
 from rmtension.errors import OptionError, StorageError
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
@@ -100,15 +101,23 @@ class SharedNeuronReport:
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
+        lines = [self._title()]
+        for (a, b), found in self.overlap.items():
+            lines.append(f"  {a} / {b}: {_in_words(found)}")
+            if (a, b) in self.beyond_base:
+                lines.append(f"    without the base's top set: {_in_words(self.beyond_base[a, b])}")
+        return "\n".join(lines)
+
+    def _title(self) -> str:
         names = ", ".join(map(str, self.sets))
         return (
-            f"SharedNeuronReport(top {self.fraction:.3g} by {self.by} score of {names}; {len(self.shared)} neurons in "
-            "all of them)"
+            f"SharedNeuronReport(top {self.fraction:.3g} by {self.by} of {names}; {len(self.shared)} neurons in all of "
+            "them)"
         )
 
     def _repr_html_(self) -> str:
         """One row a comparison: sizes, Jaccard index beside chance in the whole model and within layers."""
-        return html_table(repr(self), self.to_frame()[_SHOWN])
+        return html_table(self._title(), self.to_frame()[_SHOWN])
 
     def depth(self) -> pd.DataFrame:
         """One row a set: size and the share in each third of the model's layers; `all neurons` is the comparison."""
@@ -168,6 +177,16 @@ class SharedNeuronReport:
         return next(iter(self.overlap.values()))
 
 
+def _in_words(overlap: Overlap) -> str:
+    """The Jaccard index beside what chance gives, in the whole model and within layers."""
+    if not overlap.size_a + overlap.size_b:
+        return "both sets are empty"
+    return (
+        f"Jaccard {overlap.jaccard:.3f}, by chance {overlap.expected_jaccard:.3f} (p = {overlap.p_value:.2g}), within "
+        f"layers {overlap.layer_expected_jaccard:.3f} (p = {overlap.layer_p_value:.2g})"
+    )
+
+
 # The columns that a notebook shows.
 _SHOWN = [
     *("a", "b", "without_base", "size_a", "size_b", "intersection", "jaccard", "expected_jaccard", "p_value"),
@@ -193,6 +212,10 @@ class SharedNeuronAnalyzer:
     """
 
     def __init__(self, scores: Mapping[str, NeuronScores], *, base: NeuronScores | None = None) -> None:
+        call = 'SharedNeuronAnalyzer({"name": scores, "other name": scores})'
+        require_arguments(call, scores=(scores, Mapping))
+        for name, one in [*scores.items(), *([("base", base)] if base is not None else [])]:
+            require_arguments(call, **{f"scores of {name!r}": (one, NeuronScores)})
         if len(scores) < 2:
             raise OptionError(f"scores: expected at least two sets of scores to compare, got {len(scores)}.")
         first, *others = scores.values()
@@ -203,7 +226,7 @@ class SharedNeuronAnalyzer:
         self.scores = dict(scores)
         self.base = base
 
-    def analyze(self, *, fraction: float = 0.10, by: str = "absolute") -> SharedNeuronReport:
+    def analyze(self, *, fraction: float = 0.10, by: str = "magnitude") -> SharedNeuronReport:
         """Take each model's top `fraction` of neurons and compare them. No model pass."""
         sets = {name: scores.top(fraction, by=by) for name, scores in self.scores.items()}
         base = None if self.base is None else self.base.top(fraction, by=by)

@@ -1,20 +1,21 @@
 """The truth that attribution is measured against: what taking out each neuron by itself does to the margin."""
 
 from collections.abc import Iterable, Iterator, Sized
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rmtension.ablation import check_set
-from rmtension.distributed import current
+from rmtension.arguments import require_arguments
 from rmtension.errors import OptionError
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
 from rmtension.pair import PreferencePair
+from rmtension.progress import progress_bar
 from rmtension.provenance import digest_of
 from rmtension.replacing import Reference, can_share, check_reference, key_of, name_of, step_to
 from rmtension.replay import Replay
@@ -44,6 +45,8 @@ def single_neuron_effects(
 ) -> NeuronScores:
     """What replacing each neuron by `reference`, alone, does to the margin: mean over pairs of M without - M with it.
 
+    A neuron with a negative effect supports the margin, one with a positive effect opposes it (`provenance.sign` -1).
+
     Exact: the model runs again for every neuron, as under an `AblationContext` of that neuron with mode "zero" or
     "mean" ("other" replaces by the mean of the pair's other response over the selected tokens). Neurons outside
     `neurons` get NaN. `stderr` is over pairs; `without_block` serves intervals over prompts.
@@ -65,6 +68,7 @@ def single_neuron_effects(
         >>> bool((effects.values[neurons.mask] < 0).all())
         True
     """
+    require_arguments("single_neuron_effects(head, pairs)", head=(head, RewardHead), pairs=(pairs, Iterable))
     check_positions(positions)
     site = find_site(site).name
     check_reference(head, site, reference)
@@ -78,7 +82,6 @@ def single_neuron_effects(
         )
     check_set(head, neurons)
     per_layer = [columns.nonzero()[:, 0].tolist() for columns in neurons.mask]
-    silent = None if progress and current().is_first else True
     total = len(pairs) * len(neurons) if isinstance(pairs, Sized) else None
     stream = PairStream(
         head,
@@ -119,13 +122,15 @@ def single_neuron_effects(
         scores.add(changes, batch.keys[: batch.n_pairs])
         n_tokens.add_(batch.select(positions).sum().cpu())
 
-    with tqdm(total=total, desc="ablate", unit="pair", disable=silent) as bar:
+    with progress_bar(progress=progress, total=total, desc="ablate", unit="pair") as bar:
         stream.run(look, add, {**scores.state, "n_tokens": n_tokens})
     stream.require_pairs()
     stream.add_up(n_tokens)
     scores.add_up(stream)
     method = f"effect of ablation to {name_of(reference)}"
-    return scores.finish(stream.provenance(int(n_tokens), site=site, positions=positions, method=method))
+    provenance = stream.provenance(int(n_tokens), site=site, positions=positions, method=method)
+    # A change of the margin without the neuron: where it is positive, the neuron held the margin down.
+    return scores.finish(replace(provenance, sign=-1))
 
 
 def _changes(

@@ -51,10 +51,17 @@ def measure_sites(
     found = {}
     for name in set(projected) - set(missing):
         widths = {shapes.get((name, layer)) for layer in range(n_layers)}
-        if len(widths) == 1 and None not in widths:
-            found[name] = shapes[name, 0]
-        else:
+        silent = [layer for layer in range(n_layers) if (name, layer) not in shapes]
+        if silent:
+            missing[name] = ModelError(
+                f"site {name!r}: hooks on the projection of layer {silent[0]} do not fire, because the model does not "
+                "call it as a module. Restore the module's own forward (`del module.forward` where it was replaced on "
+                "the instance), and open the model again."
+            )
+        elif len(widths) > 1:
             missing[name] = ModelError(f"site {name!r}: expected one width in all {n_layers} layers, got {widths}.")
+        else:
+            found[name] = shapes[name, 0]
     # Last, because finding them runs the model, which has now been seen to run.
     for name, site in SITES.items():
         if site.factor_of in missing:

@@ -7,6 +7,7 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rmtension.arguments import require_choice
 from rmtension.errors import ModelError, OptionError
 
 SiteName = Literal["mlp", "mlp_gate", "attn_head"]
@@ -62,8 +63,7 @@ SITES: dict[str, Site] = {
 
 def find_site(name: str) -> Site:
     """The site called `name`; raises `OptionError` with the known names otherwise."""
-    if name not in SITES:
-        raise OptionError(f"site: expected one of {sorted(SITES)}, got {name!r}.")
+    require_choice("site", name, sorted(SITES))
     return SITES[name]
 
 

@@ -41,7 +41,8 @@ def write_result(path: str | Path, kind: str, tensors: Mapping[str, Tensor], val
 
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
     """The same in every process."""
-    header = {_HEADER: json.dumps({"kind": kind, "format": FORMAT, **values}, sort_keys=True)}
+    # Sorted at the top only: messages of pairs have keys in an order that chat templates write out.
+    header = {_HEADER: json.dumps(dict(sorted({"kind": kind, "format": FORMAT, **values}.items())))}
     with written_whole(path, kind) as partial:
         # Not by safetensors' own writing, whose temporary file nobody would find after a kill.
         partial.write_bytes(save(_apart(tensors), header))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rmtension.distributed import current
 from rmtension.encoding import EncodedPairs, encode_pairs
@@ -23,6 +22,7 @@ from rmtension.nonfinite import are_finite, where_not_finite
 from rmtension.packing import Sharing, pair_batches
 from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
+from rmtension.progress import progress_bar
 from rmtension.provenance import Provenance
 from rmtension.scored import ScoredPairs
 from rmtension.tokens import TokenBatch
@@ -253,8 +253,7 @@ class PairStream:
     ) -> None:
         at = self._at
         total = len(self._pairs) if isinstance(self._pairs, Sized) else None
-        silent = None if self._progress and self._shard.is_first else True
-        with tqdm(total=total, desc=self._desc, unit="pair", disable=silent) as bar:
+        with progress_bar(progress=self._progress, total=total, desc=self._desc, unit="pair") as bar:
             number = at.before
             for part in self._parts(bar):
                 at.first, at.before = part.first, number

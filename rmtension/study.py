@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from rmtension.analyses import ANALYSES, overlap_with
 from rmtension.distributed import current
 from rmtension.errors import OptionError, ProvenanceError
 from rmtension.family_runs import MODELS, OBJECTIVES, FamilyRuns, ModelFamily, joined
 from rmtension.pairs import PreferencePairs
+from rmtension.progress import progress_bar
 from rmtension.reward_head import RewardHead
 from rmtension.study_options import StudyOptions
 from rmtension.study_result import StudyResult
@@ -110,7 +110,8 @@ class TensionStudy:
         parts: dict[str, list[pd.DataFrame]] = {}
         provenance: dict[str, Any] = {}
         cut: dict[str, int] = {}
-        with tqdm(total=len(self.families) * self._n_steps(), desc="study", disable=None if progress else True) as bar:
+        n_steps = len(self.families) * self._n_steps()
+        with progress_bar(progress=progress, total=n_steps, desc="study") as bar:
             members = [
                 FamilyRuns(family, self.scoring, self.evaluating, options=options, folder=kept, advance=bar.update)
                 for family in self.families

@@ -7,13 +7,15 @@ from typing import Any
 
 import yaml
 
+from rmtension.arguments import nearest
 from rmtension.errors import DataError, ModelError, OptionError, RMTensionError
 from rmtension.family_runs import MODELS, OBJECTIVES, ModelFamily
 from rmtension.pairs import PreferencePairs
+from rmtension.rows import FIELDS
 from rmtension.study import TensionStudy
 from rmtension.study_options import StudyOptions
 
-_KEYS = ("models", "pairs", "scoring_pairs", "on_invalid", "rules", "analyses", "options", "out")
+_KEYS = ("models", "pairs", "scoring_pairs", "columns", "chat", "on_invalid", "rules", "analyses", "options", "out")
 _FAMILY_KEYS = (*MODELS, "base", "name", "seed")
 _OPTION_KEYS = tuple(field.name for field in fields(StudyOptions) if field.name != "analyses")
 
@@ -50,8 +52,10 @@ def make_config(values: Mapping[str, Any], *, folder: Path, where: str) -> Study
 
     - `models`: a mapping of `helpful`, `harmless`, `mixed` and, if there is one, `base` to folders of checkpoints or
       hub names; or a list of such mappings, which `name` and `seed` tell apart.
-    - `pairs`: JSON-lines files (one or a list) under `helpful` and `harmless`; or files whose lines have `objective`.
+    - `pairs`: files (one or a list) under `helpful` and `harmless`, in any format of `PreferencePairs.read`; or files
+      whose rows have `objective`.
     - `scoring_pairs`: the same, where neurons are not to be scored on a half of `pairs`.
+    - `columns` and `chat`: those of `PreferencePairs.read`, for all files.
     - `on_invalid` ("raise" or "skip"), `rules`, `analyses`, `options` (fields of `StudyOptions`), `out` (default:
       `study`).
 
@@ -61,10 +65,14 @@ def make_config(values: Mapping[str, Any], *, folder: Path, where: str) -> Study
     options = _options(values, where)
     families = _families(values["models"], f"{where}: models", folder)
     out = folder / _text(values.get("out", "study"), f"{where}: out")
-    on_invalid = _text(values.get("on_invalid", "raise"), f"{where}: on_invalid")
+    reading = {
+        "columns": _columns(values.get("columns"), f"{where}: columns"),
+        "chat": _yes_or_no(values.get("chat", False), f"{where}: chat"),
+        "on_invalid": _text(values.get("on_invalid", "raise"), f"{where}: on_invalid"),
+    }
     # All files are looked for before the first is read, which may take a while.
     readers = {
-        key: _pairs(values[key], f"{where}: {key}", folder, on_invalid)
+        key: _pairs(values[key], f"{where}: {key}", folder, reading)
         for key in ("pairs", "scoring_pairs")
         if values.get(key) is not None
     }
@@ -121,14 +129,14 @@ def _model(value: Any, key: str, folder: Path) -> str | Path:
     return name
 
 
-def _pairs(value: Any, key: str, folder: Path, on_invalid: str) -> Callable[[], dict[str, PreferencePairs]]:
+def _pairs(value: Any, key: str, folder: Path, reading: Mapping[str, Any]) -> Callable[[], dict[str, PreferencePairs]]:
     """What reads the pairs of both objectives, once the files are known to be there."""
     if not isinstance(value, Mapping):
         files = _files(value, key, folder)
-        return lambda: _by_objective(_read(files, key, on_invalid), key)
+        return lambda: _by_objective(_read(files, key, reading), key)
     given = _mapping(value, key, OBJECTIVES, required=OBJECTIVES)
     named = {name: _files(given[name], f"{key}.{name}", folder) for name in OBJECTIVES}
-    return lambda: {name: _read(files, f"{key}.{name}", on_invalid, objective=name) for name, files in named.items()}
+    return lambda: {name: _read(files, f"{key}.{name}", reading, objective=name) for name, files in named.items()}
 
 
 def _files(value: Any, key: str, folder: Path) -> list[Path]:
@@ -139,13 +147,13 @@ def _files(value: Any, key: str, folder: Path) -> list[Path]:
     paths = [folder / Path(_text(one, name)).expanduser() for one, name in zip(listed, names, strict=True)]
     for path, name in zip(paths, names, strict=True):
         if not path.is_file():
-            raise DataError(f"{name}: expected a file of JSON lines, and there is none at {path}.")
+            raise DataError(f"{name}: expected a file of pairs, and there is none at {path}.")
     return paths
 
 
-def _read(files: Sequence[Path], key: str, on_invalid: str, **labels: str) -> PreferencePairs:
+def _read(files: Sequence[Path], key: str, reading: Mapping[str, Any], objective: str | None = None) -> PreferencePairs:
     try:
-        parts = (PreferencePairs.from_jsonl(path, on_invalid=on_invalid, **labels) for path in files)
+        parts = (PreferencePairs.read(path, objective=objective, **reading) for path in files)
         return sum(parts, start=PreferencePairs([]))
     except RMTensionError as error:
         raise _located(error, key) from error
@@ -170,7 +178,8 @@ def _mapping(value: Any, key: str, known: Sequence[str], required: Sequence[str]
         raise OptionError(f"{key}: expected a mapping with some of the keys {list(known)}, got {_shown(value)}.")
     for name in value:
         if name not in known:
-            raise OptionError(f"{key}: unknown key {_shown(name)}; expected some of {list(known)}.")
+            hint = nearest(name, known)
+            raise OptionError(f"{key}: unknown key {_shown(name)}; expected some of {list(known)}.{hint}")
     for name in required:
         if value.get(name) is None:
             raise OptionError(f"{key}: the key {name!r} is missing; it has {list(value)}.")
@@ -181,6 +190,17 @@ def _text(value: Any, key: str) -> str:
     if not isinstance(value, str) or not value:
         raise OptionError(f"{key}: expected text, got {_shown(value)}. Put quotes around what YAML takes for other.")
     return value
+
+
+def _yes_or_no(value: Any, key: str) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(f"{key}: expected true or false, got {_shown(value)}.")
+    return value
+
+
+def _columns(value: Any, key: str) -> dict[str, str | None]:
+    given = _mapping(value or {}, key, FIELDS)
+    return {name: None if column is None else _text(column, f"{key}.{name}") for name, column in given.items()}
 
 
 def _shown(value: Any) -> str:

@@ -3,12 +3,14 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from rmtension.attribution import METHODS, NEEDS_REWARD
+from rmtension.arguments import nearest, require_choice
 from rmtension.errors import OptionError
 from rmtension.evaluation import REFUSE_SUBSETS, RESPOND_SUBSETS
 from rmtension.intervals import check_level
+from rmtension.methods import METHODS
 from rmtension.neurons import check_seed
 from rmtension.profiles import SCORES as ACTIVATION_SCORES
+from rmtension.signs import BY, check_by
 from rmtension.sites import check_positions, find_site
 
 ANALYSES = (
@@ -24,9 +26,10 @@ class StudyOptions:
 
     - `analyses`: which of the ten to do (`ANALYSES`).
     - `scores`: by which scores neurons are ranked; the sets of the first are ablated in the causal analyses.
-    - `fraction` of the neurons make a top set, ranked `by` "absolute" or signed "value" at `site` and `positions`,
-      `within` the "model" or each "layer"; `top_rule` "exact", or "percentile" with its ties; `pool_tokens` counts
-      every token once, not every text.
+    - `fraction` of the neurons make a top set at `site` and `positions`, `within` the "model" or each "layer", ranked
+      `by` "magnitude", "supports", "opposes" or "score" (see `NeuronScores.top`; the two in the middle need `scores`
+      that all have a direction); `top_rule` is "exact", or "percentile" with its ties; `pool_tokens` counts every token
+      once, not every text.
     - `mode`, "zero" or "mean", is how sets are ablated, at all tokens; `curve_fractions` the sizes of the ablation
       curves, `n_draws` the random sets of a control, `n_subsamples` the subsamples in which sets are compared at equal
       size.
@@ -43,7 +46,7 @@ class StudyOptions:
     analyses: tuple[str, ...] = ANALYSES
     scores: tuple[str, ...] = ("mean_difference", "magnitude", "change")
     fraction: float = 0.10
-    by: str = "absolute"
+    by: str = "magnitude"
     site: str = "mlp"
     positions: str = "response"
     within: str = "model"
@@ -67,12 +70,12 @@ class StudyOptions:
         "paper": neurons at `mlp_gate`, all tokens pooled, ranked by signed magnitude, then change; percentile sets;
         zero ablation at 2, 4, ..., 30 and 100%; ties are wrong; shares clamped to [0, 1].
         """
-        if not isinstance(rules, str) or rules not in _RULES:
-            raise OptionError(f"rules: expected one of {list(_RULES)}, got {rules!r:.80}.")
+        require_choice("rules", rules, _RULES)
         unknown = [name for name in changes if name not in cls.__dataclass_fields__]
         if unknown:
+            known = list(cls.__dataclass_fields__)
             raise OptionError(
-                f"{unknown[0]}: there is no such option; expected some of {list(cls.__dataclass_fields__)}."
+                f"{unknown[0]}: there is no such option; expected some of {known}.{nearest(unknown[0], known)}"
             )
         return replace(_RULES[rules](), **changes)
 
@@ -87,13 +90,14 @@ class StudyOptions:
                 if not 0 < fraction <= 1:  # NaN is not
                     raise OptionError(f"{name}: expected a number in (0, 1], got {fraction}.")
         for name, choices in (
-            ("by", ("absolute", "value")),
+            ("by", BY),
             ("mode", ("zero", "mean")),
             ("within", ("model", "layer")),
             ("top_rule", ("exact", "percentile")),
         ):
-            if getattr(self, name) not in choices:
-                raise OptionError(f"{name}: expected one of {list(choices)}, got {getattr(self, name)!r}.")
+            require_choice(name, getattr(self, name), choices)
+        for score in self.scores:
+            check_by(self.by, sign_of(score), repr(score))
         check_level(self.level)
         find_site(self.site)
         check_positions(self.positions)
@@ -111,6 +115,13 @@ class StudyOptions:
         return "change" in self.scores
 
 
+def sign_of(score: str) -> int | None:
+    """What a positive score says: see `Provenance.sign`."""
+    if score in METHODS:
+        return METHODS[score].sign
+    return ACTIVATION_SCORES[score].sign if score in ACTIVATION_SCORES else None
+
+
 def is_contrastive(score: str) -> bool:
     """Whether a score sets chosen against rejected, so that it belongs to the objective of its pairs."""
     return score in METHODS
@@ -118,13 +129,13 @@ def is_contrastive(score: str) -> bool:
 
 def base_has(score: str) -> bool:
     """Whether a base model, which has no reward and did not change, has that score."""
-    return score != "change" and score not in NEEDS_REWARD
+    return score != "change" and not (score in METHODS and METHODS[score].needs_reward)
 
 
 def _paper() -> StudyOptions:
     return StudyOptions(
         scores=("magnitude", "change"),
-        by="value",
+        by="score",
         site="mlp_gate",
         positions="all",
         top_rule="percentile",
@@ -152,4 +163,6 @@ def _check_type(name: str, value: object, wanted: str) -> None:
 
 def _check_names(name: str, given: tuple[str, ...], choices: tuple[str, ...]) -> None:
     if not isinstance(given, tuple) or not given or not set(given) <= set(choices):
-        raise OptionError(f"{name}: expected a tuple of some of {list(choices)}, got {given!r}.")
+        unknown = [one for one in given if one not in choices] if isinstance(given, tuple) else []
+        hints = "".join(dict.fromkeys(nearest(one, choices) for one in unknown))
+        raise OptionError(f"{name}: expected a tuple of some of {list(choices)}, got {given!r}.{hints}")

@@ -53,12 +53,12 @@ def score_without(
         >>> [round(one.accuracy(), 2) for one in score_without(head, pairs["harmless"], sets)]
         [1.0, 0.83, 0.79, 1.0]
     """
-    if len({one.site for one in sets}) > 1:
-        raise OptionError(f"sets: expected sets of one site, got {sorted({one.site for one in sets})}.")
     ablations = [
         AblationContext(head, one, mode=mode, reference=reference, alpha=alpha, positions=positions, seed=seed)
         for one in sets
     ]
+    if len({one.site for one in sets}) > 1:
+        raise OptionError(f"sets: expected sets of one site, got {sorted({one.site for one in sets})}.")
     pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
     rewards = torch.zeros(len(sets), 2, len(pairs), dtype=head.reward_dtype)
     stream = PairStream(

@@ -6,18 +6,20 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from rmtension.signs import directions
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenScores:
     """What each token of the two texts of a pair adds to every neuron's score.
 
-    The sum over tokens of `chosen`, minus that of `rejected`, is the pair's score. Memory: tokens of both texts x
-    layers x neurons.
+    The sum over tokens of `chosen`, minus that of `rejected`, is the pair's score, of which `sign` says what a positive
+    one means (`Provenance.sign`). Memory: tokens of both texts x layers x neurons.
 
     Examples:
         >>> first = next(NeuronAttribution(head, method="mean_difference").per_token(pairs["helpful"]))
         >>> first.to_frame(layer=0, neuron=0).columns.tolist()
-        ['side', 'position', 'token', 'score']
+        ['side', 'position', 'token', 'score', 'direction']
     """
 
     id: str
@@ -25,15 +27,29 @@ class TokenScores:
     rejected_tokens: tuple[str, ...]
     chosen: Float[Tensor, "chosen layer neuron"]
     rejected: Float[Tensor, "rejected layer neuron"]
+    sign: int
 
     def to_frame(self, layer: int, neuron: int) -> pd.DataFrame:
-        """One neuron, a row a token of both texts: side, position, token, score."""
-        sides = {"chosen": (self.chosen_tokens, self.chosen), "rejected": (self.rejected_tokens, self.rejected)}
+        """One neuron, a row a token of both texts: side, position, token, score, direction.
+
+        `direction` says whether the neuron "supports" or "opposes" the margin there, or "neither": what raises the
+        reward of the rejected text lowers the margin.
+        """
+        sides = {
+            "chosen": (self.chosen_tokens, self.chosen[:, layer, neuron], self.sign),
+            "rejected": (self.rejected_tokens, self.rejected[:, layer, neuron], -self.sign),
+        }
         parts = [
             pd.DataFrame(
-                {"side": side, "position": range(len(tokens)), "token": tokens, "score": values[:, layer, neuron]}
+                {
+                    "side": side,
+                    "position": range(len(tokens)),
+                    "token": tokens,
+                    "score": values,
+                    "direction": directions(values, sign),
+                }
             )
-            for side, (tokens, values) in sides.items()
+            for side, (tokens, values, sign) in sides.items()
         ]
         return pd.concat(parts, ignore_index=True)
 

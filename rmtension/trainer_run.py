@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from rmtension.errors import ModelError, OptionError, StorageError
+from rmtension.portable import make_portable, warn_of
+from rmtension.progress import shows_bars
 
 RECORD_NAME = "rmtension_training.json"
 
@@ -89,7 +91,7 @@ def schedule(
         "warmup_steps": warmup_steps,
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": batch_size,
-        "disable_tqdm": not progress,
+        "disable_tqdm": not shows_bars(progress),
         "logging_strategy": "no",
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -126,9 +128,10 @@ def run_trainer(trainer: Any) -> dict[str, Any]:
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write a checkpoint with its tokenizer, in safetensors."""
+    """Write a checkpoint with its tokenizer, in safetensors, for both majors of transformers."""
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    warn_of(make_portable(folder, tokenizer), "training")
 
 
 def write_record(folder: Path, **values: Any) -> None:

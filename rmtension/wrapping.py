@@ -14,6 +14,7 @@ from rmtension.errors import ModelError, OptionError
 from rmtension.hooked_transformer_body import HookedTransformerBody
 from rmtension.hooks import copy_without_hooks
 from rmtension.plain_run import let_run_in_float64
+from rmtension.plain_weights import refuse_packed_weights, refuse_recomputed
 
 MODEL_CLASSES = ("TransformerBridge", "HookedTransformer")
 
@@ -34,6 +35,8 @@ def wrap(
     `HookedTransformer`.
     """
     check_model_class(model_class)
+    refuse_packed_weights(name, plain)
+    refuse_recomputed(name, plain)
     let_run_in_float64(plain)
     try:
         # Building shells draws initial weights; the user's random numbers stay as they were.
@@ -62,7 +65,8 @@ def _wrap(
             bridge.original_model.to(torch.float64)
         return BridgeBody(bridge)
     twin = copy_without_hooks(plain, {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]})
-    names = {id(module): path for path, module in twin.named_modules()}
+    # A compiled module finds its submodules without the name that torch.compile puts between them.
+    names = {id(module): path.replace("_orig_mod.", "") for path, module in twin.named_modules()}
     return BridgeBody(_boot(name, twin, tokenizer, trust_remote_code), plain, names)
 
 

@@ -19,7 +19,8 @@ from rmtension import PreferencePairs, RewardHead
 from rmtension.stream import PairStream
 
 transformers.utils.logging.disable_progress_bar()
-# Two threads on models this small spend their time waiting for each other.
+# Two threads on models this small spend their time waiting for each other, and equal bits are only promised at one
+# number of threads, whatever OMP_NUM_THREADS says.
 torch.set_num_threads(1)
 
 EOS, PAD = "<eos>", "<pad>"

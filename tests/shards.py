@@ -126,6 +126,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="a folder")
     parser.add_argument("--die", type=int)
     options = parser.parse_args()
+    # As the suite that reads the results: the last digits of float32 depend on it.
+    torch.set_num_threads(1)
     pairs = PreferencePairs.from_jsonl(options.pairs)
     for dtype in (torch.float64, torch.float32):
         head = RewardHead.from_pretrained(options.model, dtype=dtype, device="cpu", tokens_per_batch=200)

@@ -71,18 +71,17 @@ def test_long_responses_are_refused_or_cut(head):
 
 
 def test_progress_is_shown_when_asked_for(head, pairs, monkeypatch):
-    """None leaves it to tqdm: shown on a terminal."""
     bars = []
 
     def bar(**options):
-        bars.append((options["desc"], options["total"], options["disable"]))
+        bars.append((options["desc"], options["total"], options["progress"]))
         return tqdm(disable=True)
 
-    monkeypatch.setattr("rmtension.stream.tqdm", bar)
+    monkeypatch.setattr("rmtension.stream.progress_bar", bar)
     for call in (ActivationCollector(head).collect, ActivationCollector(head).update):
         call(pairs)
         call(pairs, progress=True)
-    assert bars == [("collect", 6, True), ("collect", 6, None)] * 2
+    assert bars == [("collect", 6, False), ("collect", 6, True)] * 2
 
 
 def test_frames_have_a_row_a_neuron(head, pairs):

@@ -22,9 +22,10 @@ from rmtension.attribution import score_together
 from rmtension.batch_run import BatchRun, _BlockGates
 from rmtension.direct import direct_contributions
 from rmtension.errors import DataError, ModelError, OptionError, ProvenanceError
-from rmtension.methods import FIRST_ORDER
+from rmtension.methods import METHODS
 from rmtension.pair_scores import PairScores
 
+FIRST_ORDER = [name for name, method in METHODS.items() if method.one_run]
 CLOSE = {"atol": 1e-9, "rtol": 0.0}
 SITES = ("mlp", "attn_head")
 POSITIONS = ("all", "response", "last")

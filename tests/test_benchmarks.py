@@ -112,7 +112,7 @@ def test_reward_bench_from_files_and_folders(tmp_path, name, as_folder):
     labels = ("helpful", "reward-bench/math-prm", "reward-bench-7")
     assert pairs[0] == PreferencePair(ASKED, "a", "b", *labels)
     assert [pair.id for pair in pairs] == ["reward-bench-7", "reward-bench-9"]
-    assert (pairs[1].chosen, pairs[1].objective) == (" käse \u2028 ", "harmless")
+    assert (pairs[1].text("chosen"), pairs[1].objective) == (f"{ASKED} käse \u2028 ", "harmless")
     assert {pair.item for pair in pairs} == {None}
     assert benchmarks.reward_bench(path, drop=()).subsets[0] == "reward-bench/hep-go"
     assert [pair.id for pair in benchmarks.reward_bench(path, drop="math-prm")] == ["reward-bench-8", "reward-bench-9"]

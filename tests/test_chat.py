@@ -8,7 +8,7 @@ from conftest import EOS, make_pairs, make_tokenizer, put_bos_first, save_classi
 from rmtension import PreferencePairs, RewardHead
 from rmtension.chat import Message, split_turns
 from rmtension.encoding import encode_pairs, encode_texts
-from rmtension.errors import DataError, ModelError, OptionError
+from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning
 
 TEMPLATES = {
     "with bos": (
@@ -51,7 +51,8 @@ def test_bos_is_never_doubled(chat_tokenizer):
     assert plain.ids == explicit.ids
     assert plain.ids[0] == bos != plain.ids[1]
     pair = PreferencePairs.from_records([{"prompt": f"{EOS}bake a", "chosen": "cake", "rejected": "bread"}])
-    encoded = encode_pairs(chat_tokenizer, pair, max_length=500)
+    with pytest.warns(RMTensionWarning, match="chat=True"):
+        encoded = encode_pairs(chat_tokenizer, pair, max_length=500)
     assert encoded.chosen[0].ids == plain.ids
     assert chat_tokenizer.decode(encoded.chosen[0].ids[encoded.chosen[0].response_start :]).strip() == "cake"
 
@@ -146,10 +147,14 @@ class TestBadChats:
         [
             (
                 {"chosen": MESSAGES, "rejected": MESSAGES[1:]},
-                r"record 0: field 'prompt' is missing.*differ in more than",
+                r"record 0: field 'prompt' is missing.*do not begin alike",
             ),
             ({"prompt": MESSAGES[:1], "chosen": MESSAGES, "rejected": "no"}, r"'chosen' should be one message.*'user'"),
-            ({"prompt": "hi", "chosen": MESSAGES[1:], "rejected": "no"}, r"'chosen' should be one message"),
+            ({"prompt": "hi", "chosen": MESSAGES, "rejected": "no"}, r"'chosen' should be one message"),
+            (
+                {"prompt": MESSAGES[:1], "chosen": MESSAGES[:1] * 2, "rejected": MESSAGES[:1] * 3},
+                "end in a message of the",
+            ),
             (
                 {"prompt": [{"role": "user", "content": ["x"]}], "chosen": "a", "rejected": "b"},
                 r"message 0 should be a",
@@ -162,7 +167,9 @@ class TestBadChats:
 
     def test_transcript(self):
         with pytest.raises(DataError, match=r"transcript: expected turns.*got 'hello"):
-            PreferencePairs.from_records([{"prompt": "hello", "chosen": "a", "rejected": "b"}]).as_chat()
+            split_turns("hello")
+        with pytest.raises(DataError, match=r"its prompt is empty"):
+            PreferencePairs.from_records([{"prompt": " ", "chosen": "a", "rejected": "b"}]).as_chat()
         begun = "\n\nHuman: hi\n\nAssistant: Sure, "
         with pytest.raises(DataError, match=r"ends inside a turn of the assistant \('Sure,'\)"):
             PreferencePairs.from_records([{"prompt": begun, "chosen": "a", "rejected": "b"}]).as_chat()

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -138,7 +139,7 @@ class TestScore:
             (["MODEL", "none.jsonl"], "none.jsonl: cannot be read"),
             (["MODEL", "."], "cannot be read"),
             (["./none", "pairs.jsonl"], "./none is no folder"),
-            ([".", "pairs.jsonl"], "could not load the config"),
+            ([".", "pairs.jsonl"], "no config.json and no adapter_config.json"),
             (["MODEL", "pairs.jsonl", "--out", "there.jsonl"], "there.jsonl exists already"),
             (["MODEL", "pairs.jsonl", "--out", ".", "--overwrite"], "is a folder"),
             (["MODEL", "pairs.jsonl", "--out", "there.jsonl/x"], "could not be written"),
@@ -343,6 +344,18 @@ class TestConfig:
         assert {name: len(part) for name, part in config.pairs.items()} == {"helpful": 8, "harmless": 8}
         assert {name: len(part) for name, part in config.scoring_pairs.items()} == {"helpful": 16, "harmless": 16}
 
+    def test_pairs_are_read_as_by_the_library(self, study):
+        rows = [{"q": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in make_pairs(8)]
+        pd.DataFrame(rows).to_csv(study / "pairs.csv", index=False)
+        values = self.values(study) | {
+            "pairs": {"helpful": "pairs.csv", "harmless": ["pairs.csv"]},
+            "columns": {"prompt": "q", "id": None},
+            "chat": True,
+        }
+        found = make_config(values, folder=study, where="here").pairs["helpful"]
+        assert [pair.prompt for pair in found] == [pair.prompt for pair in make_pairs(8).as_chat()]
+        assert found.objectives == ["helpful"]
+
     @pytest.mark.parametrize(
         ("change", "error", "said"),
         [
@@ -361,10 +374,17 @@ class TestConfig:
             ({"models.seed": True}, OptionError, "here: models.seed: expected a whole number"),
             ({"pairs": {"helpful": "helpful.jsonl"}}, OptionError, "here: pairs: the key 'harmless' is missing"),
             ({"pairs": []}, OptionError, "here: pairs: expected a file or a list of files"),
-            ({"pairs": ["both.jsonl", "none"]}, DataError, "here: pairs[1]: expected a file of JSON lines, and there"),
+            ({"pairs": ["both.jsonl", "none"]}, DataError, "here: pairs[1]: expected a file of pairs, and there"),
             ({"pairs": "helpful.jsonl"}, DataError, "here: pairs: expected the field 'objective' of every pair"),
             ({"pairs": "bad.jsonl"}, DataError, "here: pairs: "),
             ({"pairs.harmless": "empty.jsonl"}, OptionError, "too few prompts of 'harmless'"),
+            (
+                {"columns": {"question": "prompt"}},
+                OptionError,
+                "here: columns: unknown key 'question'; expected some of ['pro",
+            ),
+            ({"columns": {"prompt": 3}}, OptionError, "here: columns.prompt: expected text, got 3"),
+            ({"chat": "yes"}, OptionError, "here: chat: expected true or false, got 'yes'"),
             ({"on_invalid": "ignore"}, OptionError, "here: pairs.helpful: on_invalid: expected 'raise' or 'skip'"),
             ({"options": 3}, OptionError, "here: options: expected a mapping"),
             ({"options": {"analyses": ["sets"]}}, OptionError, "here: options: unknown key 'analyses'"),

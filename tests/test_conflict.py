@@ -18,7 +18,7 @@ from rmtension.intervals import variance_of_mean
 from rmtension.pair_scores import PairScores
 from rmtension.provenance import Provenance
 
-WHERE = Provenance("toy", "0f", "mlp", "all", "gradient_x_activation", "float64", "", 0, 0, "0")
+WHERE = Provenance("toy", "0f", "mlp", "all", "gradient_x_activation", "float64", "", 0, 0, "0", sign=1)
 
 
 def scores_of(values, prompts=None, *, layers=1, method="gradient_x_activation"):
@@ -400,26 +400,27 @@ class TestSymmetries:
 
 
 class TestSigns:
-    @pytest.mark.parametrize(
-        "method",
-        ["gradient_x_activation", "integrated_gradients to zero in 32 steps", "direct_effect", "mean_difference"],
-    )
-    def test_contributions_are_as_they_are(self, method):
-        scores = scores_of([[1.0, -2.0], [3.0, 4.0]], method=method)
+    def test_contributions_are_as_they_are(self):
+        """Whatever the method is called: the provenance says what its sign means."""
+        scores = scores_of([[1.0, -2.0], [3.0, 4.0]], method="attribution_patching of one's own")
         assert contributions(scores).equal(scores.values)
 
     def test_what_taking_out_changes_is_turned_round(self):
         patched = [replace(one, values=-one.values, provenance=replace(one.provenance)) for one in noisy()]
         method = "attribution_patching to mean"
-        patched = [replace(one, provenance=replace(one.provenance, method=method)) for one in patched]
+        patched = [replace(one, provenance=replace(one.provenance, method=method, sign=-1)) for one in patched]
         assert contributions(patched[0]).equal(-patched[0].values)
         assert conflict(*patched).table.equals(conflict(*noisy()).table)
 
-    @pytest.mark.parametrize("method", ["magnitude", "direct_effect, absolute", "change"])
-    def test_methods_without_a_known_sign_are_refused(self, method):
-        scores = scores_of([[1.0], [2.0]], method=method)
-        with pytest.raises(OptionError, match=rf"method: expected signed scores .*got '{method}'"):
-            conflict(scores, scores)
+    def test_scores_without_a_known_sign_are_refused(self):
+        """And with the sign that the message asks for, they are compared."""
+        unsigned = [replace(one, provenance=replace(one.provenance, sign=None)) for one in noisy()]
+        with pytest.raises(OptionError, match=r"has sign None. Use .*dataclasses.replace\(provenance, sign=1\)"):
+            conflict(*unsigned)
+        signed = [replace(one, provenance=replace(one.provenance, sign=1)) for one in unsigned]
+        assert conflict(*signed).table.equals(conflict(*noisy()).table)
+        with pytest.raises(ProvenanceError, match="conflict: sign differs: 1 here, None there"):
+            conflict(signed[0], unsigned[1])
 
 
 class TestErrors:
@@ -515,8 +516,14 @@ class TestFigure:
         zeros = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_label().startswith("_child")]
         assert [[0, 0], [1, 0]] in zeros
         assert [[0, 0], [0, 1]] in zeros
-        assert axes.get_xlabel() == "mean contribution to helpful margins\n(reward units; 30 pairs of 15 prompts)"
-        assert axes.get_ylabel() == "mean contribution to harmless margins\n(reward units; 30 pairs of 10 prompts)"
+        assert (
+            axes.get_xlabel()
+            == "mean contribution to helpful margins (supports them →)\n(reward units; 30 pairs of 15 prompts)"
+        )
+        assert (
+            axes.get_ylabel()
+            == "mean contribution to harmless margins (supports them →)\n(reward units; 30 pairs of 10 prompts)"
+        )
         first, second = figure.get_suptitle().split("\n")
         assert first == "Contributions to helpful and harmless margins: mlp, gradient x activation"
         assert second == f"Cosine {report.cosine}; 90% intervals over prompts"

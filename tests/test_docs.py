@@ -38,7 +38,7 @@ def small_chat_model():
         "input_ids": tokens["input_ids"],
         "attention_mask": tokens["attention_mask"],
         "neurons": rmtension.NeuronSet(mask, "mlp", head.architecture),
-        "means": rmtension.ActivationCollector(head, site="mlp").collect(pairs),
+        "means": rmtension.ActivationCollector(head, site="mlp").collect(pairs.as_chat()),
     }
 
 

@@ -207,6 +207,15 @@ def test_export_leaves_random_numbers_alone(checkpoints, tokenizer, tmp_path):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_a_folder_with_an_adapter_is_left_alone(head, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"adapter_config\.json.*another folder"):
+        head.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+    head.save_pretrained(tmp_path / "another")
+    assert RewardHead.from_pretrained(tmp_path / "another").fingerprint == head.fingerprint
+
+
 def test_what_cannot_be_exported_says_why(head, pairs, tmp_path):
     neurons = random_set(head, "mlp")
     with pytest.raises(OptionError, match=r"mode: weights can do.*got 'resample'"):

@@ -166,12 +166,12 @@ def test_the_model_is_as_before(gpt2, few, monkeypatch):
 # -- measures ------------------------------------------------------------------------------------------------------
 
 
-def made_scores(values, blocks=None, *, method="attribution_patching to zero", data="a"):
+def made_scores(values, blocks=None, *, sign=-1, data="a"):
     """Scores with given values, and given values of every block of prompts, which average to them."""
     values = torch.as_tensor(values, dtype=torch.float64)
     blocks = values.expand(N_BLOCKS, *values.shape) if blocks is None else torch.as_tensor(blocks)
     without = (blocks.sum(0) - blocks) / (N_BLOCKS - 1)
-    provenance = Provenance("toy", "m", "mlp", "all", method, "float64", data, 320, 640, "0")
+    provenance = Provenance("toy", "m", "mlp", "all", "probe", "float64", data, 320, 640, "0", sign=sign)
     return NeuronScores(values, torch.ones_like(values), provenance, without)
 
 
@@ -195,10 +195,10 @@ def test_measures_by_other_means():
     tops = [set(sorted(range(120), key=lambda i, each=each: -abs(each[i]))[:24]) for each in (a, b)]
     assert found["top_precision"] == pytest.approx(len(tops[0] & tops[1]) / 24)
     # Contributions predict effects with their sign turned.
-    turned = measures(made_scores(-predicted, method="gradient_x_activation"), made_scores(truth), top=0.2)
+    turned = measures(made_scores(-predicted, sign=1), made_scores(truth), top=0.2)
     assert turned == pytest.approx(found)
     # Magnitudes are compared with magnitudes.
-    size = measures(made_scores(np.abs(predicted), method="mean_difference, absolute"), made_scores(truth), top=0.2)
+    size = measures(made_scores(np.abs(predicted), sign=None), made_scores(truth), top=0.2)
     assert size["spearman"] == pytest.approx(stats.spearmanr(np.abs(a), np.abs(b)).statistic, abs=1e-12)
     assert np.isnan(size["sign_agreement"])
     assert size["top_precision"] == found["top_precision"]

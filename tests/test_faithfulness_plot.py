@@ -102,9 +102,10 @@ class TestScatter:
             interval = f"{row['spearman']:.2f} [{row['spearman_low']:.2f}, {row['spearman_high']:.2f}]"
             assert text == f"{row['method'].replace('_', ' ')} (n = 60) Spearman {interval}"
             assert max(map(len, axes.get_title().split("\n"))) <= 30
-        first, second = figure.get_suptitle().split("\n")
+        first, second, third = figure.get_suptitle().split("\n")
         assert first == "Predicted and true effects of taking out single neurons: mlp"
         assert second == "Effect of ablation to mean, 24 pairs; 90% intervals over prompts"
+        assert third == "Below 0: the neuron supports the margin; above 0: it opposes the margin"
         shown = [text.get_text() for text in figure.legends[0].get_texts()]
         assert shown == [*(f"layer {layer}" for layer in range(N_LAYERS)), "predicted = true"]
 
@@ -181,7 +182,7 @@ class TestSets:
             assert same_color(dashed.get_color(), line.get_color())
             # Magnitudes say how much, and not which way.
             assert ("_turned" in marks) == (method == UNSIGNED)
-            assert ("no sign: ± sum of magnitudes" in axes.get_title()) == (method == UNSIGNED)
+            assert ("no direction: ± sum of magnitudes" in axes.get_title()) == (method == UNSIGNED)
             if method == UNSIGNED:
                 assert marks["_turned"].get_ydata() == pytest.approx(-mine["predicted"].to_numpy())
             assert np.array(marks["_random"].get_data()) == pytest.approx(mine[["size", "random"]].to_numpy().T)

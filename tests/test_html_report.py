@@ -62,7 +62,7 @@ def result():
     summary = {
         "version": "0.1.0",
         "options": {
-            "analyses": ["accuracy", "overlap"], "scores": ["mean_difference"], "fraction": 0.1, "by": "absolute",
+            "analyses": ["accuracy", "overlap"], "scores": ["mean_difference"], "fraction": 0.1, "by": "magnitude",
             "site": "mlp", "positions": "response", "top_rule": "exact", "mode": "mean", "n_draws": 8,
             "n_subsamples": 8, "tie": 0.5, "level": 0.95, "seed": 0,
         },

@@ -10,7 +10,7 @@ from test_families import EXPERTS
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
 from rmtension.check_matrix import make_classifier
-from rmtension.hooks import in_eval_mode
+from rmtension.hooks import eager_eval
 from rmtension.profiles import collect_profiles
 from rmtension.site_widths import measure_sites
 
@@ -182,7 +182,7 @@ def test_blocks_that_run_more_than_once_do_not_stop_early(checkpoints, few, plai
     assert plain._runs_once
     looped = RewardHead.from_classifier(classifier, tokenizer=plain_tokenizer)
     looped.body.plain.h = Looped(list(looped.body.plain.h))
-    with in_eval_mode(looped.body.modules()):
+    with eager_eval(looped.body.modules()):
         _, _, looped._runs_once = measure_sites(looped.body, looped.n_layers, looped.device)
     assert not looped._runs_once
     means = [ActivationCollector(looped).collect(few).mean]

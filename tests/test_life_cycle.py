@@ -28,9 +28,20 @@ from rmtension.distributed import current, sharded
 from rmtension.errors import OptionError, RMTensionError
 from rmtension.export import build_classifier
 from rmtension.faithfulness import faithfulness
-from rmtension.hooks import InstalledHooks, Spot, copy_without_hooks, frozen, in_eval_mode, recorded_calls
+from rmtension.hooks import (
+    InstalledHooks,
+    Spot,
+    all_fire,
+    copy_without_hooks,
+    eager_eval,
+    frozen,
+    on_calls,
+    own_hooks_paused,
+    recorded_calls,
+)
 from rmtension.neuron_pages import examine
 from rmtension.nonfinite import require_finite, where_not_finite
+from rmtension.plain_weights import plain_copy
 from rmtension.profiles import collect_profiles
 from rmtension.replay import Replay
 from rmtension.runs import ModelRuns
@@ -212,7 +223,7 @@ def require_unchanged_however_it_ends(head, call):
 
 def in_eval(setup, call):
     """For what leaves the mode to its caller."""
-    with in_eval_mode(setup.head.body.modules()):
+    with eager_eval(setup.head.body.modules()):
         return call()
 
 
@@ -258,6 +269,7 @@ CALLS = {
     ),
     "nonfinite.require_finite": lambda s: require_finite(s.head, torch.zeros(3), lambda row: s.batch),
     "nonfinite.where_not_finite": lambda s: where_not_finite(s.head, s.batch, [torch.tensor([torch.inf])], None),
+    "plain_weights.plain_copy": lambda s: plain_copy(s.head.body.plain),
     "profiles.collect_profiles": lambda s: collect_profiles(s.head, s.pairs, base=s.base),
     "replay.Replay.__init__": lambda s: Replay(s.head, s.batch, ["mlp"]),
     "replay.Replay.rewards_from": lambda s: Replay(s.head, s.batch).rewards_from(1),
@@ -306,6 +318,7 @@ OWN_MODEL = [
     "hooked_model.HookedModel.__init__",
     "last_block.LastMLP.__init__",
     "plain_run.find_last_mlp",
+    "rope.RopeByText.__init__",
     "reward_head.RewardHead.from_classifier",
     "reward_head.RewardHead.from_language_model",
     "reward_head.RewardHead.from_pretrained",
@@ -321,6 +334,8 @@ OWN_MODEL = [
 ]
 ONLY_LOOKS = [
     "ablation.check_set",
+    "plain_weights.refuse_packed_weights",
+    "plain_weights.refuse_recomputed",
     "ablation.AblationContext.ablated",
     "activations.ActivationCollector.__init__",
     "activations.ActivationCollector.compute",
@@ -344,6 +359,7 @@ ONLY_LOOKS = [
     "body.NativeBody.n_embeddings",
     "body.NativeBody.spots",
     "body.NativeBody.weights",
+    "checkpoints.Checkpoint.reads_tokens",
     "checkpoints.Checkpoint.trust_remote_code",
     "direct.DirectPaths.__init__",
     "direct.DirectPaths.contributions",
@@ -351,6 +367,7 @@ ONLY_LOOKS = [
     "direct.written_by",
     "faithfulness.sample_neurons",
     "family_runs.ModelFamily.__init__",
+    "loading.refuse_offloaded",
     "hooked_model.HookedModel.architecture",
     "hooked_model.HookedModel.encode",
     "hooked_model.HookedModel.hooks",
@@ -497,7 +514,7 @@ def test_what_only_looks_installs_nothing(name):
     if not hasattr(function, "__code__"):
         return
     named = set(inspect.unwrap(function).__code__.co_names)
-    changing = {"in_eval_mode", "frozen", "recorded_calls", "register_forward_hook", "register_forward_pre_hook"}
+    changing = {"eager_eval", "frozen", "recorded_calls", "register_forward_hook", "register_forward_pre_hook"}
     assert not named & (changing | {"requires_grad_", "residual", "__enter__"})
 
 
@@ -513,9 +530,13 @@ CONTEXTS = {
     "ablation.AblationContext": lambda s: AblationContext(s.head, s.neurons),
     "batch_run._BlockGates.closed": lambda s: _BlockGates(s.head).closed(1),
     "batch_run._BlockGates.running": lambda s: _BlockGates(s.head).running(),
+    "hooks.all_fire": lambda s: all_fire(s.head.body.modules()),
+    "hooks.on_calls": lambda s: on_calls([s.mlp, s.head.body.block(0)], lambda *_: None),
+    "hooks.own_hooks_paused": lambda s: own_hooks_paused(s.head.body.modules()),
+    "rope.RopeByText.for_texts": lambda s: s.head.body._rope.for_texts(s.batch),
     "hooks.InstalledHooks": lambda s: InstalledHooks([(spot(s), lambda _: None)] * 3),
     "hooks.frozen": lambda s: frozen(s.head.body.modules()),
-    "hooks.in_eval_mode": lambda s: in_eval_mode(s.head.body.modules()),
+    "hooks.eager_eval": lambda s: eager_eval(s.head.body.modules()),
     "hooks.recorded_calls": lambda s: recorded_calls([s.mlp, s.head.body.block(0)]),
     "last_block.LastMLP.at_last_tokens": lambda s: s.head.body.last_mlp_at_last_tokens(s.batch),
     "tokens.running": lambda s: running(s.batch),
@@ -528,6 +549,7 @@ ELSEWHERE = {
     "files.written_whole": "test_files",
     "hooked_transformer_body.HookedTransformerBody._fresh_alibi": "test_hooked_transformer",
     "runs.ModelRuns._work": "test_work",
+    "stored_heads._damage_named": "test_heads",
     "trainer_run.isolated": "test_training",
     "trainer_run.new_folder": "test_training",
     "work.locked": "test_work",

@@ -80,7 +80,7 @@ class TestTop:
     @pytest.mark.parametrize("shape", [(7, 10), (3, 48), (1, 1)])
     def test_exactly_the_ceiling_and_the_highest(self, fraction, shape):
         values = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        for by, ranked in (("absolute", values.abs()), ("value", values)):
+        for by, ranked in (("magnitude", values.abs()), ("score", values)):
             top = scores_of(values).top(fraction, by=by)
             assert len(top) == math.ceil(round(fraction * values.numel(), 6))
             if len(top) < values.numel():
@@ -187,7 +187,7 @@ class TestTopRules:
     def test_percentile_rule_is_numpys_and_takes_every_tie(self):
         """The published rule: with more than 90% of the scores tied at the top of the cut it selects everything."""
         values = torch.randn(4, 25, generator=torch.Generator().manual_seed(0)).double()
-        found = scores_of(values).top(0.1, by="value", rule="percentile")
+        found = scores_of(values).top(0.1, by="score", rule="percentile")
         assert torch.equal(found.mask, values >= np.percentile(values.numpy(), 90))
         tied = torch.zeros(4, 25).double()
         tied[0, :5] = 1.0

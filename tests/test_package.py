@@ -4,6 +4,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,18 +16,24 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.iter_modules(rmtension.__path__))
 # Floors of the design: a module imports only from floors below its own.
 FLOORS = [
-    {"errors", "sites", "subtasks", "hooks", "norms", "provenance", "gates", "distributed", "repr_html"},
-    {"files", "header"},
+    {
+        *("arguments", "distributed", "errors", "gates", "hooks", "norms", "packed", "progress", "provenance"),
+        *("repr_html", "signs", "sites", "subtasks"),
+    },
+    {"files", "header", "outputs", "local_names", "plain_weights", "data_files"},
     {"neuron_json"},
     {"storage"},
-    {"chat", "heads", "neurons", "pair", "reading"},
-    {"preference_format"},
+    {"chat", "heads", "neurons", "pair", "portable", "reading"},
+    {"preference_format", "conversations"},
+    {"rows"},
     {"pairs", "neuron_scores"},
     {"pair_scores", "token_scores"},
     {"benchmarks", "intervals", "length"},
     {"encoding", "scored", "tokens", "controls", "overlap", "work"},
-    {"projections", "packing", "last_block", "budget", "sums", "plain_run", "checkpoints"},
-    {"hooked_transformer_body"},
+    {"stored_heads"},
+    {"adapters"},
+    {"projections", "packing", "last_block", "rope", "budget", "sums", "plain_run", "loading", "unembedding"},
+    {"checkpoints", "hooked_transformer_body"},
     {"body"},
     {"wrapping"},
     {"lens_models"},
@@ -42,6 +49,7 @@ FLOORS = [
         "activations",
         "ablation",
         "export",
+        "holding",
         "replacing",
         "lens_hooks",
     },
@@ -107,6 +115,17 @@ def test_every_module_is_on_a_floor_and_imports_only_from_its_own_or_below():
             names = [imported[0]] if imported[0] else re.findall(r"\w+", imported[1])
             for name in names:
                 assert placed.get(name, 0) <= floor, f"{module} imports {name} from above"
+
+
+def test_the_sdist_holds_all_that_is_tracked():
+    """So that its tests find what they read: every file and folder at the top of the repository."""
+    tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("no checkout: this is an unpacked sdist")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    included = set(project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"])
+    # The last two hatchling adds by itself.
+    assert {path.partition("/")[0] for path in tracked.stdout.split()} == included | {".gitignore", "pyproject.toml"}
 
 
 def test_one_version_everywhere():

@@ -249,7 +249,7 @@ def test_several_families(study, tmp_path, fast):
 def test_notes(study):
     said = "\n".join(notes(study))
     assert "Pairs, harmless: 90 score neurons, 90 others evaluate (0 with identical responses, 0 prompts cut)." in said
-    assert "top 10% by absolute magnitude, change at mlp, response tokens, rule 'exact'" in said
+    assert "top 10% by magnitude, change (ranked by magnitude) at mlp, response tokens, rule 'exact'" in said
     assert "Intervals: 95%, bootstrap over prompts; of means over seeds, widened" in said
     assert to_text(only(study, "drift")).startswith(notes(study)[0])
     assert "widened" not in "\n".join(notes(hand_made(seeds=(0,))))

@@ -211,7 +211,7 @@ class TestBadCheckpoints:
             RewardHead(torch.nn.Linear(2, 2), weight=torch.ones(2))
 
     def test_weight_of_another_width(self, head):
-        with pytest.raises(ModelError, match=r"expected one row of numbers.*\(2, 32\)"):
+        with pytest.raises(ModelError, match=r"weight of shape \(2, 32\): expected a head with one output"):
             RewardHead(head.model, weight=torch.ones(2, 32))
 
     def test_non_finite_rewards(self, head):

@@ -152,11 +152,28 @@ def test_a_report_without_a_base(tmp_path):
 
 
 def test_sets_are_ranked_as_asked():
-    """By signed value, for the base too."""
+    """By the score with its sign, for the base too."""
     scores = scores_of(torch.tensor([[-3.0, 1.0, 2.0, 0.5]]))
-    for by, neuron in (("absolute", 0), ("value", 2)):
+    for by, neuron in (("magnitude", 0), ("score", 2)):
         report = SharedNeuronAnalyzer({"a": scores, "b": scores}, base=scores).analyze(fraction=0.25, by=by)
         assert list(report.shared) == list(report.base) == [(0, neuron)]
     other = replace(scores, provenance=replace(scores.provenance, positions="last"))
     with pytest.raises(ProvenanceError, match=r"^SharedNeuronAnalyzer: positions differs"):
         SharedNeuronAnalyzer({"a": scores, "b": other})
+
+
+def test_printing_shows_the_index_and_chance():
+    """For every two sets, and beyond the base's."""
+    scores = scores_of(torch.tensor([[-3.0, 1.0, 2.0, 0.5]] * 3))
+    other = scores_of(torch.tensor([[3.0, 1.0, -2.0, 0.5]] * 3))
+    report = SharedNeuronAnalyzer({"a": scores, "b": other}).analyze(fraction=0.25)
+    title, line = repr(report).split("\n")
+    assert title == "SharedNeuronReport(top 0.25 by magnitude of a, b; 3 neurons in all of them)"
+    assert line.startswith(
+        f"  a / b: Jaccard 1.000, by chance {report.expected_jaccard:.3f} (p = {report.p_value:.2g}), "
+    )
+    beyond = SharedNeuronAnalyzer({"a": scores, "b": other, "c": scores}, base=scores).analyze(fraction=0.25)
+    lines = repr(beyond).split("\n")
+    assert [one[:9] for one in lines[1::2]] == ["  a / b: ", "  a / c: ", "  b / c: "]
+    assert lines[2] == "    without the base's top set: both sets are empty"
+    assert repr(report).split("\n")[0] in report._repr_html_()

@@ -26,7 +26,7 @@ from rmtension.provenance import Provenance
 from rmtension.shared import SharedNeuronAnalyzer
 from rmtension.storage import FORMAT, read_result, write_result
 
-WHERE = Provenance("toy", "0f", "mlp", "all", "direct_effect", "float32", "00", 4, 64, "0", skipped=("pair-1",))
+WHERE = Provenance("toy", "0f", "mlp", "all", "direct_effect", "float32", "00", 4, 64, "0", skipped=("pair-1",), sign=1)
 PAIRS = PreferencePairs.from_records([{"prompt": one, "chosen": "yes", "rejected": "no"} for one in "abcd"])
 
 

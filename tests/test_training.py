@@ -14,6 +14,8 @@ import transformers
 from conftest import make_config, make_pairs, make_tokenizer, put_bos_first
 from safetensors.torch import load_file
 
+from rmtension import progress
+from rmtension.cli import main
 from rmtension.encoding import encode_pairs
 from rmtension.errors import DataError, ModelError, OptionError, StorageError
 from rmtension.family import FamilySettings, train_family
@@ -303,12 +305,16 @@ def test_the_folder_is_a_reward_model_and_nothing_else(world, base, bpe, tmp_pat
     assert torch.__version__.startswith(noted["versions"]["torch"].partition("+")[0])
 
 
-def test_training_is_quiet_unless_asked(world, base, tmp_path, capfd, caplog):
+def test_training_is_quiet_unless_asked_and_watched(world, base, tmp_path, capfd, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         quick(world.train["helpful"], base, tmp_path / "a")
     assert capfd.readouterr() == ("", "")
     assert not [entry for entry in caplog.records if entry.name.startswith(("transformers", "trl"))]
+    # Where stderr is no terminal, asking is not enough.
     quick(world.train["helpful"], base, tmp_path / "b", progress=True)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(progress, "is_watched", lambda: True)
+    quick(world.train["helpful"], base, tmp_path / "c", progress=True)
     out, err = capfd.readouterr()
     assert out == ""
     assert "2/2" in err
@@ -412,6 +418,16 @@ def test_a_missing_extra_is_named(monkeypatch, world, base, tmp_path):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ModelError, match=r'pip install "rmtension\[train\]"'):
         quick(world.train["helpful"], base, tmp_path / "a")
+
+
+def test_a_missing_extra_is_named_before_anything_is_trained(monkeypatch, world, tmp_path, capsys):
+    """The base would not need it."""
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ModelError, match=r"""needs the package 'trl'\. Run `pip install "rmtension\[train\]"`"""):
+        train_family(world.train, tmp_path / "family")
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--quiet"]) == 2
+    assert capsys.readouterr().err.startswith("rmtension: error: training: needs the package 'trl'.")
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- base model, tokenizer, family -------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rmtension.commands.model_options import add_model_options, open_model
 from rmtension.commands.outcome import Outcome
+from rmtension.commands.pair_options import add_pair_options, read_pairs
 from rmtension.commands.quiet import quiet_libraries
 from rmtension.errors import CheckError
 
@@ -22,15 +23,16 @@ texts that are wrong, and the limit. Takes the model's memory a second time: the
 def add_options(parser: ArgumentParser) -> None:
     """The options of the command."""
     add_model_options(parser)
-    parser.add_argument("--pairs", type=Path, metavar="FILE", help="JSON lines of pairs (default: texts built in)")
+    parser.add_argument(
+        "--pairs", type=Path, metavar="FILE", help="pairs, as score reads them (default: built in texts)"
+    )
+    add_pair_options(parser)
 
 
 def run(options: Namespace) -> Outcome:
     """Run every check that applies."""
-    from rmtension.pairs import PreferencePairs
-
     with quiet_libraries():
-        pairs = None if options.pairs is None else PreferencePairs.from_jsonl(options.pairs)
+        pairs = None if options.pairs is None else read_pairs(options.pairs, options)
         try:
             table = open_model(options).check(pairs)
         except CheckError as error:

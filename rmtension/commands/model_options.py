@@ -1,7 +1,10 @@
 """Options of the commands that open one reward model."""
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rmtension.errors import OptionError
 
 if TYPE_CHECKING:
     from rmtension.reward_head import RewardHead
@@ -16,7 +19,23 @@ def add_model_options(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights (%(default)s)")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens per text (default: the model's context)")
     parser.add_argument("--revision", help="of a name on the hub")
+    parser.add_argument("--base", metavar="MODEL", help="of an adapter: the model it was trained on")
+    parser.add_argument(
+        "--output",
+        action="append",
+        metavar="OUTPUT",
+        help="number or name of the output that is the reward; given twice, the reward is the first minus the second",
+    )
     parser.add_argument("--pad-token", metavar="TOKEN", help="which token is skipped at the end of a text, if unsaid")
+
+
+def refuse_swapped(options: Namespace) -> None:
+    """Raise `OptionError` where the file of pairs is named before the model."""
+    if Path(options.model).is_file() and not options.pairs.is_file():
+        raise OptionError(
+            f"MODEL, PAIRS: they are swapped: {options.model} is a file, and a model is a folder or a hub name. Run "
+            f"`rmtension {options.command} {options.pairs} {options.model}`."
+        )
 
 
 def open_model(options: Namespace) -> "RewardHead":
@@ -27,9 +46,17 @@ def open_model(options: Namespace) -> "RewardHead":
 
     return RewardHead.from_pretrained(
         options.model,
+        output=_output(options.output),
         max_length=options.max_length,
         dtype=getattr(torch, options.dtype),
         device=options.device,
+        base=options.base,
         revision=options.revision,
         pad_token=options.pad_token,
     )
+
+
+def _output(given: list[str] | None) -> object:
+    """What `from_pretrained` takes: one output or a pair, numbers as numbers."""
+    found = [int(one) if one.isdecimal() else one for one in given or []]
+    return found[0] if len(found) == 1 else found or None

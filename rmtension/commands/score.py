@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rmtension.commands.model_options import add_model_options, open_model
+from rmtension.commands.model_options import add_model_options, open_model, refuse_swapped
 from rmtension.commands.outcome import Outcome
+from rmtension.commands.pair_options import add_pair_options, read_pairs
 from rmtension.commands.quiet import quiet_libraries
 from rmtension.errors import DataError, StorageError
 
@@ -17,22 +18,25 @@ HELP = "score preference pairs with a reward model"
 EXAMPLES = """examples:
   rmtension score ./my-reward-model pairs.jsonl.gz
   rmtension score ./my-reward-model pairs.jsonl --out rewards.jsonl --work scoring   goes on there after a kill
+  rmtension score ./my-chat-model pairs.csv --chat --columns prompt=question chosen=better rejected=worse
   rmtension score my-name/my-reward-model pairs.jsonl --dtype bfloat16 --device cuda --json > summary.json
 
-PAIRS has one JSON object a line: "prompt", "chosen", "rejected", and if you like "objective", "subset", "id", "item".
-Prompts are texts, or lists of messages for the model's chat template. Without "prompt", chosen and rejected are whole
-transcripts of "\\n\\nHuman:" and "\\n\\nAssistant:" turns, or whole conversations. --out has one line a pair: id,
-reward_chosen, reward_rejected, margin.
+PAIRS is JSON lines, a JSON array, CSV, TSV or Parquet; plain, .gz or .zst. A row has "prompt", "chosen", "rejected",
+and if you like "objective", "subset", "id", "item", "tools", "system"; --columns says where a column has another name.
+Prompts and responses are texts, or messages for the model's chat template; --chat makes messages of plain prompts.
+Without "prompt", chosen and rejected are whole conversations, or whole transcripts of "\\n\\nHuman:" and
+"\\n\\nAssistant:" turns. --out has one line for each pair: id, reward_chosen, reward_rejected, margin.
 """
 
 
 def add_options(parser: ArgumentParser) -> None:
     """The options of the command."""
     add_model_options(parser)
-    parser.add_argument("pairs", metavar="PAIRS", type=Path, help="JSON lines, plain or gzip'd")
+    parser.add_argument("pairs", metavar="PAIRS", type=Path, help="a file of pairs, as below")
+    add_pair_options(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rewards there; gzip'd if it ends in .gz")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --out")
-    for name, what in (("invalid", "lines that are no pairs"), ("nonfinite", "rewards that are no finite numbers")):
+    for name, what in (("invalid", "rows that are no pairs"), ("nonfinite", "rewards that are no finite numbers")):
         parser.add_argument(
             f"--on-{name}",
             choices=("raise", "skip"),
@@ -45,6 +49,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Outcome:
     """Score the pairs and write the rewards."""
+    refuse_swapped(options)
     # Before any work: an hour of it may follow.
     if options.out is not None and options.out.exists() and not options.overwrite:
         raise StorageError(f"--out: {options.out} exists already. Name another file, or pass --overwrite.")
@@ -56,9 +61,8 @@ def run(options: Namespace) -> Outcome:
 
 def _run(options: Namespace) -> Outcome:
     from rmtension.files import write_json_lines
-    from rmtension.pairs import PreferencePairs
 
-    pairs = PreferencePairs.from_jsonl(options.pairs, on_invalid=options.on_invalid)
+    pairs = read_pairs(options.pairs, options, on_invalid=options.on_invalid)
     if not len(pairs):
         raise DataError(
             f"{options.pairs}: expected at least one preference pair, found none{_left_out(pairs.skipped)}."
@@ -111,6 +115,8 @@ def _data(options: Namespace, skipped: Mapping[str, int], scored: "ScoredPairs")
 def _text(options: Namespace, data: Mapping[str, Any]) -> str:
     import pandas as pd
 
+    from rmtension.intervals import Estimate
+
     lost = len(data["not_finite"])
     counts = [f"{data['n']} pairs scored"]
     counts += [f"{sum(data['skipped'].values())} skipped"] if data["skipped"] else []
@@ -123,17 +129,13 @@ def _text(options: Namespace, data: Mapping[str, Any]) -> str:
         {
             "pairs": name,
             "n": part["n"],
-            "accuracy [95% interval]": _interval(part["accuracy"]),
-            "mean margin [95% interval]": _interval(part["margin"]),
+            "accuracy [95% interval]": str(Estimate(**part["accuracy"])),
+            "mean margin [95% interval]": str(Estimate(**part["margin"])),
         }
         for name, part in [("all", data), *data["by_objective"].items()]
     ]
     lines = [", ".join(counts) + ".", *reasons, pd.DataFrame(rows).to_string(index=False)]
     return "\n".join(lines if options.out is None else [*lines, f"Rewards written to {options.out}."])
-
-
-def _interval(estimate: Mapping[str, float]) -> str:
-    return "{value:.3f} [{low:.3f}, {high:.3f}]".format_map(estimate)
 
 
 def _left_out(skipped: Mapping[str, int]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rmtension.commands.outcome import Outcome
+from rmtension.commands.pair_options import add_pair_options, read_columns
 from rmtension.commands.quiet import quiet_libraries
 from rmtension.errors import OptionError
 
@@ -21,18 +22,20 @@ study.yaml; relative paths are relative to it, only models and pairs are require
     harmless: models/harmless
     mixed: models/mixed
     base: models/base                # what they were trained from, if you have it
-  pairs:                             # JSON lines that no model was trained on: a file, or a list of files
+  pairs:                             # that no model was trained on: a file, or a list of files, as `score` reads them
     helpful: helpful.jsonl.gz
     harmless: [one.jsonl, two.jsonl]
+  columns: {}                        # the column that a field is in, for example {prompt: question}
+  chat: false                        # true: read plain prompts with the models' chat template
   rules: corrected                   # or paper
   analyses: [accuracy, overlap]      # default: all ten
   options: {fraction: 0.05}          # fields of StudyOptions
   out: study                         # default
 
 Several seeds or bases: `models` as a list of such mappings, each with a `seed`, and a `name` for each base. One file
-for both objectives: `pairs: both.jsonl`, whose lines have "objective": "helpful" or "harmless". `scoring_pairs` (like
+for both objectives: `pairs: both.jsonl`, whose rows have "objective": "helpful" or "harmless". `scoring_pairs` (like
 pairs) are pairs to score neurons on; without them one half of the prompts does that, and the other evaluates.
-`on_invalid: skip` leaves out lines that are no pairs.
+`on_invalid: skip` leaves out rows that are no pairs.
 
 Writes into --out: every pass over a model (runs), one CSV a table, figures if matplotlib is installed, report.md, and
 report.html, which needs no other file. The same command again goes on where it was interrupted, and runs only what is
@@ -47,10 +50,11 @@ def add_options(parser: ArgumentParser) -> None:
     )
     for name in ("helpful", "harmless", "mixed", "base"):
         parser.add_argument(f"--{name}", metavar="MODEL", help=f"the {name} model")
-    parser.add_argument("--pairs", nargs="+", metavar="FILE", help='JSON lines with "objective"')
+    parser.add_argument("--pairs", nargs="+", metavar="FILE", help='files of pairs with "objective"')
     parser.add_argument("--helpful-pairs", nargs="+", metavar="FILE", help="or: those of the helpful objective")
     parser.add_argument("--harmless-pairs", nargs="+", metavar="FILE", help="and those of the harmless one")
-    parser.add_argument("--on-invalid", choices=("raise", "skip"), help="lines that are no pairs: end there, or skip")
+    add_pair_options(parser)
+    parser.add_argument("--on-invalid", choices=("raise", "skip"), help="rows that are no pairs: end there, or skip")
     parser.add_argument("--rules", help="corrected (the default), or paper for the published ones")
     parser.add_argument("--analyses", nargs="+", metavar="NAME", help="some of the ten (default: all)")
     parser.add_argument("--set", nargs="+", metavar="NAME=VALUE", default=[], help="fields of StudyOptions")
@@ -109,6 +113,8 @@ def _from_flags(options: Namespace) -> dict[str, Any]:
     values = {
         "models": models,
         "pairs": named or options.pairs,
+        "columns": read_columns(options.columns),
+        "chat": options.chat,
         "on_invalid": options.on_invalid,
         "rules": options.rules,
         "analyses": options.analyses,

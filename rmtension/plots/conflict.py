@@ -28,6 +28,8 @@ _LOOKS = {
 def conflict_scatter(report: ConflictReport, ax: "Axes | None" = None) -> "Figure":
     """Every neuron's contribution to helpful margins against that to harmless ones. From `conflict.conflict`.
 
+    To the right and up: neurons that support the margins.
+
     Colours and markers: classes, with their numbers of neurons. Neurons of a class other than "none" have intervals at
     the report's level: Student's, over prompts.
     """
@@ -54,7 +56,7 @@ def conflict_scatter(report: ConflictReport, ax: "Axes | None" = None) -> "Figur
     for line in (axes.axhline, axes.axvline):
         line(0, color="black", linewidth=0.8, zorder=2)
     x_label, y_label = (
-        f"mean contribution to {one} margins\n"
+        f"mean contribution to {one} margins (supports them \N{RIGHTWARDS ARROW})\n"
         f"(reward units; {report.n_pairs[one]} pairs of {report.n_prompts[one]} prompts)"
         for one in OBJECTIVES
     )

@@ -10,6 +10,7 @@ import pandas as pd
 
 from rmtension.errors import OptionError
 from rmtension.faithfulness import Faithfulness
+from rmtension.intervals import with_interval
 from rmtension.plots.drawing import GREY, Canvas, readable
 from rmtension.plots.rows import count, sized
 
@@ -30,8 +31,9 @@ def faithfulness_scatter(
 ) -> "Figure":
     """Predicted against true effect of taking out each neuron, a panel a method, coloured by layer.
 
-    From `faithfulness.faithfulness`. Scores without a sign are drawn against magnitudes of true effects, as they are
-    compared. `methods` chooses panels, and their order; `ax` holds one.
+    From `faithfulness.faithfulness`. An effect below 0 is that of a neuron that supports the margin. Scores without a
+    direction are drawn against magnitudes of true effects, as they are compared. `methods` chooses panels, and their
+    order; `ax` holds one.
     """
     shown = _chosen(result, methods)
     canvas = Canvas.of(ax, len(shown), height=_HEIGHT.get(len(shown), 2.7), choose="methods=")
@@ -57,9 +59,11 @@ def faithfulness_scatter(
         if canvas.bottom(number) or signed[number + canvas.columns] != signed[number]:
             axes.set_xlabel(f"predicted {what} (reward units)")
         row = summary[method]
-        interval = f"Spearman {row['spearman']:.2f} [{row['spearman_low']:.2f}, {row['spearman_high']:.2f}]"
+        ends = row["spearman_low"], row["spearman_high"]
+        interval = f"Spearman {with_interval(row['spearman'], *ends, form='.2f')}"
         names.append(_name(method, (row["n"], row["n"]), 29 * 3 // min(len(shown), 3), interval))
-    return canvas.finish(_title(result, "Predicted and true effects of taking out single neurons"), names)
+    title = _title(result, "Predicted and true effects of taking out single neurons")
+    return canvas.finish(f"{title}\nBelow 0: the neuron supports the margin; above 0: it opposes the margin", names)
 
 
 def faithfulness_sets(
@@ -68,8 +72,8 @@ def faithfulness_sets(
     """The true effect of ablating a method's top sets, against their size, a panel a method.
 
     From `faithfulness.faithfulness`. Beside it the sum of the effects predicted for the single neurons, and random sets
-    of equal size: their mean, and a band from the smallest to the largest effect. Magnitudes, of scores without a sign,
-    are summed either way. `methods` chooses panels, and their order; `ax` holds one.
+    of equal size: their mean, and a band from the smallest to the largest effect. Magnitudes, of scores without a
+    direction, are summed either way. `methods` chooses panels, and their order; `ax` holds one.
     """
     if result.sets.empty:
         raise OptionError(
@@ -99,7 +103,9 @@ def faithfulness_sets(
         if canvas.bottom(number):
             axes.set_xlabel("neurons ablated together")
         n = (int(mine["n"].min()), int(mine["n"].max()))
-        names.append(_name(method, n, 32 * 3 // min(len(shown), 3), "" if signed else "no sign: ± sum of magnitudes"))
+        names.append(
+            _name(method, n, 32 * 3 // min(len(shown), 3), "" if signed else "no direction: ± sum of magnitudes")
+        )
     return canvas.finish(_title(result, "Effect of ablating top sets"), names)
 
 

@@ -1,0 +1,120 @@
+"""Which of a model's outputs is the reward: one row of its last linear map, or one row minus another."""
+
+import difflib
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rmtension.errors import ModelError, OptionError
+
+_SHOWN = 12
+
+
+def choose_rows(output: object, n_rows: int, names: Mapping[int, str] | None, what: str) -> tuple[int, ...]:
+    """The rows that `output` means: one, or two where the reward is the first minus the second.
+
+    `output` is a number from 0, one of `names` (a classifier's `id2label`), a pair of these, or None where there is one
+    row. Raises `ModelError` where there are several rows and none is chosen, `OptionError` for one that is not there.
+    """
+    if output is None:
+        if n_rows == 1:
+            return (0,)
+        raise ModelError(
+            f"{what}: expected a head with one output, got {n_rows}: {_listed(n_rows, names)}. Say which one is the "
+            f"reward: output={n_rows - 1}, or output=({n_rows - 1}, 0) for a difference of two."
+        )
+    return _one_or_two(output, lambda one: _row(one, n_rows, names))
+
+
+def choose_tokens(output: object, tokenizer: Any) -> tuple[int, ...]:
+    """The same for a language model, whose outputs are tokens: `output` is a token as text, or a pair of them.
+
+    A token is an entry of the vocabulary ("ĠYes"), or a text that the tokenizer turns into one token (" Yes"). Raises
+    `OptionError` for anything else, with the pieces it is split into and entries that are close to it.
+    """
+    if tokenizer is None:
+        raise OptionError("output: tokens are looked up in a tokenizer, and there is none. Pass tokenizer=...")
+    return _one_or_two(output, lambda one: _token(one, tokenizer))
+
+
+def pick(values: Float[Tensor, "row *rest"], rows: tuple[int, ...]) -> Float[Tensor, "*rest"]:
+    """The chosen row, or the first minus the second, in float32 at least: halves would round the difference."""
+    if len(rows) == 1:
+        only: Tensor = values[rows[0]]
+        return only
+    first, second = values[list(rows)].to(torch.promote_types(values.dtype, torch.float32))
+    difference: Tensor = first - second
+    return difference
+
+
+def _one_or_two(output: object, find: Any) -> tuple[int, ...]:
+    if not isinstance(output, tuple | list):
+        return (find(output),)
+    if len(output) != 2:
+        raise OptionError(f"output: expected one output or a pair of them, got {len(output)}.")
+    rows = tuple(find(one) for one in output)
+    if rows[0] == rows[1]:
+        raise OptionError(f"output: {output!r} are one and the same output, so that every reward would be 0.")
+    return rows
+
+
+def _row(one: object, n_rows: int, names: Mapping[int, str] | None) -> int:
+    if isinstance(one, str):
+        rows = [row for row, name in (names or {}).items() if name == one]
+        if len(rows) == 1:
+            return rows[0]
+        found = "more than one output has this name" if rows else "no output has this name"
+        raise OptionError(f"output: {one!r}: {found}. Expected one of {_listed(n_rows, names)}.")
+    try:
+        row = operator.index(one)  # type: ignore[arg-type]
+    except TypeError:
+        row = -1
+    if isinstance(one, bool) or not 0 <= row < n_rows:
+        raise OptionError(f"output: expected one of {_listed(n_rows, names)}, got {one!r}.")
+    return row
+
+
+def _listed(n_rows: int, names: Mapping[int, str] | None) -> str:
+    if n_rows == 1:
+        return "0 (there is one output)"
+    if not names:
+        return f"0 to {n_rows - 1}"
+    shown = ", ".join(f"{row} {names[row]!r}" for row in sorted(names)[:_SHOWN])
+    return f"0 to {n_rows - 1} ({shown}{', ...' if n_rows > _SHOWN else ''})"
+
+
+def _token(one: object, tokenizer: Any) -> int:
+    if not isinstance(one, str):
+        raise OptionError(
+            f"output: the outputs of a language model are tokens; expected one as text, got {one!r}. The text of a "
+            "token's number is tokenizer.convert_ids_to_tokens(number)."
+        )
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    if one in vocabulary:
+        return vocabulary[one]
+    ids = tokenizer.encode(one, add_special_tokens=False)
+    if len(ids) == 1 and ids[0] != tokenizer.unk_token_id and tokenizer.decode(ids).strip() == one.strip():
+        return int(ids[0])
+    text = one.replace("Ġ", " ").replace("▁", " ")  # as entries write a space
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode(text, add_special_tokens=False))
+    close = _close(one, vocabulary)
+    raise OptionError(
+        f"output: {one!r} is not one token of this tokenizer, which splits it into {pieces}. "
+        + (f"Name one of its entries; close ones are {close}." if close else "Name one of tokenizer.get_vocab().")
+    )
+
+
+def _close(one: str, vocabulary: Sequence[str] | Mapping[str, int]) -> list[str]:
+    """Entries that differ in the mark of a space or in case, then those spelled nearly so."""
+
+    def bare(entry: str) -> str:
+        return entry.lstrip("Ġ▁ ").strip().casefold()
+
+    same = [entry for entry in vocabulary if bare(entry) == bare(one)]
+    spelled = {bare(entry): entry for entry in vocabulary}
+    near = [spelled[entry] for entry in difflib.get_close_matches(bare(one), list(spelled), n=4)]
+    return list(dict.fromkeys([*sorted(same), *near]))[:6]

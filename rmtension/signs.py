@@ -1,0 +1,66 @@
+"""What the sign of a score says of a neuron: whether it supports the margin or opposes it."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from rmtension.arguments import require_choice
+from rmtension.errors import OptionError
+from rmtension.provenance import Provenance
+
+# What top sets are ranked by.
+BY = ("magnitude", "supports", "opposes", "score")
+_DIRECTIONS = pd.Index(["opposes", "neither", "supports"])
+
+
+def check_by(by: str, sign: int | None, scores: str) -> None:
+    """Raise `OptionError` unless scores of this sign can be ranked `by`; `scores` names them in the message."""
+    require_choice("by", by, BY)
+    if by in ("supports", "opposes") and sign is None:
+        raise OptionError(
+            f"by: {by!r} needs scores whose sign says whether a neuron supports the margin, and the sign of {scores} "
+            "does not. Use by='magnitude', or signed scores of another method, such as 'gradient_x_activation'."
+        )
+    if by == "score" and sign == -1:
+        raise OptionError(
+            f"by: 'score' takes the highest scores, and a neuron with a positive score of {scores} opposes the margin. "
+            "Use by='supports' or by='opposes'."
+        )
+
+
+def ranked(
+    values: Float[Tensor, "*rest layer neuron"], by: str, provenance: Provenance
+) -> Float[Tensor, "*rest layer neuron"]:
+    """Numbers that are larger the earlier a neuron is in a top set; raises `OptionError` where there is no such order.
+
+    "supports": how far the neuron raises the margin; "opposes": how far it lowers it; "magnitude": |score|; "score":
+    the score itself.
+    """
+    check_by(by, provenance.sign, f"{provenance.method!r}")
+    if by == "magnitude":
+        return values.abs()
+    if by == "score":
+        return values
+    assert provenance.sign is not None
+    return values * (provenance.sign if by == "supports" else -provenance.sign)
+
+
+def effect_sign(provenance: Provenance) -> int:
+    """What scores are multiplied by to predict the change of the margin without the neuron; 1 for magnitudes."""
+    return 1 if provenance.sign is None else -provenance.sign
+
+
+def directions(values: Float[Tensor, "*rest"], sign: int) -> Any:
+    """What each neuron does to the margin: "supports", "opposes" or "neither" (0, NaN), a flat `pandas.Categorical`."""
+    codes = np.nan_to_num(np.sign(values.flatten().numpy() * sign)).astype(np.int8) + 1
+    return pd.Categorical.from_codes(codes, categories=_DIRECTIONS)
+
+
+def with_direction(frame: pd.DataFrame, values: Float[Tensor, "*rest"], provenance: Provenance) -> pd.DataFrame:
+    """The frame of some scores with a column `direction`, where their sign says one."""
+    if provenance.sign is None:
+        return frame
+    return frame.assign(direction=directions(values, provenance.sign))

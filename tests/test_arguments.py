@@ -1,0 +1,166 @@
+"""Swapped and mistaken arguments say so, and name what was meant."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from rmtension import AblationContext, NeuronAttribution, NeuronSet, SharedNeuronAnalyzer, StudyOptions
+from rmtension.arguments import nearest, require_choice
+from rmtension.cli import main
+from rmtension.conflict import conflict
+from rmtension.errors import OptionError
+from rmtension.sites import find_site
+from rmtension.study_config import make_config
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("wrong", "meant"),
+        [
+            ({"analyses": ("accurracy",)}, "accuracy"),
+            ({"analyses": ("overlap", "cross-objective")}, "cross_objective"),
+            ({"scores": ("gradient_x_activations",)}, "gradient_x_activation"),
+            ({"mode": "zeros"}, "zero"),
+            ({"by": "support"}, "supports"),
+            ({"site": "mpl"}, "mlp"),
+            ({"fractoin": 0.1}, "fraction"),
+        ],
+    )
+    def test_study_options_name_the_nearest(self, wrong, meant, tmp_path):
+        for make in (lambda: StudyOptions.of("corrected", **wrong), lambda: self.config(wrong, tmp_path)):
+            with pytest.raises(OptionError, match=rf" Did you mean '{meant}'\?$"):
+                make()
+
+    def config(self, options, folder):
+        values = {"models": {"helpful": "a", "harmless": "b", "mixed": "c"}, "pairs": "none"}
+        analyses = {"analyses": list(options["analyses"])} if "analyses" in options else {"options": options}
+        return make_config(values | analyses, folder=folder, where="study.yaml")
+
+    def test_other_lists(self, head, tmp_path):
+        with pytest.raises(OptionError, match="Did you mean 'paper'"):
+            StudyOptions.of("papers")
+        with pytest.raises(OptionError, match=r"method: .* Did you mean 'direct_effect'\?"):
+            NeuronAttribution(head, method="direct_effects")
+        with pytest.raises(OptionError, match=r"unknown key 'pair'; .* Did you mean 'pairs'\?"):
+            make_config({"pair": 1}, folder=tmp_path, where="study.yaml")
+        with pytest.raises(OptionError, match=r"site: .*, got 'nonsense'\.$"):
+            find_site("nonsense")
+
+    def test_command_line(self, capsys, tmp_path):
+        """The study's and the demo's, before anything is written."""
+        assert main(["demo", "--out", str(tmp_path / "out"), "--analyses", "accurracy"]) == 2
+        assert "got ('accurracy',). Did you mean 'accuracy'?" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        models = [f"--{name}={tmp_path}" for name in ("helpful", "harmless", "mixed")]
+        assert main(["study", *models, "--pairs", "none.jsonl", "--set", "n_drawss=3"]) == 2
+        assert "Did you mean 'n_draws'?" in capsys.readouterr().err
+
+    def test_nearest(self):
+        assert nearest("accurracy", ["depth", "accuracy"]) == " Did you mean 'accuracy'?"
+        assert nearest("xyz", ["depth"]) == nearest(3, ["depth"]) == nearest("depth", ["depth"]) == ""
+        require_choice("x", "a", ["a"])
+        with pytest.raises(OptionError, match=r"x: expected one of \['a'\], got 3\.$"):
+            require_choice("x", 3, ["a"])
+
+
+class TestSwapped:
+    def test_every_call(self, checkpoints):
+        """In a process without the suite's type checker, as users call."""
+        code = f"""
+            import torch
+            from rmtension import *
+            from rmtension.conflict import conflict
+            from rmtension.errors import RMTensionError
+            from rmtension.faithfulness import faithfulness
+            from rmtension.neuron_pages import examine
+            from rmtension.profiles import collect_profiles
+            from rmtension.single_effects import single_neuron_effects
+            from rmtension.sweep import score_without
+
+            head = RewardHead.from_pretrained({str(checkpoints["gpt2"])!r})
+            pairs = PreferencePairs([PreferencePair("how", " do a", " do b")])
+            scores = NeuronAttribution(head, "gradient_x_activation").score(pairs)
+            neurons, both = scores.top(k=1), {{"helpful": pairs, "harmless": pairs}}
+            for call in (
+                lambda: AblationContext(neurons, head),
+                lambda: NeuronAttribution("gradient_x_activation", head),
+                lambda: single_neuron_effects(pairs, head),
+                lambda: collect_profiles(pairs, head),
+                lambda: faithfulness(scores, head, pairs),
+                lambda: examine(head, neurons, both),
+                lambda: AblationContext(head, scores),
+                lambda: head.with_ablation(neurons.mask),
+                lambda: score_without(head, pairs, both),
+                lambda: ActivationCollector(pairs),
+                lambda: SharedNeuronAnalyzer(both),
+                lambda: SharedNeuronAnalyzer([scores, scores]),
+                lambda: conflict(scores, scores),
+                lambda: head.score(pairs),
+                lambda: head.score(list(pairs)),
+                lambda: head.score(both),
+                lambda: head.score_pairs(["text"]),
+                lambda: head.score_pairs(both),
+                lambda: next(NeuronAttribution(head).per_token(["text"])),
+            ):
+                try:
+                    call()
+                    print("nothing was raised")
+                except RMTensionError as error:
+                    print(error)
+        """
+        ran = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        swapped = (
+            *(
+                "AblationContext(head, neurons)",
+                "NeuronAttribution(head, method)",
+                "single_neuron_effects(head, pairs)",
+            ),
+            *("collect_profiles(head, pairs)", "faithfulness(head, scores, pairs)", "examine(head, pairs, neurons)"),
+        )
+        lines = ran.stdout.splitlines()
+        for line, call in zip(lines, swapped, strict=False):
+            assert ": they are swapped: " in line
+            assert line.endswith(f" Call {call}.")
+        mistaken = (
+            "neurons: expected NeuronSet, got NeuronScores. Take a set of them with scores.top(0.05).",
+            "neurons: expected NeuronSet, got Tensor. Make a set with NeuronSet(mask, site, head.architecture).",
+            "neurons: expected NeuronSet, got str. Call AblationContext(head, neurons).",
+            "head: expected RewardHead, got PreferencePairs. Call ActivationCollector(head), then collect(pairs).",
+            "scores of 'helpful': expected NeuronScores, got PreferencePairs. NeuronAttribution(...).score(pairs)",
+            "scores: expected Mapping, got list. Call SharedNeuronAnalyzer({",
+            "helpful: expected PairScores, got NeuronScores. NeuronAttribution(...).per_pair(pairs) gives",
+            "texts: expected a list of texts, got PreferencePairs. Score preference pairs with score_pairs(pairs)",
+            "texts: expected a list of texts, got list. Score preference pairs with score_pairs(pairs)",
+            "texts: expected a list of texts, got dict. Score preference pairs with score_pairs(pairs)",
+            "pairs: expected PreferencePair, got str at position 0. For dicts use PreferencePairs.from_records; texts",
+            "pairs: expected preference pairs, got a mapping of ['helpful', 'harmless']. Choose those of one name.",
+            "pairs: expected PreferencePair, got str at position 0.",
+        )
+        assert len(lines) == len(swapped) + len(mistaken)
+        for line, begins in zip(lines[len(swapped) :], mistaken, strict=True):
+            assert line.startswith(begins)
+
+    def test_the_advice_works(self, head, pairs):
+        """What the messages above say to do instead."""
+        attribution = NeuronAttribution(head, "gradient_x_activation")
+        scores = attribution.score(pairs)
+        top = scores.top(0.05)
+        AblationContext(head, top)
+        AblationContext(head, NeuronSet(top.mask, "mlp", head.architecture))
+        SharedNeuronAnalyzer({"name": scores, "other name": scores})
+        assert conflict(attribution.per_pair(pairs), attribution.per_pair(pairs)).cosine.value == pytest.approx(1)
+        assert len(head.score_pairs({"helpful": pairs}["helpful"])) == len(pairs)
+        assert head.score(["how do i"]).shape == (1,)
+
+    def test_command_line(self, checkpoints, pairs, capsys, tmp_path):
+        file, model = tmp_path / "pairs.jsonl", checkpoints["gpt2"]
+        pairs[:2].to_jsonl(file)
+        assert main(["score", str(file), str(model)]) == 2
+        error = capsys.readouterr().err
+        assert f"MODEL, PAIRS: they are swapped: {file} is a file" in error
+        advised = error.partition("Run `rmtension ")[2].partition("`")[0].split()
+        assert advised == ["score", str(model), str(file)]
+        assert main(advised) == 0

@@ -1,0 +1,86 @@
+"""Whatever users do to a model before or after they open it: the library is exact, or it says no."""
+
+import pytest
+import torch
+from changed_models import LIMIT, OPERATIONS, WAYS, fresh, inline_mlp, outcomes, rewards, right_values
+from torch import nn
+from torch.nn.utils import prune
+
+from rmtension import AblationContext, NeuronSet, RewardHead
+from rmtension.errors import ModelError
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch, peft and transformers deprecate much of what is tried here
+
+# Ways in which nothing can be read or edited exactly, and the words that say so.
+REFUSED = {
+    "mlp.forward replaced, calls none of them": ("forward", OPERATIONS[1:]),
+    "the same, after opening": ("del module.forward", OPERATIONS[1:]),
+    "utils.weight_norm": ("remove_weight_norm", OPERATIONS),
+    "utils.prune": ("prune.remove", OPERATIONS),
+    "int8, dynamic": ("quantised", OPERATIONS),
+    "int8 parameters": ("quantised", OPERATIONS),
+    "mlp.forward replaced, calls its modules": ("del module.forward", OPERATIONS[4:]),
+    "user's hook that changes": (r"handle.remove()", OPERATIONS[4:]),
+}
+
+
+# Compiling is the same for every family; weights are stored in another layout in GPT-2.
+CASES = [("llama", name) for name in WAYS] + [("gpt2", name) for name in WAYS if "compile" not in name]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_changed_models_are_exact_or_refused(family, name, tokenizer):
+    words, refused = REFUSED.get(name, ("", ()))
+    for operation, found in outcomes(WAYS[name], family, tokenizer).items():
+        if operation in refused:
+            assert found.refusal is not None, operation
+            assert words in found.refusal
+        else:
+            assert found.refusal is None, operation
+            assert found.difference <= LIMIT, operation
+
+
+def test_the_right_values_tell_an_ablation_apart(tokenizer):
+    """Without this, exact could mean that nothing happened."""
+    for family in ("llama", "gpt2"):
+        right = right_values(fresh(family, tokenizer), tokenizer)
+        assert float((right["ablate"] - right["score"]).abs().min()) > 100 * LIMIT
+
+
+def test_what_refusals_advise_works(tokenizer):
+    model = fresh("llama", tokenizer)
+    right = right_values(model, tokenizer)
+    for block in model.model.layers:
+        inline_mlp(model, block)
+    with pytest.raises(ModelError, match="`del module"):
+        RewardHead.from_classifier(model, tokenizer=tokenizer).n_neurons("mlp")
+    for block in model.model.layers:
+        del block.mlp.forward
+        nn.utils.weight_norm(block.mlp.up_proj)
+        prune.identity(block.mlp.down_proj, "weight")
+    with pytest.raises(ModelError, match="weight_norm"):
+        RewardHead.from_classifier(model, tokenizer=tokenizer)
+    for block in model.model.layers:
+        nn.utils.remove_weight_norm(block.mlp.up_proj)
+        prune.remove(block.mlp.down_proj, "weight")
+    head = RewardHead.from_classifier(model, tokenizer=tokenizer)
+    with AblationContext(head, NeuronSet(right["mask"], "mlp", head.architecture)), torch.no_grad():
+        assert torch.allclose(rewards(model, tokenizer), right["ablate"], atol=LIMIT)
+
+
+def test_hooks_of_one_layer_that_do_not_fire_are_found(tokenizer):
+    """One replaced module among several, and one hook of many: each place is looked at by itself."""
+    model = fresh("llama", tokenizer)
+    head = RewardHead.from_classifier(model, tokenizer=tokenizer)
+    inline_mlp(model, model.model.layers[1])
+    mask = torch.zeros(head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
+    mask[2, 0] = True
+    with AblationContext(head, NeuronSet(mask, "mlp", head.architecture)):
+        head.score(["how do i"])  # layers 0 and 1 have no hook
+    mask[1, 0] = True
+    with (
+        AblationContext(head, NeuronSet(mask, "mlp", head.architecture)),
+        pytest.raises(ModelError, match="site 'mlp' of layer 1 did not fire"),
+    ):
+        head.score(["how do i"])
+    assert head.score(["how do i"]).isfinite().all()

@@ -1,0 +1,52 @@
+"""Numbers of threads: equal bits at one number, 1e-6 of the largest across them."""
+
+import pytest
+import torch
+
+from rmtension import ActivationCollector, NeuronAttribution, RewardHead
+from rmtension.single_effects import single_neuron_effects
+
+ACROSS = 1e-6
+
+
+def computed(head, pairs, threads):
+    """Rewards, statistics and scores, each with the numbers that it is measured by: its largest is the scale."""
+    torch.set_num_threads(threads)
+    try:
+        scored, statistics = head.score_pairs(pairs), ActivationCollector(head).collect(pairs)
+        gradients = NeuronAttribution(head, method="gradient_x_activation").score(pairs)
+        difference = NeuronAttribution(head, method="mean_difference").score(pairs)
+        effects = single_neuron_effects(head, pairs[:4])
+    finally:
+        torch.set_num_threads(1)
+    return {
+        "chosen": (scored.chosen, scored.chosen),
+        "margin": (scored.margin, scored.chosen),  # a difference of rewards, with their rounding
+        "mean": (statistics.mean, statistics.rms),
+        "rms": (statistics.rms, statistics.rms),
+        "mean_difference": (difference.values, statistics.rms),
+        "gradient_x_activation": (gradients.values, gradients.values),
+        "stderr": (gradients.stderr, gradients.values),
+        "effects": (effects.values, scored.chosen),
+    }
+
+
+def differences(one, other):
+    """Name -> the largest difference, in units of the largest number."""
+    return {
+        name: float((values.double() - other[name][0].double()).abs().max() / scale.abs().max())
+        for name, (values, scale) in one.items()
+    }
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("gpt2", torch.float32), ("llama", torch.float64)])
+def test_results_agree_across_numbers_of_threads(checkpoints, pairs, family, dtype):
+    head = RewardHead.from_pretrained(checkpoints[family], dtype=dtype)
+    one, same, two = (computed(head, pairs, threads) for threads in (1, 1, 2))
+    for name, (values, _) in one.items():
+        assert torch.equal(values, same[name][0]), f"{name}: other bits at the same number of threads"
+    found = differences(one, two)
+    assert max(found.values()) <= ACROSS, found
+    # Negative control: half precision is not within the bound.
+    rough = computed(RewardHead.from_pretrained(checkpoints[family], dtype=torch.bfloat16), pairs, 1)
+    assert min(differences(one, rough).values()) > ACROSS
