@@ -48,11 +48,12 @@ def run_base(base: Any, batch: TokenBatch) -> Float[Tensor, "row token d_model"]
 
 def looks_ahead(base: Any, n_embeddings: int) -> bool:
     """Whether a token's hidden state depends on a later token, as in encoders. Decided by trying."""
-    first = probe_batch(3, next(base.parameters()).device)
-    ids = first.input_ids.clone()
-    ids[:, -1] = n_embeddings - 1
+    batch = probe_batch(3, next(base.parameters()).device)
+    first = batch.input_ids % n_embeddings
+    other_last = first.clone()
+    other_last[:, -1] = (first[:, -1] + 1) % n_embeddings
     with torch.no_grad(), eager_eval(base.modules()):
-        one, other = (run_base(base, batch)[:, :-1].float() for batch in (first, replace(first, input_ids=ids)))
+        one, other = (run_base(base, replace(batch, input_ids=ids))[:, :-1].float() for ids in (first, other_last))
     return not torch.allclose(one, other, rtol=1e-2, atol=1e-4)
 
 
