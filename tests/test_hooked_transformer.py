@@ -257,3 +257,22 @@ def test_encoders_and_folded_norms_are_refused_with_a_way_on():
     head = RewardHead(toy, weight=toy.W_U[:, 7], bias=toy.b_U[7].item(), final_norm=toy.ln_final)
     # 1e-6: the gain is measured, in float32 because the norm has no parameter.
     assert torch.allclose(head.score_tokens(ids, mask), alone(toy, ids)[:, 7], atol=1e-6)
+
+
+def test_alibi_biases_come_back():
+    """Those that attention keeps are the user's, after a run, an error in a hook, or an interrupt."""
+    model = make_own("hooked", **ODD["alibi"])
+    head = RewardHead(model, weight=[1.0] * 16)
+    ids, mask = ragged_ids()
+    assert [block.attn.alibi for block in model.blocks] == [None, None]
+    model(ids)
+    kept = [block.attn.alibi for block in model.blocks]
+    head.score_tokens(ids[:, :3], mask[:, :3])
+
+    def fail(layer, activation):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), head.hooks("mlp", fail):
+        head.score_tokens(ids, mask)
+    assert all(block.attn.alibi is biases for block, biases in zip(model.blocks, kept, strict=True))
+    assert not any(module._forward_hooks for module in model.modules())
