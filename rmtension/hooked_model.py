@@ -16,7 +16,7 @@ from rmtension.budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.distributed import current
 from rmtension.encoding import EncodedPairs, EncodedText, encode_pairs
 from rmtension.errors import ModelError, OptionError
-from rmtension.hooks import InstalledHooks, all_fire, count_foreign_hooks, eager_eval, has_own_hooks, is_placed
+from rmtension.hooks import AllSeen, InstalledHooks, all_fire, count_foreign_hooks, eager_eval, has_own_hooks, is_placed
 from rmtension.pairs import PreferencePairs
 from rmtension.site_widths import measure_sites
 from rmtension.sites import find_site
@@ -24,10 +24,6 @@ from rmtension.tokens import TokenBatch, running
 
 # How far rounding may put a text in a batch from the same text alone, relative to its residual stream.
 _PADDING_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.2}
-
-
-class _AllSeen(Exception):  # noqa: N818 - no error
-    """Ends a run whose rest nobody asked for."""
 
 
 class HookedModel:
@@ -115,9 +111,9 @@ class HookedModel:
             if layer == self.n_layers - 1:
                 left.discard(site)
                 if may_stop and not left:
-                    raise _AllSeen
+                    raise AllSeen
 
-        with ExitStack() as hooks, suppress(_AllSeen):
+        with ExitStack() as hooks, suppress(AllSeen):
             for site in left.copy():
                 hooks.enter_context(self.hooks(site, partial(look, site)))
             self.residual(batch)

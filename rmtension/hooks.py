@@ -100,9 +100,13 @@ def _eager() -> AbstractContextManager[None]:
     return stance
 
 
+class AllSeen(Exception):  # noqa: N818 - no error
+    """Raised by a hook to end a run whose rest nobody asked for."""
+
+
 @contextmanager
 def all_fire(modules: Iterable[nn.Module], layers: range | None = None) -> Iterator[None]:
-    """After a run in the meantime, raise `ModelError` if a place of this library's hooks did not fire.
+    """After a run, also one that `AllSeen` ended, raise `ModelError` if a place of this library's hooks did not fire.
 
     `layers` are those that the run goes through; all by default.
     """
@@ -111,7 +115,11 @@ def all_fire(modules: Iterable[nn.Module], layers: range | None = None) -> Itera
         for hook in _forward_hooks_of(module):
             if isinstance(hook, _SpotHook) and hook.place and (layers is None or hook.place[1] in layers):
                 counts.setdefault(hook.place, []).append((hook, hook.n_fired))
-    yield
+    ended = None
+    try:
+        yield
+    except AllSeen as error:
+        ended = error
     for (site, layer), before in counts.items():
         if not any(hook.n_fired > n for hook, n in before):
             raise ModelError(
@@ -120,6 +128,8 @@ def all_fire(modules: Iterable[nn.Module], layers: range | None = None) -> Itera
                 "module.forward` where it was replaced on the instance), undo wrappers inside the model, and open it "
                 "again."
             )
+    if ended is not None:
+        raise ended
 
 
 @contextmanager

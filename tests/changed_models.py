@@ -29,7 +29,7 @@ from rmtension.errors import RMTensionError
 
 PAIRS = make_pairs(4, longest=6)
 TEXTS = [pair.text(side) for side in ("chosen", "rejected") for pair in PAIRS]
-OPERATIONS = ("score", "collect", "attribute", "ablate", "ablate for good", "save")
+OPERATIONS = ("score", "collect", "sample", "attribute", "ablate", "ablate for good", "save")
 # float32 sums in another order.
 LIMIT = 2e-5
 
@@ -296,7 +296,8 @@ def right_values(model: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
     with torch.no_grad(), hooked(model, lambda layer, value: value.masked_fill(mask[layer], 0.0)):
         without = rewards(model, tokenizer)
     means = torch.stack([torch.cat([one[0] for one in layer]).mean(0).detach() for layer in activations])
-    right = {"score": found.detach(), "collect": means, "attribute": attributed, "mask": mask}
+    right = {"score": found.detach(), "attribute": attributed, "mask": mask}
+    right |= dict.fromkeys(("collect", "sample"), means)
     return right | dict.fromkeys(("ablate", "ablate for good", "save"), without)
 
 
@@ -309,6 +310,8 @@ def operate(head: RewardHead, operation: str, mask: torch.Tensor, tokenizer: Any
         return head.score(TEXTS)
     if operation == "collect":
         return ActivationCollector(head).collect(PAIRS).mean
+    if operation == "sample":  # all tokens, and so their mean
+        return ActivationCollector(head).sample(PAIRS, n=100_000).values.double().mean(0)
     if operation == "attribute":
         return NeuronAttribution(head, method="gradient_x_activation").score(PAIRS).values
     if operation == "ablate":

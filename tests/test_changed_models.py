@@ -1,13 +1,19 @@
 """Whatever users do to a model before or after they open it: the library is exact, or it says no."""
 
+from functools import partial
+
 import pytest
 import torch
-from changed_models import LIMIT, OPERATIONS, WAYS, fresh, inline_mlp, outcomes, rewards, right_values
+from changed_models import LIMIT, OPERATIONS, PAIRS, WAYS, fresh, inline_mlp, outcomes, rewards, right_values
 from torch import nn
 from torch.nn.utils import prune
 
-from rmtension import AblationContext, NeuronSet, RewardHead
+from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
 from rmtension.errors import ModelError
+from rmtension.methods import METHODS
+from rmtension.profiles import collect_profiles
+from rmtension.single_effects import single_neuron_effects
+from rmtension.sweep import score_without
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch, peft and transformers deprecate much of what is tried here
 
@@ -19,8 +25,8 @@ REFUSED = {
     "utils.prune": ("prune.remove", OPERATIONS),
     "int8, dynamic": ("quantised", OPERATIONS),
     "int8 parameters": ("quantised", OPERATIONS),
-    "mlp.forward replaced, calls its modules": ("del module.forward", OPERATIONS[4:]),
-    "user's hook that changes": (r"handle.remove()", OPERATIONS[4:]),
+    "mlp.forward replaced, calls its modules": ("del module.forward", OPERATIONS[5:]),
+    "user's hook that changes": (r"handle.remove()", OPERATIONS[5:]),
 }
 
 
@@ -66,6 +72,29 @@ def test_what_refusals_advise_works(tokenizer):
     head = RewardHead.from_classifier(model, tokenizer=tokenizer)
     with AblationContext(head, NeuronSet(right["mask"], "mlp", head.architecture)), torch.no_grad():
         assert torch.allclose(rewards(model, tokenizer), right["ablate"], atol=LIMIT)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_no_pass_over_pairs_reads_a_layer_whose_hook_does_not_fire(layer, tokenizer):
+    """Passes that only look end at the last layer's activation; a layer below it counts as well."""
+    model = fresh("llama", tokenizer)
+    head = RewardHead.from_classifier(model, tokenizer=tokenizer)
+    inline_mlp(model, model.model.layers[layer])
+    by_method = [NeuronAttribution(head, method) for method in METHODS]
+    passes = [
+        lambda: ActivationCollector(head).collect(PAIRS),
+        lambda: ActivationCollector(head).sample(PAIRS),
+        lambda: collect_profiles(head, PAIRS),
+        lambda: single_neuron_effects(head, PAIRS, neurons=NeuronSet(mask, "mlp", head.architecture)),
+        lambda: score_without(head, PAIRS, [NeuronSet(mask, "mlp", head.architecture)] * 2),
+        *(partial(one.score, PAIRS) for one in by_method),
+        *(partial(one.per_pair, PAIRS) for one in by_method),
+        *(lambda one=one: next(one.per_token(PAIRS)) for one in by_method),
+    ]
+    mask = torch.ones(head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
+    for run in passes:
+        with pytest.raises(ModelError, match=f"of layer {layer} did not fire"):
+            run()
 
 
 def test_hooks_of_one_layer_that_do_not_fire_are_found(tokenizer):
