@@ -32,8 +32,8 @@ class AblationContext:
     Leaving it, or an exception inside, removes the hooks; nothing else of the model is touched. Contexts of several
     sets nest. Cost: a copy of the site's activations per layer that the set has neurons in.
 
-    Raises `ProvenanceError` for a set or a reference of another model or site, `OptionError` for wrong options; both
-    at construction.
+    Raises `ProvenanceError` for a set of another architecture or site, or a reference of another model or site, and
+    `OptionError` for wrong options; both at construction.
 
     Examples:
         >>> with AblationContext(head, neurons, mode="mean", reference=means):

@@ -204,8 +204,8 @@ def _base(files: CheckpointFiles, config: Mapping[str, Any], given: str | Path |
         return CheckpointFiles(find_local(named, revision), revision, files.local_files_only)
     except ModelError as error:
         raise ModelError(
-            f"base: {files.name} is an adapter, and its base model {str(named)!r} is not here: {error} Say "
-            "where it is: base=..."
+            f"base: {files.name} is an adapter of {str(named)!r}, which was not found ({error}). Pass the folder of "
+            "the base model: base='path/to/base'."
         ) from error
 
 

@@ -41,7 +41,7 @@ def require_arguments(call: str, **given: tuple[object, type]) -> None:
         for other, (theirs, _) in given.items():
             if other != name and isinstance(theirs, wanted):
                 raise OptionError(
-                    f"{name}, {other}: they are swapped: expected {wanted.__name__} for {name}, and {other} is one. "
+                    f"{name}, {other}: they are swapped: {name} should be a {wanted.__name__}, and {other} is one. "
                     f"Call {call}."
                 )
         make = _MAKE.get((wanted.__name__, got), f"Call {call}.")

@@ -237,7 +237,7 @@ def _no_head(place: Place, stored: StoredHeads) -> str:
     return (
         f"{name}: expected a checkpoint of a sequence classifier, got {place.config.architectures}: it has no score "
         "head. A language model is not a reward model; give it one with head=(weight, bias), name the tokens whose "
-        "logits are the reward with output=('Yes', 'No'), or read its activations alone with "
+        "logits are the reward with output=(' Yes', ' No'), or read its activations alone with "
         "RewardHead.from_language_model."
     )
 

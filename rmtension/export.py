@@ -163,9 +163,9 @@ def save_classifier(head: RewardHead, folder: str | Path) -> None:
     warn_of(differences, "save_pretrained")
     if head.pad_token_id is None:
         warnings.warn(
-            "save_pretrained: this head has no pad token to skip, it reads the last token whichever it is. So does "
-            "transformers with this checkpoint, but one text at a time; for batches set config.pad_token_id to a token "
-            "that ends no text.",
+            "save_pretrained: this head reads the last token of every text, and the checkpoint has no pad token, so "
+            "that transformers scores it one text at a time. To score batches, set config.pad_token_id to a token that "
+            "no text ends with.",
             RMTensionWarning,
             stacklevel=3,
         )

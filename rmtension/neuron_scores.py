@@ -113,7 +113,8 @@ class NeuronScores:
         if (fraction is None) == (k is None):
             raise OptionError("top: expected exactly one of fraction and k.")
         if fraction is not None and not 0 < fraction <= 1:
-            raise OptionError(f"fraction: expected a number in (0, 1], got {fraction}.")
+            count = f" For {fraction} neurons: top(k={fraction})." if isinstance(fraction, int) else ""
+            raise OptionError(f"fraction: expected a number in (0, 1], got {fraction}.{count}")
         order = ranked(self.values.double(), by, self.provenance)
         if order.isnan().any():
             raise OptionError(
@@ -130,8 +131,8 @@ class NeuronScores:
         mask = torch.cat(masks).view_as(self.values)
         if by in ("supports", "opposes") and not mask.all() and (others := int((order[mask] <= 0).sum())):
             warnings.warn(
-                f"top: {others} of the {int(mask.sum())} neurons taken do not have a score by which the neuron {by} "
-                f"the margin; {int((order > 0).sum())} of {order.numel()} have. Take fewer.",
+                f"top: only {int((order > 0).sum())} of {order.numel()} neurons have a score that {by} the margin, so "
+                f"{others} of the {int(mask.sum())} taken do not. Take fewer.",
                 RMTensionWarning,
                 stacklevel=2,
             )

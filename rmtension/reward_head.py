@@ -319,7 +319,7 @@ class RewardHead(HookedModel):
         if isinstance(texts, PreferencePairs | Mapping) or (texts and isinstance(texts[0], PreferencePair)):
             raise OptionError(
                 f"texts: expected a list of texts, got {type(texts).__name__}. Score preference pairs with "
-                "score_pairs(pairs), those of one objective with score_pairs(pairs['helpful'])."
+                "score_pairs(pairs), those of one objective with score_pairs(pairs.filter(objective='helpful'))."
             )
         self.require_weight()
         encoded = encode_texts(self.tokenizer, texts, max_length=self.max_length, truncate=truncate)
@@ -473,8 +473,9 @@ class RewardHead(HookedModel):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint that `AutoModelForSequenceClassification` loads, with the tokenizer.
 
-        A HookedTransformer or `boot_native` bridge, for which transformers has no class, is written as its state dict,
-        config and head (`rmtension.lens_models`). Either is opened by `from_pretrained`.
+        A checkpoint that is in the folder already is replaced. A HookedTransformer or `boot_native` bridge, for which
+        transformers has no class, is written as its state dict, config and head (`rmtension.lens_models`). Either is
+        opened by `from_pretrained`.
 
         Examples:
             >>> head.with_ablation(neurons).save_pretrained("without-helpful")

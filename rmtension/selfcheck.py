@@ -273,7 +273,7 @@ class _Checker:
             return  # a vocabulary of one or two tokens has no other
         # What is read, because a head may not mind which token it was.
         same = (self._read(changed) == self._read(self.ids)).all(dim=1)
-        note = "texts that another last token leaves as they are where they are read"
+        note = "texts whose residual stream, where it is read, did not change with another last token"
         self._add("last token", len(changed), int(same.sum()), 0, note)
 
     def _site(self, site: str) -> None:
@@ -292,7 +292,7 @@ class _Checker:
             # A hook that stands in an earlier layer than it says changes the stream that this layer gets.
             with self.head.hooks(site, lambda _, activation: torch.zeros_like(activation), [layer]):
                 wrong += not torch.equal(self._streams()[layer], before[layer])
-        note = "layers whose hook did not see one activation of its own, or changes what comes before the layer"
+        note = "layers whose hook did not fire exactly once, or changed an earlier layer"
         self._add(f"hooks, {site}", len(seen), wrong, 0, note)
         batch = self._batch(self.ids)
         active = torch.zeros(len(self.ids), dtype=torch.bool, device=self.head.device)
@@ -310,7 +310,13 @@ class _Checker:
             same = (self._read(self.ids) == as_is).all(dim=1)
         # A text may reach no neuron of a small ReLU model.
         active = active.cpu()
-        self._add(f"zeroing, {site}", int(active.sum()), int((same & active).sum()), 0, "texts that are read as before")
+        self._add(
+            f"zeroing, {site}",
+            int(active.sum()),
+            int((same & active).sum()),
+            0,
+            "texts whose residual stream did not change",
+        )
 
     def _direct(self) -> None:
         from rmtension.direct import direct_contributions, written_by

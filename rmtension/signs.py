@@ -22,7 +22,8 @@ def check_by(by: str, sign: int | None, scores: str) -> None:
     if by in ("supports", "opposes") and sign is None:
         raise OptionError(
             f"by: {by!r} needs scores whose sign says whether a neuron supports the margin, and the sign of {scores} "
-            "does not. Use by='magnitude', or signed scores of another method, such as 'gradient_x_activation'."
+            "does not. Use by='magnitude', or score with aggregate='signed' by a method that needs the reward, such as "
+            "'gradient_x_activation'."
         )
     if by == "score" and sign == -1:
         raise OptionError(

@@ -229,7 +229,7 @@ class TestTokens:
 
     def test_saved_as_a_classifier(self, language_models, tmp_path):
         head = RewardHead.from_pretrained(language_models["llama"], output=("Ġsure", "Ġbake"))
-        with pytest.warns(UserWarning, match="no pad token to skip"):
+        with pytest.warns(UserWarning, match="no pad token"):
             head.save_pretrained(tmp_path)
         saved = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
         assert torch.allclose(logits(saved, head.tokenizer)[:, 0], head.score(TEXTS), atol=1e-5)
