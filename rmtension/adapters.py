@@ -79,15 +79,34 @@ def merge_adapters(model: Any, adapters: Sequence[Adapter]) -> Any:
     """`model` with the adapters merged into its weights, as `merge_and_unload()` of peft does it."""
     for adapter in adapters:
         unmerged = put_on(model, adapter)
+        _untie(unmerged)
         try:
             with _quiet():
                 model = unmerged.merge_and_unload(safe_merge=True)
         except (ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
             raise ModelError(
-                f"{adapter.files.name}: peft could not merge the adapter into its base: {error}. Merge it by hand "
-                "(merge_and_unload, save_pretrained) and open the result."
+                f"{adapter.files.name}: peft could not merge the adapter into its base: {error}. Load it unmerged with "
+                "peft's PeftModel.from_pretrained(classifier, folder), and open that with RewardHead.from_classifier."
             ) from error
     return model
+
+
+def _untie(unmerged: Any) -> None:
+    """Give every module a weight of its own where one of those that share it has an adapter layer.
+
+    An adapter on a tied unembedding changes the unembedding alone; merged into the shared weight, it would change the
+    embedding too.
+    """
+    sharing: dict[int, list[tuple[str, Any]]] = {}
+    for path, module in unmerged.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            sharing.setdefault(id(weight), []).append((path, module))
+    for modules in sharing.values():
+        if len(modules) > 1 and any(path.endswith(".base_layer") for path, _ in modules):
+            for _, module in modules[1:]:
+                module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+            unmerged.get_base_model().config.tie_word_embeddings = False
 
 
 def put_on(model: Any, adapter: Adapter) -> Any:

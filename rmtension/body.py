@@ -16,7 +16,7 @@ from rmtension.hooked_transformer_body import HookedTransformerBody
 from rmtension.hooks import InstalledHooks, Spot, count_foreign_hooks, eager_eval, has_own_hooks, modules_of, unwrapped
 from rmtension.norms import read_norm
 from rmtension.plain_run import find_last_mlp, measure_packing, probe_batch, run_base
-from rmtension.plain_weights import refuse_packed_weights, refuse_recomputed
+from rmtension.plain_weights import has_adapters, refuse_packed_weights, refuse_recomputed
 from rmtension.projections import Projection
 from rmtension.rope import RopeByText
 from rmtension.sites import SITES, find_site
@@ -105,10 +105,15 @@ class BridgeBody:
     def require_faithful(self) -> None:
         """Raise `ModelError` where the bridge itself does not compute what transformers' modules do."""
         if not self._bridge_error <= _BRIDGE_TOLERANCE.get(next(self.module.parameters()).dtype, 1e-3):
+            remedy = (
+                "Merge the adapter before the model is opened (peft: model.merge_and_unload())"
+                if has_adapters(self.module)
+                else "Remove your hooks from head.model and use head.hooks(site, visit)"
+            )
             raise ModelError(
                 f"model: the TransformerBridge of {type(self.module).__name__} is off by {self._bridge_error:.1e} of "
-                "its residual stream, so that hooks on it would see another model. Remove your hooks from head.model "
-                "and use head.hooks(site, visit), which runs transformers' own modules."
+                f"its residual stream, so that hooks on it would see another model. {remedy}; all else runs "
+                "transformers' own modules and is exact."
             )
 
     def spots(self, site: str, layer: int) -> list[Spot]:

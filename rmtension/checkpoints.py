@@ -56,7 +56,8 @@ class Checkpoint:
 
     `pools` says that the reward is read where transformers' classifiers read it. `logits` are those of transformers
     that the reward is, from `source` or from the live model; None where transformers computes no such number. `base` is
-    None once a conversion has taken its place and it can be read again.
+    None once a conversion has taken its place and it can be read again. `classifier` is the model in memory whose score
+    layer `head` was read from.
     """
 
     base: nn.Module | None
@@ -67,6 +68,20 @@ class Checkpoint:
     pools: bool
     logits: Logits | None
     source: Source | None
+    classifier: Any = None
+
+    def require_same_head(self) -> None:
+        """Raise `ModelError` where the score layer of the model in memory is not what it was when it was opened."""
+        if self.classifier is None or self.head is None or self.logits is None:
+            return
+        rows = self.logits.rows
+        now = read_head(active_head(self.classifier.score), output=rows if len(rows) == 2 else rows[0])
+        if now.bias != self.head.bias or not torch.equal(now.weight, self.head.weight):
+            raise ModelError(
+                f"{self.name}: its score layer changed after it was opened (it was trained, or another adapter was "
+                "made active), and this head has a copy of the old one. Open the model again: "
+                "RewardHead.from_classifier."
+            )
 
     @property
     def reads_tokens(self) -> bool:
@@ -162,7 +177,8 @@ def checkpoint_of(
         found = read_head(given, _width(classifier.config), output, classifier.config.id2label)
     base = unwrapped(classifier.base_model)
     pad_token_id = _pad_token_id(name, base.config, tokenizer, pad_token, pools=True, is_headless=False)
-    return Checkpoint(base, found, tokenizer, pad_token_id, name, pools=True, logits=logits, source=None)
+    live = classifier if head is None else None
+    return Checkpoint(base, found, tokenizer, pad_token_id, name, True, logits, source=None, classifier=live)
 
 
 def _is_classifier(place: Place) -> bool:

@@ -34,6 +34,7 @@ from rmtension.reward_head import RewardHead
 from rmtension.sites import find_site
 from rmtension.tokens import TokenBatch
 
+_COPIES = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.|$)")
 # What `save_classifier` sets by itself.
 _SCORE = {"score.weight", "score.bias"}
 # Files of a checkpoint that was there before, which would be read in place of what is written now.
@@ -73,7 +74,8 @@ def ablate_weights(
     if is_own:
         return _ablate_own(head, context)
     base = copy.deepcopy(plain_copy(base))
-    names = [head.body.projection_names[neurons.site, layer] for layer in range(head.n_layers)]
+    # A module that peft keeps a trained copy of is at its own place in the plain copy.
+    names = [_COPIES.sub("", head.body.projection_names[neurons.site, layer]) for layer in range(head.n_layers)]
     if mode == "mean" and any(base.get_submodule(names[layer]).bias is None for layer in context.columns):
         base = _with_biases(base, names)
     with torch.no_grad():
@@ -93,7 +95,9 @@ def ablate_weights(
                 projection.bias += (weight[:, columns].double() @ means).to(projection.bias.dtype)
             # Only "scale" takes an alpha; the context has made sure.
             weight[:, columns] *= 0.0 if alpha is None else alpha
-    opened = replace(checkpoint, base=base, source=None, name=f"{checkpoint.name}, {len(neurons)} neurons ablated")
+    opened = replace(
+        checkpoint, base=base, source=None, classifier=None, name=f"{checkpoint.name}, {len(neurons)} neurons ablated"
+    )
     _require_same_stream(head, context, partial(_run_eagerly, base), "with_ablation")
     return RewardHead._from_checkpoint(opened, head.max_length, head.tokens_per_batch)
 

@@ -101,8 +101,12 @@ def _of_state_dict(state: Mapping[str, Any]) -> tuple[Any, Any]:
         raise ModelError(
             f"head: expected one weight called score, v_head, value_head or reward_head, or of one row, got {weights} "
             f"among {sorted(shapes)[:6]}. "
-            + (f"{layers} are a head of several layers, not one linear map." if layers else "")
-            + "Pass the (weight, bias) pair itself."
+            + (
+                f"{layers} are a head of several layers, not one linear map; activations alone are read with "
+                "RewardHead.from_language_model."
+                if layers
+                else "Pass the (weight, bias) pair itself."
+            )
         )
     return state[weights[0]], state.get(weights[0].removesuffix("weight") + "bias")
 

@@ -60,6 +60,11 @@ def refuse_recomputed(name: str, model: nn.Module) -> None:
                 )
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether there is an adapter layer of peft in the model, or a module that peft wrapped."""
+    return any(map(_is_of_peft, model.modules()))
+
+
 def plain_copy(model: nn.Module) -> nn.Module:
     """What the parameters of `model` alone compute, by the code of its classes: what a checkpoint of it would hold.
 
@@ -67,7 +72,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
     `model`, unless some have adapters, which are merged, or are parametrised: then all are copies. Raises `ModelError`
     for adapters that cannot be merged.
     """
-    merges = any(_is_of_peft(module) or parametrize.is_parametrized(module) for module in model.modules())
+    merges = has_adapters(model) or any(map(parametrize.is_parametrized, model.modules()))
     shared = {} if merges else {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return _plain("", copy_without_hooks(model, shared))
 
@@ -112,8 +117,8 @@ def _merged(path: str, layer: Any) -> nn.Module:
     except Exception as error:  # each kind of adapter has its own reasons
         raise ModelError(
             f"model: the adapter layer {path!r} ({type(layer).__name__}) cannot be merged into one weight "
-            f"({type(error).__name__}: {error}). Merge or remove the adapters before the model is opened, for example "
-            "with model.merge_and_unload() of peft."
+            f"({type(error).__name__}: {error}). Use AblationContext, which needs no merged weights; where peft can "
+            "merge the adapter, call model.merge_and_unload() before the model is opened."
         ) from error
     return merged
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rmtension.adapters import active_head
 from rmtension.body import Body, find_body
 from rmtension.checkpoints import Checkpoint, checkpoint_of, open_checkpoint
 from rmtension.distributed import current
@@ -98,6 +99,7 @@ class RewardHead(HookedModel):
         self.checkpoint = _checkpoint
         self.weight, self.bias = self._read_weight(weight, output, bias, final_norm)
         self._fingerprint: tuple[object, str] | None = None
+        self._head_state: object = None
         if _checkpoint is None:
             self.require_hidden_padding()
 
@@ -194,7 +196,8 @@ class RewardHead(HookedModel):
         """The head of a transformers classifier in memory, for example one that a trainer just left behind.
 
         Its weights are shared, not copied (a HookedTransformer, processed weights and another `dtype` are copies):
-        training it further changes the rewards. The head itself is a copy. `head` and `output` are those of
+        training it further changes the rewards. The head itself is a copy: after a step of training, scoring raises
+        `ModelError` that says to open the model again. `head` and `output` are those of
         `from_pretrained`. A `PeftModel` is run with its adapter layers as they are.
 
         Examples:
@@ -413,6 +416,7 @@ class RewardHead(HookedModel):
 
     def forward(self, batch: TokenBatch) -> Float[Tensor, "text"]:
         """The rewards of one batch on its device, with gradients where the caller's grad mode has them."""
+        self._require_same_head()
         return self.read(batch.at_last(self.residual(batch)))
 
     def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
@@ -521,6 +525,17 @@ class RewardHead(HookedModel):
         return f"RewardHead({self.architecture}, {self.dtype}, {self.device})"
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _require_same_head(self) -> None:
+        """`Checkpoint.require_same_head`, where a parameter of the score layer may have changed since the last look."""
+        classifier = None if self.checkpoint is None else self.checkpoint.classifier
+        if classifier is None:
+            return
+        state = tuple((id(one), one._version) for one in active_head(classifier.score).parameters())
+        if state != self._head_state:
+            assert self.checkpoint is not None
+            self.checkpoint.require_same_head()
+            self._head_state = state
 
     def _alone(self, text: EncodedText) -> TokenBatch:
         return TokenBatch.from_texts([text], [0], pad_token_id=self.pad_token_id, device=self.device)

@@ -14,7 +14,7 @@ from rmtension.errors import ModelError, OptionError
 from rmtension.hooked_transformer_body import HookedTransformerBody
 from rmtension.hooks import copy_without_hooks
 from rmtension.plain_run import let_run_in_float64
-from rmtension.plain_weights import refuse_packed_weights, refuse_recomputed
+from rmtension.plain_weights import has_adapters, refuse_packed_weights, refuse_recomputed
 
 MODEL_CLASSES = ("TransformerBridge", "HookedTransformer")
 
@@ -47,8 +47,13 @@ def wrap(
         raise ModelError(
             f"{name}: TransformerLens {version('transformer-lens')} could not wrap a {type(plain).__name__} as a "
             f"{model_class}{' with processed weights' if process_weights else ''} ({type(error).__name__}: "
-            f"{text[:300]}). docs/families.md lists the families that work; RewardHead(model, weight=...) takes a "
-            "hooked model of your own."
+            f"{text[:300]}). "
+            + (
+                "Merge its adapter first (peft: model.merge_and_unload())."
+                if has_adapters(plain)
+                else "docs/families.md lists the families that work; RewardHead(model, weight=...) takes a hooked "
+                "model of your own."
+            )
         ) from error
 
 

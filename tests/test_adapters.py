@@ -12,7 +12,7 @@ import transformers
 from conftest import make_tokenizer
 from safetensors.torch import load_file, save_file
 
-from rmtension import NeuronSet, RewardHead
+from rmtension import AblationContext, NeuronSet, RewardHead
 from rmtension.check_matrix import make_classifier
 from rmtension.errors import ModelError, OptionError
 
@@ -186,7 +186,7 @@ def test_the_base_is_found_beside_the_adapter_or_here_or_where_it_is_said(bases,
         assert torch.allclose(RewardHead.from_pretrained(folder).score(TEXTS), expected, atol=1e-5)
     for named in ("/home/someone/models/base", None, "someone/model"):
         rename_base(folder, named)
-        with pytest.raises(ModelError, match=r"base=\.\.\."):
+        with pytest.raises(ModelError, match=r"base=('path|\.\.\.)"):
             RewardHead.from_pretrained(folder)
         head = RewardHead.from_pretrained(folder, base=bases["gpt2"])
         assert torch.allclose(head.score(TEXTS), expected, atol=1e-5)
@@ -360,3 +360,57 @@ class TestBadAdapters:
         (folder / "adapter_config.json").write_text("{")
         with pytest.raises(ModelError, match=r"adapter_config.json is damaged"):
             RewardHead.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("base", "target"), [("gpt2 LM", "wte"), ("qwen2 LM", "lm_head"), ("qwen2 LM", "embed_tokens")]
+)
+def test_an_adapter_on_a_tied_weight_changes_its_own_end_alone(base, target, bases, tokenizer, tmp_path):
+    """A judge whose embedding and unembedding share a weight: merged into that, the adapter would change both."""
+    tied = transformers.AutoModelForCausalLM.from_pretrained(bases[base])
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    folder = save(tied, tmp_path / "base", tokenizer)
+    attention = "c_attn" if base.startswith("gpt2") else "q_proj"
+    config = peft.LoraConfig(r=4, target_modules=[attention, target], task_type="CAUSAL_LM")
+    model, adapter = adapt(folder, config, tmp_path / "adapter", tokenizer, auto="CausalLM")
+    weights = {id(module.weight) for module in (tied.get_input_embeddings(), tied.get_output_embeddings())}
+    assert len(weights) == 1
+    yes, no = tokenizer.convert_ids_to_tokens([270, 271])
+    right = logits(model, tokenizer)[:, [270, 271]]
+    head = RewardHead.from_pretrained(adapter, output=(yes, no))
+    assert torch.allclose(head.score(TEXTS), right[:, 0] - right[:, 1], atol=1e-5)
+    plain = logits(tied, tokenizer)[:, [270, 271]]
+    assert (plain[:, 0] - plain[:, 1] - right[:, 0] + right[:, 1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kept", ["mlp", "self_attn"])
+def test_modules_that_were_trained_whole_are_ablated_for_good(kept, tokenizer, tmp_path):
+    """`modules_to_save` of a container: in the copy its modules lie where they lie without peft."""
+    classifier = make_classifier("qwen2", len(tokenizer) + 8)
+    target = "q_proj" if kept == "mlp" else "up_proj"
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=[target], modules_to_save=[kept, "score"])
+    model, _ = adapt(save(classifier, tmp_path / "base"), config, tmp_path / "adapter")
+    head = RewardHead.from_classifier(model, tokenizer=tokenizer)
+    site = "mlp" if kept == "mlp" else "attn_head"
+    mask = torch.zeros(head.n_layers, head.n_neurons(site), dtype=torch.bool)
+    mask[:, 0] = True
+    neurons = NeuronSet(mask, site, head.architecture)
+    with AblationContext(head, neurons):
+        inside = head.score(TEXTS)
+    assert (inside - head.score(TEXTS)).abs().max() > 1e-4
+    assert torch.allclose(head.with_ablation(neurons).score(TEXTS), inside, atol=1e-5)
+
+
+def test_a_bridge_that_cannot_follow_an_adapter_says_merge(bases, tokenizer, tmp_path):
+    """LoRA on a fused projection, of which the bridge makes three: transformers' own modules are exact all the same."""
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+    model, _ = adapt(bases["gpt2"], config, tmp_path)
+    head = RewardHead.from_classifier(model, tokenizer=tokenizer)
+    assert torch.allclose(head.score(TEXTS), logits(model, tokenizer)[:, 0], atol=1e-5)
+    neurons = NeuronSet.from_indices([(0, 1)], shape=(3, 64), site="mlp", architecture=head.architecture)
+    with pytest.raises(ModelError, match=r"Merge the adapter .*merge_and_unload"):
+        head.fwd_hooks(neurons)
+    merged = RewardHead.from_classifier(model.merge_and_unload(), tokenizer=tokenizer)
+    assert merged.fwd_hooks(neurons)
+    assert merged.check()["passed"].all()

@@ -252,7 +252,7 @@ class TestTokens:
             RewardHead.from_pretrained(folder, output=7)
         with pytest.raises(OptionError, match=r"are one and the same output"):
             RewardHead.from_pretrained(folder, output=(" sure", "Ġsure"))
-        with pytest.raises(ModelError, match=r"no score head.*output=\('Yes', 'No'\)"):
+        with pytest.raises(ModelError, match=r"no score head.*output=\(' Yes', ' No'\)"):
             RewardHead.from_pretrained(folder)
 
     def test_an_unknown_word_is_no_token(self, language_models, tmp_path):

@@ -6,7 +6,7 @@ import transformers
 from conftest import CONTEXT, EOS, FAMILIES, make_tokenizer, save_classifier
 from reference import transformers_rewards
 
-from rmtension import PreferencePairs, RewardHead
+from rmtension import NeuronSet, PreferencePairs, RewardHead
 from rmtension.errors import DataError, ModelError, OptionError
 
 
@@ -247,3 +247,26 @@ class TestBadTexts:
     def test_mask_with_an_empty_row(self, head):
         with pytest.raises(OptionError, match="attention_mask"):
             head.score_tokens(torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [0, 0, 0]]))
+
+
+def test_a_head_that_changed_in_memory_is_not_scored_with_its_old_copy(checkpoints, tokenizer, ragged_texts):
+    """The body is shared and the head is a copy: after a step of training the two would not belong together."""
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    model = load(checkpoints["llama"], dtype=torch.float32)
+    head = RewardHead.from_classifier(model, tokenizer=tokenizer)
+    before = head.score(ragged_texts[:4])
+    some = NeuronSet.from_indices([(0, 1)], shape=(3, 48), site="mlp", architecture=head.architecture)
+    ablated = head.with_ablation(some)
+    model.score.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.score.parameters(), lr=0.1)
+    model(**tokenizer(ragged_texts[0], return_tensors="pt")).logits.sum().backward()
+    optimizer.step()
+    for call in (lambda: head.score(ragged_texts[:4]), head.check):
+        with pytest.raises(ModelError, match=r"score layer changed.*RewardHead.from_classifier"):
+            call()
+    again = RewardHead.from_classifier(model, tokenizer=tokenizer).score(ragged_texts[:4])
+    with torch.no_grad():
+        right = [model(**tokenizer(text, return_tensors="pt")).logits[0, 0] for text in ragged_texts[:4]]
+    assert torch.allclose(again, torch.stack(right), atol=1e-5)
+    assert (again - before).abs().min() > 1e-3
+    assert ablated.score(ragged_texts[:4]).isfinite().all()  # a copy of its own
