@@ -7,16 +7,19 @@ which shape it is:
 - two texts without a prompt: HH transcripts, or texts that begin alike;
 - a prompt (messages or text) and responses of one message or several;
 - whole conversations, a prompt beside them or not: the pair's prompt is what they share.
+
+A text that is the JSON of messages is these messages, in every source.
 """
 
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Number
 from typing import Any
 
 import pandas as pd
 
-from rmtension.chat import Message, is_messages, is_transcript, json_text, read_chat, split_turns
+from rmtension.chat import Message, is_messages, is_transcript, json_text, parse_messages, read_chat, split_turns
 from rmtension.conversations import after_prompt, require_contained, shared_messages
 from rmtension.data_files import parse_json
 from rmtension.errors import DataError, OptionError, RMTensionWarning
@@ -129,8 +132,9 @@ class RowReader:
     def _fields(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The fields that the row has; labels that are missing are left out, and so is a prompt of no column."""
         fields = {name: row[column] for name, column in self._columns.items() if column in row}
-        if "prompt" not in fields and "prompt" not in self._named and is_messages(row.get(_CONVERSATIONS)):
-            fields["prompt"] = row[_CONVERSATIONS]
+        if "prompt" not in fields and "prompt" not in self._named:
+            before = parse_messages(row.get(_CONVERSATIONS), f"{where}: field {_CONVERSATIONS!r}")
+            fields |= {"prompt": before} if is_messages(before) else {}
         for name in ("prompt", *SIDES):
             if name in fields or (name == "prompt" and name not in self._named):
                 continue
@@ -143,17 +147,23 @@ class RowReader:
 
     def _sides(self, fields: dict[str, Any], row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
         """Prompt, chosen and rejected, whatever the shape."""
-        given: dict[str, Any] = {
-            name: read_chat(fields[name], f"{where}: field {name!r}") if is_messages(fields[name]) else fields[name]
-            for name in ("prompt", *SIDES)
-            if name in fields
-        }
+        given: dict[str, Any] = {}
+        for name in ("prompt", *SIDES):
+            if name in fields:
+                place = f"{where}: field {name!r}"
+                value = parse_messages(fields[name], place)
+                given[name] = read_chat(value, place) if is_messages(value) else value
         has_chats = any(isinstance(value, tuple) for value in given.values())
         if _is_missing(given.get("prompt")) and (has_chats or _are_transcripts(given)):
             given.pop("prompt", None)
         for name, value in given.items():
             if not isinstance(value, str | tuple):
-                raise DataError(f"{where}: field {name!r} should be text or messages, got {type(value).__name__}.")
+                is_number = isinstance(value, Number) and not _is_missing(value)
+                column = self._columns.get(name, name)
+                raise DataError(
+                    f"{where}: field {name!r} should be text or messages, got {type(value).__name__}."
+                    + (f" Convert the column to text: frame.astype({{{column!r}: 'string'}})." if is_number else "")
+                )
         chosen, rejected = given["chosen"], given["rejected"]
         if "prompt" not in given:
             if isinstance(chosen, tuple) and isinstance(rejected, tuple):
@@ -220,7 +230,8 @@ class RowReader:
         said = (
             f" If the prompt is in one of the columns {candidates}, name it: columns={{'prompt': {candidates[0]!r}}}."
         )
-        is_text = all(isinstance(row.get(self._columns.get(name, name)), str) for name in SIDES)
+        sides = (parse_messages(row.get(self._columns.get(name, name)), "") for name in SIDES)
+        is_text = all(isinstance(side, str) for side in sides)
         return said + (" If it is the beginning of both responses: columns={'prompt': None}." if is_text else "")
 
 

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 from conftest import make_pairs
 
-from rmtension import PreferencePairs
+from rmtension import PreferencePair, PreferencePairs
 from rmtension.cli import main
 from rmtension.data_files import file_rows
 from rmtension.errors import DataError, OptionError, RMTensionWarning
@@ -225,16 +225,6 @@ class TestTables:
         with pytest.raises(DataError, match=said):
             PreferencePairs.read(write(tmp_path / "a.csv", content))
 
-    def test_messages_in_a_cell(self, tmp_path):
-        row = {"prompt": [{"role": "user", "content": "Q"}], "chosen": "a", "rejected": "b"}
-        as_json = {name: json.dumps(value) if name == "prompt" else value for name, value in row.items()}
-        assert PreferencePairs.read(write(tmp_path / "a.csv", table([as_json]))) == PreferencePairs.from_records([row])
-        with pytest.raises(DataError, match=r"line 2: a field has messages as Python prints them.*json\.dumps"):
-            PreferencePairs.read(write(tmp_path / "a.csv", table([row])))
-        # Other JSON is a text.
-        text = GOOD | {"prompt": '[{"a": 1}] is?', "chosen": '[{"a": 1}]', "rejected": '{"role": 1}'}
-        assert PreferencePairs.read(write(tmp_path / "a.csv", table([text])))[0].chosen == '[{"a": 1}]'
-
     def test_what_pandas_writes(self, tmp_path):
         pairs = make_pairs(6)
         pairs.to_frame().to_csv(tmp_path / "a.csv", index=False)
@@ -306,6 +296,68 @@ class TestDamage:
         assert list(file_rows(write(tmp_path / "header.csv", "prompt,chosen,rejected\n"))) == []
 
 
+class TestMessagesAsText:
+    """A text that is the JSON of messages is these messages, in every source."""
+
+    user, good, bad = (
+        {"role": role, "content": text} for role, text in (("user", "Q"), ("assistant", "A"), ("assistant", "B"))
+    )
+    rows = (
+        {"prompt": [user], "chosen": "A", "rejected": "B"},
+        {"prompt": user, "chosen": good, "rejected": [bad]},
+        {"chosen": [user, good], "rejected": [user, bad]},
+        {"conversations": [{"from": "human", "value": "Q"}], "chosen": {"from": "gpt", "value": "A"}, "rejected": "B"},
+        {"prompt": [user], "chosen": [{"role": "assistant", "tool_calls": [{"name": "f"}]}], "rejected": "B"},
+    )
+
+    def entrances(self, row, folder):
+        """The pair of a row by every entrance, first as it is."""
+        for kind in FORMATS:
+            yield PreferencePairs.read(write(folder / "pairs", FORMATS[kind]([row])))
+        yield PreferencePairs.from_records([row])
+        yield PreferencePairs.from_dataset([row])
+        yield PreferencePairs.from_frame(pd.DataFrame([row]))
+        yield PreferencePairs.from_frame(pd.read_csv(write(folder / "pairs.csv", table([row]))))
+
+    @pytest.mark.parametrize("indent", [None, 2])
+    @pytest.mark.parametrize("row", rows, ids=lambda row: next(iter(row)))
+    def test_every_entrance_reads_them(self, row, indent, tmp_path):
+        as_text = {
+            name: value if isinstance(value, str) else json.dumps(value, indent=indent) for name, value in row.items()
+        }
+        (expected,) = PreferencePairs.from_records([row])
+        assert expected.is_chat
+        assert all(tuple(pairs) == (expected,) for pairs in self.entrances(as_text, tmp_path))
+
+    def test_other_json_is_a_text(self, tmp_path):
+        row = {"prompt": '[{"a": 1}] is?', "chosen": '[{"a": 1}]', "rejected": '{"role": 1}'}
+        for (pair,) in self.entrances(row, tmp_path):
+            assert (pair.prompt, pair.chosen, pair.rejected) == tuple(row.values())
+
+    def test_messages_as_python_prints_them_are_refused(self, tmp_path):
+        row = self.rows[0] | {"prompt": str(self.rows[0]["prompt"])}
+        with pytest.raises(DataError, match=r"line 2: field 'prompt' has messages as Python prints them.*json\.dumps"):
+            PreferencePairs.read(write(tmp_path / "a.csv", table([row])))
+        with pytest.raises(DataError, match=r"row 0: field 'prompt' has messages as Python prints them"):
+            PreferencePairs.from_frame(pd.DataFrame([row]))
+
+    @pytest.mark.parametrize("answer", [json.dumps([user]), str([user])])
+    def test_an_answer_that_looks_like_messages_stays_an_answer(self, answer, tmp_path):
+        """As the content of a message it is a text, and is written and read back as one."""
+        row = {"prompt": [self.user], "chosen": [{"role": "assistant", "content": answer}], "rejected": "B"}
+        pairs = PreferencePairs.from_records([row])
+        assert pairs[0].chosen == answer
+        pairs.to_jsonl(tmp_path / "pairs.jsonl")
+        assert PreferencePairs.read(tmp_path / "pairs.jsonl") == PreferencePairs.from_frame(pairs.to_frame()) == pairs
+        # A plain pair has no place for the difference: it is refused, and the advice works.
+        plain = PreferencePairs([PreferencePair("Q", answer, "B")])
+        with pytest.raises(DataError, match=r"field 'chosen' is a plain text.*pairs\.as_chat\(\)"):
+            plain.to_jsonl(tmp_path / "plain.jsonl")
+        assert not (tmp_path / "plain.jsonl").exists()
+        plain.as_chat().to_jsonl(tmp_path / "plain.jsonl")
+        assert PreferencePairs.read(tmp_path / "plain.jsonl")[0].chosen == answer
+
+
 class TestFrames:
     def test_missing_values_of_pandas(self):
         frame = pd.DataFrame({"prompt": "Q", "chosen": "a", "rejected": ["b", "c", "d"], "id": [0, None, 2]})
@@ -324,6 +376,18 @@ class TestFrames:
         frame.columns = ["chosen", *frame.columns[1:]]
         with pytest.raises(DataError, match="names of their own"):
             PreferencePairs.from_frame(frame)
+
+    @pytest.mark.parametrize("numbers", [[4, 5], [4, None], [4, "five"]])
+    def test_numbers_become_texts_as_the_error_says(self, numbers):
+        frame = pd.DataFrame({"q": "2 + 2?", "better": numbers, "rejected": "6"})
+        columns = {"prompt": "q", "chosen": "better"}
+        with pytest.raises(DataError, match=r"'chosen' should be text or .*, got (int|float)\.") as error:
+            PreferencePairs.from_frame(frame, columns=columns)
+        advice = str(error.value).partition("Convert the column to text: ")[2].removesuffix(".")
+        frame = eval(advice, {"frame": frame})
+        read = PreferencePairs.from_frame(frame, columns=columns, on_invalid="skip")
+        assert len(read) == 2 - numbers.count(None), "what is missing stays missing"
+        assert float(read[0].chosen) == 4
 
     def test_there_and_back(self):
         for pairs in (make_pairs(4), make_pairs(4).as_chat()):
