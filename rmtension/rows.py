@@ -12,13 +12,15 @@ A text that is the JSON of messages is these messages, in every source.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from numbers import Number
 from typing import Any
 
 import pandas as pd
 
+from rmtension.arguments import nearest
 from rmtension.chat import Message, is_messages, is_transcript, json_text, parse_messages, read_chat, split_turns
 from rmtension.conversations import after_prompt, require_contained, shared_messages
 from rmtension.data_files import parse_json
@@ -56,9 +58,10 @@ class RowReader:
         }
         for name in given:
             if name not in FIELDS:
+                turned = f" Write columns={{field: column}}: {{{given[name]!r}: {name!r}}}."
                 raise OptionError(
-                    f"columns: {name!r} is no field of a pair; its fields are {list(FIELDS)}. columns maps a field to "
-                    'the column that it is in, for example {"prompt": "question"}.'
+                    f"columns: {name!r} is not a field of a pair; the fields are {list(FIELDS)}."
+                    + (turned if given[name] in FIELDS else nearest(name, FIELDS) or _EXAMPLE)
                 )
             if name in self._labels:
                 raise OptionError(f"{name}: expected it, or a column for it in columns, got both.")
@@ -115,8 +118,12 @@ class RowReader:
     def finish(self) -> None:
         """What can be said of the source after its rows: an error for a column that no row had, a warning for texts."""
         if self._present and self._absent:
+            hints = (
+                self._other_column(name, self._present) for name in self._named if self._named[name] in self._absent
+            )
             raise OptionError(
                 f"columns: no row has the columns {sorted(self._absent)}; the first row has {self._present}."
+                + "".join(hints)
             )
         if self._n_doubled:
             warnings.warn(
@@ -142,8 +149,19 @@ class RowReader:
                 missing = f"the column {self._named[name]!r} of the field {name!r} is missing"
             else:
                 missing = f"field {name!r} is missing"
-            raise DataError(f"{where}: {missing}; fields present: {sorted(map(str, row))}.")
+            said = f"{where}: {missing}; fields present: {sorted(map(str, row))}."
+            raise DataError(said + self._other_column(name, map(str, row)))
         return {name: value for name, value in fields.items() if name in ("prompt", *SIDES) or not _is_missing(value)}
+
+    def _other_column(self, field: str, present: Iterable[str]) -> str:
+        """A sentence on the column that may hold a field whose own is missing: the one of the nearest name."""
+        plain = {name.strip().lower(): name for name in present if name not in self._columns.values()}
+        if not plain:
+            return ""
+        wanted = self._columns[field].strip().lower()
+        near = get_close_matches(wanted, plain, n=1) or [name for name in plain if wanted in name]
+        column = repr(plain[near[0]]) if near else "..."
+        return f" If it is in another column, name it: columns={{{field!r}: {column}}}."
 
     def _sides(self, fields: dict[str, Any], row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
         """Prompt, chosen and rejected, whatever the shape."""
@@ -235,6 +253,7 @@ class RowReader:
         return said + (" If it is the beginning of both responses: columns={'prompt': None}." if is_text else "")
 
 
+_EXAMPLE = ' columns maps a field to the column that it is in, for example {"prompt": "question"}.'
 _NOT_WHOLE = "the messages of 'chosen' and 'rejected' do not begin alike, so that no prompt is in them."
 
 

@@ -1,9 +1,11 @@
 """Files of pairs: format and compression are found in the content; errors name the file, the line and the column."""
 
+import ast
 import csv
 import gzip
 import io
 import json
+import re
 import sys
 
 import pandas as pd
@@ -11,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from conftest import make_pairs
+from conftest import make_pairs, unchecked
 
 from rmtension import PreferencePair, PreferencePairs
 from rmtension.cli import main
@@ -105,6 +107,32 @@ class TestColumnsThatAreWrong:
         # What the error says to do.
         assert len(PreferencePairs.read(path, columns={"prompt": "question"})) == 2
 
+    @pytest.mark.parametrize(
+        ("row", "columns"),
+        [
+            ({"prompt": "q", "Chosen ": "a", "rejected": "b"}, {}),
+            ({"prompt": "q", "chosen_response": "a", "rejected": "b"}, {}),
+            ({"prompt": "q", "Good Answer ": "a", "rejected": "b"}, {"chosen": "Good Answer"}),
+            ({"prompt": "q", "Good Answer": "a", "rejected": "b"}, {"chosen": "good answr"}),
+        ],
+    )
+    def test_the_error_names_the_nearest_column_and_the_advice_works(self, row, columns, tmp_path):
+        path = write(tmp_path / "pairs.csv", table([row]))
+        with pytest.raises(DataError, match="If it is in another column, name it: columns=") as error:
+            PreferencePairs.read(path, columns=columns)
+        advice = ast.literal_eval(str(error.value).partition("name it: columns=")[2].removesuffix("."))
+        assert PreferencePairs.read(path, columns=columns | advice)[0].chosen == "a"
+        if columns:
+            with pytest.raises(
+                OptionError, match=re.escape(f"no row has the columns {list(columns.values())}")
+            ) as error:
+                PreferencePairs.read(path, columns=columns, on_invalid="skip")
+            assert f"columns={advice}" in str(error.value)
+
+    def test_a_row_with_no_other_column_gets_no_advice_on_columns(self):
+        with pytest.raises(DataError, match=r"fields present: \['prompt', 'rejected'\]\.$"):
+            PreferencePairs.from_records([{"prompt": "q", "rejected": "b"}])
+
     def test_a_label_may_be_missing_in_some_rows(self, tmp_path):
         path = write(tmp_path / "pairs.jsonl", FORMATS["jsonl"]([GOOD, GOOD | {"kind": "k"}]))
         assert [one.subset for one in PreferencePairs.read(path, columns={"subset": "kind"})] == [None, "k"]
@@ -114,7 +142,12 @@ class TestColumnsThatAreWrong:
         [
             (
                 {"columns": {"question": "prompt"}},
-                r"columns: 'question' is no field of a pair; its fields are \['prompt'",
+                r"'question' is not a field of .* Write columns=\{field: column\}: \{'prompt': 'question'\}\.$",
+            ),
+            ({"columns": {"promt": "question"}}, r"'promt' is not a field of a pair;.* Did you mean 'prompt'\?$"),
+            (
+                {"columns": {"x": "question"}},
+                r"'x' is not a field of a pair; the fields are \['prompt', .* for example",
             ),
             ({"columns": {"objective": "kind"}, "objective": "helpful"}, "objective: expected it, or a column"),
         ],
@@ -164,6 +197,40 @@ class TestPromptsInOtherColumns:
         with pytest.warns(RMTensionWarning, match=r"in 1 of 2 pairs both responses begin with the prompt's text"):
             PreferencePairs.from_records(rows)
         assert PreferencePairs.from_records(rows[:1], columns={"prompt": None})[0].text("chosen") == "two words a"
+
+
+class TestEntrances:
+    """A source that another method reads: the error names that method, and it works."""
+
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    frame = pd.DataFrame([row])
+
+    @pytest.mark.parametrize(
+        ("read", "source", "said"),
+        [
+            (PreferencePairs.read, frame, "from_frame(frame)"),
+            (PreferencePairs.read, row, "from_records([row])"),
+            (PreferencePairs.from_records, frame, "from_frame(frame)"),
+            (PreferencePairs.from_records, row, "from_records([row])"),
+            (PreferencePairs.from_records, "a.csv", "read(path)"),
+            (PreferencePairs.from_frame, [row], "dicts to PreferencePairs.from_records"),
+            (PreferencePairs.from_frame, "a.csv", "read(path)"),
+            (PreferencePairs([]).__init__, frame, "from_frame(frame)"),
+            (PreferencePairs([]).__init__, "a.csv", "read(path)"),
+        ],
+    )
+    def test_are_named(self, read, source, said):
+        with pytest.raises((OptionError, DataError), match=re.escape(said)):
+            unchecked(read)(source)
+
+    def test_a_data_set(self):
+        datasets = pytest.importorskip("datasets")
+        dataset = datasets.Dataset.from_list([self.row])
+        for read in (PreferencePairs.read, PreferencePairs.from_frame):
+            with pytest.raises(OptionError, match=r"from_dataset\(dataset\)"):
+                unchecked(read)(dataset)
+        assert PreferencePairs.from_dataset(dataset) == PreferencePairs.from_frame(self.frame)
+        assert PreferencePairs.from_frame(self.frame) == PreferencePairs.from_records([self.row])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a", "a.csv"])
@@ -424,7 +491,7 @@ class TestCommand:
         make_pairs(3).to_jsonl(tmp_path / "pairs.jsonl")
         assert main(["score", model, str(tmp_path / "pairs.jsonl"), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["margin"] == table_margin
-        for word, said in (("prompt", "expected FIELD=COLUMN"), ("question=q", "no field of a pair")):
+        for word, said in (("prompt", "expected FIELD=COLUMN"), ("question=q", "is not a field of a pair")):
             assert main(["score", model, str(path), "--columns", word]) == 2
             assert said in capsys.readouterr().err
 
