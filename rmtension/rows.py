@@ -220,7 +220,7 @@ class RowReader:
         # The user said that no column holds the prompt: columns={"prompt": None}.
         candidates = self._candidates(row) if "prompt" in self._columns else []
         if candidates or self._chat:
-            why = "" if candidates else " With chat=True, words that both responses begin with are no message."
+            why = "" if candidates else " Words that both responses begin with are not a message, which a chat needs."
             raise DataError(f"{where}: field 'prompt' is missing.{why}{self._advice(row)}")
         prompt, *parts = _split_words(chosen, rejected)
         if not prompt.strip():
