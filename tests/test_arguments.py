@@ -80,6 +80,7 @@ class TestNames:
             ),
             ("", "--set n_drws=4", "command line: options: unknown key 'n_drws'"),
             ("options: {n_drws: 4}", "--set n_draws=4", "s.yaml: options: unknown key 'n_drws'"),
+            ("analyses: [deph]", "--analyses overlp", "command line: analyses: no analysis is called 'overlp'"),
             ("analyses: [overlp]", "--rules paper", "s.yaml: analyses: no analysis is called 'overlp'"),
             ("analyses: [overlp]", "--analyses overlap", "s.yaml: pairs: expected a file of pairs"),
             ("", "--columns promt=q", "error: columns: 'promt' is not a field of a pair"),

@@ -101,13 +101,21 @@ def _config(options: Namespace) -> Any:
     if "out" in values:
         # Of the command line: relative to where one is.
         values["out"] = str(Path(values["out"]).absolute())
-    try:
-        read_options(written | values, str(options.config))
-    except OptionError:
-        # Whose mistake is it: the file's, if it is one without the flags.
-        read_options(written, str(options.config))
+    # A mistake that the file does not have by itself is the command line's.
+    if _mistake(written | values) != _mistake(written):
         read_options(written | values, "command line")
     return make_config(written | values, folder=options.config.parent, where=str(options.config))
+
+
+def _mistake(values: dict[str, Any]) -> str:
+    """What is wrong with the options; "" where nothing is."""
+    from rmtension.study_config import read_options
+
+    try:
+        read_options(values, "")
+    except OptionError as error:
+        return str(error)
+    return ""
 
 
 def _from_flags(options: Namespace) -> dict[str, Any]:
