@@ -99,6 +99,36 @@ def is_messages(value: object) -> bool:
     return isinstance(value, list | tuple | np.ndarray | Message)
 
 
+def parse_messages(value: Any, where: str) -> Any:
+    """The messages that a text holds as JSON, a list of them or one; any other value as it is.
+
+    Tables have no other way to hold messages. Raises `DataError` naming `where` for messages as Python prints them.
+
+    Examples:
+        >>> parse_messages('[{"role": "user", "content": "hi"}]', "row 0")
+        [{'role': 'user', 'content': 'hi'}]
+        >>> parse_messages('{"answer": 4}', "row 0")
+        '{"answer": 4}'
+    """
+    if not isinstance(value, str) or not (text := value.lstrip()).startswith(("[", "{")):
+        return value
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        if text.startswith(("[{'", "{'")) and any(name in text for name in ("'role':", "'from':")):
+            raise DataError(
+                f"{where} has messages as Python prints them ({text[:40]!r}). Write them as JSON (json.dumps), or the "
+                "table as JSON lines or Parquet."
+            ) from None
+        return value
+    listed = found if isinstance(found, list) else [found]
+    return found if listed and all(isinstance(one, dict) and _has_message(set(one)) for one in listed) else value
+
+
+def _has_message(keys: set[str]) -> bool:
+    return {"from", "value"} <= keys or ("role" in keys and bool(keys & {"content", "tool_calls", "function_call"}))
+
+
 def json_text(value: Any, where: str) -> str:
     """JSON of fields that a chat template reads, keys in their order; raises `DataError` for what JSON cannot hold."""
     try:

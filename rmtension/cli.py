@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 
 from rmtension import __version__
 from rmtension.commands import check, demo, report, score, study
+from rmtension.commands.advice import Parser, with_flags
 from rmtension.commands.outcome import Outcome, plain
 from rmtension.errors import RMTensionError
 
@@ -30,13 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     argparse's own errors, and --help, end with `SystemExit`.
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         # What libraries print is not the command's answer.
         with redirect_stdout(sys.stderr):
             outcome: Outcome = _COMMANDS[options.command].run(options)
     except RMTensionError as error:
-        print(f"rmtension: error: {error}", file=sys.stderr)
+        print(f"rmtension: error: {with_flags(str(error), options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("rmtension: interrupted", file=sys.stderr)
@@ -45,12 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return outcome.status
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="rmtension", description=__doc__, epilog=_EPILOG, formatter_class=RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--version", action="version", version=f"rmtension {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def parser() -> ArgumentParser:
+    """The parser of all commands."""
+    made = Parser(prog="rmtension", description=__doc__, epilog=_EPILOG, formatter_class=RawDescriptionHelpFormatter)
+    made.add_argument("--version", action="version", version=f"rmtension {__version__}")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in _COMMANDS.items():
         command = commands.add_parser(
             name,
@@ -62,7 +62,7 @@ def _parser() -> ArgumentParser:
         module.add_options(command)
         command.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
         command.add_argument("--quiet", action="store_true", help="no progress bars")
-    return parser
+    return made
 
 
 if __name__ == "__main__":

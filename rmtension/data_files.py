@@ -186,7 +186,7 @@ def _delimiter(path: Path, begun: Sequence[bytes], columns: Collection[str]) -> 
 
 
 def _table_rows(path: Path, lines: Iterable[tuple[int, bytes]], delimiter: str) -> Iterator[tuple[str, Any]]:
-    """Rows of CSV with any delimiter: texts by column, a field of messages in JSON as these messages."""
+    """Rows of CSV with any delimiter: texts by column."""
     at = 0
 
     def texts() -> Iterator[str]:
@@ -223,10 +223,7 @@ def _table_rows(path: Path, lines: Iterable[tuple[int, bytes]], delimiter: str) 
                 ),
             )
         else:
-            try:
-                yield where, {name: _cell(text, where) for name, text in zip(header, row, strict=True)}
-            except DataError as error:
-                yield where, error
+            yield where, dict(zip(header, row, strict=True))
 
 
 def _header(line: str, delimiter: str) -> list[str]:
@@ -243,24 +240,6 @@ def _with_long_fields(rows: Iterator[list[str]]) -> list[str] | None:
         return next(rows, None)
     finally:
         csv.field_size_limit(before)
-
-
-def _cell(text: str, where: str) -> Any:
-    """The text of a field, or the messages that it has in JSON."""
-    if not text.lstrip().startswith(("[{", "{")):
-        return text
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        if text.lstrip().startswith("[{'") and any(name in text for name in ("'role':", "'from':")):
-            raise DataError(
-                f"{where}: a field has messages as Python prints them ({text[:40]!r}). Write them as JSON "
-                "(json.dumps), or the table as JSON lines or Parquet."
-            ) from None
-        return text
-    listed = value if isinstance(value, list) else [value]
-    keys = [set(one) if isinstance(one, dict) else set() for one in listed]
-    return value if all({"role", "content"} <= one or {"from", "value"} <= one for one in keys) else text
 
 
 def _decoded(line: bytes, where: str) -> str:

@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 
-from rmtension.errors import ModelError
+from rmtension.errors import ModelError, OptionError
 
 _SHOWN = 8
 
@@ -22,6 +22,11 @@ def find_local(name: str | Path, revision: str | None = None) -> str:
             raise ModelError(f"{name}: this folder has no config.json and no adapter_config.json.{contents(path)}")
         return str(path)
     if path.is_file():
+        if not _is_checkpoint(path.parent):
+            raise ModelError(
+                f"name_or_path: {name} is a file, and a model is the folder of a checkpoint. Name that folder; a file "
+                "of pairs goes to PreferencePairs.read."
+            )
         raise ModelError(f"name_or_path: {name} is a file. Name the folder of the checkpoint, {str(path.parent)!r}.")
     if isinstance(name, str) and revision is not None:
         return name
@@ -34,6 +39,15 @@ def find_local(name: str | Path, revision: str | None = None) -> str:
         + (f" Did you mean {str(close)!r}?" if close else f" {_missing(path)}")
         + ("" if is_path and _is_certain(name) else " If it is a name on the hub, say revision='main'.")
     )
+
+
+def require_name(name: object) -> None:
+    """Raise `OptionError` for what is not the name of a checkpoint, such as a model in memory."""
+    if not isinstance(name, str | Path):
+        raise OptionError(
+            f"name_or_path: expected the folder of a checkpoint or a hub name, got {type(name).__name__}. A model in "
+            "memory goes to RewardHead.from_classifier(model, tokenizer=tokenizer)."
+        )
 
 
 def contents(name: str | Path) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
-from rmtension.chat import Chat, Message, prompt_chat, prompt_text
+from rmtension.chat import Chat, Message, parse_messages, prompt_chat, prompt_text
 from rmtension.errors import DataError
 
 _ASSISTANT = "\n\nAssistant:"
@@ -91,9 +91,20 @@ class PreferencePair:
         return replace(self, prompt=chat, **responses)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict with the field names of the JSON-lines format; messages are dicts. `tools` only if there are."""
+        """A plain dict with the field names of the JSON-lines format; messages are dicts. `tools` only if there are.
+
+        Raises `DataError` for a plain text that would be read back as messages.
+        """
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         for name in ("prompt", "chosen", "rejected"):
+            if isinstance(fields[name], str) and _reads_as_messages(fields[name]):
+                if not self.is_chat:
+                    raise DataError(
+                        f"pair {self.id!r}: field {name!r} is a plain text that is the JSON of messages, and would be "
+                        "read back as messages. Make messages of the plain texts first: pair.as_chat() or "
+                        "pairs.as_chat()."
+                    )
+                fields[name] = (Message("assistant", fields[name]),)
             if isinstance(fields[name], tuple):
                 fields[name] = [message.to_dict() for message in fields[name]]
         tools = fields.pop("tools")
@@ -178,6 +189,13 @@ def _canonical(prompt: Any, response: Any) -> Any:
     if _is_chat(response) and len(response) == 1 and response[0].role == "assistant" and not response[0].more:
         return response[0].content
     return response
+
+
+def _reads_as_messages(text: str) -> bool:
+    try:
+        return not isinstance(parse_messages(text, ""), str)
+    except DataError:
+        return True
 
 
 def _listed(value: Any) -> Any:

@@ -40,6 +40,8 @@ class PreferencePairs(Sequence[PreferencePair]):
             raise DataError(
                 f"pairs: expected preference pairs, got a mapping of {list(pairs)!r:.80}. Choose those of one name."
             )
+        if isinstance(pairs, str | Path | pd.DataFrame) or not isinstance(pairs, Iterable):
+            raise DataError(f"pairs: expected preference pairs, got {type(pairs).__name__}. {entrance(pairs)}")
         self._pairs = tuple(pairs)
         self.skipped: dict[str, int] = dict(skipped or {})
         for number, pair in enumerate(self._pairs, start=first):
@@ -72,8 +74,9 @@ class PreferencePairs(Sequence[PreferencePair]):
         plain prompts, for models with a chat template.
 
         Raises `DataError` naming the file, the line or row, and the field; `on_invalid="skip"` counts such rows in
-        `skipped` instead. A column that no row has is an `OptionError`. Parquet needs the package pyarrow, .zst needs
-        zstandard. JSON arrays are read whole, other files row by row.
+        `skipped` instead. A column of `columns=` that no row has is such a `DataError` on the first row for prompt,
+        chosen and rejected; for labels, and where rows are skipped, it is an `OptionError` after the last row. Parquet
+        needs the package pyarrow, .zst needs zstandard. JSON arrays are read whole, other files row by row.
 
         Examples:
             >>> Path("pairs.csv").write_text('question,good,bad\n2 + 2?,4,"5, or 6"\n') > 0
@@ -82,6 +85,8 @@ class PreferencePairs(Sequence[PreferencePair]):
             >>> PreferencePairs.read("pairs.csv", columns=columns)[0].rejected
             '5, or 6'
         """
+        if not isinstance(path, str | Path):
+            raise OptionError(f"path: expected the path of a file, got {type(path).__name__}. {entrance(path)}")
         reader = RowReader(columns, objective=objective, subset=subset, chat=chat)
         return cls._read(file_rows(Path(path).expanduser(), columns=reader.sides), reader, on_invalid)
 
@@ -139,6 +144,8 @@ class PreferencePairs(Sequence[PreferencePair]):
             >>> len(read), read.objectives, read.skipped
             (1, ['helpful'], {"field 'rejected' is missing; fields present: ['chosen', 'prompt'].": 1})
         """
+        if isinstance(records, Mapping | str | Path | pd.DataFrame) or not isinstance(records, Iterable):
+            raise OptionError(f"records: expected a list of dicts, got {type(records).__name__}. {entrance(records)}")
         reader = RowReader(columns, objective=objective, subset=subset, chat=chat)
         return cls._read(((f"record {number}", one) for number, one in enumerate(records)), reader, on_invalid)
 
@@ -162,10 +169,7 @@ class PreferencePairs(Sequence[PreferencePair]):
             True
         """
         if not isinstance(frame, pd.DataFrame):
-            raise OptionError(
-                f"frame: expected a pandas.DataFrame, got {type(frame).__name__}. A path goes to PreferencePairs.read, "
-                "dicts to PreferencePairs.from_records."
-            )
+            raise OptionError(f"frame: expected a pandas.DataFrame, got {type(frame).__name__}. {entrance(frame)}")
         if not frame.columns.is_unique:
             raise DataError(f"frame: expected columns with names of their own, got {list(map(str, frame.columns))}.")
         reader = RowReader(columns, objective=objective, subset=subset, chat=chat)
@@ -445,6 +449,18 @@ class PreferencePairs(Sequence[PreferencePair]):
         if not current().is_first:
             return
         write_json_lines(Path(path), (pair.to_dict() for pair in self._pairs), "pairs")
+
+
+def entrance(source: object) -> str:
+    """A sentence that says which method reads a source."""
+    kinds: tuple[tuple[bool, str], ...] = (
+        (isinstance(source, pd.DataFrame), "A pandas.DataFrame goes to PreferencePairs.from_frame(frame)."),
+        (isinstance(source, str | Path), "A path goes to PreferencePairs.read(path)."),
+        (hasattr(source, "features"), "A datasets.Dataset goes to PreferencePairs.from_dataset(dataset)."),
+        (isinstance(source, Mapping), "One row goes to PreferencePairs.from_records([row])."),
+    )
+    others = "A path goes to PreferencePairs.read, dicts to PreferencePairs.from_records."
+    return next((said for fits, said in kinds if fits), others)
 
 
 def _of_frame(value: Any) -> Any:

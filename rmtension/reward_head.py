@@ -21,6 +21,7 @@ from rmtension.hooked_model import HookedModel
 from rmtension.hooks import copy_without_hooks
 from rmtension.lens_models import is_saved_model, read_model
 from rmtension.loading import LoadOptions
+from rmtension.local_names import require_name
 from rmtension.nonfinite import require_finite
 from rmtension.norms import read_norm
 from rmtension.pair import PreferencePair
@@ -152,6 +153,7 @@ class RewardHead(HookedModel):
             (2, 24, ['attn_head', 'mlp', 'mlp_gate'])
         """
         check_model_class(model_class)
+        require_name(name_or_path)
         if is_saved_model(name_or_path):
             return cls._from_saved_model(Path(name_or_path), head, max_length, tokens_per_batch, options)
         opened = open_checkpoint(name_or_path, reward=True, head=head, output=output, options=options)
@@ -175,6 +177,7 @@ class RewardHead(HookedModel):
             >>> ActivationCollector(base).collect(pairs["helpful"]).n_tokens
             1536
         """
+        require_name(name_or_path)
         opened = open_checkpoint(name_or_path, reward=False, options=options)
         return cls._from_checkpoint(opened, max_length, tokens_per_batch)
 

@@ -7,16 +7,21 @@ which shape it is:
 - two texts without a prompt: HH transcripts, or texts that begin alike;
 - a prompt (messages or text) and responses of one message or several;
 - whole conversations, a prompt beside them or not: the pair's prompt is what they share.
+
+A text that is the JSON of messages is these messages, in every source.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
+from numbers import Number
 from typing import Any
 
 import pandas as pd
 
-from rmtension.chat import Message, is_messages, is_transcript, json_text, read_chat, split_turns
+from rmtension.arguments import nearest
+from rmtension.chat import Message, is_messages, is_transcript, json_text, parse_messages, read_chat, split_turns
 from rmtension.conversations import after_prompt, require_contained, shared_messages
 from rmtension.data_files import parse_json
 from rmtension.errors import DataError, OptionError, RMTensionWarning
@@ -53,9 +58,10 @@ class RowReader:
         }
         for name in given:
             if name not in FIELDS:
+                turned = f" Write columns={{field: column}}: {{{given[name]!r}: {name!r}}}."
                 raise OptionError(
-                    f"columns: {name!r} is no field of a pair; its fields are {list(FIELDS)}. columns maps a field to "
-                    'the column that it is in, for example {"prompt": "question"}.'
+                    f"columns: {name!r} is not a field of a pair; the fields are {list(FIELDS)}."
+                    + (turned if given[name] in FIELDS else nearest(name, FIELDS) or _EXAMPLE)
                 )
             if name in self._labels:
                 raise OptionError(f"{name}: expected it, or a column for it in columns, got both.")
@@ -112,8 +118,12 @@ class RowReader:
     def finish(self) -> None:
         """What can be said of the source after its rows: an error for a column that no row had, a warning for texts."""
         if self._present and self._absent:
+            hints = (
+                self._other_column(name, self._present) for name in self._named if self._named[name] in self._absent
+            )
             raise OptionError(
                 f"columns: no row has the columns {sorted(self._absent)}; the first row has {self._present}."
+                + "".join(hints)
             )
         if self._n_doubled:
             warnings.warn(
@@ -129,8 +139,9 @@ class RowReader:
     def _fields(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The fields that the row has; labels that are missing are left out, and so is a prompt of no column."""
         fields = {name: row[column] for name, column in self._columns.items() if column in row}
-        if "prompt" not in fields and "prompt" not in self._named and is_messages(row.get(_CONVERSATIONS)):
-            fields["prompt"] = row[_CONVERSATIONS]
+        if "prompt" not in fields and "prompt" not in self._named:
+            before = parse_messages(row.get(_CONVERSATIONS), f"{where}: field {_CONVERSATIONS!r}")
+            fields |= {"prompt": before} if is_messages(before) else {}
         for name in ("prompt", *SIDES):
             if name in fields or (name == "prompt" and name not in self._named):
                 continue
@@ -138,22 +149,39 @@ class RowReader:
                 missing = f"the column {self._named[name]!r} of the field {name!r} is missing"
             else:
                 missing = f"field {name!r} is missing"
-            raise DataError(f"{where}: {missing}; fields present: {sorted(map(str, row))}.")
+            said = f"{where}: {missing}; fields present: {sorted(map(str, row))}."
+            raise DataError(said + self._other_column(name, map(str, row)))
         return {name: value for name, value in fields.items() if name in ("prompt", *SIDES) or not _is_missing(value)}
+
+    def _other_column(self, field: str, present: Iterable[str]) -> str:
+        """A sentence on the column that may hold a field whose own is missing: the one of the nearest name."""
+        plain = {name.strip().lower(): name for name in present if name not in self._columns.values()}
+        if not plain:
+            return ""
+        wanted = self._columns[field].strip().lower()
+        near = get_close_matches(wanted, plain, n=1) or [name for name in plain if wanted in name]
+        column = repr(plain[near[0]]) if near else "..."
+        return f" If it is in another column, name it: columns={{{field!r}: {column}}}."
 
     def _sides(self, fields: dict[str, Any], row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
         """Prompt, chosen and rejected, whatever the shape."""
-        given: dict[str, Any] = {
-            name: read_chat(fields[name], f"{where}: field {name!r}") if is_messages(fields[name]) else fields[name]
-            for name in ("prompt", *SIDES)
-            if name in fields
-        }
+        given: dict[str, Any] = {}
+        for name in ("prompt", *SIDES):
+            if name in fields:
+                place = f"{where}: field {name!r}"
+                value = parse_messages(fields[name], place)
+                given[name] = read_chat(value, place) if is_messages(value) else value
         has_chats = any(isinstance(value, tuple) for value in given.values())
         if _is_missing(given.get("prompt")) and (has_chats or _are_transcripts(given)):
             given.pop("prompt", None)
         for name, value in given.items():
             if not isinstance(value, str | tuple):
-                raise DataError(f"{where}: field {name!r} should be text or messages, got {type(value).__name__}.")
+                is_number = isinstance(value, Number) and not _is_missing(value)
+                column = self._columns.get(name, name)
+                raise DataError(
+                    f"{where}: field {name!r} should be text or messages, got {type(value).__name__}."
+                    + (f" Convert the column to text: frame.astype({{{column!r}: 'string'}})." if is_number else "")
+                )
         chosen, rejected = given["chosen"], given["rejected"]
         if "prompt" not in given:
             if isinstance(chosen, tuple) and isinstance(rejected, tuple):
@@ -192,7 +220,7 @@ class RowReader:
         # The user said that no column holds the prompt: columns={"prompt": None}.
         candidates = self._candidates(row) if "prompt" in self._columns else []
         if candidates or self._chat:
-            why = "" if candidates else " With chat=True, words that both responses begin with are no message."
+            why = "" if candidates else " Words that both responses begin with are not a message, which a chat needs."
             raise DataError(f"{where}: field 'prompt' is missing.{why}{self._advice(row)}")
         prompt, *parts = _split_words(chosen, rejected)
         if not prompt.strip():
@@ -220,10 +248,12 @@ class RowReader:
         said = (
             f" If the prompt is in one of the columns {candidates}, name it: columns={{'prompt': {candidates[0]!r}}}."
         )
-        is_text = all(isinstance(row.get(self._columns.get(name, name)), str) for name in SIDES)
+        sides = (parse_messages(row.get(self._columns.get(name, name)), "") for name in SIDES)
+        is_text = all(isinstance(side, str) for side in sides)
         return said + (" If it is the beginning of both responses: columns={'prompt': None}." if is_text else "")
 
 
+_EXAMPLE = ' columns maps a field to the column that it is in, for example {"prompt": "question"}.'
 _NOT_WHOLE = "the messages of 'chosen' and 'rejected' do not begin alike, so that no prompt is in them."
 
 

@@ -232,6 +232,12 @@ def _halves(
     pairs: Mapping[str, PreferencePairs], seed: int
 ) -> tuple[dict[str, PreferencePairs], dict[str, PreferencePairs]]:
     """Divide both objectives at once: a prompt that both have is on one side for both."""
+    prompts = joined(pairs).prompts
+    if len(prompts) < 2:
+        raise OptionError(
+            f"pairs: pairs of {len(prompts)} prompt{'' if len(prompts) == 1 else 's'} cannot be split in halves. Give "
+            "more prompts, or scoring_pairs (a key of the YAML file)."
+        )
     held = set(joined(pairs).split(0.5, seed=seed)[1].prompts)
     sides = [
         {name: PreferencePairs(pair for pair in pairs[name] if (pair.prompt in held) == side) for name in OBJECTIVES}

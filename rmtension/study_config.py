@@ -62,7 +62,7 @@ def make_config(values: Mapping[str, Any], *, folder: Path, where: str) -> Study
     Reads the pairs; opens no model. Raises `OptionError`, `DataError` or `ModelError`.
     """
     _mapping(values, where, _KEYS, required=("models", "pairs"))
-    options = _options(values, where)
+    options = read_options(values, where)
     families = _families(values["models"], f"{where}: models", folder)
     out = folder / _text(values.get("out", "study"), f"{where}: out")
     reading = {
@@ -83,7 +83,8 @@ def make_config(values: Mapping[str, Any], *, folder: Path, where: str) -> Study
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
-def _options(values: Mapping[str, Any], where: str) -> StudyOptions:
+def read_options(values: Mapping[str, Any], where: str) -> StudyOptions:
+    """The options that `rules`, `analyses` and `options` say; raises `OptionError` naming `where`."""
     changes = dict(_mapping(values.get("options") or {}, f"{where}: options", _OPTION_KEYS))
     if "analyses" in values:
         changes["analyses"] = values["analyses"]

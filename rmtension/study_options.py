@@ -162,7 +162,10 @@ def _check_type(name: str, value: object, wanted: str) -> None:
 
 
 def _check_names(name: str, given: tuple[str, ...], choices: tuple[str, ...]) -> None:
-    if not isinstance(given, tuple) or not given or not set(given) <= set(choices):
-        unknown = [one for one in given if one not in choices] if isinstance(given, tuple) else []
-        hints = "".join(dict.fromkeys(nearest(one, choices) for one in unknown))
-        raise OptionError(f"{name}: expected a tuple of some of {list(choices)}, got {given!r}.{hints}")
+    if not isinstance(given, tuple) or not given:
+        raise OptionError(f"{name}: expected a tuple of some of {list(choices)}, got {given!r}.")
+    for one in given:
+        if one not in choices:
+            kind = {"analyses": "analysis"}.get(name, name.removesuffix("s"))
+            known = ", ".join(choices)
+            raise OptionError(f"{name}: no {kind} is called {one!r}.{nearest(one, choices)} The {name} are {known}.")

@@ -183,8 +183,13 @@ class StudyResult:
                 for name in TABLES
                 if name in names
             }
+        except FileNotFoundError as error:
+            missing = Path(error.filename).name
+            raise StorageError(
+                f"{folder} has no finished study ({missing} is missing). Run the study first."
+            ) from error
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise StorageError(f"{folder}: no whole study here ({error}).") from error
+            raise StorageError(f"{folder} has no finished study ({error}).") from error
         return cls(tables=tables, summary=summary)
 
 

@@ -9,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
+from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -140,6 +142,8 @@ def make_pairs(n, *, seed=0, longest=12):
 
 def unchecked(function):
     """A function without the type checker that the suite runs under: what it says about wrong types by itself."""
+    if isinstance(function, MethodType):
+        return partial(unchecked(function.__func__), function.__self__)
     return function.__wrapped__ if "jaxtyping" in function.__code__.co_filename else function
 
 

@@ -1,16 +1,21 @@
 """Swapped and mistaken arguments say so, and name what was meant."""
 
+import json
+import shlex
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+from conftest import unchecked
 
-from rmtension import AblationContext, NeuronAttribution, NeuronSet, SharedNeuronAnalyzer, StudyOptions
+from rmtension import AblationContext, NeuronAttribution, NeuronSet, RewardHead, SharedNeuronAnalyzer, StudyOptions
 from rmtension.arguments import nearest, require_choice
-from rmtension.cli import main
+from rmtension.cli import main, parser
+from rmtension.commands.advice import with_flags
 from rmtension.conflict import conflict
-from rmtension.errors import OptionError
+from rmtension.errors import ModelError, OptionError
 from rmtension.sites import find_site
 from rmtension.study_config import make_config
 
@@ -30,7 +35,7 @@ class TestNames:
     )
     def test_study_options_name_the_nearest(self, wrong, meant, tmp_path):
         for make in (lambda: StudyOptions.of("corrected", **wrong), lambda: self.config(wrong, tmp_path)):
-            with pytest.raises(OptionError, match=rf" Did you mean '{meant}'\?$"):
+            with pytest.raises(OptionError, match=rf" Did you mean '{meant}'\?"):
                 make()
 
     def config(self, options, folder):
@@ -51,11 +56,38 @@ class TestNames:
     def test_command_line(self, capsys, tmp_path):
         """The study's and the demo's, before anything is written."""
         assert main(["demo", "--out", str(tmp_path / "out"), "--analyses", "accurracy"]) == 2
-        assert "got ('accurracy',). Did you mean 'accuracy'?" in capsys.readouterr().err
+        assert (
+            "analyses: no analysis is called 'accurracy'. Did you mean 'accuracy'? The analyses are accuracy, "
+            in capsys.readouterr().err
+        )
         assert not (tmp_path / "out").exists()
         models = [f"--{name}={tmp_path}" for name in ("helpful", "harmless", "mixed")]
         assert main(["study", *models, "--pairs", "none.jsonl", "--set", "n_drawss=3"]) == 2
         assert "Did you mean 'n_draws'?" in capsys.readouterr().err
+        for words, meant in (("chek", "check"), ("score a b --dtype bfloat", "bfloat16")):
+            with pytest.raises(SystemExit):
+                main(words.split())
+            assert f"Did you mean '{meant}'?" in capsys.readouterr().err
+
+    def test_the_mistake_is_where_it_was_made(self, tmp_path, capsys):
+        """In the file or on the command line, which may also mend the file."""
+        file = tmp_path / "s.yaml"
+        for text, words, said in (
+            (
+                "",
+                "--analyses overlp",
+                "command line: analyses: no analysis is called 'overlp'. Did you mean 'overlap'?",
+            ),
+            ("", "--set n_drws=4", "command line: options: unknown key 'n_drws'"),
+            ("options: {n_drws: 4}", "--set n_draws=4", "s.yaml: options: unknown key 'n_drws'"),
+            ("analyses: [deph]", "--analyses overlp", "command line: analyses: no analysis is called 'overlp'"),
+            ("analyses: [overlp]", "--rules paper", "s.yaml: analyses: no analysis is called 'overlp'"),
+            ("analyses: [overlp]", "--analyses overlap", "s.yaml: pairs: expected a file of pairs"),
+            ("", "--columns promt=q", "error: columns: 'promt' is not a field of a pair"),
+        ):
+            file.write_text("models: {helpful: a, harmless: b, mixed: c}\npairs: none.jsonl\n" + text)
+            assert main(["study", str(file), *words.split()]) == 2
+            assert said in capsys.readouterr().err
 
     def test_nearest(self):
         assert nearest("accurracy", ["depth", "accuracy"]) == " Did you mean 'accuracy'?"
@@ -164,3 +196,61 @@ class TestSwapped:
         advised = error.partition("Run `rmtension ")[2].partition("`")[0].split()
         assert advised == ["score", str(model), str(file)]
         assert main(advised) == 0
+
+    def test_pairs_where_a_model_is_expected(self, checkpoints, pairs, capsys, tmp_path, head):
+        file, model = tmp_path / "pairs.jsonl", str(checkpoints["gpt2"])
+        pairs[:2].to_jsonl(file)
+        for words in (["check", str(file)], ["score", str(file), str(file)]):
+            assert main(words) == 2
+            error = capsys.readouterr().err
+            assert f"MODEL: {file} is a file; MODEL is the folder of a checkpoint" in error
+            advised = error.split("`rmtension ")[1].split("`")[0].split()
+            assert main([model if word == "FOLDER" else word for word in advised]) == 0
+            capsys.readouterr()
+        for name in (head.model, 3):
+            for method in (RewardHead.from_pretrained, RewardHead.from_language_model):
+                with pytest.raises(OptionError, match=r"name_or_path: .*RewardHead\.from_classifier\(model, tokenizer"):
+                    unchecked(method)(name)
+        with pytest.raises(ModelError, match=r"is a file, .* goes to PreferencePairs\.read"):
+            RewardHead.from_pretrained(file)
+
+
+class TestFlags:
+    """Errors of the library name arguments; the command line adds their flags, and they are taken."""
+
+    @pytest.mark.parametrize(
+        ("message", "flags"),
+        [
+            ("Say output=3, or output=(3, 0).", "--output 3, or --output 3 --output 0"),
+            ("Say output=('ĠYes', 'No')", "--output 'ĠYes' --output No"),
+            ("columns={'prompt': 'User Query'}", "--columns 'prompt=User Query'"),
+            ("columns={'prompt': None}", "--columns prompt="),
+            ("columns={'prompt': ...}", "--columns prompt=COLUMN"),
+            ("Say where: base=...", "--base BASE"),
+            ("base='/a b'", "--base '/a b'"),
+            ('load with on_invalid="skip".', "--on-invalid skip"),
+            ("dtype=torch.bfloat16, chat=True", "--dtype bfloat16, or --chat"),
+            ("pad_token='<pad>'", "--pad-token '<pad>'"),
+            ("max_length=12", "--max-length 12"),
+        ],
+    )
+    def test_of_arguments(self, message, flags):
+        words = ["score", "MODEL", "PAIRS"]
+        assert with_flags(message, parser().parse_args(words)) == f"{message} (On the command line: {flags})"
+        for one in flags.split(", or "):
+            parser().parse_args([*words, *shlex.split(one.replace("MAX_LENGTH", "3"))])
+
+    def test_a_command_without_the_flag_says_nothing(self):
+        for words in (["report", "folder"], ["study", "s.yaml"]):
+            assert with_flags("base=...", parser().parse_args(words)) == "base=..."
+
+    def test_the_advice_works(self, checkpoints, pairs, capsys, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        rows = [{"User Query": one.prompt, "chosen": one.chosen, "rejected": one.rejected} for one in pairs[:2]]
+        Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        words = ["score", str(checkpoints["gpt2"]), "pairs.jsonl"]
+        assert main([*words, "--chat"]) == 2
+        error = capsys.readouterr().err
+        flags = error.partition("(On the command line: ")[2].rpartition(")")[0].split(", or ")
+        assert "--columns 'prompt=User Query'" in flags
+        assert main([*words, *shlex.split("--columns 'prompt=User Query'")]) == 0

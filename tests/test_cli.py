@@ -38,6 +38,7 @@ def files(tmp_path, pairs, monkeypatch):
     lines = Path("pairs.jsonl").read_text().splitlines()
     bad = [lines[0], '{"prompt": "p", "chosen": "a"}', lines[1], "no JSON"]
     Path("bad.jsonl").write_text("\n".join(bad))
+    Path("one.jsonl").write_text(lines[0])
     Path("empty.jsonl").write_text("\n")
     Path("cut.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode())[:-20])
     Path("there.jsonl").write_text("something")
@@ -118,7 +119,7 @@ class TestScore:
         assert "'a kill'" in err
         status, out, err = run(capsys, "score", folder, "two.jsonl", "--on-nonfinite", "skip")
         assert status == 0
-        assert out.startswith("1 pairs scored, 1 without finite rewards.")
+        assert out.startswith("1 pair scored, 1 without finite rewards.")
         assert err.startswith("rmtension: warning: ")
 
     def test_a_work_folder_goes_on_and_refuses_other_pairs(self, files, model, capsys):
@@ -305,8 +306,8 @@ class TestStudy:
             (["study.yaml", "--pairs", "both.jsonl"], "--pairs: study.yaml says which pairs"),
             (["study.yaml", "--set", "fraction"], "expected NAME=VALUE"),
             (["study.yaml", "--set", "fraction=[1"], "has no value of YAML"),
-            (["study.yaml", "--set", "fractoin=1"], "options: unknown key 'fractoin'"),
-            (["study.yaml", "--analyses", "all"], "analyses: expected a tuple of some of"),
+            (["study.yaml", "--set", "fractoin=1"], "command line: options: unknown key 'fractoin'"),
+            (["study.yaml", "--analyses", "all"], "command line: analyses: no analysis is called 'all'. The"),
             (["study.yaml", "--rules", "mine"], "rules: expected one of"),
             (["study.yaml", "--out", "there.jsonl"], "cannot serve as a work folder"),
             (["--pairs", "both.jsonl", "--helpful-pairs", "both.jsonl"], "got both"),
@@ -318,13 +319,17 @@ class TestStudy:
         assert said in err
 
     def test_report_of_nothing(self, files, capsys):
-        assert run(capsys, "report", "none")[0] == 2
+        status, _, err = run(capsys, "report", "none")
+        assert (status, err) == (
+            2,
+            "rmtension: error: none has no finished study (summary.json is missing). Run the study first.\n",
+        )
 
 
 def _parsed(*words):
-    from rmtension.cli import _parser
+    from rmtension.cli import parser
 
-    return _parser().parse_args(words)
+    return parser().parse_args(words)
 
 
 class TestConfig:
@@ -377,6 +382,7 @@ class TestConfig:
             ({"pairs": ["both.jsonl", "none"]}, DataError, "here: pairs[1]: expected a file of pairs, and there"),
             ({"pairs": "helpful.jsonl"}, DataError, "here: pairs: expected the field 'objective' of every pair"),
             ({"pairs": "bad.jsonl"}, DataError, "here: pairs: "),
+            ({"pairs": {"helpful": "one.jsonl", "harmless": "one.jsonl"}}, OptionError, "1 prompt cannot be split"),
             ({"pairs.harmless": "empty.jsonl"}, OptionError, "too few prompts of 'harmless'"),
             (
                 {"columns": {"question": "prompt"}},

@@ -321,7 +321,7 @@ class TestTextsOnChatModels:
 
     def test_words_that_are_shared_are_no_message(self):
         row = {"chosen": "the sky is blue", "rejected": "the sky is red"}
-        with pytest.raises(DataError, match=r"field 'prompt' is missing. With chat=True"):
+        with pytest.raises(DataError, match=r"field 'prompt' is missing. Words that both"):
             PreferencePairs.from_records([row], chat=True)
 
 

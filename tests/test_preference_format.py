@@ -155,7 +155,7 @@ class TestErrors:
         splits = datasets.DatasetDict({"train": make_pairs(2).to_dataset()})
         with pytest.raises(OptionError, match=r"expected one split, got a mapping of \['train'\]"):
             unchecked(PreferencePairs.from_dataset.__func__)(PreferencePairs, splits)
-        with pytest.raises(OptionError, match=r"columns: 'items' is no field of a pair; its fields are \['prompt'"):
+        with pytest.raises(OptionError, match=r"columns: 'items' is not a field of a pair; the fields are \['prompt'"):
             PreferencePairs.from_dataset(splits["train"], columns={"items": "id"})
 
     def test_texts_among_chats(self):

@@ -1,9 +1,11 @@
 """Files of pairs: format and compression are found in the content; errors name the file, the line and the column."""
 
+import ast
 import csv
 import gzip
 import io
 import json
+import re
 import sys
 
 import pandas as pd
@@ -11,9 +13,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from conftest import make_pairs
+from conftest import make_pairs, unchecked
 
-from rmtension import PreferencePairs
+from rmtension import PreferencePair, PreferencePairs
 from rmtension.cli import main
 from rmtension.data_files import file_rows
 from rmtension.errors import DataError, OptionError, RMTensionWarning
@@ -105,6 +107,32 @@ class TestColumnsThatAreWrong:
         # What the error says to do.
         assert len(PreferencePairs.read(path, columns={"prompt": "question"})) == 2
 
+    @pytest.mark.parametrize(
+        ("row", "columns"),
+        [
+            ({"prompt": "q", "Chosen ": "a", "rejected": "b"}, {}),
+            ({"prompt": "q", "chosen_response": "a", "rejected": "b"}, {}),
+            ({"prompt": "q", "Good Answer ": "a", "rejected": "b"}, {"chosen": "Good Answer"}),
+            ({"prompt": "q", "Good Answer": "a", "rejected": "b"}, {"chosen": "good answr"}),
+        ],
+    )
+    def test_the_error_names_the_nearest_column_and_the_advice_works(self, row, columns, tmp_path):
+        path = write(tmp_path / "pairs.csv", table([row]))
+        with pytest.raises(DataError, match="If it is in another column, name it: columns=") as error:
+            PreferencePairs.read(path, columns=columns)
+        advice = ast.literal_eval(str(error.value).partition("name it: columns=")[2].removesuffix("."))
+        assert PreferencePairs.read(path, columns=columns | advice)[0].chosen == "a"
+        if columns:
+            with pytest.raises(
+                OptionError, match=re.escape(f"no row has the columns {list(columns.values())}")
+            ) as error:
+                PreferencePairs.read(path, columns=columns, on_invalid="skip")
+            assert f"columns={advice}" in str(error.value)
+
+    def test_a_row_with_no_other_column_gets_no_advice_on_columns(self):
+        with pytest.raises(DataError, match=r"fields present: \['prompt', 'rejected'\]\.$"):
+            PreferencePairs.from_records([{"prompt": "q", "rejected": "b"}])
+
     def test_a_label_may_be_missing_in_some_rows(self, tmp_path):
         path = write(tmp_path / "pairs.jsonl", FORMATS["jsonl"]([GOOD, GOOD | {"kind": "k"}]))
         assert [one.subset for one in PreferencePairs.read(path, columns={"subset": "kind"})] == [None, "k"]
@@ -114,7 +142,12 @@ class TestColumnsThatAreWrong:
         [
             (
                 {"columns": {"question": "prompt"}},
-                r"columns: 'question' is no field of a pair; its fields are \['prompt'",
+                r"'question' is not a field of .* Write columns=\{field: column\}: \{'prompt': 'question'\}\.$",
+            ),
+            ({"columns": {"promt": "question"}}, r"'promt' is not a field of a pair;.* Did you mean 'prompt'\?$"),
+            (
+                {"columns": {"x": "question"}},
+                r"'x' is not a field of a pair; the fields are \['prompt', .* for example",
             ),
             ({"columns": {"objective": "kind"}, "objective": "helpful"}, "objective: expected it, or a column"),
         ],
@@ -164,6 +197,40 @@ class TestPromptsInOtherColumns:
         with pytest.warns(RMTensionWarning, match=r"in 1 of 2 pairs both responses begin with the prompt's text"):
             PreferencePairs.from_records(rows)
         assert PreferencePairs.from_records(rows[:1], columns={"prompt": None})[0].text("chosen") == "two words a"
+
+
+class TestEntrances:
+    """A source that another method reads: the error names that method, and it works."""
+
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    frame = pd.DataFrame([row])
+
+    @pytest.mark.parametrize(
+        ("read", "source", "said"),
+        [
+            (PreferencePairs.read, frame, "from_frame(frame)"),
+            (PreferencePairs.read, row, "from_records([row])"),
+            (PreferencePairs.from_records, frame, "from_frame(frame)"),
+            (PreferencePairs.from_records, row, "from_records([row])"),
+            (PreferencePairs.from_records, "a.csv", "read(path)"),
+            (PreferencePairs.from_frame, [row], "dicts to PreferencePairs.from_records"),
+            (PreferencePairs.from_frame, "a.csv", "read(path)"),
+            (PreferencePairs([]).__init__, frame, "from_frame(frame)"),
+            (PreferencePairs([]).__init__, "a.csv", "read(path)"),
+        ],
+    )
+    def test_are_named(self, read, source, said):
+        with pytest.raises((OptionError, DataError), match=re.escape(said)):
+            unchecked(read)(source)
+
+    def test_a_data_set(self):
+        datasets = pytest.importorskip("datasets")
+        dataset = datasets.Dataset.from_list([self.row])
+        for read in (PreferencePairs.read, PreferencePairs.from_frame):
+            with pytest.raises(OptionError, match=r"from_dataset\(dataset\)"):
+                unchecked(read)(dataset)
+        assert PreferencePairs.from_dataset(dataset) == PreferencePairs.from_frame(self.frame)
+        assert PreferencePairs.from_frame(self.frame) == PreferencePairs.from_records([self.row])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a", "a.csv"])
@@ -224,16 +291,6 @@ class TestTables:
     def test_damage(self, tmp_path, content, said):
         with pytest.raises(DataError, match=said):
             PreferencePairs.read(write(tmp_path / "a.csv", content))
-
-    def test_messages_in_a_cell(self, tmp_path):
-        row = {"prompt": [{"role": "user", "content": "Q"}], "chosen": "a", "rejected": "b"}
-        as_json = {name: json.dumps(value) if name == "prompt" else value for name, value in row.items()}
-        assert PreferencePairs.read(write(tmp_path / "a.csv", table([as_json]))) == PreferencePairs.from_records([row])
-        with pytest.raises(DataError, match=r"line 2: a field has messages as Python prints them.*json\.dumps"):
-            PreferencePairs.read(write(tmp_path / "a.csv", table([row])))
-        # Other JSON is a text.
-        text = GOOD | {"prompt": '[{"a": 1}] is?', "chosen": '[{"a": 1}]', "rejected": '{"role": 1}'}
-        assert PreferencePairs.read(write(tmp_path / "a.csv", table([text])))[0].chosen == '[{"a": 1}]'
 
     def test_what_pandas_writes(self, tmp_path):
         pairs = make_pairs(6)
@@ -306,6 +363,68 @@ class TestDamage:
         assert list(file_rows(write(tmp_path / "header.csv", "prompt,chosen,rejected\n"))) == []
 
 
+class TestMessagesAsText:
+    """A text that is the JSON of messages is these messages, in every source."""
+
+    user, good, bad = (
+        {"role": role, "content": text} for role, text in (("user", "Q"), ("assistant", "A"), ("assistant", "B"))
+    )
+    rows = (
+        {"prompt": [user], "chosen": "A", "rejected": "B"},
+        {"prompt": user, "chosen": good, "rejected": [bad]},
+        {"chosen": [user, good], "rejected": [user, bad]},
+        {"conversations": [{"from": "human", "value": "Q"}], "chosen": {"from": "gpt", "value": "A"}, "rejected": "B"},
+        {"prompt": [user], "chosen": [{"role": "assistant", "tool_calls": [{"name": "f"}]}], "rejected": "B"},
+    )
+
+    def entrances(self, row, folder):
+        """The pair of a row by every entrance, first as it is."""
+        for kind in FORMATS:
+            yield PreferencePairs.read(write(folder / "pairs", FORMATS[kind]([row])))
+        yield PreferencePairs.from_records([row])
+        yield PreferencePairs.from_dataset([row])
+        yield PreferencePairs.from_frame(pd.DataFrame([row]))
+        yield PreferencePairs.from_frame(pd.read_csv(write(folder / "pairs.csv", table([row]))))
+
+    @pytest.mark.parametrize("indent", [None, 2])
+    @pytest.mark.parametrize("row", rows, ids=lambda row: next(iter(row)))
+    def test_every_entrance_reads_them(self, row, indent, tmp_path):
+        as_text = {
+            name: value if isinstance(value, str) else json.dumps(value, indent=indent) for name, value in row.items()
+        }
+        (expected,) = PreferencePairs.from_records([row])
+        assert expected.is_chat
+        assert all(tuple(pairs) == (expected,) for pairs in self.entrances(as_text, tmp_path))
+
+    def test_other_json_is_a_text(self, tmp_path):
+        row = {"prompt": '[{"a": 1}] is?', "chosen": '[{"a": 1}]', "rejected": '{"role": 1}'}
+        for (pair,) in self.entrances(row, tmp_path):
+            assert (pair.prompt, pair.chosen, pair.rejected) == tuple(row.values())
+
+    def test_messages_as_python_prints_them_are_refused(self, tmp_path):
+        row = self.rows[0] | {"prompt": str(self.rows[0]["prompt"])}
+        with pytest.raises(DataError, match=r"line 2: field 'prompt' has messages as Python prints them.*json\.dumps"):
+            PreferencePairs.read(write(tmp_path / "a.csv", table([row])))
+        with pytest.raises(DataError, match=r"row 0: field 'prompt' has messages as Python prints them"):
+            PreferencePairs.from_frame(pd.DataFrame([row]))
+
+    @pytest.mark.parametrize("answer", [json.dumps([user]), str([user])])
+    def test_an_answer_that_looks_like_messages_stays_an_answer(self, answer, tmp_path):
+        """As the content of a message it is a text, and is written and read back as one."""
+        row = {"prompt": [self.user], "chosen": [{"role": "assistant", "content": answer}], "rejected": "B"}
+        pairs = PreferencePairs.from_records([row])
+        assert pairs[0].chosen == answer
+        pairs.to_jsonl(tmp_path / "pairs.jsonl")
+        assert PreferencePairs.read(tmp_path / "pairs.jsonl") == PreferencePairs.from_frame(pairs.to_frame()) == pairs
+        # A plain pair has no place for the difference: it is refused, and the advice works.
+        plain = PreferencePairs([PreferencePair("Q", answer, "B")])
+        with pytest.raises(DataError, match=r"field 'chosen' is a plain text.*pairs\.as_chat\(\)"):
+            plain.to_jsonl(tmp_path / "plain.jsonl")
+        assert not (tmp_path / "plain.jsonl").exists()
+        plain.as_chat().to_jsonl(tmp_path / "plain.jsonl")
+        assert PreferencePairs.read(tmp_path / "plain.jsonl")[0].chosen == answer
+
+
 class TestFrames:
     def test_missing_values_of_pandas(self):
         frame = pd.DataFrame({"prompt": "Q", "chosen": "a", "rejected": ["b", "c", "d"], "id": [0, None, 2]})
@@ -324,6 +443,18 @@ class TestFrames:
         frame.columns = ["chosen", *frame.columns[1:]]
         with pytest.raises(DataError, match="names of their own"):
             PreferencePairs.from_frame(frame)
+
+    @pytest.mark.parametrize("numbers", [[4, 5], [4, None], [4, "five"]])
+    def test_numbers_become_texts_as_the_error_says(self, numbers):
+        frame = pd.DataFrame({"q": "2 + 2?", "better": numbers, "rejected": "6"})
+        columns = {"prompt": "q", "chosen": "better"}
+        with pytest.raises(DataError, match=r"'chosen' should be text or .*, got (int|float)\.") as error:
+            PreferencePairs.from_frame(frame, columns=columns)
+        advice = str(error.value).partition("Convert the column to text: ")[2].removesuffix(".")
+        frame = eval(advice, {"frame": frame})
+        read = PreferencePairs.from_frame(frame, columns=columns, on_invalid="skip")
+        assert len(read) == 2 - numbers.count(None), "what is missing stays missing"
+        assert float(read[0].chosen) == 4
 
     def test_there_and_back(self):
         for pairs in (make_pairs(4), make_pairs(4).as_chat()):
@@ -360,7 +491,7 @@ class TestCommand:
         make_pairs(3).to_jsonl(tmp_path / "pairs.jsonl")
         assert main(["score", model, str(tmp_path / "pairs.jsonl"), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["margin"] == table_margin
-        for word, said in (("prompt", "expected FIELD=COLUMN"), ("question=q", "no field of a pair")):
+        for word, said in (("prompt", "expected FIELD=COLUMN"), ("question=q", "is not a field of a pair")):
             assert main(["score", model, str(path), "--columns", word]) == 2
             assert said in capsys.readouterr().err
 

@@ -207,7 +207,7 @@ def test_a_study_reads_only_its_own_tables(tmp_path):
     assert list(StudyResult.load(folder).tables) == ["accuracy"]
     for content in ("[]", "{}", '{"tables": 1}', "[" * 100_000, "\xff"):
         (folder / "summary.json").write_text(content)
-        with pytest.raises(StorageError, match="no whole study here"):
+        with pytest.raises(StorageError, match="has no finished study"):
             StudyResult.load(folder)
 
 

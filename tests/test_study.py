@@ -306,7 +306,7 @@ class TestResult:
         with pytest.raises(StorageError, match="already holds a study"):
             result.save(tmp_path / "study")
         result.save(tmp_path / "study", overwrite=True)
-        with pytest.raises(StorageError, match="no whole study here"):
+        with pytest.raises(StorageError, match="has no finished study"):
             StudyResult.load(tmp_path)
         with pytest.raises(OptionError, match="table"):
             result.to_frame("nothing")

@@ -24,7 +24,7 @@ def add_options(parser: ArgumentParser) -> None:
     """The options of the command."""
     add_model_options(parser)
     parser.add_argument(
-        "--pairs", type=Path, metavar="FILE", help="pairs, as score reads them (default: built in texts)"
+        "--pairs", type=Path, metavar="FILE", help="pairs, as score reads them (default: built-in texts)"
     )
     add_pair_options(parser)
 

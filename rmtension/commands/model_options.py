@@ -16,9 +16,11 @@ def add_model_options(parser: ArgumentParser) -> None:
     """The model, and how it is opened."""
     parser.add_argument("model", metavar="MODEL", help="folder of a reward model's checkpoint, or its name on the hub")
     parser.add_argument("--device", help="for example cpu or cuda:1 (default: the first GPU, or the CPU)")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights (%(default)s)")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="float32", help="dtype of the weights (default: %(default)s)"
+    )
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens per text (default: the model's context)")
-    parser.add_argument("--revision", help="of a name on the hub")
+    parser.add_argument("--revision", help="hub revision (branch, tag or commit)")
     parser.add_argument("--base", metavar="MODEL", help="of an adapter: the model it was trained on")
     parser.add_argument(
         "--output",
@@ -26,7 +28,7 @@ def add_model_options(parser: ArgumentParser) -> None:
         metavar="OUTPUT",
         help="number or name of the output that is the reward; given twice, the reward is the first minus the second",
     )
-    parser.add_argument("--pad-token", metavar="TOKEN", help="which token is skipped at the end of a text, if unsaid")
+    parser.add_argument("--pad-token", metavar="TOKEN", help="pad token, if the checkpoint names none")
 
 
 def refuse_swapped(options: Namespace) -> None:
@@ -40,6 +42,12 @@ def refuse_swapped(options: Namespace) -> None:
 
 def open_model(options: Namespace) -> "RewardHead":
     """The head that the options name; errors are those of `RewardHead.from_pretrained`."""
+    if Path(options.model).is_file():
+        pairs = "the second argument" if options.command == "score" else "--pairs"
+        raise OptionError(
+            f"MODEL: {options.model} is a file; MODEL is the folder of a checkpoint, or a hub name. A file of pairs "
+            f"goes to {pairs}: `{_example(options)}`."
+        )
     import torch
 
     from rmtension.reward_head import RewardHead
@@ -54,6 +62,11 @@ def open_model(options: Namespace) -> "RewardHead":
         revision=options.revision,
         pad_token=options.pad_token,
     )
+
+
+def _example(options: Namespace) -> str:
+    flag = "" if options.command == "score" else "--pairs "
+    return f"rmtension {options.command} FOLDER {flag}{options.model}"
 
 
 def _output(given: list[str] | None) -> object:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 HELP = "score preference pairs with a reward model"
 EXAMPLES = """examples:
   rmtension score ./my-reward-model pairs.jsonl.gz
-  rmtension score ./my-reward-model pairs.jsonl --out rewards.jsonl --work scoring   goes on there after a kill
+  rmtension score ./my-reward-model pairs.jsonl --out rewards.jsonl --work scoring   resumes after an interruption
   rmtension score ./my-chat-model pairs.csv --chat --columns prompt=question chosen=better rejected=worse
   rmtension score my-name/my-reward-model pairs.jsonl --dtype bfloat16 --device cuda --json > summary.json
 
@@ -36,15 +36,17 @@ def add_options(parser: ArgumentParser) -> None:
     add_pair_options(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rewards there; gzip'd if it ends in .gz")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --out")
-    for name, what in (("invalid", "rows that are no pairs"), ("nonfinite", "rewards that are no finite numbers")):
+    for name, what in (("invalid", "invalid rows"), ("nonfinite", "NaN or infinite rewards")):
         parser.add_argument(
             f"--on-{name}",
             choices=("raise", "skip"),
             default="raise",
-            help=f"{what}: end there, or leave out and count",
+            help=f"{what}: stop, or skip and count",
         )
     parser.add_argument("--truncate-response", action="store_true", help="cut responses longer than the context")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep there what is done, to go on after a kill")
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="keep finished parts there, to resume after an interruption"
+    )
 
 
 def run(options: Namespace) -> Outcome:
@@ -118,7 +120,7 @@ def _text(options: Namespace, data: Mapping[str, Any]) -> str:
     from rmtension.intervals import Estimate
 
     lost = len(data["not_finite"])
-    counts = [f"{data['n']} pairs scored"]
+    counts = [f"{data['n']} pair{'' if data['n'] == 1 else 's'} scored"]
     counts += [f"{sum(data['skipped'].values())} skipped"] if data["skipped"] else []
     counts += [f"{lost} without finite rewards"] if lost else []
     counts += [f"{data['n_ties']} with identical responses"] if data["n_ties"] else []

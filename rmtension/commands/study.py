@@ -54,7 +54,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--helpful-pairs", nargs="+", metavar="FILE", help="or: those of the helpful objective")
     parser.add_argument("--harmless-pairs", nargs="+", metavar="FILE", help="and those of the harmless one")
     add_pair_options(parser)
-    parser.add_argument("--on-invalid", choices=("raise", "skip"), help="rows that are no pairs: end there, or skip")
+    parser.add_argument("--on-invalid", choices=("raise", "skip"), help="invalid rows: stop, or skip and count")
     parser.add_argument("--rules", help="corrected (the default), or paper for the published ones")
     parser.add_argument("--analyses", nargs="+", metavar="NAME", help="some of the ten (default: all)")
     parser.add_argument("--set", nargs="+", metavar="NAME=VALUE", default=[], help="fields of StudyOptions")
@@ -83,9 +83,11 @@ def run(options: Namespace) -> Outcome:
 
 
 def _config(options: Namespace) -> Any:
-    from rmtension.study_config import make_config, read_yaml
+    from rmtension.rows import RowReader
+    from rmtension.study_config import make_config, read_options, read_yaml
 
     values = _from_flags(options)
+    RowReader(values.get("columns"))
     if options.config is None:
         if "models" not in values:
             raise OptionError("study: expected a YAML file, or --helpful, --harmless and --mixed. See --help.")
@@ -99,7 +101,21 @@ def _config(options: Namespace) -> Any:
     if "out" in values:
         # Of the command line: relative to where one is.
         values["out"] = str(Path(values["out"]).absolute())
+    # A mistake that the file does not have by itself is the command line's.
+    if _mistake(written | values) != _mistake(written):
+        read_options(written | values, "command line")
     return make_config(written | values, folder=options.config.parent, where=str(options.config))
+
+
+def _mistake(values: dict[str, Any]) -> str:
+    """What is wrong with the options; "" where nothing is."""
+    from rmtension.study_config import read_options
+
+    try:
+        read_options(values, "")
+    except OptionError as error:
+        return str(error)
+    return ""
 
 
 def _from_flags(options: Namespace) -> dict[str, Any]:
