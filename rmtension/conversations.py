@@ -32,6 +32,12 @@ def after_prompt(prompt: str | Chat, chosen: Any, rejected: Any, where: str) -> 
                 f"or both whole conversations, got the roles {[message.role for message in response]} behind a "
                 "message of the user."
             )
+        if isinstance(response, str) and is_transcript(response):
+            raise DataError(
+                f"{where}: field {name!r} is a whole transcript of 'Human:' and 'Assistant:' turns behind a 'prompt' "
+                "of messages, so the question would be read twice. Read the transcripts alone: columns={'prompt': "
+                "None}."
+            )
     return messages, chosen, rejected
 
 

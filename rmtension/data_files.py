@@ -222,8 +222,22 @@ def _table_rows(path: Path, lines: Iterable[tuple[int, bytes]], delimiter: str) 
                     f"{delimiter!r}, quotes or line breaks in it is written in quotes."
                 ),
             )
+        elif delimiter == "\t" and any(_holds_row(cell, len(header)) for cell in row):
+            yield (
+                where,
+                DataError(
+                    f"{where}: a quoted field holds another whole line of {len(header)} fields, as if a quote inside "
+                    "the text had begun it. Write fields with quotes in quotes, each of their own doubled, or write "
+                    "JSON lines."
+                ),
+            )
         else:
             yield where, dict(zip(header, row, strict=True))
+
+
+def _holds_row(cell: str, n_fields: int) -> bool:
+    """Whether a later line of a field of TSV is a row itself: TSV is often written without quoting."""
+    return any(not line.startswith("\t") and line.count("\t") >= n_fields - 1 for line in cell.split("\n")[1:])
 
 
 def _header(line: str, delimiter: str) -> list[str]:

@@ -297,7 +297,15 @@ def _with_system(pair: PreferencePair, system: Any, where: str) -> PreferencePai
                     f"chat=True, or leave the field out: columns={{{name!r}: None}}."
                 )
         return pair
-    if not is_given or any(isinstance(message, Message) and message.role == "system" for message in pair.prompt):
+    if not is_given:
+        return pair
+    own = [message.content for message in pair.prompt if isinstance(message, Message) and message.role == "system"]
+    if own and own != [system]:
+        raise DataError(
+            f"{where}: field 'system' ({system[:60]!r}) is another text than the conversation's own system message "
+            f"({str(own[0])[:60]!r}). Correct one of them, or leave the field out: columns={{'system': None}}."
+        )
+    if own:
         return pair
     return replace(pair, prompt=(Message("system", system), *pair.prompt))
 

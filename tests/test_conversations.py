@@ -388,3 +388,26 @@ def test_as_chat_of_pairs_is_what_it_was():
     pairs = make_pairs(3)
     assert [one.id for one in pairs.as_chat()] == [one.id for one in pairs]
     assert pairs.as_chat().as_chat() == pairs.as_chat()
+
+
+def test_two_system_messages_that_differ_are_refused():
+    row = {
+        "system": "be brief",
+        "chosen": [*TALK, {"role": "assistant", "content": "a"}],
+        "rejected": [*TALK, {"role": "assistant", "content": "b"}],
+    }
+    with pytest.raises(DataError, match=r"field 'system' \('be brief'\) is another text.*columns="):
+        PreferencePairs.from_records([row])
+    (pair,) = PreferencePairs.from_records([row], columns={"system": None})
+    assert pair.prompt[0].content == "please"
+    (same,) = PreferencePairs.from_records([row | {"system": "please"}])
+    assert same.prompt == pair.prompt
+
+
+def test_transcripts_behind_a_prompt_of_messages_are_refused():
+    talk = "\n\nHuman: how\n\nAssistant: "
+    row = {"prompt": [{"role": "user", "content": "how"}], "chosen": talk + "yes", "rejected": talk + "no"}
+    with pytest.raises(DataError, match=r"'chosen' is a whole transcript.*columns="):
+        PreferencePairs.from_records([row])
+    (pair,) = PreferencePairs.from_records([row], columns={"prompt": None})
+    assert (pair.chosen, pair.rejected) == ("yes", "no")

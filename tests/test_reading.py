@@ -501,3 +501,12 @@ class TestCommand:
         out = capsys.readouterr().out
         assert "nan" not in out
         assert "(no interval: one prompt)" in out
+
+
+def test_a_quote_in_an_unquoted_tsv_does_not_swallow_the_next_row(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    path.write_text('prompt\tchosen\trejected\nq1\tA\t"open\nq2\tB\t5"\n')
+    with pytest.raises(DataError, match=r"pairs\.tsv, line 2.*another whole line of 3 fields"):
+        PreferencePairs.read(path)
+    path.write_text('prompt\tchosen\trejected\nq1\tA\t"two\nlines ""quoted"""\nq2\tB\t5\n')
+    assert [pair.rejected for pair in PreferencePairs.read(path)] == ['two\nlines "quoted"', "5"]
