@@ -343,6 +343,14 @@ class Outcome:
 def outcomes(way: Way, family: str, tokenizer: Any) -> dict[str, Outcome]:
     """Operation -> what the library says, one after the other of one head of a model that was changed in this way."""
     torch._dynamo.reset()
+    try:
+        return _outcomes(way, family, tokenizer)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _outcomes(way: Way, family: str, tokenizer: Any) -> dict[str, Outcome]:
     changes = way.is_another and way.is_readable
     right = right_values(way.change(fresh(family, tokenizer)) if changes else fresh(family, tokenizer), tokenizer)
     model = fresh(family, tokenizer)

@@ -236,7 +236,7 @@ def test_an_encoder_in_a_bridge_is_refused(tmp_path):
     from rmtension.wrapping import _spare
 
     bridge = TransformerBridge.boot_transformers(str(tmp_path), hf_model=bert, tokenizer=_spare(None), device="cpu")
-    with pytest.raises(ModelError, match=r"padding behind a text changes.*Expected a decoder"):
+    with pytest.raises(ModelError, match=r"padding behind a text changes.*not causal, as in an encoder"):
         RewardHead(bridge, weight=torch.zeros(16))
 
 
