@@ -344,6 +344,8 @@ ONLY_LOOKS = [
     "hooked_transformer_body.HookedTransformerBody.stable_up_to",
     "hooked_transformer_body.HookedTransformerBody.weights",
     "projections.Projection.of",
+    "checkpoints.Checkpoint.require_same_head",
+    "plain_weights.has_adapters",
     "plain_weights.refuse_packed_weights",
     "plain_weights.refuse_recomputed",
     "ablation.AblationContext.ablated",
