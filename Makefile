@@ -22,8 +22,9 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(WORKERS)
 
-# Tables, figures, pages and what teaches do not touch TransformerLens: they are tested once.
-SAME := $(addprefix --ignore=tests/test_,html_report.py report.py plots.py notebooks.py repr_html.py docstrings.py intervals.py)
+# Tables, figures, pages, what teaches and what reads data do not touch TransformerLens: they are tested once.
+SAME := $(addprefix --ignore=tests/test_,html_report.py report.py plots.py notebooks.py repr_html.py docstrings.py \
+  intervals.py reading.py pairs.py preference_format.py benchmarks.py files.py)
 
 test-tl3: $(VENV3)/ready
 	$(VENV3)/bin/python -m pytest -p no:cacheprovider $(WORKERS) $(SAME)
