@@ -162,6 +162,10 @@ def weight_normed(model, block):
     nn.utils.weight_norm(down(model, block))
 
 
+def spectral_normed(model, block):
+    nn.utils.spectral_norm(down(model, block))
+
+
 def pruned(model, block):
     prune.random_unstructured(down(model, block), "weight", 0.3)
 
@@ -237,6 +241,7 @@ WAYS = {
     "IA3": Way(adapter(ia3)),
     "parametrizations.weight_norm": Way(each(parametrised)),
     "utils.weight_norm": Way(each(weight_normed)),
+    "utils.spectral_norm": Way(each(spectral_normed)),
     "utils.prune": Way(each(pruned)),
     "int8, dynamic": Way(quantised, is_readable=False),
     "int8 parameters": Way(each(packed_parameter), is_readable=False),

@@ -22,6 +22,7 @@ REFUSED = {
     "mlp.forward replaced, calls none of them": ("forward", OPERATIONS[1:]),
     "the same, after opening": ("del module.forward", OPERATIONS[1:]),
     "utils.weight_norm": ("remove_weight_norm", OPERATIONS),
+    "utils.spectral_norm": ("remove_spectral_norm", OPERATIONS),
     "utils.prune": ("prune.remove", OPERATIONS),
     "int8, dynamic": ("quantised", OPERATIONS),
     "int8 parameters": ("quantised", OPERATIONS),
