@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,13 +17,15 @@ from rmtension.distributed import current
 from rmtension.encoding import EncodedText
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.pair import PreferencePair
+from rmtension.pair_pass import run_pass
+from rmtension.pair_statistic import PairStatistic
 from rmtension.pairs import PreferencePairs
+from rmtension.pass_record import PassRecord
 from rmtension.provenance import Provenance, digest_of
 from rmtension.repr_html import N_ROWS, html_table
 from rmtension.reward_head import RewardHead
 from rmtension.sites import check_positions, find_site
 from rmtension.storage import read_result, write_result
-from rmtension.stream import PairStream
 from rmtension.sums import TokenWeights, weighted_sums
 from rmtension.tokens import TokenBatch, text_batches
 
@@ -167,7 +170,7 @@ class ActivationCollector:
 
     def reset(self) -> "ActivationCollector":
         """Forget everything collected so far."""
-        self._seen = _Seen(self._zeros())
+        self._seen = _ActivationSums(self.head, self.site, self.positions).seen()
         self._model = self.head.fingerprint
         return self
 
@@ -175,50 +178,19 @@ class ActivationCollector:
         self,
         pairs: Iterable[PreferencePair],
         *,
-        truncate_response: bool = False,
-        on_nonfinite: str = "raise",
         work: str | Path | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> "ActivationCollector":
-        """Add the texts of `pairs`, an iterable of them that is read once.
+        """Add the texts of `pairs`, an iterable that is read once.
 
-        An activation that is no finite number raises `ModelError` with the layer and the pair's id; with
-        `on_nonfinite="skip"` such pairs are left out, and their ids are in the result's provenance. A `work` folder
-        keeps what was done every half minute: after an interruption the same call goes on from there and ends with the
-        same numbers (`rmtension.work`).
+        An activation that is NaN or infinite raises `ModelError` with the layer and the pair's id; if the model was
+        opened with `on_nonfinite="skip"` such pairs are skipped, and their ids are in the result's provenance. `work`
+        and `progress` are those of `run_pass`.
         """
         if self.head.fingerprint != self._model:
             raise ProvenanceError("update: the model's weights changed since the last reset. Call reset() first.")
-        sums = self._zeros()
-        n_tokens = torch.zeros((), dtype=torch.long)
-        stream = PairStream(
-            self.head,
-            pairs,
-            desc="collect",
-            progress=progress,
-            truncate_response=truncate_response,
-            on_nonfinite=on_nonfinite,
-            work=work,
-            inputs={"run": "collect", "site": self.site, "positions": self.positions},
-        )
-
-        def look(batch: TokenBatch) -> list[Tensor]:
-            # How many of its row's texts have a token: those of a shared prefix count once for each.
-            weights = TokenWeights(batch.by_token(batch.select(self.positions).float()))
-            layers: list[dict[str, Tensor]] = [{} for _ in range(self.head.n_layers)]
-            self.head.look(batch, [self.site], partial(self._put, layers, weights))
-            # All layers run before the first is waited for.
-            return [torch.stack([one[name].cpu() for one in layers]) for name in sums]
-
-        def add(batch: TokenBatch, found: list[Tensor]) -> None:
-            n_tokens.add_(batch.select(self.positions).sum().cpu())
-            for total, one in zip(sums.values(), found, strict=True):
-                total += one
-
-        stream.run(look, add, {**sums, "n_tokens": n_tokens}, layer_dim=0)
-        stream.add_up(*sums.values(), n_tokens)
-        skipped = tuple(stream.skipped.values())
-        self._seen += _Seen(sums, int(n_tokens), stream.n_pairs, int(stream.digest, 16), skipped)
+        statistic = _ActivationSums(self.head, self.site, self.positions)
+        self._seen += run_pass(self.head, pairs, statistic, work=work, progress=progress)
         return self
 
     def merge(self, other: "ActivationCollector") -> "ActivationCollector":
@@ -249,20 +221,13 @@ class ActivationCollector:
         self,
         pairs: Iterable[PreferencePair],
         *,
-        truncate_response: bool = False,
-        on_nonfinite: str = "raise",
         work: str | Path | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> ActivationStatistics:
         """`reset`, `update` and `compute` in one call."""
-        self.reset().update(
-            pairs, truncate_response=truncate_response, on_nonfinite=on_nonfinite, work=work, progress=progress
-        )
-        return self.compute()
+        return self.reset().update(pairs, work=work, progress=progress).compute()
 
-    def sample(
-        self, pairs: PreferencePairs, *, n: int = 256, seed: int = 0, truncate_response: bool = False
-    ) -> ActivationSample:
+    def sample(self, pairs: PreferencePairs, *, n: int = 256, seed: int = 0) -> ActivationSample:
         """Activations at `n` selected tokens drawn without replacement from all texts of `pairs` (fewer if there are).
 
         Cost: a forward pass over the texts that a donor was drawn from; memory: `n x layers x channels` numbers.
@@ -271,7 +236,7 @@ class ActivationCollector:
             raise OptionError(f"n: expected a positive number of donors, got {n}.")
         if not len(pairs):
             raise DataError("pairs: expected at least one preference pair to draw donors from, got none.")
-        encoded = self.head.encode(pairs, truncate_response=truncate_response)
+        encoded = self.head.encode(pairs)
         texts = [*encoded.chosen, *encoded.rejected]
         counts = np.array([self._n_selected(text) for text in texts])
         ends = counts.cumsum()
@@ -312,19 +277,6 @@ class ActivationCollector:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _zeros(self) -> dict[str, Tensor]:
-        layers, neurons = self.head.n_layers, self.head.n_neurons(self.site)
-        sums = {
-            name: torch.zeros(layers, neurons, dtype=torch.float64)
-            for name in ("value", "absolute", "square", "positive")
-        }
-        return sums | {"channel": torch.zeros(layers, self.head.n_channels(self.site), dtype=torch.float64)}
-
-    def _put(
-        self, layers: list[dict[str, Tensor]], weights: TokenWeights, _site: str, layer: int, channels: Tensor
-    ) -> None:
-        layers[layer] = weighted_sums(channels, weights, self.site, self.head.n_neurons(self.site))
-
     def _n_selected(self, text: EncodedText) -> int:
         return {"all": len(text), "response": len(text) - text.response_start, "last": 1}[self.positions]
 
@@ -359,6 +311,54 @@ class _Seen:
             self.digest + other.digest,
             self.skipped + other.skipped,
         )
+
+
+class _ActivationSums(PairStatistic[_Seen]):
+    """Sums over the selected tokens of every neuron's value, magnitude, square, sign and channels."""
+
+    name = "collect"
+    layer_dim = 0
+
+    def __init__(self, head: RewardHead, site: str, positions: str) -> None:
+        self._head = head
+        self._site = site
+        self._positions = positions
+        layers, neurons = head.n_layers, head.n_neurons(site)
+        widths = dict.fromkeys(("value", "absolute", "square", "positive"), neurons)
+        widths["channel"] = head.n_channels(site)
+        self._sums = {name: torch.zeros(layers, width, dtype=torch.float64) for name, width in widths.items()}
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"site": self._site, "positions": self._positions}
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        return self._sums
+
+    def observe(self, batch: TokenBatch) -> list[Tensor]:
+        head, site = self._head, self._site
+        # A token of a shared prefix counts once for each text of its row that selects it.
+        weights = TokenWeights(batch.by_token(batch.select(self._positions).float()))
+        layers: list[dict[str, Tensor]] = [{} for _ in range(head.n_layers)]
+
+        def sum_layer(_site: str, layer: int, channels: Tensor) -> None:
+            layers[layer] = weighted_sums(channels, weights, site, head.n_neurons(site))
+
+        head.look(batch, [site], sum_layer)
+        # On a GPU all layers are started before the first is waited for.
+        return [torch.stack([layer[name].cpu() for layer in layers]) for name in self._sums]
+
+    def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
+        for total, batch_sum in zip(self._sums.values(), observed, strict=True):
+            total += batch_sum
+
+    def compute(self, record: PassRecord) -> _Seen:
+        skipped = tuple(record.skipped.values())
+        return self.seen(record.n_tokens(self._positions), record.n_pairs, int(record.digest, 16), skipped)
+
+    def seen(self, n_tokens: int = 0, n_pairs: int = 0, digest: int = 0, skipped: tuple[str, ...] = ()) -> _Seen:
+        return _Seen(self._sums, n_tokens, n_pairs, digest, skipped)
 
 
 def _keep(

@@ -1,6 +1,6 @@
 """Scoring neurons by what they have to do with the margin between chosen and rejected."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,17 @@ from rmtension.errors import DataError, OptionError
 from rmtension.methods import METHODS, Asked, ByToken, Found, dropped_patching
 from rmtension.neuron_scores import NeuronScores
 from rmtension.pair import PreferencePair
+from rmtension.pair_pass import run_pass
 from rmtension.pair_scores import PairScores
+from rmtension.pair_statistic import PairStatistic
 from rmtension.pairs import PreferencePairs
+from rmtension.pass_record import PassRecord
 from rmtension.progress import progress_bar
 from rmtension.provenance import Provenance
 from rmtension.replacing import Reference, can_share, check_reference, key_of, name_of
 from rmtension.reward_head import RewardHead
 from rmtension.running_scores import RunningScores
 from rmtension.sites import check_positions, find_site
-from rmtension.stream import PairStream
 from rmtension.token_scores import TokenScores
 from rmtension.tokens import TokenBatch
 
@@ -135,46 +137,34 @@ class NeuronAttribution:
         self,
         pairs: Iterable[PreferencePair],
         *,
-        truncate_response: bool = False,
-        on_nonfinite: str = "raise",
         work: str | Path | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> NeuronScores:
         """One score per neuron. Memory: one batch's activations and 32 x `layers x neurons` sums, for any pairs.
 
-        A score that is no finite number raises `ModelError` with the layer and the pair's id; with
-        `on_nonfinite="skip"` such pairs are left out, and their ids are in the result's provenance. A `work` folder
-        keeps what was done every half minute: after an interruption the same call goes on from there and ends with the
-        same numbers (`rmtension.work`).
+        A score that is NaN or infinite raises `ModelError` with the layer and the pair's id; if the model was opened
+        with `on_nonfinite="skip"` such pairs are skipped, and their ids are in the result's provenance. `work` and
+        `progress` are those of `run_pass`.
 
         Examples:
             >>> found = NeuronAttribution(head, positions="response").score(pairs["helpful"])
             >>> found.top(k=2) - organism.truth["decoy"]  # what differs most does nothing
             NeuronSet(0 of 48 mlp neurons of gpt2-2x24-heads2x12-d24)
         """
-        (found,) = score_together(
-            [self],
-            pairs,
-            truncate_response=truncate_response,
-            on_nonfinite=on_nonfinite,
-            work=work,
-            progress=progress,
-        )
-        return found
+        (scores,) = score_together([self], pairs, work=work, progress=progress)
+        return scores
 
     @torch.inference_mode(False)  # what is made in it cannot be differentiated
     def per_pair(
         self,
         pairs: Iterable[PreferencePair],
         *,
-        truncate_response: bool = False,
-        on_nonfinite: str = "raise",
         work: str | Path | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> PairScores:
         """Every pair's signed scores, whatever `aggregate`. Memory: `pairs x layers x neurons` numbers.
 
-        `on_nonfinite` and `work` are those of `score`; pairs that are left out have no row.
+        Pairs that are skipped (see `score`) have no row. `work` and `progress` are those of `run_pass`.
 
         Examples:
             >>> by_pair = NeuronAttribution(head, method="direct_effect").per_pair(pairs["helpful"])
@@ -184,38 +174,9 @@ class NeuronAttribution:
         if self.graddrop:
             raise OptionError("per_pair: GradDrop has no signed scores. Leave graddrop out.")
         pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
-        shape = (len(pairs), self.head.n_layers, self.head.n_neurons(self.site))
-        values = torch.zeros(shape, dtype=self.head.reward_dtype)
-        n_tokens = torch.zeros((), dtype=torch.long)
-        stream = PairStream(
-            self.head,
-            pairs,
-            desc=self.method,
-            progress=progress,
-            sharing="pair" if can_share(self.reference) else "none",
-            truncate_response=truncate_response,
-            keeps_layers=True,
-            on_nonfinite=on_nonfinite,
-            work=work,
-            inputs={"run": "per_pair", **self._inputs},
-        )
+        return run_pass(self.head, pairs, _ScoresOfPairs(self, pairs), work=work, progress=progress)
 
-        def look(batch: TokenBatch) -> list[Tensor]:
-            return [self._signed(_run([self], batch))[0].to(values.dtype)]
-
-        def add(batch: TokenBatch, found: list[Tensor]) -> None:
-            n_tokens.add_(batch.select(self.positions).sum().cpu())
-            values[list(batch.places[: batch.n_pairs])] = found[0].cpu()
-
-        stream.run(look, add, {"values": values, "n_tokens": n_tokens}, layer_dim=1)
-        stream.require_pairs()
-        stream.add_up(values, n_tokens)
-        found = PairScores(values, pairs, self._provenance(stream, int(n_tokens), "signed"))
-        return found.take(stream.kept(len(pairs))) if stream.skipped else found
-
-    def per_token(
-        self, pairs: Iterable[PreferencePair], *, truncate_response: bool = False, progress: bool = False
-    ) -> Iterator[TokenScores]:
+    def per_token(self, pairs: Iterable[PreferencePair], *, progress: bool | None = None) -> Iterator[TokenScores]:
         """Every pair's scores token by token, one pair at a time, in order; tokens as the tokenizer writes them.
 
         Examples:
@@ -228,7 +189,7 @@ class NeuronAttribution:
         pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
         if not len(pairs):
             raise DataError("pairs: expected at least one preference pair, got none.")
-        encoded = self.head.encode(pairs, truncate_response=truncate_response)
+        encoded = self.head.encode(pairs)
         both = progress_bar(
             zip(pairs, encoded.chosen, encoded.rejected, strict=True),
             progress=progress,
@@ -252,8 +213,8 @@ class NeuronAttribution:
         return f"NeuronAttribution({self._name(self.aggregate)}, {self.site} at {self.positions} tokens, {self.head!r})"
 
     @property
-    def _inputs(self) -> dict[str, Any]:
-        """What the scores depend on, beside the model and the pairs, for a work folder."""
+    def _settings(self) -> dict[str, Any]:
+        """What the scores depend on besides the model and the pairs."""
         return {
             "method": self._name(self.aggregate),
             "site": self.site,
@@ -269,9 +230,9 @@ class NeuronAttribution:
         options = [", graddrop"] * self.graddrop + [", absolute"] * (aggregate == "absolute")
         return f"{self.method}{reference}{steps}{''.join(options)}"
 
-    def _provenance(self, stream: PairStream, n_tokens: int, aggregate: str) -> Provenance:
+    def _provenance(self, record: PassRecord, aggregate: str) -> Provenance:
         """Where scores by `aggregate` come from; magnitudes have no direction."""
-        found = stream.provenance(n_tokens, site=self.site, positions=self.positions, method=self._name(aggregate))
+        found = record.provenance(self.head, site=self.site, positions=self.positions, method=self._name(aggregate))
         return replace(found, sign=METHODS[self.method].sign if aggregate == "signed" else None)
 
     def _by_layer(self, run: BatchRun) -> Iterator[Found]:
@@ -309,17 +270,15 @@ def score_together(
     attributions: Sequence[NeuronAttribution],
     pairs: Iterable[PreferencePair],
     *,
-    truncate_response: bool = False,
-    on_nonfinite: str = "raise",
     work: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> list[NeuronScores]:
     """The scores of several attributions of one model, from the same passes, in their order.
 
     Cost: 1 forward pass, and 1 backward pass if any of them needs gradients, for all first-order methods, sites,
     positions and references; plus L backward passes for GradDrop and the passes of each integrated gradients.
-    `on_nonfinite` and `work` are those of `NeuronAttribution.score`. Raises `OptionError` for attributions of different
-    models or without any.
+    `work` and `progress` are those of `run_pass`. Raises `OptionError` for an empty list and for attributions of
+    different models.
 
     Examples:
         >>> asked = [NeuronAttribution(head, method=one) for one in ("mean_difference", "gradient_x_activation")]
@@ -328,46 +287,96 @@ def score_together(
     """
     if not attributions or any(one.head is not attributions[0].head for one in attributions):
         raise OptionError("attributions: expected at least one NeuronAttribution, all of the same head.")
-    head = attributions[0].head
-    running = [
-        RunningScores(head.n_layers, head.n_neurons(one.site), gap=not METHODS[one.method].one_run)
-        for one in attributions
-    ]
-    n_tokens = torch.zeros(len(attributions), dtype=torch.long)
-    stream = PairStream(
-        head,
-        pairs,
-        desc=", ".join(dict.fromkeys(one.method for one in attributions)),
-        progress=progress,
-        sharing="pair" if all(can_share(one.reference) for one in attributions) else "none",
-        truncate_response=truncate_response,
-        keeps_layers=True,
-        on_nonfinite=on_nonfinite,
-        work=work,
-        inputs={"run": "score", "attributions": [one._inputs for one in attributions]},
-    )
+    return run_pass(attributions[0].head, pairs, _MeanScores(attributions), work=work, progress=progress)
 
-    def look(batch: TokenBatch) -> list[Tensor]:
-        run = _run(attributions, batch)
-        # One after the other: values, and the gap where there is one.
-        return [one for each in attributions for one in each._per_pair(run) if one is not None]
 
-    def add(batch: TokenBatch, found: list[Tensor]) -> None:
-        left = iter(found)
-        for number, (one, sums) in enumerate(zip(attributions, running, strict=True)):
-            values = next(left)
-            sums.add(values, batch.keys[: batch.n_pairs], next(left) if sums.has_gap else None)
-            n_tokens[number] += batch.select(one.positions).sum().cpu()
+class _MeanScores(PairStatistic[list[NeuronScores]]):
+    """The mean over pairs of every neuron's score, for several attributions of one model."""
 
-    state = {f"{number}/{name}": part for number, sums in enumerate(running) for name, part in sums.state.items()}
-    stream.run(look, add, {**state, "n_tokens": n_tokens}, layer_dim=1)
-    stream.require_pairs()
-    stream.add_up(n_tokens)
-    found = []
-    for one, sums, n in zip(attributions, running, n_tokens.tolist(), strict=True):
-        sums.add_up(stream)
-        found.append(sums.finish(one._provenance(stream, n, one.aggregate)))
-    return found
+    keeps_layers = True
+    layer_dim = 1
+
+    def __init__(self, attributions: Sequence[NeuronAttribution]) -> None:
+        head = attributions[0].head
+        self._attributions = attributions
+        self._scores = [
+            RunningScores(head.n_layers, head.n_neurons(one.site), gap=not METHODS[one.method].one_run)
+            for one in attributions
+        ]
+        self.sharing = "pair" if all(can_share(one.reference) for one in attributions) else "none"
+
+    @property
+    def name(self) -> str:
+        return ", ".join(dict.fromkeys(one.method for one in self._attributions))
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"attributions": [one._settings for one in self._attributions]}
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        return {f"{number}/{name}": part for number, one in enumerate(self._scores) for name, part in one.state.items()}
+
+    def observe(self, batch: TokenBatch) -> list[Tensor]:
+        run = _run(self._attributions, batch)
+        # For each attribution its values, followed by its gap if it has one.
+        return [tensor for one in self._attributions for tensor in one._per_pair(run) if tensor is not None]
+
+    def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
+        tensors = iter(observed)
+        for scores in self._scores:
+            values = next(tensors)
+            scores.update(values, batch.keys[: batch.n_pairs], next(tensors) if scores.has_gap else None)
+
+    def merge_processes(self, add_up: Callable[..., None]) -> None:
+        for scores in self._scores:
+            scores.merge_processes(add_up)
+
+    def compute(self, record: PassRecord) -> list[NeuronScores]:
+        record.require_pairs()
+        return [
+            scores.compute(one._provenance(record, one.aggregate))
+            for one, scores in zip(self._attributions, self._scores, strict=True)
+        ]
+
+
+class _ScoresOfPairs(PairStatistic[PairScores]):
+    """Every pair's signed scores by one attribution."""
+
+    keeps_layers = True
+    layer_dim = 1
+
+    def __init__(self, attribution: NeuronAttribution, pairs: PreferencePairs) -> None:
+        head = attribution.head
+        shape = (len(pairs), head.n_layers, head.n_neurons(attribution.site))
+        self._attribution = attribution
+        self._pairs = pairs
+        self._values = torch.zeros(shape, dtype=head.reward_dtype)
+        self.sharing = "pair" if can_share(attribution.reference) else "none"
+
+    @property
+    def name(self) -> str:
+        return self._attribution.method
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self._attribution._settings
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        return {"values": self._values}
+
+    def observe(self, batch: TokenBatch) -> list[Tensor]:
+        values, _ = self._attribution._signed(_run([self._attribution], batch))
+        return [values.to(self._values.dtype)]
+
+    def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
+        self._values[list(batch.places[: batch.n_pairs])] = observed[0].cpu()
+
+    def compute(self, record: PassRecord) -> PairScores:
+        record.require_pairs()
+        found = PairScores(self._values, self._pairs, self._attribution._provenance(record, "signed"))
+        return found.take(record.kept(len(self._pairs))) if record.skipped else found
 
 
 def _run(attributions: Sequence[NeuronAttribution], batch: TokenBatch) -> BatchRun:

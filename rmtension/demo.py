@@ -33,7 +33,7 @@ def run_demo(
     analyses: Sequence[str] | None = None,
     neurons: int = 16,
     overwrite: bool = False,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> DemoRun:
     """Train a base and three reward models per seed, study them, and write everything below `out`.
 

@@ -49,6 +49,11 @@ class EncodedPairs:
         """Tokens in all texts."""
         return sum(map(len, self.chosen)) + sum(map(len, self.rejected))
 
+    @property
+    def n_response_tokens(self) -> int:
+        """Tokens in all responses."""
+        return sum(len(text) - text.response_start for text in (*self.chosen, *self.rejected))
+
 
 def encode_texts(tokenizer: Any, texts: Sequence[Any], *, max_length: int, truncate: bool = False) -> list[EncodedText]:
     """Encode whole texts, with the special tokens that the tokenizer adds by itself; chats, with their template's.

@@ -114,8 +114,7 @@ def faithfulness(
     n_random: int = 8,
     level: float = 0.95,
     seed: int = 0,
-    truncate_response: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Faithfulness:
     """Compare scores with what ablating neurons of this model does to the margin on `pairs`.
 
@@ -143,7 +142,6 @@ def faithfulness(
         n_random: random sets beside each.
         level: of the intervals.
         seed: of the sample, the random sets and the resamples.
-        truncate_response: as in `RewardHead.score_pairs`.
         progress: show bars.
 
     Raises `ProvenanceError` for scores of another model and truth of another ablation, `OptionError` for wrong options;
@@ -195,7 +193,6 @@ def faithfulness(
             site=site,
             positions=positions,
             neurons=neurons,
-            truncate_response=truncate_response,
             progress=progress,
         )
     rows = []
@@ -207,7 +204,7 @@ def faithfulness(
         truth.to_frame().rename(columns={"score": "effect"})[[*_COLUMNS]].dropna(subset="effect").assign(**predicted)
     )
     ablation = {"mode": mode, "reference": reference, "positions": positions}
-    sets = _set_rows(head, planned, pairs, ablation, level, seed, truncate_response, progress)
+    sets = _set_rows(head, planned, pairs, ablation, level, seed, progress)
     return Faithfulness(pd.DataFrame(rows), table.reset_index(drop=True), sets, truth.provenance, level)
 
 
@@ -290,20 +287,19 @@ def _set_rows(
     ablation: Mapping[str, Any],
     level: float,
     seed: int,
-    truncate_response: bool,
-    progress: bool,
+    progress: bool | None,
 ) -> pd.DataFrame:
     """True and predicted effects of ablating each method's top sets."""
     if not planned:
         return pd.DataFrame()
-    base = head.score_pairs(pairs, truncate_response=truncate_response).margin
+    base = head.score_pairs(pairs).margin
     rows = []
     total = sum(1 + len(one.random) for one in planned)
     with progress_bar(progress=progress, total=total, desc="ablate sets", unit="set") as bar:
 
         def change(neurons: NeuronSet) -> Float[Tensor, "pair"]:
             with AblationContext(head, neurons, **ablation):
-                margin = head.score_pairs(pairs, truncate_response=truncate_response).margin
+                margin = head.score_pairs(pairs).margin
             bar.update()
             return (margin - base).double()
 

@@ -52,7 +52,7 @@ def train_family(
     base: str | Path | None = None,
     settings: FamilySettings | None = None,
     seed: int = 0,
-    progress: bool = True,
+    progress: bool | None = None,
     overwrite: bool = False,
     resume: bool = False,
 ) -> dict[str, Path]:
@@ -133,7 +133,7 @@ def train_seeds(
     base: str | Path | None = None,
     settings: FamilySettings | None = None,
     name: str = "models",
-    progress: bool = True,
+    progress: bool | None = None,
     overwrite: bool = False,
     resume: bool = True,
 ) -> list[ModelFamily]:
@@ -162,7 +162,7 @@ def train_seeds(
 
 
 def _train_family_base(
-    texts: Sequence[str], folder: Path, settings: FamilySettings, seed: int, progress: bool, overwrite: bool
+    texts: Sequence[str], folder: Path, settings: FamilySettings, seed: int, progress: bool | None, overwrite: bool
 ) -> None:
     from transformers import GPT2Config
 

@@ -38,6 +38,7 @@ class HookedModel:
         max_length: int | None,
         tokens_per_batch: int | None,
     ) -> None:
+        self.truncate_response, self.on_nonfinite = False, "raise"  # MERGE: options of opening
         self.model = body.model
         self.tokenizer = tokenizer
         self.pad_token_id = pad_token_id
@@ -118,9 +119,9 @@ class HookedModel:
                 hooks.enter_context(self.hooks(site, partial(look, site)))
             self.residual(batch)
 
-    def encode(self, pairs: PreferencePairs, *, truncate_response: bool = False) -> EncodedPairs:
+    def encode(self, pairs: PreferencePairs) -> EncodedPairs:
         """Tokens of both texts of every pair, within `max_length`."""
-        return encode_pairs(self.tokenizer, pairs, max_length=self.max_length, truncate_response=truncate_response)
+        return encode_pairs(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
 
     def tokens_together(self, *, keeps_layers: bool = False) -> int:
         """How many tokens run together: what the user said, or what pays off and fits into memory.

@@ -23,11 +23,13 @@ from rmtension.methods import METHODS
 from rmtension.neuron_json import pages_to_json, read_pages
 from rmtension.neuron_scores import NeuronScores, block_of, jackknife_stderr
 from rmtension.neurons import NeuronSet
+from rmtension.pair_pass import run_pass
+from rmtension.pair_statistic import PairStatistic
 from rmtension.pairs import PreferencePairs
+from rmtension.pass_record import PassRecord
 from rmtension.reward_head import RewardHead
 from rmtension.single_effects import single_neuron_effects
 from rmtension.sites import neuron_activations
-from rmtension.stream import PairStream
 from rmtension.tokens import TokenBatch
 
 # More points than these make a scatter no clearer.
@@ -129,7 +131,7 @@ def examine(
     n_random: int | None = None,
     level: float = 0.95,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> NeuronPages:
     """Look at `neurons` of a model one by one, on the pairs of each objective.
 
@@ -173,7 +175,8 @@ def examine(
         scores[objective] = found = attribution.score(some, progress=progress).to_frame().set_index(list(_PLACE))
         effects = single_neuron_effects(head, some, site=neurons.site, neurons=neurons | random, progress=progress)
         effect = effects.to_frame().set_index(list(_PLACE))["score"].loc[places].to_numpy()
-        largest, n_blocks = _largest_activations(head, some, neurons, positions, progress)
+        statistic = _LargestActivations(head, len(some), neurons, positions)
+        largest, n_blocks = run_pass(head, some, statistic, progress=progress)
         half = _half_width(effects, n_blocks, level)[
             tuple(torch.from_numpy(table[[*_PLACE]].to_numpy().T.copy()))
         ].numpy()
@@ -251,30 +254,38 @@ def _activations(head: RewardHead, batch: TokenBatch, neurons: NeuronSet) -> Flo
     return torch.cat([layers[layer] for layer in sorted(layers)], dim=2)
 
 
-def _largest_activations(
-    head: RewardHead, pairs: PreferencePairs, neurons: NeuronSet, positions: str, progress: bool
-) -> tuple[Float[Tensor, "pair 2 wanted"], int]:
+class _LargestActivations(PairStatistic[tuple[Tensor, int]]):
     """Of both texts of every pair, each neuron's activation at the token where it is largest in magnitude.
 
-    With how many blocks of prompts the pairs fall into.
+    Computes these, [pair, 2, neuron], and the number of blocks of prompts that the pairs fall into.
     """
-    largest = torch.zeros(len(pairs), 2, len(neurons), dtype=head.reward_dtype)
-    keys = torch.zeros(len(pairs), dtype=torch.long)
 
-    def look(batch: TokenBatch) -> list[Tensor]:
-        of_text = _activations(head, batch, neurons)[batch.rows]
-        place = of_text.abs().masked_fill(~batch.select(positions)[..., None], -1).argmax(dim=1, keepdim=True)
-        return [of_text.gather(1, place)[:, 0]]
+    name = "activations"
 
-    def add(batch: TokenBatch, found: Sequence[Tensor]) -> None:
-        places = list(batch.places[: batch.n_pairs])
-        largest[places] = found[0].cpu().view(2, batch.n_pairs, -1).transpose(0, 1)
-        keys[places] = batch.keys[: batch.n_pairs].cpu()
+    def __init__(self, head: RewardHead, n_pairs: int, neurons: NeuronSet, positions: str) -> None:
+        self._head = head
+        self._neurons = neurons
+        self._positions = positions
+        self._largest = torch.zeros(n_pairs, 2, len(neurons), dtype=head.reward_dtype)
+        self._keys = torch.zeros(n_pairs, dtype=torch.long)
 
-    stream = PairStream(head, pairs, desc="activations", progress=progress)
-    stream.run(look, add, {"largest": largest, "keys": keys})
-    stream.add_up(largest, keys)
-    return largest, len(set(block_of(keys).tolist()))
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        return {"largest": self._largest, "keys": self._keys}
+
+    def observe(self, batch: TokenBatch) -> list[Tensor]:
+        of_texts = _activations(self._head, batch, self._neurons)[batch.rows]
+        select = batch.select(self._positions)[..., None]
+        peak = of_texts.abs().masked_fill(~select, -1).argmax(dim=1, keepdim=True)
+        return [of_texts.gather(1, peak)[:, 0]]
+
+    def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
+        numbers = list(batch.places[: batch.n_pairs])
+        self._largest[numbers] = observed[0].cpu().view(2, batch.n_pairs, -1).transpose(0, 1)
+        self._keys[numbers] = batch.keys[: batch.n_pairs].cpu()
+
+    def compute(self, record: PassRecord) -> tuple[Tensor, int]:
+        return self._largest, len(set(block_of(self._keys).tolist()))
 
 
 def _counted(neurons: NeuronSet, objective: str, largest: Float[Tensor, "pair 2 wanted"]) -> pd.DataFrame:

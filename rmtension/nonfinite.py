@@ -1,4 +1,4 @@
-"""Where a number that is none came from: the layer, the weights, or the range of the dtype."""
+"""Find the layer or weight that produced a NaN or infinite value."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether every number is one."""
-    # A sum is read once and allocates nothing; where it overflows by itself, the numbers are looked at.
+    """Whether every value is finite."""
+    # A sum reads the values once and allocates nothing; where the sum itself overflows, the values are tested.
     return all(bool(one.sum().isfinite()) or bool(one.isfinite().all()) for one in tensors)
 
 
 def require_finite(
     head: "RewardHead", rewards: Float[Tensor, "text"], alone: Callable[[int], TokenBatch]
 ) -> Float[Tensor, "text"]:
-    """The rewards; raises `ModelError` naming the first text whose reward is none. `alone` gives one text's batch."""
+    """The rewards; raises `ModelError` naming the first text whose reward is NaN or infinite. `alone` gives one text's batch."""
     bad = (~rewards.isfinite()).nonzero()[:, 0].tolist()
     if bad:
         what = where_not_finite(head, alone(bad[0]), [rewards[bad]], None)

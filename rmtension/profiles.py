@@ -1,25 +1,27 @@
 """What every neuron does on chosen and on rejected responses, and the scores that follow from it: one pass for all."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import log
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.arguments import require_arguments, require_choice
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.neuron_scores import N_BLOCKS, NeuronScores, block_of, jackknife_stderr
 from rmtension.pair import PreferencePair
+from rmtension.pair_pass import run_pass
+from rmtension.pair_statistic import PairStatistic
+from rmtension.pass_record import PassRecord
 from rmtension.provenance import Provenance
 from rmtension.reward_head import RewardHead
 from rmtension.sites import check_positions, find_site, neuron_activations
 from rmtension.storage import read_result, write_result
-from rmtension.stream import PairStream
 from rmtension.tokens import TokenBatch
 
 _STATISTICS = ("value", "absolute", "square", "positive", "change")
@@ -149,16 +151,14 @@ def collect_profiles(
     positions: Sequence[str] = ("response",),
     base: RewardHead | None = None,
     pool_tokens: bool = False,
-    truncate_response: bool = False,
-    on_nonfinite: str = "raise",
     work: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> dict[tuple[str, str], ActivationProfile]:
     """Profiles of a model at every site and position asked for, by (site, positions), from one pass over `pairs`.
 
     Every text counts once, however long, unless `pool_tokens`: then every token does. With a `base` of the same
-    architecture, which reads the same tokens, the change of every neuron is collected too. `on_nonfinite`
-    and `work` are those of `ActivationCollector.update`.
+    architecture, which reads the same tokens, the change of every neuron is collected too. `work` and `progress` are
+    those of `run_pass`.
 
     Cost: a pass over the pairs, and one of the base; memory: one batch's activations (of all layers with a
     base) and 5 sums a neuron for each of its texts, and 5 x 2 x 32 sums a neuron, however many pairs.
@@ -183,50 +183,7 @@ def collect_profiles(
             f"base: expected a model of {head.architecture}, got {base.architecture}. Change is defined neuron by "
             "neuron, for a model and the one it was trained from."
         )
-    totals = {key: _Totals.zeros(head, *key, pool_tokens) for key in keys}
-    both_share = base is None or base.body.pack_up_to >= head.body.pack_up_to
-    stream = PairStream(
-        head,
-        pairs,
-        desc="profile",
-        progress=progress,
-        sharing="prompt" if both_share else "none",
-        truncate_response=truncate_response,
-        keeps_layers=base is not None,
-        on_nonfinite=on_nonfinite,
-        work=work,
-        inputs={
-            "run": "collect_profiles",
-            "sites and positions": keys,
-            "base": None if base is None else base.fingerprint,
-            "pool_tokens": pool_tokens,
-        },
-    )
-
-    def look(batch: TokenBatch) -> list[Tensor]:
-        before = {} if base is None else _activations(base, batch, sites)
-        views = {key: total.view_of(batch, head.reward_dtype) for key, total in totals.items()}
-        head.look(batch, list(dict.fromkeys(site for site, _ in keys)), partial(_look, head, views, before))
-        return [view.found for view in views.values()]
-
-    def add(batch: TokenBatch, found: list[Tensor]) -> None:
-        for total, one in zip(totals.values(), found, strict=True):
-            total.add(batch, one)
-
-    state = {
-        f"{site}/{one}/{name}": part for (site, one), total in totals.items() for name, part in total.state.items()
-    }
-    stream.run(look, add, state, layer_dim=2)
-    method = "profile, tokens pooled" if pool_tokens else "profile"
-    profiles: dict[tuple[str, str], ActivationProfile] = {}
-    stream.require_pairs()
-    for (site, one), total in totals.items():
-        stream.add_up(total.sums, total.weights, total.n_tokens)
-        provenance = stream.provenance(int(total.n_tokens), site=site, positions=one, method=method)
-        profiles[site, one] = ActivationProfile(
-            total.sums, total.weights, "" if base is None else base.fingerprint, provenance
-        )
-    return profiles
+    return run_pass(head, pairs, _ProfileSums(head, keys, base, pool_tokens), work=work, progress=progress)
 
 
 def selectivity(profiles: Mapping[str, ActivationProfile], *, quantile: float = 0.95) -> NeuronScores:
@@ -276,81 +233,102 @@ def _unevenness(frequencies: Float[Tensor, "objective *rest"]) -> Float[Tensor, 
     return torch.where(frequencies.sum(dim=0) > 0, log(len(frequencies)) - entropy, torch.zeros_like(entropy))
 
 
-@dataclass
-class _Totals:
-    """Running sums of one site and position."""
+_Key = tuple[str, str]  # site and positions
 
-    positions: str
-    pool_tokens: bool
-    sums: Float[Tensor, "statistic 2 block layer neuron"]
-    weights: Float[Tensor, "2 block"]
-    n_tokens: Int[Tensor, ""]
 
-    @classmethod
-    def zeros(cls, head: RewardHead, site: str, positions: str, pool_tokens: bool) -> "_Totals":
-        shape = (len(_STATISTICS), 2, N_BLOCKS, head.n_layers, head.n_neurons(site))
-        sums, weights = torch.zeros(shape).double(), torch.zeros(2, N_BLOCKS).double()
-        return cls(positions, pool_tokens, sums, weights, torch.tensor(0))
+class _ProfileSums(PairStatistic[dict[_Key, ActivationProfile]]):
+    """The sums of a profile at every site and position asked for."""
+
+    name = "profile"
+    layer_dim = 2
+
+    def __init__(self, head: RewardHead, keys: Sequence[_Key], base: RewardHead | None, pool_tokens: bool) -> None:
+        self._head = head
+        self._keys = keys
+        self._base = base
+        self._pool_tokens = pool_tokens
+        self._sums = {
+            (site, positions): torch.zeros(
+                len(_STATISTICS), 2, N_BLOCKS, head.n_layers, head.n_neurons(site), dtype=torch.float64
+            )
+            for site, positions in keys
+        }
+        self._weights = {key: torch.zeros(2, N_BLOCKS, dtype=torch.float64) for key in keys}
+        both_share = base is None or base.body.pack_up_to >= head.body.pack_up_to
+        self.sharing = "prompt" if both_share else "none"
+        self.keeps_layers = base is not None
 
     @property
-    def state(self) -> dict[str, Tensor]:
-        """All of it by name, changed in place."""
-        return {"sums": self.sums, "weights": self.weights, "n_tokens": self.n_tokens}
+    def settings(self) -> Mapping[str, Any]:
+        return {
+            "sites and positions": self._keys,
+            "base": None if self._base is None else self._base.fingerprint,
+            "pool_tokens": self._pool_tokens,
+        }
 
-    def lengths(self, batch: TokenBatch) -> Int[Tensor, "text"]:
-        """How many tokens of every text count."""
-        return batch.select(self.positions).sum(dim=1)
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        return {
+            f"{site}/{positions}/{name}": tensors[site, positions]
+            for site, positions in self._keys
+            for name, tensors in (("sums", self._sums), ("weights", self._weights))
+        }
 
-    def view_of(self, batch: TokenBatch, dtype: torch.dtype) -> "_View":
-        """What this sees of a batch."""
-        lengths = self.lengths(batch)
-        weights = batch.select(self.positions).double() / (1 if self.pool_tokens else lengths[:, None])
-        statistics, _, _, layers, neurons = self.sums.shape
-        return _View(batch, weights, torch.zeros(statistics, len(lengths), layers, neurons, dtype=dtype))
+    def observe(self, batch: TokenBatch) -> list[Tensor]:
+        """For each key, every text's sums over its tokens, [statistic, text, layer, neuron]."""
+        head = self._head
+        sites = list(dict.fromkeys(site for site, _ in self._keys))
+        before = {} if self._base is None else _activations(self._base, batch, sites)
+        token_weights, sums = {}, {}
+        for site, positions in self._keys:
+            select = batch.select(positions)
+            lengths = 1 if self._pool_tokens else select.sum(dim=1)[:, None]
+            token_weights[site, positions] = select.double() / lengths
+            shape = (len(_STATISTICS), len(select), head.n_layers, head.n_neurons(site))
+            sums[site, positions] = torch.zeros(shape, dtype=head.reward_dtype)
 
-    def add(self, batch: TokenBatch, found: Float[Tensor, "statistic text layer neuron"]) -> None:
-        """Add what a view of a batch has found."""
-        lengths = self.lengths(batch).cpu()
+        def sum_layer(site: str, layer: int, activation: Tensor) -> None:
+            for number, values in enumerate(_statistics(head, site, activation, before.get((site, layer)))):
+                for key, weights in token_weights.items():
+                    if key[0] == site:
+                        sums[key][number, :, layer] = batch.by_text(weights.to(values), values).cpu()
+
+        head.look(batch, sites, sum_layer)
+        return list(sums.values())
+
+    def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
         # Sums go to row side * N_BLOCKS + block: the first half of a batch are chosen responses.
-        cells = torch.arange(len(lengths)) // batch.n_pairs * N_BLOCKS + block_of(batch.keys.cpu())
-        per_text = lengths.double() if self.pool_tokens else torch.ones(len(lengths), dtype=torch.float64)
-        self.weights.view(-1).index_add_(0, cells, per_text)
-        self.n_tokens += lengths.sum()
-        self.sums.flatten(1, 2).index_add_(1, cells, found.double())
+        cells = torch.arange(len(batch.places)) // batch.n_pairs * N_BLOCKS + block_of(batch.keys.cpu())
+        for key, of_texts in zip(self._keys, observed, strict=True):
+            lengths = batch.select(key[1]).sum(dim=1).cpu().double()
+            text_weights = lengths if self._pool_tokens else torch.ones_like(lengths)
+            self._weights[key].view(-1).index_add_(0, cells, text_weights)
+            self._sums[key].flatten(1, 2).index_add_(1, cells, of_texts.double())
+
+    def compute(self, record: PassRecord) -> dict[_Key, ActivationProfile]:
+        record.require_pairs()
+        base = "" if self._base is None else self._base.fingerprint
+        method = "profile, tokens pooled" if self._pool_tokens else "profile"
+        profiles = {}
+        for site, positions in self._keys:
+            provenance = record.provenance(self._head, site=site, positions=positions, method=method)
+            sums, weights = self._sums[site, positions], self._weights[site, positions]
+            profiles[site, positions] = ActivationProfile(sums, weights, base, provenance)
+        return profiles
 
 
-@dataclass(frozen=True)
-class _View:
-    """One batch as one `_Totals` sees it: the weight of every token, and every text's sum of every statistic."""
-
-    batch: TokenBatch
-    token_weights: Float[Tensor, "text token"]
-    found: Float[Tensor, "statistic text layer neuron"]
-
-    def put(self, statistic: int, layer: int, values: Float[Tensor, "row token neuron"]) -> None:
-        """One statistic of one layer, given for every token."""
-        self.found[statistic, :, layer] = self.batch.by_text(self.token_weights.to(values), values).cpu()
-
-
-def _look(
+def _statistics(
     head: RewardHead,
-    views: Mapping[tuple[str, str], _View],
-    before: Mapping[tuple[str, int], Float[Tensor, "row token _"]],
     site: str,
-    layer: int,
     activation: Float[Tensor, "row token channel"],
-) -> None:
-    """Every statistic of one layer, for every view of its site."""
+    before: Float[Tensor, "row token channel"] | None,
+) -> Iterator[Float[Tensor, "row token neuron"]]:
+    """Every token's value of each of `_STATISTICS`, of one layer; `before` is the base model's activation."""
     channels = activation.to(head.reward_dtype)
     values = neuron_activations(channels, site, head.n_neurons(site))
-    statistics = [values, values.abs(), values.square(), (values > 0).to(values)]
-    if before:
-        moved = neuron_activations(channels - before[site, layer].to(channels), site, head.n_neurons(site))
-        statistics.append(moved.square())
-    for number, statistic in enumerate(statistics):
-        for (place, _), view in views.items():
-            if place == site:
-                view.put(number, layer, statistic)
+    yield from (values, values.abs(), values.square(), (values > 0).to(values))
+    if before is not None:
+        yield neuron_activations(channels - before.to(channels), site, head.n_neurons(site)).square()
 
 
 def _activations(

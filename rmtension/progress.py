@@ -9,6 +9,9 @@ from tqdm.auto import tqdm
 
 from rmtension.distributed import current
 
+# Seconds that a run lasts before it draws a bar that nobody asked for.
+_DELAY = 2.0
+
 
 def is_watched() -> bool:
     """Whether stderr is a terminal, or this runs in a notebook."""
@@ -18,14 +21,18 @@ def is_watched() -> bool:
     return in_notebook or (sys.stderr is not None and sys.stderr.isatty())
 
 
-def shows_bars(progress: bool) -> bool:
-    """Whether a call with this `progress` draws a bar: where one was asked for and is watched, in the first process."""
-    return progress and current().is_first and is_watched()
+def shows_bars(progress: bool | None) -> bool:
+    """Whether a call with this `progress` may draw a bar: in the first process, where somebody can see it."""
+    return progress is not False and current().is_first and is_watched()
 
 
-def progress_bar(iterable: Any = None, *, progress: bool, **options: Any) -> Any:
-    """A bar of `tqdm.auto`, which takes `options`; silent where `shows_bars` says so."""
-    return tqdm(iterable, disable=not shows_bars(progress), **options)
+def progress_bar(iterable: Any = None, *, progress: bool | None, **options: Any) -> Any:
+    """A bar of `tqdm.auto`, which takes `options`.
+
+    `progress=True` draws it at once, None only if the run lasts longer than two seconds, False never.
+    """
+    delay = _DELAY if progress is None else 0.0
+    return tqdm(iterable, disable=not shows_bars(progress), delay=delay, **options)
 
 
 @contextmanager

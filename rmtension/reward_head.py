@@ -25,11 +25,12 @@ from rmtension.local_names import require_name
 from rmtension.nonfinite import require_finite
 from rmtension.norms import read_norm
 from rmtension.pair import PreferencePair
+from rmtension.pair_pass import run_pass
+from rmtension.pair_rewards import RewardsOfPairs
 from rmtension.pairs import PreferencePairs
 from rmtension.progress import progress_bar
 from rmtension.provenance import Provenance, fingerprint
 from rmtension.scored import ScoredPairs
-from rmtension.stream import PairStream
 from rmtension.tokens import (
     TokenBatch,
     check_ids,
@@ -308,7 +309,7 @@ class RewardHead(HookedModel):
     # -- scoring ---------------------------------------------------------------------------------------------------
 
     def score(
-        self, texts: Sequence[TextOrChat], *, truncate: bool = False, progress: bool = False
+        self, texts: Sequence[TextOrChat], *, truncate: bool = False, progress: bool | None = None
     ) -> Float[Tensor, "text"]:
         """The reward of every text, in their order, on the CPU. One forward pass per text.
 
@@ -348,44 +349,22 @@ class RewardHead(HookedModel):
         self,
         pairs: Iterable[PreferencePair],
         *,
-        truncate_response: bool = False,
-        on_nonfinite: str = "raise",
         work: str | Path | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> ScoredPairs:
-        """The rewards of both responses of every pair. One pass over all texts, what those of a prompt share once.
+        """The rewards of both responses of every pair. One pass over all texts; a shared prompt runs once.
 
         Identical responses tie exactly. Prompts are cut from the left where a text is too long for the context, and
-        counted; a response that does not fit raises `DataError`, or is cut with `truncate_response=True`.
-
-        A reward that is no finite number raises `ModelError` with the pair's id and what can be told of the cause; with
-        `on_nonfinite="skip"` such pairs are left out of the result, and their ids are in its provenance. A `work`
-        folder keeps what was done every half minute: after an interruption the same call goes on from there and ends
-        with the same numbers (`rmtension.work`).
+        counted. A response that does not fit raises `DataError`, or is cut if the model was opened with
+        `truncate_response=True`. A reward that is NaN or infinite raises `ModelError` with the pair's id and the likely
+        cause; if the model was opened with `on_nonfinite="skip"` such pairs are skipped, and their ids are in the
+        result's provenance. `work` and `progress` are those of `run_pass`.
         """
         self.require_weight()
         pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
-        stream = PairStream(
-            self,
-            pairs,
-            desc="score",
-            progress=progress,
-            truncate_response=truncate_response,
-            on_nonfinite=on_nonfinite,
-            work=work,
-            inputs={"run": "score_pairs"},
-        )
-        rewards = torch.zeros(2, len(pairs), dtype=self.reward_dtype)
-
-        def look(batch: TokenBatch) -> list[Tensor]:
-            return [self.rewards(batch)]
-
-        def add(batch: TokenBatch, found: list[Tensor]) -> None:
-            rewards[:, list(batch.places[: batch.n_pairs])] = found[0].view(2, -1).cpu()
-
-        stream.run(look, add, {"rewards": rewards})
-        stream.add_up(rewards)
-        return stream.scored(pairs, rewards)
+        statistic = RewardsOfPairs(self, pairs, lambda batch: [self.rewards(batch)])
+        (scored,) = run_pass(self, pairs, statistic, work=work, progress=progress)
+        return scored
 
     def score_tokens(
         self, input_ids: Int[Tensor, "text token"], attention_mask: Tensor | None = None

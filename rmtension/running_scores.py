@@ -1,5 +1,7 @@
 """Scores summed batch by batch: means, standard errors and blocks of prompts, at a size that pairs do not grow."""
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -7,7 +9,6 @@ from torch import Tensor
 
 from rmtension.neuron_scores import N_BLOCKS, NeuronScores, block_of
 from rmtension.provenance import Provenance
-from rmtension.stream import PairStream
 
 
 class RunningScores:
@@ -25,17 +26,17 @@ class RunningScores:
 
     @property
     def has_gap(self) -> bool:
-        """Whether `add` takes gaps."""
+        """Whether `update` takes gaps."""
         return self._gap is not None
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """All of it by name, as tensors that `add` changes in place."""
+        """All of it by name, as tensors that `update` changes in place."""
         gap = {} if self._gap is None else {"gap": self._gap}
         blocks = {"blocks": self._blocks, "block_sizes": self._block_sizes}
         return {"n": self._n, "mean": self._mean, "deviations": self._deviations, **blocks, **gap}
 
-    def add(
+    def update(
         self,
         values: Float[Tensor, "pair layer neuron"],
         keys: Int[Tensor, "pair"],
@@ -58,19 +59,17 @@ class RunningScores:
         self._blocks += blocks.cpu()
         self._block_sizes += torch.bincount(owners, minlength=N_BLOCKS)
 
-    def add_up(self, stream: PairStream) -> None:
-        """Take in what the other processes have added that share the batches of `stream`."""
-        if stream.is_whole:
-            return
+    def merge_processes(self, add_up: Callable[..., None]) -> None:
+        """Combine what several processes have added; `add_up` sums tensors over them in place."""
         before = int(self._n)
         mean = self._mean * before
-        stream.add_up(self._n, mean, self._blocks, self._block_sizes, *([] if self._gap is None else [self._gap]))
+        add_up(self._n, mean, self._blocks, self._block_sizes, *([] if self._gap is None else [self._gap]))
         mean /= int(self._n)
         self._deviations += before * (self._mean - mean).square()
-        stream.add_up(self._deviations)
+        add_up(self._deviations)
         self._mean = mean
 
-    def finish(self, provenance: Provenance) -> NeuronScores:
+    def compute(self, provenance: Provenance) -> NeuronScores:
         """The scores of everything that was added."""
         n = int(self._n)
         undefined = torch.full_like(self._mean, torch.nan)

@@ -14,6 +14,7 @@
 | layers | what neurons and biases write with what each layer adds to the residual stream | the same |
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -108,10 +109,12 @@ def _probes(head: "RewardHead", pairs: PreferencePairs | None) -> list[_Probe]:
     if not len(pairs):
         raise DataError("pairs: expected at least one preference pair, got none. Leave it out for built-in texts.")
     probes = []
+    cutting = copy.copy(head)
+    cutting.truncate_response = True
     for pair in pairs[:N_PAIRS]:
         alone = PreferencePairs([pair])
-        scored = head.score_pairs(alone, truncate_response=True)
-        encoded_pair = head.encode(alone, truncate_response=True)
+        scored = cutting.score_pairs(alone)
+        encoded_pair = cutting.encode(alone)
         for side in ("chosen", "rejected"):
             # A pair that does not fit is cut on both sides alike: its ids are no longer the tokenizer's of the text.
             is_whole = encoded_pair.n_prompts_cut + encoded_pair.n_responses_cut == 0

@@ -1,8 +1,9 @@
 """The truth that attribution is measured against: what taking out each neuron by itself does to the margin."""
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -15,6 +16,9 @@ from rmtension.errors import OptionError
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
 from rmtension.pair import PreferencePair
+from rmtension.pair_pass import run_pass
+from rmtension.pair_statistic import PairStatistic
+from rmtension.pass_record import PassRecord
 from rmtension.progress import progress_bar
 from rmtension.provenance import digest_of
 from rmtension.replacing import Reference, can_share, check_reference, key_of, name_of, step_to
@@ -22,7 +26,6 @@ from rmtension.replay import Replay
 from rmtension.reward_head import RewardHead
 from rmtension.running_scores import RunningScores
 from rmtension.sites import check_positions, find_site
-from rmtension.stream import PairStream
 from rmtension.tokens import TokenBatch, margins
 from rmtension.writes import moving, written_weights
 
@@ -38,10 +41,8 @@ def single_neuron_effects(
     site: str = "mlp",
     positions: str = "all",
     neurons: NeuronSet | None = None,
-    truncate_response: bool = False,
-    on_nonfinite: str = "raise",
     work: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> NeuronScores:
     """What replacing each neuron by `reference`, alone, does to the margin: mean over pairs of M without - M with it.
 
@@ -59,7 +60,7 @@ def single_neuron_effects(
     Models whose blocks do not run one by one take a whole pass a neuron.
 
     In half precision effects near the rounding of the reward are rounding; open the model in float32 for the truth.
-    `on_nonfinite` and `work` are those of `NeuronAttribution.score`.
+    `work` and `progress` are those of `run_pass`.
     Raises `OptionError` for a wrong site, position or reference, `ProvenanceError` for neurons or a reference of
     another model.
 
@@ -81,56 +82,78 @@ def single_neuron_effects(
             f"neurons: expected a set of {shape} at site {site!r}, got {tuple(neurons.mask.shape)} at {neurons.site!r}."
         )
     check_set(head, neurons)
-    per_layer = [columns.nonzero()[:, 0].tolist() for columns in neurons.mask]
     total = len(pairs) * len(neurons) if isinstance(pairs, Sized) else None
-    stream = PairStream(
-        head,
-        pairs,
-        sharing="prompt" if can_share(reference) else "none",
-        truncate_response=truncate_response,
-        keeps_layers=True,
-        on_nonfinite=on_nonfinite,
-        work=work,
-        inputs={
-            "run": "single_neuron_effects",
-            "site": site,
-            "positions": positions,
-            "reference": key_of(reference),
-            "neurons": digest_of(neurons.mask),
-        },
-    )
-    scores = RunningScores(*shape)
-    n_tokens = torch.zeros((), dtype=torch.long)
+    # The bar counts ablations, of which a pair has as many as there are neurons.
+    with progress_bar(progress=progress, total=total, desc="ablate", unit="pair") as bar:
+        statistic = _SingleEffects(head, neurons, reference, positions, bar.update)
+        return run_pass(head, pairs, statistic, work=work, progress=False)
+
+
+class _SingleEffects(PairStatistic[NeuronScores]):
+    """The change of every pair's margin without each neuron of a set; `advance` is called after every ablation."""
+
+    keeps_layers = True
+    name = "ablate"
+
+    def __init__(
+        self,
+        head: RewardHead,
+        neurons: NeuronSet,
+        reference: Reference,
+        positions: str,
+        advance: Callable[[int], object],
+    ) -> None:
+        self._head = head
+        self._neurons = neurons
+        self._reference = reference
+        self._positions = positions
+        self._advance = advance
+        self._per_layer = [columns.nonzero()[:, 0].tolist() for columns in neurons.mask]
+        self._scores = RunningScores(*neurons.mask.shape)
+        self.sharing = "prompt" if can_share(reference) else "none"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {
+            "site": self._neurons.site,
+            "positions": self._positions,
+            "reference": key_of(self._reference),
+            "neurons": digest_of(self._neurons.mask),
+        }
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        return self._scores.state
 
     @torch.no_grad()
-    def look(batch: TokenBatch) -> list[Tensor]:
-        replay = Replay(head, batch, [site])
-        found = []
-        for layer, wanted in enumerate(per_layer):
+    def observe(self, batch: TokenBatch) -> list[Tensor]:
+        site = self._neurons.site
+        replay = Replay(self._head, batch, [site])
+        effects = []
+        for layer, wanted in enumerate(self._per_layer):
             if not wanted:
                 continue
             activation = replay.activations[site, layer]
-            step = step_to(reference, layer, activation, batch.touched(positions).to(activation.device))
+            step = step_to(self._reference, layer, activation, batch.touched(self._positions).to(activation.device))
             for change in _changes(replay, site, layer, step, wanted):
-                found.append(margins(change).double())
-                bar.update(batch.n_pairs)
-        return [torch.stack(found, dim=1)]
+                effects.append(margins(change).double())
+                self._advance(batch.n_pairs)
+        return [torch.stack(effects, dim=1)]
 
-    def add(batch: TokenBatch, found: list[Tensor]) -> None:
-        changes = torch.full((batch.n_pairs, *shape), torch.nan, dtype=torch.float64)
-        changes[:, neurons.mask] = found[0].cpu()
-        scores.add(changes, batch.keys[: batch.n_pairs])
-        n_tokens.add_(batch.select(positions).sum().cpu())
+    def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
+        effects = torch.full((batch.n_pairs, *self._neurons.mask.shape), torch.nan, dtype=torch.float64)
+        effects[:, self._neurons.mask] = observed[0].cpu()
+        self._scores.update(effects, batch.keys[: batch.n_pairs])
 
-    with progress_bar(progress=progress, total=total, desc="ablate", unit="pair") as bar:
-        stream.run(look, add, {**scores.state, "n_tokens": n_tokens})
-    stream.require_pairs()
-    stream.add_up(n_tokens)
-    scores.add_up(stream)
-    method = f"effect of ablation to {name_of(reference)}"
-    provenance = stream.provenance(int(n_tokens), site=site, positions=positions, method=method)
-    # A change of the margin without the neuron: where it is positive, the neuron held the margin down.
-    return scores.finish(replace(provenance, sign=-1))
+    def merge_processes(self, add_up: Callable[..., None]) -> None:
+        self._scores.merge_processes(add_up)
+
+    def compute(self, record: PassRecord) -> NeuronScores:
+        record.require_pairs()
+        method = f"effect of ablation to {name_of(self._reference)}"
+        provenance = record.provenance(self._head, site=self._neurons.site, positions=self._positions, method=method)
+        # A change of the margin without the neuron: where it is positive, the neuron lowers the margin.
+        return self._scores.compute(replace(provenance, sign=-1))
 
 
 def _changes(

@@ -79,7 +79,7 @@ class TensionStudy:
                     raise OptionError("scores: 'change' compares with a base model, and none is given. Pass base=.")
                 self.options = replace(self.options, scores=left)
 
-    def run(self, *, folder: str | Path | None = None, progress: bool = True) -> StudyResult:
+    def run(self, *, folder: str | Path | None = None, progress: bool | None = None) -> StudyResult:
         """Do the analyses of `options.analyses`.
 
         With a `folder`, every pass over a model is kept in `folder/runs`, and every half minute of one that is not
@@ -105,7 +105,7 @@ class TensionStudy:
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
-    def _run(self, kept: Path | None, progress: bool) -> StudyResult:
+    def _run(self, kept: Path | None, progress: bool | None) -> StudyResult:
         options = self.options
         parts: dict[str, list[pd.DataFrame]] = {}
         provenance: dict[str, Any] = {}

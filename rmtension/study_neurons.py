@@ -16,7 +16,7 @@ from rmtension.study_result import StudyResult
 NEURONS = "neurons.json"
 
 
-def study_neurons(study: TensionStudy, *, n: int = 16, progress: bool = True) -> NeuronPages:
+def study_neurons(study: TensionStudy, *, n: int = 16, progress: bool | None = None) -> NeuronPages:
     """`examine` the `n` neurons of the first family's mixed model that score highest on either objective.
 
     Chosen by gradient x activation on the scoring pairs, each objective's scores in units of its largest; examined on
@@ -38,7 +38,7 @@ def study_neurons(study: TensionStudy, *, n: int = 16, progress: bool = True) ->
     return examine(head, study.evaluating, neurons, positions=options.positions, level=options.level, progress=progress)
 
 
-def write_neurons(study: TensionStudy, result: StudyResult, folder: Path, *, n: int, progress: bool) -> None:
+def write_neurons(study: TensionStudy, result: StudyResult, folder: Path, *, n: int, progress: bool | None) -> None:
     """Keep the pages of `n` neurons (0: of none) in `neurons.json`, and write `report.html` with them."""
     if n < 0:
         raise OptionError(f"--neurons: expected 0 or more, got {n}.")

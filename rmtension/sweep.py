@@ -12,13 +12,14 @@ from rmtension.activations import ActivationSample, ActivationStatistics
 from rmtension.errors import OptionError
 from rmtension.neurons import NeuronSet
 from rmtension.pair import PreferencePair
+from rmtension.pair_pass import run_pass
+from rmtension.pair_rewards import RewardsOfPairs
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import digest_of
 from rmtension.replacing import key_of
 from rmtension.replay import Replay
 from rmtension.reward_head import RewardHead
 from rmtension.scored import ScoredPairs
-from rmtension.stream import PairStream
 from rmtension.tokens import TokenBatch, running
 from rmtension.writes import written_weights
 
@@ -33,10 +34,8 @@ def score_without(
     alpha: float | None = None,
     positions: str = "all",
     seed: int = 0,
-    truncate_response: bool = False,
-    on_nonfinite: str = "raise",
     work: str | Path | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> list[ScoredPairs]:
     """The rewards of `pairs` without each of some sets: what `score_pairs` gives under an `AblationContext` of each.
 
@@ -60,36 +59,20 @@ def score_without(
     if len({one.site for one in sets}) > 1:
         raise OptionError(f"sets: expected sets of one site, got {sorted({one.site for one in sets})}.")
     pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
-    rewards = torch.zeros(len(sets), 2, len(pairs), dtype=head.reward_dtype)
-    stream = PairStream(
+    statistic = RewardsOfPairs(
         head,
         pairs,
-        desc="ablate",
-        progress=progress,
-        truncate_response=truncate_response,
-        keeps_layers=True,
-        on_nonfinite=on_nonfinite,
-        work=work,
-        inputs={
-            "run": "score_without",
+        _Sweep(head, ablations).rewards,
+        n=len(sets),
+        name="ablate",
+        settings={
             "sets": [[one.site, digest_of(one.mask)] for one in sets],
             "ablation": [mode, alpha, positions, seed],
             "reference": key_of(reference),
         },
+        keeps_layers=True,
     )
-    sweep = _Sweep(head, ablations)
-
-    def look(batch: TokenBatch) -> list[Tensor]:
-        return sweep.rewards(batch)
-
-    def add(batch: TokenBatch, found: list[Tensor]) -> None:
-        places = list(batch.places[: batch.n_pairs])
-        for number, one in enumerate(found):
-            rewards[number, :, places] = one.view(2, -1).cpu()
-
-    stream.run(look, add, {"rewards": rewards})
-    stream.add_up(rewards)
-    return [stream.scored(pairs, one) for one in rewards]
+    return run_pass(head, pairs, statistic, work=work, progress=progress)
 
 
 class _Sweep:

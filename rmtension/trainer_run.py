@@ -78,7 +78,7 @@ def schedule(
     learning_rate: float,
     warmup_steps: int,
     batch_size: int,
-    progress: bool,
+    progress: bool | None,
 ) -> dict[str, Any]:
     """The fields that both trainers share."""
     return {

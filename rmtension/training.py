@@ -50,7 +50,7 @@ def train_reward_model(
     truncate_response: bool = False,
     dropout: bool = False,
     dtype: torch.dtype = torch.float32,
-    progress: bool = True,
+    progress: bool | None = None,
     overwrite: bool = False,
     trainer_options: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -145,7 +145,7 @@ def train_base_model(
     warmup_steps: int = 0,
     batch_size: int = 16,
     max_length: int | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Train a causal language model from fresh weights with transformers' `Trainer` and return its folder.

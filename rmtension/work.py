@@ -75,8 +75,10 @@ def claim(folder: Path, inputs: Mapping[str, Any]) -> None:
     there = _written_down(path, dict)
     names = [name for name, value in here.items() if there.get(name, value) != value]
     if names:
-        listed = "; ".join(f"{name} is {here[name]!r} now, {there[name]!r} there" for name in names)
-        raise StorageError(f"{folder}: its work was begun with other inputs: {listed}. Name another folder.")
+        listed = "; ".join(f"{name}={there[name]!r} there, {here[name]!r} now" for name in names)
+        raise StorageError(
+            f"{folder}: this folder belongs to a run with other settings: {listed}. Use a new folder, or delete it."
+        )
 
 
 def remembered(folder: Path, name: str, value: list[str]) -> list[str]:

@@ -18,7 +18,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from rmtension import PreferencePairs, RewardHead
-from rmtension.stream import PairStream
+from rmtension.pair_pass import run_pass
+from rmtension.pair_statistic import PairStatistic
 
 transformers.utils.logging.disable_progress_bar()
 # Two threads on models this small spend their time waiting for each other, and equal bits are only promised at one
@@ -147,11 +148,27 @@ def unchecked(function):
     return function.__wrapped__ if "jaxtyping" in function.__code__.co_filename else function
 
 
+class Batches(PairStatistic):
+    """Keeps the batches of a pass, and runs no model."""
+
+    name, state = "batches", {}
+
+    def __init__(self, sharing="prompt", keeps_layers=False):
+        self.sharing, self.keeps_layers, self.batches = sharing, keeps_layers, []
+
+    def observe(self, batch):
+        return []
+
+    def update(self, batch, observed):
+        self.batches.append(batch)
+
+    def compute(self, record):
+        return self.batches
+
+
 def batches_of(head, pairs, **options):
     """The batches that a run over pairs makes."""
-    found = []
-    PairStream(head, pairs, **options).run(lambda _: [], lambda batch, _: found.append(batch.to(head.device)), {})
-    return found
+    return run_pass(head, pairs, Batches(**options))
 
 
 @pytest.fixture(scope="session")

@@ -57,17 +57,18 @@ def test_what_does_not_belong_together(head, pairs, checkpoints):
     assert collector.reset().update(pairs).compute().provenance.model == mine.fingerprint
 
 
-def test_long_responses_are_refused_or_cut(head):
+def test_long_responses_are_refused_or_cut(head, checkpoints):
     """By every way in, and not by default."""
+    cutting = RewardHead.from_pretrained(checkpoints["gpt2"], truncate_response=True)
     calls = {
-        "collect": lambda **options: ActivationCollector(head).collect(long_pair(200), **options),
-        "update": lambda **options: ActivationCollector(head).update(long_pair(200), **options).compute(),
-        "sample": lambda **options: ActivationCollector(head).sample(long_pair(200), n=3, **options),
+        "collect": lambda head: ActivationCollector(head).collect(long_pair(200)),
+        "update": lambda head: ActivationCollector(head).update(long_pair(200)).compute(),
+        "sample": lambda head: ActivationCollector(head).sample(long_pair(200), n=3),
     }
     for call in calls.values():
         with pytest.raises(DataError, match=r"a response has 20. tokens"):
-            call()
-        assert call(truncate_response=True).provenance.n_pairs == 1
+            call(head)
+        assert call(cutting).provenance.n_pairs == 1
 
 
 def test_progress_is_shown_when_asked_for(head, pairs, monkeypatch):
@@ -77,11 +78,11 @@ def test_progress_is_shown_when_asked_for(head, pairs, monkeypatch):
         bars.append((options["desc"], options["total"], options["progress"]))
         return tqdm(disable=True)
 
-    monkeypatch.setattr("rmtension.stream.progress_bar", bar)
+    monkeypatch.setattr("rmtension.pair_pass.progress_bar", bar)
     for call in (ActivationCollector(head).collect, ActivationCollector(head).update):
         call(pairs)
         call(pairs, progress=True)
-    assert bars == [("collect", 6, False), ("collect", 6, True)] * 2
+    assert bars == [("collect", 6, None), ("collect", 6, True)] * 2
 
 
 def test_frames_have_a_row_a_neuron(head, pairs):

@@ -129,7 +129,7 @@ class TestScore:
         make_pairs(3).to_jsonl("other.jsonl")
         status, _, err = run(capsys, "score", model, "other.jsonl", "--work", "work")
         assert status == 2
-        assert "begun with other inputs" in err
+        assert "a run with other settings" in err
 
     @pytest.mark.parametrize(
         ("words", "said"),

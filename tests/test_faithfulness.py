@@ -350,12 +350,13 @@ def test_a_sample_of_neurons(gpt2, few, tmp_path):
 def test_responses_that_do_not_fit_are_cut_everywhere(gpt2, few, monkeypatch):
     longest = max(len(text) - text.response_start for text in gpt2.encode(few).chosen)
     monkeypatch.setattr(gpt2, "max_length", longest - 2)
+    options = {"sample": 6, "set_fractions": (0.1,), "n_random": 1}
+    with monkeypatch.context() as opened:
+        opened.setattr(gpt2, "truncate_response", True)
+        scores = NeuronAttribution(gpt2, method="gradient_x_activation").score(few)
+        assert len(faithfulness(gpt2, scores, few, **options).neurons) == 6
     with pytest.raises(DataError, match="truncate_response=True"):
         NeuronAttribution(gpt2).score(few)
-    scores = NeuronAttribution(gpt2, method="gradient_x_activation").score(few, truncate_response=True)
-    options = {"sample": 6, "set_fractions": (0.1,), "n_random": 1}
-    found = faithfulness(gpt2, scores, few, truncate_response=True, **options)
-    assert len(found.neurons) == 6
     with pytest.raises(DataError, match="truncate_response=True"):
         faithfulness(gpt2, scores, few, **options)
 

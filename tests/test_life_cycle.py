@@ -41,13 +41,14 @@ from rmtension.hooks import (
 )
 from rmtension.neuron_pages import examine
 from rmtension.nonfinite import require_finite, where_not_finite
+from rmtension.pair_pass import run_pass
+from rmtension.pair_rewards import RewardsOfPairs
 from rmtension.plain_weights import plain_copy
 from rmtension.profiles import collect_profiles
 from rmtension.replay import Replay
 from rmtension.runs import ModelRuns
 from rmtension.single_effects import single_neuron_effects
 from rmtension.site_widths import measure_sites
-from rmtension.stream import PairStream
 from rmtension.study_options import StudyOptions
 from rmtension.sweep import score_without
 from rmtension.tokens import TokenBatch, running, running_batch
@@ -277,6 +278,9 @@ CALLS = {
     "reward_head.RewardHead.__init__": lambda s: RewardHead(s.head.model, weight=s.head.weight),
     "reward_head.RewardHead.forward": lambda s: s.head.forward(s.batch),
     "reward_head.RewardHead.rewards": lambda s: s.head.rewards(s.batch),
+    "pair_pass.run_pass": lambda s: run_pass(
+        s.head, s.pairs, RewardsOfPairs(s.head, s.pairs, lambda batch: [s.head.rewards(batch)])
+    ),
     "reward_head.RewardHead.score": lambda s: s.head.score(["help", "sorry"]),
     "reward_head.RewardHead.score_pairs": lambda s: s.head.score_pairs(s.pairs, work=s.folder / "work"),
     "reward_head.RewardHead.score_tokens": lambda s: s.head.score_tokens(s.batch.input_ids),
@@ -292,9 +296,6 @@ CALLS = {
     "single_effects.single_neuron_effects": lambda s: single_neuron_effects(s.head, s.pairs, neurons=s.neurons),
     "site_widths.measure_sites": lambda s: in_eval(
         s, lambda: measure_sites(s.head.body, s.head.n_layers, s.head.device)
-    ),
-    "stream.PairStream.run": lambda s: PairStream(s.head, s.pairs).run(
-        lambda batch: [s.head.rewards(batch)], lambda *_: None, {}
     ),
     "study.TensionStudy.run": lambda s: TensionStudy(
         {"helpful": s.head, "harmless": s.base, "mixed": s.base},
@@ -397,6 +398,8 @@ ONLY_LOOKS = [
     "hooks.is_placed",
     "hooks.modules_of",
     "norms.read_norm",
+    "pair_rewards.RewardsOfPairs.__init__",
+    "pass_record.PassRecord.provenance",
     "replacing.check_reference",
     "replacing.require_made_from",
     "replay.Replay.read",
@@ -411,18 +414,6 @@ ONLY_LOOKS = [
     "runs.ModelRuns.key",
     "runs.ModelRuns.known_rewards",
     "runs.ModelRuns.provenance",
-    "stream.PairStream.__init__",
-    "stream.PairStream.add_up",
-    "stream.PairStream.digest",
-    "stream.PairStream.is_whole",
-    "stream.PairStream.kept",
-    "stream.PairStream.n_cut",
-    "stream.PairStream.n_pairs",
-    "stream.PairStream.n_tokens",
-    "stream.PairStream.provenance",
-    "stream.PairStream.require_pairs",
-    "stream.PairStream.scored",
-    "stream.PairStream.skipped",
     "study.TensionStudy.__init__",
 ]
 

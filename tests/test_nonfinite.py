@@ -26,9 +26,9 @@ def is_bad(pair):
     return any(BAD in pair.text(side) for side in ("chosen", "rejected"))
 
 
-def broken(checkpoints, family="gpt2", dtype=torch.float64):
+def broken(checkpoints, family="gpt2", dtype=torch.float64, **options):
     """A model that answers every text with the word by NaN: its embedding of that token is not finite."""
-    head = RewardHead.from_pretrained(checkpoints[family], dtype=dtype)
+    head = RewardHead.from_pretrained(checkpoints[family], dtype=dtype, **options)
     (token,) = head.tokenizer(BAD, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         head.body.plain.get_input_embeddings().weight[token] = float("inf")
@@ -78,13 +78,13 @@ def test_the_pair_and_the_layer_are_named(name, family, checkpoints, pairs):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_skipping_gives_what_the_other_pairs_give(name, family, checkpoints, pairs):
     """To rounding, because they are batched differently; the skipped ones are counted and named."""
-    head = broken(checkpoints, family)
+    head = broken(checkpoints, family, on_nonfinite="skip")
     good = PreferencePairs(pair for pair in pairs if not is_bad(pair))
     bad = tuple(pair.id for pair in pairs if is_bad(pair))
     assert len(bad) >= 5
     assert len(good) >= 5
-    with pytest.warns(RMTensionWarning, match=f"{len(bad)} of {len(pairs)} pairs gave numbers that are not finite"):
-        found = RUNS[name](head, pairs, on_nonfinite="skip")
+    with pytest.warns(RMTensionWarning, match=f"{len(bad)} of {len(pairs)} pairs produced NaN or infinite values"):
+        found = RUNS[name](head, pairs)
     expected = RUNS[name](head, good)
     assert found.provenance.skipped == bad
     assert expected.provenance.skipped == ()
@@ -100,36 +100,37 @@ def test_skipping_goes_on_after_an_interruption(checkpoints, pairs, tmp_path, mo
     """What was left out before and after it is counted together."""
     monkeypatch.setattr("rmtension.work.EVERY", 0.0)
     monkeypatch.setattr("rmtension.work._SHARE", float("inf"))
-    monkeypatch.setattr("rmtension.stream._AT_A_TIME", 4)
-    head = broken(checkpoints)
+    monkeypatch.setattr("rmtension.pair_pass._PAIRS_PER_CHUNK", 4)
+    head = broken(checkpoints, on_nonfinite="skip")
 
     def cut_short():
         yield from pairs[:12]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ActivationCollector(head).collect(cut_short(), on_nonfinite="skip", work=tmp_path)
+        ActivationCollector(head).collect(cut_short(), work=tmp_path)
     with pytest.warns(RMTensionWarning):
-        found = ActivationCollector(head).collect(iter(pairs), on_nonfinite="skip", work=tmp_path)
+        found = ActivationCollector(head).collect(iter(pairs), work=tmp_path)
     assert found.provenance.skipped == tuple(pair.id for pair in pairs if is_bad(pair))
     assert 0 < sum(map(is_bad, pairs[:12])) < len(found.provenance.skipped)
 
 
-def test_a_good_model_skips_nothing(head, pairs):
+def test_a_good_model_skips_nothing(head, checkpoints, pairs):
+    skipping = RewardHead.from_pretrained(checkpoints["gpt2"], on_nonfinite="skip")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = head.score_pairs(pairs, on_nonfinite="skip")
+        found = skipping.score_pairs(pairs)
     assert found.provenance == head.score_pairs(pairs).provenance
     assert len(found) == len(pairs)
 
 
 def test_all_pairs_skipped(checkpoints, pairs):
-    head = broken(checkpoints)
+    head = broken(checkpoints, on_nonfinite="skip")
     bad = PreferencePairs(pair for pair in pairs if is_bad(pair))
-    with pytest.warns(RMTensionWarning), pytest.raises(DataError, match=f"got {len(bad)} without finite numbers"):
-        NeuronAttribution(head).score(bad, on_nonfinite="skip")
+    with pytest.warns(RMTensionWarning), pytest.raises(DataError, match=f"got {len(bad)} with NaN or infinite values"):
+        NeuronAttribution(head).score(bad)
     with pytest.raises(OptionError, match="on_nonfinite: expected 'raise' or 'skip', got 'ignore'"):
-        head.score_pairs(pairs, on_nonfinite="ignore")
+        RewardHead.from_pretrained(checkpoints["gpt2"], on_nonfinite="ignore")
 
 
 def test_texts_and_tokens_are_named(checkpoints):

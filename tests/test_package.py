@@ -53,7 +53,10 @@ FLOORS = [
     # A head reaches from its methods to the modules that prove, decompose and export it, and these to ablation.
     {
         "reward_head",
-        "stream",
+        "pair_pass",
+        "pair_rewards",
+        "pair_statistic",
+        "pass_record",
         "nonfinite",
         "direct",
         "selfcheck",

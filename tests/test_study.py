@@ -215,7 +215,7 @@ class TestPasses:
         # Negative control: a study of other pairs has to run them.
         swapped = {name: part.swapped() for name, part in world.items()}
         other = TensionStudy(families, swapped, options=OPTIONS)
-        with pytest.raises(StorageError, match=r"begun with other inputs: helpful .*pairs"):
+        with pytest.raises(StorageError, match=r"a run with other settings: helpful .*pairs"):
             other.run(folder=passes, progress=False)
         shutil.copytree(passes / "runs", tmp_path / "runs")
         with pytest.raises(AssertionError, match="a model was run"):

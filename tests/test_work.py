@@ -9,12 +9,11 @@ from conftest import make_pairs, save_classifier
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
+from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead, pair_pass
 from rmtension.errors import ModelError, OptionError, StorageError
 from rmtension.profiles import collect_profiles
 from rmtension.runs import ModelRuns
 from rmtension.single_effects import single_neuron_effects
-from rmtension.stream import PairStream
 from rmtension.sweep import score_without
 from rmtension.work import claim, locked
 
@@ -40,7 +39,7 @@ def often(monkeypatch):
     """Progress is kept after every batch, and few pairs are in memory together, so that a run has several parts."""
     monkeypatch.setattr("rmtension.work.EVERY", 0.0)
     monkeypatch.setattr("rmtension.work._SHARE", float("inf"))
-    monkeypatch.setattr("rmtension.stream._AT_A_TIME", 5)
+    monkeypatch.setattr("rmtension.pair_pass._PAIRS_PER_CHUNK", 5)
 
 
 def sets(head):
@@ -103,7 +102,7 @@ def equal(one, other):
 
 def die_at(monkeypatch, number):
     """The process is interrupted after it has added the batch of that number, before that is kept."""
-    added, add = 0, PairStream._add
+    added, add = 0, pair_pass._Pass._update
 
     def dying(*arguments):
         nonlocal added
@@ -112,7 +111,7 @@ def die_at(monkeypatch, number):
         if added == number:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(PairStream, "_add", dying)
+    monkeypatch.setattr(pair_pass._Pass, "_update", dying)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
@@ -161,18 +160,20 @@ def test_a_folder_of_another_run_is_refused_by_name_of_what_differs(begun, head,
         save_classifier(tmp_path / "other", "gpt2", head.tokenizer, seed=3), tokens_per_batch=120
     )
     shorter = RewardHead(head.model, weight=head.weight, tokenizer=head.tokenizer, pad_token_id=1, tokens_per_batch=60)
+    skipping = RewardHead(
+        head.model, weight=head.weight, tokenizer=head.tokenizer, pad_token_id=1, tokens_per_batch=120,
+        on_nonfinite="skip",
+    )  # fmt: skip
     cases = {
         "model": lambda: collected(other, pairs, base, begun),
         "positions": lambda: ActivationCollector(head).collect(pairs, work=begun),
-        "on_nonfinite": lambda: ActivationCollector(head, positions="response").collect(
-            pairs, work=begun, on_nonfinite="skip"
-        ),
+        "on_nonfinite": lambda: collected(skipping, pairs, base, begun),
         "tokens_per_batch": lambda: collected(shorter, pairs, base, begun),
-        "run": lambda: rewarded(head, pairs, base, begun),
+        "statistic": lambda: rewarded(head, pairs, base, begun),
         "pairs": lambda: collected(head, pairs[::-1], base, begun),
     }
     for name, run in cases.items():
-        with pytest.raises(StorageError, match=rf"begun with other inputs: .*{name} is .* now, .* there"):
+        with pytest.raises(StorageError, match=rf"a run with other settings: .*{name}=.* there, .* now"):
             run()
     with suppress(KeyError):
         del before[begun / ".lock-0"]
@@ -195,7 +196,7 @@ def test_an_iterator_of_other_pairs_is_refused_where_they_differ(change, finishe
         "another": make_pairs(1, seed=5) + pairs[1:],
         "another order": pairs[1:2] + pairs[0:1] + pairs[2:],
     }[change]
-    with pytest.raises(StorageError, match="its work was begun with other pairs"):
+    with pytest.raises(StorageError, match="this folder belongs to a run over other pairs"):
         collected(head, iter(others), base, begun)
     assert equal(*(collected(head, iter(pairs), base, work)[0] for work in (begun, None)))
 

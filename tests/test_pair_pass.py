@@ -6,14 +6,14 @@ from itertools import count
 
 import pytest
 import torch
-from conftest import batches_of, make_pairs
+from conftest import Batches, batches_of, make_pairs
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
 from rmtension.errors import DataError
 from rmtension.pair import PreferencePair
+from rmtension.pair_pass import run_pass
 from rmtension.profiles import collect_profiles
 from rmtension.single_effects import single_neuron_effects
-from rmtension.stream import PairStream
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def head(checkpoints):
 
 @pytest.fixture
 def three_at_a_time(monkeypatch):
-    monkeypatch.setattr("rmtension.stream._AT_A_TIME", 3)
+    monkeypatch.setattr("rmtension.pair_pass._PAIRS_PER_CHUNK", 3)
 
 
 def one_neuron(head):
@@ -71,26 +71,30 @@ def test_a_generator_gives_what_a_list_gives(head, pairs, three_at_a_time):
 
 def test_parts_change_nothing(head, pairs, monkeypatch):
     whole = everything(head, lambda: pairs)
-    monkeypatch.setattr("rmtension.stream._AT_A_TIME", 4)
+    monkeypatch.setattr("rmtension.pair_pass._PAIRS_PER_CHUNK", 4)
     assert same(everything(head, lambda: pairs), whole)
 
 
 def test_an_iterable_is_read_as_it_is_needed(head, pairs, three_at_a_time):
     """It may be endless."""
-    n_read, seen = count(), []
-    stream = PairStream(head, (pairs[next(n_read) % len(pairs)] for _ in count()))
+    n_read = count(1)
+    n_taken = 0
 
-    def look(batch):
-        seen.append(max(batch.places))
-        if len(seen) == 1:
-            assert stream.n_pairs == 3
-        if seen[-1] >= 100:
-            raise EOFError
-        return []
+    def endless():
+        nonlocal n_taken
+        for n_taken in n_read:
+            yield pairs[n_taken % len(pairs)]
+
+    class UpToHundred(Batches):
+        def observe(self, batch):
+            assert n_taken <= max(batch.places) + 3
+            if max(batch.places) >= 100:
+                raise EOFError
+            return []
 
     with pytest.raises(EOFError):
-        stream.run(look, lambda *_: None, {})
-    assert stream.n_pairs == next(n_read) <= 105
+        run_pass(head, endless(), UpToHundred())
+    assert 100 < n_taken <= 105
 
 
 def test_errors_count_from_the_first_pair(head, pairs, three_at_a_time):
@@ -193,8 +197,8 @@ def test_numbers_of_a_shared_prompt(checkpoints, best_of, monkeypatch):
 
 
 def test_rows_of_many_pairs_are_no_longer_than_they_may_be(head, best_of, monkeypatch):
-    monkeypatch.setattr("rmtension.stream._GROUP_AT_LEAST", 45)
-    monkeypatch.setattr("rmtension.stream._WIDTHS", 0)
+    monkeypatch.setattr("rmtension.pair_pass._GROUP_AT_LEAST", 45)
+    monkeypatch.setattr("rmtension.pair_pass._WIDTHS", 0)
     whole = head.score_pairs(best_of)
     several = []
     for batch in batches_of(head, best_of):
@@ -203,7 +207,7 @@ def test_rows_of_many_pairs_are_no_longer_than_they_may_be(head, best_of, monkey
             assert batch.input_ids.shape[1] <= 45
     assert max(several) > 2
     assert sum(several) == 2 * len(best_of)
-    monkeypatch.setattr("rmtension.stream._GROUP_AT_LEAST", 0)
+    monkeypatch.setattr("rmtension.pair_pass._GROUP_AT_LEAST", 0)
     assert torch.allclose(head.score_pairs(best_of).margin, whole.margin, atol=1e-12)
 
 
