@@ -23,7 +23,10 @@ def are_finite(tensors: Sequence[Tensor]) -> bool:
 def require_finite(
     head: "RewardHead", rewards: Float[Tensor, "text"], alone: Callable[[int], TokenBatch]
 ) -> Float[Tensor, "text"]:
-    """The rewards; raises `ModelError` naming the first text whose reward is NaN or infinite. `alone` gives one text's batch."""
+    """The rewards, if all are finite; otherwise raises `ModelError` that names the first text whose reward is not.
+
+    `alone` makes the batch of one text.
+    """
     bad = (~rewards.isfinite()).nonzero()[:, 0].tolist()
     if bad:
         what = where_not_finite(head, alone(bad[0]), [rewards[bad]], None)
