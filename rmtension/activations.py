@@ -19,7 +19,7 @@ from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance, digest_of
 from rmtension.repr_html import N_ROWS, html_table
-from rmtension.reward_head import RewardHead
+from rmtension.reward_model import RewardModel
 from rmtension.sites import check_positions, find_site
 from rmtension.storage import read_result, write_result
 from rmtension.stream import PairStream
@@ -157,8 +157,8 @@ class ActivationCollector:
         True
     """
 
-    def __init__(self, head: RewardHead, *, site: str = "mlp", positions: str = "all") -> None:
-        require_arguments("ActivationCollector(head), then collect(pairs)", head=(head, RewardHead))
+    def __init__(self, head: RewardModel, *, site: str = "mlp", positions: str = "all") -> None:
+        require_arguments("ActivationCollector(head), then collect(pairs)", head=(head, RewardModel))
         check_positions(positions)
         self.head = head
         self.site = find_site(site).name

@@ -24,7 +24,7 @@ from rmtension.neuron_json import pages_to_json, read_pages
 from rmtension.neuron_scores import NeuronScores, block_of, jackknife_stderr
 from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
-from rmtension.reward_head import RewardHead
+from rmtension.reward_model import RewardModel
 from rmtension.single_effects import single_neuron_effects
 from rmtension.sites import neuron_activations
 from rmtension.stream import PairStream
@@ -119,7 +119,7 @@ class NeuronPages:
 
 
 def examine(
-    head: RewardHead,
+    head: RewardModel,
     pairs: Mapping[str, PreferencePairs],
     neurons: NeuronSet,
     *,
@@ -151,7 +151,7 @@ def examine(
         (2, 4, 4)
     """
     require_arguments(
-        "examine(head, pairs, neurons)", head=(head, RewardHead), pairs=(pairs, Mapping), neurons=(neurons, NeuronSet)
+        "examine(head, pairs, neurons)", head=(head, RewardModel), pairs=(pairs, Mapping), neurons=(neurons, NeuronSet)
     )
     if not len(neurons):
         raise OptionError("neurons: expected a set with at least one neuron, got an empty one. Use NeuronScores.top.")
@@ -237,7 +237,7 @@ def _points(scores: Mapping[str, pd.DataFrame], neurons: NeuronSet, seed: int) -
 
 
 @torch.no_grad()
-def _activations(head: RewardHead, batch: TokenBatch, neurons: NeuronSet) -> Float[Tensor, "row token wanted"]:
+def _activations(head: RewardModel, batch: TokenBatch, neurons: NeuronSet) -> Float[Tensor, "row token wanted"]:
     """Those of the set's neurons, in its order."""
     wanted = [columns.nonzero()[:, 0].tolist() for columns in neurons.mask]
     layers: dict[int, Tensor] = {}
@@ -252,7 +252,7 @@ def _activations(head: RewardHead, batch: TokenBatch, neurons: NeuronSet) -> Flo
 
 
 def _largest_activations(
-    head: RewardHead, pairs: PreferencePairs, neurons: NeuronSet, positions: str, progress: bool
+    head: RewardModel, pairs: PreferencePairs, neurons: NeuronSet, positions: str, progress: bool
 ) -> tuple[Float[Tensor, "pair 2 wanted"], int]:
     """Of both texts of every pair, each neuron's activation at the token where it is largest in magnitude.
 
@@ -290,7 +290,7 @@ def _counted(neurons: NeuronSet, objective: str, largest: Float[Tensor, "pair 2 
 
 
 def _examples(
-    head: RewardHead,
+    head: RewardModel,
     pairs: PreferencePairs,
     neurons: NeuronSet,
     objective: str,

@@ -16,7 +16,7 @@ from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.neuron_scores import N_BLOCKS, NeuronScores, block_of, jackknife_stderr
 from rmtension.pair import PreferencePair
 from rmtension.provenance import Provenance
-from rmtension.reward_head import RewardHead
+from rmtension.reward_model import RewardModel
 from rmtension.sites import check_positions, find_site, neuron_activations
 from rmtension.storage import read_result, write_result
 from rmtension.stream import PairStream
@@ -142,12 +142,12 @@ class ActivationProfile:
 
 
 def collect_profiles(
-    head: RewardHead,
+    head: RewardModel,
     pairs: Iterable[PreferencePair],
     *,
     sites: Sequence[str] = ("mlp",),
     positions: Sequence[str] = ("response",),
-    base: RewardHead | None = None,
+    base: RewardModel | None = None,
     pool_tokens: bool = False,
     truncate_response: bool = False,
     on_nonfinite: str = "raise",
@@ -170,7 +170,7 @@ def collect_profiles(
         >>> profiles["mlp", "response"].scores("frequency")
         NeuronScores(frequency: 2 x 24 mlp neurons, from 0 to 1; 24 pairs, response tokens, gpt2-2x24-heads2x12-d24)
     """
-    require_arguments("collect_profiles(head, pairs)", head=(head, RewardHead), pairs=(pairs, Iterable))
+    require_arguments("collect_profiles(head, pairs)", head=(head, RewardModel), pairs=(pairs, Iterable))
     for one in positions:
         check_positions(one)
     keys: list[tuple[str, str]] = [
@@ -287,7 +287,7 @@ class _Totals:
     n_tokens: Int[Tensor, ""]
 
     @classmethod
-    def zeros(cls, head: RewardHead, site: str, positions: str, pool_tokens: bool) -> "_Totals":
+    def zeros(cls, head: RewardModel, site: str, positions: str, pool_tokens: bool) -> "_Totals":
         shape = (len(_STATISTICS), 2, N_BLOCKS, head.n_layers, head.n_neurons(site))
         sums, weights = torch.zeros(shape).double(), torch.zeros(2, N_BLOCKS).double()
         return cls(positions, pool_tokens, sums, weights, torch.tensor(0))
@@ -333,7 +333,7 @@ class _View:
 
 
 def _look(
-    head: RewardHead,
+    head: RewardModel,
     views: Mapping[tuple[str, str], _View],
     before: Mapping[tuple[str, int], Float[Tensor, "row token _"]],
     site: str,
@@ -354,7 +354,7 @@ def _look(
 
 
 def _activations(
-    head: RewardHead, batch: TokenBatch, sites: Sequence[str]
+    head: RewardModel, batch: TokenBatch, sites: Sequence[str]
 ) -> dict[tuple[str, int], Float[Tensor, "row token _"]]:
     """All layers' activations at some sites, from one forward pass."""
     found: dict[tuple[str, int], Tensor] = {}

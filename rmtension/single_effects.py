@@ -19,7 +19,7 @@ from rmtension.progress import progress_bar
 from rmtension.provenance import digest_of
 from rmtension.replacing import Reference, can_share, check_reference, key_of, name_of, step_to
 from rmtension.replay import Replay
-from rmtension.reward_head import RewardHead
+from rmtension.reward_model import RewardModel
 from rmtension.running_scores import RunningScores
 from rmtension.sites import check_positions, find_site
 from rmtension.stream import PairStream
@@ -31,7 +31,7 @@ _AT_A_TIME = 16_000_000
 
 
 def single_neuron_effects(
-    head: RewardHead,
+    head: RewardModel,
     pairs: Iterable[PreferencePair],
     *,
     reference: Reference = "zero",
@@ -68,7 +68,7 @@ def single_neuron_effects(
         >>> bool((effects.values[neurons.mask] < 0).all())
         True
     """
-    require_arguments("single_neuron_effects(head, pairs)", head=(head, RewardHead), pairs=(pairs, Iterable))
+    require_arguments("single_neuron_effects(head, pairs)", head=(head, RewardModel), pairs=(pairs, Iterable))
     check_positions(positions)
     site = find_site(site).name
     check_reference(head, site, reference)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -24,12 +24,10 @@ from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
 from rmtension.progress import progress_bar
 from rmtension.provenance import Provenance
+from rmtension.reward_model import RewardModel
 from rmtension.scored import ScoredPairs
 from rmtension.tokens import TokenBatch
 from rmtension.work import Progress, claim, locked
-
-if TYPE_CHECKING:
-    from rmtension.reward_head import RewardHead
 
 # Pairs that are in memory at a time, as tokens: enough for batches of texts of similar length.
 _AT_A_TIME = 512
@@ -118,7 +116,7 @@ class PairStream:
 
     def __init__(
         self,
-        head: "RewardHead",
+        head: RewardModel,
         pairs: Iterable[PreferencePair],
         *,
         desc: str = "",
