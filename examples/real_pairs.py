@@ -24,7 +24,8 @@ from rmtension import PreferencePairs, StudyOptions, TensionStudy
 from rmtension.encoding import encode_pairs
 from rmtension.family import FamilySettings, train_seeds
 from rmtension.family_runs import OBJECTIVES
-from rmtension.report import to_text, write_report
+from rmtension.report import write_report
+from rmtension.text_report import to_text
 from rmtension.trainer_run import digest_of_texts, is_finished
 from rmtension.training import train_base_model, train_tokenizer
 

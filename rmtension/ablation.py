@@ -13,7 +13,7 @@ from rmtension.arguments import require_arguments
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.neurons import NeuronSet
 from rmtension.replacing import require_made_from
-from rmtension.reward_head import RewardHead
+from rmtension.reward_model import RewardModel
 from rmtension.sites import check_positions
 from rmtension.tokens import TokenBatch, running_batch
 
@@ -44,7 +44,7 @@ class AblationContext:
 
     def __init__(
         self,
-        head: RewardHead,
+        head: RewardModel,
         neurons: NeuronSet,
         *,
         mode: str = "zero",
@@ -151,9 +151,9 @@ def _require_batch() -> TokenBatch:
     return batch
 
 
-def check_set(head: RewardHead, neurons: NeuronSet) -> None:
+def check_set(head: RewardModel, neurons: NeuronSet) -> None:
     """Raise `ProvenanceError` unless the set indexes neurons of a model of this architecture, `OptionError` if none."""
-    require_arguments("AblationContext(head, neurons)", head=(head, RewardHead), neurons=(neurons, NeuronSet))
+    require_arguments("AblationContext(head, neurons)", head=(head, RewardModel), neurons=(neurons, NeuronSet))
     shape = (head.n_layers, head.n_neurons(neurons.site))
     if neurons.architecture != head.architecture:
         raise ProvenanceError(

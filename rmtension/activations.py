@@ -23,7 +23,7 @@ from rmtension.pairs import PreferencePairs
 from rmtension.pass_record import PassRecord
 from rmtension.provenance import Provenance, digest_of
 from rmtension.repr_html import N_ROWS, html_table
-from rmtension.reward_head import RewardHead
+from rmtension.reward_model import RewardModel
 from rmtension.sites import check_positions, find_site
 from rmtension.storage import read_result, write_result
 from rmtension.sums import TokenWeights, weighted_sums
@@ -160,8 +160,8 @@ class ActivationCollector:
         True
     """
 
-    def __init__(self, head: RewardHead, *, site: str = "mlp", positions: str = "all") -> None:
-        require_arguments("ActivationCollector(head), then collect(pairs)", head=(head, RewardHead))
+    def __init__(self, head: RewardModel, *, site: str = "mlp", positions: str = "all") -> None:
+        require_arguments("ActivationCollector(head), then collect(pairs)", head=(head, RewardModel))
         check_positions(positions)
         self.head = head
         self.site = find_site(site).name
@@ -319,7 +319,7 @@ class _ActivationSums(PairStatistic[_Seen]):
     name = "collect"
     layer_dim = 0
 
-    def __init__(self, head: RewardHead, site: str, positions: str) -> None:
+    def __init__(self, head: RewardModel, site: str, positions: str) -> None:
         self._head = head
         self._site = site
         self._positions = positions

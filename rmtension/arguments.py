@@ -14,6 +14,9 @@ _MAKE = {
     ("PairScores", "NeuronScores"): "NeuronAttribution(...).per_pair(pairs) gives scores by pair.",
 }
 
+# Class -> the class by which users have it.
+_PUBLIC = {"RewardModel": "RewardHead"}
+
 
 def nearest(given: object, choices: Iterable[object]) -> str:
     """A sentence that names the choice most like what was given, with a space before it; empty if none is like it."""
@@ -38,11 +41,12 @@ def require_arguments(call: str, **given: tuple[object, type]) -> None:
         if isinstance(value, wanted):
             continue
         got = type(value).__name__
+        expected = _PUBLIC.get(wanted.__name__, wanted.__name__)
         for other, (theirs, _) in given.items():
             if other != name and isinstance(theirs, wanted):
                 raise OptionError(
-                    f"{name}, {other}: they are swapped: {name} should be a {wanted.__name__}, and {other} is one. "
+                    f"{name}, {other}: they are swapped: {name} should be a {expected}, and {other} is one. "
                     f"Call {call}."
                 )
-        make = _MAKE.get((wanted.__name__, got), f"Call {call}.")
-        raise OptionError(f"{name}: expected {wanted.__name__}, got {got}. {make}")
+        make = _MAKE.get((expected, got), f"Call {call}.")
+        raise OptionError(f"{name}: expected {expected}, got {got}. {make}")

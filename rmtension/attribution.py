@@ -25,7 +25,7 @@ from rmtension.pass_record import PassRecord
 from rmtension.progress import progress_bar
 from rmtension.provenance import Provenance
 from rmtension.replacing import Reference, can_share, check_reference, key_of, name_of
-from rmtension.reward_head import RewardHead
+from rmtension.reward_model import RewardModel
 from rmtension.running_scores import RunningScores
 from rmtension.sites import check_positions, find_site
 from rmtension.token_scores import TokenScores
@@ -91,7 +91,7 @@ class NeuronAttribution:
 
     def __init__(
         self,
-        head: RewardHead,
+        head: RewardModel,
         method: str = "mean_difference",
         *,
         site: str = "mlp",
@@ -101,7 +101,7 @@ class NeuronAttribution:
         steps: int = 32,
         graddrop: bool = False,
     ) -> None:
-        require_arguments("NeuronAttribution(head, method)", head=(head, RewardHead), method=(method, str))
+        require_arguments("NeuronAttribution(head, method)", head=(head, RewardModel), method=(method, str))
         require_choice("method", method, sorted(METHODS))
         if aggregate not in ("signed", "absolute"):
             raise OptionError(f"aggregate: expected 'signed' or 'absolute', got {aggregate!r}.")

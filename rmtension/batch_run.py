@@ -12,7 +12,7 @@ from rmtension.direct import DirectContributions, DirectPaths
 from rmtension.errors import ModelError
 from rmtension.hooks import InstalledHooks, Spot, Visit, frozen
 from rmtension.replay import Replay
-from rmtension.reward_head import RewardHead
+from rmtension.reward_model import RewardModel
 from rmtension.tokens import TokenBatch, margins
 
 Place = tuple[str, int]  # site and layer
@@ -38,7 +38,7 @@ class BatchRun:
 
     def __init__(
         self,
-        head: RewardHead,
+        head: RewardModel,
         batch: TokenBatch,
         sites: Collection[str],
         *,
@@ -128,7 +128,7 @@ class BatchRun:
 class _BlockGates:
     """Lets no gradient through what one block adds to the residual stream; forward, nothing changes but rounding."""
 
-    def __init__(self, head: RewardHead) -> None:
+    def __init__(self, head: RewardModel) -> None:
         if head.body.plain is not None and not head.body.runs_plain:
             raise ModelError(
                 "graddrop: the bridge has hooks of yours, so that it runs in place of transformers' modules, which "

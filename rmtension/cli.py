@@ -5,8 +5,8 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from importlib.metadata import version
 
-from rmtension import __version__
 from rmtension.commands import check, demo, report, score, study
 from rmtension.commands.advice import Parser, with_flags
 from rmtension.commands.outcome import Outcome, plain
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> ArgumentParser:
     """The parser of all commands."""
     made = Parser(prog="rmtension", description=__doc__, epilog=_EPILOG, formatter_class=RawDescriptionHelpFormatter)
-    made.add_argument("--version", action="version", version=f"rmtension {__version__}")
+    made.add_argument("--version", action="version", version=f"rmtension {version('rmtension')}")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in _COMMANDS.items():
         command = commands.add_parser(

@@ -8,7 +8,7 @@ from pathlib import Path
 from rmtension.errors import OptionError
 from rmtension.report import write_report
 from rmtension.study import TensionStudy
-from rmtension.study_neurons import write_neurons
+from rmtension.study_neurons import study_neurons
 from rmtension.study_options import StudyOptions
 from rmtension.study_result import StudyResult
 from rmtension.world import preference_world
@@ -42,6 +42,8 @@ def run_demo(
     """
     if seeds < 1:
         raise OptionError(f"--seeds: expected a positive number, got {seeds}.")
+    if neurons < 0:
+        raise OptionError(f"--neurons: expected 0 or more, got {neurons}.")
     options = StudyOptions.of(rules, **({} if analyses is None else {"analyses": tuple(analyses)}))
     from rmtension.family import train_seeds  # TRL talks while it loads
 
@@ -54,6 +56,5 @@ def run_demo(
     study = TensionStudy(families, world.test, options=options)
     result = study.run(folder=out, progress=progress)
     result.save(out, overwrite=True)
-    write_report(result, out)
-    write_neurons(study, result, out, n=neurons, progress=progress)
+    write_report(result, out, neurons=study_neurons(study, n=neurons, progress=progress) if neurons else None)
     return DemoRun(result, trained - start, time.monotonic() - trained, study.n_run, study.n_read)

@@ -17,7 +17,7 @@ from rmtension.errors import ModelError
 from rmtension.hooks import InstalledHooks, Spot, Visit
 from rmtension.norms import read_norm
 from rmtension.projections import Projection
-from rmtension.reward_head import RewardHead
+from rmtension.reward_model import RewardModel
 from rmtension.sites import find_site
 from rmtension.tokens import TokenBatch
 
@@ -44,7 +44,7 @@ class DirectContributions:
         return self.embedding + self.blocks.sum(dim=1) + self.constant
 
 
-def direct_contributions(head: RewardHead, batch: TokenBatch) -> DirectContributions:
+def direct_contributions(head: RewardModel, batch: TokenBatch) -> DirectContributions:
     """The parts of the rewards of `batch`, on the CPU. Cost: one forward pass and one product with each projection.
 
     Raises `ModelError` for a head without a reward, and for a model whose final norm is unknown.
@@ -55,7 +55,7 @@ def direct_contributions(head: RewardHead, batch: TokenBatch) -> DirectContribut
     return paths.contributions()
 
 
-def _projections(head: RewardHead) -> dict[str, list[Projection]]:
+def _projections(head: RewardModel) -> dict[str, list[Projection]]:
     """Site -> the projection of every layer, in the modules that run."""
     if head.body.plain is not None and not head.body.runs_plain:
         raise ModelError(
@@ -73,7 +73,7 @@ class DirectPaths:
     Keeps first inputs and outputs of modules at the token the reward is read from, in the dtype of rewards.
     """
 
-    def __init__(self, head: RewardHead, batch: TokenBatch) -> None:
+    def __init__(self, head: RewardModel, batch: TokenBatch) -> None:
         self._head = head
         self._batch = batch
         self._inside = _projections(head)
@@ -177,7 +177,7 @@ class DirectPaths:
         return per_channel, constant + (written * direction).sum(dim=-1) - per_channel.sum(dim=-1)
 
 
-def written_by(head: RewardHead) -> set[str]:
+def written_by(head: RewardModel) -> set[str]:
     """The sites whose neurons, with the biases, write all that a block adds: attention, and the MLP if there is one."""
     attention_alone = getattr(head.model.cfg, "attn_only", False)
     return {"attn_head"} if attention_alone else {"attn_head", "mlp"}

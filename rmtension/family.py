@@ -8,7 +8,7 @@ from typing import Any
 from rmtension.errors import OptionError
 from rmtension.family_runs import OBJECTIVES, ModelFamily
 from rmtension.pairs import PreferencePairs
-from rmtension.runs import digest_of_folder
+from rmtension.provenance import digest_of_folder
 from rmtension.trainer_run import digest_of_texts, is_finished, require_free, require_package
 from rmtension.training import select_pairs, train_base_model, train_reward_model, train_tokenizer
 

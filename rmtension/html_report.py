@@ -2,27 +2,23 @@
 
 import base64
 import hashlib
-import io
 import json
-from collections.abc import Iterator
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import jinja2
 import pandas as pd
 
-from rmtension.distributed import current
-from rmtension.files import write_text
 from rmtension.findings import findings, unconcluded
 from rmtension.neuron_drawing import neuron_section
 from rmtension.neuron_pages import NeuronPages
 from rmtension.readable import SECTIONS, Section, readable_tables
-from rmtension.report import NO_FIGURES, can_draw_figures, elsewhere, figures_of, notes
+from rmtension.report_figures import NO_FIGURES, Picture, Pictures
 from rmtension.study_result import StudyResult
+from rmtension.text_report import elsewhere, notes
 
-PAGE = "report.html"
-_DPI = 110
+# As large as a figure is shown, in pixels for each inch.
+_SHOWN = 110
 _TITLE = "A study of helpful, harmless and mixed reward models"
 _QUESTION = (
     "Which neurons of reward models carry helpfulness and which harmlessness, which are shared, and what does each "
@@ -30,20 +26,7 @@ _QUESTION = (
 )
 
 
-def write_html(result: StudyResult, folder: str | Path, *, neurons: NeuronPages | None = None) -> Path:
-    """Write `report.html` into `folder`, whole or not at all, and return its path.
-
-    Figures are in it as pictures, where matplotlib is installed; texts of the data are escaped, and folded until the
-    reader opens them. A rule in the page (Content-Security-Policy) keeps it from loading anything and from running any
-    script but its own.
-    """
-    path = Path(folder) / PAGE
-    if current().is_first:
-        write_text(path, to_html(result, neurons=neurons), "report")
-    return path
-
-
-def to_html(result: StudyResult, *, neurons: NeuronPages | None = None) -> str:
+def to_html(result: StudyResult, pictures: Pictures, *, neurons: NeuronPages | None = None) -> str:
     """The page as text."""
     here = files("rmtension") / "page"
     style, script, page = ((here / f"report.{end}").read_text(encoding="utf-8") for end in ("css", "js", "html"))
@@ -63,7 +46,7 @@ def to_html(result: StudyResult, *, neurons: NeuronPages | None = None) -> str:
         glance=_frame(_glance(found, several=len({one.family for one in found}) > 1)),
         unconcluded=unconcluded(result, found),
         notes=notes(result),
-        sections=[_section(result, one, readable) for one in SECTIONS if one.table in result.tables],
+        sections=[_section(result, one, readable, pictures) for one in SECTIONS if one.table in result.tables],
         neurons=None if neurons is None else neuron_section(neurons),
         code=_code(result, neurons),
         models=_frame(_models(result)),
@@ -99,25 +82,24 @@ def _direction(finding: Any) -> str:
     return f"{'above' if finding.low > finding.none else 'below'} {finding.none:g}"
 
 
-def _section(result: StudyResult, section: Section, readable: dict[str, pd.DataFrame]) -> dict[str, Any]:
+def _section(
+    result: StudyResult, section: Section, readable: dict[str, pd.DataFrame], pictures: Pictures
+) -> dict[str, Any]:
     table = readable.get(section.title)
     return {
         "title": section.title,
-        "note": section.note if can_draw_figures() else " ".join(filter(None, (section.note, NO_FIGURES))),
-        "figures": list(_pictures(result, section)) if can_draw_figures() else [],
+        "note": " ".join(filter(None, (section.note, NO_FIGURES if pictures is None else ""))),
+        "figures": [] if pictures is None else [_figure(one) for one in pictures.get(section.table, ())],
         "table": None if table is None else _frame(table),
         "elsewhere": elsewhere(result, section),
     }
 
 
-def _pictures(result: StudyResult, section: Section) -> Iterator[dict[str, Any]]:
-    for _, caption, figure in figures_of(result, section):
-        held = io.BytesIO()
-        figure.savefig(held, format="png", dpi=_DPI)
-        width, height = (round(_DPI * inches) for inches in figure.get_size_inches())
-        png = base64.b64encode(held.getvalue()).decode()
-        alt = f"{caption}. {' '.join(str(figure.get_suptitle()).split(chr(10))[1:])} The table below has its numbers."
-        yield {"png": png, "width": width, "height": height, "alt": alt, "caption": caption}
+def _figure(picture: Picture) -> dict[str, Any]:
+    width, height = (round(_SHOWN * inches) for inches in picture.inches)
+    png = base64.b64encode(picture.png).decode()
+    alt = f"{picture.caption}. {picture.rest} The table below has its numbers."
+    return {"png": png, "width": width, "height": height, "alt": alt, "caption": picture.caption}
 
 
 def _models(result: StudyResult) -> pd.DataFrame:
@@ -146,6 +128,7 @@ def _code(result: StudyResult, neurons: NeuronPages | None) -> str:
         f"# pip install rmtension=={result.summary['version']}",
         "from rmtension import PreferencePairs, StudyOptions, TensionStudy",
         "from rmtension.family_runs import ModelFamily",
+        "from rmtension.report import write_report",
         "",
         "families = [",
         *families,
@@ -164,7 +147,7 @@ def _code(result: StudyResult, neurons: NeuronPages | None) -> str:
             "",
             f"pages = study_neurons(study, n={len(neurons.neurons)})",
         ]
-    lines.append(f'result.report("study"{", neurons=pages" if neurons is not None else ""})')
+    lines.append(f'write_report(result, "study"{", neurons=pages" if neurons is not None else ""})')
     return "\n".join(lines)
 
 

@@ -11,14 +11,14 @@ from rmtension.activations import ActivationStatistics
 from rmtension.body import BridgeBody
 from rmtension.errors import OptionError
 from rmtension.neurons import NeuronSet
-from rmtension.reward_head import RewardHead
+from rmtension.reward_model import RewardModel
 from rmtension.sites import find_site
 
 LensHook = tuple[str, Callable[..., Tensor]]
 
 
 def fwd_hooks(
-    head: RewardHead,
+    head: RewardModel,
     neurons: NeuronSet,
     *,
     mode: str = "zero",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,11 +13,12 @@ from rmtension.adapters import Adapter, find_adapters, merge_adapters, put_on
 from rmtension.errors import ModelError, OptionError
 from rmtension.local_names import find_local
 from rmtension.progress import without_unseen_bars
+from rmtension.run_options import RunOptions
 from rmtension.stored_heads import CheckpointFiles
 
 
-class LoadOptions(TypedDict, total=False):
-    """How `RewardHead.from_pretrained` and `from_language_model` load a checkpoint.
+class LoadOptions(RunOptions, total=False):
+    """How a checkpoint is loaded, by `RewardHead.from_pretrained` and `from_language_model`, and how it then runs.
 
     Attributes:
         base: of an adapter: the folder or hub name of the model it was trained on, in place of the one it names.

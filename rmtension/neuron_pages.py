@@ -27,7 +27,7 @@ from rmtension.pair_pass import run_pass
 from rmtension.pair_statistic import PairStatistic
 from rmtension.pairs import PreferencePairs
 from rmtension.pass_record import PassRecord
-from rmtension.reward_head import RewardHead
+from rmtension.reward_model import RewardModel
 from rmtension.single_effects import single_neuron_effects
 from rmtension.sites import neuron_activations
 from rmtension.tokens import TokenBatch
@@ -121,7 +121,7 @@ class NeuronPages:
 
 
 def examine(
-    head: RewardHead,
+    head: RewardModel,
     pairs: Mapping[str, PreferencePairs],
     neurons: NeuronSet,
     *,
@@ -153,7 +153,7 @@ def examine(
         (2, 4, 4)
     """
     require_arguments(
-        "examine(head, pairs, neurons)", head=(head, RewardHead), pairs=(pairs, Mapping), neurons=(neurons, NeuronSet)
+        "examine(head, pairs, neurons)", head=(head, RewardModel), pairs=(pairs, Mapping), neurons=(neurons, NeuronSet)
     )
     if not len(neurons):
         raise OptionError("neurons: expected a set with at least one neuron, got an empty one. Use NeuronScores.top.")
@@ -240,7 +240,7 @@ def _points(scores: Mapping[str, pd.DataFrame], neurons: NeuronSet, seed: int) -
 
 
 @torch.no_grad()
-def _activations(head: RewardHead, batch: TokenBatch, neurons: NeuronSet) -> Float[Tensor, "row token wanted"]:
+def _activations(head: RewardModel, batch: TokenBatch, neurons: NeuronSet) -> Float[Tensor, "row token wanted"]:
     """Those of the set's neurons, in its order."""
     wanted = [columns.nonzero()[:, 0].tolist() for columns in neurons.mask]
     layers: dict[int, Tensor] = {}
@@ -262,7 +262,7 @@ class _LargestActivations(PairStatistic[tuple[Tensor, int]]):
 
     name = "activations"
 
-    def __init__(self, head: RewardHead, n_pairs: int, neurons: NeuronSet, positions: str) -> None:
+    def __init__(self, head: RewardModel, n_pairs: int, neurons: NeuronSet, positions: str) -> None:
         self._head = head
         self._neurons = neurons
         self._positions = positions
@@ -301,7 +301,7 @@ def _counted(neurons: NeuronSet, objective: str, largest: Float[Tensor, "pair 2 
 
 
 def _examples(
-    head: RewardHead,
+    head: RewardModel,
     pairs: PreferencePairs,
     neurons: NeuronSet,
     objective: str,

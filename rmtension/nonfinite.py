@@ -1,17 +1,14 @@
 """Find the layer or weight that produced a NaN or infinite value."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.errors import ModelError
+from rmtension.reward_model import RewardModel
 from rmtension.tokens import TokenBatch
-
-if TYPE_CHECKING:
-    from rmtension.reward_head import RewardHead
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:
@@ -21,7 +18,7 @@ def are_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def require_finite(
-    head: "RewardHead", rewards: Float[Tensor, "text"], alone: Callable[[int], TokenBatch]
+    head: RewardModel, rewards: Float[Tensor, "text"], alone: Callable[[int], TokenBatch]
 ) -> Float[Tensor, "text"]:
     """The rewards, if all are finite; otherwise raises `ModelError` that names the first text whose reward is not.
 
@@ -34,7 +31,7 @@ def require_finite(
     return rewards
 
 
-def where_not_finite(head: "RewardHead", batch: TokenBatch, found: Sequence[Tensor], layer_dim: int | None) -> str:
+def where_not_finite(head: RewardModel, batch: TokenBatch, found: Sequence[Tensor], layer_dim: int | None) -> str:
     """What in a batch of one text or pair is not finite, why if that can be told, and what to try.
 
     `found` is what was made of the batch; along `layer_dim` lie layers, None where there are none. Costs a pass.
@@ -45,7 +42,7 @@ def where_not_finite(head: "RewardHead", batch: TokenBatch, found: Sequence[Tens
     return f"{place}. {_advice(head)}"
 
 
-def _first_activation(head: "RewardHead", batch: TokenBatch) -> str | None:
+def _first_activation(head: RewardModel, batch: TokenBatch) -> str | None:
     """The first activation, in the order in which the model computes them, that is not finite at a real token."""
     real = batch.by_token(batch.mask.float()) > 0
     first: list[str] = []
@@ -63,7 +60,7 @@ def _first_activation(head: "RewardHead", batch: TokenBatch) -> str | None:
     return first[0] if first else None
 
 
-def _first_weight(head: "RewardHead") -> str | None:
+def _first_weight(head: RewardModel) -> str | None:
     weights: list[tuple[str, Tensor]] = [*head.body.module.named_parameters()]
     weights += [("the reward head", head.weight)] if head.weight is not None else []
     for name, parameter in weights:
@@ -88,7 +85,7 @@ def _found(found: Sequence[Tensor], layer_dim: int | None) -> str:
     return "activations that are not finite at one time, and finite at another"
 
 
-def _advice(head: "RewardHead") -> str:
+def _advice(head: RewardModel) -> str:
     if head.dtype == torch.float16:
         return "float16 ends at 65,504, which is overflow: open the model with dtype=torch.float32 or torch.bfloat16"
     return "Check the weights and the text, or open the model with dtype=torch.float32 if half precision overflows"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic
 
 from torch import Tensor
 
@@ -22,11 +22,9 @@ from rmtension.pair_statistic import PairStatistic, Result_co
 from rmtension.pairs import PreferencePairs
 from rmtension.pass_record import PassRecord
 from rmtension.progress import progress_bar
+from rmtension.reward_model import RewardModel
 from rmtension.tokens import TokenBatch
 from rmtension.work import Progress, claim, locked
-
-if TYPE_CHECKING:
-    from rmtension.reward_head import RewardHead
 
 # Pairs that are in memory at a time, as tokens: enough for batches of texts of similar length.
 _PAIRS_PER_CHUNK = 512
@@ -37,7 +35,7 @@ _GROUP_AT_LEAST = 256
 
 
 def run_pass(
-    model: "RewardHead",
+    model: RewardModel,
     pairs: Iterable[PreferencePair],
     statistic: PairStatistic[Result_co],
     *,
@@ -85,7 +83,7 @@ class _Pass(Generic[Result_co]):
 
     def __init__(
         self,
-        model: "RewardHead",
+        model: RewardModel,
         pairs: Iterable[PreferencePair],
         statistic: PairStatistic[Result_co],
         work: Path | None,

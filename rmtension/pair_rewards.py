@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,11 +11,9 @@ from torch import Tensor
 from rmtension.pair_statistic import PairStatistic
 from rmtension.pairs import PreferencePairs
 from rmtension.pass_record import PassRecord
+from rmtension.reward_model import RewardModel
 from rmtension.scored import ScoredPairs
 from rmtension.tokens import TokenBatch
-
-if TYPE_CHECKING:
-    from rmtension.reward_head import RewardHead
 
 
 class RewardsOfPairs(PairStatistic[list[ScoredPairs]]):
@@ -33,7 +31,7 @@ class RewardsOfPairs(PairStatistic[list[ScoredPairs]]):
 
     def __init__(
         self,
-        model: "RewardHead",
+        model: RewardModel,
         pairs: PreferencePairs,
         rewards: Callable[[TokenBatch], Sequence[Float[Tensor, "text"]]],
         *,

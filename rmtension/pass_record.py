@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rmtension.encoding import EncodedPairs
 from rmtension.errors import DataError, StorageError
@@ -12,10 +12,8 @@ from rmtension.header import read_record
 from rmtension.pair import PreferencePair
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import Provenance
+from rmtension.reward_model import RewardModel
 from rmtension.sites import check_positions
-
-if TYPE_CHECKING:
-    from rmtension.reward_head import RewardHead
 
 
 @dataclass
@@ -80,7 +78,7 @@ class PassRecord:
             got = f"{n} with NaN or infinite values, which were skipped" if n else "none"
             raise DataError(f"pairs: expected at least one preference pair, got {got}.")
 
-    def provenance(self, model: "RewardHead", *, site: str, positions: str, method: str) -> Provenance:
+    def provenance(self, model: RewardModel, *, site: str, positions: str, method: str) -> Provenance:
         """The provenance of a result that `model` computed from these pairs."""
         n_tokens = self.n_tokens(positions)
         found = model.provenance(self.digest, self.n_pairs, n_tokens, site=site, positions=positions, method=method)

@@ -19,7 +19,7 @@ from rmtension.pair_pass import run_pass
 from rmtension.pair_statistic import PairStatistic
 from rmtension.pass_record import PassRecord
 from rmtension.provenance import Provenance
-from rmtension.reward_head import RewardHead
+from rmtension.reward_model import RewardModel
 from rmtension.sites import check_positions, find_site, neuron_activations
 from rmtension.storage import read_result, write_result
 from rmtension.tokens import TokenBatch
@@ -144,12 +144,12 @@ class ActivationProfile:
 
 
 def collect_profiles(
-    head: RewardHead,
+    head: RewardModel,
     pairs: Iterable[PreferencePair],
     *,
     sites: Sequence[str] = ("mlp",),
     positions: Sequence[str] = ("response",),
-    base: RewardHead | None = None,
+    base: RewardModel | None = None,
     pool_tokens: bool = False,
     work: str | Path | None = None,
     progress: bool | None = None,
@@ -170,7 +170,7 @@ def collect_profiles(
         >>> profiles["mlp", "response"].scores("frequency")
         NeuronScores(frequency: 2 x 24 mlp neurons, from 0 to 1; 24 pairs, response tokens, gpt2-2x24-heads2x12-d24)
     """
-    require_arguments("collect_profiles(head, pairs)", head=(head, RewardHead), pairs=(pairs, Iterable))
+    require_arguments("collect_profiles(head, pairs)", head=(head, RewardModel), pairs=(pairs, Iterable))
     for one in positions:
         check_positions(one)
     keys: list[tuple[str, str]] = [
@@ -242,7 +242,7 @@ class _ProfileSums(PairStatistic[dict[_Key, ActivationProfile]]):
     name = "profile"
     layer_dim = 2
 
-    def __init__(self, head: RewardHead, keys: Sequence[_Key], base: RewardHead | None, pool_tokens: bool) -> None:
+    def __init__(self, head: RewardModel, keys: Sequence[_Key], base: RewardModel | None, pool_tokens: bool) -> None:
         self._head = head
         self._keys = keys
         self._base = base
@@ -318,7 +318,7 @@ class _ProfileSums(PairStatistic[dict[_Key, ActivationProfile]]):
 
 
 def _statistics(
-    head: RewardHead,
+    head: RewardModel,
     site: str,
     activation: Float[Tensor, "row token channel"],
     before: Float[Tensor, "row token channel"] | None,
@@ -332,7 +332,7 @@ def _statistics(
 
 
 def _activations(
-    head: RewardHead, batch: TokenBatch, sites: Sequence[str]
+    head: RewardModel, batch: TokenBatch, sites: Sequence[str]
 ) -> dict[tuple[str, int], Float[Tensor, "row token _"]]:
     """All layers' activations at some sites, from one forward pass."""
     found: dict[tuple[str, int], Tensor] = {}

@@ -3,12 +3,16 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rmtension.errors import ProvenanceError
+from rmtension.errors import OptionError, ProvenanceError, StorageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# What a folder of a checkpoint is told apart by: everything that can change what its model computes.
+_WEIGHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.bin", "*.py")
 
 
 @dataclass(frozen=True)
@@ -94,3 +98,18 @@ def fingerprint(parameters: "Iterable[Tensor]", *values: object) -> str:
     for parameter in parameters:
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def digest_of_folder(folder: Path) -> str:
+    """Names and contents of the files that make up a checkpoint; reads them all, opens no model."""
+    files = sorted({path for pattern in _WEIGHED for path in folder.glob(pattern)})
+    if not files:
+        raise OptionError(f"model: {folder} holds no checkpoint (none of {list(_WEIGHED)}).")
+    digest = hashlib.sha256()
+    try:
+        for path in files:
+            with path.open("rb") as file:
+                digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    except OSError as error:
+        raise StorageError(f"{folder}: the checkpoint cannot be read ({error}).") from error
+    return digest.hexdigest()[:32]

@@ -8,13 +8,13 @@ from torch import Tensor
 from rmtension.activations import ActivationSample, ActivationStatistics
 from rmtension.errors import OptionError, ProvenanceError
 from rmtension.provenance import Provenance
-from rmtension.reward_head import RewardHead
+from rmtension.reward_model import RewardModel
 
 # Zero, the means of given statistics, or the mean of the pair's other response.
 Reference = str | ActivationStatistics
 
 
-def check_reference(head: RewardHead, site: str, reference: object) -> None:
+def check_reference(head: RewardModel, site: str, reference: object) -> None:
     """Raise unless `reference` is "zero", "other", or statistics of this model at `site`."""
     if isinstance(reference, ActivationStatistics):
         require_made_from(head, site, reference.provenance)
@@ -25,7 +25,7 @@ def check_reference(head: RewardHead, site: str, reference: object) -> None:
         )
 
 
-def require_made_from(head: RewardHead, site: str, found: Provenance) -> None:
+def require_made_from(head: RewardModel, site: str, found: Provenance) -> None:
     """Raise `ProvenanceError` where a reference was made from another model or at another site."""
     if found.model != head.fingerprint:
         raise ProvenanceError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rmtension.errors import ModelError
 from rmtension.hooks import Call, InstalledHooks, Spot, Visit, all_fire, eager_eval, recorded_calls
-from rmtension.reward_head import RewardHead
+from rmtension.reward_model import RewardModel
 from rmtension.tokens import TokenBatch, running
 
 
@@ -31,7 +31,7 @@ class Replay:
         sites: activations to keep in `activations[site, layer]`, [row, token, channel].
     """
 
-    def __init__(self, head: RewardHead, batch: TokenBatch, sites: Sequence[str] = ()) -> None:
+    def __init__(self, head: RewardModel, batch: TokenBatch, sites: Sequence[str] = ()) -> None:
         self.head = head
         self.batch = batch
         self.is_partial = head.body.runs_plain

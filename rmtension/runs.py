@@ -15,21 +15,18 @@ import torch
 from rmtension.activations import ActivationCollector, ActivationStatistics
 from rmtension.attribution import NeuronAttribution
 from rmtension.distributed import current
-from rmtension.errors import OptionError, StorageError
+from rmtension.errors import OptionError
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
 from rmtension.profiles import ActivationProfile, collect_profiles
-from rmtension.provenance import Provenance, digest_of
+from rmtension.provenance import Provenance, digest_of, digest_of_folder
 from rmtension.replacing import key_of
 from rmtension.reward_head import RewardHead
 from rmtension.scored import ScoredPairs
 from rmtension.storage import read_result, write_result
 from rmtension.sweep import score_without
 from rmtension.work import remembered
-
-# What a folder of a checkpoint is told apart by: everything that can change what its model computes.
-_WEIGHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.bin", "*.py")
 
 
 @runtime_checkable
@@ -304,18 +301,3 @@ def _described(without: NeuronSet | None, mode: str, reference: ActivationStatis
     if without is None or not len(without):
         return None
     return [without.site, without.architecture, digest_of(without.mask), mode, key_of(reference)]
-
-
-def digest_of_folder(folder: Path) -> str:
-    """Names and contents of the files that make up a checkpoint; reads them all, opens no model."""
-    files = sorted({path for pattern in _WEIGHED for path in folder.glob(pattern)})
-    if not files:
-        raise OptionError(f"model: {folder} holds no checkpoint (none of {list(_WEIGHED)}).")
-    digest = hashlib.sha256()
-    try:
-        for path in files:
-            with path.open("rb") as file:
-                digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    except OSError as error:
-        raise StorageError(f"{folder}: the checkpoint cannot be read ({error}).") from error
-    return digest.hexdigest()[:32]

@@ -14,43 +14,31 @@
 | layers | what neurons and biases write with what each layer adds to the residual stream | the same |
 """
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension.encoding import EncodedText, encode_texts
-from rmtension.errors import CheckError, DataError, ModelError, OptionError
+from rmtension.checkpoints import Source, open_checkpoint
+from rmtension.classifiers import reload_classifier
+from rmtension.direct import direct_contributions, written_by
+from rmtension.encoding import EncodedText
+from rmtension.errors import CheckError, ModelError, OptionError
 from rmtension.hooks import InstalledHooks, Spot, eager_eval
 from rmtension.outputs import pick
 from rmtension.pairs import PreferencePairs
-from rmtension.plain_run import let_run_in_float64, probe_batch, run_base
+from rmtension.plain_run import let_run_in_float64
+from rmtension.probes import Probe, find_probes
+from rmtension.reward_model import RewardModel
+from rmtension.scoring import score_tokens
 from rmtension.tokens import TokenBatch
 
-if TYPE_CHECKING:
-    from rmtension.checkpoints import Checkpoint, Source
-    from rmtension.reward_head import RewardHead
 
-N_PAIRS = 8
-_TEXTS = (
-    "\n\nHuman: How do I bake bread?\n\nAssistant: Mix flour, water, salt and yeast, let it rise twice, and bake it.",
-    "\n\nHuman: How do I bake bread?\n\nAssistant: No.",
-    "\n\nHuman: Write a poem about rain\n\nAssistant: The gutters sing all night; the morning smells of stone.",
-    "\n\nHuman: Hi\n\nAssistant: Hello! What can I do for you?\n\nHuman: Name a river\n\nAssistant: The Elbe.",
-    "\n\nHuman: Can I mix bleach and vinegar?\n\nAssistant: Please don't: it releases chlorine gas.",
-    "Yes",
-    "A list: one, two, three.",
-    "\n\nHuman: Summarise the plot of Hamlet in a sentence.\n\nAssistant: A prince who cannot decide loses everyone.",
-)
-
-
-def check_head(head: "RewardHead", pairs: PreferencePairs | None = None, reference: Any = None) -> pd.DataFrame:
+def check_head(head: RewardModel, pairs: PreferencePairs | None = None, reference: Any = None) -> pd.DataFrame:
     """Run every check that applies to `head`; one row each: check, n, value, limit, passed, note.
 
     Texts are those of the first 8 `pairs`, or 8 built in; token ids are drawn where there is no tokenizer, or one whose
@@ -61,7 +49,7 @@ def check_head(head: "RewardHead", pairs: PreferencePairs | None = None, referen
     Raises `CheckError` naming the checks that failed; its `table` attribute holds the rows.
     """
     head.require_weight()
-    checker = _Checker(head, _probes(head, pairs))
+    checker = _Checker(head, find_probes(head, pairs))
     checker.run(reference)
     table = pd.DataFrame(checker.rows, columns=["check", "n", "value", "limit", "passed", "note"])
     failed = table.loc[~table["passed"]]
@@ -73,78 +61,8 @@ def check_head(head: "RewardHead", pairs: PreferencePairs | None = None, referen
     return table
 
 
-def require_same_rewards(head: "RewardHead", opened: "Checkpoint") -> None:
-    """Compare a converted model with transformers on one short text; `ModelError` if the rewards differ."""
-    assert opened.head is not None
-    batch = probe_batch(min(12, head.max_length, head.body.n_embeddings), head.device)
-    base: Any = opened.base
-    with torch.no_grad(), eager_eval(base.modules()):
-        residual = run_base(base, batch)[0, -1].to(head.reward_dtype)
-        expected = float(residual @ opened.head.weight.to(residual) + opened.head.bias)
-        difference = abs(float(head.forward(batch)[0]) - expected)
-    # Half precision rounds every layer to 3 or 2 digits, in another order after a conversion.
-    tolerance = (1e-4 if head.dtype in (torch.float32, torch.float64) else 5e-2) * max(1.0, abs(expected))
-    if not difference <= tolerance:
-        raise ModelError(
-            f"{opened.name}: as a {type(head.model).__name__} it gets rewards that differ by {difference:.1e} from "
-            "transformers'. TransformerLens converts this architecture in another way; open it without model_class and "
-            "process_weights."
-        )
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """A text (None for a chat, a cut one, or without a tokenizer), the ids the head makes of it, its reward alone."""
-
-    text: str | None
-    ids: list[int]
-    reward: float
-
-
-def _probes(head: "RewardHead", pairs: PreferencePairs | None) -> list[_Probe]:
-    if head.tokenizer is None:
-        return _drawn_probes(head)
-    if pairs is None:
-        return _built_in_probes(head) or _drawn_probes(head)
-    if not len(pairs):
-        raise DataError("pairs: expected at least one preference pair, got none. Leave it out for built-in texts.")
-    probes = []
-    cutting = copy.copy(head)
-    cutting.truncate_response = True
-    for pair in pairs[:N_PAIRS]:
-        alone = PreferencePairs([pair])
-        scored = cutting.score_pairs(alone)
-        encoded_pair = cutting.encode(alone)
-        for side in ("chosen", "rejected"):
-            # A pair that does not fit is cut on both sides alike: its ids are no longer the tokenizer's of the text.
-            is_whole = encoded_pair.n_prompts_cut + encoded_pair.n_responses_cut == 0
-            text = pair.text(side) if is_whole and isinstance(pair.prompt, str) else None
-            ids = list(getattr(encoded_pair, side)[0].ids)
-            probes.append(_Probe(text, ids, float(getattr(scored, side)[0])))
-    return probes
-
-
-def _built_in_probes(head: "RewardHead") -> list[_Probe]:
-    """Those of the built-in texts that the vocabulary has tokens for."""
-    probes = []
-    for text in _TEXTS:
-        try:
-            (encoded,) = encode_texts(head.tokenizer, [text], max_length=head.max_length, truncate=True)
-        except DataError:
-            continue
-        probes.append(_Probe(text, list(encoded.ids), float(head.score([text], truncate=True)[0])))
-    return probes
-
-
-def _drawn_probes(head: "RewardHead") -> list[_Probe]:
-    generator = torch.Generator().manual_seed(0)
-    lengths = sorted({min(length, head.max_length) for length in (1, 2, 3, 5, 8, 13)})
-    drawn = [torch.randint(head.body.n_embeddings, (length,), generator=generator) for length in lengths]
-    return [_Probe(None, ids.tolist(), float(head.score_tokens(ids[None])[0])) for ids in drawn]
-
-
 class _Checker:
-    def __init__(self, head: "RewardHead", probes: list[_Probe]) -> None:
+    def __init__(self, head: RewardModel, probes: list[Probe]) -> None:
         self.head = head
         self.probes = probes
         self.ids = [probe.ids for probe in probes]
@@ -183,8 +101,6 @@ class _Checker:
         self._add("tokens", len(self.probes), wrong, 0, "texts with other ids than the tokenizer's, or BOS twice")
 
     def _transformers(self, reference: Any) -> None:
-        from rmtension.export import reload_classifier
-
         checkpoint = self.head.checkpoint
         if reference is None and checkpoint is not None and checkpoint.source is None and self.head.body.plain is None:
             return  # a conversion of a model in memory, compared with it when it was made
@@ -226,10 +142,8 @@ class _Checker:
             raise OptionError(f"reference: it has {n_logits} outputs, and nothing says which one this head is.")
         return rows
 
-    def _by_hidden_state(self, source: "Source") -> Float[Tensor, "text"]:
+    def _by_hidden_state(self, source: Source) -> Float[Tensor, "text"]:
         """For a head that transformers does not know: the checkpoint again, its last hidden state times its head."""
-        from rmtension.checkpoints import open_checkpoint
-
         again = open_checkpoint(
             source.name, reward=True, head=source.head, output=source.output, options=source.options
         )
@@ -264,7 +178,7 @@ class _Checker:
             for row, tokens in enumerate(self.ids):
                 place = slice(width - right - len(tokens), width - right) if left else slice(0, len(tokens))
                 ids[row, place], mask[row, place] = torch.tensor(tokens), 1
-            worst = max(worst, float((self.head.score_tokens(ids, mask) - self.alone).abs().max()))
+            worst = max(worst, float((score_tokens(self.head, ids, mask) - self.alone).abs().max()))
         self._add("padding", len(self.ids), worst, self._limit(half=5e-2), "max |difference|, either side")
 
     def _last_token(self) -> None:
@@ -322,8 +236,6 @@ class _Checker:
         )
 
     def _direct(self) -> None:
-        from rmtension.direct import direct_contributions, written_by
-
         try:
             _ = self.head.body.final_norm
         except ModelError:
@@ -351,7 +263,7 @@ class _Checker:
         with torch.no_grad():
             return batch.at_last(self.head.residual(batch)).cpu()
 
-    def _own_ids(self, probe: _Probe) -> list[int]:
+    def _own_ids(self, probe: Probe) -> list[int]:
         """The tokenizer's ids of the text; the head's for a chat, one too long, or one that begins with BOS itself."""
         tokenizer = self.head.tokenizer
         if probe.text is None or (tokenizer.bos_token and probe.text.startswith(tokenizer.bos_token)):

@@ -23,7 +23,7 @@ from rmtension.progress import progress_bar
 from rmtension.provenance import digest_of
 from rmtension.replacing import Reference, can_share, check_reference, key_of, name_of, step_to
 from rmtension.replay import Replay
-from rmtension.reward_head import RewardHead
+from rmtension.reward_model import RewardModel
 from rmtension.running_scores import RunningScores
 from rmtension.sites import check_positions, find_site
 from rmtension.tokens import TokenBatch, margins
@@ -34,7 +34,7 @@ _AT_A_TIME = 16_000_000
 
 
 def single_neuron_effects(
-    head: RewardHead,
+    head: RewardModel,
     pairs: Iterable[PreferencePair],
     *,
     reference: Reference = "zero",
@@ -69,7 +69,7 @@ def single_neuron_effects(
         >>> bool((effects.values[neurons.mask] < 0).all())
         True
     """
-    require_arguments("single_neuron_effects(head, pairs)", head=(head, RewardHead), pairs=(pairs, Iterable))
+    require_arguments("single_neuron_effects(head, pairs)", head=(head, RewardModel), pairs=(pairs, Iterable))
     check_positions(positions)
     site = find_site(site).name
     check_reference(head, site, reference)
@@ -97,7 +97,7 @@ class _SingleEffects(PairStatistic[NeuronScores]):
 
     def __init__(
         self,
-        head: RewardHead,
+        head: RewardModel,
         neurons: NeuronSet,
         reference: Reference,
         positions: str,

@@ -1,19 +1,13 @@
 """Single neurons of a study's mixed model, chosen on one half of its pairs and looked at on the other."""
 
-from pathlib import Path
-
 import torch
 
 from rmtension.attribution import NeuronAttribution
-from rmtension.distributed import current
 from rmtension.errors import OptionError
 from rmtension.neuron_pages import NeuronPages, examine
 from rmtension.neurons import NeuronSet
 from rmtension.reward_head import RewardHead
 from rmtension.study import TensionStudy
-from rmtension.study_result import StudyResult
-
-NEURONS = "neurons.json"
 
 
 def study_neurons(study: TensionStudy, *, n: int = 16, progress: bool | None = None) -> NeuronPages:
@@ -36,15 +30,3 @@ def study_neurons(study: TensionStudy, *, n: int = 16, progress: bool | None = N
     mask.view(-1)[height.flatten().argsort(descending=True, stable=True)[:n]] = True
     neurons = NeuronSet(mask, options.site, head.architecture)
     return examine(head, study.evaluating, neurons, positions=options.positions, level=options.level, progress=progress)
-
-
-def write_neurons(study: TensionStudy, result: StudyResult, folder: Path, *, n: int, progress: bool | None) -> None:
-    """Keep the pages of `n` neurons (0: of none) in `neurons.json`, and write `report.html` with them."""
-    if n < 0:
-        raise OptionError(f"--neurons: expected 0 or more, got {n}.")
-    pages = study_neurons(study, n=n, progress=progress) if n else None
-    if current().is_first:
-        (folder / NEURONS).unlink(missing_ok=True)
-        if pages is not None:
-            pages.save(folder / NEURONS)
-    result.report(folder, neurons=pages)

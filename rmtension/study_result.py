@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -14,9 +14,6 @@ from rmtension.errors import OptionError, StorageError
 from rmtension.files import filled_whole
 from rmtension.intervals import pooled_over_seeds
 from rmtension.repr_html import html_table
-
-if TYPE_CHECKING:
-    from rmtension.neuron_pages import NeuronPages
 
 _SUMMARY = "summary.json"
 _N_LISTED = 12  # columns of a table that a notebook names
@@ -160,16 +157,6 @@ class StudyResult:
             written = {**self.summary, "tables": list(self.tables)}
             (place / _SUMMARY).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         return folder
-
-    def report(self, folder: str | Path, *, neurons: "NeuronPages | None" = None) -> Path:
-        """Write all of it as one file, `report.html`, that needs no other: findings, figures, tables, provenance.
-
-        With `neurons` (`neuron_pages.examine`, `study_neurons.study_neurons`), also a page for each of them. Figures
-        need matplotlib. No model is run.
-        """
-        from rmtension.html_report import write_html
-
-        return write_html(self, folder, neurons=neurons)
 
     @classmethod
     def load(cls, folder: str | Path) -> "StudyResult":

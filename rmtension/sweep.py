@@ -18,14 +18,14 @@ from rmtension.pairs import PreferencePairs
 from rmtension.provenance import digest_of
 from rmtension.replacing import key_of
 from rmtension.replay import Replay
-from rmtension.reward_head import RewardHead
+from rmtension.reward_model import RewardModel
 from rmtension.scored import ScoredPairs
 from rmtension.tokens import TokenBatch, running
 from rmtension.writes import written_weights
 
 
 def score_without(
-    head: RewardHead,
+    head: RewardModel,
     pairs: Iterable[PreferencePair],
     sets: Sequence[NeuronSet],
     *,
@@ -78,7 +78,7 @@ def score_without(
 class _Sweep:
     """The ablations, and what is known of the layers that they begin in."""
 
-    def __init__(self, head: RewardHead, ablations: Sequence[AblationContext]) -> None:
+    def __init__(self, head: RewardModel, ablations: Sequence[AblationContext]) -> None:
         self._head = head
         self._ablations = ablations
         # An empty set changes nothing: it begins above the last block.
@@ -132,7 +132,7 @@ class _Start:
     `layers` are those that ablations begin in; `first` begins in the highest of them.
     """
 
-    def __init__(self, head: RewardHead, batch: TokenBatch, first: AblationContext, layers: Sequence[int]) -> None:
+    def __init__(self, head: RewardModel, batch: TokenBatch, first: AblationContext, layers: Sequence[int]) -> None:
         self._first = first
         self._highest = layers[-1]
         # Hooks run in the order in which they are installed: what is kept is what comes before the ablation.

@@ -12,7 +12,7 @@ from torch import nn
 from rmtension.encoding import EncodedPairs, encode_pairs
 from rmtension.errors import DataError, ModelError, OptionError
 from rmtension.pairs import PreferencePairs
-from rmtension.runs import digest_of_folder
+from rmtension.provenance import digest_of_folder
 from rmtension.trainer_run import (
     arguments,
     digest_of_texts,

@@ -92,7 +92,7 @@ def test_little_memory_makes_small_batches(checkpoints, pairs, monkeypatch):
     assert whole == longest(head, keeps_layers=False) > 256
     scores = NeuronAttribution(head, method="gradient_x_activation").score(pairs)
     per_layer = 8 * (12 * head.d_model + 6 * head.n_neurons("mlp"))
-    monkeypatch.setattr("rmtension.hooked_model.free_bytes", lambda device: 2 * per_layer * 600)
+    monkeypatch.setattr("rmtension.reward_model.free_bytes", lambda device: 2 * per_layer * 600)
     assert longest(head, keeps_layers=True) <= 256
     assert 256 < longest(head, keeps_layers=False) <= 600
     again = NeuronAttribution(head, method="gradient_x_activation").score(pairs)

@@ -181,7 +181,7 @@ class TestCheck:
         """The checkpoint that transformers reads again is another."""
         other = save_classifier(files / "other", "gpt2", tokenizer, seed=1)
         other = transformers.AutoModelForSequenceClassification.from_pretrained(other)
-        monkeypatch.setattr("rmtension.export.reload_classifier", lambda head: other)
+        monkeypatch.setattr("rmtension.selfcheck.reload_classifier", lambda head: other)
         status, out, _ = run(capsys, "check", model)
         assert status == 1
         lines = out.splitlines()

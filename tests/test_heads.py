@@ -135,7 +135,7 @@ def test_heads_given_by_the_user(language_model, ragged_texts):
         head = RewardHead.from_pretrained(language_model, head=one)
         assert torch.allclose(head.score(ragged_texts[:8]), expected, atol=1e-5)
     # Replacing the head of a classifier, and the same through the constructor.
-    live = RewardHead(head.model, weight=(weight, 0.2), bias=0.05, tokenizer=head.tokenizer)
+    live = RewardHead(head.model, (weight, 0.25), tokenizer=head.tokenizer)
     assert torch.allclose(live.score(ragged_texts[:8]), expected, atol=1e-5)
     linear.weight.data.zero_()
     assert float(head.weight.abs().sum()) > 0, "the head is a copy"
@@ -419,7 +419,7 @@ class TestBadInput:
 def test_arrays_and_lists_are_weights(head, ragged_texts):
     """In every shape that a tensor may have, with the rewards of the tensor."""
     weight = head.weight.double()
-    expected = RewardHead(head.model, weight=weight, bias=0.5, tokenizer=head.tokenizer).score(ragged_texts[:4])
+    expected = RewardHead(head.model, (weight, 0.5), tokenizer=head.tokenizer).score(ragged_texts[:4])
     rows = weight.numpy()
     for given in (
         (rows, 0.5),
@@ -432,8 +432,8 @@ def test_arrays_and_lists_are_weights(head, ragged_texts):
         assert torch.allclose(opened.score(ragged_texts[:4]), expected, atol=1e-6)
         assert opened.weight.dtype == torch.float32
     for given in (rows, rows.tolist(), [rows.tolist()], tuple(rows.tolist())):
-        opened = RewardHead(head.model, weight=given, bias=0.5, tokenizer=head.tokenizer)
-        assert torch.allclose(opened.score(ragged_texts[:4]), expected, atol=1e-6)
+        opened = RewardHead(head.model, given, tokenizer=head.tokenizer)
+        assert torch.allclose(opened.score(ragged_texts[:4]), expected - 0.5, atol=1e-6)
     assert read_head([1, 2]).weight.tolist() == [1.0, 2.0]  # two numbers are no (weight, bias) pair
 
 

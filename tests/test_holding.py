@@ -7,8 +7,8 @@ import torch
 from conftest import make_pairs
 
 from rmtension import AblationContext, ActivationCollector, NeuronSet, RewardHead
+from rmtension.classifiers import build_classifier
 from rmtension.errors import ModelError, OptionError, ProvenanceError
-from rmtension.export import build_classifier
 from rmtension.holding import HoldAblated
 
 PAIRS = make_pairs(8)

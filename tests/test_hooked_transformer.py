@@ -40,7 +40,7 @@ def model(tokenizer):
 @pytest.fixture(scope="module")
 def head(model, tokenizer):
     """The reward is the model's own logit of token 7: its column of the unembedding, and its bias."""
-    return RewardHead(model, weight=model.W_U[:, 7], bias=model.b_U[7].item(), tokenizer=tokenizer)
+    return RewardHead(model, (model.W_U[:, 7], model.b_U[7].item()), tokenizer=tokenizer)
 
 
 def test_rewards_equal_logits(model, head, ragged_texts):
@@ -107,7 +107,7 @@ def test_folded_final_norm(model, head, tokenizer, ragged_texts):
     config.normalization_type = "LNPre"
     folded = transformer_lens.HookedTransformer(config)
     folded.load_and_process_state_dict(model.state_dict(), fold_ln=True)
-    options = {"weight": model.W_U[:, 7], "bias": model.b_U[7].item(), "tokenizer": tokenizer}
+    options = {"weight": (model.W_U[:, 7], model.b_U[7].item()), "tokenizer": tokenizer}
     with pytest.raises(ModelError, match=r"final_norm=.*from_pretrained_no_processing"):
         RewardHead(folded, **options)
     absorbed = RewardHead(folded, final_norm=model.ln_final, **options)
@@ -222,7 +222,7 @@ def test_a_bidirectional_model_is_alone_what_it_is():
     """Without hidden padding the same batch gives other rewards: the check below can fail."""
     ids, mask = ragged_ids(pad=3)
     model = make_own("hooked", attention_dir="bidirectional")
-    head = RewardHead(model, weight=model.W_U[:, 7], bias=model.b_U[7].item())
+    head = RewardHead(model, (model.W_U[:, 7], model.b_U[7].item()))
     expected = alone(model, ids)[:, 7]
     assert torch.allclose(head.score_tokens(ids, mask), expected, atol=1e-9)
     with torch.no_grad():
@@ -254,7 +254,7 @@ def test_encoders_and_folded_norms_are_refused_with_a_way_on():
     with pytest.raises(ModelError, match=r"never had a gain.*final_norm=model.ln_final"):
         RewardHead(toy, weight=toy.W_U[:, 7])
     ids, mask = ragged_ids()
-    head = RewardHead(toy, weight=toy.W_U[:, 7], bias=toy.b_U[7].item(), final_norm=toy.ln_final)
+    head = RewardHead(toy, (toy.W_U[:, 7], toy.b_U[7].item()), final_norm=toy.ln_final)
     # 1e-6: the gain is measured, in float32 because the norm has no parameter.
     assert torch.allclose(head.score_tokens(ids, mask), alone(toy, ids)[:, 7], atol=1e-6)
 

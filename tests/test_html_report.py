@@ -15,7 +15,10 @@ from test_report import hand_made_study
 from rmtension import NeuronSet, PreferencePairs, StudyResult
 from rmtension.findings import Finding, findings, unconcluded
 from rmtension.html_report import to_html
-from rmtension.neuron_pages import examine
+from rmtension.neuron_pages import NeuronPages, examine
+from rmtension.report import write_report
+from rmtension.report_figures import draw_pictures
+from rmtension.text_report import to_markdown
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> &amp; \u2028 ]]>"
 
@@ -92,7 +95,7 @@ def neurons(head):
 
 @pytest.fixture(scope="module")
 def page(result, neurons):
-    return to_html(result, neurons=neurons)
+    return to_html(result, draw_pictures(result), neurons=neurons)
 
 
 def test_nothing_is_loaded_and_nothing_else_runs(page):
@@ -167,11 +170,11 @@ def test_the_scatter_is_to_scale(page, neurons):
 @pytest.fixture
 def bare(monkeypatch):
     """No matplotlib: drawing is most of the time."""
-    monkeypatch.setattr("rmtension.html_report.can_draw_figures", lambda: False)
+    monkeypatch.setattr("rmtension.report_figures.can_draw_figures", lambda: False)
 
 
 def test_without_neurons_and_figures(result, bare):
-    text = to_html(result)
+    text = to_html(result, draw_pictures(result))
     parsed = Page(text)
     assert len(parsed.of("script")) == 1
     assert not parsed.of("article")
@@ -237,8 +240,14 @@ def test_the_code_is_code(result, page):
     )
 
 
-def test_written_whole(result, bare, tmp_path):
-    path = result.report(tmp_path)
+def test_written_whole(result, neurons, bare, tmp_path):
+    """Both pages, and the neurons that they show: the next report has them only if it is given them."""
+    path = write_report(result, tmp_path, neurons=neurons)
     assert path == tmp_path / "report.html"
-    assert path.read_text() == to_html(result)
-    assert [one.name for one in tmp_path.iterdir()] == ["report.html"]
+    assert path.read_text() == to_html(result, None, neurons=neurons)
+    assert (tmp_path / "report.md").read_text() == to_markdown(result, None)
+    kept = NeuronPages.load(tmp_path / "neurons.json")
+    write_report(result, tmp_path / "again", neurons=kept)
+    assert (tmp_path / "again" / "report.html").read_text() == path.read_text()
+    write_report(result, tmp_path / "again")
+    assert sorted(one.name for one in (tmp_path / "again").iterdir()) == ["report.html", "report.md"]

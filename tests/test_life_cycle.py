@@ -23,10 +23,10 @@ from conftest import make_pairs, save_classifier
 import rmtension
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead, TensionStudy
 from rmtension.batch_run import BatchRun, _BlockGates
+from rmtension.classifiers import build_classifier
 from rmtension.direct import direct_contributions
 from rmtension.distributed import current, sharded
 from rmtension.errors import OptionError, RMTensionError
-from rmtension.export import build_classifier
 from rmtension.faithfulness import faithfulness
 from rmtension.hooks import (
     InstalledHooks,
@@ -41,6 +41,7 @@ from rmtension.hooks import (
 )
 from rmtension.neuron_pages import examine
 from rmtension.nonfinite import require_finite, where_not_finite
+from rmtension.opening import require_hidden_padding
 from rmtension.pair_pass import run_pass
 from rmtension.pair_rewards import RewardsOfPairs
 from rmtension.plain_weights import plain_copy
@@ -248,9 +249,8 @@ CALLS = {
     "batch_run.BatchRun.replay": lambda s: BatchRun(s.head, s.batch, ["mlp"], forward=False).replay.rewards_from(1),
     "body.BridgeBody.residual": lambda s: in_eval(s, lambda: s.head.body.residual(s.batch)),
     "direct.direct_contributions": lambda s: direct_contributions(s.head, s.batch),
-    "export.build_classifier": lambda s: build_classifier(s.head),
-    "export.save_classifier": lambda s: s.head.save_pretrained(s.folder / "saved"),
-    "hooked_model.HookedModel.require_hidden_padding": lambda s: s.head.require_hidden_padding(),
+    "classifiers.build_classifier": lambda s: build_classifier(s.head),
+    "classifiers.save_classifier": lambda s: s.head.save_pretrained(s.folder / "saved"),
     "faithfulness.faithfulness": lambda s: faithfulness(
         s.head,
         NeuronAttribution(s.head, method="direct_effect").score(s.pairs),
@@ -260,8 +260,8 @@ CALLS = {
         n_random=1,
     ),
     "gates.find_gates": lambda s: s.head.body.spots("mlp_gate", 0),
-    "hooked_model.HookedModel.look": lambda s: s.head.look(s.batch, ["mlp", "attn_head"], lambda *_: None),
-    "hooked_model.HookedModel.residual": lambda s: s.head.residual(s.batch),
+    "reward_model.RewardModel.look": lambda s: s.head.look(s.batch, ["mlp", "attn_head"], lambda *_: None),
+    "reward_model.RewardModel.residual": lambda s: s.head.residual(s.batch),
     "hooks.copy_without_hooks": lambda s: copy_without_hooks(s.head.body.plain),
     # What a bridge's own run leaves is TransformerLens'.
     "lens_hooks.fwd_hooks": lambda s: s.head.fwd_hooks(s.neurons, mode="mean", reference=s.statistics),
@@ -270,14 +270,15 @@ CALLS = {
     ),
     "nonfinite.require_finite": lambda s: require_finite(s.head, torch.zeros(3), lambda row: s.batch),
     "nonfinite.where_not_finite": lambda s: where_not_finite(s.head, s.batch, [torch.tensor([torch.inf])], None),
+    "opening.require_hidden_padding": lambda s: require_hidden_padding(s.head),
     "plain_weights.plain_copy": lambda s: plain_copy(s.head.body.plain),
     "profiles.collect_profiles": lambda s: collect_profiles(s.head, s.pairs, base=s.base),
     "replay.Replay.__init__": lambda s: Replay(s.head, s.batch, ["mlp"]),
     "replay.Replay.rewards_from": lambda s: Replay(s.head, s.batch).rewards_from(1),
     "replay.Replay.run_block": lambda s: (replay := Replay(s.head, s.batch)).run_block(1, replay.stream(1)),
     "reward_head.RewardHead.__init__": lambda s: RewardHead(s.head.model, weight=s.head.weight),
-    "reward_head.RewardHead.forward": lambda s: s.head.forward(s.batch),
-    "reward_head.RewardHead.rewards": lambda s: s.head.rewards(s.batch),
+    "reward_model.RewardModel.forward": lambda s: s.head.forward(s.batch),
+    "reward_model.RewardModel.rewards": lambda s: s.head.rewards(s.batch),
     "pair_pass.run_pass": lambda s: run_pass(
         s.head, s.pairs, RewardsOfPairs(s.head, s.pairs, lambda batch: [s.head.rewards(batch)])
     ),
@@ -307,24 +308,33 @@ CALLS = {
 # The same calls under other names.
 THE_SAME = {
     "export.ablate_weights": "reward_head.RewardHead.with_ablation",
-    "export.reload_classifier": "selfcheck.check_head",
+    "classifiers.reload_classifier": "selfcheck.check_head",
     "reward_head.RewardHead.fwd_hooks": "lens_hooks.fwd_hooks",
     "reward_head.RewardHead.check": "selfcheck.check_head",
-    "reward_head.RewardHead.save_pretrained": "export.save_classifier",
+    "reward_head.RewardHead.save_pretrained": "classifiers.save_classifier",
+    "scoring.score_texts": "reward_head.RewardHead.score",
+    "scoring.score_tokens": "reward_head.RewardHead.score_tokens",
+    "probes.find_probes": "selfcheck.check_head",
+    "classifiers.current_checkpoint": "classifiers.save_classifier",
+    "classifiers.require_same_stream": "classifiers.build_classifier",
+    "classifiers.run_eagerly": "classifiers.build_classifier",
 }
 # What opens or builds a model of its own, or looks at one without running it: nothing of a user's could be changed.
 OWN_MODEL = [
     "body.BridgeBody.__init__",
     "body.find_body",
-    "hooked_model.HookedModel.__init__",
+    "reward_model.RewardModel.__init__",
     "last_block.LastMLP.__init__",
     "plain_run.find_last_mlp",
     "rope.RopeByText.__init__",
     "reward_head.RewardHead.from_classifier",
     "reward_head.RewardHead.from_language_model",
     "reward_head.RewardHead.from_pretrained",
-    "reward_head.RewardHead.on_own_model",
-    "selfcheck.require_same_rewards",
+    "opening.open_model",
+    "opening.open_saved_model",
+    "opening.with_checkpoint",
+    "opening.with_lens_model",
+    "opening.head_on",
     "body.NativeBody.residual",
     "hooked_transformer_body.HookedTransformerBody.__init__",
     "hooked_transformer_body.HookedTransformerBody.residual",
@@ -375,15 +385,15 @@ ONLY_LOOKS = [
     "faithfulness.sample_neurons",
     "family_runs.ModelFamily.__init__",
     "loading.refuse_offloaded",
-    "hooked_model.HookedModel.architecture",
-    "hooked_model.HookedModel.encode",
-    "hooked_model.HookedModel.hooks",
-    "hooked_model.HookedModel.n_channels",
-    "hooked_model.HookedModel.n_neurons",
-    "hooked_model.HookedModel.reward_dtype",
-    "hooked_model.HookedModel.setup_digest",
-    "hooked_model.HookedModel.sites",
-    "hooked_model.HookedModel.tokens_together",
+    "reward_model.RewardModel.architecture",
+    "reward_model.RewardModel.encode",
+    "reward_model.RewardModel.hooks",
+    "reward_model.RewardModel.n_channels",
+    "reward_model.RewardModel.n_neurons",
+    "reward_model.RewardModel.reward_dtype",
+    "reward_model.RewardModel.setup_digest",
+    "reward_model.RewardModel.sites",
+    "reward_model.RewardModel.tokens_together",
     "hooked_transformer_body.HookedTransformerBody.block",
     "hooked_transformer_body.HookedTransformerBody.final_norm",
     "hooked_transformer_body.HookedTransformerBody.final_norm_folded",
@@ -404,10 +414,10 @@ ONLY_LOOKS = [
     "replacing.require_made_from",
     "replay.Replay.read",
     "replay.Replay.stream",
-    "reward_head.RewardHead.fingerprint",
-    "reward_head.RewardHead.provenance",
-    "reward_head.RewardHead.read",
-    "reward_head.RewardHead.require_weight",
+    "reward_model.RewardModel.fingerprint",
+    "reward_model.RewardModel.provenance",
+    "reward_model.RewardModel.read",
+    "reward_model.RewardModel.require_weight",
     "runs.ModelRuns.__init__",
     "runs.ModelRuns.close",
     "runs.ModelRuns.head",
@@ -417,7 +427,7 @@ ONLY_LOOKS = [
     "study.TensionStudy.__init__",
 ]
 
-MODEL_TYPES = ("RewardHead", "HookedModel", "BridgeBody", "HookedTransformerBody", "nn.modules.module.Module")
+MODEL_TYPES = ("RewardHead", "RewardModel", "BridgeBody", "HookedTransformerBody", "nn.modules.module.Module")
 
 
 def takes_a_model(function):

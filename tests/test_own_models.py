@@ -10,8 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
 from rmtension.direct import direct_contributions
-from rmtension.errors import ModelError, OptionError
-from rmtension.selfcheck import CheckError
+from rmtension.errors import CheckError, ModelError, OptionError
 from rmtension.tokens import TokenBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated:DeprecationWarning")
@@ -33,7 +32,7 @@ CONFIGS = {
 
 def open_own(kind, model, **options):
     columns, biases = unembedding(kind, model)
-    return RewardHead(model, weight=columns[:, 7].tolist(), bias=float(biases[7]), **options)
+    return RewardHead(model, (columns[:, 7].tolist(), float(biases[7])), **options)
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)

@@ -1,6 +1,5 @@
 """The package as users meet it: a cheap import, names, floors."""
 
-import pkgutil
 import re
 import subprocess
 import sys
@@ -9,93 +8,11 @@ from pathlib import Path
 
 import pytest
 import release
+from import_graph import FLOORS, ROOMS, circles, floors, not_downward, read_graph
 
 import rmtension
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted(module.name for module in pkgutil.iter_modules(rmtension.__path__))
-# Floors of the design: a module imports only from floors below its own.
-FLOORS = [
-    {
-        *("arguments", "distributed", "errors", "gates", "hooks", "norms", "packed", "progress", "provenance"),
-        *("repr_html", "signs", "sites", "subtasks"),
-    },
-    {"files", "header", "outputs", "local_names", "data_files"},
-    {"neuron_json"},
-    {"storage"},
-    {"chat", "heads", "neurons", "pair", "portable", "reading"},
-    {"preference_format", "conversations"},
-    {"rows"},
-    {"pairs", "neuron_scores"},
-    {"pair_scores", "token_scores"},
-    {"benchmarks", "intervals", "length"},
-    {"encoding", "scored", "tokens", "controls", "overlap", "work"},
-    {"stored_heads"},
-    {"adapters"},
-    {
-        "plain_weights",
-        "projections",
-        "packing",
-        "last_block",
-        "rope",
-        "budget",
-        "sums",
-        "plain_run",
-        "loading",
-        "unembedding",
-    },
-    {"checkpoints", "hooked_transformer_body"},
-    {"body"},
-    {"wrapping"},
-    {"lens_models"},
-    {"site_widths"},
-    {"hooked_model"},
-    # A head reaches from its methods to the modules that prove, decompose and export it, and these to ablation.
-    {
-        "reward_head",
-        "pair_pass",
-        "pair_rewards",
-        "pair_statistic",
-        "pass_record",
-        "nonfinite",
-        "direct",
-        "selfcheck",
-        "activations",
-        "ablation",
-        "export",
-        "holding",
-        "replacing",
-        "lens_hooks",
-    },
-    {"running_scores"},
-    {"replay"},
-    {"writes", "batch_run"},
-    {"methods"},
-    {"attribution", "evaluation", "profiles", "single_effects", "sweep", "agreement"},
-    {"faithfulness"},
-    {"shared", "transferability", "confidence", "conflict", "runs", "study_options"},
-    {"causality"},
-    {"curves", "collapse", "family_runs"},
-    # A result reaches from its `report` to what draws one.
-    {
-        "analyses",
-        "study_result",
-        "plots",
-        "readable",
-        "report",
-        "findings",
-        "neuron_pages",
-        "neuron_drawing",
-        "html_report",
-    },
-    {"study", "world", "organisms", "trainer_run"},
-    {"training"},
-    {"family"},
-    {"check_matrix", "study_config", "study_neurons"},
-    {"demo"},
-    {"commands"},
-    {"cli"},
-]
 
 
 @pytest.mark.parametrize(
@@ -119,16 +36,93 @@ def test_names():
     assert (ROOT / "rmtension" / "py.typed").exists()
 
 
-def test_every_module_is_on_a_floor_and_imports_only_from_its_own_or_below():
-    placed = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-    assert sorted(placed) == MODULES
-    for module, floor in placed.items():
-        files = [*(ROOT / "rmtension").glob(f"{module}.py"), *(ROOT / "rmtension" / module).glob("*.py")]
-        text = "\n".join(path.read_text() for path in files)
-        for imported in re.findall(r"^\s*from rmtension(?:\.(\w+))?(?:\.\w+)* import (.+)$", text, re.MULTILINE):
-            names = [imported[0]] if imported[0] else re.findall(r"\w+", imported[1])
-            for name in names:
-                assert placed.get(name, 0) <= floor, f"{module} imports {name} from above"
+def test_modules_form_no_circle():
+    """Strongly connected components over all imports: inside functions and under TYPE_CHECKING too."""
+    assert circles(read_graph(ROOT / "rmtension").arrows) == []
+
+
+def test_every_package_imports_only_from_lower_floors():
+    graph = read_graph(ROOT / "rmtension")
+    assert not set(ROOMS) - {module.partition(".")[0] for module in graph.lines}, "a module that is gone has a room"
+    assert not_downward(graph.by_package(ROOMS).arrows, FLOORS) == []
+
+
+def graph_of(folder, texts):
+    """That of a package in `folder` with the given modules: path in it -> text."""
+    for name, text in {"__init__": "", **texts}.items():
+        path = folder / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return read_graph(folder)
+
+
+class TestImportGraph:
+    """What the two tests above use, on small packages: every way of importing is seen, and other libraries are not."""
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "import toy.b",
+            "import os, toy.b as other",
+            "from toy.b import name",
+            "from toy import b",
+            "from . import b",
+            "from .b import name",
+            "def late():\n    from toy.b import name",
+            "if TYPE_CHECKING:\n    import toy.b",
+            "class A:\n    def late(self):\n        import toy.b",
+        ],
+    )
+    def test_a_planted_circle_is_found(self, line, tmp_path):
+        graph = graph_of(tmp_path / "toy", {"a": line, "b": "from toy.c import x", "c": "import toy.a"})
+        assert circles(graph.arrows) == [["a", "b", "c"]]
+        graph = graph_of(tmp_path / "toy", {"a": line, "b": "from toy.c import x", "c": "import os"})
+        assert circles(graph.arrows) == []
+        assert floors(graph.arrows) == [["c", "toy"], ["b"], ["a"]]
+
+    def test_other_libraries_and_names_are_no_modules(self, tmp_path):
+        text = "import toyota.b\nfrom os import b\n'from toy.b import name'  # import toy.b"
+        assert graph_of(tmp_path / "toy", {"a": text, "b": ""}).arrows["a"] == set()
+        # A public name is imported from the package itself, which imports what it names.
+        graph = graph_of(tmp_path / "toy", {"__init__": "from toy.a import Name", "a": "from toy import Name"})
+        assert circles(graph.arrows) == [["a", "toy"]]
+
+    def test_two_circles_that_do_not_meet(self):
+        arrows = {"a": ["b"], "b": ["a"], "c": ["d", "a"], "d": ["e"], "e": ["c"], "f": ["c", "f"]}
+        assert circles(arrows) == [["c", "d", "e"], ["a", "b"]]
+        assert floors(arrows) == [["a", "b"], ["c", "d", "e"], ["f"]]
+
+    def test_a_planted_import_from_above_is_found(self, tmp_path):
+        texts = {
+            "low/x": "",
+            "low/y": "from toy.low.x import one",
+            "side/x": "",
+            "high/x": "from toy.low.y import two",
+        }
+        given = [["toy", "low", "side"], ["high"]]
+        assert not_downward(graph_of(tmp_path / "toy", texts).by_package({}).arrows, given) == []
+        texts["low/x"] = "def late():\n    import toy.high.x\n    import toy.side.x"
+        texts["rest"] = ""
+        assert not_downward(graph_of(tmp_path / "toy", texts).by_package({}).arrows, given) == [
+            "rest is on no floor",
+            "low (floor 1) imports from high (floor 2)",
+            "low (floor 1) imports from side (floor 1)",
+        ]
+
+    def test_modules_are_in_the_packages_that_are_said(self, tmp_path):
+        graph = graph_of(tmp_path / "toy", {"a": "import toy.b", "b": "import toy.c", "c": ""})
+        packages = graph.by_package({"a": "one", "b": "one", "c": "two", "toy": "toy"})
+        assert packages.arrows == {"one": {"two"}, "two": set(), "toy": set()}
+
+    def test_the_program(self, tmp_path):
+        graph_of(tmp_path / "rmtension", {"sites": "import rmtension.errors", "errors": "import rmtension.sites"})
+        ran = subprocess.run(
+            [sys.executable, ROOT / "tests" / "import_graph.py", "--root", tmp_path],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert (
+            "3 modules, 2 arrows between them, floors: 1\ncircles of modules: 1\n  of 2: errors sites\n" in ran.stdout
+        )
 
 
 def test_the_sdist_holds_all_that_is_tracked():

@@ -123,6 +123,7 @@ def hand_made(seeds=(0, 1, 2), family="tiny", level=0.95):
             "level": level, "seed": 0,
         },
         "families": [{"family": family, "seed": seed, "base": True} for seed in seeds],
+        "models": {f"{family} 0": {"mixed": {"architecture": "toy", "model": "0123", "dtype": "float32"}}},
         "pairs": {
             on: {"scoring": 90, "evaluating": 90, "identical_responses": 0, "prompts_cut": 0} for on in OBJECTIVES
         },

@@ -13,8 +13,10 @@ from test_plots import MODELS, SETS, expected, hand_made
 from rmtension import StudyResult
 from rmtension.errors import OptionError, StorageError
 from rmtension.readable import SECTIONS, readable_tables
-from rmtension.report import notes, to_text, write_report
+from rmtension.report import write_report
+from rmtension.report_figures import draw_pictures
 from rmtension.study_result import TABLES
+from rmtension.text_report import notes, to_markdown, to_text
 
 # Table -> files of its figures.
 FIGURES = {
@@ -76,10 +78,7 @@ def study():
 def fast(monkeypatch):
     """Figures that are drawn but not rendered: rendering is most of the time, and no part of what is tested."""
 
-    def save(self, path, **options):
-        path.write_bytes(b"")
-
-    monkeypatch.setattr(Figure, "savefig", save)
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: None)
 
 
 def only(study, *tables):
@@ -90,8 +89,13 @@ def headings(page):
     return [line[3:] for line in page.splitlines() if line.startswith("## ")]
 
 
-def pictures(folder):
-    return sorted(path.stem for path in folder.glob("*.png"))
+def markdown(result):
+    return to_markdown(result, draw_pictures(result))
+
+
+def pictures(result):
+    drawn = draw_pictures(result)
+    return sorted(one.name.removesuffix(".png") for some in drawn.values() for one in some)
 
 
 def test_every_table_of_a_study_has_a_section():
@@ -99,23 +103,23 @@ def test_every_table_of_a_study_has_a_section():
 
 
 def test_the_page_of_a_whole_study(study, tmp_path, fast):
-    page = write_report(study, tmp_path)
-    assert page == tmp_path / "report.md"
-    text = page.read_text()
+    assert write_report(study, tmp_path) == tmp_path / "report.html"
+    text = (tmp_path / "report.md").read_text()
     assert headings(text) == [section.title for section in SECTIONS]
-    assert pictures(tmp_path) == sorted(name for names in FIGURES.values() for name in names)
-    for name in pictures(tmp_path):
+    names = sorted(path.stem for path in tmp_path.glob("*.png"))
+    assert names == sorted(name for names in FIGURES.values() for name in names)
+    for name in names:
         assert text.count(f"]({name}.png)") == 1
     for line in notes(study):
         assert f"- {line}" in text
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_a_study_of_one_table_has_that_alone(study, table, tmp_path, fast):
-    text = write_report(only(study, table), tmp_path).read_text()
+def test_a_study_of_one_table_has_that_alone(study, table, fast):
+    text = markdown(only(study, table))
     (section,) = [section for section in SECTIONS if section.table == table]
     assert headings(text) == [section.title]
-    assert pictures(tmp_path) == sorted(FIGURES.get(table, []))
+    assert pictures(only(study, table)) == sorted(FIGURES.get(table, []))
     said = to_text(only(study, table))
     for other in SECTIONS:
         assert (f"\n{other.title}\n" in said) == (other is section)
@@ -126,7 +130,7 @@ def test_the_page_is_written_alike_every_time(study, tmp_path):
     small = only(study, "transferability", "drift")
     for name in ("one", "two"):
         write_report(small, tmp_path / name)
-    for name in ("report.md", "transferability.png"):
+    for name in ("report.html", "report.md", "transferability.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
@@ -178,9 +182,9 @@ class TestReadableTables:
         assert table["Drift to chance"]["r"].tolist() == ["-"] * 3
         assert table["Top sets"]["score at the cut"].tolist() == ["0.25"] * 3
 
-    def test_long_tables_are_named(self, study, tmp_path, fast):
+    def test_long_tables_are_named(self, study, fast):
         long = only(study, "neurons", "rewards", "curves")
-        page, said = write_report(long, tmp_path).read_text(), to_text(long)
+        page, said = markdown(long), to_text(long)
         for name in long.tables:
             line = f"{len(study.tables[name])} rows: `{name}.csv`, as `StudyResult.save` writes it."
             assert line in page
@@ -190,11 +194,11 @@ class TestReadableTables:
         assert not readable_tables(result)
         assert f"{len(many)} rows: `subsets.csv`" in to_text(result)
 
-    def test_tables_without_rows(self, study, tmp_path):
+    def test_tables_without_rows(self, study):
         """Equal sizes of sets that share nothing, for instance."""
         result = StudyResult({"equal_size": study.equal_size.iloc[:0]}, study.summary)
-        assert "No rows." in write_report(result, tmp_path).read_text()
-        assert pictures(tmp_path) == []
+        assert "No rows." in markdown(result)
+        assert pictures(result) == []
         assert "No rows." in to_text(result)
 
     def test_a_table_of_another_version(self, study, tmp_path):
@@ -203,25 +207,24 @@ class TestReadableTables:
             to_text(result)
 
 
-def test_figures_that_need_more_than_a_row_are_left_out(study, tmp_path, fast):
+def test_figures_that_need_more_than_a_row_are_left_out(study, fast):
     tables = {
         "accuracy": study.accuracy.query("measure != 'refusing'"),
         "subsets": study.subsets.query("objective == 'helpful'"),
     }
-    write_report(StudyResult(tables, study.summary), tmp_path)
-    assert pictures(tmp_path) == ["accuracy"]
+    assert pictures(StudyResult(tables, study.summary)) == ["accuracy"]
 
 
-def test_bars_and_line_breaks_stay_in_their_cells(study, tmp_path, fast):
+def test_bars_and_line_breaks_stay_in_their_cells(study, fast):
     table = study.transferability.replace("transferability", "T | of\nboth")
-    page = write_report(StudyResult({"transferability": table}, study.summary), tmp_path).read_text()
+    page = markdown(StudyResult({"transferability": table}, study.summary))
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 2 * 5
     assert sum(r"T \| of both" in row for row in rows) == 2
     assert {row.replace(r"\|", "").count("|") for row in rows} == {5}
 
 
-def test_several_families(study, tmp_path, fast):
+def test_several_families(study, fast):
     """Each has figures of its own, whose names cannot meet."""
     names = ["org/one", "org one", "[two]"]
     tables = {
@@ -232,11 +235,11 @@ def test_several_families(study, tmp_path, fast):
     tables["equal_size"] = tables["equal_size"].query("family != 'org one'")
     families = [{"family": family, "seed": seed, "base": family != "[two]"} for family in names for seed in range(3)]
     result = StudyResult(tables, study.summary | {"families": families})
-    page = write_report(result, tmp_path).read_text()
+    page = markdown(result)
     suffixes = ("-1-org-one", "-2-org-one", "-3--two-")
     figures = ("comparisons", "curves_accuracy", "curves_margin")
     drawn = [f"{figure}{suffix}" for figure in figures for suffix in suffixes]
-    assert pictures(tmp_path) == sorted([*drawn, "equal_size-1-org-one", "equal_size-3--two-"])
+    assert pictures(result) == sorted([*drawn, "equal_size-1-org-one", "equal_size-3--two-"])
     assert "![two: Accuracy of the mixed model minus that of a specialist](comparisons-3--two-.png)" in page
     table = readable_tables(result)["Mixed model minus specialists"]
     assert table["family"].value_counts().tolist() == [12, 12, 12]
@@ -268,11 +271,11 @@ def test_a_folder_that_cannot_be_written(study, tmp_path):
         *("`c`", "*b* __u__ ~~s~~", "$x$", "&lt;", "\\"),
     ],
 )
-def test_text_of_the_data_is_no_markup(text, study, tmp_path, fast):
+def test_text_of_the_data_is_no_markup(text, study, fast):
     """Names of subsets and families come from files: rendered, they read as they are."""
     tables = {"comparisons": study.tables["comparisons"].assign(family=text, subset=text)}
     families = [{"family": text, "seed": seed, "base": True} for seed in range(3)]
-    page = write_report(StudyResult(tables, study.summary | {"families": families}), tmp_path).read_text()
+    page = markdown(StudyResult(tables, study.summary | {"families": families}))
     rendered = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(page)
     assert "<script" not in rendered
     assert "http://e" not in re.sub(r">[^<]*<", "><", rendered), "a link, or an image from elsewhere"

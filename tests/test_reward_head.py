@@ -64,7 +64,7 @@ def test_distinct_pad_reads_the_eos(checkpoints):
 
 def test_head_with_bias_and_matrix_weight(head, ragged_texts):
     weight = head.weight[None] * 2
-    doubled = RewardHead(head.model, weight=weight, bias=3.0, tokenizer=head.tokenizer, pad_token_id=head.pad_token_id)
+    doubled = RewardHead(head.model, (weight, 3.0), tokenizer=head.tokenizer, pad_token_id=head.pad_token_id)
     assert torch.allclose(doubled.score(ragged_texts), 2 * head.score(ragged_texts) + 3, atol=1e-5)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import EOS, make_pairs, make_tokenizer, put_bos_first, save_classifier
 
-import rmtension.reward_head
+import rmtension.scoring
 from rmtension import PreferencePairs, RewardHead
 from rmtension.body import BridgeBody
 from rmtension.encoding import EncodedText
@@ -95,17 +95,17 @@ def test_double_bos_is_rejected(tmp_path, monkeypatch):
     head = RewardHead.from_pretrained(tmp_path)
     assert head.tokenizer("cake")["input_ids"][0] == head.tokenizer.bos_token_id
     assert head.check()["passed"].all()
-    encode = rmtension.reward_head.encode_texts
+    encode = rmtension.scoring.encode_texts
 
     def twice(tokenizer, texts, **options):
         encoded = encode(tokenizer, texts, **options)
         return [EncodedText((tokenizer.bos_token_id, *text.ids), text.response_start, text.key) for text in encoded]
 
-    monkeypatch.setattr(rmtension.reward_head, "encode_texts", twice)
+    monkeypatch.setattr(rmtension.scoring, "encode_texts", twice)
     assert "equal to transformers" in failed(head)
     # Without transformers to compare with, the ids tell.
     head.checkpoint = None
-    monkeypatch.setattr("rmtension.selfcheck.encode_texts", twice)
+    monkeypatch.setattr("rmtension.probes.encode_texts", twice)
     assert "tokens" in failed(head)
 
 
@@ -116,7 +116,7 @@ def test_left_padding_without_positions_is_rejected(checkpoints, family, monkeyp
     On the CPU: rows so long have positions beyond the embedding's, an error there, and the end of the process on a GPU.
     """
     head = RewardHead.from_pretrained(checkpoints[family], device="cpu")
-    monkeypatch.setattr(rmtension.reward_head, "compact", lambda input_ids, mask: (input_ids, mask))
+    monkeypatch.setattr(rmtension.scoring, "compact", lambda input_ids, mask: (input_ids, mask))
     assert failed(head) == {"padding"}
 
 
@@ -199,4 +199,4 @@ def test_batches_are_made_as_before():
     batch = TokenBatch.from_texts([EncodedText((3, 4), 0, 0)], [0], pad_token_id=None, device="cpu")
     assert batch.last.tolist() == [1]
     assert rmtension.tokens.last_token is last_token
-    assert callable(rmtension.reward_head.compact)
+    assert callable(rmtension.scoring.compact)

@@ -314,9 +314,11 @@ class TestResult:
             _ = result.nothing
 
     def test_report_and_figures_of_every_table(self, result, tmp_path):
-        from rmtension.report import to_text, write_report
+        from rmtension.report import write_report
+        from rmtension.text_report import to_text
 
-        page = write_report(result, tmp_path).read_text()
+        write_report(result, tmp_path)
+        page = (tmp_path / "report.md").read_text()
         figures = sorted(path.name for path in tmp_path.glob("*.png"))
         assert len(figures) >= 10
         assert all(f"({name})" in page for name in figures)

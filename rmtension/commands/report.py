@@ -22,16 +22,15 @@ def add_options(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> Outcome:
     """Read the tables, and write the page."""
     from rmtension.neuron_pages import NeuronPages
-    from rmtension.report import notes, write_report
-    from rmtension.study_neurons import NEURONS
+    from rmtension.report import MARKDOWN, NEURONS, write_report
     from rmtension.study_result import StudyResult
+    from rmtension.text_report import notes
 
     result = StudyResult.load(options.folder)
     try:
-        page, done = write_report(result, options.folder), notes(result)
         kept = options.folder / NEURONS
         neurons = NeuronPages.load(kept) if kept.exists() else None
-        html = result.report(options.folder, neurons=neurons)
+        html, done = write_report(result, options.folder, neurons=neurons), notes(result)
     except RMTensionError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -39,5 +38,6 @@ def run(options: Namespace) -> Outcome:
             f"{options.folder}: its tables are not what a study writes ({type(error).__name__}: {error}). Run the "
             "study again: it keeps its passes."
         ) from error
+    page = options.folder / MARKDOWN
     data = {"folder": options.folder, "report": html, "markdown": page, "tables": list(result.tables), "notes": done}
     return Outcome("\n".join([*done, f"Written to {html} and {page}."]), data)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rmtension.commands.outcome import Outcome
-from rmtension.html_report import PAGE as HTML_PAGE
-from rmtension.report import PAGE, notes, to_text
+from rmtension.report import HTML, MARKDOWN
 from rmtension.study_result import StudyResult
+from rmtension.text_report import notes, to_text
 
 
 def study_outcome(result: StudyResult, out: Path, seconds: Mapping[str, float], *, n_run: int, n_read: int) -> Outcome:
@@ -15,8 +15,8 @@ def study_outcome(result: StudyResult, out: Path, seconds: Mapping[str, float], 
     written = f"Written to {out}: {took}; {n_run} passes over models run, {n_read} read from {out / 'runs'}."
     data = {
         "out": out,
-        "report": out / HTML_PAGE,
-        "markdown": out / PAGE,
+        "report": out / HTML,
+        "markdown": out / MARKDOWN,
         "tables": {name: out / f"{name}.csv" for name in result.tables},
         "notes": notes(result),
         "seconds": dict(seconds),

@@ -69,15 +69,17 @@ def run(options: Namespace) -> Outcome:
     with quiet_libraries():
         from rmtension.commands.studies import study_outcome
         from rmtension.report import write_report
-        from rmtension.study_neurons import write_neurons
+        from rmtension.study_neurons import study_neurons
 
         config = _config(options)
+        if options.neurons < 0:
+            raise OptionError(f"--neurons: expected 0 or more, got {options.neurons}.")
         start = time.monotonic()
         study = config.study()
         result = study.run(folder=config.out, progress=not options.quiet)
         result.save(config.out, overwrite=True)
-        write_report(result, config.out)
-        write_neurons(study, result, config.out, n=options.neurons, progress=not options.quiet)
+        pages = study_neurons(study, n=options.neurons, progress=not options.quiet) if options.neurons else None
+        write_report(result, config.out, neurons=pages)
     took = {"study": time.monotonic() - start}
     return study_outcome(result, config.out, took, n_run=study.n_run, n_read=study.n_read)
 
