@@ -15,7 +15,7 @@ from rmtension.arguments import require_arguments, require_choice
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.neuron_scores import N_BLOCKS, NeuronScores, block_of, jackknife_stderr
 from rmtension.pair import PreferencePair
-from rmtension.provenance import Provenance
+from rmtension.provenance import METHOD_FIELDS, Provenance
 from rmtension.reward_head import RewardHead
 from rmtension.sites import check_positions, find_site, neuron_activations
 from rmtension.storage import read_result, write_result
@@ -71,7 +71,7 @@ class ActivationProfile:
 
     def __add__(self, other: "ActivationProfile") -> "ActivationProfile":
         """The profile of both sets of pairs, for example of both objectives."""
-        names = ("architecture", "model", "site", "positions", "method", "dtype")
+        names = ("architecture", "model", "site", "positions", *METHOD_FIELDS, "dtype")
         self.provenance.require_same(other.provenance, names, what="ActivationProfile")
         if self.base != other.base:
             raise ProvenanceError(
@@ -97,9 +97,9 @@ class ActivationProfile:
         over blocks of prompts.
         """
         require_choice("method", method, SCORES)
-        if method == "change" and not self.base:
-            raise OptionError("method: 'change' needs a base model. Collect the profile with base=.")
         asked = SCORES[method]
+        if asked.statistic == "change" and not self.base:
+            raise OptionError(f"method: {method!r} needs a base model. Collect the profile with base=.")
         row = _STATISTICS.index(asked.statistic)
 
         def score(sides: Float[Tensor, "*part 2 layer neuron"]) -> Float[Tensor, "*part layer neuron"]:
@@ -110,9 +110,8 @@ class ActivationProfile:
 
         whole, without = self._means(row)
         without_block = score(without)
-        pooled = ", tokens pooled" if self.provenance.method.endswith("pooled") else ""
-        beside = f" from base {self.base}" if method == "change" else ""
-        provenance = replace(self.provenance, method=f"{method}{beside}{pooled}", sign=asked.sign)
+        base = self.base if asked.statistic == "change" else None
+        provenance = replace(self.provenance, method=method, base=base, sign=asked.sign)
         return NeuronScores(score(whole), jackknife_stderr(without_block), provenance, without_block)
 
     def _means(self, row: int) -> tuple[Float[Tensor, "2 layer neuron"], Float[Tensor, "block 2 layer neuron"]]:
@@ -217,12 +216,12 @@ def collect_profiles(
         f"{site}/{one}/{name}": part for (site, one), total in totals.items() for name, part in total.state.items()
     }
     stream.run(look, add, state, layer_dim=2)
-    method = "profile, tokens pooled" if pool_tokens else "profile"
     profiles: dict[tuple[str, str], ActivationProfile] = {}
     stream.require_pairs()
     for (site, one), total in totals.items():
         stream.add_up(total.sums, total.weights, total.n_tokens)
-        provenance = stream.provenance(int(total.n_tokens), site=site, positions=one, method=method)
+        provenance = stream.provenance(int(total.n_tokens), site=site, positions=one, method="profile")
+        provenance = replace(provenance, pool_tokens=pool_tokens)
         profiles[site, one] = ActivationProfile(
             total.sums, total.weights, "" if base is None else base.fingerprint, provenance
         )
@@ -251,7 +250,7 @@ def selectivity(profiles: Mapping[str, ActivationProfile], *, quantile: float = 
     first, *others = profiles.values()
     for other in others:
         first.provenance.require_same(
-            other.provenance, ("architecture", "model", "site", "positions", "method"), what="selectivity"
+            other.provenance, ("architecture", "model", "site", "positions", *METHOD_FIELDS), what="selectivity"
         )
     scores = [profile.scores("frequency") for profile in profiles.values()]
     frequencies = torch.stack([one.values for one in scores])

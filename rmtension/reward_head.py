@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from rmtension.lens_hooks import LensHook
     from rmtension.neurons import NeuronSet
+    from rmtension.replacements import Replacement
 
 
 class RewardHead(HookedModel):
@@ -447,10 +448,10 @@ class RewardHead(HookedModel):
 
         return check_head(self, pairs, reference)
 
-    def with_ablation(
-        self, neurons: "NeuronSet", *, mode: str = "zero", reference: Any = None, alpha: float | None = None
-    ) -> "RewardHead":
+    def with_ablation(self, neurons: "NeuronSet", replacement: "Replacement | None" = None) -> "RewardHead":
         """A copy whose weights do for good what `AblationContext` does at all positions; see `rmtension.export`.
+
+        `replacement` is `Zero()` (the default), `Mean(statistics)` or `Scale(alpha)`.
 
         Examples:
             >>> without = head.with_ablation(organism.truth["harmless"])
@@ -460,22 +461,19 @@ class RewardHead(HookedModel):
             True
         """
         from rmtension.export import ablate_weights
+        from rmtension.replacements import Zero
 
-        return ablate_weights(self, neurons, mode=mode, reference=reference, alpha=alpha)
+        return ablate_weights(self, neurons, Zero() if replacement is None else replacement)
 
-    def fwd_hooks(
-        self,
-        neurons: "NeuronSet",
-        *,
-        mode: str = "zero",
-        reference: Any = None,
-        alpha: float | None = None,
-        positions: str = "all",
-    ) -> "list[LensHook]":
-        """`AblationContext` as hooks for `head.model.run_with_hooks(ids, fwd_hooks=...)`: `rmtension.lens_hooks`."""
+    def fwd_hooks(self, neurons: "NeuronSet", replacement: "Replacement | None" = None) -> "list[LensHook]":
+        """`AblationContext` as hooks for `head.model.run_with_hooks(ids, fwd_hooks=...)`: `rmtension.lens_hooks`.
+
+        `replacement` is `Zero()` (the default), `Mean(statistics)` or `Scale(alpha)`.
+        """
         from rmtension.lens_hooks import fwd_hooks
+        from rmtension.replacements import Zero
 
-        return fwd_hooks(self, neurons, mode=mode, reference=reference, alpha=alpha, positions=positions)
+        return fwd_hooks(self, neurons, Zero() if replacement is None else replacement)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint that `AutoModelForSequenceClassification` loads, with the tokenizer.

@@ -17,7 +17,7 @@ from rmtension.neurons import NeuronSet
 from rmtension.pair import PreferencePair
 from rmtension.progress import progress_bar
 from rmtension.provenance import digest_of
-from rmtension.replacing import Reference, can_share, check_reference, key_of, name_of, step_to
+from rmtension.replacements import Replacement, Zero, check_replacement
 from rmtension.replay import Replay
 from rmtension.reward_head import RewardHead
 from rmtension.running_scores import RunningScores
@@ -26,6 +26,8 @@ from rmtension.stream import PairStream
 from rmtension.tokens import TokenBatch, margins
 from rmtension.writes import moving, written_weights
 
+# The method's name in provenance.
+EFFECT = "effect of ablation"
 # Residual streams of one step over the last layer's neurons, in numbers: 64 MB in float32.
 _AT_A_TIME = 16_000_000
 
@@ -34,7 +36,7 @@ def single_neuron_effects(
     head: RewardHead,
     pairs: Iterable[PreferencePair],
     *,
-    reference: Reference = "zero",
+    replacement: Replacement = Zero(),
     site: str = "mlp",
     positions: str = "all",
     neurons: NeuronSet | None = None,
@@ -43,13 +45,13 @@ def single_neuron_effects(
     work: str | Path | None = None,
     progress: bool = False,
 ) -> NeuronScores:
-    """What replacing each neuron by `reference`, alone, does to the margin: mean over pairs of M without - M with it.
+    """What replacing each neuron, alone, does to the margin: mean over pairs of M without it - M with it.
 
     A neuron with a negative effect supports the margin, one with a positive effect opposes it (`provenance.sign` -1).
 
-    Exact: the model runs again for every neuron, as under an `AblationContext` of that neuron with mode "zero" or
-    "mean" ("other" replaces by the mean of the pair's other response over the selected tokens). Neurons outside
-    `neurons` get NaN. `stderr` is over pairs; `without_block` serves intervals over prompts.
+    Exact: the model runs again for every neuron, as under an `AblationContext` of that neuron with the same
+    `replacement`; `OtherResponse()`, which no context takes, works too. Neurons outside `neurons` get NaN. `stderr` is
+    over pairs; `without_block` serves intervals over prompts.
 
     Cost: one forward pass over the pairs, and for a neuron of layer l (from 0) of L the blocks above it, which are
     (L - 1 - l) / L of a forward pass, where the residual stream takes what the site's projection writes as it is
@@ -60,7 +62,7 @@ def single_neuron_effects(
 
     In half precision effects near the rounding of the reward are rounding; open the model in float32 for the truth.
     `on_nonfinite` and `work` are those of `NeuronAttribution.score`.
-    Raises `OptionError` for a wrong site, position or reference, `ProvenanceError` for neurons or a reference of
+    Raises `OptionError` for a wrong site, position or replacement, `ProvenanceError` for neurons or a replacement of
     another model.
 
     Examples:
@@ -71,7 +73,7 @@ def single_neuron_effects(
     require_arguments("single_neuron_effects(head, pairs)", head=(head, RewardHead), pairs=(pairs, Iterable))
     check_positions(positions)
     site = find_site(site).name
-    check_reference(head, site, reference)
+    check_replacement(replacement, head, site)
     head.require_weight()
     shape = (head.n_layers, head.n_neurons(site))
     if neurons is None:
@@ -86,7 +88,7 @@ def single_neuron_effects(
     stream = PairStream(
         head,
         pairs,
-        sharing="prompt" if can_share(reference) else "none",
+        sharing="prompt" if replacement.shares_tokens else "none",
         truncate_response=truncate_response,
         keeps_layers=True,
         on_nonfinite=on_nonfinite,
@@ -95,7 +97,7 @@ def single_neuron_effects(
             "run": "single_neuron_effects",
             "site": site,
             "positions": positions,
-            "reference": key_of(reference),
+            "replacement": replacement.key,
             "neurons": digest_of(neurons.mask),
         },
     )
@@ -110,7 +112,7 @@ def single_neuron_effects(
             if not wanted:
                 continue
             activation = replay.activations[site, layer]
-            step = step_to(reference, layer, activation, batch.touched(positions).to(activation.device))
+            step = replacement.step(layer, activation, batch.touched(positions).to(activation.device), batch)
             for change in _changes(replay, site, layer, step, wanted):
                 found.append(margins(change).double())
                 bar.update(batch.n_pairs)
@@ -127,10 +129,9 @@ def single_neuron_effects(
     stream.require_pairs()
     stream.add_up(n_tokens)
     scores.add_up(stream)
-    method = f"effect of ablation to {name_of(reference)}"
-    provenance = stream.provenance(int(n_tokens), site=site, positions=positions, method=method)
+    found = stream.provenance(int(n_tokens), site=site, positions=positions, method=EFFECT)
     # A change of the margin without the neuron: where it is positive, the neuron held the margin down.
-    return scores.finish(replace(provenance, sign=-1))
+    return scores.finish(replace(found, sign=-1, aggregate="signed", replacement=replacement.label))
 
 
 def _changes(

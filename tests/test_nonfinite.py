@@ -47,7 +47,7 @@ RUNS = {
     "scores": lambda head, pairs, **options: NeuronAttribution(head, method="gradient_x_activation").score(
         pairs, **options
     ),
-    "per pair": lambda head, pairs, **options: NeuronAttribution(head).per_pair(pairs, **options),
+    "per pair": lambda head, pairs, **options: NeuronAttribution(head, "mean_difference").per_pair(pairs, **options),
     "profile": lambda head, pairs, **options: collect_profiles(head, pairs, **options)["mlp", "response"],
     "sweep": lambda head, pairs, **options: score_without(head, pairs, [neurons(head)], **options)[0],
     "effects": lambda head, pairs, **options: single_neuron_effects(head, pairs, neurons=neurons(head), **options),
@@ -127,7 +127,7 @@ def test_all_pairs_skipped(checkpoints, pairs):
     head = broken(checkpoints)
     bad = PreferencePairs(pair for pair in pairs if is_bad(pair))
     with pytest.warns(RMTensionWarning), pytest.raises(DataError, match=f"got {len(bad)} without finite numbers"):
-        NeuronAttribution(head).score(bad, on_nonfinite="skip")
+        NeuronAttribution(head, "mean_difference").score(bad, on_nonfinite="skip")
     with pytest.raises(OptionError, match="on_nonfinite: expected 'raise' or 'skip', got 'ignore'"):
         head.score_pairs(pairs, on_nonfinite="ignore")
 
