@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rmtension.neurons import NeuronSet
     from rmtension.pair import PreferencePair
     from rmtension.pairs import PreferencePairs
+    from rmtension.replacements import Mean, OtherResponse, Resample, Scale, Zero
     from rmtension.reward_head import RewardHead
     from rmtension.scored import ScoredPairs
     from rmtension.shared import SharedNeuronAnalyzer, SharedNeuronReport
@@ -27,19 +28,24 @@ _MODULE_OF = {
     "ActivationCollector": "activations",
     "ActivationSample": "activations",
     "ActivationStatistics": "activations",
+    "Mean": "replacements",
     "NeuronAttribution": "attribution",
     "NeuronScores": "neuron_scores",
     "NeuronSet": "neurons",
+    "OtherResponse": "replacements",
     "PreferencePair": "pair",
     "PreferencePairs": "pairs",
     "RMTensionError": "errors",
+    "Resample": "replacements",
     "RewardHead": "reward_head",
+    "Scale": "replacements",
     "ScoredPairs": "scored",
     "SharedNeuronAnalyzer": "shared",
     "SharedNeuronReport": "shared",
     "StudyOptions": "study_options",
     "StudyResult": "study_result",
     "TensionStudy": "study",
+    "Zero": "replacements",
 }
 
 __all__ = [
@@ -47,19 +53,24 @@ __all__ = [
     "ActivationCollector",
     "ActivationSample",
     "ActivationStatistics",
+    "Mean",
     "NeuronAttribution",
     "NeuronScores",
     "NeuronSet",
+    "OtherResponse",
     "PreferencePair",
     "PreferencePairs",
     "RMTensionError",
+    "Resample",
     "RewardHead",
+    "Scale",
     "ScoredPairs",
     "SharedNeuronAnalyzer",
     "SharedNeuronReport",
     "StudyOptions",
     "StudyResult",
     "TensionStudy",
+    "Zero",
     "__version__",
 ]
 

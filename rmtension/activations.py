@@ -99,7 +99,7 @@ class ActivationStatistics:
         return cls(**tensors, provenance=Provenance.from_dict(values["provenance"]))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ActivationSample:
     """All layers' activations at some tokens drawn from the pairs: the donors of resample ablation.
 
@@ -117,6 +117,10 @@ class ActivationSample:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def __repr__(self) -> str:
+        where = self.provenance
+        return f"ActivationSample({len(self)} tokens at {where.site} ({where.positions}), {where.architecture})"
 
     @property
     def digest(self) -> str:

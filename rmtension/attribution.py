@@ -14,7 +14,7 @@ from rmtension.arguments import require_arguments, require_choice
 from rmtension.batch_run import BatchRun
 from rmtension.encoding import EncodedText
 from rmtension.errors import DataError, OptionError
-from rmtension.methods import METHODS, Asked, ByToken, Found, dropped_patching
+from rmtension.methods import METHODS, ByToken, Found, MethodArgs
 from rmtension.neuron_scores import NeuronScores
 from rmtension.pair import PreferencePair
 from rmtension.pair_pass import run_pass
@@ -23,8 +23,8 @@ from rmtension.pair_statistic import PairStatistic
 from rmtension.pairs import PreferencePairs
 from rmtension.pass_record import PassRecord
 from rmtension.progress import progress_bar
-from rmtension.provenance import Provenance
-from rmtension.replacing import Reference, can_share, check_reference, key_of, name_of
+from rmtension.provenance import Provenance, method_label
+from rmtension.replacements import Replacement, Zero, check_replacement
 from rmtension.reward_model import RewardModel
 from rmtension.running_scores import RunningScores
 from rmtension.sites import check_positions, find_site
@@ -41,18 +41,18 @@ class NeuronAttribution:
     - `mean_difference`: mean_t a(chosen) - mean_t a(rejected). 1 forward pass; needs no reward. Says what differs, not
       what matters.
     - `gradient_x_activation`: sum_t a(t) dM/da(t), to first order what the neuron contributes to the margin.
-      1 forward, 1 backward pass.
+      1 forward and 1 backward pass.
     - `attribution_patching`: sum_t (a_ref(t) - a(t)) dM/da(t), to first order the change of the margin when the
-      activation is replaced by `reference`, as an `AblationContext` of mode "zero" or "mean" does (Nanda 2023;
-      Syed, Rager and Conmy 2023). 1 forward, 1 backward pass.
+      activation is replaced by a_ref, as an `AblationContext` with the same `replacement` does (Nanda 2023; Syed, Rager
+      and Conmy 2023). 1 forward and 1 backward pass.
     - the same with `graddrop=True`: the mean over the other layers of its magnitude when no gradient flows through what
       that layer's block adds, so that a direct and an indirect effect do not cancel (AtP*, Kramar et al. 2024,
-      section 3.1.2). 1 forward, L backward passes; needs `aggregate="absolute"`.
+      section 3.1.2). 1 forward and L backward passes; needs `aggregate="absolute"`.
     - `integrated_gradients`: sum_t (a(t) - a_ref(t)) times the mean of dM/da(t) on the straight path from a_ref to a,
       all neurons of a layer moving together (Sundararajan, Taly and Yan 2017), at `steps` Gauss-Legendre nodes. A
       layer's scores add up to M minus the margin with all of the layer replaced, but for `completeness_gap`.
       1 + (steps + 1) (L + 1) / 2 forward and steps (L + 1) / 2 backward passes, where blocks run one by one. Where a
-      norm follows the projection (Gemma-2, OLMo-2), zero is a singular point of that norm: use statistics.
+      norm follows the projection (Gemma-2, OLMo-2), zero is a singular point of that norm: use `Mean(statistics)`.
     - `direct_effect`: what the neuron adds to the margin through the residual stream, past later blocks, with the scale
       of the final norm as it is; exact (`rmtension.direct`). 1 forward pass. Only the token the reward is read from
       counts, whatever `positions`.
@@ -76,14 +76,13 @@ class NeuronAttribution:
         site: "mlp", "mlp_gate" or "attn_head".
         positions: "all", "response" or "last": tokens that are averaged, that count, or whose activation is replaced.
         aggregate: "signed" averages the pairs' values, "absolute" their magnitudes.
-        reference: what activations are replaced by, for `attribution_patching` and `integrated_gradients`: "zero",
-            `ActivationStatistics` of this model for their mean, or "other", the mean over the selected tokens of the
-            pair's other response. By default zero.
+        replacement: what activations are replaced by, for `attribution_patching` and `integrated_gradients`: `Zero()`,
+            `Mean(statistics)`, `Resample(sample)`, `Scale(alpha)` or `OtherResponse()`.
         steps: nodes of integrated gradients.
         graddrop: see above.
 
     Examples:
-        >>> patching = NeuronAttribution(head, method="attribution_patching", positions="response")
+        >>> patching = NeuronAttribution(head, "attribution_patching", positions="response")
         >>> truth = organism.truth
         >>> patching.score(pairs["helpful"]).top(k=6) == truth["helpful"] | truth["shared"] | truth["conflict"]
         True
@@ -92,12 +91,12 @@ class NeuronAttribution:
     def __init__(
         self,
         head: RewardModel,
-        method: str = "mean_difference",
+        method: str,
         *,
+        replacement: Replacement = Zero(),
         site: str = "mlp",
         positions: str = "all",
         aggregate: str = "signed",
-        reference: Reference | None = None,
         steps: int = 32,
         graddrop: bool = False,
     ) -> None:
@@ -107,19 +106,20 @@ class NeuronAttribution:
             raise OptionError(f"aggregate: expected 'signed' or 'absolute', got {aggregate!r}.")
         check_positions(positions)
         self.site = find_site(site).name
-        if reference is not None and not METHODS[method].takes_reference:
-            raise OptionError(f"reference: method {method!r} replaces nothing. Leave it out.")
-        reference = "zero" if reference is None else reference
-        check_reference(head, self.site, reference)
+        self._method = METHODS[method]
+        if replacement != Zero() and not self._method.needs_replacement:
+            raise OptionError(f"replacement: method {method!r} replaces nothing. Leave replacement out.")
+        check_replacement(replacement, head, self.site)
         head.n_neurons(self.site)  # raises where the model has no such site
         if steps < 1:
             raise OptionError(f"steps: expected a positive number of nodes, got {steps}.")
-        if METHODS[method].needs_reward:
+        if self._method.needs_reward:
             head.require_weight()
-        if graddrop and (method != "attribution_patching" or aggregate != "absolute"):
+        if graddrop and (self._method.by_layer_dropped is None or aggregate != "absolute"):
+            droppable = [name for name, one in METHODS.items() if one.by_layer_dropped is not None]
             raise OptionError(
                 "graddrop: it averages magnitudes of attribution patching; use it with "
-                f"method='attribution_patching' and aggregate='absolute', got {method!r} and {aggregate!r}."
+                f"method={droppable[0]!r} and aggregate='absolute', got {method!r} and {aggregate!r}."
             )
         if graddrop and head.n_layers < 2:
             raise OptionError(
@@ -129,7 +129,7 @@ class NeuronAttribution:
         self.method = method
         self.positions = positions
         self.aggregate = aggregate
-        self.reference = reference
+        self.replacement = replacement
         self.steps = steps
         self.graddrop = graddrop
 
@@ -147,7 +147,7 @@ class NeuronAttribution:
         `progress` are those of `run_pass`.
 
         Examples:
-            >>> found = NeuronAttribution(head, positions="response").score(pairs["helpful"])
+            >>> found = NeuronAttribution(head, "mean_difference", positions="response").score(pairs["helpful"])
             >>> found.top(k=2) - organism.truth["decoy"]  # what differs most does nothing
             NeuronSet(0 of 48 mlp neurons of gpt2-2x24-heads2x12-d24)
         """
@@ -167,7 +167,7 @@ class NeuronAttribution:
         Pairs that are skipped (see `score`) have no row. `work` and `progress` are those of `run_pass`.
 
         Examples:
-            >>> by_pair = NeuronAttribution(head, method="direct_effect").per_pair(pairs["helpful"])
+            >>> by_pair = NeuronAttribution(head, "direct_effect").per_pair(pairs["helpful"])
             >>> by_pair.values.shape
             torch.Size([24, 2, 24])
         """
@@ -180,7 +180,7 @@ class NeuronAttribution:
         """Every pair's scores token by token, one pair at a time, in order; tokens as the tokenizer writes them.
 
         Examples:
-            >>> first = next(NeuronAttribution(head, method="mean_difference").per_token(pairs["helpful"]))
+            >>> first = next(NeuronAttribution(head, "mean_difference").per_token(pairs["helpful"]))
             >>> len(first.chosen_tokens), first.chosen.shape
             (32, torch.Size([32, 2, 24]))
         """
@@ -207,39 +207,47 @@ class NeuronAttribution:
         # What a rejected text adds to its pair's score has a minus already.
         chosen, rejected = (sign * values[row, : len(texts[row])] for row, sign in enumerate((1, -1)))
         one, other = (tuple(self.head.tokenizer.convert_ids_to_tokens(list(text.ids))) for text in texts)
-        return TokenScores(pair.id, one, other, chosen, rejected, METHODS[self.method].sign)
+        return TokenScores(pair.id, one, other, chosen, rejected, self._method.sign)
 
     def __repr__(self) -> str:
-        return f"NeuronAttribution({self._name(self.aggregate)}, {self.site} at {self.positions} tokens, {self.head!r})"
+        how = method_label(**self._how(self.aggregate))
+        return f"NeuronAttribution({how}, {self.site} at {self.positions} tokens, {self.head!r})"
 
     @property
     def _settings(self) -> dict[str, Any]:
         """What the scores depend on besides the model and the pairs."""
         return {
-            "method": self._name(self.aggregate),
+            **self._how(self.aggregate),
             "site": self.site,
             "positions": self.positions,
-            "reference": key_of(self.reference),
+            "replacement": self.replacement.key,
         }
 
     # -- for score_together ----------------------------------------------------------------------------------------
 
-    def _name(self, aggregate: str) -> str:
-        reference = f" to {name_of(self.reference)}" if METHODS[self.method].takes_reference else ""
-        steps = f" in {self.steps} steps" if self.method == "integrated_gradients" else ""
-        options = [", graddrop"] * self.graddrop + [", absolute"] * (aggregate == "absolute")
-        return f"{self.method}{reference}{steps}{''.join(options)}"
+    def _how(self, aggregate: str) -> dict[str, Any]:
+        """The fields of provenance that say how scores are computed."""
+        return {
+            "method": self.method,
+            "aggregate": aggregate,
+            "replacement": self.replacement.label if self._method.needs_replacement else None,
+            "steps": self.steps if self._method.needs_path else None,
+            "graddrop": self.graddrop,
+        }
 
     def _provenance(self, record: PassRecord, aggregate: str) -> Provenance:
         """Where scores by `aggregate` come from; magnitudes have no direction."""
-        found = record.provenance(self.head, site=self.site, positions=self.positions, method=self._name(aggregate))
-        return replace(found, sign=METHODS[self.method].sign if aggregate == "signed" else None)
+        found = record.provenance(self.head, site=self.site, positions=self.positions, method=self.method)
+        return replace(found, sign=self._method.sign if aggregate == "signed" else None, **self._how(aggregate))
+
+    @property
+    def _args(self) -> MethodArgs:
+        return MethodArgs(self.site, self.positions, self.replacement, self.steps)
 
     def _by_layer(self, run: BatchRun) -> Iterator[Found]:
         """The method's values by token, layer by layer, with the completeness gap of integrated gradients."""
-        asked = Asked(self.site, self.positions, self.reference, self.steps)
         for layer in range(self.head.n_layers):
-            yield METHODS[self.method].by_layer(run, asked, layer)
+            yield self._method.by_layer(run, self._args, layer)
 
     def _signed(self, run: BatchRun) -> tuple[Float[Tensor, "pair layer neuron"], Float[Tensor, "pair layer"] | None]:
         """Every pair's signed scores and gaps, in float64."""
@@ -257,10 +265,11 @@ class NeuronAttribution:
         return scores.abs() if self.aggregate == "absolute" else scores, None if gaps is None else gaps.abs()
 
     def _dropped(self, run: BatchRun) -> Float[Tensor, "pair layer neuron"]:
-        asked = Asked(self.site, self.positions, self.reference)
+        dropped = self._method.by_layer_dropped
+        assert dropped is not None
         layers = []
         for layer in range(self.head.n_layers):
-            pairs = [_summed(by_token, run).abs() for by_token in dropped_patching(run, asked, layer)]
+            pairs = [_summed(by_token, run).abs() for by_token in dropped(run, self._args, layer)]
             layers.append(torch.stack(pairs).mean(dim=0))
         return _stacked(layers)
 
@@ -276,12 +285,12 @@ def score_together(
     """The scores of several attributions of one model, from the same passes, in their order.
 
     Cost: 1 forward pass, and 1 backward pass if any of them needs gradients, for all first-order methods, sites,
-    positions and references; plus L backward passes for GradDrop and the passes of each integrated gradients.
+    positions and replacements; plus L backward passes for GradDrop and the passes of each integrated gradients.
     `work` and `progress` are those of `run_pass`. Raises `OptionError` for an empty list and for attributions of
     different models.
 
     Examples:
-        >>> asked = [NeuronAttribution(head, method=one) for one in ("mean_difference", "gradient_x_activation")]
+        >>> asked = [NeuronAttribution(head, one) for one in ("mean_difference", "gradient_x_activation")]
         >>> [one.provenance.method for one in score_together(asked, pairs["helpful"])]
         ['mean_difference', 'gradient_x_activation']
     """
@@ -300,10 +309,9 @@ class _MeanScores(PairStatistic[list[NeuronScores]]):
         head = attributions[0].head
         self._attributions = attributions
         self._scores = [
-            RunningScores(head.n_layers, head.n_neurons(one.site), gap=not METHODS[one.method].one_run)
-            for one in attributions
+            RunningScores(head.n_layers, head.n_neurons(one.site), gap=one._method.needs_path) for one in attributions
         ]
-        self.sharing = "pair" if all(can_share(one.reference) for one in attributions) else "none"
+        self.sharing = "pair" if all(one.replacement.shares_tokens for one in attributions) else "none"
 
     @property
     def name(self) -> str:
@@ -352,7 +360,7 @@ class _ScoresOfPairs(PairStatistic[PairScores]):
         self._attribution = attribution
         self._pairs = pairs
         self._values = torch.zeros(shape, dtype=head.reward_dtype)
-        self.sharing = "pair" if can_share(attribution.reference) else "none"
+        self.sharing = "pair" if attribution.replacement.shares_tokens else "none"
 
     @property
     def name(self) -> str:
@@ -381,8 +389,8 @@ class _ScoresOfPairs(PairStatistic[PairScores]):
 
 def _run(attributions: Sequence[NeuronAttribution], batch: TokenBatch) -> BatchRun:
     """What all of them have to see of one batch."""
-    first_order = [one for one in attributions if METHODS[one.method].one_run]
-    products = [METHODS[one.method].needs_gradients and not one.graddrop for one in first_order]
+    first_order = [one for one in attributions if not one._method.needs_path]
+    products = [one._method.needs_gradients and not one.graddrop for one in first_order]
     return BatchRun(
         attributions[0].head,
         batch,
@@ -390,10 +398,10 @@ def _run(attributions: Sequence[NeuronAttribution], batch: TokenBatch) -> BatchR
         forward=bool(first_order),
         gradients=any(products),
         drops=any(one.graddrop for one in first_order),
-        direct=any(one.method == "direct_effect" for one in first_order),
+        direct=any(one._method.needs_direct_paths for one in first_order),
         # What is multiplied by a gradient is not needed where that is 0; the mean of a text is.
         all_tokens=not all(
-            product and can_share(one.reference) for product, one in zip(products, first_order, strict=True)
+            product and one.replacement.shares_tokens for product, one in zip(products, first_order, strict=True)
         ),
     )
 

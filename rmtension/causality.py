@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rmtension.activations import ActivationStatistics
 from rmtension.controls import NO_CONTROL, against_random
 from rmtension.errors import OptionError, RMTensionWarning
 from rmtension.evaluation import item_change, item_values
 from rmtension.intervals import Estimate, bootstrap_mean, over_seeds
 from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
+from rmtension.replacements import Replacement, Zero
 from rmtension.runs import ModelRuns
 from rmtension.scored import ScoredPairs
 
@@ -34,14 +34,12 @@ def _no_progress() -> None:
 class Ablations:
     """One model, the pairs of each objective, and how its neurons are ablated: what every function here asks.
 
-    `mode` is "zero", or "mean" with `reference`, the model's own statistics. `tie` is what a tie counts in accuracies.
-    `advance` is called after every evaluation, for progress bars.
+    `tie` is what a tie counts in accuracies. `advance` is called after every evaluation, for progress bars.
     """
 
     runs: ModelRuns
     pairs: Mapping[str, PreferencePairs]
-    mode: str = "zero"
-    reference: ActivationStatistics | None = None
+    replacement: Replacement = Zero()
     tie: float = 0.5
     level: float = 0.95
     seed: int = 0
@@ -50,7 +48,7 @@ class Ablations:
     def rewards(self, without: NeuronSet | None = None) -> dict[str, ScoredPairs]:
         """The rewards of every objective's pairs, whole or without a set. One pass over the pairs."""
         found = {
-            name: self.runs.rewards(part, without=without, mode=self.mode, reference=self.reference)
+            name: self.runs.rewards(part, without=without, replacement=self.replacement)
             for name, part in self.pairs.items()
         }
         self.advance()
@@ -59,7 +57,7 @@ class Ablations:
     def prepare(self, sets: Sequence[NeuronSet]) -> None:
         """Run what `rewards` will be asked for, together; what was run before is not."""
         for part in self.pairs.values():
-            self.runs.prepare(part, sets, mode=self.mode, reference=self.reference)
+            self.runs.prepare(part, sets, replacement=self.replacement)
 
     def change(self, after: ScoredPairs, before: ScoredPairs, quantity: str) -> Float[Tensor, "item"]:
         """The change of every item."""
@@ -89,7 +87,7 @@ def ablation_matrix(
     Cost: a pass over the pairs for each set and each of its `n_draws` random sets of each control.
 
     Examples:
-        >>> ablations = Ablations(ModelRuns(head), pairs, mode="zero")
+        >>> ablations = Ablations(ModelRuns(head), pairs)
         >>> matrix = ablation_matrix(ablations, {"its own": neurons}, n_draws=2)
         >>> matrix.query("quantity == 'margin' and control == 'layer'")[["set", "objective", "effect"]].round(1)
                set objective  effect
@@ -142,7 +140,7 @@ def equal_size_effects(
     over the pairs for each subsample.
 
     Examples:
-        >>> ablations = Ablations(ModelRuns(head), pairs, mode="zero")
+        >>> ablations = Ablations(ModelRuns(head), pairs)
         >>> sets = {"one": neurons, "all": organism.truth["helpful"] | organism.truth["shared"]}
         >>> table = equal_size_effects(ablations, sets, against="one", n_subsamples=2)
         >>> table.query("quantity == 'margin'")[["set", "objective", "effect"]].round(1)

@@ -32,7 +32,7 @@ def collapse(ablations: Ablations, sets: Mapping[str, NeuronSet]) -> pd.DataFram
 
     Examples:
         >>> from rmtension.runs import ModelRuns
-        >>> ablations = Ablations(ModelRuns(head), pairs, mode="zero")
+        >>> ablations = Ablations(ModelRuns(head), pairs)
         >>> table = collapse(ablations, {"helpful": neurons})
         >>> table[["set", "quantity", "retained_helpful", "retained_harmless"]].round(1)
                set  quantity  retained_helpful  retained_harmless

@@ -17,7 +17,7 @@ from rmtension.header import read_numbers, read_record
 from rmtension.intervals import Estimate, adjusted_p_values, check_level, percentile_interval
 from rmtension.neurons import NeuronSet
 from rmtension.pair_scores import PairScores
-from rmtension.provenance import Provenance
+from rmtension.provenance import METHOD_FIELDS, Provenance
 from rmtension.storage import read_result, write_result
 
 OBJECTIVES = ("helpful", "harmless")
@@ -134,7 +134,7 @@ class ConflictReport:
         where, level = self.provenance["helpful"], self.cosine.level
         sizes = [f"{self.n_pairs[one]} {one} pairs of {self.n_prompts[one]} prompts" for one in OBJECTIVES]
         return "\n".join([
-            f"ConflictReport: {len(self.table)} {where.site} neurons of {where.architecture}, {where.method}",
+            f"ConflictReport: {len(self.table)} {where.site} neurons of {where.architecture}, {where.label}",
             f"{', '.join(sizes)}; positions {where.positions}",
             f"neurons by class (q at most {1 - level:.3g}, at least {self.least:g} of the largest contribution):",
             *(f"  {name:<26}{n:>8}" for name, n in self.counts().items()),
@@ -155,7 +155,7 @@ def contributions(scores: PairScores) -> Float[Tensor, "pair layer neuron"]:
     if where.sign is None:
         raise OptionError(
             f"scores: expected scores whose sign says where a neuron pushes the margin, and the provenance of these "
-            f"(method {where.method!r}) has sign None. Use NeuronAttribution(...).per_pair, or say what a positive "
+            f"(method {where.label!r}) has sign None. Use NeuronAttribution(...).per_pair, or say what a positive "
             "score means: dataclasses.replace(provenance, sign=1) if it supports the margin, sign=-1 if it opposes it."
         )
     return values if where.sign > 0 else -values
@@ -193,7 +193,7 @@ def conflict(
     if not 0 <= least < 1:
         raise OptionError(f"least: expected a share of the largest contribution in [0, 1), got {least}.")
     check_level(level)
-    same = ("architecture", "model", "site", "positions", "method", "sign")
+    same = ("architecture", "model", "site", "positions", *METHOD_FIELDS, "sign")
     helpful.provenance.require_same(harmless.provenance, same, what="conflict")
     both = dict(zip(OBJECTIVES, (helpful, harmless), strict=True))
     table, cells = _summarised(both)

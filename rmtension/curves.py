@@ -35,7 +35,7 @@ def ablation_curves(
 
     Examples:
         >>> from rmtension.runs import ModelRuns
-        >>> ablations = Ablations(ModelRuns(head), pairs, mode="zero")
+        >>> ablations = Ablations(ModelRuns(head), pairs)
         >>> curve = ablation_curves(ablations, {"gradient": scores}, (0.02, 0.05), n_random=1)
         >>> rows = curve.query("score == 'gradient' and objective == 'helpful'")
         >>> rows[["fraction", "accuracy", "margin_change"]].round(2)

@@ -2,22 +2,24 @@
 
 import copy
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rmtension.ablation import AblationContext
-from rmtension.activations import ActivationStatistics
 from rmtension.classifiers import current_checkpoint, require_same_stream, run_eagerly
 from rmtension.errors import ModelError, OptionError
 from rmtension.lens_models import copy_model, is_own_model
 from rmtension.neurons import NeuronSet
 from rmtension.opening import with_checkpoint, with_lens_model
 from rmtension.plain_weights import plain_copy
+from rmtension.replacements import Replacement, Zero
 from rmtension.reward_model import RewardModel
 from rmtension.sites import find_site
 
@@ -26,39 +28,41 @@ _COPIES = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.|$)")
 _Model = TypeVar("_Model", bound=RewardModel)
 
 
-def ablate_weights(
-    head: _Model, neurons: NeuronSet, *, mode: str = "zero", reference: Any = None, alpha: float | None = None
-) -> _Model:
-    """A copy of `head` whose weights do what `AblationContext(head, neurons, mode=mode, ...)` does at all positions.
+def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = Zero()) -> _Model:
+    """A copy of `head` whose weights do what `AblationContext(head, neurons, replacement)` does at all positions.
 
-    `zero` and `scale` multiply the neurons' weights in the down (or output) projection by 0 or `alpha`; `mean` sets
+    `Zero` and `Scale` multiply the neurons' weights in the down (or output) projection by 0 or `alpha`; `Mean` sets
     them to 0 and adds what the mean activations write to the projection's bias. Where the projection has no bias, one
     is made if the architecture has a place for it in its config (Llama: `mlp_bias`, `attention_bias`), with zeros
     in the biases that come with it; otherwise `ModelError`. A mean at `mlp_gate` of a gated MLP is no constant at the
-    projection: `OptionError`. Memory: the model a second time.
+    projection: `OptionError`. So is any other replacement. Memory: the model a second time.
     """
     is_own = is_own_model(head.body)
     if not is_own:
         checkpoint, base = current_checkpoint(head, "with_ablation")
-    if mode not in ("zero", "mean", "scale"):
+    context = AblationContext(head, neurons, replacement)
+    factor = replacement.factor
+    if factor is None:
         raise OptionError(
-            f"mode: weights can do 'zero', 'mean' or 'scale' for good, got {mode!r}. Use AblationContext for the rest."
+            f"replacement: weights can do what Zero(), Mean(statistics) and Scale(alpha) do, got {replacement!r:.80}. "
+            "Use AblationContext for this one."
         )
-    context = AblationContext(head, neurons, mode=mode, reference=reference, alpha=alpha)
+    # Layer -> what the neurons write instead of what they wrote; empty for replacements that write nothing.
+    constants = {layer: one for layer in context.columns if (one := replacement.constant(layer)) is not None}
     product = find_site(neurons.site).factor_of
-    if mode == "mean" and product is not None:
-        spots = head.body.spots
-        if any(spots(neurons.site, layer) != spots(product, layer) for layer in context.columns):
-            raise OptionError(
-                f"mode: no weights do 'mean' at site {neurons.site!r} of a gated MLP, where what a neuron writes still "
-                f"depends on its other factor. Use AblationContext, or neurons and means of site {product!r}."
-            )
+    spots = head.body.spots
+    if product is not None and any(spots(neurons.site, layer) != spots(product, layer) for layer in constants):
+        raise OptionError(
+            f"replacement: no weights do what {type(replacement).__name__} does at site {neurons.site!r} of a gated "
+            "MLP, where what a neuron writes still depends on its other factor. Use AblationContext, or neurons and "
+            f"statistics of site {product!r}."
+        )
     if is_own:
-        return _ablate_own(head, context)
-    base = copy.deepcopy(plain_copy(base))
+        return _ablate_own(head, context, factor, constants)
+    base = plain_copy(base, share=False)
     # A module that peft keeps a trained copy of is at its own place in the plain copy.
     names = [_COPIES.sub("", head.body.projection_names[neurons.site, layer]) for layer in range(head.n_layers)]
-    if mode == "mean" and any(base.get_submodule(names[layer]).bias is None for layer in context.columns):
+    if any(base.get_submodule(names[layer]).bias is None for layer in constants):
         base = _with_biases(base, names)
     with torch.no_grad():
         for layer, columns in context.columns.items():
@@ -71,12 +75,11 @@ def ablate_weights(
             # nn.Linear holds [out, in], GPT-2's Conv1D [in, out].
             weight = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T
             columns = columns.to(weight.device)
-            if mode == "mean":
-                means = reference.channel_mean[layer].to(weight.device)[columns]
+            if layer in constants:
+                means = constants[layer].to(weight.device)[columns]
                 # In float64 until the end: it stands for what thousands of tokens had in common.
                 projection.bias += (weight[:, columns].double() @ means).to(projection.bias.dtype)
-            # Only "scale" takes an alpha; the context has made sure.
-            weight[:, columns] *= 0.0 if alpha is None else alpha
+            weight[:, columns] *= factor
     opened = replace(
         checkpoint, base=base, source=None, classifier=None, name=f"{checkpoint.name}, {len(neurons)} neurons ablated"
     )
@@ -84,22 +87,24 @@ def ablate_weights(
     return with_checkpoint(head, opened)
 
 
-def _ablate_own(head: _Model, context: AblationContext) -> _Model:
+def _ablate_own(
+    head: _Model, context: AblationContext, factor: float, constants: Mapping[int, Float[Tensor, "channel"]]
+) -> _Model:
     """The same for a model of TransformerLens' own: its W_out or W_O, and b_out or b_O."""
-    site, factor = context.neurons.site, context.alpha or 0.0
+    site = context.neurons.site
     ablated = with_lens_model(head, copy_model(head.body))
     body = ablated.body
     assert is_own_model(body)
     with torch.no_grad():
         for layer, columns in context.columns.items():
             weight, bias = body.weights(site, layer)
-            if isinstance(context.reference, ActivationStatistics):
+            if layer in constants:
                 if bias is None:
                     raise ModelError(
-                        "mode 'mean': the projections of this gated MLP have no bias, and boot_native builds none. Use "
-                        "mode='zero', or AblationContext, which needs none."
+                        "replacement: Mean is written into a bias. The projections of this gated MLP have no bias, and "
+                        "boot_native builds none. Use Zero(), or AblationContext, which needs no bias."
                     )
-                means = context.reference.channel_mean[layer].to(weight.device)[columns]
+                means = constants[layer].to(weight.device)[columns]
                 bias += (means @ weight[columns].double()).to(bias.dtype)
             weight[columns] *= factor
     require_same_stream(head, context, ablated.residual, "with_ablation")
@@ -131,6 +136,6 @@ def _with_biases(base: Any, names: list[str]) -> Any:
             setattr(rebuilt.get_submodule(owner), key, buffer)
         return rebuilt.eval().requires_grad_(False)
     raise ModelError(
-        f"mode 'mean': the projections of {type(base).__name__} have no bias, and its config has no place for one. Use "
-        "mode='zero', or AblationContext, which needs none."
+        f"replacement: Mean is written into a bias. The projections of {type(base).__name__} have no bias, and its "
+        "config has no place for one. Use Zero(), or AblationContext, which needs no bias."
     )

@@ -1,7 +1,8 @@
 """How well scores predict what ablation does: against every neuron by itself, and against sets of growing size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.ablation import AblationContext
-from rmtension.activations import ActivationStatistics
 from rmtension.agreement import MEASURES, agreement
 from rmtension.arguments import require_arguments
 from rmtension.errors import OptionError, StorageError
@@ -22,10 +22,10 @@ from rmtension.neuron_scores import NeuronScores, top_size
 from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
 from rmtension.progress import progress_bar
-from rmtension.provenance import Provenance
-from rmtension.replacing import name_of
+from rmtension.provenance import METHOD_FIELDS, Provenance
+from rmtension.replacements import Replacement, Zero, check_replacement
 from rmtension.reward_head import RewardHead
-from rmtension.single_effects import single_neuron_effects
+from rmtension.single_effects import EFFECT, single_neuron_effects
 from rmtension.storage import read_result, write_result
 
 _SAME_MODEL = ("architecture", "model", "site")
@@ -66,7 +66,7 @@ class Faithfulness:
 
     def __repr__(self) -> str:
         lines = [
-            f"Faithfulness to the {self.provenance.method} ({self.provenance.n_pairs} pairs, {self.level:g} intervals)"
+            f"Faithfulness to the {self.provenance.label} ({self.provenance.n_pairs} pairs, {self.level:g} intervals)"
         ]
         for row in self.summary.to_dict("records"):
             parts = [f"{name} {with_interval(row[name], row[f'{name}_low'], row[f'{name}_high'])}" for name in MEASURES]
@@ -104,8 +104,7 @@ def faithfulness(
     scores: NeuronScores | Mapping[str, NeuronScores],
     pairs: PreferencePairs,
     *,
-    mode: str = "zero",
-    reference: ActivationStatistics | None = None,
+    replacement: Replacement = Zero(),
     positions: str | None = None,
     sample: int | None = None,
     truth: NeuronScores | None = None,
@@ -130,9 +129,8 @@ def faithfulness(
         head: the model that the scores are of.
         scores: of one method, or of several by name.
         pairs: where effects are measured; the same that were scored, or others.
-        mode: "zero", "mean" (with `reference`), or "other", the mean of the pair's other response, which ablates no
-            sets.
-        reference: as in `AblationContext`.
+        replacement: what activations are replaced by: that of the scores, where they have one. With
+            `OtherResponse()`, no sets are ablated.
         positions: tokens whose activation is replaced; by default those of the scores.
         sample: how many neurons to ablate, drawn evenly from all layers; by default all. With fewer than two a layer,
             intervals take all layers for one.
@@ -153,7 +151,7 @@ def faithfulness(
                           method   n  spearman  sign_agreement
         0  gradient_x_activation  48       1.0             1.0
     """
-    named = {scores.provenance.method: scores} if isinstance(scores, NeuronScores) else scores
+    named = {scores.provenance.label: scores} if isinstance(scores, NeuronScores) else scores
     require_arguments(
         "faithfulness(head, scores, pairs)",
         head=(head, RewardHead),
@@ -166,9 +164,9 @@ def faithfulness(
     if n_random < 0:
         raise OptionError(f"n_random: expected 0 or more sets, got {n_random}.")
     site, positions = _where(head, named, positions)
-    target = _reference(mode, reference)
+    check_replacement(replacement, head, site)
     neurons = None if sample is None else sample_neurons(head, site, sample, seed=seed)
-    planned = [] if mode == "other" else _plan(named, set_fractions, n_random, seed)
+    planned = _plan(named, set_fractions, n_random, seed) if replacement.ablates else []
     if truth is None:
         measured = (
             torch.ones(head.n_layers, head.n_neurons(site), dtype=torch.bool) if neurons is None else neurons.mask
@@ -176,11 +174,11 @@ def faithfulness(
     else:
         if sample is not None:
             raise OptionError("sample: truth says which neurons were ablated. Leave sample out, or truth.")
-        method = f"effect of ablation to {name_of(target)}"
         n_tokens = truth.provenance.n_tokens
-        asked = head.provenance(pairs.digest, len(pairs), n_tokens, site=site, positions=positions, method=method)
+        asked = head.provenance(pairs.digest, len(pairs), n_tokens, site=site, positions=positions, method=EFFECT)
+        asked = replace(asked, aggregate="signed", replacement=replacement.label)
         truth.provenance.require_same(
-            asked, (*_SAME_MODEL, "positions", "method", "data"), what="truth of faithfulness"
+            asked, (*_SAME_MODEL, "positions", *METHOD_FIELDS, "data"), what="truth of faithfulness"
         )
         measured = torch.isfinite(truth.as_effects())
     if int(measured.sum()) < 3:
@@ -189,7 +187,7 @@ def faithfulness(
         truth = single_neuron_effects(
             head,
             pairs,
-            reference=target,
+            replacement=replacement,
             site=site,
             positions=positions,
             neurons=neurons,
@@ -203,8 +201,8 @@ def faithfulness(
     table = (
         truth.to_frame().rename(columns={"score": "effect"})[[*_COLUMNS]].dropna(subset="effect").assign(**predicted)
     )
-    ablation = {"mode": mode, "reference": reference, "positions": positions}
-    sets = _set_rows(head, planned, pairs, ablation, level, seed, progress)
+    ablate = partial(AblationContext, head, replacement=replacement, positions=positions)
+    sets = _set_rows(head, planned, pairs, ablate, level, seed, progress)
     return Faithfulness(pd.DataFrame(rows), table.reset_index(drop=True), sets, truth.provenance, level)
 
 
@@ -242,17 +240,6 @@ def _where(head: RewardHead, named: Mapping[str, NeuronScores], positions: str |
     return first.site, found.pop() if positions is None else positions
 
 
-def _reference(mode: str, reference: ActivationStatistics | None) -> str | ActivationStatistics:
-    if mode not in ("zero", "mean", "other"):
-        raise OptionError(f"mode: expected 'zero', 'mean' or 'other', got {mode!r}.")
-    if (mode == "mean") != (reference is not None):
-        raise OptionError(
-            f"reference: expected ActivationStatistics with mode 'mean' and nothing otherwise, got "
-            f"{type(reference).__name__} with {mode!r}. Use ActivationCollector(head).collect(pairs)."
-        )
-    return mode if reference is None else reference
-
-
 @dataclass(frozen=True)
 class _Planned:
     """A set to ablate, and random ones beside it."""
@@ -284,7 +271,7 @@ def _set_rows(
     head: RewardHead,
     planned: Sequence[_Planned],
     pairs: PreferencePairs,
-    ablation: Mapping[str, Any],
+    ablate: Callable[..., AblationContext],
     level: float,
     seed: int,
     progress: bool | None,
@@ -298,7 +285,7 @@ def _set_rows(
     with progress_bar(progress=progress, total=total, desc="ablate sets", unit="set") as bar:
 
         def change(neurons: NeuronSet) -> Float[Tensor, "pair"]:
-            with AblationContext(head, neurons, **ablation):
+            with ablate(neurons=neurons):
                 margin = head.score_pairs(pairs).margin
             bar.update()
             return (margin - base).double()

@@ -12,6 +12,7 @@ from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
 from rmtension.profiles import SCORES as ACTIVATION_SCORES
 from rmtension.profiles import ActivationProfile, selectivity
+from rmtension.replacements import Mean, Replacement, Zero
 from rmtension.reward_head import RewardHead
 from rmtension.runs import ModelRuns
 from rmtension.scored import ScoredPairs
@@ -169,14 +170,13 @@ class FamilyRuns:
     def ablations(self, model: str) -> Ablations:
         """A model with the evaluation pairs, ablated as the options say."""
         options = self.options
-        reference = None
-        if options.mode == "mean":
-            reference = self.runs[model].statistics(joined(self.scoring), site=options.site)
+        replacement: Replacement = Zero()
+        if options.replacement == "mean":
+            replacement = Mean(self.runs[model].statistics(joined(self.scoring), site=options.site))
         return Ablations(
             self.runs[model],
             self.evaluating,
-            mode=options.mode,
-            reference=reference,
+            replacement=replacement,
             tie=options.tie,
             level=options.level,
             seed=options.seed,

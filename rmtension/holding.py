@@ -19,8 +19,8 @@ class HoldAblated(TrainerCallback):  # type: ignore[misc]
     An optimiser gives zeros in a projection new values, so that the neurons come back. With this callback the columns
     of the down projection (attention heads: of the output projection) get no gradient, and are 0 again after every
     step, whatever momentum or weight decay adds; so the checkpoints that the trainer saves have zeros too. All else
-    is trained: the neurons' incoming weights, which nothing reads, and the projection's bias, where `mode="mean"` has
-    put what the means write.
+    is trained: the neurons' incoming weights, which nothing reads, and the projection's bias, where `Mean` has put what
+    the means write.
 
     Start from a checkpoint of `RewardHead.with_ablation(neurons)`. Opening the model as `RewardHead.from_classifier`
     finds the weights when training begins, once. Raises `OptionError` there where a column is not 0, `ModelError`
@@ -48,7 +48,7 @@ class HoldAblated(TrainerCallback):  # type: ignore[misc]
             if _part(weight, is_row, columns).any():
                 raise OptionError(
                     "neurons: their weights in this model are not 0, so there is nothing to hold. Train a checkpoint "
-                    "that head.with_ablation(neurons) wrote, with mode 'zero' or 'mean'."
+                    "that head.with_ablation(neurons, Zero()) or (neurons, Mean(statistics)) wrote."
                 )
         self._held = held
         for weight, is_row, columns in held:

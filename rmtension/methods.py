@@ -12,18 +12,18 @@ from torch import Tensor
 
 from rmtension.batch_run import BatchRun
 from rmtension.errors import ModelError
-from rmtension.replacing import Reference, step_to
+from rmtension.replacements import Replacement
 from rmtension.sites import neuron_activations
 from rmtension.tokens import margins
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a method is asked for: where, at which tokens, and its options."""
+class MethodArgs:
+    """Where a method looks, at which tokens, and its options."""
 
     site: str
     positions: str
-    reference: Reference = "zero"
+    replacement: Replacement
     steps: int = 32
 
 
@@ -36,52 +36,52 @@ ByToken = tuple[Float[Tensor, "row token neuron"], Float[Tensor, "row token"]]
 Found = tuple[ByToken, Float[Tensor, "pair"] | None]
 
 
-def mean_activation(run: BatchRun, asked: Asked, layer: int) -> Found:
+def mean_activation(run: BatchRun, args: MethodArgs, layer: int) -> Found:
     """a(t), each token weighted by one over the number of selected ones of its text."""
     # Half precision would lose the sum, not only its last digits.
-    activation = run.activations[asked.site, layer].to(run.head.reward_dtype)
-    values = neuron_activations(activation, asked.site, run.head.n_neurons(asked.site))
-    select = run.batch.select(asked.positions).to(values)
+    activation = run.activations[args.site, layer].to(run.head.reward_dtype)
+    values = neuron_activations(activation, args.site, run.head.n_neurons(args.site))
+    select = run.batch.select(args.positions).to(values)
     return (values, run.batch.by_token(_signed(select / select.sum(dim=1, keepdim=True)))), None
 
 
-def gradient_x_activation(run: BatchRun, asked: Asked, layer: int) -> Found:
+def gradient_x_activation(run: BatchRun, args: MethodArgs, layer: int) -> Found:
     """a(t) dM/da(t)."""
-    place = asked.site, layer
+    place = args.site, layer
     products = run.activations[place].to(run.head.reward_dtype) * run.gradients[place]
-    return _neurons(run, asked, products), None
+    return _neurons(run, args, products), None
 
 
-def attribution_patching(run: BatchRun, asked: Asked, layer: int) -> Found:
+def attribution_patching(run: BatchRun, args: MethodArgs, layer: int) -> Found:
     """(a_ref(t) - a(t)) dM/da(t)."""
-    place = asked.site, layer
-    return _neurons(run, asked, _step(run, asked, layer, run.activations[place]) * run.gradients[place]), None
+    place = args.site, layer
+    return _neurons(run, args, _step(run, args, layer, run.activations[place]) * run.gradients[place]), None
 
 
-def direct_effect(run: BatchRun, asked: Asked, layer: int) -> Found:
+def direct_effect(run: BatchRun, args: MethodArgs, layer: int) -> Found:
     """What the neuron adds to the reward through the residual stream, all at the token the reward is read from."""
     assert run.direct is not None
-    if asked.site not in run.direct.neurons:
+    if args.site not in run.direct.neurons:
         raise ModelError(
-            f"direct_effect: the neurons of site {asked.site!r} are those of 'mlp', and write what those write. Use "
+            f"direct_effect: the neurons of site {args.site!r} are those of 'mlp', and write what those write. Use "
             "site 'mlp'."
         )
-    values = _signed(run.direct.neurons[asked.site][:, layer])
+    values = _signed(run.direct.neurons[args.site][:, layer])
     batch = run.batch
     by_token = values.new_zeros(*batch.input_ids.shape, values.shape[1])
     by_token.index_put_((batch.rows.cpu(), batch.last.cpu()), values, accumulate=True)
     return (by_token, batch.touched("last").to(values)), None
 
 
-def integrated_gradients(run: BatchRun, asked: Asked, layer: int) -> Found:
+def integrated_gradients(run: BatchRun, args: MethodArgs, layer: int) -> Found:
     """(a(t) - a_ref(t)) times the mean of dM/da(t) on the straight path from a_ref to a, and the gap.
 
     All neurons of the layer move together. The mean is taken at `steps` Gauss-Legendre nodes. The gap is how far the
     sum over tokens and neurons is from the margin minus that at a_ref.
     """
-    replay, site = run.replay, asked.site
-    step = _step(run, asked, layer, replay.activations[site, layer])
-    nodes, weights = _gauss_legendre(asked.steps)
+    replay, site = run.replay, args.site
+    step = _step(run, args, layer, replay.activations[site, layer])
+    nodes, weights = _gauss_legendre(args.steps)
     mean = torch.zeros_like(step)
     start = replay.activations[site, layer] + step.to(run.head.dtype)
     for node, weight in zip(nodes, weights, strict=True):
@@ -92,32 +92,32 @@ def integrated_gradients(run: BatchRun, asked: Asked, layer: int) -> Found:
         mean += weight * gradient.to(mean)
     with torch.no_grad():
         change = margins(replay.rewards - _with_activation(run, site, layer, start))
-    values, ones = _neurons(run, asked, -step * mean)
+    values, ones = _neurons(run, args, -step * mean)
     in_rows = einsum(values, ones, "row token neuron, row token -> row")
     return (values, ones), run.batch.by_pair(in_rows) - change.to(in_rows.device)
 
 
-def dropped_patching(run: BatchRun, asked: Asked, layer: int) -> list[ByToken]:
+def dropped_patching(run: BatchRun, args: MethodArgs, layer: int) -> list[ByToken]:
     """`attribution_patching` without what flows through each other layer's block, one after the other."""
-    step = _step(run, asked, layer, run.activations[asked.site, layer])
+    step = _step(run, args, layer, run.activations[args.site, layer])
     others = (gradients for number, gradients in enumerate(run.dropped) if number != layer)
-    return [_neurons(run, asked, step * gradients[asked.site, layer]) for gradients in others]
+    return [_neurons(run, args, step * gradients[args.site, layer]) for gradients in others]
 
 
 def _step(
-    run: BatchRun, asked: Asked, layer: int, activation: Float[Tensor, "row token channel"]
+    run: BatchRun, args: MethodArgs, layer: int, activation: Float[Tensor, "row token channel"]
 ) -> Float[Tensor, "row token channel"]:
-    select = run.batch.touched(asked.positions).to(activation.device)
-    return step_to(asked.reference, layer, activation.to(run.head.reward_dtype), select)
+    select = run.batch.touched(args.positions).to(activation.device)
+    return args.replacement.step(layer, activation.to(run.head.reward_dtype), select, run.batch)
 
 
-def _neurons(run: BatchRun, asked: Asked, channels: Float[Tensor, "row token channel"]) -> ByToken:
+def _neurons(run: BatchRun, args: MethodArgs, channels: Float[Tensor, "row token channel"]) -> ByToken:
     """Summed over the channels of each neuron, every selected token counting 1."""
     values = channels
-    if run.head.n_neurons(asked.site) < channels.shape[-1]:
+    if run.head.n_neurons(args.site) < channels.shape[-1]:
         shape = "row token (neuron channel) -> row token neuron"
-        values = reduce(channels, shape, "sum", neuron=run.head.n_neurons(asked.site))
-    return values, run.batch.touched(asked.positions).to(values)
+        values = reduce(channels, shape, "sum", neuron=run.head.n_neurons(args.site))
+    return values, run.batch.touched(args.positions).to(values)
 
 
 def _signed(of_texts: Float[Tensor, "text rest"]) -> Float[Tensor, "text rest"]:
@@ -149,66 +149,93 @@ def _gauss_legendre(steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 class Method:
     """One way of scoring neurons: what it computes, what that needs, and what a positive score says.
 
+    - `name`: what users call it.
     - `by_layer`: the scores of one batch, layer by layer.
+    - `by_layer_dropped`: the same without the gradient through each other layer's block, for methods that have a
+      GradDrop variant.
     - `sign`: 1 where a positive score supports the margin, -1 where it opposes the margin (`Provenance.sign`).
+    - `cost`: in passes over each text of every pair, for a model of L layers.
     - `needs_reward`: it looks at the reward, which a language model does not have.
     - `needs_gradients`: of the margin, at every activation.
-    - `takes_reference`: it replaces activations by something.
-    - `one_run`: all such methods share one run of the model. The others run it again along a path of their own, and
-      have a completeness gap.
+    - `needs_direct_paths`: what every neuron writes into the residual stream (`rmtension.direct`).
+    - `needs_replacement`: it replaces activations by something.
+    - `needs_path`: it runs the model again along the path from a_ref to a, at `steps` nodes, and has a completeness
+      gap. All other methods share one run of the model.
     """
 
-    by_layer: Callable[[BatchRun, Asked, int], Found]
+    name: str
+    by_layer: Callable[[BatchRun, MethodArgs, int], Found]
+    by_layer_dropped: Callable[[BatchRun, MethodArgs, int], list[ByToken]] | None
     sign: int
+    cost: str
     needs_reward: bool
     needs_gradients: bool
-    takes_reference: bool
-    one_run: bool
+    needs_direct_paths: bool
+    needs_replacement: bool
+    needs_path: bool
 
 
 # Nothing has a default: a new method says all of it.
-METHODS: dict[str, Method] = {
-    # More active in the chosen responses: in favour of them, as far as activations alone can say.
-    "mean_difference": Method(
+_TABLE = (
+    Method(
+        name="mean_difference",
         by_layer=mean_activation,
-        sign=1,
+        by_layer_dropped=None,
+        sign=1,  # more active in the chosen responses: in favour of them, as far as activations alone can say
+        cost="1 forward pass",
         needs_reward=False,
         needs_gradients=False,
-        takes_reference=False,
-        one_run=True,
+        needs_direct_paths=False,
+        needs_replacement=False,
+        needs_path=False,
     ),
-    # Contributions.
-    "gradient_x_activation": Method(
+    Method(
+        name="gradient_x_activation",
         by_layer=gradient_x_activation,
+        by_layer_dropped=None,
         sign=1,
+        cost="1 forward and 1 backward pass",
         needs_reward=True,
         needs_gradients=True,
-        takes_reference=False,
-        one_run=True,
+        needs_direct_paths=False,
+        needs_replacement=False,
+        needs_path=False,
     ),
-    # A change: without a neuron that supports the margin, it falls.
-    "attribution_patching": Method(
+    Method(
+        name="attribution_patching",
         by_layer=attribution_patching,
-        sign=-1,
+        by_layer_dropped=dropped_patching,
+        sign=-1,  # a change: without a neuron that supports the margin, it falls
+        cost="1 forward and 1 backward pass; with GradDrop, 1 forward and L backward passes",
         needs_reward=True,
         needs_gradients=True,
-        takes_reference=True,
-        one_run=True,
+        needs_direct_paths=False,
+        needs_replacement=True,
+        needs_path=False,
     ),
-    "direct_effect": Method(
+    Method(
+        name="direct_effect",
         by_layer=direct_effect,
+        by_layer_dropped=None,
         sign=1,
+        cost="1 forward pass",
         needs_reward=True,
         needs_gradients=False,
-        takes_reference=False,
-        one_run=True,
+        needs_direct_paths=True,
+        needs_replacement=False,
+        needs_path=False,
     ),
-    "integrated_gradients": Method(
+    Method(
+        name="integrated_gradients",
         by_layer=integrated_gradients,
+        by_layer_dropped=None,
         sign=1,
+        cost="1 + (steps + 1) (L + 1) / 2 forward and steps (L + 1) / 2 backward passes",
         needs_reward=True,
         needs_gradients=False,  # it takes its own, on the path
-        takes_reference=True,
-        one_run=False,
+        needs_direct_paths=False,
+        needs_replacement=True,
+        needs_path=True,
     ),
-}
+)
+METHODS: dict[str, Method] = {method.name: method for method in _TABLE}

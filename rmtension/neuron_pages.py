@@ -135,7 +135,7 @@ def examine(
 ) -> NeuronPages:
     """Look at `neurons` of a model one by one, on the pairs of each objective.
 
-    Scores are those of `NeuronAttribution(head, method=method, positions=positions)`; an effect is the mean change of
+    Scores are those of `NeuronAttribution(head, method, positions=positions)`; an effect is the mean change of
     the margin when the neuron alone is set to zero at all tokens (`single_neuron_effects`), its interval a jackknife
     over blocks of prompts with Student's t. `n_random` neurons that were not asked for, as many in every layer, are the
     control (default: as many as `neurons`, or as there are). Examples are the pairs with the largest activation, in
@@ -171,7 +171,7 @@ def examine(
     counts: list[pd.DataFrame] = []
     examples: list[NeuronExample] = []
     for objective, some in pairs.items():
-        attribution = NeuronAttribution(head, method=method, site=neurons.site, positions=positions)
+        attribution = NeuronAttribution(head, method, site=neurons.site, positions=positions)
         scores[objective] = found = attribution.score(some, progress=progress).to_frame().set_index(list(_PLACE))
         effects = single_neuron_effects(head, some, site=neurons.site, neurons=neurons | random, progress=progress)
         effect = effects.to_frame().set_index(list(_PLACE))["score"].loc[places].to_numpy()

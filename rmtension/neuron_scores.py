@@ -60,7 +60,7 @@ class NeuronScores:
         span = f"from {known.min():.3g} to {known.max():.3g}" if len(known) else "none is a number"
         some = "" if len(known) == self.values.numel() else f", {len(known)} of them scored"
         return (
-            f"NeuronScores({where.method}: {layers} x {neurons} {where.site} neurons{some}, {span}; "
+            f"NeuronScores({where.label}: {layers} x {neurons} {where.site} neurons{some}, {span}; "
             f"{where.n_pairs} pairs, {where.positions} tokens, {where.architecture})"
         )
 
@@ -166,7 +166,7 @@ class NeuronScores:
         """`without_block`; raises `OptionError` for scores that keep none."""
         if self.without_block is None:
             raise OptionError(
-                f"scores: those of method {self.provenance.method!r} keep no blocks of prompts, so they cannot be "
+                f"scores: those of method {self.provenance.label!r} keep no blocks of prompts, so they cannot be "
                 "resampled. Score again with this version."
             )
         return self.without_block

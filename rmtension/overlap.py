@@ -130,7 +130,7 @@ def jaccard_intervals(
     model, so that nothing is known of others. No model pass.
 
     Examples:
-        >>> other = NeuronAttribution(head, method="gradient_x_activation").score(pairs["harmless"])
+        >>> other = NeuronAttribution(head, "gradient_x_activation").score(pairs["harmless"])
         >>> found = jaccard_intervals({"helpful": scores, "harmless": other}, fraction=0.125)
         >>> [round(end, 2) for end in found["helpful", "harmless"]]
         [0.5, 0.5]

@@ -22,7 +22,7 @@ class PairScores:
     Memory: `pairs x layers x neurons` numbers; 500 pairs of a model with 6 x 1,536 neurons take 18 MB in float32.
 
     Examples:
-        >>> by_pair = NeuronAttribution(head, method="direct_effect").per_pair(pairs["helpful"])
+        >>> by_pair = NeuronAttribution(head, "direct_effect").per_pair(pairs["helpful"])
         >>> by_pair.values.shape, by_pair.mean().shape, len(by_pair.pairs)
         (torch.Size([24, 2, 24]), torch.Size([2, 24]), 24)
     """
@@ -39,7 +39,7 @@ class PairScores:
         n, layers, neurons = self.values.shape
         where = self.provenance
         return (
-            f"PairScores({where.method}: {n} pairs, {layers} x {neurons} {where.site} neurons of {where.architecture})"
+            f"PairScores({where.label}: {n} pairs, {layers} x {neurons} {where.site} neurons of {where.architecture})"
         )
 
     def __len__(self) -> int:

@@ -28,6 +28,7 @@ class PairStatistic(ABC, Generic[Result_co]):
             dimension.
 
     Examples:
+        >>> from rmtension.pair_pass import run_pass
         >>> class LongestResponse(PairStatistic[int]):
         ...     def __init__(self):
         ...         self.longest = torch.zeros((), dtype=torch.long)

@@ -65,14 +65,14 @@ def has_adapters(model: nn.Module) -> bool:
     return any(map(_is_of_peft, model.modules()))
 
 
-def plain_copy(model: nn.Module) -> nn.Module:
+def plain_copy(model: nn.Module, *, share: bool = True) -> nn.Module:
     """What the parameters of `model` alone compute, by the code of its classes: what a checkpoint of it would hold.
 
     It has no hooks, no compiled modules and no forward that was replaced on an instance. It shares the parameters of
-    `model`, unless some have adapters, which are merged, or are parametrised: then all are copies. Raises `ModelError`
-    for adapters that cannot be merged.
+    `model`, unless some have adapters, which are merged, or are parametrised, or `share` is False: then all are copies.
+    Raises `ModelError` for adapters that cannot be merged.
     """
-    merges = has_adapters(model) or any(map(parametrize.is_parametrized, model.modules()))
+    merges = not share or has_adapters(model) or any(map(parametrize.is_parametrized, model.modules()))
     shared = {} if merges else {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return _plain("", copy_without_hooks(model, shared))
 

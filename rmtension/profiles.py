@@ -18,7 +18,7 @@ from rmtension.pair import PreferencePair
 from rmtension.pair_pass import run_pass
 from rmtension.pair_statistic import PairStatistic
 from rmtension.pass_record import PassRecord
-from rmtension.provenance import Provenance
+from rmtension.provenance import METHOD_FIELDS, Provenance
 from rmtension.reward_model import RewardModel
 from rmtension.sites import check_positions, find_site, neuron_activations
 from rmtension.storage import read_result, write_result
@@ -73,7 +73,7 @@ class ActivationProfile:
 
     def __add__(self, other: "ActivationProfile") -> "ActivationProfile":
         """The profile of both sets of pairs, for example of both objectives."""
-        names = ("architecture", "model", "site", "positions", "method", "dtype")
+        names = ("architecture", "model", "site", "positions", *METHOD_FIELDS, "dtype")
         self.provenance.require_same(other.provenance, names, what="ActivationProfile")
         if self.base != other.base:
             raise ProvenanceError(
@@ -99,9 +99,9 @@ class ActivationProfile:
         over blocks of prompts.
         """
         require_choice("method", method, SCORES)
-        if method == "change" and not self.base:
-            raise OptionError("method: 'change' needs a base model. Collect the profile with base=.")
         asked = SCORES[method]
+        if asked.statistic == "change" and not self.base:
+            raise OptionError(f"method: {method!r} needs a base model. Collect the profile with base=.")
         row = _STATISTICS.index(asked.statistic)
 
         def score(sides: Float[Tensor, "*part 2 layer neuron"]) -> Float[Tensor, "*part layer neuron"]:
@@ -112,9 +112,8 @@ class ActivationProfile:
 
         whole, without = self._means(row)
         without_block = score(without)
-        pooled = ", tokens pooled" if self.provenance.method.endswith("pooled") else ""
-        beside = f" from base {self.base}" if method == "change" else ""
-        provenance = replace(self.provenance, method=f"{method}{beside}{pooled}", sign=asked.sign)
+        base = self.base if asked.statistic == "change" else None
+        provenance = replace(self.provenance, method=method, base=base, sign=asked.sign)
         return NeuronScores(score(whole), jackknife_stderr(without_block), provenance, without_block)
 
     def _means(self, row: int) -> tuple[Float[Tensor, "2 layer neuron"], Float[Tensor, "block 2 layer neuron"]]:
@@ -208,7 +207,7 @@ def selectivity(profiles: Mapping[str, ActivationProfile], *, quantile: float = 
     first, *others = profiles.values()
     for other in others:
         first.provenance.require_same(
-            other.provenance, ("architecture", "model", "site", "positions", "method"), what="selectivity"
+            other.provenance, ("architecture", "model", "site", "positions", *METHOD_FIELDS), what="selectivity"
         )
     scores = [profile.scores("frequency") for profile in profiles.values()]
     frequencies = torch.stack([one.values for one in scores])
@@ -308,10 +307,10 @@ class _ProfileSums(PairStatistic[dict[_Key, ActivationProfile]]):
     def compute(self, record: PassRecord) -> dict[_Key, ActivationProfile]:
         record.require_pairs()
         base = "" if self._base is None else self._base.fingerprint
-        method = "profile, tokens pooled" if self._pool_tokens else "profile"
         profiles = {}
         for site, positions in self._keys:
-            provenance = record.provenance(self._head, site=site, positions=positions, method=method)
+            provenance = record.provenance(self._head, site=site, positions=positions, method="profile")
+            provenance = replace(provenance, pool_tokens=self._pool_tokens)
             sums, weights = self._sums[site, positions], self._weights[site, positions]
             profiles[site, positions] = ActivationProfile(sums, weights, base, provenance)
         return profiles

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rmtension.errors import OptionError, ProvenanceError, StorageError
 
@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 # What a folder of a checkpoint is told apart by: everything that can change what its model computes.
 _WEIGHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.bin", "*.py")
+# The fields that say how a result was computed: what has to agree before two results are compared.
+METHOD_FIELDS = ("method", "aggregate", "replacement", "steps", "graddrop", "pool_tokens", "base")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a result was computed from.
+    """What a result was computed from, and how.
 
     `architecture` names the neurons (family, layers, widths): sets and scores of two models can be compared only if
     it agrees. `model` is a fingerprint of the weights, `data` of the pairs. `n_tokens` counts the tokens that entered.
@@ -26,9 +28,17 @@ class Provenance:
     `sign` is what a positive score of a neuron says: 1, the neuron supports the margin, which falls without it; -1, the
     neuron opposes the margin; None, no direction (magnitudes, frequencies, and results that are not scores).
 
+    `method` is the name of the method, and these are its options, None or False where it has no such option:
+    `aggregate` ("signed" or "absolute": what is averaged over pairs), `replacement` (what activations are replaced by),
+    `steps` (of integrated gradients), `graddrop`, `pool_tokens` (every token counts once, not every text), `base` (the
+    fingerprint of the model from which a change is measured). `label` is all of that as text, for people to read.
+
     Examples:
         >>> scores.provenance.method, scores.provenance.n_pairs, scores.provenance.positions, scores.provenance.sign
         ('gradient_x_activation', 24, 'all', 1)
+        >>> patching = NeuronAttribution(head, "attribution_patching", aggregate="absolute").score(pairs["helpful"])
+        >>> patching.provenance.replacement, patching.provenance.label
+        ('zero', 'attribution_patching to zero, absolute')
     """
 
     architecture: str
@@ -43,10 +53,21 @@ class Provenance:
     version: str
     skipped: tuple[str, ...] = ()
     sign: int | None = None
+    aggregate: str | None = None
+    replacement: str | None = None
+    steps: int | None = None
+    graddrop: bool = False
+    pool_tokens: bool = False
+    base: str | None = None
 
     def __post_init__(self) -> None:
         if self.sign not in (1, -1, None):
             raise ProvenanceError(f"provenance: field 'sign' is 1, -1 or None, got {self.sign!r:.80}.")
+
+    @property
+    def label(self) -> str:
+        """The method with its options, for tables, figures and messages. Nothing is compared by it, or read from it."""
+        return method_label(**{name: getattr(self, name) for name in METHOD_FIELDS})
 
     def require_same(self, other: "Provenance", names: Iterable[str], *, what: str) -> None:
         """Raise `ProvenanceError` naming the first of the fields `names` in which `other` differs."""
@@ -71,13 +92,35 @@ class Provenance:
             raise ProvenanceError("provenance: field 'skipped' is no list of ids.")
         given = values | {"skipped": tuple(skipped)}
         for field in fields(cls):
-            kind = tuple if field.name == "skipped" else field.type
-            there = field.name in given and not isinstance(given[field.name], bool)
-            if not there or not isinstance(given[field.name], kind):  # type: ignore[arg-type]
+            kind: Any = tuple if field.name == "skipped" else field.type
+            if field.name not in given or type(given[field.name]) not in (get_args(kind) or (kind,)):
                 raise ProvenanceError(
                     f"provenance: field {field.name!r} is missing or not {field.type}. Compute the result again."
                 )
         return cls(**{field.name: given[field.name] for field in fields(cls)})
+
+
+def method_label(
+    method: str,
+    *,
+    aggregate: str | None = None,
+    replacement: str | None = None,
+    steps: int | None = None,
+    graddrop: bool = False,
+    pool_tokens: bool = False,
+    base: str | None = None,
+) -> str:
+    """A method and its options as text: `Provenance.label`."""
+    parts = [
+        method,
+        f" from base {base}" if base else "",
+        f" to {replacement}" if replacement else "",
+        f" in {steps} steps" if steps else "",
+        ", graddrop" if graddrop else "",
+        ", absolute" if aggregate == "absolute" else "",
+        ", tokens pooled" if pool_tokens else "",
+    ]
+    return "".join(parts)
 
 
 def digest_of(tensor: "Tensor") -> str:

@@ -26,6 +26,7 @@ from rmtension.pair import PreferencePair
 from rmtension.pair_pass import run_pass
 from rmtension.pair_rewards import RewardsOfPairs
 from rmtension.pairs import PreferencePairs
+from rmtension.replacements import Replacement, Zero
 from rmtension.reward_model import RewardModel
 from rmtension.run_options import RunOptions, check_run_options, run_options_of
 from rmtension.scored import ScoredPairs
@@ -262,10 +263,10 @@ class RewardHead(RewardModel):
         """
         return check_head(self, pairs, reference)
 
-    def with_ablation(
-        self, neurons: NeuronSet, *, mode: str = "zero", reference: Any = None, alpha: float | None = None
-    ) -> "RewardHead":
+    def with_ablation(self, neurons: NeuronSet, replacement: Replacement = Zero()) -> "RewardHead":
         """A copy whose weights do for good what `AblationContext` does at all positions; see `rmtension.export`.
+
+        `replacement` is `Zero()` (the default), `Mean(statistics)` or `Scale(alpha)`.
 
         Examples:
             >>> without = head.with_ablation(organism.truth["harmless"])
@@ -274,19 +275,14 @@ class RewardHead(RewardModel):
             >>> bool((without.score_pairs(pairs["harmless"]).margin - inside.margin).abs().max() < 1e-4)
             True
         """
-        return ablate_weights(self, neurons, mode=mode, reference=reference, alpha=alpha)
+        return ablate_weights(self, neurons, replacement)
 
-    def fwd_hooks(
-        self,
-        neurons: NeuronSet,
-        *,
-        mode: str = "zero",
-        reference: Any = None,
-        alpha: float | None = None,
-        positions: str = "all",
-    ) -> list[LensHook]:
-        """`AblationContext` as hooks for `head.model.run_with_hooks(ids, fwd_hooks=...)`: `rmtension.lens_hooks`."""
-        return fwd_hooks(self, neurons, mode=mode, reference=reference, alpha=alpha, positions=positions)
+    def fwd_hooks(self, neurons: NeuronSet, replacement: Replacement = Zero()) -> list[LensHook]:
+        """`AblationContext` as hooks for `head.model.run_with_hooks(ids, fwd_hooks=...)`: `rmtension.lens_hooks`.
+
+        `replacement` is `Zero()` (the default), `Mean(statistics)` or `Scale(alpha)`.
+        """
+        return fwd_hooks(self, neurons, replacement)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint that `AutoModelForSequenceClassification` loads, with the tokenizer.

@@ -21,7 +21,7 @@ from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
 from rmtension.profiles import ActivationProfile, collect_profiles
 from rmtension.provenance import Provenance, digest_of, digest_of_folder
-from rmtension.replacing import key_of
+from rmtension.replacements import Replacement, Zero
 from rmtension.reward_head import RewardHead
 from rmtension.scored import ScoredPairs
 from rmtension.storage import read_result, write_result
@@ -111,18 +111,17 @@ class ModelRuns:
         pairs: PreferencePairs,
         *,
         without: NeuronSet | None = None,
-        mode: str = "zero",
-        reference: ActivationStatistics | None = None,
+        replacement: Replacement = Zero(),
     ) -> ScoredPairs:
         """The rewards of `pairs`, or what they are without some neurons."""
 
         def run(work: Path | None) -> _Rewards:
             if without is None or not len(without):
                 return _Rewards.of(self.head.score_pairs(pairs, work=work))
-            (found,) = score_without(self.head, pairs, [without], mode=mode, reference=reference, work=work)
+            (found,) = score_without(self.head, pairs, [without], replacement, work=work)
             return _Rewards.of(found)
 
-        details = [pairs.ordered_digest, _described(without, mode, reference)]
+        details = [pairs.ordered_digest, _described(without, replacement)]
         return self._once("rewards", details, run, _Rewards.load).scored(pairs)
 
     def prepare(
@@ -130,14 +129,11 @@ class ModelRuns:
         pairs: PreferencePairs,
         sets: Sequence[NeuronSet],
         *,
-        mode: str = "zero",
-        reference: ActivationStatistics | None = None,
+        replacement: Replacement = Zero(),
     ) -> None:
         """Run what `rewards` will be asked for without each of some sets: together, which is faster."""
         named = {
-            self._name("rewards", [pairs.ordered_digest, _described(one, mode, reference)]): one
-            for one in sets
-            if len(one)
+            self._name("rewards", [pairs.ordered_digest, _described(one, replacement)]): one for one in sets if len(one)
         }
         missing = [name for name in named if not self._has(name)]
         if missing:
@@ -146,7 +142,7 @@ class ModelRuns:
                 # In another company the last digits differ: what was interrupted ends as it was begun.
                 together = missing if work is None else remembered(work, "sets", missing)
                 some = [named[name] for name in together if name in named]
-                found = score_without(self.head, pairs, some, mode=mode, reference=reference, work=work)
+                found = score_without(self.head, pairs, some, replacement, work=work)
                 for name, scored in zip(together, found, strict=True):
                     self.n_run += 1
                     self._keep(name, _Rewards.of(scored))
@@ -194,13 +190,13 @@ class ModelRuns:
         """Scores by a method of `NeuronAttribution`."""
 
         def run(work: Path | None) -> NeuronScores:
-            return NeuronAttribution(self.head, method=method, site=site, positions=positions).score(pairs, work=work)
+            return NeuronAttribution(self.head, method, site=site, positions=positions).score(pairs, work=work)
 
         details = [pairs.ordered_digest, method, site, positions]
         return self._once("attribution", details, run, NeuronScores.load)
 
     def statistics(self, pairs: PreferencePairs, *, site: str = "mlp") -> ActivationStatistics:
-        """Means over all tokens: the reference of mean ablation."""
+        """Means over all tokens, for `Mean`."""
         return self._once(
             "statistics",
             [pairs.ordered_digest, site],
@@ -296,8 +292,8 @@ def _digest_of_names(names: Iterable[str]) -> str:
     return hashlib.sha256(" ".join(names).encode()).hexdigest()[:24]
 
 
-def _described(without: NeuronSet | None, mode: str, reference: ActivationStatistics | None) -> list[Any] | None:
+def _described(without: NeuronSet | None, replacement: Replacement) -> list[Any] | None:
     """What an ablation depends on; None for the whole model."""
     if without is None or not len(without):
         return None
-    return [without.site, without.architecture, digest_of(without.mask), mode, key_of(reference)]
+    return [without.site, without.architecture, digest_of(without.mask), replacement.key]

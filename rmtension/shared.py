@@ -12,7 +12,7 @@ from rmtension.errors import OptionError, StorageError
 from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
 from rmtension.overlap import Overlap, depth_thirds
-from rmtension.provenance import Provenance
+from rmtension.provenance import METHOD_FIELDS, Provenance
 from rmtension.repr_html import html_table
 from rmtension.storage import read_result, write_result
 
@@ -204,8 +204,8 @@ class SharedNeuronAnalyzer:
             inherit: overlap that is no more than that shows nothing.
 
     Examples:
-        >>> method = {"method": "gradient_x_activation"}
-        >>> by_objective = {name: NeuronAttribution(head, **method).score(part) for name, part in pairs.items()}
+        >>> attribution = NeuronAttribution(head, "gradient_x_activation")
+        >>> by_objective = {name: attribution.score(part) for name, part in pairs.items()}
         >>> report = SharedNeuronAnalyzer(by_objective).analyze(fraction=0.125)
         >>> report.shared == organism.truth["shared"] | organism.truth["conflict"]
         True
@@ -221,7 +221,7 @@ class SharedNeuronAnalyzer:
         first, *others = scores.values()
         for other in [*others, *([base] if base is not None else [])]:
             first.provenance.require_same(
-                other.provenance, ("architecture", "site", "positions", "method"), what="SharedNeuronAnalyzer"
+                other.provenance, ("architecture", "site", "positions", *METHOD_FIELDS), what="SharedNeuronAnalyzer"
             )
         self.scores = dict(scores)
         self.base = base

@@ -40,7 +40,7 @@ def ranked(
     "supports": how far the neuron raises the margin; "opposes": how far it lowers it; "magnitude": |score|; "score":
     the score itself.
     """
-    check_by(by, provenance.sign, f"{provenance.method!r}")
+    check_by(by, provenance.sign, f"{provenance.label!r}")
     if by == "magnitude":
         return values.abs()
     if by == "score":

@@ -21,7 +21,7 @@ from rmtension.pair_statistic import PairStatistic
 from rmtension.pass_record import PassRecord
 from rmtension.progress import progress_bar
 from rmtension.provenance import digest_of
-from rmtension.replacing import Reference, can_share, check_reference, key_of, name_of, step_to
+from rmtension.replacements import Replacement, Zero, check_replacement
 from rmtension.replay import Replay
 from rmtension.reward_model import RewardModel
 from rmtension.running_scores import RunningScores
@@ -29,6 +29,8 @@ from rmtension.sites import check_positions, find_site
 from rmtension.tokens import TokenBatch, margins
 from rmtension.writes import moving, written_weights
 
+# The method's name in provenance.
+EFFECT = "effect of ablation"
 # Residual streams of one step over the last layer's neurons, in numbers: 64 MB in float32.
 _AT_A_TIME = 16_000_000
 
@@ -37,20 +39,20 @@ def single_neuron_effects(
     head: RewardModel,
     pairs: Iterable[PreferencePair],
     *,
-    reference: Reference = "zero",
+    replacement: Replacement = Zero(),
     site: str = "mlp",
     positions: str = "all",
     neurons: NeuronSet | None = None,
     work: str | Path | None = None,
     progress: bool | None = None,
 ) -> NeuronScores:
-    """What replacing each neuron by `reference`, alone, does to the margin: mean over pairs of M without - M with it.
+    """What replacing each neuron, alone, does to the margin: mean over pairs of M without it - M with it.
 
     A neuron with a negative effect supports the margin, one with a positive effect opposes it (`provenance.sign` -1).
 
-    Exact: the model runs again for every neuron, as under an `AblationContext` of that neuron with mode "zero" or
-    "mean" ("other" replaces by the mean of the pair's other response over the selected tokens). Neurons outside
-    `neurons` get NaN. `stderr` is over pairs; `without_block` serves intervals over prompts.
+    Exact: the model runs again for every neuron, as under an `AblationContext` of that neuron with the same
+    `replacement`; `OtherResponse()`, which no context takes, works too. Neurons outside `neurons` get NaN. `stderr` is
+    over pairs; `without_block` serves intervals over prompts.
 
     Cost: one forward pass over the pairs, and for a neuron of layer l (from 0) of L the blocks above it, which are
     (L - 1 - l) / L of a forward pass, where the residual stream takes what the site's projection writes as it is
@@ -61,7 +63,7 @@ def single_neuron_effects(
 
     In half precision effects near the rounding of the reward are rounding; open the model in float32 for the truth.
     `work` and `progress` are those of `run_pass`.
-    Raises `OptionError` for a wrong site, position or reference, `ProvenanceError` for neurons or a reference of
+    Raises `OptionError` for a wrong site, position or replacement, `ProvenanceError` for neurons or a replacement of
     another model.
 
     Examples:
@@ -72,7 +74,7 @@ def single_neuron_effects(
     require_arguments("single_neuron_effects(head, pairs)", head=(head, RewardModel), pairs=(pairs, Iterable))
     check_positions(positions)
     site = find_site(site).name
-    check_reference(head, site, reference)
+    check_replacement(replacement, head, site)
     head.require_weight()
     shape = (head.n_layers, head.n_neurons(site))
     if neurons is None:
@@ -85,7 +87,7 @@ def single_neuron_effects(
     total = len(pairs) * len(neurons) if isinstance(pairs, Sized) else None
     # The bar counts ablations, of which a pair has as many as there are neurons.
     with progress_bar(progress=progress, total=total, desc="ablate", unit="pair") as bar:
-        statistic = _SingleEffects(head, neurons, reference, positions, bar.update)
+        statistic = _SingleEffects(head, neurons, replacement, positions, bar.update)
         return run_pass(head, pairs, statistic, work=work, progress=False)
 
 
@@ -99,25 +101,25 @@ class _SingleEffects(PairStatistic[NeuronScores]):
         self,
         head: RewardModel,
         neurons: NeuronSet,
-        reference: Reference,
+        replacement: Replacement,
         positions: str,
         advance: Callable[[int], object],
     ) -> None:
         self._head = head
         self._neurons = neurons
-        self._reference = reference
+        self._replacement = replacement
         self._positions = positions
         self._advance = advance
         self._per_layer = [columns.nonzero()[:, 0].tolist() for columns in neurons.mask]
         self._scores = RunningScores(*neurons.mask.shape)
-        self.sharing = "prompt" if can_share(reference) else "none"
+        self.sharing = "prompt" if replacement.shares_tokens else "none"
 
     @property
     def settings(self) -> Mapping[str, Any]:
         return {
             "site": self._neurons.site,
             "positions": self._positions,
-            "reference": key_of(self._reference),
+            "replacement": self._replacement.key,
             "neurons": digest_of(self._neurons.mask),
         }
 
@@ -134,7 +136,8 @@ class _SingleEffects(PairStatistic[NeuronScores]):
             if not wanted:
                 continue
             activation = replay.activations[site, layer]
-            step = step_to(self._reference, layer, activation, batch.touched(self._positions).to(activation.device))
+            select = batch.touched(self._positions).to(activation.device)
+            step = self._replacement.step(layer, activation, select, batch)
             for change in _changes(replay, site, layer, step, wanted):
                 effects.append(margins(change).double())
                 self._advance(batch.n_pairs)
@@ -150,10 +153,10 @@ class _SingleEffects(PairStatistic[NeuronScores]):
 
     def compute(self, record: PassRecord) -> NeuronScores:
         record.require_pairs()
-        method = f"effect of ablation to {name_of(self._reference)}"
-        provenance = record.provenance(self._head, site=self._neurons.site, positions=self._positions, method=method)
+        provenance = record.provenance(self._head, site=self._neurons.site, positions=self._positions, method=EFFECT)
         # A change of the margin without the neuron: where it is positive, the neuron lowers the margin.
-        return self._scores.compute(replace(provenance, sign=-1))
+        provenance = replace(provenance, sign=-1, aggregate="signed", replacement=self._replacement.label)
+        return self._scores.compute(provenance)
 
 
 def _changes(

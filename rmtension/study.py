@@ -90,7 +90,7 @@ class TensionStudy:
 
         Cost per family, in passes over the evaluation pairs (both texts, what they share once): 3, plus for "curves"
         3 x fractions x (scores + 3), for "cross_objective" 3 x scores, for "causality" 4 sets x (1 + 2 draws +
-        subsamples); over the scoring pairs 4 profiles, and the means of 3 models for `mode="mean"`.
+        subsamples); over the scoring pairs 4 profiles, and the means of 3 models for `replacement="mean"`.
         """
         if folder is None:
             return self._run(None, progress)

@@ -21,9 +21,7 @@ def study_neurons(study: TensionStudy, *, n: int = 16, progress: bool | None = N
         raise OptionError(f"n: expected at least one neuron, got {n}.")
     mixed, options = study.families[0].mixed, study.options
     head = mixed if isinstance(mixed, RewardHead) else RewardHead.from_pretrained(mixed)
-    attribution = NeuronAttribution(
-        head, method="gradient_x_activation", site=options.site, positions=options.positions
-    )
+    attribution = NeuronAttribution(head, "gradient_x_activation", site=options.site, positions=options.positions)
     sizes = [attribution.score(some, progress=progress).values.abs() for some in study.scoring.values()]
     height = torch.stack([size / size.max().clamp(min=1e-30) for size in sizes]).amax(dim=0)
     mask = torch.zeros(height.shape, dtype=torch.bool)

@@ -10,6 +10,7 @@ from rmtension.intervals import check_level
 from rmtension.methods import METHODS
 from rmtension.neurons import check_seed
 from rmtension.profiles import SCORES as ACTIVATION_SCORES
+from rmtension.replacements import Mean, Zero
 from rmtension.signs import BY, check_by
 from rmtension.sites import check_positions, find_site
 
@@ -30,16 +31,16 @@ class StudyOptions:
       `by` "magnitude", "supports", "opposes" or "score" (see `NeuronScores.top`; the two in the middle need `scores`
       that all have a direction); `top_rule` is "exact", or "percentile" with its ties; `pool_tokens` counts every token
       once, not every text.
-    - `mode`, "zero" or "mean", is how sets are ablated, at all tokens; `curve_fractions` the sizes of the ablation
-      curves, `n_draws` the random sets of a control, `n_subsamples` the subsamples in which sets are compared at equal
-      size.
+    - `replacement`, "zero" or "mean", is what activations of ablated sets are replaced by, at all tokens;
+      `curve_fractions` the sizes of the ablation curves, `n_draws` the random sets of a control, `n_subsamples` the
+      subsamples in which sets are compared at equal size.
     - `tie` is what a tie counts in accuracies; `clamp` keeps drops and normalised accuracies within [0, 1].
     - `refuse` and `respond` name the subsets that reward refusing and responding.
     - `seed` governs the division of the pairs, the random sets, subsamples and the bootstrap; `level` is that of all
       intervals.
 
     Examples:
-        >>> StudyOptions(n_draws=2).mode, StudyOptions.of("paper").mode
+        >>> StudyOptions(n_draws=2).replacement, StudyOptions.of("paper").replacement
         ('mean', 'zero')
     """
 
@@ -52,7 +53,7 @@ class StudyOptions:
     within: str = "model"
     top_rule: str = "exact"
     pool_tokens: bool = False
-    mode: str = "mean"
+    replacement: str = "mean"
     curve_fractions: tuple[float, ...] = (0.02, 0.05, 0.10, 0.20, 0.30, 1.0)
     n_draws: int = 8
     n_subsamples: int = 8
@@ -91,7 +92,7 @@ class StudyOptions:
                     raise OptionError(f"{name}: expected a number in (0, 1], got {fraction}.")
         for name, choices in (
             ("by", BY),
-            ("mode", ("zero", "mean")),
+            ("replacement", (Zero.name, Mean.name)),
             ("within", ("model", "layer")),
             ("top_rule", ("exact", "percentile")),
         ):
@@ -140,7 +141,7 @@ def _paper() -> StudyOptions:
         positions="all",
         top_rule="percentile",
         pool_tokens=True,
-        mode="zero",
+        replacement="zero",
         curve_fractions=(*(percent / 100 for percent in range(2, 31, 2)), 1.0),
         tie=0.0,
         clamp=True,

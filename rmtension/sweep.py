@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.ablation import AblationContext
-from rmtension.activations import ActivationSample, ActivationStatistics
 from rmtension.errors import OptionError
 from rmtension.neurons import NeuronSet
 from rmtension.pair import PreferencePair
@@ -16,7 +15,7 @@ from rmtension.pair_pass import run_pass
 from rmtension.pair_rewards import RewardsOfPairs
 from rmtension.pairs import PreferencePairs
 from rmtension.provenance import digest_of
-from rmtension.replacing import key_of
+from rmtension.replacements import Replacement, Zero
 from rmtension.replay import Replay
 from rmtension.reward_model import RewardModel
 from rmtension.scored import ScoredPairs
@@ -28,12 +27,9 @@ def score_without(
     head: RewardModel,
     pairs: Iterable[PreferencePair],
     sets: Sequence[NeuronSet],
+    replacement: Replacement = Zero(),
     *,
-    mode: str = "zero",
-    reference: ActivationStatistics | ActivationSample | None = None,
-    alpha: float | None = None,
     positions: str = "all",
-    seed: int = 0,
     work: str | Path | None = None,
     progress: bool | None = None,
 ) -> list[ScoredPairs]:
@@ -52,10 +48,7 @@ def score_without(
         >>> [round(one.accuracy(), 2) for one in score_without(head, pairs["harmless"], sets)]
         [1.0, 0.83, 0.79, 1.0]
     """
-    ablations = [
-        AblationContext(head, one, mode=mode, reference=reference, alpha=alpha, positions=positions, seed=seed)
-        for one in sets
-    ]
+    ablations = [AblationContext(head, one, replacement, positions=positions) for one in sets]
     if len({one.site for one in sets}) > 1:
         raise OptionError(f"sets: expected sets of one site, got {sorted({one.site for one in sets})}.")
     pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
@@ -67,8 +60,8 @@ def score_without(
         name="ablate",
         settings={
             "sets": [[one.site, digest_of(one.mask)] for one in sets],
-            "ablation": [mode, alpha, positions, seed],
-            "reference": key_of(reference),
+            "replacement": replacement.key,
+            "positions": positions,
         },
         keeps_layers=True,
     )

@@ -63,7 +63,7 @@ def notes(result: StudyResult) -> list[str]:
     found += [
         f"Neurons: top {100 * options['fraction']:g}% by {', '.join(options['scores'])} (ranked by {options['by']}) at "
         f"{options['site']}, {options['positions']} tokens, rule '{options['top_rule']}'.",
-        f"Ablation: {options['mode']}, at all tokens; {options['n_draws']} random sets for every control, "
+        f"Ablation: {options['replacement']}, at all tokens; {options['n_draws']} random sets for every control, "
         f"{options['n_subsamples']} subsamples; causal sets by {options['scores'][0]}.",
         f"Accuracy: a tie counts {options['tie']:g}. Intervals: {100 * options['level']:g}%, bootstrap over prompts"
         + ("; of means over seeds, widened by the spread between them. Counts: range over seeds." if several else "."),

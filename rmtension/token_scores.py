@@ -17,7 +17,7 @@ class TokenScores:
     one means (`Provenance.sign`). Memory: tokens of both texts x layers x neurons.
 
     Examples:
-        >>> first = next(NeuronAttribution(head, method="mean_difference").per_token(pairs["helpful"]))
+        >>> first = next(NeuronAttribution(head, "mean_difference").per_token(pairs["helpful"]))
         >>> first.to_frame(layer=0, neuron=0).columns.tolist()
         ['side', 'position', 'token', 'score', 'direction']
     """

@@ -16,31 +16,34 @@ from pathlib import Path
 
 import pandas as pd
 
-from rmtension import ActivationCollector, NeuronAttribution, NeuronScores, PreferencePairs, RewardHead
+from rmtension import ActivationCollector, Mean, NeuronAttribution, NeuronScores, PreferencePairs, RewardHead, Zero
 from rmtension.attribution import score_together
 from rmtension.encoding import encode_pairs
 from rmtension.faithfulness import faithfulness
+from rmtension.replacements import Replacement
 from rmtension.world import preference_world
 
 OBJECTIVES = ("helpful", "harmless")
 
 
-def all_scores(head: RewardHead, pairs: PreferencePairs, reference, site: str, steps: int) -> dict[str, NeuronScores]:
-    """Every method's scores; `reference` is "zero" or statistics."""
+def all_scores(
+    head: RewardHead, pairs: PreferencePairs, replacement: Replacement, site: str, steps: int
+) -> dict[str, NeuronScores]:
+    """Every method's scores."""
     asked = {
-        "attribution_patching": {"method": "attribution_patching", "reference": reference},
+        "attribution_patching": {"method": "attribution_patching", "replacement": replacement},
         "gradient_x_activation": {"method": "gradient_x_activation"},
-        "integrated_gradients": {"method": "integrated_gradients", "reference": reference, "steps": steps},
+        "integrated_gradients": {"method": "integrated_gradients", "replacement": replacement, "steps": steps},
         "direct_effect": {"method": "direct_effect"},
         "mean_difference": {"method": "mean_difference"},
         "attribution_patching, absolute": {
             "method": "attribution_patching",
-            "reference": reference,
+            "replacement": replacement,
             "aggregate": "absolute",
         },
         "attribution_patching, graddrop": {
             "method": "attribution_patching",
-            "reference": reference,
+            "replacement": replacement,
             "aggregate": "absolute",
             "graddrop": True,
         },
@@ -55,30 +58,29 @@ def measure(
     """The tables of one model."""
     head = RewardHead.from_pretrained(folder)
     for site in ("mlp", "attn_head"):
-        for mode in ("mean", "zero"):
-            path = out / f"{name} {site} {mode}.csv"
+        for kind in (Mean, Zero):
+            path = out / f"{name} {site} {kind.name}.csv"
             if path.exists():
                 continue
             start = time.monotonic()
-            statistics = ActivationCollector(head, site=site).collect(pairs) if mode == "mean" else None
-            scores = all_scores(head, pairs, statistics or "zero", site, steps)
+            replacement = Mean(ActivationCollector(head, site=site).collect(pairs)) if kind is Mean else Zero()
+            scores = all_scores(head, pairs, replacement, site, steps)
             found = faithfulness(
                 head,
                 scores,
                 pairs,
-                mode=mode,
-                reference=statistics,
-                set_fractions=fractions if (site, mode) == ("mlp", "mean") else (),
+                replacement=replacement,
+                set_fractions=fractions if (site, kind) == ("mlp", Mean) else (),
                 n_random=4,
                 progress=progress,
             )
-            found.save(out / f"{name} {site} {mode}.safetensors")
+            found.save(out / f"{name} {site} {kind.name}.safetensors")
             if len(found.sets):
-                found.sets.to_csv(out / f"{name} {site} {mode} sets.csv", index=False)
-            labels = {"model": name, "site": site, "mode": mode, "n_pairs": len(pairs)}
+                found.sets.to_csv(out / f"{name} {site} {kind.name} sets.csv", index=False)
+            labels = {"model": name, "site": site, "replacement": kind.name, "n_pairs": len(pairs)}
             found.summary.assign(**labels).to_csv(path, index=False)
             gap = float(scores["integrated_gradients"].completeness_gap.max())
-            print(f"{name}, {site}, {mode}: {time.monotonic() - start:.0f} s, largest completeness gap {gap:.1e}")
+            print(f"{name}, {site}, {kind.name}: {time.monotonic() - start:.0f} s, largest completeness gap {gap:.1e}")
             print(found, flush=True)
 
 
@@ -128,10 +130,11 @@ def main() -> None:
 def print_tables(table: pd.DataFrame) -> None:
     """In Markdown: for one model its intervals, for several the mean over models and their range."""
     names = ["spearman", "sign_agreement", "top_precision", "slope"]
-    for (site, mode), part in table.groupby(["site", "mode"]):
+    for (site, replacement), part in table.groupby(["site", "replacement"]):
         models = part["model"].unique()
         print(
-            f"\n{site}, {mode}: {len(models)} models, {part['n'].min()} neurons, {part['n_pairs'].min()} pairs each\n"
+            f"\n{site}, {replacement}: {len(models)} models, {part['n'].min()} neurons, "
+            f"{part['n_pairs'].min()} pairs each\n"
         )
         print(f"| method | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
         for method, rows in part.groupby("method", sort=False):

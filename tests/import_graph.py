@@ -45,7 +45,7 @@ _HOUSE: tuple[dict[str, str], ...] = (
             "scoring selfcheck sums"
         )
     },
-    {"interventions": "ablation export lens_hooks replacing sweep"},
+    {"interventions": "ablation donors export lens_hooks replacements sweep"},
     {"reward_head": "reward_head"},
     {"attribution": "attribution batch_run faithfulness methods neuron_json neuron_pages single_effects"},
     {

@@ -21,7 +21,7 @@ from other_major import BASE, TEMPLATE, TOLERANCE, some_neurons
 
 def write(folder):
     """Pairs as RewardBench reads them, and two reward models with and without an ablation."""
-    from rmtension import ActivationCollector, RewardHead
+    from rmtension import ActivationCollector, Mean, RewardHead
     from rmtension.check_matrix import make_classifier
     from rmtension.training import train_tokenizer
     from rmtension.world import preference_world
@@ -43,10 +43,7 @@ def write(folder):
         head = RewardHead.from_classifier(model, tokenizer=tokenizer)
         neurons, means = some_neurons(head), ActivationCollector(head).collect(pairs)
         # For the mean, a Llama gets biases that its config did not have.
-        ablated = {
-            "zero": head.with_ablation(neurons),
-            "mean": head.with_ablation(neurons, mode="mean", reference=means),
-        }
+        ablated = {"zero": head.with_ablation(neurons), "mean": head.with_ablation(neurons, Mean(means))}
         for name, opened in {"whole": head, **ablated}.items():
             opened.save_pretrained(folder / "models" / f"{family}-{name}")
             scored = opened.score_pairs(pairs)

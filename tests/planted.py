@@ -15,7 +15,7 @@ import torch
 import transformers
 from conftest import WORDS, make_config, make_tokenizer
 
-from rmtension import NeuronSet, PreferencePairs, RewardHead, StudyOptions, TensionStudy
+from rmtension import Mean, NeuronSet, PreferencePairs, RewardHead, StudyOptions, TensionStudy
 from rmtension.causality import Ablations, ablation_matrix
 from rmtension.runs import ModelRuns
 
@@ -112,7 +112,7 @@ def planted_run(
     }
     runs = ModelRuns(mixed)
     means = runs.statistics(study.scoring["helpful"] + study.scoring["harmless"])
-    ablations = Ablations(runs, study.evaluating, mode="mean", reference=means, seed=seed)
+    ablations = Ablations(runs, study.evaluating, replacement=Mean(means), seed=seed)
     table = ablation_matrix(ablations, sets, n_draws=16, exclude=planted | sets["random"]).query("quantity == 'margin'")
     hits = int((found & known.mask).sum())
     row: dict[str, object] = {"precision": hits / max(1, int(found.sum())), "recall": hits / N_SHARED}

@@ -14,7 +14,7 @@ import tempfile
 import pandas as pd
 import torch
 
-from rmtension import ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs
+from rmtension import ActivationCollector, Mean, NeuronAttribution, NeuronSet, PreferencePairs
 from rmtension.conflict import CLASSES, conflict
 from rmtension.organisms import Organism, make_organism
 from rmtension.single_effects import single_neuron_effects
@@ -45,7 +45,7 @@ def found_sets(organism: Organism, steps: int = 32) -> dict[str, dict[str, Neuro
     statistics = ActivationCollector(head).collect(everything)
     asked = {
         "attribution_patching to zero": {"method": "attribution_patching"},
-        "attribution_patching to mean": {"method": "attribution_patching", "reference": statistics},
+        "attribution_patching to mean": {"method": "attribution_patching", "replacement": Mean(statistics)},
         "gradient_x_activation": {"method": "gradient_x_activation"},
         "integrated_gradients to zero": {"method": "integrated_gradients", "steps": steps},
         "direct_effect": {"method": "direct_effect"},

@@ -15,7 +15,18 @@ from pathlib import Path
 import torch
 
 import rmtension.work
-from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
+from rmtension import (
+    AblationContext,
+    ActivationCollector,
+    Mean,
+    NeuronAttribution,
+    NeuronSet,
+    OtherResponse,
+    PreferencePairs,
+    Resample,
+    RewardHead,
+    Zero,
+)
 from rmtension.distributed import current, sharded
 from rmtension.errors import ShardError
 from rmtension.profiles import collect_profiles
@@ -40,14 +51,14 @@ def numbers(head: RewardHead, pairs: PreferencePairs, folder: Path | None = None
     }
     found |= {name: getattr(statistics, name) for name in ("mean", "abs_mean", "rms", "frequency", "channel_mean")}
     found["n tokens"] = torch.tensor([statistics.n_tokens])
-    for mode, reference in {"zero": None, "mean": statistics, "resample": sample}.items():
-        with AblationContext(head, neurons, mode=mode, reference=reference):
-            found[f"without neurons, {mode}"] = head.score_pairs(pairs).margin
+    for replacement in (Zero(), Mean(statistics), Resample(sample)):
+        with AblationContext(head, neurons, replacement):
+            found[f"without neurons, {replacement.name}"] = head.score_pairs(pairs).margin
     for method, more in {
         "mean_difference": {},
         "gradient_x_activation": {"aggregate": "absolute"},
-        "attribution_patching": {"reference": "other"},
-        "integrated_gradients": {"steps": 2, "reference": statistics},
+        "attribution_patching": {"replacement": OtherResponse()},
+        "integrated_gradients": {"steps": 2, "replacement": Mean(statistics)},
     }.items():
         scores = NeuronAttribution(head, method=method, **more).score(pairs)
         found |= {f"{method} {name}": getattr(scores, name) for name in ("values", "stderr", "without_block")}

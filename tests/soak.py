@@ -23,7 +23,15 @@ import torch
 import transformers
 from conftest import make_pairs, make_tokenizer, save_classifier
 
-from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronScores, RewardHead, ScoredPairs
+from rmtension import (
+    AblationContext,
+    ActivationCollector,
+    Mean,
+    NeuronAttribution,
+    NeuronScores,
+    RewardHead,
+    ScoredPairs,
+)
 from rmtension.profiles import collect_profiles
 from rmtension.sweep import score_without
 
@@ -40,7 +48,7 @@ def cycle(model: Path, pairs, folder: Path, tokenizer=None) -> None:
     scores = NeuronAttribution(head, method="gradient_x_activation").score(pairs)
     scores.save(folder / "scores")
     top = NeuronScores.load(folder / "scores").top(0.1)
-    with AblationContext(head, top, mode="mean", reference=statistics):
+    with AblationContext(head, top, Mean(statistics)):
         head.score_pairs(pairs)
     score_without(head, pairs, [top, ~top])
     collect_profiles(head, pairs)

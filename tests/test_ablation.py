@@ -2,12 +2,22 @@
 
 import pytest
 import torch
-from conftest import save_classifier
+from conftest import save_classifier, unchecked
 from scipy import stats
 from test_reward_head import snapshot
 
-from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
-from rmtension.ablation import draw_donors
+from rmtension import (
+    AblationContext,
+    ActivationCollector,
+    Mean,
+    NeuronAttribution,
+    NeuronSet,
+    OtherResponse,
+    RewardHead,
+    Scale,
+    Zero,
+)
+from rmtension.donors import draw_donors
 from rmtension.encoding import EncodedText
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.tokens import TokenBatch
@@ -47,7 +57,7 @@ def test_exception_inside_a_collector_or_an_attribution_leaves_no_hook(head, pai
     assert torch.equal(collector.compute().mean, expected.mean)
     monkeypatch.setattr("rmtension.methods.neuron_activations", fail)
     with pytest.raises(RuntimeError, match="stopped"):
-        NeuronAttribution(head).score(pairs)
+        NeuronAttribution(head, "mean_difference").score(pairs)
     assert snapshot(head) == before
 
 
@@ -113,8 +123,8 @@ def test_user_hooks_on_the_bridge_count(head, pairs):
 def test_scale_one_and_empty_set_change_nothing(exact_head, pairs):
     expected = exact_head.score_pairs(pairs).margin
     empty = NeuronSet(torch.zeros(3, exact_head.n_neurons("mlp"), dtype=torch.bool), "mlp", exact_head.architecture)
-    for neurons, options in ((neurons_of(exact_head), {"mode": "scale", "alpha": 1.0}), (empty, {"mode": "zero"})):
-        with AblationContext(exact_head, neurons, **options):
+    for neurons, replacement in ((neurons_of(exact_head), Scale(1.0)), (empty, Zero())):
+        with AblationContext(exact_head, neurons, replacement):
             assert torch.equal(exact_head.score_pairs(pairs).margin, expected)
 
 
@@ -155,27 +165,34 @@ class TestDonors:
 
 
 class TestWrongArguments:
-    def test_mode(self, head):
-        with pytest.raises(OptionError, match="mode: expected one of"):
-            AblationContext(head, neurons_of(head), mode="erase")
-
     def test_positions(self, head):
         with pytest.raises(OptionError, match="positions"):
             AblationContext(head, neurons_of(head), positions="first")
 
-    @pytest.mark.parametrize(("mode", "what"), [("mean", "ActivationStatistics"), ("resample", "ActivationSample")])
-    def test_missing_reference(self, head, mode, what):
-        with pytest.raises(OptionError, match=f"reference: mode '{mode}' needs {what}"):
-            AblationContext(head, neurons_of(head), mode=mode)
+    @pytest.mark.parametrize(
+        ("make", "written"),
+        [
+            (lambda statistics, sample: "mean", "Mean(statistics)"),
+            (lambda statistics, sample: "other", "OtherResponse()"),
+            (lambda statistics, sample: "erase", "Zero(), Mean(statistics)"),
+            (lambda statistics, sample: None, "Zero(), Mean(statistics)"),
+            (lambda statistics, sample: statistics, "Mean(statistics)"),
+            (lambda statistics, sample: sample, "Resample(sample)"),
+            (lambda statistics, sample: Scale, "Scale(...), an object of that class"),
+        ],
+    )
+    def test_what_is_no_replacement_names_one(self, head, pairs, make, written):
+        collector = ActivationCollector(head)
+        given = make(collector.collect(pairs[:2]), collector.sample(pairs[:2], n=3))
+        for call in (AblationContext.__init__, NeuronAttribution.__init__):
+            last = neurons_of(head) if call is AblationContext.__init__ else "attribution_patching"
+            with pytest.raises(OptionError, match=r"^replacement: expected one such as Zero\(\), got ") as raised:
+                unchecked(call)(object.__new__(AblationContext), head, last, replacement=given)
+            assert f"Write {written}" in str(raised.value)
 
-    def test_needless_reference_or_alpha(self, head, pairs):
-        statistics = ActivationCollector(head).collect(pairs[:2])
-        with pytest.raises(OptionError, match="reference: mode 'zero' uses none"):
-            AblationContext(head, neurons_of(head), reference=statistics)
-        with pytest.raises(OptionError, match="alpha"):
-            AblationContext(head, neurons_of(head), mode="scale")
-        with pytest.raises(OptionError, match="alpha"):
-            AblationContext(head, neurons_of(head), alpha=0.5)
+    def test_other_response(self, head):
+        with pytest.raises(OptionError, match=r"replacement: OtherResponse\(\) needs both texts of a pair.*Use Zero"):
+            AblationContext(head, neurons_of(head), OtherResponse())
 
     def test_set_of_another_model(self, head):
         other = NeuronSet(torch.ones(3, 48, dtype=torch.bool), "mlp", "llama-3x48-heads4x8-d32")
@@ -189,13 +206,13 @@ class TestWrongArguments:
     def test_statistics_of_another_model(self, head, pairs, tmp_path, tokenizer):
         other = RewardHead.from_pretrained(save_classifier(tmp_path, "gpt2", tokenizer, seed=3))
         statistics = ActivationCollector(other).collect(pairs[:2])
-        with pytest.raises(ProvenanceError, match="reference: its activations are those of model"):
-            AblationContext(head, neurons_of(head), mode="mean", reference=statistics)
+        with pytest.raises(ProvenanceError, match="replacement: its activations are those of model"):
+            AblationContext(head, neurons_of(head), Mean(statistics))
 
     def test_statistics_of_another_site(self, head, pairs):
         statistics = ActivationCollector(head, site="attn_head").collect(pairs[:2])
         with pytest.raises(ProvenanceError, match="site 'attn_head'"):
-            AblationContext(head, neurons_of(head), mode="mean", reference=statistics)
+            AblationContext(head, neurons_of(head), Mean(statistics))
 
     def test_choosing_tokens_outside_the_library(self, head):
         with (

@@ -27,7 +27,7 @@ class TestNames:
             ({"analyses": ("accurracy",)}, "accuracy"),
             ({"analyses": ("overlap", "cross-objective")}, "cross_objective"),
             ({"scores": ("gradient_x_activations",)}, "gradient_x_activation"),
-            ({"mode": "zeros"}, "zero"),
+            ({"replacement": "zeros"}, "zero"),
             ({"by": "support"}, "supports"),
             ({"site": "mpl"}, "mlp"),
             ({"fractoin": 0.1}, "fraction"),
@@ -134,7 +134,7 @@ class TestSwapped:
                 lambda: head.score(both),
                 lambda: head.score_pairs(["text"]),
                 lambda: head.score_pairs(both),
-                lambda: next(NeuronAttribution(head).per_token(["text"])),
+                lambda: next(NeuronAttribution(head, "mean_difference").per_token(["text"])),
             ):
                 try:
                     call()

@@ -15,9 +15,21 @@ import torch
 import transformers
 from conftest import FAMILIES, batches_of, close_to, make_config, make_pairs, save_classifier
 from reference import DEVICE, Reference
+from replaced import NAMES, replacement_of, sides, targets_of
 from test_reward_head import snapshot
 
-from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronScores, NeuronSet, RewardHead
+from rmtension import (
+    AblationContext,
+    ActivationCollector,
+    Mean,
+    NeuronAttribution,
+    NeuronScores,
+    NeuronSet,
+    OtherResponse,
+    Resample,
+    RewardHead,
+    Scale,
+)
 from rmtension.attribution import score_together
 from rmtension.batch_run import BatchRun, _BlockGates
 from rmtension.direct import direct_contributions
@@ -25,7 +37,7 @@ from rmtension.errors import DataError, ModelError, OptionError, ProvenanceError
 from rmtension.methods import METHODS
 from rmtension.pair_scores import PairScores
 
-FIRST_ORDER = [name for name, method in METHODS.items() if method.one_run]
+FIRST_ORDER = [name for name, method in METHODS.items() if not method.needs_path]
 CLOSE = {"atol": 1e-9, "rtol": 0.0}
 SITES = ("mlp", "attn_head")
 POSITIONS = ("all", "response", "last")
@@ -49,54 +61,25 @@ def few():
     return make_pairs(6)
 
 
-def sides(reference, pairs):
-    """(ids, prompt length) of chosen and rejected, pair by pair."""
-    return [[reference.tokens(pair, side) for side in ("chosen", "rejected")] for pair in pairs]
-
-
-def references(reference, site, texts, positions):
-    """The activation that each text's tokens are replaced by, for zero, mean and other: [layer, channel] a text."""
-    runs = [[reference.activations(site, ids) for ids, _ in pair] for pair in texts]
-    means = torch.cat([run for pair in runs for run in pair], dim=1).mean(1)
-    chosen = [
-        [run[:, reference.selected(run.shape[1], n, positions)].mean(1) for run, (_, n) in zip(*both, strict=True)]
-        for both in zip(runs, texts, strict=True)
-    ]
-    return {
-        "zero": [[torch.zeros_like(means)] * 2 for _ in texts],
-        "mean": [[means] * 2 for _ in texts],
-        "other": [pair[::-1] for pair in chosen],
-    }
-
-
-def given(head, site, pairs, name):
-    """The argument `reference` of that name."""
-    return ActivationCollector(head, site=site).collect(pairs) if name == "mean" else name
-
-
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("name", ["zero", "mean", "other"])
+@pytest.mark.parametrize("name", NAMES)
 def test_attribution_patching(both, few, site, positions, name):
     head, reference = both
-    texts = sides(reference, few)
-    targets = references(reference, site, texts, positions)[name]
+    replacement = replacement_of(head, site, few, name)
+    targets = targets_of(head, reference, site, few, positions, replacement)
     expected = []
-    for pair, target in zip(texts, targets, strict=True):
+    for pair, target in zip(sides(reference, few), targets, strict=True):
         parts = []
         for (ids, n_prompt), replaced in zip(pair, target, strict=True):
             values, slopes = reference.activations(site, ids, gradients=True)
             select = reference.selected(ids.shape[1], n_prompt, positions)
-            products = ((replaced[:, None] - values) * slopes)[:, select].sum(1)
+            products = ((replaced - values) * slopes)[:, select].sum(1)
             parts.append(reference.per_neuron(products, site, "sum"))
         expected.append(parts[0] - parts[1])
     expected = torch.stack(expected)
     attribution = NeuronAttribution(
-        head,
-        method="attribution_patching",
-        site=site,
-        positions=positions,
-        reference=given(head, site, few, name),
+        head, "attribution_patching", replacement=replacement, site=site, positions=positions
     )
     assert float(expected.abs().max()) > 1e-3, "the scores must not vanish for this test to mean anything"
     found = attribution.per_pair(few)
@@ -156,13 +139,48 @@ def test_attribution_patching_is_the_true_effect_on_a_linear_model(tokenizer, fe
     for activation in ("linear", "gelu_new"):
         head = linear_head(tokenizer, activation)
         statistics = ActivationCollector(head, site=site).collect(few)
-        attribution = NeuronAttribution(head, method="attribution_patching", site=site, reference=statistics)
-        effects = brute_force(head, few, site, mode="mean", reference=statistics)
+        attribution = NeuronAttribution(head, method="attribution_patching", site=site, replacement=Mean(statistics))
+        effects = brute_force(head, few, site, replacement=Mean(statistics))
         gap = (attribution.score(few).values - effects).abs().max() / effects.abs().max()
         worst[activation] = float(gap)
     assert worst["linear"] < 1e-6
     # Negative control: curvature is seen.
     assert worst["gelu_new"] > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "other_response"])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_attribution_patching_is_the_slope_towards_the_ablation(gpt2, few, name, positions):
+    """d M / d e where some neurons have a + e (a_ref - a), with the a_ref of an AblationContext of them.
+
+    A central difference in float64: its error is of the order of 1e-4 squared.
+    """
+    head, _ = gpt2
+    replacement = replacement_of(head, "mlp", few, name)
+    mask = torch.rand(head.n_layers, 64, generator=torch.Generator().manual_seed(3)) < 0.3
+    context = AblationContext(head, NeuronSet(mask, "mlp", head.architecture), replacement, positions=positions)
+
+    def margin(share):
+        def part_of_the_way(layer, activation):
+            return activation + share * (context.ablated(layer, activation) - activation)
+
+        with head.hooks("mlp", part_of_the_way):
+            return float(head.score_pairs(few).margin.mean())
+
+    slope = (margin(1e-4) - margin(-1e-4)) / 2e-4
+    with context:
+        assert margin(0.0) == pytest.approx(float(head.score_pairs(few).margin.mean()))
+
+    def predicted(replacement):
+        asked = NeuronAttribution(head, "attribution_patching", replacement=replacement, positions=positions)
+        return float(asked.score(few).values[mask].sum())
+
+    assert abs(slope) > 1e-3
+    assert predicted(replacement) == pytest.approx(slope, abs=1e-6)
+    # Negative control: another ablation has another slope, and other donors too.
+    assert predicted(Scale(0.25)) != pytest.approx(slope, abs=1e-4)
+    if name == "resample":
+        assert predicted(Resample(replacement.sample, seed=6)) != pytest.approx(slope, abs=1e-4)
 
 
 def brute_force(head, pairs, site, *, layers=None, **options):
@@ -182,16 +200,16 @@ def brute_force(head, pairs, site, *, layers=None, **options):
 
 
 @pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("name", ["zero", "mean", "other"])
+@pytest.mark.parametrize("name", NAMES)
 def test_integrated_gradients_are_captums(both, few, site, name):
     """captum integrates one text's reward along the same path at the same nodes, through hooks on transformers."""
     head, reference = both
     few = few[:3]
-    texts = sides(reference, few)
-    targets = references(reference, site, texts, "all")[name]
+    replacement = replacement_of(head, site, few, name)
+    targets = targets_of(head, reference, site, few, "all", replacement)
     steps = 7
     expected = []
-    for pair, target in zip(texts, targets, strict=True):
+    for pair, target in zip(sides(reference, few), targets, strict=True):
         parts = []
         for (ids, _), replaced in zip(pair, target, strict=True):
             values = reference.activations(site, ids)
@@ -208,9 +226,7 @@ def test_integrated_gradients_are_captums(both, few, site, name):
             parts.append(reference.per_neuron(torch.stack(layers), site, "sum"))
         expected.append(parts[0] - parts[1])
     expected = torch.stack(expected).detach()
-    attribution = NeuronAttribution(
-        head, method="integrated_gradients", site=site, reference=given(head, site, few, name), steps=steps
-    )
+    attribution = NeuronAttribution(head, "integrated_gradients", replacement=replacement, site=site, steps=steps)
     found = attribution.per_pair(few).values
     assert float(expected.abs().max()) > 1e-3
     assert torch.allclose(found, expected, atol=1e-6, rtol=0)
@@ -251,49 +267,54 @@ def test_gradient_x_activation_is_captums(both, few):
     assert not torch.allclose(found.roll(1, 1), torch.stack(expected).detach(), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("name", ["zero", "mean", "other"])
+@pytest.mark.parametrize(
+    ("site", "name"),
+    [
+        *((site, name) for site in SITES for name in ("zero", "mean", "other_response")),
+        ("mlp", "resample"),
+        ("mlp", "scale"),
+    ],
+)
 def test_integrated_gradients_are_complete(gpt2, few, site, name):
     """The scores of a layer sum to what replacing all of it does, better with more steps: 1e-3 at 64, in float64."""
     head, _ = gpt2
-    reference = given(head, site, few, name)
+    replacement = replacement_of(head, site, few, name)
     gaps = []
     for steps in (1, 4, 16, 64):
-        scores = NeuronAttribution(
-            head, method="integrated_gradients", site=site, reference=reference, steps=steps
-        ).score(few)
+        scores = NeuronAttribution(head, "integrated_gradients", replacement=replacement, site=site, steps=steps).score(
+            few
+        )
         gaps.append(float(scores.completeness_gap.max()))
     assert gaps[0] > 1e-3, "a single step must fall short for this test to mean anything"
     assert gaps[-1] <= 1e-3
     # Down to rounding, which is where a smooth model is long before 64 nodes.
     assert all(later <= max(earlier, 1e-9) for earlier, later in pairwise(gaps))
-    if name == "other":
+    if not replacement.ablates:
         return
     base = head.score_pairs(few).margin
-    mode = "zero" if name == "zero" else "mean"
     for layer in range(head.n_layers):
         mask = torch.zeros(head.n_layers, head.n_neurons(site), dtype=torch.bool)
         mask[layer] = True
-        options = {} if mode == "zero" else {"reference": reference}
-        with AblationContext(head, NeuronSet(mask, site, head.architecture), mode=mode, **options):
+        with AblationContext(head, NeuronSet(mask, site, head.architecture), replacement):
             change = (base - head.score_pairs(few).margin).mean()
         assert scores.values[layer].sum() == pytest.approx(float(change), abs=1e-3)
 
 
-def test_integrated_gradients_at_some_positions(gpt2, few):
+@pytest.mark.parametrize("name", ["mean", "resample", "scale"])
+def test_integrated_gradients_at_some_positions(gpt2, few, name):
     """Completeness at the response and the last token: what is replaced is only there."""
     head, _ = gpt2
-    statistics = ActivationCollector(head).collect(few)
+    replacement = replacement_of(head, "mlp", few, name)
     base = head.score_pairs(few).margin
     mask = torch.zeros(head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
     mask[0] = True
     sums = []
     for positions in POSITIONS:
         attribution = NeuronAttribution(
-            head, method="integrated_gradients", positions=positions, reference=statistics, steps=16
+            head, "integrated_gradients", replacement=replacement, positions=positions, steps=16
         )
         neurons = NeuronSet(mask, "mlp", head.architecture)
-        with AblationContext(head, neurons, mode="mean", reference=statistics, positions=positions):
+        with AblationContext(head, neurons, replacement, positions=positions):
             change = float((base - head.score_pairs(few).margin).mean())
         sums.append(float(attribution.score(few).values[0].sum()))
         assert sums[-1] == pytest.approx(change, abs=1e-6)
@@ -403,11 +424,13 @@ def test_graddrop_finds_what_cancels(tokenizer, few):
 
 def every_method(head, pairs, site="mlp"):
     """One attribution of each method and option."""
-    statistics = ActivationCollector(head, site=site).collect(pairs)
+    collector = ActivationCollector(head, site=site)
+    statistics, sample = collector.collect(pairs), collector.sample(pairs, n=12)
     asked = [NeuronAttribution(head, method=method, site=site) for method in FIRST_ORDER]
-    for reference in (statistics, "other"):
-        asked.append(NeuronAttribution(head, method="attribution_patching", site=site, reference=reference))
-    asked.append(NeuronAttribution(head, method="integrated_gradients", site=site, reference=statistics, steps=3))
+    for replacement in (Mean(statistics), Resample(sample), Scale(0.5), OtherResponse()):
+        asked.append(NeuronAttribution(head, "attribution_patching", replacement=replacement, site=site))
+    for replacement in (Mean(statistics), Resample(sample, seed=2)):
+        asked.append(NeuronAttribution(head, "integrated_gradients", replacement=replacement, site=site, steps=3))
     asked.append(NeuronAttribution(head, method="attribution_patching", site=site, aggregate="absolute", graddrop=True))
     return asked
 
@@ -440,14 +463,14 @@ def test_together_is_each_by_itself(gpt2, few):
         alone = one.score(few)
         assert torch.allclose(found.values, alone.values, **CLOSE)
         assert found.provenance == alone.provenance
-        assert found.provenance.method.startswith(one.method)
-    names = {(one.provenance.method, one.provenance.site) for one in score_together(asked, few)}
+        assert found.provenance.method == one.method
+    names = {(one.provenance.label, one.provenance.site) for one in score_together(asked, few)}
     assert len(names) == len(asked)
 
 
 def test_tokens_sum_to_the_pair_and_pairs_average_to_the_score(both, few):
     head, reference = both
-    for one in [*every_method(head, few), NeuronAttribution(head, positions="response")]:
+    for one in [*every_method(head, few), NeuronAttribution(head, "mean_difference", positions="response")]:
         if one.graddrop:
             continue
         by_pair = one.per_pair(few)
@@ -564,7 +587,7 @@ def test_first_order_methods_share_their_passes(gpt2, few):
     head, _ = gpt2
     asked = [
         *(NeuronAttribution(head, method=method) for method in FIRST_ORDER),
-        *(NeuronAttribution(head, method="attribution_patching", site=site, reference="other") for site in SITES),
+        *(NeuronAttribution(head, "attribution_patching", replacement=OtherResponse(), site=site) for site in SITES),
         NeuronAttribution(head, method="gradient_x_activation", aggregate="absolute", positions="response"),
     ]
     with counted(head) as counts:
@@ -579,8 +602,8 @@ def test_scores_and_their_gap_are_saved(gpt2, few, tmp_path):
     back = NeuronScores.load(tmp_path / "scores.safetensors")
     assert torch.equal(back.completeness_gap, scores.completeness_gap)
     assert back.provenance == scores.provenance
-    assert NeuronAttribution(head).score(few).completeness_gap is None
-    by_pair = NeuronAttribution(head).per_pair(few)
+    assert NeuronAttribution(head, "mean_difference").score(few).completeness_gap is None
+    by_pair = NeuronAttribution(head, "mean_difference").per_pair(few)
     by_pair.save(tmp_path / "pairs.safetensors")
     loaded = PairScores.load(tmp_path / "pairs.safetensors")
     assert torch.equal(loaded.values, by_pair.values)
@@ -598,30 +621,33 @@ class TestWrongArguments:
         for options, message in [
             ({"method": "magic"}, "method: expected one of"),
             ({"aggregate": "sum"}, "aggregate: expected"),
-            ({"reference": "zero"}, "method 'mean_difference' replaces nothing"),
-            ({"method": "attribution_patching", "reference": "median"}, "reference: expected 'zero'"),
+            ({"replacement": OtherResponse()}, "replacement: method 'mean_difference' replaces nothing"),
             ({"method": "integrated_gradients", "steps": 0}, "steps: expected a positive"),
             ({"method": "attribution_patching", "graddrop": True}, "graddrop: it averages magnitudes"),
             ({"method": "gradient_x_activation", "aggregate": "absolute", "graddrop": True}, "graddrop"),
             ({"positions": "first"}, "positions: expected"),
         ]:
             with pytest.raises(OptionError, match=message):
-                NeuronAttribution(head, **options)
+                NeuronAttribution(head, **({"method": "mean_difference"} | options))
         with pytest.raises(ProvenanceError, match="site 'attn_head', the neurons are of 'mlp'"):
-            NeuronAttribution(head, method="attribution_patching", reference=statistics)
+            NeuronAttribution(head, "attribution_patching", replacement=Mean(statistics))
+        with pytest.raises(TypeError, match="method"):
+            NeuronAttribution(head)
 
-    def test_reference_of_another_model(self, gpt2, head, few):
+    def test_replacement_of_another_model(self, gpt2, head, few):
         exact, _ = gpt2
         statistics = ActivationCollector(exact).collect(few)
-        with pytest.raises(ProvenanceError, match="reference: its activations are those of model"):
-            NeuronAttribution(head, method="attribution_patching", reference=statistics)
+        with pytest.raises(ProvenanceError, match="replacement: its activations are those of model"):
+            NeuronAttribution(head, "attribution_patching", replacement=Mean(statistics))
 
     def test_pairs(self, gpt2, head, few):
         exact, _ = gpt2
         with pytest.raises(DataError, match="at least one preference pair"):
-            NeuronAttribution(exact).score(few[:0])
+            NeuronAttribution(exact, "mean_difference").score(few[:0])
         with pytest.raises(OptionError, match="all of the same head"):
-            score_together([NeuronAttribution(exact), NeuronAttribution(head)], few)
+            score_together(
+                [NeuronAttribution(exact, "mean_difference"), NeuronAttribution(head, "mean_difference")], few
+            )
         with pytest.raises(OptionError, match="at least one NeuronAttribution"):
             score_together([], few)
         dropping = NeuronAttribution(exact, method="attribution_patching", aggregate="absolute", graddrop=True)
@@ -630,11 +656,11 @@ class TestWrongArguments:
         with pytest.raises(OptionError, match="GradDrop has no signed scores"):
             dropping.per_token(few)
         with pytest.raises(OptionError, match="expected a row for each of 6 pairs, got 5"):
-            PairScores(torch.zeros(5, 3, 64), few, NeuronAttribution(exact).score(few).provenance)
+            PairScores(torch.zeros(5, 3, 64), few, NeuronAttribution(exact, "mean_difference").score(few).provenance)
 
     def test_a_language_model_has_no_reward(self, checkpoints, few):
         base = RewardHead.from_language_model(checkpoints["gpt2"])
-        assert NeuronAttribution(base).score(few).n == len(few)
+        assert NeuronAttribution(base, "mean_difference").score(few).n == len(few)
         for method in ("attribution_patching", "integrated_gradients", "direct_effect"):
             with pytest.raises(ModelError, match="opened as a language model"):
                 NeuronAttribution(base, method=method)

@@ -12,7 +12,7 @@ from reference import transformers_rewards
 from scipy import stats
 from test_neurons import provenance
 
-from rmtension import AblationContext, NeuronScores, NeuronSet, PreferencePairs, RewardHead, ScoredPairs
+from rmtension import AblationContext, Mean, NeuronScores, NeuronSet, PreferencePairs, RewardHead, ScoredPairs
 from rmtension.causality import Ablations, ablation_matrix, draw_seed, equal_size_effects
 from rmtension.collapse import collapse, drift, effects_by_subset, split_drift
 from rmtension.curves import ablation_curves
@@ -37,10 +37,10 @@ class LinearRuns(ModelRuns):
         }
         self.n_run = 0
 
-    def prepare(self, pairs, sets, *, mode="zero", reference=None):
+    def prepare(self, pairs, sets, *, replacement):
         """Nothing to run together."""
 
-    def rewards(self, pairs, *, without=None, mode="zero", reference=None):
+    def rewards(self, pairs, *, without=None, replacement=None):
         self.n_run += 1
         left = self.weights if without is None else self.weights * ~without.mask
         chosen, rejected = (
@@ -272,10 +272,10 @@ class CoinRuns(ModelRuns):
     def __init__(self, seed, drifting=False):
         self.seed, self.drifting = seed, drifting
 
-    def prepare(self, pairs, sets, *, mode="zero", reference=None):
+    def prepare(self, pairs, sets, *, replacement):
         """Nothing to run together."""
 
-    def rewards(self, pairs, *, without=None, mode="zero", reference=None):
+    def rewards(self, pairs, *, without=None, replacement=None):
         rng = np.random.default_rng([self.seed, 0 if without is None else 1])
         chance = np.full(len(pairs), 0.5)
         if self.drifting and without is None:
@@ -362,7 +362,7 @@ class TestRuns:
             return [
                 runs.rewards(part).margin,
                 runs.rewards(part, without=neurons).margin,
-                runs.rewards(part, without=neurons, mode="mean", reference=means).margin,
+                runs.rewards(part, without=neurons, replacement=Mean(means)).margin,
                 runs.profile(part, also=("attn_head",)).sums,
                 runs.profile(part, site="attn_head").sums,
                 runs.attribution(part, method="gradient_x_activation").stderr,

@@ -9,7 +9,17 @@ from conftest import PAD, make_pairs, save_classifier
 from reference import transformers_rewards
 from safetensors.torch import load_file
 
-from rmtension import AblationContext, ActivationCollector, NeuronSet, RewardHead
+from rmtension import (
+    AblationContext,
+    ActivationCollector,
+    Mean,
+    NeuronSet,
+    OtherResponse,
+    Resample,
+    RewardHead,
+    Scale,
+    Zero,
+)
 from rmtension.check_matrix import make_classifier
 from rmtension.errors import ModelError, OptionError, RMTensionWarning, StorageError
 
@@ -55,18 +65,18 @@ def test_folding_equals_the_context(folder, site, tmp_path_factory):
     fingerprint = head.fingerprint
     neurons = random_set(head, site)
     means = ActivationCollector(head, site=site).collect(pairs)
-    for mode, options in {"zero": {}, "scale": {"alpha": 0.5}, "mean": {"reference": means}}.items():
-        with AblationContext(head, neurons, mode=mode, **options):
+    for replacement in (Zero(), Scale(0.5), Mean(means)):
+        with AblationContext(head, neurons, replacement):
             expected = head.score(texts)
         assert not torch.allclose(expected, before, atol=1e-3), "the ablation must do something"
         config = head.checkpoint.base.config
         has_bias = head.body.plain.get_submodule(head.body.projection_names[site, 0]).bias is not None
         flag = {"mlp": "mlp_bias", "attn_head": "attention_bias"}[site]
-        if mode == "mean" and not has_bias and not hasattr(config, flag):
+        if isinstance(replacement, Mean) and not has_bias and not hasattr(config, flag):
             with pytest.raises(ModelError, match=r"have no bias, and its config has no place for one"):
-                head.with_ablation(neurons, mode=mode, **options)
+                head.with_ablation(neurons, replacement)
             continue
-        pruned = head.with_ablation(neurons, mode=mode, **options)
+        pruned = head.with_ablation(neurons, replacement)
         assert torch.allclose(pruned.score(texts), expected, atol=1e-5)
         out = tmp_path_factory.mktemp("out")
         pruned.save_pretrained(out)
@@ -218,10 +228,11 @@ def test_a_folder_with_an_adapter_is_left_alone(head, tmp_path):
 
 def test_what_cannot_be_exported_says_why(head, pairs, tmp_path):
     neurons = random_set(head, "mlp")
-    with pytest.raises(OptionError, match=r"mode: weights can do.*got 'resample'"):
-        head.with_ablation(neurons, mode="resample")
-    with pytest.raises(OptionError, match=r"mode 'mean' needs ActivationStatistics"):
-        head.with_ablation(neurons, mode="mean")
+    sample = ActivationCollector(head).sample(pairs, n=4)
+    with pytest.raises(OptionError, match=r"replacement: weights can do what Zero.*got Resample.*Use AblationContext"):
+        head.with_ablation(neurons, Resample(sample))
+    with pytest.raises(OptionError, match=r"replacement: OtherResponse\(\) needs both texts of a pair"):
+        head.with_ablation(neurons, OtherResponse())
     bare = RewardHead(head.model, weight=head.weight)
     for call in (lambda: bare.save_pretrained(tmp_path), lambda: bare.with_ablation(neurons)):
         with pytest.raises(ModelError, match=r"TransformerLens' conversion.*from_pretrained"):

@@ -3,13 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, batches_of, make_pairs
+from conftest import FAMILIES, batches_of, make_pairs, unchecked
 from reference import Reference
+from replaced import NAMES, replacement_of, sides, targets_of
 from scipy import stats
-from test_attribution import references, sides
 from test_reward_head import snapshot
 
-from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronScores, NeuronSet, RewardHead
+from rmtension import (
+    AblationContext,
+    ActivationCollector,
+    Mean,
+    NeuronAttribution,
+    NeuronScores,
+    NeuronSet,
+    OtherResponse,
+    RewardHead,
+)
 from rmtension.agreement import MEASURES, _places_within, agreement
 from rmtension.attribution import score_together
 from rmtension.errors import DataError, ModelError, OptionError, ProvenanceError
@@ -49,16 +58,17 @@ def some(head, site):
 
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("positions", ["all", "response", "last"])
-@pytest.mark.parametrize("name", ["zero", "mean", "other"])
+@pytest.mark.parametrize("name", NAMES)
 def test_single_effects(both, few, site, positions, name):
     """Against transformers with a plain hook for every neuron, one text at a time, in float64."""
     head, reference = both
     texts = sides(reference, few)
-    targets = references(reference, site, texts, positions)[name]
+    replacement = replacement_of(head, site, few, name)
+    targets = targets_of(head, reference, site, few, positions, replacement)
     neurons = some(head, site)
     per_neuron = head.n_channels(site) // head.n_neurons(site)
-    given = ActivationCollector(head, site=site).collect(few) if name == "mean" else name
-    found = single_neuron_effects(head, few, reference=given, site=site, positions=positions, neurons=neurons)
+    options = {"site": site, "positions": positions, "neurons": neurons}
+    found = single_neuron_effects(head, few, replacement=replacement, **options)
 
     def reward(ids, n_prompt, target, layer, neuron):
         def replace(number, activation):
@@ -67,7 +77,7 @@ def test_single_effects(both, few, site, positions, name):
             changed = activation.clone().reshape(1, ids.shape[1], -1)
             select = reference.selected(ids.shape[1], n_prompt, positions)
             columns = slice(neuron * per_neuron, (neuron + 1) * per_neuron)
-            changed[0, select, columns] = target[layer, columns]
+            changed[0, select, columns] = target[layer].expand(ids.shape[1], -1)[select, columns]
             return changed.reshape(activation.shape)
 
         with torch.no_grad(), reference.hooked(site, replace):
@@ -90,7 +100,24 @@ def test_single_effects(both, few, site, positions, name):
     assert found.values.isnan().equal(~neurons.mask)
     assert float(found.values[neurons.mask].abs().max()) > 1e-4
     assert not torch.allclose(found.values[neurons.mask].roll(1), found.values[neurons.mask], atol=1e-5)
-    assert found.provenance.method == f"effect of ablation to {name}"
+    where = found.provenance
+    assert (where.method, where.replacement) == ("effect of ablation", replacement.label)
+    assert where.label == f"effect of ablation to {replacement.label}"
+
+
+@pytest.mark.parametrize("positions", ["all", "response", "last"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "other_response"])
+def test_single_effects_are_those_of_a_context_of_each_neuron(gpt2, few, name, positions):
+    replacement = replacement_of(gpt2, "mlp", few, name)
+    neurons = sample_of(gpt2, [(0, 3), (1, 7), (2, 11)])
+    found = single_neuron_effects(gpt2, few, replacement=replacement, positions=positions, neurons=neurons)
+    base, changes = gpt2.score_pairs(few).margin, []
+    for place in neurons:
+        with AblationContext(gpt2, sample_of(gpt2, [place]), replacement, positions=positions):
+            changes.append(float((gpt2.score_pairs(few).margin - base).mean()))
+        assert float(found.values[place]) == pytest.approx(changes[-1], abs=1e-9)
+    # Negative control: the neurons' effects differ, and are not nothing.
+    assert len({round(change, 6) for change in changes} | {0.0}) == 4
 
 
 def test_single_effects_cost(gpt2, few):
@@ -148,8 +175,8 @@ def test_single_effects_where_blocks_do_not_run_one_by_one(gpt2, few):
 def test_the_model_is_as_before(gpt2, few, monkeypatch):
     before = snapshot(gpt2)
     statistics = ActivationCollector(gpt2).collect(few)
-    scores = NeuronAttribution(gpt2).score(few)
-    faithfulness(gpt2, scores, few, mode="mean", reference=statistics, sample=6, set_fractions=(0.1,), n_random=1)
+    scores = NeuronAttribution(gpt2, "mean_difference").score(few)
+    faithfulness(gpt2, scores, few, replacement=Mean(statistics), sample=6, set_fractions=(0.1,), n_random=1)
     assert snapshot(gpt2) == before
 
     def fail(*_):
@@ -289,14 +316,14 @@ def test_faithfulness_of_a_model(gpt2, few):
     statistics = ActivationCollector(gpt2).collect(few)
     patching, difference = score_together(
         [
-            NeuronAttribution(gpt2, method="attribution_patching", reference=statistics),
-            NeuronAttribution(gpt2, method="mean_difference"),
+            NeuronAttribution(gpt2, "attribution_patching", replacement=Mean(statistics)),
+            NeuronAttribution(gpt2, "mean_difference"),
         ],
         few,
     )
     named = {"patching": patching, "difference": difference}
-    truth = single_neuron_effects(gpt2, few, reference=statistics)
-    options = {"mode": "mean", "reference": statistics, "set_fractions": (0.05, 0.2), "n_random": 2}
+    truth = single_neuron_effects(gpt2, few, replacement=Mean(statistics))
+    options = {"replacement": Mean(statistics), "set_fractions": (0.05, 0.2), "n_random": 2}
     found = faithfulness(gpt2, named, few, truth=truth, **options)
     summary = found.summary.set_index("method")
     for name, scores in named.items():
@@ -310,7 +337,7 @@ def test_faithfulness_of_a_model(gpt2, few):
     base = gpt2.score_pairs(few).margin
     for row in found.sets.to_dict("records"):
         top = named[row["method"]].top(row["fraction"])
-        with AblationContext(gpt2, top, mode="mean", reference=statistics):
+        with AblationContext(gpt2, top, Mean(statistics)):
             change = float((gpt2.score_pairs(few).margin - base).mean())
         assert row["effect"] == pytest.approx(change, abs=1e-9)
         assert row["size"] == len(top)
@@ -320,7 +347,7 @@ def test_faithfulness_of_a_model(gpt2, few):
         assert row["match"] == ("layer" if max(top.n_per_layer) <= 32 else "model")
     assert len(found.sets) == 4
     # The truth is computed where it is not given; a single method needs no name.
-    alone = faithfulness(gpt2, patching, few, mode="mean", reference=statistics, set_fractions=())
+    alone = faithfulness(gpt2, patching, few, replacement=Mean(statistics), set_fractions=())
     assert alone.sets.empty
     row = alone.summary.iloc[0]
     assert row["method"] == "attribution_patching to mean"
@@ -356,7 +383,7 @@ def test_responses_that_do_not_fit_are_cut_everywhere(gpt2, few, monkeypatch):
         scores = NeuronAttribution(gpt2, method="gradient_x_activation").score(few)
         assert len(faithfulness(gpt2, scores, few, **options).neurons) == 6
     with pytest.raises(DataError, match="truncate_response=True"):
-        NeuronAttribution(gpt2).score(few)
+        NeuronAttribution(gpt2, "mean_difference").score(few)
     with pytest.raises(DataError, match="truncate_response=True"):
         faithfulness(gpt2, scores, few, **options)
 
@@ -371,26 +398,34 @@ def test_replaces_where_the_scores_look(gpt2, few):
 
 
 def test_other_responses_ablate_no_sets(gpt2, few):
-    scores = NeuronAttribution(gpt2, method="attribution_patching", reference="other").score(few)
-    found = faithfulness(gpt2, scores, few, mode="other")
+    scores = NeuronAttribution(gpt2, method="attribution_patching", replacement=OtherResponse()).score(few)
+    found = faithfulness(gpt2, scores, few, replacement=OtherResponse())
     assert found.sets.empty
     assert found.summary["spearman"].item() > 0.9
 
 
+@pytest.mark.parametrize("name", ["resample", "scale"])
+def test_sets_are_ablated_by_every_replacement_that_a_context_takes(gpt2, few, name):
+    replacement = replacement_of(gpt2, "mlp", few, name)
+    scores = NeuronAttribution(gpt2, "attribution_patching", replacement=replacement).score(few)
+    found = faithfulness(gpt2, scores, few, replacement=replacement, set_fractions=(0.1,), n_random=1)
+    assert found.summary["spearman"].item() > 0.9
+    assert found.provenance.replacement == replacement.label
+    with AblationContext(gpt2, scores.top(0.1), replacement):
+        without = gpt2.score_pairs(few).margin
+    assert found.sets["effect"].item() == pytest.approx(float((without - gpt2.score_pairs(few).margin).mean()))
+
+
 class TestWrongArguments:
     def test_sets_that_cannot_be_drawn_stop_before_anything_runs(self, gpt2, few, monkeypatch):
-        scores = NeuronAttribution(gpt2).score(few)
+        scores = NeuronAttribution(gpt2, "mean_difference").score(few)
         monkeypatch.setattr("rmtension.faithfulness.single_neuron_effects", None)
         with pytest.raises(OptionError, match="matched_random: "):
             faithfulness(gpt2, scores, few, set_fractions=(0.9,))
 
     def test_options(self, gpt2, few):
-        scores = NeuronAttribution(gpt2).score(few)
-        statistics = ActivationCollector(gpt2).collect(few)
+        scores = NeuronAttribution(gpt2, "mean_difference").score(few)
         for options, message in [
-            ({"mode": "median"}, "mode: expected 'zero'"),
-            ({"mode": "mean"}, "reference: expected ActivationStatistics with mode 'mean'"),
-            ({"reference": statistics}, "reference: expected ActivationStatistics with mode 'mean'"),
             ({"sample": 0}, "sample: expected 1 to 192"),
             ({"sample": 2}, "sample: expected at least 3"),
             ({"top": 0.0}, "top: expected a share"),
@@ -405,7 +440,7 @@ class TestWrongArguments:
 
         with pytest.raises(OptionError, match=r"\['effect'\] are names of columns"):
             faithfulness(gpt2, {"effect": scores}, few)
-        both = {"here": scores, "there": NeuronAttribution(gpt2, positions="response").score(few)}
+        both = {"here": scores, "there": NeuronAttribution(gpt2, "mean_difference", positions="response").score(few)}
         with pytest.raises(OptionError, match=r"positions: the scores are of \['all', 'response'\] tokens"):
             faithfulness(gpt2, both, few)
         bare = NeuronScores(scores.values, scores.stderr, scores.provenance)
@@ -414,12 +449,12 @@ class TestWrongArguments:
 
     def test_scores_of_another_model(self, gpt2, head, few):
         with pytest.raises(ProvenanceError, match=r"(model|architecture) differs"):
-            faithfulness(gpt2, NeuronAttribution(head).score(few), few, sample=3)
+            faithfulness(gpt2, NeuronAttribution(head, "mean_difference").score(few), few, sample=3)
 
     def test_truth_of_another_ablation(self, gpt2, few):
         scores = NeuronAttribution(gpt2, method="gradient_x_activation").score(few)
         for truth, field in [
-            (single_neuron_effects(gpt2, few, reference="other"), "method"),
+            (single_neuron_effects(gpt2, few, replacement=OtherResponse()), "replacement"),
             (single_neuron_effects(gpt2, few, positions="response"), "positions"),
             (single_neuron_effects(gpt2, few[:2]), "data"),
             (scores, "method"),
@@ -436,8 +471,15 @@ class TestWrongArguments:
         foreign = NeuronSet(torch.ones(3, 64, dtype=torch.bool), "mlp", "another")
         with pytest.raises(ProvenanceError, match="neurons: the set indexes neurons of 'another'"):
             single_neuron_effects(gpt2, few, neurons=foreign)
-        with pytest.raises(OptionError, match="reference: expected 'zero'"):
-            single_neuron_effects(gpt2, few, reference="mean")
+        with pytest.raises(OptionError, match=r"replacement: expected one such as Zero\(\), got 'mean'. Write Mean\("):
+            unchecked(single_neuron_effects)(gpt2, few, replacement="mean")
+        statistics = ActivationCollector(gpt2, site="attn_head").collect(few)
+        for call in (
+            lambda **options: single_neuron_effects(gpt2, few, **options),
+            lambda **options: faithfulness(gpt2, NeuronAttribution(gpt2, "direct_effect").score(few), few, **options),
+        ):
+            with pytest.raises(ProvenanceError, match="replacement: its activations are those of site 'attn_head'"):
+                call(replacement=Mean(statistics))
         with pytest.raises(DataError, match="at least one preference pair"):
             single_neuron_effects(gpt2, few[:0])
         with pytest.raises(ModelError, match="opened as a language model"):

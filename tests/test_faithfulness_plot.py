@@ -52,7 +52,10 @@ def hand_made(*, decades=1, methods=METHODS, level=0.95, fractions=(0.05, 0.1, 0
             row |= {"effect": rng.normal(), "n": 24, "random": np.mean(random), "n_random": n_random, "match": "layer"}
             row |= {"low": row["effect"] - rng.uniform(), "high": row["effect"] + rng.uniform()}
             sets.append(row | {"random_min": min(random), "random_max": max(random)})
-    provenance = Provenance("toy", "m", "mlp", "all", "effect of ablation to mean", "float64", "a", 24, 640, "0")
+    how = {"method": "effect of ablation", "replacement": "mean"}
+    provenance = Provenance(
+        "toy", "m", "mlp", "all", dtype="float64", data="a", n_pairs=24, n_tokens=640, version="0", **how
+    )
     return Faithfulness(pd.DataFrame(summary), neurons, pd.DataFrame(sets), provenance, level)
 
 
@@ -221,7 +224,7 @@ class TestSets:
 
     def test_no_sets(self):
         result = replace(hand_made(), sets=pd.DataFrame())
-        with pytest.raises(OptionError, match=r"result: expected sets.*mode='zero' or 'mean'.*set_fractions="):
+        with pytest.raises(OptionError, match=r"result: expected sets.*other than OtherResponse\(\).*set_fractions="):
             plots.faithfulness_sets(result)
         assert panels(plots.faithfulness_scatter(result)), "neurons need no sets"
 

@@ -8,7 +8,7 @@ import torch
 from conftest import EOS, PAD, make_pairs, make_tokenizer
 from reference import Reference
 
-from rmtension import AblationContext, NeuronSet, RewardHead, wrapping
+from rmtension import AblationContext, NeuronSet, RewardHead, Scale, wrapping
 from rmtension.check_matrix import FAMILIES, make_classifier
 from rmtension.direct import direct_contributions
 from rmtension.encoding import encode_texts
@@ -98,7 +98,7 @@ def test_the_direct_path_of_an_ablated_model(folder, texts):
     (batch,) = text_batches(encoded, tokens_per_batch=10_000, pad_token_id=head.pad_token_id, device=head.device)
     whole = direct_contributions(head, batch)
     everything = NeuronSet(torch.ones(3, 128, dtype=torch.bool), "mlp", head.architecture)
-    with AblationContext(head, everything, mode="scale", alpha=0.5):
+    with AblationContext(head, everything, Scale(0.5)):
         half = direct_contributions(head, batch)
         assert torch.allclose(half.reward, head.score(texts[:1]), atol=1e-6)
     scale = half.embedding / whole.embedding

@@ -18,7 +18,17 @@ import torch
 from conftest import make_pairs
 from torch import nn
 
-from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
+from rmtension import (
+    AblationContext,
+    ActivationCollector,
+    Mean,
+    NeuronAttribution,
+    NeuronSet,
+    Resample,
+    RewardHead,
+    Scale,
+    Zero,
+)
 from rmtension.check_matrix import make_classifier
 from rmtension.errors import ModelError, OptionError
 from rmtension.gates import GATE_ROWS, find_gates
@@ -240,12 +250,12 @@ def test_zero_and_scale_are_those_of_the_product(both, pairs, way):
     product = NeuronSet(neurons.mask, "mlp", head.architecture)
     with running(head, way):
         plain = head.score(texts_of(pairs))
-        for options in ({"mode": "zero"}, {"mode": "scale", "alpha": -0.3}, {"mode": "zero", "positions": "last"}):
+        for options in ({}, {"replacement": Scale(-0.3)}, {"positions": "last"}):
             with AblationContext(head, neurons, **options):
                 inside = head.score(texts_of(pairs))
             with AblationContext(head, product, **options):
                 expected = head.score(texts_of(pairs))
-            assert torch.allclose(inside, expected, atol=1e-12 if options["mode"] == "zero" else 1e-6, rtol=0)
+            assert torch.allclose(inside, expected, atol=1e-6 if "replacement" in options else 1e-12, rtol=0)
             assert not torch.allclose(inside, plain, atol=1e-3), "the ablation must do something"
         assert torch.equal(head.score(texts_of(pairs)), plain)
     text = texts_of(pairs)[0]
@@ -262,22 +272,22 @@ def test_mean_and_resample_write_act_gate(both, pairs, way):
     collector = ActivationCollector(head, site="mlp_gate")
     means, donor = collector.collect(pairs), collector.sample(pairs[4:], n=1, seed=0)
     # One donor: all tokens of all texts get its values.
-    by_hand = {"mean": means.channel_mean, "resample": donor.values[0]}
-    for mode, reference_values in {"mean": means, "resample": donor}.items():
+    by_hand = {Mean(means): means.channel_mean, Resample(donor): donor.values[0]}
+    for replacement, written in by_hand.items():
 
-        def put(layer, act_gate, values=by_hand[mode]):
+        def put(layer, act_gate, values=written):
             return torch.where(neurons.mask[layer], values[layer], act_gate)
 
         expected = torch.stack([reference.reward(text, put).detach() for text in texts])
-        with running(head, way), AblationContext(head, neurons, mode=mode, reference=reference_values):
+        with running(head, way), AblationContext(head, neurons, replacement):
             assert torch.allclose(head.score_pairs(pairs[:2]).chosen, expected[::2], atol=1e-6, rtol=0)
             assert torch.allclose(head.score_pairs(pairs[:2]).rejected, expected[1::2], atol=1e-6, rtol=0)
     # Negative control: the same numbers written into the product are another model, where there is a gate.
     product = NeuronSet(neurons.mask, "mlp", head.architecture)
     products = ActivationCollector(head).collect(pairs)
-    with AblationContext(head, product, mode="mean", reference=products):
+    with AblationContext(head, product, Mean(products)):
         other = head.score(texts)
-    with AblationContext(head, neurons, mode="mean", reference=means):
+    with AblationContext(head, neurons, Mean(means)):
         assert torch.allclose(head.score(texts), other, atol=1e-3) != gated(reference)
 
 
@@ -285,17 +295,17 @@ def test_mean_and_resample_write_act_gate(both, pairs, way):
 def test_export(both, pairs):
     head, reference = both
     texts, neurons = texts_of(pairs), some_neurons(head)
-    modes = {"zero": {}, "scale": {"alpha": 0.5}}
+    replacements = [Zero(), Scale(0.5)]
     means = ActivationCollector(head, site="mlp_gate").collect(pairs)
     if gated(reference):
-        with pytest.raises(OptionError, match=r"no weights do 'mean' at site 'mlp_gate' of a gated.*AblationContext"):
-            head.with_ablation(neurons, mode="mean", reference=means)
+        with pytest.raises(OptionError, match=r"no weights do what Mean does at site 'mlp_gate' of a gated.*Context"):
+            head.with_ablation(neurons, Mean(means))
     else:
-        modes["mean"] = {"reference": means}
-    for mode, options in modes.items():
-        with AblationContext(head, neurons, mode=mode, **options):
+        replacements.append(Mean(means))
+    for replacement in replacements:
+        with AblationContext(head, neurons, replacement):
             expected = head.score(texts)
-        pruned = head.with_ablation(neurons, mode=mode, **options)
+        pruned = head.with_ablation(neurons, replacement)
         assert torch.allclose(pruned.score(texts), expected, atol=1e-6, rtol=0)
 
 

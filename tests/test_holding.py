@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_pairs
 
-from rmtension import AblationContext, ActivationCollector, NeuronSet, RewardHead
+from rmtension import AblationContext, ActivationCollector, Mean, NeuronSet, RewardHead, Zero
 from rmtension.classifiers import build_classifier
 from rmtension.errors import ModelError, OptionError, ProvenanceError
 from rmtension.holding import HoldAblated
@@ -52,12 +52,12 @@ def columns(model, head, neurons):
     return torch.cat([one.flatten() for one in found])
 
 
-@pytest.mark.parametrize(("family", "site", "mode"), [("gpt2", "attn_head", "zero"), ("llama", "mlp", "mean")])
-def test_held_neurons_write_nothing_after_training_and_others_come_back(family, site, mode, checkpoints, tmp_path):
+@pytest.mark.parametrize(("family", "site", "kind"), [("gpt2", "attn_head", Zero), ("llama", "mlp", Mean)])
+def test_held_neurons_write_nothing_after_training_and_others_come_back(family, site, kind, checkpoints, tmp_path):
     head = RewardHead.from_pretrained(checkpoints[family])
     neurons = some_neurons(head, site)
-    means = ActivationCollector(head, site=site).collect(PAIRS) if mode == "mean" else None
-    head.with_ablation(neurons, mode=mode, reference=means).save_pretrained(tmp_path / "start")
+    replacement = Mean(ActivationCollector(head, site=site).collect(PAIRS)) if kind is Mean else Zero()
+    head.with_ablation(neurons, replacement).save_pretrained(tmp_path / "start")
     start = RewardHead.from_pretrained(tmp_path / "start")
 
     def effect(model):
@@ -75,7 +75,7 @@ def test_held_neurons_write_nothing_after_training_and_others_come_back(family, 
     assert gone == 0
     assert not torch.allclose(rewards, start.score(TEXTS), atol=1e-2), "the rest was trained"
     assert not any(parameter._backward_hooks for parameter in held.parameters())
-    if mode == "mean":
+    if kind is Mean:
         name = f"{head.body.projection_names[site, 0]}.bias"
         before = start.checkpoint.base.get_parameter(name)
         assert not torch.equal(held.base_model.get_parameter(name), before), "what the means write is trained"

@@ -8,7 +8,7 @@ import torch
 import transformer_lens
 from own_models import alone, make_own, ragged_ids
 
-from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
+from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead, Scale
 from rmtension.direct import direct_contributions
 from rmtension.errors import ModelError, OptionError
 from rmtension.tokens import TokenBatch
@@ -95,7 +95,7 @@ def test_gradients_equal_finite_differences(head, pairs):
         neuron = NeuronSet.from_indices([place], shape=(3, 48), site="mlp", architecture=head.architecture)
         margins = []
         for alpha in (1 + 1e-4, 1 - 1e-4):
-            with AblationContext(head, neuron, mode="scale", alpha=alpha):
+            with AblationContext(head, neuron, Scale(alpha)):
                 margins.append(head.score_pairs(pairs).margin.mean())
         slope = float(margins[0] - margins[1]) / 2e-4
         assert float(scores.values[place]) == pytest.approx(slope, abs=1e-6)

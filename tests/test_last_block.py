@@ -8,7 +8,18 @@ import transformers
 from conftest import make_pairs, make_tokenizer
 from test_families import EXPERTS
 
-from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
+from rmtension import (
+    AblationContext,
+    ActivationCollector,
+    Mean,
+    NeuronAttribution,
+    NeuronSet,
+    OtherResponse,
+    PreferencePairs,
+    Resample,
+    RewardHead,
+    Zero,
+)
 from rmtension.check_matrix import make_classifier
 from rmtension.hooks import eager_eval
 from rmtension.profiles import collect_profiles
@@ -57,15 +68,15 @@ def numbers(head, pairs):
     statistics = ActivationCollector(head).collect(pairs)
     found = {"rewards": head.score_pairs(pairs).margin, "texts": head.score([pair.text("chosen") for pair in pairs])}
     for site in head.sites:
-        for method, reference in [
-            ("gradient_x_activation", None),
-            ("attribution_patching", "zero"),
-            ("attribution_patching", "other"),
+        for method, replacement in [
+            ("gradient_x_activation", Zero()),
+            ("attribution_patching", Zero()),
+            ("attribution_patching", OtherResponse()),
         ]:
             for positions in ("all", "last"):
-                scores = NeuronAttribution(head, method=method, site=site, reference=reference, positions=positions)
-                found[site, method, reference, positions] = scores.score(pairs).values
-    patching = NeuronAttribution(head, method="attribution_patching", reference=statistics)
+                scores = NeuronAttribution(head, method, site=site, replacement=replacement, positions=positions)
+                found[site, method, replacement, positions] = scores.score(pairs).values
+    patching = NeuronAttribution(head, method="attribution_patching", replacement=Mean(statistics))
     return found | {"patching to the mean": patching.score(pairs).values}
 
 
@@ -91,7 +102,7 @@ def test_whoever_looks_inside_sees_all_tokens(checkpoints, few):
     neurons = NeuronSet(mask, "mlp", head.architecture)
     sample = ActivationCollector(head).sample(few, n=6)
     ablations = [
-        AblationContext(head, neurons, mode="resample", reference=sample),
+        AblationContext(head, neurons, Resample(sample)),
         AblationContext(head, neurons, positions="response"),
     ]
 

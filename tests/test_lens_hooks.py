@@ -6,7 +6,17 @@ import pytest
 import torch
 from conftest import FAMILIES, make_pairs, save_classifier, unchecked
 
-from rmtension import AblationContext, ActivationCollector, NeuronSet, RewardHead
+from rmtension import (
+    AblationContext,
+    ActivationCollector,
+    Mean,
+    NeuronSet,
+    OtherResponse,
+    Resample,
+    RewardHead,
+    Scale,
+    Zero,
+)
 from rmtension.errors import ModelError, OptionError, ProvenanceError
 
 
@@ -27,27 +37,28 @@ def rewards_with(head, ids, hooks, **options):
 
 
 @pytest.mark.parametrize("site", ["mlp", "attn_head", "mlp_gate"])
-@pytest.mark.parametrize(("mode", "alpha"), [("zero", None), ("mean", None), ("scale", -0.5)])
-def test_equal_to_the_context(exact_head, site, mode, alpha):
+@pytest.mark.parametrize("kind", ["zero", "mean", "scale"])
+def test_equal_to_the_context(exact_head, site, kind):
     """1e-9 of rewards of size 1: a bridge computes attention in steps, and norms of Llama stay float32 (1e-6)."""
     head, neurons = exact_head, some_neurons(exact_head, site)
-    reference = ActivationCollector(head, site=site).collect(make_pairs(4)) if mode == "mean" else None
+    statistics = ActivationCollector(head, site=site).collect(make_pairs(4))
+    replacement = {"zero": Zero(), "mean": Mean(statistics), "scale": Scale(-0.5)}[kind]
     ids = torch.randint(2, 300, (4, 9), generator=torch.Generator().manual_seed(1))
-    if (mode, site) == ("mean", "mlp_gate") and "llama" in head.architecture:
+    if (kind, site) == ("mean", "mlp_gate") and "llama" in head.architecture:
         with pytest.raises(OptionError, match="has no hook point"):
-            head.fwd_hooks(neurons, mode=mode, reference=reference)
+            head.fwd_hooks(neurons, replacement)
         return
-    hooks = head.fwd_hooks(neurons, mode=mode, reference=reference, alpha=alpha)
+    hooks = head.fwd_hooks(neurons, replacement)
     assert [name.split(".")[1] for name, _ in hooks] == ["0", "2"], "layers without neurons have no hook"
     found = rewards_with(head, ids, hooks)
-    with AblationContext(head, neurons, mode=mode, reference=reference, alpha=alpha):
+    with AblationContext(head, neurons, replacement):
         expected = head.score_tokens(ids)
     tolerance = 1e-6 if "llama" in head.architecture else 1e-9
     assert float((found - expected).abs().max()) < tolerance
     # Controls: without the hooks, and with those of other neurons, the rewards are others.
     assert float((head.score_tokens(ids) - expected).abs().min()) > 1e-4
     other = some_neurons(head, site, seed=1)
-    wrong = rewards_with(head, ids, head.fwd_hooks(other, mode=mode, reference=reference, alpha=alpha))
+    wrong = rewards_with(head, ids, head.fwd_hooks(other, replacement))
     assert float((wrong - expected).abs().max()) > 1e-4
 
 
@@ -79,15 +90,10 @@ def test_inside_the_heads_own_calls(head, pairs):
 
 def test_what_hooks_cannot_say(head, pairs):
     neurons = some_neurons(head, "mlp")
-    for positions in ("last", "response"):
-        with pytest.raises(OptionError, match=r"positions: expected 'all'.*AblationContext"):
-            head.fwd_hooks(neurons, positions=positions)
-    with pytest.raises(OptionError, match="mode: 'resample' draws donors"):
-        head.fwd_hooks(neurons, mode="resample", reference=None)
-    with pytest.raises(OptionError, match="mode: expected one of"):
-        head.fwd_hooks(neurons, mode="none")
-    with pytest.raises(OptionError, match="reference: mode 'mean' needs"):
-        head.fwd_hooks(neurons, mode="mean")
+    with pytest.raises(OptionError, match=r"replacement: Resample depends on the text.*AblationContext"):
+        head.fwd_hooks(neurons, Resample(ActivationCollector(head).sample(pairs, n=4)))
+    with pytest.raises(OptionError, match=r"replacement: OtherResponse\(\) needs both texts"):
+        head.fwd_hooks(neurons, OtherResponse())
     with pytest.raises(ProvenanceError, match="the model is"):
         head.fwd_hooks(NeuronSet(neurons.mask, "mlp", "another"))
 

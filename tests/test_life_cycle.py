@@ -21,7 +21,7 @@ import torch
 from conftest import make_pairs, save_classifier
 
 import rmtension
-from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead, TensionStudy
+from rmtension import AblationContext, ActivationCollector, Mean, NeuronAttribution, NeuronSet, RewardHead, TensionStudy
 from rmtension.batch_run import BatchRun, _BlockGates
 from rmtension.classifiers import build_classifier
 from rmtension.direct import direct_contributions
@@ -264,7 +264,7 @@ CALLS = {
     "reward_model.RewardModel.residual": lambda s: s.head.residual(s.batch),
     "hooks.copy_without_hooks": lambda s: copy_without_hooks(s.head.body.plain),
     # What a bridge's own run leaves is TransformerLens'.
-    "lens_hooks.fwd_hooks": lambda s: s.head.fwd_hooks(s.neurons, mode="mean", reference=s.statistics),
+    "lens_hooks.fwd_hooks": lambda s: s.head.fwd_hooks(s.neurons, Mean(s.statistics)),
     "neuron_pages.examine": lambda s: examine(
         s.head, {"helpful": s.pairs[:2]}, s.neurons.subsample(1, seed=0), n_examples=1
     ),
@@ -285,9 +285,7 @@ CALLS = {
     "reward_head.RewardHead.score": lambda s: s.head.score(["help", "sorry"]),
     "reward_head.RewardHead.score_pairs": lambda s: s.head.score_pairs(s.pairs, work=s.folder / "work"),
     "reward_head.RewardHead.score_tokens": lambda s: s.head.score_tokens(s.batch.input_ids),
-    "reward_head.RewardHead.with_ablation": lambda s: s.head.with_ablation(
-        s.neurons, mode="mean", reference=s.statistics
-    ),
+    "reward_head.RewardHead.with_ablation": lambda s: s.head.with_ablation(s.neurons, Mean(s.statistics)),
     "runs.ModelRuns.attribution": lambda s: ModelRuns(s.head).attribution(s.pairs, method="direct_effect"),
     "runs.ModelRuns.prepare": lambda s: ModelRuns(s.head).prepare(s.pairs, [s.neurons, s.others]),
     "runs.ModelRuns.profile": lambda s: ModelRuns(s.head, folder=s.folder / "runs").profile(s.pairs),
@@ -410,8 +408,7 @@ ONLY_LOOKS = [
     "norms.read_norm",
     "pair_rewards.RewardsOfPairs.__init__",
     "pass_record.PassRecord.provenance",
-    "replacing.check_reference",
-    "replacing.require_made_from",
+    "replacements.check_replacement",
     "replay.Replay.read",
     "replay.Replay.stream",
     "reward_model.RewardModel.fingerprint",

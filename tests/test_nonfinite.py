@@ -47,7 +47,7 @@ RUNS = {
     "scores": lambda head, pairs, **options: NeuronAttribution(head, method="gradient_x_activation").score(
         pairs, **options
     ),
-    "per pair": lambda head, pairs, **options: NeuronAttribution(head).per_pair(pairs, **options),
+    "per pair": lambda head, pairs, **options: NeuronAttribution(head, "mean_difference").per_pair(pairs, **options),
     "profile": lambda head, pairs, **options: collect_profiles(head, pairs, **options)["mlp", "response"],
     "sweep": lambda head, pairs, **options: score_without(head, pairs, [neurons(head)], **options)[0],
     "effects": lambda head, pairs, **options: single_neuron_effects(head, pairs, neurons=neurons(head), **options),

@@ -9,10 +9,9 @@ import pytest
 import torch
 from conftest import FAMILIES, close_to
 from reference import Reference
+from replaced import ALPHA, replacement_of, targets_of
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet
-from rmtension.ablation import draw_donors
-from rmtension.tokens import text_batches
 
 CLOSE = {"atol": 1e-9, "rtol": 0.0}
 SITES = ("mlp", "attn_head")
@@ -104,52 +103,29 @@ def check(head, pairs, per_text, method, site, positions, aggregate):
 
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("mode", ["zero", "scale", "mean", "resample"])
-def test_ablation(both, pairs, site, positions, mode):
+@pytest.mark.parametrize("kind", ["zero", "scale", "mean", "resample"])
+def test_ablation(both, pairs, site, positions, kind):
     head, reference = both
     neurons = some_neurons(head, site)
     per_neuron = head.n_channels(site) // head.n_neurons(site)
     columns = neurons.mask.repeat_interleave(per_neuron, dim=1)
-    collector = ActivationCollector(head, site=site)
-    options = {
-        "zero": {},
-        "scale": {"alpha": -0.5},
-        "mean": {"reference": collector.collect(pairs)} if mode == "mean" else {},
-        "resample": {"reference": collector.sample(pairs, n=20, seed=1), "seed": 5} if mode == "resample" else {},
-    }[mode]
-    means, donors = None, None
-    if mode == "mean":
-        runs = [reference.activations(site, ids) for ids, _ in texts_of(reference, pairs)]
-        means = torch.cat(runs, dim=1).mean(1)
-    if mode == "resample":
-        donors = reference_donors(reference, pairs, site, options["reference"])
-    with AblationContext(head, neurons, mode=mode, positions=positions, **options):
+    replacement = replacement_of(head, site, pairs, kind)
+    targets = targets_of(head, reference, site, pairs, positions, replacement)
+    with AblationContext(head, neurons, replacement, positions=positions):
         scored = head.score_pairs(pairs)
-    encoded = head.encode(pairs)
     expected = []
     for row, pair in enumerate(pairs):
-        for side in ("chosen", "rejected"):
+        for number, side in enumerate(("chosen", "rejected")):
             ids, n_prompt = reference.tokens(pair, side)
-            chosen = reference.selected(ids.shape[1], n_prompt, positions)
-            drawn = None if donors is None else donors_of(head, getattr(encoded, side)[row], options)[chosen]
+            selected = reference.selected(ids.shape[1], n_prompt, positions)
 
-            def replace(layer, activation, chosen=chosen, drawn=drawn):
+            def replace(layer, activation, selected=selected, target=targets[row][number]):
                 if not columns[layer].any():
                     return None
-                changed = activation.clone()
-                block = changed[0, chosen][:, columns[layer]]
-                if mode == "zero":
-                    block = torch.zeros_like(block)
-                elif mode == "scale":
-                    block = -0.5 * block
-                elif mode == "mean":
-                    block = means[layer, columns[layer]].expand_as(block)
-                else:
-                    block = donors[drawn, layer][:, columns[layer]]
-                rows = changed[0, chosen].clone()
-                rows[:, columns[layer]] = block
-                changed[0, chosen] = rows
-                return changed
+                wanted = torch.zeros(activation.shape, dtype=torch.bool)
+                wanted[0, selected] = columns[layer]
+                # What is scaled is the activation that the ablation of the layers below has left.
+                return torch.where(wanted, ALPHA * activation if kind == "scale" else target[layer], activation)
 
             with reference.hooked(site, replace), torch.no_grad():
                 expected.append(reference.reward(ids))
@@ -159,20 +135,3 @@ def test_ablation(both, pairs, site, positions, mode):
     # Negative control: the ablation changes rewards by far more than the tolerance.
     untouched = head.score_pairs(pairs)
     assert float((untouched.chosen - scored.chosen).abs().max()) > 1e-4
-
-
-def reference_donors(reference, pairs, site, sample):
-    """The sample's activations found again among the reference's own, token by token."""
-    everything = torch.cat([reference.activations(site, ids) for ids, _ in texts_of(reference, pairs)], dim=1)
-    found = []
-    for donor in sample.values:
-        distance = (everything - donor[:, None]).abs().amax(dim=(0, 2))
-        assert float(distance.min()) < 1e-9, "a donor is no token of the reference pairs"
-        found.append(everything[:, int(distance.argmin())])
-    return torch.stack(found)
-
-
-def donors_of(head, text, options):
-    """Donor of every token of one encoded text, drawn for that text alone."""
-    batches = text_batches([text], tokens_per_batch=4096, pad_token_id=head.pad_token_id, device="cpu")
-    return draw_donors(next(iter(batches)), options["reference"].keys, options["seed"])[0]

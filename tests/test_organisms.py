@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
+from rmtension import AblationContext, ActivationCollector, Mean, NeuronAttribution, NeuronSet, RewardHead
 from rmtension.errors import OptionError
 from rmtension.organisms import make_organism
 
@@ -236,7 +236,8 @@ def test_decoys_are_loud_and_idle(plain):
     carriers = organism.truth["helpful"] | organism.truth["harmless"] | organism.truth["shared"]
     largest = sizes[carriers.mask].max()
     differences = [
-        NeuronAttribution(head, positions="last").score(organism.pairs[objective]).values for objective in OBJECTIVES
+        NeuronAttribution(head, "mean_difference", positions="last").score(organism.pairs[objective]).values
+        for objective in OBJECTIVES
     ]
     decoy, loud = organism.truth["decoy"], organism.truth["loud"]
     assert sizes[decoy.mask].min() > largest
@@ -288,7 +289,7 @@ def test_a_mean_in_place_of_a_backup_finds_the_word_everywhere(redundant):
     (first, _) = organism.backups[0]
     alone = neuron_set(head, first)
     assert abs(effect(organism, head, alone)[0]) < 1e-3
-    assert effect(organism, head, alone, mode="mean", reference=reference)[0] < -0.1
+    assert effect(organism, head, alone, replacement=Mean(reference))[0] < -0.1
 
 
 # -- superposition and noise -------------------------------------------------------------------------------------------

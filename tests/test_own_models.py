@@ -8,7 +8,7 @@ from conftest import make_pairs
 from own_models import HAS_HOOKED_TRANSFORMER, KINDS, alone, make_own, ragged_ids, unembedding
 from transformer_lens.model_bridge import TransformerBridge
 
-from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
+from rmtension import AblationContext, ActivationCollector, Mean, NeuronAttribution, NeuronSet, RewardHead, Scale
 from rmtension.direct import direct_contributions
 from rmtension.errors import CheckError, ModelError, OptionError
 from rmtension.tokens import TokenBatch
@@ -113,7 +113,7 @@ def test_a_permanent_ablation_equals_the_context_and_comes_back_from_a_folder(ki
     neurons = NeuronSet(mask, site, head.architecture)
     statistics = ActivationCollector(head, site=site).collect(pairs)
     plain = head.score_pairs(pairs).margin
-    for options in ({}, {"mode": "scale", "alpha": 0.25}, {"mode": "mean", "reference": statistics}):
+    for options in ({}, {"replacement": Scale(0.25)}, {"replacement": Mean(statistics)}):
         with AblationContext(head, neurons, **options):
             expected = head.score_pairs(pairs).margin
         ablated = head.with_ablation(neurons, **options)
@@ -153,8 +153,8 @@ def test_a_mean_has_no_place_in_a_gated_native_mlp(tokenizer):
     )
     statistics = ActivationCollector(head, site="mlp").collect(make_pairs(2, longest=2))
     neurons = NeuronSet(torch.ones(2, 20, dtype=torch.bool), "mlp", head.architecture)
-    with pytest.raises(ModelError, match=r"gated MLP have no bias.*mode='zero'"):
-        head.with_ablation(neurons, mode="mean", reference=statistics)
+    with pytest.raises(ModelError, match=r"gated MLP have no bias.*Use Zero\(\)"):
+        head.with_ablation(neurons, Mean(statistics))
     assert head.with_ablation(neurons).n_layers == 2
     with pytest.raises(ModelError, match=r"site 'mlp_gate'.*Use site 'mlp'"):
         head.n_neurons("mlp_gate")

@@ -9,7 +9,17 @@ import transformers
 from conftest import batches_of, close_to, make_pairs, make_tokenizer, save_classifier
 from test_families import EXPERTS
 
-from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
+from rmtension import (
+    AblationContext,
+    ActivationCollector,
+    Mean,
+    NeuronAttribution,
+    NeuronSet,
+    PreferencePairs,
+    Resample,
+    RewardHead,
+    Zero,
+)
 from rmtension.check_matrix import make_classifier
 from rmtension.encoding import EncodedPairs, EncodedText
 from rmtension.packing import attention_mask, pair_batches
@@ -68,9 +78,9 @@ def numbers(head, pairs):
         neurons = NeuronSet.from_indices(
             [(0, 3), (1, 5), (2, 7)], shape=tuple(statistics.mean.shape), site="mlp", architecture=head.architecture
         )
-        for mode, reference in {"zero": None, "mean": statistics, "resample": sample}.items():
-            with AblationContext(head, neurons, mode=mode, reference=reference, positions=positions):
-                found[f"{mode} {positions}"] = head.score_pairs(pairs).margin
+        for replacement in (Zero(), Mean(statistics), Resample(sample)):
+            with AblationContext(head, neurons, replacement, positions=positions):
+                found[f"{replacement.name} {positions}"] = head.score_pairs(pairs).margin
         effects = single_neuron_effects(head, pairs, neurons=neurons, positions=positions)
         found[f"effects {positions}"] = effects.values[neurons.mask]
         found[f"n {positions}"] = torch.tensor([statistics.n_tokens, effects.provenance.n_tokens])

@@ -8,7 +8,16 @@ import pytest
 import torch
 from conftest import Batches, batches_of, make_pairs
 
-from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
+from rmtension import (
+    AblationContext,
+    ActivationCollector,
+    Mean,
+    NeuronAttribution,
+    NeuronSet,
+    PreferencePairs,
+    Resample,
+    RewardHead,
+)
 from rmtension.errors import DataError
 from rmtension.pair import PreferencePair
 from rmtension.pair_pass import run_pass
@@ -109,7 +118,9 @@ def test_errors_count_from_the_first_pair(head, pairs, three_at_a_time):
         ActivationCollector(head).collect(iter([*pairs[:3], {"prompt": "Q"}]))
 
 
-@pytest.mark.parametrize("run", [collect_profiles, lambda head, pairs: NeuronAttribution(head).score(pairs)])
+@pytest.mark.parametrize(
+    "run", [collect_profiles, lambda head, pairs: NeuronAttribution(head, "mean_difference").score(pairs)]
+)
 def test_no_pairs(head, run):
     for empty in ([], iter([])):
         with pytest.raises(DataError, match="pairs: expected at least one preference pair, got none"):
@@ -179,8 +190,8 @@ def test_numbers_of_a_shared_prompt(checkpoints, best_of, monkeypatch):
         found = [scored.chosen, scored.rejected, statistics.mean, statistics.frequency, profile.sums, profile.weights]
         found += [single_neuron_effects(head, best_of, neurons=neurons).values[neurons.mask]]
         for positions in ("all", "response", "last"):
-            for mode, reference in {"mean": statistics, "resample": sample}.items():
-                with AblationContext(head, neurons, mode=mode, reference=reference, positions=positions):
+            for replacement in (Mean(statistics), Resample(sample)):
+                with AblationContext(head, neurons, replacement, positions=positions):
                     found.append(head.score_pairs(best_of).margin)
         return found
 

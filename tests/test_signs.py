@@ -114,7 +114,7 @@ def test_a_new_method_has_to_say_everything():
     assert all(field.default is MISSING and field.default_factory is MISSING for field in fields(Method))
     assert all(method.sign in (1, -1) for method in METHODS.values())
     with pytest.raises(TypeError, match="sign"):
-        Method(by_layer=None, needs_reward=True, needs_gradients=False, takes_reference=False, one_run=True)
+        Method(**{field.name: None for field in fields(Method) if field.name != "sign"})
 
 
 def test_results_carry_what_the_table_says(scores, organism, head):

@@ -18,6 +18,7 @@ from planted import planted_run
 from rmtension import (
     AblationContext,
     ActivationCollector,
+    Mean,
     NeuronSet,
     RewardHead,
     StudyOptions,
@@ -143,7 +144,7 @@ class TestTables:
         reference = ActivationCollector(mixed).collect(study.scoring["helpful"] + study.scoring["harmless"])
         pairs = study.evaluating["harmless"]
         before = mixed.score_pairs(pairs)
-        with AblationContext(mixed, helpful_only, mode="mean", reference=reference):
+        with AblationContext(mixed, helpful_only, Mean(reference)):
             after = mixed.score_pairs(pairs)
         rows = result.ablation.query("seed == 0").set_index(["set", "objective", "quantity", "control"])
         row = rows.loc[("helpful only", "harmless", "margin", "layer")]
@@ -338,7 +339,7 @@ class TestArguments:
             {"fraction": 0.0},
             {"fraction": 1.5},
             {"curve_fractions": (0.0,)},
-            {"mode": "resample"},
+            {"replacement": "resample"},
             {"n_draws": 1},
             {"n_subsamples": 1},
             {"by": "size"},

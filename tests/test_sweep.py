@@ -4,7 +4,17 @@ import pytest
 import torch
 from conftest import batches_of, make_pairs
 
-from rmtension import AblationContext, ActivationCollector, NeuronSet, RewardHead
+from rmtension import (
+    AblationContext,
+    ActivationCollector,
+    Mean,
+    NeuronSet,
+    OtherResponse,
+    Resample,
+    RewardHead,
+    Scale,
+    Zero,
+)
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.runs import ModelRuns
 from rmtension.sweep import score_without
@@ -22,32 +32,32 @@ def some_sets(head, site="mlp"):
     return sets
 
 
-def one_by_one(head, pairs, sets, **options):
+def one_by_one(head, pairs, sets, replacement=Zero(), **options):
     found = []
     for one in sets:
-        with AblationContext(head, one, **options):
+        with AblationContext(head, one, replacement, **options):
             found.append(head.score_pairs(pairs))
     return found
 
 
 @pytest.mark.parametrize("site", ["mlp", "attn_head"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_every_mode_and_position(checkpoints, few, family, site):
+def test_every_replacement_and_position(checkpoints, few, family, site):
     """In float64 to 1e-9 (1e-6 where norms are float32 in every model)."""
     head = RewardHead.from_pretrained(checkpoints[family], dtype=torch.float64)
     sets = some_sets(head, site)
     collector = ActivationCollector(head, site=site)
-    options = [
-        {"mode": "zero"},
-        {"mode": "mean", "reference": collector.collect(few)},
-        {"mode": "resample", "reference": collector.sample(few, n=8), "seed": 3},
-        {"mode": "scale", "alpha": -0.5},
+    replacements = [
+        Zero(),
+        Mean(collector.collect(few)),
+        Resample(collector.sample(few, n=8), seed=3),
+        Scale(-0.5),
     ]
     room = 1e-6 if family == "llama" else 1e-9
     for positions in ("all", "response", "last"):
-        for more in options if positions == "all" else options[1:3]:
-            expected = one_by_one(head, few, sets, positions=positions, **more)
-            found = score_without(head, few, sets, positions=positions, **more)
+        for replacement in replacements if positions == "all" else replacements[1:3]:
+            expected = one_by_one(head, few, sets, replacement, positions=positions)
+            found = score_without(head, few, sets, replacement, positions=positions)
             for one, other in zip(found, expected, strict=True):
                 assert torch.allclose(one.chosen, other.chosen, atol=room, rtol=0)
                 assert torch.allclose(one.rejected, other.rejected, atol=room, rtol=0)
@@ -115,7 +125,7 @@ def test_inside_an_ablation_of_the_users(checkpoints, few):
     head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64)
     whole, middle, _, last, _ = some_sets(head)
     statistics = ActivationCollector(head).collect(few)
-    outer = AblationContext(head, middle, mode="mean", reference=statistics, positions="response")
+    outer = AblationContext(head, middle, Mean(statistics), positions="response")
     with outer:
         found = score_without(head, few, [whole, last, last])
         expected = one_by_one(head, few, [whole, last, last])
@@ -138,12 +148,12 @@ def test_wrong_arguments(checkpoints, few):
         score_without(head, few, [*sets, *some_sets(head, "attn_head")])
     with pytest.raises(ProvenanceError):
         score_without(head, few, [NeuronSet(sets[0].mask, "mlp", "another")])
-    with pytest.raises(OptionError, match="reference"):
-        score_without(head, few, sets, mode="mean")
+    with pytest.raises(OptionError, match=r"replacement: OtherResponse\(\) needs both texts"):
+        score_without(head, few, sets, OtherResponse())
     assert score_without(head, few, []) == []
     sample = ActivationCollector(head).sample(few[:1], n=3)
-    with pytest.raises(DataError, match="all donors come from the prompt"):
-        score_without(head, few[:1], sets[:1], mode="resample", reference=sample)
+    with pytest.raises(DataError, match="all donors of Resample come from the prompt"):
+        score_without(head, few[:1], sets[:1], Resample(sample))
     assert not head.body.is_hooked
 
 

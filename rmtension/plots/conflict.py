@@ -63,7 +63,7 @@ def conflict_scatter(report: ConflictReport, ax: "Axes | None" = None) -> "Figur
     axes.set(xlabel=x_label, ylabel=y_label)
     where, cosine = report.provenance["helpful"], report.cosine
     title = (
-        f"Contributions to helpful and harmless margins: {readable(where.site)}, {readable(where.method)}\n"
+        f"Contributions to helpful and harmless margins: {readable(where.site)}, {readable(where.label)}\n"
         f"Cosine {cosine}; {100 * cosine.level:g}% intervals over prompts"
     )
     return canvas.finish(title)

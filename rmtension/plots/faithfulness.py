@@ -77,8 +77,8 @@ def faithfulness_sets(
     """
     if result.sets.empty:
         raise OptionError(
-            "result: expected sets, and none were ablated. Run faithfulness with mode='zero' or 'mean' and shares of "
-            "all neurons, such as set_fractions=(0.01, 0.1)."
+            "result: expected sets, and none were ablated. Run faithfulness with a replacement other than "
+            "OtherResponse(), and shares of all neurons such as set_fractions=(0.01, 0.1)."
         )
     shown = _chosen(result, methods)
     canvas = Canvas.of(
@@ -157,7 +157,7 @@ def _title(result: Faithfulness, what: str) -> str:
     where = result.provenance
     return (
         f"{what}: {readable(where.site)}\n"
-        f"{where.method[:1].upper()}{readable(where.method)[1:]}, {where.n_pairs} pairs; "
+        f"{where.label[:1].upper()}{readable(where.label)[1:]}, {where.n_pairs} pairs; "
         f"{100 * result.level:g}% intervals over prompts"
     )
 
