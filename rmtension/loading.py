@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rmtension.adapters import Adapter, find_adapters, merge_adapters, put_on
+from rmtension.arguments import nearest
 from rmtension.errors import ModelError, OptionError
 from rmtension.local_names import find_local
 from rmtension.progress import without_unseen_bars
@@ -82,6 +83,7 @@ def find_place(name: str | Path, options: LoadOptions, *, local_files_only: bool
     if unknown:
         raise OptionError(
             f"from_pretrained: unknown options {unknown}; expected {sorted(LoadOptions.__annotations__)}."
+            f"{nearest(unknown[0], LoadOptions.__annotations__)}"
         )
     revision = options.get("revision")
     files = CheckpointFiles(find_local(name, revision), revision, local_files_only)

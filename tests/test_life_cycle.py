@@ -328,8 +328,6 @@ OWN_MODEL = [
     "reward_head.RewardHead.from_classifier",
     "reward_head.RewardHead.from_language_model",
     "reward_head.RewardHead.from_pretrained",
-    "opening.open_model",
-    "opening.open_saved_model",
     "opening.with_checkpoint",
     "opening.with_lens_model",
     "opening.head_on",
@@ -384,6 +382,8 @@ ONLY_LOOKS = [
     "family_runs.ModelFamily.__init__",
     "loading.refuse_offloaded",
     "reward_model.RewardModel.architecture",
+    "reward_model.RewardModel.run_options",
+    "scoring.one_text",
     "reward_model.RewardModel.encode",
     "reward_model.RewardModel.hooks",
     "reward_model.RewardModel.n_channels",
@@ -429,10 +429,14 @@ MODEL_TYPES = ("RewardHead", "RewardModel", "BridgeBody", "HookedTransformerBody
 
 def takes_a_model(function):
     with suppress(NameError, TypeError):
-        hints = typing.get_type_hints(function)
-        return any(name != "return" and kind in str(hint) for name, hint in hints.items() for kind in MODEL_TYPES)
-    hints = getattr(function, "__annotations__", {})
-    return any(name != "return" and kind in str(hint) for name, hint in hints.items() for kind in MODEL_TYPES)
+        return is_for_a_model(typing.get_type_hints(function))
+    return is_for_a_model(getattr(function, "__annotations__", {}))
+
+
+def is_for_a_model(hints):
+    """Whether an argument is a model; of a type variable its bound says so."""
+    said = [str(getattr(hint, "__bound__", hint)) for name, hint in hints.items() if name != "return"]
+    return any(kind in hint for hint in said for kind in MODEL_TYPES)
 
 
 def modules():

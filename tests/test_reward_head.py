@@ -220,6 +220,50 @@ class TestBadCheckpoints:
             broken.score(["help"])
 
 
+class TestRunOptions:
+    """What is said once, on opening: every way of opening takes it, and what is made from a head has it."""
+
+    SAID = {"max_length": 40, "tokens_per_batch": 100, "truncate_response": True, "on_nonfinite": "skip"}
+
+    def of(self, head):
+        return {name: getattr(head, name) for name in self.SAID}
+
+    def test_every_way_of_opening(self, checkpoints, tokenizer, head, tmp_path):
+        classifier = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoints["gpt2"])
+        opened = [
+            RewardHead(head.model, head.weight, tokenizer=tokenizer, **self.SAID),
+            RewardHead.from_pretrained(checkpoints["gpt2"], **self.SAID),
+            RewardHead.from_language_model(checkpoints["gpt2"], **self.SAID),
+            RewardHead.from_classifier(classifier, tokenizer=tokenizer, **self.SAID),
+        ]
+        some = NeuronSet.from_indices([(0, 1)], shape=(3, 64), site="mlp", architecture=head.architecture)
+        opened.append(opened[1].with_ablation(some))
+        assert [self.of(one) for one in opened] == [self.SAID] * len(opened)
+
+    def test_defaults(self, head):
+        defaults = {"tokens_per_batch": None, "truncate_response": False, "on_nonfinite": "raise"}
+        assert self.of(head) == {"max_length": CONTEXT, **defaults}
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"on_nonfinite": "skp"}, "on_nonfinite: .* Did you mean 'skip'"),
+            ({"truncate_response": 1}, "truncate_response: expected True or False, got 1"),
+            ({"tokens_per_batch": 0}, "tokens_per_batch: expected a positive number, got 0"),
+            ({"max_length": 0}, rf"max_length: expected 1 to {CONTEXT}"),
+            ({"max_lenght": 3}, "'max_lenght'.* Did you mean 'max_length'"),
+        ],
+    )
+    def test_what_is_refused(self, options, said, checkpoints, head):
+        for call in (
+            lambda: RewardHead(head.model, head.weight, **options),
+            lambda: RewardHead.from_pretrained(checkpoints["gpt2"], **options),
+            lambda: RewardHead.from_language_model(checkpoints["gpt2"], **options),
+        ):
+            with pytest.raises(OptionError, match=said):
+                call()
+
+
 class TestBadTexts:
     def test_one_string(self, head):
         with pytest.raises(OptionError, match="Put it in a list"):

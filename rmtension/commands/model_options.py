@@ -56,6 +56,9 @@ def open_model(options: Namespace, **more: Any) -> "RewardHead":
         options.model,
         output=_output(options.output),
         max_length=options.max_length,
+        # Only `score` has these.
+        truncate_response=getattr(options, "truncate_response", False),
+        on_nonfinite=getattr(options, "on_nonfinite", "raise"),
         dtype=getattr(torch, options.dtype),
         device=options.device,
         base=options.base,
