@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rmtension.pairs import PreferencePairs
     from rmtension.replacements import Mean, OtherResponse, Resample, Scale, Zero
     from rmtension.reward_head import RewardHead
-    from rmtension.scored import ScoredPairs
+    from rmtension.scored import PairRewards
     from rmtension.shared import SharedNeuronAnalyzer, SharedNeuronReport
     from rmtension.study import TensionStudy
     from rmtension.study_options import StudyOptions
@@ -39,7 +39,7 @@ _MODULE_OF = {
     "Resample": "replacements",
     "RewardHead": "reward_head",
     "Scale": "replacements",
-    "ScoredPairs": "scored",
+    "PairRewards": "scored",
     "SharedNeuronAnalyzer": "shared",
     "SharedNeuronReport": "shared",
     "StudyOptions": "study_options",
@@ -58,13 +58,13 @@ __all__ = [
     "NeuronScores",
     "NeuronSet",
     "OtherResponse",
+    "PairRewards",
     "PreferencePair",
     "PreferencePairs",
     "RMTensionError",
     "Resample",
     "RewardHead",
     "Scale",
-    "ScoredPairs",
     "SharedNeuronAnalyzer",
     "SharedNeuronReport",
     "StudyOptions",

@@ -19,7 +19,7 @@ _RESAMPLED_AT_A_TIME = 4_000_000
 
 def agreement(
     scores: NeuronScores,
-    truth: NeuronScores,
+    true_effects: NeuronScores,
     measured: Bool[Tensor, "layer neuron"],
     top: float,
     level: float,
@@ -33,10 +33,11 @@ def agreement(
     """
     signed = scores.provenance.sign is not None
     sign = effect_sign(scores.provenance)
-    observed = _measures(scores.as_effects()[measured][None].numpy(), truth.values[measured][None].numpy(), top, signed)
+    predicted, effects = (one[measured][None].numpy() for one in (scores.as_effects(), true_effects.values))
+    observed = _measures(predicted, effects, top, signed)
     parts: dict[str, list[Float[np.ndarray, "resample"]]] = {name: [] for name in MEASURES}
     known = True
-    for predicted, effects in _resamples(scores, truth, measured, seed):
+    for predicted, effects in _resamples(scores, true_effects, measured, seed):
         # Where one block holds all prompts, nothing is known of others.
         known &= bool(np.isfinite(predicted).all() and np.isfinite(effects).all())
         for name, values in _measures(sign * predicted, effects, top, signed).items():
@@ -53,7 +54,7 @@ def agreement(
 
 
 def _resamples(
-    scores: NeuronScores, truth: NeuronScores, measured: Bool[Tensor, "layer neuron"], seed: int
+    scores: NeuronScores, true_effects: NeuronScores, measured: Bool[Tensor, "layer neuron"], seed: int
 ) -> Iterator[tuple[Float[np.ndarray, "resample place"], Float[np.ndarray, "resample place"]]]:
     """Scores and true effects of the measured neurons on resamples of the prompts, some at a time."""
     generator = np.random.default_rng(seed)
@@ -63,13 +64,13 @@ def _resamples(
     # so that weights at varying distances, as the bootstrap's, would add a spread that no other prompts have.
     weights = 1 + drawn * (N_BLOCKS**0.5 / np.linalg.norm(drawn, axis=2, keepdims=True))
     # The same prompts behind both vary together.
-    together = scores.provenance.data == truth.provenance.data
+    together = scores.provenance.data == true_effects.provenance.data
     blocks = [torch.from_numpy(weights[number]) for number in (0, 0 if together else 1)]
     layers = measured.nonzero()[:, 0].numpy()
     for rows in torch.split(torch.arange(_N_RESAMPLES), max(1, _RESAMPLED_AT_A_TIME // measured.numel())):
         values = [
             one.resampled(counts[rows])[:, measured].numpy()
-            for one, counts in zip((scores, truth), blocks, strict=True)
+            for one, counts in zip((scores, true_effects), blocks, strict=True)
         ]
         if not measured.all():
             places = _places_within(layers, len(rows), generator)

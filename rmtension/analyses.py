@@ -21,7 +21,7 @@ from rmtension.neuron_scores import NeuronScores
 from rmtension.neurons import NeuronSet
 from rmtension.overlap import Overlap, depth_thirds, jaccard_intervals
 from rmtension.profiles import SCORES as ACTIVATION_SCORES
-from rmtension.scored import ScoredPairs
+from rmtension.scored import PairRewards
 from rmtension.signs import ranked
 from rmtension.study_options import base_has
 from rmtension.transferability import transferability as transferability_of
@@ -118,7 +118,7 @@ def sets(family: FamilyRuns) -> Tables:
         for model in family.models_with(score):
             found = family.scores_of(score, model)
             neurons = family.top(found)
-            order = ranked(found.values, family.options.by, found.provenance)
+            order = ranked(found.values, family.options.rank_by, found.provenance)
             cut = float(order[neurons.mask].min())
             rows.append(
                 {
@@ -159,7 +159,7 @@ def overlap(family: FamilyRuns) -> Tables:
         floor = family.base_scores(score)
         for without in (None, None if floor is None else family.top(floor)):
             either = tops["helpful"] | tops["harmless"]
-            found = Overlap.of(either, tops["mixed"], outside=without, level=family.options.level)
+            found = Overlap.of(either, tops["mixed"], exclude=without, level=family.options.level)
             row = {"score": score, "kind": "three-way", "a": "helpful or harmless", "b": "mixed"}
             rows.append(row | {"without_base": without is not None} | asdict(found))
             if floor is None:
@@ -190,9 +190,9 @@ def curves(family: FamilyRuns) -> Tables:
             family.ablations(model),
             {score: family.scores_of(score, model) for score in options.scores},
             options.curve_fractions,
-            by=options.by,
-            within=options.within,
-            rule=options.top_rule,
+            rank_by=options.rank_by,
+            rank_within=options.rank_within,
+            cut_rule=options.cut_rule,
             clamp=options.clamp,
         )
         frame.insert(0, "model", model)
@@ -256,7 +256,7 @@ ANALYSES: dict[str, Callable[[FamilyRuns], Tables]] = {
 }
 
 
-def _measures(family: FamilyRuns, scored: ScoredPairs) -> dict[str, Estimate]:
+def _measures(family: FamilyRuns, scored: PairRewards) -> dict[str, Estimate]:
     options = family.options
     found = {
         "accuracy": evaluation.accuracy(scored, **family.judging),
@@ -310,23 +310,23 @@ def _overlap_rows(
         intervals = jaccard_intervals(
             scores,
             fraction=options.fraction,
-            by=options.by,
-            within=options.within,
-            rule=options.top_rule,
+            rank_by=options.rank_by,
+            rank_within=options.rank_within,
+            cut_rule=options.cut_rule,
             base=floor,
             level=options.level,
             seed=options.seed,
         )
         for (a, b), (low, high) in intervals.items():
             found = Overlap.of(
-                sets[a], sets[b], outside=None if floor is None else family.top(floor), level=options.level
+                sets[a], sets[b], exclude=None if floor is None else family.top(floor), level=options.level
             )
             row = {"score": score, "kind": kind, "a": a, "b": b, "without_base": floor is not None}
             rows.append(row | asdict(found) | {"jaccard_low": low, "jaccard_high": high})
     return rows
 
 
-def _length_matched(scored: ScoredPairs) -> ScoredPairs | None:
+def _length_matched(scored: PairRewards) -> PairRewards | None:
     """The rewards of the pairs in which length is of no use; None where none are left, or items have no one length."""
     try:
         return scored.take(length_matched_places(scored.pairs))

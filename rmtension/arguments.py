@@ -9,9 +9,9 @@ from rmtension.errors import OptionError
 _MAKE = {
     ("NeuronSet", "NeuronScores"): "Take a set of them with scores.top(0.05).",
     ("NeuronSet", "Tensor"): "Make a set with NeuronSet(mask, site, head.architecture).",
-    ("NeuronScores", "PairScores"): "NeuronAttribution(...).score(pairs) gives scores of neurons.",
+    ("NeuronScores", "PairAttributions"): "NeuronAttribution(...).score(pairs) gives scores of neurons.",
     ("NeuronScores", "PreferencePairs"): "NeuronAttribution(...).score(pairs) gives scores of neurons.",
-    ("PairScores", "NeuronScores"): "NeuronAttribution(...).per_pair(pairs) gives scores by pair.",
+    ("PairAttributions", "NeuronScores"): "NeuronAttribution(...).per_pair(pairs) gives scores by pair.",
 }
 
 # Class -> the class by which users have it.

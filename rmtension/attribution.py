@@ -18,7 +18,7 @@ from rmtension.methods import METHODS, ByToken, Found, MethodArgs
 from rmtension.neuron_scores import NeuronScores
 from rmtension.pair import PreferencePair
 from rmtension.pair_pass import run_pass
-from rmtension.pair_scores import PairScores
+from rmtension.pair_scores import PairAttributions
 from rmtension.pair_statistic import PairStatistic
 from rmtension.pairs import PreferencePairs
 from rmtension.pass_record import PassRecord
@@ -59,12 +59,12 @@ class NeuronAttribution:
 
     Signs: `attribution_patching` is a change (positive: the margin grows without the neuron, which opposes it), the
     others are contributions (positive: the neuron supports the margin). Results say which (`Provenance.sign`), and
-    `top(by="supports")` means the same for all. A positive `mean_difference` says that the neuron is more active in the
-    chosen responses. For lack of a reward that is taken for support: a neuron that nothing reads, or that pushes the
-    reward down, can have one, and `faithfulness` measures how often. The activation of an attention head is the norm of
-    its output for `mean_difference`; elsewhere products are summed over its channels. Scores are means over pairs with
-    their standard error, in float64. Turning every pair round flips signed scores; a constant added to the reward
-    changes none.
+    `top(rank_by="supports")` means the same for all. A positive `mean_difference` says that the neuron is more active
+    in the chosen responses. It does not look at the reward, so this is taken for support: a neuron that nothing reads,
+    or that lowers the reward, can have one, and `faithfulness` measures how often. The activation of an attention head
+    is the norm of its output for `mean_difference`; elsewhere products are summed over its channels. Scores are means
+    over pairs with their standard error, in float64. Swapping chosen and rejected flips signed scores; a constant added
+    to the reward changes none.
 
     A gradient jumps where the input of a ReLU is 0 but for rounding, as in models with round numbers for weights:
     float32 and float64 may give different scores there. `dtype=torch.float64` opens any model and shows whether they
@@ -161,7 +161,7 @@ class NeuronAttribution:
         *,
         work: str | Path | None = None,
         progress: bool | None = None,
-    ) -> PairScores:
+    ) -> PairAttributions:
         """Every pair's signed scores, whatever `aggregate`. Memory: `pairs x layers x neurons` numbers.
 
         Pairs that are skipped (see `score`) have no row. `work` and `progress` are those of `run_pass`.
@@ -348,7 +348,7 @@ class _MeanScores(PairStatistic[list[NeuronScores]]):
         ]
 
 
-class _ScoresOfPairs(PairStatistic[PairScores]):
+class _ScoresOfPairs(PairStatistic[PairAttributions]):
     """Every pair's signed scores by one attribution."""
 
     keeps_layers = True
@@ -381,9 +381,9 @@ class _ScoresOfPairs(PairStatistic[PairScores]):
     def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
         self._values[list(batch.places[: batch.n_pairs])] = observed[0].cpu()
 
-    def compute(self, record: PassRecord) -> PairScores:
+    def compute(self, record: PassRecord) -> PairAttributions:
         record.require_pairs()
-        found = PairScores(self._values, self._pairs, self._attribution._provenance(record, "signed"))
+        found = PairAttributions(self._values, self._pairs, self._attribution._provenance(record, "signed"))
         return found.take(record.kept(len(self._pairs))) if record.skipped else found
 
 

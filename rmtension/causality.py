@@ -20,7 +20,7 @@ from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
 from rmtension.replacements import Replacement, Zero
 from rmtension.runs import ModelRuns
-from rmtension.scored import ScoredPairs
+from rmtension.scored import PairRewards
 
 QUANTITIES = ("accuracy", "margin")
 Advance = Callable[[], object]
@@ -34,18 +34,18 @@ def _no_progress() -> None:
 class Ablations:
     """One model, the pairs of each objective, and how its neurons are ablated: what every function here asks.
 
-    `tie` is what a tie counts in accuracies. `advance` is called after every evaluation, for progress bars.
+    `tie_value` is what a tie counts in accuracies. `advance` is called after every evaluation, for progress bars.
     """
 
     runs: ModelRuns
     pairs: Mapping[str, PreferencePairs]
     replacement: Replacement = Zero()
-    tie: float = 0.5
+    tie_value: float = 0.5
     level: float = 0.95
     seed: int = 0
     advance: Advance = _no_progress
 
-    def rewards(self, without: NeuronSet | None = None) -> dict[str, ScoredPairs]:
+    def rewards(self, without: NeuronSet | None = None) -> dict[str, PairRewards]:
         """The rewards of every objective's pairs, whole or without a set. One pass over the pairs."""
         found = {
             name: self.runs.rewards(part, without=without, replacement=self.replacement)
@@ -59,9 +59,9 @@ class Ablations:
         for part in self.pairs.values():
             self.runs.prepare(part, sets, replacement=self.replacement)
 
-    def change(self, after: ScoredPairs, before: ScoredPairs, quantity: str) -> Float[Tensor, "item"]:
+    def change(self, after: PairRewards, before: PairRewards, quantity: str) -> Float[Tensor, "item"]:
         """The change of every item."""
-        return item_change(after, before, quantity, tie=self.tie)
+        return item_change(after, before, quantity, tie_value=self.tie_value)
 
     def estimate(self, values: Float[Tensor, "item"], objective: str) -> Estimate:
         """Mean of one value per item of an objective, with its interval."""
@@ -239,8 +239,8 @@ def _mean_over(magnitude: Float[Tensor, "layer neuron"], sets: Sequence[NeuronSe
 
 def _effect(
     ablations: Ablations,
-    after: ScoredPairs,
-    before: ScoredPairs,
+    after: PairRewards,
+    before: PairRewards,
     changes: Sequence[Float[Tensor, "item"]],
     quantity: str,
     size: int,
@@ -253,8 +253,8 @@ def _effect(
     per_neuron = 1 / size if size else math.nan
     return {
         "size": size,
-        "before": float(item_values(before, quantity, tie=ablations.tie).mean()),
-        "after": float(item_values(after, quantity, tie=ablations.tie).mean()),
+        "before": float(item_values(before, quantity, tie_value=ablations.tie_value).mean()),
+        "after": float(item_values(after, quantity, tie_value=ablations.tie_value).mean()),
         "effect": effect.value,
         "low": effect.low,
         "high": effect.high,

@@ -18,7 +18,7 @@ from rmtension.evaluation import chance, item_values, subset_places
 from rmtension.intervals import bootstrap_mean, percentile_interval, resampled_sums
 from rmtension.neurons import NeuronSet
 from rmtension.pairs import PreferencePairs
-from rmtension.scored import ScoredPairs
+from rmtension.scored import PairRewards
 
 
 def collapse(ablations: Ablations, sets: Mapping[str, NeuronSet]) -> pd.DataFrame:
@@ -80,7 +80,8 @@ def effects_by_subset(ablations: Ablations, neurons: NeuronSet) -> pd.DataFrame:
             rows.append(
                 {
                     "objective": objective, "subset": subset, "size": len(neurons),
-                    "before": other.accuracy(tie=ablations.tie), "after": one.accuracy(tie=ablations.tie),
+                    "before": other.accuracy(tie_value=ablations.tie_value),
+                    "after": one.accuracy(tie_value=ablations.tie_value),
                     "change": change.value, "low": change.low, "high": change.high,
                     "chance": float(chance(one.pairs).mean()), "n": change.n,
                 }
@@ -120,7 +121,10 @@ def split_drift(ablations: Ablations, neurons: NeuronSet) -> dict[str, float]:
         rows = {}
         for name, kept in places.items():
             one, other = after[name].take(kept), before[name].take(kept)
-            gap, was = ablations.change(one, other, "accuracy"), item_values(other, "accuracy", tie=ablations.tie)
+            gap, was = (
+                ablations.change(one, other, "accuracy"),
+                item_values(other, "accuracy", tie_value=ablations.tie_value),
+            )
             by_item = other.by_item().pairs
             for subset, mine in subset_places(by_item).items():
                 level = float(chance(by_item)[mine].mean())
@@ -149,7 +153,7 @@ def _two_objectives(pairs: Mapping[str, PreferencePairs]) -> tuple[str, str]:
 
 
 def _retained(
-    ablations: Ablations, after: Mapping[str, ScoredPairs], before: Mapping[str, ScoredPairs], quantity: str
+    ablations: Ablations, after: Mapping[str, PairRewards], before: Mapping[str, PairRewards], quantity: str
 ) -> tuple[list[float], Float[np.ndarray, "resample 2"]]:
     """The share of each objective that is left, and its bootstrap resamples: ratios of two sums over items.
 
@@ -157,7 +161,7 @@ def _retained(
     """
     parts, items = [], []
     for number, objective in enumerate(ablations.pairs):
-        now, was = (item_values(one[objective], quantity, tie=ablations.tie) for one in (after, before))
+        now, was = (item_values(one[objective], quantity, tie_value=ablations.tie_value) for one in (after, before))
         if quantity == "margin":
             now, was = now * was, was * was
         else:
@@ -179,5 +183,5 @@ def _retained(
     return observed.tolist(), ratios
 
 
-def _spread(scored: ScoredPairs) -> float:
+def _spread(scored: PairRewards) -> float:
     return float(torch.cat([scored.chosen, scored.rejected]).double().std())

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from rmtension.errors import DataError
 from rmtension.intervals import bootstrap_mean
-from rmtension.scored import ScoredPairs
+from rmtension.scored import PairRewards
 
 
-def centred_rewards(scored: Mapping[str, ScoredPairs]) -> pd.DataFrame:
+def centred_rewards(scored: Mapping[str, PairRewards]) -> pd.DataFrame:
     """One row a model and pair: chosen and rejected reward minus the model's mean over all of them, and the margin.
 
     A Bradley-Terry reward is fixed only up to a constant per model, so uncentred rewards of two models say nothing
@@ -43,7 +43,7 @@ def centred_rewards(scored: Mapping[str, ScoredPairs]) -> pd.DataFrame:
     return frame[["model", *(column for column in frame.columns if column != "model")]]
 
 
-def confidence(scored: Mapping[str, ScoredPairs], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+def confidence(scored: Mapping[str, PairRewards], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
     """One row a model and quantity, on the pairs that every model ranks correctly and on all pairs.
 
     `margin` is the mean margin in reward units, `margin_in_spreads` the same over the standard deviation of the
@@ -77,12 +77,12 @@ def confidence(scored: Mapping[str, ScoredPairs], *, level: float = 0.95, seed: 
     return pd.DataFrame(rows)[["model", "pairs", "quantity", "value", "low", "high", "n", "n_prompts"]]
 
 
-def _location_and_scale(scored: ScoredPairs) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+def _location_and_scale(scored: PairRewards) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     rewards = torch.cat([scored.chosen, scored.rejected]).double()
     return rewards.mean(), rewards.std()
 
 
-def _require_same_pairs(scored: Mapping[str, ScoredPairs]) -> None:
+def _require_same_pairs(scored: Mapping[str, PairRewards]) -> None:
     if not scored:
         raise DataError("scored: expected the rewards of at least one model, got none.")
     first, *others = scored.values()

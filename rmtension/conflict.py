@@ -16,7 +16,7 @@ from rmtension.errors import DataError, OptionError, StorageError
 from rmtension.header import read_numbers, read_record
 from rmtension.intervals import Estimate, adjusted_p_values, check_level, percentile_interval
 from rmtension.neurons import NeuronSet
-from rmtension.pair_scores import PairScores
+from rmtension.pair_scores import PairAttributions
 from rmtension.provenance import METHOD_FIELDS, Provenance
 from rmtension.storage import read_result, write_result
 
@@ -76,7 +76,7 @@ class ConflictReport:
     reliability: dict[str, float]
     n_pairs: dict[str, int]
     n_prompts: dict[str, int]
-    least: float
+    min_share: float
     provenance: dict[str, Provenance]
 
     @property
@@ -110,7 +110,7 @@ class ConflictReport:
         shapes = {name: "int neuron" if name in ("layer", "neuron") else "float neuron" for name in _COLUMNS}
         objects = ("cosine", "chance", "reliability", "n_pairs", "n_prompts", "provenance")
         tensors, values = read_result(
-            path, "ConflictReport", tensors=shapes, values=dict.fromkeys(objects, dict) | {"least": float}
+            path, "ConflictReport", tensors=shapes, values=dict.fromkeys(objects, dict) | {"min_share": float}
         )
         table = pd.DataFrame({name: tensors[name].numpy() for name in _COLUMNS})
         places = table[["layer", "neuron"]].to_numpy()
@@ -120,13 +120,13 @@ class ConflictReport:
             raise StorageError(f"{path}: damaged: its rows are not all neurons in order. Save the result again.")
         cosine = read_record(path, Estimate, values["cosine"])
         return cls(
-            table=_classified(table, values["least"], cosine.level),
+            table=_classified(table, values["min_share"], cosine.level),
             cosine=cosine,
             chance={name: read_record(path, Null, values["chance"].get(name)) for name in ("coin", "shuffle")},
             reliability=read_numbers(path, float, values["reliability"], OBJECTIVES),
             n_pairs=read_numbers(path, int, values["n_pairs"], OBJECTIVES),
             n_prompts=read_numbers(path, int, values["n_prompts"], OBJECTIVES),
-            least=values["least"],
+            min_share=values["min_share"],
             provenance={name: Provenance.from_dict(values["provenance"].get(name)) for name in OBJECTIVES},
         )
 
@@ -136,7 +136,7 @@ class ConflictReport:
         return "\n".join([
             f"ConflictReport: {len(self.table)} {where.site} neurons of {where.architecture}, {where.label}",
             f"{', '.join(sizes)}; positions {where.positions}",
-            f"neurons by class (q at most {1 - level:.3g}, at least {self.least:g} of the largest contribution):",
+            f"neurons by class (q at most {1 - level:.3g}, at least {self.min_share:g} of the largest contribution):",
             *(f"  {name:<26}{n:>8}" for name, n in self.counts().items()),
             f"cosine of mean contributions  {self.cosine} (level {level:g}, over prompts)",
             f"  preferences by a coin       {self.chance['coin']}",
@@ -145,7 +145,7 @@ class ConflictReport:
         ])  # fmt: skip
 
 
-def contributions(scores: PairScores) -> Float[Tensor, "pair layer neuron"]:
+def contributions(scores: PairAttributions) -> Float[Tensor, "pair layer neuron"]:
     """What every neuron adds to every margin: positive pushes it up. May share memory with `scores`.
 
     Attribution patching scores what taking the neuron out changes, which is the negative: `Provenance.sign` says so.
@@ -162,13 +162,18 @@ def contributions(scores: PairScores) -> Float[Tensor, "pair layer neuron"]:
 
 
 def conflict(
-    helpful: PairScores, harmless: PairScores, *, least: float = 0.05, level: float = 0.95, seed: int = 0
+    helpful: PairAttributions,
+    harmless: PairAttributions,
+    *,
+    min_share: float = 0.05,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> ConflictReport:
     """Compare what the neurons of one model do to the margins of two sets of pairs. No model pass.
 
     A neuron counts for an objective where its q-value is at most `1 - level` and its mean contribution, by magnitude,
-    at least `least` of the objective's largest. With many prompts tiny contributions have small q-values too; at the
-    default floor it takes twenty neurons to match the largest.
+    at least `min_share` of the objective's largest. With many prompts tiny contributions have small q-values too; at
+    the default it takes twenty neurons to match the largest.
 
     Standard errors: pairs of one prompt count together (the linearised variance of a ratio of sums, Cochran 1977).
     p-values: Student's t over prompts. q-values: Benjamini and Hochberg's over all neurons of the objective. Interval
@@ -182,16 +187,16 @@ def conflict(
         >>> from rmtension.pairs import PreferencePairs
         >>> pairs = PreferencePairs.from_records([{"prompt": one, "chosen": "yes", "rejected": "no"} for one in "abcd"])
         >>> where = Provenance("toy", "0f", "mlp", "all", "direct_effect", "float32", "", 4, 64, "0", sign=1)
-        >>> helpful = PairScores(torch.tensor([[[3.0, 4.0, 0.0]]] * 4), pairs, where)
-        >>> harmless = PairScores(torch.tensor([[[3.0, -4.0, 0.0]]] * 4), pairs, where)
+        >>> helpful = PairAttributions(torch.tensor([[[3.0, 4.0, 0.0]]] * 4), pairs, where)
+        >>> harmless = PairAttributions(torch.tensor([[[3.0, -4.0, 0.0]]] * 4), pairs, where)
         >>> report = conflict(helpful, harmless)
         >>> print(report.cosine, list(report.sets["helpful up, harmless down"]))
         -0.280 [-0.280, -0.280] [(0, 1)]
     """
     for name, scores in (("helpful", helpful), ("harmless", harmless)):
-        require_arguments("conflict(helpful, harmless)", **{name: (scores, PairScores)})
-    if not 0 <= least < 1:
-        raise OptionError(f"least: expected a share of the largest contribution in [0, 1), got {least}.")
+        require_arguments("conflict(helpful, harmless)", **{name: (scores, PairAttributions)})
+    if not 0 <= min_share < 1:
+        raise OptionError(f"min_share: expected a share of the largest contribution in [0, 1), got {min_share}.")
     check_level(level)
     same = ("architecture", "model", "site", "positions", *METHOD_FIELDS, "sign")
     helpful.provenance.require_same(harmless.provenance, same, what="conflict")
@@ -207,13 +212,13 @@ def conflict(
     halves = [cells.halves(generator, mine) for mine in cells.of]
     n = len(helpful) + len(harmless)
     return ConflictReport(
-        table=_classified(table, least, level),
+        table=_classified(table, min_share, level),
         cosine=Estimate(observed, max(low, -1.0), min(high, 1.0), n, len(cells.kind), level),
         chance={"coin": _null(coin, as_far[0], level), "shuffle": _null(shuffle, as_far[1], level)},
         reliability={name: float(draws.mean()) for name, draws in zip(both, halves, strict=True)},
         n_pairs={name: len(scores) for name, scores in both.items()},
         n_prompts={name: len(scores.pairs.prompts) for name, scores in both.items()},
-        least=least,
+        min_share=min_share,
         provenance={name: scores.provenance for name, scores in both.items()},
     )
 
@@ -222,12 +227,12 @@ def _null(draws: Float[np.ndarray, "draw"], as_far: Bool[np.ndarray, "draw"], le
     return Null(float(draws.mean()), *percentile_interval(draws, level), float(as_far.sum() + 1) / (len(draws) + 1))
 
 
-def _classified(table: pd.DataFrame, least: float, level: float) -> pd.DataFrame:
+def _classified(table: pd.DataFrame, min_share: float, level: float) -> pd.DataFrame:
     """The table with the class of every neuron."""
     signs = []
     for one in OBJECTIVES:
         size = table[one].abs()
-        counts = (table[f"{one}_q_value"] <= 1 - level) & (size >= least * size.max())
+        counts = (table[f"{one}_q_value"] <= 1 - level) & (size >= min_share * size.max())
         signs.append((np.sign(table[one]) * counts).astype(int))
     return table.assign(**{"class": [CLASSES[pair] for pair in zip(*signs, strict=True)]})
 
@@ -299,7 +304,7 @@ class _Cells:
         return self.cosines(first, mine - first)
 
 
-def _summarised(both: Mapping[str, PairScores]) -> tuple[pd.DataFrame, _Cells]:
+def _summarised(both: Mapping[str, PairAttributions]) -> tuple[pd.DataFrame, _Cells]:
     """The table without classes, and the cells."""
     values = {name: contributions(scores) for name, scores in both.items()}
     for name, scores in both.items():

@@ -12,7 +12,7 @@ import torch
 from rmtension.causality import QUANTITIES, Ablations
 from rmtension.evaluation import accuracy, chance, mean_margin
 from rmtension.neuron_scores import NeuronScores
-from rmtension.scored import ScoredPairs
+from rmtension.scored import PairRewards
 
 
 def ablation_curves(
@@ -20,9 +20,9 @@ def ablation_curves(
     scores: Mapping[str, NeuronScores],
     fractions: Sequence[float],
     *,
-    by: str = "magnitude",
-    within: str = "model",
-    rule: str = "exact",
+    rank_by: str = "magnitude",
+    rank_within: str = "model",
+    cut_rule: str = "exact",
     clamp: bool = False,
     n_random: int = 3,
 ) -> pd.DataFrame:
@@ -45,13 +45,13 @@ def ablation_curves(
     """
     before = ablations.rewards()
     first = next(iter(scores.values()))
-    rankings = [(name, 0, one, by) for name, one in scores.items()]
+    rankings = [(name, 0, one, rank_by) for name, one in scores.items()]
     for draw in range(n_random):
         rankings.append(("random", draw, _random_scores(first, ablations.seed, draw), "magnitude"))
     rows = []
     for name, draw, one, order in rankings:
-        exact = "exact" if name == "random" else rule
-        sets = [one.top(fraction, by=order, within=within, rule=exact) for fraction in fractions]
+        exact = "exact" if name == "random" else cut_rule
+        sets = [one.top(fraction, rank_by=order, rank_within=rank_within, cut_rule=exact) for fraction in fractions]
         ablations.prepare(sets)
         for fraction, neurons in zip(fractions, sets, strict=True):
             after = ablations.rewards(neurons)
@@ -62,11 +62,11 @@ def ablation_curves(
 
 
 def _curve_point(
-    ablations: Ablations, after: ScoredPairs, before: ScoredPairs, objective: str, clamp: bool
+    ablations: Ablations, after: PairRewards, before: PairRewards, objective: str, clamp: bool
 ) -> dict[str, Any]:
     options: dict[str, Any] = {"level": ablations.level, "seed": ablations.seed}
-    now = accuracy(after, tie=ablations.tie, **options)
-    was = before.accuracy(tie=ablations.tie)
+    now = accuracy(after, tie_value=ablations.tie_value, **options)
+    was = before.accuracy(tie_value=ablations.tie_value)
     level_of_chance = float(chance(after.pairs).mean())
     changes = {
         quantity: ablations.estimate(ablations.change(after, before, quantity), objective) for quantity in QUANTITIES

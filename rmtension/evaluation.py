@@ -27,21 +27,21 @@ from rmtension.intervals import (
 )
 from rmtension.pairs import PreferencePairs
 from rmtension.repr_html import html_table
-from rmtension.scored import ScoredPairs
+from rmtension.scored import PairRewards
 
 # Subset names that say what the chosen response does with the request: the embedded world's, and the benchmarks'.
 REFUSE_SUBSETS = ("should_refuse", *subtasks.REFUSE_SUBSETS)
 RESPOND_SUBSETS = ("should_respond", *subtasks.RESPOND_SUBSETS)
 
 
-def correctness(scored: ScoredPairs, *, tie: float = 0.5) -> Float[Tensor, "item"]:
-    """1 for every item ranked correctly, `tie` for a tie, 0 otherwise."""
+def correctness(scored: PairRewards, *, tie_value: float = 0.5) -> Float[Tensor, "item"]:
+    """1 for every item ranked correctly, `tie_value` for a tie, 0 otherwise."""
     items = scored.by_item()
-    return items.correct.double() + tie * items.tied.double()
+    return items.correct.double() + tie_value * items.tied.double()
 
 
-def accuracy(scored: ScoredPairs, *, tie: float = 0.5, level: float = 0.95, seed: int = 0) -> Estimate:
-    """Share of items ranked correctly, ties counting `tie` (0 is the strict rule), with an interval over prompts.
+def accuracy(scored: PairRewards, *, tie_value: float = 0.5, level: float = 0.95, seed: int = 0) -> Estimate:
+    """Share of items ranked correctly, ties counting `tie_value` (0 is the strict rule), with an interval over prompts.
 
     Where all items of all prompts agree the bootstrap has no spread, and the interval is Clopper and Pearson's for as
     many trials as there are prompts.
@@ -50,10 +50,10 @@ def accuracy(scored: ScoredPairs, *, tie: float = 0.5, level: float = 0.95, seed
         >>> print(accuracy(scored))
         1.000 [0.858, 1.000]
     """
-    return bootstrap_share(correctness(scored, tie=tie), scored.by_item().pairs, level=level, seed=seed)
+    return bootstrap_share(correctness(scored, tie_value=tie_value), scored.by_item().pairs, level=level, seed=seed)
 
 
-def macro_accuracy(scored: ScoredPairs, *, tie: float = 0.5, level: float = 0.95, seed: int = 0) -> Estimate:
+def macro_accuracy(scored: PairRewards, *, tie_value: float = 0.5, level: float = 0.95, seed: int = 0) -> Estimate:
     """The unweighted mean over subsets of their accuracies, as benchmarks report it, with an interval over prompts.
 
     A resample that has no item of some subset leaves it out of the mean.
@@ -63,7 +63,7 @@ def macro_accuracy(scored: ScoredPairs, *, tie: float = 0.5, level: float = 0.95
         1.000 [1.000, 1.000]
     """
     items = scored.by_item()
-    right = correctness(scored, tie=tie)
+    right = correctness(scored, tie_value=tie_value)
     names = list(dict.fromkeys(pair.subset for pair in items.pairs))
     member = torch.tensor([[pair.subset == name for name in names] for pair in items.pairs], dtype=torch.float64)
     columns = torch.cat([member * right[:, None], member], dim=1)
@@ -77,7 +77,7 @@ def macro_accuracy(scored: ScoredPairs, *, tie: float = 0.5, level: float = 0.95
     return Estimate(value, low, high, len(items), n_prompts, level)
 
 
-def mean_margin(scored: ScoredPairs, *, level: float = 0.95, seed: int = 0) -> Estimate:
+def mean_margin(scored: PairRewards, *, level: float = 0.95, seed: int = 0) -> Estimate:
     """Mean margin of the items, in the model's own reward units, with a bootstrap interval over prompts.
 
     Examples:
@@ -108,7 +108,7 @@ def chance(pairs: PreferencePairs) -> Float[Tensor, "item"]:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def by_subset(scored: ScoredPairs, *, tie: float = 0.5, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+def by_subset(scored: PairRewards, *, tie_value: float = 0.5, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
     """One row a subset, in order of appearance: accuracy and mean margin with their intervals, chance, n.
 
     Examples:
@@ -118,7 +118,7 @@ def by_subset(scored: ScoredPairs, *, tie: float = 0.5, level: float = 0.95, see
     """
     rows = []
     for subset, part in _subsets(scored):
-        right = accuracy(part, tie=tie, level=level, seed=seed)
+        right = accuracy(part, tie_value=tie_value, level=level, seed=seed)
         margin = mean_margin(part, level=level, seed=seed)
         rows.append(
             {
@@ -138,11 +138,11 @@ def by_subset(scored: ScoredPairs, *, tie: float = 0.5, level: float = 0.95, see
 
 
 def balance(
-    scored: ScoredPairs,
+    scored: PairRewards,
     *,
     refuse: Iterable[str] = REFUSE_SUBSETS,
     respond: Iterable[str] = RESPOND_SUBSETS,
-    tie: float = 0.5,
+    tie_value: float = 0.5,
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Estimate]:
@@ -160,7 +160,7 @@ def balance(
     parts = [scored.filter(subset=subsets) for subsets in (refuse, respond)]
     if not all(len(part) for part in parts):
         return {}
-    refusing, responding = (accuracy(part, tie=tie, level=level, seed=seed) for part in parts)
+    refusing, responding = (accuracy(part, tie_value=tie_value, level=level, seed=seed) for part in parts)
     # Intervals of a mean from those of its parts (Zou and Donner 2008), which keeps its width where a part is 0 or 1.
     # The two kinds of subset have prompts of their own, so the parts are independent.
     mean = (refusing.value + responding.value) / 2
@@ -172,7 +172,7 @@ def balance(
 
 
 def change(
-    after: ScoredPairs, before: ScoredPairs, *, quantity: str = "accuracy", level: float = 0.95, seed: int = 0
+    after: PairRewards, before: PairRewards, *, quantity: str = "accuracy", level: float = 0.95, seed: int = 0
 ) -> Estimate:
     """Mean change of accuracy (ties 1/2) or margin from `before` to `after` on the same pairs, paired by item.
 
@@ -186,20 +186,22 @@ def change(
     return bootstrap_mean(values, after.by_item().pairs, level=level, seed=seed)
 
 
-def item_change(after: ScoredPairs, before: ScoredPairs, quantity: str, *, tie: float = 0.5) -> Float[Tensor, "item"]:
+def item_change(
+    after: PairRewards, before: PairRewards, quantity: str, *, tie_value: float = 0.5
+) -> Float[Tensor, "item"]:
     """The change of every item; raises `DataError` unless both hold the same pairs in the same order."""
     check_quantity(quantity)
     if after.pairs != before.pairs:
         raise DataError(
             "change: expected rewards of the same pairs in the same order. Score both models on one data set."
         )
-    return item_values(after, quantity, tie=tie) - item_values(before, quantity, tie=tie)
+    return item_values(after, quantity, tie_value=tie_value) - item_values(before, quantity, tie_value=tie_value)
 
 
-def item_values(scored: ScoredPairs, quantity: str, *, tie: float = 0.5) -> Float[Tensor, "item"]:
+def item_values(scored: PairRewards, quantity: str, *, tie_value: float = 0.5) -> Float[Tensor, "item"]:
     """Every item's correctness, or its margin."""
     check_quantity(quantity)
-    return scored.by_item().margin.double() if quantity == "margin" else correctness(scored, tie=tie)
+    return scored.by_item().margin.double() if quantity == "margin" else correctness(scored, tie_value=tie_value)
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ class Comparison:
 
 
 def compare(
-    first: ScoredPairs, second: ScoredPairs, *, tie: float = 0.5, level: float = 0.95, seed: int = 0
+    first: PairRewards, second: PairRewards, *, tie_value: float = 0.5, level: float = 0.95, seed: int = 0
 ) -> Comparison:
     """Paired comparison of two models' accuracies on the same pairs.
 
@@ -233,7 +235,7 @@ def compare(
         >>> found.test, found.n_gained, found.n_lost
         ('McNemar', 0, 4)
     """
-    gap = item_change(first, second, "accuracy", tie=tie)
+    gap = item_change(first, second, "accuracy", tie_value=tie_value)
     pairs = first.by_item().pairs
     difference = bootstrap_mean(gap, pairs, level=level, seed=seed)
     gained, lost = int((gap > 0).sum()), int((gap < 0).sum())
@@ -243,7 +245,7 @@ def compare(
 
 
 def compare_by_subset(
-    first: ScoredPairs, second: ScoredPairs, *, tie: float = 0.5, level: float = 0.95, seed: int = 0
+    first: PairRewards, second: PairRewards, *, tie_value: float = 0.5, level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
     """`compare` in every subset; `q_value` is the p-value adjusted for the number of subsets (Benjamini-Hochberg).
 
@@ -256,7 +258,7 @@ def compare_by_subset(
         raise DataError("compare: expected rewards of the same pairs in the same order. Score both on one data set.")
     rows = []
     for (subset, one), (_, other) in zip(_subsets(first), _subsets(second), strict=True):
-        found = compare(one, other, tie=tie, level=level, seed=seed)
+        found = compare(one, other, tie_value=tie_value, level=level, seed=seed)
         rows.append({"subset": subset, **comparison_row(found)})
     frame = pd.DataFrame(rows)
     return frame.assign(q_value=adjusted_p_values(frame["p_value"].tolist()))
@@ -291,5 +293,5 @@ def subset_places(pairs: PreferencePairs) -> dict[str, list[int]]:
     return places
 
 
-def _subsets(scored: ScoredPairs) -> list[tuple[str, ScoredPairs]]:
+def _subsets(scored: PairRewards) -> list[tuple[str, PairRewards]]:
     return [(name, scored.take(places)) for name, places in subset_places(scored.pairs).items()]

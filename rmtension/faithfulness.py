@@ -30,6 +30,8 @@ from rmtension.storage import read_result, write_result
 
 _SAME_MODEL = ("architecture", "model", "site")
 _COLUMNS = ("layer", "neuron", "effect", "stderr")
+# Share of neurons that `top_precision` takes.
+_TOP_SHARE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +42,8 @@ class Faithfulness:
 
     - `spearman`: rank correlation of predicted and true effects of single neurons;
     - `sign_agreement`: share of neurons whose effect has the predicted sign, of those where neither is 0;
-    - `top_precision`: share of the `top` neurons of largest predicted magnitude that are among those of largest true
-      magnitude; by chance it is `top / n`;
+    - `top_precision`: of the `top` neurons (10%) of largest predicted magnitude, the share that is among those of
+      largest true magnitude; by chance it is `top / n`;
     - `slope`: least-squares slope of the true on the predicted effect; 1 where predictions are right in size.
 
     Scores without a direction (`aggregate="absolute"`, magnitudes of activations) are compared with magnitudes, and
@@ -103,12 +105,11 @@ def faithfulness(
     head: RewardHead,
     scores: NeuronScores | Mapping[str, NeuronScores],
     pairs: PreferencePairs,
-    *,
     replacement: Replacement = Zero(),
+    *,
     positions: str | None = None,
     sample: int | None = None,
-    truth: NeuronScores | None = None,
-    top: float = 0.1,
+    true_effects: NeuronScores | None = None,
     set_fractions: Sequence[float] = (0.01, 0.02, 0.05, 0.1, 0.2),
     n_random: int = 8,
     level: float = 0.95,
@@ -118,9 +119,9 @@ def faithfulness(
     """Compare scores with what ablating neurons of this model does to the margin on `pairs`.
 
     What scores predict is `NeuronScores.as_effects`: contributions with their sign turned, since without the neuron
-    what it contributed is gone. Intervals resample blocks of prompts, of scores and truth together where both are of
-    the same pairs, and shift the resamples to have the observed value as their mean, because resampling adds noise that
-    lowers every agreement; for a sample of neurons they resample these too, within layers.
+    what it contributed is gone. Intervals resample blocks of prompts, of scores and true effects together where both
+    are of the same pairs, and shift the resamples to have the observed value as their mean, because resampling adds
+    noise that lowers every agreement; for a sample of neurons they resample the neurons too, within layers.
 
     Cost: that of `single_neuron_effects`, and a forward pass for every set: (1 + `n_random`) for each method and
     fraction, and one more without any. A pass is one over both texts of every pair.
@@ -134,16 +135,15 @@ def faithfulness(
         positions: tokens whose activation is replaced; by default those of the scores.
         sample: how many neurons to ablate, drawn evenly from all layers; by default all. With fewer than two a layer,
             intervals take all layers for one.
-        truth: what `single_neuron_effects` gave for the same model, pairs and ablation, instead of running it.
-        top: share of neurons that `top_precision` takes.
+        true_effects: what `single_neuron_effects` gave for the same model, pairs and ablation, instead of running it.
         set_fractions: sizes of the sets, as shares of all neurons; empty for none.
         n_random: random sets beside each.
         level: of the intervals.
         seed: of the sample, the random sets and the resamples.
         progress: show bars.
 
-    Raises `ProvenanceError` for scores of another model and truth of another ablation, `OptionError` for wrong options;
-    both before the model runs.
+    Raises `ProvenanceError` for scores of another model and for true effects of another ablation, `OptionError` for
+    wrong options; both before the model runs.
 
     Examples:
         >>> found = faithfulness(head, scores, pairs["helpful"], set_fractions=())
@@ -159,32 +159,32 @@ def faithfulness(
         pairs=(pairs, PreferencePairs),
     )
     check_level(level)
-    if not 0 < top <= 1:
-        raise OptionError(f"top: expected a share in (0, 1], got {top}.")
     if n_random < 0:
         raise OptionError(f"n_random: expected 0 or more sets, got {n_random}.")
     site, positions = _where(head, named, positions)
     check_replacement(replacement, head, site)
     neurons = None if sample is None else sample_neurons(head, site, sample, seed=seed)
     planned = _plan(named, set_fractions, n_random, seed) if replacement.ablates else []
-    if truth is None:
+    if true_effects is None:
         measured = (
             torch.ones(head.n_layers, head.n_neurons(site), dtype=torch.bool) if neurons is None else neurons.mask
         )
     else:
         if sample is not None:
-            raise OptionError("sample: truth says which neurons were ablated. Leave sample out, or truth.")
-        n_tokens = truth.provenance.n_tokens
+            raise OptionError(
+                "sample: true_effects has the neurons that were ablated already. Pass sample or true_effects, not both."
+            )
+        n_tokens = true_effects.provenance.n_tokens
         asked = head.provenance(pairs.digest, len(pairs), n_tokens, site=site, positions=positions, method=EFFECT)
         asked = replace(asked, aggregate="signed", replacement=replacement.label)
-        truth.provenance.require_same(
-            asked, (*_SAME_MODEL, "positions", *METHOD_FIELDS, "data"), what="truth of faithfulness"
+        true_effects.provenance.require_same(
+            asked, (*_SAME_MODEL, "positions", *METHOD_FIELDS, "data"), what="true_effects of faithfulness"
         )
-        measured = torch.isfinite(truth.as_effects())
+        measured = torch.isfinite(true_effects.as_effects())
     if int(measured.sum()) < 3:
         raise OptionError(f"sample: expected at least 3 neurons to compare, got {int(measured.sum())}.")
-    if truth is None:
-        truth = single_neuron_effects(
+    if true_effects is None:
+        true_effects = single_neuron_effects(
             head,
             pairs,
             replacement=replacement,
@@ -195,15 +195,19 @@ def faithfulness(
         )
     rows = []
     for name, one in named.items():
-        measures = agreement(one, truth, measured, top=top, level=level, seed=seed)
-        rows.append({"method": name, "n": int(measured.sum()), "top": top_size(top, int(measured.sum())), **measures})
+        measures = agreement(one, true_effects, measured, top=_TOP_SHARE, level=level, seed=seed)
+        n = int(measured.sum())
+        rows.append({"method": name, "n": n, "top": top_size(_TOP_SHARE, n), **measures})
     predicted = {name: one.as_effects()[measured].numpy() for name, one in named.items()}
     table = (
-        truth.to_frame().rename(columns={"score": "effect"})[[*_COLUMNS]].dropna(subset="effect").assign(**predicted)
+        true_effects.to_frame()
+        .rename(columns={"score": "effect"})[[*_COLUMNS]]
+        .dropna(subset="effect")
+        .assign(**predicted)
     )
     ablate = partial(AblationContext, head, replacement=replacement, positions=positions)
     sets = _set_rows(head, planned, pairs, ablate, level, seed, progress)
-    return Faithfulness(pd.DataFrame(rows), table.reset_index(drop=True), sets, truth.provenance, level)
+    return Faithfulness(pd.DataFrame(rows), table.reset_index(drop=True), sets, true_effects.provenance, level)
 
 
 def sample_neurons(head: RewardHead, site: str, n: int, *, seed: int = 0) -> NeuronSet:

@@ -15,7 +15,7 @@ from rmtension.profiles import ActivationProfile, selectivity
 from rmtension.replacements import Mean, Replacement, Zero
 from rmtension.reward_head import RewardHead
 from rmtension.runs import ModelRuns
-from rmtension.scored import ScoredPairs
+from rmtension.scored import PairRewards
 from rmtension.study_options import StudyOptions, base_has, is_contrastive
 
 OBJECTIVES = ("helpful", "harmless")
@@ -94,7 +94,7 @@ class FamilyRuns:
         for runs in self.runs.values():
             runs.close()
 
-    def rewards(self, model: str, objective: str) -> ScoredPairs:
+    def rewards(self, model: str, objective: str) -> PairRewards:
         """A model's rewards of an objective's evaluation pairs."""
         return self.runs[model].rewards(self.evaluating[objective])
 
@@ -165,7 +165,9 @@ class FamilyRuns:
             # Neurons that are not eligible all score 0: a set is filled up to the last that is.
             size = top_size(options.fraction, scores.values.numel())
             return scores.top(k=max(1, min(size, int((scores.values != 0).sum()))))
-        return scores.top(options.fraction, by=options.by, within=options.within, rule=options.top_rule)
+        return scores.top(
+            options.fraction, rank_by=options.rank_by, rank_within=options.rank_within, cut_rule=options.cut_rule
+        )
 
     def ablations(self, model: str) -> Ablations:
         """A model with the evaluation pairs, ablated as the options say."""
@@ -177,7 +179,7 @@ class FamilyRuns:
             self.runs[model],
             self.evaluating,
             replacement=replacement,
-            tie=options.tie,
+            tie_value=options.tie_value,
             level=options.level,
             seed=options.seed,
             advance=self._advance,
@@ -207,7 +209,7 @@ class FamilyRuns:
     @property
     def judging(self) -> dict[str, Any]:
         """How accuracies are judged: ties, level and seed."""
-        return {"tie": self.options.tie, "level": self.options.level, "seed": self.options.seed}
+        return {"tie_value": self.options.tie_value, "level": self.options.level, "seed": self.options.seed}
 
 
 def joined(pairs: Mapping[str, PreferencePairs]) -> PreferencePairs:

@@ -126,7 +126,7 @@ def examine(
     neurons: NeuronSet,
     *,
     method: str = "gradient_x_activation",
-    positions: str = "response",
+    positions: str = "all",
     n_examples: int = 4,
     n_random: int | None = None,
     level: float = 0.95,

@@ -80,59 +80,59 @@ class NeuronScores:
         fraction: float | None = None,
         *,
         k: int | None = None,
-        by: str = "magnitude",
-        within: str = "model",
-        rule: str = "exact",
+        rank_by: str = "magnitude",
+        rank_within: str = "model",
+        cut_rule: str = "exact",
     ) -> NeuronSet:
         """The `ceil(fraction * N)` neurons (or exactly `k`) that score highest.
 
-        - `by="magnitude"` ranks by |score|.
-        - `by="supports"` takes the neurons that raise the margin most, by their scores: without them it falls.
+        - `rank_by="magnitude"` ranks by |score|.
+        - `rank_by="supports"` takes the neurons that raise the margin most, by their scores: without them it falls.
           `"opposes"` takes those that lower it most. Both mean the same for every method, whose `provenance.sign` says
           whether its positive scores support the margin. For scores without a direction (magnitudes and frequencies of
           activations, `aggregate="absolute"`) they are an `OptionError`. Of `mean_difference`, which does not look at
           the reward, they take the neurons that are more active in the chosen responses (in the rejected ones):
           candidates, whether or not the reward reads them.
-        - `by="score"` ranks the scores as they are, with their sign, as the published code ranks mean activations. It
-          is an `OptionError` where a positive score opposes the margin.
+        - `rank_by="score"` ranks the scores as they are, with their sign, as the published code ranks mean activations.
+          It is an `OptionError` where a positive score opposes the margin.
 
-        `within="model"` ranks all layers jointly, `"layer"` each by itself, `k` counting neurons per layer. Equal
+        `rank_within="model"` ranks all layers jointly, `"layer"` each by itself, `k` counting neurons per layer. Equal
         scores are taken in the order of (layer, neuron), with a `RMTensionWarning` when the cut falls between them: the
         choice is then arbitrary. There is a warning too when fewer neurons support (or oppose) the margin than are
         taken.
 
-        `rule="percentile"` takes every neuron that ranks at or above the percentile, as the code of arXiv 2606.13209
-        does: with ties there it selects more, up to everything.
+        `cut_rule="percentile"` takes every neuron that ranks at or above the percentile, as the code of arXiv
+        2606.13209 does: with ties there it selects more, up to everything.
 
         Examples:
-            >>> scores.top(0.05), len(scores.top(k=6, by="supports"))
+            >>> scores.top(0.05), len(scores.top(k=6, rank_by="supports"))
             (NeuronSet(3 of 48 mlp neurons of gpt2-2x24-heads2x12-d24), 6)
         """
-        require_choice("within", within, ("model", "layer"))
-        require_choice("rule", rule, ("exact", "percentile"))
+        require_choice("rank_within", rank_within, ("model", "layer"))
+        require_choice("cut_rule", cut_rule, ("exact", "percentile"))
         if (fraction is None) == (k is None):
             raise OptionError("top: expected exactly one of fraction and k.")
         if fraction is not None and not 0 < fraction <= 1:
             count = f" For {fraction} neurons: top(k={fraction})." if isinstance(fraction, int) else ""
             raise OptionError(f"fraction: expected a number in (0, 1], got {fraction}.{count}")
-        order = ranked(self.values.double(), by, self.provenance)
+        order = ranked(self.values.double(), rank_by, self.provenance)
         if order.isnan().any():
             raise OptionError(
                 f"top: {int(order.isnan().sum())} of {order.numel()} scores are NaN, which nothing ranks. Score in "
                 "float32, or look for overflow in the model."
             )
-        parts = [order.flatten()] if within == "model" else list(order)
-        if rule == "percentile":
+        parts = [order.flatten()] if rank_within == "model" else list(order)
+        if cut_rule == "percentile":
             if fraction is None:
-                raise OptionError("rule: 'percentile' needs fraction, not k.")
+                raise OptionError("cut_rule: 'percentile' needs fraction, not k.")
             masks = [part >= np.percentile(part.numpy(), 100 * (1 - fraction)) for part in parts]
         else:
             masks = [_exact_top(part, fraction, k) for part in parts]
         mask = torch.cat(masks).view_as(self.values)
-        if by in ("supports", "opposes") and not mask.all() and (others := int((order[mask] <= 0).sum())):
+        if rank_by in ("supports", "opposes") and not mask.all() and (others := int((order[mask] <= 0).sum())):
             warnings.warn(
-                f"top: only {int((order > 0).sum())} of {order.numel()} neurons have a score that {by} the margin, so "
-                f"{others} of the {int(mask.sum())} taken do not. Take fewer.",
+                f"top: only {int((order > 0).sum())} of {order.numel()} neurons have a score that {rank_by} the "
+                f"margin, so {others} of the {int(mask.sum())} taken do not. Take fewer.",
                 RMTensionWarning,
                 stacklevel=2,
             )

@@ -50,8 +50,8 @@ class Overlap:
     beyond_high: float
 
     @classmethod
-    def of(cls, a: NeuronSet, b: NeuronSet, *, outside: NeuronSet | None = None, level: float = 0.95) -> "Overlap":
-        """The overlap of `a` and `b`; `outside` removes its neurons from both sets and from the universe first.
+    def of(cls, a: NeuronSet, b: NeuronSet, *, exclude: NeuronSet | None = None, level: float = 0.95) -> "Overlap":
+        """The overlap of `a` and `b`; `exclude` removes its neurons from both sets and from the universe first.
 
         A Jaccard index or coefficient of empty sets is NaN: undefined, not 0.
 
@@ -61,9 +61,9 @@ class Overlap:
             >>> overlap.intersection, overlap.jaccard, round(overlap.expected_jaccard, 3)
             (2, 0.25, 0.058)
         """
-        free = torch.ones_like(a.mask) if outside is None else ~outside.mask
-        if outside is not None:
-            a, b = a - outside, b - outside
+        free = torch.ones_like(a.mask) if exclude is None else ~exclude.mask
+        if exclude is not None:
+            a, b = a - exclude, b - exclude
         sizes = np.array([free.sum(1).tolist(), a.n_per_layer, b.n_per_layer])
         total = int(sizes[0].sum())
         common, union, smaller = len(a & b), len(a | b), min(len(a), len(b))
@@ -114,9 +114,9 @@ def jaccard_intervals(
     scores: Mapping[str, NeuronScores],
     *,
     fraction: float,
-    by: str = "magnitude",
-    within: str = "model",
-    rule: str = "exact",
+    rank_by: str = "magnitude",
+    rank_within: str = "model",
+    cut_rule: str = "exact",
     base: NeuronScores | None = None,
     level: float = 0.95,
     n_resamples: int = 500,
@@ -148,7 +148,9 @@ def jaccard_intervals(
     jaccards: dict[tuple[str, str], list[Tensor]] = {pair: [] for pair in combinations(scores, 2)}
     n_neurons = next(iter(scores.values())).values.numel()
     for part in torch.split(draws, max(1, _RESAMPLED_AT_A_TIME // n_neurons)):
-        tops = {name: _resampled_tops(one, part, fraction, by, within, rule) for name, one in named.items()}
+        tops = {
+            name: _resampled_tops(one, part, fraction, rank_by, rank_within, cut_rule) for name, one in named.items()
+        }
         for (a, b), found in jaccards.items():
             first, second = tops[a], tops[b]
             if base is not None:
@@ -164,12 +166,17 @@ def jaccard_intervals(
 
 
 def _resampled_tops(
-    scores: NeuronScores, counts: Float[Tensor, "resample block"], fraction: float, by: str, within: str, rule: str
+    scores: NeuronScores,
+    counts: Float[Tensor, "resample block"],
+    fraction: float,
+    rank_by: str,
+    rank_within: str,
+    cut_rule: str,
 ) -> Bool[Tensor, "resample place"]:
     """The top set in every resample; ties are broken by place, silently: a resample is no result."""
-    values = ranked(scores.resampled(counts), by, scores.provenance)
-    values = values if within == "layer" else values.flatten(1)
-    if rule == "percentile":
+    values = ranked(scores.resampled(counts), rank_by, scores.provenance)
+    values = values if rank_within == "layer" else values.flatten(1)
+    if cut_rule == "percentile":
         cuts = np.percentile(values.numpy(), 100 * (1 - fraction), axis=-1, keepdims=True)
         return (values >= torch.from_numpy(cuts)).flatten(1)
     size = top_size(fraction, values.shape[-1])

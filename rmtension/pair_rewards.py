@@ -12,11 +12,11 @@ from rmtension.pair_statistic import PairStatistic
 from rmtension.pairs import PreferencePairs
 from rmtension.pass_record import PassRecord
 from rmtension.reward_model import RewardModel
-from rmtension.scored import ScoredPairs
+from rmtension.scored import PairRewards
 from rmtension.tokens import TokenBatch
 
 
-class RewardsOfPairs(PairStatistic[list[ScoredPairs]]):
+class RewardsOfPairs(PairStatistic[list[PairRewards]]):
     """The rewards of every pair, for each of `n` ways of running a batch.
 
     Args:
@@ -73,7 +73,7 @@ class RewardsOfPairs(PairStatistic[list[ScoredPairs]]):
         for rewards, of_texts in zip(self._rewards, observed, strict=True):
             rewards[:, numbers] = of_texts.view(2, -1).cpu()
 
-    def compute(self, record: PassRecord) -> list[ScoredPairs]:
+    def compute(self, record: PassRecord) -> list[PairRewards]:
         """One result for each way, without the pairs that were skipped."""
         kept = record.kept(len(self._pairs))
         pairs = PreferencePairs(self._pairs[number] for number in kept) if record.skipped else self._pairs
@@ -81,6 +81,6 @@ class RewardsOfPairs(PairStatistic[list[ScoredPairs]]):
         provenance = record.provenance(self._model, site="residual", positions="all", method="reward")
         provenance = replace(provenance, positions="last")
         return [
-            ScoredPairs(chosen, rejected, pairs, provenance, record.n_prompts_cut, record.n_responses_cut)
+            PairRewards(chosen, rejected, pairs, provenance, record.n_prompts_cut, record.n_responses_cut)
             for chosen, rejected in self._rewards[:, :, kept]
         ]

@@ -16,7 +16,7 @@ from rmtension.storage import read_result, write_result
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PairScores:
+class PairAttributions:
     """One signed score per pair and neuron, in the order of `pairs`, in the dtype of rewards.
 
     Memory: `pairs x layers x neurons` numbers; 500 pairs of a model with 6 x 1,536 neurons take 18 MB in float32.
@@ -38,9 +38,8 @@ class PairScores:
     def __repr__(self) -> str:
         n, layers, neurons = self.values.shape
         where = self.provenance
-        return (
-            f"PairScores({where.label}: {n} pairs, {layers} x {neurons} {where.site} neurons of {where.architecture})"
-        )
+        shape = f"{n} pairs, {layers} x {neurons} {where.site} neurons"
+        return f"PairAttributions({where.label}: {shape} of {where.architecture})"
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -49,9 +48,9 @@ class PairScores:
         """The mean over pairs, in float64: the values of `NeuronAttribution.score`."""
         return self.values.double().mean(dim=0)
 
-    def take(self, rows: list[int]) -> "PairScores":
+    def take(self, rows: list[int]) -> "PairAttributions":
         """The scores of some pairs, by their places; the provenance stays that of the whole."""
-        return PairScores(self.values[rows], PreferencePairs(self.pairs[row] for row in rows), self.provenance)
+        return PairAttributions(self.values[rows], PreferencePairs(self.pairs[row] for row in rows), self.provenance)
 
     def to_frame(self) -> pd.DataFrame:
         """One row a pair and neuron: id, layer, neuron, score, and its direction for that pair's margin.
@@ -68,14 +67,14 @@ class PairScores:
     def save(self, path: str | Path) -> None:
         """Write scores, pairs and provenance to one safetensors file."""
         values = {"pairs": [pair.to_dict() for pair in self.pairs], "provenance": self.provenance.to_dict()}
-        write_result(path, "PairScores", {"values": self.values}, values)
+        write_result(path, "PairAttributions", {"values": self.values}, values)
 
     @classmethod
-    def load(cls, path: str | Path) -> "PairScores":
+    def load(cls, path: str | Path) -> "PairAttributions":
         """Read what `save` wrote."""
         expected = {"pairs": list, "provenance": dict}
         tensors, values = read_result(
-            path, "PairScores", tensors={"values": "float pair layer neuron"}, values=expected
+            path, "PairAttributions", tensors={"values": "float pair layer neuron"}, values=expected
         )
         pairs = PreferencePairs.from_records(read_objects(Path(path), values["pairs"]))
         return cls(tensors["values"], pairs, Provenance.from_dict(values["provenance"]))

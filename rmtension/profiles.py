@@ -147,7 +147,7 @@ def collect_profiles(
     pairs: Iterable[PreferencePair],
     *,
     sites: Sequence[str] = ("mlp",),
-    positions: Sequence[str] = ("response",),
+    positions: Sequence[str] = ("all",),
     base: RewardModel | None = None,
     pool_tokens: bool = False,
     work: str | Path | None = None,

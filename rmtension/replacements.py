@@ -160,7 +160,7 @@ class Resample(Replacement):
         >>> donors = ActivationCollector(head).sample(pairs["harmless"], n=16, seed=0)
         >>> with AblationContext(head, neurons, Resample(donors, seed=1)):
         ...     head.score_pairs(pairs["helpful"])
-        ScoredPairs(n=24, accuracy=1.000, ties=0)
+        PairRewards(n=24, accuracy=1.000, ties=0)
     """
 
     sample: ActivationSample

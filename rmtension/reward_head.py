@@ -29,7 +29,7 @@ from rmtension.pairs import PreferencePairs
 from rmtension.replacements import Replacement, Zero
 from rmtension.reward_model import RewardModel
 from rmtension.run_options import RunOptions, check_run_options, run_options_of
-from rmtension.scored import ScoredPairs
+from rmtension.scored import PairRewards
 from rmtension.scoring import score_texts, score_tokens
 from rmtension.selfcheck import check_head
 from rmtension.wrapping import check_model_class
@@ -61,7 +61,7 @@ class RewardHead(RewardModel):
         >>> head
         RewardHead(gpt2-2x24-heads2x12-d24, torch.float32, ...)
         >>> head.score_pairs(pairs["helpful"])
-        ScoredPairs(n=24, accuracy=1.000, ties=0)
+        PairRewards(n=24, accuracy=1.000, ties=0)
         >>> shorter = RewardHead(head.model, (head.weight, 0.5), tokenizer=head.tokenizer, max_length=16)
         >>> shorter.max_length, shorter.truncate_response, shorter.on_nonfinite
         (16, False, 'raise')
@@ -176,7 +176,7 @@ class RewardHead(RewardModel):
             >>> from transformers import AutoModelForSequenceClassification
             >>> classifier = AutoModelForSequenceClassification.from_pretrained("organism")
             >>> RewardHead.from_classifier(classifier, tokenizer=head.tokenizer).score_pairs(pairs["helpful"])
-            ScoredPairs(n=24, accuracy=1.000, ties=0)
+            PairRewards(n=24, accuracy=1.000, ties=0)
 
             One output of several, and the difference of two:
 
@@ -218,7 +218,7 @@ class RewardHead(RewardModel):
         *,
         work: str | Path | None = None,
         progress: bool | None = None,
-    ) -> ScoredPairs:
+    ) -> PairRewards:
         """The rewards of both responses of every pair. One pass over all texts; a shared prompt runs once.
 
         Identical responses tie exactly. Prompts are cut from the left where a text is too long for the context, and

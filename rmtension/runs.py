@@ -23,7 +23,7 @@ from rmtension.profiles import ActivationProfile, collect_profiles
 from rmtension.provenance import Provenance, digest_of, digest_of_folder
 from rmtension.replacements import Replacement, Zero
 from rmtension.reward_head import RewardHead
-from rmtension.scored import ScoredPairs
+from rmtension.scored import PairRewards
 from rmtension.storage import read_result, write_result
 from rmtension.sweep import score_without
 from rmtension.work import remembered
@@ -112,7 +112,7 @@ class ModelRuns:
         *,
         without: NeuronSet | None = None,
         replacement: Replacement = Zero(),
-    ) -> ScoredPairs:
+    ) -> PairRewards:
         """The rewards of `pairs`, or what they are without some neurons."""
 
         def run(work: Path | None) -> _Rewards:
@@ -147,7 +147,7 @@ class ModelRuns:
                     self.n_run += 1
                     self._keep(name, _Rewards.of(scored))
 
-    def known_rewards(self, pairs: PreferencePairs) -> ScoredPairs | None:
+    def known_rewards(self, pairs: PreferencePairs) -> PairRewards | None:
         """The rewards of `pairs` if they were asked for before."""
         kept = self._known.get(self._name("rewards", [pairs.ordered_digest, None]))
         return None if kept is None else kept.scored(pairs)
@@ -157,7 +157,7 @@ class ModelRuns:
         pairs: PreferencePairs,
         *,
         site: str = "mlp",
-        positions: str = "response",
+        positions: str = "all",
         base: "ModelRuns | None" = None,
         pool_tokens: bool = False,
         also: Sequence[str] = (),
@@ -185,7 +185,7 @@ class ModelRuns:
         return self._once("profile", details(site), run, ActivationProfile.load)
 
     def attribution(
-        self, pairs: PreferencePairs, *, method: str, site: str = "mlp", positions: str = "response"
+        self, pairs: PreferencePairs, *, method: str, site: str = "mlp", positions: str = "all"
     ) -> NeuronScores:
         """Scores by a method of `NeuronAttribution`."""
 
@@ -257,18 +257,18 @@ class ModelRuns:
 class _Rewards:
     """Rewards without their texts, which a study has anyway and which would be stored hundreds of times."""
 
-    def __init__(self, scored: ScoredPairs) -> None:
+    def __init__(self, scored: PairRewards) -> None:
         self._scored = scored
 
     @classmethod
-    def of(cls, scored: ScoredPairs) -> "_Rewards":
+    def of(cls, scored: PairRewards) -> "_Rewards":
         return cls(replace(scored, pairs=PreferencePairs([])))
 
     @property
     def provenance(self) -> Provenance:
         return self._scored.provenance
 
-    def scored(self, pairs: PreferencePairs) -> ScoredPairs:
+    def scored(self, pairs: PreferencePairs) -> PairRewards:
         return replace(self._scored, pairs=pairs)
 
     def save(self, path: str | Path) -> None:
@@ -285,7 +285,7 @@ class _Rewards:
         tensors, values = read_result(path, "Rewards", tensors=shapes, values={"provenance": dict, "cut": list})
         provenance = Provenance.from_dict(values["provenance"])
         empty = PreferencePairs([])
-        return cls(ScoredPairs(tensors["chosen"], tensors["rejected"], empty, provenance, *values["cut"]))
+        return cls(PairRewards(tensors["chosen"], tensors["rejected"], empty, provenance, *values["cut"]))
 
 
 def _digest_of_names(names: Iterable[str]) -> str:

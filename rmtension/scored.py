@@ -19,7 +19,7 @@ from rmtension.storage import read_result, write_result
 
 
 @dataclass(frozen=True, eq=False)
-class ScoredPairs:
+class PairRewards:
     """The two rewards of every pair, in the order of `pairs`.
 
     `n_prompts_cut` and `n_responses_cut` count pairs that lost prompt tokens from the left, or response tokens from
@@ -27,7 +27,7 @@ class ScoredPairs:
 
     Examples:
         >>> scored
-        ScoredPairs(n=24, accuracy=1.000, ties=0)
+        PairRewards(n=24, accuracy=1.000, ties=0)
         >>> scored.margin.equal(scored.chosen - scored.rejected), scored.accuracy()
         (True, 1.0)
         >>> scored.to_frame().columns.tolist()
@@ -59,17 +59,17 @@ class ScoredPairs:
         """Whether both responses got the same reward."""
         return self.margin == 0
 
-    def take(self, rows: Sequence[int]) -> "ScoredPairs":
+    def take(self, rows: Sequence[int]) -> "PairRewards":
         """The rewards of some pairs, by their places; counts of cuts stay those of the whole."""
         index = torch.tensor(rows, dtype=torch.long)
         pairs = PreferencePairs(self.pairs[row] for row in rows)
         return replace(self, chosen=self.chosen[index], rejected=self.rejected[index], pairs=pairs)
 
-    def filter(self, *, objective: str | None = None, subset: str | Iterable[str] | None = None) -> "ScoredPairs":
+    def filter(self, *, objective: str | None = None, subset: str | Iterable[str] | None = None) -> "PairRewards":
         """The rewards of one objective's pairs and of one or several subsets."""
         return self.take(self.pairs.places(objective=objective, subset=subset))
 
-    def by_item(self) -> "ScoredPairs":
+    def by_item(self) -> "PairRewards":
         """One row an item: the lowest reward of its chosen and the highest of its rejected responses.
 
         An item of several pairs (best-of-n) is ranked correctly when every one of them is, which is when this row is.
@@ -81,13 +81,13 @@ class ScoredPairs:
         rejected = torch.stack([self.rejected[rows].max() for rows in items])
         return replace(self, chosen=chosen, rejected=rejected, pairs=self.pairs.by_item)
 
-    def accuracy(self, *, tie: float = 0.5) -> float:
-        """Share of items ranked correctly; a tie counts `tie` (0 is the strict rule). NaN without pairs.
+    def accuracy(self, *, tie_value: float = 0.5) -> float:
+        """Share of items ranked correctly; a tie counts `tie_value` (0 is the strict rule). NaN without pairs.
 
         `rmtension.evaluation.accuracy` gives the same number with its interval.
         """
         items = self.by_item()
-        return float((items.correct.double() + tie * items.tied.double()).mean())
+        return float((items.correct.double() + tie_value * items.tied.double()).mean())
 
     def to_frame(self) -> pd.DataFrame:
         """One row a pair: id, objective, subset, chosen, rejected, margin, correct, tied."""
@@ -97,17 +97,17 @@ class ScoredPairs:
 
     def __repr__(self) -> str:
         ties = int(self.tied.sum())
-        return f"ScoredPairs(n={len(self)}, accuracy={self.accuracy():.3f}, ties={ties})"
+        return f"PairRewards(n={len(self)}, accuracy={self.accuracy():.3f}, ties={ties})"
 
     def _repr_html_(self) -> str:
         """The first pairs, below accuracy and mean margin with 95% intervals over prompts."""
         if not len(self):
-            return html_table("ScoredPairs: no pairs", self.to_frame())
+            return html_table("PairRewards: no pairs", self.to_frame())
         items = self.by_item()
         right = bootstrap_share(items.correct.double() + 0.5 * items.tied.double(), items.pairs)
         margin = bootstrap_mean(items.margin, items.pairs)
         caption = (
-            f"ScoredPairs: {len(self):,} pairs of {right.n_prompts:,} prompts; accuracy {right}, mean margin {margin} "
+            f"PairRewards: {len(self):,} pairs of {right.n_prompts:,} prompts; accuracy {right}, mean margin {margin} "
             f"(95% intervals over prompts), {int(self.tied.sum()):,} ties"
         )
         return html_table(caption, self.take(range(min(N_ROWS, len(self)))).to_frame(), n_of=len(self))
@@ -120,14 +120,14 @@ class ScoredPairs:
             "n_prompts_cut": self.n_prompts_cut,
             "n_responses_cut": self.n_responses_cut,
         }
-        write_result(path, "ScoredPairs", {"chosen": self.chosen, "rejected": self.rejected}, values)
+        write_result(path, "PairRewards", {"chosen": self.chosen, "rejected": self.rejected}, values)
 
     @classmethod
-    def load(cls, path: str | Path) -> "ScoredPairs":
+    def load(cls, path: str | Path) -> "PairRewards":
         """Read what `save` wrote."""
         tensors, values = read_result(
             path,
-            "ScoredPairs",
+            "PairRewards",
             tensors={"chosen": "float pair", "rejected": "float pair"},
             values={"pairs": list, "provenance": dict, "n_prompts_cut": int, "n_responses_cut": int},
         )

@@ -37,7 +37,7 @@ class SharedNeuronReport:
     beyond_base: dict[tuple[str, str], Overlap]
     base: NeuronSet | None
     fraction: float
-    by: str
+    rank_by: str
     provenance: dict[str, Provenance]
 
     @classmethod
@@ -47,7 +47,7 @@ class SharedNeuronReport:
         base: NeuronSet | None,
         *,
         fraction: float,
-        by: str,
+        rank_by: str,
         provenance: Mapping[str, Provenance],
     ) -> "SharedNeuronReport":
         """Compare `sets` with one another, and beyond `base`."""
@@ -64,10 +64,10 @@ class SharedNeuronReport:
             shared=shared,
             specific=specific,
             overlap={(a, b): Overlap.of(sets[a], sets[b]) for a, b in names},
-            beyond_base={} if base is None else {(a, b): Overlap.of(sets[a], sets[b], outside=base) for a, b in names},
+            beyond_base={} if base is None else {(a, b): Overlap.of(sets[a], sets[b], exclude=base) for a, b in names},
             base=base,
             fraction=fraction,
-            by=by,
+            rank_by=rank_by,
             provenance=dict(provenance),
         )
 
@@ -111,8 +111,8 @@ class SharedNeuronReport:
     def _title(self) -> str:
         names = ", ".join(map(str, self.sets))
         return (
-            f"SharedNeuronReport(top {self.fraction:.3g} by {self.by} of {names}; {len(self.shared)} neurons in all of "
-            "them)"
+            f"SharedNeuronReport(top {self.fraction:.3g} by {self.rank_by} of {names}; {len(self.shared)} neurons in "
+            "all of them)"
         )
 
     def _repr_html_(self) -> str:
@@ -140,7 +140,7 @@ class SharedNeuronReport:
             "site": first.site,
             "architecture": first.architecture,
             "fraction": self.fraction,
-            "by": self.by,
+            "rank_by": self.rank_by,
             "provenance": {name: provenance.to_dict() for name, provenance in self.provenance.items()},
         }
         write_result(
@@ -155,7 +155,14 @@ class SharedNeuronReport:
             "SharedNeuronReport",
             tensors={"set/*": "bool layer neuron"},
             optional={"base": "bool layer neuron"},
-            values={"names": list, "site": str, "architecture": str, "fraction": float, "by": str, "provenance": dict},
+            values={
+                "names": list,
+                "site": str,
+                "architecture": str,
+                "fraction": float,
+                "rank_by": str,
+                "provenance": dict,
+            },
         )
         names = values["names"]
         if not names or sorted(tensors.keys() - {"base"}) != sorted(f"set/{name}" for name in names):
@@ -165,7 +172,7 @@ class SharedNeuronReport:
             {name: NeuronSet(tensors[f"set/{name}"], *place) for name in names},
             NeuronSet(tensors["base"], *place) if "base" in tensors else None,
             fraction=values["fraction"],
-            by=values["by"],
+            rank_by=values["rank_by"],
             provenance={name: Provenance.from_dict(values["provenance"].get(name)) for name in names},
         )
 
@@ -226,9 +233,9 @@ class SharedNeuronAnalyzer:
         self.scores = dict(scores)
         self.base = base
 
-    def analyze(self, *, fraction: float = 0.10, by: str = "magnitude") -> SharedNeuronReport:
+    def analyze(self, *, fraction: float = 0.10, rank_by: str = "magnitude") -> SharedNeuronReport:
         """Take each model's top `fraction` of neurons and compare them. No model pass."""
-        sets = {name: scores.top(fraction, by=by) for name, scores in self.scores.items()}
-        base = None if self.base is None else self.base.top(fraction, by=by)
+        sets = {name: scores.top(fraction, rank_by=rank_by) for name, scores in self.scores.items()}
+        base = None if self.base is None else self.base.top(fraction, rank_by=rank_by)
         provenance = {name: scores.provenance for name, scores in self.scores.items()}
-        return SharedNeuronReport.of(sets, base, fraction=fraction, by=by, provenance=provenance)
+        return SharedNeuronReport.of(sets, base, fraction=fraction, rank_by=rank_by, provenance=provenance)

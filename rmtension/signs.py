@@ -12,41 +12,41 @@ from rmtension.errors import OptionError
 from rmtension.provenance import Provenance
 
 # What top sets are ranked by.
-BY = ("magnitude", "supports", "opposes", "score")
+RANK_BY = ("magnitude", "supports", "opposes", "score")
 _DIRECTIONS = pd.Index(["opposes", "neither", "supports"])
 
 
-def check_by(by: str, sign: int | None, scores: str) -> None:
-    """Raise `OptionError` unless scores of this sign can be ranked `by`; `scores` names them in the message."""
-    require_choice("by", by, BY)
-    if by in ("supports", "opposes") and sign is None:
+def check_rank_by(rank_by: str, sign: int | None, scores: str) -> None:
+    """Raise `OptionError` unless scores of this sign can be ranked `rank_by`; `scores` names them in the message."""
+    require_choice("rank_by", rank_by, RANK_BY)
+    if rank_by in ("supports", "opposes") and sign is None:
         raise OptionError(
-            f"by: {by!r} needs scores whose sign says whether a neuron supports the margin, and the sign of {scores} "
-            "does not. Use by='magnitude', or score with aggregate='signed' by a method that needs the reward, such as "
-            "'gradient_x_activation'."
+            f"rank_by: {rank_by!r} needs scores whose sign says whether a neuron supports the margin, and the sign of "
+            f"{scores} does not. Use rank_by='magnitude', or score with aggregate='signed' by a method that needs the "
+            "reward, such as 'gradient_x_activation'."
         )
-    if by == "score" and sign == -1:
+    if rank_by == "score" and sign == -1:
         raise OptionError(
-            f"by: 'score' takes the highest scores, and a neuron with a positive score of {scores} opposes the margin. "
-            "Use by='supports' or by='opposes'."
+            f"rank_by: 'score' takes the highest scores, and a neuron with a positive score of {scores} opposes the "
+            "margin. Use rank_by='supports' or rank_by='opposes'."
         )
 
 
 def ranked(
-    values: Float[Tensor, "*rest layer neuron"], by: str, provenance: Provenance
+    values: Float[Tensor, "*rest layer neuron"], rank_by: str, provenance: Provenance
 ) -> Float[Tensor, "*rest layer neuron"]:
     """Numbers that are larger the earlier a neuron is in a top set; raises `OptionError` where there is no such order.
 
     "supports": how far the neuron raises the margin; "opposes": how far it lowers it; "magnitude": |score|; "score":
     the score itself.
     """
-    check_by(by, provenance.sign, f"{provenance.label!r}")
-    if by == "magnitude":
+    check_rank_by(rank_by, provenance.sign, f"{provenance.label!r}")
+    if rank_by == "magnitude":
         return values.abs()
-    if by == "score":
+    if rank_by == "score":
         return values
     assert provenance.sign is not None
-    return values * (provenance.sign if by == "supports" else -provenance.sign)
+    return values * (provenance.sign if rank_by == "supports" else -provenance.sign)
 
 
 def effect_sign(provenance: Provenance) -> int:

@@ -11,7 +11,7 @@ from rmtension.methods import METHODS
 from rmtension.neurons import check_seed
 from rmtension.profiles import SCORES as ACTIVATION_SCORES
 from rmtension.replacements import Mean, Zero
-from rmtension.signs import BY, check_by
+from rmtension.signs import RANK_BY, check_rank_by
 from rmtension.sites import check_positions, find_site
 
 ANALYSES = (
@@ -27,14 +27,14 @@ class StudyOptions:
 
     - `analyses`: which of the ten to do (`ANALYSES`).
     - `scores`: by which scores neurons are ranked; the sets of the first are ablated in the causal analyses.
-    - `fraction` of the neurons make a top set at `site` and `positions`, `within` the "model" or each "layer", ranked
-      `by` "magnitude", "supports", "opposes" or "score" (see `NeuronScores.top`; the two in the middle need `scores`
-      that all have a direction); `top_rule` is "exact", or "percentile" with its ties; `pool_tokens` counts every token
-      once, not every text.
+    - `fraction` of the neurons make a top set at `site` and `positions`, `rank_within` the "model" or each "layer",
+      `rank_by` "magnitude", "supports", "opposes" or "score" (see `NeuronScores.top`; "supports" and "opposes" need
+      `scores` that all have a direction); `cut_rule` is "exact", or "percentile" with its ties; `pool_tokens` counts
+      every token once, not every text.
     - `replacement`, "zero" or "mean", is what activations of ablated sets are replaced by, at all tokens;
       `curve_fractions` the sizes of the ablation curves, `n_draws` the random sets of a control, `n_subsamples` the
       subsamples in which sets are compared at equal size.
-    - `tie` is what a tie counts in accuracies; `clamp` keeps drops and normalised accuracies within [0, 1].
+    - `tie_value` is what a tie counts in accuracies; `clamp` keeps drops and normalised accuracies within [0, 1].
     - `refuse` and `respond` name the subsets that reward refusing and responding.
     - `seed` governs the division of the pairs, the random sets, subsamples and the bootstrap; `level` is that of all
       intervals.
@@ -47,17 +47,17 @@ class StudyOptions:
     analyses: tuple[str, ...] = ANALYSES
     scores: tuple[str, ...] = ("mean_difference", "magnitude", "change")
     fraction: float = 0.10
-    by: str = "magnitude"
+    rank_by: str = "magnitude"
     site: str = "mlp"
-    positions: str = "response"
-    within: str = "model"
-    top_rule: str = "exact"
+    positions: str = "all"
+    rank_within: str = "model"
+    cut_rule: str = "exact"
     pool_tokens: bool = False
     replacement: str = "mean"
     curve_fractions: tuple[float, ...] = (0.02, 0.05, 0.10, 0.20, 0.30, 1.0)
     n_draws: int = 8
     n_subsamples: int = 8
-    tie: float = 0.5
+    tie_value: float = 0.5
     clamp: bool = False
     refuse: tuple[str, ...] = REFUSE_SUBSETS
     respond: tuple[str, ...] = RESPOND_SUBSETS
@@ -91,14 +91,14 @@ class StudyOptions:
                 if not 0 < fraction <= 1:  # NaN is not
                     raise OptionError(f"{name}: expected a number in (0, 1], got {fraction}.")
         for name, choices in (
-            ("by", BY),
+            ("rank_by", RANK_BY),
             ("replacement", (Zero.name, Mean.name)),
-            ("within", ("model", "layer")),
-            ("top_rule", ("exact", "percentile")),
+            ("rank_within", ("model", "layer")),
+            ("cut_rule", ("exact", "percentile")),
         ):
             require_choice(name, getattr(self, name), choices)
         for score in self.scores:
-            check_by(self.by, sign_of(score), repr(score))
+            check_rank_by(self.rank_by, sign_of(score), repr(score))
         check_level(self.level)
         find_site(self.site)
         check_positions(self.positions)
@@ -107,8 +107,8 @@ class StudyOptions:
         if self.n_subsamples < 2:
             raise OptionError(f"n_subsamples: expected at least 2, got {self.n_subsamples}.")
         check_seed(self.seed)
-        if not 0 <= self.tie <= 1:
-            raise OptionError(f"tie: expected a number in [0, 1], got {self.tie}.")
+        if not 0 <= self.tie_value <= 1:
+            raise OptionError(f"tie_value: expected a number in [0, 1], got {self.tie_value}.")
 
     @property
     def needs_base(self) -> bool:
@@ -136,14 +136,14 @@ def base_has(score: str) -> bool:
 def _paper() -> StudyOptions:
     return StudyOptions(
         scores=("magnitude", "change"),
-        by="score",
+        rank_by="score",
         site="mlp_gate",
         positions="all",
-        top_rule="percentile",
+        cut_rule="percentile",
         pool_tokens=True,
         replacement="zero",
         curve_fractions=(*(percent / 100 for percent in range(2, 31, 2)), 1.0),
-        tie=0.0,
+        tie_value=0.0,
         clamp=True,
     )
 

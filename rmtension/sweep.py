@@ -18,7 +18,7 @@ from rmtension.provenance import digest_of
 from rmtension.replacements import Replacement, Zero
 from rmtension.replay import Replay
 from rmtension.reward_model import RewardModel
-from rmtension.scored import ScoredPairs
+from rmtension.scored import PairRewards
 from rmtension.tokens import TokenBatch, running
 from rmtension.writes import written_weights
 
@@ -32,7 +32,7 @@ def score_without(
     positions: str = "all",
     work: str | Path | None = None,
     progress: bool | None = None,
-) -> list[ScoredPairs]:
+) -> list[PairRewards]:
     """The rewards of `pairs` without each of some sets: what `score_pairs` gives under an `AblationContext` of each.
 
     Every batch runs whole for the set whose lowest neurons are highest, and is kept; each other set then runs what is

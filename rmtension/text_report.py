@@ -61,11 +61,12 @@ def notes(result: StudyResult) -> list[str]:
             f"({part['identical_responses']} with identical responses, {cut} prompts cut)."
         )
     found += [
-        f"Neurons: top {100 * options['fraction']:g}% by {', '.join(options['scores'])} (ranked by {options['by']}) at "
-        f"{options['site']}, {options['positions']} tokens, rule '{options['top_rule']}'.",
+        f"Neurons: top {100 * options['fraction']:g}% by {', '.join(options['scores'])} (ranked by "
+        f"{options['rank_by']}) at {options['site']}, {options['positions']} tokens, rule '{options['cut_rule']}'.",
         f"Ablation: {options['replacement']}, at all tokens; {options['n_draws']} random sets for every control, "
         f"{options['n_subsamples']} subsamples; causal sets by {options['scores'][0]}.",
-        f"Accuracy: a tie counts {options['tie']:g}. Intervals: {100 * options['level']:g}%, bootstrap over prompts"
+        f"Accuracy: a tie counts {options['tie_value']:g}. Intervals: {100 * options['level']:g}%, bootstrap over "
+        "prompts"
         + ("; of means over seeds, widened by the spread between them. Counts: range over seeds." if several else "."),
         f"Analyses: {', '.join(options['analyses'])}. rmtension {summary['version']}, seed {options['seed']}.",
     ]

@@ -8,7 +8,7 @@ import torch
 from rmtension.errors import DataError
 from rmtension.evaluation import correctness
 from rmtension.intervals import Estimate, exact_ends, percentile_interval, prompts_with, resampled_sums
-from rmtension.scored import ScoredPairs
+from rmtension.scored import PairRewards
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Transferability:
 
 
 def transferability(
-    mixed: ScoredPairs, helpful: ScoredPairs, harmless: ScoredPairs, *, level: float = 0.95, seed: int = 0
+    mixed: PairRewards, helpful: PairRewards, harmless: PairRewards, *, level: float = 0.95, seed: int = 0
 ) -> Transferability:
     """Compare three models on the same pairs, with bootstrap intervals over prompts (arXiv 2606.13209, section 2 here).
 
@@ -47,7 +47,7 @@ def transferability(
         raise DataError("transferability: expected rewards of the same pairs in the same order from all three models.")
     if not len(mixed):
         raise DataError("transferability: expected at least one pair, got none.")
-    of_mixed, of_helpful, of_harmless = (correctness(one, tie=0.0) for one in (mixed, helpful, harmless))
+    of_mixed, of_helpful, of_harmless = (correctness(one, tie_value=0.0) for one in (mixed, helpful, harmless))
     either = torch.maximum(of_helpful, of_harmless)
     columns = [of_mixed * either, either, of_mixed, torch.ones_like(either)]
     for other in (of_helpful, of_harmless):

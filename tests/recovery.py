@@ -54,7 +54,7 @@ def found_sets(organism: Organism, steps: int = 32) -> dict[str, dict[str, Neuro
     found = {}
     for name, options in asked.items():
         scores = {one: NeuronAttribution(head, **options).per_pair(pairs) for one, pairs in organism.pairs.items()}
-        found[name] = conflict(scores["helpful"], scores["harmless"], least=LEAST).sets
+        found[name] = conflict(scores["helpful"], scores["harmless"], min_share=LEAST).sets
     effects = [single_neuron_effects(head, organism.pairs[name]) for name in ("helpful", "harmless")]
     added = [-one.as_effects() for one in effects]
     signs = [torch.where(one.abs() >= LEAST * one.abs().max(), one.sign(), 0) for one in added]

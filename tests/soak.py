@@ -29,8 +29,8 @@ from rmtension import (
     Mean,
     NeuronAttribution,
     NeuronScores,
+    PairRewards,
     RewardHead,
-    ScoredPairs,
 )
 from rmtension.profiles import collect_profiles
 from rmtension.sweep import score_without
@@ -43,7 +43,7 @@ def cycle(model: Path, pairs, folder: Path, tokenizer=None) -> None:
         classifier = transformers.AutoModelForSequenceClassification.from_pretrained(model)
         head = RewardHead.from_classifier(classifier.eval(), tokenizer=tokenizer)
     head.score_pairs(pairs, work=folder / "work").save(folder / "rewards")
-    assert ScoredPairs.load(folder / "rewards").accuracy() >= 0
+    assert PairRewards.load(folder / "rewards").accuracy() >= 0
     statistics = ActivationCollector(head).collect(pairs)
     scores = NeuronAttribution(head, method="gradient_x_activation").score(pairs)
     scores.save(folder / "scores")

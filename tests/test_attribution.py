@@ -35,7 +35,7 @@ from rmtension.batch_run import BatchRun, _BlockGates
 from rmtension.direct import direct_contributions
 from rmtension.errors import DataError, ModelError, OptionError, ProvenanceError
 from rmtension.methods import METHODS
-from rmtension.pair_scores import PairScores
+from rmtension.pair_scores import PairAttributions
 
 FIRST_ORDER = [name for name, method in METHODS.items() if not method.needs_path]
 CLOSE = {"atol": 1e-9, "rtol": 0.0}
@@ -474,7 +474,7 @@ def test_tokens_sum_to_the_pair_and_pairs_average_to_the_score(both, few):
         if one.graddrop:
             continue
         by_pair = one.per_pair(few)
-        assert isinstance(by_pair, PairScores)
+        assert isinstance(by_pair, PairAttributions)
         assert torch.allclose(by_pair.mean(), one.score(few).values, **close_to(head))
         for row, tokens in enumerate(one.per_token(few)):
             assert torch.allclose(tokens.chosen.sum(0) - tokens.rejected.sum(0), by_pair.values[row], **close_to(head))
@@ -605,7 +605,7 @@ def test_scores_and_their_gap_are_saved(gpt2, few, tmp_path):
     assert NeuronAttribution(head, "mean_difference").score(few).completeness_gap is None
     by_pair = NeuronAttribution(head, "mean_difference").per_pair(few)
     by_pair.save(tmp_path / "pairs.safetensors")
-    loaded = PairScores.load(tmp_path / "pairs.safetensors")
+    loaded = PairAttributions.load(tmp_path / "pairs.safetensors")
     assert torch.equal(loaded.values, by_pair.values)
     assert loaded.pairs.digest == few.digest
     frame = loaded.take([0, 2]).to_frame()
@@ -656,7 +656,9 @@ class TestWrongArguments:
         with pytest.raises(OptionError, match="GradDrop has no signed scores"):
             dropping.per_token(few)
         with pytest.raises(OptionError, match="expected a row for each of 6 pairs, got 5"):
-            PairScores(torch.zeros(5, 3, 64), few, NeuronAttribution(exact, "mean_difference").score(few).provenance)
+            PairAttributions(
+                torch.zeros(5, 3, 64), few, NeuronAttribution(exact, "mean_difference").score(few).provenance
+            )
 
     def test_a_language_model_has_no_reward(self, checkpoints, few):
         base = RewardHead.from_language_model(checkpoints["gpt2"])
@@ -681,7 +683,7 @@ def test_what_prints(gpt2, few):
         f"NeuronScores(gradient_x_activation: 3 x 64 mlp neurons, from {low:.3g} to {high:.3g}; 6 pairs, response "
         f"tokens, {head.architecture})"
     )
-    assert repr(pairs) == f"PairScores(gradient_x_activation: 6 pairs, 3 x 64 mlp neurons of {head.architecture})"
+    assert repr(pairs) == f"PairAttributions(gradient_x_activation: 6 pairs, 3 x 64 mlp neurons of {head.architecture})"
     chosen, rejected = len(tokens.chosen_tokens), len(tokens.rejected_tokens)
     assert repr(tokens) == f"TokenScores({few[0].id!r}: {chosen} chosen and {rejected} rejected tokens, 3 x 64 neurons)"
     assert repr(attribution).startswith("NeuronAttribution(gradient_x_activation, mlp at response tokens, RewardHead(")

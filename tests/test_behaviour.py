@@ -6,7 +6,7 @@ import torch
 from test_evaluation import scored_of
 from test_neurons import provenance
 
-from rmtension import PreferencePairs, ScoredPairs, evaluation
+from rmtension import PairRewards, PreferencePairs, evaluation
 from rmtension.confidence import centred_rewards, confidence
 from rmtension.errors import DataError, OptionError
 from rmtension.length import length_baseline, length_matched
@@ -122,7 +122,7 @@ class TestConfidence:
     def scored(self):
         rng = np.random.default_rng(0)
         one = scored_of(rng.normal(size=50) + 1)
-        other = ScoredPairs(3 * one.chosen + 100, 3 * one.rejected + 100, one.pairs, provenance())
+        other = PairRewards(3 * one.chosen + 100, 3 * one.rejected + 100, one.pairs, provenance())
         return {"one": one, "other": other, "third": scored_of(rng.normal(size=50))}
 
     def test_a_constant_and_a_scale_change_nothing_that_is_compared(self, scored):
@@ -159,4 +159,4 @@ class TestConfidence:
 def test_balance_counts_ties_as_asked():
     scored = scored_of([0.0, 1.0], subsets=["should_refuse", "should_respond"])
     assert evaluation.balance(scored)["refusing"].value == 0.5
-    assert evaluation.balance(scored, tie=0.0)["refusing"].value == 0.0
+    assert evaluation.balance(scored, tie_value=0.0)["refusing"].value == 0.0

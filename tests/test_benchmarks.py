@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_neurons import provenance
 
-from rmtension import PreferencePair, PreferencePairs, ScoredPairs, benchmarks, evaluation, subtasks
+from rmtension import PairRewards, PreferencePair, PreferencePairs, benchmarks, evaluation, subtasks
 from rmtension.chat import Message
 from rmtension.errors import DataError, OptionError
 
@@ -90,7 +90,7 @@ def test_balance_of_a_model_that_always_refuses(tmp_path):
     rows = [rm(1, "safety-refuse"), rm(2, "safety-response")]
     loaded += benchmarks.rm_bench(save(tmp_path / "c.json", rows), styles="diagonal")
     rewards = torch.tensor([1.0 if pair.subset in subtasks.REFUSE_SUBSETS else -1.0 for pair in loaded])
-    scored = ScoredPairs(rewards, torch.zeros_like(rewards), loaded, provenance())
+    scored = PairRewards(rewards, torch.zeros_like(rewards), loaded, provenance())
     parts = evaluation.balance(scored, refuse=subtasks.REFUSE_SUBSETS, respond=subtasks.RESPOND_SUBSETS)
     assert [parts[name].value for name in ("refusing", "responding", "balanced")] == [1.0, 0.0, 0.5]
     assert loaded.objectives == ["harmless", "helpful"]

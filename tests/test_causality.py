@@ -12,7 +12,7 @@ from reference import transformers_rewards
 from scipy import stats
 from test_neurons import provenance
 
-from rmtension import AblationContext, Mean, NeuronScores, NeuronSet, PreferencePairs, RewardHead, ScoredPairs
+from rmtension import AblationContext, Mean, NeuronScores, NeuronSet, PairRewards, PreferencePairs, RewardHead
 from rmtension.causality import Ablations, ablation_matrix, draw_seed, equal_size_effects
 from rmtension.collapse import collapse, drift, effects_by_subset, split_drift
 from rmtension.curves import ablation_curves
@@ -47,7 +47,7 @@ class LinearRuns(ModelRuns):
             torch.stack([(self.features[pair.prompt, getattr(pair, side)] * left).sum() for pair in pairs])
             for side in ("chosen", "rejected")
         )
-        return ScoredPairs(chosen, rejected, pairs, provenance())
+        return PairRewards(chosen, rejected, pairs, provenance())
 
     def contributions(self, pairs):
         """What each neuron adds to every margin: [pair, layer, neuron]."""
@@ -214,14 +214,14 @@ class TestCurves:
 
     def test_published_rules(self, runs, pairs):
         """Ties are wrong, shares are clamped, tied scores select everything."""
-        strict = Ablations(runs, pairs, tie=0.0)
+        strict = Ablations(runs, pairs, tie_value=0.0)
         tied = torch.zeros(SHAPE).double()
         scores = {"tied": NeuronScores(tied, tied, provenance())}
-        table = ablation_curves(strict, scores, (0.1,), rule="percentile", clamp=True, n_random=0)
+        table = ablation_curves(strict, scores, (0.1,), cut_rule="percentile", clamp=True, n_random=0)
         assert (table["size"] == 120).all()
         assert (table["accuracy"] == 0).all()
         assert table["normalised"].between(0, 1).all()
-        free = ablation_curves(strict, scores, (0.1,), rule="percentile", n_random=0)
+        free = ablation_curves(strict, scores, (0.1,), cut_rule="percentile", n_random=0)
         assert not free["normalised"].between(0, 1).all()
 
 
@@ -281,7 +281,7 @@ class CoinRuns(ModelRuns):
         if self.drifting and without is None:
             chance = np.array([0.1 + 0.8 * int(pair.subset[1:]) / 23 for pair in pairs])
         margin = torch.from_numpy(np.where(rng.random(len(pairs)) < chance, 1.0, -1.0))
-        return ScoredPairs(margin, torch.zeros_like(margin), pairs, provenance())
+        return PairRewards(margin, torch.zeros_like(margin), pairs, provenance())
 
 
 class TestBySubset:

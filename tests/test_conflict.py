@@ -15,7 +15,7 @@ from rmtension import conflict as module
 from rmtension.conflict import CLASSES, OBJECTIVES, ConflictReport, conflict, contributions
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.intervals import variance_of_mean
-from rmtension.pair_scores import PairScores
+from rmtension.pair_scores import PairAttributions
 from rmtension.provenance import Provenance
 
 WHERE = Provenance("toy", "0f", "mlp", "all", "gradient_x_activation", "float64", "", 0, 0, "0", sign=1)
@@ -28,7 +28,7 @@ def scores_of(values, prompts=None, *, layers=1, method="gradient_x_activation")
     prompts = range(len(values)) if prompts is None else prompts
     rows = [{"prompt": f"{name}", "chosen": f"yes {n}", "rejected": "no"} for n, name in enumerate(prompts)]
     where = replace(WHERE, method=method, n_pairs=len(values))
-    return PairScores(values.reshape(len(values), layers, neurons), PreferencePairs.from_records(rows), where)
+    return PairAttributions(values.reshape(len(values), layers, neurons), PreferencePairs.from_records(rows), where)
 
 
 def simulated(rng, mean, n, on, *, noise=1.0, layers=1):
@@ -93,8 +93,8 @@ class TestWithoutNoise:
     def test_least_is_a_share_of_the_objectives_largest_contribution(self):
         """The largest are 2 and 3, so that a floor of 0.6 is at 1.2 and at 1.8."""
         alone = ["helpful only up", "harmless only down", "helpful only up", "harmless only up", *["none"] * 5]
-        assert self.report(least=0.6).table["class"].tolist() == alone
-        everything = self.report(least=0.0).table["class"].tolist()
+        assert self.report(min_share=0.6).table["class"].tolist() == alone
+        everything = self.report(min_share=0.0).table["class"].tolist()
         assert everything[5:] == [
             "helpful down, harmless up", "harmless only up", "helpful up, harmless down", "helpful up, harmless down"
         ]  # fmt: skip
@@ -147,7 +147,7 @@ class TestTable:
             assert table[f"{name}_stderr"].to_numpy() ** 2 == pytest.approx(np.array(expected))
 
     def test_classes_follow_from_its_numbers(self):
-        table = conflict(*noisy(), level=0.9, least=0.2).table
+        table = conflict(*noisy(), level=0.9, min_share=0.2).table
         signs = []
         for name in OBJECTIVES:
             size = table[name].abs()
@@ -326,7 +326,7 @@ class TestSimulated:
         means[0, :30] = np.repeat([1.0, -1.0, 1.0], 10)
         means[1, :40] = np.repeat([-1.0, 1.0, 0.0, -1.0], 10)
         both = [simulated(rng, mean, 60, on, layers=4) for on, mean in zip(OBJECTIVES, means, strict=True)]
-        report = conflict(*both, least=0.3)
+        report = conflict(*both, min_share=0.3)
         planted = {
             "helpful up, harmless down": range(10),
             "helpful down, harmless up": range(10, 20),
@@ -427,7 +427,7 @@ class TestErrors:
     @pytest.mark.parametrize("least", [-0.1, 1.0, float("nan")])
     def test_least(self, least):
         with pytest.raises(OptionError, match=r"least: expected a share .* in \[0, 1\)"):
-            conflict(*noisy(), least=least)
+            conflict(*noisy(), min_share=least)
 
     def test_level(self):
         with pytest.raises(OptionError, match="level"):
@@ -465,7 +465,7 @@ class TestErrors:
 
 class TestReport:
     def test_saved_and_loaded(self, tmp_path):
-        report = conflict(*noisy(), least=0.2, level=0.9)
+        report = conflict(*noisy(), min_share=0.2, level=0.9)
         report.save(tmp_path / "conflict.safetensors")
         loaded = ConflictReport.load(tmp_path / "conflict.safetensors")
         assert loaded.table.equals(report.table)

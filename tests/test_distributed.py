@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmtension import RewardHead, ScoredPairs
+from rmtension import PairRewards, RewardHead
 from rmtension.distributed import current, sharded
 from rmtension.errors import OptionError
 
@@ -43,7 +43,7 @@ def test_two_processes_compute_what_one_does(arguments, pairs):
         shares = [int(one) for one in re.findall(rf"{dtype}: process . of 2 ran (\d+) of", ran.stdout)]
         assert sum(shares) == len(pairs)
         assert min(shares) > len(pairs) // 4, "each has its share"
-        scored = ScoredPairs.load(Path(arguments[2], f"{dtype}.safetensors"))
+        scored = PairRewards.load(Path(arguments[2], f"{dtype}.safetensors"))
         head = RewardHead.from_pretrained(arguments[0], dtype=getattr(torch, dtype), tokens_per_batch=200)
         # A GPU that two processes share adds up in another order.
         tolerance = 0.0 if head.device.type == "cpu" else 10 * torch.finfo(getattr(torch, dtype)).eps

@@ -63,7 +63,7 @@ BEFORE = {"docs/families.md": small_chat_model, "docs/compare_two.md": two_model
 ELSEWHERE = {"docs/paper.md": "tests/test_study.py"}
 # Models of the README are drawn at random: what it prints is not stated.
 PRINTS = {
-    "README.md": r"Jaccard \d\.\d{3}, by chance 0\.05\d.*\n(without \d+ [a-z ]+ neurons: ScoredPairs\(n=48.*\n){2}"
+    "README.md": r"Jaccard \d\.\d{3}, by chance 0\.05\d.*\n(without \d+ [a-z ]+ neurons: PairRewards\(n=48.*\n){2}"
 }
 WITH_BLOCKS = {
     name: page for page in pages() if blocks(page.read_text()) and (name := page.relative_to(ROOT).as_posix())

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from test_neurons import provenance
 
-from rmtension import PreferencePairs, ScoredPairs, evaluation
+from rmtension import PairRewards, PreferencePairs, evaluation
 from rmtension.errors import DataError, OptionError
 from rmtension.intervals import Estimate
 
@@ -23,13 +23,13 @@ def scored_of(margins, *, prompts=None, subsets=None):
         for number in range(len(margins))
     ]
     chosen = torch.as_tensor(margins, dtype=torch.float64)
-    return ScoredPairs(chosen, torch.zeros_like(chosen), PreferencePairs.from_records(rows), provenance())
+    return PairRewards(chosen, torch.zeros_like(chosen), PreferencePairs.from_records(rows), provenance())
 
 
 def test_ties_count_half_and_can_count_nothing():
     scored = scored_of([1.0, 0.0, -1.0, 2.0])
     assert scored.accuracy() == evaluation.accuracy(scored).value == 0.625
-    assert scored.accuracy(tie=0.0) == evaluation.accuracy(scored, tie=0.0).value == 0.5
+    assert scored.accuracy(tie_value=0.0) == evaluation.accuracy(scored, tie_value=0.0).value == 0.5
 
 
 def test_bootstrap_equals_scipy_where_every_prompt_is_its_own():
@@ -96,7 +96,7 @@ def test_balance_of_a_model_that_always_refuses():
 
 def test_change_is_paired():
     before = scored_of(np.random.default_rng(0).normal(size=200))
-    after = ScoredPairs(before.chosen + 1.0, before.rejected, before.pairs, provenance())
+    after = PairRewards(before.chosen + 1.0, before.rejected, before.pairs, provenance())
     estimate = evaluation.change(after, before, quantity="margin")
     assert estimate.value == pytest.approx(1.0)
     assert estimate.high - estimate.low < 1e-9, "a constant shift has no spread between pairs"
@@ -139,7 +139,7 @@ class TestItems:
                     chosen.append(good[i])
                     rejected.append(bad[j])
         pairs = PreferencePairs.from_records(rows)
-        return ScoredPairs(torch.tensor(chosen), torch.tensor(rejected), pairs, provenance())
+        return PairRewards(torch.tensor(chosen), torch.tensor(rejected), pairs, provenance())
 
     def test_correct_is_lowest_chosen_above_highest_rejected(self, scored):
         frame = scored.to_frame().assign(item=[pair.item for pair in scored.pairs])
@@ -148,8 +148,8 @@ class TestItems:
         assert (gap == 0).sum() > 3, "ties occur"
         for tie in (0.0, 0.5):
             expected = ((gap > 0) + tie * (gap == 0)).mean()
-            assert evaluation.accuracy(scored, tie=tie).value == pytest.approx(expected)
-            assert scored.accuracy(tie=tie) == pytest.approx(expected)
+            assert evaluation.accuracy(scored, tie_value=tie).value == pytest.approx(expected)
+            assert scored.accuracy(tie_value=tie) == pytest.approx(expected)
         # Negative control: judging single comparisons gives more.
         single = (frame["margin"] > 0).mean() + 0.5 * (frame["margin"] == 0).mean()
         assert single > evaluation.accuracy(scored).value + 0.1
@@ -198,7 +198,7 @@ def test_comparisons_by_subset_are_adjusted():
     rng = np.random.default_rng(0)
     subsets = [f"s{number % 4}" for number in range(200)]
     better = scored_of(np.where(np.array(subsets) == "s1", 2.0, rng.normal(size=200)), subsets=subsets)
-    other = ScoredPairs(torch.from_numpy(rng.normal(size=200)), better.rejected, better.pairs, provenance())
+    other = PairRewards(torch.from_numpy(rng.normal(size=200)), better.rejected, better.pairs, provenance())
     table = evaluation.compare_by_subset(better, other).set_index("subset")
     assert table["n"].tolist() == [50] * 4
     assert table["q_value"].tolist() == pytest.approx(stats.false_discovery_control(table["p_value"]).tolist())
@@ -288,7 +288,7 @@ def test_level_and_seed_reach_the_interval(name):
 def test_a_tie_counts_what_is_said(name):
     """Half by default; linear in what it counts."""
     estimate, scored = ESTIMATES[name], mixed_bag()
-    none, half, whole = (estimate(scored, tie=tie).value for tie in (0.0, 0.5, 1.0))
+    none, half, whole = (estimate(scored, tie_value=tie).value for tie in (0.0, 0.5, 1.0))
     assert half == estimate(scored).value == pytest.approx((none + whole) / 2)
     assert none != whole
 
@@ -348,8 +348,8 @@ def test_margins_of_a_subset_have_the_level_that_was_asked_for():
 def test_a_tie_that_is_broken_gains_what_a_tie_lacks():
     tied, right = scored_of([0.0, 0.0]), scored_of([1.0, -1.0])
     for tie in (0.0, 0.5, 0.25):
-        assert evaluation.item_change(right, tied, "accuracy", tie=tie).tolist() == [1 - tie, -tie]
-        assert evaluation.item_change(tied, right, "accuracy", tie=tie).tolist() == [tie - 1, tie]
+        assert evaluation.item_change(right, tied, "accuracy", tie_value=tie).tolist() == [1 - tie, -tie]
+        assert evaluation.item_change(tied, right, "accuracy", tie_value=tie).tolist() == [tie - 1, tie]
 
 
 def test_two_prompts_have_an_interval_of_subsets():

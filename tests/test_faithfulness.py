@@ -324,7 +324,7 @@ def test_faithfulness_of_a_model(gpt2, few):
     named = {"patching": patching, "difference": difference}
     truth = single_neuron_effects(gpt2, few, replacement=Mean(statistics))
     options = {"replacement": Mean(statistics), "set_fractions": (0.05, 0.2), "n_random": 2}
-    found = faithfulness(gpt2, named, few, truth=truth, **options)
+    found = faithfulness(gpt2, named, few, true_effects=truth, **options)
     summary = found.summary.set_index("method")
     for name, scores in named.items():
         expected = stats.spearmanr(scores.as_effects().flatten(), truth.values.flatten()).statistic
@@ -460,9 +460,9 @@ class TestWrongArguments:
             (scores, "method"),
         ]:
             with pytest.raises(ProvenanceError, match=f"truth of faithfulness: {field} differs"):
-                faithfulness(gpt2, scores, few, truth=truth)
+                faithfulness(gpt2, scores, few, true_effects=truth)
         right = single_neuron_effects(gpt2, few)
-        assert faithfulness(gpt2, scores, few, truth=right, set_fractions=()).neurons["effect"].notna().all()
+        assert faithfulness(gpt2, scores, few, true_effects=right, set_fractions=()).neurons["effect"].notna().all()
 
     def test_single_effects(self, gpt2, checkpoints, few):
         heads = NeuronSet(torch.ones(3, 4, dtype=torch.bool), "attn_head", gpt2.architecture)

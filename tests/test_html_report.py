@@ -66,7 +66,7 @@ def result():
         "version": "0.1.0",
         "options": {
             "analyses": ["accuracy", "overlap"], "scores": ["mean_difference"], "fraction": 0.1, "by": "magnitude",
-            "site": "mlp", "positions": "response", "top_rule": "exact", "replacement": "mean", "n_draws": 8,
+            "site": "mlp", "positions": "response", "cut_rule": "exact", "replacement": "mean", "n_draws": 8,
             "n_subsamples": 8, "tie": 0.5, "level": 0.95, "seed": 0,
         },
         "families": [{"family": HOSTILE, "seed": seed, "base": True} for seed in range(3)],

@@ -81,7 +81,7 @@ class TestTop:
     def test_exactly_the_ceiling_and_the_highest(self, fraction, shape):
         values = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         for by, ranked in (("magnitude", values.abs()), ("score", values)):
-            top = scores_of(values).top(fraction, by=by)
+            top = scores_of(values).top(fraction, rank_by=by)
             assert len(top) == math.ceil(round(fraction * values.numel(), 6))
             if len(top) < values.numel():
                 assert ranked[top.mask].min() > ranked[~top.mask].max()
@@ -178,20 +178,20 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 class TestTopRules:
     def test_within_each_layer(self):
         values = torch.arange(40.0).view(4, 10)
-        top = scores_of(values).top(0.25, within="layer")
+        top = scores_of(values).top(0.25, rank_within="layer")
         assert top.n_per_layer == [3, 3, 3, 3]
         assert set(top) == {(layer, neuron) for layer in range(4) for neuron in (7, 8, 9)}
         assert scores_of(values).top(0.25).n_per_layer == [0, 0, 0, 10]
-        assert scores_of(values).top(k=2, within="layer").n_per_layer == [2, 2, 2, 2]
+        assert scores_of(values).top(k=2, rank_within="layer").n_per_layer == [2, 2, 2, 2]
 
     def test_percentile_rule_is_numpys_and_takes_every_tie(self):
         """The published rule: with more than 90% of the scores tied at the top of the cut it selects everything."""
         values = torch.randn(4, 25, generator=torch.Generator().manual_seed(0)).double()
-        found = scores_of(values).top(0.1, by="score", rule="percentile")
+        found = scores_of(values).top(0.1, rank_by="score", cut_rule="percentile")
         assert torch.equal(found.mask, values >= np.percentile(values.numpy(), 90))
         tied = torch.zeros(4, 25).double()
         tied[0, :5] = 1.0
-        assert len(scores_of(tied).top(0.1, rule="percentile")) == 100
+        assert len(scores_of(tied).top(0.1, cut_rule="percentile")) == 100
         with pytest.warns(RMTensionWarning, match="inside a tie"):
             assert len(scores_of(tied).top(0.1)) == 10
 
@@ -201,7 +201,7 @@ class TestTopRules:
             with pytest.raises(OptionError, match=next(iter(wrong))):
                 scores_of(values).top(0.5, **wrong)
         with pytest.raises(OptionError, match="needs fraction"):
-            scores_of(values).top(k=2, rule="percentile")
+            scores_of(values).top(k=2, cut_rule="percentile")
 
 
 class TestMatchedInMagnitude:

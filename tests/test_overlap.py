@@ -125,17 +125,19 @@ class TestIntervalsOverPrompts:
             n: scores_of_blocks((common + one).expand(N_BLOCKS, *SHAPE)) for n, one in zip("ab", noise, strict=True)
         }
         assert jaccard_intervals(scores, fraction=0.1)["a", "b"] == pytest.approx((1, 1))
-        tops = [one.top(0.1, within="layer") for one in scores.values()]
+        tops = [one.top(0.1, rank_within="layer") for one in scores.values()]
         expected = Overlap.of(*tops).jaccard
         assert expected < 0.6
-        assert jaccard_intervals(scores, fraction=0.1, within="layer")["a", "b"] == pytest.approx((expected, expected))
+        assert jaccard_intervals(scores, fraction=0.1, rank_within="layer")["a", "b"] == pytest.approx(
+            (expected, expected)
+        )
 
     def test_the_published_rule_and_one_block(self):
         """Ties: the percentile takes them all, in every resample. All prompts in one block: nothing is known."""
         tied = torch.zeros(SHAPE).double()
         tied[0, :5] = 1.0
         scores = {name: scores_of_blocks(tied.expand(N_BLOCKS, *SHAPE)) for name in "ab"}
-        assert jaccard_intervals(scores, fraction=0.1, rule="percentile")["a", "b"] == pytest.approx((1, 1))
+        assert jaccard_intervals(scores, fraction=0.1, cut_rule="percentile")["a", "b"] == pytest.approx((1, 1))
         only = scores_of_blocks(torch.rand(N_BLOCKS, *SHAPE).double())
         without = only.without_block.clone()
         without[3] = torch.nan

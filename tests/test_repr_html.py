@@ -75,7 +75,7 @@ def shown(scored, scores, head, pairs):
     frame = pd.DataFrame({"family": [EVIL], "seed": [0], EVIL: [EVIL]})
     summary = {"families": [{"family": EVIL, "seed": 0}], "pairs": {EVIL: {"evaluating": 24}}}
     return {
-        "ScoredPairs": scored,
+        "PairRewards": scored,
         "NeuronScores": replace(scores, provenance=evil),
         "ActivationStatistics": replace(stats, provenance=replace(stats.provenance, architecture=EVIL)),
         "NeuronSet": NeuronSet(scores.top(k=9).mask, EVIL, EVIL),

@@ -129,7 +129,7 @@ def test_identical_responses_tie_and_are_counted(head):
     assert made.n_ties == 1
     assert scored.tied.tolist() == [True, False]
     assert scored.accuracy() == pytest.approx((0.5 + float(scored.correct[1])) / 2)
-    assert scored.accuracy(tie=0.0) == pytest.approx(float(scored.correct[1]) / 2)
+    assert scored.accuracy(tie_value=0.0) == pytest.approx(float(scored.correct[1]) / 2)
 
 
 def test_swapping_flips_margins_and_order_does_not_matter(exact_head, pairs):
@@ -141,11 +141,11 @@ def test_swapping_flips_margins_and_order_does_not_matter(exact_head, pairs):
 
 
 def test_scored_pairs_survive_the_disk(head, pairs, tmp_path):
-    from rmtension import ScoredPairs
+    from rmtension import PairRewards
 
     scored = head.score_pairs(pairs)
     scored.save(tmp_path / "scored.safetensors")
-    loaded = ScoredPairs.load(tmp_path / "scored.safetensors")
+    loaded = PairRewards.load(tmp_path / "scored.safetensors")
     assert torch.equal(loaded.margin, scored.margin)
     assert loaded.pairs == scored.pairs
     assert loaded.provenance == scored.provenance

@@ -44,7 +44,7 @@ def test_chance_in_each_layer_is_the_mean_over_every_possible_set():
         for first in combinations(range(4), 3)
         for second in combinations(range(3), 2)
     ]
-    overlaps = [Overlap.of(a, b, outside=missing) for b in every]
+    overlaps = [Overlap.of(a, b, exclude=missing) for b in every]
     assert len(overlaps) == 12
     intersections = np.array([overlap.intersection for overlap in overlaps])
     for overlap in overlaps:
@@ -69,7 +69,7 @@ def test_empty_sets_are_undefined():
 
 def test_beyond_the_base():
     """Two sets that share only what the base has: nothing is left."""
-    overlap = Overlap.of(set_of(0, 1, 2), set_of(0, 1, 3), outside=set_of(0, 1))
+    overlap = Overlap.of(set_of(0, 1, 2), set_of(0, 1, 3), exclude=set_of(0, 1))
     assert (overlap.intersection, overlap.jaccard, overlap.n_neurons) == (0, 0.0, 5)
 
 
@@ -155,7 +155,7 @@ def test_sets_are_ranked_as_asked():
     """By the score with its sign, for the base too."""
     scores = scores_of(torch.tensor([[-3.0, 1.0, 2.0, 0.5]]))
     for by, neuron in (("magnitude", 0), ("score", 2)):
-        report = SharedNeuronAnalyzer({"a": scores, "b": scores}, base=scores).analyze(fraction=0.25, by=by)
+        report = SharedNeuronAnalyzer({"a": scores, "b": scores}, base=scores).analyze(fraction=0.25, rank_by=by)
         assert list(report.shared) == list(report.base) == [(0, neuron)]
     other = replace(scores, provenance=replace(scores.provenance, positions="last"))
     with pytest.raises(ProvenanceError, match=r"^SharedNeuronAnalyzer: positions differs"):

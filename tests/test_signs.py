@@ -61,12 +61,12 @@ def test_every_method_finds_the_neurons_that_support_and_that_oppose(scores, org
     helpful, harmless = scores[method]["helpful"], scores[method]["harmless"]
     assert (helpful.values != 0).float().mean() > 0.4, "noise: most neurons do something"
     carriers = truth["helpful"] | truth["shared"] | truth["conflict"]
-    assert helpful.top(k=3 * PER_KIND, by="supports") == carriers
-    assert harmless.top(k=2 * PER_KIND, by="supports") == truth["harmless"] | truth["shared"]
-    assert harmless.top(k=PER_KIND, by="opposes") == truth["conflict"]
+    assert helpful.top(k=3 * PER_KIND, rank_by="supports") == carriers
+    assert harmless.top(k=2 * PER_KIND, rank_by="supports") == truth["harmless"] | truth["shared"]
+    assert harmless.top(k=PER_KIND, rank_by="opposes") == truth["conflict"]
     # Negative control: scores read with the wrong sign take others.
     turned = replace(harmless, provenance=replace(harmless.provenance, sign=-harmless.provenance.sign))
-    assert turned.top(k=PER_KIND, by="opposes") != truth["conflict"]
+    assert turned.top(k=PER_KIND, rank_by="opposes") != truth["conflict"]
 
 
 @pytest.mark.parametrize("method", [*ASK_FOR_THE_REWARD, "effect"])
@@ -78,7 +78,7 @@ def test_of_pairs_turned_round_supporters_oppose(scores, organism, head, method)
         else NeuronAttribution(head, method=method, steps=8).score(pairs)
     )
     for one, other in (("supports", "opposes"), ("opposes", "supports")):
-        assert found.top(k=PER_KIND, by=one) == scores[method]["harmless"].top(k=PER_KIND, by=other)
+        assert found.top(k=PER_KIND, rank_by=one) == scores[method]["harmless"].top(k=PER_KIND, rank_by=other)
 
 
 def test_supporters_support(scores, organism, head):
@@ -87,7 +87,7 @@ def test_supporters_support(scores, organism, head):
     margin = head.score_pairs(pairs).margin.mean()
     for method in ASK_FOR_THE_REWARD:
         for by, sign in (("supports", -1), ("opposes", 1)):
-            with AblationContext(head, scores[method]["harmless"].top(k=PER_KIND, by=by)):
+            with AblationContext(head, scores[method]["harmless"].top(k=PER_KIND, rank_by=by)):
                 assert sign * (head.score_pairs(pairs).margin.mean() - margin) > 0.1
 
 
@@ -102,7 +102,7 @@ def test_effects_have_one_sign(scores):
 def test_mean_difference_takes_what_is_more_active_in_chosen_responses(scores, organism):
     """Decoys are, and do nothing: why it is no statement about the margin."""
     found = scores["mean_difference"]["helpful"]
-    top = found.top(k=3 * PER_KIND, by="supports")
+    top = found.top(k=3 * PER_KIND, rank_by="supports")
     assert (found.values[top.mask] > 0).all()
     assert organism.truth["decoy"] - top != organism.truth["decoy"]
 
@@ -151,33 +151,33 @@ def test_the_sign_is_kept_in_files(tmp_path):
 def test_top_by_direction(sign):
     contributions = torch.tensor([[3.0, -4.0, 0.5], [-1.0, 2.0, 0.0]])
     found = made(sign * contributions, sign)
-    assert list(found.top(k=2, by="supports")) == [(0, 0), (1, 1)]
-    assert list(found.top(k=2, by="opposes")) == [(0, 1), (1, 0)]
-    assert list(found.top(k=2, by="magnitude")) == list(found.top(k=2)) == [(0, 0), (0, 1)]
-    assert list(found.top(k=1, by="opposes", within="layer")) == [(0, 1), (1, 0)]
-    assert list(found.top(0.3, by="supports", rule="percentile")) == [(0, 0), (1, 1)]
+    assert list(found.top(k=2, rank_by="supports")) == [(0, 0), (1, 1)]
+    assert list(found.top(k=2, rank_by="opposes")) == [(0, 1), (1, 0)]
+    assert list(found.top(k=2, rank_by="magnitude")) == list(found.top(k=2)) == [(0, 0), (0, 1)]
+    assert list(found.top(k=1, rank_by="opposes", rank_within="layer")) == [(0, 1), (1, 0)]
+    assert list(found.top(0.3, rank_by="supports", cut_rule="percentile")) == [(0, 0), (1, 1)]
     # A set that has to take neurons of the other direction says so; all neurons are no choice.
     with pytest.warns(RMTensionWarning, match="only 2 of 6 neurons have a score that opposes"):
-        found.top(k=3, by="opposes")
-    found.top(1.0, by="opposes")
+        found.top(k=3, rank_by="opposes")
+    found.top(1.0, rank_by="opposes")
     if sign > 0:
-        assert found.top(k=2, by="score") == found.top(k=2, by="supports")
+        assert found.top(k=2, rank_by="score") == found.top(k=2, rank_by="supports")
     else:
         with pytest.raises(OptionError, match="a positive score of 'probe' opposes the margin"):
-            found.top(k=1, by="score")
+            found.top(k=1, rank_by="score")
 
 
 def test_scores_without_a_direction_refuse_one():
     """And the advice works."""
     found = made([[3.0, -4.0, 0.5]], None)
     for by in ("supports", "opposes"):
-        with pytest.raises(OptionError, match=f"by: '{by}' needs scores whose sign .* Use by='magnitude'"):
-            found.top(k=1, by=by)
-    assert list(found.top(k=1, by="magnitude")) == [(0, 1)]
-    assert list(found.top(k=1, by="score")) == [(0, 0)]
+        with pytest.raises(OptionError, match=f"by: '{by}' needs scores whose sign .* Use rank_by='magnitude'"):
+            found.top(k=1, rank_by=by)
+    assert list(found.top(k=1, rank_by="magnitude")) == [(0, 1)]
+    assert list(found.top(k=1, rank_by="score")) == [(0, 0)]
     for old in ("absolute", "value"):
         with pytest.raises(OptionError, match=r"by: expected one of \['magnitude', 'supports', 'opposes', 'score'\]"):
-            found.top(k=1, by=old)
+            found.top(k=1, rank_by=old)
 
 
 @pytest.mark.parametrize("by", ["supports", "opposes"])
@@ -185,20 +185,20 @@ def test_overlap_reads_each_score_by_its_own_sign(by):
     """Contributions, and the same as changes: the same neurons, in the analyzer and on resamples."""
     values = torch.tensor([[3.0, -4.0, 0.5, -0.1]])
     one, other = made(values, 1), made(-values, -1)
-    report = SharedNeuronAnalyzer({"a": one, "b": other}).analyze(fraction=0.25, by=by)
+    report = SharedNeuronAnalyzer({"a": one, "b": other}).analyze(fraction=0.25, rank_by=by)
     assert report.jaccard == 1.0
-    assert jaccard_intervals({"a": one, "b": other}, fraction=0.25, by=by)["a", "b"] == (1.0, 1.0)
+    assert jaccard_intervals({"a": one, "b": other}, fraction=0.25, rank_by=by)["a", "b"] == (1.0, 1.0)
     misread = made(-values, 1)
-    assert jaccard_intervals({"a": one, "b": misread}, fraction=0.25, by=by)["a", "b"] == (0.0, 0.0)
+    assert jaccard_intervals({"a": one, "b": misread}, fraction=0.25, rank_by=by)["a", "b"] == (0.0, 0.0)
 
 
 def test_studies_ask_only_for_directions_that_scores_have():
     for by in BY:
         scores = ("frequency", "change") if by == "score" else ("gradient_x_activation", "attribution_patching")
-        assert StudyOptions(by=by, scores=scores).by == by
+        assert StudyOptions(rank_by=by, scores=scores).by == by
     for by, scores in (("supports", ("mean_difference", "magnitude")), ("score", ("change", "attribution_patching"))):
         with pytest.raises(OptionError, match=rf"by: '{by}' .*'{scores[1]}'"):
-            StudyOptions(by=by, scores=scores)
+            StudyOptions(rank_by=by, scores=scores)
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

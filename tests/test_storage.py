@@ -11,8 +11,8 @@ from rmtension import (
     ActivationStatistics,
     NeuronScores,
     NeuronSet,
+    PairRewards,
     PreferencePairs,
-    ScoredPairs,
     SharedNeuronReport,
     StudyResult,
 )
@@ -20,7 +20,7 @@ from rmtension.activations import ActivationSample
 from rmtension.conflict import ConflictReport, conflict
 from rmtension.errors import RMTensionError, StorageError
 from rmtension.faithfulness import Faithfulness
-from rmtension.pair_scores import PairScores
+from rmtension.pair_scores import PairAttributions
 from rmtension.profiles import ActivationProfile
 from rmtension.provenance import Provenance
 from rmtension.shared import SharedNeuronAnalyzer
@@ -35,7 +35,7 @@ def results():
     numbers = torch.Generator().manual_seed(0)
     values = torch.randn(2, 3, dtype=torch.float64, generator=numbers)
     scores = NeuronScores(values, values.abs(), WHERE, torch.stack([values] * 32), values[:, 0])
-    pair_scores = PairScores(torch.randn(4, 2, 3, generator=numbers), PAIRS, WHERE)
+    pair_scores = PairAttributions(torch.randn(4, 2, 3, generator=numbers), PAIRS, WHERE)
     import pandas as pd
 
     from rmtension.agreement import MEASURES
@@ -48,7 +48,7 @@ def results():
         ActivationSample(torch.randn(5, 2, 3, generator=numbers), torch.arange(5), WHERE),
         ActivationProfile(torch.ones(5, 2, 32, 2, 3).double(), torch.ones(2, 32).double(), "", WHERE),
         pair_scores,
-        ScoredPairs(values.view(-1)[:4], values.view(-1)[:4] - 1, PAIRS, WHERE, 1, 0),
+        PairRewards(values.view(-1)[:4], values.view(-1)[:4] - 1, PAIRS, WHERE, 1, 0),
         SharedNeuronAnalyzer({"a": scores, "b": scores}, base=scores).analyze(fraction=0.5),
         conflict(pair_scores, pair_scores),
         Faithfulness(

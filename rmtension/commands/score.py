@@ -12,7 +12,7 @@ from rmtension.commands.quiet import quiet_libraries
 from rmtension.errors import DataError, StorageError
 
 if TYPE_CHECKING:
-    from rmtension.scored import ScoredPairs
+    from rmtension.scored import PairRewards
 
 HELP = "score preference pairs with a reward model"
 EXAMPLES = """examples:
@@ -79,7 +79,7 @@ def _run(options: Namespace) -> Outcome:
     return Outcome(_text(options, data), data)
 
 
-def _lines(scored: "ScoredPairs") -> list[dict[str, Any]]:
+def _lines(scored: "PairRewards") -> list[dict[str, Any]]:
     columns = (scored.chosen.tolist(), scored.rejected.tolist(), scored.margin.tolist())
     return [
         {"id": pair.id, "reward_chosen": chosen, "reward_rejected": rejected, "margin": margin}
@@ -87,13 +87,13 @@ def _lines(scored: "ScoredPairs") -> list[dict[str, Any]]:
     ]
 
 
-def _judged(scored: "ScoredPairs") -> dict[str, Any]:
+def _judged(scored: "PairRewards") -> dict[str, Any]:
     from rmtension.evaluation import accuracy, mean_margin
 
     return {"n": len(scored), "accuracy": accuracy(scored).to_dict(), "margin": mean_margin(scored).to_dict()}
 
 
-def _data(options: Namespace, skipped: Mapping[str, int], scored: "ScoredPairs") -> dict[str, Any]:
+def _data(options: Namespace, skipped: Mapping[str, int], scored: "PairRewards") -> dict[str, Any]:
     return {
         "model": options.model,
         "pairs": options.pairs,
