@@ -28,7 +28,7 @@ class TestNames:
             ({"analyses": ("overlap", "cross-objective")}, "cross_objective"),
             ({"scores": ("gradient_x_activations",)}, "gradient_x_activation"),
             ({"replacement": "zeros"}, "zero"),
-            ({"by": "support"}, "supports"),
+            ({"rank_by": "support"}, "supports"),
             ({"site": "mpl"}, "mlp"),
             ({"fractoin": 0.1}, "fraction"),
         ],

@@ -65,9 +65,9 @@ def result():
     summary = {
         "version": "0.1.0",
         "options": {
-            "analyses": ["accuracy", "overlap"], "scores": ["mean_difference"], "fraction": 0.1, "by": "magnitude",
+            "analyses": ["accuracy", "overlap"], "scores": ["mean_difference"], "fraction": 0.1, "rank_by": "magnitude",
             "site": "mlp", "positions": "response", "cut_rule": "exact", "replacement": "mean", "n_draws": 8,
-            "n_subsamples": 8, "tie": 0.5, "level": 0.95, "seed": 0,
+            "n_subsamples": 8, "tie_value": 0.5, "level": 0.95, "seed": 0,
         },
         "families": [{"family": HOSTILE, "seed": seed, "base": True} for seed in range(3)],
         "models": {f"{HOSTILE} 0": {"mixed": {"architecture": "toy", "model": "0123", "dtype": "float32"}}},

@@ -197,7 +197,7 @@ class TestTopRules:
 
     def test_wrong_choices(self):
         values = torch.randn(2, 5)
-        for wrong in ({"within": "block"}, {"rule": "top"}, {"by": "size"}):
+        for wrong in ({"rank_within": "block"}, {"cut_rule": "top"}, {"rank_by": "size"}):
             with pytest.raises(OptionError, match=next(iter(wrong))):
                 scores_of(values).top(0.5, **wrong)
         with pytest.raises(OptionError, match="needs fraction"):

@@ -118,9 +118,9 @@ def hand_made(seeds=(0, 1, 2), family="tiny", level=0.95):
     summary = {
         "version": "0",
         "options": {
-            "analyses": ["accuracy"], "scores": list(SCORES), "fraction": 0.1, "by": "magnitude", "site": "mlp",
-            "positions": "response", "top_rule": "exact", "replacement": "mean", "n_draws": 8, "n_subsamples": 8,
-            "tie": 0.5, "level": level, "seed": 0,
+            "analyses": ["accuracy"], "scores": list(SCORES), "fraction": 0.1, "rank_by": "magnitude", "site": "mlp",
+            "positions": "response", "cut_rule": "exact", "replacement": "mean", "n_draws": 8, "n_subsamples": 8,
+            "tie_value": 0.5, "level": level, "seed": 0,
         },
         "families": [{"family": family, "seed": seed, "base": True} for seed in seeds],
         "models": {f"{family} 0": {"mixed": {"architecture": "toy", "model": "0123", "dtype": "float32"}}},

@@ -195,7 +195,7 @@ def test_overlap_reads_each_score_by_its_own_sign(by):
 def test_studies_ask_only_for_directions_that_scores_have():
     for by in BY:
         scores = ("frequency", "change") if by == "score" else ("gradient_x_activation", "attribution_patching")
-        assert StudyOptions(rank_by=by, scores=scores).by == by
+        assert StudyOptions(rank_by=by, scores=scores).rank_by == by
     for by, scores in (("supports", ("mean_difference", "magnitude")), ("score", ("change", "attribution_patching"))):
         with pytest.raises(OptionError, match=rf"by: '{by}' .*'{scores[1]}'"):
             StudyOptions(rank_by=by, scores=scores)

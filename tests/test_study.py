@@ -251,10 +251,10 @@ class TestRules:
     def test_published_rules_are_options(self):
         paper = StudyOptions.of("paper")
         assert (paper.site, paper.positions, paper.cut_rule, paper.tie_value) == ("mlp_gate", "all", "percentile", 0.0)
-        assert (paper.pool_tokens, paper.clamp, paper.by, paper.mode) == (True, True, "score", "zero")
+        assert (paper.pool_tokens, paper.clamp, paper.rank_by, paper.replacement) == (True, True, "score", "zero")
         assert len(paper.curve_fractions) == 16
         assert StudyOptions.of("corrected") == StudyOptions()
-        assert StudyOptions.of("paper", tie_value=0.5).tie == 0.5, "one rule at a time"
+        assert StudyOptions.of("paper", tie_value=0.5).tie_value == 0.5, "one rule at a time"
         with pytest.raises(OptionError, match="rules: expected one of"):
             StudyOptions.of("published")
 
@@ -342,10 +342,10 @@ class TestArguments:
             {"replacement": "resample"},
             {"n_draws": 1},
             {"n_subsamples": 1},
-            {"by": "size"},
+            {"rank_by": "size"},
             {"level": 1.0},
-            {"tie": 2.0},
-            {"top_rule": "all"},
+            {"tie_value": 2.0},
+            {"cut_rule": "all"},
             {"analyses": ("everything",)},
             {"scores": ()},
         ):
