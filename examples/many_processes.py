@@ -32,7 +32,7 @@ def main() -> None:
         show = {"progress": shard.is_first}
         statistics = ActivationCollector(head).collect(PreferencePairs.iter_jsonl(options.pairs), **show)
         statistics.save(options.out / "statistics.safetensors")
-        attribution = NeuronAttribution(head, method="gradient_x_activation")
+        attribution = NeuronAttribution(head, "gradient_x_activation")
         scores = attribution.score(PreferencePairs.iter_jsonl(options.pairs), **show)
         scores.save(options.out / "scores.safetensors")
         scored = head.score_pairs(PreferencePairs.iter_jsonl(options.pairs), **show)

@@ -87,9 +87,10 @@ class Zero(Replacement):
     """a_ref(t) = 0.
 
     Examples:
-        >>> effects = single_neuron_effects(head, pairs["helpful"], replacement=Zero(), neurons=neurons)
-        >>> effects.provenance.replacement
-        'zero'
+        >>> with AblationContext(head, neurons, Zero()):  # the default: AblationContext(head, neurons)
+        ...     inside = head.score_pairs(pairs["helpful"]).margin.mean()
+        >>> bool(inside < scored.margin.mean())
+        True
     """
 
     name: ClassVar[str] = "zero"
