@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, batches_of, make_pairs
+from conftest import FAMILIES, batches_of, grid, make_pairs
 from reference import Reference
 from scipy import stats
 from test_attribution import references, sides
@@ -23,7 +23,7 @@ CLOSE = {"atol": 1e-9, "rtol": 0.0}
 SITES = ("mlp", "attn_head")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=grid(FAMILIES))
 def both(request, checkpoints):
     """The head under test and the reference, of every family."""
     folder = checkpoints[request.param]
@@ -47,8 +47,8 @@ def some(head, site):
     return NeuronSet(mask, site, head.architecture)
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("positions", ["all", "response", "last"])
+@pytest.mark.parametrize("site", grid(SITES))
+@pytest.mark.parametrize("positions", grid(["all", "response", "last"]))
 @pytest.mark.parametrize("name", ["zero", "mean", "other"])
 def test_single_effects(both, few, site, positions, name):
     """Against transformers with a plain hook for every neuron, one text at a time, in float64."""
@@ -256,7 +256,7 @@ def test_perfect_and_meaningless_scores():
     assert abs(shuffled["slope"]) < 4 / 2000**0.5
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("sampled", grid([False, True], keep=[True]))
 def test_intervals_cover(sampled):
     """Data sets of one population: 95% intervals of the rank correlation hold what such data sets have on average.
 
@@ -417,15 +417,16 @@ class TestWrongArguments:
 
     def test_truth_of_another_ablation(self, gpt2, few):
         scores = NeuronAttribution(gpt2, method="gradient_x_activation").score(few)
+        neurons = some(gpt2, "mlp")
         for truth, field in [
-            (single_neuron_effects(gpt2, few, reference="other"), "method"),
-            (single_neuron_effects(gpt2, few, positions="response"), "positions"),
-            (single_neuron_effects(gpt2, few[:2]), "data"),
+            (single_neuron_effects(gpt2, few, reference="other", neurons=neurons), "method"),
+            (single_neuron_effects(gpt2, few, positions="response", neurons=neurons), "positions"),
+            (single_neuron_effects(gpt2, few[:2], neurons=neurons), "data"),
             (scores, "method"),
         ]:
             with pytest.raises(ProvenanceError, match=f"truth of faithfulness: {field} differs"):
                 faithfulness(gpt2, scores, few, truth=truth)
-        right = single_neuron_effects(gpt2, few)
+        right = single_neuron_effects(gpt2, few, neurons=neurons)
         assert faithfulness(gpt2, scores, few, truth=right, set_fractions=()).neurons["effect"].notna().all()
 
     def test_single_effects(self, gpt2, checkpoints, few):

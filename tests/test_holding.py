@@ -52,7 +52,10 @@ def columns(model, head, neurons):
     return torch.cat([one.flatten() for one in found])
 
 
-@pytest.mark.parametrize(("family", "site", "mode"), [("gpt2", "attn_head", "zero"), ("llama", "mlp", "mean")])
+@pytest.mark.parametrize(
+    ("family", "site", "mode"),
+    [pytest.param("gpt2", "attn_head", "zero", marks=pytest.mark.grid), ("llama", "mlp", "mean")],
+)
 def test_held_neurons_write_nothing_after_training_and_others_come_back(family, site, mode, checkpoints, tmp_path):
     head = RewardHead.from_pretrained(checkpoints[family])
     neurons = some_neurons(head, site)

@@ -92,7 +92,10 @@ def neurons(head):
 
 @pytest.fixture(scope="module")
 def page(result, neurons):
-    return to_html(result, neurons=neurons)
+    """Its figures are small: what they show is no part of what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rmtension.html_report._DPI", 40)
+        return to_html(result, neurons=neurons)
 
 
 def test_nothing_is_loaded_and_nothing_else_runs(page):
