@@ -38,8 +38,8 @@ _AT_A_TIME = 16_000_000
 def single_neuron_effects(
     head: RewardModel,
     pairs: Iterable[PreferencePair],
-    *,
     replacement: Replacement = Zero(),
+    *,
     site: str = "mlp",
     positions: str = "all",
     neurons: NeuronSet | None = None,

@@ -1,5 +1,6 @@
 """Tiny reward models, built in memory, saved as real checkpoints; a tokenizer; ragged texts and pairs."""
 
+import gc
 import os
 
 # Before transformers is imported: nothing in this suite may ask a hub for anything.
@@ -33,6 +34,17 @@ WORDS = [
     *("please", "sorry", "help", "cannot", "sure", "first", "then", "the", "with", "and"),
 ]
 FAMILIES = ("gpt2", "llama", "gpt_neox")
+
+
+def grid(values, *, keep=None):
+    """Values of one parameter of a test or fixture, of which `keep` (default: the first) are tested in the fast lane.
+
+    The others carry the marker `grid`: `make test` leaves them out, `make test-all` and `.ci/run` have all.
+    """
+    values = list(values)
+    kept = values[:1] if keep is None else list(keep)
+    assert all(value in values for value in kept), "the fast lane keeps some of the values"
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.grid) for value in values]
 
 
 def put_bos_first(tokenizer):
@@ -100,6 +112,12 @@ def close_to(head):
     alone that of each reward.
     """
     return {"atol": 1e-7 if "llama" in head.architecture else 1e-9, "rtol": 0.0}
+
+
+def pytest_collection_finish():
+    """What was imported and collected stays: it need not be looked through whenever a training run collects garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -179,7 +197,7 @@ def pairs():
     return made
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=grid(FAMILIES))
 def exact_head(request, checkpoints):
     """A head in float64, of every family in turn."""
     return RewardHead.from_pretrained(checkpoints[request.param], dtype=torch.float64)

@@ -98,6 +98,7 @@ class TestNames:
 
 
 class TestSwapped:
+    @pytest.mark.grid
     def test_every_call(self, checkpoints):
         """In a process without the suite's type checker, as users call."""
         code = f"""

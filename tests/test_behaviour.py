@@ -88,6 +88,7 @@ class TestTransferability:
         assert found.jaccard_harmless.value == pytest.approx(len(right[0] & right[2]) / len(right[0] | right[2]))
         assert found.n_union == len(union)
 
+    @pytest.mark.grid
     def test_independent_models_transfer_nothing_beyond_accuracy(self):
         """T is about the accuracy of the mixed model, and 90% or more of the intervals of the difference hold 0."""
         rng = np.random.default_rng(0)

@@ -303,6 +303,7 @@ class TestBySubset:
         assert drift(table)["slope"] == pytest.approx(found.slope)
         assert np.isnan(drift(table.iloc[:2])["slope"])
 
+    @pytest.mark.grid
     def test_noise_makes_a_drift_that_the_split_does_not(self):
         """Coin-flip rewards, before and after: nothing falls anywhere, and the naive slope is about -1."""
         made = make_pairs(600)

@@ -286,6 +286,7 @@ class TestSimulated:
     def fewer_draws(self, monkeypatch):
         monkeypatch.setattr(module, "_N_DRAWS", 200)
 
+    @pytest.mark.grid
     @pytest.mark.parametrize(("neurons", "noise"), [(60, 1.0), (300, 2.0)])
     def test_intervals_cover_what_other_prompts_give(self, neurons, noise):
         """95% nominal; 200 data sets have a standard error of 1.5%. Resamples that are only shifted cover less."""
@@ -304,6 +305,7 @@ class TestSimulated:
         assert 0.93 <= np.mean([one.low <= truth <= one.high for one in found]) <= 0.995
         assert np.mean([low <= truth <= high for low, high in shifted]) < 0.93, "which the bound above would find"
 
+    @pytest.mark.grid
     def test_a_coin_finds_nothing_in_noise(self):
         """Its p-values are uniform where nothing is there."""
         rng = np.random.default_rng(12)
@@ -312,6 +314,7 @@ class TestSimulated:
         assert stats.kstest(p_values, "uniform").pvalue > 0.01
         assert np.mean([sum(list(report.counts().values())[:-1]) > 0 for report in reports]) < 0.2
 
+    @pytest.mark.grid
     def test_shuffling_finds_nothing_in_two_halves_of_one_objective(self):
         rng = np.random.default_rng(13)
         mean = np.repeat([1.0, 0.0], [5, 45])

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from conftest import make_pairs, make_tokenizer, save_classifier
+from conftest import grid, make_pairs, make_tokenizer, save_classifier
 
 from rmtension import ActivationCollector, NeuronAttribution, PreferencePairs, RewardHead
 from rmtension.chat import Message
@@ -38,7 +38,7 @@ def call(**arguments):
     return assistant(None, tool_calls=[{"type": "function", "function": {"name": "cake", "arguments": arguments}}])
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=grid(["gpt2", "llama"]))
 def model(request, tmp_path_factory):
     """A head, and the reward that transformers gives to messages."""
     folder = tmp_path_factory.mktemp(request.param)

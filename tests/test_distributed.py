@@ -30,6 +30,7 @@ def torchrun(*arguments):
     return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.grid
 def test_two_processes_compute_what_one_does(arguments, pairs):
     """To 1e-9, also in float32: the batches are the same, and what is added up is float64. Others are refused."""
     ran = torchrun(*arguments)
@@ -50,6 +51,7 @@ def test_two_processes_compute_what_one_does(arguments, pairs):
         assert torch.allclose(scored.margin, head.score_pairs(pairs).margin, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.grid
 def test_torchrun_ends_all_when_one_dies(arguments):
     start = time.monotonic()
     ran = torchrun(*arguments, "--die", "1")
@@ -59,6 +61,7 @@ def test_torchrun_ends_all_when_one_dies(arguments):
     assert not Path(arguments[2]).exists(), "no result, whole or partial"
 
 
+@pytest.mark.grid
 def test_who_is_left_is_told(arguments):
     """Without anybody who watches the processes, as srun starts them; the first dies, at which the others met."""
     with socket.socket() as free:

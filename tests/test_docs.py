@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from built_site import fetched
+from conftest import grid
 from documented import DECIMAL, ROOT, blocks, cells, commands, counted, limited, pages, run, same
 
 import rmtension
@@ -68,9 +69,12 @@ PRINTS = {
 WITH_BLOCKS = {
     name: page for page in pages() if blocks(page.read_text()) and (name := page.relative_to(ROOT).as_posix())
 }
+HERE = [name for name in WITH_BLOCKS if name not in ELSEWHERE]
+# Pages whose blocks train, or take every effect of a model.
+LONG = {"docs/attribution.md", "docs/command_line.md", "docs/during_training.md"}
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_BLOCKS if name not in ELSEWHERE])
+@pytest.mark.parametrize("name", grid(HERE, keep=[name for name in HERE if name not in LONG]))
 def test_blocks_print_what_the_page_says(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with limited(SECONDS, name):

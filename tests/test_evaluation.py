@@ -58,6 +58,7 @@ def test_pairs_of_one_prompt_are_not_independent():
     assert (as_if_independent.high - as_if_independent.low) < 0.4 * (single.high - single.low)
 
 
+@pytest.mark.grid
 def test_intervals_cover_a_coin_at_their_level():
     """400 data sets of 60 coin flips in 40 prompts: between 91% and 98% of 95% intervals hold 1/2.
 

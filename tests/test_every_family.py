@@ -6,7 +6,7 @@ those of two rewards twice.
 
 import pytest
 import torch
-from conftest import batches_of, make_pairs, make_tokenizer
+from conftest import batches_of, grid, make_pairs, make_tokenizer
 from test_budget import kept_bytes
 from test_families import DENSE
 from test_packing import n_packed, pairs_of_all_kinds
@@ -24,7 +24,7 @@ ALONE = {"bloom", "mpt"}
 WHOLE = {"bloom", "mpt", "opt"}
 
 
-@pytest.fixture(scope="module", params=DENSE)
+@pytest.fixture(scope="module", params=grid(DENSE))
 def family(request):
     return request.param
 

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import make_pairs
 
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.grid
 def test_real_pairs(tmp_path):
     files = {}
     for number, name in enumerate(("helpful", "harmless")):

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 import transformers
-from conftest import PAD, make_pairs, save_classifier
+from conftest import PAD, grid, make_pairs, save_classifier
 from reference import transformers_rewards
 from safetensors.torch import load_file
 
@@ -55,8 +55,8 @@ def texts_of(pairs):
     return [pair.text(side) for pair in pairs for side in ("chosen", "rejected")]
 
 
-@pytest.mark.parametrize("site", ["mlp", "attn_head"])
-@pytest.mark.parametrize("folder", list(CASES), indirect=True)
+@pytest.mark.parametrize("site", grid(["mlp", "attn_head"]))
+@pytest.mark.parametrize("folder", grid(CASES), indirect=True)
 def test_folding_equals_the_context(folder, site, tmp_path_factory):
     head = RewardHead.from_pretrained(folder)
     pairs = make_pairs(6)

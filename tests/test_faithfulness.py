@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, batches_of, make_pairs, unchecked
+from conftest import FAMILIES, batches_of, grid, make_pairs, unchecked
 from reference import Reference
 from replaced import NAMES, replacement_of, sides, targets_of
 from scipy import stats
@@ -32,7 +32,7 @@ CLOSE = {"atol": 1e-9, "rtol": 0.0}
 SITES = ("mlp", "attn_head")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=grid(FAMILIES))
 def both(request, checkpoints):
     """The head under test and the reference, of every family."""
     folder = checkpoints[request.param]
@@ -56,8 +56,8 @@ def some(head, site):
     return NeuronSet(mask, site, head.architecture)
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("positions", ["all", "response", "last"])
+@pytest.mark.parametrize("site", grid(SITES))
+@pytest.mark.parametrize("positions", grid(["all", "response", "last"]))
 @pytest.mark.parametrize("name", NAMES)
 def test_single_effects(both, few, site, positions, name):
     """Against transformers with a plain hook for every neuron, one text at a time, in float64."""
@@ -283,7 +283,7 @@ def test_perfect_and_meaningless_scores():
     assert abs(shuffled["slope"]) < 4 / 2000**0.5
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("sampled", grid([False, True], keep=[True]))
 def test_intervals_cover(sampled):
     """Data sets of one population: 95% intervals of the rank correlation hold what such data sets have on average.
 
@@ -453,15 +453,16 @@ class TestWrongArguments:
 
     def test_truth_of_another_ablation(self, gpt2, few):
         scores = NeuronAttribution(gpt2, method="gradient_x_activation").score(few)
+        neurons = some(gpt2, "mlp")
         for truth, field in [
-            (single_neuron_effects(gpt2, few, replacement=OtherResponse()), "replacement"),
-            (single_neuron_effects(gpt2, few, positions="response"), "positions"),
-            (single_neuron_effects(gpt2, few[:2]), "data"),
+            (single_neuron_effects(gpt2, few, OtherResponse(), neurons=neurons), "replacement"),
+            (single_neuron_effects(gpt2, few, positions="response", neurons=neurons), "positions"),
+            (single_neuron_effects(gpt2, few[:2], neurons=neurons), "data"),
             (scores, "method"),
         ]:
-            with pytest.raises(ProvenanceError, match=f"truth of faithfulness: {field} differs"):
+            with pytest.raises(ProvenanceError, match=f"true_effects of faithfulness: {field} differs"):
                 faithfulness(gpt2, scores, few, true_effects=truth)
-        right = single_neuron_effects(gpt2, few)
+        right = single_neuron_effects(gpt2, few, neurons=neurons)
         assert faithfulness(gpt2, scores, few, true_effects=right, set_fractions=()).neurons["effect"].notna().all()
 
     def test_single_effects(self, gpt2, checkpoints, few):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from conftest import grid
 from own_models import HAS_HOOKED_TRANSFORMER
 
 from rmtension import AblationContext, NeuronAttribution, NeuronSet, RewardHead
@@ -14,7 +15,7 @@ if HAS_HOOKED_TRANSFORMER:
 
 
 @pytest.mark.parametrize("options", WAYS, ids=str)
-@pytest.mark.parametrize("family", ["mixtral", "qwen2", "gpt_neo"])
+@pytest.mark.parametrize("family", grid(["mixtral", "qwen2", "gpt_neo"]))
 def test_a_float32_classifier_opens_in_float64(family, options, tokenizer, ragged_texts):
     """A mixture of experts has a kernel without float64, and weight processing adds biases in float32.
 

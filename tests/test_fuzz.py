@@ -10,6 +10,7 @@ from documented import limited
 from fuzz import SURFACES, TooLong, outcome
 
 
+@pytest.mark.grid
 def test_a_few_of_each_surface():
     """As users have it: without the type checker that this suite runs under. Most are refused, some are read."""
     script = Path(__file__).with_name("fuzz.py")

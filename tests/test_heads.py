@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_config, make_tokenizer, save_classifier
+from conftest import grid, make_config, make_tokenizer, save_classifier
 from reference import DEVICE
 from safetensors.torch import load_file, save_file
 
@@ -85,8 +85,10 @@ def with_tensors(source, folder, tensors, n_shards=1):
     return folder
 
 
-@pytest.mark.parametrize("n_shards", [1, 3])
-@pytest.mark.parametrize("name", ["v_head.summary", "v_head", "value_head", "score"])
+@pytest.mark.parametrize("n_shards", grid([1, 3]))
+@pytest.mark.parametrize(
+    "name", grid(["v_head.summary", "v_head", "value_head", "score"], keep=["v_head.summary", "score"])
+)
 def test_value_head_of_a_language_model(language_model, tmp_path, ragged_texts, name, n_shards):
     """trl saves `v_head.summary.weight` [1, d_model] and its bias beside the language model's own weights."""
     weight, bias = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0.7])

@@ -95,7 +95,10 @@ def neurons(head):
 
 @pytest.fixture(scope="module")
 def page(result, neurons):
-    return to_html(result, draw_pictures(result), neurons=neurons)
+    """Its figures are small: what they show is no part of what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rmtension.report_figures._DPI", 40)
+        return to_html(result, draw_pictures(result), neurons=neurons)
 
 
 def test_nothing_is_loaded_and_nothing_else_runs(page):

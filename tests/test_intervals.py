@@ -134,6 +134,7 @@ class TestAgainstRandom:
         # 2,000 resamples know a standard error within 3 * 1.6%; the rest is the degrees of freedom
         assert result.high - result.difference == pytest.approx(half, rel=0.1)
 
+    @pytest.mark.grid
     @pytest.mark.parametrize("spread", [0.0, 0.1, 1.0])
     def test_excludes_nothing_in_one_case_of_twenty(self, spread):
         """The set is one more draw: 2 to 8% of 1,000 intervals exclude 0, whatever the share of noise; a shift is seen.

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 import transformers
-from conftest import make_pairs, make_tokenizer
+from conftest import grid, make_pairs, make_tokenizer
 from test_families import EXPERTS
 
 from rmtension import (
@@ -80,7 +80,7 @@ def numbers(head, pairs):
     return found | {"patching to the mean": patching.score(pairs).values}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", grid(["gpt2", "llama"]))
 def test_everything_that_leaves_it_out(checkpoints, few, family):
     head = RewardHead.from_pretrained(checkpoints[family], dtype=torch.float64)
     n_last = tokens_through(head, lambda: head.score_pairs(few))
@@ -100,6 +100,7 @@ def test_whoever_looks_inside_sees_all_tokens(checkpoints, few):
     mask = torch.zeros(head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
     mask[-1, :9] = True
     neurons = NeuronSet(mask, "mlp", head.architecture)
+    texts = [pair.text("chosen") for pair in few]
     sample = ActivationCollector(head).sample(few, n=6)
     ablations = [
         AblationContext(head, neurons, Resample(sample)),
@@ -111,7 +112,7 @@ def test_whoever_looks_inside_sees_all_tokens(checkpoints, few):
         for ablation in ablations:
             with ablation:
                 assert tokens_through(head, lambda: head.score_pairs(few)) > 2 * len(few)
-                found += [head.score_pairs(few).margin, numbers(head, few)["texts"]]
+                found += [head.score_pairs(few).margin, head.score(texts)]
                 found += [NeuronAttribution(head, method="gradient_x_activation").score(few).values]
         return found
 
@@ -124,7 +125,7 @@ def test_whoever_looks_inside_sees_all_tokens(checkpoints, few):
     expected = []
     for ablation in ablations:
         with ablation:
-            expected += [head.score_pairs(few).margin, numbers(head, few)["texts"]]
+            expected += [head.score_pairs(few).margin, head.score(texts)]
             expected += [NeuronAttribution(head, method="gradient_x_activation").score(few).values]
     head.body._last_mlp = mlp
     assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(less, expected, strict=True))

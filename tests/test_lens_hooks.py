@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, make_pairs, save_classifier, unchecked
+from conftest import FAMILIES, grid, make_pairs, save_classifier, unchecked
 
 from rmtension import (
     AblationContext,
@@ -36,7 +36,7 @@ def rewards_with(head, ids, hooks, **options):
     return head.read(kept[0][:, -1])
 
 
-@pytest.mark.parametrize("site", ["mlp", "attn_head", "mlp_gate"])
+@pytest.mark.parametrize("site", grid(["mlp", "attn_head", "mlp_gate"]))
 @pytest.mark.parametrize("kind", ["zero", "mean", "scale"])
 def test_equal_to_the_context(exact_head, site, kind):
     """1e-9 of rewards of size 1: a bridge computes attention in steps, and norms of Llama stay float32 (1e-6)."""
@@ -62,7 +62,7 @@ def test_equal_to_the_context(exact_head, site, kind):
     assert float((wrong - expected).abs().max()) > 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", grid(FAMILIES))
 def test_padding_on_the_left(family, checkpoints):
     """TransformerLens masks it, and nothing of it reaches a real token.
 

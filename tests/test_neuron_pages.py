@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, close_to, make_pairs
+from conftest import FAMILIES, close_to, grid, make_pairs
 from reference import Reference
 from scipy import stats
 
@@ -27,7 +27,7 @@ def chosen(head, site):
     return NeuronSet.from_indices(PLACES[site], shape=shape, site=site, architecture=head.architecture)
 
 
-@pytest.fixture(scope="module", params=[("gpt2", "mlp"), ("llama", "mlp"), ("gpt_neox", "attn_head")])
+@pytest.fixture(scope="module", params=grid([("gpt2", "mlp"), ("llama", "mlp"), ("gpt_neox", "attn_head")]))
 def both(request, checkpoints, pairs):
     family, site = request.param
     assert family in FAMILIES

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import make_pairs, save_classifier
+from conftest import grid, make_pairs, save_classifier
 
 from rmtension import ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
 from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning
@@ -59,7 +59,7 @@ def tensors_of(found):
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", grid(["gpt2", "llama"]))
 def test_the_pair_and_the_layer_are_named(name, family, checkpoints, pairs):
     head = broken(checkpoints, family)
     first = [pair.id for pair in pairs if is_bad(pair)]
@@ -75,7 +75,7 @@ def test_the_pair_and_the_layer_are_named(name, family, checkpoints, pairs):
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", grid(["gpt2", "llama"]))
 def test_skipping_gives_what_the_other_pairs_give(name, family, checkpoints, pairs):
     """To rounding, because they are batched differently; the skipped ones are counted and named."""
     head = broken(checkpoints, family, on_nonfinite="skip")

@@ -8,6 +8,7 @@ import re
 
 import matplotlib
 import pytest
+from conftest import grid
 from documented import ROOT, cells, limited
 
 SECONDS = 60  # for a notebook, on a machine that does other things too; the longest takes 8
@@ -86,7 +87,7 @@ def test_these_are_all():
     assert sorted(path.name for path, _ in cells()) == sorted(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", grid(NAMES))
 def test_every_cell_runs_and_shows_what_was_kept(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     notebook = read(name)

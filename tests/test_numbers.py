@@ -7,7 +7,7 @@ runs as long as its inputs round alike).
 
 import pytest
 import torch
-from conftest import FAMILIES, close_to
+from conftest import FAMILIES, close_to, grid
 from reference import Reference
 from replaced import ALPHA, replacement_of, targets_of
 
@@ -18,7 +18,7 @@ SITES = ("mlp", "attn_head")
 POSITIONS = ("all", "response", "last")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=grid(FAMILIES))
 def both(request, checkpoints):
     """The head under test and the reference, of every family."""
     from rmtension import RewardHead
@@ -41,8 +41,8 @@ def some_neurons(head, site, seed=0):
     return NeuronSet(mask, site, head.architecture)
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("site", grid(SITES))
+@pytest.mark.parametrize("positions", grid(POSITIONS))
 def test_statistics(both, pairs, site, positions):
     head, reference = both
     tokens = []
@@ -62,8 +62,8 @@ def test_statistics(both, pairs, site, positions):
     assert not torch.allclose(statistics.channel_mean, channels[:, 1:].mean(1), **CLOSE)
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("site", grid(SITES))
+@pytest.mark.parametrize("positions", grid(POSITIONS))
 @pytest.mark.parametrize("aggregate", ["signed", "absolute"])
 def test_mean_difference(both, pairs, site, positions, aggregate):
     head, reference = both
@@ -74,8 +74,8 @@ def test_mean_difference(both, pairs, site, positions, aggregate):
     check(head, pairs, means, "mean_difference", site, positions, aggregate)
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("site", grid(SITES))
+@pytest.mark.parametrize("positions", grid(POSITIONS))
 @pytest.mark.parametrize("aggregate", ["signed", "absolute"])
 def test_gradient_x_activation(both, pairs, site, positions, aggregate):
     head, reference = both
@@ -101,8 +101,8 @@ def check(head, pairs, per_text, method, site, positions, aggregate):
     assert torch.allclose(swapped, scores.values if aggregate == "absolute" else -scores.values, **close_to(head))
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("site", grid(SITES))
+@pytest.mark.parametrize("positions", grid(POSITIONS))
 @pytest.mark.parametrize("kind", ["zero", "scale", "mean", "resample"])
 def test_ablation(both, pairs, site, positions, kind):
     head, reference = both

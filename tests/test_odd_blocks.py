@@ -64,7 +64,14 @@ def by_contexts(head, pairs, neurons):
     return effects
 
 
-@pytest.mark.parametrize(("family", "site"), [("gemma2", "mlp"), ("llama", "attn_head"), ("llama", "mlp")])
+@pytest.mark.parametrize(
+    ("family", "site"),
+    [
+        ("gemma2", "mlp"),
+        pytest.param("llama", "attn_head", marks=pytest.mark.grid),
+        pytest.param("llama", "mlp", marks=pytest.mark.grid),
+    ],
+)
 def test_single_effects_in_half_precision(opened, few, family, site):
     """No worse than ablating one by one: what is left is the rounding of rewards, a few of bfloat16's 1/256."""
     changes = {"head_dim": 8} if family == "gemma2" else {}

@@ -254,6 +254,7 @@ def test_decoys_are_loud_and_idle(plain):
 # -- redundancy --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 def test_of_neurons_that_back_each_other_up_only_both_matter(redundant):
     organism, head = redundant
     truth, margins = organism.truth, mean_margins(organism, head)

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import EOS, make_config, make_tokenizer, save_classifier
+from conftest import EOS, grid, make_config, make_tokenizer, save_classifier
 from safetensors.torch import load_file, save_file
 from test_heads import with_tensors
 
@@ -26,7 +26,7 @@ def padded_with_eos(tmp_path_factory):
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), pad=EOS)
 
 
-@pytest.fixture(scope="module", params=["gpt2", "gpt_neox"])
+@pytest.fixture(scope="module", params=grid(["gpt2", "gpt_neox"]))
 def folder(request, padded_with_eos, tmp_path_factory):
     """A classifier with three named outputs."""
     where = tmp_path_factory.mktemp(request.param)
@@ -197,7 +197,7 @@ class TestClassifiers:
 
 
 class TestTokens:
-    @pytest.mark.parametrize("family", ["gpt2", "llama", "gptj", "granite", "cohere"])
+    @pytest.mark.parametrize("family", grid(["gpt2", "llama", "gptj", "granite", "cohere"]))
     def test_equal_to_the_logits_of_the_language_model(self, language_models, family):
         model = transformers.AutoModelForCausalLM.from_pretrained(language_models[family], dtype=torch.float32).eval()
         head = RewardHead.from_pretrained(language_models[family], output=("Ġsure", " bake"))

@@ -49,6 +49,7 @@ def test_chance_in_each_layer_is_what_permutations_give():
     assert found.beyond_high == pytest.approx(found.jaccard - low, abs=step)
 
 
+@pytest.mark.grid
 def test_interval_beyond_chance_excludes_nothing_in_one_case_of_twenty():
     """Sets random within their layers: 2 to 8% of 600 intervals exclude 0. Sets that share a part: nearly all do."""
     rng = np.random.default_rng(0)

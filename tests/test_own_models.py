@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_pairs
+from conftest import grid, make_pairs
 from own_models import HAS_HOOKED_TRANSFORMER, KINDS, alone, make_own, ragged_ids, unembedding
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -100,8 +100,8 @@ def test_direct_contributions_sum_to_the_reward(kind, changes):
         assert parts.neurons["mlp"][:, 1].abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("site", ["mlp", "attn_head"])
-@pytest.mark.parametrize("changes", [CONFIGS["LN"], CONFIGS["bidirectional, no norm"]], ids=["LN", "no norm"])
+@pytest.mark.parametrize("site", grid(["mlp", "attn_head"]))
+@pytest.mark.parametrize("changes", grid([CONFIGS["LN"], CONFIGS["bidirectional, no norm"]]), ids=["LN", "no norm"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_permanent_ablation_equals_the_context_and_comes_back_from_a_folder(kind, changes, site, tokenizer, tmp_path):
     pairs = make_pairs(4, longest=2)

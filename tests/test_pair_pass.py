@@ -71,15 +71,19 @@ def same(found, expected):
     )
 
 
-def test_a_generator_gives_what_a_list_gives(head, pairs, three_at_a_time):
+@pytest.fixture(scope="module")
+def whole(head, pairs):
+    """Of all pairs at once."""
+    return everything(head, lambda: pairs)
+
+
+def test_a_generator_gives_what_a_list_gives(head, pairs, whole, three_at_a_time):
     """Values to 1e-12, in float64, and everything the provenance says."""
-    expected = everything(head, lambda: pairs)
-    assert same(everything(head, lambda: (pair for pair in pairs)), expected)
-    assert not same(everything(head, lambda: iter(pairs[:-1])), expected)
+    assert same(everything(head, lambda: (pair for pair in pairs)), whole)
+    assert not same(everything(head, lambda: iter(pairs[:-1])), whole)
 
 
-def test_parts_change_nothing(head, pairs, monkeypatch):
-    whole = everything(head, lambda: pairs)
+def test_parts_change_nothing(head, pairs, whole, monkeypatch):
     monkeypatch.setattr("rmtension.pair_pass._PAIRS_PER_CHUNK", 4)
     assert same(everything(head, lambda: pairs), whole)
 

@@ -288,6 +288,7 @@ class TestEveryFigure:
             DRAWN[name][0](study).savefig(tmp_path / f"{name}.png", dpi=50)
             assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
+    @pytest.mark.grid
     def test_without_the_suites_type_checks(self):
         """Matplotlib waits for the first figure, and what is no table is refused with a word on what is."""
         code = "import rmtension.report as r, sys; assert 'matplotlib' not in sys.modules; r.plots.accuracy('folder')"

@@ -5,6 +5,7 @@ from importlib.metadata import version
 import pytest
 import torch
 import transformers
+from conftest import grid
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
 from rmtension.check_matrix import make_classifier
@@ -28,14 +29,15 @@ def folders(tmp_path_factory, tokenizer):
 
 
 @pytest.mark.parametrize("options", WAYS, ids=lambda options: " ".join(map(str, options.values())))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", grid(FAMILIES))
 def test_rewards_and_neurons_are_those_of_the_checkpoint(folders, ragged_texts, pairs, family, options, tmp_path):
     plain = RewardHead.from_pretrained(folders[family])
     # In float32: TransformerLens 3.9 processes Qwen2 to two dtypes otherwise.
     head = RewardHead.from_pretrained(folders[family], **options)
     assert torch.allclose(head.score(ragged_texts), plain.score(ragged_texts), atol=1e-5, rtol=0)
-    assert head.check()["passed"].all()
-    assert "equal to transformers" in set(head.check()["check"])
+    table = head.check()
+    assert table["passed"].all()
+    assert "equal to transformers" in set(table["check"])
     # Neurons of the MLP mean the same: the same activations, and the same reward without them.
     ours, theirs = (ActivationCollector(one, site="mlp").collect(pairs) for one in (head, plain))
     assert torch.allclose(ours.mean, theirs.mean, atol=1e-5)
@@ -60,7 +62,7 @@ def test_rewards_and_neurons_are_those_of_the_checkpoint(folders, ragged_texts, 
         assert opened.check()["passed"].all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", grid(FAMILIES))
 def test_a_bridge_in_compatibility_mode(folders, ragged_texts, tokenizer, family):
     """The user's own bridge: without the norm it is refused, with the norm it scores what transformers scores."""
     from transformer_lens.model_bridge import TransformerBridge

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_pairs, save_classifier
+from conftest import grid, make_pairs, save_classifier
 from scipy import stats
 from transformers import AutoModelForSequenceClassification
 
@@ -112,8 +112,8 @@ def expected_sides(raw, site, positions, method, pool):
     return sides
 
 
-@pytest.mark.parametrize("site", ["mlp", "attn_head"])
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("site", grid(["mlp", "attn_head"]))
+@pytest.mark.parametrize("positions", grid(POSITIONS))
 @pytest.mark.parametrize("method", SCORES)
 def test_scores_are_those_of_the_raw_classifier(profiles, raw, site, positions, method):
     """float64: what is left is the order of sums (1e-12)."""

@@ -17,6 +17,7 @@ def plain(tmp_path_factory):
     return make_organism(tmp_path_factory.mktemp("plain"), seed=3, n_pairs=N_PAIRS)
 
 
+@pytest.mark.grid
 def test_all_sets_are_found_and_no_decoy_enters(plain):
     """F1 is 1 where finds, hits and truth are equally many; mean differences are the negative control."""
     rows = recovery(plain, steps=STEPS)
@@ -38,6 +39,7 @@ def test_a_hit_is_a_neuron_of_the_right_kind(plain, tmp_path, monkeypatch):
     assert recovery(plain)["turned"]["hits"] == 0
 
 
+@pytest.mark.grid
 def test_neurons_with_a_backup(tmp_path):
     """No method that asks for single ablations finds A and B; integrated gradients do."""
     rows = recovery(make_organism(tmp_path, seed=3, redundancy=2, n_pairs=N_PAIRS), steps=STEPS)

@@ -3,14 +3,14 @@
 import pytest
 import torch
 import transformers
-from conftest import CONTEXT, EOS, FAMILIES, make_tokenizer, save_classifier
+from conftest import CONTEXT, EOS, FAMILIES, grid, make_tokenizer, save_classifier
 from reference import transformers_rewards
 
 from rmtension import NeuronSet, PreferencePairs, RewardHead
 from rmtension.errors import DataError, ModelError, OptionError
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", grid(FAMILIES))
 def test_rewards_equal_transformers(checkpoints, ragged_texts, family, record_property):
     expected = transformers_rewards(checkpoints[family], ragged_texts)
     head = RewardHead.from_pretrained(checkpoints[family])
@@ -33,7 +33,7 @@ def test_rewards_equal_transformers(checkpoints, ragged_texts, family, record_pr
     assert float((early - expected).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", grid(FAMILIES))
 def test_float64_is_exact(checkpoints, ragged_texts, family):
     """In float64 only the order of sums differs, so 1e-12 leaves three digits to spare."""
     expected = transformers_rewards(checkpoints[family], ragged_texts, dtype=torch.float64)

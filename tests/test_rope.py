@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers
-from conftest import make_config
+from conftest import grid, make_config
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
 from rmtension.rope import RopeByText
@@ -61,7 +61,7 @@ def classifier(family, tokenizer):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3", "qwen2"])
+@pytest.fixture(scope="module", params=grid(["llama", "gemma3", "qwen2"]))
 def opened(request, tokenizer):
     """A head in float64, the classifier inside it, and texts of 2 to 60 tokens with their rewards alone."""
     model = classifier(request.param, tokenizer).double()

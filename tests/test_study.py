@@ -222,6 +222,7 @@ class TestPasses:
         with pytest.raises(AssertionError, match="a model was run"):
             other.run(folder=tmp_path, progress=False)
 
+    @pytest.mark.grid
     def test_the_same_study_gives_the_same_tables(self, families, world):
         """To the last bit, on one thread. Across numbers of threads, see test_threads.py."""
         options = replace(OPTIONS, scores=("mean_difference",), curve_fractions=(0.1,))
@@ -237,6 +238,7 @@ class TestPasses:
         assert family.n_run == 6
 
 
+@pytest.mark.grid
 def test_block_of_the_paper_page_runs(folders, world, passes, result, monkeypatch, capsys):
     """With these families, whose passes are in the folder."""
     monkeypatch.chdir(passes.parent)
@@ -258,6 +260,7 @@ class TestRules:
         with pytest.raises(OptionError, match="rules: expected one of"):
             StudyOptions.of("published")
 
+    @pytest.mark.grid
     def test_a_difference_can_be_traced(self, tmp_path, tokenizer, world):
         """A gated model by the published rules, computed again from the raw classifier: pooled signed gate means."""
         models = {n: save_classifier(tmp_path / n, "llama", tokenizer, seed=s) for s, n in enumerate(MODELS)}
@@ -314,6 +317,7 @@ class TestResult:
         with pytest.raises(AttributeError, match="this study has"):
             _ = result.nothing
 
+    @pytest.mark.grid
     def test_report_and_figures_of_every_table(self, result, tmp_path):
         from rmtension.report import write_report
         from rmtension.text_report import to_text
@@ -390,6 +394,7 @@ class TestArguments:
         assert found.overlap["jaccard_low"].notna().sum() == 3
 
 
+@pytest.mark.grid
 def test_where_there_is_nothing_to_find():
     """A small part of `tests/null_control.py` (docs/controls.md has the whole): 2 studies, coins for labels.
 
@@ -402,6 +407,7 @@ def test_where_there_is_nothing_to_find():
     assert abs(found["mean Jaccard minus chance in each layer"]) < 0.02
 
 
+@pytest.mark.grid
 def test_a_planted_shared_set_is_found(tokenizer):
     """One run of `tests/planted.py` (docs/controls.md has 100)."""
     row = planted_run(0, tokenizer)

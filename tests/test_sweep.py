@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import batches_of, make_pairs
+from conftest import batches_of, grid, make_pairs
 
 from rmtension import (
     AblationContext,
@@ -40,8 +40,8 @@ def one_by_one(head, pairs, sets, replacement=Zero(), **options):
     return found
 
 
-@pytest.mark.parametrize("site", ["mlp", "attn_head"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("site", grid(["mlp", "attn_head"]))
+@pytest.mark.parametrize("family", grid(["gpt2", "llama", "gpt_neox"]))
 def test_every_replacement_and_position(checkpoints, few, family, site):
     """In float64 to 1e-9 (1e-6 where norms are float32 in every model)."""
     head = RewardHead.from_pretrained(checkpoints[family], dtype=torch.float64)

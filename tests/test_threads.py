@@ -39,7 +39,9 @@ def differences(one, other):
     }
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("gpt2", torch.float32), ("llama", torch.float64)])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("gpt2", torch.float32), pytest.param("llama", torch.float64, marks=pytest.mark.grid)]
+)
 def test_results_agree_across_numbers_of_threads(checkpoints, pairs, family, dtype):
     head = RewardHead.from_pretrained(checkpoints[family], dtype=dtype)
     one, same, two = (computed(head, pairs, threads) for threads in (1, 1, 2))

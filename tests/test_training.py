@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_config, make_pairs, make_tokenizer, put_bos_first
+from conftest import grid, make_config, make_pairs, make_tokenizer, put_bos_first
 from safetensors.torch import load_file
 
 from rmtension import progress
@@ -92,7 +92,7 @@ def orders(monkeypatch):
 # -- seed --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("dropout", grid([False, True], keep=[True]))
 def test_the_same_seed_gives_the_same_weights_whatever_the_callers_random_state(dropout, world, base, tmp_path):
     torch.manual_seed(1)
     first = weights(quick(world.train["helpful"], base, tmp_path / "a", seed=3, dropout=dropout))
@@ -454,15 +454,19 @@ def test_base_model_is_seeded_and_reads_long_texts_in_pieces(world, bpe, tmp_pat
         train_base_model([], config, bpe, tmp_path / "empty")
 
 
-def test_tokenizer_is_the_same_in_another_process_and_loses_nothing(world):
+@pytest.mark.grid
+def test_tokenizer_is_the_same_in_another_process(world):
     code = (
         "from rmtension.world import preference_world as w; from rmtension.training import train_tokenizer as t;"
         "print(t(w(0, n_train=48, n_test=48).texts, 320).backend_tokenizer.to_str())"
     )
     # Another process hashes strings differently, which is what an unordered merge would depend on.
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
+    assert train_tokenizer(world.texts, 320).backend_tokenizer.to_str() == other.strip()
+
+
+def test_tokenizer_loses_nothing(world):
     tokenizer = train_tokenizer(world.texts, 320)
-    assert tokenizer.backend_tokenizer.to_str() == other.strip()
     assert len(tokenizer) == 320
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     odd = "Grüße, 世界!\n\n\tline  two \x07"

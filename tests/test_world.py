@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import grid
 
 from rmtension.errors import OptionError
 from rmtension.pairs import PreferencePairs
@@ -29,7 +30,7 @@ TEMPLATE = re.compile(
 )
 
 
-@pytest.fixture(scope="module", params=SEEDS)
+@pytest.fixture(scope="module", params=grid(SEEDS))
 def world(request):
     return preference_world(request.param)
 
