@@ -39,12 +39,17 @@ FAMILIES = ("gpt2", "llama", "gpt_neox")
 def grid(values, *, keep=None):
     """Values of one parameter of a test or fixture, of which `keep` (default: the first) are tested in the fast lane.
 
-    The others carry the marker `grid`: `make test` leaves them out, `make test-all` and `.ci/run` have all.
+    The others carry the marker `grid`: `make test` leaves them out, `make test-all` and `.ci/run` have all. A tuple holds
+    the values of several parameters.
     """
     values = list(values)
     kept = values[:1] if keep is None else list(keep)
     assert all(value in values for value in kept), "the fast lane keeps some of the values"
-    return [value if value in kept else pytest.param(value, marks=pytest.mark.grid) for value in values]
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [
+        pytest.param(*row, marks=[] if value in kept else pytest.mark.grid)
+        for value, row in zip(values, rows, strict=True)
+    ]
 
 
 def put_bos_first(tokenizer):

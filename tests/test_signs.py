@@ -14,7 +14,7 @@ from rmtension.organisms import make_organism
 from rmtension.overlap import jaccard_intervals
 from rmtension.profiles import SCORES, collect_profiles
 from rmtension.provenance import Provenance
-from rmtension.signs import BY
+from rmtension.signs import RANK_BY
 from rmtension.single_effects import single_neuron_effects
 from rmtension.study_options import sign_of
 
@@ -193,7 +193,7 @@ def test_overlap_reads_each_score_by_its_own_sign(by):
 
 
 def test_studies_ask_only_for_directions_that_scores_have():
-    for by in BY:
+    for by in RANK_BY:
         scores = ("frequency", "change") if by == "score" else ("gradient_x_activation", "attribution_patching")
         assert StudyOptions(rank_by=by, scores=scores).rank_by == by
     for by, scores in (("supports", ("mean_difference", "magnitude")), ("score", ("change", "attribution_patching"))):
