@@ -39,7 +39,7 @@ FAMILIES = ("gpt2", "llama", "gpt_neox")
 def grid(values, *, keep=None):
     """Values of one parameter of a test or fixture, of which `keep` (default: the first) are tested in the fast lane.
 
-    The others carry the marker `grid`: `make test` leaves them out, `make test-all` and `.ci/run` have all. A tuple holds
+    The others carry the marker `grid`: `make test` leaves them out, `make test-all` and `.ci/run` have all. A tuple has
     the values of several parameters.
     """
     values = list(values)
