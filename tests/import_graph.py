@@ -1,6 +1,6 @@
 """Which module imports which, and which package which: floors, and circles.
 
-    python tests/import_graph.py [--root PATH]
+    python tests/import_graph.py [--root PATH] [--modules]
 
 prints how many modules and packages a checkout has, the imports between packages, the floors, and the circles.
 Every import counts: at the top of a module, inside a function, under `TYPE_CHECKING`. `tests/test_package.py` holds
@@ -49,11 +49,11 @@ _HOUSE: tuple[dict[str, str], ...] = (
     {"reward_head": "reward_head"},
     {"attribution": "attribution batch_run faithfulness methods neuron_json neuron_pages single_effects"},
     {
-        "study": ("analyses causality collapse curves family_runs runs study study_config study_options study_result"),
+        "study": "analyses causality collapse curves family_runs runs study study_config study_options study_result",
     },
     {"plots": "plots", "training": "family holding trainer_run training"},
     {
-        "report": ("findings html_report neuron_drawing readable report report_figures study_neurons text_report"),
+        "report": "findings html_report neuron_drawing readable report report_figures study_neurons text_report",
         "synthetic": "check_matrix organisms world",
     },
     {"cli": "cli commands demo", "rmtension": "rmtension"},
@@ -174,24 +174,28 @@ def _module(name: str, package: str, modules: Iterable[str]) -> str | None:
     return next((one for one in inside if one in modules), package)
 
 
-def describe(graph: Graph, rooms: Mapping[str, str]) -> str:
+def describe(graph: Graph, rooms: Mapping[str, str], *, each_module: bool = False) -> str:
     """All of it as text."""
     packages = graph.by_package(rooms)
-    said = []
+    said = [f"{sum(graph.lines.values())} lines"]
     for what, one in (("modules", graph), ("packages", packages)):
         n_arrows, levels, found = sum(map(len, one.arrows.values())), floors(one.arrows), circles(one.arrows)
         said.append(f"{len(one.lines)} {what}, {n_arrows} arrows between them, floors: {len(levels)}")
         said.append(f"circles of {what}: {len(found)}")
         said += [f"  of {len(circle)}: {' '.join(circle)}" for circle in found]
-    said.append("floor, package, lines -> packages that it imports from")
-    for number, level in enumerate(floors(packages.arrows), 1):
-        for package in level:
-            below = " ".join(sorted(packages.arrows[package])) or "-"
-            said.append(f"{number:3} {package:14} {packages.lines[package]:6} -> {below}")
+    for what, one in (("package", packages), *([("module", graph)] if each_module else [])):
+        width = max(map(len, one.lines))
+        said.append(f"floor, {what}, lines -> what it imports")
+        for number, level in enumerate(floors(one.arrows), 1):
+            for name in level:
+                below = " ".join(sorted(one.arrows[name])) or "-"
+                said.append(f"{number:3} {name:{width}} {one.lines[name]:6} -> {below}")
     return "\n".join(said)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=ROOT, help="a checkout (default: this one)")
-    print(describe(read_graph(parser.parse_args().root / NAME), ROOMS))
+    parser.add_argument("--modules", action="store_true", help="every module too")
+    options = parser.parse_args()
+    print(describe(read_graph(options.root / NAME), ROOMS, each_module=options.modules))

@@ -108,7 +108,7 @@ def test_scores(text_heads, family, method):
 
 def test_the_search_finds_a_model_that_sees_its_padding(monkeypatch):
     """Negative control: rows run as they came, left padding and all."""
-    monkeypatch.setattr("rmtension.reward_head.compact", lambda input_ids, mask: (input_ids, mask))
+    monkeypatch.setattr("rmtension.scoring.compact", lambda input_ids, mask: (input_ids, mask))
     # What it finds need not be made small.
     monkeypatch.setattr(f"{__name__}.SEARCH", settings(SEARCH, phases=[Phase.generate]))
     with pytest.raises(AssertionError):

@@ -291,7 +291,7 @@ class TestEveryFigure:
     @pytest.mark.grid
     def test_without_the_suites_type_checks(self):
         """Matplotlib waits for the first figure, and what is no table is refused with a word on what is."""
-        code = "import rmtension.report as r, sys; assert 'matplotlib' not in sys.modules; r.plots.accuracy('folder')"
+        code = "import sys, rmtension.plots as p; assert 'matplotlib' not in sys.modules; p.accuracy('folder')"
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "OptionError: table: expected a StudyResult or its table 'accuracy', got str" in ran.stderr
 
