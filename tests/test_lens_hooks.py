@@ -9,6 +9,8 @@ from conftest import FAMILIES, grid, make_pairs, save_classifier, unchecked
 from rmtension import AblationContext, ActivationCollector, NeuronSet, RewardHead
 from rmtension.errors import ModelError, OptionError, ProvenanceError
 
+pytestmark = pytest.mark.lens
+
 
 def some_neurons(head, site, *, seed=0):
     generator = torch.Generator().manual_seed(seed)
