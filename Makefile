@@ -10,24 +10,32 @@ VENV4 := .venv-tf4
 VENV_REWARDBENCH := .venv-rewardbench
 REWARDBENCH := 0.1.4
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
-# The suite runs on one thread each; a file's tests stay together, because they share models.
-WORKERS := -n 2 --dist loadfile
+# Two workers of one thread each. Each begins with half of the suite, in order, because neighbours share models; who is
+# done first takes half of what the other has left.
+WORKERS := -n 2 --dist worksteal
 PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-tl3 matrix matrix-tl3 exports check docs docs-check release-check clean
+.PHONY: demo test test-all test-tl3 matrix matrix-tl3 exports check docs docs-check release-check clean
 
 demo: $(VENV)/ready
 	$(BIN)/rmtension demo --overwrite
 
+# Every law once: without the grid over families, sites and positions, and without whole programs.
 test: $(VENV)/ready
+	$(BIN)/python -m pytest $(WORKERS) -m "not grid"
+
+test-all: $(VENV)/ready
 	$(BIN)/python -m pytest $(WORKERS)
 
-# Tables, figures, pages, what teaches and what reads data do not touch TransformerLens: they are tested once.
-SAME := $(addprefix --ignore=tests/test_,html_report.py report.py plots.py notebooks.py repr_html.py docstrings.py \
-  intervals.py reading.py pairs.py preference_format.py benchmarks.py files.py)
+# What reaches TransformerLens only by opening a model, as the other tests do, or not at all: it is tested once.
+SAME := $(patsubst %,--ignore-glob='*/test_%.py',arguments behaviour benchmarks cli conflict distributed docstrings \
+  evaluation examples faithfulness_plot files fuzz html_report intervals local_names neurons notebooks organisms overlap \
+  package pairs plots preference_format progress reading recovery report repr_html shared storage study threads tokens \
+  training work world)
 
+# Every law once, and the grid where families, bridges and hooks are TransformerLens' own (the marker `lens`).
 test-tl3: $(VENV3)/ready
-	$(VENV3)/bin/python -m pytest -p no:cacheprovider $(WORKERS) $(SAME)
+	$(VENV3)/bin/python -m pytest -p no:cacheprovider $(WORKERS) -m "not grid or lens" $(SAME)
 
 # Which families of reward models open, and how exactly: fails if one that opens is further than 1e-4 off.
 matrix: $(VENV)/ready

@@ -15,6 +15,7 @@ from rmtension.encoding import encode_texts
 from rmtension.errors import ModelError
 from rmtension.tokens import text_batches
 
+pytestmark = pytest.mark.lens
 DENSE = [
     *("gpt2", "gpt_neox", "llama", "llama, tied embeddings", "olmo2", "mistral", "qwen2", "qwen3", "gemma2", "opt"),
     *("phi3", "gpt_neo", "gptj", "falcon", "stablelm", "bloom", "exaone4", "gemma3_text", "glm4", "mpt", "nemotron"),

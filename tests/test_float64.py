@@ -9,6 +9,7 @@ from own_models import HAS_HOOKED_TRANSFORMER
 from rmtension import AblationContext, NeuronAttribution, NeuronSet, RewardHead
 from rmtension.check_matrix import make_classifier
 
+pytestmark = pytest.mark.lens
 WAYS = [{}, {"process_weights": True}]
 if HAS_HOOKED_TRANSFORMER:
     WAYS += [{"model_class": "HookedTransformer"}]

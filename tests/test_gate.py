@@ -34,6 +34,7 @@ from rmtension.errors import ModelError, OptionError
 from rmtension.gates import GATE_ROWS, find_gates
 from rmtension.hooks import Spot, count_foreign_hooks
 
+pytestmark = pytest.mark.lens
 HAS_HOOKED_TRANSFORMER = int(version("transformer-lens").split(".")[0]) < 4
 
 

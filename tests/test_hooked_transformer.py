@@ -17,7 +17,7 @@ if int(version("transformer-lens").split(".")[0]) >= 4:
     pytest.skip("TransformerLens 4 removed HookedTransformer", allow_module_level=True)
 
 # 3.x says so at every construction.
-pytestmark = pytest.mark.filterwarnings("ignore:Hooked.* is deprecated:DeprecationWarning")
+pytestmark = [pytest.mark.lens, pytest.mark.filterwarnings("ignore:Hooked.* is deprecated:DeprecationWarning")]
 
 
 def hooked(vocab_size, **changes):

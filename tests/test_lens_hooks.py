@@ -19,6 +19,8 @@ from rmtension import (
 )
 from rmtension.errors import ModelError, OptionError, ProvenanceError
 
+pytestmark = pytest.mark.lens
+
 
 def some_neurons(head, site, *, seed=0):
     generator = torch.Generator().manual_seed(seed)

@@ -197,6 +197,7 @@ class TestClassifiers:
 
 
 class TestTokens:
+    @pytest.mark.lens
     @pytest.mark.parametrize("family", grid(["gpt2", "llama", "gptj", "granite", "cohere"]))
     def test_equal_to_the_logits_of_the_language_model(self, language_models, family):
         model = transformers.AutoModelForCausalLM.from_pretrained(language_models[family], dtype=torch.float32).eval()

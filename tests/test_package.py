@@ -175,8 +175,10 @@ def test_the_citation_has_what_the_format_requires():
 
 
 def test_the_workflow_runs_what_the_checks_run():
-    """Each `make` of `.ci/run`, in its order."""
+    """Each `make` of `.ci/run`, in its order; among them the whole suite."""
     steps = re.findall(r"^make .+$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert "make test-all" in steps
+    assert re.search(r"^test-all:.*\n\t\S+ -m pytest \$\(WORKERS\)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert len(steps) >= 6
     assert re.findall(r"^      - run: (make .+)$", workflow, re.MULTILINE) == steps

@@ -172,6 +172,7 @@ def test_hooks_of_the_user_run_unpacked(checkpoints, few):
     assert sum(shapes) == 2 * len(few) - few.n_ties, "a tie is one text"
 
 
+@pytest.mark.lens
 @pytest.mark.parametrize("family", grid(["gpt2", "llama", "gpt_neox"]))
 def test_what_a_bridge_wires_for_itself_is_no_hook_of_the_users(checkpoints, few, family):
     """A bridge that ran once keeps hooks of its own: pairs are packed as before, until the user hooks it."""

@@ -11,6 +11,7 @@ from rmtension import AblationContext, ActivationCollector, NeuronAttribution, N
 from rmtension.check_matrix import make_classifier
 from rmtension.errors import ModelError
 
+pytestmark = pytest.mark.lens
 HAS_HOOKED_TRANSFORMER = int(version("transformer-lens").split(".")[0]) < 4
 WAYS = [{"process_weights": True}]
 if HAS_HOOKED_TRANSFORMER:

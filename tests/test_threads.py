@@ -3,10 +3,17 @@
 import pytest
 import torch
 
-from rmtension import ActivationCollector, NeuronAttribution, RewardHead
+from rmtension import ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
 from rmtension.single_effects import single_neuron_effects
 
 ACROSS = 1e-6
+
+
+def some_neurons(head):
+    """Every eighth of each layer."""
+    mask = torch.zeros(head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
+    mask[:, ::8] = True
+    return NeuronSet(mask, "mlp", head.architecture)
 
 
 def computed(head, pairs, threads):
@@ -16,7 +23,7 @@ def computed(head, pairs, threads):
         scored, statistics = head.score_pairs(pairs), ActivationCollector(head).collect(pairs)
         gradients = NeuronAttribution(head, method="gradient_x_activation").score(pairs)
         difference = NeuronAttribution(head, method="mean_difference").score(pairs)
-        effects = single_neuron_effects(head, pairs[:4])
+        effects = single_neuron_effects(head, pairs[:4], neurons=some_neurons(head))
     finally:
         torch.set_num_threads(1)
     return {
@@ -27,7 +34,7 @@ def computed(head, pairs, threads):
         "mean_difference": (difference.values, statistics.rms),
         "gradient_x_activation": (gradients.values, gradients.values),
         "stderr": (gradients.stderr, gradients.values),
-        "effects": (effects.values, scored.chosen),
+        "effects": (effects.values.nan_to_num(), scored.chosen),
     }
 
 
