@@ -78,7 +78,7 @@ class AblationContext:
         ablated = self.replacement.values(layer, columns, block, batch)
         # "all" needs no mask: what becomes of padding reaches no real token.
         if batch is not None and self._positions != "all":
-            ablated = torch.where(batch.touched(self._positions).to(block.device).reshape(-1, 1), ablated, block)
+            ablated = torch.where(batch.position_mask(self._positions).to(block.device).reshape(-1, 1), ablated, block)
         rows = rows.clone()
         rows[:, columns] = ablated
         return rows.reshape(activation.shape)

@@ -265,11 +265,11 @@ class ActivationCollector:
             columns_of = [row.nonzero()[:, 0].tolist() for row in batch.select(self.positions)]
             places = [
                 (donor, row, columns_of[row][offset])
-                for row, place in enumerate(batch.places)
+                for row, place in enumerate(batch.indices)
                 for donor, offset in wanted[used[place]]
             ]
             donors, rows, columns = torch.tensor(places).unbind(dim=1)
-            self.head.look(batch, [self.site], partial(_keep, values, donors, rows, columns))
+            self.head.observe(batch, [self.site], partial(_keep, values, donors, rows, columns))
         keys = torch.tensor([texts[owner].key for owner in owners])
         if shard.size > 1:
             shard.require_same("list of pairs", f"{pairs.ordered_digest} {self.head.fingerprint}")
@@ -343,13 +343,13 @@ class _ActivationSums(PairStatistic[_Seen]):
     def observe(self, batch: TokenBatch) -> list[Tensor]:
         head, site = self._head, self._site
         # A token of a shared prefix counts once for each text of its row that selects it.
-        weights = TokenWeights(batch.by_token(batch.select(self._positions).float()))
+        weights = TokenWeights(batch.sum_over_texts(batch.select(self._positions).float()))
         layers: list[dict[str, Tensor]] = [{} for _ in range(head.n_layers)]
 
         def sum_layer(_site: str, layer: int, channels: Tensor) -> None:
             layers[layer] = weighted_sums(channels, weights, site, head.n_neurons(site))
 
-        head.look(batch, [site], sum_layer)
+        head.observe(batch, [site], sum_layer)
         # On a GPU all layers are started before the first is waited for.
         return [torch.stack([layer[name].cpu() for layer in layers]) for name in self._sums]
 

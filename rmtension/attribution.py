@@ -14,7 +14,7 @@ from rmtension.arguments import require_arguments, require_choice
 from rmtension.batch_run import BatchRun
 from rmtension.encoding import EncodedText
 from rmtension.errors import DataError, OptionError
-from rmtension.methods import METHODS, ByToken, Found, MethodArgs
+from rmtension.methods import METHODS, MethodArgs, MethodResult, TokenValues
 from rmtension.neuron_scores import NeuronScores
 from rmtension.pair import PreferencePair
 from rmtension.pair_pass import run_pass
@@ -244,7 +244,7 @@ class NeuronAttribution:
     def _args(self) -> MethodArgs:
         return MethodArgs(self.site, self.positions, self.replacement, self.steps)
 
-    def _by_layer(self, run: BatchRun) -> Iterator[Found]:
+    def _by_layer(self, run: BatchRun) -> Iterator[MethodResult]:
         """The method's values by token, layer by layer, with the completeness gap of integrated gradients."""
         for layer in range(self.head.n_layers):
             yield self._method.by_layer(run, self._args, layer)
@@ -379,7 +379,7 @@ class _ScoresOfPairs(PairStatistic[PairAttributions]):
         return [values.to(self._values.dtype)]
 
     def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
-        self._values[list(batch.places[: batch.n_pairs])] = observed[0].cpu()
+        self._values[list(batch.indices[: batch.n_pairs])] = observed[0].cpu()
 
     def compute(self, record: PassRecord) -> PairAttributions:
         record.require_pairs()
@@ -406,16 +406,16 @@ def _run(attributions: Sequence[NeuronAttribution], batch: TokenBatch) -> BatchR
     )
 
 
-def _weighted(by_token: ByToken) -> Float[Tensor, "row token neuron"]:
+def _weighted(by_token: TokenValues) -> Float[Tensor, "row token neuron"]:
     values, weights = by_token
     return values * weights[..., None]
 
 
-def _summed(by_token: ByToken, run: BatchRun) -> Float[Tensor, "pair neuron"]:
+def _summed(by_token: TokenValues, run: BatchRun) -> Float[Tensor, "pair neuron"]:
     """Each pair's score, in float64."""
     values, weights = by_token
     rows = einsum(weights, values, "row token, row token neuron -> row neuron")
-    return run.batch.by_pair(rows.double())
+    return run.batch.sum_per_pair(rows.double())
 
 
 def _stacked(layers: Sequence[Float[Tensor, "pair *rest"]]) -> Float[Tensor, "pair layer *rest"]:

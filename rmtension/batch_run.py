@@ -10,12 +10,12 @@ from torch import Tensor
 
 from rmtension.direct import DirectContributions, DirectPaths
 from rmtension.errors import ModelError
-from rmtension.hooks import InstalledHooks, Spot, Visit, frozen
+from rmtension.hooks import Hook, HookSite, InstalledHooks, frozen
 from rmtension.replay import Replay
 from rmtension.reward_model import RewardModel
 from rmtension.tokens import TokenBatch, margins
 
-Place = tuple[str, int]  # site and layer
+SiteLayer = tuple[str, int]  # site and layer
 
 
 class BatchRun:
@@ -51,25 +51,25 @@ class BatchRun:
         self.head = head
         self.batch = batch
         self.sites = tuple(sites)
-        self.gradients: dict[Place, Float[Tensor, "row token channel"]] = {}
-        self.dropped: list[dict[Place, Float[Tensor, "row token channel"]]] = []
-        self._seen: dict[Place, Tensor] = {}
+        self.gradients: dict[SiteLayer, Float[Tensor, "row token channel"]] = {}
+        self.dropped: list[dict[SiteLayer, Float[Tensor, "row token channel"]]] = []
+        self._seen: dict[SiteLayer, Tensor] = {}
         self._differentiated = gradients or drops
         self._only_last = False
         paths = DirectPaths(head, batch) if direct else None
         gates = _BlockGates(head) if drops else None
-        hooks: list[tuple[Spot, Visit]] = [
-            (spot, partial(self._keep, site, layer))
+        hooks: list[tuple[HookSite, Hook]] = [
+            (hook_site, partial(self._keep, site, layer))
             for site in self.sites
             for layer in range(head.n_layers)
-            for spot in head.body.spots(site, layer)
+            for hook_site in head.body.hook_sites(site, layer)
         ]
-        self.activations: dict[Place, Float[Tensor, "row token channel"]] = {}
+        self.activations: dict[SiteLayer, Float[Tensor, "row token channel"]] = {}
         self.direct: DirectContributions | None = None
         if not forward:
             return
         if not self._differentiated and not direct:
-            head.look(batch, self.sites, self._put)
+            head.observe(batch, self.sites, self._put)
             return
         # The caller may be under no_grad.
         with torch.set_grad_enabled(self._differentiated):
@@ -107,7 +107,7 @@ class BatchRun:
         self._seen[site, layer] = activation if activation.requires_grad else activation.detach().requires_grad_(True)
         return self._seen[site, layer]
 
-    def _gradients(self, rewards: Tensor, *, keep_graph: bool) -> dict[Place, Tensor]:
+    def _gradients(self, rewards: Tensor, *, keep_graph: bool) -> dict[SiteLayer, Tensor]:
         # Above a dropped block nothing of a place may be left: its gradient is 0.
         found = torch.autograd.grad(
             margins(rewards).sum(),
@@ -118,10 +118,10 @@ class BatchRun:
         )
         return {place: self._shaped(place, gradient) for place, gradient in zip(self._seen, found, strict=True)}
 
-    def _shaped(self, place: Place, values: Tensor) -> Tensor:
+    def _shaped(self, place: SiteLayer, values: Tensor) -> Tensor:
         site, layer = place
         if self._only_last and layer == self.head.n_layers - 1 and site != "attn_head":
-            return self.batch.spread(values.reshape(len(self.batch.last), -1))
+            return self.batch.scatter_last(values.reshape(len(self.batch.last), -1))
         return values.reshape(*self.batch.input_ids.shape, -1)
 
 
@@ -129,7 +129,7 @@ class _BlockGates:
     """Lets no gradient through what one block adds to the residual stream; forward, nothing changes but rounding."""
 
     def __init__(self, head: RewardModel) -> None:
-        if head.body.plain is not None and not head.body.runs_plain:
+        if head.body.native is not None and not head.body.runs_native:
             raise ModelError(
                 "graddrop: the bridge has hooks of yours, so that it runs in place of transformers' modules, which "
                 "this looks into. Remove the hooks from head.model first."
@@ -137,8 +137,8 @@ class _BlockGates:
         modules = [*(head.body.block(layer) for layer in range(head.n_layers)), head.body.final_norm]
         self._closed: int | None = None
         self._before: Tensor | None = None
-        self.hooks: list[tuple[Spot, Visit]] = [
-            (Spot(module, "input"), partial(self._split, number - 1)) for number, module in enumerate(modules)
+        self.hooks: list[tuple[HookSite, Hook]] = [
+            (HookSite(module, "input"), partial(self._split, number - 1)) for number, module in enumerate(modules)
         ]
 
     @contextmanager

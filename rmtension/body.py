@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from rmtension.errors import ModelError
 from rmtension.gates import GATE_ROWS, find_gates
 from rmtension.hooked_transformer_body import HookedTransformerBody
-from rmtension.hooks import InstalledHooks, Spot, count_foreign_hooks, eager_eval, has_own_hooks, modules_of, unwrapped
+from rmtension.hooks import (
+    HookSite,
+    InstalledHooks,
+    count_foreign_hooks,
+    eager_eval,
+    has_own_hooks,
+    modules_of,
+    unwrapped,
+)
 from rmtension.norms import read_norm
 from rmtension.plain_run import find_last_mlp, measure_packing, probe_batch, run_base
 from rmtension.plain_weights import has_adapters, refuse_packed_weights, refuse_recomputed
@@ -30,29 +38,29 @@ _BRIDGE_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.2}
 class BridgeBody:
     """A TransformerBridge, with or without transformers' own modules beside it.
 
-    A bridge computes attention step by step, so that every intermediate has a hook. `plain`, a twin of its base model
+    A bridge computes attention step by step, so that every intermediate has a hook. `native`, a twin of its base model
     that shares all parameters and buffers, computes what transformers computes: the rewards of the checkpoint to the
     last digit, faster. The twin runs while only this library has hooks; as soon as the user hooks the bridge, the
     bridge runs, so that those hooks count.
     """
 
-    def __init__(self, bridge: nn.Module, plain: nn.Module | None = None, names: dict[int, str] | None = None) -> None:
+    def __init__(self, bridge: nn.Module, native: nn.Module | None = None, names: dict[int, str] | None = None) -> None:
         self.bridge = bridge
-        self.module: nn.Module = self._base() if plain is None else plain
-        self.plain = plain
+        self.module: nn.Module = self._base() if native is None else native
+        self.native = native
         self._names = names or {}
-        self.projection_names = {} if plain is None else _projection_names(bridge, self._names)
-        self._bridge_error = 0.0 if plain is None else self._compare()
+        self.projection_names = {} if native is None else _projection_names(bridge, self._names)
+        self._bridge_error = 0.0 if native is None else self._compare()
         # After the first run, in which a bridge installs hooks of its own.
         self._foreign = count_foreign_hooks(bridge)
         cfg: Any = bridge.cfg
         self._rope = RopeByText(self.modules(), self._run_all, int(cfg.n_ctx))
-        self._pack_up_to = 0 if plain is None else measure_packing(plain, self.n_embeddings, self._rope.same_up_to)
+        self._pack_up_to = 0 if native is None else measure_packing(native, self.n_embeddings, self._rope.same_up_to)
         self._last_mlp = None
-        if plain is not None:
+        if native is not None:
             last = int(cfg.n_layers) - 1
             path = self.projection_names.get(("mlp", last))
-            self._last_mlp = find_last_mlp(plain, path, self.block(last), self.n_embeddings)
+            self._last_mlp = find_last_mlp(native, path, self.block(last), self.n_embeddings)
 
     @property
     def final_norm_folded(self) -> bool:
@@ -69,9 +77,9 @@ class BridgeBody:
         return self.bridge
 
     @property
-    def runs_plain(self) -> bool:
+    def runs_native(self) -> bool:
         """Whether transformers' own modules run: there are some, and nobody but this library hooked the bridge."""
-        return self.plain is not None and count_foreign_hooks(self.bridge) == self._foreign
+        return self.native is not None and count_foreign_hooks(self.bridge) == self._foreign
 
     @property
     def stable_up_to(self) -> int | None:
@@ -81,11 +89,11 @@ class BridgeBody:
     @property
     def pack_up_to(self) -> int:
         """The longest row that two texts may share; 0 where none may."""
-        return self._pack_up_to if self.runs_plain else 0
+        return self._pack_up_to if self.runs_native else 0
 
     def last_mlp_at_last_tokens(self, batch: TokenBatch) -> AbstractContextManager[bool]:
         """`LastMLP.at_last_tokens` where the model runs so, otherwise nothing; says which."""
-        if self._last_mlp is None or not self.runs_plain:
+        if self._last_mlp is None or not self.runs_native:
             return nullcontext(False)
         return self._last_mlp.at_last_tokens(batch)
 
@@ -96,11 +104,11 @@ class BridgeBody:
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
         """The residual stream after the final norm's gain; no vocabulary projection."""
-        runs_plain = self.plain is not None and self.runs_plain
-        if not runs_plain:
+        runs_native = self.native is not None and self.runs_native
+        if not runs_native:
             self.require_faithful()
         with self._rope.for_texts(batch):
-            return run_base(self.plain if runs_plain else self._base(), batch)
+            return run_base(self.native if runs_native else self._base(), batch)
 
     def require_faithful(self) -> None:
         """Raise `ModelError` where the bridge itself does not compute what transformers' modules do."""
@@ -116,26 +124,26 @@ class BridgeBody:
                 "transformers' own modules and is exact."
             )
 
-    def spots(self, site: str, layer: int) -> list[Spot]:
+    def hook_sites(self, site: str, layer: int) -> list[HookSite]:
         """Every place where the activation of `site` in `layer` passes, whichever way the model runs."""
         found = self._gates[layer] if find_site(site).factor_of else self._projected(site, layer)
-        return [replace(spot, place=(site, layer)) for spot in found]
+        return [replace(hook_site, place=(site, layer)) for hook_site in found]
 
     def projection(self, site: str, layer: int) -> Projection:
         """The map from the neurons of `site` in `layer` into the residual stream, in the model that runs."""
-        if self.plain is not None:
-            return Projection.of(self.plain.get_submodule(self.projection_names[site, layer]))
+        if self.native is not None:
+            return Projection.of(self.native.get_submodule(self.projection_names[site, layer]))
         point = find_site(site).hook_point(self.bridge, layer)
         owner: Any = _owners_of_inputs(self.bridge)[id(point)]
         inside = Projection.of(owner.original_component)
         # Some bridges with processed weights multiply by those of the projection without calling it.
-        return replace(inside, read=Spot(point, "output"))
+        return replace(inside, read=HookSite(point, "output"))
 
-    def _projected(self, site: str, layer: int) -> list[Spot]:
+    def _projected(self, site: str, layer: int) -> list[HookSite]:
         """The input of the projection that the neurons of `site` go through: on the bridge, and in `plain`."""
         module = find_site(site).hook_point(self.bridge, layer)
-        point = Spot(module, "output")
-        if self.plain is None:
+        point = HookSite(module, "output")
+        if self.native is None:
             if id(module) not in _owners_of_inputs(self.bridge):
                 raise ModelError(
                     f"site {site!r}: the bridge's hook point in layer {layer} is not the input of a projection, but "
@@ -145,30 +153,30 @@ class BridgeBody:
         name = self.projection_names.get((site, layer))
         if name is None:
             raise ModelError(
-                f"site {site!r}: layer {layer} of {type(self.plain).__name__} has no single projection that its "
+                f"site {site!r}: layer {layer} of {type(self.native).__name__} has no single projection that its "
                 "neurons go through (a mixture of experts has one for each expert)."
             )
-        return [point, Spot(self.plain.get_submodule(name), "input")]
+        return [point, HookSite(self.native.get_submodule(name), "input")]
 
     @cached_property
-    def _gates(self) -> list[list[Spot]]:
-        """Of every layer the spots of `mlp_gate`, each found where it is: the bridge may compute it in its own way."""
+    def _gates(self) -> list[list[HookSite]]:
+        """Of every layer the hook_sites of `mlp_gate`, each found where it is: the bridge may compute it in its own way."""
         bridge: Any = self.bridge
-        bases = [self._base()] if self.plain is None else [self._base(), self.plain]
+        bases = [self._base()] if self.native is None else [self._base(), self.native]
         inputs = zip(*(self._projected("mlp_gate", layer) for layer in range(int(bridge.cfg.n_layers))), strict=True)
         batch = probe_batch(min(4, self.n_embeddings), next(self.module.parameters()).device, GATE_ROWS)
         with eager_eval(self.modules()):
             found = [
-                find_gates(partial(run_base, base, batch), base.modules(), spots)
-                for base, spots in zip(bases, inputs, strict=True)
+                find_gates(partial(run_base, base, batch), base.modules(), hook_sites)
+                for base, hook_sites in zip(bases, inputs, strict=True)
             ]
-        return [list(spots) for spots in zip(*found, strict=True)]
+        return [list(hook_sites) for hook_sites in zip(*found, strict=True)]
 
     @property
     def n_embeddings(self) -> int:
         """Rows of the embedding: token ids lie below."""
         bridge: Any = self.bridge
-        source: Any = bridge.original_model if self.plain is None else self.plain
+        source: Any = bridge.original_model if self.native is None else self.native
         return int(source.get_input_embeddings().weight.shape[0])
 
     @property
@@ -179,14 +187,14 @@ class BridgeBody:
             raise ModelError(f"{type(self.module).__name__}: TransformerLens knows no final norm in it.")
         norm: nn.Module = bridge.ln_final
         name = self._names.get(id(bridge.ln_final.original_component))
-        return norm if self.plain is None or name is None else self.plain.get_submodule(name)
+        return norm if self.native is None or name is None else self.native.get_submodule(name)
 
     def block(self, layer: int) -> nn.Module:
         """The module whose input is the residual stream before `layer`."""
         bridge: Any = self.bridge
         block: nn.Module = bridge.blocks[layer]
         name = self._names.get(id(getattr(block, "original_component", None)))
-        return block if self.plain is None or name is None else self.plain.get_submodule(name)
+        return block if self.native is None or name is None else self.native.get_submodule(name)
 
     def modules(self) -> Iterator[nn.Module]:
         """Every module that may run. A bridge keeps transformers' model outside its own list."""
@@ -202,7 +210,7 @@ class BridgeBody:
         """Each base that may run, on one token."""
         batch = probe_batch(1, next(self.module.parameters()).device)
         with torch.no_grad(), eager_eval(self.modules()):
-            for base in [self._base()] if self.plain is None else [self._base(), self.plain]:
+            for base in [self._base()] if self.native is None else [self._base(), self.native]:
                 run_base(base, batch)
 
     def _compare(self) -> float:
@@ -214,7 +222,7 @@ class BridgeBody:
         return float((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
-class NativeBody(BridgeBody):
+class BootNativeBody(BridgeBody):
     """A bridge made by `TransformerBridge.boot_native`: TransformerLens' own model, with nothing of transformers."""
 
     @property
@@ -228,12 +236,12 @@ class NativeBody(BridgeBody):
         captured: list[Tensor] = []
         base = self._base()
         # Attention that is not causal would see the padding.
-        more = {} if base.cfg.attention_dir == "causal" else {"attention_mask": batch.touched("all")}
-        with InstalledHooks([(Spot(self.final_norm, "output"), captured.append)]):
+        more = {} if base.cfg.attention_dir == "causal" else {"attention_mask": batch.position_mask("all")}
+        with InstalledHooks([(HookSite(self.final_norm, "output"), captured.append)]):
             base(input_ids=batch.input_ids, **more)
         return captured[0]
 
-    def spots(self, site: str, layer: int) -> list[Spot]:
+    def hook_sites(self, site: str, layer: int) -> list[HookSite]:
         """The hook point of `site` in `layer`."""
         bridge: Any = self.bridge
         inside: Any = getattr(bridge.blocks[layer], "mlp", None)
@@ -242,7 +250,7 @@ class NativeBody(BridgeBody):
                 f"site {site!r}: a model of boot_native computes the input of the down projection of layer {layer} "
                 "from its activations where no hook sees them. Use site 'mlp', where zero and scale do the same."
             )
-        return [replace(spot, place=(site, layer)) for spot in self._projected(site, layer)]
+        return [replace(hook_site, place=(site, layer)) for hook_site in self._projected(site, layer)]
 
     def weights(
         self, site: str, layer: int
@@ -256,7 +264,7 @@ class NativeBody(BridgeBody):
         return bridge.original_model
 
 
-# What `RewardHead` asks of a model: `module` owns the parameters that run, `residual` runs it, `spots` finds neurons.
+# What a reward model runs on: `module` owns the parameters, `residual` runs it, `hook_sites` finds its neurons.
 Body = BridgeBody | HookedTransformerBody
 
 
@@ -271,7 +279,7 @@ def find_body(model: nn.Module) -> Body:
     if "TransformerBridge" in lens:
         base: Any = model.original_model
         if type(base).__name__ == "NativeModel":
-            return NativeBody(model)
+            return BootNativeBody(model)
         if hasattr(base, "base_model"):
             return BridgeBody(model)
         raise ModelError(

@@ -14,9 +14,9 @@ from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.heads import LinearHead, read_head
 from rmtension.hooks import unwrapped
 from rmtension.loading import (
+    CheckpointLocation,
     LoadOptions,
-    Place,
-    find_place,
+    find_checkpoint,
     load_model,
     load_tokenizer,
     placement_of,
@@ -103,7 +103,7 @@ def open_checkpoint(
     beside them, or a language model whose tokens `output` names; `head` is taken in place of any that the checkpoint
     has. An adapter is merged into its base. Memory: the weights once.
     """
-    place = find_place(name, options)
+    place = find_checkpoint(name, options)
     placement_of(options)  # a wrong device is said before anything is read
     stored = stored_heads(place.weights, _width(place.config))
     classifies = _is_classifier(place)
@@ -148,7 +148,7 @@ def open_checkpoint(
 def reload_model(source: Source, logits: Logits, dtype: torch.dtype) -> Any:
     """The model of transformers whose `logits` the reward is, read again, with its adapter as peft runs it."""
     options: LoadOptions = {**source.options, "dtype": dtype}
-    place = find_place(source.name, options, local_files_only=True)  # it was loaded from there a moment ago
+    place = find_checkpoint(source.name, options, local_files_only=True)  # it was loaded from there a moment ago
     if logits.auto_class == _CLASSIFIER:
         _set_outputs(place, stored_heads(place.weights, _width(place.config)))
     return load_model(place, logits.auto_class, merge=False)
@@ -181,14 +181,14 @@ def checkpoint_of(
     return Checkpoint(base, found, tokenizer, pad_token_id, name, True, logits, source=None, classifier=live)
 
 
-def _is_classifier(place: Place) -> bool:
+def _is_classifier(place: CheckpointLocation) -> bool:
     """Whether transformers has a classifier of it, with its rule which token is read."""
     if place.task == _TOKENS:
         return False
     return place.is_for("ForSequenceClassification") or place.task == "SEQ_CLS" or place.n_saved_outputs is not None
 
 
-def _auto_class(place: Place, classifies: bool) -> str:
+def _auto_class(place: CheckpointLocation, classifies: bool) -> str:
     """The class whose parameters have the names that the adapter's have; the bare model where there is none."""
     if not place.adapters or place.task == "FEATURE_EXTRACTION":
         return "AutoModel"
@@ -197,7 +197,7 @@ def _auto_class(place: Place, classifies: bool) -> str:
     return _CLASSIFIER if classifies else _LANGUAGE_MODEL
 
 
-def _set_outputs(place: Place, stored: StoredHeads) -> None:
+def _set_outputs(place: CheckpointLocation, stored: StoredHeads) -> None:
     """Set the config's number of labels to the rows of the score head that there is, whatever it says."""
     config, width = place.config, _width(place.config)
     score = stored.linear.get("score.weight")
@@ -221,7 +221,7 @@ def _set_outputs(place: Place, stored: StoredHeads) -> None:
         raise ModelError(_no_head(place, stored))
 
 
-def _value_head(place: Place, stored: StoredHeads) -> Mapping[str, Tensor] | None:
+def _value_head(place: CheckpointLocation, stored: StoredHeads) -> Mapping[str, Tensor] | None:
     """The head of a language model in its own files or in one beside them; that of an adapter before its base's."""
     beside = head_beside(place.files)
     if place.adapters and not beside:
@@ -239,7 +239,7 @@ def _value_head(place: Place, stored: StoredHeads) -> Mapping[str, Tensor] | Non
     return beside or linear or None
 
 
-def _no_head(place: Place, stored: StoredHeads) -> str:
+def _no_head(place: CheckpointLocation, stored: StoredHeads) -> str:
     """Why there is no reward, and what there is in place of one."""
     name = place.files.name
     if stored.layers:

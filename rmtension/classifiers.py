@@ -147,7 +147,7 @@ def reload_classifier(head: RewardModel) -> Any:
 def current_checkpoint(head: RewardModel, what: str) -> tuple[Checkpoint, nn.Module]:
     """The checkpoint with what `head` is today (its weight may have been changed since), and its base model."""
     checkpoint = head.checkpoint
-    if checkpoint is None or checkpoint.base is None or head.body.plain is None:
+    if checkpoint is None or checkpoint.base is None or head.body.native is None:
         raise ModelError(
             f"{what}: this head's weights are TransformerLens' conversion, not transformers' own. Open the checkpoint "
             "with RewardHead.from_pretrained or from_classifier, without model_class and process_weights."

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension.errors import ModelError
-from rmtension.hooks import InstalledHooks, Spot, Visit
+from rmtension.hooks import Hook, HookSite, InstalledHooks
 from rmtension.norms import read_norm
 from rmtension.projections import Projection
 from rmtension.reward_model import RewardModel
@@ -57,7 +57,7 @@ def direct_contributions(head: RewardModel, batch: TokenBatch) -> DirectContribu
 
 def _projections(head: RewardModel) -> dict[str, list[Projection]]:
     """Site -> the projection of every layer, in the modules that run."""
-    if head.body.plain is not None and not head.body.runs_plain:
+    if head.body.native is not None and not head.body.runs_native:
         raise ModelError(
             "direct_contributions: the bridge has hooks of yours, so that it runs in place of transformers' modules, "
             "which this looks into. Remove the hooks from head.model first."
@@ -77,32 +77,34 @@ class DirectPaths:
         self._head = head
         self._batch = batch
         self._inside = _projections(head)
-        self.seen: dict[Spot, Float[Tensor, "text channel"]] = {}
+        self.seen: dict[HookSite, Float[Tensor, "text channel"]] = {}
 
     @property
-    def hooks(self) -> list[tuple[Spot, Visit]]:
+    def hooks(self) -> list[tuple[HookSite, Hook]]:
         """What to install for the run."""
         body = self._head.body
         blocks = [body.block(layer) for layer in range(self._head.n_layers)]
         norms = [module for block in blocks for module in block.modules() if _is_norm(module)]
         # What the paths are made of has to be seen; some norms of a block may not run for every text.
-        spots = [Spot(block, "input", ("residual stream", layer)) for layer, block in enumerate(blocks)]
-        spots += [Spot(body.final_norm, side, ("residual stream", len(blocks))) for side in ("input", "output")]
-        spots += [Spot(norm, side) for norm in norms for side in ("input", "output")]
+        hook_sites = [HookSite(block, "input", ("residual stream", layer)) for layer, block in enumerate(blocks)]
+        hook_sites += [
+            HookSite(body.final_norm, side, ("residual stream", len(blocks))) for side in ("input", "output")
+        ]
+        hook_sites += [HookSite(norm, side) for norm in norms for side in ("input", "output")]
         for site, layers in self._inside.items():
             for layer, one in enumerate(layers):
-                spots += [replace(one.read, place=(site, layer)), one.written]
-        return [(spot, partial(self._keep, spot)) for spot in dict.fromkeys(spots)]
+                hook_sites += [replace(one.read, place=(site, layer)), one.written]
+        return [(hook_site, partial(self._keep, hook_site)) for hook_site in dict.fromkeys(hook_sites)]
 
     @torch.no_grad()
     def contributions(self) -> DirectContributions:
         """The parts of the rewards of the run that was seen."""
         head, body = self._head, self._head.body
-        last_in, last_out = (self.seen[Spot(body.final_norm, side)] for side in ("input", "output"))
+        last_in, last_out = (self.seen[HookSite(body.final_norm, side)] for side in ("input", "output"))
         norm = read_norm(body.final_norm, head.d_model).to(last_in)
         weight = head.require_weight().to(last_in)
         direction = norm.pull_back(weight.expand_as(last_in), norm.sigma(last_in, last_out))
-        stream = [self.seen[Spot(body.block(layer), "input")] for layer in range(head.n_layers)] + [last_in]
+        stream = [self.seen[HookSite(body.block(layer), "input")] for layer in range(head.n_layers)] + [last_in]
         parts = torch.stack([(state.to(direction) * direction).sum(dim=-1) for state in stream], dim=1).cpu()
         neurons: dict[str, list[Tensor]] = {site: [] for site in self._inside}
         biases = torch.zeros(len(last_in), head.n_layers, dtype=last_in.dtype)
@@ -124,12 +126,12 @@ class DirectPaths:
             biases=biases,
         )
 
-    def _keep(self, spot: Spot, value: Tensor) -> None:
+    def _keep(self, hook_site: HookSite, value: Tensor) -> None:
         n_rows, n_tokens = self._batch.input_ids.shape
         if value.numel() % (n_rows * n_tokens) or value.shape[0] not in (n_rows, n_rows * n_tokens):
             return  # a norm of single heads, which has nothing to do with the residual stream
         rows = value.detach().reshape(n_rows, n_tokens, -1)
-        self.seen[spot] = self._batch.at_last(rows).to(self._head.reward_dtype)
+        self.seen[hook_site] = self._batch.gather_last(rows).to(self._head.reward_dtype)
 
     def _require_close(
         self, name: str, found: Tensor, expected: Tensor, expected_name: str, summed: Tensor | None = None
@@ -161,13 +163,13 @@ class DirectPaths:
         constant = torch.zeros_like(direction[:, 0]).to(written)
         direction = direction.to(written)
         for module in block.modules():
-            came_in = self.seen.get(Spot(module, "input")) if _is_norm(module) else None
+            came_in = self.seen.get(HookSite(module, "input")) if _is_norm(module) else None
             if came_in is None or came_in.shape != written.shape:
                 continue
             if (came_in - written).abs().max() <= room:
                 norm = read_norm(module, written.shape[-1]).to(written)
                 constant = (direction * norm.bias).sum(dim=-1)
-                direction = norm.pull_back(direction, norm.sigma(written, self.seen[Spot(module, "output")]))
+                direction = norm.pull_back(direction, norm.sigma(written, self.seen[HookSite(module, "output")]))
                 break  # a bridge has the norm of transformers inside its own
         with torch.enable_grad():
             inputs = activation.to(projection.dtype, copy=True).requires_grad_(True)

@@ -50,8 +50,10 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
     # Layer -> what the neurons write instead of what they wrote; empty for replacements that write nothing.
     constants = {layer: one for layer in context.columns if (one := replacement.constant(layer)) is not None}
     product = find_site(neurons.site).factor_of
-    spots = head.body.spots
-    if product is not None and any(spots(neurons.site, layer) != spots(product, layer) for layer in constants):
+    hook_sites = head.body.hook_sites
+    if product is not None and any(
+        hook_sites(neurons.site, layer) != hook_sites(product, layer) for layer in constants
+    ):
         raise OptionError(
             f"replacement: no weights do what {type(replacement).__name__} does at site {neurons.site!r} of a gated "
             "MLP, where what a neuron writes still depends on its other factor. Use AblationContext, or neurons and "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rmtension.errors import ModelError
-from rmtension.hooks import InstalledHooks, Spot, Visit
+from rmtension.hooks import Hook, HookSite, InstalledHooks
 
 # Every text of `find_gates` runs this often: as it is, with one activation in all neurons, and with another.
 GATE_ROWS = 3
@@ -16,21 +16,23 @@ GATE_ROWS = 3
 _ROUNDING = {torch.float16: 0.05, torch.bfloat16: 0.05}
 
 
-def find_gates(run: Callable[[], object], modules: Iterable[nn.Module], inputs: Sequence[Spot]) -> list[Spot]:
-    """The spot of `mlp_gate` in every layer, given that of `mlp`, for one way in which a model runs.
+def find_gates(run: Callable[[], object], modules: Iterable[nn.Module], inputs: Sequence[HookSite]) -> list[HookSite]:
+    """The hook_site of `mlp_gate` in every layer, given that of `mlp`, for one way in which a model runs.
 
     It is the output of the last activation function to run before the down projection, and what the name of a module
     promises is not believed: `run` runs `GATE_ROWS` equal texts, the output is replaced by random numbers in two of
     them, and the input of the projection has to follow, channel by channel, in proportion. Where it is the number that
-    was written there is no gate, and the spot is that of `mlp`.
+    was written there is no gate, and the hook_site is that of `mlp`.
 
     Cost: one run. Raises `ModelError` where act(gate) is nowhere to be written.
     """
     search = _GateSearch(inputs)
-    hooks: list[tuple[Spot, Visit]] = [
-        (Spot(module, "output"), partial(search.write, module)) for module in modules if _is_activation_function(module)
+    hooks: list[tuple[HookSite, Hook]] = [
+        (HookSite(module, "output"), partial(search.write, module))
+        for module in modules
+        if _is_activation_function(module)
     ]
-    hooks += [(spot, partial(search.read, layer)) for layer, spot in enumerate(inputs)]
+    hooks += [(hook_site, partial(search.read, layer)) for layer, hook_site in enumerate(inputs)]
     with InstalledHooks(hooks), torch.no_grad():
         run()
     return search.gates()
@@ -39,13 +41,13 @@ def find_gates(run: Callable[[], object], modules: Iterable[nn.Module], inputs: 
 class _GateSearch:
     """What `find_gates` writes and reads in a run."""
 
-    def __init__(self, inputs: Sequence[Spot]) -> None:
+    def __init__(self, inputs: Sequence[HookSite]) -> None:
         self._inputs = inputs
         self._random = torch.Generator().manual_seed(0)
         self._n_calls: Counter[nn.Module] = Counter()
         # The activation function that ran last, and what was written in its place: row 1, and the factor to row 2.
         self._last: tuple[nn.Module, Tensor, Tensor] | None = None
-        self._found: dict[int, Spot] = {}
+        self._found: dict[int, HookSite] = {}
         self._problems: dict[int, str] = {}
 
     def write(self, module: nn.Module, output: Tensor) -> Tensor | None:
@@ -73,17 +75,19 @@ class _GateSearch:
             limit = _ROUNDING.get(rows.dtype, 1e-3)
             if written.shape == rows.shape[1:] and _distance(rows[2], factor * rows[1]) <= limit:
                 is_gated = not torch.equal(rows[1], written)
-                self._found[layer] = Spot(module, "output") if is_gated else self._inputs[layer]
+                self._found[layer] = HookSite(module, "output") if is_gated else self._inputs[layer]
             else:
                 self._problems[layer] = f"what {type(module).__name__} writes is no factor of what is projected"
         # What follows sees the same text in all rows, so that the next layer's rows can be compared too.
         rows[1:] = rows[0]
         return rows.reshape(value.shape)
 
-    def gates(self) -> list[Spot]:
-        for layer, spot in self._found.items():
-            if spot is not self._inputs[layer] and self._n_calls[spot.module] > 1:
-                self._problems[layer] = f"its {type(spot.module).__name__} runs {self._n_calls[spot.module]} times"
+    def gates(self) -> list[HookSite]:
+        for layer, hook_site in self._found.items():
+            if hook_site is not self._inputs[layer] and self._n_calls[hook_site.module] > 1:
+                self._problems[layer] = (
+                    f"its {type(hook_site.module).__name__} runs {self._n_calls[hook_site.module]} times"
+                )
         for layer in range(len(self._inputs)):
             if layer not in self._found or layer in self._problems:
                 raise ModelError(

@@ -76,8 +76,8 @@ def _columns(head: RewardHead, neurons: NeuronSet) -> list[tuple[nn.Parameter, b
     """(weight, whether a neuron is a row of it, the neurons' places) of every layer that the set has neurons in."""
     found = []
     for layer, columns in AblationContext(head, neurons).columns.items():
-        assert head.body.plain is not None
-        projection: Any = head.body.plain.get_submodule(head.body.projection_names[neurons.site, layer])
+        assert head.body.native is not None
+        projection: Any = head.body.native.get_submodule(head.body.projection_names[neurons.site, layer])
         # nn.Linear holds [out, in], GPT-2's Conv1D [in, out].
         is_row = not isinstance(projection, nn.Linear)
         weight = projection.weight

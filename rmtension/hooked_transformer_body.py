@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension.errors import ModelError
-from rmtension.hooks import InstalledHooks, Spot, Visit, count_foreign_hooks, has_own_hooks, modules_of
+from rmtension.hooks import Hook, HookSite, InstalledHooks, count_foreign_hooks, has_own_hooks, modules_of
 from rmtension.projections import Projection
 from rmtension.sites import find_site
 from rmtension.tokens import TokenBatch
@@ -22,8 +22,8 @@ class HookedTransformerBody:
     read as it is.
     """
 
-    plain: nn.Module | None = None
-    runs_plain = False
+    native: nn.Module | None = None
+    runs_native = False
     pack_up_to = 0
 
     def __init__(self, model: nn.Module) -> None:
@@ -96,14 +96,14 @@ class HookedTransformerBody:
         model: Any = self.module
         has_norm = self.final_norm is not self._no_norm
         end = self.final_norm if has_norm else model.blocks[-1]
-        hooks: list[tuple[Spot, Visit]] = [(Spot(end, "output"), captured.append)]
+        hooks: list[tuple[HookSite, Hook]] = [(HookSite(end, "output"), captured.append)]
         with InstalledHooks(hooks + self._hiding_padding(batch)), self._fresh_alibi():
             # return_type=None leaves out the unembedding. Without a mask one is guessed where the model has a tokenizer
             # that pads on the left, from pad tokens that may be part of a text. All ones, for the reason in `run_base`.
             model(batch.input_ids, attention_mask=torch.ones_like(batch.input_ids), return_type=None)
         return captured[0] if has_norm else self._no_norm(captured[0])
 
-    def spots(self, site: str, layer: int) -> list[Spot]:
+    def hook_sites(self, site: str, layer: int) -> list[HookSite]:
         """The hook point of `site` in `layer`."""
         points: Any = self.module.hook_dict
         # A gated MLP has the first, one with a norm inside the second; without them `hook_post` is act(hidden).
@@ -114,14 +114,14 @@ class HookedTransformerBody:
                 "its activations before any hook sees them. Use site 'mlp', where zero and scale do the same, or open "
                 "the model without model_class."
             )
-        return [Spot(find_site(site).hook_point(self.module, layer), "output", (site, layer))]
+        return [HookSite(find_site(site).hook_point(self.module, layer), "output", (site, layer))]
 
     def projection(self, site: str, layer: int) -> Projection:
         """The map from the neurons of `site` in `layer` into the residual stream: W_out with b_out, W_O with b_O."""
-        (read,) = self.spots(site, layer)
+        (read,) = self.hook_sites(site, layer)
         inside: Any = self._inside(site, layer)
         weight, bias = self.weights(site, layer)
-        return Projection(read, Spot(inside, "output"), lambda channels: channels @ weight + bias, weight.dtype)
+        return Projection(read, HookSite(inside, "output"), lambda channels: channels @ weight + bias, weight.dtype)
 
     def weights(self, site: str, layer: int) -> tuple[Float[Tensor, "channel d_model"], Float[Tensor, "d_model"]]:
         """The weight and the bias of that map: views of the parameters."""
@@ -137,17 +137,17 @@ class HookedTransformerBody:
         inside: nn.Module = block.attn if find_site(site).name == "attn_head" else block.mlp
         return inside
 
-    def _hiding_padding(self, batch: TokenBatch) -> list[tuple[Spot, Visit]]:
+    def _hiding_padding(self, batch: TokenBatch) -> list[tuple[HookSite, Hook]]:
         """What keeps bidirectional attention from padding: TransformerLens applies a mask to causal attention alone."""
         model: Any = self.module
         if model.cfg.attention_dir != "bidirectional":
             return []
-        padding = ~batch.touched("all")[:, None, None, :]
+        padding = ~batch.position_mask("all")[:, None, None, :]
 
         def hide(scores: Tensor) -> Tensor:
             return scores.masked_fill(padding.to(scores.device), -torch.inf)
 
-        return [(Spot(block.attn.hook_attn_scores, "output"), hide) for block in model.blocks]
+        return [(HookSite(block.attn.hook_attn_scores, "output"), hide) for block in model.blocks]
 
     @contextmanager
     def _fresh_alibi(self) -> Iterator[None]:

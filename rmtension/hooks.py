@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rmtension.errors import ModelError, OptionError
 
 # What a hook gets and may return in its place.
-Visit = Callable[[Tensor], Tensor | None]
+Hook = Callable[[Tensor], Tensor | None]
 # The same for a whole call: the module, its positional and named arguments, and what it gave.
 CallVisit = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 # What a module is called with: positional and named arguments.
@@ -22,10 +22,10 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Spot:
+class HookSite:
     """A tensor inside a running model: the output of a module, or its first input.
 
-    `place` is the (site, layer) whose activation it is; a model may have several spots for one, of which one fires in
+    `place` is the (site, layer) whose activation it is; a model may have several hook_sites for one, of which one fires in
     each run. None where nothing depends on the hook.
     """
 
@@ -41,7 +41,7 @@ class InstalledHooks:
     they leave no trace in the model's own lists. `any_tokens` says that the visits do not mind which tokens they see.
     """
 
-    def __init__(self, hooks: Sequence[tuple[Spot, Visit]], *, any_tokens: bool = False) -> None:
+    def __init__(self, hooks: Sequence[tuple[HookSite, Hook]], *, any_tokens: bool = False) -> None:
         self._hooks = tuple(hooks)
         self._any_tokens = any_tokens
         self._installed: ExitStack | None = None
@@ -51,8 +51,8 @@ class InstalledHooks:
             raise OptionError("hooks: this context is already entered. Leave it first, or make a second one.")
         # ExitStack undoes what was registered when a later registration fails, and goes on when one removal fails.
         with ExitStack() as stack:
-            for spot, visit in self._hooks:
-                stack.callback(_install(spot, visit, self._any_tokens))
+            for hook_site, visit in self._hooks:
+                stack.callback(_install(hook_site, visit, self._any_tokens))
             self._installed = stack.pop_all()
         return self
 
@@ -202,12 +202,12 @@ class _OurHook:
 
 
 class _SpotHook(_OurHook):
-    """Sees the tensor of a spot, and may replace it; counts how often it fired."""
+    """Sees the tensor of a hook_site, and may replace it; counts how often it fired."""
 
-    def __init__(self, spot: Spot, visit: Visit, any_tokens: bool) -> None:
+    def __init__(self, hook_site: HookSite, visit: Hook, any_tokens: bool) -> None:
         self._visit = visit
-        self._side = spot.side
-        self.place = spot.place
+        self._side = hook_site.side
+        self.place = hook_site.place
         self.any_tokens = any_tokens
         self.n_fired = self.n_pauses = 0
 
@@ -261,11 +261,11 @@ def on_calls(modules: Iterable[nn.Module], visit: CallVisit) -> Iterator[None]:
         yield
 
 
-def _install(spot: Spot, visit: Visit, any_tokens: bool) -> Callable[[], None]:
-    hook = _SpotHook(spot, visit, any_tokens)
-    if spot.side == "output":
-        return spot.module.register_forward_hook(hook).remove
-    return spot.module.register_forward_pre_hook(hook).remove
+def _install(hook_site: HookSite, visit: Hook, any_tokens: bool) -> Callable[[], None]:
+    hook = _SpotHook(hook_site, visit, any_tokens)
+    if hook_site.side == "output":
+        return hook_site.module.register_forward_hook(hook).remove
+    return hook_site.module.register_forward_pre_hook(hook).remove
 
 
 def modules_of(*roots: nn.Module) -> Iterator[nn.Module]:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from rmtension.hooks import InstalledHooks, Spot, count_foreign_hooks, has_own_hooks
+from rmtension.hooks import HookSite, InstalledHooks, count_foreign_hooks, has_own_hooks
 from rmtension.tokens import TokenBatch
 
 
@@ -28,13 +28,13 @@ class LastMLP:
         def only_last(values: Tensor) -> Tensor:
             if values.shape[:2] != batch.input_ids.shape:
                 raise ValueError(f"expected {tuple(batch.input_ids.shape)} tokens, got {tuple(values.shape)}")
-            return batch.at_last(values)[:, None]
+            return batch.gather_last(values)[:, None]
 
         def back(values: Tensor) -> Tensor:
             if values.shape[:2] != (len(batch.last), 1):
                 raise ValueError(f"expected {len(batch.last)} tokens, got {tuple(values.shape)}")
-            return batch.spread(values[:, 0])
+            return batch.scatter_last(values[:, 0])
 
-        spots = [(Spot(self._module, "input"), only_last), (Spot(self._module, "output"), back)]
-        with InstalledHooks(spots):
+        hook_sites = [(HookSite(self._module, "input"), only_last), (HookSite(self._module, "output"), back)]
+        with InstalledHooks(hook_sites):
             yield True

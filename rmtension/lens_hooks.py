@@ -33,10 +33,10 @@ def fwd_hooks(head: RewardModel, neurons: NeuronSet, replacement: Replacement = 
             "know. Use AblationContext with head.score_pairs, or Zero(), Mean(statistics) or Scale(alpha)."
         )
     site = find_site(neurons.site)
-    spots = head.body.spots
+    hook_sites = head.body.hook_sites
     product = site.factor_of
     if product is not None and any(
-        replacement.constant(layer) is not None and spots(site.name, layer) != spots(product, layer)
+        replacement.constant(layer) is not None and hook_sites(site.name, layer) != hook_sites(product, layer)
         for layer in context.columns
     ):
         raise OptionError(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rmtension.body import BridgeBody, NativeBody, find_body
+from rmtension.body import BootNativeBody, BridgeBody, find_body
 from rmtension.errors import ModelError
 from rmtension.files import filled_whole
 from rmtension.heads import LinearHead
@@ -40,9 +40,9 @@ class SavedModel:
     tokenizer: Any
 
 
-def is_own_model(body: object) -> TypeGuard[HookedTransformerBody | NativeBody]:
+def is_own_model(body: object) -> TypeGuard[HookedTransformerBody | BootNativeBody]:
     """Whether the body's model is TransformerLens' own, with no class of transformers behind it."""
-    return isinstance(body, HookedTransformerBody | NativeBody)
+    return isinstance(body, HookedTransformerBody | BootNativeBody)
 
 
 def is_saved_model(name: str | Path) -> bool:

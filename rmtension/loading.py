@@ -46,7 +46,7 @@ class LoadOptions(RunOptions, total=False):
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointLocation:
     """A checkpoint's files, those of the model with its weights (another's, for an adapter), and the adapters on it."""
 
     files: CheckpointFiles
@@ -75,7 +75,7 @@ class Place:
         return any(name.endswith(kind) for name in self.config.architectures or [])
 
 
-def find_place(name: str | Path, options: LoadOptions, *, local_files_only: bool = False) -> Place:
+def find_checkpoint(name: str | Path, options: LoadOptions, *, local_files_only: bool = False) -> CheckpointLocation:
     """Where the checkpoint `name` is, and its config; raises `OptionError` for unknown options."""
     from transformers import AutoConfig
 
@@ -97,10 +97,10 @@ def find_place(name: str | Path, options: LoadOptions, *, local_files_only: bool
             ) from error
         raise
     refuse_quantised(weights.name, config, is_base=bool(adapters))
-    return Place(files, weights, tuple(adapters), config, options)
+    return CheckpointLocation(files, weights, tuple(adapters), config, options)
 
 
-def load_model(place: Place, auto_class: str, *, merge: bool = True) -> Any:
+def load_model(place: CheckpointLocation, auto_class: str, *, merge: bool = True) -> Any:
     """The model of transformers at `place`, in eval mode and frozen; adapters merged into its weights or put on it.
 
     Raises `ModelError` for weights that neither the checkpoint nor its adapters hold.
@@ -149,7 +149,7 @@ def put_all_on(model: Any, adapters: Sequence[Adapter]) -> Any:
     return put_on(merge_adapters(model, adapters[:-1]), adapters[-1])
 
 
-def load_tokenizer(place: Place) -> Any:
+def load_tokenizer(place: CheckpointLocation) -> Any:
     """The tokenizer beside the checkpoint, or for an adapter without one its base model's."""
     from transformers import AutoTokenizer
 

@@ -29,36 +29,36 @@ class MethodArgs:
 
 # The value of every token and neuron of one layer, and the weight of every token: a pair's score is their product
 # summed over the tokens of its rows. Rejected texts have their minus sign in one of the two.
-ByToken = tuple[Float[Tensor, "row token neuron"], Float[Tensor, "row token"]]
+TokenValues = tuple[Float[Tensor, "row token neuron"], Float[Tensor, "row token"]]
 
 
 # The same, and for methods that have one how far each pair's scores are from adding up (the completeness gap).
-Found = tuple[ByToken, Float[Tensor, "pair"] | None]
+MethodResult = tuple[TokenValues, Float[Tensor, "pair"] | None]
 
 
-def mean_activation(run: BatchRun, args: MethodArgs, layer: int) -> Found:
+def mean_activation(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
     """a(t), each token weighted by one over the number of selected ones of its text."""
     # Half precision would lose the sum, not only its last digits.
     activation = run.activations[args.site, layer].to(run.head.reward_dtype)
     values = neuron_activations(activation, args.site, run.head.n_neurons(args.site))
     select = run.batch.select(args.positions).to(values)
-    return (values, run.batch.by_token(_signed(select / select.sum(dim=1, keepdim=True)))), None
+    return (values, run.batch.sum_over_texts(_signed(select / select.sum(dim=1, keepdim=True)))), None
 
 
-def gradient_x_activation(run: BatchRun, args: MethodArgs, layer: int) -> Found:
+def gradient_x_activation(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
     """a(t) dM/da(t)."""
     place = args.site, layer
     products = run.activations[place].to(run.head.reward_dtype) * run.gradients[place]
     return _neurons(run, args, products), None
 
 
-def attribution_patching(run: BatchRun, args: MethodArgs, layer: int) -> Found:
+def attribution_patching(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
     """(a_ref(t) - a(t)) dM/da(t)."""
     place = args.site, layer
     return _neurons(run, args, _step(run, args, layer, run.activations[place]) * run.gradients[place]), None
 
 
-def direct_effect(run: BatchRun, args: MethodArgs, layer: int) -> Found:
+def direct_effect(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
     """What the neuron adds to the reward through the residual stream, all at the token the reward is read from."""
     assert run.direct is not None
     if args.site not in run.direct.neurons:
@@ -70,10 +70,10 @@ def direct_effect(run: BatchRun, args: MethodArgs, layer: int) -> Found:
     batch = run.batch
     by_token = values.new_zeros(*batch.input_ids.shape, values.shape[1])
     by_token.index_put_((batch.rows.cpu(), batch.last.cpu()), values, accumulate=True)
-    return (by_token, batch.touched("last").to(values)), None
+    return (by_token, batch.position_mask("last").to(values)), None
 
 
-def integrated_gradients(run: BatchRun, args: MethodArgs, layer: int) -> Found:
+def integrated_gradients(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
     """(a(t) - a_ref(t)) times the mean of dM/da(t) on the straight path from a_ref to a, and the gap.
 
     All neurons of the layer move together. The mean is taken at `steps` Gauss-Legendre nodes. The gap is how far the
@@ -94,10 +94,10 @@ def integrated_gradients(run: BatchRun, args: MethodArgs, layer: int) -> Found:
         change = margins(replay.rewards - _with_activation(run, site, layer, start))
     values, ones = _neurons(run, args, -step * mean)
     in_rows = einsum(values, ones, "row token neuron, row token -> row")
-    return (values, ones), run.batch.by_pair(in_rows) - change.to(in_rows.device)
+    return (values, ones), run.batch.sum_per_pair(in_rows) - change.to(in_rows.device)
 
 
-def dropped_patching(run: BatchRun, args: MethodArgs, layer: int) -> list[ByToken]:
+def dropped_patching(run: BatchRun, args: MethodArgs, layer: int) -> list[TokenValues]:
     """`attribution_patching` without what flows through each other layer's block, one after the other."""
     step = _step(run, args, layer, run.activations[args.site, layer])
     others = (gradients for number, gradients in enumerate(run.dropped) if number != layer)
@@ -107,17 +107,17 @@ def dropped_patching(run: BatchRun, args: MethodArgs, layer: int) -> list[ByToke
 def _step(
     run: BatchRun, args: MethodArgs, layer: int, activation: Float[Tensor, "row token channel"]
 ) -> Float[Tensor, "row token channel"]:
-    select = run.batch.touched(args.positions).to(activation.device)
+    select = run.batch.position_mask(args.positions).to(activation.device)
     return args.replacement.step(layer, activation.to(run.head.reward_dtype), select, run.batch)
 
 
-def _neurons(run: BatchRun, args: MethodArgs, channels: Float[Tensor, "row token channel"]) -> ByToken:
+def _neurons(run: BatchRun, args: MethodArgs, channels: Float[Tensor, "row token channel"]) -> TokenValues:
     """Summed over the channels of each neuron, every selected token counting 1."""
     values = channels
     if run.head.n_neurons(args.site) < channels.shape[-1]:
         shape = "row token (neuron channel) -> row token neuron"
         values = reduce(channels, shape, "sum", neuron=run.head.n_neurons(args.site))
-    return values, run.batch.touched(args.positions).to(values)
+    return values, run.batch.position_mask(args.positions).to(values)
 
 
 def _signed(of_texts: Float[Tensor, "text rest"]) -> Float[Tensor, "text rest"]:
@@ -164,8 +164,8 @@ class Method:
     """
 
     name: str
-    by_layer: Callable[[BatchRun, MethodArgs, int], Found]
-    by_layer_dropped: Callable[[BatchRun, MethodArgs, int], list[ByToken]] | None
+    by_layer: Callable[[BatchRun, MethodArgs, int], MethodResult]
+    by_layer_dropped: Callable[[BatchRun, MethodArgs, int], list[TokenValues]] | None
     sign: int
     cost: str
     needs_reward: bool

@@ -250,7 +250,7 @@ def _activations(head: RewardModel, batch: TokenBatch, neurons: NeuronSet) -> Fl
             values = neuron_activations(channels, site, head.n_neurons(site))[..., wanted[layer]]
             layers[layer] = values.to(head.device, head.reward_dtype)
 
-    head.look(batch, [neurons.site], visit)
+    head.observe(batch, [neurons.site], visit)
     return torch.cat([layers[layer] for layer in sorted(layers)], dim=2)
 
 
@@ -280,7 +280,7 @@ class _LargestActivations(PairStatistic[tuple[Tensor, int]]):
         return [of_texts.gather(1, peak)[:, 0]]
 
     def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
-        numbers = list(batch.places[: batch.n_pairs])
+        numbers = list(batch.indices[: batch.n_pairs])
         self._largest[numbers] = observed[0].cpu().view(2, batch.n_pairs, -1).transpose(0, 1)
         self._keys[numbers] = batch.keys[: batch.n_pairs].cpu()
 

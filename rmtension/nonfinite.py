@@ -44,7 +44,7 @@ def where_not_finite(head: RewardModel, batch: TokenBatch, found: Sequence[Tenso
 
 def _first_activation(head: RewardModel, batch: TokenBatch) -> str | None:
     """The first activation, in the order in which the model computes them, that is not finite at a real token."""
-    real = batch.by_token(batch.mask.float()) > 0
+    real = batch.sum_over_texts(batch.mask.float()) > 0
     first: list[str] = []
 
     def look(site: str, layer: int, activation: Tensor) -> None:
@@ -56,7 +56,7 @@ def _first_activation(head: RewardModel, batch: TokenBatch) -> str | None:
                 f"finite ({float(seen[bad][0])})"
             )
 
-    head.look(batch, head.sites, look)
+    head.observe(batch, head.sites, look)
     return first[0] if first else None
 
 

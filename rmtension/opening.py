@@ -57,7 +57,7 @@ def open_model(
         norm = wrap(opened.name, opened.base, None, trust_remote_code=code).final_norm
     head = head_on(body, opened.head, final_norm=norm)
     model = _make(kind, body, head, opened.tokenizer, opened.pad_token_id, options, opened)
-    if body.plain is None:
+    if body.native is None:
         _require_same_rewards(model, opened)
         if opened.source is not None:
             model.checkpoint = replace(opened, base=None)
@@ -125,7 +125,7 @@ def require_hidden_padding(model: RewardModel) -> None:
     streams = []
     for some in (texts[:1], texts):
         batch = TokenBatch.from_texts(some, range(len(some)), pad_token_id=None, device=model.device)
-        streams.append(batch.at_last(model.residual(batch))[0].double())
+        streams.append(batch.gather_last(model.residual(batch))[0].double())
     off = float((streams[1] - streams[0]).abs().max() / streams[0].abs().max().clamp(min=1e-12))
     if off > _PADDING_TOLERANCE.get(model.dtype, 1e-4):
         raise ModelError(

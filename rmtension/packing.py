@@ -41,7 +41,7 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class _Unit:
+class _PackedGroup:
     """Pairs that run in one batch, by their places, and the rows that their texts are in."""
 
     places: tuple[int, ...]
@@ -66,7 +66,7 @@ def pair_batches(
     group_up_to: int = 0,
     sharing: Sharing = "pair",
 ) -> Iterator[TokenBatch]:
-    """Batches that hold both texts of each pair: the chosen ones, then the rejected ones; `places` index `pairs`.
+    """Batches that hold both texts of each pair: the chosen ones, then the rejected ones; `indices` index `pairs`.
 
     Each place stands twice, so that per-pair results never wait for another batch. Texts that share enough are packed
     where the row then has at most `pack_up_to` tokens, or `group_up_to` for more than one pair; 0 packs none.
@@ -77,27 +77,27 @@ def pair_batches(
             texts = [side[place] for side in (pairs.chosen, pairs.rejected) for place in places]
             yield TokenBatch.from_texts(texts, places * 2, pad_token_id=pad_token_id, device=device)
         return
-    units = list(_units(pairs, sharing == "prompt", pad_token_id, pack_up_to, min(group_up_to, pack_up_to)))
+    groups = list(_packed_groups(pairs, sharing == "prompt", pad_token_id, pack_up_to, min(group_up_to, pack_up_to)))
     for is_packed in (False, True):
-        some = [unit for unit in units if unit.is_packed == is_packed]
+        some = [group for group in groups if group.is_packed == is_packed]
         # Unpacked, a pair has two rows.
         budget = tokens_per_batch if is_packed else max(1, tokens_per_batch // 2)
-        for numbers in length_buckets([unit.width for unit in some], budget):
+        for numbers in length_buckets([group.width for group in some], budget):
             yield _batch(pairs, [some[number] for number in numbers], pad_token_id).to(device)
 
 
 def pack(pairs: EncodedPairs, pad_token_id: int | None) -> TokenBatch:
     """Every pair as one row, whether that saves anything or not."""
-    units = [
-        _Unit((place,), (_row(texts, pad_token_id),))
+    groups = [
+        _PackedGroup((place,), (_row(texts, pad_token_id),))
         for place, texts in enumerate(zip(pairs.chosen, pairs.rejected, strict=True))
     ]
-    return _batch(pairs, units, pad_token_id)
+    return _batch(pairs, groups, pad_token_id)
 
 
 def attention_mask(batch: TokenBatch, dtype: torch.dtype) -> Float[Tensor, "row 1 query key"]:
     """0 where a token may look, the lowest number elsewhere: at itself, and at what comes before it in its own text."""
-    texts = batch.by_row(batch.mask.float())
+    texts = batch.scatter_to_rows(batch.mask.float())
     together = texts.transpose(1, 2) @ texts > 0
     n_tokens = texts.shape[-1]
     # Padding looks at itself: a softmax over nothing is NaN.
@@ -110,9 +110,9 @@ def attention_mask(batch: TokenBatch, dtype: torch.dtype) -> Float[Tensor, "row 
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _units(
+def _packed_groups(
     pairs: EncodedPairs, by_prompt: bool, pad_token_id: int | None, pack_up_to: int, group_up_to: int
-) -> Iterator[_Unit]:
+) -> Iterator[_PackedGroup]:
     both = list(zip(pairs.chosen, pairs.rejected, strict=True))
     groups: dict[object, list[int]] = {}
     for place, (chosen, _) in enumerate(both):
@@ -138,15 +138,15 @@ def _packed_or_alone(
     row: _Row,
     pad_token_id: int | None,
     pack_up_to: int,
-) -> Iterator[_Unit]:
-    """One unit of a row where that saves; otherwise the pairs by themselves, and in the end text by text."""
+) -> Iterator[_PackedGroup]:
+    """One group of a row where that saves; otherwise the pairs by themselves, and in the end text by text."""
     if len(row.texts) == 1 or (row.length <= pack_up_to and row.saves):
-        yield _Unit(tuple(places), (row,))
+        yield _PackedGroup(tuple(places), (row,))
     elif len(places) > 1:
         for place in places:
             yield from _packed_or_alone(both, [place], _row(both[place], pad_token_id), pad_token_id, pack_up_to)
     else:
-        yield _Unit(tuple(places), tuple(_Row((text,), 0) for text in row.texts))
+        yield _PackedGroup(tuple(places), tuple(_Row((text,), 0) for text in row.texts))
 
 
 def _row(texts: Sequence[EncodedText], pad_token_id: int | None) -> _Row:
@@ -165,33 +165,33 @@ def _row(texts: Sequence[EncodedText], pad_token_id: int | None) -> _Row:
     return _Row(tuple(distinct), next((place for place, (a, b) in enumerate(columns) if a != b), most))
 
 
-def _batch(pairs: EncodedPairs, units: Sequence[_Unit], pad_token_id: int | None) -> TokenBatch:
-    """The pairs of some units: where each text's tokens are follows from the row it is in."""
-    rows = [row for unit in units for row in unit.rows]
+def _batch(pairs: EncodedPairs, groups: Sequence[_PackedGroup], pad_token_id: int | None) -> TokenBatch:
+    """The pairs of some groups: where each text's tokens are follows from the row it is in."""
+    rows = [row for group in groups for row in group.rows]
     width = max(row.length for row in rows)
     input_ids, position_ids = torch.zeros(2, len(rows), width, dtype=torch.long)
-    # (unit, text) -> its row, and the column that its own tokens begin at.
-    spots: dict[tuple[int, EncodedText], tuple[int, int]] = {}
+    # (group, text) -> its row, and the column that its own tokens begin at.
+    row_and_start: dict[tuple[int, EncodedText], tuple[int, int]] = {}
     number = 0
-    for owner, unit in enumerate(units):
-        for row in unit.rows:
+    for owner, group in enumerate(groups):
+        for row in group.rows:
             shared, rests = row.texts[0].ids[: row.n_shared], [text.ids[row.n_shared :] for text in row.texts]
             ids = [*shared, *(one for rest in rests for one in rest)]
             places = [*range(row.n_shared), *(row.n_shared + place for rest in rests for place in range(len(rest)))]
             input_ids[number, : len(ids)] = torch.tensor(ids)
             position_ids[number, : len(ids)] = torch.tensor(places)
             starts = accumulate(map(len, rests), initial=row.n_shared)
-            spots |= {(owner, text): (number, start) for text, start in zip(row.texts, starts, strict=False)}
+            row_and_start |= {(owner, text): (number, start) for text, start in zip(row.texts, starts, strict=False)}
             number += 1
     sides = [
         (owner, side[place])
         for side in (pairs.chosen, pairs.rejected)
-        for owner, unit in enumerate(units)
-        for place in unit.places
+        for owner, group in enumerate(groups)
+        for place in group.places
     ]
     texts = [text for _, text in sides]
-    row_of, starts_at = torch.tensor([spots[one] for one in sides]).unbind(1)
-    n_shared = torch.tensor([row.n_shared for row in rows])[row_of]
+    row_index, starts_at = torch.tensor([row_and_start[one] for one in sides]).unbind(1)
+    n_shared = torch.tensor([row.n_shared for row in rows])[row_index]
     lengths = torch.tensor([len(text) for text in texts])
     columns = torch.arange(width)
     # What a text's own tokens are moved by, and where every column is in the text.
@@ -207,9 +207,9 @@ def _batch(pairs: EncodedPairs, units: Sequence[_Unit], pad_token_id: int | None
         # Never among what is shared.
         last=last + moved[:, 0],
         keys=torch.tensor([text.key for text in texts]),
-        places=tuple(place for unit in units for place in unit.places) * 2,
-        row_of=row_of,
-        position_ids=position_ids if any(unit.is_packed for unit in units) else None,
+        indices=tuple(place for group in groups for place in group.places) * 2,
+        row_index=row_index,
+        position_ids=position_ids if any(group.is_packed for group in groups) else None,
     )
 
 

@@ -198,14 +198,14 @@ class _Pass(Generic[Result_co]):
             group_up_to=max(_GROUP_AT_LEAST, _WIDTHS * model.d_model),
             sharing=self._statistic.sharing,
         )
-        return (replace(batch, places=tuple(chunk.start + place for place in batch.places)) for batch in batches)
+        return (replace(batch, indices=tuple(chunk.start + place for place in batch.indices)) for batch in batches)
 
     def _update(self, chunk: _Chunk, batch: TokenBatch, observed: list[Tensor]) -> None:
         if are_finite(observed):
             self._statistic.update(batch, observed)
             return
         # One pair's NaN makes others of its row or batch NaN: run every pair by itself.
-        for number in batch.places[: batch.n_pairs]:
+        for number in batch.indices[: batch.n_pairs]:
             only = chunk.only(number)
             (alone,) = self._batches(only)
             observed = self._statistic.observe(alone)

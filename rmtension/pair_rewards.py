@@ -69,7 +69,7 @@ class RewardsOfPairs(PairStatistic[list[PairRewards]]):
 
     def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
         """Write them to the numbers of their pairs."""
-        numbers = list(batch.places[: batch.n_pairs])
+        numbers = list(batch.indices[: batch.n_pairs])
         for rewards, of_texts in zip(self._rewards, observed, strict=True):
             rewards[:, numbers] = of_texts.view(2, -1).cpu()
 

@@ -103,9 +103,9 @@ def find_last_mlp(base: Any, path: str | None, block: nn.Module, n_embeddings: i
     found = LastMLP(parent)
     try:
         with torch.no_grad(), eager_eval(base.modules()):
-            expected = batch.at_last(run_base(base, batch)).double().cpu()
+            expected = batch.gather_last(run_base(base, batch)).double().cpu()
             with found.at_last_tokens(batch):
-                output = batch.at_last(run_base(base, batch)).double().cpu()
+                output = batch.gather_last(run_base(base, batch)).double().cpu()
     except Exception:  # whatever an MLP that is called in another way runs into
         return None
     tolerance = _PACKING_TOLERANCE.get(parameter.dtype, 1e-5)

@@ -290,14 +290,14 @@ class _ProfileSums(PairStatistic[dict[_Key, ActivationProfile]]):
             for number, values in enumerate(_statistics(head, site, activation, before.get((site, layer)))):
                 for key, weights in token_weights.items():
                     if key[0] == site:
-                        sums[key][number, :, layer] = batch.by_text(weights.to(values), values).cpu()
+                        sums[key][number, :, layer] = batch.sum_per_text(weights.to(values), values).cpu()
 
-        head.look(batch, sites, sum_layer)
+        head.observe(batch, sites, sum_layer)
         return list(sums.values())
 
     def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
         # Sums go to row side * N_BLOCKS + block: the first half of a batch are chosen responses.
-        cells = torch.arange(len(batch.places)) // batch.n_pairs * N_BLOCKS + block_of(batch.keys.cpu())
+        cells = torch.arange(len(batch.indices)) // batch.n_pairs * N_BLOCKS + block_of(batch.keys.cpu())
         for key, of_texts in zip(self._keys, observed, strict=True):
             lengths = batch.select(key[1]).sum(dim=1).cpu().double()
             text_weights = lengths if self._pool_tokens else torch.ones_like(lengths)
@@ -339,5 +339,5 @@ def _activations(
     def keep(site: str, layer: int, activation: Tensor) -> None:
         found[site, layer] = activation
 
-    head.look(batch, sites, keep)
+    head.observe(batch, sites, keep)
     return found

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rmtension.hooks import Spot
+from rmtension.hooks import HookSite
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,8 +16,8 @@ class Projection:
     Activations come in at `read`; what they write comes out at `written`, bias included, where that runs at all.
     """
 
-    read: Spot
-    written: Spot
+    read: HookSite
+    written: HookSite
     apply: Callable[[Tensor], Tensor]
     dtype: torch.dtype
 
@@ -26,4 +26,4 @@ class Projection:
         """Of a module that is nothing but the projection."""
         # `forward`, because an ablation's hook on the module has already changed the activation once.
         dtype = next(module.parameters()).dtype
-        return cls(Spot(module, "input"), Spot(module, "output"), module.forward, dtype)
+        return cls(HookSite(module, "input"), HookSite(module, "output"), module.forward, dtype)

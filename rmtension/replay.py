@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension.errors import ModelError
-from rmtension.hooks import Call, InstalledHooks, Spot, Visit, all_fire, eager_eval, recorded_calls
+from rmtension.hooks import Call, Hook, HookSite, InstalledHooks, all_fire, eager_eval, recorded_calls
 from rmtension.reward_model import RewardModel
 from rmtension.tokens import TokenBatch, running
 
@@ -34,22 +34,22 @@ class Replay:
     def __init__(self, head: RewardModel, batch: TokenBatch, sites: Sequence[str] = ()) -> None:
         self.head = head
         self.batch = batch
-        self.is_partial = head.body.runs_plain
+        self.is_partial = head.body.runs_native
         self.activations: dict[tuple[str, int], Float[Tensor, "row token channel"]] = {}
         self._streams: dict[int, Tensor] = {}
         self._blocks: list[nn.Module] = []
         n_runs = [0] * head.n_layers
-        hooks: list[tuple[Spot, Visit]] = [
-            (spot, partial(self._keep, site, layer))
+        hooks: list[tuple[HookSite, Hook]] = [
+            (hook_site, partial(self._keep, site, layer))
             for site in sites
             for layer in range(head.n_layers)
-            for spot in head.body.spots(site, layer)
+            for hook_site in head.body.hook_sites(site, layer)
         ]
         if self.is_partial:
             self._blocks = [head.body.block(layer) for layer in range(head.n_layers)]
             stream = [*self._blocks, head.body.final_norm]
             hooks += [
-                (Spot(module, "input"), partial(self._keep_stream, number, n_runs))
+                (HookSite(module, "input"), partial(self._keep_stream, number, n_runs))
                 for number, module in enumerate(stream)
             ]
         with InstalledHooks(hooks), recorded_calls(self._blocks) as calls, torch.no_grad():
@@ -85,7 +85,7 @@ class Replay:
         ):
             for number in layers:
                 state = self._run_block(number, state)
-            return self.read(self.batch.at_last(state))
+            return self.read(self.batch.gather_last(state))
 
     def run_block(self, layer: int, stream: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"]:
         """What one block makes of `stream`."""

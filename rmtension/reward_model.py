@@ -199,7 +199,7 @@ class RewardModel:
     def forward(self, batch: TokenBatch) -> Float[Tensor, "text"]:
         """The rewards of one batch on its device, with gradients where the caller's grad mode has them."""
         self._require_same_head()
-        return self.read(batch.at_last(self.residual(batch)))
+        return self.read(batch.gather_last(self.residual(batch)))
 
     def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
         """The rewards that the head reads from the residual stream after the final norm, at the last token."""
@@ -234,12 +234,12 @@ class RewardModel:
         self.n_channels(site)  # raises where the model has no such site
         chosen = range(self.n_layers) if layers is None else layers
         return InstalledHooks(
-            [(spot, partial(visit, layer)) for layer in chosen for spot in self.body.spots(site, layer)],
+            [(hook_site, partial(visit, layer)) for layer in chosen for hook_site in self.body.hook_sites(site, layer)],
             any_tokens=any_tokens,
         )
 
     @torch.no_grad()
-    def look(self, batch: TokenBatch, sites: Sequence[str], visit: Callable[[str, int, Tensor], None]) -> None:
+    def observe(self, batch: TokenBatch, sites: Sequence[str], visit: Callable[[str, int, Tensor], None]) -> None:
         """Run a batch as far as `visit(site, layer, activation)` has seen the activations of some sites in all layers.
 
         Activations are [row, token, channel]. Where the model runs through transformers' own modules and nobody else
@@ -248,7 +248,7 @@ class RewardModel:
         body = self.body
         left = set(sites)
         # Nobody else looks, and accelerate has nothing to put back.
-        may_stop = self._runs_once and body.runs_plain and not has_own_hooks(body.modules())
+        may_stop = self._runs_once and body.runs_native and not has_own_hooks(body.modules())
         may_stop = may_stop and not count_foreign_hooks(body.module) and not is_placed(body.modules())
 
         def look(site: str, layer: int, activation: Tensor) -> None:

@@ -38,8 +38,8 @@ def score_texts(
     with progress_bar(progress=progress, total=len(encoded), desc="score", unit="text") as bar:
         for number, batch in enumerate(batches):
             if shard.takes(number):
-                rewards[list(batch.places)] = model.rewards(batch).cpu()
-            bar.update(len(batch.places))
+                rewards[list(batch.indices)] = model.rewards(batch).cpu()
+            bar.update(len(batch.indices))
     if shard.size > 1:
         shard.require_same("list of texts", f"{[text.ids for text in encoded]} {model.fingerprint}")
         shard.add_up(rewards)

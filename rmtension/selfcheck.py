@@ -28,7 +28,7 @@ from rmtension.classifiers import reload_classifier
 from rmtension.direct import direct_contributions, written_by
 from rmtension.encoding import EncodedText
 from rmtension.errors import CheckError, ModelError, OptionError
-from rmtension.hooks import InstalledHooks, Spot, eager_eval
+from rmtension.hooks import HookSite, InstalledHooks, eager_eval
 from rmtension.outputs import pick
 from rmtension.pairs import PreferencePairs
 from rmtension.plain_run import let_run_in_float64
@@ -102,7 +102,7 @@ class _Checker:
 
     def _transformers(self, reference: Any) -> None:
         checkpoint = self.head.checkpoint
-        if reference is None and checkpoint is not None and checkpoint.source is None and self.head.body.plain is None:
+        if reference is None and checkpoint is not None and checkpoint.source is None and self.head.body.native is None:
             return  # a conversion of a model in memory, compared with it when it was made
         model: Any = reload_classifier(self.head) if reference is None else reference
         # A bias for which transformers has no place is the head's alone.
@@ -161,7 +161,7 @@ class _Checker:
         return torch.stack(rewards)
 
     def _bridge(self) -> None:
-        if self.head.body.plain is None:
+        if self.head.body.native is None:
             return
         bridge: Any = self.head.model
         # Any hook of the user's makes the bridge run in place of transformers' modules.
@@ -253,7 +253,7 @@ class _Checker:
         """The residual stream before every layer on the shortest probe."""
         kept: list[Tensor] = []
         blocks = map(self.head.body.block, range(self.head.n_layers))
-        with InstalledHooks([(Spot(block, "input"), kept.append) for block in blocks]):
+        with InstalledHooks([(HookSite(block, "input"), kept.append) for block in blocks]):
             self._score([min(self.ids, key=len)])
         return kept
 
@@ -261,7 +261,7 @@ class _Checker:
         """The residual stream where the reward of each text is read."""
         batch = self._batch(texts)
         with torch.no_grad():
-            return batch.at_last(self.head.residual(batch)).cpu()
+            return batch.gather_last(self.head.residual(batch)).cpu()
 
     def _own_ids(self, probe: Probe) -> list[int]:
         """The tokenizer's ids of the text; the head's for a chat, one too long, or one that begins with BOS itself."""

@@ -136,7 +136,7 @@ class _SingleEffects(PairStatistic[NeuronScores]):
             if not wanted:
                 continue
             activation = replay.activations[site, layer]
-            select = batch.touched(self._positions).to(activation.device)
+            select = batch.position_mask(self._positions).to(activation.device)
             step = self._replacement.step(layer, activation, select, batch)
             for change in _changes(replay, site, layer, step, wanted):
                 effects.append(margins(change).double())
@@ -177,7 +177,7 @@ def _changes(
     weights = rearrange(written, "(neuron channel) d_model -> neuron channel d_model", neuron=head.n_neurons(site))
     above = replay.stream(layer + 1)
     if layer == head.n_layers - 1:
-        last, last_steps = replay.batch.at_last(above), replay.batch.at_last(steps)
+        last, last_steps = replay.batch.gather_last(above), replay.batch.gather_last(steps)
         base = replay.read(last)
         at_a_time = max(1, _AT_A_TIME // last.numel())
         for start in range(0, len(wanted), at_a_time):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rmtension.body import Body
 from rmtension.errors import ModelError
-from rmtension.hooks import InstalledHooks, Spot, Visit
+from rmtension.hooks import Hook, HookSite, InstalledHooks
 from rmtension.plain_run import probe_batch
 from rmtension.sites import SITES
 
@@ -21,7 +21,7 @@ def measure_sites(
     """
     shapes: dict[tuple[str, int], int] = {}
     missing: dict[str, ModelError] = {}
-    hooks: list[tuple[Spot, Visit]] = []
+    hooks: list[tuple[HookSite, Hook]] = []
     projected = [name for name, site in SITES.items() if site.factor_of is None]
 
     runs_once = True
@@ -33,13 +33,15 @@ def measure_sites(
 
     for name in projected:
         try:
-            spots = [
-                (spot, partial(record, name, layer)) for layer in range(n_layers) for spot in body.spots(name, layer)
+            hook_sites = [
+                (hook_site, partial(record, name, layer))
+                for layer in range(n_layers)
+                for hook_site in body.hook_sites(name, layer)
             ]
         except ModelError as error:
             missing[name] = error
         else:
-            hooks += spots
+            hooks += hook_sites
     try:
         with InstalledHooks(hooks), torch.no_grad():
             body.residual(probe_batch(1, device))
@@ -70,7 +72,7 @@ def measure_sites(
             )
         elif site.factor_of is not None:
             try:
-                _ = [body.spots(name, layer) for layer in range(n_layers)]
+                _ = [body.hook_sites(name, layer) for layer in range(n_layers)]
                 found[name] = found[site.factor_of]
             except ModelError as error:
                 missing[name] = error

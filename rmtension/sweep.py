@@ -87,7 +87,7 @@ class _Sweep:
         if empty:
             found = dict.fromkeys(empty, head.rewards(batch))
         left = [number for number in range(len(self._lowest)) if number not in found]
-        if len(left) == 1 or not head.body.runs_plain:
+        if len(left) == 1 or not head.body.runs_native:
             for number in left:
                 with self._ablations[number]:
                     found[number] = head.rewards(batch)

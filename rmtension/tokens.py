@@ -20,8 +20,8 @@ class TokenBatch:
     """Texts as right-padded rows of tokens: a row a text, or one for several that share a prefix (`rmtension.packing`).
 
     For every text, `mask` marks its tokens among the columns of its row, `response` those of its response, `last` is
-    the column its reward is read from, `keys` stand for the prompts, `places` are the texts' places in the list that
-    was batched. Of pairs, the chosen texts come first, then the rejected ones. `row_of` says which row a text is in:
+    the column its reward is read from, `keys` stand for the prompts, `indices` are the texts' indices in the list that
+    was batched. Of pairs, the chosen texts come first, then the rejected ones. `row_index` says which row a text is in:
     without it, text i is row i. `position_ids` are there if rows are packed: each token's place in its text.
     """
 
@@ -30,15 +30,15 @@ class TokenBatch:
     response: Bool[Tensor, "text token"]
     last: Int[Tensor, "text"]
     keys: Int[Tensor, "text"]
-    places: tuple[int, ...]
-    row_of: Int[Tensor, "text"] | None = None
+    indices: tuple[int, ...]
+    row_index: Int[Tensor, "text"] | None = None
     position_ids: Int[Tensor, "row token"] | None = None
 
     @classmethod
     def from_texts(
         cls,
         texts: Sequence[EncodedText],
-        places: Sequence[int],
+        indices: Sequence[int],
         *,
         pad_token_id: int | None,
         device: torch.device | str,
@@ -57,7 +57,7 @@ class TokenBatch:
             response=mask & (columns >= starts[:, None]),
             last=last_token(input_ids, mask, pad_token_id),
             keys=torch.tensor([text.key for text in texts]),
-            places=tuple(places),
+            indices=tuple(indices),
         )
         return batch.to(device)
 
@@ -72,7 +72,7 @@ class TokenBatch:
             response=mask,
             last=last_token(input_ids, mask, pad_token_id),
             keys=torch.arange(len(input_ids), device=input_ids.device),
-            places=tuple(range(len(input_ids))),
+            indices=tuple(range(len(input_ids))),
         )
 
     def to(self, device: torch.device | str) -> "TokenBatch":
@@ -83,20 +83,20 @@ class TokenBatch:
             response=self.response.to(device),
             last=self.last.to(device),
             keys=self.keys.to(device),
-            places=self.places,
-            row_of=None if self.row_of is None else self.row_of.to(device),
+            indices=self.indices,
+            row_index=None if self.row_index is None else self.row_index.to(device),
             position_ids=None if self.position_ids is None else self.position_ids.to(device),
         )
 
     @property
     def n_pairs(self) -> int:
         """Of a batch of pairs, how many."""
-        return len(self.places) // 2
+        return len(self.indices) // 2
 
     @cached_property
     def rows(self) -> Int[Tensor, "text"]:
         """Which row each text is in."""
-        return torch.arange(len(self.last), device=self.last.device) if self.row_of is None else self.row_of
+        return torch.arange(len(self.last), device=self.last.device) if self.row_index is None else self.row_index
 
     @cached_property
     def row_keys(self) -> Int[Tensor, "row"]:
@@ -105,46 +105,46 @@ class TokenBatch:
         keys[self.rows] = self.keys
         return keys
 
-    def at_last(self, values: Float[Tensor, "row token *rest"]) -> Float[Tensor, "text *rest"]:
+    def gather_last(self, values: Float[Tensor, "row token *rest"]) -> Float[Tensor, "text *rest"]:
         """What stands at the token that each text's reward is read from, on the device of `values`."""
         # Of a model over several devices the residual stream comes out on the last one.
         return values[self.rows.to(values.device), self.last.to(values.device)]
 
-    def spread(self, at_last: Float[Tensor, "text channel"]) -> Float[Tensor, "row token channel"]:
-        """The inverse of `at_last`: zeros at other tokens. Texts that are one stand at one place, once."""
-        places = self.rows.to(at_last.device), self.last.to(at_last.device)
-        return at_last.new_zeros(*self.input_ids.shape, at_last.shape[1]).index_put(places, at_last)
+    def scatter_last(self, values: Float[Tensor, "text channel"]) -> Float[Tensor, "row token channel"]:
+        """The inverse of `gather_last`: zeros at other tokens. Texts that are one stand at one place, once."""
+        indices = self.rows.to(values.device), self.last.to(values.device)
+        return values.new_zeros(*self.input_ids.shape, values.shape[1]).index_put(indices, values)
 
-    def by_row(self, per_text: Float[Tensor, "text token"]) -> Float[Tensor, "row slot token"]:
+    def scatter_to_rows(self, per_text: Float[Tensor, "text token"]) -> Float[Tensor, "row slot token"]:
         """The texts of every row, one behind the other; zeros where other rows have more texts."""
-        if self.row_of is None:
+        if self.row_index is None:
             return per_text[:, None]
         rows, slots = self.rows.to(per_text.device), self._slots.to(per_text.device)
         found = per_text.new_zeros(len(self.input_ids), self._n_slots, per_text.shape[1])
         found[rows, slots] = per_text
         return found
 
-    def by_token(self, per_text: Float[Tensor, "text token"]) -> Float[Tensor, "row token"]:
+    def sum_over_texts(self, per_text: Float[Tensor, "text token"]) -> Float[Tensor, "row token"]:
         """Summed over the texts that a token belongs to."""
-        return self.by_row(per_text).sum(1)
+        return self.scatter_to_rows(per_text).sum(1)
 
-    def by_text(
+    def sum_per_text(
         self, weights: Float[Tensor, "text token"], values: Float[Tensor, "row token channel"]
     ) -> Float[Tensor, "text channel"]:
         """Every text's sum of its tokens' `values`, weighted."""
-        sums = self.by_row(weights.to(values)) @ values
+        sums = self.scatter_to_rows(weights.to(values)) @ values
         return sums[self.rows.to(sums.device), self._slots.to(sums.device)]
 
-    def by_pair(self, of_rows: Float[Tensor, "row *rest"]) -> Float[Tensor, "pair *rest"]:
+    def sum_per_pair(self, of_rows: Float[Tensor, "row *rest"]) -> Float[Tensor, "pair *rest"]:
         """Summed over the rows of a pair; no row may hold texts of two."""
         n_pairs = self.n_pairs
         owners = torch.empty(len(of_rows), dtype=torch.long, device=of_rows.device)
         owners[self.rows.to(of_rows.device)] = torch.arange(2 * n_pairs, device=of_rows.device) % n_pairs
         return of_rows.new_zeros(n_pairs, *of_rows.shape[1:]).index_add_(0, owners, of_rows)
 
-    def touched(self, positions: str) -> Bool[Tensor, "row token"]:
+    def position_mask(self, positions: str) -> Bool[Tensor, "row token"]:
         """Which tokens `positions` names in any text of the row."""
-        return self.by_token(self.select(positions).float()) > 0
+        return self.sum_over_texts(self.select(positions).float()) > 0
 
     @cached_property
     def _slots(self) -> Int[Tensor, "text"]:
@@ -261,7 +261,7 @@ def running_batch() -> TokenBatch | None:
 def text_batches(
     texts: Sequence[EncodedText], *, tokens_per_batch: int, pad_token_id: int | None, device: torch.device | str
 ) -> Iterator[TokenBatch]:
-    """Batches of texts of similar length; `places` index `texts`."""
-    for places in length_buckets([len(text) for text in texts], tokens_per_batch):
-        some = [texts[place] for place in places]
-        yield TokenBatch.from_texts(some, places, pad_token_id=pad_token_id, device=device)
+    """Batches of texts of similar length; `indices` index `texts`."""
+    for indices in length_buckets([len(text) for text in texts], tokens_per_batch):
+        some = [texts[place] for place in indices]
+        yield TokenBatch.from_texts(some, indices, pad_token_id=pad_token_id, device=device)

@@ -32,7 +32,7 @@ def token_head(name: str, model: Any, rows: tuple[int, ...]) -> LinearHead:
     off = float((logits - scale * plain).abs().max()) / float(logits.abs().max())
     if cap is not None or not off <= tolerance:
         reason = f"capped (final_logit_softcapping={cap})" if cap is not None else "computed in another way"
-        weight = "RewardHead.from_language_model(...).body.plain.get_input_embeddings().weight"
+        weight = "RewardHead.from_language_model(...).body.native.get_input_embeddings().weight"
         raise ModelError(
             f"{name}: its logits are {reason}, so that a logit is no linear function of the hidden state. What it "
             "is before that is read with head=(weight[yes] - weight[no], 0): yes and no are the numbers of the tokens, "

@@ -28,10 +28,10 @@ def written_weights(
     """
     head = replay.head
     name = head.body.projection_names.get((site, layer))
-    assert head.body.plain is not None
+    assert head.body.native is not None
     if name is None or find_site(site).factor_of is not None:
         return None
-    projection = head.body.plain.get_submodule(name)
+    projection = head.body.native.get_submodule(name)
     n_channels = head.n_channels(site)
     parameter = next(projection.parameters())
     precision = torch.finfo(parameter.dtype).eps

@@ -64,7 +64,7 @@ def test_exception_inside_a_collector_or_an_attribution_leaves_no_hook(head, pai
 def test_failed_entry_installs_nothing(head, monkeypatch):
     before = snapshot(head)
     context = AblationContext(head, neurons_of(head))
-    last = head.body.spots("mlp", 2)[-1].module
+    last = head.body.hook_sites("mlp", 2)[-1].module
 
     def refuse(*_, **__):
         raise RuntimeError("no more hooks")

@@ -50,7 +50,7 @@ def test_what_does_not_belong_together(head, pairs, checkpoints):
     collector = ActivationCollector(mine).update(pairs)
     before = collector.compute()
     with torch.no_grad():
-        mine.body.plain.h[0].mlp.c_fc.weight += 0.1
+        mine.body.native.h[0].mlp.c_fc.weight += 0.1
     with pytest.raises(ProvenanceError, match=r"^update: the model's weights changed since the last reset. Call reset"):
         collector.update(pairs)
     assert collector.compute().provenance.model == before.provenance.model != mine.fingerprint

@@ -70,7 +70,7 @@ def test_folding_equals_the_context(folder, site, tmp_path_factory):
             expected = head.score(texts)
         assert not torch.allclose(expected, before, atol=1e-3), "the ablation must do something"
         config = head.checkpoint.base.config
-        has_bias = head.body.plain.get_submodule(head.body.projection_names[site, 0]).bias is not None
+        has_bias = head.body.native.get_submodule(head.body.projection_names[site, 0]).bias is not None
         flag = {"mlp": "mlp_bias", "attn_head": "attention_bias"}[site]
         if isinstance(replacement, Mean) and not has_bias and not hasattr(config, flag):
             with pytest.raises(ModelError, match=r"have no bias, and its config has no place for one"):
@@ -194,12 +194,12 @@ def test_the_copy_is_of_the_head_as_it_is_now(checkpoints, tokenizer, ragged_tex
     head = RewardHead.from_pretrained(checkpoints["llama"])
     neurons, others = random_set(head, "mlp"), random_set(head, "mlp", seed=1)
     expected = head.with_ablation(neurons).score(ragged_texts)
-    handle = head.body.plain.register_forward_hook(HookThatCannotBeCopied())
+    handle = head.body.native.register_forward_hook(HookThatCannotBeCopied())
     with AblationContext(head, others):
         inside = head.with_ablation(neurons)
     assert torch.equal(inside.score(ragged_texts), expected)
-    assert not any(module._forward_pre_hooks for module in inside.body.plain.modules())
-    assert len(head.body.plain._forward_hooks) == 1
+    assert not any(module._forward_pre_hooks for module in inside.body.native.modules())
+    assert len(head.body.native._forward_hooks) == 1
     handle.remove()
     with torch.no_grad():
         head.weight.mul_(2)

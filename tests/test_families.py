@@ -82,7 +82,7 @@ def test_family(folder, texts):
         device=head.device,
     )
     parts = direct_contributions(head, batch)
-    order = list(batch.places)
+    order = list(batch.indices)
     assert torch.allclose(parts.reward, plain[order], atol=1e-6, rtol=0)
     written = sum(neurons.sum(dim=2) for neurons in parts.neurons.values()) + parts.biases
     assert torch.allclose(written, parts.blocks, atol=1e-6, rtol=0)

@@ -32,7 +32,7 @@ from rmtension import (
 from rmtension.check_matrix import make_classifier
 from rmtension.errors import ModelError, OptionError
 from rmtension.gates import GATE_ROWS, find_gates
-from rmtension.hooks import Spot, count_foreign_hooks
+from rmtension.hooks import HookSite, count_foreign_hooks
 
 pytestmark = pytest.mark.lens
 HAS_HOOKED_TRANSFORMER = int(version("transformer-lens").split(".")[0]) < 4
@@ -191,7 +191,7 @@ def test_the_site_has_the_neurons_of_mlp(both):
     assert "-3x128-heads4x8-d32" in head.architecture, "the site must not change what saved results carry"
     # The same place where nothing is multiplied, in both ways; another one where there is a gate.
     for layer in range(3):
-        places = [head.body.spots(site, layer) for site in ("mlp", "mlp_gate")]
+        places = [head.body.hook_sites(site, layer) for site in ("mlp", "mlp_gate")]
         assert len(places[1]) == 2
         assert [one == other for one, other in zip(*places, strict=True)] == [not gated(reference)] * 2
 
@@ -200,7 +200,7 @@ def test_the_site_has_the_neurons_of_mlp(both):
 def test_activations_equal_the_formula(both, pairs, way):
     head, reference = both
     with running(head, way):
-        assert head.body.runs_plain == (way == "plain")
+        assert head.body.runs_native == (way == "plain")
         for text in texts_of(pairs)[:3]:
             expected, _ = reference.activations(text)
             found = seen(head, "mlp_gate", text)
@@ -320,7 +320,7 @@ def test_a_bridge_of_the_users(both, pairs):
     """Only the bridge runs; it has the same activations."""
     head, _ = both
     bare = RewardHead(head.model, weight=head.weight, tokenizer=head.tokenizer, pad_token_id=head.pad_token_id)
-    assert [len(bare.body.spots("mlp_gate", layer)) for layer in range(3)] == [1, 1, 1]
+    assert [len(bare.body.hook_sites("mlp_gate", layer)) for layer in range(3)] == [1, 1, 1]
     text = texts_of(pairs)[0]
     assert torch.allclose(seen(bare, "mlp_gate", text), seen(head, "mlp_gate", text), atol=1e-6, rtol=0)
 
@@ -329,7 +329,7 @@ def test_a_bridge_of_the_users(both, pairs):
 @pytest.mark.parametrize("family", ["phi3", "opt"])
 def test_half_precision(family, dtype, tokenizer):
     head = RewardHead.from_classifier(make_classifier(family, len(tokenizer)).to(dtype), tokenizer=tokenizer)
-    same = [head.body.spots("mlp_gate", layer) == head.body.spots("mlp", layer) for layer in range(3)]
+    same = [head.body.hook_sites("mlp_gate", layer) == head.body.hook_sites("mlp", layer) for layer in range(3)]
     assert same == [family not in GATED] * 3
 
 
@@ -354,7 +354,7 @@ def test_a_layer_that_was_pruned_still_has_its_site(zero, tokenizer):
         getattr(classifier.model.layers[1].mlp, zero).weight.zero_()
     head = RewardHead.from_classifier(classifier, tokenizer=tokenizer)
     for layer, block in enumerate(classifier.model.layers):
-        assert head.body.spots("mlp_gate", layer)[-1] == Spot(block.mlp.act_fn, "output")
+        assert head.body.hook_sites("mlp_gate", layer)[-1] == HookSite(block.mlp.act_fn, "output")
 
 
 class TestMissing:
@@ -393,7 +393,7 @@ class TestMissing:
             options["model_class"] = "HookedTransformer"
         plain = RewardHead.from_classifier(make_classifier("gpt2", len(tokenizer)), tokenizer=tokenizer)
         head = RewardHead.from_classifier(make_classifier("gpt2", len(tokenizer)), tokenizer=tokenizer, **options)
-        assert head.body.spots("mlp_gate", 1) == head.body.spots("mlp", 1)
+        assert head.body.hook_sites("mlp_gate", 1) == head.body.hook_sites("mlp", 1)
         ours, theirs = (ActivationCollector(one, site="mlp_gate").collect(pairs) for one in (head, plain))
         assert torch.allclose(ours.mean, theirs.mean, atol=1e-5)
 
@@ -455,7 +455,7 @@ class Toy(nn.Module):
 
 def search(kind):
     toy = Toy(kind).eval()
-    inputs = [Spot(module, "input") for module in toy.down]
+    inputs = [HookSite(module, "input") for module in toy.down]
     text = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(1))
     before = toy(text)
     try:
@@ -467,7 +467,7 @@ def search(kind):
 @pytest.mark.parametrize("kind", ["gated", "dropout after"])
 def test_a_gate_is_found(kind):
     toy, _, gates = search(kind)
-    assert gates == [Spot(module, "output") for module in toy.act_fn]
+    assert gates == [HookSite(module, "output") for module in toy.act_fn]
 
 
 @pytest.mark.parametrize("kind", ["ungated", "ungated, shared"])

@@ -193,7 +193,7 @@ def test_blocks_that_run_more_than_once_do_not_stop_early(checkpoints, few, plai
     plain = RewardHead.from_classifier(classifier, tokenizer=plain_tokenizer)
     assert plain._runs_once
     looped = RewardHead.from_classifier(classifier, tokenizer=plain_tokenizer)
-    looped.body.plain.h = Looped(list(looped.body.plain.h))
+    looped.body.native.h = Looped(list(looped.body.native.h))
     with eager_eval(looped.body.modules()):
         _, _, looped._runs_once = measure_sites(looped.body, looped.n_layers, looped.device)
     assert not looped._runs_once

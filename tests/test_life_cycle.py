@@ -29,8 +29,8 @@ from rmtension.distributed import current, sharded
 from rmtension.errors import OptionError, RMTensionError
 from rmtension.faithfulness import faithfulness
 from rmtension.hooks import (
+    HookSite,
     InstalledHooks,
-    Spot,
     all_fire,
     copy_without_hooks,
     eager_eval,
@@ -76,7 +76,7 @@ class Setup:
 
     @property
     def mlp(self):
-        return self.head.body.plain.get_submodule(self.head.body.projection_names["mlp", 1])
+        return self.head.body.native.get_submodule(self.head.body.projection_names["mlp", 1])
 
 
 def untouched(_module, _inputs, _output):
@@ -92,8 +92,8 @@ def make_setup(folder, checkpoint, other):
     masks[0, 1, 3] = masks[1, 2, 4] = True
     sets = [NeuronSet(mask, "mlp", head.architecture) for mask in masks]
     # Some modules train, some parameters ask for gradients and have one.
-    head.body.plain.h[0].train()
-    for parameter in head.body.plain.h[1].parameters():
+    head.body.native.h[0].train()
+    for parameter in head.body.native.h[1].parameters():
         parameter.requires_grad_(True)
         parameter.grad = torch.ones_like(parameter)
     return Setup(head, base, pairs, batch, *sets, folder)
@@ -259,10 +259,10 @@ CALLS = {
         set_fractions=(0.1,),
         n_random=1,
     ),
-    "gates.find_gates": lambda s: s.head.body.spots("mlp_gate", 0),
-    "reward_model.RewardModel.look": lambda s: s.head.look(s.batch, ["mlp", "attn_head"], lambda *_: None),
+    "gates.find_gates": lambda s: s.head.body.hook_sites("mlp_gate", 0),
+    "reward_model.RewardModel.observe": lambda s: s.head.observe(s.batch, ["mlp", "attn_head"], lambda *_: None),
     "reward_model.RewardModel.residual": lambda s: s.head.residual(s.batch),
-    "hooks.copy_without_hooks": lambda s: copy_without_hooks(s.head.body.plain),
+    "hooks.copy_without_hooks": lambda s: copy_without_hooks(s.head.body.native),
     # What a bridge's own run leaves is TransformerLens'.
     "lens_hooks.fwd_hooks": lambda s: s.head.fwd_hooks(s.neurons, Mean(s.statistics)),
     "neuron_pages.examine": lambda s: examine(
@@ -271,7 +271,7 @@ CALLS = {
     "nonfinite.require_finite": lambda s: require_finite(s.head, torch.zeros(3), lambda row: s.batch),
     "nonfinite.where_not_finite": lambda s: where_not_finite(s.head, s.batch, [torch.tensor([torch.inf])], None),
     "opening.require_hidden_padding": lambda s: require_hidden_padding(s.head),
-    "plain_weights.plain_copy": lambda s: plain_copy(s.head.body.plain),
+    "plain_weights.plain_copy": lambda s: plain_copy(s.head.body.native),
     "profiles.collect_profiles": lambda s: collect_profiles(s.head, s.pairs, base=s.base),
     "replay.Replay.__init__": lambda s: Replay(s.head, s.batch, ["mlp"]),
     "replay.Replay.rewards_from": lambda s: Replay(s.head, s.batch).rewards_from(1),
@@ -337,7 +337,7 @@ OWN_MODEL = [
     "opening.with_checkpoint",
     "opening.with_lens_model",
     "opening.head_on",
-    "body.NativeBody.residual",
+    "body.BootNativeBody.residual",
     "hooked_transformer_body.HookedTransformerBody.__init__",
     "hooked_transformer_body.HookedTransformerBody.residual",
     "lens_models.SavedModel.__init__",
@@ -349,9 +349,9 @@ ONLY_LOOKS = [
     "ablation.check_set",
     "body.BridgeBody.projection",
     "body.BridgeBody.stable_up_to",
-    "body.NativeBody.n_embeddings",
-    "body.NativeBody.spots",
-    "body.NativeBody.weights",
+    "body.BootNativeBody.n_embeddings",
+    "body.BootNativeBody.hook_sites",
+    "body.BootNativeBody.weights",
     "direct.written_by",
     "hooked_transformer_body.HookedTransformerBody.projection",
     "hooked_transformer_body.HookedTransformerBody.stable_up_to",
@@ -377,8 +377,8 @@ ONLY_LOOKS = [
     "body.BridgeBody.n_embeddings",
     "body.BridgeBody.pack_up_to",
     "body.BridgeBody.require_faithful",
-    "body.BridgeBody.runs_plain",
-    "body.BridgeBody.spots",
+    "body.BridgeBody.runs_native",
+    "body.BridgeBody.hook_sites",
     "checkpoints.Checkpoint.reads_tokens",
     "checkpoints.Checkpoint.trust_remote_code",
     "direct.DirectPaths.__init__",
@@ -405,8 +405,8 @@ ONLY_LOOKS = [
     "hooked_transformer_body.HookedTransformerBody.last_mlp_at_last_tokens",
     "hooked_transformer_body.HookedTransformerBody.modules",
     "hooked_transformer_body.HookedTransformerBody.n_embeddings",
-    "hooked_transformer_body.HookedTransformerBody.spots",
-    "hooks.Spot.__init__",
+    "hooked_transformer_body.HookedTransformerBody.hook_sites",
+    "hooks.HookSite.__init__",
     "hooks.count_foreign_hooks",
     "hooks.has_own_hooks",
     "hooks.is_placed",
@@ -532,7 +532,7 @@ def test_what_only_looks_installs_nothing(name):
 
 
 def spot(s):
-    return Spot(s.mlp, "input")
+    return HookSite(s.mlp, "input")
 
 
 # Those that touch a model.

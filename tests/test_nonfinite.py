@@ -31,7 +31,7 @@ def broken(checkpoints, family="gpt2", dtype=torch.float64, **options):
     head = RewardHead.from_pretrained(checkpoints[family], dtype=dtype, **options)
     (token,) = head.tokenizer(BAD, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
-        head.body.plain.get_input_embeddings().weight[token] = float("inf")
+        head.body.native.get_input_embeddings().weight[token] = float("inf")
     return head
 
 
@@ -148,7 +148,7 @@ def test_overflow_of_half_precision_is_named_as_such(tmp_path, tokenizer, pairs)
     folder = save_classifier(tmp_path, "gpt2", tokenizer)
     head = RewardHead.from_pretrained(folder)
     with torch.no_grad():
-        head.body.plain.h[1].mlp.c_fc.weight *= 1e5
+        head.body.native.h[1].mlp.c_fc.weight *= 1e5
     head.save_pretrained(tmp_path / "large")
     assert len(RewardHead.from_pretrained(tmp_path / "large").score_pairs(pairs)) == len(pairs)
     half = RewardHead.from_pretrained(tmp_path / "large", dtype=torch.float16)

@@ -54,7 +54,7 @@ def test_rewards_equal_the_models_own_logits_alone(kind, changes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_seen_padding_is_refused(kind, monkeypatch):
     """The probe on opening, on a body that does not hide padding from bidirectional attention."""
-    from rmtension.body import NativeBody
+    from rmtension.body import BootNativeBody
     from rmtension.hooked_transformer_body import HookedTransformerBody
 
     model = make_own(kind, attention_dir="bidirectional")
@@ -63,7 +63,7 @@ def test_seen_padding_is_refused(kind, monkeypatch):
         monkeypatch.setattr(HookedTransformerBody, "_hiding_padding", lambda *_: [])
     else:
         monkeypatch.setattr(TokenBatch, "touched", lambda batch, _: torch.ones_like(batch.input_ids, dtype=torch.bool))
-        assert NativeBody.residual
+        assert BootNativeBody.residual
     with pytest.raises(ModelError, match=r"padding behind a text changes.*not causal"):
         open_own(kind, model)
 

@@ -205,7 +205,7 @@ def test_rows():
         device="cpu",
         pack_up_to=50,
     )
-    assert batch.places == (0, 1, 0, 1)
+    assert batch.indices == (0, 1, 0, 1)
     # The first pair's texts end in pad tokens and are read at 6, which is therefore not shared.
     assert batch.input_ids.tolist() == [[5, 6, 1, 6, 1, 1], [5, 6, 7, 8, 9, 0]]
     assert batch.position_ids[0].tolist() == [0, 1, 2, 1, 2, 3]
@@ -223,11 +223,11 @@ def test_rows():
         [0, 0, 0, 0, 1, 1],
         [0, 0, 0, 0, 1, 0],
     ]
-    assert batch.touched("all").int().tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]
-    assert batch.by_token(batch.mask.float()).tolist() == [[2, 1, 1, 1, 1, 1], [2, 2, 1, 1, 1, 0]]
+    assert batch.position_mask("all").int().tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]
+    assert batch.sum_over_texts(batch.mask.float()).tolist() == [[2, 1, 1, 1, 1, 1], [2, 2, 1, 1, 1, 0]]
     values = torch.arange(12.0).reshape(2, 6, 1)
-    assert batch.at_last(values)[:, 0].tolist() == [1, 9, 3, 10]
-    assert batch.by_text(batch.mask.float(), values)[:, 0].tolist() == [3, 30, 12, 23]
+    assert batch.gather_last(values)[:, 0].tolist() == [1, 9, 3, 10]
+    assert batch.sum_per_text(batch.mask.float(), values)[:, 0].tolist() == [3, 30, 12, 23]
     sees = (attention_mask(batch, torch.float32)[:, 0] == 0).int()
     assert sees[1].tolist() == [
         [1, 0, 0, 0, 0, 0],
@@ -278,7 +278,7 @@ def test_windows_of_configs():
 def test_flash_attention_is_not_tried(checkpoints, monkeypatch):
     """It would read the mask as lengths; on a GPU that ends the process."""
     head = RewardHead.from_pretrained(checkpoints["llama"])
-    base, where = head.body.plain, (head.body.n_embeddings, 96)
+    base, where = head.body.native, (head.body.n_embeddings, 96)
     assert measure_packing(base, *where) == 96
     monkeypatch.setattr(base.config, "_attn_implementation_internal", "flash_attention_2")
     assert base.config._attn_implementation == "flash_attention_2"
@@ -291,7 +291,7 @@ def test_what_is_packed():
 
     def packed(limit):
         batches = pair_batches(pairs, tokens_per_batch=500, pad_token_id=None, device="cpu", pack_up_to=limit)
-        return {place: batch.position_ids is not None for batch in batches for place in batch.places}
+        return {place: batch.position_ids is not None for batch in batches for place in batch.indices}
 
     # Nothing in common; enough; enough, but too long a row.
     assert packed(100) == {0: False, 1: True, 2: True}

@@ -100,8 +100,8 @@ def test_an_iterable_is_read_as_it_is_needed(head, pairs, three_at_a_time):
 
     class UpToHundred(Batches):
         def observe(self, batch):
-            assert n_taken <= max(batch.places) + 3
-            if max(batch.places) >= 100:
+            assert n_taken <= max(batch.indices) + 3
+            if max(batch.indices) >= 100:
                 raise EOFError
             return []
 
@@ -163,7 +163,7 @@ def best_of():
 
 
 def n_tokens_run(head, pairs, sharing="prompt"):
-    return sum(int((batch.touched("all")).sum()) for batch in batches_of(head, pairs, sharing=sharing))
+    return sum(int((batch.position_mask("all")).sum()) for batch in batches_of(head, pairs, sharing=sharing))
 
 
 def test_responses_of_a_prompt_share_it(head, best_of):
@@ -218,7 +218,7 @@ def test_rows_of_many_pairs_are_no_longer_than_they_may_be(head, best_of, monkey
     several = []
     for batch in batches_of(head, best_of):
         several += torch.bincount(batch.rows, minlength=len(batch.input_ids)).tolist()
-        if batch.position_ids is not None and len(batch.places) > 2 * len(batch.input_ids):
+        if batch.position_ids is not None and len(batch.indices) > 2 * len(batch.input_ids):
             assert batch.input_ids.shape[1] <= 45
     assert max(several) > 2
     assert sum(several) == 2 * len(best_of)

@@ -59,7 +59,7 @@ def test_a_reference_of_the_users(checkpoints):
 def test_norm_gain_left_out_is_rejected(head, monkeypatch):
     """Reading `ln_final.hook_normalized`, which is where the gain has not been applied yet."""
     residual = BridgeBody.residual
-    norm = head.body.plain.ln_f
+    norm = head.body.native.ln_f
 
     def without_gain(body, batch):
         return (residual(body, batch) - norm.bias) / norm.weight
@@ -121,7 +121,7 @@ def test_left_padding_without_positions_is_rejected(checkpoints, family, monkeyp
 
 
 def test_a_hook_that_misses_a_layer_is_rejected(head, monkeypatch):
-    spots = BridgeBody.spots
+    spots = BridgeBody.hook_sites
 
     def all_but_one(body, site, layer):
         return spots(body, site, 0 if layer == 1 else layer)
@@ -140,7 +140,7 @@ def test_a_site_that_does_nothing_is_noticed(head, monkeypatch):
             dead(torch.full((1, 1, 64), float(layer)))
         return residual(body, batch)
 
-    spot = type(head.body.spots("mlp", 0)[0])
+    spot = type(head.body.hook_sites("mlp", 0)[0])
     monkeypatch.setattr(BridgeBody, "residual", also_dead)
     monkeypatch.setattr(BridgeBody, "spots", lambda body, site, layer: [spot(dead, "output")])
     assert {"zeroing, mlp", "zeroing, mlp_gate", "zeroing, attn_head"} <= failed(head)
@@ -150,7 +150,7 @@ def test_changed_weights_are_noticed(checkpoints):
     """The checkpoint is read again: a model that drifted from it no longer equals it."""
     head = RewardHead.from_pretrained(checkpoints["llama"])
     with torch.no_grad():
-        head.body.plain.layers[0].mlp.down_proj.weight.mul_(1.5)
+        head.body.native.layers[0].mlp.down_proj.weight.mul_(1.5)
     assert failed(head) == {"equal to transformers"}
 
 
@@ -158,12 +158,12 @@ def test_changed_weights_under_a_head_of_the_users_are_noticed(checkpoints):
     head = RewardHead.from_pretrained(checkpoints["llama"], head=torch.linspace(-1, 1, 32))
     assert head.check(make_pairs(3))["passed"].all()
     with torch.no_grad():
-        head.body.plain.layers[0].mlp.down_proj.weight.mul_(1.5)
+        head.body.native.layers[0].mlp.down_proj.weight.mul_(1.5)
     assert failed(head) == {"equal to transformers"}
 
 
 def test_hooks_in_each_others_layers_are_rejected(head, monkeypatch):
-    spots = BridgeBody.spots
+    spots = BridgeBody.hook_sites
     monkeypatch.setattr(BridgeBody, "spots", lambda body, site, layer: spots(body, site, [1, 0, 2][layer]))
     assert failed(head) == {"hooks, mlp", "hooks, mlp_gate", "hooks, attn_head"}
 

@@ -88,14 +88,14 @@ def test_pair_batches_hold_both_texts_of_every_pair(tokenizer, pairs):
     encoded = encode_pairs(tokenizer, pairs, max_length=500)
     seen = []
     for batch in pair_batches(encoded, tokens_per_batch=200, pad_token_id=1, device="cpu"):
-        half = len(batch.places) // 2
-        assert batch.places[:half] == batch.places[half:]
-        for row, number in enumerate(batch.places):
+        half = len(batch.indices) // 2
+        assert batch.indices[:half] == batch.indices[half:]
+        for row, number in enumerate(batch.indices):
             text = (encoded.chosen if row < half else encoded.rejected)[number]
             assert batch.input_ids[batch.rows[row]][batch.mask[row]].tolist() == list(text.ids)
             assert int(batch.response[row].sum()) == len(text) - text.response_start
             assert batch.select("last")[row].nonzero().tolist() == [[len(text) - 1]]
-        seen += batch.places[:half]
+        seen += batch.indices[:half]
     assert sorted(seen) == list(range(len(pairs)))
 
 

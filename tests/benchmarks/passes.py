@@ -82,7 +82,7 @@ def single_texts(head: RewardHead, pairs: PreferencePairs):
 def plain(head: RewardHead, pairs: PreferencePairs) -> None:
     with torch.no_grad():
         for batch in single_texts(head, pairs):
-            head.body.plain(input_ids=batch.input_ids, use_cache=False)
+            head.body.native(input_ids=batch.input_ids, use_cache=False)
 
 
 def run_with_cache(head: RewardHead, pairs: PreferencePairs) -> None:
@@ -100,7 +100,7 @@ def run_with_cache(head: RewardHead, pairs: PreferencePairs) -> None:
 
 def captum_gradient(head: RewardHead, pairs: PreferencePairs) -> None:
     """Gradient x activation of every MLP neuron with captum, in batches of single texts."""
-    layers = [head.body.plain.get_submodule(head.body.projection_names["mlp", one]) for one in range(head.n_layers)]
+    layers = [head.body.native.get_submodule(head.body.projection_names["mlp", one]) for one in range(head.n_layers)]
     for batch in single_texts(head, pairs):
         method = captum.attr.LayerGradientXActivation(lambda ids, batch=batch: reward(head, ids, batch), layers)
         found = method.attribute(batch.input_ids, attribute_to_layer_input=True)
@@ -108,14 +108,14 @@ def captum_gradient(head: RewardHead, pairs: PreferencePairs) -> None:
 
 
 def reward(head: RewardHead, ids: torch.Tensor, batch) -> torch.Tensor:
-    return head.read(batch.at_last(head.body.plain(input_ids=ids, use_cache=False)[0]))
+    return head.read(batch.gather_last(head.body.native(input_ids=ids, use_cache=False)[0]))
 
 
 def papers_procedure(head: RewardHead, pairs: PreferencePairs) -> None:
     """Everything padded to 1,024 tokens, 32 texts a batch in the order of the data, sums by hooks."""
     encoded = encode_pairs(head.tokenizer, pairs, max_length=1024)
     texts = [text.ids for one in zip(encoded.chosen, encoded.rejected, strict=True) for text in one]
-    layers = [head.body.plain.get_submodule(head.body.projection_names["mlp", one]) for one in range(head.n_layers)]
+    layers = [head.body.native.get_submodule(head.body.projection_names["mlp", one]) for one in range(head.n_layers)]
     sums = {}
     handles = []
     for layer in layers:
@@ -133,7 +133,7 @@ def papers_procedure(head: RewardHead, pairs: PreferencePairs) -> None:
                 for row, one in enumerate(some):
                     ids[row, : len(one)], mask[row, : len(one)] = torch.tensor(one), 1
                 ids, mask = ids.to(head.device), mask.to(head.device)
-                head.body.plain(input_ids=ids, attention_mask=mask, use_cache=False)
+                head.body.native(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -233,7 +233,7 @@ def plain_of_distinct(head: RewardHead, pairs: PreferencePairs) -> None:
     )
     with torch.no_grad():
         for batch in batches:
-            head.body.plain(input_ids=batch.input_ids, use_cache=False)
+            head.body.native(input_ids=batch.input_ids, use_cache=False)
 
 
 def matrix_product_rate(device: str, dtype: torch.dtype) -> float:
