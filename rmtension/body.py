@@ -160,7 +160,7 @@ class BridgeBody:
 
     @cached_property
     def _gates(self) -> list[list[HookSite]]:
-        """Of every layer the hook_sites of `mlp_gate`, each found where it is: the bridge may compute it in its own way."""
+        """The hook sites of `mlp_gate` in every layer, found separately in the bridge and in the native modules."""
         bridge: Any = self.bridge
         bases = [self._base()] if self.native is None else [self._base(), self.native]
         inputs = zip(*(self._projected("mlp_gate", layer) for layer in range(int(bridge.cfg.n_layers))), strict=True)

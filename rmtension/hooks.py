@@ -25,8 +25,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class HookSite:
     """A tensor inside a running model: the output of a module, or its first input.
 
-    `place` is the (site, layer) whose activation it is; a model may have several hook_sites for one, of which one fires in
-    each run. None where nothing depends on the hook.
+    `place` is the (site, layer) whose activation it is; None where nothing depends on the hook. A model may have several
+    hook sites for one activation, of which one fires in each run.
     """
 
     module: nn.Module
