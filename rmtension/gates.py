@@ -17,7 +17,7 @@ _ROUNDING = {torch.float16: 0.05, torch.bfloat16: 0.05}
 
 
 def find_gates(run: Callable[[], object], modules: Iterable[nn.Module], inputs: Sequence[HookSite]) -> list[HookSite]:
-    """The hook_site of `mlp_gate` in every layer, given that of `mlp`, for one way in which a model runs.
+    """The hook site of `mlp_gate` in every layer, given that of `mlp`, for one way in which a model runs.
 
     It is the output of the last activation function to run before the down projection, and what the name of a module
     promises is not believed: `run` runs `GATE_ROWS` equal texts, the output is replaced by random numbers in two of

@@ -25,7 +25,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class HookSite:
     """A tensor inside a running model: the output of a module, or its first input.
 
-    `place` is the (site, layer) whose activation it is; None where nothing depends on the hook. A model may have several
+    `place` is the (site, layer) of its activation; None where nothing depends on the hook. A model may have several
     hook sites for one activation, of which one fires in each run.
     """
 
@@ -202,7 +202,7 @@ class _OurHook:
 
 
 class _SpotHook(_OurHook):
-    """Sees the tensor of a hook_site, and may replace it; counts how often it fired."""
+    """Sees the tensor of a hook site, and may replace it; counts how often it fired."""
 
     def __init__(self, hook_site: HookSite, visit: Hook, any_tokens: bool) -> None:
         self._visit = visit
