@@ -206,7 +206,11 @@ class Scale(Replacement):
 
     def __post_init__(self) -> None:
         given: object = self.alpha
-        if not isinstance(given, int | float | np.number) or isinstance(given, bool) or not math.isfinite(self.alpha):
+        if (
+            not isinstance(given, int | float | np.integer | np.floating)
+            or isinstance(given, bool)
+            or not math.isfinite(self.alpha)
+        ):
             raise OptionError(f"alpha: expected a finite number such as Scale(0.5), got {self.alpha!r:.80}.")
         object.__setattr__(self, "alpha", float(self.alpha))
 

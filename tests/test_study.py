@@ -251,7 +251,7 @@ class TestRules:
     def test_published_rules_are_options(self):
         paper = StudyOptions.of("paper")
         assert (paper.site, paper.positions, paper.top_rule, paper.tie) == ("mlp_gate", "all", "percentile", 0.0)
-        assert (paper.pool_tokens, paper.clamp, paper.by, paper.mode) == (True, True, "score", "zero")
+        assert (paper.pool_tokens, paper.clamp, paper.by, paper.replacement) == (True, True, "score", "zero")
         assert len(paper.curve_fractions) == 16
         assert StudyOptions.of("corrected") == StudyOptions()
         assert StudyOptions.of("paper", tie=0.5).tie == 0.5, "one rule at a time"
