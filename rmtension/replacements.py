@@ -206,7 +206,11 @@ class Scale(Replacement):
 
     def __post_init__(self) -> None:
         given: object = self.alpha
-        if not isinstance(given, int | float | np.number) or isinstance(given, bool) or not math.isfinite(self.alpha):
+        if (
+            not isinstance(given, int | float | np.integer | np.floating)
+            or isinstance(given, bool)
+            or not math.isfinite(self.alpha)
+        ):
             raise OptionError(f"alpha: expected a finite number such as Scale(0.5), got {self.alpha!r:.80}.")
         object.__setattr__(self, "alpha", float(self.alpha))
 
@@ -294,7 +298,8 @@ def check_replacement(replacement: object, head: RewardModel, site: str) -> None
     `OptionError` for anything else, `ProvenanceError` for activations of another model or site.
     """
     if not isinstance(replacement, Replacement):
-        raise OptionError(f"replacement: expected one such as Zero(), got {replacement!r:.80}. {_meant(replacement)}")
+        got = repr(replacement) if isinstance(replacement, str | type) else type(replacement).__name__
+        raise OptionError(f"replacement: expected one such as Zero(), got {got:.80}. Write {_meant(replacement)}.")
     if (source := replacement.source) is None:
         return
     if source.model != head.fingerprint:
@@ -311,20 +316,17 @@ def check_replacement(replacement: object, head: RewardModel, site: str) -> None
 
 def _meant(given: object) -> str:
     if isinstance(given, ActivationStatistics):
-        return "Write Mean(statistics)."
+        return _MEANT["mean"]
     if isinstance(given, ActivationSample):
-        return "Write Resample(sample)."
-    if isinstance(given, type) and issubclass(given, Replacement):
-        return f"Write {given.__name__}(...), an object of that class."
-    if isinstance(given, str) and given in _MEANT:
-        return f"Write {_MEANT[given]}."
-    return "Write Zero(), Mean(statistics), Resample(sample), Scale(alpha) or OtherResponse()."
+        return _MEANT["resample"]
+    # A name, or a class without its parentheses.
+    return _MEANT.get(str(getattr(given, "name", given)), "Zero(), Mean(statistics), Resample(sample) or Scale(alpha)")
 
 
 def _require_collected(owner: str, name: str, given: object, wanted: type, call: str) -> None:
     """Raise `OptionError` unless the argument of a replacement is what `ActivationCollector` gives."""
     if not isinstance(given, wanted):
         raise OptionError(
-            f"{name}: {owner} takes {wanted.__name__}, got {type(given).__name__}. Make it with "
+            f"{name}: {owner} takes {wanted.__name__}, got {type(given).__name__}. Use "
             f"ActivationCollector(head, site=...).{call}."
         )

@@ -36,16 +36,16 @@ WORDS = [
 FAMILIES = ("gpt2", "llama", "gpt_neox")
 
 
-def grid(values, *, keep=None):
+def grid(values, *, keep=None, unpack=False):
     """Values of one parameter of a test or fixture, of which `keep` (default: the first) are tested in the fast lane.
 
-    The others carry the marker `grid`: `make test` leaves them out, `make test-all` and `.ci/run` have all. A tuple has
-    the values of several parameters.
+    The others carry the marker `grid`: `make test` leaves them out, `make test-all` and `.ci/run` have all. With
+    `unpack`, each value is a tuple that holds the values of several parameters.
     """
     values = list(values)
     kept = values[:1] if keep is None else list(keep)
     assert all(value in values for value in kept), "the fast lane keeps some of the values"
-    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    rows = [value if unpack else (value,) for value in values]
     return [
         pytest.param(*row, marks=[] if value in kept else pytest.mark.grid)
         for value, row in zip(values, rows, strict=True)

@@ -65,7 +65,7 @@ def numbers(head: RewardHead, pairs: PreferencePairs, folder: Path | None = None
         if scores.completeness_gap is not None:
             found[f"{method} gap"] = scores.completeness_gap
     found["per pair"] = NeuronAttribution(head, method="gradient_x_activation").per_pair(pairs).values
-    profile = collect_profiles(head, pairs)["mlp", "response"]
+    profile = collect_profiles(head, pairs, positions=("response",))["mlp", "response"]
     return found | {"profile": profile.sums, "profile weights": profile.weights}
 
 

@@ -178,7 +178,7 @@ class TestWrongArguments:
             (lambda statistics, sample: None, "Zero(), Mean(statistics)"),
             (lambda statistics, sample: statistics, "Mean(statistics)"),
             (lambda statistics, sample: sample, "Resample(sample)"),
-            (lambda statistics, sample: Scale, "Scale(...), an object of that class"),
+            (lambda statistics, sample: Scale, "Scale(alpha)."),
         ],
     )
     def test_what_is_no_replacement_names_one(self, head, pairs, make, written):

@@ -276,6 +276,7 @@ def test_gradient_x_activation_is_captums(both, few):
             ("mlp", "scale"),
         ],
         keep=[("mlp", "mean")],
+        unpack=True,
     ),
 )
 def test_integrated_gradients_are_complete(gpt2, few, site, name):

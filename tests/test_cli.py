@@ -294,7 +294,7 @@ class TestStudy:
         options = _parsed("study", "study.yaml", "--set", "fraction=0.3", "--rules", "paper", "--out", "x")
         config = _config(options)
         assert (config.options.fraction, config.options.scores) == (0.3, ("mean_difference",))
-        assert config.options.mode == "zero", "the paper's"
+        assert config.options.replacement == "zero", "the paper's"
         assert config.out == study / "x"
 
     @pytest.mark.parametrize(

@@ -48,7 +48,9 @@ RUNS = {
         pairs, **options
     ),
     "per pair": lambda head, pairs, **options: NeuronAttribution(head, "mean_difference").per_pair(pairs, **options),
-    "profile": lambda head, pairs, **options: collect_profiles(head, pairs, **options)["mlp", "response"],
+    "profile": lambda head, pairs, **options: collect_profiles(head, pairs, **options, positions=("response",))[
+        "mlp", "response"
+    ],
     "sweep": lambda head, pairs, **options: score_without(head, pairs, [neurons(head)], **options)[0],
     "effects": lambda head, pairs, **options: single_neuron_effects(head, pairs, neurons=neurons(head), **options),
 }
@@ -128,7 +130,7 @@ def test_all_pairs_skipped(checkpoints, pairs):
     head = broken(checkpoints, on_nonfinite="skip")
     bad = PreferencePairs(pair for pair in pairs if is_bad(pair))
     with pytest.warns(RMTensionWarning), pytest.raises(DataError, match=f"got {len(bad)} with NaN or infinite values"):
-        NeuronAttribution(head).score(bad)
+        NeuronAttribution(head, "mean_difference").score(bad)
     with pytest.raises(OptionError, match="on_nonfinite: expected 'raise' or 'skip', got 'ignore'"):
         RewardHead.from_pretrained(checkpoints["gpt2"], on_nonfinite="ignore")
 

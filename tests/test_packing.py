@@ -85,7 +85,7 @@ def numbers(head, pairs):
         found[f"effects {positions}"] = effects.values[neurons.mask]
         found[f"n {positions}"] = torch.tensor([statistics.n_tokens, effects.provenance.n_tokens])
     for site in ("mlp", "attn_head"):
-        profile = collect_profiles(head, pairs, sites=(site,))[site, "response"]
+        profile = collect_profiles(head, pairs, sites=(site,), positions=("response",))[site, "response"]
         found[f"profile {site}"] = profile.scores("magnitude").values
         for method in ("integrated_gradients", "direct_effect"):
             options = {"steps": 2} if method == "integrated_gradients" else {}

@@ -47,7 +47,7 @@ def everything(head, pairs):
     return {
         "statistics": (found := ActivationCollector(head).collect(pairs())).mean,
         "statistics from": found.provenance,
-        "profile": (found := collect_profiles(head, pairs())["mlp", "response"]).sums,
+        "profile": (found := collect_profiles(head, pairs(), positions=("response",))["mlp", "response"]).sums,
         "profile from": found.provenance,
         "attribution": (found := NeuronAttribution(head, method="gradient_x_activation").score(pairs())).values,
         "attribution stderr": found.stderr,
@@ -189,7 +189,7 @@ def test_numbers_of_a_shared_prompt(checkpoints, best_of, monkeypatch):
         scored = head.score_pairs(best_of)
         statistics = ActivationCollector(head, positions="response").collect(best_of)
         sample = ActivationCollector(head).sample(best_of, n=8)
-        profile = collect_profiles(head, best_of)["mlp", "response"]
+        profile = collect_profiles(head, best_of, positions=("response",))["mlp", "response"]
         neurons = one_neuron(head)
         found = [scored.chosen, scored.rejected, statistics.mean, statistics.frequency, profile.sums, profile.weights]
         found += [single_neuron_effects(head, best_of, neurons=neurons).values[neurons.mask]]

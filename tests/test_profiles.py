@@ -145,7 +145,7 @@ def test_leaving_out_a_block_is_collecting_without_it(heads, pairs, profiles):
     whole = profiles["mlp", "response"]
     for block in sorted(set(blocks))[:4]:
         rest = PreferencePairs(pair for pair, owner in zip(pairs, blocks, strict=True) if owner != block)
-        again = collect_profiles(heads[0], rest, base=heads[1])["mlp", "response"]
+        again = collect_profiles(heads[0], rest, base=heads[1], positions=("response",))["mlp", "response"]
         for method in ("magnitude", "change", "mean_difference"):
             left_out = whole.scores(method).without_block[block]
             assert torch.allclose(left_out, again.scores(method).values, rtol=1e-11, atol=1e-12)
@@ -186,7 +186,7 @@ def test_resampled_scores_are_means_over_the_drawn_blocks(profiles):
 
 
 def test_profiles_add_up(heads, pairs, profiles):
-    parts = [collect_profiles(heads[0], pairs[part], base=heads[1])["mlp", "response"] for part in
+    parts = [collect_profiles(heads[0], pairs[part], base=heads[1], positions=("response",))["mlp", "response"] for part in
              (slice(0, 8), slice(8, None))]  # fmt: skip
     both = parts[0] + parts[1]
     assert torch.allclose(both.sums, profiles["mlp", "response"].sums, rtol=1e-12)
@@ -194,12 +194,12 @@ def test_profiles_add_up(heads, pairs, profiles):
     with pytest.raises(ProvenanceError, match="positions differs"):
         _ = parts[0] + profiles["mlp", "all"]
     with pytest.raises(ProvenanceError, match="base differs"):
-        _ = parts[0] + collect_profiles(heads[0], pairs[:3])["mlp", "response"]
+        _ = parts[0] + collect_profiles(heads[0], pairs[:3], positions=("response",))["mlp", "response"]
 
 
 class TestSelectivity:
     def test_is_scipys_entropy_of_the_frequencies(self, heads, pairs):
-        parts = {name: collect_profiles(heads[0], pairs.filter(objective=name))["mlp", "response"] for name in
+        parts = {name: collect_profiles(heads[0], pairs.filter(objective=name), positions=("response",))["mlp", "response"] for name in
                  ("helpful", "harmless")}  # fmt: skip
         found = selectivity(parts, quantile=0.5)
         frequencies = torch.stack([part.scores("frequency").values for part in parts.values()]).numpy()
@@ -238,7 +238,7 @@ def test_survives_the_disk_and_says_what_is_wrong(heads, pairs, profiles, tmp_pa
     assert loaded.provenance == profile.provenance
     with pytest.raises(OptionError, match="method: expected one of"):
         profile.scores("size")
-    alone = collect_profiles(heads[0], pairs[:4])["mlp", "response"]
+    alone = collect_profiles(heads[0], pairs[:4], positions=("response",))["mlp", "response"]
     with pytest.raises(OptionError, match="needs a base model"):
         alone.scores("change")
     other = RewardHead.from_pretrained(checkpoints["llama"], dtype=torch.float64)

@@ -126,7 +126,7 @@ def test_results_carry_what_the_table_says(scores, organism, head):
         magnitudes = NeuronAttribution(head, method=method, aggregate="absolute", steps=2).score(few)
         assert magnitudes.provenance.sign is None
         assert torch.equal(magnitudes.as_effects(), magnitudes.values)
-    profile = collect_profiles(head, few, base=head)["mlp", "response"]
+    profile = collect_profiles(head, few, base=head, positions=("response",))["mlp", "response"]
     for score in SCORES:
         assert profile.scores(score).provenance.sign == sign_of(score) == (1 if score == "mean_difference" else None)
 

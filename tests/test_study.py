@@ -123,7 +123,7 @@ class TestTables:
             RewardHead.from_language_model(folders[0]["base"]),
         )
         everything = study.scoring["helpful"] + study.scoring["harmless"]
-        profile = collect_profiles(mixed, everything, base=base)["mlp", "response"]
+        profile = collect_profiles(mixed, everything, base=base, positions=("response",))["mlp", "response"]
         neurons = result.neurons.query("seed == 0")
         for score in ("magnitude", "change", "mean_difference"):
             expected = profile.scores(score).values.flatten().numpy()  # noqa: PD011 - tensors

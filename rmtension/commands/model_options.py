@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rmtension.errors import OptionError
 
@@ -40,8 +40,8 @@ def refuse_swapped(options: Namespace) -> None:
         )
 
 
-def open_model(options: Namespace, **more: Any) -> "RewardHead":
-    """The head that the options name, with `more` of them; errors are those of `RewardHead.from_pretrained`."""
+def open_model(options: Namespace) -> "RewardHead":
+    """The head that the options name; errors are those of `RewardHead.from_pretrained`."""
     if Path(options.model).is_file():
         pairs = "the second argument" if options.command == "score" else "--pairs"
         raise OptionError(
@@ -64,7 +64,6 @@ def open_model(options: Namespace, **more: Any) -> "RewardHead":
         base=options.base,
         revision=options.revision,
         pad_token=options.pad_token,
-        **more,
     )
 
 

@@ -69,8 +69,7 @@ def _run(options: Namespace) -> Outcome:
         raise DataError(
             f"{options.pairs}: expected at least one preference pair, found none{_left_out(pairs.skipped)}."
         )
-    head = open_model(options, truncate_response=options.truncate_response, on_nonfinite=options.on_nonfinite)
-    scored = head.score_pairs(pairs, work=options.work, progress=not options.quiet)
+    scored = open_model(options).score_pairs(pairs, work=options.work, progress=not options.quiet)
     if not len(scored):
         raise DataError(f"{options.pairs}: all {len(pairs)} pairs produced NaN or infinite rewards.")
     if options.out is not None:
