@@ -26,9 +26,13 @@ _HOUSE: tuple[dict[str, str], ...] = (
         "sites": "sites",
         "store": "files header packed provenance storage work",
     },
-    {"data": "benchmarks chat conversations data_files pair pairs preference_format reading rows subtasks"},
     {
-        "batching": "budget encoding packing tokens",
+        "data": (
+            "benchmarks budget chat conversations data_files encoding packing pair pairs preference_format reading rows "
+            "subtasks tokens"
+        )
+    },
+    {
         "evaluation": "confidence controls evaluation intervals length scored transferability",
     },
     {

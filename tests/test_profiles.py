@@ -186,7 +186,8 @@ def test_resampled_scores_are_means_over_the_drawn_blocks(profiles):
 
 
 def test_profiles_add_up(heads, pairs, profiles):
-    parts = [collect_profiles(heads[0], pairs[part], base=heads[1], positions=("response",))["mlp", "response"] for part in
+    asked = {"base": heads[1], "positions": ("response",)}
+    parts = [collect_profiles(heads[0], pairs[part], **asked)["mlp", "response"] for part in
              (slice(0, 8), slice(8, None))]  # fmt: skip
     both = parts[0] + parts[1]
     assert torch.allclose(both.sums, profiles["mlp", "response"].sums, rtol=1e-12)
@@ -199,8 +200,10 @@ def test_profiles_add_up(heads, pairs, profiles):
 
 class TestSelectivity:
     def test_is_scipys_entropy_of_the_frequencies(self, heads, pairs):
-        parts = {name: collect_profiles(heads[0], pairs.filter(objective=name), positions=("response",))["mlp", "response"] for name in
-                 ("helpful", "harmless")}  # fmt: skip
+        parts = {
+            name: collect_profiles(heads[0], pairs.filter(objective=name))["mlp", "all"]
+            for name in ("helpful", "harmless")
+        }
         found = selectivity(parts, quantile=0.5)
         frequencies = torch.stack([part.scores("frequency").values for part in parts.values()]).numpy()
         entropy = stats.entropy(frequencies, axis=0)
