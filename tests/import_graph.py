@@ -28,8 +28,8 @@ _HOUSE: tuple[dict[str, str], ...] = (
     },
     {
         "data": (
-            "benchmarks budget chat conversations data_files encoding packing pair pairs preference_format reading rows "
-            "subtasks tokens"
+            "benchmarks budget chat conversations data_files encoding packing pair pairs preference_format reading "
+            "rows subtasks tokens"
         )
     },
     {

@@ -32,7 +32,8 @@ def both(request, checkpoints, pairs):
     family, site = request.param
     assert family in FAMILIES
     head = RewardHead.from_pretrained(checkpoints[family], dtype=torch.float64)
-    return examine(head, pairs, chosen(head, site), n_examples=3), head, Reference(checkpoints[family])
+    pages = examine(head, pairs, chosen(head, site), n_examples=3, positions="response")
+    return pages, head, Reference(checkpoints[family])
 
 
 def rows_of(pages, name):

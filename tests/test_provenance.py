@@ -9,7 +9,7 @@ from conftest import make_pairs
 from rmtension import Mean, NeuronAttribution, NeuronScores, Scale, SharedNeuronAnalyzer, Zero
 from rmtension.activations import ActivationCollector
 from rmtension.errors import ProvenanceError
-from rmtension.pair_scores import PairScores
+from rmtension.pair_scores import PairAttributions
 from rmtension.profiles import collect_profiles, selectivity
 from rmtension.provenance import METHOD_FIELDS, Provenance
 from rmtension.single_effects import single_neuron_effects
@@ -71,8 +71,8 @@ def test_results_say_how_they_were_computed(head, few):
     ]
     for one in found:
         assert isinstance(one, NeuronScores) == repr(one).startswith(f"NeuronScores({one.provenance.label}: ")
-    assert isinstance(found[2], PairScores)
-    assert repr(found[2]).startswith("PairScores(integrated_gradients to scale 0.5 in 3 steps: ")
+    assert isinstance(found[2], PairAttributions)
+    assert repr(found[2]).startswith("PairAttributions(integrated_gradients to scale 0.5 in 3 steps: ")
 
 
 def test_all_of_it_is_kept_in_files(tmp_path):

@@ -52,7 +52,7 @@ def test_values_are_factor_times_activation_plus_constant(every, activation, hea
 
 @pytest.mark.parametrize("positions", ["all", "response"])
 def test_steps_lead_from_the_activation_to_what_is_written(every, activation, batch, positions):
-    select = batch.touched(positions)
+    select = batch.position_mask(positions)
     for replacement in every[:4]:
         found = replacement.step(1, activation, select, batch)
         target = replacement.values(1, slice(None), activation, batch)
@@ -72,11 +72,11 @@ def test_steps_lead_from_the_activation_to_what_is_written(every, activation, ba
 def test_a_scale_near_one_loses_no_digits(activation, batch):
     """(alpha - 1) a, where alpha a - a would keep three digits of float32."""
     alpha = 1 + 2.0**-14
-    found = Scale(alpha).step(0, activation.float(), batch.touched("all"), batch)
-    expected = activation.float() * 2.0**-14 * batch.touched("all")[..., None]
+    found = Scale(alpha).step(0, activation.float(), batch.position_mask("all"), batch)
+    expected = activation.float() * 2.0**-14 * batch.position_mask("all")[..., None]
     assert torch.allclose(found, expected, rtol=1e-6, atol=0)
     difference = activation.float() * alpha - activation.float()
-    assert not torch.allclose(difference * batch.touched("all")[..., None], expected, rtol=1e-6, atol=0)
+    assert not torch.allclose(difference * batch.position_mask("all")[..., None], expected, rtol=1e-6, atol=0)
 
 
 def test_names_keys_and_sharing(every, head, few):
