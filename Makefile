@@ -39,19 +39,19 @@ test-tl3: $(VENV3)/ready
 
 # Which families of reward models open, and how exactly: fails if one that opens is further than 1e-4 off.
 matrix: $(VENV)/ready
-	$(BIN)/python -m rmtension.check_matrix
+	$(BIN)/python -m rmtension.synthetic.check_matrix
 
 matrix-tl3: $(VENV3)/ready
-	$(VENV3)/bin/python -m rmtension.check_matrix
+	$(VENV3)/bin/python -m rmtension.synthetic.check_matrix
 
 # Whether transformers 4 and RewardBench read what is exported as transformers 5 does: fails if a reward is 1e-5 off.
 exports: $(VENV)/ready $(VENV4)/ready $(VENV_REWARDBENCH)/ready
 	rm -rf build/exports
-	$(BIN)/python tests/other_major.py write build/exports/families
-	$(VENV4)/bin/python tests/other_major.py compare build/exports/families
-	$(VENV_REWARDBENCH)/bin/python tests/other_major.py compare build/exports/families
-	$(BIN)/python tests/on_rewardbench.py write build/exports/pairs
-	$(VENV_REWARDBENCH)/bin/python tests/on_rewardbench.py score build/exports/pairs
+	$(BIN)/python tests/programs/other_major.py write build/exports/families
+	$(VENV4)/bin/python tests/programs/other_major.py compare build/exports/families
+	$(VENV_REWARDBENCH)/bin/python tests/programs/other_major.py compare build/exports/families
+	$(BIN)/python tests/programs/on_rewardbench.py write build/exports/pairs
+	$(VENV_REWARDBENCH)/bin/python tests/programs/on_rewardbench.py score build/exports/pairs
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .
@@ -62,16 +62,16 @@ check: $(VENV)/ready
 # which --strict sees no warnings.
 docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	$(BIN)/python tests/built_site.py site
+	$(BIN)/python tests/programs/built_site.py site
 
 # What the documentation says, run (the suite does too), and counted.
 docs-check: $(VENV)/ready
-	$(BIN)/python tests/documented.py
+	$(BIN)/python tests/programs/documented.py
 	$(BIN)/python -m pytest tests/test_docs.py tests/test_docstrings.py
 
 # Whether the tag of this commit, pyproject.toml, CITATION.cff and CHANGELOG.md name one version.
 release-check: $(VENV)/ready
-	$(BIN)/python tests/release.py
+	$(BIN)/python tests/programs/release.py
 
 # torch first and by its pin: an open range would be resolved to a build with gigabytes of CUDA libraries.
 $(VENV)/ready: pyproject.toml constraints.txt

@@ -21,13 +21,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import transformers
 
 from rmtension import PreferencePairs, StudyOptions, TensionStudy
-from rmtension.encoding import encode_pairs
-from rmtension.family import FamilySettings, train_seeds
-from rmtension.family_runs import OBJECTIVES
-from rmtension.report import write_report
-from rmtension.text_report import to_text
-from rmtension.trainer_run import digest_of_texts, is_finished
-from rmtension.training import train_base_model, train_tokenizer
+from rmtension.report import to_text, write_report
+from rmtension.training import (
+    FamilySettings,
+    digest_of_texts,
+    encode_pairs,
+    is_finished,
+    train_base_model,
+    train_seeds,
+    train_tokenizer,
+)
+
+OBJECTIVES = ("helpful", "harmless")
 
 
 def read(paths: list[Path], objective: str) -> PreferencePairs:

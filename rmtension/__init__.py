@@ -7,45 +7,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rmtension.ablation import AblationContext
-    from rmtension.activations import ActivationCollector, ActivationSample, ActivationStatistics
     from rmtension.attribution import NeuronAttribution
+    from rmtension.data import PreferencePair, PreferencePairs
     from rmtension.errors import RMTensionError
-    from rmtension.neuron_scores import NeuronScores
-    from rmtension.neurons import NeuronSet
-    from rmtension.pair import PreferencePair
-    from rmtension.pairs import PreferencePairs
-    from rmtension.replacements import Mean, OtherResponse, Resample, Scale, Zero
+    from rmtension.evaluation import PairRewards
+    from rmtension.interventions import AblationContext, Mean, OtherResponse, Resample, Scale, Zero
+    from rmtension.neurons import NeuronScores, NeuronSet, SharedNeuronAnalyzer, SharedNeuronReport
+    from rmtension.passes import ActivationCollector, ActivationSample, ActivationStatistics
     from rmtension.reward_head import RewardHead
-    from rmtension.scored import PairRewards
-    from rmtension.shared import SharedNeuronAnalyzer, SharedNeuronReport
-    from rmtension.study import TensionStudy
-    from rmtension.study_options import StudyOptions
-    from rmtension.study_result import StudyResult
+    from rmtension.study import StudyOptions, StudyResult, TensionStudy
 
 _MODULE_OF = {
-    "AblationContext": "ablation",
-    "ActivationCollector": "activations",
-    "ActivationSample": "activations",
-    "ActivationStatistics": "activations",
-    "Mean": "replacements",
+    "AblationContext": "interventions",
+    "ActivationCollector": "passes",
+    "ActivationSample": "passes",
+    "ActivationStatistics": "passes",
+    "Mean": "interventions",
     "NeuronAttribution": "attribution",
-    "NeuronScores": "neuron_scores",
+    "NeuronScores": "neurons",
     "NeuronSet": "neurons",
-    "OtherResponse": "replacements",
-    "PreferencePair": "pair",
-    "PreferencePairs": "pairs",
+    "OtherResponse": "interventions",
+    "PairRewards": "evaluation",
+    "PreferencePair": "data",
+    "PreferencePairs": "data",
     "RMTensionError": "errors",
-    "Resample": "replacements",
+    "Resample": "interventions",
     "RewardHead": "reward_head",
-    "Scale": "replacements",
-    "PairRewards": "scored",
-    "SharedNeuronAnalyzer": "shared",
-    "SharedNeuronReport": "shared",
-    "StudyOptions": "study_options",
-    "StudyResult": "study_result",
+    "Scale": "interventions",
+    "SharedNeuronAnalyzer": "neurons",
+    "SharedNeuronReport": "neurons",
+    "StudyOptions": "study",
+    "StudyResult": "study",
     "TensionStudy": "study",
-    "Zero": "replacements",
+    "Zero": "interventions",
 }
 
 __all__ = [

@@ -10,36 +10,36 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rmtension.body import find_body
-from rmtension.checkpoints import checkpoint_of, open_checkpoint
-from rmtension.classifiers import save_classifier
-from rmtension.encoding import TextOrChat
-from rmtension.export import ablate_weights
-from rmtension.hooks import copy_without_hooks
-from rmtension.lens_hooks import LensHook, fwd_hooks
-from rmtension.lens_models import is_saved_model
-from rmtension.loading import LoadOptions
-from rmtension.local_names import require_name
-from rmtension.neurons import NeuronSet
-from rmtension.opening import head_on, open_model, open_saved_model, require_hidden_padding
-from rmtension.pair import PreferencePair
-from rmtension.pair_pass import run_pass
-from rmtension.pair_rewards import RewardsOfPairs
-from rmtension.pairs import PreferencePairs
-from rmtension.replacements import Replacement, Zero
-from rmtension.reward_model import RewardModel
-from rmtension.run_options import RunOptions, check_run_options, run_options_of
-from rmtension.scored import PairRewards
-from rmtension.scoring import score_texts, score_tokens
-from rmtension.selfcheck import check_head
-from rmtension.wrapping import check_model_class
+from rmtension.data._encoding import TextOrChat
+from rmtension.data._pair import PreferencePair
+from rmtension.data._pairs import PreferencePairs
+from rmtension.evaluation._pair_rewards import PairRewards
+from rmtension.interventions._export import ablate_weights
+from rmtension.interventions._lens_hooks import LensHook, fwd_hooks
+from rmtension.interventions._replacements import Replacement, Zero
+from rmtension.models._bodies import find_body
+from rmtension.models._bridges import check_model_class
+from rmtension.models._checkpoint_names import require_name
+from rmtension.models._checkpoints import checkpoint_of, open_checkpoint
+from rmtension.models._classifiers import save_classifier
+from rmtension.models._hooks import copy_without_hooks
+from rmtension.models._lens_models import is_saved_model
+from rmtension.models._loading import LoadOptions
+from rmtension.models._opening import head_on, open_model, open_saved_model, require_hidden_padding
+from rmtension.models._reward_model import RewardModel
+from rmtension.models._run_options import RunOptions, check_run_options, run_options_of
+from rmtension.neurons._neuron_set import NeuronSet
+from rmtension.passes._pair_pass import run_pass
+from rmtension.passes._rewards_of_pairs import RewardsOfPairs
+from rmtension.passes._scoring import score_texts, score_tokens
+from rmtension.passes._selfcheck import check_head
 
 
 class RewardHead(RewardModel):
     """Scores texts with a hooked transformer and a linear head, and names its neurons.
 
-    The reward of a text is `weight @ h + bias`, h the residual stream after the final norm at the last token
-    (`rmtension.tokens.last_token`). Nothing here changes the model: it runs in eval mode and is handed back in the
+    The reward of a text is `weight @ h + bias`, h the residual stream after the final norm at the last token.
+    Nothing here changes the model: it runs in eval mode and is handed back in the
     mode it had.
 
     Args:
@@ -54,7 +54,7 @@ class RewardHead(RewardModel):
         tokenizer: needed to score texts. The model's own is not taken: TransformerLens makes it prepend a BOS token.
         pad_token_id: skipped at the end of a text, as transformers' classifiers do; None skips nothing.
         **options: `max_length`, `tokens_per_batch`, `truncate_response` and `on_nonfinite`, as
-            `rmtension.run_options.RunOptions` describes them. Every way of opening a model takes them, and they become
+            `rmtension.models.RunOptions` describes them. Every way of opening a model takes them, and they become
             attributes of the head.
 
     Examples:
@@ -110,10 +110,10 @@ class RewardHead(RewardModel):
                 language model a token (`"ĠYes"` or `" Yes"`). A pair is a difference: `output=("Yes", "No")`.
             model_class: see below.
             process_weights: see below.
-            **options: `rmtension.loading.LoadOptions`, among them `max_length`, `truncate_response` and `on_nonfinite`.
+            **options: `rmtension.models.LoadOptions`, among them `max_length`, `truncate_response` and `on_nonfinite`.
 
-        A folder that `save_pretrained` wrote for a model of TransformerLens' own opens as that model
-        (`rmtension.lens_models`), with `dtype`, `device`, `tokenizer` and `head`.
+        A folder that `save_pretrained` wrote for a model of TransformerLens' own opens as that model,
+        with `dtype`, `device`, `tokenizer` and `head`.
 
         `model_class="HookedTransformer"` (TransformerLens 3.x) converts the weights; `process_weights=True` folds and
         centres them as TransformerLens does. Both are compared with transformers on a short text, and raise
@@ -180,7 +180,7 @@ class RewardHead(RewardModel):
 
             One output of several, and the difference of two:
 
-            >>> from rmtension.check_matrix import make_classifier
+            >>> from rmtension.synthetic.check_matrix import make_classifier
             >>> three = make_classifier("gpt2", 64, num_labels=3)
             >>> first, last, both = (
             ...     RewardHead.from_classifier(three, tokenizer=head.tokenizer, output=output).score(["help"])
@@ -249,10 +249,10 @@ class RewardHead(RewardModel):
     # -- checking, ablating, saving --------------------------------------------------------------------------------
 
     def check(self, pairs: PreferencePairs | None = None, *, reference: Any = None) -> pd.DataFrame:
-        """Prove on this model that rewards and hooks are right: one row a check; see `rmtension.selfcheck`.
+        """Prove on this model that rewards and hooks are right: one row a check; see `docs/guarantees.md`.
 
         Examples:
-            >>> from rmtension.check_matrix import make_classifier
+            >>> from rmtension.synthetic.check_matrix import make_classifier
             >>> small = RewardHead.from_classifier(make_classifier("gpt2", 64), tokenizer=head.tokenizer)
             >>> small.check(pairs["helpful"][:4])[["check", "n", "passed"]].head(4)
                                check  n  passed
@@ -264,7 +264,7 @@ class RewardHead(RewardModel):
         return check_head(self, pairs, reference)
 
     def with_ablation(self, neurons: NeuronSet, replacement: Replacement = Zero()) -> "RewardHead":
-        """A copy whose weights do for good what `AblationContext` does at all positions; see `rmtension.export`.
+        """A copy whose weights do for good what `AblationContext` does at all positions.
 
         `replacement` is `Zero()` (the default), `Mean(statistics)` or `Scale(alpha)`.
 
@@ -278,7 +278,7 @@ class RewardHead(RewardModel):
         return ablate_weights(self, neurons, replacement)
 
     def fwd_hooks(self, neurons: NeuronSet, replacement: Replacement = Zero()) -> list[LensHook]:
-        """`AblationContext` as hooks for `head.model.run_with_hooks(ids, fwd_hooks=...)`: `rmtension.lens_hooks`.
+        """`AblationContext` as hooks for `head.model.run_with_hooks(ids, fwd_hooks=...)`: `docs/fit_in.md`.
 
         `replacement` is `Zero()` (the default), `Mean(statistics)` or `Scale(alpha)`.
         """
@@ -288,7 +288,7 @@ class RewardHead(RewardModel):
         """Write a checkpoint that `AutoModelForSequenceClassification` loads, with the tokenizer.
 
         A checkpoint that is in the folder already is replaced. A HookedTransformer or `boot_native` bridge, for which
-        transformers has no class, is written as its state dict, config and head (`rmtension.lens_models`). Either is
+        transformers has no class, is written as its state dict, config and head. Either is
         opened by `from_pretrained`.
 
         Examples:

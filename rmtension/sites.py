@@ -7,7 +7,7 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rmtension.arguments import require_choice
+from rmtension._arguments import require_choice
 from rmtension.errors import ModelError, OptionError
 
 SiteName = Literal["mlp", "mlp_gate", "attn_head"]

@@ -8,16 +8,16 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import unchecked
+from tiny_models import unchecked
 
 from rmtension import AblationContext, NeuronAttribution, NeuronSet, RewardHead, SharedNeuronAnalyzer, StudyOptions
-from rmtension.arguments import nearest, require_choice
-from rmtension.cli import main, parser
-from rmtension.commands.advice import with_flags
-from rmtension.conflict import conflict
+from rmtension._arguments import nearest, require_choice
+from rmtension.cli._command_line import main, parser
+from rmtension.cli._commands.advice import with_flags
 from rmtension.errors import ModelError, OptionError
+from rmtension.neurons._conflict_report import conflict
 from rmtension.sites import find_site
-from rmtension.study_config import make_config
+from rmtension.study._config import make_config
 
 
 class TestNames:
@@ -104,13 +104,13 @@ class TestSwapped:
         code = f"""
             import torch
             from rmtension import *
-            from rmtension.conflict import conflict
-            from rmtension.errors import RMTensionError
-            from rmtension.faithfulness import faithfulness
-            from rmtension.neuron_pages import examine
-            from rmtension.profiles import collect_profiles
-            from rmtension.single_effects import single_neuron_effects
-            from rmtension.sweep import score_without
+            from rmtension.neurons import conflict
+            from rmtension import RMTensionError
+            from rmtension.attribution import faithfulness
+            from rmtension.attribution import examine
+            from rmtension.passes import collect_profiles
+            from rmtension.attribution import single_neuron_effects
+            from rmtension.interventions import score_without
 
             head = RewardHead.from_pretrained({str(checkpoints["gpt2"])!r})
             pairs = PreferencePairs([PreferencePair("how", " do a", " do b")])

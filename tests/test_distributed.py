@@ -15,7 +15,7 @@ from rmtension import PairRewards, RewardHead
 from rmtension.distributed import current, sharded
 from rmtension.errors import OptionError
 
-SCRIPT = Path(__file__).with_name("shards.py")
+SCRIPT = Path(__file__).parent / "programs" / "shards.py"
 
 
 @pytest.fixture

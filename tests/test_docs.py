@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from built_site import fetched
-from conftest import grid
 from documented import DECIMAL, ROOT, blocks, cells, commands, counted, limited, pages, run, same
+from tiny_models import grid
 
 import rmtension
 
@@ -23,7 +23,7 @@ SECONDS = 120  # for a page, on a machine that does other things too; the longes
 def small_chat_model():
     """For the families page: a model with a chat template, and the names that the page takes for granted."""
     import torch
-    from conftest import make_pairs, make_tokenizer, save_classifier
+    from tiny_models import make_pairs, make_tokenizer, save_classifier
 
     tokenizer = make_tokenizer("tokenizer")
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
@@ -45,7 +45,7 @@ def small_chat_model():
 
 def two_models_of_the_hub():
     """For the page that compares two: under the names of the hub, folders of small models and of few pairs."""
-    from rmtension.organisms import make_organism
+    from rmtension.synthetic._organisms import make_organism
 
     organism = make_organism("organism", noise=0.03, n_pairs=60)
     head = organism.head()
@@ -61,7 +61,7 @@ def two_models_of_the_hub():
 # What stands in a page's folder, and the names it takes for granted.
 BEFORE = {"docs/families.md": small_chat_model, "docs/compare_two.md": two_models_of_the_hub}
 # Pages that another test runs, because what they need is made there.
-ELSEWHERE = {"docs/paper.md": "tests/test_study.py"}
+ELSEWHERE = {"docs/paper.md": "tests/study/test_study.py"}
 # Models of the README are drawn at random: what it prints is not stated.
 PRINTS = {
     "README.md": r"Jaccard \d\.\d{3}, by chance 0\.05\d.*\n(without \d+ [a-z ]+ neurons: PairRewards\(n=48.*\n){2}"
@@ -96,13 +96,13 @@ def test_pages_that_run_elsewhere_do():
 
 
 def test_what_there_is_and_what_is_not_run():
-    """`python tests/documented.py` prints this. A block is left out with a reason, and counted here."""
+    """`python tests/programs/documented.py` prints this. A block is left out with a reason, and counted here."""
     numbers, left = counted()
     print(numbers)
     assert [(page, reason) for page, _, reason in left] == NOT_RUN
     assert numbers["blocks"] >= 55
     assert numbers["docstring examples"] >= 150
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for notebook, number in cells():
         assert number
         assert notebook.name in tests, "every notebook is run by some test"
@@ -120,7 +120,7 @@ class Parsed(Exception):  # noqa: N818 - no error
 
 def understood(words, monkeypatch):
     """Whether `rmtension` takes these words; nothing runs."""
-    from rmtension.cli import main
+    from rmtension.cli._command_line import main
 
     parse = argparse.ArgumentParser.parse_args
 

@@ -6,17 +6,17 @@ those of two rewards twice.
 
 import pytest
 import torch
-from conftest import batches_of, grid, make_pairs, make_tokenizer
-from test_budget import kept_bytes
-from test_families import DENSE
-from test_packing import n_packed, pairs_of_all_kinds
-from test_sweep import one_by_one, some_sets
+from ablated_singly import one_by_one, some_sets
+from all_families import DENSE
+from kept_memory import kept_bytes
+from packed_pairs import n_packed, pairs_of_all_kinds
+from tiny_models import batches_of, grid, make_pairs, make_tokenizer
 
 from rmtension import NeuronAttribution, RewardHead
-from rmtension.budget import tokens_that_fit
-from rmtension.check_matrix import FAMILIES as MATRIX
-from rmtension.check_matrix import make_classifier
-from rmtension.sweep import score_without
+from rmtension.data._budget import tokens_that_fit
+from rmtension.interventions._sweep import score_without
+from rmtension.synthetic.check_matrix import FAMILIES as MATRIX
+from rmtension.synthetic.check_matrix import make_classifier
 
 # Their positions are not an argument, or are counted from a mask of one row.
 ALONE = {"bloom", "mpt"}
@@ -61,7 +61,7 @@ def same(found, expected):
 def test_packed_pairs(head, few, numbers, family, monkeypatch):
     assert (n_packed(head, few) == 0) == (family in ALONE)
     assert float(numbers[1].abs().max()) > 1e-3
-    monkeypatch.setattr("rmtension.body.BridgeBody.pack_up_to", 0)
+    monkeypatch.setattr("rmtension.models._bodies.BridgeBody.pack_up_to", 0)
     assert n_packed(head, few) == 0
     assert same(numbers, margins_and_scores(head, few))
 

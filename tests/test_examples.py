@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_pairs
+from tiny_models import make_pairs
 
 ROOT = Path(__file__).parents[1]
 

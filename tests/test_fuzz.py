@@ -1,4 +1,4 @@
-"""A few inputs for each surface, and those that once failed; `tests/fuzz.py` runs hundreds of thousands."""
+"""A few inputs for each surface, and those that once failed; `tests/programs/fuzz.py` runs hundreds of thousands."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ from fuzz import SURFACES, TooLong, outcome
 @pytest.mark.grid
 def test_a_few_of_each_surface():
     """As users have it: without the type checker that this suite runs under. Most are refused, some are read."""
-    script = Path(__file__).with_name("fuzz.py")
+    script = Path(__file__).parent / "programs" / "fuzz.py"
     ran = subprocess.run([sys.executable, str(script), "--n", "400"], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert re.findall(r"^(\w+): 400 inputs", ran.stdout, re.MULTILINE) == list(SURFACES)

@@ -18,17 +18,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import grid, make_pairs, save_classifier
+from tiny_models import grid, make_pairs, save_classifier
 
 import rmtension
 from rmtension import AblationContext, ActivationCollector, Mean, NeuronAttribution, NeuronSet, RewardHead, TensionStudy
-from rmtension.batch_run import BatchRun, _BlockGates
-from rmtension.classifiers import build_classifier
-from rmtension.direct import direct_contributions
+from rmtension.attribution._batch_run import BatchRun, _BlockGates
+from rmtension.attribution._effect_prediction import faithfulness
+from rmtension.attribution._neuron_pages import examine
+from rmtension.attribution._single_effects import single_neuron_effects
+from rmtension.data._tokens import TokenBatch, running, running_batch
 from rmtension.distributed import current, sharded
 from rmtension.errors import OptionError, RMTensionError
-from rmtension.faithfulness import faithfulness
-from rmtension.hooks import (
+from rmtension.interventions._sweep import score_without
+from rmtension.models._classifiers import build_classifier
+from rmtension.models._direct_path import direct_contributions
+from rmtension.models._hooks import (
     HookSite,
     InstalledHooks,
     all_fire,
@@ -39,21 +43,17 @@ from rmtension.hooks import (
     own_hooks_paused,
     recorded_calls,
 )
-from rmtension.neuron_pages import examine
-from rmtension.nonfinite import require_finite, where_not_finite
-from rmtension.opening import require_hidden_padding
-from rmtension.pair_pass import run_pass
-from rmtension.pair_rewards import RewardsOfPairs
-from rmtension.plain_weights import plain_copy
-from rmtension.profiles import collect_profiles
-from rmtension.replay import Replay
-from rmtension.runs import ModelRuns
-from rmtension.single_effects import single_neuron_effects
-from rmtension.site_widths import measure_sites
-from rmtension.study_options import StudyOptions
-from rmtension.sweep import score_without
-from rmtension.tokens import TokenBatch, running, running_batch
-from rmtension.trainer_run import isolated
+from rmtension.models._native_weights import plain_copy
+from rmtension.models._opening import require_hidden_padding
+from rmtension.models._replay import Replay
+from rmtension.models._site_widths import measure_sites
+from rmtension.passes._nonfinite import require_finite, where_not_finite
+from rmtension.passes._pair_pass import run_pass
+from rmtension.passes._profiles import collect_profiles
+from rmtension.passes._rewards_of_pairs import RewardsOfPairs
+from rmtension.study._model_runs import ModelRuns
+from rmtension.study._options import StudyOptions
+from rmtension.training._trainer_run import isolated
 
 PACKAGE = Path(rmtension.__file__).parent
 
@@ -230,28 +230,32 @@ def in_eval(setup, call):
 
 
 CALLS = {
-    "ablation.AblationContext.__init__": lambda s: AblationContext(s.head, s.neurons),
-    "activations.ActivationCollector.update": lambda s: ActivationCollector(s.head).update(s.pairs),
-    "activations.ActivationCollector.collect": lambda s: ActivationCollector(s.head, site="attn_head").collect(s.pairs),
-    "activations.ActivationCollector.sample": lambda s: ActivationCollector(s.head).sample(s.pairs, n=5),
-    "attribution.NeuronAttribution.score": lambda s: NeuronAttribution(
+    "interventions._ablation.AblationContext.__init__": lambda s: AblationContext(s.head, s.neurons),
+    "passes._activations.ActivationCollector.update": lambda s: ActivationCollector(s.head).update(s.pairs),
+    "passes._activations.ActivationCollector.collect": lambda s: ActivationCollector(s.head, site="attn_head").collect(
+        s.pairs
+    ),
+    "passes._activations.ActivationCollector.sample": lambda s: ActivationCollector(s.head).sample(s.pairs, n=5),
+    "attribution._neuron_attribution.NeuronAttribution.score": lambda s: NeuronAttribution(
         s.head, method="attribution_patching", graddrop=True, aggregate="absolute"
     ).score(s.pairs),
-    "attribution.NeuronAttribution.per_pair": lambda s: NeuronAttribution(
+    "attribution._neuron_attribution.NeuronAttribution.per_pair": lambda s: NeuronAttribution(
         s.head, method="integrated_gradients", steps=2
     ).per_pair(s.pairs),
-    "attribution.NeuronAttribution.per_token": lambda s: list(
+    "attribution._neuron_attribution.NeuronAttribution.per_token": lambda s: list(
         NeuronAttribution(s.head, method="gradient_x_activation").per_token(s.pairs[:2])
     ),
-    "batch_run.BatchRun.__init__": lambda s: BatchRun(
+    "attribution._batch_run.BatchRun.__init__": lambda s: BatchRun(
         s.head, s.batch, ["mlp"], gradients=True, drops=True, direct=True
     ),
-    "batch_run.BatchRun.replay": lambda s: BatchRun(s.head, s.batch, ["mlp"], forward=False).replay.rewards_from(1),
-    "body.BridgeBody.residual": lambda s: in_eval(s, lambda: s.head.body.residual(s.batch)),
-    "direct.direct_contributions": lambda s: direct_contributions(s.head, s.batch),
-    "classifiers.build_classifier": lambda s: build_classifier(s.head),
-    "classifiers.save_classifier": lambda s: s.head.save_pretrained(s.folder / "saved"),
-    "faithfulness.faithfulness": lambda s: faithfulness(
+    "attribution._batch_run.BatchRun.replay": lambda s: BatchRun(
+        s.head, s.batch, ["mlp"], forward=False
+    ).replay.rewards_from(1),
+    "models._bodies.BridgeBody.residual": lambda s: in_eval(s, lambda: s.head.body.residual(s.batch)),
+    "models._direct_path.direct_contributions": lambda s: direct_contributions(s.head, s.batch),
+    "models._classifiers.build_classifier": lambda s: build_classifier(s.head),
+    "models._classifiers.save_classifier": lambda s: s.head.save_pretrained(s.folder / "saved"),
+    "attribution._effect_prediction.faithfulness": lambda s: faithfulness(
         s.head,
         NeuronAttribution(s.head, method="direct_effect").score(s.pairs),
         s.pairs,
@@ -259,181 +263,198 @@ CALLS = {
         set_fractions=(0.1,),
         n_random=1,
     ),
-    "gates.find_gates": lambda s: s.head.body.hook_sites("mlp_gate", 0),
-    "reward_model.RewardModel.observe": lambda s: s.head.observe(s.batch, ["mlp", "attn_head"], lambda *_: None),
-    "reward_model.RewardModel.residual": lambda s: s.head.residual(s.batch),
-    "hooks.copy_without_hooks": lambda s: copy_without_hooks(s.head.body.native),
+    "models._gate_search.find_gates": lambda s: s.head.body.hook_sites("mlp_gate", 0),
+    "models._reward_model.RewardModel.observe": lambda s: s.head.observe(
+        s.batch, ["mlp", "attn_head"], lambda *_: None
+    ),
+    "models._reward_model.RewardModel.residual": lambda s: s.head.residual(s.batch),
+    "models._hooks.copy_without_hooks": lambda s: copy_without_hooks(s.head.body.native),
     # What a bridge's own run leaves is TransformerLens'.
-    "lens_hooks.fwd_hooks": lambda s: s.head.fwd_hooks(s.neurons, Mean(s.statistics)),
-    "neuron_pages.examine": lambda s: examine(
+    "interventions._lens_hooks.fwd_hooks": lambda s: s.head.fwd_hooks(s.neurons, Mean(s.statistics)),
+    "attribution._neuron_pages.examine": lambda s: examine(
         s.head, {"helpful": s.pairs[:2]}, s.neurons.subsample(1, seed=0), n_examples=1
     ),
-    "nonfinite.require_finite": lambda s: require_finite(s.head, torch.zeros(3), lambda row: s.batch),
-    "nonfinite.where_not_finite": lambda s: where_not_finite(s.head, s.batch, [torch.tensor([torch.inf])], None),
-    "opening.require_hidden_padding": lambda s: require_hidden_padding(s.head),
-    "plain_weights.plain_copy": lambda s: plain_copy(s.head.body.native),
-    "profiles.collect_profiles": lambda s: collect_profiles(s.head, s.pairs, base=s.base),
-    "replay.Replay.__init__": lambda s: Replay(s.head, s.batch, ["mlp"]),
-    "replay.Replay.rewards_from": lambda s: Replay(s.head, s.batch).rewards_from(1),
-    "replay.Replay.run_block": lambda s: (replay := Replay(s.head, s.batch)).run_block(1, replay.stream(1)),
+    "passes._nonfinite.require_finite": lambda s: require_finite(s.head, torch.zeros(3), lambda row: s.batch),
+    "passes._nonfinite.where_not_finite": lambda s: where_not_finite(
+        s.head, s.batch, [torch.tensor([torch.inf])], None
+    ),
+    "models._opening.require_hidden_padding": lambda s: require_hidden_padding(s.head),
+    "models._native_weights.plain_copy": lambda s: plain_copy(s.head.body.native),
+    "passes._profiles.collect_profiles": lambda s: collect_profiles(s.head, s.pairs, base=s.base),
+    "models._replay.Replay.__init__": lambda s: Replay(s.head, s.batch, ["mlp"]),
+    "models._replay.Replay.rewards_from": lambda s: Replay(s.head, s.batch).rewards_from(1),
+    "models._replay.Replay.run_block": lambda s: (replay := Replay(s.head, s.batch)).run_block(1, replay.stream(1)),
     "reward_head.RewardHead.__init__": lambda s: RewardHead(s.head.model, weight=s.head.weight),
-    "reward_model.RewardModel.forward": lambda s: s.head.forward(s.batch),
-    "reward_model.RewardModel.rewards": lambda s: s.head.rewards(s.batch),
-    "pair_pass.run_pass": lambda s: run_pass(
+    "models._reward_model.RewardModel.forward": lambda s: s.head.forward(s.batch),
+    "models._reward_model.RewardModel.rewards": lambda s: s.head.rewards(s.batch),
+    "passes._pair_pass.run_pass": lambda s: run_pass(
         s.head, s.pairs, RewardsOfPairs(s.head, s.pairs, lambda batch: [s.head.rewards(batch)])
     ),
     "reward_head.RewardHead.score": lambda s: s.head.score(["help", "sorry"]),
     "reward_head.RewardHead.score_pairs": lambda s: s.head.score_pairs(s.pairs, work=s.folder / "work"),
     "reward_head.RewardHead.score_tokens": lambda s: s.head.score_tokens(s.batch.input_ids),
     "reward_head.RewardHead.with_ablation": lambda s: s.head.with_ablation(s.neurons, Mean(s.statistics)),
-    "runs.ModelRuns.attribution": lambda s: ModelRuns(s.head).attribution(s.pairs, method="direct_effect"),
-    "runs.ModelRuns.prepare": lambda s: ModelRuns(s.head).prepare(s.pairs, [s.neurons, s.others]),
-    "runs.ModelRuns.profile": lambda s: ModelRuns(s.head, folder=s.folder / "runs").profile(s.pairs),
-    "runs.ModelRuns.rewards": lambda s: ModelRuns(s.head).rewards(s.pairs, without=s.neurons),
-    "runs.ModelRuns.statistics": lambda s: ModelRuns(s.head).statistics(s.pairs),
-    "selfcheck.check_head": lambda s: s.head.check(s.pairs[:2]),
-    "single_effects.single_neuron_effects": lambda s: single_neuron_effects(s.head, s.pairs, neurons=s.neurons),
-    "site_widths.measure_sites": lambda s: in_eval(
+    "study._model_runs.ModelRuns.attribution": lambda s: ModelRuns(s.head).attribution(s.pairs, method="direct_effect"),
+    "study._model_runs.ModelRuns.prepare": lambda s: ModelRuns(s.head).prepare(s.pairs, [s.neurons, s.others]),
+    "study._model_runs.ModelRuns.profile": lambda s: ModelRuns(s.head, folder=s.folder / "runs").profile(s.pairs),
+    "study._model_runs.ModelRuns.rewards": lambda s: ModelRuns(s.head).rewards(s.pairs, without=s.neurons),
+    "study._model_runs.ModelRuns.statistics": lambda s: ModelRuns(s.head).statistics(s.pairs),
+    "passes._selfcheck.check_head": lambda s: s.head.check(s.pairs[:2]),
+    "attribution._single_effects.single_neuron_effects": lambda s: single_neuron_effects(
+        s.head, s.pairs, neurons=s.neurons
+    ),
+    "models._site_widths.measure_sites": lambda s: in_eval(
         s, lambda: measure_sites(s.head.body, s.head.n_layers, s.head.device)
     ),
-    "study.TensionStudy.run": lambda s: TensionStudy(
+    "study._tension_study.TensionStudy.run": lambda s: TensionStudy(
         {"helpful": s.head, "harmless": s.base, "mixed": s.base},
         {"helpful": make_pairs(8, seed=3), "harmless": make_pairs(8, seed=4)},
         options=StudyOptions(analyses=("overlap",), scores=("mean_difference",)),
     ).run(progress=False),
-    "sweep.score_without": lambda s: score_without(s.head, s.pairs, [s.neurons, s.others, s.neurons | s.others]),
+    "interventions._sweep.score_without": lambda s: score_without(
+        s.head, s.pairs, [s.neurons, s.others, s.neurons | s.others]
+    ),
 }
 # Those that consist of others here, or build models: the grid has them.
 LONG = {
-    *("attribution.NeuronAttribution.per_pair", "export.build_classifier", "faithfulness.faithfulness"),
-    *("neuron_pages.examine", "replay.Replay.run_block", "runs.ModelRuns.prepare", "selfcheck.check_head"),
-    *("study.TensionStudy.run", "reward_head.RewardHead.with_ablation"),
+    *(
+        "attribution._neuron_attribution.NeuronAttribution.per_pair",
+        "export.build_classifier",
+        "attribution._effect_prediction.faithfulness",
+    ),
+    *(
+        "attribution._neuron_pages.examine",
+        "models._replay.Replay.run_block",
+        "study._model_runs.ModelRuns.prepare",
+        "passes._selfcheck.check_head",
+    ),
+    *("study._tension_study.TensionStudy.run", "reward_head.RewardHead.with_ablation"),
 }
 # The same calls under other names.
 THE_SAME = {
-    "export.ablate_weights": "reward_head.RewardHead.with_ablation",
-    "classifiers.reload_classifier": "selfcheck.check_head",
-    "reward_head.RewardHead.fwd_hooks": "lens_hooks.fwd_hooks",
-    "reward_head.RewardHead.check": "selfcheck.check_head",
-    "reward_head.RewardHead.save_pretrained": "classifiers.save_classifier",
-    "scoring.score_texts": "reward_head.RewardHead.score",
-    "scoring.score_tokens": "reward_head.RewardHead.score_tokens",
-    "probes.find_probes": "selfcheck.check_head",
-    "classifiers.current_checkpoint": "classifiers.save_classifier",
-    "classifiers.require_same_stream": "classifiers.build_classifier",
-    "classifiers.run_eagerly": "classifiers.build_classifier",
+    "interventions._export.ablate_weights": "reward_head.RewardHead.with_ablation",
+    "models._classifiers.reload_classifier": "passes._selfcheck.check_head",
+    "reward_head.RewardHead.fwd_hooks": "interventions._lens_hooks.fwd_hooks",
+    "reward_head.RewardHead.check": "passes._selfcheck.check_head",
+    "reward_head.RewardHead.save_pretrained": "models._classifiers.save_classifier",
+    "passes._scoring.score_texts": "reward_head.RewardHead.score",
+    "passes._scoring.score_tokens": "reward_head.RewardHead.score_tokens",
+    "passes._probes.find_probes": "passes._selfcheck.check_head",
+    "models._classifiers.current_checkpoint": "models._classifiers.save_classifier",
+    "models._classifiers.require_same_stream": "models._classifiers.build_classifier",
+    "models._classifiers.run_eagerly": "models._classifiers.build_classifier",
 }
 # What opens or builds a model of its own, or looks at one without running it: nothing of a user's could be changed.
 OWN_MODEL = [
-    "body.BridgeBody.__init__",
-    "body.find_body",
-    "reward_model.RewardModel.__init__",
-    "last_block.LastMLP.__init__",
-    "plain_run.find_last_mlp",
-    "rope.RopeByText.__init__",
+    "models._bodies.BridgeBody.__init__",
+    "models._bodies.find_body",
+    "models._reward_model.RewardModel.__init__",
+    "models._last_block.LastMLP.__init__",
+    "models._native_run.find_last_mlp",
+    "models._rope.RopeByText.__init__",
     "reward_head.RewardHead.from_classifier",
     "reward_head.RewardHead.from_language_model",
     "reward_head.RewardHead.from_pretrained",
-    "opening.with_checkpoint",
-    "opening.with_lens_model",
-    "opening.head_on",
-    "body.BootNativeBody.residual",
-    "hooked_transformer_body.HookedTransformerBody.__init__",
-    "hooked_transformer_body.HookedTransformerBody.residual",
-    "lens_models.SavedModel.__init__",
-    "lens_models.copy_model",
-    "lens_models.write_model",
-    "checkpoints.Checkpoint.__init__",
+    "models._opening.with_checkpoint",
+    "models._opening.with_lens_model",
+    "models._opening.head_on",
+    "models._bodies.BootNativeBody.residual",
+    "models._hooked_transformer_body.HookedTransformerBody.__init__",
+    "models._hooked_transformer_body.HookedTransformerBody.residual",
+    "models._lens_models.SavedModel.__init__",
+    "models._lens_models.copy_model",
+    "models._lens_models.write_model",
+    "models._checkpoints.Checkpoint.__init__",
 ]
 ONLY_LOOKS = [
-    "ablation.check_set",
-    "body.BridgeBody.projection",
-    "body.BridgeBody.stable_up_to",
-    "body.BootNativeBody.n_embeddings",
-    "body.BootNativeBody.hook_sites",
-    "body.BootNativeBody.weights",
-    "direct.written_by",
-    "hooked_transformer_body.HookedTransformerBody.projection",
-    "hooked_transformer_body.HookedTransformerBody.stable_up_to",
-    "hooked_transformer_body.HookedTransformerBody.weights",
-    "projections.Projection.of",
-    "checkpoints.Checkpoint.require_same_head",
-    "plain_weights.has_adapters",
-    "plain_weights.refuse_packed_weights",
-    "plain_weights.refuse_recomputed",
-    "ablation.AblationContext.ablated",
-    "activations.ActivationCollector.__init__",
-    "activations.ActivationCollector.compute",
-    "activations.ActivationCollector.merge",
-    "activations.ActivationCollector.reset",
-    "attribution.NeuronAttribution.__init__",
-    "body.BridgeBody.block",
-    "body.BridgeBody.final_norm",
-    "body.BridgeBody.final_norm_folded",
-    "body.BridgeBody.is_hooked",
-    "body.BridgeBody.last_mlp_at_last_tokens",
-    "body.BridgeBody.model",
-    "body.BridgeBody.modules",
-    "body.BridgeBody.n_embeddings",
-    "body.BridgeBody.pack_up_to",
-    "body.BridgeBody.require_faithful",
-    "body.BridgeBody.runs_native",
-    "body.BridgeBody.hook_sites",
-    "checkpoints.Checkpoint.reads_tokens",
-    "checkpoints.Checkpoint.trust_remote_code",
-    "direct.DirectPaths.__init__",
-    "direct.DirectPaths.contributions",
-    "direct.DirectPaths.hooks",
-    "faithfulness.sample_neurons",
-    "family_runs.ModelFamily.__init__",
-    "loading.refuse_offloaded",
-    "reward_model.RewardModel.architecture",
-    "reward_model.RewardModel.run_options",
-    "scoring.one_text",
-    "reward_model.RewardModel.encode",
-    "reward_model.RewardModel.hooks",
-    "reward_model.RewardModel.n_channels",
-    "reward_model.RewardModel.n_neurons",
-    "reward_model.RewardModel.reward_dtype",
-    "reward_model.RewardModel.setup_digest",
-    "reward_model.RewardModel.sites",
-    "reward_model.RewardModel.tokens_together",
-    "hooked_transformer_body.HookedTransformerBody.block",
-    "hooked_transformer_body.HookedTransformerBody.final_norm",
-    "hooked_transformer_body.HookedTransformerBody.final_norm_folded",
-    "hooked_transformer_body.HookedTransformerBody.is_hooked",
-    "hooked_transformer_body.HookedTransformerBody.last_mlp_at_last_tokens",
-    "hooked_transformer_body.HookedTransformerBody.modules",
-    "hooked_transformer_body.HookedTransformerBody.n_embeddings",
-    "hooked_transformer_body.HookedTransformerBody.hook_sites",
-    "hooks.HookSite.__init__",
-    "hooks.count_foreign_hooks",
-    "hooks.has_own_hooks",
-    "hooks.is_placed",
-    "hooks.modules_of",
-    "norms.read_norm",
-    "pair_rewards.RewardsOfPairs.__init__",
-    "pair_rewards.RewardsOfPairs.compute",
-    "pair_rewards.RewardsOfPairs.name",
-    "pair_rewards.RewardsOfPairs.observe",
-    "pair_rewards.RewardsOfPairs.settings",
-    "pair_rewards.RewardsOfPairs.state",
-    "pair_rewards.RewardsOfPairs.update",
-    "pass_record.PassRecord.provenance",
-    "replacements.check_replacement",
-    "replay.Replay.read",
-    "replay.Replay.stream",
-    "reward_model.RewardModel.fingerprint",
-    "reward_model.RewardModel.provenance",
-    "reward_model.RewardModel.read",
-    "reward_model.RewardModel.require_weight",
-    "runs.ModelRuns.__init__",
-    "runs.ModelRuns.close",
-    "runs.ModelRuns.head",
-    "runs.ModelRuns.key",
-    "runs.ModelRuns.known_rewards",
-    "runs.ModelRuns.provenance",
-    "study.TensionStudy.__init__",
+    "interventions._ablation.check_set",
+    "models._bodies.BridgeBody.projection",
+    "models._bodies.BridgeBody.stable_up_to",
+    "models._bodies.BootNativeBody.n_embeddings",
+    "models._bodies.BootNativeBody.hook_sites",
+    "models._bodies.BootNativeBody.weights",
+    "models._direct_path.written_by",
+    "models._hooked_transformer_body.HookedTransformerBody.projection",
+    "models._hooked_transformer_body.HookedTransformerBody.stable_up_to",
+    "models._hooked_transformer_body.HookedTransformerBody.weights",
+    "models._projections.Projection.of",
+    "models._checkpoints.Checkpoint.require_same_head",
+    "models._native_weights.has_adapters",
+    "models._native_weights.refuse_packed_weights",
+    "models._native_weights.refuse_recomputed",
+    "interventions._ablation.AblationContext.ablated",
+    "passes._activations.ActivationCollector.__init__",
+    "passes._activations.ActivationCollector.compute",
+    "passes._activations.ActivationCollector.merge",
+    "passes._activations.ActivationCollector.reset",
+    "attribution._neuron_attribution.NeuronAttribution.__init__",
+    "models._bodies.BridgeBody.block",
+    "models._bodies.BridgeBody.final_norm",
+    "models._bodies.BridgeBody.final_norm_folded",
+    "models._bodies.BridgeBody.is_hooked",
+    "models._bodies.BridgeBody.last_mlp_at_last_tokens",
+    "models._bodies.BridgeBody.model",
+    "models._bodies.BridgeBody.modules",
+    "models._bodies.BridgeBody.n_embeddings",
+    "models._bodies.BridgeBody.pack_up_to",
+    "models._bodies.BridgeBody.require_faithful",
+    "models._bodies.BridgeBody.runs_native",
+    "models._bodies.BridgeBody.hook_sites",
+    "models._checkpoints.Checkpoint.reads_tokens",
+    "models._checkpoints.Checkpoint.trust_remote_code",
+    "models._direct_path.DirectPaths.__init__",
+    "models._direct_path.DirectPaths.contributions",
+    "models._direct_path.DirectPaths.hooks",
+    "attribution._effect_prediction.sample_neurons",
+    "study._family_runs.ModelFamily.__init__",
+    "models._loading.refuse_offloaded",
+    "models._reward_model.RewardModel.architecture",
+    "models._reward_model.RewardModel.run_options",
+    "passes._scoring.one_text",
+    "models._reward_model.RewardModel.encode",
+    "models._reward_model.RewardModel.hooks",
+    "models._reward_model.RewardModel.n_channels",
+    "models._reward_model.RewardModel.n_neurons",
+    "models._reward_model.RewardModel.reward_dtype",
+    "models._reward_model.RewardModel.setup_digest",
+    "models._reward_model.RewardModel.sites",
+    "models._reward_model.RewardModel.tokens_together",
+    "models._hooked_transformer_body.HookedTransformerBody.block",
+    "models._hooked_transformer_body.HookedTransformerBody.final_norm",
+    "models._hooked_transformer_body.HookedTransformerBody.final_norm_folded",
+    "models._hooked_transformer_body.HookedTransformerBody.is_hooked",
+    "models._hooked_transformer_body.HookedTransformerBody.last_mlp_at_last_tokens",
+    "models._hooked_transformer_body.HookedTransformerBody.modules",
+    "models._hooked_transformer_body.HookedTransformerBody.n_embeddings",
+    "models._hooked_transformer_body.HookedTransformerBody.hook_sites",
+    "models._hooks.HookSite.__init__",
+    "models._hooks.count_foreign_hooks",
+    "models._hooks.has_own_hooks",
+    "models._hooks.is_placed",
+    "models._hooks.modules_of",
+    "models._norms.read_norm",
+    "passes._rewards_of_pairs.RewardsOfPairs.__init__",
+    "passes._rewards_of_pairs.RewardsOfPairs.compute",
+    "passes._rewards_of_pairs.RewardsOfPairs.name",
+    "passes._rewards_of_pairs.RewardsOfPairs.observe",
+    "passes._rewards_of_pairs.RewardsOfPairs.settings",
+    "passes._rewards_of_pairs.RewardsOfPairs.state",
+    "passes._rewards_of_pairs.RewardsOfPairs.update",
+    "passes._pass_record.PassRecord.provenance",
+    "interventions._replacements.check_replacement",
+    "models._replay.Replay.read",
+    "models._replay.Replay.stream",
+    "models._reward_model.RewardModel.fingerprint",
+    "models._reward_model.RewardModel.provenance",
+    "models._reward_model.RewardModel.read",
+    "models._reward_model.RewardModel.require_weight",
+    "study._model_runs.ModelRuns.__init__",
+    "study._model_runs.ModelRuns.close",
+    "study._model_runs.ModelRuns.head",
+    "study._model_runs.ModelRuns.key",
+    "study._model_runs.ModelRuns.known_rewards",
+    "study._model_runs.ModelRuns.provenance",
+    "study._tension_study.TensionStudy.__init__",
 ]
 
 MODEL_TYPES = ("RewardHead", "RewardModel", "BridgeBody", "HookedTransformerBody", "nn.modules.module.Module")
@@ -522,9 +543,10 @@ def test_calls_leave_the_model_as_it_was(name, setup):
 @pytest.mark.parametrize("name", ONLY_LOOKS)
 def test_what_only_looks_installs_nothing(name):
     """Read from its own code: what it names is none of what changes a model."""
-    module, *path = name.split(".")
-    member = importlib.import_module(f"rmtension.{module}")
-    for part in path:
+    known = dict(modules())
+    module = max((one for one in known if name.startswith(f"{one}.")), key=len)
+    member = known[module]
+    for part in name.removeprefix(f"{module}.").split("."):
         member = inspect.getattr_static(member, part) if inspect.isclass(member) else getattr(member, part)
     function = plain_function(member)
     if not hasattr(function, "__code__"):
@@ -543,34 +565,34 @@ def spot(s):
 
 # Those that touch a model.
 CONTEXTS = {
-    "ablation.AblationContext": lambda s: AblationContext(s.head, s.neurons),
-    "batch_run._BlockGates.closed": lambda s: _BlockGates(s.head).closed(1),
-    "batch_run._BlockGates.running": lambda s: _BlockGates(s.head).running(),
-    "hooks.all_fire": lambda s: all_fire(s.head.body.modules()),
-    "hooks.on_calls": lambda s: on_calls([s.mlp, s.head.body.block(0)], lambda *_: None),
-    "hooks.own_hooks_paused": lambda s: own_hooks_paused(s.head.body.modules()),
-    "rope.RopeByText.for_texts": lambda s: s.head.body._rope.for_texts(s.batch),
-    "hooks.InstalledHooks": lambda s: InstalledHooks([(spot(s), lambda _: None)] * 3),
-    "hooks.frozen": lambda s: frozen(s.head.body.modules()),
-    "hooks.eager_eval": lambda s: eager_eval(s.head.body.modules()),
-    "hooks.recorded_calls": lambda s: recorded_calls([s.mlp, s.head.body.block(0)]),
-    "last_block.LastMLP.at_last_tokens": lambda s: s.head.body.last_mlp_at_last_tokens(s.batch),
-    "tokens.running": lambda s: running(s.batch),
+    "interventions._ablation.AblationContext": lambda s: AblationContext(s.head, s.neurons),
+    "attribution._batch_run._BlockGates.closed": lambda s: _BlockGates(s.head).closed(1),
+    "attribution._batch_run._BlockGates.running": lambda s: _BlockGates(s.head).running(),
+    "models._hooks.all_fire": lambda s: all_fire(s.head.body.modules()),
+    "models._hooks.on_calls": lambda s: on_calls([s.mlp, s.head.body.block(0)], lambda *_: None),
+    "models._hooks.own_hooks_paused": lambda s: own_hooks_paused(s.head.body.modules()),
+    "models._rope.RopeByText.for_texts": lambda s: s.head.body._rope.for_texts(s.batch),
+    "models._hooks.InstalledHooks": lambda s: InstalledHooks([(spot(s), lambda _: None)] * 3),
+    "models._hooks.frozen": lambda s: frozen(s.head.body.modules()),
+    "models._hooks.eager_eval": lambda s: eager_eval(s.head.body.modules()),
+    "models._hooks.recorded_calls": lambda s: recorded_calls([s.mlp, s.head.body.block(0)]),
+    "models._last_block.LastMLP.at_last_tokens": lambda s: s.head.body.last_mlp_at_last_tokens(s.batch),
+    "data._tokens.running": lambda s: running(s.batch),
 }
 # Those that do not, with the tests that look after them.
 ELSEWHERE = {
-    "commands.quiet.quiet_libraries": "test_cli",
+    "cli._commands.quiet.quiet_libraries": "test_cli",
     "distributed.sharded": "test_distributed",
-    "files.filled_whole": "test_files",
-    "packed._ZstdFile": "test_reading",
-    "hooked_transformer_body.HookedTransformerBody._fresh_alibi": "test_hooked_transformer",
-    "files.written_whole": "test_files",
-    "progress.without_unseen_bars": "test_progress",
-    "runs.ModelRuns._work": "test_work",
-    "stored_heads._damage_named": "test_heads",
-    "trainer_run.isolated": "test_training",
-    "trainer_run.new_folder": "test_training",
-    "work.locked": "test_work",
+    "store._files.filled_whole": "test_files",
+    "store._compression._ZstdFile": "test_reading",
+    "models._hooked_transformer_body.HookedTransformerBody._fresh_alibi": "test_hooked_transformer",
+    "store._files.written_whole": "test_files",
+    "_progress.without_unseen_bars": "test_progress",
+    "study._model_runs.ModelRuns._work": "test_work",
+    "models._head_files._damage_named": "test_heads",
+    "training._trainer_run.isolated": "test_training",
+    "training._trainer_run.new_folder": "test_training",
+    "store._work_folder.locked": "test_work",
 }
 ENTERED_ONCE = (AblationContext, InstalledHooks)
 
@@ -578,7 +600,7 @@ ENTERED_ONCE = (AblationContext, InstalledHooks)
 def test_every_context_manager_is_in_a_list():
     assert sorted(context_managers()) == sorted([*CONTEXTS, *ELSEWHERE])
     for file in ELSEWHERE.values():
-        assert Path(__file__).with_name(f"{file}.py").is_file()
+        assert list(Path(__file__).parent.rglob(f"{file}.py"))
 
 
 def require_life_cycle(make, setup):
@@ -622,7 +644,7 @@ def require_life_cycle(make, setup):
 
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_contexts_leave_the_model_as_it_was(name, setup):
-    if name == "tokens.running":
+    if name == "data._tokens.running":
         # A context variable is given back in the order of taking: overlapping is refused by Python itself.
         with unchanged(setup.head), running(setup.batch), running(setup.batch):
             assert running_batch() is setup.batch
@@ -701,7 +723,7 @@ def test_a_leaking_call_is_found_out(spoiled):
 
 
 def test_only_these_modules_touch_hooks_and_flags():
-    """Whoever installs a hook, or changes a mode or a flag, goes through `rmtension.hooks`."""
+    """Whoever installs a hook, or changes a mode or a flag, goes through `rmtension.models._hooks`."""
     found = set()
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -713,18 +735,18 @@ def test_only_these_modules_touch_hooks_and_flags():
                 (path.stem, one.attr) for one in targets if getattr(one, "attr", "") in ("training", "requires_grad")
             }
     assert found == {
-        ("hooks", "register_forward_hook"),
-        ("hooks", "register_forward_pre_hook"),
-        ("hooks", "training"),
+        ("_hooks", "register_forward_hook"),
+        ("_hooks", "register_forward_pre_hook"),
+        ("_hooks", "training"),
         # The trainer's method, on a model that was made for it.
-        ("trainer_run", "train"),
+        ("_trainer_run", "train"),
     }
 
 
 def test_a_hook_of_the_users_stays_and_counts(setup):
     handle = setup.head.model.blocks[1].mlp.hook_out.register_forward_hook(untouched)
     with unchanged(setup.head):
-        for name in ("reward_head.RewardHead.score", "activations.ActivationCollector.sample"):
+        for name in ("reward_head.RewardHead.score", "passes._activations.ActivationCollector.sample"):
             CALLS[name](setup)
     handle.remove()
 

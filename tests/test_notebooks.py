@@ -8,8 +8,8 @@ import re
 
 import matplotlib
 import pytest
-from conftest import grid
 from documented import ROOT, cells, limited
+from tiny_models import grid
 
 SECONDS = 60  # for a notebook, on a machine that does other things too; the longest takes 8
 LARGEST = 250_000

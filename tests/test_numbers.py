@@ -7,9 +7,9 @@ runs as long as its inputs round alike).
 
 import pytest
 import torch
-from conftest import FAMILIES, close_to, grid
 from reference import Reference
 from replaced import ALPHA, replacement_of, targets_of
+from tiny_models import FAMILIES, close_to, grid
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet
 

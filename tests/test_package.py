@@ -1,5 +1,6 @@
 """The package as users meet it: a cheap import, names, floors."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import release
-from import_graph import FLOORS, ROOMS, circles, floors, not_downward, read_graph
+from import_graph import FLOORS, circles, floors, not_downward, read_graph
 
 import rmtension
 
@@ -43,8 +44,7 @@ def test_modules_form_no_circle():
 
 def test_every_package_imports_only_from_lower_floors():
     graph = read_graph(ROOT / "rmtension")
-    assert not set(ROOMS) - {module.partition(".")[0] for module in graph.lines}, "a module that is gone has a room"
-    assert not_downward(graph.by_package(ROOMS).arrows, FLOORS) == []
+    assert not_downward(graph.by_package().arrows, FLOORS) == []
 
 
 def graph_of(folder, texts):
@@ -100,24 +100,24 @@ class TestImportGraph:
             "high/x": "from toy.low.y import two",
         }
         given = [["toy", "low", "side"], ["high"]]
-        assert not_downward(graph_of(tmp_path / "toy", texts).by_package({}).arrows, given) == []
+        assert not_downward(graph_of(tmp_path / "toy", texts).by_package().arrows, given) == []
         texts["low/x"] = "def late():\n    import toy.high.x\n    import toy.side.x"
         texts["rest"] = ""
-        assert not_downward(graph_of(tmp_path / "toy", texts).by_package({}).arrows, given) == [
+        assert not_downward(graph_of(tmp_path / "toy", texts).by_package().arrows, given) == [
             "rest is on no floor",
             "low (floor 1) imports from high (floor 2)",
             "low (floor 1) imports from side (floor 1)",
         ]
 
     def test_modules_are_in_the_packages_that_are_said(self, tmp_path):
-        graph = graph_of(tmp_path / "toy", {"a": "import toy.b", "b": "import toy.c", "c": ""})
-        packages = graph.by_package({"a": "one", "b": "one", "c": "two", "toy": "toy"})
-        assert packages.arrows == {"one": {"two"}, "two": set(), "toy": set()}
+        texts = {"one/a": "import toy.one.b", "one/b": "import toy.two.c", "two/c": "import toy.top", "top": ""}
+        packages = graph_of(tmp_path / "toy", texts).by_package()
+        assert packages.arrows == {"one": {"two"}, "two": {"top"}, "top": set(), "toy": set()}
 
     def test_the_program(self, tmp_path):
         graph_of(tmp_path / "rmtension", {"sites": "import rmtension.errors", "errors": "import rmtension.sites"})
         ran = subprocess.run(
-            [sys.executable, ROOT / "tests" / "import_graph.py", "--root", tmp_path],
+            [sys.executable, ROOT / "tests" / "programs" / "import_graph.py", "--root", tmp_path],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert (
@@ -182,3 +182,22 @@ def test_the_workflow_runs_what_the_checks_run():
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert len(steps) >= 6
     assert re.findall(r"^      - run: (make .+)$", workflow, re.MULTILINE) == steps
+
+
+ROOM_NAMES = sorted(path.parent.name for path in (ROOT / "rmtension").glob("*/__init__.py"))
+# Public modules that are commands of their own: `python -m rmtension.synthetic.check_matrix`.
+COMMANDS = {"check_matrix"}
+
+
+@pytest.mark.parametrize("name", ROOM_NAMES)
+def test_what_a_package_gives_is_sorted_and_in_the_reference(name):
+    """And the modules that hold it begin with an underscore."""
+    package = importlib.import_module(f"rmtension.{name}")
+    public = package.__all__
+    assert public == sorted(public)
+    assert len(public) <= 20
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    listed = set(re.findall(r"^::: rmtension\.([\w.]+)$", pages, re.MULTILINE))
+    assert {one if one in rmtension.__all__ else f"{name}.{one}" for one in public} <= listed
+    modules = {path.stem for path in (ROOT / "rmtension" / name).glob("*.py")}
+    assert {one for one in modules if not one.startswith("_")} <= {*public, *COMMANDS}

@@ -11,8 +11,8 @@ import pytest
 import transformers
 
 from rmtension import NeuronAttribution, RewardHead
-from rmtension.faithfulness import faithfulness
-from rmtension.progress import is_watched, progress_bar, shows_bars, without_unseen_bars
+from rmtension._progress import is_watched, progress_bar, shows_bars, without_unseen_bars
+from rmtension.attribution._effect_prediction import faithfulness
 
 
 class Terminal(io.StringIO):
@@ -87,7 +87,7 @@ def test_transformers_draws_none_either(checkpoints, tmp_path, talking, capfd):
 def test_on_a_real_terminal():
     """In a process of its own, whose stderr is a terminal; then the same with a pipe."""
     code = """if True:
-        from rmtension.progress import progress_bar
+        from rmtension._progress import progress_bar
         for _ in progress_bar("abc", progress=True, desc="seen", ncols=60, nrows=20):
             pass
     """

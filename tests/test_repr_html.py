@@ -17,9 +17,9 @@ from rmtension import (
     RewardHead,
     SharedNeuronAnalyzer,
     StudyResult,
-    evaluation,
 )
-from rmtension.repr_html import N_ROWS, html_table
+from rmtension._repr_html import N_ROWS, html_table
+from rmtension.evaluation import _metrics as evaluation
 
 EVIL = "<script>alert('&')</script>"
 

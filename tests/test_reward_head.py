@@ -3,8 +3,9 @@
 import pytest
 import torch
 import transformers
-from conftest import CONTEXT, EOS, FAMILIES, grid, make_tokenizer, save_classifier
+from model_states import snapshot
 from reference import transformers_rewards
+from tiny_models import CONTEXT, EOS, FAMILIES, grid, make_tokenizer, save_classifier
 
 from rmtension import NeuronSet, PreferencePairs, RewardHead
 from rmtension.errors import DataError, ModelError, OptionError
@@ -70,7 +71,7 @@ def test_head_with_bias_and_matrix_weight(head, ragged_texts):
 
 def test_live_bridge_of_a_language_model(tmp_path, tokenizer, ragged_texts):
     """A bridge that the user booted, with a weight of the user's: that weight on transformers' hidden state."""
-    from conftest import make_config
+    from tiny_models import make_config
     from transformer_lens.model_bridge import TransformerBridge
 
     torch.manual_seed(0)
@@ -105,17 +106,6 @@ def test_scoring_leaves_the_model_as_it_was(checkpoints, pairs):
     assert torch.equal(hooked[0], hooked[1])
     assert torch.allclose(hooked[0], expected, atol=1e-5)
     assert head.model.training
-
-
-def snapshot(head):
-    """Everything a call could change: parameters, flags, modes and hooks of every module."""
-    modules = list(head.body.module.modules()) + list(head.model.modules())
-    return {
-        "parameters": [(p.data_ptr(), p._version, p.requires_grad) for p in head.model.parameters()],
-        "training": [module.training for module in modules],
-        "hooks": [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules],
-        "grad mode": torch.is_grad_enabled(),
-    }
 
 
 def test_identical_responses_tie_and_are_counted(head):
@@ -165,7 +155,7 @@ def test_fingerprint_follows_the_weights(checkpoints, tmp_path, tokenizer):
 
 class TestBadCheckpoints:
     def test_language_model(self, tmp_path, tokenizer):
-        from conftest import make_config
+        from tiny_models import make_config
 
         transformers.AutoModelForCausalLM.from_config(make_config("gpt2", len(tokenizer))).save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rmtension import ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
-from rmtension.single_effects import single_neuron_effects
+from rmtension.attribution._single_effects import single_neuron_effects
 
 ACROSS = 1e-6
 

@@ -7,12 +7,12 @@ Figures of several panels draw one of them into a given `ax`, chosen by the argu
 `ConflictReport` instead, `faithfulness_scatter` and `faithfulness_sets` a `Faithfulness`.
 """
 
-from rmtension.plots.behaviour import accuracy, comparisons, radar, refuse_respond, transferability
-from rmtension.plots.causes import collapse, curves, equal_size, matrix
-from rmtension.plots.confidence import confidence, distributions
-from rmtension.plots.conflict import conflict_scatter
-from rmtension.plots.faithfulness import faithfulness_scatter, faithfulness_sets
-from rmtension.plots.neurons import depth, overlap
+from rmtension.plots._ablations import collapse, curves, equal_size, matrix
+from rmtension.plots._behaviour import accuracy, comparisons, radar, refuse_respond, transferability
+from rmtension.plots._conflict import conflict_scatter
+from rmtension.plots._faithfulness import faithfulness_scatter, faithfulness_sets
+from rmtension.plots._histograms import confidence, distributions
+from rmtension.plots._top_sets import depth, overlap
 
 __all__ = [
     "accuracy",

@@ -1,0 +1,17 @@
+"""Scores of neurons by what they have to do with the margin, and how well they predict ablation."""
+
+from rmtension.attribution._effect_prediction import Faithfulness, faithfulness, sample_neurons
+from rmtension.attribution._neuron_attribution import NeuronAttribution, score_together
+from rmtension.attribution._neuron_pages import NeuronPages, examine
+from rmtension.attribution._single_effects import single_neuron_effects
+
+__all__ = [
+    "Faithfulness",
+    "NeuronAttribution",
+    "NeuronPages",
+    "examine",
+    "faithfulness",
+    "sample_neurons",
+    "score_together",
+    "single_neuron_effects",
+]

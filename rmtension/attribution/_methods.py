@@ -1,0 +1,241 @@
+"""How each attribution method scores neurons in one batch: a value per token, weighted and summed over the text."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from einops import einsum, reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from rmtension.attribution._batch_run import BatchRun
+from rmtension.data._tokens import margins
+from rmtension.errors import ModelError
+from rmtension.interventions._replacements import Replacement
+from rmtension.sites import neuron_activations
+
+
+@dataclass(frozen=True)
+class MethodArgs:
+    """Where a method looks, at which tokens, and its options."""
+
+    site: str
+    positions: str
+    replacement: Replacement
+    steps: int = 32
+
+
+# The value of every token and neuron of one layer, and the weight of every token: a pair's score is their product
+# summed over the tokens of its rows. Rejected texts have their minus sign in one of the two.
+TokenValues = tuple[Float[Tensor, "row token neuron"], Float[Tensor, "row token"]]
+
+
+# The same, and for methods that have one how far each pair's scores are from adding up (the completeness gap).
+MethodResult = tuple[TokenValues, Float[Tensor, "pair"] | None]
+
+
+def mean_activation(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
+    """a(t), each token weighted by one over the number of selected ones of its text."""
+    # Half precision would lose the sum, not only its last digits.
+    activation = run.activations[args.site, layer].to(run.head.reward_dtype)
+    values = neuron_activations(activation, args.site, run.head.n_neurons(args.site))
+    select = run.batch.select(args.positions).to(values)
+    return (values, run.batch.sum_over_texts(_signed(select / select.sum(dim=1, keepdim=True)))), None
+
+
+def gradient_x_activation(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
+    """a(t) dM/da(t)."""
+    place = args.site, layer
+    products = run.activations[place].to(run.head.reward_dtype) * run.gradients[place]
+    return _neurons(run, args, products), None
+
+
+def attribution_patching(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
+    """(a_ref(t) - a(t)) dM/da(t)."""
+    place = args.site, layer
+    return _neurons(run, args, _step(run, args, layer, run.activations[place]) * run.gradients[place]), None
+
+
+def direct_effect(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
+    """What the neuron adds to the reward through the residual stream, all at the token the reward is read from."""
+    assert run.direct is not None
+    if args.site not in run.direct.neurons:
+        raise ModelError(
+            f"direct_effect: the neurons of site {args.site!r} are those of 'mlp', and write what those write. Use "
+            "site 'mlp'."
+        )
+    values = _signed(run.direct.neurons[args.site][:, layer])
+    batch = run.batch
+    by_token = values.new_zeros(*batch.input_ids.shape, values.shape[1])
+    by_token.index_put_((batch.rows.cpu(), batch.last.cpu()), values, accumulate=True)
+    return (by_token, batch.position_mask("last").to(values)), None
+
+
+def integrated_gradients(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
+    """(a(t) - a_ref(t)) times the mean of dM/da(t) on the straight path from a_ref to a, and the gap.
+
+    All neurons of the layer move together. The mean is taken at `steps` Gauss-Legendre nodes. The gap is how far the
+    sum over tokens and neurons is from the margin minus that at a_ref.
+    """
+    replay, site = run.replay, args.site
+    step = _step(run, args, layer, replay.activations[site, layer])
+    nodes, weights = _gauss_legendre(args.steps)
+    mean = torch.zeros_like(step)
+    start = replay.activations[site, layer] + step.to(run.head.dtype)
+    for node, weight in zip(nodes, weights, strict=True):
+        leaf = (start - node * step.to(start)).requires_grad_(True)
+        with torch.enable_grad():
+            rewards = _with_activation(run, site, layer, leaf)
+            (gradient,) = torch.autograd.grad(margins(rewards).sum(), leaf)
+        mean += weight * gradient.to(mean)
+    with torch.no_grad():
+        change = margins(replay.rewards - _with_activation(run, site, layer, start))
+    values, ones = _neurons(run, args, -step * mean)
+    in_rows = einsum(values, ones, "row token neuron, row token -> row")
+    return (values, ones), run.batch.sum_per_pair(in_rows) - change.to(in_rows.device)
+
+
+def dropped_patching(run: BatchRun, args: MethodArgs, layer: int) -> list[TokenValues]:
+    """`attribution_patching` without what flows through each other layer's block, one after the other."""
+    step = _step(run, args, layer, run.activations[args.site, layer])
+    others = (gradients for number, gradients in enumerate(run.dropped) if number != layer)
+    return [_neurons(run, args, step * gradients[args.site, layer]) for gradients in others]
+
+
+def _step(
+    run: BatchRun, args: MethodArgs, layer: int, activation: Float[Tensor, "row token channel"]
+) -> Float[Tensor, "row token channel"]:
+    select = run.batch.position_mask(args.positions).to(activation.device)
+    return args.replacement.step(layer, activation.to(run.head.reward_dtype), select, run.batch)
+
+
+def _neurons(run: BatchRun, args: MethodArgs, channels: Float[Tensor, "row token channel"]) -> TokenValues:
+    """Summed over the channels of each neuron, every selected token counting 1."""
+    values = channels
+    if run.head.n_neurons(args.site) < channels.shape[-1]:
+        shape = "row token (neuron channel) -> row token neuron"
+        values = reduce(channels, shape, "sum", neuron=run.head.n_neurons(args.site))
+    return values, run.batch.position_mask(args.positions).to(values)
+
+
+def _signed(of_texts: Float[Tensor, "text rest"]) -> Float[Tensor, "text rest"]:
+    """With a minus for rejected texts, the second half of a batch."""
+    chosen, rejected = of_texts.chunk(2)
+    return torch.cat([chosen, -rejected])
+
+
+def _with_activation(
+    run: BatchRun, site: str, layer: int, activation: Float[Tensor, "row token channel"]
+) -> Float[Tensor, "text"]:
+    """The rewards when the layer's site has `activation`."""
+
+    def put(_layer: int, found: Tensor) -> Tensor:
+        return activation.reshape(found.shape)
+
+    with run.head.hooks(site, put, [layer]):
+        return run.replay.rewards_from(layer)
+
+
+@lru_cache(maxsize=8)
+def _gauss_legendre(steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Nodes and weights on [0, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    return tuple((nodes + 1) / 2), tuple(weights / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way of scoring neurons: what it computes, what that needs, and what a positive score says.
+
+    - `name`: what users call it.
+    - `by_layer`: the scores of one batch, layer by layer.
+    - `by_layer_dropped`: the same without the gradient through each other layer's block, for methods that have a
+      GradDrop variant.
+    - `sign`: 1 where a positive score supports the margin, -1 where it opposes the margin (`Provenance.sign`).
+    - `cost`: in passes over each text of every pair, for a model of L layers.
+    - `needs_reward`: it looks at the reward, which a language model does not have.
+    - `needs_gradients`: of the margin, at every activation.
+    - `needs_direct_paths`: what every neuron writes into the residual stream (`rmtension.models.direct_contributions`).
+    - `needs_replacement`: it replaces activations by something.
+    - `needs_path`: it runs the model again along the path from a_ref to a, at `steps` nodes, and has a completeness
+      gap. All other methods share one run of the model.
+    """
+
+    name: str
+    by_layer: Callable[[BatchRun, MethodArgs, int], MethodResult]
+    by_layer_dropped: Callable[[BatchRun, MethodArgs, int], list[TokenValues]] | None
+    sign: int
+    cost: str
+    needs_reward: bool
+    needs_gradients: bool
+    needs_direct_paths: bool
+    needs_replacement: bool
+    needs_path: bool
+
+
+# Nothing has a default: a new method says all of it.
+_TABLE = (
+    Method(
+        name="mean_difference",
+        by_layer=mean_activation,
+        by_layer_dropped=None,
+        sign=1,  # more active in the chosen responses: in favour of them, as far as activations alone can say
+        cost="1 forward pass",
+        needs_reward=False,
+        needs_gradients=False,
+        needs_direct_paths=False,
+        needs_replacement=False,
+        needs_path=False,
+    ),
+    Method(
+        name="gradient_x_activation",
+        by_layer=gradient_x_activation,
+        by_layer_dropped=None,
+        sign=1,
+        cost="1 forward and 1 backward pass",
+        needs_reward=True,
+        needs_gradients=True,
+        needs_direct_paths=False,
+        needs_replacement=False,
+        needs_path=False,
+    ),
+    Method(
+        name="attribution_patching",
+        by_layer=attribution_patching,
+        by_layer_dropped=dropped_patching,
+        sign=-1,  # a change: without a neuron that supports the margin, it falls
+        cost="1 forward and 1 backward pass; with GradDrop, 1 forward and L backward passes",
+        needs_reward=True,
+        needs_gradients=True,
+        needs_direct_paths=False,
+        needs_replacement=True,
+        needs_path=False,
+    ),
+    Method(
+        name="direct_effect",
+        by_layer=direct_effect,
+        by_layer_dropped=None,
+        sign=1,
+        cost="1 forward pass",
+        needs_reward=True,
+        needs_gradients=False,
+        needs_direct_paths=True,
+        needs_replacement=False,
+        needs_path=False,
+    ),
+    Method(
+        name="integrated_gradients",
+        by_layer=integrated_gradients,
+        by_layer_dropped=None,
+        sign=1,
+        cost="1 + (steps + 1) (L + 1) / 2 forward and steps (L + 1) / 2 backward passes",
+        needs_reward=True,
+        needs_gradients=False,  # it takes its own, on the path
+        needs_direct_paths=False,
+        needs_replacement=True,
+        needs_path=True,
+    ),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _TABLE}

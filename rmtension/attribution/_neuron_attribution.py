@@ -1,0 +1,423 @@
+"""Scoring neurons by what they have to do with the margin between chosen and rejected."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from rmtension._arguments import require_arguments, require_choice
+from rmtension._progress import progress_bar
+from rmtension.attribution._batch_run import BatchRun
+from rmtension.attribution._methods import METHODS, MethodArgs, MethodResult, TokenValues
+from rmtension.data._encoding import EncodedText
+from rmtension.data._pair import PreferencePair
+from rmtension.data._pairs import PreferencePairs
+from rmtension.data._tokens import TokenBatch
+from rmtension.errors import DataError, OptionError
+from rmtension.interventions._replacements import Replacement, Zero, check_replacement
+from rmtension.models._reward_model import RewardModel
+from rmtension.neurons._neuron_scores import NeuronScores
+from rmtension.neurons._pair_attributions import PairAttributions
+from rmtension.neurons._token_scores import TokenScores
+from rmtension.passes._pair_pass import run_pass
+from rmtension.passes._pair_statistic import PairStatistic
+from rmtension.passes._pass_record import PassRecord
+from rmtension.passes._running_scores import RunningScores
+from rmtension.sites import check_positions, find_site
+from rmtension.store._provenance import Provenance, method_label
+
+
+class NeuronAttribution:
+    """Scores every neuron of a model over preference pairs.
+
+    Methods, for one pair with margin M = r(chosen) - r(rejected), over the selected tokens t of both texts. L is the
+    number of layers; a pass is one over each text of every pair, and a pass of one block 1 / L of it.
+
+    - `mean_difference`: mean_t a(chosen) - mean_t a(rejected). 1 forward pass; needs no reward. Says what differs, not
+      what matters.
+    - `gradient_x_activation`: sum_t a(t) dM/da(t), to first order what the neuron contributes to the margin.
+      1 forward and 1 backward pass.
+    - `attribution_patching`: sum_t (a_ref(t) - a(t)) dM/da(t), to first order the change of the margin when the
+      activation is replaced by a_ref, as an `AblationContext` with the same `replacement` does (Nanda 2023; Syed, Rager
+      and Conmy 2023). 1 forward and 1 backward pass.
+    - the same with `graddrop=True`: the mean over the other layers of its magnitude when no gradient flows through what
+      that layer's block adds, so that a direct and an indirect effect do not cancel (AtP*, Kramar et al. 2024,
+      section 3.1.2). 1 forward and L backward passes; needs `aggregate="absolute"`.
+    - `integrated_gradients`: sum_t (a(t) - a_ref(t)) times the mean of dM/da(t) on the straight path from a_ref to a,
+      all neurons of a layer moving together (Sundararajan, Taly and Yan 2017), at `steps` Gauss-Legendre nodes. A
+      layer's scores add up to M minus the margin with all of the layer replaced, but for `completeness_gap`.
+      1 + (steps + 1) (L + 1) / 2 forward and steps (L + 1) / 2 backward passes, where blocks run one by one. Where a
+      norm follows the projection (Gemma-2, OLMo-2), zero is a singular point of that norm: use `Mean(statistics)`.
+    - `direct_effect`: what the neuron adds to the margin through the residual stream, past later blocks, with the scale
+      of the final norm as it is; exact (`rmtension.models.direct_contributions`). 1 forward pass. Only the token the
+      reward is read from counts, whatever `positions`.
+
+    Signs: `attribution_patching` is a change (positive: the margin grows without the neuron, which opposes it), the
+    others are contributions (positive: the neuron supports the margin). Results say which (`Provenance.sign`), and
+    `top(rank_by="supports")` means the same for all. A positive `mean_difference` says that the neuron is more active
+    in the chosen responses. It does not look at the reward, so this is taken for support: a neuron that nothing reads,
+    or that lowers the reward, can have one, and `faithfulness` measures how often. The activation of an attention head
+    is the norm of its output for `mean_difference`; elsewhere products are summed over its channels. Scores are means
+    over pairs with their standard error, in float64. Swapping chosen and rejected flips signed scores; a constant added
+    to the reward changes none.
+
+    A gradient jumps where the input of a ReLU is 0 but for rounding, as in models with round numbers for weights:
+    float32 and float64 may give different scores there. `dtype=torch.float64` opens any model and shows whether they
+    do.
+
+    Args:
+        head: the model to score.
+        method: one of the above.
+        site: "mlp", "mlp_gate" or "attn_head".
+        positions: "all", "response" or "last": tokens that are averaged, that count, or whose activation is replaced.
+        aggregate: "signed" averages the pairs' values, "absolute" their magnitudes.
+        replacement: what activations are replaced by, for `attribution_patching` and `integrated_gradients`: `Zero()`,
+            `Mean(statistics)`, `Resample(sample)`, `Scale(alpha)` or `OtherResponse()`.
+        steps: nodes of integrated gradients.
+        graddrop: see above.
+
+    Examples:
+        >>> patching = NeuronAttribution(head, "attribution_patching", positions="response")
+        >>> truth = organism.truth
+        >>> patching.score(pairs["helpful"]).top(k=6) == truth["helpful"] | truth["shared"] | truth["conflict"]
+        True
+    """
+
+    def __init__(
+        self,
+        head: RewardModel,
+        method: str,
+        *,
+        replacement: Replacement = Zero(),
+        site: str = "mlp",
+        positions: str = "all",
+        aggregate: str = "signed",
+        steps: int = 32,
+        graddrop: bool = False,
+    ) -> None:
+        require_arguments("NeuronAttribution(head, method)", head=(head, RewardModel), method=(method, str))
+        require_choice("method", method, sorted(METHODS))
+        if aggregate not in ("signed", "absolute"):
+            raise OptionError(f"aggregate: expected 'signed' or 'absolute', got {aggregate!r}.")
+        check_positions(positions)
+        self.site = find_site(site).name
+        self._method = METHODS[method]
+        if replacement != Zero() and not self._method.needs_replacement:
+            raise OptionError(f"replacement: method {method!r} replaces nothing. Leave replacement out.")
+        check_replacement(replacement, head, self.site)
+        head.n_neurons(self.site)  # raises where the model has no such site
+        if steps < 1:
+            raise OptionError(f"steps: expected a positive number of nodes, got {steps}.")
+        if self._method.needs_reward:
+            head.require_weight()
+        if graddrop and (self._method.by_layer_dropped is None or aggregate != "absolute"):
+            droppable = [name for name, one in METHODS.items() if one.by_layer_dropped is not None]
+            raise OptionError(
+                "graddrop: it averages magnitudes of attribution patching; use it with "
+                f"method={droppable[0]!r} and aggregate='absolute', got {method!r} and {aggregate!r}."
+            )
+        if graddrop and head.n_layers < 2:
+            raise OptionError(
+                "graddrop: it leaves out one other layer at a time, and this model has one. Leave it out."
+            )
+        self.head = head
+        self.method = method
+        self.positions = positions
+        self.aggregate = aggregate
+        self.replacement = replacement
+        self.steps = steps
+        self.graddrop = graddrop
+
+    def score(
+        self,
+        pairs: Iterable[PreferencePair],
+        *,
+        work: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> NeuronScores:
+        """One score per neuron. Memory: one batch's activations and 32 x `layers x neurons` sums, for any pairs.
+
+        A score that is NaN or infinite raises `ModelError` with the layer and the pair's id; if the model was opened
+        with `on_nonfinite="skip"` such pairs are skipped, and their ids are in the result's provenance. `work` and
+        `progress` are those of `run_pass`.
+
+        Examples:
+            >>> found = NeuronAttribution(head, "mean_difference", positions="response").score(pairs["helpful"])
+            >>> found.top(k=2) - organism.truth["decoy"]  # what differs most does nothing
+            NeuronSet(0 of 48 mlp neurons of gpt2-2x24-heads2x12-d24)
+        """
+        (scores,) = score_together([self], pairs, work=work, progress=progress)
+        return scores
+
+    @torch.inference_mode(False)  # what is made in it cannot be differentiated
+    def per_pair(
+        self,
+        pairs: Iterable[PreferencePair],
+        *,
+        work: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> PairAttributions:
+        """Every pair's signed scores, whatever `aggregate`. Memory: `pairs x layers x neurons` numbers.
+
+        Pairs that are skipped (see `score`) have no row. `work` and `progress` are those of `run_pass`.
+
+        Examples:
+            >>> by_pair = NeuronAttribution(head, "direct_effect").per_pair(pairs["helpful"])
+            >>> by_pair.values.shape
+            torch.Size([24, 2, 24])
+        """
+        if self.graddrop:
+            raise OptionError("per_pair: GradDrop has no signed scores. Leave graddrop out.")
+        pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
+        return run_pass(self.head, pairs, _ScoresOfPairs(self, pairs), work=work, progress=progress)
+
+    def per_token(self, pairs: Iterable[PreferencePair], *, progress: bool | None = None) -> Iterator[TokenScores]:
+        """Every pair's scores token by token, one pair at a time, in order; tokens as the tokenizer writes them.
+
+        Examples:
+            >>> first = next(NeuronAttribution(head, "mean_difference").per_token(pairs["helpful"]))
+            >>> len(first.chosen_tokens), first.chosen.shape
+            (32, torch.Size([32, 2, 24]))
+        """
+        if self.graddrop:
+            raise OptionError("per_token: GradDrop has no signed scores. Leave graddrop out.")
+        pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
+        if not len(pairs):
+            raise DataError("pairs: expected at least one preference pair, got none.")
+        encoded = self.head.encode(pairs)
+        both = progress_bar(
+            zip(pairs, encoded.chosen, encoded.rejected, strict=True),
+            progress=progress,
+            total=len(pairs),
+            desc=self.method,
+            unit="pair",
+        )
+        return (self._by_token(pair, texts) for pair, *texts in both)
+
+    @torch.inference_mode(False)
+    def _by_token(self, pair: PreferencePair, texts: list[EncodedText]) -> TokenScores:
+        batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=self.head.pad_token_id, device=self.head.device)
+        layers = [_weighted(by_token) for by_token, _ in self._by_layer(_run([self], batch))]
+        values = torch.stack(layers, dim=2).cpu()
+        # What a rejected text adds to its pair's score has a minus already.
+        chosen, rejected = (sign * values[row, : len(texts[row])] for row, sign in enumerate((1, -1)))
+        one, other = (tuple(self.head.tokenizer.convert_ids_to_tokens(list(text.ids))) for text in texts)
+        return TokenScores(pair.id, one, other, chosen, rejected, self._method.sign)
+
+    def __repr__(self) -> str:
+        how = method_label(**self._how(self.aggregate))
+        return f"NeuronAttribution({how}, {self.site} at {self.positions} tokens, {self.head!r})"
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What the scores depend on besides the model and the pairs."""
+        return {
+            **self._how(self.aggregate),
+            "site": self.site,
+            "positions": self.positions,
+            "replacement": self.replacement.key,
+        }
+
+    # -- for score_together ----------------------------------------------------------------------------------------
+
+    def _how(self, aggregate: str) -> dict[str, Any]:
+        """The fields of provenance that say how scores are computed."""
+        return {
+            "method": self.method,
+            "aggregate": aggregate,
+            "replacement": self.replacement.label if self._method.needs_replacement else None,
+            "steps": self.steps if self._method.needs_path else None,
+            "graddrop": self.graddrop,
+        }
+
+    def _provenance(self, record: PassRecord, aggregate: str) -> Provenance:
+        """Where scores by `aggregate` come from; magnitudes have no direction."""
+        found = record.provenance(self.head, site=self.site, positions=self.positions, method=self.method)
+        return replace(found, sign=self._method.sign if aggregate == "signed" else None, **self._how(aggregate))
+
+    @property
+    def _args(self) -> MethodArgs:
+        return MethodArgs(self.site, self.positions, self.replacement, self.steps)
+
+    def _by_layer(self, run: BatchRun) -> Iterator[MethodResult]:
+        """The method's values by token, layer by layer, with the completeness gap of integrated gradients."""
+        for layer in range(self.head.n_layers):
+            yield self._method.by_layer(run, self._args, layer)
+
+    def _signed(self, run: BatchRun) -> tuple[Float[Tensor, "pair layer neuron"], Float[Tensor, "pair layer"] | None]:
+        """Every pair's signed scores and gaps, in float64."""
+        scores, gaps = [], []
+        for by_token, gap in self._by_layer(run):
+            scores.append(_summed(by_token, run))
+            gaps += [] if gap is None else [gap.double()]
+        return _stacked(scores), _stacked(gaps) if gaps else None
+
+    def _per_pair(self, run: BatchRun) -> tuple[Float[Tensor, "pair layer neuron"], Float[Tensor, "pair layer"] | None]:
+        """Every pair's scores by `aggregate`, and the magnitude of its gaps."""
+        if self.graddrop:
+            return self._dropped(run), None
+        scores, gaps = self._signed(run)
+        return scores.abs() if self.aggregate == "absolute" else scores, None if gaps is None else gaps.abs()
+
+    def _dropped(self, run: BatchRun) -> Float[Tensor, "pair layer neuron"]:
+        dropped = self._method.by_layer_dropped
+        assert dropped is not None
+        layers = []
+        for layer in range(self.head.n_layers):
+            pairs = [_summed(by_token, run).abs() for by_token in dropped(run, self._args, layer)]
+            layers.append(torch.stack(pairs).mean(dim=0))
+        return _stacked(layers)
+
+
+@torch.inference_mode(False)
+def score_together(
+    attributions: Sequence[NeuronAttribution],
+    pairs: Iterable[PreferencePair],
+    *,
+    work: str | Path | None = None,
+    progress: bool | None = None,
+) -> list[NeuronScores]:
+    """The scores of several attributions of one model, from the same passes, in their order.
+
+    Cost: 1 forward pass, and 1 backward pass if any of them needs gradients, for all first-order methods, sites,
+    positions and replacements; plus L backward passes for GradDrop and the passes of each integrated gradients.
+    `work` and `progress` are those of `run_pass`. Raises `OptionError` for an empty list and for attributions of
+    different models.
+
+    Examples:
+        >>> asked = [NeuronAttribution(head, one) for one in ("mean_difference", "gradient_x_activation")]
+        >>> [one.provenance.method for one in score_together(asked, pairs["helpful"])]
+        ['mean_difference', 'gradient_x_activation']
+    """
+    if not attributions or any(one.head is not attributions[0].head for one in attributions):
+        raise OptionError("attributions: expected at least one NeuronAttribution, all of the same head.")
+    return run_pass(attributions[0].head, pairs, _MeanScores(attributions), work=work, progress=progress)
+
+
+class _MeanScores(PairStatistic[list[NeuronScores]]):
+    """The mean over pairs of every neuron's score, for several attributions of one model."""
+
+    keeps_layers = True
+    layer_dim = 1
+
+    def __init__(self, attributions: Sequence[NeuronAttribution]) -> None:
+        head = attributions[0].head
+        self._attributions = attributions
+        self._scores = [
+            RunningScores(head.n_layers, head.n_neurons(one.site), gap=one._method.needs_path) for one in attributions
+        ]
+        self.sharing = "pair" if all(one.replacement.shares_tokens for one in attributions) else "none"
+
+    @property
+    def name(self) -> str:
+        return ", ".join(dict.fromkeys(one.method for one in self._attributions))
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"attributions": [one._settings for one in self._attributions]}
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        return {f"{number}/{name}": part for number, one in enumerate(self._scores) for name, part in one.state.items()}
+
+    def observe(self, batch: TokenBatch) -> list[Tensor]:
+        run = _run(self._attributions, batch)
+        # For each attribution its values, followed by its gap if it has one.
+        return [tensor for one in self._attributions for tensor in one._per_pair(run) if tensor is not None]
+
+    def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
+        tensors = iter(observed)
+        for scores in self._scores:
+            values = next(tensors)
+            scores.update(values, batch.keys[: batch.n_pairs], next(tensors) if scores.has_gap else None)
+
+    def merge_processes(self, add_up: Callable[..., None]) -> None:
+        for scores in self._scores:
+            scores.merge_processes(add_up)
+
+    def compute(self, record: PassRecord) -> list[NeuronScores]:
+        record.require_pairs()
+        return [
+            scores.compute(one._provenance(record, one.aggregate))
+            for one, scores in zip(self._attributions, self._scores, strict=True)
+        ]
+
+
+class _ScoresOfPairs(PairStatistic[PairAttributions]):
+    """Every pair's signed scores by one attribution."""
+
+    keeps_layers = True
+    layer_dim = 1
+
+    def __init__(self, attribution: NeuronAttribution, pairs: PreferencePairs) -> None:
+        head = attribution.head
+        shape = (len(pairs), head.n_layers, head.n_neurons(attribution.site))
+        self._attribution = attribution
+        self._pairs = pairs
+        self._values = torch.zeros(shape, dtype=head.reward_dtype)
+        self.sharing = "pair" if attribution.replacement.shares_tokens else "none"
+
+    @property
+    def name(self) -> str:
+        return self._attribution.method
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self._attribution._settings
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        return {"values": self._values}
+
+    def observe(self, batch: TokenBatch) -> list[Tensor]:
+        values, _ = self._attribution._signed(_run([self._attribution], batch))
+        return [values.to(self._values.dtype)]
+
+    def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
+        self._values[list(batch.indices[: batch.n_pairs])] = observed[0].cpu()
+
+    def compute(self, record: PassRecord) -> PairAttributions:
+        record.require_pairs()
+        found = PairAttributions(self._values, self._pairs, self._attribution._provenance(record, "signed"))
+        return found.take(record.kept(len(self._pairs))) if record.skipped else found
+
+
+def _run(attributions: Sequence[NeuronAttribution], batch: TokenBatch) -> BatchRun:
+    """What all of them have to see of one batch."""
+    first_order = [one for one in attributions if not one._method.needs_path]
+    products = [one._method.needs_gradients and not one.graddrop for one in first_order]
+    return BatchRun(
+        attributions[0].head,
+        batch,
+        sorted({one.site for one in attributions}),
+        forward=bool(first_order),
+        gradients=any(products),
+        drops=any(one.graddrop for one in first_order),
+        direct=any(one._method.needs_direct_paths for one in first_order),
+        # What is multiplied by a gradient is not needed where that is 0; the mean of a text is.
+        all_tokens=not all(
+            product and one.replacement.shares_tokens for product, one in zip(products, first_order, strict=True)
+        ),
+    )
+
+
+def _weighted(by_token: TokenValues) -> Float[Tensor, "row token neuron"]:
+    values, weights = by_token
+    return values * weights[..., None]
+
+
+def _summed(by_token: TokenValues, run: BatchRun) -> Float[Tensor, "pair neuron"]:
+    """Each pair's score, in float64."""
+    values, weights = by_token
+    rows = einsum(weights, values, "row token, row token neuron -> row neuron")
+    return run.batch.sum_per_pair(rows.double())
+
+
+def _stacked(layers: Sequence[Float[Tensor, "pair *rest"]]) -> Float[Tensor, "pair layer *rest"]:
+    """All layers, also of a model over several devices."""
+    return torch.stack([one.to(layers[0].device) for one in layers], dim=1)

@@ -1,0 +1,49 @@
+"""Options of the commands that read a file of pairs."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rmtension.errors import OptionError
+
+if TYPE_CHECKING:
+    from rmtension.data._pairs import PreferencePairs
+
+
+def add_pair_options(parser: ArgumentParser) -> None:
+    """Which column is which, and what becomes of plain prompts."""
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="FIELD=COLUMN",
+        default=[],
+        help="the column that a field is in, for example prompt=question; prompt= for none",
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="read plain prompts with the chat template, as a message of the user"
+    )
+
+
+def read_columns(words: Iterable[str]) -> dict[str, str | None]:
+    """What `--columns` says, for `PreferencePairs.read`.
+
+    Examples:
+        >>> read_columns(["prompt=question", "objective="])
+        {'prompt': 'question', 'objective': None}
+    """
+    columns: dict[str, str | None] = {}
+    for word in words:
+        field, equals, column = word.partition("=")
+        if not equals:
+            raise OptionError(f"--columns: expected FIELD=COLUMN, for example prompt=question, got {word[:80]!r}.")
+        columns[field] = column or None
+    return columns
+
+
+def read_pairs(path: Path, options: Namespace, *, on_invalid: str = "raise") -> "PreferencePairs":
+    """The pairs of a file as the options say; errors are those of `PreferencePairs.read`."""
+    from rmtension.data._pairs import PreferencePairs
+
+    columns = read_columns(options.columns)
+    return PreferencePairs.read(path, columns=columns, chat=options.chat, on_invalid=on_invalid)

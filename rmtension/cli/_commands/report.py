@@ -1,0 +1,43 @@
+"""`rmtension report`: the page and the figures of a study that was saved, again."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from rmtension.cli._commands.outcome import Outcome
+from rmtension.errors import RMTensionError, StorageError
+
+HELP = "write the page and figures of a saved study again"
+EXAMPLES = """examples:
+  rmtension report study          report.html, report.md and the figures, from the tables in the folder
+
+No model is opened and nothing is run.
+"""
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where a study was saved")
+
+
+def run(options: Namespace) -> Outcome:
+    """Read the tables, and write the page."""
+    from rmtension.attribution._neuron_pages import NeuronPages
+    from rmtension.report._every_format import MARKDOWN, NEURONS, write_report
+    from rmtension.report._text import notes
+    from rmtension.study._result import StudyResult
+
+    result = StudyResult.load(options.folder)
+    try:
+        kept = options.folder / NEURONS
+        neurons = NeuronPages.load(kept) if kept.exists() else None
+        html, done = write_report(result, options.folder, neurons=neurons), notes(result)
+    except RMTensionError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise StorageError(
+            f"{options.folder}: its tables are not what a study writes ({type(error).__name__}: {error}). Run the "
+            "study again: it keeps its passes."
+        ) from error
+    page = options.folder / MARKDOWN
+    data = {"folder": options.folder, "report": html, "markdown": page, "tables": list(result.tables), "notes": done}
+    return Outcome("\n".join([*done, f"Written to {html} and {page}."]), data)

@@ -1,0 +1,26 @@
+"""What the commands that make studies have to say of one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rmtension.cli._commands.outcome import Outcome
+from rmtension.report._every_format import HTML, MARKDOWN
+from rmtension.report._text import notes, to_text
+from rmtension.study._result import StudyResult
+
+
+def study_outcome(result: StudyResult, out: Path, seconds: Mapping[str, float], *, n_run: int, n_read: int) -> Outcome:
+    """The readable tables and where everything is; `seconds` names what took how long."""
+    took = ", ".join(f"{name} {one:.0f} s" for name, one in seconds.items())
+    written = f"Written to {out}: {took}; {n_run} passes over models run, {n_read} read from {out / 'runs'}."
+    data = {
+        "out": out,
+        "report": out / HTML,
+        "markdown": out / MARKDOWN,
+        "tables": {name: out / f"{name}.csv" for name in result.tables},
+        "notes": notes(result),
+        "seconds": dict(seconds),
+        "n_run": n_run,
+        "n_read": n_read,
+    }
+    return Outcome(f"{to_text(result)}\n\n{written}", data)

@@ -1,0 +1,155 @@
+"""`rmtension study`: the analyses of the paper on reward models and pairs of yours."""
+
+import time
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from rmtension.cli._commands.outcome import Outcome
+from rmtension.cli._commands.pair_options import add_pair_options, read_columns
+from rmtension.cli._commands.quiet import quiet_libraries
+from rmtension.errors import OptionError
+
+HELP = "study helpful, harmless and mixed reward models"
+EXAMPLES = """examples:
+  rmtension study study.yaml
+  rmtension study study.yaml --analyses accuracy overlap --set fraction=0.05 --out less
+  rmtension study --helpful ./helpful --harmless ./harmless --mixed ./mixed --base ./base --pairs pairs.jsonl.gz
+
+study.yaml; relative paths are relative to it, only models and pairs are required:
+  models:                            # folders of checkpoints, or hub names
+    helpful: models/helpful
+    harmless: models/harmless
+    mixed: models/mixed
+    base: models/base                # what they were trained from, if you have it
+  pairs:                             # that no model was trained on: a file, or a list of files, as `score` reads them
+    helpful: helpful.jsonl.gz
+    harmless: [one.jsonl, two.jsonl]
+  columns: {}                        # the column that a field is in, for example {prompt: question}
+  chat: false                        # true: read plain prompts with the models' chat template
+  rules: corrected                   # or paper
+  analyses: [accuracy, overlap]      # default: all ten
+  options: {fraction: 0.05}          # fields of StudyOptions
+  out: study                         # default
+
+Several seeds or bases: `models` as a list of such mappings, each with a `seed`, and a `name` for each base. One file
+for both objectives: `pairs: both.jsonl`, whose rows have "objective": "helpful" or "harmless". `scoring_pairs` (like
+pairs) are pairs to score neurons on; without them one half of the prompts does that, and the other evaluates.
+`on_invalid: skip` leaves out rows that are no pairs.
+
+Writes into --out: every pass over a model (runs), one CSV a table, figures if matplotlib is installed, report.md, and
+report.html, which needs no other file. The same command again goes on where it was interrupted, and runs only what is
+not there.
+"""
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument(
+        "config", metavar="CONFIG.yaml", type=Path, nargs="?", help="what to study, as below; or flags:"
+    )
+    for name in ("helpful", "harmless", "mixed", "base"):
+        parser.add_argument(f"--{name}", metavar="MODEL", help=f"the {name} model")
+    parser.add_argument("--pairs", nargs="+", metavar="FILE", help='files of pairs with "objective"')
+    parser.add_argument("--helpful-pairs", nargs="+", metavar="FILE", help="or: those of the helpful objective")
+    parser.add_argument("--harmless-pairs", nargs="+", metavar="FILE", help="and those of the harmless one")
+    add_pair_options(parser)
+    parser.add_argument("--on-invalid", choices=("raise", "skip"), help="invalid rows: stop, or skip and count")
+    parser.add_argument("--rules", help="corrected (the default), or paper for the published ones")
+    parser.add_argument("--analyses", nargs="+", metavar="NAME", help="some of the ten (default: all)")
+    parser.add_argument("--set", nargs="+", metavar="NAME=VALUE", default=[], help="fields of StudyOptions")
+    parser.add_argument(
+        "--neurons", type=int, default=16, metavar="N", help="how many of the mixed model get a page (default: 16)"
+    )
+    parser.add_argument("--out", help="folder for everything (default: study)")
+
+
+def run(options: Namespace) -> Outcome:
+    """Read what is to be studied, study it, write."""
+    with quiet_libraries():
+        from rmtension.cli._commands.studies import study_outcome
+        from rmtension.report._every_format import write_report
+        from rmtension.report._neurons_of_study import study_neurons
+
+        config = _config(options)
+        if options.neurons < 0:
+            raise OptionError(f"--neurons: expected 0 or more, got {options.neurons}.")
+        start = time.monotonic()
+        study = config.study()
+        result = study.run(folder=config.out, progress=not options.quiet)
+        result.save(config.out, overwrite=True)
+        pages = study_neurons(study, n=options.neurons, progress=not options.quiet) if options.neurons else None
+        write_report(result, config.out, neurons=pages)
+    took = {"study": time.monotonic() - start}
+    return study_outcome(result, config.out, took, n_run=study.n_run, n_read=study.n_read)
+
+
+def _config(options: Namespace) -> Any:
+    from rmtension.data._row_reader import RowReader
+    from rmtension.study._config import make_config, read_options, read_yaml
+
+    values = _from_flags(options)
+    RowReader(values.get("columns"))
+    if options.config is None:
+        if "models" not in values:
+            raise OptionError("study: expected a YAML file, or --helpful, --harmless and --mixed. See --help.")
+        return make_config(values, folder=Path(), where="command line")
+    for name in ("models", "pairs"):
+        if name in values:
+            raise OptionError(f"--{name}: {options.config} says which {name}. Give the file or the flags, not both.")
+    written = read_yaml(options.config)
+    if "options" in values and isinstance(written.get("options"), dict):
+        values["options"] = written["options"] | values["options"]
+    if "out" in values:
+        # Of the command line: relative to where one is.
+        values["out"] = str(Path(values["out"]).absolute())
+    # A mistake that the file does not have by itself is the command line's.
+    if _mistake(written | values) != _mistake(written):
+        read_options(written | values, "command line")
+    return make_config(written | values, folder=options.config.parent, where=str(options.config))
+
+
+def _mistake(values: dict[str, Any]) -> str:
+    """What is wrong with the options; "" where nothing is."""
+    from rmtension.study._config import read_options
+
+    try:
+        read_options(values, "")
+    except OptionError as error:
+        return str(error)
+    return ""
+
+
+def _from_flags(options: Namespace) -> dict[str, Any]:
+    """What the flags say, as the YAML file would."""
+    models = {name: getattr(options, name) for name in ("helpful", "harmless", "mixed", "base")}
+    models = {name: model for name, model in models.items() if model is not None}
+    named = {"helpful": options.helpful_pairs, "harmless": options.harmless_pairs}
+    named = {name: files for name, files in named.items() if files is not None}
+    if named and options.pairs is not None:
+        raise OptionError("--pairs: expected it, or --helpful-pairs and --harmless-pairs, got both.")
+    values = {
+        "models": models,
+        "pairs": named or options.pairs,
+        "columns": read_columns(options.columns),
+        "chat": options.chat,
+        "on_invalid": options.on_invalid,
+        "rules": options.rules,
+        "analyses": options.analyses,
+        "options": dict(map(_setting, options.set)),
+        "out": options.out,
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as YAML reads it."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    try:
+        if equals:
+            return name, yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise OptionError(f"--set: {text[:80]!r} has no value of YAML ({' '.join(str(error).split())}).") from error
+    raise OptionError(f"--set: expected NAME=VALUE, for example fraction=0.05, got {text[:80]!r}.")

@@ -1,0 +1,60 @@
+"""The demonstration: a base and reward models trained offline on an embedded world, and studied."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rmtension.errors import OptionError
+from rmtension.report._every_format import write_report
+from rmtension.report._neurons_of_study import study_neurons
+from rmtension.study._options import StudyOptions
+from rmtension.study._result import StudyResult
+from rmtension.study._tension_study import TensionStudy
+from rmtension.synthetic._world import preference_world
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """The study's result, seconds of training and of the study, and how many passes were run and how many read."""
+
+    result: StudyResult
+    training_s: float
+    study_s: float
+    n_run: int
+    n_read: int
+
+
+def run_demo(
+    out: Path,
+    *,
+    seeds: int = 1,
+    rules: str = "corrected",
+    analyses: Sequence[str] | None = None,
+    neurons: int = 16,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> DemoRun:
+    """Train a base and three reward models per seed, study them, and write everything below `out`.
+
+    Models and passes over models that an earlier run left in `out` are used again, unless `overwrite`. `neurons` of the
+    first mixed model get a page in `report.html`; 0 for none.
+    """
+    if seeds < 1:
+        raise OptionError(f"--seeds: expected a positive number, got {seeds}.")
+    if neurons < 0:
+        raise OptionError(f"--neurons: expected 0 or more, got {neurons}.")
+    options = StudyOptions.of(rules, **({} if analyses is None else {"analyses": tuple(analyses)}))
+    from rmtension.training._family import train_seeds  # TRL talks while it loads
+
+    start = time.monotonic()
+    world = preference_world(0)
+    families = train_seeds(
+        world.train, out / "models", range(seeds), name="world", progress=progress, overwrite=overwrite
+    )
+    trained = time.monotonic()
+    study = TensionStudy(families, world.test, options=options)
+    result = study.run(folder=out, progress=progress)
+    result.save(out, overwrite=True)
+    write_report(result, out, neurons=study_neurons(study, n=neurons, progress=progress) if neurons else None)
+    return DemoRun(result, trained - start, time.monotonic() - trained, study.n_run, study.n_read)

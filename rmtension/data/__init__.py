@@ -1,0 +1,8 @@
+"""Preference pairs: from files, data sets, tables, lists and public benchmarks, and as batches of tokens."""
+
+from rmtension.data import benchmarks, subtasks
+from rmtension.data._chat import Message
+from rmtension.data._pair import PreferencePair, join_prompt
+from rmtension.data._pairs import PreferencePairs
+
+__all__ = ["Message", "PreferencePair", "PreferencePairs", "benchmarks", "join_prompt", "subtasks"]

@@ -1,0 +1,269 @@
+"""Rows of a data file by its content: JSON lines, a JSON array, CSV, TSV or Parquet; plain, gzip'd or zstd'd."""
+
+import csv
+import io
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rmtension.errors import DataError
+from rmtension.store._compression import LONGEST_LINE, read_lines
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_PARQUET = b"PAR1"
+_OTHERS = {
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "a zip archive or an Excel sheet",
+    b"\xd0\xcf\x11\xe0": "an Excel sheet",
+    b"ARROW1": "Arrow",
+    b"Obj\x01": "Avro",
+}
+_READ = "JSON lines, a JSON array, CSV, TSV and Parquet, plain, .gz or .zst"
+_DELIMITERS = (",", "\t", ";")
+
+
+def file_rows(path: Path, *, columns: Collection[str] = ("chosen", "rejected")) -> Iterator[tuple[str, Any]]:
+    """Every row of a file with where it stands: as a mapping, as a line of JSON, or as the error that it is.
+
+    The format is found in the content, for which `columns` are names that every row has. Rows that are none, such as a
+    line of CSV with a field too many, come as a `DataError`, so that the reader may leave them out. Raises `DataError`
+    naming the file where it cannot be read on.
+    """
+    lines = read_lines(path)
+    unmarked = ((number, line.removeprefix(_BYTE_ORDER_MARK)) for number, line in lines)
+    start = next(((number, line) for number, line in unmarked if line.strip()), None)
+    if start is None:
+        return
+    first = start[1]
+    begun = [start, *islice(lines, 1)]
+    lines = chain(begun, lines)
+    if first.startswith(_PARQUET):
+        yield from _located(_parquet_rows(path, lines), path)
+        return
+    for magic, name in _OTHERS.items():
+        if first.startswith(magic):
+            raise DataError(f"{path}: it is {name}, and what can be read is {_READ}. Unpack or convert it first.")
+    begins = first.lstrip()[:1]
+    if begins == b"[":
+        yield from _located(_array(path, lines), path)
+    elif begins != b"{" and (delimiter := _delimiter(path, [line for _, line in begun], columns)):
+        yield from _table_rows(path, lines, delimiter)
+    else:
+        yield from _json_rows(path, lines, columns)
+
+
+def parse_json(text: bytes, where: str, expected: str = "Each line must be one JSON object.") -> Any:
+    """The value of JSON in UTF-8; raises `DataError` naming `where`."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _not_utf8(error, where) from error
+    # Not only JSONDecodeError: a number may be too long for Python, brackets nested too deeply.
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error}). {expected}") from error
+
+
+def without_padding(value: Any) -> Any:
+    """A value of Arrow as it was before: Arrow gives every struct of a column the keys of all others, as None.
+
+    A message's `content` stays, also where it is None.
+    """
+    if isinstance(value, list | tuple | np.ndarray):
+        return [without_padding(one) for one in value]
+    if isinstance(value, Mapping):
+        return {name: without_padding(one) for name, one in value.items() if one is not None or name == "content"}
+    return value
+
+
+# -- formats -----------------------------------------------------------------------------------------------------------
+
+
+def _located(rows: Iterable[Any], place: object) -> Iterator[tuple[str, Any]]:
+    """Rows with their numbers, from 1 as lines have."""
+    return ((f"{place}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _array(path: Path, lines: Iterable[tuple[int, bytes]]) -> list[Any]:
+    rows = parse_json(
+        b"".join(line for _, line in lines), str(path), "Expected one JSON array of objects. Fetch the file again."
+    )
+    assert isinstance(rows, list)
+    return rows
+
+
+def _is_row(value: Any, columns: Collection[str]) -> bool:
+    """Whether a JSON value is one row, and not a table by columns or rows below a name."""
+    if not isinstance(value, dict) or not set(columns) <= set(value):
+        return False
+    return not any(isinstance(value[name], list) and str in map(type, value[name]) for name in columns)
+
+
+def _json_rows(path: Path, lines: Iterator[tuple[int, bytes]], columns: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """JSON lines; or the one object that a file without line-wise JSON holds."""
+    number, first = next(lines)
+    try:
+        parse_json(first, str(path))
+    except DataError:
+        rest = list(lines)
+        try:
+            whole = parse_json(first + b"".join(line for _, line in rest), str(path))
+        except DataError:
+            lines = iter(rest)
+        else:
+            if not _is_row(whole, columns):
+                raise DataError(
+                    f"{path}: it holds one JSON object, with the keys {sorted(map(str, whole))[:10]}, and not one for "
+                    "each row. Write an array of objects, or one object a line."
+                )
+            yield f"{path}, line {number}", whole
+            return
+    for at, line in chain([(number, first)], lines):
+        if line.strip():
+            yield f"{path}, line {at}", line
+
+
+def _parquet_rows(path: Path, lines: Iterable[tuple[int, bytes]]) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(
+            f"{path}: Parquet needs the package 'pyarrow'. Install it with `pip install pyarrow`."
+        ) from error
+    with path.open("rb") as raw:
+        is_plain = raw.read(4) == _PARQUET
+    source = path if is_plain else io.BytesIO(b"".join(line for _, line in lines))
+    try:
+        file = parquet.ParquetFile(source)
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                # Structs that hold JSON text have no padding, and their nulls are the data's own.
+                has_json = "arrow.json" in str(file.schema_arrow)
+                yield _parsed(row, file.schema_arrow) if has_json else _unpadded(row)
+    # ValueError: bytes that are no UTF-8, and JSON that is none.
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: the Parquet data is damaged or cut short ({' '.join(str(error).split())[:200]}). Fetch the file "
+            "again."
+        ) from error
+
+
+def _unpadded(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: without_padding(value) for name, value in row.items()}
+
+
+def _parsed(value: Any, kind: Any) -> Any:
+    """A value of Arrow with its JSON texts (what `datasets` stores as `Json`) read."""
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        return {name: _parsed(one, kind.field(name).type) for name, one in value.items()}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_parsed(one, kind.value_type) for one in value]
+    return json.loads(value) if "arrow.json" in str(kind) else value
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def _delimiter(path: Path, begun: Sequence[bytes], columns: Collection[str]) -> str | None:
+    """What separates the fields of a table, from the first two lines of the file; None where it is no table."""
+    line = _decoded(begun[0], f"{path}, line 1")
+    headers = {one: _header(line, one) for one in _DELIMITERS}
+    best = max(_DELIMITERS, key=lambda one: (set(columns) <= set(headers[one]), len(headers[one])))
+    if set(columns) <= set(headers[best]) or any(one in (".csv", ".tsv") for one in path.suffixes):
+        return best
+    # JSON lines whose first line is damaged go on with an object.
+    has_rows = len(begun) > 1 and not begun[1].startswith(b"{")
+    return best if has_rows and len(headers[best]) > 1 else None
+
+
+def _table_rows(path: Path, lines: Iterable[tuple[int, bytes]], delimiter: str) -> Iterator[tuple[str, Any]]:
+    """Rows of CSV with any delimiter: texts by column."""
+    at = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal at
+        for at, line in lines:
+            yield _decoded(line, f"{path}, line {at}")
+
+    rows = csv.reader(texts(), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        start = at + 1
+        try:
+            row = _with_long_fields(rows)
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, line {start}: not valid CSV ({error}). A field with quotes is written in quotes, with each "
+                "of its own doubled."
+            ) from error
+        where = f"{path}, line {start}"
+        if row is None:
+            return
+        if not row:
+            continue
+        if header is None:
+            header = row
+            if repeated := sorted({name for name in header if header.count(name) > 1}):
+                raise DataError(f"{path}: the columns {repeated} are there more than once. Rename them.")
+        elif len(row) != len(header):
+            yield (
+                where,
+                DataError(
+                    f"{where}: expected {len(header)} fields as in the first line, got {len(row)}. A field that has "
+                    f"{delimiter!r}, quotes or line breaks in it is written in quotes."
+                ),
+            )
+        elif delimiter == "\t" and any(_holds_row(cell, len(header)) for cell in row):
+            yield (
+                where,
+                DataError(
+                    f"{where}: a quoted field holds another whole line of {len(header)} fields, as if a quote inside "
+                    "the text had begun it. Write fields with quotes in quotes, each of their own doubled, or write "
+                    "JSON lines."
+                ),
+            )
+        else:
+            yield where, dict(zip(header, row, strict=True))
+
+
+def _holds_row(cell: str, n_fields: int) -> bool:
+    """Whether a later line of a field of TSV is a row itself: TSV is often written without quoting."""
+    return any(not line.startswith("\t") and line.count("\t") >= n_fields - 1 for line in cell.split("\n")[1:])
+
+
+def _header(line: str, delimiter: str) -> list[str]:
+    try:
+        return _with_long_fields(csv.reader([line], delimiter=delimiter)) or []
+    except csv.Error:
+        return []
+
+
+def _with_long_fields(rows: Iterator[list[str]]) -> list[str] | None:
+    """The next row, whatever the length of its fields; the limit of the module csv belongs to the whole process."""
+    before = csv.field_size_limit(LONGEST_LINE)
+    try:
+        return next(rows, None)
+    finally:
+        csv.field_size_limit(before)
+
+
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(error, where) from error
+
+
+def _not_utf8(error: UnicodeDecodeError, where: str) -> DataError:
+    return DataError(
+        f"{where}: not valid UTF-8 at byte {error.start} of the line ({error.reason}). Re-encode the file as UTF-8."
+    )

@@ -1,0 +1,325 @@
+"""A row of data as a preference pair: which column is which field, and the shapes that rows come in.
+
+There is one reading, for files, data sets, frames and dicts. `RowReader` picks the fields of a row; what they hold says
+which shape it is:
+
+- texts: prompt and responses;
+- two texts without a prompt: HH transcripts, or texts that begin alike;
+- a prompt (messages or text) and responses of one message or several;
+- whole conversations, a prompt beside them or not: the pair's prompt is what they share.
+
+A text that is the JSON of messages is these messages, in every source.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from numbers import Number
+from typing import Any
+
+import pandas as pd
+
+from rmtension._arguments import nearest
+from rmtension.data._chat import Message, is_messages, is_transcript, json_text, parse_messages, read_chat, split_turns
+from rmtension.data._conversations import after_prompt, require_contained, shared_messages
+from rmtension.data._data_files import parse_json
+from rmtension.data._pair import PreferencePair, join_prompt, require_responses, split_transcripts
+from rmtension.errors import DataError, OptionError, RMTensionWarning
+
+SIDES = ("chosen", "rejected")
+# Of a pair: its fields, and the text of a system message, which becomes a part of the prompt.
+FIELDS = (*PreferencePair.__dataclass_fields__, "system")
+_LABELS = ("objective", "subset", "id", "item")
+# ShareGPT's name for the messages before the responses.
+_CONVERSATIONS = "conversations"
+_SKIP = 'Correct the row, or load with on_invalid="skip".'
+
+
+class RowReader:
+    """Reads the rows of one source as pairs.
+
+    `columns` says for a field of the pair which column it is in, or None for none; fields that it does not name are in
+    the columns of their names. `objective` and `subset` are set in every pair. `chat=True` makes messages of plain
+    prompts. After the last row, `finish` raises `OptionError` for a column that was named and that no row had.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, str | None] | None = None,
+        *,
+        objective: str | None = None,
+        subset: str | None = None,
+        chat: bool = False,
+    ) -> None:
+        given = dict(columns or {})
+        self._labels = {
+            name: value for name, value in (("objective", objective), ("subset", subset)) if value is not None
+        }
+        for name in given:
+            if name not in FIELDS:
+                turned = f" Write columns={{field: column}}: {{{given[name]!r}: {name!r}}}."
+                raise OptionError(
+                    f"columns: {name!r} is not a field of a pair; the fields are {list(FIELDS)}."
+                    + (turned if given[name] in FIELDS else nearest(name, FIELDS) or _EXAMPLE)
+                )
+            if name in self._labels:
+                raise OptionError(f"{name}: expected it, or a column for it in columns, got both.")
+        self._named = {name: column for name, column in given.items() if column is not None}
+        self._columns: dict[str, str] = {name: name for name in FIELDS if name not in given} | self._named
+        self._chat = chat
+        self._present: list[str] = []
+        self._absent = set(self._named.values())
+        self._n_texts = self._n_doubled = 0
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The columns of the responses, which a table has in its first line."""
+        return tuple(self._columns.get(name, name) for name in SIDES)
+
+    def __call__(self, row: Any, where: str) -> list[PreferencePair]:
+        """The pair of a row (a mapping, or a line of JSON); raises `DataError` naming `where` and the field."""
+        return [self.read(row, where)]
+
+    def read(self, row: Any, where: str) -> PreferencePair:
+        """The pair of a row."""
+        if isinstance(row, DataError):
+            raise row
+        row = parse_json(row, where) if isinstance(row, bytes) else row
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"{where}: expected a JSON object with 'prompt', 'chosen' and 'rejected', got {type(row).__name__}."
+            )
+        self._present = self._present or sorted(map(str, row))
+        self._absent.difference_update(row)
+        fields = self._fields(row, where)
+        prompt, chosen, rejected = self._sides(fields, row, where)
+        labels = {name: _label(fields.get(name)) for name in _LABELS} | self._labels
+        tools = _tools(fields.get("tools"), where)
+        pair = PreferencePair(
+            prompt,
+            chosen,
+            rejected,
+            objective=labels["objective"],
+            subset=labels["subset"],
+            id=labels["id"] or "",
+            item=labels["item"],
+            tools=tools,
+        )
+        if self._chat and not pair.is_chat:
+            try:
+                pair = pair.as_chat()
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
+        pair = _with_system(pair, fields.get("system"), where)
+        require_responses(pair, where)
+        return pair
+
+    def finish(self) -> None:
+        """What can be said of the source after its rows: an error for a column that no row had, a warning for texts."""
+        if self._present and self._absent:
+            hints = (
+                self._other_column(name, self._present) for name in self._named if self._named[name] in self._absent
+            )
+            raise OptionError(
+                f"columns: no row has the columns {sorted(self._absent)}; the first row has {self._present}."
+                + "".join(hints)
+            )
+        if self._n_doubled:
+            warnings.warn(
+                f"prompt: in {self._n_doubled} of {self._n_texts} pairs both responses begin with the prompt's text, "
+                "which is then read twice. If the responses are whole texts, leave the prompt to them: "
+                "columns={'prompt': None}.",
+                RMTensionWarning,
+                stacklevel=4,
+            )
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _fields(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The fields that the row has; labels that are missing are left out, and so is a prompt of no column."""
+        fields = {name: row[column] for name, column in self._columns.items() if column in row}
+        if "prompt" not in fields and "prompt" not in self._named:
+            before = parse_messages(row.get(_CONVERSATIONS), f"{where}: field {_CONVERSATIONS!r}")
+            fields |= {"prompt": before} if is_messages(before) else {}
+        for name in ("prompt", *SIDES):
+            if name in fields or (name == "prompt" and name not in self._named):
+                continue
+            if name in self._named:
+                missing = f"the column {self._named[name]!r} of the field {name!r} is missing"
+            else:
+                missing = f"field {name!r} is missing"
+            said = f"{where}: {missing}; fields present: {sorted(map(str, row))}."
+            raise DataError(said + self._other_column(name, map(str, row)))
+        return {name: value for name, value in fields.items() if name in ("prompt", *SIDES) or not _is_missing(value)}
+
+    def _other_column(self, field: str, present: Iterable[str]) -> str:
+        """A sentence on the column that may hold a field whose own is missing: the one of the nearest name."""
+        plain = {name.strip().lower(): name for name in present if name not in self._columns.values()}
+        if not plain:
+            return ""
+        wanted = self._columns[field].strip().lower()
+        near = get_close_matches(wanted, plain, n=1) or [name for name in plain if wanted in name]
+        column = repr(plain[near[0]]) if near else "..."
+        return f" If it is in another column, name it: columns={{{field!r}: {column}}}."
+
+    def _sides(self, fields: dict[str, Any], row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
+        """Prompt, chosen and rejected, whatever the shape."""
+        given: dict[str, Any] = {}
+        for name in ("prompt", *SIDES):
+            if name in fields:
+                place = f"{where}: field {name!r}"
+                value = parse_messages(fields[name], place)
+                given[name] = read_chat(value, place) if is_messages(value) else value
+        has_chats = any(isinstance(value, tuple) for value in given.values())
+        if _is_missing(given.get("prompt")) and (has_chats or _are_transcripts(given)):
+            given.pop("prompt", None)
+        for name, value in given.items():
+            if not isinstance(value, str | tuple):
+                is_number = isinstance(value, Number) and not _is_missing(value)
+                column = self._columns.get(name, name)
+                raise DataError(
+                    f"{where}: field {name!r} should be text or messages, got {type(value).__name__}."
+                    + (f" Convert the column to text: frame.astype({{{column!r}: 'string'}})." if is_number else "")
+                )
+        chosen, rejected = given["chosen"], given["rejected"]
+        if "prompt" not in given:
+            if isinstance(chosen, tuple) and isinstance(rejected, tuple):
+                prompt = shared_messages(chosen, rejected)
+                if prompt:
+                    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+                raise DataError(f"{where}: field 'prompt' is missing, and {_NOT_WHOLE}{self._advice(row)}")
+            if has_chats:
+                raise DataError(
+                    f"{where}: field 'prompt' is missing, and only one of 'chosen' and 'rejected' is messages."
+                    f"{self._advice(row)}"
+                )
+            return self._split(chosen, rejected, row, where)
+        if not has_chats and _are_transcripts(given):
+            shared, chosen, rejected = split_transcripts(chosen, rejected)
+            require_contained(split_turns(shared), given["prompt"], where)
+            return shared, chosen, rejected
+        if not has_chats:
+            self._n_texts += 1
+            self._n_doubled += len(given["prompt"].split()) > 1 and all(
+                side.startswith(given["prompt"]) for side in (chosen, rejected)
+            )
+            return given["prompt"], chosen, rejected
+        return after_prompt(given["prompt"], chosen, rejected, where)
+
+    def _split(self, chosen: str, rejected: str, row: Mapping[str, Any], where: str) -> tuple[str, str, str]:
+        """Prompt and responses of two texts: at the last shared turn of the assistant, or behind the last shared space.
+
+        Words are not cut: what both texts begin with is in the prompt as far as its last space. Shared words are no
+        prompt where another column may hold it, or where they would have to be a message.
+        """
+        try:
+            return split_transcripts(chosen, rejected)
+        except DataError:
+            pass
+        # The user said that no column holds the prompt: columns={"prompt": None}.
+        candidates = self._candidates(row) if "prompt" in self._columns else []
+        if candidates or self._chat:
+            why = "" if candidates else " Words that both responses begin with are not a message, which a chat needs."
+            raise DataError(f"{where}: field 'prompt' is missing.{why}{self._advice(row)}")
+        prompt, *parts = _split_words(chosen, rejected)
+        if not prompt.strip():
+            raise DataError(
+                f"{where}: field 'prompt' is missing, and 'chosen' and 'rejected' begin with no word that both have, "
+                f"so that no prompt is in them.{self._advice(row)}"
+            )
+        return prompt, parts[0], parts[1]
+
+    def _candidates(self, row: Mapping[str, Any]) -> list[str]:
+        """The columns that may hold the prompt: text or messages, and no other field's."""
+        used = set(self._columns.values())
+        return [
+            str(name)
+            for name, value in row.items()
+            if name not in used
+            and not str(name).startswith("__")
+            and (is_messages(value) or (isinstance(value, str) and value.strip()))
+        ]
+
+    def _advice(self, row: Mapping[str, Any]) -> str:
+        candidates = self._candidates(row)
+        if not candidates:
+            return f" Name the column that holds it, columns={{'prompt': ...}}; the row has {sorted(map(str, row))}."
+        said = (
+            f" If the prompt is in one of the columns {candidates}, name it: columns={{'prompt': {candidates[0]!r}}}."
+        )
+        sides = (parse_messages(row.get(self._columns.get(name, name)), "") for name in SIDES)
+        is_text = all(isinstance(side, str) for side in sides)
+        return said + (" If it is the beginning of both responses: columns={'prompt': None}." if is_text else "")
+
+
+_EXAMPLE = ' columns maps a field to the column that it is in, for example {"prompt": "question"}.'
+_NOT_WHOLE = "the messages of 'chosen' and 'rejected' do not begin alike, so that no prompt is in them."
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a value is none: None, or the NaN, NaT or NA that pandas writes for it."""
+    return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
+
+
+def _are_transcripts(given: Mapping[str, Any]) -> bool:
+    return all(isinstance(given[name], str) and is_transcript(given[name]) for name in SIDES)
+
+
+def _label(value: Any) -> str | None:
+    if value is None or (isinstance(value, str) and not value):
+        return None
+    # A column of whole numbers some of which are missing is one of floats in pandas.
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _tools(value: Any, where: str) -> str | None:
+    """Tools as JSON text: data sets have lists of schemas, or their JSON."""
+    if isinstance(value, str):
+        value = parse_json(value.encode("utf-8", "surrogatepass"), f"{where}: field 'tools'", _SKIP) if value else None
+    if value is None or (hasattr(value, "__len__") and not len(value)):
+        return None
+    if isinstance(value, str | int | float | Mapping):
+        raise DataError(f"{where}: field 'tools' should be a list of tools, got {type(value).__name__}. {_SKIP}")
+    return json_text(list(value), f"{where}: field 'tools'")
+
+
+def _with_system(pair: PreferencePair, system: Any, where: str) -> PreferencePair:
+    """The pair with a column's system message in front; raises `DataError` for what a plain text has no place for."""
+    is_given = isinstance(system, str) and bool(system.strip())
+    if not pair.is_chat:
+        for name, there in (("tools", pair.tools is not None), ("system", is_given)):
+            if there:
+                raise DataError(
+                    f"{where}: field {name!r} is for a chat template, and this prompt is plain text. Load with "
+                    f"chat=True, or leave the field out: columns={{{name!r}: None}}."
+                )
+        return pair
+    if not is_given:
+        return pair
+    own = [message.content for message in pair.prompt if isinstance(message, Message) and message.role == "system"]
+    if own and own != [system]:
+        raise DataError(
+            f"{where}: field 'system' ({system[:60]!r}) is another text than the conversation's own system message "
+            f"({str(own[0])[:60]!r}). Correct one of them, or leave the field out: columns={{'system': None}}."
+        )
+    if own:
+        return pair
+    return replace(pair, prompt=(Message("system", system), *pair.prompt))
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+def _split_words(chosen: str, rejected: str) -> tuple[str, str, str]:
+    # At least a word is left for both responses.
+    shortest = min(len(chosen.rstrip()), len(rejected.rstrip()))
+    shared = next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest - 1)
+    end = next((i for i in range(shared, 0, -1) if chosen[i - 1].isspace()), 0)
+    prompt = chosen[:end]
+    parts = chosen[end:], rejected[end:]
+    if all(join_prompt(prompt[:-1], part) == prompt + part for part in parts):
+        prompt = prompt[:-1]  # a space that the join puts back
+    return prompt, *parts

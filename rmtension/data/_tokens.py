@@ -1,0 +1,267 @@
+"""Batches of tokens: padding, length buckets, and the token the reward is read from."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rmtension.data._encoding import EncodedText
+from rmtension.errors import DataError, OptionError
+from rmtension.sites import check_positions
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Texts as right-padded rows of tokens: a row a text, or one for several that share a prefix.
+
+    For every text, `mask` marks its tokens among the columns of its row, `response` those of its response, `last` is
+    the column its reward is read from, `keys` stand for the prompts, `indices` are the texts' indices in the list that
+    was batched. Of pairs, the chosen texts come first, then the rejected ones. `row_index` says which row a text is in:
+    without it, text i is row i. `position_ids` are there if rows are packed: each token's place in its text.
+    """
+
+    input_ids: Int[Tensor, "row token"]
+    mask: Bool[Tensor, "text token"]
+    response: Bool[Tensor, "text token"]
+    last: Int[Tensor, "text"]
+    keys: Int[Tensor, "text"]
+    indices: tuple[int, ...]
+    row_index: Int[Tensor, "text"] | None = None
+    position_ids: Int[Tensor, "row token"] | None = None
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Sequence[EncodedText],
+        indices: Sequence[int],
+        *,
+        pad_token_id: int | None,
+        device: torch.device | str,
+    ) -> "TokenBatch":
+        """Pad `texts` on the right. `pad_token_id` is skipped at the end of a text, as in `last_token`."""
+        width = max(map(len, texts))
+        # Any id would do, and 0 is in every vocabulary; a config's pad token may not be.
+        input_ids = torch.tensor([[*text.ids, *[0] * (width - len(text))] for text in texts])
+        lengths = torch.tensor([len(text) for text in texts])
+        starts = torch.tensor([text.response_start for text in texts])
+        columns = torch.arange(width)
+        mask = columns < lengths[:, None]
+        batch = cls(
+            input_ids=input_ids,
+            mask=mask,
+            response=mask & (columns >= starts[:, None]),
+            last=last_token(input_ids, mask, pad_token_id),
+            keys=torch.tensor([text.key for text in texts]),
+            indices=tuple(indices),
+        )
+        return batch.to(device)
+
+    @classmethod
+    def from_rows(
+        cls, input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "text token"], *, pad_token_id: int | None
+    ) -> "TokenBatch":
+        """Rows of tokens as they are, each a text of its own that is response throughout."""
+        return cls(
+            input_ids=input_ids,
+            mask=mask,
+            response=mask,
+            last=last_token(input_ids, mask, pad_token_id),
+            keys=torch.arange(len(input_ids), device=input_ids.device),
+            indices=tuple(range(len(input_ids))),
+        )
+
+    def to(self, device: torch.device | str) -> "TokenBatch":
+        """The same batch on `device`."""
+        return TokenBatch(
+            input_ids=self.input_ids.to(device),
+            mask=self.mask.to(device),
+            response=self.response.to(device),
+            last=self.last.to(device),
+            keys=self.keys.to(device),
+            indices=self.indices,
+            row_index=None if self.row_index is None else self.row_index.to(device),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
+        )
+
+    @property
+    def n_pairs(self) -> int:
+        """Of a batch of pairs, how many."""
+        return len(self.indices) // 2
+
+    @cached_property
+    def rows(self) -> Int[Tensor, "text"]:
+        """Which row each text is in."""
+        return torch.arange(len(self.last), device=self.last.device) if self.row_index is None else self.row_index
+
+    @cached_property
+    def row_keys(self) -> Int[Tensor, "row"]:
+        """What stands for the prompt of each row: texts that share one have one prompt."""
+        keys = torch.zeros(len(self.input_ids), dtype=self.keys.dtype, device=self.keys.device)
+        keys[self.rows] = self.keys
+        return keys
+
+    def gather_last(self, values: Float[Tensor, "row token *rest"]) -> Float[Tensor, "text *rest"]:
+        """What stands at the token that each text's reward is read from, on the device of `values`."""
+        # Of a model over several devices the residual stream comes out on the last one.
+        return values[self.rows.to(values.device), self.last.to(values.device)]
+
+    def scatter_last(self, values: Float[Tensor, "text channel"]) -> Float[Tensor, "row token channel"]:
+        """The inverse of `gather_last`: zeros at other tokens. Texts that are one stand at one place, once."""
+        indices = self.rows.to(values.device), self.last.to(values.device)
+        return values.new_zeros(*self.input_ids.shape, values.shape[1]).index_put(indices, values)
+
+    def scatter_to_rows(self, per_text: Float[Tensor, "text token"]) -> Float[Tensor, "row slot token"]:
+        """The texts of every row, one behind the other; zeros where other rows have more texts."""
+        if self.row_index is None:
+            return per_text[:, None]
+        rows, slots = self.rows.to(per_text.device), self._slots.to(per_text.device)
+        found = per_text.new_zeros(len(self.input_ids), self._n_slots, per_text.shape[1])
+        found[rows, slots] = per_text
+        return found
+
+    def sum_over_texts(self, per_text: Float[Tensor, "text token"]) -> Float[Tensor, "row token"]:
+        """Summed over the texts that a token belongs to."""
+        return self.scatter_to_rows(per_text).sum(1)
+
+    def sum_per_text(
+        self, weights: Float[Tensor, "text token"], values: Float[Tensor, "row token channel"]
+    ) -> Float[Tensor, "text channel"]:
+        """Every text's sum of its tokens' `values`, weighted."""
+        sums = self.scatter_to_rows(weights.to(values)) @ values
+        return sums[self.rows.to(sums.device), self._slots.to(sums.device)]
+
+    def sum_per_pair(self, of_rows: Float[Tensor, "row *rest"]) -> Float[Tensor, "pair *rest"]:
+        """Summed over the rows of a pair; no row may hold texts of two."""
+        n_pairs = self.n_pairs
+        owners = torch.empty(len(of_rows), dtype=torch.long, device=of_rows.device)
+        owners[self.rows.to(of_rows.device)] = torch.arange(2 * n_pairs, device=of_rows.device) % n_pairs
+        return of_rows.new_zeros(n_pairs, *of_rows.shape[1:]).index_add_(0, owners, of_rows)
+
+    def position_mask(self, positions: str) -> Bool[Tensor, "row token"]:
+        """Which tokens `positions` names in any text of the row."""
+        return self.sum_over_texts(self.select(positions).float()) > 0
+
+    @cached_property
+    def _slots(self) -> Int[Tensor, "text"]:
+        """Each text's number among those of its row."""
+        same = self.rows[:, None] == torch.arange(len(self.input_ids), device=self.rows.device)
+        return (same.long().cumsum(0) - 1).gather(1, self.rows[:, None])[:, 0]
+
+    @cached_property
+    def _n_slots(self) -> int:
+        """The most texts that a row has."""
+        return int(self._slots.max()) + 1
+
+    def select(self, positions: str) -> Bool[Tensor, "text token"]:
+        """Which tokens of each text `positions` names: `all`, those of the `response`, or the `last` one."""
+        check_positions(positions)
+        if positions == "all":
+            return self.mask
+        if positions == "response":
+            return self.response
+        return torch.arange(self.mask.shape[1], device=self.mask.device) == self.last[:, None]
+
+
+def margins(of_texts: Float[Tensor, "text *rest"]) -> Float[Tensor, "pair *rest"]:
+    """Chosen minus rejected, of a batch of pairs: the first half of its texts are the chosen ones."""
+    chosen, rejected = of_texts.chunk(2)
+    return chosen - rejected
+
+
+def last_token(
+    input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "text token"], pad_token_id: int | None
+) -> Int[Tensor, "text"]:
+    """The column the reward is read from: the last real token, skipping trailing ones equal to `pad_token_id`.
+
+    That skip is what transformers' sequence classifiers do, so that a text ending in eos is read one token earlier
+    where pad and eos are the same token. A text of pad tokens only is read at its first column, as there.
+    """
+    wanted = mask if pad_token_id is None else mask & (input_ids != pad_token_id)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return (columns * wanted).argmax(dim=1)
+
+
+def check_ids(
+    input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "..."], *, max_length: int, n_embeddings: int
+) -> None:
+    """Raise `OptionError` for a mask that does not fit or rows too long, `DataError` for ids outside the embedding."""
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise OptionError(
+            f"input_ids: expected one row of token ids for each text, got shape {tuple(input_ids.shape)}. One text is "
+            "input_ids[None]."
+        )
+    if mask.shape != input_ids.shape or not mask.any(dim=1).all():
+        raise OptionError(
+            f"attention_mask: expected the shape of input_ids {tuple(input_ids.shape)} with a real token in every "
+            f"row, got {tuple(mask.shape)}."
+        )
+    longest = int(mask.sum(dim=1).max())
+    if longest > max_length:
+        raise OptionError(f"input_ids: a row has {longest} tokens, the context holds {max_length}.")
+    real = input_ids[mask]
+    if not 0 <= int(real.min()) <= int(real.max()) < n_embeddings:
+        raise DataError(
+            f"input_ids: expected ids from 0 to {n_embeddings - 1}, got {int(real.min())} to {int(real.max())}. Encode "
+            "with this model's own tokenizer."
+        )
+
+
+def compact(
+    input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "text token"]
+) -> tuple[Int[Tensor, "text kept"], Bool[Tensor, "text kept"]]:
+    """Move every row's real tokens to the left, in order, and drop the columns that no row uses.
+
+    Behind a causal mask, right padding is invisible to real tokens and positions count from 0, so that the same text
+    gets the same reward however it came padded, with absolute positions too.
+    """
+    order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)[:, : int(mask.sum(dim=1).max())]
+    return input_ids.gather(1, order), mask.gather(1, order)
+
+
+def length_buckets(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Indices grouped by similar length, longest first, so that each group padded holds at most `tokens_per_batch`.
+
+    A single text may be longer than the budget; it then has a group of its own. Longest first: a batch that does not
+    fit in memory fails at once, not after an hour.
+    """
+    if tokens_per_batch < 1:
+        raise OptionError(f"tokens_per_batch: expected a positive number, got {tokens_per_batch}.")
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= tokens_per_batch:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+_RUNNING: ContextVar[TokenBatch | None] = ContextVar("rmtension_running_batch", default=None)
+
+
+@contextmanager
+def running(batch: TokenBatch) -> Iterator[None]:
+    """Announce `batch` to hooks that choose tokens, for as long as a model runs on it."""
+    token = _RUNNING.set(batch)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+def running_batch() -> TokenBatch | None:
+    """The batch that a reward model runs on at this moment in this thread, or None."""
+    return _RUNNING.get()
+
+
+def text_batches(
+    texts: Sequence[EncodedText], *, tokens_per_batch: int, pad_token_id: int | None, device: torch.device | str
+) -> Iterator[TokenBatch]:
+    """Batches of texts of similar length; `indices` index `texts`."""
+    for indices in length_buckets([len(text) for text in texts], tokens_per_batch):
+        some = [texts[place] for place in indices]
+        yield TokenBatch.from_texts(some, indices, pad_token_id=pad_token_id, device=device)

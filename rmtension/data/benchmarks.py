@@ -1,0 +1,329 @@
+"""Public preference benchmarks as preference pairs; `rmtension.data.subtasks` says what each of their subtasks rewards.
+
+Every loader reads a hub data set, or local files in the benchmark's own format, which never touch the network. Subsets
+and ids begin with the benchmark's name, so that pairs of several benchmarks can be added up. Pairs that count only
+together share an `item`. Two options mean the same everywhere:
+
+- `chat=False` (the default) gives prompts as plain HH transcripts, which every reward model can read and those trained
+  on HH data expect; `chat=True` gives messages, for models with a chat template. Load with `chat=True` rather than
+  convert with `as_chat()`: a request that quotes a transcript stays one message.
+- `on_invalid="skip"` leaves out, and counts in `skipped`, every row with a field that is missing, empty or of a wrong
+  type; by default it raises `DataError` naming the file, the row and the field. Rows go whole: neither an item with a
+  response less nor a comparison of styles on other prompts would measure the same.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from rmtension.data._chat import Chat, Message, read_chat
+from rmtension.data._pair import PreferencePair, require_responses, split_transcripts
+from rmtension.data._pairs import PreferencePairs
+from rmtension.data._row_reader import RowReader
+from rmtension.data._sources import read_field, read_object, read_texts, source_rows
+from rmtension.data.subtasks import CODE, GROUPS
+from rmtension.errors import DataError, OptionError
+
+# RM-Bench's files of one domain name the source of the prompt instead of the domain. Seen there: alpacaeval and
+# refusals-dangerous. The others are RewardBench's names for the sources that RM-Bench's paper lists.
+_RM_BENCH_DOMAINS = {
+    "alpacaeval": "chat",
+    "hep": "code",
+    "math": "math",
+    "refusals": "safety-refuse",
+    "donotanswer": "safety-refuse",
+    "xstest-should-refuse": "safety-refuse",
+    "xstest-should-respond": "safety-response",
+}
+_STYLES = ("concise", "detailed", "markdown")
+# Style pairs by how the chosen response's style compares with the rejected one's; later styles are the richer ones.
+_STYLE_PAIRS: dict[str, Callable[[int, int], bool]] = {
+    "all": lambda chosen, rejected: True,
+    "diagonal": lambda chosen, rejected: chosen == rejected,
+    "easy": lambda chosen, rejected: chosen > rejected,
+    "normal": lambda chosen, rejected: chosen == rejected,
+    "hard": lambda chosen, rejected: chosen < rejected,
+}
+_RMB_OBJECTIVES = {"Helpfulness": "helpful", "Harmlessness": "harmless"}
+
+_Side = tuple[str, str, str]
+
+
+def hh_rlhf(
+    source: str | Path = "Anthropic/hh-rlhf",
+    split: str = "test",
+    *,
+    subset: str | Iterable[str] | None = None,
+    chat: bool = False,
+    on_invalid: str = "raise",
+    revision: str | None = None,
+) -> PreferencePairs:
+    r"""HH-RLHF: helpful-base, helpful-online, helpful-rejection-sampled and harmless-base, or those named in `subset`.
+
+    A local `source` is a folder with a sub-folder of each, which holds for example `test.jsonl.gz`, or the file or
+    folder of the single `subset`.
+
+    Examples:
+        >>> import json
+        >>> folder = Path("hh-rlhf", "harmless-base")
+        >>> folder.mkdir(parents=True)
+        >>> row = {name: f"\n\nHuman: hi\n\nAssistant: {name}" for name in ("chosen", "rejected")}
+        >>> (folder / "test.jsonl").write_text(json.dumps(row)) > 0
+        True
+        >>> hh_rlhf("hh-rlhf", subset="harmless-base")[0].chosen
+        'chosen'
+    """
+    names = [subtask.name for subtask in GROUPS if subtask.benchmark == "hh-rlhf"]
+    wanted = names if subset is None else [subset] if isinstance(subset, str) else list(dict.fromkeys(subset))
+    if not wanted or set(wanted) - set(names):
+        raise OptionError(f"subset: expected names among {names}, got {wanted}.")
+    parts = {name: Path(source).expanduser() / name for name in names}
+    is_tree = any(part.is_dir() for part in parts.values())
+    if Path(source).expanduser().exists() and not is_tree and len(wanted) > 1:
+        raise OptionError(f"subset: {source} has none of the folders {names}; expected the name of the one it holds.")
+    loaded = PreferencePairs([])
+    for name in wanted:
+        rows = source_rows(parts[name] if is_tree else source, split=split, data_dir=name, revision=revision)
+        loaded += PreferencePairs.from_rows(rows, _transcript_reader(name, split, chat=chat), on_invalid=on_invalid)
+    return loaded
+
+
+def reward_bench(
+    source: str | Path = "allenai/reward-bench",
+    split: str = "filtered",
+    *,
+    drop: str | Iterable[str] = CODE,
+    chat: bool = False,
+    on_invalid: str = "raise",
+    revision: str | None = None,
+) -> PreferencePairs:
+    r"""RewardBench, less the subtasks in `drop` (code by default).
+
+    Examples:
+        >>> import json, tempfile
+        >>> path = Path(tempfile.mkdtemp(), "rows.json")
+        >>> row = {"id": 7, "prompt": "2 + 2?", "chosen": "4", "rejected": "5", "subset": "math-prm"}
+        >>> path.write_text(json.dumps([row])) > 0
+        True
+        >>> reward_bench(path)[0]  # doctest: +NORMALIZE_WHITESPACE
+        PreferencePair(prompt='\n\nHuman: 2 + 2?\n\nAssistant:', chosen='4', rejected='5', objective='helpful',
+                       subset='reward-bench/math-prm', id='reward-bench-7', item=None)
+    """
+
+    def sides(row: Mapping[str, Any], where: str) -> list[_Side]:
+        return [("", read_field(row, "chosen", str, where), read_field(row, "rejected", str, where))]
+
+    read = _request_reader("reward-bench", sides, drop=drop, chat=chat)
+    return PreferencePairs.from_rows(source_rows(source, split=split, revision=revision), read, on_invalid=on_invalid)
+
+
+def reward_bench_2(
+    source: str | Path = "allenai/reward-bench-2",
+    split: str = "test",
+    *,
+    drop: str | Iterable[str] = ("Ties",),
+    chat: bool = False,
+    on_invalid: str = "raise",
+    revision: str | None = None,
+) -> PreferencePairs:
+    """RewardBench 2, less the subtasks in `drop` (ties by default). Every row is one item.
+
+    Each of a row's chosen responses is paired with each rejected one. With `drop=()` an item of ties counts as right
+    when all its chosen responses win, which is one part of RewardBench 2's own score for them.
+    """
+
+    def sides(row: Mapping[str, Any], where: str) -> list[_Side]:
+        chosen, rejected = read_texts(row, "chosen", where), read_texts(row, "rejected", where)
+        return [(f"-{i}-{j}", one, other) for i, one in enumerate(chosen) for j, other in enumerate(rejected)]
+
+    read = _request_reader("reward-bench-2", sides, drop=drop, chat=chat, one_item=True)
+    return PreferencePairs.from_rows(source_rows(source, split=split, revision=revision), read, on_invalid=on_invalid)
+
+
+def rm_bench(
+    source: str | Path = "THU-KEG/RM-Bench",
+    split: str = "train",
+    *,
+    styles: str = "all",
+    drop: str | Iterable[str] = ("code",),
+    chat: bool = False,
+    on_invalid: str = "raise",
+    revision: str | None = None,
+) -> PreferencePairs:
+    """RM-Bench, less the domains in `drop` (code by default): chosen and rejected responses in three styles each.
+
+    Every pair counts for itself. `styles` picks among the nine of a row: "all", "normal" or "diagonal" (same style),
+    "easy" (the chosen response in the richer style) or "hard" (the reverse). Ids end in the two styles, as
+    "rm-bench-8-concise-markdown". Of a folder with `total_dataset.json`, which repeats the other files, only that is
+    read.
+    """
+    if styles not in _STYLE_PAIRS:
+        raise OptionError(f"styles: expected one of {list(_STYLE_PAIRS)}, got {styles!r}.")
+    places = [(i, j) for i in range(3) for j in range(3) if _STYLE_PAIRS[styles](i, j)]
+
+    def sides(row: Mapping[str, Any], where: str) -> list[_Side]:
+        chosen, rejected = read_texts(row, "chosen", where, n=3), read_texts(row, "rejected", where, n=3)
+        return [(f"-{_STYLES[i]}-{_STYLES[j]}", chosen[i], rejected[j]) for i, j in places]
+
+    total = Path(source).expanduser() / "total_dataset.json"
+    rows = source_rows(total if total.is_file() else source, split=split, revision=revision)
+    read = _request_reader("rm-bench", sides, drop=drop, chat=chat)
+    return PreferencePairs.from_rows(rows, read, on_invalid=on_invalid)
+
+
+def rmb(source: str | Path, *, chat: bool = False, on_invalid: str = "raise") -> PreferencePairs:
+    """RMB from a file or folder of its repository's `RMB_dataset`; no hub has it in this format from its authors.
+
+    A row of the pairwise set is a pair; one of the best-of-n set is an item with a pair for each loser. `Pairwise_set`
+    or `BoN_set` as `source` loads one kind alone. Subsets are paths of categories: "rmb/Harmlessness/S1".
+    """
+    unique = _Unique()
+
+    def read(raw: Any, where: str) -> list[PreferencePair]:
+        row = read_object(raw, where)
+        objective, subset = _rmb_category(row, where)
+        listed = read_field(row, "conversation_input", list, where)
+        # Other fields of its messages are about the data set.
+        messages = tuple(
+            Message(message.role, message.content)
+            for message in read_chat(listed, f"{where}: field 'conversation_input'")
+        )
+        labels = {"prompt": _prompt(messages, where, chat=chat), "objective": objective, "subset": subset}
+        if "bon_best" not in row and "loser_list" not in row:
+            name = unique(f"rmb-pairwise-{read_field(row, 'pair_uid', int | str, where)}")
+            return [_pair(where, _answer(row, "chosen", where), _answer(row, "reject", where), id=name, **labels)]
+        best, losers = _answer(row, "bon_best", where), read_field(row, "loser_list", list, where)
+        if not losers:
+            raise DataError(
+                f"{where}: field 'loser_list' should have at least one answer, got none. Correct the row, or load with "
+                'on_invalid="skip".'
+            )
+        name = unique(f"rmb-bon-{read_field(row, 'bon_uid', int | str, where)}")
+        in_losers = f"{where}: field 'loser_list'"
+        answers = [read_field(read_object(loser, in_losers), "answer", str, in_losers) for loser in losers]
+        return [_pair(where, best, text, id=f"{name}-{i}", item=name, **labels) for i, text in enumerate(answers)]
+
+    # As a path, so that a name that does not exist is never looked for on the hub.
+    return PreferencePairs.from_rows(source_rows(Path(source)), read, on_invalid=on_invalid)
+
+
+# -- readers of rows -------------------------------------------------------------------------------------------------
+
+_Read = Callable[[Any, str], list[PreferencePair]]
+
+
+def _transcript_reader(name: str, split: str, *, chat: bool) -> _Read:
+    """Reads rows of HH-RLHF: two transcripts that differ in the last turn. They have no ids, so rows are numbered."""
+    subtask = next(subtask for subtask in GROUPS if subtask.subset == f"hh-rlhf/{name}")
+    numbers, reader = count(1), RowReader(chat=chat)
+
+    def read(raw: Any, where: str) -> list[PreferencePair]:
+        number, row = next(numbers), read_object(raw, where)
+        try:
+            sides = split_transcripts(*(read_field(row, side, str, where) for side in ("chosen", "rejected")))
+        except DataError as error:
+            raise (
+                error if str(error).startswith(where) else DataError(f"{where}: field 'prompt' is missing. {error}")
+            ) from error
+        record = dict(zip(("prompt", "chosen", "rejected"), sides, strict=True))
+        labels = {"objective": subtask.objective, "subset": subtask.subset, "id": f"hh-rlhf-{name}-{split}-{number}"}
+        return [reader.read(record | labels, where)]
+
+    return read
+
+
+def _request_reader(
+    benchmark: str,
+    sides: Callable[[Mapping[str, Any], str], list[_Side]],
+    *,
+    drop: str | Iterable[str],
+    chat: bool,
+    one_item: bool = False,
+) -> _Read:
+    """Reads rows of a prompt that is one request: `sides` gives endings of ids and responses."""
+    subtasks = {subtask.name: subtask for subtask in GROUPS if subtask.benchmark == benchmark}
+    dropped = {drop} if isinstance(drop, str) else set(drop)
+    if dropped - set(subtasks):
+        raise OptionError(f"drop: expected names among {list(subtasks)}, got {sorted(dropped - set(subtasks))}.")
+    sources = _RM_BENCH_DOMAINS if benchmark == "rm-bench" else {}
+    unique = _Unique()
+
+    def read(raw: Any, where: str) -> list[PreferencePair]:
+        row = read_object(raw, where)
+        field = "domain" if "domain" in row else "subset"
+        value = read_field(row, field, str, where)
+        name = next((domain for start, domain in sources.items() if f"{value}-".startswith(f"{start}-")), value)
+        if name not in subtasks:
+            raise DataError(
+                f"{where}: field {field!r} should be one of {[*subtasks, *sources]}, got {value[:40]!r}. Check that "
+                f"the file is one of {benchmark}."
+            )
+        if name in dropped:
+            return []
+        prompt = _prompt((Message("user", read_field(row, "prompt", str, where)),), where, chat=chat)
+        row_id = unique(f"{benchmark}-{read_field(row, 'id', int | str, where)}")
+        item = row_id if one_item else None
+        labels = {"objective": subtasks[name].objective, "subset": subtasks[name].subset, "item": item}
+        return [
+            _pair(where, chosen, rejected, prompt=prompt, id=row_id + ending, **labels)
+            for ending, chosen, rejected in sides(row, where)
+        ]
+
+    return read
+
+
+def _rmb_category(row: Mapping[str, Any], where: str) -> tuple[str, str]:
+    """Objective and subset of a path such as "Pairwise_set/Harmlessness/S1"."""
+    parts: list[str] = read_field(row, "category_path", str, where).split("/")
+    for place, part in enumerate(parts):
+        if part in _RMB_OBJECTIVES:
+            return _RMB_OBJECTIVES[part], "/".join(["rmb", *parts[place:]])
+    raise DataError(
+        f"{where}: field 'category_path' should have one of {list(_RMB_OBJECTIVES)} between slashes, got none. Check "
+        "that the file is one of RMB_dataset."
+    )
+
+
+# -- parts of a pair -------------------------------------------------------------------------------------------------
+
+
+class _Unique:
+    """Ids as they come, with "~2", "~3" after one that came before: one `item` must never join two rows."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[str] = Counter()
+
+    def __call__(self, name: str) -> str:
+        self._seen[name] += 1
+        return name if self._seen[name] == 1 else f"{name}~{self._seen[name]}"
+
+
+def _pair(where: str, chosen: str, rejected: str, **fields: Any) -> PreferencePair:
+    pair = PreferencePair(chosen=chosen, rejected=rejected, **fields)
+    require_responses(pair, where)
+    return pair
+
+
+def _prompt(messages: Chat, where: str, *, chat: bool) -> str | Chat:
+    if messages[-1].role != "user":
+        raise DataError(
+            f"{where}: the conversation should end with a message of the user, got one of {messages[-1].role!r}. "
+            'Correct the row, or load with on_invalid="skip".'
+        )
+    if chat:
+        return messages
+    speakers = {"user": "Human", "assistant": "Assistant"}
+    for message in messages:
+        if message.role not in speakers:
+            raise DataError(
+                f"{where}: an HH transcript has no turn for the role {message.role!r}. Load with chat=True."
+            )
+    return "".join(f"\n\n{speakers[one.role]}: {one.content}" for one in messages) + "\n\nAssistant:"
+
+
+def _answer(row: Mapping[str, Any], field: str, where: str) -> str:
+    """The text of one of RMB's responses."""
+    answer: str = read_field(read_field(row, field, Mapping, where), "answer", str, f"{where}: field {field!r}")
+    return answer

@@ -1,0 +1,41 @@
+"""How well rewards rank pairs, with intervals: accuracy, margins, comparisons, and what length explains."""
+
+from rmtension.evaluation._centred_margins import centred_rewards, confidence
+from rmtension.evaluation._intervals import Estimate, adjusted_p_values, bootstrap_mean, mcnemar_p_value
+from rmtension.evaluation._length import length_baseline, length_matched
+from rmtension.evaluation._metrics import (
+    Comparison,
+    accuracy,
+    balance,
+    by_subset,
+    change,
+    compare,
+    compare_by_subset,
+    macro_accuracy,
+    mean_margin,
+)
+from rmtension.evaluation._pair_rewards import PairRewards
+from rmtension.evaluation._transfer import Transferability, transferability
+
+__all__ = [
+    "Comparison",
+    "Estimate",
+    "PairRewards",
+    "Transferability",
+    "accuracy",
+    "adjusted_p_values",
+    "balance",
+    "bootstrap_mean",
+    "by_subset",
+    "centred_rewards",
+    "change",
+    "compare",
+    "compare_by_subset",
+    "confidence",
+    "length_baseline",
+    "length_matched",
+    "macro_accuracy",
+    "mcnemar_p_value",
+    "mean_margin",
+    "transferability",
+]

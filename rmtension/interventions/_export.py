@@ -1,0 +1,143 @@
+"""Neurons ablated in the weights: a copy of a model that computes at all positions what an ablation context does."""
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rmtension.errors import ModelError, OptionError
+from rmtension.interventions._ablation import AblationContext
+from rmtension.interventions._replacements import Replacement, Zero
+from rmtension.models._classifiers import current_checkpoint, require_same_stream, run_eagerly
+from rmtension.models._lens_models import copy_model, is_own_model
+from rmtension.models._native_weights import plain_copy
+from rmtension.models._opening import with_checkpoint, with_lens_model
+from rmtension.models._reward_model import RewardModel
+from rmtension.neurons._neuron_set import NeuronSet
+from rmtension.sites import find_site
+
+_COPIES = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.|$)")
+# A copy is of the class of its model.
+_Model = TypeVar("_Model", bound=RewardModel)
+
+
+def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = Zero()) -> _Model:
+    """A copy of `head` whose weights do what `AblationContext(head, neurons, replacement)` does at all positions.
+
+    `Zero` and `Scale` multiply the neurons' weights in the down (or output) projection by 0 or `alpha`; `Mean` sets
+    them to 0 and adds what the mean activations write to the projection's bias. Where the projection has no bias, one
+    is made if the architecture has a place for it in its config (Llama: `mlp_bias`, `attention_bias`), with zeros
+    in the biases that come with it; otherwise `ModelError`. A mean at `mlp_gate` of a gated MLP is no constant at the
+    projection: `OptionError`. So is any other replacement. Memory: the model a second time.
+    """
+    is_own = is_own_model(head.body)
+    if not is_own:
+        checkpoint, base = current_checkpoint(head, "with_ablation")
+    context = AblationContext(head, neurons, replacement)
+    factor = replacement.factor
+    if factor is None:
+        raise OptionError(
+            f"replacement: weights can do what Zero(), Mean(statistics) and Scale(alpha) do, got {replacement!r:.80}. "
+            "Use AblationContext for this one."
+        )
+    # Layer -> what the neurons write instead of what they wrote; empty for replacements that write nothing.
+    constants = {layer: one for layer in context.columns if (one := replacement.constant(layer)) is not None}
+    product = find_site(neurons.site).factor_of
+    hook_sites = head.body.hook_sites
+    if product is not None and any(
+        hook_sites(neurons.site, layer) != hook_sites(product, layer) for layer in constants
+    ):
+        raise OptionError(
+            f"replacement: no weights do what {type(replacement).__name__} does at site {neurons.site!r} of a gated "
+            "MLP, where what a neuron writes still depends on its other factor. Use AblationContext, or neurons and "
+            f"statistics of site {product!r}."
+        )
+    if is_own:
+        return _ablate_own(head, context, factor, constants)
+    base = plain_copy(base, share=False)
+    # A module that peft keeps a trained copy of is at its own place in the plain copy.
+    names = [_COPIES.sub("", head.body.projection_names[neurons.site, layer]) for layer in range(head.n_layers)]
+    if any(base.get_submodule(names[layer]).bias is None for layer in constants):
+        base = _with_biases(base, names)
+    with torch.no_grad():
+        for layer, columns in context.columns.items():
+            projection: Any = base.get_submodule(names[layer])
+            if not isinstance(projection, nn.Linear | Conv1D):
+                raise ModelError(
+                    f"with_ablation: {names[layer]} is a {type(projection).__name__}, and only the weights of a Linear "
+                    "or Conv1D layer can be edited. Use AblationContext, which needs no weights."
+                )
+            # nn.Linear holds [out, in], GPT-2's Conv1D [in, out].
+            weight = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T
+            columns = columns.to(weight.device)
+            if layer in constants:
+                means = constants[layer].to(weight.device)[columns]
+                # In float64 until the end: it stands for what thousands of tokens had in common.
+                projection.bias += (weight[:, columns].double() @ means).to(projection.bias.dtype)
+            weight[:, columns] *= factor
+    opened = replace(
+        checkpoint, base=base, source=None, classifier=None, name=f"{checkpoint.name}, {len(neurons)} neurons ablated"
+    )
+    require_same_stream(head, context, partial(run_eagerly, base), "with_ablation")
+    return with_checkpoint(head, opened)
+
+
+def _ablate_own(
+    head: _Model, context: AblationContext, factor: float, constants: Mapping[int, Float[Tensor, "channel"]]
+) -> _Model:
+    """The same for a model of TransformerLens' own: its W_out or W_O, and b_out or b_O."""
+    site = context.neurons.site
+    ablated = with_lens_model(head, copy_model(head.body))
+    body = ablated.body
+    assert is_own_model(body)
+    with torch.no_grad():
+        for layer, columns in context.columns.items():
+            weight, bias = body.weights(site, layer)
+            if layer in constants:
+                if bias is None:
+                    raise ModelError(
+                        "replacement: Mean is written into a bias. The projections of this gated MLP have no bias, and "
+                        "boot_native builds none. Use Zero(), or AblationContext, which needs no bias."
+                    )
+                means = constants[layer].to(weight.device)[columns]
+                bias += (means @ weight[columns].double()).to(bias.dtype)
+            weight[columns] *= factor
+    require_same_stream(head, context, ablated.residual, "with_ablation")
+    return ablated
+
+
+def _with_biases(base: Any, names: list[str]) -> Any:
+    """`base` rebuilt by a config in which the projections `names` have a bias; all new biases are 0."""
+    flags = [key for key, value in base.config.to_dict().items() if "bias" in key and value is False]
+    for flag in flags:
+        config = copy.deepcopy(base.config)
+        setattr(config, flag, True)
+        with torch.device("meta"):
+            rebuilt = type(base)(config)
+        if any(rebuilt.get_submodule(name).bias is None for name in names):
+            continue
+        state = dict(base.state_dict())
+        parameter = next(base.parameters())
+        new = [key for key in rebuilt.state_dict() if key not in state]
+        if not all(key.endswith(".bias") for key in new):
+            continue
+        state |= {
+            key: torch.zeros(rebuilt.get_parameter(key).shape, dtype=parameter.dtype, device=parameter.device)
+            for key in new
+        }
+        rebuilt.load_state_dict(state, assign=True)
+        for name, buffer in base.named_buffers():
+            owner, _, key = name.rpartition(".")
+            setattr(rebuilt.get_submodule(owner), key, buffer)
+        return rebuilt.eval().requires_grad_(False)
+    raise ModelError(
+        f"replacement: Mean is written into a bias. The projections of {type(base).__name__} have no bias, and its "
+        "config has no place for one. Use Zero(), or AblationContext, which needs no bias."
+    )

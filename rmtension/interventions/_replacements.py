@@ -1,0 +1,332 @@
+"""What the activations of neurons are replaced by: one object for ablation, attribution, single effects and exports."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rmtension.data._tokens import TokenBatch
+from rmtension.errors import OptionError, ProvenanceError
+from rmtension.interventions._donors import draw_donors
+from rmtension.models._reward_model import RewardModel
+from rmtension.neurons._neuron_set import check_seed
+from rmtension.passes._activations import ActivationSample, ActivationStatistics
+from rmtension.store._provenance import Provenance
+
+# Some channels of a layer, or `slice(None)` for all of them.
+Columns = Int[Tensor, "channel"] | slice
+
+
+@dataclass(frozen=True)
+class Replacement(ABC):
+    """What an activation a(t) is replaced by, a_ref(t): `Zero`, `Mean`, `Resample`, `Scale` or `OtherResponse`.
+
+    - `name` is the kind of replacement.
+    - `shares_tokens` says whether a token that two texts share gets the same a_ref in both, so that the texts may share
+      a row (`docs/performance.md`).
+    - `ablates` says whether an `AblationContext` can write a_ref while the model runs.
+    """
+
+    name: ClassVar[str]
+    shares_tokens: ClassVar[bool] = True
+    ablates: ClassVar[bool] = True
+
+    @property
+    def label(self) -> str:
+        """What results call it (`Provenance.replacement`): the name, and the factor of `Scale`."""
+        return self.name
+
+    @property
+    def key(self) -> str:
+        """Differs wherever the values differ: what a work folder compares."""
+        return self.label
+
+    @property
+    def source(self) -> Provenance | None:
+        """Where the activations that it writes were collected; None for a replacement that writes no such values."""
+        return None
+
+    @property
+    def factor(self) -> float | None:
+        """The f of a_ref(t) = f a(t) + `constant`; None where a_ref depends on the token in another way."""
+        return None
+
+    def constant(self, layer: int) -> Float[Tensor, "channel"] | None:
+        """What is added to every activation of a layer, at every token; None for nothing."""
+        return None
+
+    @abstractmethod
+    def values(
+        self, layer: int, columns: Columns, activation: Float[Tensor, "*token channel"], batch: TokenBatch | None
+    ) -> Float[Tensor, "*token channel"]:
+        """a_ref(t) of some columns of a layer, given their activation at the tokens of a batch, in its order.
+
+        A replacement that has a `factor` needs no batch.
+        """
+
+    def step(
+        self,
+        layer: int,
+        activation: Float[Tensor, "row token channel"],
+        select: Bool[Tensor, "row token"],
+        batch: TokenBatch,
+    ) -> Float[Tensor, "row token channel"]:
+        """a_ref(t) - a(t) at the selected tokens of a batch, 0 at the others."""
+        weights = select.to(activation)
+        return (self.values(layer, slice(None), activation, batch) - activation) * weights[..., None]
+
+
+@dataclass(frozen=True)
+class Zero(Replacement):
+    """a_ref(t) = 0.
+
+    Examples:
+        >>> with AblationContext(head, neurons, Zero()):  # the default: AblationContext(head, neurons)
+        ...     inside = head.score_pairs(pairs["helpful"]).margin.mean()
+        >>> bool(inside < scored.margin.mean())
+        True
+    """
+
+    name: ClassVar[str] = "zero"
+
+    @property
+    def factor(self) -> float:
+        """0: nothing of the activation is left."""
+        return 0.0
+
+    def values(
+        self, layer: int, columns: Columns, activation: Float[Tensor, "*token channel"], batch: TokenBatch | None
+    ) -> Float[Tensor, "*token channel"]:
+        """Zeros."""
+        return torch.zeros_like(activation)
+
+
+@dataclass(frozen=True)
+class Mean(Replacement):
+    """a_ref(t) = the mean of each channel in `statistics`, which were collected from the same model at the same site.
+
+    Examples:
+        >>> with AblationContext(head, neurons, Mean(means)):
+        ...     inside = head.score_pairs(pairs["helpful"]).margin.mean()
+        >>> bool(inside < scored.margin.mean())
+        True
+    """
+
+    statistics: ActivationStatistics
+    name: ClassVar[str] = "mean"
+
+    def __post_init__(self) -> None:
+        _require_collected("Mean", "statistics", self.statistics, ActivationStatistics, "collect(pairs)")
+
+    @property
+    def key(self) -> str:
+        """The name and a digest of the means."""
+        return f"{self.name} {self.statistics.digest}"
+
+    @property
+    def source(self) -> Provenance:
+        """That of the statistics."""
+        return self.statistics.provenance
+
+    @property
+    def factor(self) -> float:
+        """0: nothing of the activation is left."""
+        return 0.0
+
+    def constant(self, layer: int) -> Float[Tensor, "channel"]:
+        """The mean of every channel of a layer, in float64."""
+        return self.statistics.channel_mean[layer]
+
+    def values(
+        self, layer: int, columns: Columns, activation: Float[Tensor, "*token channel"], batch: TokenBatch | None
+    ) -> Float[Tensor, "*token channel"]:
+        """The same means at every token."""
+        return self.constant(layer).to(activation)[columns].expand_as(activation)
+
+
+@dataclass(frozen=True)
+class Resample(Replacement):
+    """a_ref(t) = the activation at one token of a text with another prompt, drawn from `sample`.
+
+    The donor of a token is drawn by a hash of (seed, prompt, place in the text). So all layers get the same donor,
+    texts of one prompt get the same donors at equal places, and the batch makes no difference.
+
+    Examples:
+        >>> donors = ActivationCollector(head).sample(pairs["harmless"], n=16, seed=0)
+        >>> with AblationContext(head, neurons, Resample(donors, seed=1)):
+        ...     head.score_pairs(pairs["helpful"])
+        PairRewards(n=24, accuracy=1.000, ties=0)
+    """
+
+    sample: ActivationSample
+    seed: int = 0
+    name: ClassVar[str] = "resample"
+
+    def __post_init__(self) -> None:
+        _require_collected("Resample", "sample", self.sample, ActivationSample, "sample(pairs)")
+        check_seed(self.seed)
+
+    @property
+    def key(self) -> str:
+        """The name, the seed and a digest of the donors."""
+        return f"{self.name} {self.seed} {self.sample.digest}"
+
+    @property
+    def source(self) -> Provenance:
+        """That of the sample."""
+        return self.sample.provenance
+
+    def values(
+        self, layer: int, columns: Columns, activation: Float[Tensor, "*token channel"], batch: TokenBatch | None
+    ) -> Float[Tensor, "*token channel"]:
+        """Each token's donor."""
+        assert batch is not None
+        donors = draw_donors(batch, self.sample.keys, self.seed).reshape(activation.shape[:-1])
+        return self.sample.values[donors.cpu(), layer].to(activation)[..., columns]
+
+
+@dataclass(frozen=True)
+class Scale(Replacement):
+    """a_ref(t) = alpha a(t).
+
+    Examples:
+        >>> halved = head.with_ablation(neurons, Scale(0.5))
+        >>> bool(halved.score_pairs(pairs["helpful"]).margin.mean() < scored.margin.mean())
+        True
+    """
+
+    alpha: float
+    name: ClassVar[str] = "scale"
+
+    def __post_init__(self) -> None:
+        given: object = self.alpha
+        if (
+            not isinstance(given, int | float | np.integer | np.floating)
+            or isinstance(given, bool)
+            or not math.isfinite(self.alpha)
+        ):
+            raise OptionError(f"alpha: expected a finite number such as Scale(0.5), got {self.alpha!r:.80}.")
+        object.__setattr__(self, "alpha", float(self.alpha))
+
+    @property
+    def label(self) -> str:
+        """The name and the factor: "scale 0.5"."""
+        return f"{self.name} {self.alpha!r}"
+
+    @property
+    def factor(self) -> float:
+        """The alpha of a_ref(t) = alpha a(t)."""
+        return self.alpha
+
+    def values(
+        self, layer: int, columns: Columns, activation: Float[Tensor, "*token channel"], batch: TokenBatch | None
+    ) -> Float[Tensor, "*token channel"]:
+        """The activation times alpha."""
+        return activation * self.alpha
+
+    def step(
+        self,
+        layer: int,
+        activation: Float[Tensor, "row token channel"],
+        select: Bool[Tensor, "row token"],
+        batch: TokenBatch,
+    ) -> Float[Tensor, "row token channel"]:
+        """(alpha - 1) a(t), which loses no digits where alpha is near 1."""
+        return (self.alpha - 1) * activation * select.to(activation)[..., None]
+
+
+@dataclass(frozen=True)
+class OtherResponse(Replacement):
+    """a_ref(t) = the mean over the selected tokens of the pair's other response.
+
+    Attribution and `single_neuron_effects` take it. An `AblationContext` does not: while a text runs, the activations
+    of the other response are not known.
+
+    Examples:
+        >>> patching = NeuronAttribution(head, "attribution_patching", replacement=OtherResponse())
+        >>> patching.score(pairs["helpful"]).provenance.replacement
+        'other_response'
+    """
+
+    name: ClassVar[str] = "other_response"
+    shares_tokens: ClassVar[bool] = False
+    ablates: ClassVar[bool] = False
+
+    def values(
+        self, layer: int, columns: Columns, activation: Float[Tensor, "*token channel"], batch: TokenBatch | None
+    ) -> Float[Tensor, "*token channel"]:
+        """Not known from one text: see `step`."""
+        raise NotImplementedError
+
+    def step(
+        self,
+        layer: int,
+        activation: Float[Tensor, "row token channel"],
+        select: Bool[Tensor, "row token"],
+        batch: TokenBatch,
+    ) -> Float[Tensor, "row token channel"]:
+        """The step to the mean of the other text, in a batch of pairs with one text in every row."""
+        weights = select.to(activation)
+        share = weights / weights.sum(dim=1, keepdim=True)
+        means = torch.einsum("xt,xtc->xc", share, activation)
+        # The first half of a batch of pairs are the chosen texts, the second the rejected ones.
+        other = rearrange(means, "(side pair) channel -> side pair channel", side=2).flip(0)
+        target = repeat(other, "side pair channel -> (side pair) token channel", token=activation.shape[1])
+        return (target - activation) * weights[..., None]
+
+
+# What is often given in place of a replacement, and what to write.
+_MEANT = {
+    "zero": "Zero()",
+    "mean": "Mean(statistics)",
+    "resample": "Resample(sample)",
+    "scale": "Scale(alpha)",
+    "other": "OtherResponse()",
+    "other_response": "OtherResponse()",
+}
+
+
+def check_replacement(replacement: object, head: RewardModel, site: str) -> None:
+    """Raise unless this is a replacement for neurons of a model at a site.
+
+    `OptionError` for anything else, `ProvenanceError` for activations of another model or site.
+    """
+    if not isinstance(replacement, Replacement):
+        got = repr(replacement) if isinstance(replacement, str | type) else type(replacement).__name__
+        raise OptionError(f"replacement: expected one such as Zero(), got {got:.80}. Write {_meant(replacement)}.")
+    if (source := replacement.source) is None:
+        return
+    if source.model != head.fingerprint:
+        raise ProvenanceError(
+            f"replacement: its activations are those of model {source.model}, this one is {head.fingerprint}. Collect "
+            "them from the model that is ablated."
+        )
+    if source.site != site:
+        raise ProvenanceError(
+            f"replacement: its activations are those of site {source.site!r}, the neurons are of {site!r}. Collect "
+            "them at the neurons' site."
+        )
+
+
+def _meant(given: object) -> str:
+    if isinstance(given, ActivationStatistics):
+        return _MEANT["mean"]
+    if isinstance(given, ActivationSample):
+        return _MEANT["resample"]
+    # A name, or a class without its parentheses.
+    return _MEANT.get(str(getattr(given, "name", given)), "Zero(), Mean(statistics), Resample(sample) or Scale(alpha)")
+
+
+def _require_collected(owner: str, name: str, given: object, wanted: type, call: str) -> None:
+    """Raise `OptionError` unless the argument of a replacement is what `ActivationCollector` gives."""
+    if not isinstance(given, wanted):
+        raise OptionError(
+            f"{name}: {owner} takes {wanted.__name__}, got {type(given).__name__}. Use "
+            f"ActivationCollector(head, site=...).{call}."
+        )

@@ -1,0 +1,184 @@
+"""Hooks for transformers' model: a bridge beside it, a bridge with processed weights, or a HookedTransformer."""
+
+import copy
+import tempfile
+import warnings
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from rmtension.errors import ModelError, OptionError
+from rmtension.models._bodies import Body, BridgeBody
+from rmtension.models._hooked_transformer_body import HookedTransformerBody
+from rmtension.models._hooks import copy_without_hooks
+from rmtension.models._native_run import let_run_in_float64
+from rmtension.models._native_weights import has_adapters, refuse_packed_weights, refuse_recomputed
+
+MODEL_CLASSES = ("TransformerBridge", "HookedTransformer")
+
+
+def wrap(
+    name: str,
+    plain: Any,
+    tokenizer: Any,
+    *,
+    model_class: str = "TransformerBridge",
+    process_weights: bool = False,
+    trust_remote_code: bool = False,
+) -> Body:
+    """Hooks for `plain`, a base model of transformers.
+
+    A TransformerBridge without processing shares every tensor with `plain`, which stays as it was; the others take a
+    copy of the weights. Raises `ModelError` where TransformerLens does not know the architecture, or has no
+    `HookedTransformer`.
+    """
+    check_model_class(model_class)
+    refuse_packed_weights(name, plain)
+    refuse_recomputed(name, plain)
+    let_run_in_float64(plain)
+    try:
+        # Building shells draws initial weights; the user's random numbers stay as they were.
+        with torch.random.fork_rng(devices=[]):
+            return _wrap(name, plain, tokenizer, model_class, process_weights, trust_remote_code)
+    except Exception as error:  # the adapters of TransformerLens fail in as many ways as there are architectures
+        text = " ".join(str(error).split())
+        raise ModelError(
+            f"{name}: TransformerLens {version('transformer-lens')} could not wrap a {type(plain).__name__} as a "
+            f"{model_class}{' with processed weights' if process_weights else ''} ({type(error).__name__}: "
+            f"{text[:300]}). "
+            + (
+                "Merge its adapter first (peft: model.merge_and_unload())."
+                if has_adapters(plain)
+                else "docs/families.md lists the families that work; RewardHead(model, weight=...) takes a hooked "
+                "model of your own."
+            )
+        ) from error
+
+
+def _wrap(
+    name: str, plain: Any, tokenizer: Any, model_class: str, process_weights: bool, trust_remote_code: bool
+) -> Body:
+    if model_class == "HookedTransformer":
+        return HookedTransformerBody(_hooked_transformer(plain, process_weights, trust_remote_code))
+    if process_weights:
+        bridge = _boot(name, copy_without_hooks(plain), tokenizer, trust_remote_code, writable=True)
+        bridge.enable_compatibility_mode(disable_warnings=True)
+        if next(plain.parameters()).dtype == torch.float64:
+            # TransformerLens 3.9 makes biases that were not there in float32.
+            bridge.original_model.to(torch.float64)
+        return BridgeBody(bridge)
+    twin = copy_without_hooks(plain, {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]})
+    # A compiled module finds its submodules without the name that torch.compile puts between them.
+    names = {id(module): path.replace("_orig_mod.", "") for path, module in twin.named_modules()}
+    return BridgeBody(_boot(name, twin, tokenizer, trust_remote_code), plain, names)
+
+
+def check_model_class(model_class: str) -> None:
+    """Raise `OptionError` for an unknown name, `ModelError` for a HookedTransformer where there is none."""
+    if model_class not in MODEL_CLASSES:
+        raise OptionError(f"model_class: expected one of {list(MODEL_CLASSES)}, got {model_class!r}.")
+    installed = version("transformer-lens")
+    if model_class == "HookedTransformer" and int(installed.split(".")[0]) >= 4:
+        raise ModelError(
+            f"model_class: transformer-lens {installed} has no HookedTransformer; version 4 removed it. Install "
+            "'transformer-lens<4', or leave model_class out: a TransformerBridge has the same hook names."
+        )
+
+
+def _boot(name: str, base: Any, tokenizer: Any, trust_remote_code: bool, *, writable: bool = False) -> Any:
+    """A TransformerBridge on `base`, whose modules it takes over; `writable` if its weights will be processed."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    parameter = next(base.parameters())
+    return TransformerBridge.boot_transformers(
+        name,
+        hf_model=_language_model(base, trust_remote_code, writable=writable),
+        dtype=parameter.dtype,
+        device=parameter.device,
+        tokenizer=_spare(tokenizer),
+    )
+
+
+def _spare(tokenizer: Any) -> Any:
+    """A tokenizer for TransformerLens alone, so that it leaves the network and the reward model's tokenizer in peace.
+
+    It looks for one by the model's name where it gets none, and re-reads one with a BOS token to make it prepend that.
+    Where the user's cannot encode what TransformerLens tries, it gets an empty one.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    spare = copy.deepcopy(tokenizer)
+    if spare is not None:
+        spare.bos_token = None
+    if not _encodes(spare, "a"):
+        empty = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))  # noqa: S106 - a token, no password
+        return PreTrainedTokenizerFast(tokenizer_object=empty, unk_token="<unk>", eos_token="<unk>", pad_token="<unk>")  # noqa: S106
+    return spare
+
+
+def _encodes(tokenizer: Any, text: str) -> bool:
+    """Whether a tokenizer takes the text that TransformerLens tries it with: one without an unknown token may not."""
+    try:
+        return tokenizer is not None and tokenizer.encode(text) is not None
+    except Exception:  # tokenizers raises nothing more exact
+        return False
+
+
+def _language_model(base: Any, trust_remote_code: bool, *, writable: bool) -> Any:
+    """`base` in the shell of a causal language model, which is all that TransformerLens takes.
+
+    The shell is made on the meta device. Its vocabulary projection, which nothing here runs, is tied to the
+    embeddings or zero: one number seen as a matrix, unless it has to be `writable`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        build: Any = AutoModelForCausalLM.from_config
+        shell = build(copy.deepcopy(base.config), trust_remote_code=trust_remote_code)
+    # TransformerLens goes by this name; a classifier's config has its own.
+    shell.config.architectures = [type(shell).__name__]
+    setattr(shell, shell.base_model_prefix, base)
+    shell.tie_weights()
+    parameter = next(base.parameters())
+    for module in shell.modules():
+        for key, weight in list(module.named_parameters(recurse=False)):
+            if weight.is_meta:
+                shape = weight.shape if writable else ()
+                zero = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device).expand(weight.shape)
+                setattr(module, key, nn.Parameter(zero, requires_grad=False))
+    return shell.eval()
+
+
+def _hooked_transformer(plain: Any, process_weights: bool, trust_remote_code: bool) -> nn.Module:
+    """A HookedTransformer with the weights of `plain`, by TransformerLens' own conversion."""
+    from transformer_lens import HookedTransformer, loading_from_pretrained
+
+    shell = _language_model(copy_without_hooks(plain), trust_remote_code, writable=True)
+    parameter = next(plain.parameters())
+    steps = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), process_weights)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the caller asked for this class by name
+        config = copy.deepcopy(shell.config)
+        # TransformerLens reads names that configs had before transformers 5.
+        for key, value in (getattr(config, "rope_parameters", None) or {}).items():
+            if not hasattr(config, key):
+                setattr(config, key, value)
+        context = getattr(config, "max_position_embeddings", None)
+        if config.model_type == "gpt2":
+            config.n_ctx = context
+        config.save_pretrained(folder)
+        cfg = loading_from_pretrained.get_pretrained_model_config(
+            folder, fold_ln=process_weights, device=str(parameter.device), dtype=parameter.dtype
+        )
+        state = loading_from_pretrained.get_pretrained_state_dict(folder, cfg, hf_model=shell, dtype=parameter.dtype)
+        cfg.tokenizer_name = None
+        cfg.n_ctx = min(cfg.n_ctx, context or cfg.n_ctx)
+        # Experts are made in float32 whatever the config says.
+        model = HookedTransformer(cfg, None, move_to_device=False).to(parameter.dtype, print_details=False)
+    model.load_and_process_state_dict(state, **steps)
+    hooked: nn.Module = model.to(parameter.device, print_details=False).eval().requires_grad_(False)
+    return hooked

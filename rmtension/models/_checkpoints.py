@@ -1,0 +1,323 @@
+"""Opening a reward model's checkpoint: transformers loads it, safetensors only, and its scalar head stays with it."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmtension.errors import ModelError, RMTensionWarning
+from rmtension.models._adapters import active_head, inside_peft
+from rmtension.models._head_files import StoredHeads, head_beside, pickled_head, read_head_file, stored_heads
+from rmtension.models._heads import LinearHead, read_head
+from rmtension.models._hooks import unwrapped
+from rmtension.models._loading import (
+    CheckpointLocation,
+    LoadOptions,
+    find_checkpoint,
+    load_model,
+    load_tokenizer,
+    placement_of,
+    refuse_offloaded,
+    refuse_quantised,
+)
+from rmtension.models._native_weights import refuse_packed_weights
+from rmtension.models._outputs import choose_rows, choose_tokens, pick
+from rmtension.models._unembedding import token_head
+
+_CLASSIFIER, _LANGUAGE_MODEL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
+_TOKENS = "TOKEN_CLS"  # peft's name of the task
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint was read from, and how, to read it again; `head` is what the user gave in place of its own."""
+
+    name: str
+    head: object
+    output: object
+    options: LoadOptions
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The reward as transformers' own logits of `auto_class`: the one of `rows`, or the first minus the second."""
+
+    auto_class: str
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base model of transformers with what a reward head needs; `head` is None where only activations are wanted.
+
+    `pools` says that the reward is read where transformers' classifiers read it. `logits` are those of transformers
+    that the reward is, from `source` or from the live model; None where transformers computes no such number. `base` is
+    None once a conversion has taken its place and it can be read again. `classifier` is the model in memory whose score
+    layer `head` was read from.
+    """
+
+    base: nn.Module | None
+    head: LinearHead | None
+    tokenizer: Any
+    pad_token_id: int | None
+    name: str
+    pools: bool
+    logits: Logits | None
+    source: Source | None
+    classifier: Any = None
+
+    def require_same_head(self) -> None:
+        """Raise `ModelError` where the score layer of the model in memory is not what it was when it was opened."""
+        if self.classifier is None or self.head is None or self.logits is None:
+            return
+        rows = self.logits.rows
+        now = read_head(active_head(self.classifier.score), output=rows if len(rows) == 2 else rows[0])
+        if now.bias != self.head.bias or not torch.equal(now.weight, self.head.weight):
+            raise ModelError(
+                f"{self.name}: its score layer changed after it was opened (it was trained, or another adapter was "
+                "made active), and this head has a copy of the old one. Open the model again: "
+                "RewardHead.from_classifier."
+            )
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the reward is a language model's logits of the next token."""
+        return self.logits is not None and self.logits.auto_class == _LANGUAGE_MODEL
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether code that came with the checkpoint may run."""
+        return self.source is not None and self.source.options.get("trust_remote_code", False)
+
+
+def open_checkpoint(
+    name: str | Path, *, reward: bool, head: object = None, output: object = None, options: LoadOptions
+) -> Checkpoint:
+    """Load `name` (a folder, or a hub name) with transformers; raises `ModelError` for what is no reward model.
+
+    With `reward` and no `head` it must be a sequence classifier, a language model with a value head in its files or
+    beside them, or a language model whose tokens `output` names; `head` is taken in place of any that the checkpoint
+    has. An adapter is merged into its base. Memory: the weights once.
+    """
+    place = find_checkpoint(name, options)
+    placement_of(options)  # a wrong device is said before anything is read
+    stored = stored_heads(place.weights, _width(place.config))
+    classifies = _is_classifier(place)
+    if (classifies or place.task == _TOKENS) and (place.adapters or (reward and head is None)):
+        _set_outputs(place, stored)
+    names: Mapping[int, str] = place.config.id2label
+    tokenizer = options.get("tokenizer")
+    given = read_head_file(head) if isinstance(head, str | Path) else head
+    auto_class = _auto_class(place, classifies)
+    tokens: tuple[int, ...] = ()
+    if reward and given is None and classifies:
+        auto_class = _CLASSIFIER
+        if "score.weight" in stored.linear or place.n_saved_outputs is not None:
+            choose_rows(output, len(names), names, str(name))  # said before the weights are read
+    elif reward and given is None:
+        given = _value_head(place, stored)
+        is_labelled = place.task == _TOKENS or place.is_for("ForTokenClassification")
+        if output is not None and not is_labelled and (given is None or _has_text(output)):
+            tokenizer = load_tokenizer(place) if tokenizer is None else tokenizer
+            auto_class, tokens = _LANGUAGE_MODEL, choose_tokens(output, tokenizer)
+        elif given is None and place.task != _TOKENS:
+            raise ModelError(_no_head(place, stored))
+    model = load_model(place, auto_class)
+    base = model.base_model
+    found: LinearHead | None = None
+    logits: Logits | None = None
+    if tokens:
+        found, logits = token_head(str(name), model, tokens), Logits(_LANGUAGE_MODEL, tokens)
+    elif reward and given is None and classifies:
+        found, rows = _score_head(str(name), model, stored, output)
+        logits = Logits(_CLASSIFIER, rows)
+    elif reward:
+        layer = getattr(model, "score", None) or getattr(model, "classifier", None)
+        found = read_head(layer if given is None else given, _width(base.config), output, names)
+    tokenizer = load_tokenizer(place) if tokenizer is None else tokenizer
+    pools = reward and classifies
+    pad_token_id = _pad_token_id(name, base.config, tokenizer, options.get("pad_token"), pools, found is None)
+    source = Source(str(name), head, output, options)
+    return Checkpoint(base, found, tokenizer, pad_token_id, str(name), pools, logits, source)
+
+
+def reload_model(source: Source, logits: Logits, dtype: torch.dtype) -> Any:
+    """The model of transformers whose `logits` the reward is, read again, with its adapter as peft runs it."""
+    options: LoadOptions = {**source.options, "dtype": dtype}
+    place = find_checkpoint(source.name, options, local_files_only=True)  # it was loaded from there a moment ago
+    if logits.auto_class == _CLASSIFIER:
+        _set_outputs(place, stored_heads(place.weights, _width(place.config)))
+    return load_model(place, logits.auto_class, merge=False)
+
+
+def checkpoint_of(
+    classifier: Any, tokenizer: Any, pad_token: str | None, head: object = None, output: object = None
+) -> Checkpoint:
+    """The same for a classifier of transformers that is in memory; its modules and weights are used as they are."""
+    classifier = inside_peft(unwrapped(classifier))
+    name = type(classifier).__name__
+    if not name.endswith("ForSequenceClassification"):
+        raise ModelError(
+            f"model: expected a ...ForSequenceClassification of transformers, got {name}. Hooked models go to "
+            "RewardHead(model, weight=...)."
+        )
+    refuse_packed_weights(name, classifier)
+    refuse_quantised(name, classifier.config)
+    refuse_offloaded(name, classifier)
+    logits: Logits | None = None
+    if head is None:
+        found, rows = _score_head(name, classifier, StoredHeads({}), output)
+        logits = Logits(_CLASSIFIER, rows)
+    else:
+        given = read_head_file(head) if isinstance(head, str | Path) else head
+        found = read_head(given, _width(classifier.config), output, classifier.config.id2label)
+    base = unwrapped(classifier.base_model)
+    pad_token_id = _pad_token_id(name, base.config, tokenizer, pad_token, pools=True, is_headless=False)
+    live = classifier if head is None else None
+    return Checkpoint(base, found, tokenizer, pad_token_id, name, True, logits, source=None, classifier=live)
+
+
+def _is_classifier(place: CheckpointLocation) -> bool:
+    """Whether transformers has a classifier of it, with its rule which token is read."""
+    if place.task == _TOKENS:
+        return False
+    return place.is_for("ForSequenceClassification") or place.task == "SEQ_CLS" or place.n_saved_outputs is not None
+
+
+def _auto_class(place: CheckpointLocation, classifies: bool) -> str:
+    """The class whose parameters have the names that the adapter's have; the bare model where there is none."""
+    if not place.adapters or place.task == "FEATURE_EXTRACTION":
+        return "AutoModel"
+    if place.task == _TOKENS:
+        return "AutoModelForTokenClassification"
+    return _CLASSIFIER if classifies else _LANGUAGE_MODEL
+
+
+def _set_outputs(place: CheckpointLocation, stored: StoredHeads) -> None:
+    """Set the config's number of labels to the rows of the score head that there is, whatever it says."""
+    config, width = place.config, _width(place.config)
+    score = stored.linear.get("score.weight")
+    if place.n_saved_outputs is not None:
+        config.num_labels = place.n_saved_outputs
+    elif score is not None:
+        shape = tuple(score.shape)
+        if len(shape) != 2 or shape[1] != width:
+            raise ModelError(
+                f"{place.files.name}: expected a score head of shape ({config.num_labels}, {width}), a row as "
+                f"wide as the model for each output, got {shape}. Its head and its body do not belong together; load "
+                "the checkpoint they were saved in, or pass head=."
+            )
+        config.num_labels = shape[0]
+    elif place.adapters:
+        raise ModelError(
+            f"{place.files.name}: neither the adapter nor its base model holds a score head. An adapter that is "
+            "trained with task_type='SEQ_CLS', or with modules_to_save=['score'], is saved with one."
+        )
+    elif stored.layers:
+        raise ModelError(_no_head(place, stored))
+
+
+def _value_head(place: CheckpointLocation, stored: StoredHeads) -> Mapping[str, Tensor] | None:
+    """The head of a language model in its own files or in one beside them; that of an adapter before its base's."""
+    beside = head_beside(place.files)
+    if place.adapters and not beside:
+        beside = head_beside(place.weights)
+        beside = beside or {}
+    if place.adapters and beside:
+        return beside
+    linear = stored.linear
+    differing = [key for key in beside.keys() & linear.keys() if not torch.equal(beside[key], linear[key])]
+    if linear and beside and (differing or not beside.keys() <= linear.keys()):
+        raise ModelError(
+            f"{place.files.name}: it has two heads, {sorted(linear)[:2]} in the model and {sorted(beside)[:2]} in "
+            "value_head.safetensors. Say which one is meant: head=... takes the path of a file, or the tensors."
+        )
+    return beside or linear or None
+
+
+def _no_head(place: CheckpointLocation, stored: StoredHeads) -> str:
+    """Why there is no reward, and what there is in place of one."""
+    name = place.files.name
+    if stored.layers:
+        return (
+            f"{name}: its head has several layers ({list(stored.layers)[:4]}), which this version does not read: "
+            "its heads are one linear map. Activations alone are read with RewardHead.from_language_model."
+        )
+    pickled = pickled_head(place.files, is_adapter=bool(place.adapters))
+    if pickled:
+        return f"{name}: there is no head in its safetensors files.{pickled}"
+    return (
+        f"{name}: expected a checkpoint of a sequence classifier, got {place.config.architectures}: it has no score "
+        "head. A language model is not a reward model; give it one with head=(weight, bias), name the tokens whose "
+        "logits are the reward with output=(' Yes', ' No'), or read its activations alone with "
+        "RewardHead.from_language_model."
+    )
+
+
+def _score_head(name: str, classifier: Any, stored: StoredHeads, output: object) -> tuple[LinearHead, tuple[int, ...]]:
+    """The head of a classifier of transformers, and the rows of its score layer that it is made of."""
+    score = active_head(getattr(classifier, "score", None))
+    if hasattr(score, "base_layer"):
+        raise ModelError(
+            f"{name}: its score head is an adapter layer ({type(score).__name__}). Merge the adapter first: "
+            "model.merge_and_unload()."
+        )
+    if not isinstance(score, nn.Linear):
+        raise ModelError(
+            f"{name}: expected a linear layer called 'score' on the last token, got {score}. "
+            f"{type(classifier).__name__} computes its reward in another way, which this library does not follow."
+        )
+    names = classifier.config.id2label
+    rows = choose_rows(output, score.out_features, names if len(names) == score.out_features else None, name)
+    head = read_head(score, output=rows if len(rows) == 2 else rows[0])
+    bias = stored.linear.get("score.bias")
+    if getattr(score, "bias", None) is None and bias is not None:
+        constant = float(pick(bias.double().reshape(score.out_features), rows))
+        warnings.warn(
+            f"{name}: the checkpoint has a score.bias of {constant:.4g}, for which transformers has no place. It is "
+            "added here: rewards differ from transformers' by this constant, margins do not.",
+            RMTensionWarning,
+            stacklevel=4,
+        )
+        head = LinearHead(head.weight, constant)
+    return head, rows
+
+
+def _width(config: Any) -> int | None:
+    width: int | None = getattr(config.get_text_config(), "hidden_size", None)
+    return width
+
+
+def _has_text(output: object) -> bool:
+    return any(isinstance(one, str) for one in (output if isinstance(output, tuple | list) else [output]))
+
+
+def _pad_token_id(
+    name: str | Path, config: Any, tokenizer: Any, pad_token: str | None, pools: bool, is_headless: bool
+) -> int | None:
+    """The id that transformers skips at the end of a text (None: it skips none)."""
+    configured: int | None = getattr(config.get_text_config(), "pad_token_id", None)
+    if pad_token is not None:
+        token_id = None if tokenizer is None else tokenizer.get_vocab().get(pad_token)
+        if token_id is None:
+            raise ModelError(f"pad_token: {pad_token!r} is not in the vocabulary of {name}. Name a token that is.")
+        if pools and configured not in (None, token_id):
+            raise ModelError(
+                f"pad_token: {pad_token!r} is token {token_id}, and the config of {name} says {configured}, which is "
+                "what transformers skips. Leave pad_token out, or change the config."
+            )
+        return int(token_id)
+    if not pools:
+        # A value head or a token's logit is read at the last token, whichever it is; a model without a reward, to be
+        # compared with reward models, has its last token where they have it.
+        return configured if is_headless else None
+    if configured is None and tokenizer is not None and tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"{name}: neither its config nor its tokenizer has a pad token, and transformers reads the reward at the "
+            f"last token that is not one. Say which it is: pad_token={tokenizer.eos_token or '<a token>'!r}."
+        )
+    return configured

@@ -1,0 +1,189 @@
+"""The direct path: what the embedding, every block and every neuron add to the reward through the residual stream.
+
+With the scale of the final norm frozen at its value, the reward is linear in the residual stream, and the residual
+stream is a sum of what was written to it. The parts below sum to the reward exactly. What a neuron does through later
+blocks is not in its part.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from einops import reduce
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rmtension.data._tokens import TokenBatch
+from rmtension.errors import ModelError
+from rmtension.models._hooks import Hook, HookSite, InstalledHooks
+from rmtension.models._norms import read_norm
+from rmtension.models._projections import Projection
+from rmtension.models._reward_model import RewardModel
+from rmtension.sites import find_site
+
+
+@dataclass(frozen=True, eq=False)
+class DirectContributions:
+    """Parts of the reward of each text: `embedding + blocks.sum(1) + constant` is the reward.
+
+    `constant` is the bias of the final norm and of the head. `neurons` maps a site to its neurons' parts; together
+    with `biases`, those of the projections they go through, they sum to `blocks`, layer by layer; `mlp_gate` is left
+    out, because its neurons are those of `mlp`. A site that the model has not in every layer (`mlp` of a mixture of
+    experts) is not in `neurons`, and what it writes is in `blocks` alone.
+    """
+
+    embedding: Float[Tensor, "text"]
+    blocks: Float[Tensor, "text layer"]
+    constant: float
+    neurons: dict[str, Float[Tensor, "text layer neuron"]]
+    biases: Float[Tensor, "text layer"]
+
+    @property
+    def reward(self) -> Float[Tensor, "text"]:
+        """The sum of all parts."""
+        return self.embedding + self.blocks.sum(dim=1) + self.constant
+
+
+def direct_contributions(head: RewardModel, batch: TokenBatch) -> DirectContributions:
+    """The parts of the rewards of `batch`, on the CPU. Cost: one forward pass and one product with each projection.
+
+    Raises `ModelError` for a head without a reward, and for a model whose final norm is unknown.
+    """
+    paths = DirectPaths(head, batch)
+    with InstalledHooks(paths.hooks), torch.no_grad():
+        head.residual(batch)
+    return paths.contributions()
+
+
+def _projections(head: RewardModel) -> dict[str, list[Projection]]:
+    """Site -> the projection of every layer, in the modules that run."""
+    if head.body.native is not None and not head.body.runs_native:
+        raise ModelError(
+            "direct_contributions: the bridge has hooks of yours, so that it runs in place of transformers' modules, "
+            "which this looks into. Remove the hooks from head.model first."
+        )
+    # The neurons of a factor are those of the product, and go through its projection.
+    sites = [site for site in head.sites if find_site(site).factor_of is None]
+    return {site: [head.body.projection(site, layer) for layer in range(head.n_layers)] for site in sites}
+
+
+class DirectPaths:
+    """What has to be seen in a run of `batch` to tell its direct paths: `hooks` before, `contributions` after it.
+
+    Keeps first inputs and outputs of modules at the token the reward is read from, in the dtype of rewards.
+    """
+
+    def __init__(self, head: RewardModel, batch: TokenBatch) -> None:
+        self._head = head
+        self._batch = batch
+        self._inside = _projections(head)
+        self.seen: dict[HookSite, Float[Tensor, "text channel"]] = {}
+
+    @property
+    def hooks(self) -> list[tuple[HookSite, Hook]]:
+        """What to install for the run."""
+        body = self._head.body
+        blocks = [body.block(layer) for layer in range(self._head.n_layers)]
+        norms = [module for block in blocks for module in block.modules() if _is_norm(module)]
+        # What the paths are made of has to be seen; some norms of a block may not run for every text.
+        hook_sites = [HookSite(block, "input", ("residual stream", layer)) for layer, block in enumerate(blocks)]
+        hook_sites += [
+            HookSite(body.final_norm, side, ("residual stream", len(blocks))) for side in ("input", "output")
+        ]
+        hook_sites += [HookSite(norm, side) for norm in norms for side in ("input", "output")]
+        for site, layers in self._inside.items():
+            for layer, one in enumerate(layers):
+                hook_sites += [replace(one.read, place=(site, layer)), one.written]
+        return [(hook_site, partial(self._keep, hook_site)) for hook_site in dict.fromkeys(hook_sites)]
+
+    @torch.no_grad()
+    def contributions(self) -> DirectContributions:
+        """The parts of the rewards of the run that was seen."""
+        head, body = self._head, self._head.body
+        last_in, last_out = (self.seen[HookSite(body.final_norm, side)] for side in ("input", "output"))
+        norm = read_norm(body.final_norm, head.d_model).to(last_in)
+        weight = head.require_weight().to(last_in)
+        direction = norm.pull_back(weight.expand_as(last_in), norm.sigma(last_in, last_out))
+        stream = [self.seen[HookSite(body.block(layer), "input")] for layer in range(head.n_layers)] + [last_in]
+        parts = torch.stack([(state.to(direction) * direction).sum(dim=-1) for state in stream], dim=1).cpu()
+        neurons: dict[str, list[Tensor]] = {site: [] for site in self._inside}
+        biases = torch.zeros(len(last_in), head.n_layers, dtype=last_in.dtype)
+        for site, projections in self._inside.items():
+            for layer, projection in enumerate(projections):
+                per_channel, constant = self._through(projection, body.block(layer), direction)
+                shape = "text (neuron channel) -> text neuron"
+                neurons[site].append(reduce(per_channel, shape, "sum", neuron=head.n_neurons(site)).cpu())
+                biases[:, layer] += constant.cpu()
+        blocks = parts.diff(dim=1)
+        if set(neurons) == written_by(head):
+            inside = sum(torch.stack(layers, dim=1).sum(dim=2) for layers in neurons.values()) + biases
+            self._require_close("what its neurons write", inside, blocks, "its blocks add", parts)
+        return DirectContributions(
+            embedding=parts[:, 0],
+            blocks=blocks,
+            constant=float(weight @ norm.bias) + head.bias,
+            neurons={site: torch.stack(layers, dim=1) for site, layers in neurons.items()},
+            biases=biases,
+        )
+
+    def _keep(self, hook_site: HookSite, value: Tensor) -> None:
+        n_rows, n_tokens = self._batch.input_ids.shape
+        if value.numel() % (n_rows * n_tokens) or value.shape[0] not in (n_rows, n_rows * n_tokens):
+            return  # a norm of single heads, which has nothing to do with the residual stream
+        rows = value.detach().reshape(n_rows, n_tokens, -1)
+        self.seen[hook_site] = self._batch.gather_last(rows).to(self._head.reward_dtype)
+
+    def _require_close(
+        self, name: str, found: Tensor, expected: Tensor, expected_name: str, summed: Tensor | None = None
+    ) -> None:
+        # Rounding goes with what is summed (norms may be float32 in a float64 model); a factor is off by a share.
+        share = max(1e-4, torch.finfo(self._head.dtype).eps ** 0.5)
+        lost, size = (found - expected).abs().max(), expected.abs().max()
+        if not lost <= share * (size if summed is None else summed.abs().max()):
+            raise ModelError(
+                f"direct path of {self._head.architecture}: {name} is not what {expected_name} (off by "
+                f"{float(lost):.2g}, of {float(size):.2g}): it is scaled or normed in a way unknown here. Use "
+                "attribution_patching or integrated_gradients."
+            )
+
+    def _through(
+        self, projection: Projection, block: nn.Module, direction: Float[Tensor, "text d_model"]
+    ) -> tuple[Float[Tensor, "text channel"], Float[Tensor, "text"]]:
+        """What every input of `projection` adds along `direction`, and what its bias adds.
+
+        Some families (Gemma-2, OLMo-2) norm what the projection writes before they add it; that norm is found as the
+        first whose input is the projection's output, and frozen like the final one.
+        """
+        activation = self.seen[projection.read]
+        computed = projection.apply(activation.to(projection.dtype)).to(activation)
+        written = self.seen.get(projection.written, computed)
+        # Or what the weights do not say would pass for the bias.
+        self._require_close("what the weights make of its neurons", computed, written, "comes out of the projection")
+        room = 0.0 if written is not computed else 32 * torch.finfo(projection.dtype).eps * float(computed.abs().max())
+        constant = torch.zeros_like(direction[:, 0]).to(written)
+        direction = direction.to(written)
+        for module in block.modules():
+            came_in = self.seen.get(HookSite(module, "input")) if _is_norm(module) else None
+            if came_in is None or came_in.shape != written.shape:
+                continue
+            if (came_in - written).abs().max() <= room:
+                norm = read_norm(module, written.shape[-1]).to(written)
+                constant = (direction * norm.bias).sum(dim=-1)
+                direction = norm.pull_back(direction, norm.sigma(written, self.seen[HookSite(module, "output")]))
+                break  # a bridge has the norm of transformers inside its own
+        with torch.enable_grad():
+            inputs = activation.to(projection.dtype, copy=True).requires_grad_(True)
+            # The gradient of a linear map is its transpose, however its module stores the weights.
+            (slope,) = torch.autograd.grad((projection.apply(inputs).to(written) * direction).sum(), inputs)
+        per_channel = activation * slope.to(activation)
+        return per_channel, constant + (written * direction).sum(dim=-1) - per_channel.sum(dim=-1)
+
+
+def written_by(head: RewardModel) -> set[str]:
+    """The sites whose neurons, with the biases, write all that a block adds: attention, and the MLP if there is one."""
+    attention_alone = getattr(head.model.cfg, "attn_only", False)
+    return {"attn_head"} if attention_alone else {"attn_head", "mlp"}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()

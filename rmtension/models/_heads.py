@@ -1,0 +1,158 @@
+"""The linear map from the residual stream to the reward, however a checkpoint or a user holds it."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Number
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rmtension.errors import ModelError
+from rmtension.models._norms import NormLayer
+from rmtension.models._outputs import choose_rows, pick
+
+# How checkpoints name a head: transformers and OpenRLHF "score", trl "v_head.summary", others as they like.
+_NAMED = "(score|score_head|v_head|value_head|reward_head|rm_head|regression_head|regression_layer|classifier)"
+_LINEAR = re.compile(rf"(^|\.){_NAMED}(\.[A-Za-z_]\w*)*\.(weight|bias)$")
+_LAYERED = re.compile(rf"(^|\.){_NAMED}(\.\w+)*\.\d+(\.\w+)*\.(weight|bias)$")
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """reward = weight @ h + bias."""
+
+    weight: Float[Tensor, "d_model"]
+    bias: float = 0.0
+
+    def after_folding(self, norm: NormLayer) -> "LinearHead":
+        """The head for a residual stream whose final norm lost its gain and bias: gain * x + bias is folded in."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        weight, gain, bias = (t.to(self.weight.device, dtype) for t in (self.weight, norm.gain, norm.bias))
+        return LinearHead(weight * gain, self.bias + float(weight @ bias))
+
+
+def read_head(
+    given: object, width: int | None = None, output: object = None, names: Mapping[int, str] | None = None
+) -> LinearHead:
+    """The head of a vector, a matrix, a (weight, bias) pair, an `nn.Linear` or a state dict.
+
+    Of several rows `output` says which one is the reward, or which two of which it is the difference; `names` are their
+    names. Raises `ModelError` for more than one output where none is chosen, another width than `width`, or a state
+    dict without a head.
+    """
+    head = given if isinstance(given, LinearHead) else _head(*_weight_and_bias(_as_tensors(given)), output, names)
+    if width is not None and len(head.weight) != width:
+        raise ModelError(
+            f"weight: expected {width} numbers, one for each direction of the residual stream, got "
+            f"{len(head.weight)}. The head belongs to a model of another width."
+        )
+    return head
+
+
+def is_linear_head(name: str, shape: Sequence[int], width: int | None) -> bool:
+    """Whether a stored tensor is the weight or bias of a linear head: by its name, or as the only row of its kind.
+
+    Names with a number in them belong to a layer of many.
+    """
+    if _LINEAR.search(name) and not is_numbered(name):
+        return True
+    one_row = len(shape) == 2 and shape[0] == 1 and width in (None, shape[1])
+    return one_row and name.endswith(".weight") and not is_numbered(name)
+
+
+def layered_heads(names: Iterable[str]) -> list[str]:
+    """Those of the names that belong to a head of several layers."""
+    return sorted(name for name in names if _LAYERED.search(name))
+
+
+def is_numbered(name: str) -> bool:
+    """Whether a parameter's name has a number in it, as those of a layer of many have."""
+    return any(part.isdigit() for part in name.split("."))
+
+
+def _weight_and_bias(given: object) -> tuple[Any, Any]:
+    if isinstance(given, nn.Linear):
+        return given.weight, given.bias
+    if isinstance(given, Mapping):
+        return _of_state_dict(given)
+    if isinstance(given, tuple | list) and len(given) == 2:
+        return given[0], given[1]
+    if isinstance(given, Tensor):
+        return given, None
+    raise ModelError(
+        "head: expected a weight of d_model numbers, a (weight, bias) pair, an nn.Linear, a state dict or the path of "
+        f"a safetensors file, got {type(given).__name__}."
+    )
+
+
+def _of_state_dict(state: Mapping[str, Any]) -> tuple[Any, Any]:
+    shapes = {str(name): tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
+    weights = [name for name, shape in shapes.items() if name.endswith("weight") and is_linear_head(name, shape, None)]
+    named = [name for name in weights if _LINEAR.search(name)]
+    weights = sorted(named or weights)
+    if not weights and {"weight"} <= set(state) <= {"weight", "bias"}:
+        weights = ["weight"]
+    if len(weights) != 1:
+        layers = layered_heads(shapes)
+        raise ModelError(
+            f"head: expected one weight called score, v_head, value_head or reward_head, or of one row, got {weights} "
+            f"among {sorted(shapes)[:6]}. "
+            + (
+                f"{layers} are a head of several layers, not one linear map; activations alone are read with "
+                "RewardHead.from_language_model."
+                if layers
+                else "Pass the (weight, bias) pair itself."
+            )
+        )
+    return state[weights[0]], state.get(weights[0].removesuffix("weight") + "bias")
+
+
+def _head(weight: Any, bias: Any, output: object, names: Mapping[int, str] | None) -> LinearHead:
+    if not isinstance(weight, Tensor):
+        raise ModelError(f"weight: expected a tensor, got {type(weight).__name__}.")
+    rows = weight.detach()
+    rows = rows[None] if rows.ndim == 1 else rows
+    if rows.ndim != 2:
+        raise ModelError(
+            f"weight: expected one row of numbers for each output, one for each direction of the residual stream, got "
+            f"shape {tuple(weight.shape)}."
+        )
+    if names is not None and len(names) != len(rows):
+        names = None
+    try:
+        constants = torch.as_tensor(0.0 if bias is None else bias, dtype=torch.float64).detach().flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"bias: expected one number, got {bias!r:.40}.") from error
+    if len(constants) not in (1, len(rows)):
+        raise ModelError(
+            f"bias: expected one number{f' for each of {len(rows)} outputs' if len(rows) > 1 else ''}, got shape "
+            f"{tuple(torch.as_tensor(bias).shape)}."
+        )
+    chosen = choose_rows(output, len(rows), names, f"weight of shape {tuple(weight.shape)}")
+    return LinearHead(pick(rows, chosen).clone(), float(pick(constants.expand(len(rows)), chosen)))
+
+
+def _as_tensors(given: Any) -> Any:
+    """The same with tensors where arrays or lists of numbers are: the weight itself, of a pair, or in a state dict."""
+    if isinstance(given, Mapping):
+        return {name: _as_tensor(value) for name, value in given.items()}
+    if isinstance(given, tuple | list) and len(given) == 2 and not isinstance(given[0], Number):
+        weight, bias = given
+        is_matrix = isinstance(weight, list) and isinstance(bias, list) and len(weight) == len(bias) > 1
+        return _as_tensor(given) if is_matrix else (_as_tensor(weight), bias)
+    return _as_tensor(given)
+
+
+def _as_tensor(weight: Any) -> Any:
+    """A tensor of floats for an array or a list, float64 where it does not say otherwise; anything else as it is."""
+    if isinstance(weight, Tensor) or not (isinstance(weight, tuple | list) or hasattr(weight, "__array__")):
+        return weight
+    try:
+        values = torch.from_numpy(np.array(weight))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"weight: expected numbers, got {weight!r:.60} ({error}).") from error
+    return values if values.is_floating_point() else values.double()

@@ -1,0 +1,134 @@
+"""A model whose weights are plain matrices: what can be edited for good, and what transformers can save."""
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from rmtension.errors import ModelError
+from rmtension.models._adapters import active_head
+from rmtension.models._hooks import copy_without_hooks, unwrapped
+
+# Packages whose layers hold packed or quantised weights, by the module that defines the layer's class.
+_QUANTISERS = (
+    "torch.ao.nn.quantized",
+    "torch.ao.nn.intrinsic.quantized",
+    "torch.nn.quantized",
+    "torchao",
+    "bitsandbytes",
+    "optimum.quanto",
+    "quanto",
+    "hqq",
+    "awq",
+    "auto_gptq",
+    "gptqmodel",
+    "aqlm",
+    "eetq",
+    "compressed_tensors",
+)
+
+
+def refuse_packed_weights(name: str, model: nn.Module) -> None:
+    """Raise `ModelError` for a model in memory whose weights are quantised or packed."""
+    for path, module in model.named_modules():
+        packed = type(module).__module__.startswith(_QUANTISERS)
+        wrong = next(
+            (key for key, tensor in module.named_parameters(recurse=False) if not _is_plain_tensor(tensor)), None
+        )
+        if packed or wrong is not None:
+            tensor = None if wrong is None else module.get_parameter(wrong)
+            kind = (
+                type(module).__name__ if tensor is None else f"{wrong} is a {type(tensor).__name__} of {tensor.dtype}"
+            )
+            raise ModelError(
+                f"{name}: {path or 'the model'} holds quantised or packed weights ({kind}), so neurons have no exact "
+                "weights to read or to ablate. Open the model before it is quantised, with dtype=torch.bfloat16 if "
+                "memory is short."
+            )
+
+
+def refuse_recomputed(name: str, model: nn.Module) -> None:
+    """Raise `ModelError` for a weight that a hook computes before each run: it is no parameter of its module."""
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and {f"{key}_orig", f"{key}_g"} & set(module._parameters):
+                raise ModelError(
+                    f"{name}: a hook computes {key!r} of {path} from other parameters before each run (weight_norm, "
+                    "spectral_norm or pruning). Make it a plain parameter, then open the model: "
+                    f"torch.nn.utils.remove_weight_norm(module), torch.nn.utils.remove_spectral_norm(module) or "
+                    f"torch.nn.utils.prune.remove(module, {key!r})."
+                )
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether there is an adapter layer of peft in the model, or a module that peft wrapped."""
+    return any(map(_is_of_peft, model.modules()))
+
+
+def plain_copy(model: nn.Module, *, share: bool = True) -> nn.Module:
+    """What the parameters of `model` alone compute, by the code of its classes: what a checkpoint of it would hold.
+
+    It has no hooks, no compiled modules and no forward that was replaced on an instance. It shares the parameters of
+    `model`, unless some have adapters, which are merged, or are parametrised, or `share` is False: then all are copies.
+    Raises `ModelError` for adapters that cannot be merged.
+    """
+    merges = not share or has_adapters(model) or any(map(parametrize.is_parametrized, model.modules()))
+    shared = {} if merges else {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return _plain("", copy_without_hooks(model, shared))
+
+
+def _plain(path: str, module: Any) -> nn.Module:
+    """`module`, at `path` of a copied model, or what takes its place."""
+    plain: Any = unwrapped(module)
+    plain = _merged(path, plain) if _is_of_peft(plain) else plain
+    if not hasattr(plain, "_hf_hook"):  # by which accelerate moves tensors between devices
+        vars(plain).pop("forward", None)
+    if parametrize.is_parametrized(plain):
+        _bake(plain)
+    for key, child in plain.named_children():
+        new = _plain(f"{path}.{key}" if path else key, child)
+        if new is not child:
+            setattr(plain, key, new)
+    found: nn.Module = plain
+    return found
+
+
+def _bake(module: Any) -> None:
+    """Make what parametrisations compute plain parameters. torch's own removal edits a class that copies share."""
+    values = {key: getattr(module, key).detach() for key in module.parametrizations}
+    own_class = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    module.__class__ = own_class
+    for key, value in values.items():
+        module.register_parameter(key, nn.Parameter(value, requires_grad=False))
+
+
+def _merged(path: str, layer: Any) -> nn.Module:
+    """The module that computes what a layer of peft computes."""
+    try:
+        trained = active_head(layer)
+        if trained is not layer:  # a whole module that was trained in place of the original one
+            return cast(nn.Module, trained)
+        if layer.disable_adapters:
+            layer.unmerge()
+        else:
+            layer.merge(safe_merge=True)
+        merged: nn.Module = layer.get_base_layer()
+    except Exception as error:  # each kind of adapter has its own reasons
+        raise ModelError(
+            f"model: the adapter layer {path!r} ({type(layer).__name__}) cannot be merged into one weight "
+            f"({type(error).__name__}: {error}). Use AblationContext, which needs no merged weights; where peft can "
+            "merge the adapter, call model.merge_and_unload() before the model is opened."
+        ) from error
+    return merged
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    """Whether this is an adapter layer, or a module that peft wrapped."""
+    return type(module).__module__.startswith("peft.")
+
+
+def _is_plain_tensor(tensor: Tensor) -> bool:
+    """Floating point of at least 16 bits, and no subclass that unpacks itself (torchao's)."""
+    is_known = type(tensor) in (Tensor, nn.Parameter) and type(tensor.data) is Tensor
+    return is_known and tensor.dtype.is_floating_point and tensor.dtype.itemsize >= 2

@@ -1,0 +1,178 @@
+"""From a checkpoint, a saved model or a model in memory to a `RewardModel`, checked before it is handed out."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar, Unpack
+
+import torch
+from torch import nn
+
+from rmtension.data._encoding import EncodedText
+from rmtension.data._tokens import TokenBatch
+from rmtension.errors import ModelError, OptionError
+from rmtension.models._bodies import Body, find_body
+from rmtension.models._bridges import wrap
+from rmtension.models._checkpoints import Checkpoint
+from rmtension.models._heads import LinearHead, read_head
+from rmtension.models._hooks import eager_eval
+from rmtension.models._lens_models import read_model
+from rmtension.models._loading import LoadOptions
+from rmtension.models._native_run import probe_batch, run_base
+from rmtension.models._norms import read_norm
+from rmtension.models._reward_model import RewardModel
+from rmtension.models._run_options import RunOptions, run_options_of
+
+# How far rounding may put a text in a batch from the same text alone, relative to its residual stream.
+_PADDING_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.2}
+
+# The class to make: `RewardHead`, or the class of the model that another one is made from.
+_Model = TypeVar("_Model", bound=RewardModel)
+
+
+def open_model(
+    kind: type[_Model],
+    opened: Checkpoint,
+    *,
+    model_class: str = "TransformerBridge",
+    process_weights: bool = False,
+    **options: Unpack[RunOptions],
+) -> _Model:
+    """A model of the class `kind` around a checkpoint that transformers loaded.
+
+    Raises `ModelError` where a conversion does not give transformers' reward on a short text, and for a model whose
+    attention is not causal.
+    """
+    code = opened.trust_remote_code
+    body = wrap(
+        opened.name,
+        opened.base,
+        opened.tokenizer,
+        model_class=model_class,
+        process_weights=process_weights,
+        trust_remote_code=code,
+    )
+    norm: nn.Module | None = None
+    if body.final_norm_folded:
+        # The norm as transformers has it, found through an unprocessed bridge.
+        norm = wrap(opened.name, opened.base, None, trust_remote_code=code).final_norm
+    head = head_on(body, opened.head, final_norm=norm)
+    model = _make(kind, body, head, opened.tokenizer, opened.pad_token_id, options, opened)
+    if body.native is None:
+        _require_same_rewards(model, opened)
+        if opened.source is not None:
+            model.checkpoint = replace(opened, base=None)
+    require_hidden_padding(model)
+    return model
+
+
+def open_saved_model(kind: type[_Model], folder: Path, head: object, options: LoadOptions) -> _Model:
+    """A model of TransformerLens' own that `_lens_models` wrote; `head` in place of the one that was saved."""
+    run_options = run_options_of(options)
+    unknown = sorted(set(options) - {"dtype", "device", "tokenizer"} - set(run_options))
+    if unknown:
+        raise OptionError(
+            f"from_pretrained: {folder} is a model of TransformerLens' own, which opens with dtype, device, "
+            f"tokenizer and head alone, got {unknown}. Leave them out."
+        )
+    device = torch.device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    saved = read_model(folder, options.get("dtype", torch.float32), device)
+    body = find_body(saved.model)
+    tokenizer = saved.tokenizer if options.get("tokenizer") is None else options["tokenizer"]
+    linear = saved.head if head is None else read_head(head, _width(body))
+    return _make(kind, body, linear, tokenizer, saved.pad_token_id, run_options)
+
+
+def with_checkpoint(model: _Model, changed: Checkpoint) -> _Model:
+    """Another checkpoint opened as `model` was."""
+    return open_model(type(model), changed, **model.run_options)
+
+
+def with_lens_model(model: _Model, changed: nn.Module) -> _Model:
+    """The head, tokenizer and options of `model` on another model of TransformerLens' own, of the same shape."""
+    head = LinearHead(model.require_weight(), model.bias)
+    return _make(type(model), find_body(changed), head, model.tokenizer, model.pad_token_id, model.run_options)
+
+
+def head_on(
+    body: Body, weight: object, *, output: object = None, final_norm: nn.Module | None = None
+) -> LinearHead | None:
+    """The head that `weight` says, for what the body's residual stream is; None for None.
+
+    Where weight processing folded the final norm's gain away, the head takes it over from `final_norm`.
+    """
+    if weight is None:
+        return None
+    width = _width(body)
+    head = read_head(weight, width, output)
+    if not body.final_norm_folded:
+        return head
+    if final_norm is None:
+        raise ModelError(
+            "model: weight processing folded the gain of its final norm into its unembedding, so that its residual "
+            "stream lacks it. Pass final_norm= the norm of the model before processing, or load without processing "
+            "(HookedTransformer.from_pretrained_no_processing). Where the model never had a gain (normalization_type "
+            "'LNPre' or 'RMSPre' from the start), pass its own: final_norm=model.ln_final."
+        )
+    return head.after_folding(read_norm(final_norm, width))
+
+
+@torch.no_grad()
+def require_hidden_padding(model: RewardModel) -> None:
+    """Raise `ModelError` where padding changes what a text is: attention that is not causal. Cost: two short runs."""
+    longest = min(6, model.max_length)
+    ids = [number % model.body.n_embeddings for number in range(longest)]
+    texts = [EncodedText(tuple(ids[:length]), 0, 0) for length in (max(1, longest // 2), longest)]
+    streams = []
+    for some in (texts[:1], texts):
+        batch = TokenBatch.from_texts(some, range(len(some)), pad_token_id=None, device=model.device)
+        streams.append(batch.gather_last(model.residual(batch))[0].double())
+    off = float((streams[1] - streams[0]).abs().max() / streams[0].abs().max().clamp(min=1e-12))
+    if off > _PADDING_TOLERANCE.get(model.dtype, 1e-4):
+        raise ModelError(
+            f"model: padding behind a text changes its residual stream by {off:.1e} of its size, so a text would "
+            f"get another reward in a batch than alone. The attention of this {type(model.body.module).__name__} is "
+            "not causal, as in an encoder; this library reads models with causal attention."
+        )
+
+
+def _require_same_rewards(model: RewardModel, opened: Checkpoint) -> None:
+    """Compare a converted model with transformers on one short text; `ModelError` if the rewards differ."""
+    assert opened.head is not None
+    batch = probe_batch(min(12, model.max_length, model.body.n_embeddings), model.device)
+    base: Any = opened.base
+    with torch.no_grad(), eager_eval(base.modules()):
+        residual = run_base(base, batch)[0, -1].to(model.reward_dtype)
+        expected = float(residual @ opened.head.weight.to(residual) + opened.head.bias)
+        difference = abs(float(model.forward(batch)[0]) - expected)
+    # Half precision rounds every layer to 3 or 2 digits, in another order after a conversion.
+    tolerance = (1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2) * max(1.0, abs(expected))
+    if not difference <= tolerance:
+        raise ModelError(
+            f"{opened.name}: as a {type(model.model).__name__} it gets rewards that differ by {difference:.1e} from "
+            "transformers'. TransformerLens converts this architecture in another way; open it without model_class and "
+            "process_weights."
+        )
+
+
+def _make(
+    kind: type[_Model],
+    body: Body,
+    head: LinearHead | None,
+    tokenizer: Any,
+    pad_token_id: int | None,
+    options: RunOptions,
+    checkpoint: Checkpoint | None = None,
+) -> _Model:
+    # Not `kind(...)`: `RewardHead` is made from what users have.
+    model = kind.__new__(kind)
+    RewardModel.__init__(
+        model, body, head, tokenizer=tokenizer, pad_token_id=pad_token_id, checkpoint=checkpoint, **options
+    )
+    if checkpoint is None:
+        require_hidden_padding(model)
+    return model
+
+
+def _width(body: Body) -> int:
+    cfg: Any = body.model.cfg
+    return int(cfg.d_model)

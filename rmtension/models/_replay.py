@@ -1,0 +1,131 @@
+"""Running a model again from one of its layers on, with everything below it as it was."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rmtension.data._tokens import TokenBatch, running
+from rmtension.errors import ModelError
+from rmtension.models._hooks import Call, Hook, HookSite, InstalledHooks, all_fire, eager_eval, recorded_calls
+from rmtension.models._reward_model import RewardModel
+
+
+class Replay:
+    """One batch that a model has run, kept so that its upper layers can run again.
+
+    Making it costs one forward pass; `rewards_from(layer)` costs the blocks from `layer` on and the final norm, hooks
+    on them included. Memory: the residual stream before every block, and the activations of `sites`.
+
+    Only transformers' own modules can run one by one. Where they do not run (a HookedTransformer, a bridge that the
+    user hooked), a block runs more than once, or blocks leave things for one another in an argument that they share
+    (Gemma-4's keys and values), `is_partial` is False, `rewards_from` runs the whole model, and it
+    takes no other stream.
+
+    Args:
+        head: the model.
+        batch: the texts.
+        sites: activations to keep in `activations[site, layer]`, [row, token, channel].
+    """
+
+    def __init__(self, head: RewardModel, batch: TokenBatch, sites: Sequence[str] = ()) -> None:
+        self.head = head
+        self.batch = batch
+        self.is_partial = head.body.runs_native
+        self.activations: dict[tuple[str, int], Float[Tensor, "row token channel"]] = {}
+        self._streams: dict[int, Tensor] = {}
+        self._blocks: list[nn.Module] = []
+        n_runs = [0] * head.n_layers
+        hooks: list[tuple[HookSite, Hook]] = [
+            (hook_site, partial(self._keep, site, layer))
+            for site in sites
+            for layer in range(head.n_layers)
+            for hook_site in head.body.hook_sites(site, layer)
+        ]
+        if self.is_partial:
+            self._blocks = [head.body.block(layer) for layer in range(head.n_layers)]
+            stream = [*self._blocks, head.body.final_norm]
+            hooks += [
+                (HookSite(module, "input"), partial(self._keep_stream, number, n_runs))
+                for number, module in enumerate(stream)
+            ]
+        with InstalledHooks(hooks), recorded_calls(self._blocks) as calls, torch.no_grad():
+            self.rewards: Float[Tensor, "text"] = head.forward(batch)
+        # A block that runs twice for one text is not replayed by running it once.
+        self.is_partial = self.is_partial and n_runs == [1] * head.n_layers
+        self._calls: list[Call] = [calls[block] for block in self._blocks]
+        # What blocks hand to one another beside the stream would be that of another run.
+        self.is_partial = self.is_partial and all(_is_fixed((args, *named.values())) for args, named in self._calls)
+
+    def stream(self, layer: int) -> Float[Tensor, "row token d_model"]:
+        """The residual stream before the block of `layer`, or before the final norm at `n_layers`."""
+        self._require_partial()
+        return self._streams[layer]
+
+    def rewards_from(
+        self, layer: int, stream: Float[Tensor, "row token d_model"] | None = None
+    ) -> Float[Tensor, "text"]:
+        """The rewards when the blocks from `layer` on run on `stream`, by default on what they ran on before.
+
+        With gradients where the caller's grad mode has them.
+        """
+        if not self.is_partial and stream is None:
+            return self.head.forward(self.batch)
+        state = self.stream(layer) if stream is None else stream
+        body = self.head.body
+        modules, layers = list(body.modules()), range(layer, self.head.n_layers)
+        with (
+            running(self.batch),
+            eager_eval(modules),
+            all_fire(modules, layers),
+            body.last_mlp_at_last_tokens(self.batch),
+        ):
+            for number in layers:
+                state = self._run_block(number, state)
+            return self.read(self.batch.gather_last(state))
+
+    def run_block(self, layer: int, stream: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"]:
+        """What one block makes of `stream`."""
+        self._require_partial()
+        modules = list(self.head.body.modules())
+        with running(self.batch), eager_eval(modules), all_fire(modules, range(layer, layer + 1)):
+            return self._run_block(layer, stream)
+
+    def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
+        """The rewards of what the blocks left at the last token: final norm and head."""
+        self._require_partial()
+        return self.head.read(self.head.body.final_norm(last[:, None])[:, 0])
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _run_block(self, layer: int, stream: Tensor) -> Tensor:
+        args, kwargs = self._calls[layer]
+        output: Any = self._blocks[layer](stream, *args[1:], **kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def _require_partial(self) -> None:
+        if not self.is_partial:
+            raise ModelError(
+                "replay: only transformers' own modules run one by one. Open the model without model_class and "
+                "process_weights, and remove your hooks from head.model."
+            )
+
+    def _keep(self, site: str, layer: int, activation: Tensor) -> None:
+        self.activations[site, layer] = activation.detach().reshape(*self.batch.input_ids.shape, -1)
+
+    def _keep_stream(self, number: int, n_runs: list[int], stream: Tensor) -> None:
+        # Of several, the last: some families run their final norm on the embedding too.
+        self._streams[number] = stream.detach()
+        if number < len(n_runs):
+            n_runs[number] += 1
+
+
+def _is_fixed(value: object) -> bool:
+    """Whether an argument is nothing that a block could put something into."""
+    if isinstance(value, tuple):
+        return all(map(_is_fixed, value))
+    return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype))

@@ -1,0 +1,309 @@
+"""A reward model that runs: residual stream, rewards, hooks on its neurons, and what identifies it.
+
+`rmtension.RewardHead` is this class with the ways of opening, scoring and saving. Everything that runs a model (passes,
+ablation, attribution) takes this class.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
+from functools import cached_property, partial
+from importlib.metadata import version
+from typing import Any, Unpack
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
+from rmtension.data._encoding import EncodedPairs, encode_pairs
+from rmtension.data._pairs import PreferencePairs
+from rmtension.data._tokens import TokenBatch, running
+from rmtension.distributed import current
+from rmtension.errors import ModelError
+from rmtension.models._adapters import active_head
+from rmtension.models._bodies import Body
+from rmtension.models._checkpoints import Checkpoint
+from rmtension.models._heads import LinearHead
+from rmtension.models._hooks import (
+    AllSeen,
+    InstalledHooks,
+    all_fire,
+    count_foreign_hooks,
+    eager_eval,
+    has_own_hooks,
+    is_placed,
+)
+from rmtension.models._run_options import RunOptions, check_run_options, usable_length
+from rmtension.models._site_widths import measure_sites
+from rmtension.sites import find_site
+from rmtension.store._provenance import Provenance, fingerprint
+
+
+class RewardModel:
+    """A body that runs, in eval mode whatever mode it is in, its tokenizer, its neurons, and the linear head on it.
+
+    The reward of a text is `weight @ h + bias`, h the residual stream after the final norm at the last token.
+    Nothing here changes the model.
+
+    Args:
+        body: the model, and where its neurons are.
+        head: None for a language model, which is run for its activations.
+        tokenizer: None for a model that gets token ids alone.
+        pad_token_id: skipped at the end of a text; None skips nothing.
+        checkpoint: what the model was made from; None for a model of the user's own.
+        **options: `rmtension.models.RunOptions`.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        head: LinearHead | None,
+        *,
+        tokenizer: Any,
+        pad_token_id: int | None,
+        checkpoint: Checkpoint | None = None,
+        **options: Unpack[RunOptions],
+    ) -> None:
+        self.model = body.model
+        self.tokenizer = tokenizer
+        self.pad_token_id = pad_token_id
+        self.body = body
+        self.checkpoint = checkpoint
+        parameter = next(self.body.module.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        cfg: Any = self.model.cfg
+        self.n_layers, self.n_heads, self.d_model = int(cfg.n_layers), int(cfg.n_heads), int(cfg.d_model)
+        check_run_options(options)
+        context, asked = int(cfg.n_ctx), options.get("max_length")
+        self.max_length = usable_length(asked, context=context, stable_up_to=body.stable_up_to)
+        self.tokens_per_batch = options.get("tokens_per_batch")
+        self.truncate_response = options.get("truncate_response", False)
+        self.on_nonfinite = options.get("on_nonfinite", "raise")
+        if tokenizer is not None and len(tokenizer) > self.body.n_embeddings:
+            raise ModelError(
+                f"tokenizer: it has {len(tokenizer)} tokens, the model's embedding has {self.body.n_embeddings} rows. "
+                "Pass the tokenizer that the model was trained with; where tokens were added since, call "
+                "model.resize_token_embeddings(len(tokenizer)) and save the model."
+            )
+        with eager_eval(self.body.modules()):
+            self._widths, self._missing, self._runs_once = measure_sites(self.body, self.n_layers, self.device)
+        self.weight: Float[Tensor, "d_model"] | None = None
+        self.bias = 0.0
+        if head is not None:
+            # No more digits than rewards have: some devices know no float64, which arrays and lists come in.
+            dtype = self.reward_dtype if head.weight.dtype == torch.float64 else head.weight.dtype
+            self.weight, self.bias = head.weight.to(self.device, dtype, copy=True), head.bias
+        self._fingerprint: tuple[object, str] | None = None
+        self._head_state: object = None
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def run_options(self) -> RunOptions:
+        """What was said when it was opened, to open another model alike."""
+        return {
+            "max_length": self.max_length,
+            "tokens_per_batch": self.tokens_per_batch,
+            "truncate_response": self.truncate_response,
+            "on_nonfinite": self.on_nonfinite,
+        }
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites that this model has in every layer; a mixture of experts has no `mlp`."""
+        return sorted(self._widths)
+
+    def n_neurons(self, site: str) -> int:
+        """Neurons per layer at `site`: hidden units of the MLP, or attention heads."""
+        channels = self.n_channels(site)
+        return self.n_heads if site == "attn_head" else channels
+
+    def n_channels(self, site: str) -> int:
+        """Columns per layer at `site`: one per neuron for `mlp` and `mlp_gate`, `d_head` per head for `attn_head`."""
+        if find_site(site).name in self._missing:
+            raise self._missing[site]
+        return self._widths[site]
+
+    @property
+    def reward_dtype(self) -> torch.dtype:
+        """What rewards and sums are computed in: float32, or float64 for a model in float64."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def architecture(self) -> str:
+        """Family, layers and widths: what makes neuron (l, j) of two models the same place."""
+        cfg: Any = self.model.cfg
+        config = getattr(getattr(self.model, "original_model", None), "config", None)
+        family = getattr(config, "model_type", None) or str(getattr(cfg, "original_architecture", "") or "transformer")
+        for suffix in ("lmheadmodel", "forcausallm", "_"):
+            family = family.lower().replace(suffix, "")
+        mlp, heads = (self._widths.get(site, 0) for site in ("mlp", "attn_head"))
+        return f"{family}-{self.n_layers}x{mlp}-heads{self.n_heads}x{heads // self.n_heads}-d{self.d_model}"
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over every weight and the head; reads all weights, once until one changes.
+
+        A change through `parameter.data`, which PyTorch does not count, is not seen: edit under `torch.no_grad()`.
+        """
+        parameters = [*self.body.module.parameters(), *([] if self.weight is None else [self.weight])]
+        state = (self.bias, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            self._fingerprint = (state, fingerprint(parameters, self.architecture, self.bias))
+        return self._fingerprint[1]
+
+    def provenance(
+        self, digest: str, n_pairs: int, n_tokens: int, *, site: str, positions: str, method: str
+    ) -> Provenance:
+        """What a result that this model computes from some tokens of the pairs with `digest` has to carry."""
+        return Provenance(
+            architecture=self.architecture,
+            model=self.fingerprint,
+            site=site,
+            positions=positions,
+            method=method,
+            dtype=str(self.dtype).removeprefix("torch."),
+            data=digest[:16],
+            n_pairs=n_pairs,
+            n_tokens=n_tokens,
+            version=version("rmtension"),
+        )
+
+    @cached_property
+    def setup_digest(self) -> str:
+        """32 hexadecimal digits over what else the model computes with: tokenizer, config and limits."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        config = getattr(getattr(self.model, "original_model", None), "config", None)
+        parts = [
+            str(self.dtype),
+            self.device.type,
+            self.max_length,
+            self.pad_token_id,
+            None if backend is None else backend.to_str(),
+            str(getattr(self.tokenizer, "chat_template", None)),
+            str(self.model.cfg) if config is None else config.to_json_string(),
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.architecture}, {self.dtype}, {self.device})"
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
+        """Run the blocks and the final norm, not the vocabulary projection, with every hook firing."""
+        modules = list(self.body.modules())
+        with running(batch), eager_eval(modules), all_fire(modules):
+            return self.body.residual(batch)
+
+    @torch.no_grad()
+    def rewards(self, batch: TokenBatch) -> Float[Tensor, "text"]:
+        """The rewards of one batch on its device, without gradients and without what no reward needs."""
+        with self.body.last_mlp_at_last_tokens(batch):
+            return self.forward(batch)
+
+    def forward(self, batch: TokenBatch) -> Float[Tensor, "text"]:
+        """The rewards of one batch on its device, with gradients where the caller's grad mode has them."""
+        self._require_same_head()
+        return self.read(batch.gather_last(self.residual(batch)))
+
+    def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
+        """The rewards that the head reads from the residual stream after the final norm, at the last token."""
+        exact = last.to(self.reward_dtype)
+        # A product with a matrix would round equal rows differently, and identical responses would not tie.
+        return (exact * self.require_weight().to(exact)).sum(dim=-1) + self.bias
+
+    def require_weight(self) -> Float[Tensor, "d_model"]:
+        """The head's row; raises `ModelError` for a head without a reward."""
+        if self.weight is None:
+            raise ModelError(
+                "This head was opened as a language model and has no reward. Use RewardHead.from_pretrained on a "
+                "reward model."
+            )
+        return self.weight
+
+    def hooks(
+        self,
+        site: str,
+        visit: Callable[[int, Tensor], Tensor | None],
+        layers: Iterable[int] | None = None,
+        *,
+        any_tokens: bool = False,
+    ) -> InstalledHooks:
+        """A context in which `visit(layer, activation)` sees, and may replace, the activation at `site`.
+
+        The activation is what the projection below reads (for `mlp_gate` the factor act(gate) of it): [row, token,
+        channel], or with the first two flattened, or with the last split into heads, as the model's family has it. A
+        row is a text, or several that share a prefix (`docs/performance.md`). With `any_tokens` the visit takes
+        whatever tokens there are: in the last block those that rewards are read from may be all.
+        """
+        self.n_channels(site)  # raises where the model has no such site
+        chosen = range(self.n_layers) if layers is None else layers
+        return InstalledHooks(
+            [(hook_site, partial(visit, layer)) for layer in chosen for hook_site in self.body.hook_sites(site, layer)],
+            any_tokens=any_tokens,
+        )
+
+    @torch.no_grad()
+    def observe(self, batch: TokenBatch, sites: Sequence[str], visit: Callable[[str, int, Tensor], None]) -> None:
+        """Run a batch as far as `visit(site, layer, activation)` has seen the activations of some sites in all layers.
+
+        Activations are [row, token, channel]. Where the model runs through transformers' own modules and nobody else
+        looks, nothing above the last of them is computed.
+        """
+        body = self.body
+        left = set(sites)
+        # Nobody else looks, and accelerate has nothing to put back.
+        may_stop = self._runs_once and body.runs_native and not has_own_hooks(body.modules())
+        may_stop = may_stop and not count_foreign_hooks(body.module) and not is_placed(body.modules())
+
+        def look(site: str, layer: int, activation: Tensor) -> None:
+            visit(site, layer, activation.reshape(*batch.input_ids.shape, -1))
+            if layer == self.n_layers - 1:
+                left.discard(site)
+                if may_stop and not left:
+                    raise AllSeen
+
+        with ExitStack() as hooks, suppress(AllSeen):
+            for site in left.copy():
+                hooks.enter_context(self.hooks(site, partial(look, site)))
+            self.residual(batch)
+
+    def encode(self, pairs: PreferencePairs) -> EncodedPairs:
+        """Tokens of both texts of every pair, within `max_length`."""
+        return encode_pairs(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
+
+    def tokens_together(self, *, keeps_layers: bool = False) -> int:
+        """How many tokens run together: what the user said, or what pays off and fits into memory.
+
+        `keeps_layers` says that something of every layer is kept, for gradients or to run again. The same in all
+        processes that share the work.
+        """
+        if self.tokens_per_batch is not None:
+            return self.tokens_per_batch
+        enough, free = enough_tokens(self.device), free_bytes(self.device)
+        if free is not None:
+            fitting = tokens_that_fit(
+                free,
+                n_layers=self.n_layers if keeps_layers else 1,
+                d_model=self.d_model,
+                d_mlp=self._widths.get("mlp", 4 * self.d_model),
+                itemsize=self.dtype.itemsize,
+            )
+            enough = min(enough, fitting)
+        return current().least(enough)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _require_same_head(self) -> None:
+        """`Checkpoint.require_same_head`, where a parameter of the score layer may have changed since the last look."""
+        classifier = None if self.checkpoint is None else self.checkpoint.classifier
+        if classifier is None:
+            return
+        state = tuple((id(one), one._version) for one in active_head(classifier.score).parameters())
+        if state != self._head_state:
+            assert self.checkpoint is not None
+            self.checkpoint.require_same_head()
+            self._head_state = state

@@ -1,0 +1,98 @@
+"""Rotary embeddings that depend on the longest text of a batch, computed for each text as if it ran alone.
+
+A model with longrope has two sets of frequencies, and takes the second one for the whole batch as soon as one row is
+longer than the context it was pretrained with. The reward of a short text would then depend on its company.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from rmtension.data._tokens import TokenBatch
+from rmtension.models._hooks import copy_without_hooks, on_calls
+
+
+class RopeByText:
+    """The rotary modules of a base model of transformers whose output depends on the largest position they get.
+
+    `same_up_to` is the longest row at which nothing depends on it: texts up to it may share a row.
+
+    Args:
+        modules: those that may run.
+        run: runs the model once, on any text; what the modules are called with is tried with other positions.
+        context: tokens of the longest text.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], run: Callable[[], object], context: int) -> None:
+        candidates = [module for module in modules if any("inv_freq" in name for name in module._buffers)]
+        limits: dict[nn.Module, int] = {}
+
+        def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: object) -> None:
+            limits[module] = min(_same_up_to(module, args, kwargs, context), limits.get(module, context))
+
+        if candidates:
+            with on_calls(candidates, measure):
+                run()
+        self._modules = [module for module, limit in limits.items() if limit < context]
+        self.same_up_to = min(limits.values(), default=context)
+
+    @contextmanager
+    def for_texts(self, batch: TokenBatch) -> Iterator[None]:
+        """While the model runs on `batch`, every row gets the embeddings that it would get alone."""
+        lengths = batch.input_ids.new_zeros(len(batch.input_ids))
+        lengths[batch.rows] = batch.mask.sum(dim=1)
+        # Packed rows are no longer than `same_up_to`, all of them.
+        is_same = int(lengths.max()) <= self.same_up_to or bool((lengths == lengths[0]).all())
+        if is_same or batch.position_ids is not None:
+            yield
+            return
+        with on_calls(self._modules, partial(self._by_row, lengths)):
+            yield
+
+    def _by_row(
+        self, lengths: Int[Tensor, "row"], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """What the module gives when it is called for the rows of each length by themselves."""
+        call = inspect.signature(module.forward).bind(*args, **kwargs)
+        positions = call.arguments["position_ids"]
+        parts = output if isinstance(output, tuple) else (output,)
+        merged = [part.expand(len(lengths), *part.shape[1:]).clone() for part in parts]
+        same = lengths.clamp(min=self.same_up_to)
+        for length in sorted(set(same.tolist())):
+            rows = (same == length).nonzero()[:, 0]
+            width = int(lengths[rows].max())
+            call.arguments["position_ids"] = positions[:1, :width]
+            alone = module.forward(*call.args, **call.kwargs)
+            for whole, part in zip(merged, alone if isinstance(alone, tuple) else (alone,), strict=True):
+                whole[rows.to(whole.device), :width] = part
+        return tuple(merged) if isinstance(output, tuple) else merged[0]
+
+
+def _same_up_to(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: int) -> int:
+    """The longest row, of at most `context` tokens, at which position 1 is embedded as in a row of two tokens."""
+    call = inspect.signature(module.forward).bind(*args, **kwargs)
+    positions = call.arguments.get("position_ids")
+    if not isinstance(positions, Tensor) or context < 3:
+        return context
+    # A copy, because a call leaves the frequencies of its row in the module.
+    tried: Any = copy_without_hooks(module)
+
+    def embedded(last: int) -> Tensor:
+        call.arguments["position_ids"] = positions.new_tensor([[1, last]])
+        output = tried.forward(*call.args, **call.kwargs)
+        return torch.stack([part[0, 0] for part in (output if isinstance(output, tuple) else (output,))])
+
+    short = embedded(1)
+    if torch.equal(embedded(context - 1), short):
+        return context
+    low, high = 2, context
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if torch.equal(embedded(middle - 1), short) else (low, middle)
+    return low

@@ -1,0 +1,69 @@
+"""What is said once, when a model is opened: how long texts may be, and what happens to texts that cannot be run."""
+
+from collections.abc import Mapping
+from typing import Literal, TypedDict
+
+from rmtension._arguments import nearest, require_choice
+from rmtension.errors import OptionError
+
+ON_NONFINITE = ("raise", "skip")
+
+
+class RunOptions(TypedDict, total=False):
+    """How an open model runs texts; every way of opening one takes these.
+
+    Attributes:
+        max_length: tokens per text; by default, and at most, the model's context. A prompt that is too long is cut from
+            the left, and counted.
+        tokens_per_batch: how many tokens run together; by default 4,096 on a CPU, 32,768 on another device, or fewer
+            where activations would take more than half of the free memory (`docs/performance.md`).
+        truncate_response: what to do with a response that does not fit into `max_length` by itself. False (the default)
+            raises `DataError`; True cuts its end, and counts it.
+        on_nonfinite: what to do with a pair that produces NaN or infinity. "raise" (the default) raises `ModelError`
+            with the pair's id and the layer or weight that produced it; "skip" leaves the pair out of the result, whose
+            provenance has its id.
+    """
+
+    max_length: int | None
+    tokens_per_batch: int | None
+    truncate_response: bool
+    on_nonfinite: Literal["raise", "skip"]
+
+
+def usable_length(max_length: int | None, *, context: int, stable_up_to: int | None) -> int:
+    """The most tokens that a text may have; raises `OptionError` where the model cannot run so many.
+
+    A model with `stable_up_to` gives longer texts another reward in a batch than alone.
+    """
+    if max_length is not None and not 0 < max_length <= context:
+        raise OptionError(f"max_length: expected 1 to {context} (the model's context), got {max_length}.")
+    usable = max_length or context
+    if stable_up_to is not None and usable > stable_up_to:
+        raise OptionError(
+            f"max_length: expected at most {stable_up_to}, got {usable}: one longer text changes the rotary positions "
+            "of its whole batch (use_dynamic_ntk_rope), so that a text would get another reward in company. Pass "
+            f"max_length={stable_up_to}."
+        )
+    return usable
+
+
+def check_run_options(options: Mapping[str, object]) -> None:
+    """Raise `OptionError` for an unknown option, or a value that no model allows."""
+    known = sorted(RunOptions.__annotations__)
+    for name in options:
+        if name not in known:
+            raise OptionError(f"options: expected some of {known}, got {name!r}.{nearest(name, known)}")
+    tokens = options.get("tokens_per_batch")
+    if tokens is not None and not (isinstance(tokens, int) and tokens >= 1):
+        raise OptionError(f"tokens_per_batch: expected a positive number, got {tokens!r}.")
+    cuts = options.get("truncate_response", False)
+    if not isinstance(cuts, bool):
+        raise OptionError(f"truncate_response: expected True or False, got {cuts!r}.")
+    require_choice("on_nonfinite", options.get("on_nonfinite", "raise"), ON_NONFINITE)
+
+
+def run_options_of(options: Mapping[str, object]) -> RunOptions:
+    """Those of the options that say how the open model runs; raises `OptionError` for a value that no model allows."""
+    found = {name: options[name] for name in RunOptions.__annotations__ if name in options}
+    check_run_options(found)
+    return found  # type: ignore[return-value]

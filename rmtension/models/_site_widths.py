@@ -1,0 +1,79 @@
+"""Which sites a model has, and how wide they are: read off one token's run."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rmtension.errors import ModelError
+from rmtension.models._bodies import Body
+from rmtension.models._hooks import Hook, HookSite, InstalledHooks
+from rmtension.models._native_run import probe_batch
+from rmtension.sites import SITES
+
+
+def measure_sites(
+    body: Body, n_layers: int, device: torch.device
+) -> tuple[dict[str, int], dict[str, ModelError], bool]:
+    """Channels per layer of every site, why a site is not there, and whether every layer runs once.
+
+    The widths are read off one token's run: configs do not always tell (OPT's does not).
+    """
+    shapes: dict[tuple[str, int], int] = {}
+    missing: dict[str, ModelError] = {}
+    hooks: list[tuple[HookSite, Hook]] = []
+    projected = [name for name, site in SITES.items() if site.factor_of is None]
+
+    runs_once = True
+
+    def record(site: str, layer: int, activation: Tensor) -> None:
+        nonlocal runs_once
+        runs_once &= (site, layer) not in shapes
+        shapes[site, layer] = activation.numel()
+
+    for name in projected:
+        try:
+            hook_sites = [
+                (hook_site, partial(record, name, layer))
+                for layer in range(n_layers)
+                for hook_site in body.hook_sites(name, layer)
+            ]
+        except ModelError as error:
+            missing[name] = error
+        else:
+            hooks += hook_sites
+    try:
+        with InstalledHooks(hooks), torch.no_grad():
+            body.residual(probe_batch(1, device))
+    except Exception as error:  # whatever a conversion that went wrong runs into
+        raise ModelError(
+            f"model: this {type(body.module).__name__} does not run ({type(error).__name__}: {error}). With processed "
+            "weights or a HookedTransformer, try dtype=torch.float32, or open it without them."
+        ) from error
+    found = {}
+    for name in set(projected) - set(missing):
+        widths = {shapes.get((name, layer)) for layer in range(n_layers)}
+        silent = [layer for layer in range(n_layers) if (name, layer) not in shapes]
+        if silent:
+            missing[name] = ModelError(
+                f"site {name!r}: hooks on the projection of layer {silent[0]} do not fire, because the model does not "
+                "call it as a module. Restore the module's own forward (`del module.forward` where it was replaced on "
+                "the instance), and open the model again."
+            )
+        elif len(widths) > 1:
+            missing[name] = ModelError(f"site {name!r}: expected one width in all {n_layers} layers, got {widths}.")
+        else:
+            found[name] = shapes[name, 0]
+    # Last, because finding them runs the model, which has now been seen to run.
+    for name, site in SITES.items():
+        if site.factor_of in missing:
+            missing[name] = ModelError(
+                f"site {name!r} has the neurons of {site.factor_of!r}. {missing[site.factor_of]}"
+            )
+        elif site.factor_of is not None:
+            try:
+                _ = [body.hook_sites(name, layer) for layer in range(n_layers)]
+                found[name] = found[site.factor_of]
+            except ModelError as error:
+                missing[name] = error
+    return found, missing, runs_once

@@ -1,0 +1,201 @@
+"""How far top sets coincide, beside what chance gives, and where in the model they lie."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy import stats
+from torch import Tensor
+
+from rmtension.evaluation._intervals import check_level, percentile_interval
+from rmtension.neurons._neuron_scores import N_BLOCKS, NeuronScores, top_size
+from rmtension.neurons._neuron_set import NeuronSet
+from rmtension.neurons._signs import ranked
+
+_BASE = "base model"  # no model of a study has a space in its name
+# Scores held at a time while resampling.
+_RESAMPLED_AT_A_TIME = 4_000_000
+_THIRDS = ("early", "middle", "late")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How far two sets of neurons coincide.
+
+    `jaccard` is |A & B| / |A | B|, `coefficient` |A & B| / min(|A|, |B|). Under chance B is a random set of its size
+    among `n_neurons`, so that |A & B| is hypergeometric: `expected_jaccard` is the mean of the Jaccard index then,
+    `p_value` the probability of an intersection at least as large. Top sets crowd in some layers of every model,
+    trained or not, and overlap for that alone: `layer_expected_jaccard` and `layer_p_value` are the same for a B that
+    is random within each layer, with as many neurons there as it has. `beyond_chance` is the Jaccard index minus that
+    expectation; its interval, `beyond_low` to `beyond_high`, covers 0 when the intersection lies within the central
+    `level` (95%) of what chance gives in each layer (mid-p, because counts are discrete).
+    """
+
+    size_a: int
+    size_b: int
+    intersection: int
+    n_neurons: int
+    jaccard: float
+    coefficient: float
+    expected_jaccard: float
+    p_value: float
+    layer_expected_jaccard: float
+    layer_p_value: float
+    beyond_chance: float
+    beyond_low: float
+    beyond_high: float
+
+    @classmethod
+    def of(cls, a: NeuronSet, b: NeuronSet, *, exclude: NeuronSet | None = None, level: float = 0.95) -> "Overlap":
+        """The overlap of `a` and `b`; `exclude` removes its neurons from both sets and from the universe first.
+
+        A Jaccard index or coefficient of empty sets is NaN: undefined, not 0.
+
+        Examples:
+            >>> a, b = scores.top(k=6), organism.truth["helpful"] | organism.truth["decoy"]
+            >>> overlap = Overlap.of(a, b)
+            >>> overlap.intersection, overlap.jaccard, round(overlap.expected_jaccard, 3)
+            (2, 0.25, 0.058)
+        """
+        free = torch.ones_like(a.mask) if exclude is None else ~exclude.mask
+        if exclude is not None:
+            a, b = a - exclude, b - exclude
+        sizes = np.array([free.sum(1).tolist(), a.n_per_layer, b.n_per_layer])
+        total = int(sizes[0].sum())
+        common, union, smaller = len(a & b), len(a | b), min(len(a), len(b))
+        anywhere = _chance(sizes.sum(axis=1, keepdims=True))
+        by_layer = _chance(sizes)
+        hits = np.arange(smaller + 1)
+        jaccards = hits / np.maximum(len(a) + len(b) - hits, 1)
+        expected = float(by_layer @ jaccards) if union else np.nan
+        jaccard = common / union if union else np.nan
+        low, high = np.interp(_central_hits(by_layer, level), hits, jaccards) if union else (np.nan, np.nan)
+        return cls(
+            size_a=len(a),
+            size_b=len(b),
+            intersection=common,
+            n_neurons=total,
+            jaccard=jaccard,
+            coefficient=common / smaller if smaller else np.nan,
+            expected_jaccard=float(anywhere @ jaccards) if union else np.nan,
+            p_value=float(anywhere[common:].sum()),
+            layer_expected_jaccard=expected,
+            layer_p_value=float(by_layer[common:].sum()),
+            beyond_chance=jaccard - expected,
+            beyond_low=jaccard - float(high),
+            beyond_high=jaccard - float(low),
+        )
+
+
+def _chance(sizes: Int[np.ndarray, "3 layer"]) -> Float[np.ndarray, "size"]:
+    """Probability of every intersection from 0 to the smaller set's size; rows: neurons, |A| and |B| of each layer."""
+    whole = np.ones(1)
+    for total, size_a, size_b in sizes.T.tolist():
+        hits = np.arange(min(size_a, size_b) + 1)
+        whole = np.convolve(whole, stats.hypergeom(total, size_a, size_b).pmf(hits))
+    padded = np.zeros(int(min(sizes[1].sum(), sizes[2].sum())) + 1)
+    padded[: len(whole)] = whole
+    return padded
+
+
+def _central_hits(probabilities: Float[np.ndarray, "size"], level: float) -> Float[np.ndarray, "2"]:
+    """The ends of the central `level` of a count, read off the mid-distribution function between its steps."""
+    middle = np.cumsum(probabilities) - probabilities / 2
+    steps = np.flatnonzero(probabilities > 0)
+    ends: Float[np.ndarray, "2"] = np.interp([(1 - level) / 2, (1 + level) / 2], middle[steps], steps)
+    return ends
+
+
+def jaccard_intervals(
+    scores: Mapping[str, NeuronScores],
+    *,
+    fraction: float,
+    rank_by: str = "magnitude",
+    rank_within: str = "model",
+    cut_rule: str = "exact",
+    base: NeuronScores | None = None,
+    level: float = 0.95,
+    n_resamples: int = 500,
+    seed: int = 0,
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """Intervals of the Jaccard index of every two top sets over prompts: how much other prompts would move it.
+
+    Every resample of the blocks of prompts ranks the neurons of all models anew. Resampling adds noise, which lowers
+    overlap, so the resamples are shifted to have the observed value as their mean; ends are kept within [0, 1]. With a
+    `base`, its own top set is taken out of both, resampled too. Ends are NaN where one block holds all prompts of a
+    model, so that nothing is known of others. No model pass.
+
+    Examples:
+        >>> other = NeuronAttribution(head, "gradient_x_activation").score(pairs["harmless"])
+        >>> found = jaccard_intervals({"helpful": scores, "harmless": other}, fraction=0.125)
+        >>> [round(end, 2) for end in found["helpful", "harmless"]]
+        [0.5, 0.5]
+    """
+    check_level(level)
+    named = dict(scores) | ({} if base is None else {_BASE: base})
+    one, *others = named.values()
+    for other in others:
+        one.provenance.require_same(other.provenance, ("architecture", "site"), what="jaccard_intervals")
+    if any(one.without_block is not None and bool(one.without_block.isnan().any()) for one in named.values()):
+        return dict.fromkeys(combinations(scores, 2), (math.nan, math.nan))
+    counts = np.random.default_rng(seed).multinomial(N_BLOCKS, np.full(N_BLOCKS, 1 / N_BLOCKS), size=n_resamples)
+    # Row 0 is the observed data: every block once.
+    draws = torch.from_numpy(np.vstack([np.ones((1, N_BLOCKS)), counts])).double()
+    jaccards: dict[tuple[str, str], list[Tensor]] = {pair: [] for pair in combinations(scores, 2)}
+    n_neurons = next(iter(scores.values())).values.numel()
+    for part in torch.split(draws, max(1, _RESAMPLED_AT_A_TIME // n_neurons)):
+        tops = {
+            name: _resampled_tops(one, part, fraction, rank_by, rank_within, cut_rule) for name, one in named.items()
+        }
+        for (a, b), found in jaccards.items():
+            first, second = tops[a], tops[b]
+            if base is not None:
+                first, second = first & ~tops[_BASE], second & ~tops[_BASE]
+            # An empty union has no Jaccard index; 0 / 1 keeps the quantiles defined.
+            found.append((first & second).sum(1).double() / (first | second).sum(1).clamp(min=1))
+    intervals = {}
+    for pair, found in jaccards.items():
+        observed, resamples = float(torch.cat(found)[0]), torch.cat(found)[1:].numpy()
+        low, high = percentile_interval(resamples - resamples.mean() + observed, level)
+        intervals[pair] = (max(0.0, low), min(1.0, high))
+    return intervals
+
+
+def _resampled_tops(
+    scores: NeuronScores,
+    counts: Float[Tensor, "resample block"],
+    fraction: float,
+    rank_by: str,
+    rank_within: str,
+    cut_rule: str,
+) -> Bool[Tensor, "resample place"]:
+    """The top set in every resample; ties are broken by place, silently: a resample is no result."""
+    values = ranked(scores.resampled(counts), rank_by, scores.provenance)
+    values = values if rank_within == "layer" else values.flatten(1)
+    if cut_rule == "percentile":
+        cuts = np.percentile(values.numpy(), 100 * (1 - fraction), axis=-1, keepdims=True)
+        return (values >= torch.from_numpy(cuts)).flatten(1)
+    size = top_size(fraction, values.shape[-1])
+    mask = torch.zeros(values.shape, dtype=torch.bool)
+    order = torch.argsort(values, dim=-1, descending=True, stable=True)[..., :size]
+    return mask.scatter_(-1, order, torch.ones(order.shape, dtype=torch.bool)).flatten(1)
+
+
+def depth_thirds(neurons: NeuronSet) -> dict[str, float]:
+    """Share of the set in the early, middle and late third of the model's layers (NaN for an empty set).
+
+    Layer l of L belongs to third floor(3 l / L).
+
+    Examples:
+        >>> depth_thirds(neurons)
+        {'early': 0.5, 'middle': 0.5, 'late': 0.0}
+    """
+    layers = neurons.mask.shape[0]
+    counts = dict.fromkeys(_THIRDS, 0)
+    for layer, n in enumerate(neurons.n_per_layer):
+        counts[_THIRDS[3 * layer // layers]] += n
+    return {third: n / len(neurons) if len(neurons) else np.nan for third, n in counts.items()}

@@ -1,0 +1,371 @@
+"""Activation statistics of every neuron over preference pairs, in one streaming pass."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rmtension._arguments import require_arguments
+from rmtension._repr_html import N_ROWS, html_table
+from rmtension.data._encoding import EncodedText
+from rmtension.data._pair import PreferencePair
+from rmtension.data._pairs import PreferencePairs
+from rmtension.data._tokens import TokenBatch, text_batches
+from rmtension.distributed import current
+from rmtension.errors import DataError, OptionError, ProvenanceError
+from rmtension.models._reward_model import RewardModel
+from rmtension.passes._pair_pass import run_pass
+from rmtension.passes._pair_statistic import PairStatistic
+from rmtension.passes._pass_record import PassRecord
+from rmtension.passes._token_sums import TokenWeights, weighted_sums
+from rmtension.sites import check_positions, find_site
+from rmtension.store._provenance import Provenance, digest_of
+from rmtension.store._storage import read_result, write_result
+
+_STATISTICS = ("mean", "abs_mean", "rms", "frequency")
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationStatistics:
+    """What every neuron does over the selected tokens of both responses of all pairs, in float64.
+
+    `mean` is signed, `abs_mean` averages |a|, `rms` is the root of the mean square, `frequency` the share of tokens
+    with a > 0. The activation of an attention head is the L2 norm of its output. `channel_mean` holds the mean of
+    every column, which is what mean ablation writes; for `mlp` it equals `mean`.
+
+    Examples:
+        >>> means.to_frame().round(2).head(2)
+           layer  neuron  mean  abs_mean   rms  frequency
+        0      0       0  0.45      0.45  1.14        0.4
+        1      0       1  0.00      0.00  0.00        0.0
+        >>> means.save("means.safetensors")
+        >>> ActivationStatistics.load("means.safetensors").provenance == means.provenance
+        True
+    """
+
+    mean: Float[Tensor, "layer neuron"]
+    abs_mean: Float[Tensor, "layer neuron"]
+    rms: Float[Tensor, "layer neuron"]
+    frequency: Float[Tensor, "layer neuron"]
+    channel_mean: Float[Tensor, "layer channel"]
+    provenance: Provenance
+
+    @property
+    def n_tokens(self) -> int:
+        """The number of tokens behind every statistic."""
+        return self.provenance.n_tokens
+
+    @property
+    def digest(self) -> str:
+        """32 hexadecimal digits over the means that ablation writes."""
+        return digest_of(self.channel_mean)
+
+    def __repr__(self) -> str:
+        layers, neurons = self.mean.shape
+        where = self.provenance
+        return (
+            f"ActivationStatistics({layers} x {neurons} {where.site} neurons; {where.n_pairs} pairs, {self.n_tokens} "
+            f"tokens ({where.positions}), {where.architecture})"
+        )
+
+    def _repr_html_(self) -> str:
+        """The neurons of largest mean magnitude."""
+        frame = self.to_frame()
+        return html_table(f"{self!r}; largest abs_mean:", frame.nlargest(N_ROWS, "abs_mean"), n_of=len(frame))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a neuron: layer, neuron and the four statistics."""
+        layers, neurons = self.mean.shape
+        places = {"layer": np.repeat(np.arange(layers), neurons), "neuron": np.tile(np.arange(neurons), layers)}
+        return pd.DataFrame(places | {name: getattr(self, name).flatten().numpy() for name in _STATISTICS})
+
+    def save(self, path: str | Path) -> None:
+        """Write statistics and provenance to one safetensors file."""
+        tensors = {name: getattr(self, name) for name in (*_STATISTICS, "channel_mean")}
+        write_result(path, "ActivationStatistics", tensors, {"provenance": self.provenance.to_dict()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ActivationStatistics":
+        """Read what `save` wrote."""
+        shapes = dict.fromkeys(_STATISTICS, "float layer neuron") | {"channel_mean": "float layer channel"}
+        tensors, values = read_result(path, "ActivationStatistics", tensors=shapes, values={"provenance": dict})
+        return cls(**tensors, provenance=Provenance.from_dict(values["provenance"]))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ActivationSample:
+    """All layers' activations at some tokens drawn from the pairs: the donors of resample ablation.
+
+    `keys` stand for the prompts that the donors come from, so that no text is given its own activations.
+
+    Examples:
+        >>> donors = ActivationCollector(head).sample(pairs["helpful"], n=16, seed=0)
+        >>> len(donors), donors.values.shape
+        (16, torch.Size([16, 2, 24]))
+    """
+
+    values: Float[Tensor, "donor layer channel"]
+    keys: Int[Tensor, "donor"]
+    provenance: Provenance
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __repr__(self) -> str:
+        where = self.provenance
+        return f"ActivationSample({len(self)} tokens at {where.site} ({where.positions}), {where.architecture})"
+
+    @property
+    def digest(self) -> str:
+        """64 hexadecimal digits over the donors."""
+        return digest_of(self.values) + digest_of(self.keys)
+
+    def save(self, path: str | Path) -> None:
+        """Write the sample and its provenance to one safetensors file."""
+        tensors = {"values": self.values, "keys": self.keys}
+        write_result(path, "ActivationSample", tensors, {"provenance": self.provenance.to_dict()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ActivationSample":
+        """Read what `save` wrote."""
+        shapes = {"values": "float donor layer channel", "keys": "int donor"}
+        tensors, values = read_result(path, "ActivationSample", tensors=shapes, values={"provenance": dict})
+        return cls(tensors["values"], tensors["keys"], Provenance.from_dict(values["provenance"]))
+
+
+class ActivationCollector:
+    """Streams preference pairs through a model and sums what every neuron does.
+
+    Cost: a forward pass over both texts of every pair, what they share once (`docs/performance.md`); memory: one batch
+    and `layers x channels` float64 sums, however many pairs.
+    Pieces of activations are summed in float32 (float64 in a model of that), pieces in float64, so any partition of the
+    pairs over `update` and `merge`, in any order, gives the same statistics up to the rounding of the model's own
+    arithmetic. A failed `update` changes nothing.
+
+    Args:
+        head: the model to read.
+        site: "mlp", "mlp_gate" or "attn_head".
+        positions: "all" real tokens, "response" tokens, or the "last" one. Padding never counts.
+
+    Examples:
+        >>> collector = ActivationCollector(head, site="mlp", positions="response")
+        >>> statistics = collector.update(pairs["helpful"]).update(pairs["harmless"]).compute()
+        >>> statistics.mean.shape, statistics.n_tokens
+        (torch.Size([2, 24]), 2400)
+        >>> parts = [ActivationCollector(head, positions="response").update(one) for one in pairs.values()]
+        >>> bool((parts[0].merge(parts[1]).compute().mean - statistics.mean).abs().max() < 1e-9)
+        True
+    """
+
+    def __init__(self, head: RewardModel, *, site: str = "mlp", positions: str = "all") -> None:
+        require_arguments("ActivationCollector(head), then collect(pairs)", head=(head, RewardModel))
+        check_positions(positions)
+        self.head = head
+        self.site = find_site(site).name
+        self.positions = positions
+        self.reset()
+
+    def reset(self) -> "ActivationCollector":
+        """Forget everything collected so far."""
+        self._seen = _ActivationSums(self.head, self.site, self.positions).seen()
+        self._model = self.head.fingerprint
+        return self
+
+    def update(
+        self,
+        pairs: Iterable[PreferencePair],
+        *,
+        work: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> "ActivationCollector":
+        """Add the texts of `pairs`, an iterable that is read once.
+
+        An activation that is NaN or infinite raises `ModelError` with the layer and the pair's id; if the model was
+        opened with `on_nonfinite="skip"` such pairs are skipped, and their ids are in the result's provenance. `work`
+        and `progress` are those of `run_pass`.
+        """
+        if self.head.fingerprint != self._model:
+            raise ProvenanceError("update: the model's weights changed since the last reset. Call reset() first.")
+        statistic = _ActivationSums(self.head, self.site, self.positions)
+        self._seen += run_pass(self.head, pairs, statistic, work=work, progress=progress)
+        return self
+
+    def merge(self, other: "ActivationCollector") -> "ActivationCollector":
+        """Add what another collector of the same model, site and positions has seen."""
+        if other is self:
+            raise OptionError("merge: expected another collector, got this one; its tokens would count twice.")
+        self._provenance().require_same(
+            other._provenance(), ("architecture", "model", "site", "positions", "dtype"), what="merge"
+        )
+        self._seen += other._seen
+        return self
+
+    def compute(self) -> ActivationStatistics:
+        """The statistics of everything collected; raises `DataError` before the first token."""
+        if not self._seen.n_tokens:
+            raise DataError("compute: nothing was collected yet. Call update(pairs) with at least one pair first.")
+        means = {name: total / self._seen.n_tokens for name, total in self._seen.sums.items()}
+        return ActivationStatistics(
+            mean=means["value"],
+            abs_mean=means["absolute"],
+            rms=means["square"].sqrt(),
+            frequency=means["positive"],
+            channel_mean=means["channel"],
+            provenance=self._provenance(),
+        )
+
+    def collect(
+        self,
+        pairs: Iterable[PreferencePair],
+        *,
+        work: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> ActivationStatistics:
+        """`reset`, `update` and `compute` in one call."""
+        return self.reset().update(pairs, work=work, progress=progress).compute()
+
+    def sample(self, pairs: PreferencePairs, *, n: int = 256, seed: int = 0) -> ActivationSample:
+        """Activations at `n` selected tokens drawn without replacement from all texts of `pairs` (fewer if there are).
+
+        Cost: a forward pass over the texts that a donor was drawn from; memory: `n x layers x channels` numbers.
+        """
+        if n < 1:
+            raise OptionError(f"n: expected a positive number of donors, got {n}.")
+        if not len(pairs):
+            raise DataError("pairs: expected at least one preference pair to draw donors from, got none.")
+        encoded = self.head.encode(pairs)
+        texts = [*encoded.chosen, *encoded.rejected]
+        counts = np.array([self._n_selected(text) for text in texts])
+        ends = counts.cumsum()
+        drawn = np.sort(np.random.default_rng(seed).permutation(int(counts.sum()))[:n])
+        owners = np.searchsorted(ends, drawn, side="right")
+        offsets = drawn - (ends - counts)[owners]
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for donor, (owner, offset) in enumerate(zip(owners.tolist(), offsets.tolist(), strict=True)):
+            wanted.setdefault(owner, []).append((donor, offset))
+        values = torch.zeros(len(drawn), self.head.n_layers, self.head.n_channels(self.site), dtype=self.head.dtype)
+        used = list(wanted)
+        batches = text_batches(
+            [texts[owner] for owner in used],
+            tokens_per_batch=self.head.tokens_together(),
+            pad_token_id=self.head.pad_token_id,
+            device=self.head.device,
+        )
+        shard = current()
+        for number, batch in enumerate(batches):
+            if not shard.takes(number):
+                continue
+            columns_of = [row.nonzero()[:, 0].tolist() for row in batch.select(self.positions)]
+            places = [
+                (donor, row, columns_of[row][offset])
+                for row, place in enumerate(batch.indices)
+                for donor, offset in wanted[used[place]]
+            ]
+            donors, rows, columns = torch.tensor(places).unbind(dim=1)
+            self.head.observe(batch, [self.site], partial(_keep, values, donors, rows, columns))
+        keys = torch.tensor([texts[owner].key for owner in owners])
+        if shard.size > 1:
+            shard.require_same("list of pairs", f"{pairs.ordered_digest} {self.head.fingerprint}")
+            shard.add_up(values)
+        provenance = self.head.provenance(
+            pairs.digest, len(pairs), len(drawn), site=self.site, positions=self.positions, method="sample"
+        )
+        return ActivationSample(values, keys, provenance)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _n_selected(self, text: EncodedText) -> int:
+        return {"all": len(text), "response": len(text) - text.response_start, "last": 1}[self.positions]
+
+    def _provenance(self) -> Provenance:
+        seen = self._seen
+        now = self.head.provenance(
+            f"{seen.digest % 2**256:064x}",
+            seen.n_pairs,
+            seen.n_tokens,
+            site=self.site,
+            positions=self.positions,
+            method="statistics",
+        )
+        return replace(now, model=self._model, skipped=seen.skipped)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Sums over everything that was collected; replaced as a whole, so that nothing is ever half added."""
+
+    sums: Mapping[str, Float[Tensor, "layer channel"]]
+    n_tokens: int = 0
+    n_pairs: int = 0
+    digest: int = 0
+    skipped: tuple[str, ...] = ()
+
+    def __add__(self, other: "_Seen") -> "_Seen":
+        return _Seen(
+            {name: total + other.sums[name] for name, total in self.sums.items()},
+            self.n_tokens + other.n_tokens,
+            self.n_pairs + other.n_pairs,
+            self.digest + other.digest,
+            self.skipped + other.skipped,
+        )
+
+
+class _ActivationSums(PairStatistic[_Seen]):
+    """Sums over the selected tokens of every neuron's value, magnitude, square, sign and channels."""
+
+    name = "collect"
+    layer_dim = 0
+
+    def __init__(self, head: RewardModel, site: str, positions: str) -> None:
+        self._head = head
+        self._site = site
+        self._positions = positions
+        layers, neurons = head.n_layers, head.n_neurons(site)
+        widths = dict.fromkeys(("value", "absolute", "square", "positive"), neurons)
+        widths["channel"] = head.n_channels(site)
+        self._sums = {name: torch.zeros(layers, width, dtype=torch.float64) for name, width in widths.items()}
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"site": self._site, "positions": self._positions}
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        return self._sums
+
+    def observe(self, batch: TokenBatch) -> list[Tensor]:
+        head, site = self._head, self._site
+        # A token of a shared prefix counts once for each text of its row that selects it.
+        weights = TokenWeights(batch.sum_over_texts(batch.select(self._positions).float()))
+        layers: list[dict[str, Tensor]] = [{} for _ in range(head.n_layers)]
+
+        def sum_layer(_site: str, layer: int, channels: Tensor) -> None:
+            layers[layer] = weighted_sums(channels, weights, site, head.n_neurons(site))
+
+        head.observe(batch, [site], sum_layer)
+        # On a GPU all layers are started before the first is waited for.
+        return [torch.stack([layer[name].cpu() for layer in layers]) for name in self._sums]
+
+    def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
+        for total, batch_sum in zip(self._sums.values(), observed, strict=True):
+            total += batch_sum
+
+    def compute(self, record: PassRecord) -> _Seen:
+        skipped = tuple(record.skipped.values())
+        return self.seen(record.n_tokens(self._positions), record.n_pairs, int(record.digest, 16), skipped)
+
+    def seen(self, n_tokens: int = 0, n_pairs: int = 0, digest: int = 0, skipped: tuple[str, ...] = ()) -> _Seen:
+        return _Seen(self._sums, n_tokens, n_pairs, digest, skipped)
+
+
+def _keep(
+    values: Tensor, donors: Tensor, rows: Tensor, columns: Tensor, _site: str, layer: int, channels: Tensor
+) -> None:
+    values[donors, layer] = channels[rows.to(channels.device), columns.to(channels.device)].cpu()

@@ -1,0 +1,83 @@
+"""The texts that a head is checked on, with their rewards."""
+
+from dataclasses import dataclass
+
+import torch
+
+from rmtension.data._encoding import encode_pairs, encode_texts
+from rmtension.data._packing import pair_batches
+from rmtension.data._pair import PreferencePair
+from rmtension.data._pairs import PreferencePairs
+from rmtension.errors import DataError
+from rmtension.models._reward_model import RewardModel
+from rmtension.passes._nonfinite import require_finite
+from rmtension.passes._scoring import one_text, score_texts, score_tokens
+
+N_PAIRS = 8
+_TEXTS = (
+    "\n\nHuman: How do I bake bread?\n\nAssistant: Mix flour, water, salt and yeast, let it rise twice, and bake it.",
+    "\n\nHuman: How do I bake bread?\n\nAssistant: No.",
+    "\n\nHuman: Write a poem about rain\n\nAssistant: The gutters sing all night; the morning smells of stone.",
+    "\n\nHuman: Hi\n\nAssistant: Hello! What can I do for you?\n\nHuman: Name a river\n\nAssistant: The Elbe.",
+    "\n\nHuman: Can I mix bleach and vinegar?\n\nAssistant: Please don't: it releases chlorine gas.",
+    "Yes",
+    "A list: one, two, three.",
+    "\n\nHuman: Summarise the plot of Hamlet in a sentence.\n\nAssistant: A prince who cannot decide loses everyone.",
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A text (None for a chat, a cut one, or without a tokenizer), the ids the head makes of it, its reward alone."""
+
+    text: str | None
+    ids: list[int]
+    reward: float
+
+
+def find_probes(head: RewardModel, pairs: PreferencePairs | None) -> list[Probe]:
+    """Those of the first pairs, of the built-in texts without pairs, or of drawn token ids."""
+    if head.tokenizer is None:
+        return _drawn_probes(head)
+    if pairs is None:
+        return _built_in_probes(head) or _drawn_probes(head)
+    if not len(pairs):
+        raise DataError("pairs: expected at least one preference pair, got none. Leave it out for built-in texts.")
+    return [probe for pair in pairs[:N_PAIRS] for probe in _probes_of_pair(head, pair)]
+
+
+def _probes_of_pair(head: RewardModel, pair: PreferencePair) -> list[Probe]:
+    """Both texts of a pair; they share a row, as they do when pairs are scored."""
+    encoded = encode_pairs(head.tokenizer, PreferencePairs([pair]), max_length=head.max_length, truncate_response=True)
+    (batch,) = pair_batches(
+        encoded,
+        tokens_per_batch=head.tokens_together(),
+        pad_token_id=head.pad_token_id,
+        device=head.device,
+        pack_up_to=head.body.pack_up_to,
+    )
+    both = [*encoded.chosen, *encoded.rejected]
+    rewards = require_finite(head, head.rewards(batch).cpu(), lambda row: one_text(head, both[row])).tolist()
+    # A pair that does not fit is cut on both sides alike: its ids are no longer the tokenizer's of the text.
+    is_whole = encoded.n_prompts_cut + encoded.n_responses_cut == 0 and isinstance(pair.prompt, str)
+    texts = [pair.text(side) if is_whole else None for side in ("chosen", "rejected")]
+    return [Probe(text, list(one.ids), reward) for text, one, reward in zip(texts, both, rewards, strict=True)]
+
+
+def _built_in_probes(head: RewardModel) -> list[Probe]:
+    """Those of the built-in texts that the vocabulary has tokens for."""
+    probes = []
+    for text in _TEXTS:
+        try:
+            (encoded,) = encode_texts(head.tokenizer, [text], max_length=head.max_length, truncate=True)
+        except DataError:
+            continue
+        probes.append(Probe(text, list(encoded.ids), float(score_texts(head, [text], truncate=True)[0])))
+    return probes
+
+
+def _drawn_probes(head: RewardModel) -> list[Probe]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = sorted({min(length, head.max_length) for length in (1, 2, 3, 5, 8, 13)})
+    drawn = [torch.randint(head.body.n_embeddings, (length,), generator=generator) for length in lengths]
+    return [Probe(None, ids.tolist(), float(score_tokens(head, ids[None])[0])) for ids in drawn]

@@ -1,0 +1,68 @@
+"""Rewards of texts and of token ids, without pairs."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rmtension._progress import progress_bar
+from rmtension.data._encoding import EncodedText, TextOrChat, encode_texts
+from rmtension.data._pair import PreferencePair
+from rmtension.data._pairs import PreferencePairs
+from rmtension.data._tokens import TokenBatch, check_ids, compact, text_batches
+from rmtension.distributed import current
+from rmtension.errors import OptionError
+from rmtension.models._reward_model import RewardModel
+from rmtension.passes._nonfinite import require_finite
+
+
+def score_texts(
+    model: RewardModel, texts: Sequence[TextOrChat], *, truncate: bool = False, progress: bool | None = None
+) -> Float[Tensor, "text"]:
+    """The reward of every text, in their order, on the CPU. One forward pass per text."""
+    if isinstance(texts, str):
+        raise OptionError("texts: expected a list of texts, got one string. Put it in a list.")
+    if isinstance(texts, PreferencePairs | Mapping) or (texts and isinstance(texts[0], PreferencePair)):
+        raise OptionError(
+            f"texts: expected a list of texts, got {type(texts).__name__}. Score preference pairs with "
+            "score_pairs(pairs), those of one objective with score_pairs(pairs.filter(objective='helpful'))."
+        )
+    model.require_weight()
+    encoded = encode_texts(model.tokenizer, texts, max_length=model.max_length, truncate=truncate)
+    rewards = torch.zeros(len(encoded), dtype=model.reward_dtype)
+    batches = text_batches(
+        encoded, tokens_per_batch=model.tokens_together(), pad_token_id=model.pad_token_id, device=model.device
+    )
+    shard = current()
+    with progress_bar(progress=progress, total=len(encoded), desc="score", unit="text") as bar:
+        for number, batch in enumerate(batches):
+            if shard.takes(number):
+                rewards[list(batch.indices)] = model.rewards(batch).cpu()
+            bar.update(len(batch.indices))
+    if shard.size > 1:
+        shard.require_same("list of texts", f"{[text.ids for text in encoded]} {model.fingerprint}")
+        shard.add_up(rewards)
+    return require_finite(model, rewards, lambda row: one_text(model, encoded[row]))
+
+
+def score_tokens(
+    model: RewardModel, input_ids: Int[Tensor, "text token"], attention_mask: Tensor | None = None
+) -> Float[Tensor, "text"]:
+    """The reward of every row of token ids, padded on either side as `attention_mask` (1 = real) says."""
+    model.require_weight()
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    check_ids(input_ids, mask, max_length=model.max_length, n_embeddings=model.body.n_embeddings)
+    # Under the mask may be any id; the embedding still looks it up.
+    ids, mask = compact(input_ids.masked_fill(~mask, 0).to(model.device), mask.to(model.device))
+
+    def batch_of(ids: Int[Tensor, "text token"], mask: Tensor) -> TokenBatch:
+        return TokenBatch.from_rows(ids, mask, pad_token_id=model.pad_token_id)
+
+    rewards = model.rewards(batch_of(ids, mask)).cpu()
+    return require_finite(model, rewards, lambda row: batch_of(ids[[row]], mask[[row]]))
+
+
+def one_text(model: RewardModel, text: EncodedText) -> TokenBatch:
+    """A batch of one text."""
+    return TokenBatch.from_texts([text], [0], pad_token_id=model.pad_token_id, device=model.device)

@@ -1,0 +1,294 @@
+"""`RewardHead.check`: the guarantees of this library, proved again on the user's own model.
+
+| check | what it compares | what it does not show |
+|---|---|---|
+| tokens | ids with the tokenizer's own; BOS at most once | that the model was trained with this tokenizer |
+| equal to transformers | rewards with the checkpoint, read again by transformers, one text at a time | other texts |
+| bridge | rewards through the TransformerBridge with transformers' modules | hooks inside attention |
+| batch equals single | rewards in one batch with rewards alone | other batch sizes |
+| padding | rewards with 0 to 40 pad tokens on either side with rewards without | more padding |
+| last token | that another last token changes what is read | that it is the one you want to read |
+| hooks, per site | that each layer's hook sees one activation of its own and none earlier | what it means |
+| zeroing, per site | what is read with the site at 0 with what is read otherwise | single neurons |
+| direct contributions | their sum with the reward | indirect effects |
+| layers | what neurons and biases write with what each layer adds to the residual stream | the same |
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rmtension.data._encoding import EncodedText
+from rmtension.data._pairs import PreferencePairs
+from rmtension.data._tokens import TokenBatch
+from rmtension.errors import CheckError, ModelError, OptionError
+from rmtension.models._checkpoints import Source, open_checkpoint
+from rmtension.models._classifiers import reload_classifier
+from rmtension.models._direct_path import direct_contributions, written_by
+from rmtension.models._hooks import HookSite, InstalledHooks, eager_eval
+from rmtension.models._native_run import let_run_in_float64
+from rmtension.models._outputs import pick
+from rmtension.models._reward_model import RewardModel
+from rmtension.passes._probes import Probe, find_probes
+from rmtension.passes._scoring import score_tokens
+
+
+def check_head(head: RewardModel, pairs: PreferencePairs | None = None, reference: Any = None) -> pd.DataFrame:
+    """Run every check that applies to `head`; one row each: check, n, value, limit, passed, note.
+
+    Texts are those of the first 8 `pairs`, or 8 built in; token ids are drawn where there is no tokenizer, or one whose
+    vocabulary has none of them. `reference` is a classifier of transformers to compare with; by default the checkpoint
+    is loaded again from where it came, which takes its memory a second time while this runs. Cost: about 30 forward
+    passes over 8 or 16 texts.
+
+    Raises `CheckError` naming the checks that failed; its `table` attribute holds the rows.
+    """
+    head.require_weight()
+    checker = _Checker(head, find_probes(head, pairs))
+    checker.run(reference)
+    table = pd.DataFrame(checker.rows, columns=["check", "n", "value", "limit", "passed", "note"])
+    failed = table.loc[~table["passed"]]
+    if len(failed):
+        described = "; ".join(
+            f"{row.check}: {row.value:.2g}, limit {row.limit:.2g} ({row.note})" for row in failed.itertuples()
+        )
+        raise CheckError(f"check: {len(failed)} of {len(table)} failed: {described}", table)
+    return table
+
+
+class _Checker:
+    def __init__(self, head: RewardModel, probes: list[Probe]) -> None:
+        self.head = head
+        self.probes = probes
+        self.ids = [probe.ids for probe in probes]
+        self.alone = torch.tensor([probe.reward for probe in probes], dtype=head.reward_dtype)
+        self.rows: list[tuple[str, int, float, float, bool, str]] = []
+
+    def run(self, reference: Any) -> None:
+        checks: list[tuple[str, Callable[[], None]]] = [
+            ("tokens", self._tokens),
+            ("equal to transformers", partial(self._transformers, reference)),
+            ("bridge", self._bridge),
+            ("batch equals single", self._batched),
+            ("padding", self._padding),
+            ("last token", self._last_token),
+            *((site, partial(self._site, site)) for site in self.head.sites),
+            ("direct contributions", self._direct),
+        ]
+        for name, check in checks:
+            try:
+                check()
+            except Exception as error:  # a check that cannot even run is a finding, and the others still say something
+                nothing = float("nan")
+                self.rows.append((name, 0, nothing, nothing, False, f"{type(error).__name__}: {error}"))
+
+    def _batched(self) -> None:
+        self._compare("batch equals single", self._score(self.ids), half=5e-2)
+
+    def _tokens(self) -> None:
+        if self.head.tokenizer is None:
+            return
+        bos = self.head.tokenizer.bos_token_id
+        wrong = sum(
+            self._own_ids(probe) != probe.ids or (bos is not None and probe.ids[:2] == [bos, bos])
+            for probe in self.probes
+        )
+        self._add("tokens", len(self.probes), wrong, 0, "texts with other ids than the tokenizer's, or BOS twice")
+
+    def _transformers(self, reference: Any) -> None:
+        checkpoint = self.head.checkpoint
+        if reference is None and checkpoint is not None and checkpoint.source is None and self.head.body.native is None:
+            return  # a conversion of a model in memory, compared with it when it was made
+        model: Any = reload_classifier(self.head) if reference is None else reference
+        # A bias for which transformers has no place is the head's alone.
+        constant = 0.0 if checkpoint is None or checkpoint.head is None else checkpoint.head.bias
+        has_place = getattr(getattr(model, "score", None), "bias", None) is not None
+        if has_place or (checkpoint is not None and checkpoint.reads_tokens):
+            constant = 0.0
+        if model is not None:
+            let_run_in_float64(model)
+            expected = self._by_logits(model) + constant
+        elif checkpoint is not None and checkpoint.source is not None:
+            expected = self._by_hidden_state(checkpoint.source)
+        else:
+            return
+        difference = float((expected - self.alone).abs().max())
+        self._add("equal to transformers", len(expected), difference, self._limit(half=5e-2), "max |difference|")
+
+    def _by_logits(self, model: Any) -> Float[Tensor, "text"]:
+        """Transformers' own way from the text on: its tokens, its pooling, its logits."""
+        device = next(model.parameters()).device
+        rewards = []
+        with torch.no_grad(), eager_eval(model.modules()):
+            for probe in self.probes:
+                ids = torch.tensor([self._own_ids(probe)], device=device)
+                logits = model(input_ids=ids, use_cache=False).logits[0].to(self.alone)
+                # A language model has logits at every token, a classifier at the one it pools.
+                rewards.append(pick(logits if logits.ndim == 1 else logits[-1], self._rows(logits.shape[-1])))
+        return torch.stack(rewards)
+
+    def _rows(self, n_logits: int) -> tuple[int, ...]:
+        """Which of so many logits the reward is."""
+        checkpoint = self.head.checkpoint
+        rows = None if checkpoint is None or checkpoint.logits is None else checkpoint.logits.rows
+        if n_logits == 1:
+            return (0,)
+        if rows is None or max(rows) >= n_logits:
+            raise OptionError(f"reference: it has {n_logits} outputs, and nothing says which one this head is.")
+        return rows
+
+    def _by_hidden_state(self, source: Source) -> Float[Tensor, "text"]:
+        """For a head that transformers does not know: the checkpoint again, its last hidden state times its head."""
+        again = open_checkpoint(
+            source.name, reward=True, head=source.head, output=source.output, options=source.options
+        )
+        base: Any = again.base
+        let_run_in_float64(base)
+        assert again.head is not None
+        rewards = []
+        for probe in self.probes:
+            ids = self._own_ids(probe)
+            while again.pad_token_id is not None and len(ids) > 1 and ids[-1] == again.pad_token_id:
+                ids = ids[:-1]
+            with torch.no_grad():
+                state = base(input_ids=torch.tensor([ids], device=self.head.device), use_cache=False)[0][0, -1]
+            rewards.append(state.to(self.alone) @ again.head.weight.to(self.alone) + again.head.bias)
+        return torch.stack(rewards)
+
+    def _bridge(self) -> None:
+        if self.head.body.native is None:
+            return
+        bridge: Any = self.head.model
+        # Any hook of the user's makes the bridge run in place of transformers' modules.
+        with bridge.hooks(fwd_hooks=[(next(iter(bridge.hook_dict)), lambda value, hook: value)]):
+            rewards = self._score(self.ids)
+        self._compare("bridge", rewards, half=5e-2)
+
+    def _padding(self) -> None:
+        worst = 0.0
+        for left, right in ((0, 3), (40, 0), (7, 40)):
+            width = max(map(len, self.ids)) + left + right
+            ids = torch.full((len(self.ids), width), self.head.pad_token_id or 0)
+            mask = torch.zeros_like(ids)
+            for row, tokens in enumerate(self.ids):
+                place = slice(width - right - len(tokens), width - right) if left else slice(0, len(tokens))
+                ids[row, place], mask[row, place] = torch.tensor(tokens), 1
+            worst = max(worst, float((score_tokens(self.head, ids, mask) - self.alone).abs().max()))
+        self._add("padding", len(self.ids), worst, self._limit(half=5e-2), "max |difference|, either side")
+
+    def _last_token(self) -> None:
+        changed = []
+        for ids in self.ids:
+            free = (i for i in range(self.head.body.n_embeddings) if i not in (self.head.pad_token_id, ids[-1]))
+            changed += [[*ids[:-1], other] for other in [next(free, None)] if other is not None]
+        if len(changed) < len(self.ids):
+            return  # a vocabulary of one or two tokens has no other
+        # What is read, because a head may not mind which token it was.
+        same = (self._read(changed) == self._read(self.ids)).all(dim=1)
+        note = "texts whose residual stream, where it is read, did not change with another last token"
+        self._add("last token", len(changed), int(same.sum()), 0, note)
+
+    def _site(self, site: str) -> None:
+        seen: list[list[Tensor]] = [[] for _ in range(self.head.n_layers)]
+
+        def look(layer: int, activation: Tensor) -> None:
+            seen[layer].append(activation)
+
+        with self.head.hooks(site, look):
+            self._score(self.ids)
+        # Two hooks on one place would see the same tensor.
+        places = {id(activations[0]) for activations in seen if len(activations) == 1}
+        wrong = self.head.n_layers - len(places)
+        before = self._streams()
+        for layer in range(self.head.n_layers):
+            # A hook that stands in an earlier layer than it says changes the stream that this layer gets.
+            with self.head.hooks(site, lambda _, activation: torch.zeros_like(activation), [layer]):
+                wrong += not torch.equal(self._streams()[layer], before[layer])
+        note = "layers whose hook did not fire exactly once, or changed an earlier layer"
+        self._add(f"hooks, {site}", len(seen), wrong, 0, note)
+        batch = self._batch(self.ids)
+        active = torch.zeros(len(self.ids), dtype=torch.bool, device=self.head.device)
+
+        def note_active(_layer: int, activation: Tensor) -> None:
+            if activation.numel() % batch.input_ids.numel():
+                active.fill_(True)
+            else:
+                values = activation.reshape(*batch.input_ids.shape, -1).ne(0).any(dim=2)
+                active.logical_or_((values.to(active.device) & batch.mask).any(dim=1))
+
+        with self.head.hooks(site, note_active):
+            as_is = self._read(self.ids)
+        with self.head.hooks(site, lambda layer, activation: torch.zeros_like(activation)):
+            same = (self._read(self.ids) == as_is).all(dim=1)
+        # A text may reach no neuron of a small ReLU model.
+        active = active.cpu()
+        self._add(
+            f"zeroing, {site}",
+            int(active.sum()),
+            int((same & active).sum()),
+            0,
+            "texts whose residual stream did not change",
+        )
+
+    def _direct(self) -> None:
+        try:
+            _ = self.head.body.final_norm
+        except ModelError:
+            return  # no final norm: the reward is no sum over the residual stream
+        parts = direct_contributions(self.head, self._batch(self.ids))
+        self._compare("direct contributions", parts.reward, half=2e-1)
+        if set(parts.neurons) == written_by(self.head):
+            written = parts.biases + sum(part.sum(dim=2) for part in parts.neurons.values())
+            worst = float((written - parts.blocks).abs().max())
+            self._add("layers", parts.blocks.numel(), worst, self._limit(half=2e-1), "max |difference| in a layer")
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _streams(self) -> list[Tensor]:
+        """The residual stream before every layer on the shortest probe."""
+        kept: list[Tensor] = []
+        blocks = map(self.head.body.block, range(self.head.n_layers))
+        with InstalledHooks([(HookSite(block, "input"), kept.append) for block in blocks]):
+            self._score([min(self.ids, key=len)])
+        return kept
+
+    def _read(self, texts: list[list[int]]) -> Float[Tensor, "text d_model"]:
+        """The residual stream where the reward of each text is read."""
+        batch = self._batch(texts)
+        with torch.no_grad():
+            return batch.gather_last(self.head.residual(batch)).cpu()
+
+    def _own_ids(self, probe: Probe) -> list[int]:
+        """The tokenizer's ids of the text; the head's for a chat, one too long, or one that begins with BOS itself."""
+        tokenizer = self.head.tokenizer
+        if probe.text is None or (tokenizer.bos_token and probe.text.startswith(tokenizer.bos_token)):
+            return probe.ids
+        own: list[int] = tokenizer(probe.text, verbose=False)["input_ids"]
+        return own if len(own) <= self.head.max_length else probe.ids
+
+    def _batch(self, texts: list[list[int]]) -> TokenBatch:
+        encoded = [EncodedText(tuple(ids), 0, 0) for ids in texts]
+        return TokenBatch.from_texts(
+            encoded, range(len(texts)), pad_token_id=self.head.pad_token_id, device=self.head.device
+        )
+
+    def _score(self, texts: list[list[int]]) -> Float[Tensor, "text"]:
+        with torch.no_grad():
+            return self.head.forward(self._batch(texts)).cpu()
+
+    def _limit(self, *, half: float) -> float:
+        """1e-4 in fp32, 1e-6 in float64 (norms of some families stay in fp32), relative to the largest reward."""
+        limits = {torch.float64: 1e-6, torch.float32: 1e-4}
+        return limits.get(self.head.dtype, half) * max(1.0, float(self.alone.abs().max()))
+
+    def _compare(self, name: str, rewards: Tensor, *, half: float) -> None:
+        difference = float((rewards - self.alone).abs().max())
+        self._add(name, len(rewards), difference, self._limit(half=half), "max |difference|")
+
+    def _add(self, name: str, n: int, value: float | int, limit: float | int, note: str) -> None:
+        self.rows.append((name, n, float(value), float(limit), bool(value <= limit), note))

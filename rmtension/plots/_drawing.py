@@ -1,0 +1,266 @@
+"""What every picture is drawn with: figures without pyplot, colours, dots with intervals, legends outside."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from rmtension.errors import OptionError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 8.0
+GREY = "#8A8A8A"
+_SMALL = 8.5
+# About as many characters of small text as fit in an inch.
+_CHARACTERS = 13
+# Okabe and Ito's palette: told apart with any colour vision.
+_PALETTE = ("#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#D55E00", "#009E73", "#F0E442")
+_COLOURS = {
+    "helpful": "#0072B2",
+    "harmless": "#D55E00",
+    "mixed": "#009E73",
+    "helpful only": "#0072B2",
+    "harmless only": "#D55E00",
+    "shared": "#CC79A7",
+    "base top": GREY,
+    "length only": GREY,
+    "random": GREY,
+    "chosen": "#56B4E9",
+    "rejected": "#E69F00",
+    "early": "#F0E442",
+    "middle": "#56B4E9",
+    "late": "#0072B2",
+}
+_MARKERS = "osD^vPX*"
+
+
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for every name: the study's own names always have the same."""
+    others = [name for name in names if name not in _COLOURS]
+    return _COLOURS | {name: _PALETTE[place % len(_PALETTE)] for place, name in enumerate(others)}
+
+
+def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of every name: colour is not all that tells them apart."""
+    palette = colours(names)
+    return {
+        name: {"color": palette[name], "marker": _MARKERS[place % len(_MARKERS)]} for place, name in enumerate(names)
+    }
+
+
+def readable(name: object) -> str:
+    """A name of a column or score in words."""
+    return str(name).replace("_", " ")
+
+
+@dataclass(frozen=True, eq=False)
+class Canvas:
+    """A figure and its panels; `own` unless the user gave the axis."""
+
+    figure: "Figure"
+    panels: "list[Axes]"
+    columns: int
+    own: bool
+
+    @classmethod
+    def of(
+        cls,
+        ax: "Axes | None",
+        n: int = 1,
+        *,
+        height: float,
+        columns: int = 3,
+        share_x: bool = False,
+        share_y: bool = False,
+        choose: str = "",
+        polar: bool = False,
+    ) -> "Canvas":
+        """`n` panels of `height` inches in rows of `columns`, or the one axis that was given."""
+        if ax is not None:
+            if n != 1:
+                raise OptionError(f"ax: one axis holds one panel, and there are {n}; choose one with {choose}.")
+            if polar != (ax.name == "polar"):
+                kind = "a polar axis (projection='polar')" if polar else "an axis with straight coordinates"
+                raise OptionError(f"ax: expected {kind}, got a {ax.name} one.")
+            owner: Any = ax.figure
+            return cls(owner, [ax], 1, own=False)
+        try:
+            from rmtension.plots._figure import ShownFigure
+        except ImportError as error:
+            raise OptionError('plots: needs matplotlib. Run `pip install "rmtension[viz]"`.') from error
+        columns = min(columns, n)
+        rows = ceil(n / columns)
+        # Not pyplot: no global state, no window, and the figure goes away with its last reference.
+        figure = ShownFigure(figsize=(WIDTH, rows * height + 1.1), layout="constrained")
+        kind_of: dict[str, Any] = {"polar": True} if polar else {}
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=share_x, sharey=share_y, subplot_kw=kind_of)
+        panels = list(grid.ravel())
+        for unused in panels[n:]:
+            unused.set_visible(False)
+        return cls(figure, panels[:n], columns, own=True)
+
+    def left(self, number: int) -> bool:
+        """Whether a panel stands at the left edge, where names are."""
+        return number % self.columns == 0
+
+    def bottom(self, number: int) -> bool:
+        """Whether no panel stands below this one."""
+        return number + self.columns >= len(self.panels)
+
+    def finish(self, title: str, names: Sequence[str] = (), *, legend: str | None = None) -> "Figure":
+        """Title above all panels with their `names`, and one legend outside of them, for all that is labelled."""
+        marks: dict[str, Any] = {}
+        for number, axes in enumerate(self.panels):
+            axes.tick_params(labelsize=_SMALL)
+            axes.xaxis.label.set_fontsize(9)
+            axes.yaxis.label.set_fontsize(9)
+            if axes.name != "polar":
+                axes.spines[["top", "right"]].set_visible(False)
+                if self.own and self.bottom(number):
+                    # Shared scales leave out the numbers of a panel that has none of its own below it.
+                    axes.tick_params(labelbottom=True)
+            handles, labels = axes.get_legend_handles_labels()
+            marks |= {label: handle for label, handle in zip(labels, handles, strict=True) if label not in marks}
+        if self.own:
+            self._head(title, names)
+            place: dict[str, Any] = {"loc": "outside lower center"}
+            if marks:
+                self.figure.legend(list(marks.values()), list(marks), **place, **_legend(marks, WIDTH, legend))
+        else:
+            self._head_given(title, names)
+            if marks:
+                self._legend_given(marks, legend)
+        return self.figure
+
+    def _head(self, title: str, names: Sequence[str]) -> None:
+        self.figure.suptitle(title, fontsize=10.5)
+        for axes, name in zip(self.panels, names, strict=False):
+            axes.set_title(name, fontsize=9.5)
+
+    def _head_given(self, title: str, names: Sequence[str]) -> None:
+        """The title in lines no wider than the axis, as far as its width is known before the layout."""
+        axes = self.panels[0]
+        wide = max(20, int(axes.get_window_extent().width / self.figure.dpi * _CHARACTERS))
+        lines = [part for line in (*title.split("\n"), *names) for part in wrap(line, wide)]
+        # Around a circle there are names.
+        axes.set_title("\n".join(lines), fontsize=9, pad=20 if axes.name == "polar" else None)
+
+    def _legend_given(self, marks: dict[str, Any], legend: str | None) -> None:
+        """The legend below the axis and its label: beside it, it would take the width of narrow axes."""
+        from matplotlib.transforms import ScaledTranslation
+
+        axes = self.panels[0]
+        below = axes.transAxes + ScaledTranslation(0, -34 / 72, self.figure.dpi_scale_trans)
+        place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below}
+        width = axes.get_window_extent().width / self.figure.dpi
+        axes.legend(list(marks.values()), list(marks), **place, **_legend(marks, width, legend))
+
+
+def _legend(marks: Mapping[str, Any], width: float, title: str | None) -> dict[str, Any]:
+    """The look of a legend that fits in `width` inches."""
+    columns = len(marks)
+    # Names share a column's width; a mark takes about as much room as 6 characters.
+    while columns > 1 and columns * 6 + sum(sorted(map(len, marks))[-columns:]) > _CHARACTERS * width:
+        columns -= 1
+    # As even as so many rows can be.
+    columns = ceil(len(marks) / ceil(len(marks) / columns)) if marks else 1
+    style = {"frameon": False, "fontsize": _SMALL, "title": title, "title_fontsize": _SMALL}
+    return style | {"ncols": columns, "columnspacing": 1.4}
+
+
+def name_rows(axes: "Axes", labels: Sequence[str]) -> None:
+    """Rows from top to bottom with their names, every other one on grey."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    for row in range(1, len(labels), 2):
+        axes.axhspan(row - 0.5, row + 0.5, color="#F3F3F3", zorder=0, linewidth=0)
+    axes.grid(axis="x", color="#E2E2E2", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def row_height(groups: int, series: int) -> float:
+    """Inches for that many rows with that many marks each."""
+    return 0.5 + groups * max(0.32, 0.14 * series + 0.06)
+
+
+def offsets(n: int) -> np.ndarray:
+    """Where `n` marks stand about the middle of their row."""
+    return (np.arange(n) - (n - 1) / 2) * 0.66 / max(n, 3)
+
+
+def series(
+    axes: "Axes",
+    means: pd.DataFrame,
+    keys: Sequence[str],
+    by: str,
+    labels: Mapping[str, str] | None = None,
+) -> pd.DataFrame:
+    """One row for each value of `keys`, one series of dots for each value of `by`; returns the rows in their order.
+
+    `labels` are the series' names in the legend.
+    """
+    rows = means.drop_duplicates(list(keys)).reset_index(drop=True)
+    order = [tuple(row) for row in rows[list(keys)].to_numpy()]
+    names = list(dict.fromkeys(means[by]))
+    for name, shift in zip(names, offsets(len(names)), strict=True):
+        mine = means[means[by] == name]
+        places = np.array([order.index(tuple(row)) for row in mine[list(keys)].to_numpy()]) + shift
+        dots(axes, mine, places, label=name if labels is None else labels[name], **looks(names)[name])
+    return rows
+
+
+def dots(
+    axes: "Axes",
+    means: pd.DataFrame,
+    places: np.ndarray,
+    *,
+    color: str,
+    marker: str = "o",
+    label: str | None = None,
+    hollow: bool = False,
+) -> None:
+    """The estimates of `Rows.means` in rows at `places`, with intervals; single seeds faintly."""
+    for place, each in zip(places, means["each"], strict=True):
+        if len(each) > 1:
+            _faint(axes, each, [place] * len(each), color=color, marker=marker)
+    axes.errorbar(
+        means["value"], places, xerr=_reach(means), linestyle="", marker=marker, color=color, markersize=5,
+        markerfacecolor="white" if hollow else color, capsize=2.5, elinewidth=1.1, label=label, zorder=3,
+    )  # fmt: skip
+
+
+def point(axes: "Axes", across: pd.DataFrame, up: pd.DataFrame, *, color: str, marker: str, label: str) -> None:
+    """One estimate in a plane with both intervals; single seeds faintly. Both frames are one row of `Rows.means`."""
+    each = across["each"].iloc[0], up["each"].iloc[0]
+    if len(each[0]) > 1:
+        _faint(axes, *each, color=color, marker=marker)
+    axes.errorbar(
+        across["value"], up["value"], xerr=_reach(across), yerr=_reach(up), linestyle="", marker=marker, color=color,
+        markersize=6.5, capsize=2.5, elinewidth=1.1, label=label, zorder=3,
+    )  # fmt: skip
+
+
+def keep_within(axes: "Axes", low: float, high: float) -> None:
+    """Cut the scale at what the quantity can be: intervals of differences over few seeds reach further."""
+    left, right = axes.get_xlim()
+    axes.set_xlim(max(left, low - 0.02), min(right, high + 0.02))
+
+
+def _faint(axes: "Axes", x: Sequence[float], y: Sequence[float], *, color: str, marker: str) -> None:
+    # A label that starts with an underscore stays out of the legend.
+    style: dict[str, Any] = {"linestyle": "", "markersize": 4.5, "markeredgewidth": 0, "label": "_seeds", "zorder": 2}
+    axes.plot(x, y, marker=marker, color=color, alpha=0.45, **style)
+
+
+def _reach(means: pd.DataFrame) -> np.ndarray:
+    """How far the intervals extend below and above the values, as `errorbar` takes it."""
+    below, above = means["value"] - means["low"], means["high"] - means["value"]
+    return np.array([below.clip(lower=0), above.clip(lower=0)])

@@ -1,0 +1,145 @@
+"""The rows that a figure shows: those of one family, averaged over its seeds, and the level of their intervals."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from rmtension.errors import OptionError
+from rmtension.evaluation._intervals import check_level, pooled_over_seeds
+from rmtension.study._result import StudyResult, range_of
+
+Source = pd.DataFrame | StudyResult
+_LEVEL = 0.95
+INTERVAL = ("value", "low", "high")
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows of one table, all of one family. `name` stands in titles where the table has several families.
+
+    `plain` rows are averaged without the spread between seeds.
+    """
+
+    frame: pd.DataFrame
+    level: float
+    name: str = ""
+    plain: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        table: str,
+        columns: Sequence[str],
+        *,
+        family: str | None = None,
+        level: float | None = None,
+    ) -> "Rows":
+        """The rows of `family` in a study's table, or in a frame like it; raises `OptionError` without `columns`."""
+        if isinstance(source, StudyResult):
+            frame, known = source.to_frame(table), source.summary["options"]["level"]
+        elif isinstance(source, pd.DataFrame):
+            frame, known = source.copy(), None
+        else:
+            raise OptionError(f"table: expected a StudyResult or its table {table!r}, got {type(source).__name__}.")
+        absent = [column for column in columns if column not in frame]
+        if absent:
+            raise OptionError(
+                f"table: expected columns like those of StudyResult.{table}; {absent} are not among "
+                f"{[str(column) for column in frame]}."
+            )
+        if frame.empty:
+            raise OptionError(f"table: expected rows like those of StudyResult.{table}, got none.")
+        if known is None and "level" in frame:
+            known = float(frame["level"].iloc[0])
+        if level is not None and known is not None and level != known:
+            raise OptionError(f"level: the intervals of this table are at {known:g}, got {level:g}. Leave it out.")
+        level = known or level or _LEVEL
+        check_level(level)
+        # A frame that was made outside a study is about one family and one seed.
+        frame = frame.assign(**{one: 0 for one in ("family", "seed") if one not in frame})
+        if "subset" in frame:
+            # Pandas reads the name "None" from a CSV as a missing value.
+            frame["subset"] = frame["subset"].fillna("None")
+        names = list(dict.fromkeys(frame["family"]))
+        if len(names) > 1 and family is None:
+            raise OptionError(f"family: this table is about several; choose one of {names}.")
+        found = cls(frame, level).where(family=family)
+        return replace(found, name=str(found.frame["family"].iloc[0])) if len(names) > 1 else found
+
+    def where(self, **chosen: object) -> "Rows":
+        """The rows with these values, column by column; None leaves a column as it is."""
+        frame = self.frame
+        for column, value in chosen.items():
+            if value is None:
+                continue
+            # As text: a CSV turns a family called "7" into a number.
+            found = frame[frame[column].astype(str) == str(value)]
+            if found.empty:
+                raise OptionError(f"{column}: expected one of {self.names(column)}, got {value!r}.")
+            frame = found
+        return replace(self, frame=frame)
+
+    def names(self, column: str) -> list[str]:
+        """The values of a column in order of appearance."""
+        return [str(value) for value in dict.fromkeys(self.frame[column])]
+
+    @property
+    def n_seeds(self) -> int:
+        """How many seeds the family has here."""
+        return int(self.frame["seed"].nunique())
+
+    def means(
+        self, keys: Sequence[str], value: str = "value", low: str = "low", high: str = "high", extra: Sequence[str] = ()
+    ) -> pd.DataFrame:
+        """One row for each value of `keys`: the mean over seeds as `value`, `low` and `high`, by `over_seeds`.
+
+        `each` holds the seeds' values in a tuple, `n` the smallest and largest number of items where the table has it,
+        and columns of `extra` are averaged. Rows of one seed (draws) are averaged first. The rule is that of
+        `StudyResult.over_seeds`; `plain` rows have the mean ends of the seeds' intervals.
+        """
+        columns = list(dict.fromkeys([value, low, high, *extra]))
+        # Of one seed there are several rows only where it has draws.
+        whole = self.frame.groupby([*keys, "seed"], sort=False, dropna=False)[columns].mean().reset_index()
+        groups = (one.groupby(list(keys), sort=False, dropna=False) for one in (self.frame, whole))
+        rows = []
+        for (names, part), (_, per_seed) in zip(*groups, strict=True):
+            mean = per_seed[columns].mean()
+            row = dict(zip(keys, names, strict=True)) | {one: float(mean[one]) for one in extra}
+            if self.plain:
+                row |= {"value": float(mean[value]), "low": float(mean[low]), "high": float(mean[high])}
+            else:
+                centres, lows, highs = (per_seed[column].tolist() for column in (value, low, high))
+                found = pooled_over_seeds(centres, lows, highs, self.level, range_of(value, {**part.iloc[0]}))
+                row |= {"value": found.value, "low": found.low, "high": found.high}
+            n = (int(part["n"].min()), int(part["n"].max())) if "n" in part else None
+            rows.append(row | {"each": tuple(per_seed[value]), "n": n, "n_seeds": len(per_seed)})
+        return pd.DataFrame(rows)
+
+    def title(
+        self,
+        what: str,
+        *how: str,
+        seeds: str = "mean of {} seeds, single seeds faint",
+        intervals: str = "{} intervals",
+    ) -> str:
+        """Two lines: what is shown; how several seeds are, the level of the intervals, and `how` to read the rest."""
+        parts = [
+            seeds.format(self.n_seeds) if self.n_seeds > 1 else "",
+            intervals.format(f"{100 * self.level:g}%"),
+            *how,
+        ]
+        second = "; ".join(part for part in parts if part)
+        first = f"{self.name}: {what}" if self.name else what
+        return f"{first}\n{second[:1].upper()}{second[1:]}" if second else first
+
+
+def count(lowest: int, highest: int) -> str:
+    """A number of items or neurons, or its range over seeds."""
+    return str(lowest) if lowest == highest else f"{lowest}-{highest}"
+
+
+def sized(name: str, n: tuple[int, int] | None) -> str:
+    """A name with its number of items, where that is known."""
+    return name if n is None else f"{name} (n = {count(*n)})"

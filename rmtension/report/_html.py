@@ -1,0 +1,155 @@
+"""A study as one HTML file: findings, figures, tables, single neurons, and how it was made. It loads nothing."""
+
+import base64
+import hashlib
+import json
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from rmtension.attribution._neuron_pages import NeuronPages
+from rmtension.report._figures import NO_FIGURES, Picture, Pictures
+from rmtension.report._main_findings import findings, unconcluded
+from rmtension.report._neuron_drawing import neuron_section
+from rmtension.report._tables import SECTIONS, Section, readable_tables
+from rmtension.report._text import elsewhere, notes
+from rmtension.study._result import StudyResult
+
+# As large as a figure is shown, in pixels for each inch.
+_SHOWN = 110
+_TITLE = "A study of helpful, harmless and mixed reward models"
+_QUESTION = (
+    "Which neurons of reward models carry helpfulness and which harmlessness, which are shared, and what does each "
+    "objective lose without them?"
+)
+
+
+def to_html(result: StudyResult, pictures: Pictures, *, neurons: NeuronPages | None = None) -> str:
+    """The page as text."""
+    here = files("rmtension.report") / "page"
+    style, script, page = ((here / f"report.{end}").read_text(encoding="utf-8") for end in ("css", "js", "html"))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    found = findings(result)
+    readable = readable_tables(result)
+    level = result.summary["options"]["level"]
+    return environment.from_string(page).render(
+        title=_TITLE,
+        question=_QUESTION,
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        reading=f"Every number with its {100 * level:g}% interval, what it is compared with, and its n. Where the "
+        "interval holds the value of no difference, the direction is open.",
+        glance=_frame(_glance(found, several=len({one.family for one in found}) > 1)),
+        unconcluded=unconcluded(result, found),
+        notes=notes(result),
+        sections=[_section(result, one, readable, pictures) for one in SECTIONS if one.table in result.tables],
+        neurons=None if neurons is None else neuron_section(neurons),
+        code=_code(result, neurons),
+        models=_frame(_models(result)),
+        summary=json.dumps(result.summary, indent=2),
+    )
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _hash(text: str) -> str:
+    """How a page's security policy names the one script or style that may be used."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _frame(frame: pd.DataFrame) -> dict[str, Any]:
+    return {"columns": list(frame.columns), "rows": [[str(cell) for cell in row] for row in frame.to_numpy().tolist()]}
+
+
+def _glance(found: list[Any], *, several: bool) -> pd.DataFrame:
+    columns = ["question", "number", "value [interval]", "compared with", "n", "direction"]
+    rows = [
+        [one.question, one.quantity, one.estimate, one.control, one.n, "open" if one.is_open else _direction(one)]
+        for one in found
+    ]
+    frame = pd.DataFrame(rows, columns=columns)
+    if several:
+        frame.insert(0, "family", [one.family for one in found])
+    return frame
+
+
+def _direction(finding: Any) -> str:
+    return f"{'above' if finding.low > finding.none else 'below'} {finding.none:g}"
+
+
+def _section(
+    result: StudyResult, section: Section, readable: dict[str, pd.DataFrame], pictures: Pictures
+) -> dict[str, Any]:
+    table = readable.get(section.title)
+    return {
+        "title": section.title,
+        "note": " ".join(filter(None, (section.note, NO_FIGURES if pictures is None else ""))),
+        "figures": [] if pictures is None else [_figure(one) for one in pictures.get(section.table, ())],
+        "table": None if table is None else _frame(table),
+        "elsewhere": elsewhere(result, section),
+    }
+
+
+def _figure(picture: Picture) -> dict[str, Any]:
+    width, height = (round(_SHOWN * inches) for inches in picture.inches)
+    png = base64.b64encode(picture.png).decode()
+    alt = f"{picture.caption}. {picture.rest} The table below has its numbers."
+    return {"png": png, "width": width, "height": height, "alt": alt, "caption": picture.caption}
+
+
+def _models(result: StudyResult) -> pd.DataFrame:
+    columns = ("architecture", "model", "dtype")
+    rows = [
+        [family, name, *(one[column] for column in columns)]
+        for family, models in result.summary["models"].items()
+        for name, one in models.items()
+    ]
+    return pd.DataFrame(rows, columns=["family and seed", "model", "architecture", "fingerprint", "dtype"])
+
+
+def _code(result: StudyResult, neurons: NeuronPages | None) -> str:
+    """What makes this report again, with names of files to be filled in."""
+    options = ",\n".join(f"    {name}={_literal(value)}" for name, value in result.summary["options"].items())
+    families = []
+    for one in result.summary["families"]:
+        name, seed = one["family"], one["seed"]
+        paths = [f'"helpful-{seed}", "harmless-{seed}", "mixed-{seed}"', '"base"' if one["base"] else "None"]
+        families.append(f"    ModelFamily({', '.join(paths)}, name={name!r}, seed={seed}),")
+    pairs = [
+        f'    "{name}": PreferencePairs.read("{name}.jsonl"),  # {part["scoring"]} + {part["evaluating"]} pairs'
+        for name, part in result.summary["pairs"].items()
+    ]
+    lines = [
+        f"# pip install rmtension=={result.summary['version']}",
+        "from rmtension import PreferencePairs, StudyOptions, TensionStudy",
+        "from rmtension.study import ModelFamily",
+        "from rmtension.report import write_report",
+        "",
+        "families = [",
+        *families,
+        "]",
+        "pairs = {",
+        *pairs,
+        "}",
+        f"options = StudyOptions(\n{options},\n)",
+        "study = TensionStudy(families, pairs, options=options)",
+        'result = study.run(folder="study")',
+        'result.save("study", overwrite=True)',
+    ]
+    if neurons is not None:
+        lines += [
+            "from rmtension.report import study_neurons",
+            "",
+            f"pages = study_neurons(study, n={len(neurons.neurons)})",
+        ]
+    lines.append(f'write_report(result, "study"{", neurons=pages" if neurons is not None else ""})')
+    return "\n".join(lines)
+
+
+def _literal(value: Any) -> str:
+    return repr(tuple(value)) if isinstance(value, list) else repr(value)

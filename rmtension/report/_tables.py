@@ -1,0 +1,257 @@
+"""The tables of a study for reading: what is on the page, in which order, and how its numbers are written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from rmtension.plots._rows import Rows, count
+from rmtension.plots._top_sets import split_ceiling
+from rmtension.study._result import StudyResult
+
+# Longer tables are named with their file: a page is for reading.
+_MOST_ROWS = 60
+
+
+@dataclass(frozen=True)
+class _Number:
+    """One column of a readable table: a number, with its interval where `ends` are given; `form` is its format.
+
+    Over several seeds it is their mean ("mean"), the mean with the lowest and the highest ("range"), the largest
+    ("max"), or a range of counts ("count").
+    """
+
+    heading: str
+    column: str
+    ends: tuple[str, str] | None = None
+    form: str = ".3f"
+    how: str = "mean"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table of a study on the page: its title, what names its rows, its numbers, and what to know."""
+
+    title: str
+    table: str
+    keys: dict[str, str]
+    numbers: tuple[_Number, ...] = ()
+    note: str = ""
+
+
+_N = _Number("n", "n", how="count")
+_SIZE = _Number("neurons", "size", how="count")
+_ENDS = ("low", "high")
+# The order of the page. Tables without numbers are long: they are named, not printed.
+SECTIONS = (
+    Section(
+        "Accuracy", "accuracy", {"model": "model", "objective": "evaluated on", "measure": "measure"},
+        (_Number("value [interval]", "value", _ENDS), _N),
+        "'refusing' and 'responding' are accuracies where that is right, 'balanced' their mean: a model that always "
+        "refuses has 1, 0 and 0.5. 'margin' is in the model's reward units; 'length only' prefers the longer response.",
+    ),
+    Section(
+        "Accuracy by subset", "subsets", {"model": "model", "objective": "evaluated on", "subset": "subset"},
+        (
+            _Number("accuracy [interval]", "accuracy", _ENDS), _Number("chance", "chance"),
+            _Number("margin [interval]", "margin", ("margin_low", "margin_high")), _N,
+        ),
+    ),
+    Section(
+        "Mixed model minus specialists", "comparisons",
+        {"first": "model", "second": "minus", "objective": "evaluated on", "subset": "subset"},
+        (
+            _Number("difference in accuracy [interval]", "difference", _ENDS, "+.3f"),
+            _Number("q", "q_value", form=".2g", how="max"), _N,
+        ),
+        "Paired by item. q: p-value adjusted for the number of comparisons; of several seeds, the largest.",
+    ),
+    Section(
+        "Transferability", "transferability", {"objective": "evaluated on", "quantity": "quantity"},
+        (_Number("value [interval]", "value", _ENDS), _N),
+        "T is the share that the mixed model ranks correctly of what either specialist does; 'beyond accuracy' is T "
+        "minus the mixed model's accuracy.",
+    ),
+    Section(
+        "Confidence", "confidence",
+        {"model": "model", "objective": "evaluated on", "pairs": "pairs", "quantity": "quantity"},
+        (_Number("value [interval]", "value", _ENDS), _N),
+        "Rewards of two models compare only in units of their spread.",
+    ),
+    Section("Rewards", "rewards", {}),
+    Section("Scores of all neurons", "neurons", {}),
+    Section(
+        "Top sets", "sets", {"score": "score", "model": "model"},
+        (
+            _SIZE, _Number("score at the cut", "cut", form=".3g", how="range"),
+            _Number("tied there", "n_tied", how="count"), _Number("pairs", "n_pairs", how="count"),
+        ),
+    ),
+    Section(
+        "Depth", "depth", {"score": "score", "set": "set"},
+        (
+            _SIZE, *(_Number(third, third, form=".2f", how="range") for third in ("early", "middle", "late")),
+        ),
+        "Share of every set in each third of the layers; 'all neurons' is what chance gives.",
+    ),
+    Section(
+        "Overlap of top sets", "overlap",
+        {"score": "score", "kind": "kind", "a": "set", "b": "and", "without_base": "without the base's"},
+        (
+            _Number("in one", "size_a", how="count"), _Number("in the other", "size_b", how="count"),
+            _Number("in both", "intersection", how="count"),
+            _Number("Jaccard [interval]", "jaccard", ("jaccard_low", "jaccard_high")),
+            _Number("by chance", "expected_jaccard"), _Number("in each layer", "layer_expected_jaccard"),
+            _Number("beyond that [interval]", "beyond_chance", ("beyond_low", "beyond_high"), "+.3f"),
+        ),
+        "By chance over the whole model, and in each layer. Floor: without the base model's own top set, which is out "
+        "of both sets and of chance. Ceiling: kind 'seeds', one objective in two seeds; means over pairs of seeds, "
+        "intervals over prompts alone.",
+    ),
+    Section("Ablation curves", "curves", {}),
+    Section(
+        "Effect of a model's own top set on every subset", "cross_objective",
+        {"model": "model", "score": "score", "objective": "evaluated on", "subset": "subset"},
+        (
+            _Number("before", "before"), _Number("change in accuracy [interval]", "change", _ENDS, "+.3f"),
+            _Number("chance", "chance"), _N,
+        ),
+    ),
+    Section(
+        "Drift to chance", "drift", {"model": "model", "score": "score"},
+        (
+            _Number("slope", "slope", form="+.2f", how="range"), _Number("r", "r", form="+.2f", how="range"),
+            _Number("slope, split", "split_slope", form="+.2f", how="range"),
+            _Number("r, split", "split_r", form="+.2f", how="range"), _Number("subsets", "n", how="count"),
+        ),
+        note="Regression of those changes on accuracy before minus chance: a slope of -1 with r = -1 is every subset "
+        "ending at chance. Noise alone makes negative slopes of small subsets; 'split' takes the two from different "
+        "prompts.",
+    ),
+    Section(
+        "Effect of sets on the mixed model", "ablation",
+        {"set": "without", "objective": "evaluated on", "quantity": "quantity", "control": "random sets by"},
+        (
+            _SIZE, _Number("its magnitude", "set_magnitude", form=".3f", how="range"),
+            _Number("theirs", "random_magnitude", form=".3f", how="range"),
+            _Number("before", "before"), _Number("change [interval]", "effect", _ENDS, "+.3f"),
+            _Number("of random sets", "random_effect", form="+.3f"), _Number("their sd", "random_sd"),
+            _Number("beyond random [interval]", "beyond_random", ("beyond_low", "beyond_high"), "+.3f"), _N,
+        ),
+        "Random sets have as many neurons in every layer ('layer'), and the nearest magnitudes that are left outside "
+        "the top sets too ('magnitude').",
+    ),
+    Section(
+        "Effect at equal size", "equal_size",
+        {"set": "set", "objective": "evaluated on", "quantity": "quantity", "against": "against"},
+        (
+            _SIZE, _Number("change [interval]", "effect", _ENDS, "+.4f"),
+            _Number("per neuron", "per_neuron", form="+.1e"),
+            _Number("minus that of 'against' [interval]", "difference", ("difference_low", "difference_high"), "+.4f"),
+            _N,
+        ),
+        "Random subsamples of every set, as large as the smallest.",
+    ),
+    Section(
+        "What is retained", "collapse", {"set": "without", "quantity": "quantity"},
+        (
+            _SIZE,
+            *(
+                _Number(f"{one} [interval]", f"retained_{one}", (f"retained_{one}_low", f"retained_{one}_high"))
+                for one in ("helpful", "harmless")
+            ),
+            _Number("helpful - harmless [interval]", "difference", ("difference_low", "difference_high"), "+.3f"),
+        ),
+        "Shares of both objectives' margins, and of accuracy above chance, that are left: 1 is the whole model, 0 "
+        "chance; alike in both is a drift, whatever its size.",
+    ),
+    Section(
+        "Transferability without the sets", "ablated_transferability",
+        {"set": "without", "objective": "evaluated on", "quantity": "quantity"},
+        (_SIZE, _Number("value [interval]", "value", _ENDS), _N),
+        "T of the mixed model, and T minus its accuracy.",
+    ),
+)  # fmt: skip
+
+
+def readable_tables(result: StudyResult) -> dict[str, pd.DataFrame]:
+    """The tables of `result` by title, every number beside its interval, its n and its control; means over seeds.
+
+    Tables without rows, and those too long to read, are left out.
+    """
+    found = {}
+    for section in SECTIONS:
+        parts = _parts(result, section) if section.table in result.tables and section.numbers else []
+        if parts and max(map(len, parts)) <= _MOST_ROWS:
+            found[section.title] = pd.concat(parts, ignore_index=True)
+    return found
+
+
+def families_of(result: StudyResult) -> list[str]:
+    """The names of the families, in their order."""
+    return list(dict.fromkeys(str(one["family"]) for one in result.summary["families"]))
+
+
+def rows_of_family(result: StudyResult, table: str, family: str) -> pd.DataFrame:
+    """A family's rows. As text: a CSV turns a family called "7" into a number."""
+    frame = result.tables[table]
+    return frame[frame["family"].astype(str) == family]
+
+
+def _parts(result: StudyResult, section: Section) -> list[pd.DataFrame]:
+    """A section's table as text, one part a family that has rows."""
+    families = families_of(result)
+    parts = []
+    for family in families:
+        if rows_of_family(result, section.table, family).empty:
+            continue
+        columns = [one for number in section.numbers for one in (number.column, *(number.ends or ()))]
+        rows = Rows.of(result, section.table, (*section.keys, *columns), family=family)
+        split = split_ceiling(rows) if section.table == "overlap" else [rows]
+        part = pd.concat([_readable(one, section) for one in split], ignore_index=True)
+        if len(split) > 1:
+            # Ceilings beside the models' rows of the same score, in the order of the scores.
+            part = part.sort_values("score", key=lambda names: pd.factorize(names)[0], kind="stable")
+        if len(families) > 1:
+            part.insert(0, "family", family)
+        parts.append(part)
+    return parts
+
+
+def _readable(rows: Rows, section: Section) -> pd.DataFrame:
+    keys = list(section.keys)
+    groups = rows.frame.groupby(keys, sort=False, dropna=False)
+    columns: dict[str, Sequence[object]] = {}
+    names = groups.size().reset_index()
+    for key, heading in section.keys.items():
+        words = {"True": "yes", "False": ""} if key == "without_base" else {}
+        columns[heading] = [words.get(str(name), str(name)) for name in names[key]]
+    for number in section.numbers:
+        if number.ends is not None:
+            columns[number.heading] = _estimates(rows, keys, number)
+        else:
+            columns[number.heading] = [_number(part, number) for _, part in groups[number.column]]
+    return pd.DataFrame(columns)
+
+
+def _estimates(rows: Rows, keys: list[str], number: _Number) -> list[str]:
+    assert number.ends is not None
+    means = rows.means(keys, number.column, *number.ends)
+    cells = []
+    for value, low, high in zip(means["value"], means["low"], means["high"], strict=True):
+        interval = "" if pd.isna(low) or pd.isna(high) else f" [{low:{number.form}}, {high:{number.form}}]"
+        cells.append("-" if pd.isna(value) else f"{value:{number.form}}{interval}")
+    return cells
+
+
+def _number(values: "pd.Series[Any]", number: _Number) -> str:
+    if values.isna().all():
+        return "-"
+    low, high = values.min(), values.max()
+    if number.how == "count":
+        return count(int(low), int(high))
+    if number.how == "max":
+        return f"{high:{number.form}}"
+    mean = f"{values.mean():{number.form}}"
+    return f"{mean} ({low:{number.form}} to {high:{number.form}})" if number.how == "range" and low != high else mean

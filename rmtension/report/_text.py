@@ -1,0 +1,100 @@
+"""A study as text: tables for a terminal, and a page of Markdown that shows pictures."""
+
+import html
+import re
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+
+from rmtension.report._figures import NO_FIGURES, Pictures
+from rmtension.report._tables import SECTIONS, Section, readable_tables
+from rmtension.study._result import StudyResult
+
+
+def to_text(result: StudyResult) -> str:
+    """What was done, and the readable tables as aligned text; long tables are named.
+
+    Examples:
+        >>> from rmtension import StudyOptions, TensionStudy
+        >>> models = dict.fromkeys(("helpful", "harmless", "mixed"), head)
+        >>> study = TensionStudy(models, pairs, options=StudyOptions(analyses=("accuracy",)))
+        >>> print(to_text(study.run(progress=False)).splitlines()[0])
+        Family models: seeds 0; without the base model.
+    """
+    readable = readable_tables(result)
+    parts = ["\n".join(notes(result))]
+    for section in _present(result):
+        table = readable.get(section.title)
+        shown = elsewhere(result, section) if table is None else table.to_string(index=False)
+        parts.append("\n".join(line for line in (section.title, section.note, shown) if line))
+    return "\n\n".join(parts)
+
+
+def to_markdown(result: StudyResult, pictures: Pictures) -> str:
+    """The page of a study, with links to its pictures, which lie in the same folder."""
+    readable = readable_tables(result)
+    done = "\n".join(f"- {escaped(one)}" for one in [*notes(result), *([NO_FIGURES] if pictures is None else [])])
+    parts = ["# A study of helpful, harmless and mixed reward models", done]
+    for section in _present(result):
+        parts.append(f"## {section.title}")
+        if section.note:
+            parts.append(section.note)
+        drawn = () if pictures is None else pictures.get(section.table, ())
+        parts += [f"![{escaped(one.caption)}]({one.name})" for one in drawn]
+        table = readable.get(section.title)
+        parts.append(elsewhere(result, section) if table is None else _markdown(table))
+    return "\n\n".join(parts) + "\n"
+
+
+def notes(result: StudyResult) -> list[str]:
+    """What was done: families, pairs, neurons, ablations, intervals; one sentence or two each."""
+    options, summary = result.summary["options"], result.summary
+    families, several = pd.DataFrame(summary["families"]), result.n_seeds > 1
+    found = []
+    for name, part in families.groupby("family", sort=False):
+        seeds = ", ".join(str(seed) for seed in part["seed"])
+        found.append(f"Family {name}: seeds {seeds}; {'with' if part['base'].all() else 'without'} the base model.")
+    for name, part in summary["pairs"].items():
+        cut = "it is not known how many" if part["prompts_cut"] is None else part["prompts_cut"]
+        found.append(
+            f"Pairs, {name}: {part['scoring']} score neurons, {part['evaluating']} others evaluate "
+            f"({part['identical_responses']} with identical responses, {cut} prompts cut)."
+        )
+    found += [
+        f"Neurons: top {100 * options['fraction']:g}% by {', '.join(options['scores'])} (ranked by "
+        f"{options['rank_by']}) at {options['site']}, {options['positions']} tokens, rule '{options['cut_rule']}'.",
+        f"Ablation: {options['replacement']}, at all tokens; {options['n_draws']} random sets for every control, "
+        f"{options['n_subsamples']} subsamples; causal sets by {options['scores'][0]}.",
+        f"Accuracy: a tie counts {options['tie_value']:g}. Intervals: {100 * options['level']:g}%, bootstrap over "
+        "prompts"
+        + ("; of means over seeds, widened by the spread between them. Counts: range over seeds." if several else "."),
+        f"Analyses: {', '.join(options['analyses'])}. rmtension {summary['version']}, seed {options['seed']}.",
+    ]
+    return found
+
+
+def elsewhere(result: StudyResult, section: Section) -> str:
+    """What a page says where a table is too long for it."""
+    n = len(result.tables[section.table])
+    return f"{n} rows: `{section.table}.csv`, as `StudyResult.save` writes it." if n else "No rows."
+
+
+def escaped(text: str) -> str:
+    """Text of data as Markdown shows it: nothing in it is markup, HTML, a link, or the end of a table's cell."""
+    return re.sub(r"([\\`*_|~$]|(?<=\])\()", r"\\\1", html.escape(text, quote=False))
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _present(result: StudyResult) -> Iterator[Section]:
+    return (section for section in SECTIONS if section.table in result.tables)
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    def line(cells: Sequence[object]) -> str:
+        # A line break would end the table.
+        return f"| {' | '.join(escaped(' '.join(str(cell).split())) for cell in cells)} |"
+
+    rows = [line(list(row)) for row in table.itertuples(index=False, name=None)]
+    return "\n".join([line(list(table.columns)), line(["---"] * table.shape[1]), *rows])

@@ -1,0 +1,29 @@
+"""The ten analyses of the paper over seeds and bases, in tables."""
+
+from rmtension.study import analyses
+from rmtension.study._causality import Ablations, ablation_matrix, equal_size_effects
+from rmtension.study._collapse_and_drift import collapse, drift, effects_by_subset, split_drift
+from rmtension.study._curves import ablation_curves
+from rmtension.study._family_runs import FamilyRuns, ModelFamily
+from rmtension.study._model_runs import ModelRuns
+from rmtension.study._options import StudyOptions
+from rmtension.study._result import StudyResult
+from rmtension.study._tension_study import TensionStudy
+
+__all__ = [
+    "Ablations",
+    "FamilyRuns",
+    "ModelFamily",
+    "ModelRuns",
+    "StudyOptions",
+    "StudyResult",
+    "TensionStudy",
+    "ablation_curves",
+    "ablation_matrix",
+    "analyses",
+    "collapse",
+    "drift",
+    "effects_by_subset",
+    "equal_size_effects",
+    "split_drift",
+]

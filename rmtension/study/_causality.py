@@ -1,0 +1,279 @@
+"""What a model loses without neuron sets: curves, the objective x set matrix, equal sizes, collapse, subtasks."""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rmtension.data._pairs import PreferencePairs
+from rmtension.errors import OptionError, RMTensionWarning
+from rmtension.evaluation._controls import NO_CONTROL, against_random
+from rmtension.evaluation._intervals import Estimate, bootstrap_mean, over_seeds
+from rmtension.evaluation._metrics import item_change, item_values
+from rmtension.evaluation._pair_rewards import PairRewards
+from rmtension.interventions._replacements import Replacement, Zero
+from rmtension.neurons._neuron_set import NeuronSet
+from rmtension.study._model_runs import ModelRuns
+
+QUANTITIES = ("accuracy", "margin")
+Advance = Callable[[], object]
+
+
+def _no_progress() -> None:
+    """Where nobody watches."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ablations:
+    """One model, the pairs of each objective, and how its neurons are ablated: what every function here asks.
+
+    `tie_value` is what a tie counts in accuracies. `advance` is called after every evaluation, for progress bars.
+    """
+
+    runs: ModelRuns
+    pairs: Mapping[str, PreferencePairs]
+    replacement: Replacement = Zero()
+    tie_value: float = 0.5
+    level: float = 0.95
+    seed: int = 0
+    advance: Advance = _no_progress
+
+    def rewards(self, without: NeuronSet | None = None) -> dict[str, PairRewards]:
+        """The rewards of every objective's pairs, whole or without a set. One pass over the pairs."""
+        found = {
+            name: self.runs.rewards(part, without=without, replacement=self.replacement)
+            for name, part in self.pairs.items()
+        }
+        self.advance()
+        return found
+
+    def prepare(self, sets: Sequence[NeuronSet]) -> None:
+        """Run what `rewards` will be asked for, together; what was run before is not."""
+        for part in self.pairs.values():
+            self.runs.prepare(part, sets, replacement=self.replacement)
+
+    def change(self, after: PairRewards, before: PairRewards, quantity: str) -> Float[Tensor, "item"]:
+        """The change of every item."""
+        return item_change(after, before, quantity, tie_value=self.tie_value)
+
+    def estimate(self, values: Float[Tensor, "item"], objective: str) -> Estimate:
+        """Mean of one value per item of an objective, with its interval."""
+        return bootstrap_mean(values, self.pairs[objective].by_item, level=self.level, seed=self.seed)
+
+
+def ablation_matrix(
+    ablations: Ablations,
+    sets: Mapping[str, NeuronSet],
+    *,
+    n_draws: int = 8,
+    exclude: NeuronSet | None = None,
+    magnitude: Float[Tensor, "layer neuron"] | None = None,
+) -> pd.DataFrame:
+    """The effect of ablating every set on every objective, in accuracy and margin, beside matched random sets.
+
+    Random sets have as many neurons in every layer (`control` "layer"), and with `magnitude` also about the same
+    magnitude ("magnitude"; `set_magnitude` and `random_magnitude` say how nearly); they leave out `exclude`. One row
+    a set, objective, quantity and control: before, after, the effect with its interval over prompts, the effect per
+    neuron, the mean random effect and the spread between draws, and the effect beyond random with the interval of
+    `controls.against_random`. Where too few neurons are left to match a set, a warning says so and the control is NaN.
+
+    Cost: a pass over the pairs for each set and each of its `n_draws` random sets of each control.
+
+    Examples:
+        >>> ablations = Ablations(ModelRuns(head), pairs)
+        >>> matrix = ablation_matrix(ablations, {"its own": neurons}, n_draws=2)
+        >>> matrix.query("quantity == 'margin' and control == 'layer'")[["set", "objective", "effect"]].round(1)
+               set objective  effect
+        1  its own   helpful    -2.0
+        3  its own  harmless     0.0
+    """
+    if n_draws < 2:
+        raise OptionError(f"n_draws: expected at least 2 random sets to know their spread, got {n_draws}.")
+    controls = ["layer", *(["magnitude"] if magnitude is not None else [])]
+    before = ablations.rewards()
+    rows = []
+    for name, neurons in sets.items():
+        drawn = {
+            control: _matched(neurons, control, n_draws, ablations.seed, exclude, magnitude) for control in controls
+        }
+        ablations.prepare([neurons, *(draw for draws in drawn.values() for draw in draws)])
+        after = ablations.rewards(neurons)
+        for control, draws in drawn.items():
+            random = [ablations.rewards(draw) for draw in draws]
+            for _ in range(n_draws - len(draws)):
+                ablations.advance()
+            for objective in ablations.pairs:
+                for quantity in QUANTITIES:
+                    row: dict[str, Any] = {
+                        "set": name,
+                        "objective": objective,
+                        "quantity": quantity,
+                        "control": control,
+                    }
+                    if magnitude is not None:
+                        row["set_magnitude"] = _mean_over(magnitude, [neurons])
+                        row["random_magnitude"] = _mean_over(magnitude, draws)
+                    changes = [
+                        ablations.change(one[objective], before[objective], quantity) for one in (after, *random)
+                    ]
+                    rows.append(
+                        row | _effect(ablations, after[objective], before[objective], changes, quantity, len(neurons))
+                    )
+    return pd.DataFrame(rows)
+
+
+def equal_size_effects(
+    ablations: Ablations, sets: Mapping[str, NeuronSet], *, against: str, n_subsamples: int = 8
+) -> pd.DataFrame:
+    """The sets compared at the size of the smallest: effects of random subsamples of each, and per neuron.
+
+    `size` neurons of every set are drawn `n_subsamples` times (a set of that size is taken whole, once). The effect is
+    the mean over subsamples, its interval that of the prompts widened by the spread between subsamples. `difference`
+    is the effect minus that of the set called `against`, paired by item; empty sets are left out. Cost: a pass
+    over the pairs for each subsample.
+
+    Examples:
+        >>> ablations = Ablations(ModelRuns(head), pairs)
+        >>> sets = {"one": neurons, "all": organism.truth["helpful"] | organism.truth["shared"]}
+        >>> table = equal_size_effects(ablations, sets, against="one", n_subsamples=2)
+        >>> table.query("quantity == 'margin'")[["set", "objective", "effect"]].round(1)
+           set objective  effect
+        1  one   helpful    -2.0
+        3  one  harmless     0.0
+        5  all   helpful    -2.1
+        7  all  harmless    -0.5
+    """
+    if n_subsamples < 2:
+        raise OptionError(f"n_subsamples: expected at least 2, whose spread is in the interval, got {n_subsamples}.")
+    if against not in sets:
+        raise OptionError(f"against: expected one of the sets {list(sets)}, got {against!r}.")
+    filled = {name: neurons for name, neurons in sets.items() if len(neurons)}
+    if against not in filled:
+        return pd.DataFrame(columns=_EQUAL_SIZE)
+    size = min(map(len, filled.values()))
+    before = ablations.rewards()
+    changes: dict[tuple[str, str, str], Float[Tensor, "draw item"]] = {}
+    for name, neurons in filled.items():
+        draws = (
+            [neurons]
+            if len(neurons) == size
+            else [
+                neurons.subsample(size, seed=draw_seed(ablations.seed, draw, "subsample", neurons.mask))
+                for draw in range(n_subsamples)
+            ]
+        )
+        ablations.prepare(draws)
+        after = [ablations.rewards(draw) for draw in draws]
+        for _ in range(n_subsamples - len(draws)):
+            ablations.advance()
+        for objective in ablations.pairs:
+            for quantity in QUANTITIES:
+                changes[name, objective, quantity] = torch.stack(
+                    [ablations.change(one[objective], before[objective], quantity) for one in after]
+                )
+    rows = []
+    for (name, objective, quantity), mine in changes.items():
+        theirs = changes[against, objective, quantity]
+        effect = _over_draws(ablations, [mine], objective)
+        gap = _over_draws(ablations, [mine, -theirs], objective)
+        if name == against:
+            gap = replace(gap, value=0.0, low=0.0, high=0.0)
+        rows.append(
+            {
+                "set": name, "objective": objective, "quantity": quantity, "size": size, "n_subsamples": len(mine),
+                "effect": effect.value, "low": effect.low, "high": effect.high, "per_neuron": effect.value / size,
+                "against": against, "difference": gap.value, "difference_low": gap.low, "difference_high": gap.high,
+                "n": effect.n,
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=_EQUAL_SIZE)
+
+
+_EQUAL_SIZE = [
+    "set", "objective", "quantity", "size", "n_subsamples", "effect", "low", "high", "per_neuron", "against",
+    "difference", "difference_low", "difference_high", "n",
+]  # fmt: skip
+
+
+# -- inside ------------------------------------------------------------------------------------------------------------
+
+
+def _matched(
+    neurons: NeuronSet,
+    control: str,
+    n_draws: int,
+    seed: int,
+    exclude: NeuronSet | None,
+    magnitude: Float[Tensor, "layer neuron"] | None,
+) -> list[NeuronSet]:
+    """The random sets; none where some layer has too few neurons left to match the set."""
+    options: dict[str, Any] = {"match": control, "exclude": exclude}
+    if control == "magnitude":
+        options["magnitude"] = magnitude
+    try:
+        seeds = [draw_seed(seed, draw, control, neurons.mask) for draw in range(n_draws)]
+        return [neurons.matched_random(seed=one, **options) for one in seeds]
+    except OptionError as error:
+        warnings.warn(f"No matched random sets for {neurons!r}: {error}", RMTensionWarning, stacklevel=3)
+        return []
+
+
+def draw_seed(seed: int, draw: int, purpose: str, mask: Bool[Tensor, "layer neuron"]) -> int:
+    """A seed that no other set, purpose or draw has: equal seeds would draw equal neurons for sets alike in size."""
+    named = f"{seed}/{draw}/{purpose}/".encode() + mask.numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest()) >> 1
+
+
+def _mean_over(magnitude: Float[Tensor, "layer neuron"], sets: Sequence[NeuronSet]) -> float:
+    """Mean magnitude of the neurons of some sets; NaN without any."""
+    values = torch.cat([magnitude[one.mask] for one in sets]) if sets else torch.empty(0)
+    return float(values.double().mean())
+
+
+def _effect(
+    ablations: Ablations,
+    after: PairRewards,
+    before: PairRewards,
+    changes: Sequence[Float[Tensor, "item"]],
+    quantity: str,
+    size: int,
+) -> dict[str, Any]:
+    pairs = after.by_item().pairs
+    effect = bootstrap_mean(changes[0], pairs, level=ablations.level, seed=ablations.seed)
+    control = NO_CONTROL
+    if len(changes) > 1:
+        control = against_random(changes[0], changes[1:], pairs, level=ablations.level)
+    per_neuron = 1 / size if size else math.nan
+    return {
+        "size": size,
+        "before": float(item_values(before, quantity, tie_value=ablations.tie_value).mean()),
+        "after": float(item_values(after, quantity, tie_value=ablations.tie_value).mean()),
+        "effect": effect.value,
+        "low": effect.low,
+        "high": effect.high,
+        "per_neuron": effect.value * per_neuron,
+        "random_effect": control.random_mean,
+        "random_sd": control.random_sd,
+        "set_sd": control.set_sd,
+        "n_draws": control.n_draws,
+        "beyond_random": control.difference,
+        "beyond_low": control.low,
+        "beyond_high": control.high,
+        "beyond_per_neuron": control.difference * per_neuron,
+        "n": effect.n,
+    }
+
+
+def _over_draws(ablations: Ablations, parts: Sequence[Float[Tensor, "_ item"]], objective: str) -> Estimate:
+    """The sum of the parts' means over draws: interval over prompts, widened by each part's spread between draws."""
+    estimate = ablations.estimate(torch.stack([part.mean(dim=0) for part in parts]).sum(dim=0), objective)
+    for part in parts:
+        estimate = over_seeds(estimate, part.mean(dim=1).tolist())
+    return estimate

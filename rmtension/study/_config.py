@@ -1,0 +1,213 @@
+"""A study as a YAML file says it: models, pairs, options, and where the result goes. Errors name the key."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rmtension._arguments import nearest
+from rmtension.data._pairs import PreferencePairs
+from rmtension.data._row_reader import FIELDS
+from rmtension.errors import DataError, ModelError, OptionError, RMTensionError
+from rmtension.study._family_runs import MODELS, OBJECTIVES, ModelFamily
+from rmtension.study._options import StudyOptions
+from rmtension.study._tension_study import TensionStudy
+
+_KEYS = ("models", "pairs", "scoring_pairs", "columns", "chat", "on_invalid", "rules", "analyses", "options", "out")
+_FAMILY_KEYS = (*MODELS, "base", "name", "seed")
+_OPTION_KEYS = tuple(field.name for field in fields(StudyOptions) if field.name != "analyses")
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What `make_config` found: everything that a study needs, and the folder for its result."""
+
+    families: tuple[ModelFamily, ...]
+    pairs: Mapping[str, PreferencePairs]
+    scoring_pairs: Mapping[str, PreferencePairs] | None
+    options: StudyOptions
+    out: Path
+
+    def study(self) -> TensionStudy:
+        """The study, ready to run."""
+        return TensionStudy(self.families, self.pairs, scoring_pairs=self.scoring_pairs, options=self.options)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, for `make_config`; raises `DataError` where there is none."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}).") from error
+    # Beside YAMLError: dates that are none, bytes that are no text, brackets nested too deeply.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
+    return dict(_mapping(found, str(path), _KEYS))
+
+
+def make_config(values: Mapping[str, Any], *, folder: Path, where: str) -> StudyConfig:
+    """The study that `values` describe; `where` names them in errors, and paths are relative to `folder`.
+
+    - `models`: a mapping of `helpful`, `harmless`, `mixed` and, if there is one, `base` to folders of checkpoints or
+      hub names; or a list of such mappings, which `name` and `seed` tell apart.
+    - `pairs`: files (one or a list) under `helpful` and `harmless`, in any format of `PreferencePairs.read`; or files
+      whose rows have `objective`.
+    - `scoring_pairs`: the same, where neurons are not to be scored on a half of `pairs`.
+    - `columns` and `chat`: those of `PreferencePairs.read`, for all files.
+    - `on_invalid` ("raise" or "skip"), `rules`, `analyses`, `options` (fields of `StudyOptions`), `out` (default:
+      `study`).
+
+    Reads the pairs; opens no model. Raises `OptionError`, `DataError` or `ModelError`.
+    """
+    _mapping(values, where, _KEYS, required=("models", "pairs"))
+    options = read_options(values, where)
+    families = _families(values["models"], f"{where}: models", folder)
+    out = folder / _text(values.get("out", "study"), f"{where}: out")
+    reading = {
+        "columns": _columns(values.get("columns"), f"{where}: columns"),
+        "chat": _yes_or_no(values.get("chat", False), f"{where}: chat"),
+        "on_invalid": _text(values.get("on_invalid", "raise"), f"{where}: on_invalid"),
+    }
+    # All files are looked for before the first is read, which may take a while.
+    readers = {
+        key: _pairs(values[key], f"{where}: {key}", folder, reading)
+        for key in ("pairs", "scoring_pairs")
+        if values.get(key) is not None
+    }
+    found = {key: read() for key, read in readers.items()}
+    return StudyConfig(families, found["pairs"], found.get("scoring_pairs"), options, out)
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def read_options(values: Mapping[str, Any], where: str) -> StudyOptions:
+    """The options that `rules`, `analyses` and `options` say; raises `OptionError` naming `where`."""
+    changes = dict(_mapping(values.get("options") or {}, f"{where}: options", _OPTION_KEYS))
+    if "analyses" in values:
+        changes["analyses"] = values["analyses"]
+    # YAML has lists where options are tuples.
+    changes = {name: tuple(one) if isinstance(one, list) else one for name, one in changes.items()}
+    try:
+        return StudyOptions.of(_text(values.get("rules", "corrected"), f"{where}: rules"), **changes)
+    except OptionError as error:
+        raise _located(error, where) from error
+
+
+def _families(value: Any, key: str, folder: Path) -> tuple[ModelFamily, ...]:
+    listed = value if isinstance(value, list) else [value]
+    if not listed:
+        raise OptionError(
+            f"{key}: expected a mapping of {list(MODELS)} to models, or a list of such, got an empty one."
+        )
+    keys = [f"{key}[{place}]" for place in range(len(listed))] if isinstance(value, list) else [key]
+    return tuple(_family(one, name, folder) for one, name in zip(listed, keys, strict=True))
+
+
+def _family(value: Any, key: str, folder: Path) -> ModelFamily:
+    given = _mapping(value, key, _FAMILY_KEYS, required=MODELS)
+    seed = given.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise OptionError(f"{key}.seed: expected a whole number, got {_shown(seed)}.")
+    models = {
+        name: _model(given[name], f"{key}.{name}", folder)
+        for name in (*MODELS, "base")
+        if name != "base" or given.get("base") is not None
+    }
+    return ModelFamily(**models, name=_text(given.get("name", "models"), f"{key}.name"), seed=seed)
+
+
+def _model(value: Any, key: str, folder: Path) -> str | Path:
+    """The folder of a checkpoint, or a hub name, which may have one slash and no folder of that name here."""
+    name = _text(value, key)
+    path = folder / Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "~", "/")) or name.count("/") > 1 or path.exists():
+        raise ModelError(f"{key}: expected the folder of a checkpoint or a hub name, and {path} is no folder.")
+    return name
+
+
+def _pairs(value: Any, key: str, folder: Path, reading: Mapping[str, Any]) -> Callable[[], dict[str, PreferencePairs]]:
+    """What reads the pairs of both objectives, once the files are known to be there."""
+    if not isinstance(value, Mapping):
+        files = _files(value, key, folder)
+        return lambda: _by_objective(_read(files, key, reading), key)
+    given = _mapping(value, key, OBJECTIVES, required=OBJECTIVES)
+    named = {name: _files(given[name], f"{key}.{name}", folder) for name in OBJECTIVES}
+    return lambda: {name: _read(files, f"{key}.{name}", reading, objective=name) for name, files in named.items()}
+
+
+def _files(value: Any, key: str, folder: Path) -> list[Path]:
+    listed = value if isinstance(value, list) else [value]
+    if not listed:
+        raise OptionError(f"{key}: expected a file or a list of files, got an empty list.")
+    names = [f"{key}[{place}]" for place in range(len(listed))] if isinstance(value, list) else [key]
+    paths = [folder / Path(_text(one, name)).expanduser() for one, name in zip(listed, names, strict=True)]
+    for path, name in zip(paths, names, strict=True):
+        if not path.is_file():
+            raise DataError(f"{name}: expected a file of pairs, and there is none at {path}.")
+    return paths
+
+
+def _read(files: Sequence[Path], key: str, reading: Mapping[str, Any], objective: str | None = None) -> PreferencePairs:
+    try:
+        parts = (PreferencePairs.read(path, objective=objective, **reading) for path in files)
+        return sum(parts, start=PreferencePairs([]))
+    except RMTensionError as error:
+        raise _located(error, key) from error
+
+
+def _by_objective(pairs: PreferencePairs, key: str) -> dict[str, PreferencePairs]:
+    found = {pair.objective for pair in pairs}
+    if found != set(OBJECTIVES):
+        raise DataError(
+            f"{key}: expected the field 'objective' of every pair to be one of {list(OBJECTIVES)}, and both to be "
+            f"there, got {sorted(map(str, found))}. Or name the files of each: {key.split(': ')[-1]}: {{helpful: ..., "
+            "harmless: ...}."
+        )
+    return {name: pairs.filter(objective=name) for name in OBJECTIVES}
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+def _mapping(value: Any, key: str, known: Sequence[str], required: Sequence[str] = ()) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise OptionError(f"{key}: expected a mapping with some of the keys {list(known)}, got {_shown(value)}.")
+    for name in value:
+        if name not in known:
+            hint = nearest(name, known)
+            raise OptionError(f"{key}: unknown key {_shown(name)}; expected some of {list(known)}.{hint}")
+    for name in required:
+        if value.get(name) is None:
+            raise OptionError(f"{key}: the key {name!r} is missing; it has {list(value)}.")
+    return value
+
+
+def _text(value: Any, key: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise OptionError(f"{key}: expected text, got {_shown(value)}. Put quotes around what YAML takes for other.")
+    return value
+
+
+def _yes_or_no(value: Any, key: str) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(f"{key}: expected true or false, got {_shown(value)}.")
+    return value
+
+
+def _columns(value: Any, key: str) -> dict[str, str | None]:
+    given = _mapping(value or {}, key, FIELDS)
+    return {name: None if column is None else _text(column, f"{key}.{name}") for name, column in given.items()}
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; of lists and mappings the kind alone, since aliases can make them very long."""
+    return type(value).__name__ if isinstance(value, list | tuple | Mapping | set) else f"{value!r:.80}"
+
+
+def _located(error: RMTensionError, where: str) -> RMTensionError:
+    return type(error)(f"{where}: {error}")

@@ -1,0 +1,299 @@
+"""What a model was run for: rewards, profiles, attributions and means, each run once and kept on disk."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+
+from rmtension.attribution._neuron_attribution import NeuronAttribution
+from rmtension.data._pairs import PreferencePairs
+from rmtension.distributed import current
+from rmtension.errors import OptionError
+from rmtension.evaluation._pair_rewards import PairRewards
+from rmtension.interventions._replacements import Replacement, Zero
+from rmtension.interventions._sweep import score_without
+from rmtension.neurons._neuron_scores import NeuronScores
+from rmtension.neurons._neuron_set import NeuronSet
+from rmtension.passes._activations import ActivationCollector, ActivationStatistics
+from rmtension.passes._profiles import ActivationProfile, collect_profiles
+from rmtension.reward_head import RewardHead
+from rmtension.store._provenance import Provenance, digest_of, digest_of_folder
+from rmtension.store._storage import read_result, write_result
+from rmtension.store._work_folder import remembered
+
+
+@runtime_checkable
+class _Result(Protocol):
+    @property
+    def provenance(self) -> Provenance: ...
+
+    def save(self, path: str | Path) -> None: ...
+
+
+_R = TypeVar("_R", bound=_Result)
+
+
+class ModelRuns:
+    """A model and everything it has been run for: asking again for the same runs nothing.
+
+    `rewards`, `profile`, `attribution` and `statistics` give what `RewardHead.score_pairs`, `collect_profiles`,
+    `NeuronAttribution` and `ActivationCollector` give. Each is kept in memory and, with a `folder`, in one safetensors
+    file there, named by a digest of everything that it depends on: the model's weights, the texts in their order,
+    the neurons and how they are ablated, options, the versions of this package, torch and transformers, and whether
+    there is a GPU. A local checkpoint is opened only when something has to be run. `n_run` and `n_read` count what was
+    run and what came from the folder.
+
+    Args:
+        model: a head, or the folder or hub name of a checkpoint.
+        folder: where results are kept; None keeps them in memory only.
+        reward: False for a language model, which is read for its activations.
+
+    Examples:
+        >>> runs = ModelRuns(head)
+        >>> [runs.rewards(pairs["helpful"]).accuracy() for _ in range(2)], runs.n_run
+        ([1.0, 1.0], 1)
+    """
+
+    def __init__(
+        self, model: RewardHead | str | Path, *, folder: str | Path | None = None, reward: bool = True
+    ) -> None:
+        self._model = model
+        self._folder = None if folder is None else Path(folder)
+        self._reward = reward
+        self._head = model if isinstance(model, RewardHead) else None
+        self._key: str | None = None
+        self._versions = [version("rmtension"), version("torch"), version("transformers"), torch.cuda.is_available()]
+        self._known: dict[str, Any] = {}
+        self.n_run = self.n_read = 0
+
+    @property
+    def head(self) -> RewardHead:
+        """The model, opened when it is first needed."""
+        if self._head is None:
+            open_model = RewardHead.from_pretrained if self._reward else RewardHead.from_language_model
+            self._head = open_model(str(self._model))
+        return self._head
+
+    @property
+    def key(self) -> str:
+        """Names the model by its content: the bytes of a local checkpoint, or what an open head consists of.
+
+        A head that was trained further has another key. A hub name is opened to be named.
+        """
+        if isinstance(self._model, RewardHead) or not Path(self._model).is_dir():
+            return f"head-{self.head.fingerprint}-{self.head.setup_digest}"
+        if self._key is None:
+            self._key = f"folder-{digest_of_folder(Path(self._model))}"
+        return self._key
+
+    @property
+    def provenance(self) -> Provenance | None:
+        """That of the first result that was asked for; None before."""
+        return next((result.provenance for result in self._known.values()), None)
+
+    def close(self) -> None:
+        """Let go of the open model and of results in memory; what the folder holds is read again, the rest run."""
+        self._known.clear()
+        if not isinstance(self._model, RewardHead):
+            self._head = None
+
+    # -- what a model is run for -----------------------------------------------------------------------------------
+
+    def rewards(
+        self,
+        pairs: PreferencePairs,
+        *,
+        without: NeuronSet | None = None,
+        replacement: Replacement = Zero(),
+    ) -> PairRewards:
+        """The rewards of `pairs`, or what they are without some neurons."""
+
+        def run(work: Path | None) -> _Rewards:
+            if without is None or not len(without):
+                return _Rewards.of(self.head.score_pairs(pairs, work=work))
+            (found,) = score_without(self.head, pairs, [without], replacement, work=work)
+            return _Rewards.of(found)
+
+        details = [pairs.ordered_digest, _described(without, replacement)]
+        return self._once("rewards", details, run, _Rewards.load).scored(pairs)
+
+    def prepare(
+        self,
+        pairs: PreferencePairs,
+        sets: Sequence[NeuronSet],
+        *,
+        replacement: Replacement = Zero(),
+    ) -> None:
+        """Run what `rewards` will be asked for without each of some sets: together, which is faster."""
+        named = {
+            self._name("rewards", [pairs.ordered_digest, _described(one, replacement)]): one for one in sets if len(one)
+        }
+        missing = [name for name in named if not self._has(name)]
+        if missing:
+            self._require_unhooked()
+            with self._work(f"sweep-{_digest_of_names(named)}") as work:
+                # In another company the last digits differ: what was interrupted ends as it was begun.
+                together = missing if work is None else remembered(work, "sets", missing)
+                some = [named[name] for name in together if name in named]
+                found = score_without(self.head, pairs, some, replacement, work=work)
+                for name, scored in zip(together, found, strict=True):
+                    self.n_run += 1
+                    self._keep(name, _Rewards.of(scored))
+
+    def known_rewards(self, pairs: PreferencePairs) -> PairRewards | None:
+        """The rewards of `pairs` if they were asked for before."""
+        kept = self._known.get(self._name("rewards", [pairs.ordered_digest, None]))
+        return None if kept is None else kept.scored(pairs)
+
+    def profile(
+        self,
+        pairs: PreferencePairs,
+        *,
+        site: str = "mlp",
+        positions: str = "all",
+        base: "ModelRuns | None" = None,
+        pool_tokens: bool = False,
+        also: Sequence[str] = (),
+    ) -> ActivationProfile:
+        """The profile at one site and position. Profiles of the sites in `also` come from the same pass."""
+        sites = list(dict.fromkeys([site, *also]))
+
+        def details(one: str) -> list[Any]:
+            return [pairs.ordered_digest, one, positions, None if base is None else base.key, pool_tokens]
+
+        def run(work: Path | None) -> ActivationProfile:
+            found = collect_profiles(
+                self.head,
+                pairs,
+                sites=sites,
+                positions=[positions],
+                base=None if base is None else base.head,
+                pool_tokens=pool_tokens,
+                work=work,
+            )
+            for other in sites[1:]:
+                self._keep(self._name("profile", details(other)), found[other, positions])
+            return found[site, positions]
+
+        return self._once("profile", details(site), run, ActivationProfile.load)
+
+    def attribution(
+        self, pairs: PreferencePairs, *, method: str, site: str = "mlp", positions: str = "all"
+    ) -> NeuronScores:
+        """Scores by a method of `NeuronAttribution`."""
+
+        def run(work: Path | None) -> NeuronScores:
+            return NeuronAttribution(self.head, method, site=site, positions=positions).score(pairs, work=work)
+
+        details = [pairs.ordered_digest, method, site, positions]
+        return self._once("attribution", details, run, NeuronScores.load)
+
+    def statistics(self, pairs: PreferencePairs, *, site: str = "mlp") -> ActivationStatistics:
+        """Means over all tokens, for `Mean`."""
+        return self._once(
+            "statistics",
+            [pairs.ordered_digest, site],
+            lambda work: ActivationCollector(self.head, site=site).collect(pairs, work=work),
+            ActivationStatistics.load,
+        )
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _once(self, kind: str, details: list[Any], run: Callable[[Path | None], _R], load: Callable[[Path], _R]) -> _R:
+        name = self._name(kind, details)
+        if name not in self._known:
+            if self._folder is not None and self._has(name):
+                self._known[name] = load(self._folder / name)
+                self.n_read += 1
+            else:
+                self._require_unhooked()
+                with self._work(name) as work:
+                    found = run(work)
+                    self.n_run += 1
+                    self._keep(name, found)
+        result: _R = self._known[name]
+        return result
+
+    @contextmanager
+    def _work(self, name: str) -> Iterator[Path | None]:
+        """A work folder for one run, which goes when its results are kept; None where nothing is kept on disk."""
+        if self._folder is None:
+            yield None
+            return
+        work = self._folder / f"{Path(name).stem}.work"
+        yield work
+        if current().is_first:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def _has(self, name: str) -> bool:
+        """Whether a result is known, or in the folder."""
+        # Of several processes, all read it or all run: they work on one pass together.
+        return name in self._known or (self._folder is not None and current().all_have((self._folder / name).exists()))
+
+    def _require_unhooked(self) -> None:
+        if self.head.body.is_hooked:
+            raise OptionError(
+                "runs: the model has hooks, of yours or of an ablation that is entered, whose results would be kept as "
+                "its own. Leave the context, or remove the hooks from head.model, first."
+            )
+
+    def _keep(self, name: str, result: _Result) -> None:
+        if self._folder is not None:
+            result.save(self._folder / name)
+        self._known[name] = result
+
+    def _name(self, kind: str, details: list[Any]) -> str:
+        written = json.dumps([kind, self._versions, self.key, details])
+        return f"{kind}-{hashlib.sha256(written.encode()).hexdigest()[:24]}.safetensors"
+
+
+class _Rewards:
+    """Rewards without their texts, which a study has anyway and which would be stored hundreds of times."""
+
+    def __init__(self, scored: PairRewards) -> None:
+        self._scored = scored
+
+    @classmethod
+    def of(cls, scored: PairRewards) -> "_Rewards":
+        return cls(replace(scored, pairs=PreferencePairs([])))
+
+    @property
+    def provenance(self) -> Provenance:
+        return self._scored.provenance
+
+    def scored(self, pairs: PreferencePairs) -> PairRewards:
+        return replace(self._scored, pairs=pairs)
+
+    def save(self, path: str | Path) -> None:
+        one = self._scored
+        values = {
+            "provenance": one.provenance.to_dict(),
+            "cut": [one.n_prompts_cut, one.n_responses_cut],
+        }
+        write_result(path, "Rewards", {"chosen": one.chosen, "rejected": one.rejected}, values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "_Rewards":
+        shapes = {"chosen": "float pair", "rejected": "float pair"}
+        tensors, values = read_result(path, "Rewards", tensors=shapes, values={"provenance": dict, "cut": list})
+        provenance = Provenance.from_dict(values["provenance"])
+        empty = PreferencePairs([])
+        return cls(PairRewards(tensors["chosen"], tensors["rejected"], empty, provenance, *values["cut"]))
+
+
+def _digest_of_names(names: Iterable[str]) -> str:
+    return hashlib.sha256(" ".join(names).encode()).hexdigest()[:24]
+
+
+def _described(without: NeuronSet | None, replacement: Replacement) -> list[Any] | None:
+    """What an ablation depends on; None for the whole model."""
+    if without is None or not len(without):
+        return None
+    return [without.site, without.architecture, digest_of(without.mask), replacement.key]

@@ -1,0 +1,257 @@
+"""The whole comparison of reward models in one object: ten analyses over seeds and bases."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rmtension._progress import progress_bar
+from rmtension.data._pairs import PreferencePairs
+from rmtension.distributed import current
+from rmtension.errors import OptionError, ProvenanceError
+from rmtension.reward_head import RewardHead
+from rmtension.store._work_folder import claim, locked
+from rmtension.study._family_runs import MODELS, OBJECTIVES, FamilyRuns, ModelFamily, joined
+from rmtension.study._options import StudyOptions
+from rmtension.study._result import StudyResult
+from rmtension.study.analyses import ANALYSES, overlap_with
+
+
+class TensionStudy:
+    """Reward models, pairs for both objectives, and everything that is asked of them.
+
+    Args:
+        models: one `ModelFamily`, or several: seeds, bases. A mapping of "helpful", "harmless" and "mixed" to models
+            makes one family. All models of a family must have one architecture.
+        pairs: "helpful" and "harmless" -> pairs that no model was trained on.
+        base: the language model they were trained from, for a mapping of models.
+        scoring_pairs: pairs that neurons are scored on. By default `pairs` are divided by prompt: one half scores
+            neurons, the other evaluates models and ablations, so that no effect is measured on the pairs that chose
+            its neurons.
+        options: see `StudyOptions`; by default those of `rules`.
+        rules: "corrected", or "paper" for the published ones.
+
+    Examples:
+        >>> options = StudyOptions(analyses=("accuracy", "transferability"))
+        >>> study = TensionStudy(dict.fromkeys(("helpful", "harmless", "mixed"), head), pairs, options=options)
+        >>> result = study.run(progress=False)
+        >>> list(result.tables)
+        ['accuracy', 'subsets', 'comparisons', 'transferability']
+    """
+
+    def __init__(
+        self,
+        models: ModelFamily | Sequence[ModelFamily] | Mapping[str, RewardHead | str | Path],
+        pairs: Mapping[str, PreferencePairs],
+        *,
+        base: RewardHead | str | Path | None = None,
+        scoring_pairs: Mapping[str, PreferencePairs] | None = None,
+        options: StudyOptions | None = None,
+        rules: str | None = None,
+    ) -> None:
+        if options is not None and rules is not None:
+            raise OptionError("rules: expected options or rules, got both. Use StudyOptions.of(rules, ...).")
+        self.options = options or StudyOptions.of(rules or "corrected")
+        self.families = _families(models, base)
+        _require_names("pairs", pairs, OBJECTIVES)
+        if scoring_pairs is None:
+            self.scoring, self.evaluating = _halves(pairs, self.options.seed)
+        else:
+            _require_names("scoring_pairs", scoring_pairs, OBJECTIVES)
+            self.scoring = {name: scoring_pairs[name] for name in OBJECTIVES}
+            self.evaluating = {name: pairs[name] for name in OBJECTIVES}
+        both = set(joined(self.scoring).prompts) & set(joined(self.evaluating).prompts)
+        if both:
+            raise OptionError(
+                f"scoring_pairs: {len(both)} prompts are in `pairs` too, so that effects would be measured on the "
+                "pairs that chose the neurons. Use PreferencePairs.split."
+            )
+        for family in self.families:
+            if family.base is None and self.options.needs_base:
+                # Nothing to compare with: the other scores stand by themselves.
+                left = tuple(score for score in self.options.scores if score != "change")
+                if not left:
+                    raise OptionError("scores: 'change' compares with a base model, and none is given. Pass base=.")
+                self.options = replace(self.options, scores=left)
+
+    def run(self, *, folder: str | Path | None = None, progress: bool | None = None) -> StudyResult:
+        """Do the analyses of `options.analyses`.
+
+        With a `folder`, every pass over a model is kept in `folder/runs`, and every half minute of one that is not
+        ended: running again, with other analyses, more families or after an interruption, runs a model only for what
+        was never asked, and ends with the same numbers. Raises `StorageError` where another process works in the
+        folder, and where it was begun with other pairs or, under one name and seed, other models. `n_run` and `n_read`
+        say afterwards how many passes over a data set were run, and how many were read from there.
+
+        Cost per family, in passes over the evaluation pairs (both texts, what they share once): 3, plus for "curves"
+        3 x fractions x (scores + 3), for "cross_objective" 3 x scores, for "causality" 4 sets x (1 + 2 draws +
+        subsamples); over the scoring pairs 4 profiles, and the means of 3 models for `replacement="mean"`.
+        """
+        if folder is None:
+            return self._run(None, progress)
+        folder = Path(folder)
+        with locked(folder):
+            result = self._run(folder / "runs", progress)
+            if current().is_first:
+                # Of runs that a kill interrupted between their end and the keeping of their results.
+                for left in (folder / "runs").glob("*.work"):
+                    shutil.rmtree(left, ignore_errors=True)
+        return result
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    def _run(self, kept: Path | None, progress: bool | None) -> StudyResult:
+        options = self.options
+        parts: dict[str, list[pd.DataFrame]] = {}
+        provenance: dict[str, Any] = {}
+        cut: dict[str, int] = {}
+        n_steps = len(self.families) * self._n_steps()
+        with progress_bar(progress=progress, total=n_steps, desc="study") as bar:
+            members = [
+                FamilyRuns(family, self.scoring, self.evaluating, options=options, folder=kept, advance=bar.update)
+                for family in self.families
+            ]
+            _require_one_base_each(members)
+            if kept is not None:
+                claim(kept.parent, self._inputs(members))
+            for member in members:
+                family = member.family
+                for analysis in options.analyses:
+                    bar.set_description(f"study: {family.name} {family.seed}, {analysis}")
+                    for table, frame in ANALYSES[analysis](member).items():
+                        parts.setdefault(table, []).append(_labelled(frame, family))
+                provenance[f"{family.name} {family.seed}"] = member.provenance()
+                cut |= member.prompts_cut()
+                member.close()
+            if "overlap" in options.analyses:
+                parts["overlap"] += self._between_seeds(members)
+        self.n_run = sum(member.n_run for member in members)
+        self.n_read = sum(member.n_read for member in members)
+        tables = {table: pd.concat(frames, ignore_index=True) for table, frames in parts.items()}
+        return StudyResult(tables=tables, summary=self._summary(provenance, cut))
+
+    def _inputs(self, members: Sequence[FamilyRuns]) -> dict[str, str]:
+        """What the folder of a study is of; options may differ, because every pass is named by its own."""
+        models = {
+            f"{name} model of {member.family.name} {member.family.seed}": runs.key
+            for member in members
+            for name, runs in member.runs.items()
+        }
+        sides = {"scoring": self.scoring, "evaluation": self.evaluating}
+        pairs = {
+            f"{name} {side} pairs": part.ordered_digest for side, both in sides.items() for name, part in both.items()
+        }
+        return models | pairs
+
+    def _n_steps(self) -> int:
+        options = self.options
+        n_sets = 3 + all(family.base is not None for family in self.families)
+        steps = {
+            "curves": 3 * (1 + len(options.curve_fractions) * (len(options.scores) + 3)),
+            "cross_objective": 3 * 2 * len(options.scores),
+            "causality": 3 + n_sets * (2 + 2 * options.n_draws + options.n_subsamples),
+        }
+        return sum(n for analysis, n in steps.items() if analysis in options.analyses)
+
+    def _between_seeds(self, members: Sequence[FamilyRuns]) -> list[pd.DataFrame]:
+        """The seed ceiling: overlap of one objective's top sets between two seeds of a family."""
+        return [
+            _labelled(overlap_with(one, other), one.family)
+            for one, other in combinations(members, 2)
+            if one.family.name == other.family.name
+        ]
+
+    def _summary(self, provenance: Mapping[str, Any], cut: Mapping[str, int]) -> dict[str, Any]:
+        return {
+            "version": version("rmtension"),
+            "options": asdict(self.options),
+            "families": [
+                {"family": family.name, "seed": family.seed, "base": family.base is not None}
+                for family in self.families
+            ],
+            "models": provenance,
+            "pairs": {
+                name: {
+                    "scoring": len(self.scoring[name]),
+                    "evaluating": len(self.evaluating[name]),
+                    "identical_responses": self.evaluating[name].n_ties,
+                    # None where no model was asked for rewards; contexts of one base are alike.
+                    "prompts_cut": cut.get(name),
+                    "digest": self.evaluating[name].digest,
+                }
+                for name in OBJECTIVES
+            },
+        }
+
+
+def _require_one_base_each(members: Sequence[FamilyRuns]) -> None:
+    """Raise `ProvenanceError` where families of one name, which count as seeds, come from different bases."""
+    keys: dict[str, str] = {}
+    for member in members:
+        name, base = member.family.name, member.runs.get("base")
+        key = "none" if base is None else base.key
+        if keys.setdefault(name, key) != key:
+            raise ProvenanceError(
+                f"models: families called {name!r} have different bases, and would be compared as seeds of one. Give "
+                "each base's families a name of their own: ModelFamily(..., name=...)."
+            )
+
+
+def _labelled(frame: pd.DataFrame, family: ModelFamily) -> pd.DataFrame:
+    """The table with the family and the seed that it is about in front."""
+    frame = frame.copy()
+    frame.insert(0, "family", family.name)
+    frame.insert(1, "seed", family.seed)
+    return frame
+
+
+def _families(
+    models: ModelFamily | Sequence[ModelFamily] | Mapping[str, RewardHead | str | Path],
+    base: RewardHead | str | Path | None,
+) -> list[ModelFamily]:
+    if isinstance(models, Mapping):
+        _require_names("models", models, MODELS)
+        return [ModelFamily(models["helpful"], models["harmless"], models["mixed"], base)]
+    families = [models] if isinstance(models, ModelFamily) else list(models)
+    if not families or not all(isinstance(family, ModelFamily) for family in families):
+        raise OptionError("models: expected a ModelFamily, a list of them, or a mapping of names to models.")
+    if base is not None:
+        raise OptionError("base: each ModelFamily has its own. Pass ModelFamily(..., base=...).")
+    labels = [(family.name, family.seed) for family in families]
+    if len(set(labels)) < len(labels):
+        raise OptionError(f"models: expected families that differ in name or seed, got {labels}.")
+    return families
+
+
+def _halves(
+    pairs: Mapping[str, PreferencePairs], seed: int
+) -> tuple[dict[str, PreferencePairs], dict[str, PreferencePairs]]:
+    """Divide both objectives at once: a prompt that both have is on one side for both."""
+    prompts = joined(pairs).prompts
+    if len(prompts) < 2:
+        raise OptionError(
+            f"pairs: pairs of {len(prompts)} prompt{'' if len(prompts) == 1 else 's'} cannot be split in halves. Give "
+            "more prompts, or scoring_pairs (a key of the YAML file)."
+        )
+    held = set(joined(pairs).split(0.5, seed=seed)[1].prompts)
+    sides = [
+        {name: PreferencePairs(pair for pair in pairs[name] if (pair.prompt in held) == side) for name in OBJECTIVES}
+        for side in (False, True)
+    ]
+    for side in sides:
+        for name, part in side.items():
+            if not len(part):
+                raise OptionError(
+                    f"pairs: too few prompts of {name!r} to divide in halves. Give more, or scoring_pairs."
+                )
+    return sides[0], sides[1]
+
+
+def _require_names(what: str, given: Mapping[str, object], names: tuple[str, ...]) -> None:
+    if set(given) != set(names):
+        raise OptionError(f"{what}: expected exactly {list(names)}, got {sorted(given)}.")

@@ -1,0 +1,196 @@
+"""A base model and the reward models that grow from it: what a study compares."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rmtension.data._pairs import PreferencePairs
+from rmtension.errors import OptionError
+from rmtension.store._provenance import digest_of_folder
+from rmtension.study._family_runs import OBJECTIVES, ModelFamily
+from rmtension.training._trainer_run import digest_of_texts, is_finished, require_free, require_package
+from rmtension.training._training import select_pairs, train_base_model, train_reward_model, train_tokenizer
+
+
+@dataclass(frozen=True)
+class FamilySettings:
+    """Sizes and schedule of `train_family`; the defaults suit `preference_world` on two CPU cores (about a minute).
+
+    The models are GPT-2-shaped with 4 * `d_model` MLP neurons a layer. `max_length` counts tokens; a longer response
+    raises unless `truncate_response`. `mixed_pairs` is how many pairs the mixed model
+    sees (None: the most that equal parts allow).
+    """
+
+    n_layer: int = 3
+    d_model: int = 96
+    n_head: int = 4
+    vocab_size: int = 1024
+    max_length: int = 128
+    truncate_response: bool = False
+    base_epochs: float = 1.0
+    base_learning_rate: float = 2e-3
+    base_batch_size: int = 16
+    reward_epochs: float = 2.0
+    reward_learning_rate: float = 7e-4
+    reward_warmup_steps: int = 20
+    reward_batch_size: int = 16
+    mixed_pairs: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.n_layer, self.d_model, self.n_head) < 1 or self.d_model % self.n_head:
+            raise OptionError(
+                f"d_model, n_head: expected positive sizes, n_head a divisor of d_model, got n_layer={self.n_layer}, "
+                f"d_model={self.d_model}, n_head={self.n_head}."
+            )
+
+
+def train_family(
+    pairs: Mapping[str, PreferencePairs],
+    output_dir: str | Path,
+    *,
+    base: str | Path | None = None,
+    settings: FamilySettings | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> dict[str, Path]:
+    """Train a base model, one reward model per objective, and one on all objectives in equal parts.
+
+    `pairs` are training pairs by objective. Returns the folders below `output_dir` by name: "base", every objective
+    and "mixed". Without `base`, a tokenizer and a GPT-2-shaped language model are trained on the chosen texts of all
+    objectives (so the base has seen which prompts are refused, as an instruction-tuned model has); with it, `settings`
+    governs the reward models alone. With `resume`, models that a run with the same pairs, base, seed and schedule
+    left in `output_dir` are kept, and only the others trained; what differs raises `StorageError`. Other errors are
+    those of `train_reward_model`.
+    """
+    chosen = settings or FamilySettings()
+    if len(pairs) < 2 or {"base", "mixed"} & set(pairs):
+        raise OptionError(
+            f"pairs: expected two objectives or more, none called 'base' or 'mixed', got {sorted(pairs)}. One "
+            "objective alone is train_reward_model's."
+        )
+    root = Path(output_dir)
+    folders = {name: root / name for name in (*(["base"] if base is None else []), *pairs, "mixed")}
+    texts = sorted({pair.text("chosen") for part in pairs.values() for pair in part}) if base is None else []
+    shares = {name: 1 / len(pairs) for name in pairs}
+    mixtures: dict[str, dict[str, Any]] = {name: {"objective": name} for name in pairs}
+    mixtures["mixed"] = {"proportions": shares, "n_pairs": chosen.mixed_pairs}
+    start = Path(base) if base is not None else folders["base"]
+    there: set[str] = set()
+    if resume and not overwrite:
+        if base is None and is_finished(
+            folders["base"],
+            {"seed": seed, "epochs": chosen.base_epochs, "learning_rate": chosen.base_learning_rate},
+            data=digest_of_texts(texts),
+        ):
+            there.add("base")
+        for name in mixtures:
+            if is_finished(
+                folders[name],
+                {"seed": seed, "epochs": chosen.reward_epochs, "learning_rate": chosen.reward_learning_rate},
+                data=select_pairs(pairs, **mixtures[name], seed=seed).digest,
+                **({"base_digest": digest_of_folder(start)} if start.is_dir() else {}),
+            ):
+                there.add(name)
+    if there != set(folders):
+        # Before the base is trained, which needs no TRL and may take long.
+        require_package("trl")
+    for name, folder in folders.items():
+        if name not in there:
+            require_free(folder, overwrite)
+    if base is None and "base" not in there:
+        # Rejected texts would hide from the base what prompts and responses have to do with each other, and the
+        # reward models would have to find it alone: on preference_world, harmlessness then takes twice as long.
+        _train_family_base(texts, folders["base"], chosen, seed, progress, overwrite)
+    for name, mixture in mixtures.items():
+        if name in there:
+            continue
+        train_reward_model(
+            pairs,
+            start,
+            folders[name],
+            **mixture,
+            seed=seed,
+            epochs=chosen.reward_epochs,
+            learning_rate=chosen.reward_learning_rate,
+            warmup_steps=chosen.reward_warmup_steps,
+            batch_size=chosen.reward_batch_size,
+            max_length=chosen.max_length,
+            truncate_response=chosen.truncate_response,
+            progress=progress,
+            overwrite=overwrite,
+        )
+    return {"base": start, **folders}
+
+
+def train_seeds(
+    pairs: Mapping[str, PreferencePairs],
+    output_dir: str | Path,
+    seeds: Sequence[int],
+    *,
+    base: str | Path | None = None,
+    settings: FamilySettings | None = None,
+    name: str = "models",
+    progress: bool | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+) -> list[ModelFamily]:
+    """A helpful, a harmless and a mixed reward model per seed, all from one base, ready for `TensionStudy`.
+
+    `pairs` are training pairs of "helpful" and "harmless". Without `base`, the first seed trains one. Models of an
+    earlier run are kept unless `resume` is False or `overwrite` True. Folders: `output_dir/seed-0/helpful`, and so on.
+    """
+    if set(pairs) != set(OBJECTIVES):
+        raise OptionError(f"pairs: expected exactly {list(OBJECTIVES)}, got {sorted(pairs)}.")
+    families: list[ModelFamily] = []
+    for seed in seeds:
+        folders = train_family(
+            pairs,
+            Path(output_dir) / f"seed-{seed}",
+            base=base,
+            settings=settings,
+            seed=seed,
+            progress=progress,
+            overwrite=overwrite,
+            resume=resume,
+        )
+        base = folders["base"]
+        families.append(ModelFamily(**folders, name=name, seed=seed))
+    return families
+
+
+def _train_family_base(
+    texts: Sequence[str], folder: Path, settings: FamilySettings, seed: int, progress: bool | None, overwrite: bool
+) -> None:
+    from transformers import GPT2Config
+
+    tokenizer = train_tokenizer(texts, settings.vocab_size, max_length=settings.max_length)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=settings.max_length,
+        n_embd=settings.d_model,
+        n_layer=settings.n_layer,
+        n_head=settings.n_head,
+        # The same function as GPT-2's own "gelu_new", in one kernel instead of eight.
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    train_base_model(
+        texts,
+        config,
+        tokenizer,
+        folder,
+        seed=seed,
+        epochs=settings.base_epochs,
+        learning_rate=settings.base_learning_rate,
+        batch_size=settings.base_batch_size,
+        max_length=settings.max_length,
+        progress=progress,
+        overwrite=overwrite,
+    )

@@ -1,0 +1,205 @@
+"""One run of a trainer: seeded, isolated from its caller, and a folder that appears whole or not at all."""
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rmtension._progress import shows_bars
+from rmtension.errors import ModelError, OptionError, StorageError
+from rmtension.models._portable import make_portable, warn_of
+
+RECORD_NAME = "rmtension_training.json"
+
+
+def require_package(package: str) -> Any:
+    """Import `package`, or raise `ModelError` that says how to install it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ModelError(f'training: needs the package {package!r}. Run `pip install "rmtension[train]"`.') from error
+
+
+def require_free(folder: Path, overwrite: bool) -> None:
+    """Raise `StorageError` unless `folder` is free, or may be overwritten and was written by a training."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise StorageError(f"output_dir: {folder} holds something already. Name another, or pass overwrite=True.")
+    if not (folder / RECORD_NAME).is_file():
+        # Replacing a folder deletes it: never one that this module did not write.
+        raise StorageError(f"output_dir: {folder} was not written by rmtension.training, so it is not overwritten.")
+
+
+def is_finished(folder: Path, options: Mapping[str, Any], **record: Any) -> bool:
+    """Whether `folder` holds a finished training with these options and these entries of its record.
+
+    False where nothing is there; raises `StorageError` naming what differs, because such a model answers another
+    question, and may have been trained on what is now held out. An entry that an older version did not write is not
+    compared.
+    """
+    if not (folder / RECORD_NAME).is_file():
+        return False
+    try:
+        found = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+        there = {**found, **found.get("options", {})}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise StorageError(f"{folder}: its {RECORD_NAME} is damaged ({error}). Name another folder.") from error
+    for name, value in {**options, **record}.items():
+        if name in there and there[name] != value:
+            raise StorageError(
+                f"{folder}: holds a model trained with {name}={there[name]!r}, wanted {value!r}. Name another folder, "
+                "or pass overwrite=True."
+            )
+    return True
+
+
+def digest_of_texts(texts: Sequence[str]) -> str:
+    """SHA-256 over texts in their order, in hexadecimal."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+
+
+def schedule(
+    scratch: Path,
+    seed: int,
+    epochs: float,
+    max_steps: int | None,
+    learning_rate: float,
+    warmup_steps: int,
+    batch_size: int,
+    progress: bool | None,
+) -> dict[str, Any]:
+    """The fields that both trainers share."""
+    return {
+        "output_dir": str(scratch),
+        "seed": seed,
+        "data_seed": seed,
+        "num_train_epochs": epochs,
+        "max_steps": -1 if max_steps is None else max_steps,
+        "learning_rate": learning_rate,
+        "warmup_steps": warmup_steps,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "disable_tqdm": not shows_bars(progress),
+        "logging_strategy": "no",
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+def arguments(config_class: Any, extra: Mapping[str, Any] | None, **fields: Any) -> Any:
+    """A trainer's config from our fields and the user's extra ones, which may not repeat ours."""
+    taken = set(extra or {}) & set(fields)
+    if taken:
+        raise OptionError(f"trainer_options: {sorted(taken)} are set by other arguments of this call.")
+    # TRL turns it on, for memory; both trainers should differ in nothing but the loss. transformers 5 renamed it.
+    names = {field.name for field in dataclasses.fields(config_class)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    try:
+        return config_class(**{checkpointing: False, **fields, **(extra or {})})
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"trainer_options: {config_class.__name__} does not take them: {error}") from error
+
+
+def run_trainer(trainer: Any) -> dict[str, Any]:
+    """Train, with a bar but without the dicts that transformers prints beside it."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    class Bar(ProgressCallback):  # type: ignore[misc]
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            """Say nothing."""
+
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(Bar)
+    output = trainer.train()
+    return {"training_loss": output.training_loss, "n_steps": output.global_step}
+
+
+def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Write a checkpoint with its tokenizer, in safetensors, for both majors of transformers."""
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    warn_of(make_portable(folder, tokenizer), "training")
+
+
+def write_record(folder: Path, **values: Any) -> None:
+    """Write options, counts and versions beside a checkpoint, as JSON."""
+    packages = ("rmtension", "torch", "transformers", "trl", "tokenizers")
+    values["versions"] = {name: _version(name) for name in packages}
+    text = json.dumps(values, indent=2, sort_keys=True, default=str)
+    (folder / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def new_folder(output_dir: str | Path, overwrite: bool) -> Iterator[tuple[Path, Path]]:
+    """Yields an empty folder that becomes `output_dir` on success, and a scratch folder; both vanish on failure."""
+    target = Path(output_dir)
+    require_free(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise StorageError(f"output_dir: {target} could not be made ({error}).") from error
+    try:
+        folder, scratch = place / "model", place / "scratch"
+        folder.mkdir()
+        scratch.mkdir()
+        yield folder, scratch
+        replaced = place / "replaced"  # deleted with `place`, once the new folder is there
+        if target.exists():
+            target.rename(replaced)
+        try:
+            folder.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def isolated(seed: int) -> Iterator[None]:
+    """Seed every generator, and give the caller its random states and the libraries' settings back afterwards."""
+    import huggingface_hub
+    import transformers
+
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the caller's, global one
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    telemetry = huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            transformers.set_seed(seed)
+            # Loading reports the head as missing, which is the point of the exercise; other gaps raise.
+            transformers.logging.set_verbosity_error()
+            transformers.logging.disable_progress_bar()
+            # TRL counts its users over the network; training on local files should send nothing.
+            huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+        huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = telemetry

@@ -1,0 +1,224 @@
+"""Pages of single neurons: every number against transformers with hooks, ablations one by one, and NumPy."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from reference import Reference
+from scipy import stats
+from tiny_models import FAMILIES, close_to, grid, make_pairs
+
+from rmtension import AblationContext, NeuronAttribution, NeuronSet, RewardHead
+from rmtension.attribution._neuron_pages import NeuronPages, examine
+from rmtension.errors import OptionError, ProvenanceError, StorageError
+from rmtension.neurons._neuron_scores import N_BLOCKS, block_of
+
+PLACES = {"mlp": [(0, 3), (0, 5), (2, 1)], "attn_head": [(0, 1), (2, 3)]}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return {name: make_pairs(24, seed=seed) for seed, name in enumerate(("helpful", "harmless"))}
+
+
+def chosen(head, site):
+    shape = (head.n_layers, head.n_neurons(site))
+    return NeuronSet.from_indices(PLACES[site], shape=shape, site=site, architecture=head.architecture)
+
+
+@pytest.fixture(scope="module", params=grid([("gpt2", "mlp"), ("llama", "mlp"), ("gpt_neox", "attn_head")]))
+def both(request, checkpoints, pairs):
+    family, site = request.param
+    assert family in FAMILIES
+    head = RewardHead.from_pretrained(checkpoints[family], dtype=torch.float64)
+    pages = examine(head, pairs, chosen(head, site), n_examples=3, positions="response")
+    return pages, head, Reference(checkpoints[family])
+
+
+def rows_of(pages, name):
+    return pages.table[pages.table["set"] == name].set_index(["layer", "neuron"])
+
+
+def test_scores_and_effects(both, pairs):
+    pages, head, _ = both
+    site = pages.about["site"]
+    asked = rows_of(pages, "asked for")
+    assert list(asked.index) == pages.neurons == PLACES[site]
+    for name, some in pairs.items():
+        scores = NeuronAttribution(head, method="gradient_x_activation", site=site, positions="response").score(some)
+        base = head.score_pairs(some).margin
+        blocks = block_of(torch.tensor([text.key for text in head.encode(some).chosen])).numpy()
+        shape = (head.n_layers, head.n_neurons(site))
+        for place in pages.neurons:
+            row = asked.loc[place]
+            assert row[f"{name}_score"] == pytest.approx(float(scores.values[place]), abs=1e-9)
+            assert row[f"{name}_score_stderr"] == pytest.approx(float(scores.stderr[place]), abs=1e-9)
+            one = NeuronSet.from_indices([place], shape=shape, site=site, architecture=head.architecture)
+            with AblationContext(head, one):
+                changes = (head.score_pairs(some).margin - base).numpy()
+            tolerance = close_to(head)["atol"]
+            assert row[f"{name}_effect"] == pytest.approx(changes.mean(), abs=tolerance)
+            # A jackknife by hand: the mean without each block; blocks without pairs leave it as it is.
+            without = np.array([changes[blocks != block].mean() for block in range(N_BLOCKS)])
+            variance = (N_BLOCKS - 1) / N_BLOCKS * ((without - without.mean()) ** 2).sum()
+            half = stats.t.ppf(0.975, len(set(blocks)) - 1) * np.sqrt(variance)
+            assert row[f"{name}_effect_high"] - row[f"{name}_effect"] == pytest.approx(half, abs=10 * tolerance)
+            assert row[f"{name}_effect"] - row[f"{name}_effect_low"] == pytest.approx(half, abs=10 * tolerance)
+            assert row[f"{name}_n"] == len(some)
+            assert abs(changes.mean()) > 100 * tolerance, "an effect of nothing would show nothing"
+
+
+def test_the_control_is_random_neurons_of_the_same_layers(both):
+    pages, head, _ = both
+    random = rows_of(pages, "random").index
+    asked = rows_of(pages, "asked for").index
+    assert not set(random) & set(asked)
+    count = {layer: sum(one == layer for one, _ in asked) for layer in range(head.n_layers)}
+    assert {layer: sum(one == layer for one, _ in random) for layer in range(head.n_layers)} == count
+    assert rows_of(pages, "random").notna().all().all()
+
+
+def of_response(reference, site, pair, place):
+    """The activation of one neuron at every token of both texts; and where the responses begin."""
+    found, starts = [], []
+    for side in ("chosen", "rejected"):
+        ids, n_prompt = reference.tokens(pair, side)
+        layer, neuron = place
+        found.append(reference.per_neuron(reference.activations(site, ids), site, "norm")[layer, :, neuron].numpy())
+        starts.append(n_prompt)
+    return found, starts
+
+
+def test_activations(both, pairs):
+    """Counts of texts, which pairs are shown, and what is shown of them."""
+    pages, _, reference = both
+    site = pages.about["site"]
+    for name, some in pairs.items():
+        for place in pages.neurons:
+            seen = [of_response(reference, site, pair, place) for pair in some]
+            largest = np.array(
+                [[run[n:][np.abs(run[n:]).argmax()] for run, n in zip(*one, strict=True)] for one in seen]
+            )
+            counts = pages.distribution
+            layer, neuron = place
+            counts = counts[(counts["layer"] == layer) & (counts["neuron"] == neuron) & (counts["objective"] == name)]
+            edges = np.histogram_bin_edges(largest, bins=len(counts) // 2)
+            for column, side in enumerate(("chosen", "rejected")):
+                part = counts[counts["side"] == side]
+                np.testing.assert_allclose(part["low"], edges[:-1], atol=1e-9)
+                # At an edge, the last digit decides.
+                near = np.abs(largest[:, column, None] - edges[None, 1:-1]).min() < 1e-9
+                assert near or part["texts"].tolist() == np.histogram(largest[:, column], bins=edges)[0].tolist()
+                assert part["texts"].sum() == len(some)
+            examples = [one for one in pages.examples if (one.layer, one.neuron) == place and one.objective == name]
+            order = np.abs(largest).max(axis=1).argsort(kind="stable")[::-1][:3]
+            assert [one.pair for one in examples] == [some[int(number)].id for number in order]
+            for example, number in zip(examples, order, strict=True):
+                runs, starts = seen[number]
+                pair = some[int(number)]
+                for side, run, n in zip(("chosen", "rejected"), runs, starts, strict=True):
+                    text = getattr(example, side)
+                    np.testing.assert_allclose(text.activations, run, rtol=1e-3, atol=1e-9)
+                    assert (text.first, text.response_start, text.n_tokens) == (0, n, len(run))
+                    assert "".join(text.tokens) == pair.text(side)
+            # Negative control: another neuron's activations are others.
+            assert not np.allclose(examples[0].chosen.activations, seen[order[-1]][0][0][:1].repeat(1), rtol=1e-3)
+
+
+def test_long_texts_are_shown_around_their_peak(checkpoints):
+    from rmtension.attribution._neuron_pages import _active_text
+    from rmtension.data._encoding import EncodedText
+
+    values = torch.zeros(500)
+    values[300] = -2.0
+    shown = _active_text(EncodedText(tuple(range(500)), 10, 0), [str(one) for one in range(500)], values)
+    assert (shown.first, len(shown.tokens), shown.tokens[120], shown.activations[120]) == (180, 160, "300", -2.0)
+    values[499] = 3.0
+    assert _active_text(EncodedText(tuple(range(500)), 10, 0), [""] * 500, values).first == 340
+
+
+def test_pieces_of_characters_of_several_tokens(tokenizer):
+    from rmtension.attribution._neuron_pages import _pieces
+
+    text = " bake a cake 🎂 日本 and é"
+    ids = tokenizer(text)["input_ids"]
+    pieces = _pieces(tokenizer, ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == text
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+
+
+def test_saved_and_read(both, tmp_path):
+    pages = both[0]
+    pages.save(tmp_path / "neurons.json")
+    read = NeuronPages.load(tmp_path / "neurons.json")
+    assert read.examples == pages.examples
+    assert read.about == pages.about
+    for name in ("table", "scatter", "distribution"):
+        one, other = getattr(read, name), getattr(pages, name)
+        assert list(one) == list(other)
+        for column in one:
+            assert one[column].tolist() == other[column].tolist()
+    assert repr(read) == repr(pages)
+
+
+def without(values, *keys):
+    for key in keys[:-1]:
+        values = values[key]
+    del values[keys[-1]]
+
+
+DAMAGES = {
+    "no objective's column": lambda v: v["table"]["columns"].__setitem__(3, "x"),
+    "no scatter": lambda v: without(v, "scatter"),
+    "a newer format": lambda v: v.update(format=2),
+    "another kind": lambda v: v.update(kind="NeuronSet"),
+    "a token that is none": lambda v: v["examples"][0]["chosen"]["tokens"].__setitem__(0, 5),
+    "one activation less": lambda v: v["examples"][0]["chosen"]["activations"].pop(),
+    "an activation that is a text": lambda v: v["examples"][0]["rejected"]["activations"].__setitem__(0, "1"),
+    "an infinite activation": lambda v: v["examples"][0]["rejected"]["activations"].__setitem__(0, float("inf")),
+    "no pair": lambda v: without(v, "examples", 0, "pair"),
+    "a layer that is a text": lambda v: v["scatter"]["data"][0].__setitem__(0, "zero"),
+    "no digests": lambda v: v["about"].update(digests={}),
+    "a list": lambda v: v.update(examples={}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_refused(both, damage, tmp_path):
+    both[0].save(tmp_path / "neurons.json")
+    values = json.loads((tmp_path / "neurons.json").read_text())
+    DAMAGES[damage](values)
+    (tmp_path / "neurons.json").write_text(json.dumps(values))
+    with pytest.raises(StorageError, match=r"neurons\.json"):
+        NeuronPages.load(tmp_path / "neurons.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "null", '{"kind": "NeuronPages"}', "\ud83d"])
+def test_other_files_are_refused(text, tmp_path):
+    (tmp_path / "x.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(StorageError, match=r"x\.json"):
+        NeuronPages.load(tmp_path / "x.json")
+    with pytest.raises(StorageError, match="no neuron pages can be read"):
+        NeuronPages.load(tmp_path / "missing.json")
+
+
+def test_wrong_arguments(head, pairs):
+    neurons = chosen(head, "mlp")
+    with pytest.raises(OptionError, match="at least one neuron"):
+        examine(head, pairs, neurons - neurons)
+    with pytest.raises(OptionError, match="at least one pair each"):
+        examine(head, {}, neurons)
+    with pytest.raises(OptionError, match="n_examples: expected 0 or more"):
+        examine(head, pairs, neurons, n_examples=-1)
+    with pytest.raises(ProvenanceError, match="indexes neurons of 'toy'"):
+        examine(head, pairs, NeuronSet(neurons.mask, "mlp", "toy"))
+
+
+def test_as_many_random_neurons_as_there_are(head, pairs):
+    everything = NeuronSet(torch.ones(3, 4, dtype=torch.bool), "attn_head", head.architecture)
+    pages = examine(head, {"helpful": pairs["helpful"][:4]}, everything, n_examples=0)
+    assert rows_of(pages, "random").empty
+    assert pages.examples == ()
+    assert len(pages.scatter) == 12

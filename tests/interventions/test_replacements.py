@@ -1,0 +1,151 @@
+"""Replacement objects by themselves: what they write against closed forms, and what cannot be made."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import batches_of, make_pairs, unchecked
+
+from rmtension import ActivationCollector, Mean, OtherResponse, Resample, Scale, Zero
+from rmtension.errors import OptionError
+from rmtension.interventions._replacements import Replacement
+
+
+@pytest.fixture(scope="module")
+def few():
+    return make_pairs(4)
+
+
+@pytest.fixture(scope="module")
+def batch(head, few):
+    """One text in every row."""
+    (found,) = batches_of(head, few, sharing="none")
+    return found
+
+
+@pytest.fixture(scope="module")
+def every(head, few):
+    collector = ActivationCollector(head)
+    return (Zero(), Mean(collector.collect(few)), Resample(collector.sample(few, n=9)), Scale(0.3), OtherResponse())
+
+
+@pytest.fixture(scope="module")
+def activation(head, batch):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(*batch.input_ids.shape, head.n_channels("mlp"), generator=generator, dtype=torch.float64)
+
+
+def test_values_are_factor_times_activation_plus_constant(every, activation, head):
+    """Whatever has a factor needs no batch; exports write the same as weights."""
+    columns = torch.tensor([3, 0, 7])
+    for replacement in every[:2] + every[3:4]:
+        for layer in range(head.n_layers):
+            constant = replacement.constant(layer)
+            expected = replacement.factor * activation + (0 if constant is None else constant)
+            for some in (slice(None), columns):
+                found = replacement.values(layer, some, activation[..., some], None)
+                assert torch.allclose(found, expected[..., some], atol=1e-12)
+    assert [one.factor is None for one in every] == [False, False, True, False, True]
+    assert [one.constant(0) is None for one in every] == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("positions", ["all", "response"])
+def test_steps_lead_from_the_activation_to_what_is_written(every, activation, batch, positions):
+    select = batch.position_mask(positions)
+    for replacement in every[:4]:
+        found = replacement.step(1, activation, select, batch)
+        target = replacement.values(1, slice(None), activation, batch)
+        assert torch.allclose(activation[select] + found[select], target[select], atol=1e-12)
+        assert (found[~select] == 0).all()
+    assert not select.all()
+    found = every[4].step(1, activation, select, batch)
+    n = batch.n_pairs
+    for row in range(2 * n):
+        other = (row + n) % (2 * n)
+        mean = activation[other][select[other]].mean(0)
+        assert torch.allclose(
+            activation[row][select[row]] + found[row][select[row]], mean.expand(int(select[row].sum()), -1)
+        )
+
+
+def test_a_scale_near_one_loses_no_digits(activation, batch):
+    """(alpha - 1) a, where alpha a - a would keep three digits of float32."""
+    alpha = 1 + 2.0**-14
+    found = Scale(alpha).step(0, activation.float(), batch.position_mask("all"), batch)
+    expected = activation.float() * 2.0**-14 * batch.position_mask("all")[..., None]
+    assert torch.allclose(found, expected, rtol=1e-6, atol=0)
+    difference = activation.float() * alpha - activation.float()
+    assert not torch.allclose(difference * batch.position_mask("all")[..., None], expected, rtol=1e-6, atol=0)
+
+
+def test_names_keys_and_sharing(every, head, few):
+    assert [one.name for one in every] == ["zero", "mean", "resample", "scale", "other_response"]
+    assert [one.label for one in every] == ["zero", "mean", "resample", "scale 0.3", "other_response"]
+    assert [one.shares_tokens for one in every] == [one.ablates for one in every] == [True] * 4 + [False]
+    # Different values, different keys; equal values, equal keys.
+    collector = ActivationCollector(head)
+    others = [
+        Mean(collector.collect(few[:2])),
+        Resample(collector.sample(few, n=9), seed=1),
+        Resample(collector.sample(few, n=8)),
+        Scale(0.31),
+    ]
+    keys = [one.key for one in (*every, *others)]
+    assert len(set(keys)) == len(keys)
+    again = Zero(), Mean(collector.collect(few)), Resample(collector.sample(few, n=9)), Scale(np.float64(0.3))
+    assert [one.key for one in again] == keys[:4]
+
+
+def test_they_are_values():
+    assert Zero() == Zero()
+    assert Zero() != OtherResponse()
+    assert Scale(2.0) == Scale(2.0) != Scale(3.0)
+    assert len({Zero(), Zero(), Scale(2.0), Scale(2.0)}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Scale(2.0).alpha = 3.0
+    with pytest.raises(TypeError, match="abstract"):
+        Replacement()
+    with pytest.raises(TypeError):
+        Zero(0.5)
+
+
+def test_the_repr_is_short(every):
+    for one in every:
+        assert repr(one).startswith(f"{type(one).__name__}(")
+        assert len(repr(one)) < 150
+
+
+def made(kind, **given):
+    """One made without the type checker that the suite runs under, as users make it."""
+    one = object.__new__(kind)
+    for name, value in given.items():
+        object.__setattr__(one, name, value)
+    unchecked(kind.__post_init__)(one)
+    return one
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), "half", None, True, 1j, torch.tensor(0.5)])
+def test_a_scale_is_a_finite_number(wrong):
+    with pytest.raises(OptionError, match=r"^alpha: expected a finite number such as Scale\(0\.5\), got "):
+        made(Scale, alpha=wrong)
+
+
+@pytest.mark.parametrize("right", [2, np.int64(2), np.float32(2)])
+def test_a_scale_may_be_any_real_number(right):
+    found = made(Scale, alpha=right)
+    assert found == Scale(2.0)
+    assert type(found.alpha) is float
+
+
+def test_what_they_are_made_of(every, head, few):
+    _, mean, resample, *_ = every
+    for wrong in ("mean", None, resample.sample, resample):
+        with pytest.raises(OptionError, match=r"statistics: Mean takes ActivationStatistics, got .*\.collect\(pairs\)"):
+            made(Mean, statistics=wrong)
+    for wrong in ("resample", None, mean.statistics):
+        with pytest.raises(OptionError, match=r"sample: Resample takes ActivationSample, got .*\.sample\(pairs\)"):
+            made(Resample, sample=wrong)
+    for wrong in (-1, 0.5, "1", True):
+        with pytest.raises(OptionError, match="seed: expected a whole number from 0 on"):
+            made(Resample, sample=resample.sample, seed=wrong)

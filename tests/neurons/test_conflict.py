@@ -1,0 +1,543 @@
+"""Conflict within one model: closed forms, SciPy, PyTorch, every possible draw, and simulated data with known truth."""
+
+from dataclasses import replace
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import same_color
+from matplotlib.figure import Figure
+from scipy import stats
+
+from rmtension import PreferencePairs, plots
+from rmtension.errors import DataError, OptionError, ProvenanceError
+from rmtension.evaluation._intervals import variance_of_mean
+from rmtension.neurons import _conflict_report as module
+from rmtension.neurons._conflict_report import CLASSES, OBJECTIVES, ConflictReport, conflict, contributions
+from rmtension.neurons._pair_attributions import PairAttributions
+from rmtension.store._provenance import Provenance
+
+WHERE = Provenance("toy", "0f", "mlp", "all", "gradient_x_activation", "float64", "", 0, 0, "0", sign=1)
+
+
+def scores_of(values, prompts=None, *, layers=1, method="gradient_x_activation"):
+    """Scores with these rows, of these prompts; without, each has its own, and both objectives have the same ones."""
+    values = torch.as_tensor(np.asarray(values), dtype=torch.float64)
+    neurons = values.shape[1] // layers
+    prompts = range(len(values)) if prompts is None else prompts
+    rows = [{"prompt": f"{name}", "chosen": f"yes {n}", "rejected": "no"} for n, name in enumerate(prompts)]
+    where = replace(WHERE, method=method, n_pairs=len(values))
+    return PairAttributions(values.reshape(len(values), layers, neurons), PreferencePairs.from_records(rows), where)
+
+
+def simulated(rng, mean, n, on, *, noise=1.0, layers=1):
+    """Scores of `n` prompts of this objective alone, around `mean`."""
+    values = mean + noise * rng.standard_normal((n, len(mean)))
+    return scores_of(values, [f"{on} {number}" for number in range(n)], layers=layers)
+
+
+def noisy():
+    """Two layers of 20 neurons; prompts with two and three pairs; 5 prompts of the 15 and 10 are in both objectives."""
+    rng = np.random.default_rng(3)
+    means = np.zeros((2, 40))
+    means[0, :4], means[1, 2:6] = [3, -3, 2, -2], [2, 2, -3, 3]
+    values = means[:, None] + rng.standard_normal((2, 30, 40))
+    owners = [n // 2 for n in range(30)], [n // 3 + 10 for n in range(30)]
+    return [scores_of(rows, prompts, layers=2) for rows, prompts in zip(values, owners, strict=True)]
+
+
+def lengthened(scores):
+    """By how much resampling prompts lengthens the mean, from the prompts' sums and the variance between them."""
+    sums = np.array(
+        [
+            scores.values[[n for n, pair in enumerate(scores.pairs) if pair.prompt == one]].sum(0).flatten().numpy()
+            for one in scores.pairs.prompts
+        ]
+    )
+    length = sums.sum(0) @ sums.sum(0)
+    return np.sqrt((length + len(sums) * sums.var(axis=0).sum()) / length)
+
+
+def cosine(a, b):
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+class TestWithoutNoise:
+    MEANS = {
+        "both up": (2.0, 1.0),
+        "both down": (-1.0, -3.0),
+        "helpful up, harmless down": (1.5, -1.0),
+        "helpful down, harmless up": (-1.0, 2.0),
+        "helpful only up": (1.0, 0.0),
+        "helpful only down": (-1.0, 0.001),
+        "harmless only up": (0.0, 1.0),
+        "harmless only down": (0.001, -1.0),
+        "none": (0.001, -0.001),
+    }
+
+    def report(self, **options):
+        means = np.array(list(self.MEANS.values()))
+        return conflict(*(scores_of(np.tile(column, (6, 1)), layers=3) for column in means.T), **options)
+
+    def test_classes(self):
+        found = self.report()
+        assert found.table["class"].tolist() == list(self.MEANS) == list(CLASSES.values())
+        assert found.counts() == dict.fromkeys(self.MEANS, 1)
+        places = {name: [divmod(place, 3)] for place, name in enumerate(self.MEANS)}
+        assert {name: list(one) for name, one in found.sets.items()} == places
+        assert all((one.site, one.architecture) == ("mlp", "toy") for one in found.sets.values())
+        assert found.table[["layer", "neuron"]].to_numpy().tolist() == [list(divmod(place, 3)) for place in range(9)]
+        assert found.table[list(OBJECTIVES)].to_numpy() == pytest.approx(np.array(list(self.MEANS.values())))
+
+    def test_least_is_a_share_of_the_objectives_largest_contribution(self):
+        """The largest are 2 and 3, so that a floor of 0.6 is at 1.2 and at 1.8."""
+        alone = ["helpful only up", "harmless only down", "helpful only up", "harmless only up", *["none"] * 5]
+        assert self.report(min_share=0.6).table["class"].tolist() == alone
+        everything = self.report(min_share=0.0).table["class"].tolist()
+        assert everything[5:] == [
+            "helpful down, harmless up", "harmless only up", "helpful up, harmless down", "helpful up, harmless down"
+        ]  # fmt: skip
+        assert everything[4] == "helpful only up", "a neuron that does nothing counts nowhere"
+
+    def test_cosine_and_reliability(self):
+        found = self.report()
+        expected = cosine(*np.array(list(self.MEANS.values())).T)
+        assert [found.cosine.value, found.cosine.low, found.cosine.high] == pytest.approx([expected] * 3)
+        assert found.reliability == pytest.approx({"helpful": 1.0, "harmless": 1.0})
+        assert (found.n_pairs, found.n_prompts) == ({"helpful": 6, "harmless": 6},) * 2
+        assert (found.cosine.n, found.cosine.n_prompts) == (12, 6), "the prompts are the same"
+
+    def test_a_sum_of_zeros_has_no_direction(self):
+        """Two prompts that a coin turns against each other: cosines are 0 or as observed, never what rounding gives."""
+        found = conflict(scores_of([[0.1, 0.3]] * 2, "ab"), scores_of([[0.1, 0.3]] * 2, "cd"))
+        assert found.chance["coin"].mean == pytest.approx(0, abs=0.1)
+        assert (found.chance["coin"].low, found.chance["coin"].high) == pytest.approx((-1, 1))
+        # A quarter of the draws turn neither objective's prompts against each other.
+        assert found.chance["coin"].p_value == pytest.approx(0.25, abs=0.06)
+
+
+class TestTable:
+    def test_is_scipys_where_every_pair_has_its_own_prompt(self):
+        rng = np.random.default_rng(0)
+        values = rng.gamma(1.0, size=(2, 12, 8)) - 0.8
+        table = conflict(*(scores_of(rows, layers=2) for rows in values)).table
+        for name, rows in zip(OBJECTIVES, values, strict=True):
+            expected = stats.ttest_1samp(rows, 0)
+            assert table[name].to_numpy() == pytest.approx(rows.mean(0))
+            assert table[f"{name}_stderr"].to_numpy() == pytest.approx(stats.sem(rows))
+            assert table[f"{name}_p_value"].to_numpy() == pytest.approx(expected.pvalue)
+            q_value = stats.false_discovery_control(expected.pvalue)
+            assert table[f"{name}_q_value"].to_numpy() == pytest.approx(q_value)
+
+    def test_pairs_of_one_prompt_count_together(self):
+        """Deviations from the mean 4 sum to -5, 0 and 5 over prompts: variance (25 + 0 + 25) / 4^2 * 3 / 2."""
+        rows = np.array([[1.0], [2.0], [4.0], [9.0]])
+        table = conflict(scores_of(rows, "aabc"), scores_of(rows)).table
+        assert table["helpful_stderr"].item() == pytest.approx(np.sqrt(50 / 16 * 3 / 2))
+        assert table["harmless_stderr"].item() == pytest.approx(stats.sem(rows[:, 0]))
+        t = 4 / np.sqrt(50 / 16 * 3 / 2)
+        assert table["helpful_p_value"].item() == pytest.approx(2 * stats.t.sf(t, 2))
+
+    def test_is_the_librarys_variance_of_a_mean(self):
+        both = noisy()
+        table = conflict(*both).table
+        for name, scores in zip(OBJECTIVES, both, strict=True):
+            expected = [variance_of_mean(column, scores.pairs) for column in scores.values.flatten(1).T]
+            assert table[f"{name}_stderr"].to_numpy() ** 2 == pytest.approx(np.array(expected))
+
+    def test_classes_follow_from_its_numbers(self):
+        table = conflict(*noisy(), level=0.9, min_share=0.2).table
+        signs = []
+        for name in OBJECTIVES:
+            size = table[name].abs()
+            signs.append(np.sign(table[name]) * (table[f"{name}_q_value"] <= 0.1) * (size >= 0.2 * size.max()))
+        assert table["class"].tolist() == [CLASSES[one] for one in zip(*signs, strict=True)]
+        assert table["class"].nunique() == 7
+
+    @pytest.mark.parametrize("piece", [1, 7, 40])
+    def test_pieces_change_nothing(self, monkeypatch, piece):
+        whole = conflict(*noisy())
+        monkeypatch.setattr(module, "_NEURONS_AT_A_TIME", piece)
+        found = conflict(*noisy())
+        numbers = whole.table.columns[:-1]
+        assert found.table[numbers].to_numpy() == pytest.approx(whole.table[numbers].to_numpy())
+        assert (found.cosine.low, found.chance["coin"].high) == pytest.approx(
+            (whole.cosine.low, whole.chance["coin"].high)
+        )
+
+
+class TestDraws:
+    """Every cosine against vectors that are summed pair by pair, with the weights that were drawn."""
+
+    KINDS = ("observed", "bootstrap", "coin", "shuffle", "helpful", "harmless")
+
+    @pytest.fixture
+    def drawn(self, monkeypatch):
+        """Kind -> weights of the two sides and cosines, what a cell sums to, and the report."""
+        calls = []
+        given = module._Cells.cosines
+
+        def kept(cells, first, second):
+            calls.append((first, second, given(cells, first, second)))
+            return calls[-1][2]
+
+        monkeypatch.setattr(module._Cells, "cosines", kept)
+        both = noisy()
+        report = conflict(*both)
+        names, sums = [], []
+        for on, scores in zip(OBJECTIVES, both, strict=True):
+            length = float(scores.mean().norm())
+            for prompt in scores.pairs.prompts:
+                mine = [n for n, pair in enumerate(scores.pairs) if pair.prompt == prompt]
+                names.append((on, prompt))
+                sums.append(scores.values[mine].sum(0).flatten().numpy() / length)
+        return dict(zip(self.KINDS, calls, strict=True)), names, np.array(sums), report
+
+    def test_cosines(self, drawn):
+        calls, _, sums, _ = drawn
+        for kind, (first, second, found) in calls.items():
+            assert len(found) == (1 if kind == "observed" else 1000)
+            loop = [
+                torch.nn.functional.cosine_similarity(torch.from_numpy(a @ sums), torch.from_numpy(b @ sums), dim=0)
+                for a, b in zip(first, second, strict=True)
+            ]
+            assert found == pytest.approx(np.array([float(one) for one in loop]), abs=1e-10)
+
+    def test_numbers_of_the_report(self, drawn):
+        calls, _, _, report = drawn
+        found = {kind: cosines for kind, (_, _, cosines) in calls.items()}
+        observed = found["observed"][0]
+        assert report.cosine.value == observed
+        table = torch.tensor(report.table[list(OBJECTIVES)].to_numpy())
+        assert observed == pytest.approx(float(torch.nn.functional.cosine_similarity(*table.T, dim=0)))
+        helpful, harmless = noisy()
+        stretch = np.sqrt(np.prod([lengthened(scores) for scores in (helpful, harmless)]))
+        shifted = (found["bootstrap"] - found["bootstrap"].mean()) * stretch + observed
+        assert (report.cosine.low, report.cosine.high) == pytest.approx(tuple(np.quantile(shifted, [0.025, 0.975])))
+        sizes = np.abs(found["shuffle"])
+        as_large = {"coin": np.abs(found["coin"]) >= abs(observed), "shuffle": sizes <= abs(observed)}
+        for name, draws in (("coin", found["coin"]), ("shuffle", sizes)):
+            null = report.chance[name]
+            assert (null.mean, null.low, null.high) == pytest.approx(
+                (draws.mean(), *np.quantile(draws, [0.025, 0.975]))
+            )
+            assert null.p_value == pytest.approx((as_large[name].sum() + 1) / 1001)
+        assert report.reliability == pytest.approx({on: found[on].mean() for on in OBJECTIVES})
+
+    def test_what_is_drawn(self, drawn):
+        calls, names, _, _ = drawn
+        helpful = np.array([on == "helpful" for on, _ in names])
+        prompts = [prompt for _, prompt in names]
+        both = [prompt for prompt in dict.fromkeys(prompts) if prompts.count(prompt) == 2]
+        pairs = [[place for place, one in enumerate(prompts) if one == prompt] for prompt in both]
+        assert len(both) == 5
+        shared = np.isin(prompts, both)
+        for kind in ("bootstrap", "coin"):
+            first, second, _ = calls[kind]
+            assert not first[:, ~helpful].any()
+            assert not second[:, helpful].any()
+            for one, other in pairs:
+                assert (first[:, one] == second[:, other]).all(), "a prompt of both is drawn for both"
+        first, second, _ = calls["bootstrap"]
+        for side, mine in ((first, helpful), (second, ~helpful)):
+            for members in (mine & shared, mine & ~shared):
+                assert (side[:, members].sum(1) == members.sum()).all()
+                assert side[:, members].mean(0) == pytest.approx(1, abs=5 / np.sqrt(1000))
+        coin = calls["coin"][0][:, helpful]
+        assert set(np.unique(coin)) == {-1, 1}
+        assert np.abs(coin.mean(0)).max() < 5 / np.sqrt(1000)
+        first, second = (np.abs(side) for side in calls["shuffle"][:2])
+        assert (first + second == 1).all()
+        assert set(np.unique(first)) == {0, 1}
+        assert (first[:, ~shared].sum(1) == (helpful & ~shared).sum()).all()
+        assert first[:, ~shared].mean(0) == pytest.approx(10 / 15, abs=5 * 0.5 / np.sqrt(1000))
+        for one, other in pairs:
+            assert (first[:, one] + first[:, other] == 1).all()
+            assert first[:, one].mean() == pytest.approx(0.5, abs=5 * 0.5 / np.sqrt(1000))
+        for kind, mine, half in (("helpful", helpful, 7), ("harmless", ~helpful, 5)):
+            first, second, _ = calls[kind]
+            assert (first + second == mine).all()
+            assert (first.sum(1) == half).all()
+
+    def test_nulls_are_those_of_every_possible_draw(self):
+        rng = np.random.default_rng(5)
+        a, b = (rng.standard_normal((n, 6)) + 2.0 * np.eye(6)[on] for n, on in ((4, 0), (3, 0)))
+        found = conflict(scores_of(a, "abcd"), scores_of(b, "efg"))
+        observed = cosine(a.sum(0), b.sum(0))
+        assert found.cosine.value == pytest.approx(observed)
+        assert observed > 0
+        coins = [cosine(np.array(signs[:4]) @ a, np.array(signs[4:]) @ b) for signs in product([-1.0, 1.0], repeat=7)]
+        rows = np.concatenate([a / np.linalg.norm(a.mean(0)), b / np.linalg.norm(b.mean(0))])
+        total = rows.sum(0)
+        deals = [rows[list(mine)].sum(0) for mine in combinations(range(7), 4)]
+        dealt = np.abs([cosine(mine, total - mine) for mine in deals])
+        as_large = np.abs(coins) >= observed - 1e-9, dealt <= observed + 1e-9
+        for name, exact, beyond in zip(("coin", "shuffle"), (np.array(coins), dealt), as_large, strict=True):
+            null, share = found.chance[name], beyond.mean()
+            assert null.mean == pytest.approx(exact.mean(), abs=4 * exact.std() / np.sqrt(1000))
+            assert null.p_value == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 1000) + 0.001)
+
+
+class TestSimulated:
+    """Data whose truth is known; 200 draws each, because there are many of them."""
+
+    @pytest.fixture(autouse=True)
+    def fewer_draws(self, monkeypatch):
+        monkeypatch.setattr(module, "_N_DRAWS", 200)
+
+    @pytest.mark.grid
+    @pytest.mark.parametrize(("neurons", "noise"), [(60, 1.0), (300, 2.0)])
+    def test_intervals_cover_what_other_prompts_give(self, neurons, noise):
+        """95% nominal; 200 data sets have a standard error of 1.5%. Resamples that are only shifted cover less."""
+        rng = np.random.default_rng(11)
+        means = np.zeros((2, neurons))
+        means[0, :6], means[1, 3:9] = 1.0, 1.0
+        found, shifted = [], []
+        for _ in range(200):
+            both = {on: simulated(rng, mean, 25, on, noise=noise) for on, mean in zip(OBJECTIVES, means, strict=True)}
+            found.append(conflict(**both).cosine)
+            _, cells = module._summarised(both)
+            ends = np.quantile(cells.between(cells.resampled(rng)), [0.025, 0.975])
+            middle = cells.between(cells.resampled(rng)).mean()
+            shifted.append(ends - middle + found[-1].value)
+        truth = np.mean([one.value for one in found])
+        assert 0.93 <= np.mean([one.low <= truth <= one.high for one in found]) <= 0.995
+        assert np.mean([low <= truth <= high for low, high in shifted]) < 0.93, "which the bound above would find"
+
+    @pytest.mark.grid
+    def test_a_coin_finds_nothing_in_noise(self):
+        """Its p-values are uniform where nothing is there."""
+        rng = np.random.default_rng(12)
+        reports = [conflict(*(simulated(rng, np.zeros(50), 15, on) for on in OBJECTIVES)) for _ in range(200)]
+        p_values = [report.chance["coin"].p_value for report in reports]
+        assert stats.kstest(p_values, "uniform").pvalue > 0.01
+        assert np.mean([sum(list(report.counts().values())[:-1]) > 0 for report in reports]) < 0.2
+
+    @pytest.mark.grid
+    def test_shuffling_finds_nothing_in_two_halves_of_one_objective(self):
+        rng = np.random.default_rng(13)
+        mean = np.repeat([1.0, 0.0], [5, 45])
+        reports = [conflict(*(simulated(rng, mean, 15, on) for on in OBJECTIVES)) for _ in range(200)]
+        p_values = [report.chance["shuffle"].p_value for report in reports]
+        assert stats.kstest(p_values, "uniform").pvalue > 0.01
+        assert max(report.chance["coin"].p_value for report in reports) < 0.02
+
+    def test_planted_neurons_are_found(self):
+        rng = np.random.default_rng(14)
+        means = np.zeros((2, 400))
+        means[0, :30] = np.repeat([1.0, -1.0, 1.0], 10)
+        means[1, :40] = np.repeat([-1.0, 1.0, 0.0, -1.0], 10)
+        both = [simulated(rng, mean, 60, on, layers=4) for on, mean in zip(OBJECTIVES, means, strict=True)]
+        report = conflict(*both, min_share=0.3)
+        planted = {
+            "helpful up, harmless down": range(10),
+            "helpful down, harmless up": range(10, 20),
+            "helpful only up": range(20, 30),
+            "harmless only down": range(30, 40),
+        }
+        for name, places in planted.items():
+            assert {(0, place) for place in places} <= set(report.sets[name])
+        assert report.counts()["none"] >= 350
+        assert report.cosine.high < 0
+        assert report.chance["coin"].p_value == pytest.approx(1 / 201)
+        assert report.chance["shuffle"].p_value == pytest.approx(1 / 201)
+
+    def test_opposite_vectors_are_one_set_of_neurons(self):
+        """The cosine is near -1, as far from 0 as noise allows: a plain mixture of the two would cancel."""
+        rng = np.random.default_rng(15)
+        mean = np.repeat([2.0, 0.0], [5, 45])
+        both = [simulated(rng, sign * mean, 20, on) for on, sign in zip(OBJECTIVES, (1, -1), strict=True)]
+        report = conflict(*both)
+        assert report.cosine.value < -0.8
+        assert report.chance["shuffle"].low < -report.cosine.value < report.chance["shuffle"].high
+        assert report.chance["shuffle"].p_value > 0.02
+
+    def test_prompts_of_both_objectives_have_one_coin(self):
+        """The same pairs twice have a cosine of 1 whatever they are, and so has the null."""
+        scores = scores_of(np.random.default_rng(16).standard_normal((10, 30)))
+        report = conflict(scores, scores)
+        assert report.cosine.value == pytest.approx(1)
+        assert report.cosine.low == pytest.approx(1)
+        assert report.chance["coin"].low == pytest.approx(1)
+        assert report.chance["coin"].p_value == 1
+
+
+class TestSymmetries:
+    def test_swapping_the_objectives_transposes_the_table(self):
+        helpful, harmless = noisy()
+        one, other = conflict(helpful, harmless), conflict(harmless, helpful)
+        for number in ("", "_stderr", "_p_value", "_q_value"):
+            for a, b in (OBJECTIVES, OBJECTIVES[::-1]):
+                assert one.table[a + number].to_numpy() == pytest.approx(other.table[b + number].to_numpy())
+        turned = {name: CLASSES[signs[::-1]] for signs, name in CLASSES.items()}
+        assert other.table["class"].tolist() == [turned[name] for name in one.table["class"]]
+        assert one.cosine.value == pytest.approx(other.cosine.value)
+
+    def test_turning_one_objective_round(self):
+        helpful, harmless = noisy()
+        one = conflict(helpful, harmless)
+        other = conflict(helpful, replace(harmless, values=-harmless.values))
+        ends = (-other.cosine.value, -other.cosine.high, -other.cosine.low)
+        assert (one.cosine.value, one.cosine.low, one.cosine.high) == pytest.approx(ends)
+        turned = {name: CLASSES[a, -b] for (a, b), name in CLASSES.items()}
+        assert other.table["class"].tolist() == [turned[name] for name in one.table["class"]]
+        assert other.chance["shuffle"].mean == pytest.approx(one.chance["shuffle"].mean)
+        assert other.chance["coin"].p_value == one.chance["coin"].p_value
+
+    def test_scale_changes_nothing_but_the_contributions(self):
+        helpful, harmless = noisy()
+        one = conflict(helpful, harmless)
+        other = conflict(helpful, replace(harmless, values=1000 * harmless.values))
+        assert other.table["class"].tolist() == one.table["class"].tolist()
+        assert other.table["harmless"].to_numpy() == pytest.approx(1000 * one.table["harmless"].to_numpy())
+        for name, null in one.chance.items():
+            assert [other.chance[name].mean, other.chance[name].low] == pytest.approx([null.mean, null.low])
+        assert other.reliability == pytest.approx(one.reliability)
+
+    def test_seed(self):
+        one, same, other = (conflict(*noisy(), seed=seed) for seed in (0, 0, 1))
+        assert repr(one) == repr(same)
+        assert one.cosine.low != other.cosine.low
+        assert one.cosine.low == pytest.approx(other.cosine.low, abs=0.05)
+
+
+class TestSigns:
+    def test_contributions_are_as_they_are(self):
+        """Whatever the method is called: the provenance says what its sign means."""
+        scores = scores_of([[1.0, -2.0], [3.0, 4.0]], method="attribution_patching of one's own")
+        assert contributions(scores).equal(scores.values)
+
+    def test_what_taking_out_changes_is_turned_round(self):
+        patched = [replace(one, values=-one.values, provenance=replace(one.provenance)) for one in noisy()]
+        method = "attribution_patching to mean"
+        patched = [replace(one, provenance=replace(one.provenance, method=method, sign=-1)) for one in patched]
+        assert contributions(patched[0]).equal(-patched[0].values)
+        assert conflict(*patched).table.equals(conflict(*noisy()).table)
+
+    def test_scores_without_a_known_sign_are_refused(self):
+        """And with the sign that the message asks for, they are compared."""
+        unsigned = [replace(one, provenance=replace(one.provenance, sign=None)) for one in noisy()]
+        with pytest.raises(OptionError, match=r"has sign None. Use .*dataclasses.replace\(provenance, sign=1\)"):
+            conflict(*unsigned)
+        signed = [replace(one, provenance=replace(one.provenance, sign=1)) for one in unsigned]
+        assert conflict(*signed).table.equals(conflict(*noisy()).table)
+        with pytest.raises(ProvenanceError, match="conflict: sign differs: 1 here, None there"):
+            conflict(signed[0], unsigned[1])
+
+
+class TestErrors:
+    @pytest.mark.parametrize("least", [-0.1, 1.0, float("nan")])
+    def test_least(self, least):
+        with pytest.raises(OptionError, match=r"least: expected a share .* in \[0, 1\)"):
+            conflict(*noisy(), min_share=least)
+
+    def test_level(self):
+        with pytest.raises(OptionError, match="level"):
+            conflict(*noisy(), level=1.0)
+
+    @pytest.mark.parametrize("name", ["architecture", "model", "site", "positions", "method"])
+    def test_one_model_and_method(self, name):
+        helpful, harmless = noisy()
+        other = replace(harmless, provenance=replace(harmless.provenance, **{name: "another"}))
+        with pytest.raises(ProvenanceError, match=f"conflict: {name} differs"):
+            conflict(helpful, other)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_scores_that_are_no_numbers(self, value):
+        helpful, harmless = noisy()
+        harmless.values[[3, 5], 1, 2] = value
+        with pytest.raises(DataError, match="harmless: the scores of 2 of 30 pairs are NaN or infinite"):
+            conflict(helpful, harmless)
+
+    @pytest.mark.parametrize("n", [0, 3])
+    def test_fewer_than_two_prompts(self, n):
+        few = scores_of(np.ones((n, 40)), "aaa"[:n], layers=2)
+        with pytest.raises(DataError, match=rf"helpful: expected pairs of at least two prompts, got {min(n, 1)}"):
+            conflict(few, noisy()[1])
+
+    def test_no_direction(self):
+        with pytest.raises(DataError, match="helpful: the mean contribution of every neuron is 0"):
+            conflict(scores_of([[1.0], [-1.0]]), scores_of([[1.0], [1.0]]))
+
+    def test_scores_are_left_as_they_are(self):
+        helpful, harmless = noisy()
+        conflict(helpful, harmless)
+        assert all(now.values.equal(was.values) for now, was in zip((helpful, harmless), noisy(), strict=True))
+
+
+class TestReport:
+    def test_saved_and_loaded(self, tmp_path):
+        report = conflict(*noisy(), min_share=0.2, level=0.9)
+        report.save(tmp_path / "conflict.safetensors")
+        loaded = ConflictReport.load(tmp_path / "conflict.safetensors")
+        assert loaded.table.equals(report.table)
+        assert list(loaded.table.columns) == list(report.table.columns)
+        for name in ("cosine", "chance", "reliability", "n_pairs", "n_prompts", "least", "provenance"):
+            assert getattr(loaded, name) == getattr(report, name)
+        assert repr(loaded) == repr(report)
+        assert loaded.sets == report.sets
+
+    def test_prints_counts_cosine_nulls_and_sizes(self):
+        report = conflict(*noisy())
+        text = str(report)
+        assert "40 mlp neurons of toy, gradient_x_activation" in text
+        assert "30 helpful pairs of 15 prompts, 30 harmless pairs of 10 prompts" in text
+        for shown in (report.cosine, *report.chance.values()):
+            assert str(shown) in text
+        for name, n in report.counts().items():
+            assert f"  {name:<26}{n:>8}\n" in text
+        assert max(map(len, text.split("\n"))) <= 100
+
+    def test_frame_is_a_copy(self):
+        report = conflict(*noisy())
+        frame = report.to_frame()
+        frame["helpful"] = 0.0
+        assert report.table["helpful"].any()
+
+
+class TestFigure:
+    def test_points_intervals_and_legend(self):
+        report = conflict(*noisy(), level=0.9)
+        figure = plots.conflict_scatter(report)
+        (axes,) = figure.axes
+        counts = {name: n for name, n in report.counts().items() if n}
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"{k} ({n})" for k, n in counts.items()]
+        for name, drawn in zip(counts, axes.containers, strict=True):
+            line, _, bars = drawn.lines
+            mine = report.table[report.table["class"] == name]
+            assert np.array(line.get_data()) == pytest.approx(mine[list(OBJECTIVES)].to_numpy().T)
+            if name == "none":
+                assert not bars
+                assert same_color(line.get_color(), "#8A8A8A")
+                continue
+            for on, direction, df in zip(OBJECTIVES, (0, 1), (14, 9), strict=True):
+                ends = np.array(bars[direction].get_segments())[:, :, direction]
+                half = stats.t.ppf(0.95, df) * mine[f"{on}_stderr"].to_numpy()
+                expected = np.stack([mine[on] - half, mine[on] + half], axis=1)
+                assert ends == pytest.approx(expected)
+        zeros = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_label().startswith("_child")]
+        assert [[0, 0], [1, 0]] in zeros
+        assert [[0, 0], [0, 1]] in zeros
+        assert (
+            axes.get_xlabel()
+            == "mean contribution to helpful margins (supports them →)\n(reward units; 30 pairs of 15 prompts)"
+        )
+        assert (
+            axes.get_ylabel()
+            == "mean contribution to harmless margins (supports them →)\n(reward units; 30 pairs of 10 prompts)"
+        )
+        first, second = figure.get_suptitle().split("\n")
+        assert first == "Contributions to helpful and harmless margins: mlp, gradient x activation"
+        assert second == f"Cosine {report.cosine}; 90% intervals over prompts"
+
+    def test_into_a_given_axis_and_to_a_file(self, tmp_path):
+        figure = Figure()
+        axis = figure.add_subplot()
+        assert plots.conflict_scatter(conflict(*noisy()), axis) is figure
+        assert figure.axes == [axis]
+        assert axis.get_title()
+        figure.savefig(tmp_path / "conflict.pdf")
+        assert (tmp_path / "conflict.pdf").stat().st_size > 5000
+        with pytest.raises(OptionError, match="ax: expected an axis with straight coordinates"):
+            plots.conflict_scatter(conflict(*noisy()), Figure().add_subplot(projection="polar"))

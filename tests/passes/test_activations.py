@@ -1,0 +1,170 @@
+"""The collector beside its numbers: what its options reach, what it counts, and what it says."""
+
+import pytest
+import torch
+from tiny_models import make_pairs
+from tqdm.auto import tqdm
+
+from rmtension import ActivationCollector, ActivationSample, ActivationStatistics, PreferencePairs, RewardHead
+from rmtension.errors import DataError, OptionError, ProvenanceError
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return make_pairs(6)
+
+
+def long_pair(n_words):
+    """One whose rejected response has so many words, which are as many tokens."""
+    row = {"prompt": "\n\nHuman: help\n\nAssistant:", "chosen": " sure", "rejected": " please" * n_words}
+    return PreferencePairs.from_records([row])
+
+
+def test_what_was_collected_is_counted(head, pairs):
+    """Over updates and merges: pairs, tokens, fingerprints and dtype are those of one pass."""
+    whole = ActivationCollector(head, positions="response").collect(pairs).provenance
+    parts = ActivationCollector(head, positions="response").update(pairs[:2]).update(pairs[2:3])
+    rest = ActivationCollector(head, positions="response").update(pairs[3:])
+    merged = parts.merge(rest).compute().provenance
+    assert merged == whole
+    assert (whole.n_pairs, whole.data, whole.site) == (6, pairs.digest[:16], "mlp")
+    assert (whole.positions, whole.method, whole.model) == ("response", "statistics", head.fingerprint)
+    encoded = head.encode(pairs)
+    texts = [*encoded.chosen, *encoded.rejected]
+    assert whole.n_tokens == sum(len(text) - text.response_start for text in texts)
+    assert rest.compute().provenance.n_pairs == 3, "what is merged is not changed"
+
+
+def test_what_does_not_belong_together(head, pairs, checkpoints):
+    collector = ActivationCollector(head)
+    with pytest.raises(DataError, match=r"^compute: nothing was collected yet. Call update\(pairs\) with at least one"):
+        collector.compute()
+    with pytest.raises(OptionError, match="merge: expected another collector, got this one"):
+        collector.merge(collector)
+    with pytest.raises(OptionError, match="site: expected one of"):
+        ActivationCollector(head, site="mlp_out")
+    for other in (ActivationCollector(head, positions="last"), ActivationCollector(head, site="attn_head")):
+        with pytest.raises(ProvenanceError, match=r"^merge: (positions|site) differs"):
+            collector.merge(other.update(pairs))
+    mine = RewardHead.from_pretrained(checkpoints["gpt2"])
+    collector = ActivationCollector(mine).update(pairs)
+    before = collector.compute()
+    with torch.no_grad():
+        mine.body.native.h[0].mlp.c_fc.weight += 0.1
+    with pytest.raises(ProvenanceError, match=r"^update: the model's weights changed since the last reset. Call reset"):
+        collector.update(pairs)
+    assert collector.compute().provenance.model == before.provenance.model != mine.fingerprint
+    assert collector.reset().update(pairs).compute().provenance.model == mine.fingerprint
+
+
+def test_long_responses_are_refused_or_cut(head, checkpoints):
+    """By every way in, and not by default."""
+    cutting = RewardHead.from_pretrained(checkpoints["gpt2"], truncate_response=True)
+    calls = {
+        "collect": lambda head: ActivationCollector(head).collect(long_pair(200)),
+        "update": lambda head: ActivationCollector(head).update(long_pair(200)).compute(),
+        "sample": lambda head: ActivationCollector(head).sample(long_pair(200), n=3),
+    }
+    for call in calls.values():
+        with pytest.raises(DataError, match=r"a response has 20. tokens"):
+            call(head)
+        assert call(cutting).provenance.n_pairs == 1
+
+
+def test_progress_is_shown_when_asked_for(head, pairs, monkeypatch):
+    bars = []
+
+    def bar(**options):
+        bars.append((options["desc"], options["total"], options["progress"]))
+        return tqdm(disable=True)
+
+    monkeypatch.setattr("rmtension.passes._pair_pass.progress_bar", bar)
+    for call in (ActivationCollector(head).collect, ActivationCollector(head).update):
+        call(pairs)
+        call(pairs, progress=True)
+    assert bars == [("collect", 6, None), ("collect", 6, True)] * 2
+
+
+def test_frames_have_a_row_a_neuron(head, pairs):
+    found = ActivationCollector(head).collect(pairs)
+    frame = found.to_frame()
+    assert list(frame) == ["layer", "neuron", "mean", "abs_mean", "rms", "frequency"]
+    assert len(frame) == head.n_layers * head.n_neurons("mlp")
+    row = frame.set_index(["layer", "neuron"]).loc[(1, 5)]
+    assert row["rms"] == found.rms[1, 5]
+    assert row["frequency"] == found.frequency[1, 5]
+    assert found.n_tokens == found.provenance.n_tokens
+
+
+@pytest.mark.parametrize("positions", ["all", "response", "last"])
+def test_donors_are_tokens_that_count(positions, head, pairs):
+    """All of them, when as many are asked for as there are; each from the text that its key names."""
+    encoded = head.encode(pairs)
+    texts = [*encoded.chosen, *encoded.rejected]
+    n_each = {"all": len, "response": lambda text: len(text) - text.response_start, "last": lambda _: 1}[positions]
+    n = sum(map(n_each, texts))
+    sample = ActivationCollector(head, positions=positions).sample(pairs, n=10_000)
+    assert len(sample) == n == sample.provenance.n_tokens
+    assert torch.bincount(sample.keys.unique(return_inverse=True)[1]).sum() == n
+    # As many numbers in the mean as in that of the statistics, whose tokens are counted text by text.
+    statistics = ActivationCollector(head, positions=positions).collect(pairs)
+    torch.testing.assert_close(sample.values.double().mean(0), statistics.mean, atol=1e-5, rtol=1e-5)
+    where = sample.provenance
+    assert (where.n_pairs, where.data, where.positions, where.method) == (6, pairs.digest[:16], positions, "sample")
+
+
+def test_draws_are_seeded(head, pairs):
+    collector = ActivationCollector(head)
+    one = collector.sample(pairs)
+    assert len(one) == len(collector.sample(pairs, n=256, seed=0)) == 256
+    assert one.digest == collector.sample(pairs, n=256, seed=0).digest
+    assert one.digest != collector.sample(pairs, seed=1).digest
+    assert len(collector.sample(pairs, n=1)) == 1
+    with pytest.raises(OptionError, match=r"^n: expected a positive number of donors, got 0\.$"):
+        collector.sample(pairs, n=0)
+    with pytest.raises(DataError, match=r"^pairs: expected at least one preference pair to draw donors from, got none"):
+        collector.sample(PreferencePairs([]))
+
+
+def test_digests_tell_references_apart(head, pairs):
+    means, sample = ActivationCollector(head).collect(pairs), ActivationCollector(head).sample(pairs, n=5)
+    others = ActivationCollector(head).collect(pairs[:3]), ActivationCollector(head).sample(pairs[:3], n=5)
+    assert len({means.digest, sample.digest, *(other.digest for other in others)}) == 4
+    assert means.digest == ActivationCollector(head).collect(pairs).digest
+
+
+def test_collector_merge_equals_one_pass(exact_head):
+    """Any partition and order, an empty part and a part of one pair; equal to 1e-12, the rounding of float64."""
+    pairs = make_pairs(17, seed=4)
+    whole = ActivationCollector(exact_head).collect(pairs)
+    parts = [pairs[5:16], pairs[:0], pairs[16:17], pairs[:5]]
+    merged = ActivationCollector(exact_head)
+    for part in parts:
+        merged.merge(ActivationCollector(exact_head).update(part))
+    updated = ActivationCollector(exact_head)
+    for part in parts:
+        updated.update(part)
+    for other in (merged.compute(), updated.compute()):
+        assert other.provenance == whole.provenance
+        for name in ("mean", "abs_mean", "rms", "frequency", "channel_mean"):
+            assert torch.allclose(getattr(other, name), getattr(whole, name), atol=1e-12, rtol=0)
+
+
+def test_results_share_no_memory_with_the_collector(head, pairs):
+    collector = ActivationCollector(head)
+    first = collector.collect(pairs[:4])
+    before = first.mean.clone()
+    collector.update(pairs)
+    assert torch.equal(first.mean, before)
+
+
+def test_statistics_and_samples_survive_the_disk(head, pairs, tmp_path):
+    collector = ActivationCollector(head, site="attn_head")
+    statistics, sample = collector.collect(pairs), collector.sample(pairs, n=7)
+    statistics.save(tmp_path / "statistics.safetensors")
+    sample.save(tmp_path / "sample.safetensors")
+    assert ActivationStatistics.load(tmp_path / "statistics.safetensors").to_frame().equals(statistics.to_frame())
+    loaded = ActivationSample.load(tmp_path / "sample.safetensors")
+    assert torch.equal(loaded.values, sample.values)
+    assert loaded.provenance == sample.provenance
+    assert len(loaded) == 7

@@ -1,0 +1,196 @@
+"""Numbers that are none: where they came from is said, and pairs that give them can be left out and counted."""
+
+import warnings
+
+import pytest
+import torch
+from tiny_models import grid, make_pairs, save_classifier
+
+from rmtension import ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
+from rmtension.attribution._single_effects import single_neuron_effects
+from rmtension.data._tokens import TokenBatch
+from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning
+from rmtension.interventions._sweep import score_without
+from rmtension.passes._nonfinite import are_finite, where_not_finite
+from rmtension.passes._profiles import collect_profiles
+
+BAD = " kill"
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return make_pairs(20, seed=2)
+
+
+def is_bad(pair):
+    return any(BAD in pair.text(side) for side in ("chosen", "rejected"))
+
+
+def broken(checkpoints, family="gpt2", dtype=torch.float64, **options):
+    """A model that answers every text with the word by NaN: its embedding of that token is not finite."""
+    head = RewardHead.from_pretrained(checkpoints[family], dtype=dtype, **options)
+    (token,) = head.tokenizer(BAD, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        head.body.native.get_input_embeddings().weight[token] = float("inf")
+    return head
+
+
+def neurons(head):
+    mask = torch.zeros(head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
+    mask[1, 3] = mask[2, 5] = True
+    return NeuronSet(mask, "mlp", head.architecture)
+
+
+RUNS = {
+    "collect": lambda head, pairs, **options: ActivationCollector(head).collect(pairs, **options),
+    "rewards": lambda head, pairs, **options: head.score_pairs(pairs, **options),
+    "scores": lambda head, pairs, **options: NeuronAttribution(head, method="gradient_x_activation").score(
+        pairs, **options
+    ),
+    "per pair": lambda head, pairs, **options: NeuronAttribution(head, "mean_difference").per_pair(pairs, **options),
+    "profile": lambda head, pairs, **options: collect_profiles(head, pairs, **options, positions=("response",))[
+        "mlp", "response"
+    ],
+    "sweep": lambda head, pairs, **options: score_without(head, pairs, [neurons(head)], **options)[0],
+    "effects": lambda head, pairs, **options: single_neuron_effects(head, pairs, neurons=neurons(head), **options),
+}
+
+
+def tensors_of(found):
+    return {name: value for name, value in vars(found).items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("family", grid(["gpt2", "llama"]))
+def test_the_pair_and_the_layer_are_named(name, family, checkpoints, pairs):
+    head = broken(checkpoints, family)
+    first = [pair.id for pair in pairs if is_bad(pair)]
+    with pytest.raises(ModelError) as caught:
+        RUNS[name](head, pairs)
+    message = str(caught.value)
+    assert any(
+        f"pair {one!r} (number {number})" in message for number, one in enumerate(p.id for p in pairs) if one in first
+    )
+    assert "layer 0 of 3" in message
+    assert "weights in" in message
+    assert 'on_nonfinite="skip"' in message
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("family", grid(["gpt2", "llama"]))
+def test_skipping_gives_what_the_other_pairs_give(name, family, checkpoints, pairs):
+    """To rounding, because they are batched differently; the skipped ones are counted and named."""
+    head = broken(checkpoints, family, on_nonfinite="skip")
+    good = PreferencePairs(pair for pair in pairs if not is_bad(pair))
+    bad = tuple(pair.id for pair in pairs if is_bad(pair))
+    assert len(bad) >= 5
+    assert len(good) >= 5
+    with pytest.warns(RMTensionWarning, match=f"{len(bad)} of {len(pairs)} pairs produced NaN or infinite values"):
+        found = RUNS[name](head, pairs)
+    expected = RUNS[name](head, good)
+    assert found.provenance.skipped == bad
+    assert expected.provenance.skipped == ()
+    for field in ("n_pairs", "n_tokens", "data"):
+        assert getattr(found.provenance, field) == getattr(expected.provenance, field)
+    for one, value in tensors_of(expected).items():
+        torch.testing.assert_close(tensors_of(found)[one], value, atol=1e-6, rtol=1e-6, equal_nan=True)
+    if hasattr(found, "pairs"):
+        assert found.pairs == good
+
+
+def test_skipping_goes_on_after_an_interruption(checkpoints, pairs, tmp_path, monkeypatch):
+    """What was left out before and after it is counted together."""
+    monkeypatch.setattr("rmtension.store._work_folder.EVERY", 0.0)
+    monkeypatch.setattr("rmtension.store._work_folder._SHARE", float("inf"))
+    monkeypatch.setattr("rmtension.passes._pair_pass._PAIRS_PER_CHUNK", 4)
+    head = broken(checkpoints, on_nonfinite="skip")
+
+    def cut_short():
+        yield from pairs[:12]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ActivationCollector(head).collect(cut_short(), work=tmp_path)
+    with pytest.warns(RMTensionWarning):
+        found = ActivationCollector(head).collect(iter(pairs), work=tmp_path)
+    assert found.provenance.skipped == tuple(pair.id for pair in pairs if is_bad(pair))
+    assert 0 < sum(map(is_bad, pairs[:12])) < len(found.provenance.skipped)
+
+
+def test_a_good_model_skips_nothing(head, checkpoints, pairs):
+    skipping = RewardHead.from_pretrained(checkpoints["gpt2"], on_nonfinite="skip")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = skipping.score_pairs(pairs)
+    assert found.provenance == head.score_pairs(pairs).provenance
+    assert len(found) == len(pairs)
+
+
+def test_all_pairs_skipped(checkpoints, pairs):
+    head = broken(checkpoints, on_nonfinite="skip")
+    bad = PreferencePairs(pair for pair in pairs if is_bad(pair))
+    with pytest.warns(RMTensionWarning), pytest.raises(DataError, match=f"got {len(bad)} with NaN or infinite values"):
+        NeuronAttribution(head, "mean_difference").score(bad)
+    with pytest.raises(OptionError, match=r"on_nonfinite: expected one of .*got 'ignore'"):
+        RewardHead.from_pretrained(checkpoints["gpt2"], on_nonfinite="ignore")
+
+
+def test_texts_and_tokens_are_named(checkpoints):
+    head = broken(checkpoints)
+    with pytest.raises(ModelError, match=r"texts: text 1 got the reward nan: layer 0 of 3: .* weights in .*wte"):
+        head.score(["help", f"sorry{BAD}"])
+    good, bad = (head.tokenizer(text)["input_ids"] for text in (" please help sorry", f" help{BAD} sorry"))
+    ids = torch.tensor([good, bad])
+    with pytest.raises(ModelError, match="texts: text 1 got the reward nan: layer 0 of 3"):
+        head.score_tokens(ids)
+
+
+def test_overflow_of_half_precision_is_named_as_such(tmp_path, tokenizer, pairs):
+    """The weights are finite, and in float32 so is everything else."""
+    folder = save_classifier(tmp_path, "gpt2", tokenizer)
+    head = RewardHead.from_pretrained(folder)
+    with torch.no_grad():
+        head.body.native.h[1].mlp.c_fc.weight *= 1e5
+    head.save_pretrained(tmp_path / "large")
+    assert len(RewardHead.from_pretrained(tmp_path / "large").score_pairs(pairs)) == len(pairs)
+    half = RewardHead.from_pretrained(tmp_path / "large", dtype=torch.float16)
+    with pytest.raises(
+        ModelError, match=r"layer 1 of 3: .* not finite \((nan|-?inf)\)\. float16 ends at 65,504, which is overflow"
+    ):
+        half.score_pairs(pairs)
+
+
+def test_what_follows_from_finite_activations(head, pairs):
+    """A gradient that overflows, and a reward: told apart by what is not finite."""
+    batch = TokenBatch.from_texts([*head.encode(pairs[:1]).chosen], [0], pad_token_id=1, device=head.device)
+    values = torch.zeros(1, 3, 64)
+    values[0, 1, 5] = float("nan")
+    assert "layer 1: what follows from its activations, which are finite, is nan" in where_not_finite(
+        head, batch, [values], 1
+    )
+    reward = where_not_finite(head, batch, [torch.tensor([float("inf")])], None)
+    assert "the reward is inf, though activations are finite" in reward
+
+
+def test_finite_numbers_whose_sum_is_not():
+    large = torch.full((3,), 3e38)
+    assert not large.sum().isfinite()
+    assert are_finite([large])
+    assert not are_finite([large, torch.tensor([1.0, float("nan")])])
+    assert not are_finite([torch.tensor([float("inf"), -float("inf")])])
+
+
+def test_tokens_that_do_not_count_may_be_anything(checkpoints):
+    """The response's statistics of a text whose prompt overflows nowhere it looks: last tokens, one token a text."""
+    from rmtension.passes._token_sums import TokenWeights, weighted_sums
+
+    activations = torch.randn(1, 6, 4, dtype=torch.float64)
+    weights = TokenWeights(torch.tensor([[1.0, 1, 1, 1, 0, 1]]))
+    expected = weighted_sums(activations, weights, "mlp", 4)
+    spoiled = activations.clone()
+    spoiled[0, 4] = float("inf")
+    found = weighted_sums(spoiled, weights, "mlp", 4)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-12, rtol=0.0)
+    spoiled[0, 3] = float("inf")
+    assert not weighted_sums(spoiled, weights, "mlp", 4)["square"].isfinite().any()

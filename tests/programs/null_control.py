@@ -1,0 +1,114 @@
+"""What a study says where there is nothing to find: `python tests/programs/null_control.py --studies 200`.
+
+Three independent random models share no neurons and know no preference. "labels by a coin" draws for every pair which
+objective it belongs to and which response is preferred, so that no two models differ in accuracy either; "the world's
+labels" keeps them. Then 95% intervals should exclude 0 in one case of twenty: of accuracy differences, of overlap
+beyond chance within layers, and of the effect of the shared neurons beyond matched random ones. The test suite runs a
+small part of it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
+
+from tiny_models import make_config
+
+from rmtension import PreferencePairs, RewardHead, StudyOptions, StudyResult, TensionStudy
+from rmtension.synthetic._world import preference_world
+from rmtension.training._training import train_tokenizer
+
+ANALYSES = ("accuracy", "overlap", "causality")
+OBJECTIVES = ("helpful", "harmless")
+
+
+def random_head(seed: int, tokenizer) -> RewardHead:
+    """A GPT-2-shaped classifier: 3 layers of one head and 128 MLP neurons, weights large enough for curvature."""
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = make_config("gpt2", len(tokenizer), n_positions=256, n_inner=128, n_head=1)
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return RewardHead.from_classifier(model.eval(), tokenizer=tokenizer)
+
+
+def untrained_study(seed: int, *, shuffle: bool = False, n_test: int = 96, n_draws: int = 8) -> StudyResult:
+    """A study of three random models on the embedded world, with labels shuffled or not."""
+    world = preference_world(seed, n_train=48, n_test=n_test)
+    tokenizer = train_tokenizer(world.texts, 512)
+    heads = {name: random_head(3 * seed + n, tokenizer) for n, name in enumerate((*OBJECTIVES, "mixed"))}
+    pairs = shuffled(world.test, seed) if shuffle else world.test
+    # A fifth of the neurons: sets of a tenth of 384 share 4 by chance, too few for shares of intervals.
+    options = StudyOptions(
+        seed=seed, n_draws=n_draws, n_subsamples=2, fraction=0.2, scores=("mean_difference",), analyses=ANALYSES
+    )
+    return TensionStudy(heads, pairs, options=options).run(progress=False)
+
+
+def shuffled(pairs: dict[str, PreferencePairs], seed: int) -> dict[str, PreferencePairs]:
+    """Every pair's objective, and which of its responses is preferred, drawn by a coin."""
+    rng = np.random.default_rng(seed)
+    everything = [pair for part in pairs.values() for pair in part]
+    turned = [pair.swapped() if rng.random() < 0.5 else pair for pair in everything]
+    order = rng.permutation(len(turned))
+    return {
+        name: PreferencePairs(turned[i] for i in half)
+        for name, half in zip(OBJECTIVES, np.array_split(order, 2), strict=True)
+    }
+
+
+def excluding(frame: pd.DataFrame, low: str, high: str) -> pd.Series:
+    """Which intervals exclude 0."""
+    return (frame[low] > 0) | (frame[high] < 0)
+
+
+def shares(results: list[StudyResult]) -> pd.DataFrame:
+    """Share of 95% intervals that exclude 0, by quantity, with the number of intervals; one column a quantity."""
+
+    def joined(table: str) -> pd.DataFrame:
+        return pd.concat([result.to_frame(table) for result in results])
+
+    comparisons = joined("comparisons").query("subset == 'all'")
+    overlap = joined("overlap").query("kind == 'models'")
+    shared = joined("ablation").query("set == 'shared'")
+    others = joined("ablation").query("set != 'shared'")
+    parts = {
+        "accuracy differences": (comparisons, "low", "high"),
+        "overlap beyond chance": (overlap, "beyond_low", "beyond_high"),
+        "shared beyond random, margin": (shared.query("quantity == 'margin'"), "beyond_low", "beyond_high"),
+        "shared beyond random, accuracy": (shared.query("quantity == 'accuracy'"), "beyond_low", "beyond_high"),
+        "other sets beyond random, margin": (others.query("quantity == 'margin'"), "beyond_low", "beyond_high"),
+    }
+    rows = []
+    for name, (frame, low, high) in parts.items():
+        outside = excluding(frame, low, high)
+        rows.append({"quantity": name, "excludes 0": round(float(outside.mean()), 4), "intervals": len(outside)})
+    mean = {"quantity": "mean Jaccard minus chance in each layer", "intervals": len(overlap)}
+    rows.append(mean | {"excludes 0": round(float(overlap["beyond_chance"].mean()), 4)})
+    return pd.DataFrame(rows).set_index("quantity")
+
+
+def main() -> None:
+    """Print the shares for both kinds of labels."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--studies", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first study")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for shuffle, title in ((True, "labels by a coin"), (False, "the world's labels")):
+        results = [
+            untrained_study(seed, shuffle=shuffle) for seed in range(options.first, options.first + options.studies)
+        ]
+        print(f"{title}, {options.studies} studies\n{shares(results).to_string()}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""The page of a study: numbers are those of its tables, texts are text, nothing is loaded, nothing else runs."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from hand_made import hand_made_study
+from tiny_models import make_pairs
+
+from rmtension import NeuronSet, PreferencePairs, StudyResult
+from rmtension.attribution._neuron_pages import NeuronPages, examine
+from rmtension.report._every_format import write_report
+from rmtension.report._figures import draw_pictures
+from rmtension.report._html import to_html
+from rmtension.report._main_findings import Finding, findings, unconcluded
+from rmtension.report._text import to_markdown
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> &amp; \u2028 ]]>"
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, its tables, and the text of scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.within, self.cells, self.rows = [], [], None, []
+        self.text = {}
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag in ("script", "style", "code"):
+            self.within.append(tag)
+        if tag == "tr":
+            self.cells = []
+        if tag in ("td", "th") and self.cells is not None:
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        if self.within and self.within[-1] == tag:
+            self.within.pop()
+        if tag == "tr":
+            self.rows.append(self.cells)
+            self.cells = None
+
+    def handle_data(self, data):
+        if self.within:
+            self.text.setdefault(self.within[-1], []).append(data)
+        elif self.cells:
+            self.cells[-1] += data
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def result():
+    found = hand_made_study()
+    summary = {
+        "version": "0.1.0",
+        "options": {
+            "analyses": ["accuracy", "overlap"], "scores": ["mean_difference"], "fraction": 0.1, "rank_by": "magnitude",
+            "site": "mlp", "positions": "response", "cut_rule": "exact", "replacement": "mean", "n_draws": 8,
+            "n_subsamples": 8, "tie_value": 0.5, "level": 0.95, "seed": 0,
+        },
+        "families": [{"family": HOSTILE, "seed": seed, "base": True} for seed in range(3)],
+        "models": {f"{HOSTILE} 0": {"mixed": {"architecture": "toy", "model": "0123", "dtype": "float32"}}},
+        "pairs": {
+            name: {"scoring": 10, "evaluating": 12, "identical_responses": 0, "prompts_cut": None, "digest": "ab"}
+            for name in ("helpful", "harmless")
+        },
+    }  # fmt: skip
+    tables = {name: frame.assign(family=HOSTILE) for name, frame in found.tables.items()}
+    return StudyResult(tables=tables, summary=summary)
+
+
+@pytest.fixture(scope="module")
+def neurons(head):
+    rows = [
+        pair.to_dict() | {"chosen": pair.chosen + HOSTILE, "id": f"{HOSTILE}{number}"}
+        for number, pair in enumerate(make_pairs(12))
+    ]
+    pairs = PreferencePairs.from_records(rows)
+    mask = torch.zeros(3, 64, dtype=torch.bool)
+    mask[0, 7] = mask[2, 5] = mask[2, 9] = True
+    some = NeuronSet(mask, "mlp", head.architecture)
+    return examine(head, {"helpful": pairs, "harmless": pairs[:8]}, some, n_examples=2)
+
+
+@pytest.fixture(scope="module")
+def page(result, neurons):
+    """Its figures are small: what they show is no part of what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rmtension.report._figures._DPI", 40)
+        return to_html(result, draw_pictures(result), neurons=neurons)
+
+
+def test_nothing_is_loaded_and_nothing_else_runs(page):
+    parsed = Page(page)
+    (policy,) = (one["content"] for one in parsed.of("meta") if one.get("http-equiv"))
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    data, script = parsed.of("script")
+    assert (data, script) == ({"type": "application/json", "id": "neuron-texts"}, {})
+    # The policy names the one script and the one style that stand there, byte for byte.
+    for kind, text in (("script", parsed.text["script"][-1]), ("style", parsed.text["style"][-1])):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    for tag, attributes in parsed.elements:
+        assert not [name for name in attributes if name.startswith("on") or name == "style"], tag
+        for name in ("src", "href", "action", "data", "srcset"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,")), (tag, attributes[name])
+    assert not parsed.of("link")
+    assert not re.search(r"@import|url\(", parsed.text["style"][-1])
+    assert len(parsed.of("img")) >= 10, "the figures, and none that the data asks for"
+    assert all(len(one["alt"]) > 20 for one in parsed.of("img"))
+    assert len(page) < 5_000_000
+
+
+def test_texts_of_the_data_are_text(page, neurons):
+    found = json.loads(Page(page).text["script"][0])
+    assert {name: len(some) for name, some in found.items()} == {"0.7": 4, "2.5": 4, "2.9": 4}
+    for example in neurons.examples:
+        (kept,) = (
+            one
+            for one in found[f"{example.layer}.{example.neuron}"]
+            if (one["objective"], one["pair"]) == (example.objective, example.pair)
+        )
+        assert tuple(kept["chosen"]["tokens"]) == example.chosen.tokens
+        assert "".join(kept["chosen"]["tokens"]).endswith(HOSTILE)
+        assert tuple(kept["chosen"]["activations"]) == example.chosen.activations
+    assert "alert(1)</script>" not in page
+    assert "<img src=x onerror=alert(2)>" in "".join(Page(page).text["code"]), "as text it is there"
+
+
+def test_the_table_of_neurons(page, neurons):
+    parsed = Page(page)
+    rows = {cells[0]: cells for cells in parsed.rows if re.fullmatch(r"\d+\.\d+", cells[0])}
+    asked = neurons.table[neurons.table["set"] == "asked for"]
+    assert list(rows) == ["0.7", "2.5", "2.9"]
+    for _, row in asked.iterrows():
+        cells = rows[f"{row['layer']}.{row['neuron']}"]
+        assert cells[1:3] == [f"{row[f'{name}_score']:+.4f}" for name in ("helpful", "harmless")]
+        assert cells[3:] == [
+            f"{row[f'{name}_effect']:+.4f} [{row[f'{name}_effect_low']:+.4f}, {row[f'{name}_effect_high']:+.4f}]"
+            for name in ("helpful", "harmless")
+        ]
+    # Every one has a point, a row and a page of its name.
+    pages = [one["id"] for one in parsed.of("article")]
+    links = [one["href"] for one in parsed.of("a") if one["href"].startswith("#neuron-")]
+    assert pages == ["neuron-0-7", "neuron-2-5", "neuron-2-9"]
+    assert sorted(links) == sorted(2 * [f"#{one}" for one in pages])
+
+
+def test_the_scatter_is_to_scale(page, neurons):
+    parsed = Page(page)
+    circles = [(float(one["cx"]), float(one["cy"])) for one in parsed.of("circle")]
+    frame = neurons.scatter.set_index(["layer", "neuron"])
+    points = frame.loc[neurons.neurons][["helpful", "harmless"]].to_numpy()
+    for axis, pixels in enumerate(zip(*circles, strict=True)):
+        slope, start = np.polyfit(points[:, axis], pixels, 1)
+        np.testing.assert_allclose(slope * points[:, axis] + start, pixels, atol=0.1)
+        assert (slope > 0) == (axis == 0), "upwards is less in a picture's rows"
+    (cloud,) = (one["d"] for one in parsed.of("path") if one["class"] == "cloud")
+    assert cloud.count("M") == len(frame) == 3 * 64
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """No matplotlib: drawing is most of the time."""
+    monkeypatch.setattr("rmtension.report._figures.can_draw_figures", lambda: False)
+
+
+def test_without_neurons_and_figures(result, bare):
+    text = to_html(result, draw_pictures(result))
+    parsed = Page(text)
+    assert len(parsed.of("script")) == 1
+    assert not parsed.of("article")
+    assert not parsed.of("img")
+    assert "No figures: matplotlib is not installed" in text
+
+
+def test_findings_are_the_tables_numbers(result, page):
+    found = findings(result)
+    assert len(found) == 7
+    pooled = result.over_seeds("comparisons")
+    for one in found[:2]:
+        objective = one.quantity.split()[-1].removesuffix("-only")
+        same = {"first": "mixed", "second": objective, "objective": objective, "subset": "all"}
+        (row,) = (row for _, row in pooled.iterrows() if all(row[name] == value for name, value in same.items()))
+        assert (one.value, one.low, one.high) == pytest.approx((row["difference"], row["low"], row["high"]))
+    beyond = [one for one in found if "beyond random (layer)" in one.quantity]
+    pooled = result.over_seeds("ablation")
+    for one, objective in zip(beyond, ("helpful", "harmless"), strict=True):
+        rows = pooled[(pooled["set"] == "shared") & (pooled["objective"] == objective)]
+        (row,) = (row for _, row in rows.iterrows() if (row["quantity"], row["control"]) == ("margin", "layer"))
+        assert (one.value, one.low) == pytest.approx((row["beyond_random"], row["beyond_low"]))
+    shown = [
+        cells for cells in Page(page).rows if cells[-1] in ("open", "above 0", "below 0", "above 0.5", "below 0.5")
+    ]
+    assert [cells[2] for cells in shown] == [one.estimate for one in found]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "none", "is_open"),
+    [(0.1, 0.2, 0.0, False), (-0.2, -0.1, 0.0, False), (-0.1, 0.1, 0.0, True), (0.0, 0.1, 0.0, True),
+     (0.4, 0.6, 0.5, True), (0.51, 0.6, 0.5, False), (float("nan"), float("nan"), 0.0, True)],
+)  # fmt: skip
+def test_what_an_interval_leaves_open(low, high, none, is_open):
+    assert Finding("f", "q", "x", 0.15, low, high, "c", "9", none).is_open == is_open
+
+
+def test_what_is_open_is_said(result):
+    found = findings(result)
+    lines = unconcluded(result, found)
+    assert sum("does not leave out" in line for line in lines) == sum(one.is_open for one in found)
+    assert any(line.startswith("Not asked: transferability") for line in lines)
+    one_seed = StudyResult(
+        tables={name: frame[frame["seed"] == 0] for name, frame in result.tables.items()},
+        summary=result.summary | {"families": [{"family": HOSTILE, "seed": 0, "base": False}]},
+    )
+    lines = unconcluded(one_seed, findings(one_seed))
+    assert any(line.startswith("One seed") for line in lines)
+    assert any(line.startswith("Without the base model") for line in lines)
+    assert not any(line.startswith(("One seed", "Without the base")) for line in unconcluded(result, found))
+
+
+def test_the_code_is_code(result, page):
+    """What the page says to run compiles; its options are those of the study."""
+    code = "".join(Page(page).text["code"]).partition('{\n  "')[0]
+    names = {}
+    line = next(part for part in code.split("\n\n") if "options = " in part)
+    options = line[line.index("options = StudyOptions(") : line.index("study = ")]
+    compile(code, "code", "exec")
+    exec(options, {"StudyOptions": lambda **given: names.update(given)})
+    assert {name: list(value) if isinstance(value, tuple) else value for name, value in names.items()} == (
+        result.summary["options"]
+    )
+
+
+def test_written_whole(result, neurons, bare, tmp_path):
+    """Both pages, and the neurons that they show: the next report has them only if it is given them."""
+    path = write_report(result, tmp_path, neurons=neurons)
+    assert path == tmp_path / "report.html"
+    assert path.read_text() == to_html(result, None, neurons=neurons)
+    assert (tmp_path / "report.md").read_text() == to_markdown(result, None)
+    kept = NeuronPages.load(tmp_path / "neurons.json")
+    write_report(result, tmp_path / "again", neurons=kept)
+    assert (tmp_path / "again" / "report.html").read_text() == path.read_text()
+    write_report(result, tmp_path / "again")
+    assert sorted(one.name for one in (tmp_path / "again").iterdir()) == ["report.html", "report.md"]
