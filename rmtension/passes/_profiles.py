@@ -194,7 +194,8 @@ def selectivity(profiles: Mapping[str, ActivationProfile], *, quantile: float = 
     as there: rarely active ones look selective by chance.
 
     Examples:
-        >>> both = {name: collect_profiles(head, part)["mlp", "response"] for name, part in pairs.items()}
+        >>> asked = {"positions": ("response",)}
+        >>> both = {name: collect_profiles(head, part, **asked)["mlp", "response"] for name, part in pairs.items()}
         >>> selectivity(both).to_frame().nlargest(2, "score").round(2)
             layer  neuron  score  stderr
         29      1       5   0.02    0.01

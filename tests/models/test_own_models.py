@@ -62,7 +62,9 @@ def test_seen_padding_is_refused(kind, monkeypatch):
     if kind == "hooked":
         monkeypatch.setattr(HookedTransformerBody, "_hiding_padding", lambda *_: [])
     else:
-        monkeypatch.setattr(TokenBatch, "touched", lambda batch, _: torch.ones_like(batch.input_ids, dtype=torch.bool))
+        monkeypatch.setattr(
+            TokenBatch, "position_mask", lambda batch, _: torch.ones_like(batch.input_ids, dtype=torch.bool)
+        )
         assert BootNativeBody.residual
     with pytest.raises(ModelError, match=r"padding behind a text changes.*not causal"):
         open_own(kind, model)

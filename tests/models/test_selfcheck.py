@@ -126,7 +126,7 @@ def test_a_hook_that_misses_a_layer_is_rejected(head, monkeypatch):
     def all_but_one(body, site, layer):
         return spots(body, site, 0 if layer == 1 else layer)
 
-    monkeypatch.setattr(BridgeBody, "spots", all_but_one)
+    monkeypatch.setattr(BridgeBody, "hook_sites", all_but_one)
     assert {"hooks, mlp", "hooks, mlp_gate", "hooks, attn_head"} <= failed(head)
 
 
@@ -142,7 +142,7 @@ def test_a_site_that_does_nothing_is_noticed(head, monkeypatch):
 
     spot = type(head.body.hook_sites("mlp", 0)[0])
     monkeypatch.setattr(BridgeBody, "residual", also_dead)
-    monkeypatch.setattr(BridgeBody, "spots", lambda body, site, layer: [spot(dead, "output")])
+    monkeypatch.setattr(BridgeBody, "hook_sites", lambda body, site, layer: [spot(dead, "output")])
     assert {"zeroing, mlp", "zeroing, mlp_gate", "zeroing, attn_head"} <= failed(head)
 
 
@@ -164,7 +164,7 @@ def test_changed_weights_under_a_head_of_the_users_are_noticed(checkpoints):
 
 def test_hooks_in_each_others_layers_are_rejected(head, monkeypatch):
     spots = BridgeBody.hook_sites
-    monkeypatch.setattr(BridgeBody, "spots", lambda body, site, layer: spots(body, site, [1, 0, 2][layer]))
+    monkeypatch.setattr(BridgeBody, "hook_sites", lambda body, site, layer: spots(body, site, [1, 0, 2][layer]))
     assert failed(head) == {"hooks, mlp", "hooks, mlp_gate", "hooks, attn_head"}
 
 

@@ -69,7 +69,7 @@ def test_no_room_beside_special_tokens():
     rows = [{"prompt": "yes", "chosen": "no", "rejected": "help"}]
     for run in (
         lambda: head.score(["no"], truncate=True),
-        lambda: head.score_pairs(PreferencePairs.from_records(rows)),
+        lambda: opened(tokenizer, max_length=1, truncate_response=True).score_pairs(PreferencePairs.from_records(rows)),
     ):
         with pytest.raises(DataError, match=r"max_length: expected more than 1.*Nothing of the text would be read"):
             run()

@@ -90,7 +90,7 @@ class TestWithoutNoise:
         assert found.table[["layer", "neuron"]].to_numpy().tolist() == [list(divmod(place, 3)) for place in range(9)]
         assert found.table[list(OBJECTIVES)].to_numpy() == pytest.approx(np.array(list(self.MEANS.values())))
 
-    def test_least_is_a_share_of_the_objectives_largest_contribution(self):
+    def test_min_share_is_a_share_of_the_objectives_largest_contribution(self):
         """The largest are 2 and 3, so that a floor of 0.6 is at 1.2 and at 1.8."""
         alone = ["helpful only up", "harmless only down", "helpful only up", "harmless only up", *["none"] * 5]
         assert self.report(min_share=0.6).table["class"].tolist() == alone
@@ -427,10 +427,10 @@ class TestSigns:
 
 
 class TestErrors:
-    @pytest.mark.parametrize("least", [-0.1, 1.0, float("nan")])
-    def test_least(self, least):
-        with pytest.raises(OptionError, match=r"least: expected a share .* in \[0, 1\)"):
-            conflict(*noisy(), min_share=least)
+    @pytest.mark.parametrize("min_share", [-0.1, 1.0, float("nan")])
+    def test_min_share(self, min_share):
+        with pytest.raises(OptionError, match=r"min_share: expected a share .* in \[0, 1\)"):
+            conflict(*noisy(), min_share=min_share)
 
     def test_level(self):
         with pytest.raises(OptionError, match="level"):
@@ -473,7 +473,7 @@ class TestReport:
         loaded = ConflictReport.load(tmp_path / "conflict.safetensors")
         assert loaded.table.equals(report.table)
         assert list(loaded.table.columns) == list(report.table.columns)
-        for name in ("cosine", "chance", "reliability", "n_pairs", "n_prompts", "least", "provenance"):
+        for name in ("cosine", "chance", "reliability", "n_pairs", "n_prompts", "min_share", "provenance"):
             assert getattr(loaded, name) == getattr(report, name)
         assert repr(loaded) == repr(report)
         assert loaded.sets == report.sets

@@ -71,22 +71,22 @@ def numbers(head: RewardHead, pairs: PreferencePairs, folder: Path | None = None
 
 def resumed(head: RewardHead, pairs: PreferencePairs, work: Path) -> torch.Tensor:
     """Statistics from a run that every process breaks off at a batch of its own, and that all resume together."""
-    seen, look = 0, head.look
+    seen, observe = 0, head.observe
 
     def breaking(*arguments):
         nonlocal seen
         seen += 1
         if seen > 1 + current().rank:
             raise InterruptedError
-        look(*arguments)
+        observe(*arguments)
 
     rmtension.store._work_folder.EVERY, rmtension.store._work_folder._SHARE = 0.0, float("inf")
-    head.look = breaking
+    head.observe = breaking
     try:
         ActivationCollector(head).collect(pairs, work=work)
         raise AssertionError("it was not broken off")
     except InterruptedError:
-        head.look = look
+        head.observe = observe
     assert (work / f"progress-{current().rank}.safetensors").exists()
     return ActivationCollector(head).collect(pairs, work=work).mean
 

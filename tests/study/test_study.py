@@ -123,7 +123,7 @@ class TestTables:
             RewardHead.from_language_model(folders[0]["base"]),
         )
         everything = study.scoring["helpful"] + study.scoring["harmless"]
-        profile = collect_profiles(mixed, everything, base=base, positions=("response",))["mlp", "response"]
+        profile = collect_profiles(mixed, everything, base=base)["mlp", "all"]
         neurons = result.neurons.query("seed == 0")
         for score in ("magnitude", "change", "mean_difference"):
             expected = profile.scores(score).values.flatten().numpy()  # noqa: PD011 - tensors
@@ -131,7 +131,7 @@ class TestTables:
         assert "change_base" not in neurons
         assert "selectivity_base" in neurons
         helpful = collect_profiles(RewardHead.from_pretrained(folders[0]["helpful"]), study.scoring["helpful"])
-        expected = helpful["mlp", "response"].scores("mean_difference").values.flatten().numpy()  # noqa: PD011 - tensors
+        expected = helpful["mlp", "all"].scores("mean_difference").values.flatten().numpy()  # noqa: PD011 - tensors
         assert neurons["mean_difference_helpful"].to_numpy() == pytest.approx(expected, abs=1e-6), "its own objective"
         sizes = result.sets.query("seed == 0 and score == 'mean_difference'").set_index("model")["size"]
         assert sizes.tolist() == [20] * 4
