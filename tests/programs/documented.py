@@ -23,7 +23,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\n\Z")
 DECIMAL = re.compile(r"(-?\d+\.\d+)")
 # Blocks that are read, not run.
-SHOWN = {"drawing", "sh", "json", "toml", "yaml"}
+SHOWN = {"sh", "json", "toml", "yaml"}
 PARSER = doctest.DocTestParser()
 
 
