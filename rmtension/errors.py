@@ -5,6 +5,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
+__all__ = [
+    "CheckError",
+    "DataError",
+    "ModelError",
+    "OptionError",
+    "ProvenanceError",
+    "RMTensionError",
+    "RMTensionWarning",
+    "ShardError",
+    "StorageError",
+]
+
 
 class RMTensionError(Exception):
     """Base of every error that rmtension raises on purpose.

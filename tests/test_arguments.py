@@ -12,11 +12,11 @@ from tiny_models import unchecked
 
 from rmtension import AblationContext, NeuronAttribution, NeuronSet, RewardHead, SharedNeuronAnalyzer, StudyOptions
 from rmtension._arguments import nearest, require_choice
+from rmtension._sites import find_site
 from rmtension.cli._command_line import main, parser
 from rmtension.cli._commands.advice import with_flags
 from rmtension.errors import ModelError, OptionError
 from rmtension.neurons._conflict_report import conflict
-from rmtension.sites import find_site
 from rmtension.study._config import make_config
 
 
