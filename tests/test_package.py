@@ -222,16 +222,18 @@ WITHOUT_EXAMPLE: set[str] = set()
 
 
 def has_example(module, path, value):
-    """Whether a docstring of the object, or of a public method, has one; for constants, one of their module."""
-    name = path.rpartition(".")[2]
-    if not callable(value):
-        others = [value for other, value in signatures.public_names().values() if other == module and callable(value)]
-        return any(re.search(rf">>> .*\b{name}\b", other.__doc__ or "") for other in others)
-    members = [value]
+    """Whether a docstring of the object or of a public method has one, or one of its public module names it."""
+    holders, members = [importlib.import_module(f"rmtension.{module}")], [value]
     if isinstance(value, type):
         own = [one for one in value.__mro__ if one.__module__.startswith("rmtension")]
         members += [member for one in own for name, member in vars(one).items() if not name.startswith("_")]
-    return any(">>> " in (getattr(member, "__doc__", None) or "") for member in members)
+    elif not callable(value):
+        # A constant has the docstring of its type.
+        holders, members = [*holders, *(getattr(holders[0], name) for name in holders[0].__all__)], []
+    naming = re.compile(rf"^ *(?:>>>|\.\.\.) .*\b{path.rpartition('.')[2]}\b", re.MULTILINE)
+    return any(">>> " in (getattr(member, "__doc__", None) or "") for member in members) or any(
+        naming.search(holder.__doc__ or "") for holder in holders
+    )
 
 
 def test_every_public_name_has_an_example():

@@ -15,6 +15,8 @@ class Subtask:
     Examples:
         >>> [subtask.subset for subtask in GROUPS if subtask.right == "respond"]
         ['reward-bench/xstest-should-respond', 'rm-bench/safety-response']
+        >>> set(RESPOND_SUBSETS) & set(REFUSE_SUBSETS)
+        set()
     """
 
     benchmark: str
