@@ -121,7 +121,7 @@ class TestSwapped:
                 lambda: NeuronAttribution("gradient_x_activation", head),
                 lambda: single_neuron_effects(pairs, head),
                 lambda: collect_profiles(pairs, head),
-                lambda: faithfulness(scores, head, pairs),
+                lambda: faithfulness(pairs, head, scores),
                 lambda: examine(head, neurons, both),
                 lambda: AblationContext(head, scores),
                 lambda: head.with_ablation(neurons.mask),
@@ -151,7 +151,7 @@ class TestSwapped:
                 "NeuronAttribution(head, method)",
                 "single_neuron_effects(head, pairs)",
             ),
-            *("collect_profiles(head, pairs)", "faithfulness(head, scores, pairs)", "examine(head, pairs, neurons)"),
+            *("collect_profiles(head, pairs)", "faithfulness(head, pairs, scores)", "examine(head, pairs, neurons)"),
         )
         lines = ran.stdout.splitlines()
         for line, call in zip(lines, swapped, strict=False):
