@@ -21,16 +21,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import transformers
 
 from rmtension import PreferencePairs, StudyOptions, TensionStudy
+from rmtension.data import encode_pairs
 from rmtension.report import to_text, write_report
-from rmtension.training import (
-    FamilySettings,
-    digest_of_texts,
-    encode_pairs,
-    is_finished,
-    train_base_model,
-    train_seeds,
-    train_tokenizer,
-)
+from rmtension.training import FamilySettings, train_base_model, train_seeds, train_tokenizer
 
 OBJECTIVES = ("helpful", "harmless")
 
@@ -82,6 +75,7 @@ def train_base(texts: list[str], tokenizer: object, folder: Path, options: argpa
         epochs=options.base_epochs,
         learning_rate=options.base_learning_rate,
         overwrite=options.overwrite,
+        resume=True,
     )
 
 
@@ -133,11 +127,8 @@ def main() -> None:
         for name in OBJECTIVES:
             print(f"{len(fit[name])} of {len(side[name])} pairs fit; used: {name} {sides[-1][name]!r}", flush=True)
     train, test = sides
-    base = options.out / "models" / "base"
     texts = sorted({pair.text("chosen") for part in train.values() for pair in part})
-    schedule = {"epochs": options.base_epochs, "learning_rate": options.base_learning_rate}
-    if options.overwrite or not is_finished(base, schedule, data=digest_of_texts(texts)):
-        train_base(texts, tokenizer, base, options)
+    base = train_base(texts, tokenizer, options.out / "models" / "base", options)
     print(f"base trained after {time.monotonic() - start:.0f} s", flush=True)
     families = train_seeds(
         train,

@@ -19,6 +19,8 @@ from rmtension.errors import OptionError, ShardError
 if TYPE_CHECKING:
     from torch import Tensor
 
+__all__ = ["sharded"]
+
 
 @dataclass(frozen=True)
 class Shard:

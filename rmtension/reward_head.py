@@ -34,6 +34,8 @@ from rmtension.passes._rewards_of_pairs import RewardsOfPairs
 from rmtension.passes._scoring import score_texts, score_tokens
 from rmtension.passes._selfcheck import check_head
 
+__all__ = ["RewardHead"]
+
 
 class RewardHead(RewardModel):
     """Scores texts with a hooked transformer and a linear head, and names its neurons.

@@ -12,11 +12,11 @@ from tiny_models import unchecked
 
 from rmtension import AblationContext, NeuronAttribution, NeuronSet, RewardHead, SharedNeuronAnalyzer, StudyOptions
 from rmtension._arguments import nearest, require_choice
+from rmtension._sites import find_site
 from rmtension.cli._command_line import main, parser
 from rmtension.cli._commands.advice import with_flags
 from rmtension.errors import ModelError, OptionError
 from rmtension.neurons._conflict_report import conflict
-from rmtension.sites import find_site
 from rmtension.study._config import make_config
 
 
@@ -121,7 +121,7 @@ class TestSwapped:
                 lambda: NeuronAttribution("gradient_x_activation", head),
                 lambda: single_neuron_effects(pairs, head),
                 lambda: collect_profiles(pairs, head),
-                lambda: faithfulness(scores, head, pairs),
+                lambda: faithfulness(pairs, head, scores),
                 lambda: examine(head, neurons, both),
                 lambda: AblationContext(head, scores),
                 lambda: head.with_ablation(neurons.mask),
@@ -151,7 +151,7 @@ class TestSwapped:
                 "NeuronAttribution(head, method)",
                 "single_neuron_effects(head, pairs)",
             ),
-            *("collect_profiles(head, pairs)", "faithfulness(head, scores, pairs)", "examine(head, pairs, neurons)"),
+            *("collect_profiles(head, pairs)", "faithfulness(head, pairs, scores)", "examine(head, pairs, neurons)"),
         )
         lines = ran.stdout.splitlines()
         for line, call in zip(lines, swapped, strict=False):

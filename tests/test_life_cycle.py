@@ -257,8 +257,8 @@ CALLS = {
     "models._classifiers.save_classifier": lambda s: s.head.save_pretrained(s.folder / "saved"),
     "attribution._effect_prediction.faithfulness": lambda s: faithfulness(
         s.head,
-        NeuronAttribution(s.head, method="direct_effect").score(s.pairs),
         s.pairs,
+        NeuronAttribution(s.head, method="direct_effect").score(s.pairs),
         sample=3,
         set_fractions=(0.1,),
         n_random=1,

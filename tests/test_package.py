@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import release
+import signatures
 from import_graph import FLOORS, circles, floors, not_downward, read_graph
 
 import rmtension
@@ -115,13 +116,13 @@ class TestImportGraph:
         assert packages.arrows == {"one": {"two"}, "two": {"top"}, "top": set(), "toy": set()}
 
     def test_the_program(self, tmp_path):
-        graph_of(tmp_path / "rmtension", {"sites": "import rmtension.errors", "errors": "import rmtension.sites"})
+        graph_of(tmp_path / "rmtension", {"store": "import rmtension.errors", "errors": "import rmtension.store"})
         ran = subprocess.run(
             [sys.executable, ROOT / "tests" / "programs" / "import_graph.py", "--root", tmp_path],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert (
-            "3 modules, 2 arrows between them, floors: 1\ncircles of modules: 1\n  of 2: errors sites\n" in ran.stdout
+            "3 modules, 2 arrows between them, floors: 1\ncircles of modules: 1\n  of 2: errors store\n" in ran.stdout
         )
 
 
@@ -190,14 +191,124 @@ COMMANDS = {"check_matrix"}
 
 
 @pytest.mark.parametrize("name", ROOM_NAMES)
-def test_what_a_package_gives_is_sorted_and_in_the_reference(name):
-    """And the modules that hold it begin with an underscore."""
-    package = importlib.import_module(f"rmtension.{name}")
-    public = package.__all__
+def test_a_package_lists_its_public_names(name):
+    """Sorted, at most twenty; modules that are not among them begin with an underscore."""
+    public = importlib.import_module(f"rmtension.{name}").__all__
     assert public == sorted(public)
     assert len(public) <= 20
-    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
-    listed = set(re.findall(r"^::: rmtension\.([\w.]+)$", pages, re.MULTILINE))
-    assert {one if one in rmtension.__all__ else f"{name}.{one}" for one in public} <= listed
     modules = {path.stem for path in (ROOT / "rmtension" / name).glob("*.py")}
     assert {one for one in modules if not one.startswith("_")} <= {*public, *COMMANDS}
+
+
+# Where a package or module has no page of its own.
+PAGE_OF = {"distributed": "running", "errors": "running", "reward_head": "models", "store": "running"}
+
+
+def test_every_public_name_is_in_the_reference():
+    """On the page of its package, and by its shortest path; a module stands for its names."""
+    names = signatures.public_names()
+    found = {}
+    for page in (ROOT / "docs" / "api").glob("*.md"):
+        for name in re.findall(r"^::: rmtension\.([\w.]+)$", page.read_text(), re.MULTILINE):
+            found[name] = page.stem
+    assert set(found) <= {*names, *signatures.modules()}
+    pages = {path: found.get(path, found.get(module)) for path, (module, _) in names.items()}
+    rooms = {path: module.partition(".")[0] for path, (module, _) in names.items()}
+    assert pages == {path: PAGE_OF.get(room, room) for path, room in rooms.items()}
+
+
+# Public names that have no example yet. Whoever writes one takes the name out.
+WITHOUT_EXAMPLE = {
+    "attribution.Faithfulness",
+    "attribution.NeuronPages",
+    "attribution.sample_neurons",
+    "cli.main",
+    "data.benchmarks.reward_bench_2",
+    "data.benchmarks.rm_bench",
+    "data.benchmarks.rmb",
+    "data.encode_pairs",
+    "evaluation.Comparison",
+    "evaluation.Transferability",
+    "models.DirectContributions",
+    "models.LinearHead",
+    "models.LoadOptions",
+    "models.RewardModel",
+    "models.RunOptions",
+    "models.direct_contributions",
+    "neurons.ConflictReport",
+    "passes.ActivationProfile",
+    "passes.run_pass",
+    "plots.accuracy",
+    "plots.collapse",
+    "plots.comparisons",
+    "plots.confidence",
+    "plots.conflict_scatter",
+    "plots.curves",
+    "plots.depth",
+    "plots.distributions",
+    "plots.equal_size",
+    "plots.faithfulness_scatter",
+    "plots.faithfulness_sets",
+    "plots.matrix",
+    "plots.overlap",
+    "plots.radar",
+    "plots.refuse_respond",
+    "plots.transferability",
+    "report.findings",
+    "report.study_neurons",
+    "study.FamilyRuns",
+    "study.analyses.accuracy",
+    "study.analyses.causality",
+    "study.analyses.confidence",
+    "study.analyses.cross_objective",
+    "study.analyses.curves",
+    "study.analyses.depth",
+    "study.analyses.overlap",
+    "study.analyses.scores",
+    "study.analyses.sets",
+    "study.analyses.transferability",
+    "study.drift",
+    "study.effects_by_subset",
+    "study.split_drift",
+    "synthetic.Organism",
+    "synthetic.PreferenceWorld",
+    "synthetic.check_matrix.main",
+    "synthetic.check_matrix.make_classifier",
+    "training.train_base_model",
+    "training.train_family",
+    "training.train_reward_model",
+    "training.train_seeds",
+}
+
+
+def has_example(module, path, value):
+    """Whether a docstring of the object or of a public method has one, or one of its public module names it."""
+    holders, members = [importlib.import_module(f"rmtension.{module}")], [value]
+    if isinstance(value, type):
+        own = [one for one in value.__mro__ if one.__module__.startswith("rmtension")]
+        members += [member for one in own for name, member in vars(one).items() if not name.startswith("_")]
+    elif not callable(value):
+        # A constant has the docstring of its type.
+        holders, members = [*holders, *(getattr(holders[0], name) for name in holders[0].__all__)], []
+    naming = re.compile(rf"^ *(?:>>>|\.\.\.) .*\b{path.rpartition('.')[2]}\b", re.MULTILINE)
+    return any(">>> " in (getattr(member, "__doc__", None) or "") for member in members) or any(
+        naming.search(holder.__doc__ or "") for holder in holders
+    )
+
+
+def test_every_public_name_has_an_example():
+    """`tests/test_docstrings.py` runs them all."""
+    names = signatures.public_names()
+    assert {path for path, (module, value) in names.items() if not has_example(module, path, value)} == WITHOUT_EXAMPLE
+
+
+def test_the_table_of_signatures_is_current():
+    """If not: `python tests/programs/signatures.py --write`, and read what changed."""
+    assert signatures.PAGE.read_text(encoding="utf-8") == signatures.page()
+
+
+def test_calls_have_at_most_eight_keyword_only_parameters():
+    """Apart from two trainings. `StudyOptions` is a dataclass of options, and the typed dictionaries are no calls."""
+    calls = [call for found in signatures.calls().values() for call in found if not call.is_dictionary]
+    many = {call.path for call in calls if len(call.keyword_only) > 8}
+    assert many == {"training.train_base_model", "training.train_reward_model"}

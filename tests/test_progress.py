@@ -32,7 +32,7 @@ def everything(head, pairs):
     head.score_pairs(pairs, progress=True)
     attribution = NeuronAttribution(head, method="gradient_x_activation")
     list(attribution.per_token(pairs, progress=True))
-    faithfulness(head, attribution.score(pairs, progress=True), pairs, sample=3, set_fractions=(0.1,), progress=True)
+    faithfulness(head, pairs, attribution.score(pairs, progress=True), sample=3, set_fractions=(0.1,), progress=True)
 
 
 def test_no_terminal_no_bars(head, pairs, capsys, monkeypatch):

@@ -103,8 +103,8 @@ class Faithfulness:
 
 def faithfulness(
     head: RewardHead,
-    scores: NeuronScores | Mapping[str, NeuronScores],
     pairs: PreferencePairs,
+    scores: NeuronScores | Mapping[str, NeuronScores],
     replacement: Replacement = Zero(),
     *,
     positions: str | None = None,
@@ -128,8 +128,8 @@ def faithfulness(
 
     Args:
         head: the model that the scores are of.
-        scores: of one method, or of several by name.
         pairs: where effects are measured; the same that were scored, or others.
+        scores: of one method, or of several by name.
         replacement: what activations are replaced by: that of the scores, where they have one. With
             `OtherResponse()`, no sets are ablated.
         positions: tokens whose activation is replaced; by default those of the scores.
@@ -146,17 +146,17 @@ def faithfulness(
     wrong options; both before the model runs.
 
     Examples:
-        >>> found = faithfulness(head, scores, pairs["helpful"], set_fractions=())
+        >>> found = faithfulness(head, pairs["helpful"], scores, set_fractions=())
         >>> found.summary[["method", "n", "spearman", "sign_agreement"]].round(2)
                           method   n  spearman  sign_agreement
         0  gradient_x_activation  48       1.0             1.0
     """
     named = {scores.provenance.label: scores} if isinstance(scores, NeuronScores) else scores
     require_arguments(
-        "faithfulness(head, scores, pairs)",
+        "faithfulness(head, pairs, scores)",
         head=(head, RewardHead),
-        scores=(named, Mapping),
         pairs=(pairs, PreferencePairs),
+        scores=(named, Mapping),
     )
     check_level(level)
     if n_random < 0:

@@ -10,11 +10,11 @@ from einops import einsum, reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from rmtension._sites import neuron_activations
 from rmtension.attribution._batch_run import BatchRun
 from rmtension.data._tokens import margins
 from rmtension.errors import ModelError
 from rmtension.interventions._replacements import Replacement
-from rmtension.sites import neuron_activations
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rmtension._arguments import require_arguments, require_choice
 from rmtension._progress import progress_bar
+from rmtension._sites import check_positions, find_site
 from rmtension.attribution._batch_run import BatchRun
 from rmtension.attribution._methods import METHODS, MethodArgs, MethodResult, TokenValues
 from rmtension.data._encoding import EncodedText
@@ -28,7 +29,6 @@ from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._pair_statistic import PairStatistic
 from rmtension.passes._pass_record import PassRecord
 from rmtension.passes._running_scores import RunningScores
-from rmtension.sites import check_positions, find_site
 from rmtension.store._provenance import Provenance, method_label
 
 

@@ -14,6 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from rmtension._arguments import require_arguments
+from rmtension._sites import neuron_activations
 from rmtension.attribution._methods import METHODS
 from rmtension.attribution._neuron_attribution import NeuronAttribution
 from rmtension.attribution._neuron_pages_json import pages_to_json, read_pages
@@ -29,7 +30,6 @@ from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._pair_statistic import PairStatistic
 from rmtension.passes._pass_record import PassRecord
-from rmtension.sites import neuron_activations
 from rmtension.store._files import write_text
 
 # More points than these make a scatter no clearer.

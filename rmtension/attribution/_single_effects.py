@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rmtension._arguments import require_arguments
 from rmtension._progress import progress_bar
+from rmtension._sites import check_positions, find_site
 from rmtension.data._pair import PreferencePair
 from rmtension.data._tokens import TokenBatch, margins
 from rmtension.errors import OptionError
@@ -26,7 +27,6 @@ from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._pair_statistic import PairStatistic
 from rmtension.passes._pass_record import PassRecord
 from rmtension.passes._running_scores import RunningScores
-from rmtension.sites import check_positions, find_site
 from rmtension.store._provenance import digest_of
 
 # The method's name in provenance.

@@ -2,7 +2,8 @@
 
 from rmtension.data import benchmarks, subtasks
 from rmtension.data._chat import Message
+from rmtension.data._encoding import encode_pairs
 from rmtension.data._pair import PreferencePair, join_prompt
 from rmtension.data._pairs import PreferencePairs
 
-__all__ = ["Message", "PreferencePair", "PreferencePairs", "benchmarks", "join_prompt", "subtasks"]
+__all__ = ["Message", "PreferencePair", "PreferencePairs", "benchmarks", "encode_pairs", "join_prompt", "subtasks"]

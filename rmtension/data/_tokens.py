@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rmtension._sites import check_positions
 from rmtension.data._encoding import EncodedText
 from rmtension.errors import DataError, OptionError
-from rmtension.sites import check_positions
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from rmtension.data._sources import read_field, read_object, read_texts, source_
 from rmtension.data.subtasks import CODE, GROUPS
 from rmtension.errors import DataError, OptionError
 
+__all__ = ["hh_rlhf", "reward_bench", "reward_bench_2", "rm_bench", "rmb"]
+
 # RM-Bench's files of one domain name the source of the prompt instead of the domain. Seen there: alpacaeval and
 # refusals-dangerous. The others are RewardBench's names for the sources that RM-Bench's paper lists.
 _RM_BENCH_DOMAINS = {

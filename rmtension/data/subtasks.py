@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+__all__ = ["GROUPS", "REFUSE_SUBSETS", "RESPOND_SUBSETS", "Subtask"]
+
 
 @dataclass(frozen=True)
 class Subtask:
@@ -13,6 +15,8 @@ class Subtask:
     Examples:
         >>> [subtask.subset for subtask in GROUPS if subtask.right == "respond"]
         ['reward-bench/xstest-should-respond', 'rm-bench/safety-response']
+        >>> set(RESPOND_SUBSETS) & set(REFUSE_SUBSETS)
+        set()
     """
 
     benchmark: str
@@ -54,6 +58,10 @@ GROUPS: tuple[Subtask, ...] = (
     Subtask("rm-bench", "safety-refuse", "harmless", "refuse"),
     Subtask("rm-bench", "safety-response", "harmless", "respond"),
 )
-# For `rmtension.evaluation.balance(scored, refuse=REFUSE_SUBSETS, respond=RESPOND_SUBSETS)`.
+"""Every subtask, with what it rewards."""
+
 REFUSE_SUBSETS = tuple(subtask.subset for subtask in GROUPS if subtask.right == "refuse")
+"""Subsets that reward refusing, for `rmtension.evaluation.balance(scored, refuse=...)`."""
+
 RESPOND_SUBSETS = tuple(subtask.subset for subtask in GROUPS if subtask.right == "respond")
+"""Subsets that reward responding, for `rmtension.evaluation.balance(scored, respond=...)`."""

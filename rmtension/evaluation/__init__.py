@@ -1,7 +1,7 @@
 """How well rewards rank pairs, with intervals: accuracy, margins, comparisons, and what length explains."""
 
 from rmtension.evaluation._centred_margins import centred_rewards, confidence
-from rmtension.evaluation._intervals import Estimate, adjusted_p_values, bootstrap_mean, mcnemar_p_value
+from rmtension.evaluation._intervals import Estimate, bootstrap_mean
 from rmtension.evaluation._length import length_baseline, length_matched
 from rmtension.evaluation._metrics import (
     Comparison,
@@ -23,7 +23,6 @@ __all__ = [
     "PairRewards",
     "Transferability",
     "accuracy",
-    "adjusted_p_values",
     "balance",
     "bootstrap_mean",
     "by_subset",
@@ -35,7 +34,6 @@ __all__ = [
     "length_baseline",
     "length_matched",
     "macro_accuracy",
-    "mcnemar_p_value",
     "mean_margin",
     "transferability",
 ]

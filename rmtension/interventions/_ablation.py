@@ -5,12 +5,12 @@ from einops import repeat
 from torch import Tensor
 
 from rmtension._arguments import require_arguments
+from rmtension._sites import check_positions
 from rmtension.data._tokens import TokenBatch, running_batch
 from rmtension.errors import OptionError, ProvenanceError
 from rmtension.interventions._replacements import Replacement, Zero, check_replacement
 from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._neuron_set import NeuronSet
-from rmtension.sites import check_positions
 
 
 class AblationContext:

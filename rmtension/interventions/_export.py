@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rmtension._sites import find_site
 from rmtension.errors import ModelError, OptionError
 from rmtension.interventions._ablation import AblationContext
 from rmtension.interventions._replacements import Replacement, Zero
@@ -21,7 +22,6 @@ from rmtension.models._native_weights import plain_copy
 from rmtension.models._opening import with_checkpoint, with_lens_model
 from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._neuron_set import NeuronSet
-from rmtension.sites import find_site
 
 _COPIES = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.|$)")
 # A copy is of the class of its model.

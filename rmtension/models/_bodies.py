@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rmtension._sites import SITES, find_site
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
 from rmtension.models._gate_search import GATE_ROWS, find_gates
@@ -28,7 +29,6 @@ from rmtension.models._native_weights import has_adapters, refuse_packed_weights
 from rmtension.models._norms import read_norm
 from rmtension.models._projections import Projection
 from rmtension.models._rope import RopeByText
-from rmtension.sites import SITES, find_site
 
 # Largest difference of a bridge, relative to the residual stream. A wrong one is off by percents; half precision rounds
 # every step of attention to 3 or 2 digits.

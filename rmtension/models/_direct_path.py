@@ -13,13 +13,13 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rmtension._sites import find_site
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
 from rmtension.models._hooks import Hook, HookSite, InstalledHooks
 from rmtension.models._norms import read_norm
 from rmtension.models._projections import Projection
 from rmtension.models._reward_model import RewardModel
-from rmtension.sites import find_site
 
 
 @dataclass(frozen=True, eq=False)

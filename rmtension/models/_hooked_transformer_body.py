@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rmtension._sites import find_site
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
 from rmtension.models._hooks import Hook, HookSite, InstalledHooks, count_foreign_hooks, has_own_hooks, modules_of
 from rmtension.models._projections import Projection
-from rmtension.sites import find_site
 
 
 class HookedTransformerBody:

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rmtension._sites import find_site
 from rmtension.models._replay import Replay
-from rmtension.sites import find_site
 
 # Relative rounding beyond which trying a block says nothing: that of half precision.
 _COARSE = 1e-4

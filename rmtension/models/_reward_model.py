@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rmtension._sites import find_site
 from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.data._encoding import EncodedPairs, encode_pairs
 from rmtension.data._pairs import PreferencePairs
@@ -37,7 +38,6 @@ from rmtension.models._hooks import (
 )
 from rmtension.models._run_options import RunOptions, check_run_options, usable_length
 from rmtension.models._site_widths import measure_sites
-from rmtension.sites import find_site
 from rmtension.store._provenance import Provenance, fingerprint
 
 

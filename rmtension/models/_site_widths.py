@@ -5,11 +5,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rmtension._sites import SITES
 from rmtension.errors import ModelError
 from rmtension.models._bodies import Body
 from rmtension.models._hooks import Hook, HookSite, InstalledHooks
 from rmtension.models._native_run import probe_batch
-from rmtension.sites import SITES
 
 
 def measure_sites(

@@ -120,7 +120,7 @@ class NeuronSet:
     def matched_random(
         self,
         *,
-        seed: int,
+        seed: int = 0,
         match: str = "layer",
         magnitude: Float[Tensor, "layer neuron"] | None = None,
         exclude: "NeuronSet | None" = None,
@@ -170,7 +170,7 @@ class NeuronSet:
             mask.view(-1)[torch.from_numpy(drawn) + rows[0] * n_neurons] = True
         return self._with(mask)
 
-    def subsample(self, k: int, *, seed: int) -> "NeuronSet":
+    def subsample(self, k: int, *, seed: int = 0) -> "NeuronSet":
         """`k` of the set's neurons drawn at random: sets of unequal size are compared at the size of the smallest.
 
         Examples:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rmtension._arguments import require_arguments
 from rmtension._repr_html import N_ROWS, html_table
+from rmtension._sites import check_positions, find_site
 from rmtension.data._encoding import EncodedText
 from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
@@ -25,7 +26,6 @@ from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._pair_statistic import PairStatistic
 from rmtension.passes._pass_record import PassRecord
 from rmtension.passes._token_sums import TokenWeights, weighted_sums
-from rmtension.sites import check_positions, find_site
 from rmtension.store._provenance import Provenance, digest_of
 from rmtension.store._storage import read_result, write_result
 

@@ -35,7 +35,7 @@ _GROUP_AT_LEAST = 256
 
 
 def run_pass(
-    model: RewardModel,
+    head: RewardModel,
     pairs: Iterable[PreferencePair],
     statistic: PairStatistic[Result_co],
     *,
@@ -50,7 +50,7 @@ def run_pass(
     opened with `on_nonfinite="skip"`.
 
     Args:
-        model: the reward model.
+        head: the reward model.
         pairs: preference pairs.
         statistic: what to observe, to add up and to compute.
         work: a folder that keeps the progress of the run, every half minute: after an interruption the same call
@@ -60,7 +60,7 @@ def run_pass(
 
     Cost: what `statistic.observe` costs per batch.
     """
-    return _Pass(model, pairs, statistic, None if work is None else Path(work), progress).run()
+    return _Pass(head, pairs, statistic, None if work is None else Path(work), progress).run()
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rmtension._sites import check_positions
 from rmtension.data._encoding import EncodedPairs
 from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError, StorageError
 from rmtension.models._reward_model import RewardModel
-from rmtension.sites import check_positions
 from rmtension.store._provenance import Provenance
 from rmtension.store._records import read_record
 

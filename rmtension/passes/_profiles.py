@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension._arguments import require_arguments, require_choice
+from rmtension._sites import check_positions, find_site, neuron_activations
 from rmtension.data._pair import PreferencePair
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import DataError, OptionError, ProvenanceError
@@ -20,7 +21,6 @@ from rmtension.neurons._neuron_scores import N_BLOCKS, NeuronScores, block_of, j
 from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._pair_statistic import PairStatistic
 from rmtension.passes._pass_record import PassRecord
-from rmtension.sites import check_positions, find_site, neuron_activations
 from rmtension.store._provenance import METHOD_FIELDS, Provenance
 from rmtension.store._storage import read_result, write_result
 

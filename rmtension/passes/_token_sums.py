@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rmtension.sites import neuron_activations
+from rmtension._sites import neuron_activations
 
 # Numbers in a piece: half a megabyte in float32, which second-level caches hold. A GPU has no use for small pieces.
 _ON_CPU, _ELSEWHERE = 1 << 17, 1 << 26

@@ -24,9 +24,9 @@ def ablation_curves(
     rank_within: str = "model",
     cut_rule: str = "exact",
     clamp: bool = False,
-    n_random: int = 3,
+    n_draws: int = 3,
 ) -> pd.DataFrame:
-    """What is left without the top fraction of neurons by each score, and by random order (`n_random` times).
+    """What is left without the top fraction of neurons by each score, and by random order (`n_draws` times).
 
     One row a score, draw, fraction and objective. `drop` is 1 - accuracy / accuracy before, `normalised` the accuracy
     above chance over what it was (NaN where it was at chance); `clamp` keeps both within [0, 1]. `change` and
@@ -36,7 +36,7 @@ def ablation_curves(
     Examples:
         >>> from rmtension.study import ModelRuns
         >>> ablations = Ablations(ModelRuns(head), pairs)
-        >>> curve = ablation_curves(ablations, {"gradient": scores}, (0.02, 0.05), n_random=1)
+        >>> curve = ablation_curves(ablations, {"gradient": scores}, (0.02, 0.05), n_draws=1)
         >>> rows = curve.query("score == 'gradient' and objective == 'helpful'")
         >>> rows[["fraction", "accuracy", "margin_change"]].round(2)
            fraction  accuracy  margin_change
@@ -46,7 +46,7 @@ def ablation_curves(
     before = ablations.rewards()
     first = next(iter(scores.values()))
     rankings = [(name, 0, one, rank_by) for name, one in scores.items()]
-    for draw in range(n_random):
+    for draw in range(n_draws):
         rankings.append(("random", draw, _random_scores(first, ablations.seed, draw), "magnitude"))
     rows = []
     for name, draw, one, order in rankings:

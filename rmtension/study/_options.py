@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from rmtension._arguments import nearest, require_choice
+from rmtension._sites import check_positions, find_site
 from rmtension.attribution._methods import METHODS
 from rmtension.errors import OptionError
 from rmtension.evaluation._intervals import check_level
@@ -12,7 +13,6 @@ from rmtension.interventions._replacements import Mean, Zero
 from rmtension.neurons._neuron_set import check_seed
 from rmtension.neurons._signs import RANK_BY, check_rank_by
 from rmtension.passes._profiles import SCORES as ACTIVATION_SCORES
-from rmtension.sites import check_positions, find_site
 
 ANALYSES = (
     "accuracy", "transferability", "confidence", "scores", "sets", "depth", "overlap", "curves", "cross_objective",

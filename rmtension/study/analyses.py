@@ -26,6 +26,19 @@ from rmtension.study._curves import ablation_curves
 from rmtension.study._family_runs import MODELS, OBJECTIVES, FamilyRuns
 from rmtension.study._options import base_has
 
+__all__ = [
+    "accuracy",
+    "causality",
+    "confidence",
+    "cross_objective",
+    "curves",
+    "depth",
+    "overlap",
+    "scores",
+    "sets",
+    "transferability",
+]
+
 Tables = dict[str, pd.DataFrame]
 
 

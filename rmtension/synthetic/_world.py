@@ -117,7 +117,7 @@ class PreferenceWorld:
         return sorted(texts)
 
 
-def preference_world(seed: int, *, n_train: int = 1536, n_test: int = 384) -> PreferenceWorld:
+def preference_world(seed: int = 0, *, n_train: int = 1536, n_test: int = 384) -> PreferenceWorld:
     """Preference pairs for helpfulness and harmlessness that disagree on exactly one kind of comparison.
 
     Responses are informative compliance (I), vague compliance (V) or refusal (R). What each objective prefers:

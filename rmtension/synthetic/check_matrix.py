@@ -26,6 +26,8 @@ from rmtension.errors import RMTensionError
 from rmtension.reward_head import RewardHead
 from rmtension.synthetic._world import preference_world
 
+__all__ = ["main", "make_classifier"]
+
 N_TEXTS = 64
 TOLERANCE = 1e-4
 _SIZES: dict[str, Any] = {

@@ -1,18 +1,12 @@
 """Reward models, and a base model to start them from, trained with TRL in one call."""
 
-from rmtension.data._encoding import encode_pairs
 from rmtension.training._family import FamilySettings, train_family, train_seeds
 from rmtension.training._hold_ablated import HoldAblated
-from rmtension.training._trainer_run import digest_of_texts, is_finished
-from rmtension.training._training import select_pairs, train_base_model, train_reward_model, train_tokenizer
+from rmtension.training._training import train_base_model, train_reward_model, train_tokenizer
 
 __all__ = [
     "FamilySettings",
     "HoldAblated",
-    "digest_of_texts",
-    "encode_pairs",
-    "is_finished",
-    "select_pairs",
     "train_base_model",
     "train_family",
     "train_reward_model",

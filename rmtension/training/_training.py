@@ -16,6 +16,7 @@ from rmtension.store._provenance import digest_of_folder
 from rmtension.training._trainer_run import (
     arguments,
     digest_of_texts,
+    is_finished,
     isolated,
     new_folder,
     require_package,
@@ -58,7 +59,7 @@ def train_reward_model(
 
     Data. `pairs` are used as they are, or by objective (a dict, or the pairs' own labels): `objective="helpful"` takes
     one; `proportions={"helpful": 0.5, "harmless": 0.5}` draws a mixture of `n_pairs` (default: as many as the
-    proportions allow). Training reads the tokens that scoring reads (`rmtension.training.encode_pairs`): no eos is
+    proportions allow). Training reads the tokens that scoring reads (`rmtension.data.encode_pairs`): no eos is
     appended, no pair is dropped, prompts are cut from the left to `max_length` tokens (default: the model's context,
     at most 1024). `validation` picks the best of the checkpoints taken every `eval_steps` steps (default: every epoch)
     by loss; it may share no prompt with the training pairs. Test pairs have no place here.
@@ -147,12 +148,14 @@ def train_base_model(
     max_length: int | None = None,
     progress: bool | None = None,
     overwrite: bool = False,
+    resume: bool = False,
 ) -> Path:
     """Train a causal language model from fresh weights with transformers' `Trainer` and return its folder.
 
     `config` is a transformers config; its special-token ids are set to the tokenizer's. Every text gets the tokenizer's
     eos; one longer than `max_length` tokens (default: the context, at most 1024) is read in consecutive pieces. Seed,
-    folder and errors are as for `train_reward_model`.
+    folder and errors are as for `train_reward_model`. With `resume`, a model that a run with the same texts and options
+    left in `output_dir` is kept; what differs raises `StorageError`. Configs are not compared.
     """
     options = {"seed": seed, "epochs": epochs, "max_steps": max_steps, "learning_rate": learning_rate}
     options |= {"warmup_steps": warmup_steps, "batch_size": batch_size}
@@ -160,6 +163,10 @@ def train_base_model(
     if not texts or not all(isinstance(text, str) and text for text in texts):
         raise DataError("texts: expected at least one text, none of them empty.")
     _require_pad_token(tokenizer)
+    limit = _context(config, max_length)
+    options |= {"max_length": limit}
+    if resume and not overwrite and is_finished(Path(output_dir), options, data=digest_of_texts(texts)):
+        return Path(output_dir)
     from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
     with isolated(seed), new_folder(output_dir, overwrite) as (folder, scratch):
@@ -168,7 +175,6 @@ def train_base_model(
             setattr(config, name, getattr(tokenizer, name))
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _require_vocabulary(model, tokenizer)
-        limit = _context(config, max_length)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         encoded = [[*ids, *end] for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
         rows = [{"input_ids": ids[i : i + limit]} for ids in encoded for i in range(0, len(ids), limit)]
@@ -184,7 +190,7 @@ def train_base_model(
         write_record(
             folder,
             kind="base_model",
-            options={**options, "max_length": limit},
+            options=options,
             n_texts=len(texts),
             data=digest_of_texts(texts),
             result=result,

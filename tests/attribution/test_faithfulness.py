@@ -170,7 +170,7 @@ def test_the_model_is_as_before(gpt2, few, monkeypatch):
     before = snapshot(gpt2)
     statistics = ActivationCollector(gpt2).collect(few)
     scores = NeuronAttribution(gpt2, "mean_difference").score(few)
-    faithfulness(gpt2, scores, few, replacement=Mean(statistics), sample=6, set_fractions=(0.1,), n_random=1)
+    faithfulness(gpt2, few, scores, replacement=Mean(statistics), sample=6, set_fractions=(0.1,), n_random=1)
     assert snapshot(gpt2) == before
 
     def fail(*_):
@@ -321,7 +321,7 @@ def test_faithfulness_of_a_model(gpt2, few):
     named = {"patching": patching, "difference": difference}
     truth = single_neuron_effects(gpt2, few, replacement=Mean(statistics))
     options = {"replacement": Mean(statistics), "set_fractions": (0.05, 0.2), "n_random": 2}
-    found = faithfulness(gpt2, named, few, true_effects=truth, **options)
+    found = faithfulness(gpt2, few, named, true_effects=truth, **options)
     summary = found.summary.set_index("method")
     for name, scores in named.items():
         expected = stats.spearmanr(scores.as_effects().flatten(), truth.values.flatten()).statistic
@@ -344,7 +344,7 @@ def test_faithfulness_of_a_model(gpt2, few):
         assert row["match"] == ("layer" if max(top.n_per_layer) <= 32 else "model")
     assert len(found.sets) == 4
     # The truth is computed where it is not given; a single method needs no name.
-    alone = faithfulness(gpt2, patching, few, replacement=Mean(statistics), set_fractions=())
+    alone = faithfulness(gpt2, few, patching, replacement=Mean(statistics), set_fractions=())
     assert alone.sets.empty
     row = alone.summary.iloc[0]
     assert row["method"] == "attribution_patching to mean"
@@ -357,7 +357,7 @@ def test_a_sample_of_neurons(gpt2, few, tmp_path):
     assert sorted(chosen.n_per_layer) == [6, 7, 7]
     assert chosen == sample_neurons(gpt2, "mlp", 20, seed=3)
     assert chosen != sample_neurons(gpt2, "mlp", 20, seed=4)
-    found = faithfulness(gpt2, scores, few, sample=20, seed=3, set_fractions=(0.1,), n_random=1)
+    found = faithfulness(gpt2, few, scores, sample=20, seed=3, set_fractions=(0.1,), n_random=1)
     assert list(zip(found.neurons["layer"], found.neurons["neuron"], strict=True)) == list(chosen)
     assert found.summary["n"].tolist() == [20]
     assert found.summary["top"].tolist() == [2]
@@ -378,25 +378,25 @@ def test_responses_that_do_not_fit_are_cut_everywhere(gpt2, few, monkeypatch):
     with monkeypatch.context() as opened:
         opened.setattr(gpt2, "truncate_response", True)
         scores = NeuronAttribution(gpt2, method="gradient_x_activation").score(few)
-        assert len(faithfulness(gpt2, scores, few, **options).neurons) == 6
+        assert len(faithfulness(gpt2, few, scores, **options).neurons) == 6
     with pytest.raises(DataError, match="truncate_response=True"):
         NeuronAttribution(gpt2, "mean_difference").score(few)
     with pytest.raises(DataError, match="truncate_response=True"):
-        faithfulness(gpt2, scores, few, **options)
+        faithfulness(gpt2, few, scores, **options)
 
 
 def test_replaces_where_the_scores_look(gpt2, few):
     scores = NeuronAttribution(gpt2, method="gradient_x_activation", positions="last").score(few)
-    found = faithfulness(gpt2, scores, few, sample=6, set_fractions=())
+    found = faithfulness(gpt2, few, scores, sample=6, set_fractions=())
     assert found.provenance.positions == "last"
-    elsewhere = faithfulness(gpt2, scores, few, sample=6, set_fractions=(), positions="all")
+    elsewhere = faithfulness(gpt2, few, scores, sample=6, set_fractions=(), positions="all")
     assert elsewhere.provenance.positions == "all"
     assert not found.neurons["effect"].equals(elsewhere.neurons["effect"])
 
 
 def test_other_responses_ablate_no_sets(gpt2, few):
     scores = NeuronAttribution(gpt2, method="attribution_patching", replacement=OtherResponse()).score(few)
-    found = faithfulness(gpt2, scores, few, replacement=OtherResponse())
+    found = faithfulness(gpt2, few, scores, replacement=OtherResponse())
     assert found.sets.empty
     assert found.summary["spearman"].item() > 0.9
 
@@ -405,7 +405,7 @@ def test_other_responses_ablate_no_sets(gpt2, few):
 def test_sets_are_ablated_by_every_replacement_that_a_context_takes(gpt2, few, name):
     replacement = replacement_of(gpt2, "mlp", few, name)
     scores = NeuronAttribution(gpt2, "attribution_patching", replacement=replacement).score(few)
-    found = faithfulness(gpt2, scores, few, replacement=replacement, set_fractions=(0.1,), n_random=1)
+    found = faithfulness(gpt2, few, scores, replacement=replacement, set_fractions=(0.1,), n_random=1)
     assert found.summary["spearman"].item() > 0.9
     assert found.provenance.replacement == replacement.label
     with AblationContext(gpt2, scores.top(0.1), replacement):
@@ -418,7 +418,7 @@ class TestWrongArguments:
         scores = NeuronAttribution(gpt2, "mean_difference").score(few)
         monkeypatch.setattr("rmtension.attribution._effect_prediction.single_neuron_effects", None)
         with pytest.raises(OptionError, match="matched_random: "):
-            faithfulness(gpt2, scores, few, set_fractions=(0.9,))
+            faithfulness(gpt2, few, scores, set_fractions=(0.9,))
 
     def test_options(self, gpt2, few):
         scores = NeuronAttribution(gpt2, "mean_difference").score(few)
@@ -430,22 +430,22 @@ class TestWrongArguments:
             ({"sample": 9, "true_effects": single_neuron_effects(gpt2, few)}, "sample: true_effects has the neurons"),
         ]:
             with pytest.raises(OptionError, match=message):
-                faithfulness(gpt2, scores, few, **options)
+                faithfulness(gpt2, few, scores, **options)
         with pytest.raises(OptionError, match="at least one NeuronScores"):
-            faithfulness(gpt2, {}, few)
+            faithfulness(gpt2, few, {})
 
         with pytest.raises(OptionError, match=r"\['effect'\] are names of columns"):
-            faithfulness(gpt2, {"effect": scores}, few)
+            faithfulness(gpt2, few, {"effect": scores})
         both = {"here": scores, "there": NeuronAttribution(gpt2, "mean_difference", positions="response").score(few)}
         with pytest.raises(OptionError, match=r"positions: the scores are of \['all', 'response'\] tokens"):
-            faithfulness(gpt2, both, few)
+            faithfulness(gpt2, few, both)
         bare = NeuronScores(scores.values, scores.stderr, scores.provenance)
         with pytest.raises(OptionError, match="keep no blocks of prompts"):
-            faithfulness(gpt2, bare, few)
+            faithfulness(gpt2, few, bare)
 
     def test_scores_of_another_model(self, gpt2, head, few):
         with pytest.raises(ProvenanceError, match=r"(model|architecture) differs"):
-            faithfulness(gpt2, NeuronAttribution(head, "mean_difference").score(few), few, sample=3)
+            faithfulness(gpt2, few, NeuronAttribution(head, "mean_difference").score(few), sample=3)
 
     def test_truth_of_another_ablation(self, gpt2, few):
         scores = NeuronAttribution(gpt2, method="gradient_x_activation").score(few)
@@ -457,9 +457,9 @@ class TestWrongArguments:
             (scores, "method"),
         ]:
             with pytest.raises(ProvenanceError, match=f"true_effects of faithfulness: {field} differs"):
-                faithfulness(gpt2, scores, few, true_effects=truth)
+                faithfulness(gpt2, few, scores, true_effects=truth)
         right = single_neuron_effects(gpt2, few, neurons=neurons)
-        assert faithfulness(gpt2, scores, few, true_effects=right, set_fractions=()).neurons["effect"].notna().all()
+        assert faithfulness(gpt2, few, scores, true_effects=right, set_fractions=()).neurons["effect"].notna().all()
 
     def test_single_effects(self, gpt2, checkpoints, few):
         heads = NeuronSet(torch.ones(3, 4, dtype=torch.bool), "attn_head", gpt2.architecture)
@@ -473,7 +473,7 @@ class TestWrongArguments:
         statistics = ActivationCollector(gpt2, site="attn_head").collect(few)
         for call in (
             lambda **options: single_neuron_effects(gpt2, few, **options),
-            lambda **options: faithfulness(gpt2, NeuronAttribution(gpt2, "direct_effect").score(few), few, **options),
+            lambda **options: faithfulness(gpt2, few, NeuronAttribution(gpt2, "direct_effect").score(few), **options),
         ):
             with pytest.raises(ProvenanceError, match="replacement: its activations are those of site 'attn_head'"):
                 call(replacement=Mean(statistics))

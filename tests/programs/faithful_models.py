@@ -67,8 +67,8 @@ def measure(
             scores = all_scores(head, pairs, replacement, site, steps)
             found = faithfulness(
                 head,
-                scores,
                 pairs,
+                scores,
                 replacement=replacement,
                 set_fractions=fractions if (site, kind) == ("mlp", Mean) else (),
                 n_random=4,

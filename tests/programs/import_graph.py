@@ -20,7 +20,7 @@ NAME = "rmtension"
 FLOORS = [
     ["_repr_html", "errors"],
     ["_arguments", "distributed"],
-    ["_progress", "sites", "store"],
+    ["_progress", "_sites", "store"],
     ["data"],
     ["evaluation"],
     ["models", "neurons"],

@@ -195,7 +195,7 @@ class TestCurves:
     def test_points_are_those_of_the_sets(self, ablations, runs, pairs):
         values = torch.from_numpy(np.random.default_rng(1).normal(size=SHAPE))
         scores = {"mine": NeuronScores(values, torch.ones_like(values), provenance())}
-        table = ablation_curves(ablations, scores, (0.05, 0.5, 1.0), n_random=2)
+        table = ablation_curves(ablations, scores, (0.05, 0.5, 1.0), n_draws=2)
         assert table.groupby("score")["draw"].nunique().to_dict() == {"mine": 1, "random": 2}
         for fraction in (0.05, 0.5):
             kept = runs.contributions(pairs["harmless"])[:, ~scores["mine"].top(fraction).mask].sum(1)
@@ -217,11 +217,11 @@ class TestCurves:
         strict = Ablations(runs, pairs, tie_value=0.0)
         tied = torch.zeros(SHAPE).double()
         scores = {"tied": NeuronScores(tied, tied, provenance())}
-        table = ablation_curves(strict, scores, (0.1,), cut_rule="percentile", clamp=True, n_random=0)
+        table = ablation_curves(strict, scores, (0.1,), cut_rule="percentile", clamp=True, n_draws=0)
         assert (table["size"] == 120).all()
         assert (table["accuracy"] == 0).all()
         assert table["normalised"].between(0, 1).all()
-        free = ablation_curves(strict, scores, (0.1,), cut_rule="percentile", n_random=0)
+        free = ablation_curves(strict, scores, (0.1,), cut_rule="percentile", n_draws=0)
         assert not free["normalised"].between(0, 1).all()
 
 

@@ -449,6 +449,20 @@ def test_base_model_is_seeded_and_reads_long_texts_in_pieces(world, bpe, tmp_pat
         train_base_model([], config, bpe, tmp_path / "empty")
 
 
+def test_resume_keeps_a_base_that_is_trained(world, bpe, base):
+    config, options = gpt2_config(len(bpe)), {"max_steps": 3, "batch_size": 4, "progress": False}
+    written = (base / RECORD_NAME).stat().st_mtime_ns
+    assert train_base_model(world.texts, config, bpe, base, **options, resume=True) == base
+    assert (base / RECORD_NAME).stat().st_mtime_ns == written
+    for changed in ({"max_steps": 4}, {"seed": 1}, {"max_length": 100}):
+        with pytest.raises(StorageError, match=f"trained with {next(iter(changed))}="):
+            train_base_model(world.texts, config, bpe, base, **(options | changed), resume=True)
+    with pytest.raises(StorageError, match="trained with data="):
+        train_base_model(world.texts[1:], config, bpe, base, **options, resume=True)
+    with pytest.raises(StorageError, match="holds something already"):
+        train_base_model(world.texts, config, bpe, base, **options)
+
+
 @pytest.mark.grid
 def test_tokenizer_is_the_same_in_another_process(world):
     code = (
