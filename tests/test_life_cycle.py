@@ -130,10 +130,10 @@ def state_of(head):
     }
     return {
         "hooks": {
-            (key, name): [(number, id(hook)) for number, hook in getattr(module, name).items()]
+            (key, name): [(number, id(hook)) for number, hook in vars(module)[name].items()]
             for key, module in modules.items()
             for name in HOOKS
-            if isinstance(getattr(module, name), dict)
+            if isinstance(vars(module).get(name), dict)
         },
         "modules": {key: sorted(vars(module)) for key, module in modules.items()},
         "modes": {key: module.training for key, module in modules.items()},
