@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import grid, make_pairs, save_classifier
+from conftest import make_pairs, save_classifier
 
 import rmtension
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead, TensionStudy
@@ -303,12 +303,6 @@ CALLS = {
     ).run(progress=False),
     "sweep.score_without": lambda s: score_without(s.head, s.pairs, [s.neurons, s.others, s.neurons | s.others]),
 }
-# Those that consist of others here, or build models: the grid has them.
-LONG = {
-    *("attribution.NeuronAttribution.per_pair", "export.build_classifier", "faithfulness.faithfulness"),
-    *("neuron_pages.examine", "replay.Replay.run_block", "runs.ModelRuns.prepare", "selfcheck.check_head"),
-    *("study.TensionStudy.run", "reward_head.RewardHead.with_ablation"),
-}
 # The same calls under other names.
 THE_SAME = {
     "export.ablate_weights": "reward_head.RewardHead.with_ablation",
@@ -506,7 +500,7 @@ def test_every_call_that_takes_a_model_is_in_a_list():
     assert sorted(public_calls()) == sorted(listed)
 
 
-@pytest.mark.parametrize("name", grid(CALLS, keep=[name for name in CALLS if name not in LONG]))
+@pytest.mark.parametrize("name", CALLS)
 def test_calls_leave_the_model_as_it_was(name, setup):
     require_unchanged_however_it_ends(setup.head, partial(CALLS[name], setup))
 

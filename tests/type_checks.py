@@ -1,7 +1,7 @@
 """The type checks that the suite runs under, in a third of jaxtyping's time.
 
-`--jaxtyping-packages=rmtension,beartype.beartype` puts `jaxtyping.jaxtyped` on every function of the library. It binds all
-arguments, remembers their shapes, and checks them in two more functions. Where no annotation has a shape, the type
+`--jaxtyping-packages=rmtension,beartype.beartype` puts `jaxtyping.jaxtyped` on every function of the library. It binds
+all arguments, remembers their shapes, and checks them in two more functions. Where no annotation has a shape, the type
 checker by itself checks the same.
 """
 
