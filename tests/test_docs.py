@@ -70,8 +70,8 @@ WITH_BLOCKS = {
     name: page for page in pages() if blocks(page.read_text()) and (name := page.relative_to(ROOT).as_posix())
 }
 HERE = [name for name in WITH_BLOCKS if name not in ELSEWHERE]
-# Pages whose blocks train, or take every effect of a model.
-LONG = {"docs/attribution.md", "docs/command_line.md", "docs/during_training.md"}
+# Pages whose blocks train, start processes, or take every effect of a model.
+LONG = [f"docs/{name}.md" for name in ("attribution", "command_line", "during_training", "large_models", "report")]
 
 
 @pytest.mark.parametrize("name", grid(HERE, keep=[name for name in HERE if name not in LONG]))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import grid, make_pairs, save_classifier
+from tiny_models import make_pairs, save_classifier
 
 import rmtension
 from rmtension import AblationContext, ActivationCollector, Mean, NeuronAttribution, NeuronSet, RewardHead, TensionStudy
@@ -132,10 +132,10 @@ def state_of(head):
     }
     return {
         "hooks": {
-            (key, name): [(number, id(hook)) for number, hook in getattr(module, name).items()]
+            (key, name): [(number, id(hook)) for number, hook in vars(module)[name].items()]
             for key, module in modules.items()
             for name in HOOKS
-            if isinstance(getattr(module, name), dict)
+            if isinstance(vars(module).get(name), dict)
         },
         "modules": {key: sorted(vars(module)) for key, module in modules.items()},
         "modes": {key: module.training for key, module in modules.items()},
@@ -314,21 +314,6 @@ CALLS = {
     "interventions._sweep.score_without": lambda s: score_without(
         s.head, s.pairs, [s.neurons, s.others, s.neurons | s.others]
     ),
-}
-# Those that consist of others here, or build models: the grid has them.
-LONG = {
-    *(
-        "attribution._neuron_attribution.NeuronAttribution.per_pair",
-        "export.build_classifier",
-        "attribution._effect_prediction.faithfulness",
-    ),
-    *(
-        "attribution._neuron_pages.examine",
-        "models._replay.Replay.run_block",
-        "study._model_runs.ModelRuns.prepare",
-        "passes._selfcheck.check_head",
-    ),
-    *("study._tension_study.TensionStudy.run", "reward_head.RewardHead.with_ablation"),
 }
 # The same calls under other names.
 THE_SAME = {
@@ -535,7 +520,7 @@ def test_every_call_that_takes_a_model_is_in_a_list():
     assert sorted(public_calls()) == sorted(listed)
 
 
-@pytest.mark.parametrize("name", grid(CALLS, keep=[name for name in CALLS if name not in LONG]))
+@pytest.mark.parametrize("name", CALLS)
 def test_calls_leave_the_model_as_it_was(name, setup):
     require_unchanged_however_it_ends(setup.head, partial(CALLS[name], setup))
 

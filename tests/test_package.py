@@ -7,12 +7,16 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import release
 import signatures
+import torch
+from beartype.roar import BeartypeCallHintParamViolation
 from import_graph import FLOORS, circles, floors, not_downward, read_graph
 
 import rmtension
+from rmtension._sites import find_site
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +30,14 @@ def test_import_is_cheap(code):
     look = f"import atexit, sys; atexit.register(lambda: print(sorted(set(sys.modules) & {heavy})))\n{code}"
     ran = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_suite_checks_types_and_shapes():
+    """Of functions with shapes in their annotations, and of those without."""
+    with pytest.raises(jaxtyping.TypeCheckError, match="layer neuron"):
+        rmtension.NeuronSet(torch.zeros(3, dtype=torch.bool), "mlp", "toy")
+    with pytest.raises(BeartypeCallHintParamViolation, match="3"):
+        find_site(3)
 
 
 def test_names():

@@ -384,7 +384,7 @@ def test_an_adapter_on_a_tied_weight_changes_its_own_end_alone(base, target, bas
     assert (plain[:, 0] - plain[:, 1] - right[:, 0] + right[:, 1]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kept", ["mlp", "self_attn"])
+@pytest.mark.parametrize("kept", grid(["mlp", "self_attn"]))
 def test_modules_that_were_trained_whole_are_ablated_for_good(kept, tokenizer, tmp_path):
     """`modules_to_save` of a container: in the copy its modules lie where they lie without peft."""
     classifier = make_classifier("qwen2", len(tokenizer) + 8)

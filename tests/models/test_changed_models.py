@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from changed_models import LIMIT, OPERATIONS, PAIRS, WAYS, fresh, inline_mlp, outcomes, rewards, right_values
+from conftest import grid
 from torch import nn
 from torch.nn.utils import prune
 
@@ -79,7 +80,7 @@ def test_what_refusals_advise_works(tokenizer):
         assert torch.allclose(rewards(model, tokenizer), right["ablate"], atol=LIMIT)
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("layer", grid([0, 1, 2], keep=[1]))
 def test_no_pass_over_pairs_reads_a_layer_whose_hook_does_not_fire(layer, tokenizer):
     """Passes that only look end at the last layer's activation; a layer below it counts as well."""
     model = fresh("llama", tokenizer)

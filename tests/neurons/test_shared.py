@@ -126,6 +126,7 @@ class TestAnalyzer:
                 SharedNeuronAnalyzer({name: self.scores[name] for name in "ab"}, base=other)
 
 
+@pytest.mark.grid
 def test_p_values_of_random_sets_are_calibrated():
     """400 pairs of random sets: at most 5% + 3 binomial standard errors have p <= 0.05 (discrete, so conservative)."""
     small = [

