@@ -62,6 +62,8 @@ def run_pass(
     Cost: that of `statistic.observe` per batch.
 
     Examples:
+        >>> import torch
+        >>> from rmtension.passes import PairStatistic
         >>> class TokensPerPair(PairStatistic[float]):
         ...     name = "tokens"  # the label of the progress bar
         ...     def __init__(self):

@@ -28,6 +28,7 @@ class PairStatistic(ABC, Generic[Result_co]):
             dimension.
 
     Examples:
+        >>> import torch
         >>> from rmtension.passes import run_pass
         >>> class LongestResponse(PairStatistic[int]):
         ...     def __init__(self):
