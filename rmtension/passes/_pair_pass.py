@@ -72,7 +72,7 @@ def run_pass(
         ...     def state(self):  # what a work folder saves
         ...         return {"n_tokens": self.n_tokens}
         ...     def observe(self, batch):  # may run the model, changes nothing
-        ...         return [batch.position_mask("all").sum()]
+        ...         return [batch.select("all").sum()]
         ...     def update(self, batch, observed):  # changes the state, in place
         ...         self.n_tokens += observed[0].cpu()
         ...     def compute(self, record):

@@ -216,8 +216,11 @@ def selectivity(profiles: Mapping[str, ActivationProfile], *, quantile: float = 
     of different models, sites or positions.
 
     Examples:
-        >>> both = {name: collect_profiles(head, part)["mlp", "response"] for name, part in pairs.items()}
-        >>> selectivity(both).to_frame().nlargest(2, "score").round(2)
+        >>> profiles = {
+        ...     name: collect_profiles(head, part, positions=["response"])["mlp", "response"]
+        ...     for name, part in pairs.items()
+        ... }
+        >>> selectivity(profiles).to_frame().nlargest(2, "score").round(2)
             layer  neuron  score  stderr
         29      1       5   0.02    0.01
         0       0       0   0.00    0.00
