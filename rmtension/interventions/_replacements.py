@@ -305,8 +305,8 @@ def check_replacement(replacement: object, head: RewardModel, site: str) -> None
         return
     if source.model != head.fingerprint:
         raise ProvenanceError(
-            f"replacement: expected activations of the model that is ablated ({head.fingerprint}), got activations of "
-            f"model {source.model}. Collect them with ActivationCollector(head)."
+            f"replacement: its activations are those of model {source.model}, expected those of the ablated model "
+            f"{head.fingerprint}. Collect them with ActivationCollector(head)."
         )
     if source.site != site:
         raise ProvenanceError(

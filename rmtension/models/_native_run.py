@@ -47,7 +47,7 @@ def run_base(base: Any, batch: TokenBatch) -> Float[Tensor, "row token d_model"]
 
 
 def let_run_in_float64(model: Any) -> None:
-    """Make a float64 model run its experts one by one, because transformers' grouped kernel does not support float64."""
+    """Make a float64 model run its experts one by one, because transformers' grouped kernel has no float64."""
     grouped = getattr(getattr(model, "config", None), "_experts_implementation", None) == "grouped_mm"
     if grouped and next(model.parameters()).dtype == torch.float64:
         model.set_experts_implementation("eager")

@@ -109,8 +109,8 @@ class Replay:
     def _require_partial(self) -> None:
         if not self.is_partial:
             raise ModelError(
-                "replay: expected a model whose blocks run one by one, which only transformers' own modules do. Open "
-                "the model without model_class and process_weights, and remove your hooks from head.model."
+                "replay: only transformers' own modules run one by one. Open the model without model_class and "
+                "process_weights, and remove your hooks from head.model."
             )
 
     def _keep(self, site: str, layer: int, activation: Tensor) -> None:

@@ -273,8 +273,8 @@ class _Pass(Generic[Result_co]):
     def _require_unhooked(self) -> None:
         if self._model.body.is_hooked:
             raise OptionError(
-                "work: expected a model without hooks, because a work folder cannot record what hooks do. Leave the "
-                "AblationContext or remove your hooks first, or score ablations with score_without(..., work=...)."
+                "work: the model has hooks, and a work folder cannot record what hooks do. Leave the AblationContext "
+                "or remove your hooks first, or score ablations with score_without(..., work=...)."
             )
 
     def _other_pairs(self) -> StorageError:

@@ -123,6 +123,6 @@ class PassRecord:
             return read_record(work, cls, {**values, "skipped_pairs": [tuple(pair) for pair in skipped]})
         except StorageError as error:
             raise StorageError(
-                f"{work}: the progress in this folder was edited after it was saved ({error}). Delete the folder to "
-                "start again."
+                f"{work}: the progress in this folder was edited after it was saved ({error}). Remove the folder to "
+                "begin again."
             ) from error

@@ -73,7 +73,7 @@ def test_folding_equals_the_context(folder, site, tmp_path_factory):
         has_bias = head.body.native.get_submodule(head.body.projection_names[site, 0]).bias is not None
         flag = {"mlp": "mlp_bias", "attn_head": "attention_bias"}[site]
         if isinstance(replacement, Mean) and not has_bias and not hasattr(config, flag):
-            with pytest.raises(ModelError, match=r"have no bias, and its config has no place for one"):
+            with pytest.raises(ModelError, match=r"have no bias, and its config cannot add one"):
                 head.with_ablation(neurons, replacement)
             continue
         pruned = head.with_ablation(neurons, replacement)
@@ -173,7 +173,7 @@ def test_heads_of_other_kinds_become_classifiers(tmp_path, tokenizer, ragged_tex
     biased.pad_token_id = 0
     ragged_texts = ragged_texts[:-4]
     expected = expected[:-4]
-    with pytest.warns(RMTensionWarning, match=r"bias of 1.5.*Margins are the same"):
+    with pytest.warns(RMTensionWarning, match=r"bias of 1.5.*margins are the same"):
         biased.save_pretrained(tmp_path / "biased")
     assert torch.allclose(transformers_rewards(tmp_path / "biased", ragged_texts), expected, atol=1e-5)
     with pytest.warns(RMTensionWarning, match=r"score.bias of 1.5"):
@@ -229,13 +229,13 @@ def test_a_folder_with_an_adapter_is_left_alone(head, tmp_path):
 def test_what_cannot_be_exported_says_why(head, pairs, tmp_path):
     neurons = random_set(head, "mlp")
     sample = ActivationCollector(head).sample(pairs, n=4)
-    with pytest.raises(OptionError, match=r"replacement: weights can do what Zero.*got Resample.*Use AblationContext"):
+    with pytest.raises(OptionError, match=r"replacement: expected Zero.*got Resample.*Use AblationContext"):
         head.with_ablation(neurons, Resample(sample))
     with pytest.raises(OptionError, match=r"replacement: OtherResponse\(\) needs both texts of a pair"):
         head.with_ablation(neurons, OtherResponse())
     bare = RewardHead(head.model, weight=head.weight)
     for call in (lambda: bare.save_pretrained(tmp_path), lambda: bare.with_ablation(neurons)):
-        with pytest.raises(ModelError, match=r"TransformerLens' conversion.*from_pretrained"):
+        with pytest.raises(ModelError, match=r"weights that TransformerLens converted.*from_pretrained"):
             call()
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="could not be written"):

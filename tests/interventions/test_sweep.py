@@ -125,7 +125,7 @@ def test_half_precision(checkpoints, few):
 def test_wrong_arguments(checkpoints, few):
     head = RewardHead.from_pretrained(checkpoints["gpt2"])
     sets = some_sets(head)
-    with pytest.raises(OptionError, match=r"sets: expected sets of one site, got \['attn_head', 'mlp'\]"):
+    with pytest.raises(OptionError, match=r"sets: expected sets of the same site, got \['attn_head', 'mlp'\]"):
         score_without(head, few, [*sets, *some_sets(head, "attn_head")])
     with pytest.raises(ProvenanceError):
         score_without(head, few, [NeuronSet(sets[0].mask, "mlp", "another")])

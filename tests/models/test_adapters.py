@@ -190,7 +190,7 @@ def test_the_base_is_found_beside_the_adapter_or_here_or_where_it_is_said(bases,
             RewardHead.from_pretrained(folder)
         head = RewardHead.from_pretrained(folder, base=bases["gpt2"])
         assert torch.allclose(head.score(TEXTS), expected, atol=1e-5)
-    with pytest.raises(OptionError, match=r"base: .* is no adapter"):
+    with pytest.raises(OptionError, match=r"base: expected an adapter, but .* has no adapter_config"):
         RewardHead.from_pretrained(bases["gpt2"], base=bases["gpt2"])
 
 
@@ -290,14 +290,14 @@ class TestBadAdapters:
         stored = load_file(folder / "adapter_model.safetensors")
         (folder / "adapter_model.safetensors").unlink()
         torch.save(stored, folder / "adapter_model.bin")
-        with pytest.raises(ModelError, match=r"adapter_model.bin is pickled.*Where you trust it") as caught:
+        with pytest.raises(ModelError, match=r"adapter_model.bin is a pickled file.*If you trust it") as caught:
             RewardHead.from_pretrained(folder)
         exec(re.search(r"`(.*)`", str(caught.value))[1])
         assert torch.equal(RewardHead.from_pretrained(folder).score(TEXTS), expected)
 
     def test_without_peft(self, folder, monkeypatch):
         monkeypatch.setitem(sys.modules, "peft", None)
-        with pytest.raises(ModelError, match=r'needs peft: pip install "rmtension\[peft\]"'):
+        with pytest.raises(ModelError, match=r'needs peft.*pip install "rmtension\[peft\]"'):
             RewardHead.from_pretrained(folder)
 
     @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING"])
@@ -316,7 +316,7 @@ class TestBadAdapters:
         stored = load_file(folder / "adapter_model.safetensors")
         more = {"base_model.model.transformer.h.7.attn.c_attn.lora_A.weight": torch.ones(4, 32)}
         save_file(stored | more, folder / "adapter_model.safetensors")
-        with pytest.raises(ModelError, match=r"no place for \[.*h\.7\.attn.*base=\.\.\."):
+        with pytest.raises(ModelError, match=r"no layers for \[.*h\.7\.attn.*base=\.\.\."):
             RewardHead.from_pretrained(folder)
 
     def test_tensors_that_are_not_there(self, folder):

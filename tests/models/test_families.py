@@ -126,15 +126,15 @@ def test_mixture_of_experts_has_heads_only(folder, texts):
     assert torch.allclose(head.score(texts), rewards_of(reference, texts), atol=1e-5)
     assert head.sites == ["attn_head"]
     assert head.check()["passed"].all()
-    with pytest.raises(ModelError, match="no single projection"):
+    with pytest.raises(ModelError, match="no single output projection"):
         head.n_neurons("mlp")
-    with pytest.raises(ModelError, match="no single projection"):
+    with pytest.raises(ModelError, match="no single output projection"):
         head.hooks("mlp", lambda layer, activation: None)
 
 
 @pytest.mark.parametrize("folder", grid(["bert", "modernbert-decoder"]), indirect=True)
 def test_other_heads_are_refused(folder):
-    with pytest.raises(ModelError, match=r"linear layer called 'score'.*does not follow"):
+    with pytest.raises(ModelError, match=r"linear layer called 'score'.*not supported"):
         RewardHead.from_pretrained(folder)
 
 

@@ -374,7 +374,7 @@ class TestMissing:
     def test_experts(self, tokenizer):
         """In float32: torch has no grouped matrix product of float64."""
         head = RewardHead.from_classifier(make_classifier("mixtral", len(tokenizer)), tokenizer=tokenizer)
-        self.refused(head, r"site 'mlp_gate' has the neurons of 'mlp'.*no single projection.*mixture of experts")
+        self.refused(head, r"site 'mlp_gate' has the neurons of 'mlp'.*no single output projection.*mixture of experts")
 
     def test_processed_weights(self, tokenizer):
         """The bridge then computes the activation function by itself, in no module."""

@@ -248,7 +248,9 @@ def test_encoders_and_folded_norms_are_refused_with_a_way_on():
             n_layers=1, d_model=8, n_ctx=8, d_head=4, n_heads=2, d_mlp=8, act_fn="gelu", d_vocab=9, device="cpu"
         )
     )
-    with pytest.raises(ModelError, match=r"a HookedEncoder has no final residual stream.*Expected a decoder"):
+    with pytest.raises(
+        ModelError, match=r"expected a decoder.*got a HookedEncoder, which has no final residual stream"
+    ):
         RewardHead(encoder, weight=[1.0] * 8)
     toy = make_own("hooked", normalization_type="RMSPre")
     with pytest.raises(ModelError, match=r"never had a gain.*final_norm=model.ln_final"):

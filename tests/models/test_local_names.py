@@ -55,11 +55,11 @@ def test_a_mistyped_path_is_named(here, name, meant):
         ("/nothing/model", "There is no folder '/nothing'"),
         ("~/nothing-of-that-name-here/model", "There is no folder '.*nothing-of-that-name-here'"),
         ("my-model/config.json", "is a file. Name the folder of the checkpoint, 'my-model'"),
-        ("", "got an empty text"),
+        ("", "got an empty string"),
         ("gpt3", r"no config.json and no adapter_config.json. It has \[\]"),
         (
             "runs/trained",
-            r"checkpoints in it are \['checkpoint-100', 'checkpoint-200'\]; name one, .*'runs/trained/check",
+            r"the checkpoints \['checkpoint-100', 'checkpoint-200'\]; pass one of them, .*'runs/trained/check",
         ),
     ],
 )
@@ -89,7 +89,7 @@ def test_folders(here, monkeypatch):
 
 def test_a_folder_with_only_weights(checkpoints, tmp_path):
     shutil.copy(checkpoints["gpt2"] / "model.safetensors", tmp_path)
-    with pytest.raises(ModelError, match=r"no config.json.*\['model.safetensors'\]: copy the config.json"):
+    with pytest.raises(ModelError, match=r"no config.json.*\['model.safetensors'\]: copy config.json"):
         RewardHead.from_pretrained(tmp_path)
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(checkpoints["gpt2"] / file, tmp_path)
@@ -100,7 +100,7 @@ def test_a_folder_without_weights(checkpoints, tmp_path):
     """The outermost folder of a training run, where the config was saved too."""
     shutil.copy(checkpoints["gpt2"] / "config.json", tmp_path)
     shutil.copytree(checkpoints["gpt2"], tmp_path / "checkpoint-7")
-    with pytest.raises(ModelError, match=r"no model.safetensors.*checkpoints in it are \['checkpoint-7'\]"):
+    with pytest.raises(ModelError, match=r"expected model.safetensors.*contains the checkpoints \['checkpoint-7'\]"):
         RewardHead.from_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     with pytest.raises(ModelError, match=r"has no adapter_model.safetensors"):

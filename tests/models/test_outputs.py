@@ -180,7 +180,7 @@ class TestClassifiers:
                 opened(output=(wrong, 0) if wrong is None else wrong)
         with pytest.raises(OptionError, match=rf"output: 'LABEL_0': no output has this name.*{listed}"):
             opened(output="LABEL_0")
-        with pytest.raises(OptionError, match=r"output: \('helpful', 2\) are one and the same output"):
+        with pytest.raises(OptionError, match=r"pair of different outputs, got \('helpful', 2\)"):
             opened(output=("helpful", 2))
         with pytest.raises(OptionError, match=r"output: expected one output or a pair of them, got 3"):
             opened(output=(0, 1, 2))
@@ -247,11 +247,13 @@ class TestTokens:
         folder = language_models["gpt2"]
         with pytest.raises(OptionError, match=r"'cannot' is not one token.*\['c', 'anno', 't'\].*'Ġcanno'"):
             RewardHead.from_pretrained(folder, output="cannot")
-        with pytest.raises(OptionError, match=r"'bake' is not one token.*\['b', 'ake'\].*close ones are \['Ġbake'"):
+        with pytest.raises(
+            OptionError, match=r"a single token.*splits 'bake' into \['b', 'ake'\].*Similar tokens .* are \['Ġbake'"
+        ):
             RewardHead.from_pretrained(folder, output=("bake", "Ġsure"))
         with pytest.raises(OptionError, match=r"outputs of a language model are tokens; expected one as text, got 7"):
             RewardHead.from_pretrained(folder, output=7)
-        with pytest.raises(OptionError, match=r"are one and the same output"):
+        with pytest.raises(OptionError, match=r"expected a pair of different outputs"):
             RewardHead.from_pretrained(folder, output=(" sure", "Ġsure"))
         with pytest.raises(ModelError, match=r"no score head.*output=\(' Yes', ' No'\)"):
             RewardHead.from_pretrained(folder)
@@ -264,7 +266,7 @@ class TestTokens:
         raw.pre_tokenizer = pre_tokenizers.Whitespace()
         words = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]")
         assert RewardHead.from_pretrained(language_models["gpt2"], tokenizer=words, output=("yes", "no")).bias == 0
-        with pytest.raises(OptionError, match=r"'Yes' is not one token.*close ones are \['yes'"):
+        with pytest.raises(OptionError, match=r"a single token.*'Yes'.*Similar tokens .* are \['yes'"):
             RewardHead.from_pretrained(language_models["gpt2"], tokenizer=words, output=("Yes", "no"))
 
 
@@ -325,7 +327,7 @@ class TestStoredHeads:
         transformers.BertModel(config).save_pretrained(tmp_path / "bert")
         tokenizer.save_pretrained(tmp_path / "bert")
         folder = with_tensors(tmp_path / "bert", tmp_path / "head", {"v_head.weight": torch.ones(1, 32)})
-        with pytest.raises(ModelError, match="not causal, as in an encoder"):
+        with pytest.raises(ModelError, match="expected causal attention.*as an encoder does"):
             RewardHead.from_pretrained(folder)
 
     def test_two_heads(self, language_models, tmp_path):
@@ -334,7 +336,7 @@ class TestStoredHeads:
         save_file(one, folder / "value_head.safetensors")
         assert torch.equal(RewardHead.from_pretrained(folder).weight.cpu(), torch.ones(32))
         save_file({"v_head.summary.weight": torch.zeros(1, 32)}, folder / "value_head.safetensors")
-        with pytest.raises(ModelError, match=r"it has two heads.*head=\.\.\. takes the path"):
+        with pytest.raises(ModelError, match=r"it has two heads.*head=\.\.\. accepts the path"):
             RewardHead.from_pretrained(folder)
         head = RewardHead.from_pretrained(folder, head=folder / "value_head.safetensors")
         assert float(head.weight.abs().sum()) == 0
@@ -344,14 +346,14 @@ class TestStoredHeads:
         folder = with_tensors(language_models["gpt2"], tmp_path, {})
         weight = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
         torch.save({"v_head.summary.weight": weight, "v_head.summary.bias": torch.tensor([0.5])}, folder / file)
-        with pytest.raises(ModelError, match=rf"{file} is pickled.*Where you trust it, convert it once") as caught:
+        with pytest.raises(ModelError, match=rf"{file} is a pickled file.*If you trust it, convert it once") as caught:
             RewardHead.from_pretrained(folder)
         exec(re.search(r"`(.*)`", str(caught.value))[1])
         head = RewardHead.from_pretrained(
             folder, **eval(f"dict({re.search(r'head=.*safetensors.', str(caught.value))[0]})")
         )
         assert torch.equal(head.weight.cpu(), weight[0])
-        with pytest.raises(ModelError, match=rf"head: .*{file} is pickled.*`import torch"):
+        with pytest.raises(ModelError, match=rf"head: .*{file} is a pickled file.*`import torch"):
             RewardHead.from_pretrained(folder, head=folder / file)
         with pytest.raises(ModelError, match=r"head: expected the path of a safetensors file, and nothing is no file"):
             RewardHead.from_pretrained(folder, head="nothing")

@@ -170,13 +170,13 @@ def test_a_folder_that_does_not_belong_together_is_refused(kind, tmp_path):
     head = open_own(kind, make_own(kind))
     head.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
-    with pytest.raises(OptionError, match=r"dtype, device, tokenizer and head alone, got \['revision'\]"):
+    with pytest.raises(OptionError, match=r"dtype, device, tokenizer and head; got \['revision'\]"):
         RewardHead.from_pretrained(tmp_path, revision="main")
     about = json.loads((tmp_path / "transformer_lens.json").read_text())
     for change, message in (
         ({"config": about["config"] | {"act_fn": "relu"}}, r"another residual stream.*saved with transformer-lens"),
         ({"config": about["config"] | {"d_mlp": 21}}, r"damaged, or do not belong together"),
-        ({"class": "Elsewhere"}, r"expected a HookedTransformer or a boot_native bridge"),
+        ({"class": "Elsewhere"}, r"expected the class HookedTransformer or TransformerBridge.boot_native"),
     ):
         (tmp_path / "transformer_lens.json").write_text(json.dumps(about | change))
         with pytest.raises(ModelError, match=message):
@@ -195,7 +195,7 @@ def test_a_hooked_transformer_needs_its_class(tmp_path):
     open_own("native", make_own("native")).save_pretrained(tmp_path)
     path = tmp_path / "transformer_lens.json"
     path.write_text(path.read_text().replace("TransformerBridge.boot_native", "HookedTransformer"))
-    with pytest.raises(ModelError, match=r"has no HookedTransformer.*transformer-lens<4"):
+    with pytest.raises(ModelError, match=r"HookedTransformer needs transformer-lens 3.*transformer-lens<4"):
         RewardHead.from_pretrained(tmp_path)
 
 
@@ -240,7 +240,9 @@ def test_an_encoder_in_a_bridge_is_refused(tmp_path):
     from rmtension.models._bridges import _spare
 
     bridge = TransformerBridge.boot_transformers(str(tmp_path), hf_model=bert, tokenizer=_spare(None), device="cpu")
-    with pytest.raises(ModelError, match=r"padding behind a text changes.*not causal, as in an encoder"):
+    with pytest.raises(
+        ModelError, match=r"expected causal attention.*padding behind a text changes.*as an encoder does"
+    ):
         RewardHead(bridge, weight=torch.zeros(16))
 
 

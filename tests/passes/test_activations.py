@@ -39,7 +39,7 @@ def test_what_does_not_belong_together(head, pairs, checkpoints):
     collector = ActivationCollector(head)
     with pytest.raises(DataError, match=r"^compute: nothing was collected yet. Call update\(pairs\) with at least one"):
         collector.compute()
-    with pytest.raises(OptionError, match="merge: expected another collector, got this one"):
+    with pytest.raises(OptionError, match="merge: expected another collector, got the same one"):
         collector.merge(collector)
     with pytest.raises(OptionError, match="site: expected one of"):
         ActivationCollector(head, site="mlp_out")

@@ -165,7 +165,7 @@ def test_what_follows_from_finite_activations(head, pairs):
     batch = TokenBatch.from_texts([*head.encode(pairs[:1]).chosen], [0], pad_token_id=1, device=head.device)
     values = torch.zeros(1, 3, 64)
     values[0, 1, 5] = float("nan")
-    assert "layer 1: what follows from its activations, which are finite, is nan" in where_not_finite(
+    assert "layer 1: its activations are finite, but a gradient or sum of them is nan" in where_not_finite(
         head, batch, [values], 1
     )
     reward = where_not_finite(head, batch, [torch.tensor([float("inf")])], None)

@@ -194,7 +194,7 @@ def test_profiles_add_up(heads, pairs, profiles):
     assert both.provenance.n_pairs == 21
     with pytest.raises(ProvenanceError, match="positions differs"):
         _ = parts[0] + profiles["mlp", "all"]
-    with pytest.raises(ProvenanceError, match="base differs"):
+    with pytest.raises(ProvenanceError, match="same base model"):
         _ = parts[0] + collect_profiles(heads[0], pairs[:3], positions=("response",))["mlp", "response"]
 
 
