@@ -57,7 +57,7 @@ def texts_of(pairs):
 
 @pytest.mark.parametrize("site", grid(["mlp", "attn_head"]))
 @pytest.mark.parametrize("folder", grid(CASES), indirect=True)
-def test_folding_equals_the_context(folder, site, tmp_path_factory):
+def test_ablated_weights_equal_the_context(folder, site, tmp_path_factory):
     head = RewardHead.from_pretrained(folder)
     pairs = make_pairs(6)
     texts = texts_of(pairs)
@@ -88,7 +88,7 @@ def test_folding_equals_the_context(folder, site, tmp_path_factory):
     assert head.fingerprint == fingerprint, "the model is a copy; the original stays as it was"
 
 
-def test_zero_is_zero_in_the_file(checkpoints, tmp_path):
+def test_ablated_columns_are_exactly_zero_in_the_file(checkpoints, tmp_path):
     """Folding puts exact zeros into the columns of the ablated neurons, and touches no other tensor."""
     head = RewardHead.from_pretrained(checkpoints["gpt2"])
     neurons = random_set(head, "mlp")
@@ -189,7 +189,7 @@ class HookThatCannotBeCopied:
         return None
 
 
-def test_the_copy_is_of_the_head_as_it_is_now(checkpoints, tokenizer, ragged_texts):
+def test_the_copy_has_the_current_head_weight(checkpoints, tokenizer, ragged_texts):
     """Changes to the head's weight come along; a context that is entered, and the user's own hooks, do not."""
     head = RewardHead.from_pretrained(checkpoints["llama"])
     neurons, others = random_set(head, "mlp"), random_set(head, "mlp", seed=1)
@@ -226,7 +226,7 @@ def test_a_folder_with_an_adapter_is_left_alone(head, tmp_path):
     assert RewardHead.from_pretrained(tmp_path / "another").fingerprint == head.fingerprint
 
 
-def test_what_cannot_be_exported_says_why(head, pairs, tmp_path):
+def test_refused_exports_name_the_reason(head, pairs, tmp_path):
     neurons = random_set(head, "mlp")
     sample = ActivationCollector(head).sample(pairs, n=4)
     with pytest.raises(OptionError, match=r"replacement: expected Zero.*got Resample.*Use AblationContext"):

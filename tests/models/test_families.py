@@ -119,7 +119,7 @@ def test_a_family_without_a_final_norm(folder, texts):
 
 
 @pytest.mark.parametrize("folder", grid(EXPERTS), indirect=True)
-def test_mixture_of_experts_has_heads_only(folder, texts):
+def test_a_mixture_of_experts_has_only_attention_heads(folder, texts):
     """In float32: torch has no grouped matrix product of float64."""
     head = RewardHead.from_pretrained(folder)
     reference = Reference(folder, dtype=torch.float32)
@@ -133,13 +133,13 @@ def test_mixture_of_experts_has_heads_only(folder, texts):
 
 
 @pytest.mark.parametrize("folder", grid(["bert", "modernbert-decoder"]), indirect=True)
-def test_other_heads_are_refused(folder):
+def test_nonlinear_heads_are_refused(folder):
     with pytest.raises(ModelError, match=r"linear layer called 'score'.*not supported"):
         RewardHead.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
-def test_a_wrong_bridge_is_not_run(folder, texts, monkeypatch):
+def test_a_wrong_bridge_never_runs(folder, texts, monkeypatch):
     """A bridge off by 1% (TransformerLens 3.9 has two such) is noticed on opening; transformers' modules may run."""
     boot = wrapping._boot
 

@@ -63,7 +63,7 @@ def test_a_mistyped_path_is_named(here, name, meant):
         ),
     ],
 )
-def test_what_is_there_is_said(here, name, said):
+def test_errors_list_the_existing_folders(here, name, said):
     with pytest.raises(ModelError, match=said):
         RewardHead.from_pretrained(name)
 
@@ -74,13 +74,13 @@ def test_hub_names_stay_hub_names(here, name):
     assert find_local(name) == name
 
 
-def test_a_revision_says_that_it_is_a_hub_name(here):
+def test_a_revision_makes_it_a_hub_name(here):
     assert find_local("runs/my-modle", "main") == "runs/my-modle"
     with pytest.raises(ModelError, match="Did you mean"):
         find_local(Path("runs/my-modle"), "main")
 
 
-def test_folders(here, monkeypatch):
+def test_folders_are_found_in_every_spelling(here, monkeypatch):
     monkeypatch.setenv("HOME", str(here))
     assert find_local("~/my-model") == str(here / "my-model")
     assert find_local("my-model", "main") == "my-model"

@@ -91,7 +91,7 @@ class TestClassifiers:
         assert torch.allclose(in_memory.score(TEXTS), expected, atol=1e-5)
 
     @pytest.mark.parametrize("how", ["matrix", "pair", "layer", "state dict"])
-    def test_of_a_head_given(self, folder, classifier, padded_with_eos, how):
+    def test_the_output_of_a_passed_head(self, folder, classifier, padded_with_eos, how):
         weight, bias = classifier.score.weight, torch.tensor([1.0, 2.0, 4.0])
         layer = torch.nn.Linear(32, 3)
         layer.weight.data, layer.bias.data = weight.data, bias
@@ -106,7 +106,7 @@ class TestClassifiers:
         live = RewardHead(head.model, weight=given, output=(2, 0), tokenizer=padded_with_eos, pad_token_id=0)
         assert torch.allclose(live.score(TEXTS), expected, atol=1e-5)
 
-    def test_the_token_is_transformers_own_with_a_head_given(self, folder, classifier, padded_with_eos):
+    def test_a_passed_head_is_read_at_the_token_of_transformers(self, folder, classifier, padded_with_eos):
         """Negative control: read at the last token whichever it is, texts that end in the pad token differ."""
         head = RewardHead.from_pretrained(folder, head=classifier.score.weight[1])
         expected = logits(classifier, padded_with_eos)[:, 1]
@@ -123,11 +123,11 @@ class TestClassifiers:
         with pytest.raises(CheckError, match="equal to transformers"):
             head.check()
 
-    def test_a_reference_of_the_users(self, folder, classifier):
+    def test_check_accepts_a_reference_model(self, folder, classifier):
         head = RewardHead.from_pretrained(folder, output="honest")
         assert head.check(reference=classifier)["passed"].all()
         given = RewardHead.from_pretrained(folder, head=classifier.score.weight[1])
-        with pytest.raises(CheckError, match=r"reference: it has 3 outputs, and nothing says which one"):
+        with pytest.raises(CheckError, match=r"reference: expected a model with one output.*got 3 outputs"):
             given.check(reference=classifier)
 
     @pytest.mark.parametrize("output", [1, (2, 0)])
@@ -327,7 +327,7 @@ class TestStoredHeads:
         transformers.BertModel(config).save_pretrained(tmp_path / "bert")
         tokenizer.save_pretrained(tmp_path / "bert")
         folder = with_tensors(tmp_path / "bert", tmp_path / "head", {"v_head.weight": torch.ones(1, 32)})
-        with pytest.raises(ModelError, match="expected causal attention.*as an encoder does"):
+        with pytest.raises(ModelError, match=r"expected causal attention.*as an encoder does"):
             RewardHead.from_pretrained(folder)
 
     def test_two_heads(self, language_models, tmp_path):

@@ -176,7 +176,7 @@ def test_a_folder_that_does_not_belong_together_is_refused(kind, tmp_path):
     for change, message in (
         ({"config": about["config"] | {"act_fn": "relu"}}, r"another residual stream.*saved with transformer-lens"),
         ({"config": about["config"] | {"d_mlp": 21}}, r"damaged, or do not belong together"),
-        ({"class": "Elsewhere"}, r"expected the class HookedTransformer or TransformerBridge.boot_native"),
+        ({"class": "Elsewhere"}, r"expected the class HookedTransformer or TransformerBridge"),
     ):
         (tmp_path / "transformer_lens.json").write_text(json.dumps(about | change))
         with pytest.raises(ModelError, match=message):

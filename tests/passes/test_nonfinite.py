@@ -78,7 +78,7 @@ def test_the_pair_and_the_layer_are_named(name, family, checkpoints, pairs):
 
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("family", grid(["gpt2", "llama"]))
-def test_skipping_gives_what_the_other_pairs_give(name, family, checkpoints, pairs):
+def test_skipping_equals_leaving_the_pairs_out(name, family, checkpoints, pairs):
     """To rounding, because they are batched differently; the skipped ones are counted and named."""
     head = broken(checkpoints, family, on_nonfinite="skip")
     good = PreferencePairs(pair for pair in pairs if not is_bad(pair))
@@ -98,7 +98,7 @@ def test_skipping_gives_what_the_other_pairs_give(name, family, checkpoints, pai
         assert found.pairs == good
 
 
-def test_skipping_goes_on_after_an_interruption(checkpoints, pairs, tmp_path, monkeypatch):
+def test_skipping_resumes_after_an_interruption(checkpoints, pairs, tmp_path, monkeypatch):
     """What was left out before and after it is counted together."""
     monkeypatch.setattr("rmtension.store._work_folder.EVERY", 0.0)
     monkeypatch.setattr("rmtension.store._work_folder._SHARE", float("inf"))
@@ -126,7 +126,7 @@ def test_a_good_model_skips_nothing(head, checkpoints, pairs):
     assert len(found) == len(pairs)
 
 
-def test_all_pairs_skipped(checkpoints, pairs):
+def test_an_error_is_raised_if_all_pairs_are_skipped(checkpoints, pairs):
     head = broken(checkpoints, on_nonfinite="skip")
     bad = PreferencePairs(pair for pair in pairs if is_bad(pair))
     with pytest.warns(RMTensionWarning), pytest.raises(DataError, match=f"got {len(bad)} with NaN or infinite values"):
@@ -160,7 +160,7 @@ def test_overflow_of_half_precision_is_named_as_such(tmp_path, tokenizer, pairs)
         half.score_pairs(pairs)
 
 
-def test_what_follows_from_finite_activations(head, pairs):
+def test_gradients_and_rewards_of_finite_activations_are_named(head, pairs):
     """A gradient that overflows, and a reward: told apart by what is not finite."""
     batch = TokenBatch.from_texts([*head.encode(pairs[:1]).chosen], [0], pad_token_id=1, device=head.device)
     values = torch.zeros(1, 3, 64)
@@ -172,7 +172,7 @@ def test_what_follows_from_finite_activations(head, pairs):
     assert "the reward is inf, though activations are finite" in reward
 
 
-def test_finite_numbers_whose_sum_is_not():
+def test_finite_numbers_with_an_infinite_sum_are_finite():
     large = torch.full((3,), 3e38)
     assert not large.sum().isfinite()
     assert are_finite([large])
@@ -180,7 +180,7 @@ def test_finite_numbers_whose_sum_is_not():
     assert not are_finite([torch.tensor([float("inf"), -float("inf")])])
 
 
-def test_tokens_that_do_not_count_may_be_anything(checkpoints):
+def test_unselected_tokens_may_be_nonfinite(checkpoints):
     """The response's statistics of a text whose prompt overflows nowhere it looks: last tokens, one token a text."""
     from rmtension.passes._token_sums import TokenWeights, weighted_sums
 
