@@ -106,8 +106,8 @@ def check_set(head: RewardModel, neurons: NeuronSet) -> None:
     shape = (head.n_layers, head.n_neurons(neurons.site))
     if neurons.architecture != head.architecture:
         raise ProvenanceError(
-            f"neurons: expected a set of neurons of {head.architecture!r}, the architecture of the model, got a set of "
-            f"{neurons.architecture!r}. Make the set with scores of this model."
+            f"neurons: the set indexes neurons of {neurons.architecture!r}, but the model is {head.architecture!r}. "
+            "Make the set with scores of this model."
         )
     if tuple(neurons.mask.shape) != shape:
         raise ProvenanceError(

@@ -310,8 +310,8 @@ def check_replacement(replacement: object, head: RewardModel, site: str) -> None
         )
     if source.site != site:
         raise ProvenanceError(
-            f"replacement: expected activations of site {site!r}, the site of the neurons, got activations of site "
-            f"{source.site!r}. Collect them with ActivationCollector(head, site={site!r})."
+            f"replacement: its activations are those of site {source.site!r}, the neurons are of {site!r}. Collect "
+            f"them with ActivationCollector(head, site={site!r})."
         )
 
 

@@ -302,8 +302,7 @@ def _pad_token_id(
         token_id = None if tokenizer is None else tokenizer.get_vocab().get(pad_token)
         if token_id is None:
             raise ModelError(
-                f"pad_token: expected a token of the vocabulary of {name}, got {pad_token!r}. Pass one of "
-                "tokenizer.get_vocab()."
+                f"pad_token: {pad_token!r} is not in the vocabulary of {name}. Pass a token of tokenizer.get_vocab()."
             )
         if pools and configured not in (None, token_id):
             raise ModelError(

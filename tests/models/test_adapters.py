@@ -308,7 +308,7 @@ class TestBadAdapters:
             RewardHead.from_pretrained(folder)
 
     def test_an_adapter_of_another_model_is_refused(self, folder, bases):
-        with pytest.raises(ModelError, match=r"peft could not put the adapter on GPTNeoX.*base=\.\.\."):
+        with pytest.raises(ModelError, match=r"peft could not attach the adapter to its base, a GPTNeoX.*base=\.\.\."):
             RewardHead.from_pretrained(folder, base=bases["gpt_neox"])
 
     def test_unexpected_tensors_are_refused(self, folder):

@@ -481,13 +481,13 @@ def test_no_gate_is_found(kind):
     [
         ("gated, shared", "its SiLU runs 2 times"),
         ("twice", "its SiLU runs 2 times"),
-        ("both", "SiLU writes is no factor"),
+        ("both", "the output of SiLU is not a factor"),
         ("functional", "no module of its own"),
         ("fused", "no module of its own"),
-        ("norm after", "SiLU writes is no factor"),
-        ("shifted", "SiLU writes is no factor"),
-        ("other order", "SiLU writes is no factor"),
-        ("unused", "SiLU writes is no factor"),
+        ("norm after", "the output of SiLU is not a factor"),
+        ("shifted", "the output of SiLU is not a factor"),
+        ("other order", "the output of SiLU is not a factor"),
+        ("unused", "the output of SiLU is not a factor"),
     ],
 )
 def test_modules_that_are_not_a_factor_are_refused(kind, why):

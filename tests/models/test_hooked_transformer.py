@@ -233,7 +233,7 @@ def test_a_bidirectional_model_ignores_padding():
 def test_a_dtype_that_the_config_does_not_know_is_refused():
     """`model.double()` leaves norms in float32; what the error says is done, and works."""
     model = make_own("hooked").to(torch.float32, print_details=False).double()
-    with pytest.raises(ModelError, match=r"weights are torch.float64 and its config says torch.float32.*model.to"):
+    with pytest.raises(ModelError, match=r"weights of torch.float64 and a config of torch.float32.*model.to"):
         RewardHead(model, weight=[1.0] * 16)
     assert RewardHead(model.to(torch.float64, print_details=False), weight=[1.0] * 16).dtype == torch.float64
     experts = hooked(13, n_layers=2, num_experts=2, experts_per_token=1)

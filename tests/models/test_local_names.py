@@ -54,7 +54,7 @@ def test_a_mistyped_path_is_named(here, name, meant):
         ("nothing/at/all", "There is no folder 'nothing'"),
         ("/nothing/model", "There is no folder '/nothing'"),
         ("~/nothing-of-that-name-here/model", "There is no folder '.*nothing-of-that-name-here'"),
-        ("my-model/config.json", "is a file. Name the folder of the checkpoint, 'my-model'"),
+        ("my-model/config.json", "got the file .*Pass its folder, 'my-model'"),
         ("", "got an empty string"),
         ("gpt3", r"no config.json and no adapter_config.json. It has \[\]"),
         (

@@ -182,7 +182,7 @@ class TestClassifiers:
             opened(output="LABEL_0")
         with pytest.raises(OptionError, match=r"pair of different outputs, got \('helpful', 2\)"):
             opened(output=("helpful", 2))
-        with pytest.raises(OptionError, match=r"output: expected one output or a pair of them, got 3"):
+        with pytest.raises(OptionError, match=r"output: expected an output or a pair of outputs, got 3"):
             opened(output=(0, 1, 2))
 
     def test_names_that_are_not_unique(self):
@@ -245,13 +245,15 @@ class TestTokens:
 
     def test_refusals_show_how_the_tokenizer_splits(self, language_models):
         folder = language_models["gpt2"]
-        with pytest.raises(OptionError, match=r"'cannot' is not one token.*\['c', 'anno', 't'\].*'Ġcanno'"):
+        with pytest.raises(OptionError, match=r"splits 'cannot' into \['c', 'anno', 't'\].*'Ġcanno'"):
             RewardHead.from_pretrained(folder, output="cannot")
         with pytest.raises(
             OptionError, match=r"a single token.*splits 'bake' into \['b', 'ake'\].*Similar tokens .* are \['Ġbake'"
         ):
             RewardHead.from_pretrained(folder, output=("bake", "Ġsure"))
-        with pytest.raises(OptionError, match=r"outputs of a language model are tokens; expected one as text, got 7"):
+        with pytest.raises(
+            OptionError, match=r"outputs of a language model are tokens; expected a token as text, got 7"
+        ):
             RewardHead.from_pretrained(folder, output=7)
         with pytest.raises(OptionError, match=r"expected a pair of different outputs"):
             RewardHead.from_pretrained(folder, output=(" sure", "Ġsure"))
@@ -355,7 +357,9 @@ class TestStoredHeads:
         assert torch.equal(head.weight.cpu(), weight[0])
         with pytest.raises(ModelError, match=rf"head: .*{file} is a pickled file.*`import torch"):
             RewardHead.from_pretrained(folder, head=folder / file)
-        with pytest.raises(ModelError, match=r"head: expected the path of a safetensors file, and nothing is no file"):
+        with pytest.raises(
+            ModelError, match=r"head: expected the path of a safetensors file, but there is no file nothing"
+        ):
             RewardHead.from_pretrained(folder, head="nothing")
 
     @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_a_native_bridge_in_compatibility_mode_needs_its_norm():
 def test_bridges_of_something_else_are_refused():
     model = make_own("native")
     model.original_model = torch.nn.Linear(2, 2)
-    with pytest.raises(ModelError, match=r"around a Linear, which is neither.*boot_native"):
+    with pytest.raises(ModelError, match=r"boot_native, got a bridge around a Linear"):
         RewardHead(model, weight=torch.zeros(16))
     with pytest.raises(ModelError, match=r"expected a TransformerBridge or a HookedTransformer, got Linear"):
         RewardHead(torch.nn.Linear(2, 2), weight=torch.zeros(2))

@@ -54,7 +54,9 @@ def test_rewards_and_neurons_are_those_of_the_checkpoint(folders, ragged_texts, 
     assert direct[1].abs().max() > 1e-2
     neurons = NeuronSet(mask, "mlp", head.architecture)
     if "model_class" not in options:
-        with pytest.raises(ModelError, match=r"save_pretrained: this head's weights are TransformerLens' conversion"):
+        with pytest.raises(
+            ModelError, match=r"save_pretrained: expected weights of transformers, .* that TransformerLens converted"
+        ):
             head.save_pretrained("nowhere")
     else:  # what transformers has no class for is a state dict, which opens again
         head.with_ablation(neurons).save_pretrained(tmp_path)
