@@ -211,7 +211,7 @@ class TestBadCheckpoints:
 
 
 class TestRunOptions:
-    """What is said once, on opening: every way of opening takes it, and what is made from a head has it."""
+    """Run options: every constructor takes them, and copies of a head keep them."""
 
     SAID = {"max_length": 40, "tokens_per_batch": 100, "truncate_response": True, "on_nonfinite": "skip"}
 
@@ -284,7 +284,7 @@ class TestBadTexts:
 
 
 def test_a_head_that_changed_in_memory_is_not_scored_with_its_old_copy(checkpoints, tokenizer, ragged_texts):
-    """The body is shared and the head is a copy: after a step of training the two would not belong together."""
+    """The body is shared and the head is a copy: after a training step they would not match."""
     load = transformers.AutoModelForSequenceClassification.from_pretrained
     model = load(checkpoints["llama"], dtype=torch.float32)
     head = RewardHead.from_classifier(model, tokenizer=tokenizer)

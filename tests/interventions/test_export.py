@@ -1,4 +1,4 @@
-"""Out again: what an ablation does in a context, the folded weights do for good, and transformers scores the same."""
+"""Export: the ablated weights compute what an ablation context computes, and transformers gives the same scores."""
 
 import threading
 
@@ -103,7 +103,7 @@ def test_ablated_columns_are_exactly_zero_in_the_file(checkpoints, tmp_path):
 
 
 def test_round_trip_through_trl(tmp_path, tokenizer):
-    """One step of TRL's RewardTrainer, then a head, an ablation for good, and back to transformers and to TRL."""
+    """One step of TRL's RewardTrainer, then a head, a permanent ablation, and back to transformers and to TRL."""
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 

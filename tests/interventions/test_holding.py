@@ -1,4 +1,4 @@
-"""Ablated neurons stay out of a model in training with the callback, and come back without it."""
+"""With the callback, ablated neurons stay ablated during training; without it, they come back."""
 
 from types import SimpleNamespace
 

@@ -19,7 +19,7 @@ def few():
 
 @pytest.fixture(scope="module")
 def batch(head, few):
-    """One text in every row."""
+    """One text per row."""
     (found,) = batches_of(head, few, sharing="none")
     return found
 

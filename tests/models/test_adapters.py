@@ -66,7 +66,7 @@ def adapt(base, config, folder, tokenizer=None, *, n_outputs=1, auto="SequenceCl
 
 @torch.no_grad()
 def logits(model, tokenizer, texts=TEXTS):
-    """What a model of transformers or peft says of each text alone: a row per text."""
+    """The logits of a model of transformers or peft for each text alone: one row per text."""
     found = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
     return torch.stack([one if one.ndim == 1 else one[-1] for one in found])
 
@@ -229,7 +229,7 @@ def test_token_classifiers_are_read_at_the_last_token(bases, tokenizer, tmp_path
 
 
 def test_adapters_open_by_hub_name(bases, tokenizer, tmp_path, monkeypatch):
-    """Files of the name are fetched one by one; here they are in a folder."""
+    """The files of a hub name are downloaded one by one; in this test they are in a folder."""
     model, folder = adapt(
         bases["gpt2"], peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=GPT2), tmp_path / "adapter"
     )
@@ -254,7 +254,7 @@ class TestInMemory:
             assert torch.allclose(head.score(TEXTS), expected, atol=1e-5)
 
     def test_the_active_copy_of_the_score_layer_is_read(self, bases, tokenizer, tmp_path):
-        """The adapter's copy of the score layer while it is active, the first one while it is not."""
+        """The adapter's copy of the score layer is read while the adapter is active, the original otherwise."""
         config = peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=GPT2)
         model, _ = adapt(bases["gpt2"], config, tmp_path)
         inner = model.base_model.model

@@ -1,4 +1,4 @@
-"""Whatever users do to a model before or after they open it: the library is exact, or it says no."""
+"""Whatever users do to a model before or after they open it, results are exact, or an error is raised."""
 
 from functools import partial
 
@@ -103,7 +103,7 @@ def test_no_pass_over_pairs_reads_a_layer_whose_hook_does_not_fire(layer, tokeni
 
 
 def test_hooks_that_do_not_fire_in_a_single_layer_are_found(tokenizer):
-    """One replaced module among several, and one hook of many: each place is looked at by itself."""
+    """A single replaced module and a single hook of many: every hook site is checked separately."""
     model = fresh("llama", tokenizer)
     head = RewardHead.from_classifier(model, tokenizer=tokenizer)
     inline_mlp(model, model.model.layers[1])

@@ -139,7 +139,7 @@ class ByHand:
 
 @pytest.fixture(scope="module", params=grid(FAMILIES, keep=["llama", "gpt2"]))
 def both(request, tokenizer):
-    """A head and the reference; two models with the same weights, so that no hook of one is on the other."""
+    """A head and the reference: two models with the same weights, so that they do not share hooks."""
     reference = ByHand(request.param, len(tokenizer), tokenizer)
     classifier = make_classifier(request.param, len(tokenizer)).double()
     return RewardHead.from_classifier(classifier, tokenizer=tokenizer), reference

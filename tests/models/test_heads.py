@@ -1,4 +1,4 @@
-"""Heads: however a checkpoint or a user holds them, the reward is transformers' hidden state times the weight."""
+"""Heads: in every form of checkpoints and users, the reward is transformers' hidden state times the weight."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What the last block leaves out: numbers are those of running it whole, and it is left out where nobody looks."""
+"""Skipping tokens in the last block changes no number, and is off if hooks need all tokens."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""Names: what is on this machine is looked at first, a mistyped path is an error before a hub is asked."""
+"""Names: folders of this machine come first, and a mistyped path is an error before the hub is contacted."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Models of TransformerLens' own on both majors: opened, ablated for good, saved, and opened again."""
+"""Models of TransformerLens classes, on both major versions: opened, ablated permanently, saved, and opened again."""
 
 import json
 

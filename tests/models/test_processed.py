@@ -1,4 +1,4 @@
-"""Models whose weights TransformerLens converted or processed: the head takes over the gain that was folded away."""
+"""Models whose weights TransformerLens converted or processed: the final norm's gain is folded into the head."""
 
 from importlib.metadata import version
 

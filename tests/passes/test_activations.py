@@ -1,4 +1,4 @@
-"""The collector beside its numbers: what its options reach, what it counts, and what it says."""
+"""The collector apart from its statistics: options, counts, merging and errors."""
 
 import pytest
 import torch

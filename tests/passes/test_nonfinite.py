@@ -99,7 +99,7 @@ def test_skipping_equals_leaving_the_pairs_out(name, family, checkpoints, pairs)
 
 
 def test_skipping_resumes_after_an_interruption(checkpoints, pairs, tmp_path, monkeypatch):
-    """What was left out before and after it is counted together."""
+    """Pairs that were skipped before and after it are counted together."""
     monkeypatch.setattr("rmtension.store._work_folder.EVERY", 0.0)
     monkeypatch.setattr("rmtension.store._work_folder._SHARE", float("inf"))
     monkeypatch.setattr("rmtension.passes._pair_pass._PAIRS_PER_CHUNK", 4)

@@ -1,4 +1,4 @@
-"""Pairs on their way through a model: from any iterable, some at a time, and responses to one prompt in one row."""
+"""A pass over pairs: any iterable, in chunks, with the responses to a prompt in the same row."""
 
 import gzip
 import json
