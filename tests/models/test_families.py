@@ -103,7 +103,7 @@ def test_the_direct_path_of_an_ablated_model(folder, texts):
     assert torch.allclose(half.biases, torch.zeros(1, 3, dtype=torch.float64), atol=1e-6)
     with (
         head.model.hooks(fwd_hooks=[("blocks.0.mlp.hook_post", lambda value, hook: value)]),
-        pytest.raises(ModelError, match=r"the bridge has hooks of yours"),
+        pytest.raises(ModelError, match=r"head.model has hooks that this library did not install"),
     ):
         direct_contributions(head, batch)
 

@@ -66,7 +66,7 @@ def hidden_rewards(folder, texts, weight, bias):
     "name", grid(["v_head.summary", "v_head", "value_head", "score"], keep=["v_head.summary", "score"])
 )
 def test_value_head_of_a_language_model(language_model, tmp_path, ragged_texts, name, n_shards):
-    """trl saves `v_head.summary.weight` [1, d_model] and its bias beside the language model's own weights."""
+    """trl saves `v_head.summary.weight` [1, d_model] and its bias in the files of the language model."""
     weight, bias = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0.7])
     folder = with_tensors(language_model, tmp_path, {f"{name}.weight": weight, f"{name}.bias": bias}, n_shards=n_shards)
     head = RewardHead.from_pretrained(folder)

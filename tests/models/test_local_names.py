@@ -70,7 +70,7 @@ def test_errors_list_the_existing_folders(here, name, said):
 
 @pytest.mark.parametrize("name", ["gpt2", "someone/some-model", "runs-of-others/my-model", "Skywork/Skywork-Reward"])
 def test_hub_names_stay_hub_names(here, name):
-    """Also beside a folder of nearly that name that holds no checkpoint."""
+    """Also if a folder without a checkpoint has a similar name."""
     assert find_local(name) == name
 
 

@@ -302,7 +302,7 @@ class TestStoredHeads:
         assert torch.equal(head.weight.cpu(), weight[2] - weight[0])
         assert head.bias == 3.0
         assert head.check()["passed"].all()
-        # The same in a file beside a model that has none, or that has its own.
+        # The same in a separate file, for a model without a head, or with its own.
         save_file(stored, tmp_path / "regression.safetensors")
         given = RewardHead.from_pretrained(
             language_models["gpt2"], head=str(tmp_path / "regression.safetensors"), output=1

@@ -227,7 +227,7 @@ def test_rows_of_many_pairs_respect_the_length_limit(head, best_of, monkeypatch)
 
 
 def test_prompts_cut_differently_share_no_row(checkpoints):
-    """One word all over: what is prompt in one text stands at the same place as response in the other."""
+    """A single repeated word: tokens of the prompt in one text are at positions of the response in the other."""
     head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64, max_length=40)
     prompt = " ".join(["cake"] * 60)
     records = [
