@@ -119,9 +119,9 @@ class BridgeBody:
                 else "Remove your hooks from head.model and use head.hooks(site, visit)"
             )
             raise ModelError(
-                f"model: the TransformerBridge of {type(self.module).__name__} differs from transformers by "
-                f"{self._bridge_error:.1e} of its residual stream, so hooks on it would see another model. {remedy}; "
-                "everything else runs transformers' own modules and is exact."
+                f"model: the TransformerBridge of {type(self.module).__name__} is off by {self._bridge_error:.1e} of "
+                f"its residual stream, so hooks on it would see another model. {remedy}; everything else runs "
+                "transformers' own modules and is exact."
             )
 
     def hook_sites(self, site: str, layer: int) -> list[HookSite]:

@@ -76,7 +76,7 @@ class PassRecord:
         """Raise `DataError` unless some pair was read and not skipped."""
         if not self.n_pairs:
             n = len(self.skipped_pairs)
-            got = f"only {n} with NaN or infinite values, which were skipped" if n else "none"
+            got = f"{n} with NaN or infinite values, which were skipped" if n else "none"
             raise DataError(f"pairs: expected at least one preference pair, got {got}.")
 
     def provenance(self, model: RewardModel, *, site: str, positions: str, method: str) -> Provenance:

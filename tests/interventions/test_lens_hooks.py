@@ -92,7 +92,7 @@ def test_hooks_work_inside_calls_of_the_head(head, pairs):
 
 def test_replacements_that_depend_on_the_text_are_refused(head, pairs):
     neurons = some_neurons(head, "mlp")
-    with pytest.raises(OptionError, match=r"replacement: Resample depends on the text.*AblationContext"):
+    with pytest.raises(OptionError, match=r"got Resample, which depends on the text.*AblationContext"):
         head.fwd_hooks(neurons, Resample(ActivationCollector(head).sample(pairs, n=4)))
     with pytest.raises(OptionError, match=r"replacement: OtherResponse\(\) needs both texts"):
         head.fwd_hooks(neurons, OtherResponse())

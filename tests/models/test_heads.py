@@ -88,7 +88,7 @@ def test_an_index_with_a_file_outside_the_checkpoint_is_refused(language_model, 
     index["weight_map"]["score.weight"] = wrong
     path.write_text(json.dumps(index))
     assert (elsewhere / "model.safetensors").exists()
-    with pytest.raises(ModelError, match=r"its index names a file outside the checkpoint|damaged or cut short"):
+    with pytest.raises(ModelError, match=r"its index names a file outside the checkpoint|damaged or incomplete"):
         RewardHead.from_pretrained(folder)
 
 
@@ -251,7 +251,7 @@ def test_a_norm_is_measured(kind, width):
     assert torch.allclose(pulled, (direction * (y - layer.bias)).sum(1), atol=1e-5)
     assert not layer.is_plain
     assert read_norm(torch.nn.LayerNorm(width), width).is_plain
-    with pytest.raises(ModelError, match=r"norm: Tanh is neither"):
+    with pytest.raises(ModelError, match=r"norm: expected a layer norm or an RMS norm, got Tanh"):
         read_norm(torch.nn.Tanh(), width)
 
 
@@ -340,7 +340,7 @@ class TestBadCheckpoints:
             with pytest.raises(ModelError, match=r"safetensors files are damaged or incomplete"):
                 RewardHead.from_pretrained(folder)
         (folder / "model.safetensors.index.json").write_text('{"weight_map": ')
-        with pytest.raises(ModelError, match=r"damaged or cut short"):
+        with pytest.raises(ModelError, match=r"damaged or incomplete"):
             RewardHead.from_pretrained(folder)
 
     def test_options(self, checkpoints):
@@ -350,7 +350,7 @@ class TestBadCheckpoints:
             RewardHead.from_pretrained(checkpoints["gpt2"], device="gpu")
 
     def test_a_pad_token_that_differs_from_the_config_is_refused(self, checkpoints):
-        with pytest.raises(ModelError, match=r"pad_token: '<eos>' is token 0, and the config.*says 1"):
+        with pytest.raises(ModelError, match=r"pad_token: '<eos>' is token 0, but transformers skips token 1"):
             RewardHead.from_pretrained(checkpoints["gpt2"], pad_token="<eos>")
 
     def test_trust_remote_code_runs_the_code_of_a_checkpoint(self, checkpoints, tmp_path, monkeypatch, ragged_texts):

@@ -237,7 +237,7 @@ def test_a_dtype_that_the_config_does_not_know_is_refused():
         RewardHead(model, weight=[1.0] * 16)
     assert RewardHead(model.to(torch.float64, print_details=False), weight=[1.0] * 16).dtype == torch.float64
     experts = hooked(13, n_layers=2, num_experts=2, experts_per_token=1)
-    with pytest.raises(ModelError, match=r"weights are torch.float32 and torch.float64"):
+    with pytest.raises(ModelError, match=r"weights of torch.float32 and torch.float64"):
         RewardHead(experts, weight=[1.0] * 32)
     assert RewardHead(experts.to(torch.float64, print_details=False), weight=[1.0] * 32).sites == ["attn_head"]
 

@@ -64,7 +64,7 @@ def test_seen_padding_is_refused(kind, monkeypatch):
     else:
         monkeypatch.setattr(TokenBatch, "touched", lambda batch, _: torch.ones_like(batch.input_ids, dtype=torch.bool))
         assert BootNativeBody.residual
-    with pytest.raises(ModelError, match=r"padding behind a text changes.*not causal"):
+    with pytest.raises(ModelError, match=r"expected causal attention.*padding behind a text changes"):
         open_own(kind, model)
 
 
