@@ -56,7 +56,7 @@ def test_a_mistyped_path_is_named(here, name, meant):
         ("~/nothing-of-that-name-here/model", "There is no folder '.*nothing-of-that-name-here'"),
         ("my-model/config.json", "got the file .*Pass its folder, 'my-model'"),
         ("", "got an empty string"),
-        ("gpt3", r"no config.json and no adapter_config.json. It has \[\]"),
+        ("gpt3", r"no config.json and no adapter_config.json. It contains \[\]"),
         (
             "runs/trained",
             r"the checkpoints \['checkpoint-100', 'checkpoint-200'\]; pass one of them, .*'runs/trained/check",
