@@ -38,26 +38,27 @@ __all__ = ["RewardHead"]
 
 
 class RewardHead(RewardModel):
-    """Scores texts with a hooked transformer and a linear head, and names its neurons.
+    """A reward model with hooks: it scores texts and preference pairs, and its neurons can be read and ablated.
 
-    The reward of a text is `weight @ h + bias`, h the residual stream after the final norm at the last token.
-    Nothing here changes the model: it runs in eval mode and is handed back in the
-    mode it had.
+    The reward of a text is `weight @ h + bias`, where h is the residual stream after the final norm at the last token.
+    The model is not changed: it runs in eval mode, and every module gets its earlier mode back afterwards.
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
-        weight: the head: `d_model` numbers (a tensor, an array or a list), a matrix with a row per output, a (weight,
-            bias) pair, an `nn.Linear`, or a state dict that holds one. None makes a head without a reward, for the
-            activations of a language model.
-        output: of several rows, the number of the one that is the reward, or a pair of which it is the difference.
-        final_norm: the final norm before any processing of weights. Needed where TransformerLens folded its gain into
-            the unembedding (a `HookedTransformer` loaded with its default processing, a bridge in compatibility mode):
-            the head takes the gain over. Without it such a model raises `ModelError`.
-        tokenizer: needed to score texts. The model's own is not taken: TransformerLens makes it prepend a BOS token.
-        pad_token_id: skipped at the end of a text, as transformers' classifiers do; None skips nothing.
-        **options: `max_length`, `tokens_per_batch`, `truncate_response` and `on_nonfinite`, as
-            `rmtension.models.RunOptions` describes them. Every way of opening a model takes them, and they become
-            attributes of the head.
+        weight: the linear head: `d_model` numbers (a tensor, an array or a list), a matrix with one row per output, a
+            (weight, bias) pair, an `nn.Linear`, or a state dict with such a layer. None opens a language model without
+            a reward, for its activations.
+        output: which row of `weight` is the reward, if it has several: an index, or a pair of indices (i, j) for row i
+            minus row j.
+        final_norm: the final norm before weight processing. Required if TransformerLens folded its gain into the
+            unembedding (a `HookedTransformer` with default processing, a bridge in compatibility mode): the gain is
+            then folded into the head. Such a model raises `ModelError` without it.
+        tokenizer: required to score texts. The model's own tokenizer is not used, because TransformerLens makes it
+            prepend a BOS token.
+        pad_token_id: tokens with this id are skipped at the end of a text, as in transformers' classifiers; None skips
+            nothing.
+        **options: `max_length`, `tokens_per_batch`, `truncate_response` and `on_nonfinite`; see
+            `rmtension.models.RunOptions`. All constructors take them, and they become attributes of the head.
 
     Examples:
         >>> head
@@ -97,33 +98,32 @@ class RewardHead(RewardModel):
         process_weights: bool = False,
         **options: Unpack[LoadOptions],
     ) -> "RewardHead":
-        """Open a reward model from a folder or the hub; safetensors only, fp32 by default.
+        """Open a reward model from a folder or the Hugging Face hub, from safetensors files, in float32 by default.
 
-        A sequence classifier is read where transformers reads it, at the last token that is not `config.pad_token_id`,
-        also with a head of your own. A language model with a value head in its files or in `value_head.safetensors`
-        beside them, and one whose next-token logits are the reward, is read at its last token. An adapter of peft is
-        merged into its base model, with the head that was saved with it.
+        The reward of a sequence classifier is read where transformers reads it: at the last token that is not
+        `config.pad_token_id`, also if you pass `head`. The reward of a language model is read at its last token; it
+        comes from a value head (in the model's files or in `value_head.safetensors` in the same folder) or from
+        next-token logits (`output`). A peft adapter is merged into its base model, and the head that was saved with it
+        is used.
 
         Args:
-            name_or_path: a folder, or a hub name. A path that is not on this machine is an error before any hub is
-                asked; `revision=` says that a name is a hub's.
-            head: in place of the checkpoint's own: what `weight` takes above, or the path of a safetensors file.
-            output: which of several outputs is the reward: its number from 0 or its name in `config.id2label`, for a
+            name_or_path: a folder or a hub name. A missing path raises an error before the hub is contacted; with
+                `revision` the name is always a hub name.
+            head: replaces the checkpoint's head: anything that `weight` accepts above, or the path of a safetensors
+                file.
+            output: which output is the reward, if there are several: an index, a name in `config.id2label`, or for a
                 language model a token (`"ĠYes"` or `" Yes"`). A pair is a difference: `output=("Yes", "No")`.
-            model_class: see below.
-            process_weights: see below.
-            **options: `rmtension.models.LoadOptions`, among them `max_length`, `truncate_response` and `on_nonfinite`.
+            model_class: "TransformerBridge", or "HookedTransformer" (TransformerLens 3.x), which converts the weights.
+            process_weights: True folds and centres the weights as TransformerLens does.
+            **options: see `rmtension.models.LoadOptions`, for example `device`, `dtype` or `max_length`.
 
-        A folder that `save_pretrained` wrote for a model of TransformerLens' own opens as that model,
-        with `dtype`, `device`, `tokenizer` and `head`.
+        Converted and processed models are compared with transformers on a short text, and raise `ModelError` if their
+        rewards differ. A folder that `save_pretrained` wrote for a `HookedTransformer` or a `boot_native` bridge opens
+        as that model; the only options are then `dtype`, `device`, `tokenizer` and `head`.
 
-        `model_class="HookedTransformer"` (TransformerLens 3.x) converts the weights; `process_weights=True` folds and
-        centres them as TransformerLens does. Both are compared with transformers on a short text, and raise
-        `ModelError` if they differ.
-
-        Raises `ModelError` for a checkpoint without a head, with more outputs than one where `output` names none,
-        quantised, or without any pad token (`pad_token=` says which), and for an adapter whose base is not there
-        (`base=` says where).
+        Raises `ModelError` for a checkpoint without a head, for several outputs without `output`, for quantised
+        weights, for a classifier without a pad token (pass `pad_token`), and for an adapter whose base model is not
+        found (pass `base`).
 
         Examples:
             >>> opened = RewardHead.from_pretrained("organism", max_length=32)
@@ -140,9 +140,9 @@ class RewardHead(RewardModel):
 
     @classmethod
     def from_language_model(cls, name_or_path: str | Path, **options: Unpack[LoadOptions]) -> "RewardHead":
-        """Open any checkpoint for its activations alone, for example the base of some reward models.
+        """Open any checkpoint for its activations only, for example the base model of a reward model.
 
-        Collectors and mean-difference scores work; `score` raises `ModelError`, because there is no reward.
+        Activation statistics and mean-difference scores work; `score` raises `ModelError`, because there is no reward.
 
         Examples:
             >>> base = RewardHead.from_language_model("organism")
@@ -167,12 +167,12 @@ class RewardHead(RewardModel):
         process_weights: bool = False,
         **options: Unpack[RunOptions],
     ) -> "RewardHead":
-        """The head of a transformers classifier in memory, for example one that a trainer just left behind.
+        """Open a transformers classifier that is in memory, for example after training.
 
-        Its weights are shared, not copied (a HookedTransformer, processed weights and another `dtype` are copies):
-        training it further changes the rewards. The head itself is a copy: after a step of training, scoring raises
-        `ModelError` that says to open the model again. `head` and `output` are those of
-        `from_pretrained`. A `PeftModel` is run with its adapter layers as they are.
+        The weights are shared, not copied, so further training changes the rewards; a `HookedTransformer`, processed
+        weights and another `dtype` are copies. The score layer is always copied: if it is trained further, scoring
+        raises `ModelError` and asks to open the model again. A `PeftModel` runs with its adapter layers unmerged.
+        `head`, `output`, `model_class` and `process_weights` are those of `from_pretrained`.
 
         Examples:
             >>> from transformers import AutoModelForSequenceClassification
@@ -202,15 +202,16 @@ class RewardHead(RewardModel):
     def score(
         self, texts: Sequence[TextOrChat], *, truncate: bool = False, progress: bool | None = None
     ) -> Float[Tensor, "text"]:
-        """The reward of every text, in their order, on the CPU. One forward pass per text.
+        """The reward of every text, in the order of `texts`, on the CPU. Cost: one forward pass per text.
 
-        A text is a string, or the messages of a chat, which the tokenizer's chat template renders. One that does not
-        fit the context raises `DataError`, or is cut from the left with `truncate=True`.
+        A text is a string, or a list of chat messages, which the tokenizer's chat template renders. A text that does
+        not fit into the context raises `DataError`, or is cut from the left with `truncate=True`.
 
         Examples:
-            >>> words = ["helpful-0 helpful-1", "helpful-0", ""]
-            >>> [round(float(reward)) for reward in head.score([f"Human: a Assistant: {one} end" for one in words])]
-            [11, 6, 0]
+            >>> responses = ["helpful-0 helpful-1", "helpful-0", ""]
+            >>> rewards = head.score([f"Human: a Assistant: {response} end" for response in responses])
+            >>> rewards.round().tolist()
+            [11.0, 6.0, 0.0]
         """
         return score_texts(self, texts, truncate=truncate, progress=progress)
 
@@ -221,13 +222,18 @@ class RewardHead(RewardModel):
         work: str | Path | None = None,
         progress: bool | None = None,
     ) -> PairRewards:
-        """The rewards of both responses of every pair. One pass over all texts; a shared prompt runs once.
+        """The rewards of both responses of every pair. Cost: one pass over all texts; a shared prompt runs once.
 
-        Identical responses tie exactly. Prompts are cut from the left where a text is too long for the context, and
-        counted. A response that does not fit raises `DataError`, or is cut if the model was opened with
-        `truncate_response=True`. A reward that is NaN or infinite raises `ModelError` with the pair's id and the likely
-        cause; if the model was opened with `on_nonfinite="skip"` such pairs are skipped, and their ids are in the
-        result's provenance. `work` and `progress` are those of `run_pass`.
+        Identical responses get identical rewards. If a text is too long for the context, its prompt is cut from the
+        left, and the result counts such texts. A response that does not fit raises `DataError`, or is cut if the model
+        was opened with `truncate_response=True`. A reward that is NaN or infinite raises `ModelError` with the pair's
+        id and the likely cause; if the model was opened with `on_nonfinite="skip"` such pairs are skipped, and their
+        ids are in the result's provenance. `work` and `progress` are those of `run_pass`.
+
+        Examples:
+            >>> rewards = head.score_pairs(pairs["helpful"])
+            >>> rewards, rewards.chosen.shape
+            (PairRewards(n=24, accuracy=1.000, ties=0), torch.Size([24]))
         """
         self.require_weight()
         pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
@@ -238,7 +244,7 @@ class RewardHead(RewardModel):
     def score_tokens(
         self, input_ids: Int[Tensor, "text token"], attention_mask: Tensor | None = None
     ) -> Float[Tensor, "text"]:
-        """The reward of every row of token ids, padded on either side as `attention_mask` (1 = real) says.
+        """The reward of every row of token ids. `attention_mask` is 0 at padding, which may be on either side.
 
         Examples:
             >>> text = "Human: a Assistant: shared-0 shared-1 end"
@@ -251,7 +257,10 @@ class RewardHead(RewardModel):
     # -- checking, ablating, saving --------------------------------------------------------------------------------
 
     def check(self, pairs: PreferencePairs | None = None, *, reference: Any = None) -> pd.DataFrame:
-        """Prove on this model that rewards and hooks are right: one row a check; see `docs/guarantees.md`.
+        """Check on this model that rewards and hooks are right: one row per check; see `docs/guarantees.md`.
+
+        Raises `CheckError` if a check fails; its `table` has the same rows. `reference` is a transformers classifier to
+        compare with; by default the checkpoint is loaded again. Cost: about 30 forward passes over at most 16 texts.
 
         Examples:
             >>> from rmtension.synthetic.check_matrix import make_classifier
@@ -266,9 +275,10 @@ class RewardHead(RewardModel):
         return check_head(self, pairs, reference)
 
     def with_ablation(self, neurons: NeuronSet, replacement: Replacement = Zero()) -> "RewardHead":
-        """A copy whose weights do for good what `AblationContext` does at all positions.
+        """A copy of the model with the neurons ablated in its weights, permanently and at all positions.
 
-        `replacement` is `Zero()` (the default), `Mean(statistics)` or `Scale(alpha)`.
+        It computes what the model computes inside an `AblationContext`. `replacement` is `Zero()` (the default),
+        `Mean(statistics)` or `Scale(alpha)`; others raise `OptionError`. Memory: the model a second time.
 
         Examples:
             >>> without = head.with_ablation(organism.truth["harmless"])
@@ -280,18 +290,21 @@ class RewardHead(RewardModel):
         return ablate_weights(self, neurons, replacement)
 
     def fwd_hooks(self, neurons: NeuronSet, replacement: Replacement = Zero()) -> list[LensHook]:
-        """`AblationContext` as hooks for `head.model.run_with_hooks(ids, fwd_hooks=...)`: `docs/fit_in.md`.
+        """The same ablation as hooks for `head.model.run_with_hooks(ids, fwd_hooks=...)`; see `docs/fit_in.md`.
 
-        `replacement` is `Zero()` (the default), `Mean(statistics)` or `Scale(alpha)`.
+        `replacement` is `Zero()` (the default), `Mean(statistics)` or `Scale(alpha)`; others raise `OptionError`.
+
+        Examples:
+            >>> [name for name, _ in head.fwd_hooks(neurons)]
+            ['blocks.0.mlp.hook_post', 'blocks.1.mlp.hook_post']
         """
         return fwd_hooks(self, neurons, replacement)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint that `AutoModelForSequenceClassification` loads, with the tokenizer.
 
-        A checkpoint that is in the folder already is replaced. A HookedTransformer or `boot_native` bridge, for which
-        transformers has no class, is written as its state dict, config and head. Either is
-        opened by `from_pretrained`.
+        A checkpoint that is already in the folder is replaced. A `HookedTransformer` or a `boot_native` bridge, for
+        which transformers has no class, is written as its state dict, config and head. `from_pretrained` opens both.
 
         Examples:
             >>> head.with_ablation(neurons).save_pretrained("without-helpful")

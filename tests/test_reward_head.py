@@ -54,7 +54,7 @@ def test_pad_equal_to_eos_is_read_where_transformers_reads(tmp_path):
     assert torch.allclose(rewards[0], without[0], atol=1e-6)
 
 
-def test_distinct_pad_reads_the_eos(checkpoints):
+def test_a_distinct_pad_token_reads_the_eos(checkpoints):
     """Negative control of the test above: where pad and eos differ, a final eos is the token that is read."""
     head = RewardHead.from_pretrained(checkpoints["gpt2"])
     texts = [f"bake a cake{EOS}", "bake a cake"]
@@ -130,7 +130,7 @@ def test_swapping_flips_margins_and_order_does_not_matter(exact_head, pairs):
     assert torch.allclose(backwards.margin.flip(0), scored.margin, atol=1e-12)
 
 
-def test_scored_pairs_survive_the_disk(head, pairs, tmp_path):
+def test_scored_pairs_load_as_saved(head, pairs, tmp_path):
     from rmtension import PairRewards
 
     scored = head.score_pairs(pairs)
@@ -165,12 +165,12 @@ class TestBadCheckpoints:
         with pytest.raises(ModelError, match="has no reward"):
             base.score(["help"])
 
-    def test_two_outputs(self, tmp_path, tokenizer):
+    def test_two_outputs_without_a_choice_are_refused(self, tmp_path, tokenizer):
         save_classifier(tmp_path, "gpt2", tokenizer, num_labels=2)
         with pytest.raises(ModelError, match="one output, got 2"):
             RewardHead.from_pretrained(tmp_path)
 
-    def test_score_head_missing_from_the_file(self, tmp_path, tokenizer):
+    def test_a_missing_score_head_is_refused(self, tmp_path, tokenizer):
         from safetensors.torch import load_file, save_file
 
         save_classifier(tmp_path, "llama", tokenizer)
@@ -180,7 +180,7 @@ class TestBadCheckpoints:
         with pytest.raises(ModelError, match=r"lacks \['score.weight'\]"):
             RewardHead.from_pretrained(tmp_path)
 
-    def test_no_pad_token_anywhere(self, tmp_path):
+    def test_a_missing_pad_token_is_refused(self, tmp_path):
         tokenizer = make_tokenizer(tmp_path, pad=None)
         save_classifier(tmp_path, "gpt2", tokenizer, pad_token_id=None)
         assert RewardHead.from_language_model(tmp_path).pad_token_id is None, "nothing is read, so nothing is asked"
@@ -192,33 +192,33 @@ class TestBadCheckpoints:
         texts = ["bake a cake", "sorry"]
         assert torch.allclose(head.score(texts), transformers_rewards(tmp_path, texts), atol=1e-6)
 
-    def test_not_there(self, tmp_path):
+    def test_a_missing_checkpoint_is_refused(self, tmp_path):
         with pytest.raises(ModelError, match="expected the folder of a checkpoint or a hub name"):
             RewardHead.from_pretrained(tmp_path / "nothing")
 
-    def test_not_a_hooked_model(self):
+    def test_an_unhooked_model_is_refused(self):
         with pytest.raises(ModelError, match=r"TransformerBridge or a HookedTransformer, got Linear"):
             RewardHead(torch.nn.Linear(2, 2), weight=torch.ones(2))
 
-    def test_weight_of_another_width(self, head):
+    def test_a_weight_of_another_width_is_refused(self, head):
         with pytest.raises(ModelError, match=r"weight of shape \(2, 32\): expected a head with one output"):
             RewardHead(head.model, weight=torch.ones(2, 32))
 
-    def test_non_finite_rewards(self, head):
+    def test_nonfinite_rewards_are_refused(self, head):
         broken = RewardHead(head.model, weight=head.weight * float("nan"), tokenizer=head.tokenizer)
         with pytest.raises(ModelError, match=r"text 0 got the reward nan: .* weights in the reward head"):
             broken.score(["help"])
 
 
 class TestRunOptions:
-    """What is said once, on opening: every way of opening takes it, and what is made from a head has it."""
+    """Run options: every constructor takes them, and copies of a head keep them."""
 
     SAID = {"max_length": 40, "tokens_per_batch": 100, "truncate_response": True, "on_nonfinite": "skip"}
 
     def of(self, head):
         return {name: getattr(head, name) for name in self.SAID}
 
-    def test_every_way_of_opening(self, checkpoints, tokenizer, head, tmp_path):
+    def test_every_constructor_takes_run_options(self, checkpoints, tokenizer, head, tmp_path):
         classifier = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoints["gpt2"])
         opened = [
             RewardHead(head.model, head.weight, tokenizer=tokenizer, **self.SAID),
@@ -244,7 +244,7 @@ class TestRunOptions:
             ({"max_lenght": 3}, "'max_lenght'.* Did you mean 'max_length'"),
         ],
     )
-    def test_what_is_refused(self, options, said, checkpoints, head):
+    def test_wrong_run_options_are_refused(self, options, said, checkpoints, head):
         for call in (
             lambda: RewardHead(head.model, head.weight, **options),
             lambda: RewardHead.from_pretrained(checkpoints["gpt2"], **options),
@@ -255,36 +255,36 @@ class TestRunOptions:
 
 
 class TestBadTexts:
-    def test_one_string(self, head):
+    def test_a_single_string_is_refused(self, head):
         with pytest.raises(OptionError, match="Put it in a list"):
             head.score("help")
 
-    def test_too_long(self, head):
+    def test_too_long_texts_are_refused_or_cut(self, head):
         text = " ".join(["cake"] * (CONTEXT + 40))
         with pytest.raises(DataError, match=rf"text 0 has \d+ tokens, the context holds {CONTEXT}"):
             head.score([text])
         ids = head.tokenizer(text)["input_ids"][-CONTEXT:]
         assert torch.allclose(head.score([text], truncate=True), head.score_tokens(torch.tensor([ids])), atol=1e-6)
 
-    def test_no_tokenizer(self, head):
+    def test_scoring_without_a_tokenizer_is_refused(self, head):
         with pytest.raises(ModelError, match="tokenizer"):
             RewardHead(head.model, weight=head.weight).score(["help"])
 
-    def test_max_length_beyond_the_context(self, head):
+    def test_max_length_beyond_the_context_is_refused(self, head):
         with pytest.raises(OptionError, match="max_length"):
             RewardHead(head.model, weight=head.weight, max_length=CONTEXT + 1)
 
-    def test_too_many_tokens(self, head):
+    def test_too_many_tokens_are_refused(self, head):
         with pytest.raises(OptionError, match=f"input_ids: a row has {CONTEXT + 1} tokens"):
             head.score_tokens(torch.ones(1, CONTEXT + 1, dtype=torch.long))
 
-    def test_mask_with_an_empty_row(self, head):
+    def test_a_mask_with_an_empty_row_is_refused(self, head):
         with pytest.raises(OptionError, match="attention_mask"):
             head.score_tokens(torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [0, 0, 0]]))
 
 
 def test_a_head_that_changed_in_memory_is_not_scored_with_its_old_copy(checkpoints, tokenizer, ragged_texts):
-    """The body is shared and the head is a copy: after a step of training the two would not belong together."""
+    """The body is shared and the head is a copy: after a training step they would not match."""
     load = transformers.AutoModelForSequenceClassification.from_pretrained
     model = load(checkpoints["llama"], dtype=torch.float32)
     head = RewardHead.from_classifier(model, tokenizer=tokenizer)

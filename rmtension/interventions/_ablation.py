@@ -1,4 +1,4 @@
-"""Taking neurons out of a running model, and putting them back."""
+"""Ablate neurons of a model while it runs."""
 
 import torch
 from einops import repeat
@@ -14,16 +14,21 @@ from rmtension.neurons._neuron_set import NeuronSet
 
 
 class AblationContext:
-    """Context manager: while it is entered, the neurons of a set have other activations.
+    """Context manager that replaces the activations of a set of neurons.
 
-    `replacement` says which: `Zero()`, `Mean(statistics)`, `Resample(sample)` or `Scale(alpha)`. `positions` says at
-    which tokens: "all", "response" or "last".
+    Leaving the context, also by an exception, removes the hooks; the weights are never changed. Contexts of several
+    sets can be nested.
 
-    Leaving it, or an exception inside, removes the hooks; nothing else of the model is touched. Contexts of several
-    sets nest. Cost: a copy of the site's activations per layer that the set has neurons in.
+    Args:
+        head: the model to ablate.
+        neurons: the neurons to ablate.
+        replacement: what their activations are replaced by: `Zero()`, `Mean(statistics)`, `Resample(sample)` or
+            `Scale(alpha)`.
+        positions: the tokens at which they are replaced: "all", "response" or "last".
 
-    Raises `ProvenanceError` for a set of another architecture or site, or a replacement of another model or site, and
-    `OptionError` for wrong options; both at construction.
+    Raises `ProvenanceError` for a set of another architecture or site, or a replacement from another model or site, and
+    `OptionError` for other arguments, both at construction. Cost: a copy of the site's activations in every layer that
+    has neurons of the set.
 
     Examples:
         >>> with AblationContext(head, neurons, Mean(means)):
@@ -45,9 +50,9 @@ class AblationContext:
         check_replacement(replacement, head, neurons.site)
         if not replacement.ablates:
             raise OptionError(
-                f"replacement: {replacement!r} needs both texts of a pair, and a running model sees one at a time. Use "
-                "Zero(), Mean(statistics), Resample(sample) or Scale(alpha); or ask attribution or "
-                "single_neuron_effects, which take it."
+                f"replacement: {replacement!r} needs both texts of a pair, but an AblationContext sees one text at a "
+                "time. Use Zero(), Mean(statistics), Resample(sample) or Scale(alpha) here; NeuronAttribution and "
+                "single_neuron_effects accept it."
             )
         self.head = head
         self.neurons = neurons
@@ -55,9 +60,9 @@ class AblationContext:
         self._positions = positions
         per_neuron = head.n_channels(neurons.site) // head.n_neurons(neurons.site)
         columns = repeat(neurons.mask, "layer neuron -> layer (neuron channel)", channel=per_neuron)
-        # layer -> the columns of its projection's input that the set's neurons are; layers without any are left out.
+        # layer -> the channels of the set's neurons in the input of its projection; layers without any are left out.
         self.columns = {layer: row.nonzero()[:, 0].to(head.device) for layer, row in enumerate(columns) if row.any()}
-        # At all tokens the same is done to each, whichever there are.
+        # A constant or a factor at all tokens needs no knowledge of which tokens there are.
         self._needs_batch = positions != "all" or replacement.factor is None
         self._hooks = head.hooks(neurons.site, self.ablated, self.columns, any_tokens=not self._needs_batch)
 
@@ -69,14 +74,14 @@ class AblationContext:
         self._hooks.__exit__(*exception)
 
     def ablated(self, layer: int, activation: Tensor) -> Tensor:
-        """The activation of a layer as it is while this is entered."""
+        """The activation of a layer, with the set's neurons replaced."""
         columns = self.columns[layer].to(activation.device)
         # Rows here are tokens of all texts: some models flatten the two before the MLP, some do not.
         rows = activation.reshape(-1, self.head.n_channels(self.neurons.site))
         block = rows[:, columns]
         batch = _require_batch() if self._needs_batch else None
         ablated = self.replacement.values(layer, columns, block, batch)
-        # "all" needs no mask: what becomes of padding reaches no real token.
+        # "all" needs no mask, because padding does not influence real tokens.
         if batch is not None and self._positions != "all":
             ablated = torch.where(batch.position_mask(self._positions).to(block.device).reshape(-1, 1), ablated, block)
         rows = rows.clone()
@@ -88,22 +93,24 @@ def _require_batch() -> TokenBatch:
     batch = running_batch()
     if batch is None:
         raise OptionError(
-            "AblationContext: choosing tokens or donors needs a text that this library tokenised. Run the model "
-            'through RewardHead.score or score_pairs, or use positions="all" with Zero(), Mean(...) or Scale(...).'
+            "AblationContext: these positions or donors depend on the text, which is known only in runs of this "
+            "library. Run the model with RewardHead.score or score_pairs, or use positions='all' with Zero(), "
+            "Mean(statistics) or Scale(alpha)."
         )
     return batch
 
 
 def check_set(head: RewardModel, neurons: NeuronSet) -> None:
-    """Raise `ProvenanceError` unless the set indexes neurons of a model of this architecture, `OptionError` if none."""
+    """Raise `ProvenanceError` for a set of another architecture, `OptionError` for what is not a `NeuronSet`."""
     require_arguments("AblationContext(head, neurons)", head=(head, RewardModel), neurons=(neurons, NeuronSet))
     shape = (head.n_layers, head.n_neurons(neurons.site))
     if neurons.architecture != head.architecture:
         raise ProvenanceError(
-            f"neurons: the set indexes neurons of {neurons.architecture!r}, the model is {head.architecture!r}. Use a "
-            "set made with a model of this architecture."
+            f"neurons: the set indexes neurons of {neurons.architecture!r}, but the model is {head.architecture!r}. "
+            "Make the set with scores of this model."
         )
     if tuple(neurons.mask.shape) != shape:
         raise ProvenanceError(
-            f"neurons: expected a mask of {shape} for site {neurons.site!r}, got {tuple(neurons.mask.shape)}."
+            f"neurons: expected a mask of shape {shape} for site {neurons.site!r}, got {tuple(neurons.mask.shape)}. "
+            "Make the set with scores of this model."
         )

@@ -1,4 +1,4 @@
-"""Neurons ablated in the weights: a copy of a model that computes at all positions what an ablation context does."""
+"""Ablate neurons permanently: a copy of a model whose weights compute what an `AblationContext` does."""
 
 import copy
 import re
@@ -24,18 +24,21 @@ from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._neuron_set import NeuronSet
 
 _COPIES = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.|$)")
-# A copy is of the class of its model.
+# A copy has the class of its model.
 _Model = TypeVar("_Model", bound=RewardModel)
 
 
 def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = Zero()) -> _Model:
-    """A copy of `head` whose weights do what `AblationContext(head, neurons, replacement)` does at all positions.
+    """A copy of `head` whose weights compute what `AblationContext(head, neurons, replacement)` does at all positions.
 
-    `Zero` and `Scale` multiply the neurons' weights in the down (or output) projection by 0 or `alpha`; `Mean` sets
-    them to 0 and adds what the mean activations write to the projection's bias. Where the projection has no bias, one
-    is made if the architecture has a place for it in its config (Llama: `mlp_bias`, `attention_bias`), with zeros
-    in the biases that come with it; otherwise `ModelError`. A mean at `mlp_gate` of a gated MLP is no constant at the
-    projection: `OptionError`. So is any other replacement. Memory: the model a second time.
+    `Zero` and `Scale` multiply the neurons' weights in the down (or output) projection by 0 or `alpha`. `Mean` sets
+    them to 0 and adds what the mean activations write to the projection's bias. If the projection has no bias, the
+    model is rebuilt with one, where its config allows that (Llama: `mlp_bias`, `attention_bias`); further biases that
+    this creates are 0.
+
+    Raises `ModelError` if `Mean` needs a bias that the architecture does not allow, and `OptionError` for `Mean` at
+    `mlp_gate` of a gated MLP, which is not a constant at the projection, and for other replacements. Memory: the model
+    a second time.
     """
     is_own = is_own_model(head.body)
     if not is_own:
@@ -44,25 +47,25 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
     factor = replacement.factor
     if factor is None:
         raise OptionError(
-            f"replacement: weights can do what Zero(), Mean(statistics) and Scale(alpha) do, got {replacement!r:.80}. "
-            "Use AblationContext for this one."
+            f"replacement: expected Zero(), Mean(statistics) or Scale(alpha), which weights can express, got "
+            f"{replacement!r:.80}. Use AblationContext for this replacement."
         )
-    # Layer -> what the neurons write instead of what they wrote; empty for replacements that write nothing.
-    constants = {layer: one for layer in context.columns if (one := replacement.constant(layer)) is not None}
+    # Layer -> the constant activations of its channels; empty for replacements without a constant.
+    constants = {layer: constant for layer in context.columns if (constant := replacement.constant(layer)) is not None}
     product = find_site(neurons.site).factor_of
     hook_sites = head.body.hook_sites
     if product is not None and any(
         hook_sites(neurons.site, layer) != hook_sites(product, layer) for layer in constants
     ):
         raise OptionError(
-            f"replacement: no weights do what {type(replacement).__name__} does at site {neurons.site!r} of a gated "
-            "MLP, where what a neuron writes still depends on its other factor. Use AblationContext, or neurons and "
+            f"replacement: weights cannot express {type(replacement).__name__} at site {neurons.site!r} of a gated "
+            "MLP, because what a neuron writes still depends on its other factor. Use AblationContext, or neurons and "
             f"statistics of site {product!r}."
         )
     if is_own:
         return _ablate_own(head, context, factor, constants)
     base = plain_copy(base, share=False)
-    # A module that peft keeps a trained copy of is at its own place in the plain copy.
+    # If peft keeps a trained copy of a module, the plain copy has that copy under the module's own name.
     names = [_COPIES.sub("", head.body.projection_names[neurons.site, layer]) for layer in range(head.n_layers)]
     if any(base.get_submodule(names[layer]).bias is None for layer in constants):
         base = _with_biases(base, names)
@@ -79,7 +82,7 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
             columns = columns.to(weight.device)
             if layer in constants:
                 means = constants[layer].to(weight.device)[columns]
-                # In float64 until the end: it stands for what thousands of tokens had in common.
+                # In float64, because the sum over channels is rounded only once.
                 projection.bias += (weight[:, columns].double() @ means).to(projection.bias.dtype)
             weight[:, columns] *= factor
     opened = replace(
@@ -92,7 +95,7 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
 def _ablate_own(
     head: _Model, context: AblationContext, factor: float, constants: Mapping[int, Float[Tensor, "channel"]]
 ) -> _Model:
-    """The same for a model of TransformerLens' own: its W_out or W_O, and b_out or b_O."""
+    """The same for a model of a TransformerLens class: its W_out or W_O, and b_out or b_O."""
     site = context.neurons.site
     ablated = with_lens_model(head, copy_model(head.body))
     body = ablated.body
@@ -103,8 +106,8 @@ def _ablate_own(
             if layer in constants:
                 if bias is None:
                     raise ModelError(
-                        "replacement: Mean is written into a bias. The projections of this gated MLP have no bias, and "
-                        "boot_native builds none. Use Zero(), or AblationContext, which needs no bias."
+                        "replacement: Mean needs a bias to write to. The projections of this gated MLP have no bias, "
+                        "and boot_native cannot add one. Use Zero(), or AblationContext, which needs no bias."
                     )
                 means = constants[layer].to(weight.device)[columns]
                 bias += (means @ weight[columns].double()).to(bias.dtype)
@@ -114,7 +117,7 @@ def _ablate_own(
 
 
 def _with_biases(base: Any, names: list[str]) -> Any:
-    """`base` rebuilt by a config in which the projections `names` have a bias; all new biases are 0."""
+    """`base` rebuilt from a config that gives the projections `names` a bias; all new biases are 0."""
     flags = [key for key, value in base.config.to_dict().items() if "bias" in key and value is False]
     for flag in flags:
         config = copy.deepcopy(base.config)
@@ -138,6 +141,6 @@ def _with_biases(base: Any, names: list[str]) -> Any:
             setattr(rebuilt.get_submodule(owner), key, buffer)
         return rebuilt.eval().requires_grad_(False)
     raise ModelError(
-        f"replacement: Mean is written into a bias. The projections of {type(base).__name__} have no bias, and its "
-        "config has no place for one. Use Zero(), or AblationContext, which needs no bias."
+        f"replacement: Mean needs a bias to write to. The projections of {type(base).__name__} have no bias, and its "
+        "config cannot add one. Use Zero(), or AblationContext, which needs no bias."
     )

@@ -18,19 +18,22 @@ LensHook = tuple[str, Callable[..., Tensor]]
 
 
 def fwd_hooks(head: RewardModel, neurons: NeuronSet, replacement: Replacement = Zero()) -> list[LensHook]:
-    """What `AblationContext(head, neurons, replacement)` does, as `fwd_hooks` of `head.model`: one for each layer.
+    """The ablation of `AblationContext(head, neurons, replacement)` as `fwd_hooks` of `head.model`: one per layer.
 
-    A hook of TransformerLens gets an activation, and is not told which tokens are padding, response or last. So the
-    hooks replace at all tokens, and a replacement that depends on the token or the text (`Resample`, `OtherResponse`)
-    raises `OptionError`. So does `Mean` at `mlp_gate` of a gated MLP: the factor act(gate) has no hook point (`Zero`
-    and `Scale` do the same to the product). `ModelError` where the bridge of this architecture does not compute what
-    transformers does. Other errors are those of `AblationContext`. The functions belong to this head's model.
+    A hook of TransformerLens gets an activation, without knowing which tokens are padding, response or last. So the
+    hooks replace at all tokens, and work only with this model.
+
+    Raises `OptionError` for a replacement that depends on the text (`Resample`, `OtherResponse`), and for `Mean` at
+    `mlp_gate` of a gated MLP, whose factor act(gate) has no hook point (`Zero` and `Scale` act on the product). Raises
+    `ModelError` if the bridge of this architecture does not compute what transformers computes. Other errors are those
+    of `AblationContext`.
     """
     context = AblationContext(head, neurons, replacement)
     if replacement.factor is None:
         raise OptionError(
-            f"replacement: {type(replacement).__name__} depends on the text, which a hook of TransformerLens does not "
-            "know. Use AblationContext with head.score_pairs, or Zero(), Mean(statistics) or Scale(alpha)."
+            f"replacement: expected Zero(), Mean(statistics) or Scale(alpha), got {type(replacement).__name__}, which "
+            "depends on the text; a TransformerLens hook sees only activations. Use AblationContext with "
+            "head.score_pairs."
         )
     site = find_site(neurons.site)
     hook_sites = head.body.hook_sites
@@ -41,8 +44,8 @@ def fwd_hooks(head: RewardModel, neurons: NeuronSet, replacement: Replacement = 
     ):
         raise OptionError(
             f"replacement: {type(replacement).__name__} at site {site.name!r} of a gated MLP has no hook point: "
-            f"TransformerLens' {site.hook!r} is the product. Use AblationContext, or neurons and statistics of site "
-            f"{product!r}."
+            f"TransformerLens' {site.hook!r} is the product of both factors. Use AblationContext, or neurons and "
+            f"statistics of site {product!r}."
         )
     if isinstance(head.body, BridgeBody):
         head.body.require_faithful()
@@ -50,5 +53,5 @@ def fwd_hooks(head: RewardModel, neurons: NeuronSet, replacement: Replacement = 
 
 
 def _ablated(context: AblationContext, layer: int, activation: Tensor, hook: Any = None) -> Tensor:
-    """TransformerLens calls with the activation and, by name, its hook point."""
+    """A hook function: TransformerLens passes the activation and, as the keyword `hook`, its hook point."""
     return context.ablated(layer, activation)

@@ -1,4 +1,4 @@
-"""What the activations of neurons are replaced by: one object for ablation, attribution, single effects and exports."""
+"""Replacements: what activations of neurons are replaced by, in ablation, attribution, single effects and export."""
 
 import math
 from abc import ABC, abstractmethod
@@ -30,7 +30,7 @@ class Replacement(ABC):
     - `name` is the kind of replacement.
     - `shares_tokens` says whether a token that two texts share gets the same a_ref in both, so that the texts may share
       a row (`docs/performance.md`).
-    - `ablates` says whether an `AblationContext` can write a_ref while the model runs.
+    - `ablates` says whether an `AblationContext` can compute a_ref while the model runs.
     """
 
     name: ClassVar[str]
@@ -39,35 +39,35 @@ class Replacement(ABC):
 
     @property
     def label(self) -> str:
-        """What results call it (`Provenance.replacement`): the name, and the factor of `Scale`."""
+        """The name in results (`Provenance.replacement`), with the factor of `Scale`."""
         return self.name
 
     @property
     def key(self) -> str:
-        """Differs wherever the values differ: what a work folder compares."""
+        """A text that differs whenever the values differ; work folders compare it."""
         return self.label
 
     @property
     def source(self) -> Provenance | None:
-        """Where the activations that it writes were collected; None for a replacement that writes no such values."""
+        """The provenance of the activations that it writes; None for a replacement without collected activations."""
         return None
 
     @property
     def factor(self) -> float | None:
-        """The f of a_ref(t) = f a(t) + `constant`; None where a_ref depends on the token in another way."""
+        """The f of a_ref(t) = f a(t) + `constant`; None if a_ref depends on the token in another way."""
         return None
 
     def constant(self, layer: int) -> Float[Tensor, "channel"] | None:
-        """What is added to every activation of a layer, at every token; None for nothing."""
+        """The constant of a_ref(t) = f a(t) + constant, per channel of a layer; None for 0."""
         return None
 
     @abstractmethod
     def values(
         self, layer: int, columns: Columns, activation: Float[Tensor, "*token channel"], batch: TokenBatch | None
     ) -> Float[Tensor, "*token channel"]:
-        """a_ref(t) of some columns of a layer, given their activation at the tokens of a batch, in its order.
+        """a_ref(t) for some channels of a layer, given their activations at the tokens of a batch.
 
-        A replacement that has a `factor` needs no batch.
+        A replacement with a `factor` needs no batch.
         """
 
     def step(
@@ -84,7 +84,7 @@ class Replacement(ABC):
 
 @dataclass(frozen=True)
 class Zero(Replacement):
-    """a_ref(t) = 0.
+    """Replace activations by 0: a_ref(t) = 0.
 
     Examples:
         >>> with AblationContext(head, neurons, Zero()):  # the default: AblationContext(head, neurons)
@@ -109,7 +109,9 @@ class Zero(Replacement):
 
 @dataclass(frozen=True)
 class Mean(Replacement):
-    """a_ref(t) = the mean of each channel in `statistics`, which were collected from the same model at the same site.
+    """Replace activations by means: a_ref(t) is the mean of each channel in `statistics`.
+
+    The statistics must be collected from the same model at the same site.
 
     Examples:
         >>> with AblationContext(head, neurons, Mean(means)):
@@ -131,7 +133,7 @@ class Mean(Replacement):
 
     @property
     def source(self) -> Provenance:
-        """That of the statistics."""
+        """The provenance of the statistics."""
         return self.statistics.provenance
 
     @property
@@ -152,10 +154,10 @@ class Mean(Replacement):
 
 @dataclass(frozen=True)
 class Resample(Replacement):
-    """a_ref(t) = the activation at one token of a text with another prompt, drawn from `sample`.
+    """Replace activations by those of other prompts: a_ref(t) is the activation at a token drawn from `sample`.
 
-    The donor of a token is drawn by a hash of (seed, prompt, place in the text). So all layers get the same donor,
-    texts of one prompt get the same donors at equal places, and the batch makes no difference.
+    The donor of a token is drawn by a hash of (seed, prompt, position in the text). So all layers get the same donor,
+    texts of the same prompt get the same donors at equal positions, and the batch makes no difference.
 
     Examples:
         >>> donors = ActivationCollector(head).sample(pairs["harmless"], n=16, seed=0)
@@ -179,13 +181,13 @@ class Resample(Replacement):
 
     @property
     def source(self) -> Provenance:
-        """That of the sample."""
+        """The provenance of the sample."""
         return self.sample.provenance
 
     def values(
         self, layer: int, columns: Columns, activation: Float[Tensor, "*token channel"], batch: TokenBatch | None
     ) -> Float[Tensor, "*token channel"]:
-        """Each token's donor."""
+        """The activation of each token's donor."""
         assert batch is not None
         donors = draw_donors(batch, self.sample.keys, self.seed).reshape(activation.shape[:-1])
         return self.sample.values[donors.cpu(), layer].to(activation)[..., columns]
@@ -193,7 +195,7 @@ class Resample(Replacement):
 
 @dataclass(frozen=True)
 class Scale(Replacement):
-    """a_ref(t) = alpha a(t).
+    """Multiply activations by a factor: a_ref(t) = alpha a(t).
 
     Examples:
         >>> halved = head.with_ablation(neurons, Scale(0.5))
@@ -237,16 +239,16 @@ class Scale(Replacement):
         select: Bool[Tensor, "row token"],
         batch: TokenBatch,
     ) -> Float[Tensor, "row token channel"]:
-        """(alpha - 1) a(t), which loses no digits where alpha is near 1."""
+        """(alpha - 1) a(t), which is accurate also if alpha is near 1."""
         return (self.alpha - 1) * activation * select.to(activation)[..., None]
 
 
 @dataclass(frozen=True)
 class OtherResponse(Replacement):
-    """a_ref(t) = the mean over the selected tokens of the pair's other response.
+    """Replace activations by those of the other response: a_ref(t) is their mean over its selected tokens.
 
-    Attribution and `single_neuron_effects` take it. An `AblationContext` does not: while a text runs, the activations
-    of the other response are not known.
+    `NeuronAttribution` and `single_neuron_effects` accept it. `AblationContext` does not, because the activations of
+    the other response are unknown while a text runs.
 
     Examples:
         >>> patching = NeuronAttribution(head, "attribution_patching", replacement=OtherResponse())
@@ -261,7 +263,7 @@ class OtherResponse(Replacement):
     def values(
         self, layer: int, columns: Columns, activation: Float[Tensor, "*token channel"], batch: TokenBatch | None
     ) -> Float[Tensor, "*token channel"]:
-        """Not known from one text: see `step`."""
+        """Not defined for a single text: see `step`."""
         raise NotImplementedError
 
     def step(
@@ -271,7 +273,7 @@ class OtherResponse(Replacement):
         select: Bool[Tensor, "row token"],
         batch: TokenBatch,
     ) -> Float[Tensor, "row token channel"]:
-        """The step to the mean of the other text, in a batch of pairs with one text in every row."""
+        """The step to the mean of the other text, in a batch of pairs with one text per row."""
         weights = select.to(activation)
         share = weights / weights.sum(dim=1, keepdim=True)
         means = torch.einsum("xt,xtc->xc", share, activation)
@@ -281,7 +283,7 @@ class OtherResponse(Replacement):
         return (target - activation) * weights[..., None]
 
 
-# What is often given in place of a replacement, and what to write.
+# What is often passed instead of a replacement, and the replacement to suggest.
 _MEANT = {
     "zero": "Zero()",
     "mean": "Mean(statistics)",
@@ -293,24 +295,23 @@ _MEANT = {
 
 
 def check_replacement(replacement: object, head: RewardModel, site: str) -> None:
-    """Raise unless this is a replacement for neurons of a model at a site.
-
-    `OptionError` for anything else, `ProvenanceError` for activations of another model or site.
-    """
+    """Raise `OptionError` for what is not a replacement, `ProvenanceError` for activations of another model or site."""
     if not isinstance(replacement, Replacement):
         got = repr(replacement) if isinstance(replacement, str | type) else type(replacement).__name__
-        raise OptionError(f"replacement: expected one such as Zero(), got {got:.80}. Write {_meant(replacement)}.")
+        raise OptionError(
+            f"replacement: expected a replacement such as Zero(), got {got:.80}. Write {_meant(replacement)}."
+        )
     if (source := replacement.source) is None:
         return
     if source.model != head.fingerprint:
         raise ProvenanceError(
-            f"replacement: its activations are those of model {source.model}, this one is {head.fingerprint}. Collect "
-            "them from the model that is ablated."
+            f"replacement: its activations are those of model {source.model}, expected those of the ablated model "
+            f"{head.fingerprint}. Collect them with ActivationCollector(head)."
         )
     if source.site != site:
         raise ProvenanceError(
             f"replacement: its activations are those of site {source.site!r}, the neurons are of {site!r}. Collect "
-            "them at the neurons' site."
+            f"them with ActivationCollector(head, site={site!r})."
         )
 
 
@@ -319,14 +320,14 @@ def _meant(given: object) -> str:
         return _MEANT["mean"]
     if isinstance(given, ActivationSample):
         return _MEANT["resample"]
-    # A name, or a class without its parentheses.
+    # A name, or a class that was passed without being called.
     return _MEANT.get(str(getattr(given, "name", given)), "Zero(), Mean(statistics), Resample(sample) or Scale(alpha)")
 
 
 def _require_collected(owner: str, name: str, given: object, wanted: type, call: str) -> None:
-    """Raise `OptionError` unless the argument of a replacement is what `ActivationCollector` gives."""
+    """Raise `OptionError` unless the argument of a replacement is a result of `ActivationCollector`."""
     if not isinstance(given, wanted):
         raise OptionError(
-            f"{name}: {owner} takes {wanted.__name__}, got {type(given).__name__}. Use "
+            f"{name}: {owner} expected {wanted.__name__}, got {type(given).__name__}. Use "
             f"ActivationCollector(head, site=...).{call}."
         )

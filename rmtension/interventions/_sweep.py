@@ -1,4 +1,4 @@
-"""Many ablations of one model on the same pairs, for less than a pass each."""
+"""Many ablations of a model on the same pairs, each for less than a pass."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,24 +33,35 @@ def score_without(
     work: str | Path | None = None,
     progress: bool | None = None,
 ) -> list[PairRewards]:
-    """The rewards of `pairs` without each of some sets: what `score_pairs` gives under an `AblationContext` of each.
+    """The rewards of `pairs` under ablation of each of several neuron sets.
 
-    Every batch runs whole for the set whose lowest neurons are highest, and is kept; each other set then runs what is
-    above its lowest neurons. Cost: 1 pass, and for every further set whose lowest layer is l (from 0) of L the blocks
-    above it, (L - 1 - l) / L of a pass, where the residual stream takes what the site's projection writes as it is
-    (`mlp` of most families, not in half precision); otherwise its block as well, (L - l) / L. To tell the two apart,
-    every layer that sets begin in runs once or twice more. Empty sets take one pass together. Models whose blocks do
-    not run one by one take a whole pass a set. Memory: one batch's residual stream before every block, and in every
-    layer that sets begin in its activations and a copy of the projection's weights.
+    The results are those of `score_pairs` inside an `AblationContext` of each set, in the order of `sets`. Every batch
+    runs once from the start, under the ablation whose lowest neurons are highest; each other ablation runs only the
+    layers above its lowest neurons. `replacement` and `positions` are those of `AblationContext`, `work` and `progress`
+    those of `run_pass`.
+
+    Cost: one pass, and for every further set with lowest layer l (from 0) of L layers:
+
+    - (L - 1 - l) / L of a pass if the site's projection writes directly to the residual stream (`mlp` of most families,
+      except in half precision),
+    - (L - l) / L of a pass otherwise,
+    - one pass if the model's blocks cannot run one by one.
+
+    A test for the first case runs every lowest layer once or twice more. All empty sets together take one pass. Memory:
+    the residual stream of a batch before every block, and the activations and a copy of the projection's weights in
+    every lowest layer.
+
+    Raises `OptionError` for sets of different sites, and the errors of `AblationContext`.
 
     Examples:
         >>> sets = [organism.truth[kind] for kind in ("helpful", "harmless", "shared", "decoy")]
-        >>> [round(one.accuracy(), 2) for one in score_without(head, pairs["harmless"], sets)]
+        >>> [round(rewards.accuracy(), 2) for rewards in score_without(head, pairs["harmless"], sets)]
         [1.0, 0.83, 0.79, 1.0]
     """
-    ablations = [AblationContext(head, one, replacement, positions=positions) for one in sets]
-    if len({one.site for one in sets}) > 1:
-        raise OptionError(f"sets: expected sets of one site, got {sorted({one.site for one in sets})}.")
+    ablations = [AblationContext(head, neurons, replacement, positions=positions) for neurons in sets]
+    sites = sorted({neurons.site for neurons in sets})
+    if len(sites) > 1:
+        raise OptionError(f"sets: expected sets of the same site, got {sites}. Call score_without once per site.")
     pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
     statistic = RewardsOfPairs(
         head,
@@ -59,7 +70,7 @@ def score_without(
         n=len(sets),
         name="ablate",
         settings={
-            "sets": [[one.site, digest_of(one.mask)] for one in sets],
+            "sets": [[neurons.site, digest_of(neurons.mask)] for neurons in sets],
             "replacement": replacement.key,
             "positions": positions,
         },
@@ -69,39 +80,39 @@ def score_without(
 
 
 class _Sweep:
-    """The ablations, and what is known of the layers that they begin in."""
+    """The ablations, and for their lowest layers the weights that write directly to the residual stream, if any."""
 
     def __init__(self, head: RewardModel, ablations: Sequence[AblationContext]) -> None:
         self._head = head
         self._ablations = ablations
-        # An empty set changes nothing: it begins above the last block.
-        self._lowest = [min(one.columns, default=head.n_layers) for one in ablations]
+        # An empty set changes nothing, so its lowest layer is above the last block.
+        self._lowest = [min(ablation.columns, default=head.n_layers) for ablation in ablations]
         self._weights: dict[int, Float[Tensor, "channel d_model"] | None] = {}
 
     @torch.no_grad()
     def rewards(self, batch: TokenBatch) -> list[Float[Tensor, "text"]]:
         """The rewards of a batch under each ablation."""
         head = self._head
-        found: dict[int, Tensor] = {}
+        rewards: dict[int, Tensor] = {}
         empty = [number for number, lowest in enumerate(self._lowest) if lowest == head.n_layers]
         if empty:
-            found = dict.fromkeys(empty, head.rewards(batch))
-        left = [number for number in range(len(self._lowest)) if number not in found]
+            rewards = dict.fromkeys(empty, head.rewards(batch))
+        left = [number for number in range(len(self._lowest)) if number not in rewards]
         if len(left) == 1 or not head.body.runs_native:
             for number in left:
                 with self._ablations[number]:
-                    found[number] = head.rewards(batch)
+                    rewards[number] = head.rewards(batch)
         elif left:
-            # Below the highest of all lowest neurons, this run is that of the whole model.
+            # Below the highest of all lowest layers, this run equals that of the model without ablation.
             first = max(left, key=self._lowest.__getitem__)
             start = _Start(head, batch, self._ablations[first], sorted({self._lowest[number] for number in left}))
-            found[first] = start.replay.rewards
+            rewards[first] = start.replay.rewards
             for number in set(left) - {first}:
-                found[number] = self._above(start, self._ablations[number], self._lowest[number])
-        return [found[number] for number in range(len(self._lowest))]
+                rewards[number] = self._above(start, self._ablations[number], self._lowest[number])
+        return [rewards[number] for number in range(len(self._lowest))]
 
     def _above(self, start: "_Start", ablation: AblationContext, lowest: int) -> Float[Tensor, "text"]:
-        """The rewards under an ablation whose lowest neurons are in layer `lowest`, from there on."""
+        """The rewards under an ablation whose lowest layer is `lowest`, running only the layers from there on."""
         replay = start.replay
         if not replay.is_partial:
             with ablation:
@@ -120,15 +131,15 @@ class _Sweep:
 
 
 class _Start:
-    """A batch run whole under one ablation, and from it what the model was before.
+    """A full run of a batch under an ablation, from which the streams without ablation are reconstructed.
 
-    `layers` are those that ablations begin in; `first` begins in the highest of them.
+    `layers` are the lowest layers of all ablations; the lowest layer of `first` is the highest of them.
     """
 
     def __init__(self, head: RewardModel, batch: TokenBatch, first: AblationContext, layers: Sequence[int]) -> None:
         self._first = first
         self._highest = layers[-1]
-        # Hooks run in the order in which they are installed: what is kept is what comes before the ablation.
+        # Hooks run in the order in which they are installed, so the activations are kept before they are ablated.
         kept: dict[int, Tensor] = {}
 
         def keep(layer: int, activation: Tensor) -> None:
@@ -139,18 +150,18 @@ class _Start:
         self._activations = kept
 
     def step(self, ablation: AblationContext, layer: int) -> Float[Tensor, "row token channel"]:
-        """By how much an ablation moves the activation of a layer."""
+        """The change that an ablation makes to the activation of a layer."""
         with running(self.replay.batch):
             return ablation.ablated(layer, self._activations[layer]) - self._activations[layer]
 
     def above(self, layer: int) -> Float[Tensor, "row token d_model"]:
-        """The stream after a block as it was before any ablation; runs the block where the first ablation is in it."""
+        """The stream after a block without ablation; runs the block if the first ablation changes it."""
         if layer < self._highest:
             return self.replay.stream(layer + 1)
         return self.replay.run_block(layer, self.replay.stream(layer))
 
     def stream_after(self, layer: int, weights: Float[Tensor, "channel d_model"]) -> Float[Tensor, "row token d_model"]:
-        """The same from what neurons write: what the first ablation took away is put back."""
+        """The same without running the block: what the first ablation removed is added again."""
         stream = self.replay.stream(layer + 1)
         if layer < self._highest:
             return stream

@@ -1,4 +1,4 @@
-"""Adapters of peft: a folder with `adapter_config.json`, the model it was trained on, and the two merged into one."""
+"""Adapters of peft: finding an adapter and its base model, and merging them."""
 
 import json
 import re
@@ -16,9 +16,9 @@ from rmtension.models._checkpoint_names import find_local
 from rmtension.models._head_files import CheckpointFiles, refused_pickle
 
 _CONFIG, _WEIGHTS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-# What peft puts before the name that a parameter has in the model.
+# The prefix that peft adds to the name of a parameter.
 _PREFIX = "base_model.model."
-# Of embeddings with added tokens it writes all that it holds: the trained ones under their own name, and twice again.
+# For embeddings with added tokens, peft saves the trained weight under its own name, and two copies under these.
 _COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.weight$)")
 _NO_WEIGHTS = {
     **dict.fromkeys(
@@ -34,7 +34,7 @@ _TASKS = ("SEQ_CLS", "CAUSAL_LM", "TOKEN_CLS", "FEATURE_EXTRACTION")
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in `files`, with the shapes of its tensors by the names they have in the model."""
+    """An adapter, with the shapes of its tensors by their names in the model."""
 
     files: CheckpointFiles
     folder: Path
@@ -43,40 +43,41 @@ class Adapter:
 
     @property
     def n_outputs(self) -> int | None:
-        """The rows of the score head that was saved with it; None without one."""
+        """The number of rows of the score head that was saved with it; None without a score head."""
         names = ("score.weight", "classifier.weight") if self.task == "TOKEN_CLS" else ("score.weight",)
         return next((self.shapes[name][0] for name in names if name in self.shapes), None)
 
 
 def find_adapters(files: CheckpointFiles, base: str | Path | None) -> tuple[list[Adapter], CheckpointFiles]:
-    """The adapters of a checkpoint, innermost first, and the files of the model they belong on.
+    """The adapters of a checkpoint, innermost first, and the files of their base model.
 
-    A checkpoint without any is that model itself. `base` takes the place of the model that the adapter's config names.
-    Raises `ModelError` for a kind of adapter that is no change of weights, pickled weights, or a base that is not here.
+    For a checkpoint without adapters, the base model is the checkpoint itself. `base` replaces the base model that the
+    adapter's config names. Raises `ModelError` for adapters that do not change weights, pickled weights, and a base
+    model that is not found.
     """
     adapters: list[Adapter] = []
-    found = _read(files)
-    if found is None and base is not None:
-        raise OptionError(f"base: {files.name} is no adapter, it has no {_CONFIG}. Leave base out.")
-    while found is not None:
-        adapter, config = found
+    read = _read(files)
+    if read is None and base is not None:
+        raise OptionError(f"base: expected an adapter, but {files.name} has no {_CONFIG}. Leave base out.")
+    while read is not None:
+        adapter, config = read
         adapters.insert(0, adapter)
         if base is None and files.find("config.json") is not None and _has_weights(files):
             raise ModelError(
-                f"{files.name}: it has an adapter and a whole model, and nothing says whether the adapter is merged "
-                f"into the model already. If it is not, say base={files.name!r}; if it is, name a folder without "
-                f"{_CONFIG}."
+                f"{files.name}: this folder has an adapter and a whole model, and it is unclear whether the adapter is "
+                f"already merged into the model. If it is not, pass base={files.name!r}; if it is, open a folder "
+                f"without {_CONFIG}."
             )
         files = _base(files, config, base)
         base = None
         if any(Path(files.name).resolve() == Path(other.files.name).resolve() for other in adapters):
-            break  # the adapter lies in its base's own folder
-        found = _read(files)
+            break  # the adapter is in the folder of its base model
+        read = _read(files)
     return adapters, files
 
 
 def merge_adapters(model: Any, adapters: Sequence[Adapter]) -> Any:
-    """`model` with the adapters merged into its weights, as `merge_and_unload()` of peft does it."""
+    """`model` with the adapters merged into its weights by peft's `merge_and_unload()`."""
     for adapter in adapters:
         unmerged = put_on(model, adapter)
         _untie(unmerged)
@@ -86,15 +87,16 @@ def merge_adapters(model: Any, adapters: Sequence[Adapter]) -> Any:
         except (ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
             raise ModelError(
                 f"{adapter.files.name}: peft could not merge the adapter into its base: {error}. Load it unmerged with "
-                "peft's PeftModel.from_pretrained(classifier, folder), and open that with RewardHead.from_classifier."
+                "peft's PeftModel.from_pretrained(classifier, folder), and open the result with "
+                "RewardHead.from_classifier."
             ) from error
     return model
 
 
 def _untie(unmerged: Any) -> None:
-    """Give every module a weight of its own where one of those that share it has an adapter layer.
+    """Copy weights that several modules share, if one of the modules has an adapter layer.
 
-    An adapter on a tied unembedding changes the unembedding alone; merged into the shared weight, it would change the
+    An adapter on a tied unembedding changes only the unembedding; merged into the shared weight, it would change the
     embedding too.
     """
     sharing: dict[int, list[tuple[str, Any]]] = {}
@@ -110,7 +112,7 @@ def _untie(unmerged: Any) -> None:
 
 
 def put_on(model: Any, adapter: Adapter) -> Any:
-    """A `PeftModel` of `model` and an adapter that is not merged yet; raises `ModelError` where they do not fit."""
+    """A `PeftModel` of `model` with the adapter attached, not merged; raises `ModelError` if they do not fit."""
     peft = import_peft(adapter.files.name)
     _resize_embeddings(model, adapter)
     name = adapter.files.name
@@ -118,56 +120,56 @@ def put_on(model: Any, adapter: Adapter) -> Any:
         with _quiet():
             config = peft.PeftConfig.from_pretrained(str(adapter.folder))
             if adapter.task == "CAUSAL_LM":
-                config.task_type = None  # as one that does no more than change weights it fits a classifier too
+                config.task_type = None  # without a task, the adapter also fits the base of a classifier
             unmerged = peft.PeftModel.from_pretrained(model, str(adapter.folder), config=config, torch_device="cpu")
             tensors = peft.utils.load_peft_weights(str(adapter.folder), device="cpu")
             result = peft.set_peft_model_state_dict(unmerged, tensors)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(
-            f"{name}: peft could not put the adapter on {type(model).__name__}, its base ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}). If it was trained on another model, name that one: base=..."
+            f"{name}: peft could not attach the adapter to its base, a {type(model).__name__} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}). If it was trained on another model, pass that model: base=..."
         ) from error
     unexpected = [key for key in result.unexpected_keys if not (_COPY.search(key) and _COPY.sub("", key) in tensors)]
     if unexpected:
         raise ModelError(
-            f"{name}: the base, a {type(model).__name__}, has no place for {sorted(unexpected)[:3]} of the "
-            "adapter. Name the model that it was trained on: base=..."
+            f"{name}: the base, a {type(model).__name__}, has no layers for {sorted(unexpected)[:3]} of the "
+            "adapter. Pass the model that the adapter was trained on: base=..."
         )
     missing = _own_missing(result.missing_keys, unmerged)
     if missing:
         raise ModelError(
-            f"{name}: its file lacks {sorted(missing)[:3]}, which its config says the adapter has. Fetch or save it "
-            "again."
+            f"{name}: its file lacks {sorted(missing)[:3]}, which the adapter has according to its config. Download "
+            "or save it again."
         )
     return unmerged.eval()
 
 
 def import_peft(name: str) -> Any:
-    """The module peft; `ModelError` with the way to install it."""
+    """Import peft; raises `ModelError` with the install command if it is missing."""
     try:
         import peft
     except ImportError as error:
         raise ModelError(
-            f'{name}: it is an adapter, and reading one needs peft: pip install "rmtension[peft]".'
+            f'{name}: this is an adapter, which needs peft to be read. Install it: pip install "rmtension[peft]".'
         ) from error
     return peft
 
 
 def inside_peft(model: Any) -> Any:
-    """The model of transformers inside a `PeftModel`, with its adapter layers; any other model as it is."""
+    """The model of transformers inside a `PeftModel`, with its adapter layers; other models are returned unchanged."""
     inside = getattr(model, "base_model", None)
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         return model
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False) or inside is None:
         raise ModelError(
-            f"model: this {type(model).__name__} puts learned vectors before every text. That is no change of weights, "
-            "so that neither merging nor reading the model inside it gives its rewards."
+            f"model: this {type(model).__name__} puts learned vectors before every text, which is not a change of "
+            "weights, so its rewards cannot be computed here. Use an adapter that changes weights, such as LoRA."
         )
     return model.get_base_model()
 
 
 def active_head(module: Any) -> Any:
-    """The layer that runs where peft keeps a trained copy of a head beside the first one; any other layer as it is."""
+    """The layer that runs, if peft keeps trained copies of a head next to the original; else the layer itself."""
     copies = getattr(module, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         return module
@@ -185,15 +187,17 @@ def _read(files: CheckpointFiles) -> tuple[Adapter, Mapping[str, Any]] | None:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = str(config["peft_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{files.name}: its {_CONFIG} is damaged ({error}). Fetch it again.") from error
+        raise ModelError(f"{files.name}: its {_CONFIG} is damaged ({error}). Download it again.") from error
     if kind in _NO_WEIGHTS:
         raise ModelError(
-            f"{files.name}: its adapter is of the kind {kind}, which {_NO_WEIGHTS[kind]}. That is no change of "
-            "weights, so that it cannot be merged. LoRA, DoRA, IA3 and other kinds with merge_and_unload() can."
+            f"{files.name}: its adapter is of the kind {kind}, which {_NO_WEIGHTS[kind]}. That is not a change of "
+            "weights, so it cannot be merged. Use LoRA, DoRA, IA3 or another kind with merge_and_unload()."
         )
     task = config.get("task_type")
     if task not in (None, *_TASKS):
-        raise ModelError(f"{files.name}: its adapter is for the task {task}; expected one of {list(_TASKS)}.")
+        raise ModelError(
+            f"{files.name}: expected an adapter for one of the tasks {list(_TASKS)}, got {task}. Open another adapter."
+        )
     weights = files.find(_WEIGHTS)
     if weights is None:
         pickled = files.find(_PICKLED)
@@ -203,7 +207,9 @@ def _read(files: CheckpointFiles) -> tuple[Adapter, Mapping[str, Any]] | None:
         with safe_open(weights, framework="pt") as opened:
             stored = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{files.name}: its {_WEIGHTS} is damaged or cut short ({error}). Fetch it again.") from error
+        raise ModelError(
+            f"{files.name}: its {_WEIGHTS} is damaged or incomplete ({error}). Download it again."
+        ) from error
     shapes = {key.removeprefix(_PREFIX): shape for key, shape in stored.items()}
     if task is None and str((config.get("auto_mapping") or {}).get("base_model_class")).endswith("TokenClassification"):
         task = "TOKEN_CLS"
@@ -211,13 +217,15 @@ def _read(files: CheckpointFiles) -> tuple[Adapter, Mapping[str, Any]] | None:
 
 
 def _base(files: CheckpointFiles, config: Mapping[str, Any], given: str | Path | None) -> CheckpointFiles:
-    """The files of the model that an adapter belongs on: `given`, or what its config names."""
+    """The files of an adapter's base model: `given`, or the model that its config names."""
     named = given if given is not None else config.get("base_model_name_or_path")
     if not named:
-        raise ModelError(f"{files.name}: its {_CONFIG} names no base model. Say which one it was trained on: base=...")
+        raise ModelError(
+            f"{files.name}: its {_CONFIG} names no base model. Pass the model that it was trained on: base=..."
+        )
     if given is None:
-        beside = Path(files.name) / str(named)
-        named = str(beside) if Path(files.name).is_dir() and beside.is_dir() else str(named)
+        relative = Path(files.name) / str(named)
+        named = str(relative) if Path(files.name).is_dir() and relative.is_dir() else str(named)
     revision = config.get("revision") if given is None else None
     try:
         return CheckpointFiles(find_local(named, revision), revision, files.local_files_only)
@@ -237,7 +245,7 @@ def _shown(files: CheckpointFiles, path: Path) -> Path:
 
 
 def _resize_embeddings(model: Any, adapter: Adapter) -> None:
-    """Give the model as many embeddings as were saved with the adapter, whose tokens may have been added."""
+    """Give the model as many embeddings as were saved with the adapter, which may have added tokens."""
     embedding = model.get_input_embeddings()
     (name,) = [name for name, module in model.named_modules() if module is embedding]
     saved = next(
@@ -248,7 +256,7 @@ def _resize_embeddings(model: Any, adapter: Adapter) -> None:
 
 
 def _own_missing(keys: Sequence[str], unmerged: Any) -> list[str]:
-    """Of the parameters that the adapter's file had not: the adapter's, but for those that share one which it had."""
+    """The adapter's parameters that its file lacks, except those that share memory with a parameter that it has."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(unmerged.active_peft_config.peft_type, "")
@@ -259,5 +267,5 @@ def _own_missing(keys: Sequence[str], unmerged: Any) -> list[str]:
 
 
 def _quiet() -> Any:
-    """Without the warnings of peft, about what is checked here."""
+    """Silence peft's warnings about what is checked here."""
     return warnings.catch_warnings(action="ignore")

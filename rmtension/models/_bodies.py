@@ -1,4 +1,4 @@
-"""The part of a reward model that runs, up to the final norm, and where its neurons are in it."""
+"""The transformer of a reward model, up to the final norm: how it runs, and where its neurons are."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -30,18 +30,18 @@ from rmtension.models._norms import read_norm
 from rmtension.models._projections import Projection
 from rmtension.models._rope import RopeByText
 
-# Largest difference of a bridge, relative to the residual stream. A wrong one is off by percents; half precision rounds
-# every step of attention to 3 or 2 digits.
+# Largest difference of a bridge, relative to the residual stream. A wrong bridge is off by percents; half precision
+# rounds every step of attention to 3 or 2 digits.
 _BRIDGE_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
 class BridgeBody:
-    """A TransformerBridge, with or without transformers' own modules beside it.
+    """A TransformerBridge, with or without transformers' own modules.
 
-    A bridge computes attention step by step, so that every intermediate has a hook. `native`, a twin of its base model
-    that shares all parameters and buffers, computes what transformers computes: the rewards of the checkpoint to the
-    last digit, faster. The twin runs while only this library has hooks; as soon as the user hooks the bridge, the
-    bridge runs, so that those hooks count.
+    A bridge computes attention step by step, so that every intermediate has a hook. `native` is a copy of its base
+    model that shares all parameters and buffers; it is faster, and computes exactly the rewards of transformers. The
+    copy runs as long as only this library has hooks. If the user hooks the bridge, the bridge runs instead, so that
+    those hooks take effect.
     """
 
     def __init__(self, bridge: nn.Module, native: nn.Module | None = None, names: dict[int, str] | None = None) -> None:
@@ -51,7 +51,7 @@ class BridgeBody:
         self._names = names or {}
         self.projection_names = {} if native is None else _projection_names(bridge, self._names)
         self._bridge_error = 0.0 if native is None else self._compare()
-        # After the first run, in which a bridge installs hooks of its own.
+        # Counted after the first run, in which a bridge installs its own hooks.
         self._foreign = count_foreign_hooks(bridge)
         cfg: Any = bridge.cfg
         self._rope = RopeByText(self.modules(), self._run_all, int(cfg.n_ctx))
@@ -73,12 +73,12 @@ class BridgeBody:
 
     @property
     def model(self) -> nn.Module:
-        """The hooked model, as users know it."""
+        """The hooked model that users see as `head.model`."""
         return self.bridge
 
     @property
     def runs_native(self) -> bool:
-        """Whether transformers' own modules run: there are some, and nobody but this library hooked the bridge."""
+        """Whether transformers' own modules run: they exist, and only this library hooked the bridge."""
         return self.native is not None and count_foreign_hooks(self.bridge) == self._foreign
 
     @property
@@ -88,18 +88,18 @@ class BridgeBody:
 
     @property
     def pack_up_to(self) -> int:
-        """The longest row that two texts may share; 0 where none may."""
+        """The longest row that two texts may share; 0 if texts may not share rows."""
         return self._pack_up_to if self.runs_native else 0
 
     def last_mlp_at_last_tokens(self, batch: TokenBatch) -> AbstractContextManager[bool]:
-        """`LastMLP.at_last_tokens` where the model runs so, otherwise nothing; says which."""
+        """`LastMLP.at_last_tokens` if the model can run that way, otherwise a context that does nothing."""
         if self._last_mlp is None or not self.runs_native:
             return nullcontext(False)
         return self._last_mlp.at_last_tokens(batch)
 
     @property
     def is_hooked(self) -> bool:
-        """Whether somebody hooked the model: the user the bridge, or this library either way it runs."""
+        """Whether the model has hooks, of the user or of this library."""
         return count_foreign_hooks(self.bridge) != self._foreign or has_own_hooks(self.modules())
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
@@ -111,23 +111,23 @@ class BridgeBody:
             return run_base(self.native if runs_native else self._base(), batch)
 
     def require_faithful(self) -> None:
-        """Raise `ModelError` where the bridge itself does not compute what transformers' modules do."""
+        """Raise `ModelError` if the bridge does not compute what transformers' modules compute."""
         if not self._bridge_error <= _BRIDGE_TOLERANCE.get(next(self.module.parameters()).dtype, 1e-3):
             remedy = (
-                "Merge the adapter before the model is opened (peft: model.merge_and_unload())"
+                "Merge the adapter before you open the model (peft: model.merge_and_unload())"
                 if has_adapters(self.module)
                 else "Remove your hooks from head.model and use head.hooks(site, visit)"
             )
             raise ModelError(
                 f"model: the TransformerBridge of {type(self.module).__name__} is off by {self._bridge_error:.1e} of "
-                f"its residual stream, so that hooks on it would see another model. {remedy}; all else runs "
+                f"its residual stream, so hooks on it would see another model. {remedy}; everything else runs "
                 "transformers' own modules and is exact."
             )
 
     def hook_sites(self, site: str, layer: int) -> list[HookSite]:
-        """Every place where the activation of `site` in `layer` passes, whichever way the model runs."""
-        found = self._gates[layer] if find_site(site).factor_of else self._projected(site, layer)
-        return [replace(hook_site, place=(site, layer)) for hook_site in found]
+        """The hook sites of the activation of `site` in `layer`, in the bridge and in transformers' modules."""
+        hook_sites = self._gates[layer] if find_site(site).factor_of else self._projected(site, layer)
+        return [replace(hook_site, place=(site, layer)) for hook_site in hook_sites]
 
     def projection(self, site: str, layer: int) -> Projection:
         """The map from the neurons of `site` in `layer` into the residual stream, in the model that runs."""
@@ -136,41 +136,41 @@ class BridgeBody:
         point = find_site(site).hook_point(self.bridge, layer)
         owner: Any = _owners_of_inputs(self.bridge)[id(point)]
         inside = Projection.of(owner.original_component)
-        # Some bridges with processed weights multiply by those of the projection without calling it.
+        # Some bridges with processed weights use the weight of the projection without calling the module.
         return replace(inside, read=HookSite(point, "output"))
 
     def _projected(self, site: str, layer: int) -> list[HookSite]:
-        """The input of the projection that the neurons of `site` go through: on the bridge, and in `plain`."""
+        """The input of the output projection of `site`, on the bridge and in `native`."""
         module = find_site(site).hook_point(self.bridge, layer)
         point = HookSite(module, "output")
         if self.native is None:
             if id(module) not in _owners_of_inputs(self.bridge):
                 raise ModelError(
-                    f"site {site!r}: the bridge's hook point in layer {layer} is not the input of a projection, but "
-                    "what the whole block writes (a mixture of experts has a projection for each expert)."
+                    f"site {site!r}: the bridge's hook point in layer {layer} is the output of a whole block, not the "
+                    "input of a projection (a mixture of experts has one projection per expert). Use another site."
                 )
             return [point]
         name = self.projection_names.get((site, layer))
         if name is None:
             raise ModelError(
-                f"site {site!r}: layer {layer} of {type(self.native).__name__} has no single projection that its "
-                "neurons go through (a mixture of experts has one for each expert)."
+                f"site {site!r}: layer {layer} of {type(self.native).__name__} has no single output projection "
+                "(a mixture of experts has one projection per expert). Use another site."
             )
         return [point, HookSite(self.native.get_submodule(name), "input")]
 
     @cached_property
     def _gates(self) -> list[list[HookSite]]:
-        """The hook sites of `mlp_gate` in every layer, found separately in the bridge and in the native modules."""
+        """The hook sites of `mlp_gate` in every layer, searched separately in the bridge and in the native modules."""
         bridge: Any = self.bridge
         bases = [self._base()] if self.native is None else [self._base(), self.native]
         inputs = zip(*(self._projected("mlp_gate", layer) for layer in range(int(bridge.cfg.n_layers))), strict=True)
         batch = probe_batch(min(4, self.n_embeddings), next(self.module.parameters()).device, GATE_ROWS)
         with eager_eval(self.modules()):
-            found = [
+            gates = [
                 find_gates(partial(run_base, base, batch), base.modules(), hook_sites)
                 for base, hook_sites in zip(bases, inputs, strict=True)
             ]
-        return [list(hook_sites) for hook_sites in zip(*found, strict=True)]
+        return [list(hook_sites) for hook_sites in zip(*gates, strict=True)]
 
     @property
     def n_embeddings(self) -> int:
@@ -181,10 +181,13 @@ class BridgeBody:
 
     @property
     def final_norm(self) -> nn.Module:
-        """The norm whose output the head multiplies, in the model that runs while nobody hooks the bridge."""
+        """The norm whose output the head multiplies, in the modules that run while the bridge is not hooked."""
         bridge: Any = self.bridge
         if not hasattr(bridge, "ln_final"):
-            raise ModelError(f"{type(self.module).__name__}: TransformerLens knows no final norm in it.")
+            raise ModelError(
+                f"model: TransformerLens finds no final norm in {type(self.module).__name__}, which this needs. Use a "
+                "method that does not split the reward, such as attribution_patching."
+            )
         norm: nn.Module = bridge.ln_final
         name = self._names.get(id(bridge.ln_final.original_component))
         return norm if self.native is None or name is None else self.native.get_submodule(name)
@@ -197,7 +200,7 @@ class BridgeBody:
         return block if self.native is None or name is None else self.native.get_submodule(name)
 
     def modules(self) -> Iterator[nn.Module]:
-        """Every module that may run. A bridge keeps transformers' model outside its own list."""
+        """Every module that may run. A bridge does not list transformers' model among its submodules."""
         bridge: Any = self.bridge
         return modules_of(self.module, bridge, bridge.original_model)
 
@@ -207,7 +210,7 @@ class BridgeBody:
         return base
 
     def _run_all(self) -> None:
-        """Each base that may run, on one token."""
+        """Run every base model that may run, on one token."""
         batch = probe_batch(1, next(self.module.parameters()).device)
         with torch.no_grad(), eager_eval(self.modules()):
             for base in [self._base()] if self.native is None else [self._base(), self.native]:
@@ -223,7 +226,7 @@ class BridgeBody:
 
 
 class BootNativeBody(BridgeBody):
-    """A bridge made by `TransformerBridge.boot_native`: TransformerLens' own model, with nothing of transformers."""
+    """A bridge made by `TransformerBridge.boot_native`: a TransformerLens model without any module of transformers."""
 
     @property
     def n_embeddings(self) -> int:
@@ -232,10 +235,10 @@ class BootNativeBody(BridgeBody):
         return int(bridge.cfg.d_vocab)
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
-        """The residual stream after the final norm, or the stream itself where the model has no norm."""
+        """The residual stream after the final norm, or the stream itself if the model has no norm."""
         captured: list[Tensor] = []
         base = self._base()
-        # Attention that is not causal would see the padding.
+        # Without a mask, attention that is not causal would see the padding.
         more = {} if base.cfg.attention_dir == "causal" else {"attention_mask": batch.position_mask("all")}
         with InstalledHooks([(HookSite(self.final_norm, "output"), captured.append)]):
             base(input_ids=batch.input_ids, **more)
@@ -248,14 +251,14 @@ class BootNativeBody(BridgeBody):
         if find_site(site).factor_of and (bridge.cfg.gated_mlp or hasattr(inside, "ln")):
             raise ModelError(
                 f"site {site!r}: a model of boot_native computes the input of the down projection of layer {layer} "
-                "from its activations where no hook sees them. Use site 'mlp', where zero and scale do the same."
+                "in a way that hooks cannot change. Use site 'mlp', where Zero() and Scale(alpha) do the same."
             )
         return [replace(hook_site, place=(site, layer)) for hook_site in self._projected(site, layer)]
 
     def weights(
         self, site: str, layer: int
     ) -> tuple[Float[Tensor, "channel d_model"], Float[Tensor, "d_model"] | None]:
-        """The weight and the bias that the neurons of `site` in `layer` go through: views of the parameters."""
+        """The weight and the bias of the output projection of `site` in `layer`: views of the parameters."""
         module: Any = self.projection(site, layer).written.module
         return module.weight.T, module.bias
 
@@ -264,12 +267,12 @@ class BootNativeBody(BridgeBody):
         return bridge.original_model
 
 
-# What a reward model runs on: `module` owns the parameters, `residual` runs it, `hook_sites` finds its neurons.
+# The transformer of a reward model: `module` owns the parameters, `residual` runs it, `hook_sites` finds its neurons.
 Body = BridgeBody | HookedTransformerBody
 
 
 def find_body(model: nn.Module) -> Body:
-    """The body of a model that the user hooked; raises `ModelError` for anything else."""
+    """The body of a TransformerBridge or HookedTransformer; raises `ModelError` for anything else."""
     model = unwrapped(model)
     refuse_packed_weights("model", model)
     refuse_recomputed("model", model)
@@ -283,35 +286,35 @@ def find_body(model: nn.Module) -> Body:
         if hasattr(base, "base_model"):
             return BridgeBody(model)
         raise ModelError(
-            f"model: its bridge is around a {type(base).__name__}, which is neither of transformers nor of "
-            "TransformerBridge.boot_native. Build the model with one of them."
+            f"model: expected a bridge around a model of transformers or made by TransformerBridge.boot_native, got a "
+            f"bridge around a {type(base).__name__}. Build the model with one of them."
         )
     if lens & {"HookedEncoder", "HookedEncoderDecoder", "HookedAudioEncoder"}:
         raise ModelError(
-            f"model: a {type(model).__name__} has no final residual stream at the last token, where rewards are read. "
-            "Expected a decoder: a TransformerBridge or a HookedTransformer."
+            f"model: expected a decoder (a TransformerBridge or a HookedTransformer), got a {type(model).__name__}, "
+            "which has no final residual stream at the last token, where rewards are read."
         )
     raise ModelError(
-        f"model: expected a TransformerBridge or a HookedTransformer, got {type(model).__name__}. Checkpoints are "
-        "opened with RewardHead.from_pretrained, transformers' classifiers with RewardHead.from_classifier."
+        f"model: expected a TransformerBridge or a HookedTransformer, got {type(model).__name__}. Open a checkpoint "
+        "with RewardHead.from_pretrained, and a transformers classifier with RewardHead.from_classifier."
     )
 
 
 def _projection_names(bridge: Any, names: dict[int, str]) -> dict[tuple[str, int], str]:
-    """(site, layer) -> the name of the module of transformers' model whose input the bridge's hook point shows.
+    """(site, layer) -> the name of the transformers module whose input is the bridge's hook point.
 
-    `names` maps the id of each module of the bridged twin to its name, taken before bridging. A site whose neurons go
-    through no projection of their own is left out.
+    `names` maps the id of each module of the bridged copy to its name, taken before bridging. Sites without a single
+    output projection are left out.
     """
     owners = _owners_of_inputs(bridge)
-    found = {}
+    module_names = {}
     for site in SITES:
         for layer in range(int(bridge.cfg.n_layers)):
             point = bridge.hook_dict.get(find_site(site).hook_name(layer))
             name = names.get(id(getattr(owners.get(id(point)), "original_component", None)))
             if name is not None:
-                found[site, layer] = name
-    return found
+                module_names[site, layer] = name
+    return module_names
 
 
 def _owners_of_inputs(bridge: Any) -> dict[int, nn.Module]:

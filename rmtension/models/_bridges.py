@@ -1,4 +1,4 @@
-"""Hooks for transformers' model: a bridge beside it, a bridge with processed weights, or a HookedTransformer."""
+"""Hooked versions of a transformers model: a bridge, a bridge with processed weights, or a HookedTransformer."""
 
 import copy
 import tempfile
@@ -28,10 +28,10 @@ def wrap(
     process_weights: bool = False,
     trust_remote_code: bool = False,
 ) -> Body:
-    """Hooks for `plain`, a base model of transformers.
+    """A hooked model of `plain`, a base model of transformers.
 
-    A TransformerBridge without processing shares every tensor with `plain`, which stays as it was; the others take a
-    copy of the weights. Raises `ModelError` where TransformerLens does not know the architecture, or has no
+    A TransformerBridge without processing shares every tensor with `plain`, which is not changed; the other kinds copy
+    the weights. Raises `ModelError` if TransformerLens does not support the architecture, or has no
     `HookedTransformer`.
     """
     check_model_class(model_class)
@@ -39,10 +39,10 @@ def wrap(
     refuse_recomputed(name, plain)
     let_run_in_float64(plain)
     try:
-        # Building shells draws initial weights; the user's random numbers stay as they were.
+        # Building a model draws initial weights; the user's random state stays as it was.
         with torch.random.fork_rng(devices=[]):
             return _wrap(name, plain, tokenizer, model_class, process_weights, trust_remote_code)
-    except Exception as error:  # the adapters of TransformerLens fail in as many ways as there are architectures
+    except Exception as error:  # every adapter of TransformerLens fails with its own errors
         text = " ".join(str(error).split())
         raise ModelError(
             f"{name}: TransformerLens {version('transformer-lens')} could not wrap a {type(plain).__name__} as a "
@@ -51,8 +51,8 @@ def wrap(
             + (
                 "Merge its adapter first (peft: model.merge_and_unload())."
                 if has_adapters(plain)
-                else "docs/families.md lists the families that work; RewardHead(model, weight=...) takes a hooked "
-                "model of your own."
+                else "docs/families.md lists the families that work; RewardHead(model, weight) accepts a model that "
+                "you hooked yourself."
             )
         ) from error
 
@@ -66,7 +66,7 @@ def _wrap(
         bridge = _boot(name, copy_without_hooks(plain), tokenizer, trust_remote_code, writable=True)
         bridge.enable_compatibility_mode(disable_warnings=True)
         if next(plain.parameters()).dtype == torch.float64:
-            # TransformerLens 3.9 makes biases that were not there in float32.
+            # TransformerLens 3.9 adds missing biases in float32.
             bridge.original_model.to(torch.float64)
         return BridgeBody(bridge)
     twin = copy_without_hooks(plain, {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]})
@@ -76,19 +76,19 @@ def _wrap(
 
 
 def check_model_class(model_class: str) -> None:
-    """Raise `OptionError` for an unknown name, `ModelError` for a HookedTransformer where there is none."""
+    """Raise `OptionError` for an unknown class, `ModelError` if the installed TransformerLens lacks it."""
     if model_class not in MODEL_CLASSES:
         raise OptionError(f"model_class: expected one of {list(MODEL_CLASSES)}, got {model_class!r}.")
     installed = version("transformer-lens")
     if model_class == "HookedTransformer" and int(installed.split(".")[0]) >= 4:
         raise ModelError(
-            f"model_class: transformer-lens {installed} has no HookedTransformer; version 4 removed it. Install "
-            "'transformer-lens<4', or leave model_class out: a TransformerBridge has the same hook names."
+            f"model_class: HookedTransformer needs transformer-lens 3, got version {installed}, which removed it. "
+            "Install 'transformer-lens<4', or leave model_class out: a TransformerBridge has the same hook names."
         )
 
 
 def _boot(name: str, base: Any, tokenizer: Any, trust_remote_code: bool, *, writable: bool = False) -> Any:
-    """A TransformerBridge on `base`, whose modules it takes over; `writable` if its weights will be processed."""
+    """A TransformerBridge that uses the modules of `base`; `writable` if its weights will be processed."""
     from transformer_lens.model_bridge import TransformerBridge
 
     parameter = next(base.parameters())
@@ -102,10 +102,11 @@ def _boot(name: str, base: Any, tokenizer: Any, trust_remote_code: bool, *, writ
 
 
 def _spare(tokenizer: Any) -> Any:
-    """A tokenizer for TransformerLens alone, so that it leaves the network and the reward model's tokenizer in peace.
+    """A tokenizer for TransformerLens only, so that it neither downloads one nor changes the reward model's tokenizer.
 
-    It looks for one by the model's name where it gets none, and re-reads one with a BOS token to make it prepend that.
-    Where the user's cannot encode what TransformerLens tries, it gets an empty one.
+    Without a tokenizer, TransformerLens searches for one by the model's name; it reloads a tokenizer with a BOS token
+    to make it prepend that token. If the user's tokenizer cannot encode what TransformerLens tries, it gets an empty
+    tokenizer.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -121,25 +122,25 @@ def _spare(tokenizer: Any) -> Any:
 
 
 def _encodes(tokenizer: Any, text: str) -> bool:
-    """Whether a tokenizer takes the text that TransformerLens tries it with: one without an unknown token may not."""
+    """Whether a tokenizer can encode a text; a tokenizer without an unknown token may fail."""
     try:
         return tokenizer is not None and tokenizer.encode(text) is not None
-    except Exception:  # tokenizers raises nothing more exact
+    except Exception:  # tokenizers raises no narrower class
         return False
 
 
 def _language_model(base: Any, trust_remote_code: bool, *, writable: bool) -> Any:
-    """`base` in the shell of a causal language model, which is all that TransformerLens takes.
+    """`base` inside a causal language model, the only kind of model that TransformerLens accepts.
 
-    The shell is made on the meta device. Its vocabulary projection, which nothing here runs, is tied to the
-    embeddings or zero: one number seen as a matrix, unless it has to be `writable`.
+    The language model is made on the meta device. Its vocabulary projection never runs; it is tied to the embeddings,
+    or zero: a single number expanded to a matrix, unless it has to be `writable`.
     """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         build: Any = AutoModelForCausalLM.from_config
         shell = build(copy.deepcopy(base.config), trust_remote_code=trust_remote_code)
-    # TransformerLens goes by this name; a classifier's config has its own.
+    # TransformerLens chooses its adapter by this name, which differs in a classifier's config.
     shell.config.architectures = [type(shell).__name__]
     setattr(shell, shell.base_model_prefix, base)
     shell.tie_weights()
@@ -177,7 +178,7 @@ def _hooked_transformer(plain: Any, process_weights: bool, trust_remote_code: bo
         state = loading_from_pretrained.get_pretrained_state_dict(folder, cfg, hf_model=shell, dtype=parameter.dtype)
         cfg.tokenizer_name = None
         cfg.n_ctx = min(cfg.n_ctx, context or cfg.n_ctx)
-        # Experts are made in float32 whatever the config says.
+        # TransformerLens makes experts in float32, whatever the config says.
         model = HookedTransformer(cfg, None, move_to_device=False).to(parameter.dtype, print_details=False)
     model.load_and_process_state_dict(state, **steps)
     hooked: nn.Module = model.to(parameter.device, print_details=False).eval().requires_grad_(False)

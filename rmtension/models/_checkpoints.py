@@ -1,4 +1,4 @@
-"""Opening a reward model's checkpoint: transformers loads it, safetensors only, and its scalar head stays with it."""
+"""Opening the checkpoint of a reward model: transformers loads it from safetensors, and its scalar head is kept."""
 
 import warnings
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.models._adapters import active_head, inside_peft
-from rmtension.models._head_files import StoredHeads, head_beside, pickled_head, read_head_file, stored_heads
+from rmtension.models._head_files import StoredHeads, pickled_head, read_head_file, separate_head, stored_heads
 from rmtension.models._heads import LinearHead, read_head
 from rmtension.models._hooks import unwrapped
 from rmtension.models._loading import (
@@ -34,7 +34,7 @@ _TOKENS = "TOKEN_CLS"  # peft's name of the task
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint was read from, and how, to read it again; `head` is what the user gave in place of its own."""
+    """Where a checkpoint was read from, and how, to read it again; `head` is the head that the user passed, or None."""
 
     name: str
     head: object
@@ -44,7 +44,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Logits:
-    """The reward as transformers' own logits of `auto_class`: the one of `rows`, or the first minus the second."""
+    """The reward as logits of a transformers class: the logit of one row, or that of the first minus the second."""
 
     auto_class: str
     rows: tuple[int, ...]
@@ -52,12 +52,11 @@ class Logits:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base model of transformers with what a reward head needs; `head` is None where only activations are wanted.
+    """A base model of transformers with what a reward head needs; `head` is None for activations only.
 
-    `pools` says that the reward is read where transformers' classifiers read it. `logits` are those of transformers
-    that the reward is, from `source` or from the live model; None where transformers computes no such number. `base` is
-    None once a conversion has taken its place and it can be read again. `classifier` is the model in memory whose score
-    layer `head` was read from.
+    `pools` says that the reward is read where transformers' classifiers read it. `logits` says which logits of
+    transformers the reward is; None if transformers does not compute it. `base` is None if it was converted, and can be
+    read again from `source`. `classifier` is the model in memory whose score layer `head` was read from.
     """
 
     base: nn.Module | None
@@ -71,15 +70,15 @@ class Checkpoint:
     classifier: Any = None
 
     def require_same_head(self) -> None:
-        """Raise `ModelError` where the score layer of the model in memory is not what it was when it was opened."""
+        """Raise `ModelError` if the score layer of the model in memory has changed since the model was opened."""
         if self.classifier is None or self.head is None or self.logits is None:
             return
         rows = self.logits.rows
         now = read_head(active_head(self.classifier.score), output=rows if len(rows) == 2 else rows[0])
         if now.bias != self.head.bias or not torch.equal(now.weight, self.head.weight):
             raise ModelError(
-                f"{self.name}: its score layer changed after it was opened (it was trained, or another adapter was "
-                "made active), and this head has a copy of the old one. Open the model again: "
+                f"{self.name}: its score layer changed after the model was opened (it was trained, or another adapter "
+                "was activated), but the head is a copy of the old score layer. Open the model again with "
                 "RewardHead.from_classifier."
             )
 
@@ -97,14 +96,14 @@ class Checkpoint:
 def open_checkpoint(
     name: str | Path, *, reward: bool, head: object = None, output: object = None, options: LoadOptions
 ) -> Checkpoint:
-    """Load `name` (a folder, or a hub name) with transformers; raises `ModelError` for what is no reward model.
+    """Load `name` (a folder or a hub name) with transformers; raises `ModelError` for what is no reward model.
 
-    With `reward` and no `head` it must be a sequence classifier, a language model with a value head in its files or
-    beside them, or a language model whose tokens `output` names; `head` is taken in place of any that the checkpoint
-    has. An adapter is merged into its base. Memory: the weights once.
+    With `reward` and without `head` it must be a sequence classifier, a language model with a value head in its folder,
+    or a language model with `output` tokens. `head` replaces any head of the checkpoint. An adapter is merged into its
+    base. Memory: the weights once.
     """
     place = find_checkpoint(name, options)
-    placement_of(options)  # a wrong device is said before anything is read
+    placement_of(options)  # raises for a wrong device before anything is read
     stored = stored_heads(place.weights, _width(place.config))
     classifies = _is_classifier(place)
     if (classifies or place.task == _TOKENS) and (place.adapters or (reward and head is None)):
@@ -117,7 +116,7 @@ def open_checkpoint(
     if reward and given is None and classifies:
         auto_class = _CLASSIFIER
         if "score.weight" in stored.linear or place.n_saved_outputs is not None:
-            choose_rows(output, len(names), names, str(name))  # said before the weights are read
+            choose_rows(output, len(names), names, str(name))  # raises before the weights are read
     elif reward and given is None:
         given = _value_head(place, stored)
         is_labelled = place.task == _TOKENS or place.is_for("ForTokenClassification")
@@ -146,9 +145,9 @@ def open_checkpoint(
 
 
 def reload_model(source: Source, logits: Logits, dtype: torch.dtype) -> Any:
-    """The model of transformers whose `logits` the reward is, read again, with its adapter as peft runs it."""
+    """Read the transformers model whose `logits` are the reward again, with its adapter attached, not merged."""
     options: LoadOptions = {**source.options, "dtype": dtype}
-    place = find_checkpoint(source.name, options, local_files_only=True)  # it was loaded from there a moment ago
+    place = find_checkpoint(source.name, options, local_files_only=True)  # it was downloaded when it was opened
     if logits.auto_class == _CLASSIFIER:
         _set_outputs(place, stored_heads(place.weights, _width(place.config)))
     return load_model(place, logits.auto_class, merge=False)
@@ -157,13 +156,13 @@ def reload_model(source: Source, logits: Logits, dtype: torch.dtype) -> Any:
 def checkpoint_of(
     classifier: Any, tokenizer: Any, pad_token: str | None, head: object = None, output: object = None
 ) -> Checkpoint:
-    """The same for a classifier of transformers that is in memory; its modules and weights are used as they are."""
+    """The checkpoint of a transformers classifier in memory, with its modules and weights, which are not copied."""
     classifier = inside_peft(unwrapped(classifier))
     name = type(classifier).__name__
     if not name.endswith("ForSequenceClassification"):
         raise ModelError(
-            f"model: expected a ...ForSequenceClassification of transformers, got {name}. Hooked models go to "
-            "RewardHead(model, weight=...)."
+            f"model: expected a ...ForSequenceClassification of transformers, got {name}. Open a hooked model with "
+            "RewardHead(model, weight)."
         )
     refuse_packed_weights(name, classifier)
     refuse_quantised(name, classifier.config)
@@ -182,14 +181,14 @@ def checkpoint_of(
 
 
 def _is_classifier(place: CheckpointLocation) -> bool:
-    """Whether transformers has a classifier of it, with its rule which token is read."""
+    """Whether transformers reads the checkpoint as a sequence classifier, and so chooses the token to read."""
     if place.task == _TOKENS:
         return False
     return place.is_for("ForSequenceClassification") or place.task == "SEQ_CLS" or place.n_saved_outputs is not None
 
 
 def _auto_class(place: CheckpointLocation, classifies: bool) -> str:
-    """The class whose parameters have the names that the adapter's have; the bare model where there is none."""
+    """The class whose parameters have the names of the adapter's parameters; without adapters, the bare model."""
     if not place.adapters or place.task == "FEATURE_EXTRACTION":
         return "AutoModel"
     if place.task == _TOKENS:
@@ -198,7 +197,7 @@ def _auto_class(place: CheckpointLocation, classifies: bool) -> str:
 
 
 def _set_outputs(place: CheckpointLocation, stored: StoredHeads) -> None:
-    """Set the config's number of labels to the rows of the score head that there is, whatever it says."""
+    """Set the config's number of labels to the number of rows of the stored score head."""
     config, width = place.config, _width(place.config)
     score = stored.linear.get("score.weight")
     if place.n_saved_outputs is not None:
@@ -207,59 +206,57 @@ def _set_outputs(place: CheckpointLocation, stored: StoredHeads) -> None:
         shape = tuple(score.shape)
         if len(shape) != 2 or shape[1] != width:
             raise ModelError(
-                f"{place.files.name}: expected a score head of shape ({config.num_labels}, {width}), a row as "
-                f"wide as the model for each output, got {shape}. Its head and its body do not belong together; load "
-                "the checkpoint they were saved in, or pass head=."
+                f"{place.files.name}: expected a score head of shape ({config.num_labels}, {width}), one row of the "
+                f"model's width per output, got {shape}. Open a checkpoint whose head was trained with its model, or "
+                "pass head=..."
             )
         config.num_labels = shape[0]
     elif place.adapters:
         raise ModelError(
-            f"{place.files.name}: neither the adapter nor its base model holds a score head. An adapter that is "
-            "trained with task_type='SEQ_CLS', or with modules_to_save=['score'], is saved with one."
+            f"{place.files.name}: neither the adapter nor its base model holds a score head. Train the adapter with "
+            "task_type='SEQ_CLS' or modules_to_save=['score'], so that it is saved with one."
         )
     elif stored.layers:
         raise ModelError(_no_head(place, stored))
 
 
 def _value_head(place: CheckpointLocation, stored: StoredHeads) -> Mapping[str, Tensor] | None:
-    """The head of a language model in its own files or in one beside them; that of an adapter before its base's."""
-    beside = head_beside(place.files)
-    if place.adapters and not beside:
-        beside = head_beside(place.weights)
-        beside = beside or {}
-    if place.adapters and beside:
-        return beside
+    """The head of a language model, from its own files or from a separate one; an adapter's head before its base's."""
+    separate = separate_head(place.files)
+    if place.adapters and not separate:
+        separate = separate_head(place.weights)
+    if place.adapters and separate:
+        return separate
     linear = stored.linear
-    differing = [key for key in beside.keys() & linear.keys() if not torch.equal(beside[key], linear[key])]
-    if linear and beside and (differing or not beside.keys() <= linear.keys()):
+    differing = [key for key in separate.keys() & linear.keys() if not torch.equal(separate[key], linear[key])]
+    if linear and separate and (differing or not separate.keys() <= linear.keys()):
         raise ModelError(
-            f"{place.files.name}: it has two heads, {sorted(linear)[:2]} in the model and {sorted(beside)[:2]} in "
-            "value_head.safetensors. Say which one is meant: head=... takes the path of a file, or the tensors."
+            f"{place.files.name}: it has two heads, {sorted(linear)[:2]} in the model and {sorted(separate)[:2]} in "
+            "value_head.safetensors. Pass the right one: head=... accepts the path of a file, or the tensors."
         )
-    return beside or linear or None
+    return separate or linear or None
 
 
 def _no_head(place: CheckpointLocation, stored: StoredHeads) -> str:
-    """Why there is no reward, and what there is in place of one."""
+    """An error message: why the checkpoint has no reward, and what to do."""
     name = place.files.name
     if stored.layers:
         return (
-            f"{name}: its head has several layers ({list(stored.layers)[:4]}), which this version does not read: "
-            "its heads are one linear map. Activations alone are read with RewardHead.from_language_model."
+            f"{name}: expected a head that is one linear map, got a head of several layers "
+            f"({list(stored.layers)[:4]}). To read activations only, use RewardHead.from_language_model."
         )
     pickled = pickled_head(place.files, is_adapter=bool(place.adapters))
     if pickled:
-        return f"{name}: there is no head in its safetensors files.{pickled}"
+        return f"{name}: its safetensors files contain no head.{pickled}"
     return (
-        f"{name}: expected a checkpoint of a sequence classifier, got {place.config.architectures}: it has no score "
-        "head. A language model is not a reward model; give it one with head=(weight, bias), name the tokens whose "
-        "logits are the reward with output=(' Yes', ' No'), or read its activations alone with "
-        "RewardHead.from_language_model."
+        f"{name}: expected a checkpoint of a sequence classifier, got {place.config.architectures}, which has no score "
+        "head. Pass a head with head=(weight, bias), or the tokens whose logits are the reward with "
+        "output=(' Yes', ' No'); to read activations only, use RewardHead.from_language_model."
     )
 
 
 def _score_head(name: str, classifier: Any, stored: StoredHeads, output: object) -> tuple[LinearHead, tuple[int, ...]]:
-    """The head of a classifier of transformers, and the rows of its score layer that it is made of."""
+    """The head of a transformers classifier, and the rows of its score layer that the head is made of."""
     score = active_head(getattr(classifier, "score", None))
     if hasattr(score, "base_layer"):
         raise ModelError(
@@ -268,8 +265,8 @@ def _score_head(name: str, classifier: Any, stored: StoredHeads, output: object)
         )
     if not isinstance(score, nn.Linear):
         raise ModelError(
-            f"{name}: expected a linear layer called 'score' on the last token, got {score}. "
-            f"{type(classifier).__name__} computes its reward in another way, which this library does not follow."
+            f"{name}: expected a linear layer called 'score', got {score}. {type(classifier).__name__} computes its "
+            "reward in a way that is not supported; to read activations only, use RewardHead.from_language_model."
         )
     names = classifier.config.id2label
     rows = choose_rows(output, score.out_features, names if len(names) == score.out_features else None, name)
@@ -278,8 +275,8 @@ def _score_head(name: str, classifier: Any, stored: StoredHeads, output: object)
     if getattr(score, "bias", None) is None and bias is not None:
         constant = float(pick(bias.double().reshape(score.out_features), rows))
         warnings.warn(
-            f"{name}: the checkpoint has a score.bias of {constant:.4g}, for which transformers has no place. It is "
-            "added here: rewards differ from transformers' by this constant, margins do not.",
+            f"{name}: the checkpoint has a score.bias of {constant:.4g}, which transformers ignores. It is added here, "
+            "so rewards differ from transformers' by this constant; margins are equal.",
             RMTensionWarning,
             stacklevel=4,
         )
@@ -293,31 +290,33 @@ def _width(config: Any) -> int | None:
 
 
 def _has_text(output: object) -> bool:
-    return any(isinstance(one, str) for one in (output if isinstance(output, tuple | list) else [output]))
+    return any(isinstance(row, str) for row in (output if isinstance(output, tuple | list) else [output]))
 
 
 def _pad_token_id(
     name: str | Path, config: Any, tokenizer: Any, pad_token: str | None, pools: bool, is_headless: bool
 ) -> int | None:
-    """The id that transformers skips at the end of a text (None: it skips none)."""
+    """The id of the token that is skipped at the end of a text; None skips nothing."""
     configured: int | None = getattr(config.get_text_config(), "pad_token_id", None)
     if pad_token is not None:
         token_id = None if tokenizer is None else tokenizer.get_vocab().get(pad_token)
         if token_id is None:
-            raise ModelError(f"pad_token: {pad_token!r} is not in the vocabulary of {name}. Name a token that is.")
+            raise ModelError(
+                f"pad_token: {pad_token!r} is not in the vocabulary of {name}. Pass a token of tokenizer.get_vocab()."
+            )
         if pools and configured not in (None, token_id):
             raise ModelError(
-                f"pad_token: {pad_token!r} is token {token_id}, and the config of {name} says {configured}, which is "
-                "what transformers skips. Leave pad_token out, or change the config."
+                f"pad_token: {pad_token!r} is token {token_id}, but transformers skips token {configured}, the "
+                f"pad_token_id in the config of {name}. Leave pad_token out, or change the config."
             )
         return int(token_id)
     if not pools:
-        # A value head or a token's logit is read at the last token, whichever it is; a model without a reward, to be
-        # compared with reward models, has its last token where they have it.
+        # A value head or a token's logit is read at the last token, whichever it is. A model without a reward skips
+        # pad tokens, so that its last token is that of the reward models it is compared with.
         return configured if is_headless else None
     if configured is None and tokenizer is not None and tokenizer.pad_token_id is None:
         raise ModelError(
-            f"{name}: neither its config nor its tokenizer has a pad token, and transformers reads the reward at the "
-            f"last token that is not one. Say which it is: pad_token={tokenizer.eos_token or '<a token>'!r}."
+            f"{name}: neither its config nor its tokenizer has a pad token, but transformers reads the reward at the "
+            f"last token that is not a pad token. Pass it: pad_token={tokenizer.eos_token or '<a token>'!r}."
         )
     return configured

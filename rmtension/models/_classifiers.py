@@ -1,4 +1,4 @@
-"""Exporting a model: as a classifier of transformers, in memory or on disk, with what its weights alone compute."""
+"""Exporting a model as a transformers classifier, in memory or on disk, if its weights alone compute the reward."""
 
 import copy
 import re
@@ -29,9 +29,9 @@ from rmtension.models._portable import make_portable, warn_of
 from rmtension.models._reward_model import RewardModel
 from rmtension.store._files import filled_whole
 
-# What `save_classifier` sets by itself.
+# The parameters that `save_classifier` sets.
 _SCORE = {"score.weight", "score.bias"}
-# Files of a checkpoint that was there before, which would be read in place of what is written now.
+# Files of an earlier checkpoint in the folder, which would be read instead of the new ones.
 _OTHERS = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("chat_template.jinja", "special_tokens_map.json", "added_tokens.json"),
@@ -41,13 +41,12 @@ _OTHERS = (
 def save_classifier(head: RewardModel, folder: str | Path) -> None:
     """Write the model of `head` as a one-label sequence classifier (safetensors), with its tokenizer.
 
-    A model of TransformerLens' own has no class of transformers: `_lens_models` writes its weights, its config
-    and the head, which `RewardHead.from_pretrained` opens.
+    For a model of a TransformerLens class, which transformers cannot load, `_lens_models` writes the weights, the
+    config and the head; `RewardHead.from_pretrained` opens them.
 
-    The config gets the head's pad token: where it has none, the reward is read at the last token whichever it is, and
-    transformers scores one text at a time. A bias of the head, for which transformers has no place, is written as
-    `score.bias`: `RewardHead.from_pretrained` reads it back, transformers leaves it out. The folder is read by
-    transformers 4 as by 5, but for a few ways of scaling rotary angles. All three warn.
+    The config gets the head's pad token. Warns if there is no pad token, because transformers then scores one text at a
+    time; if the head has a bias, which is written as `score.bias` and which transformers ignores; and if transformers 4
+    computes other rewards, because of how the model scales rotary angles.
     """
     if is_own_model(head.body):
         if current().is_first:
@@ -60,8 +59,8 @@ def save_classifier(head: RewardModel, folder: str | Path) -> None:
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
         raise ModelError(
-            f"folder: {folder} holds an adapter (adapter_config.json), which transformers would put on the model that "
-            "is written there. Name another folder."
+            f"folder: expected a folder without an adapter, but {folder} has an adapter_config.json, which "
+            "transformers would attach to the saved model. Use another folder."
         )
     classifier = build_classifier(head)
     state = classifier.state_dict()
@@ -72,26 +71,26 @@ def save_classifier(head: RewardModel, folder: str | Path) -> None:
             with without_unseen_bars():
                 classifier.save_pretrained(place, state_dict=state)
         except SafetensorError as error:
-            # What the file system said comes as text alone: "... (os error 28)".
-            found = re.search(r"\(os error (\d+)\)", str(error))
-            raise OSError(int(found[1]) if found else 0, str(error)) from error
+            # safetensors reports the error of the file system only as text: "... (os error 28)".
+            code = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(code[1]) if code else 0, str(error)) from error
         if checkpoint.tokenizer is not None:
             checkpoint.tokenizer.save_pretrained(place)
         differences = make_portable(place, checkpoint.tokenizer)
     warn_of(differences, "save_pretrained")
     if head.pad_token_id is None:
         warnings.warn(
-            "save_pretrained: this head reads the last token of every text, and the checkpoint has no pad token, so "
-            "that transformers scores it one text at a time. To score batches, set config.pad_token_id to a token that "
-            "no text ends with.",
+            "save_pretrained: the checkpoint has no pad token, because this head reads the last token of every text. "
+            "So transformers scores one text at a time. To score batches, set config.pad_token_id to a token that no "
+            "text ends with.",
             RMTensionWarning,
             stacklevel=3,
         )
     if head.bias:
         warnings.warn(
-            f"save_pretrained: the head has a bias of {head.bias:.4g}, for which transformers' classifiers have no "
-            "place. It is in the file as 'score.bias'; transformers leaves it out, so that its rewards are smaller by "
-            "that constant. Margins are the same.",
+            f"save_pretrained: the head has a bias of {head.bias:.4g}, which transformers' classifiers ignore. It is "
+            "saved as 'score.bias'; without it, the rewards of transformers are smaller by that constant, and margins "
+            "are the same.",
             RMTensionWarning,
             stacklevel=3,
         )
@@ -124,14 +123,14 @@ def build_classifier(head: RewardModel) -> Any:
     other = sorted((set(classifier.state_dict()) ^ expected) - _SCORE)
     if other:
         raise ModelError(
-            f"{checkpoint.name}: its weights are not those of a {type(classifier).__name__}; only one of the two has "
+            f"{checkpoint.name}: expected the weights of a {type(classifier).__name__}, but only one of the two has "
             f"{other[:3]}. Modules inside the model were replaced or wrapped; undo that, then save."
         )
     return classifier
 
 
 def reload_classifier(head: RewardModel) -> Any:
-    """The model of transformers that makes the reward, from where `head` came; None where transformers has none."""
+    """The transformers model that computes the reward, from the source of `head`; None if there is no such model."""
     checkpoint = head.checkpoint
     if checkpoint is None or (checkpoint.source is not None and checkpoint.logits is None):
         return None
@@ -145,20 +144,21 @@ def reload_classifier(head: RewardModel) -> Any:
 
 
 def current_checkpoint(head: RewardModel, what: str) -> tuple[Checkpoint, nn.Module]:
-    """The checkpoint with what `head` is today (its weight may have been changed since), and its base model."""
+    """The checkpoint with the current weight of `head`, which may have changed, and its base model."""
     checkpoint = head.checkpoint
     if checkpoint is None or checkpoint.base is None or head.body.native is None:
         raise ModelError(
-            f"{what}: this head's weights are TransformerLens' conversion, not transformers' own. Open the checkpoint "
-            "with RewardHead.from_pretrained or from_classifier, without model_class and process_weights."
+            f"{what}: expected weights of transformers, but this model has weights that TransformerLens converted. "
+            "Open the checkpoint with RewardHead.from_pretrained or from_classifier, without model_class and "
+            "process_weights."
         )
-    today = replace(
+    updated = replace(
         checkpoint,
         head=LinearHead(head.require_weight(), head.bias),
         pad_token_id=head.pad_token_id,
         tokenizer=head.tokenizer,
     )
-    return today, checkpoint.base
+    return updated, checkpoint.base
 
 
 def require_same_stream(
@@ -167,24 +167,24 @@ def require_same_stream(
     run: Callable[[TokenBatch], Float[Tensor, "row token d_model"]],
     what: str,
 ) -> None:
-    """Raise `ModelError` unless `run`, on a probe text, gives the residual stream of the model `inside` a context.
+    """Raise `ModelError` unless `run` gives the residual stream of the model `inside` a context, on a probe text.
 
-    A copy has nothing of contexts that are entered now. It has no hooks of the user either, but those count.
+    Contexts that are entered now are ignored. Hooks of the user are not: the copy lacks them, so they raise the error.
     """
     batch = probe_batch(min(12, head.max_length, head.body.n_embeddings), head.device)
     with torch.no_grad():
         with own_hooks_paused(head.body.modules()), inside:
             expected = head.residual(batch).double()
-        found = run(batch).double()
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-    # Rounding of the stream; half precision rounds every layer to 3 or 2 digits, in another order after an edit.
+        actual = run(batch).double()
+    difference = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    # Allows for rounding; half precision rounds every layer to 3 or 2 digits, in another order after an edit.
     tolerance = {torch.float16: 0.05, torch.bfloat16: 0.2}.get(head.dtype, 1e-4)
     if not difference <= tolerance:
         raise ModelError(
-            f"{what}: the weights alone do not compute what the model does: on a probe text their residual stream is "
-            f"off by {difference:.1e} of its size. Hooks, and a forward that was replaced on a module, are not in the "
-            "weights; remove them first (`handle.remove()`, `del module.forward`), or use AblationContext, which needs "
-            "no weights."
+            f"{what}: the weights alone do not compute what the model computes: on a probe text their residual stream "
+            f"is off by {difference:.1e} of its size. Hooks, and a forward that was replaced on a module, are not in "
+            "the weights; remove them first (`handle.remove()`, `del module.forward`), or use AblationContext, which "
+            "does not edit weights."
         )
 
 

@@ -1,8 +1,8 @@
 """The direct path: what the embedding, every block and every neuron add to the reward through the residual stream.
 
 With the scale of the final norm frozen at its value, the reward is linear in the residual stream, and the residual
-stream is a sum of what was written to it. The parts below sum to the reward exactly. What a neuron does through later
-blocks is not in its part.
+stream is the sum of what was written to it. The parts below sum to the reward exactly. A neuron's part does not include
+its effect through later blocks.
 """
 
 from dataclasses import dataclass, replace
@@ -24,12 +24,23 @@ from rmtension.models._reward_model import RewardModel
 
 @dataclass(frozen=True, eq=False)
 class DirectContributions:
-    """Parts of the reward of each text: `embedding + blocks.sum(1) + constant` is the reward.
+    """The parts of the reward of each text: `embedding + blocks.sum(1) + constant` is the reward.
 
-    `constant` is the bias of the final norm and of the head. `neurons` maps a site to its neurons' parts; together
-    with `biases`, those of the projections they go through, they sum to `blocks`, layer by layer; `mlp_gate` is left
-    out, because its neurons are those of `mlp`. A site that the model has not in every layer (`mlp` of a mixture of
-    experts) is not in `neurons`, and what it writes is in `blocks` alone.
+    `constant` is what the biases of the final norm and of the head add. `neurons` maps each site to the parts of its
+    neurons, and `biases` has the parts of the biases of their output projections: in every layer, both sum to `blocks`.
+    `mlp_gate` is left out, because its neurons are those of `mlp`. A site that some layers lack (`mlp` in a mixture of
+    experts) is not in `neurons`; only `blocks` has its part.
+
+    Examples:
+        >>> from rmtension.models import direct_contributions
+        >>> from rmtension.data._tokens import TokenBatch
+        >>> tokens = head.tokenizer(["Human: a Assistant: helpful-0 end"], return_tensors="pt")
+        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+        >>> parts = direct_contributions(head, batch)
+        >>> parts.blocks.shape, parts.neurons["mlp"].shape
+        (torch.Size([1, 2]), torch.Size([1, 2, 24]))
+        >>> bool((parts.reward - head.rewards(batch)).abs() < 1e-4)
+        True
     """
 
     embedding: Float[Tensor, "text"]
@@ -45,9 +56,20 @@ class DirectContributions:
 
 
 def direct_contributions(head: RewardModel, batch: TokenBatch) -> DirectContributions:
-    """The parts of the rewards of `batch`, on the CPU. Cost: one forward pass and one product with each projection.
+    """Split the rewards of a batch into direct contributions of the embedding, blocks and neurons, on the CPU.
 
-    Raises `ModelError` for a head without a reward, and for a model whose final norm is unknown.
+    This is direct logit attribution with the reward head in place of the unembedding. Raises `ModelError` for a model
+    without a reward, and for a model whose final norm is unknown. Cost: one forward pass, and one product with each
+    projection.
+
+    Examples:
+        >>> from rmtension.data._tokens import TokenBatch
+        >>> tokens = head.tokenizer(["Human: a Assistant: helpful-0 end"], return_tensors="pt")
+        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+        >>> parts = direct_contributions(head, batch)
+        >>> layer, neuron = divmod(int(parts.neurons["mlp"][0].argmax()), head.n_neurons("mlp"))
+        >>> bool(neurons.mask[layer, neuron])  # the neuron that adds most is one of the helpfulness neurons
+        True
     """
     paths = DirectPaths(head, batch)
     with InstalledHooks(paths.hooks), torch.no_grad():
@@ -59,8 +81,8 @@ def _projections(head: RewardModel) -> dict[str, list[Projection]]:
     """Site -> the projection of every layer, in the modules that run."""
     if head.body.native is not None and not head.body.runs_native:
         raise ModelError(
-            "direct_contributions: the bridge has hooks of yours, so that it runs in place of transformers' modules, "
-            "which this looks into. Remove the hooks from head.model first."
+            "direct_contributions: head.model has hooks that this library did not install, so the bridge runs instead "
+            "of transformers' modules, whose activations are needed here. Remove those hooks first."
         )
     # The neurons of a factor are those of the product, and go through its projection.
     sites = [site for site in head.sites if find_site(site).factor_of is None]
@@ -68,9 +90,9 @@ def _projections(head: RewardModel) -> dict[str, list[Projection]]:
 
 
 class DirectPaths:
-    """What has to be seen in a run of `batch` to tell its direct paths: `hooks` before, `contributions` after it.
+    """Records a run of `batch` and computes its direct paths: install `hooks`, run, then call `contributions`.
 
-    Keeps first inputs and outputs of modules at the token the reward is read from, in the dtype of rewards.
+    Keeps inputs and outputs of modules at the token that the reward is read from, in the dtype of rewards.
     """
 
     def __init__(self, head: RewardModel, batch: TokenBatch) -> None:
@@ -81,24 +103,24 @@ class DirectPaths:
 
     @property
     def hooks(self) -> list[tuple[HookSite, Hook]]:
-        """What to install for the run."""
+        """The hooks to install for the run."""
         body = self._head.body
         blocks = [body.block(layer) for layer in range(self._head.n_layers)]
         norms = [module for block in blocks for module in block.modules() if _is_norm(module)]
-        # What the paths are made of has to be seen; some norms of a block may not run for every text.
+        # Streams and projections must be recorded; some norms of a block may not run for every text.
         hook_sites = [HookSite(block, "input", ("residual stream", layer)) for layer, block in enumerate(blocks)]
         hook_sites += [
             HookSite(body.final_norm, side, ("residual stream", len(blocks))) for side in ("input", "output")
         ]
         hook_sites += [HookSite(norm, side) for norm in norms for side in ("input", "output")]
         for site, layers in self._inside.items():
-            for layer, one in enumerate(layers):
-                hook_sites += [replace(one.read, place=(site, layer)), one.written]
+            for layer, projection in enumerate(layers):
+                hook_sites += [replace(projection.read, place=(site, layer)), projection.written]
         return [(hook_site, partial(self._keep, hook_site)) for hook_site in dict.fromkeys(hook_sites)]
 
     @torch.no_grad()
     def contributions(self) -> DirectContributions:
-        """The parts of the rewards of the run that was seen."""
+        """The parts of the rewards of the run that was recorded."""
         head, body = self._head, self._head.body
         last_in, last_out = (self.seen[HookSite(body.final_norm, side)] for side in ("input", "output"))
         norm = read_norm(body.final_norm, head.d_model).to(last_in)
@@ -129,21 +151,22 @@ class DirectPaths:
     def _keep(self, hook_site: HookSite, value: Tensor) -> None:
         n_rows, n_tokens = self._batch.input_ids.shape
         if value.numel() % (n_rows * n_tokens) or value.shape[0] not in (n_rows, n_rows * n_tokens):
-            return  # a norm of single heads, which has nothing to do with the residual stream
+            return  # a norm of single heads, which is not on the residual stream
         rows = value.detach().reshape(n_rows, n_tokens, -1)
         self.seen[hook_site] = self._batch.gather_last(rows).to(self._head.reward_dtype)
 
     def _require_close(
         self, name: str, found: Tensor, expected: Tensor, expected_name: str, summed: Tensor | None = None
     ) -> None:
-        # Rounding goes with what is summed (norms may be float32 in a float64 model); a factor is off by a share.
+        # Rounding grows with the size of the summands (norms may be float32 in a float64 model); an unknown factor is
+        # off by a share of the sum.
         share = max(1e-4, torch.finfo(self._head.dtype).eps ** 0.5)
         lost, size = (found - expected).abs().max(), expected.abs().max()
         if not lost <= share * (size if summed is None else summed.abs().max()):
             raise ModelError(
                 f"direct path of {self._head.architecture}: {name} is not what {expected_name} (off by "
-                f"{float(lost):.2g}, of {float(size):.2g}): it is scaled or normed in a way unknown here. Use "
-                "attribution_patching or integrated_gradients."
+                f"{float(lost):.2g}, of {float(size):.2g}), so this architecture scales or normalises it in an unknown "
+                "way. Use attribution_patching or integrated_gradients."
             )
 
     def _through(
@@ -151,13 +174,13 @@ class DirectPaths:
     ) -> tuple[Float[Tensor, "text channel"], Float[Tensor, "text"]]:
         """What every input of `projection` adds along `direction`, and what its bias adds.
 
-        Some families (Gemma-2, OLMo-2) norm what the projection writes before they add it; that norm is found as the
-        first whose input is the projection's output, and frozen like the final one.
+        Some families (Gemma-2, OLMo-2) apply a norm to the output of the projection before they add it to the stream.
+        It is the first norm whose input is the projection's output, and its scale is frozen like that of the final one.
         """
         activation = self.seen[projection.read]
         computed = projection.apply(activation.to(projection.dtype)).to(activation)
         written = self.seen.get(projection.written, computed)
-        # Or what the weights do not say would pass for the bias.
+        # Otherwise a part that the weights do not compute would be taken for the bias.
         self._require_close("what the weights make of its neurons", computed, written, "comes out of the projection")
         room = 0.0 if written is not computed else 32 * torch.finfo(projection.dtype).eps * float(computed.abs().max())
         constant = torch.zeros_like(direction[:, 0]).to(written)
@@ -170,7 +193,7 @@ class DirectPaths:
                 norm = read_norm(module, written.shape[-1]).to(written)
                 constant = (direction * norm.bias).sum(dim=-1)
                 direction = norm.pull_back(direction, norm.sigma(written, self.seen[HookSite(module, "output")]))
-                break  # a bridge has the norm of transformers inside its own
+                break  # a bridge wraps transformers' norm in its own: count it once
         with torch.enable_grad():
             inputs = activation.to(projection.dtype, copy=True).requires_grad_(True)
             # The gradient of a linear map is its transpose, however its module stores the weights.
@@ -180,7 +203,7 @@ class DirectPaths:
 
 
 def written_by(head: RewardModel) -> set[str]:
-    """The sites whose neurons, with the biases, write all that a block adds: attention, and the MLP if there is one."""
+    """The sites whose neurons and biases together write all that a block adds: attention, and the MLP if present."""
     attention_alone = getattr(head.model.cfg, "attn_only", False)
     return {"attn_head"} if attention_alone else {"attn_head", "mlp"}
 

@@ -1,4 +1,4 @@
-"""Where a gated MLP has act(gate) for a moment: found by changing it, not by name."""
+"""Finds the module of a gated MLP that computes act(gate), by changing its output, not by its name."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from rmtension.errors import ModelError
 from rmtension.models._hooks import Hook, HookSite, InstalledHooks
 
-# Every text of `find_gates` runs this often: as it is, with one activation in all neurons, and with another.
+# Every text of `find_gates` runs this often: unchanged, and with two different replaced activations.
 GATE_ROWS = 3
-# How far two rows of a batch may be apart for rounding alone, relative to their norm. A wrong guess is off by about 1.
+# The difference of two rows that rounding explains, relative to their norm. A wrong module is off by about 1.
 _ROUNDING = {torch.float16: 0.05, torch.bfloat16: 0.05}
 
 
 def find_gates(run: Callable[[], object], modules: Iterable[nn.Module], inputs: Sequence[HookSite]) -> list[HookSite]:
-    """The hook site of `mlp_gate` in every layer, given that of `mlp`, for one way in which a model runs.
+    """The hook site of `mlp_gate` in every layer, given the `inputs` of the down projections (the sites of `mlp`).
 
-    It is the output of the last activation function to run before the down projection, and what the name of a module
-    promises is not believed: `run` runs `GATE_ROWS` equal texts, the output is replaced by random numbers in two of
-    them, and the input of the projection has to follow, channel by channel, in proportion. Where it is the number that
-    was written there is no gate, and the hook_site is that of `mlp`.
+    The candidate is the output of the last activation function before the down projection, and it is verified: `run`
+    runs `GATE_ROWS` equal texts, the output is replaced by random numbers in two of them, and the input of the
+    projection must change in proportion, channel by channel. If the input equals the random numbers, the MLP has no
+    gate, and the hook site is that of `mlp`.
 
-    Cost: one run. Raises `ModelError` where act(gate) is nowhere to be written.
+    Cost: one run. Raises `ModelError` if no module computes act(gate).
     """
     search = _GateSearch(inputs)
     hooks: list[tuple[HookSite, Hook]] = [
@@ -39,13 +39,13 @@ def find_gates(run: Callable[[], object], modules: Iterable[nn.Module], inputs: 
 
 
 class _GateSearch:
-    """What `find_gates` writes and reads in a run."""
+    """The hooks of `find_gates`, and what they have seen."""
 
     def __init__(self, inputs: Sequence[HookSite]) -> None:
         self._inputs = inputs
         self._random = torch.Generator().manual_seed(0)
         self._n_calls: Counter[nn.Module] = Counter()
-        # The activation function that ran last, and what was written in its place: row 1, and the factor to row 2.
+        # The activation function that ran last, the values written to row 1, and the factor from row 1 to row 2.
         self._last: tuple[nn.Module, Tensor, Tensor] | None = None
         self._found: dict[int, HookSite] = {}
         self._problems: dict[int, str] = {}
@@ -77,8 +77,10 @@ class _GateSearch:
                 is_gated = not torch.equal(rows[1], written)
                 self._found[layer] = HookSite(module, "output") if is_gated else self._inputs[layer]
             else:
-                self._problems[layer] = f"what {type(module).__name__} writes is no factor of what is projected"
-        # What follows sees the same text in all rows, so that the next layer's rows can be compared too.
+                self._problems[layer] = (
+                    f"the output of {type(module).__name__} is not a factor of the down projection's input"
+                )
+        # The rest of the model gets the same text in all rows, so that the next layer's rows can be compared too.
         rows[1:] = rows[0]
         return rows.reshape(value.shape)
 
@@ -92,21 +94,21 @@ class _GateSearch:
             if layer not in self._found or layer in self._problems:
                 raise ModelError(
                     f"site 'mlp_gate': act(gate) of layer {layer} can be neither read nor written, because "
-                    f"{self._problems.get(layer, 'its down projection does not run')}. Use site 'mlp', where zero and "
-                    "scale do the same; where weights were processed or converted, open the model without "
+                    f"{self._problems.get(layer, 'its down projection does not run')}. Use site 'mlp', where Zero() "
+                    "and Scale(alpha) do the same; if weights were processed or converted, open the model without "
                     "process_weights and model_class."
                 )
         return [self._found[layer] for layer in range(len(self._inputs))]
 
 
 def _is_activation_function(module: nn.Module) -> bool:
-    """Whether `module` maps each number by itself and changes it: no projection, norm, dropout or hook point."""
+    """Whether `module` maps each number independently and changes it, unlike a projection, norm or hook point."""
     if next(module.children(), None) is not None or any(parameter.numel() > 1 for parameter in module.parameters()):
         return False
     numbers = torch.linspace(-4.0, 4.0, 64)[None, None].to(next(module.parameters(), torch.empty(0)))
     kept = torch.arange(64, device=numbers.device) % 3 > 0
     try:
-        # `forward`, because a user's hooks on the module have nothing to do here.
+        # `forward`, so that hooks of the user do not run.
         whole, part = (module.forward(values) for values in (numbers.clone(), numbers * kept))
     except Exception:  # a module that is not called with one tensor, or not called at all
         return False
@@ -116,5 +118,5 @@ def _is_activation_function(module: nn.Module) -> bool:
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
-    """Of two tensors, relative to the norm of the second; 0 where both are 0."""
+    """The distance of two tensors relative to the norm of the second; 0 if both are 0."""
     return float((found - expected).float().norm() / expected.float().norm().clamp(min=1e-12))

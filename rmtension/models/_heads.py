@@ -1,4 +1,4 @@
-"""The linear map from the residual stream to the reward, however a checkpoint or a user holds it."""
+"""The linear map from the residual stream to the reward, read from the forms in which checkpoints and users hold it."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ from rmtension.errors import ModelError
 from rmtension.models._norms import NormLayer
 from rmtension.models._outputs import choose_rows, pick
 
-# How checkpoints name a head: transformers and OpenRLHF "score", trl "v_head.summary", others as they like.
+# How checkpoints name a head: "score" (transformers, OpenRLHF), "v_head.summary" (trl), and other names.
 _NAMED = "(score|score_head|v_head|value_head|reward_head|rm_head|regression_head|regression_layer|classifier)"
 _LINEAR = re.compile(rf"(^|\.){_NAMED}(\.[A-Za-z_]\w*)*\.(weight|bias)$")
 _LAYERED = re.compile(rf"(^|\.){_NAMED}(\.\w+)*\.\d+(\.\w+)*\.(weight|bias)$")
@@ -23,13 +23,19 @@ _LAYERED = re.compile(rf"(^|\.){_NAMED}(\.\w+)*\.\d+(\.\w+)*\.(weight|bias)$")
 
 @dataclass(frozen=True)
 class LinearHead:
-    """reward = weight @ h + bias."""
+    """The linear map from the last residual stream h to the reward: reward = weight @ h + bias.
+
+    Examples:
+        >>> linear = LinearHead(torch.ones(head.d_model), bias=0.5)
+        >>> RewardHead(head.model, linear, tokenizer=head.tokenizer).bias
+        0.5
+    """
 
     weight: Float[Tensor, "d_model"]
     bias: float = 0.0
 
     def after_folding(self, norm: NormLayer) -> "LinearHead":
-        """The head for a residual stream whose final norm lost its gain and bias: gain * x + bias is folded in."""
+        """The head for a final norm without its gain and bias: both are folded into the head."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         weight, gain, bias = (t.to(self.weight.device, dtype) for t in (self.weight, norm.gain, norm.bias))
         return LinearHead(weight * gain, self.bias + float(weight @ bias))
@@ -38,25 +44,25 @@ class LinearHead:
 def read_head(
     given: object, width: int | None = None, output: object = None, names: Mapping[int, str] | None = None
 ) -> LinearHead:
-    """The head of a vector, a matrix, a (weight, bias) pair, an `nn.Linear` or a state dict.
+    """Read a linear head from a vector, a matrix, a (weight, bias) pair, an `nn.Linear` or a state dict.
 
-    Of several rows `output` says which one is the reward, or which two of which it is the difference; `names` are their
-    names. Raises `ModelError` for more than one output where none is chosen, another width than `width`, or a state
-    dict without a head.
+    If there are several rows, `output` selects the row that is the reward, or two rows whose difference it is; `names`
+    are the names of the rows. Raises `ModelError` for several rows without `output`, for a width other than `width`,
+    and for a state dict without a head.
     """
     head = given if isinstance(given, LinearHead) else _head(*_weight_and_bias(_as_tensors(given)), output, names)
     if width is not None and len(head.weight) != width:
         raise ModelError(
-            f"weight: expected {width} numbers, one for each direction of the residual stream, got "
-            f"{len(head.weight)}. The head belongs to a model of another width."
+            f"weight: expected {width} numbers, the width of the residual stream, got {len(head.weight)}. Pass the "
+            "head that was trained with this model."
         )
     return head
 
 
 def is_linear_head(name: str, shape: Sequence[int], width: int | None) -> bool:
-    """Whether a stored tensor is the weight or bias of a linear head: by its name, or as the only row of its kind.
+    """Whether a stored tensor is the weight or bias of a linear head: by its name, or because it has a single row.
 
-    Names with a number in them belong to a layer of many.
+    A name with a number in it belongs to one of several layers, so it is no linear head.
     """
     if _LINEAR.search(name) and not is_numbered(name):
         return True
@@ -65,12 +71,12 @@ def is_linear_head(name: str, shape: Sequence[int], width: int | None) -> bool:
 
 
 def layered_heads(names: Iterable[str]) -> list[str]:
-    """Those of the names that belong to a head of several layers."""
+    """The names that belong to a head of several layers."""
     return sorted(name for name in names if _LAYERED.search(name))
 
 
 def is_numbered(name: str) -> bool:
-    """Whether a parameter's name has a number in it, as those of a layer of many have."""
+    """Whether a parameter's name has a number in it, as the names of repeated layers have."""
     return any(part.isdigit() for part in name.split("."))
 
 
@@ -102,7 +108,7 @@ def _of_state_dict(state: Mapping[str, Any]) -> tuple[Any, Any]:
             f"head: expected one weight called score, v_head, value_head or reward_head, or of one row, got {weights} "
             f"among {sorted(shapes)[:6]}. "
             + (
-                f"{layers} are a head of several layers, not one linear map; activations alone are read with "
+                f"{layers} are a head of several layers, which is not a linear map. To read activations only, use "
                 "RewardHead.from_language_model."
                 if layers
                 else "Pass the (weight, bias) pair itself."
@@ -118,8 +124,8 @@ def _head(weight: Any, bias: Any, output: object, names: Mapping[int, str] | Non
     rows = rows[None] if rows.ndim == 1 else rows
     if rows.ndim != 2:
         raise ModelError(
-            f"weight: expected one row of numbers for each output, one for each direction of the residual stream, got "
-            f"shape {tuple(weight.shape)}."
+            f"weight: expected shape (d_model,) or (outputs, d_model), got {tuple(weight.shape)}. Reshape it, with "
+            "one row per output."
         )
     if names is not None and len(names) != len(rows):
         names = None
@@ -130,14 +136,14 @@ def _head(weight: Any, bias: Any, output: object, names: Mapping[int, str] | Non
     if len(constants) not in (1, len(rows)):
         raise ModelError(
             f"bias: expected one number{f' for each of {len(rows)} outputs' if len(rows) > 1 else ''}, got shape "
-            f"{tuple(torch.as_tensor(bias).shape)}."
+            f"{tuple(torch.as_tensor(bias).shape)}. Pass the bias of the same layer as the weight."
         )
     chosen = choose_rows(output, len(rows), names, f"weight of shape {tuple(weight.shape)}")
     return LinearHead(pick(rows, chosen).clone(), float(pick(constants.expand(len(rows)), chosen)))
 
 
 def _as_tensors(given: Any) -> Any:
-    """The same with tensors where arrays or lists of numbers are: the weight itself, of a pair, or in a state dict."""
+    """Convert arrays and lists of numbers to tensors: a weight, the weight of a pair, or the values of a state dict."""
     if isinstance(given, Mapping):
         return {name: _as_tensor(value) for name, value in given.items()}
     if isinstance(given, tuple | list) and len(given) == 2 and not isinstance(given[0], Number):
@@ -148,7 +154,7 @@ def _as_tensors(given: Any) -> Any:
 
 
 def _as_tensor(weight: Any) -> Any:
-    """A tensor of floats for an array or a list, float64 where it does not say otherwise; anything else as it is."""
+    """A float tensor for an array or a list (float64 unless the array has a float dtype); other values as they are."""
     if isinstance(weight, Tensor) or not (isinstance(weight, tuple | list) or hasattr(weight, "__array__")):
         return weight
     try:

@@ -1,4 +1,4 @@
-"""A HookedTransformer of TransformerLens 3.x: how it runs, and where its neurons are in it."""
+"""A HookedTransformer of TransformerLens 3.x: how it runs, and where its neurons are."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,10 +16,9 @@ from rmtension.models._projections import Projection
 
 
 class HookedTransformerBody:
-    """A HookedTransformer, the user's own or converted from transformers.
+    """A HookedTransformer, built by the user or converted from transformers.
 
-    Without any norm (`normalization_type=None`) an identity stands for the final one, so that the residual stream is
-    read as it is.
+    If it has no norms (`normalization_type=None`), an identity takes the role of the final norm.
     """
 
     native: nn.Module | None = None
@@ -33,16 +32,17 @@ class HookedTransformerBody:
         cfg: Any = model.cfg
         if getattr(cfg, "load_in_4bit", False):
             raise ModelError(
-                "model: its weights are quantised (load_in_4bit), so that neurons have no exact weights to read or to "
+                "model: its weights are quantised (load_in_4bit), so neurons have no exact weights to read or to "
                 "ablate. Load the model without load_in_4bit."
             )
-        # The widest, because `model.double()` changes all but the config.
+        # The widest dtype, because `model.double()` changes all weights but not the config.
         dtypes = {parameter.dtype for parameter in model.parameters()}
         widest = max(dtypes, key=lambda dtype: dtype.itemsize)
         if dtypes | {cfg.dtype} != {widest}:
             raise ModelError(
-                f"model: its weights are {' and '.join(sorted(map(str, dtypes)))} and its config says {cfg.dtype}, "
-                f"which norms would round to. Convert all of it: model.to({widest})."
+                f"model: expected the same dtype in all weights and the config, got weights of "
+                f"{' and '.join(sorted(map(str, dtypes)))} and a config of {cfg.dtype}, to which norms would round. "
+                f"Convert the whole model: model.to({widest})."
             )
 
     @property
@@ -67,7 +67,7 @@ class HookedTransformerBody:
 
     @property
     def final_norm(self) -> nn.Module:
-        """The norm whose output the head multiplies, or the identity that stands for it."""
+        """The norm whose output the head multiplies, or an identity if the model has no norms."""
         norm: nn.Module = getattr(self.module, "ln_final", self._no_norm)
         return norm
 
@@ -82,12 +82,12 @@ class HookedTransformerBody:
         return modules_of(self.module, self._no_norm)
 
     def last_mlp_at_last_tokens(self, batch: TokenBatch) -> AbstractContextManager[bool]:
-        """Nothing: all of it runs."""
+        """A context that does nothing: the whole MLP runs."""
         return nullcontext(False)
 
     @property
     def is_hooked(self) -> bool:
-        """Whether somebody hooked the model."""
+        """Whether the model has hooks, of the user or of this library."""
         return count_foreign_hooks(self.module) > 0 or has_own_hooks(self.modules())
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
@@ -98,21 +98,21 @@ class HookedTransformerBody:
         end = self.final_norm if has_norm else model.blocks[-1]
         hooks: list[tuple[HookSite, Hook]] = [(HookSite(end, "output"), captured.append)]
         with InstalledHooks(hooks + self._hiding_padding(batch)), self._fresh_alibi():
-            # return_type=None leaves out the unembedding. Without a mask one is guessed where the model has a tokenizer
-            # that pads on the left, from pad tokens that may be part of a text. All ones, for the reason in `run_base`.
+            # return_type=None skips the unembedding. Without a mask, TransformerLens guesses one from pad tokens, which
+            # may be part of a text, if the tokenizer pads on the left. All ones, for the reason given in `run_base`.
             model(batch.input_ids, attention_mask=torch.ones_like(batch.input_ids), return_type=None)
         return captured[0] if has_norm else self._no_norm(captured[0])
 
     def hook_sites(self, site: str, layer: int) -> list[HookSite]:
         """The hook point of `site` in `layer`."""
         points: Any = self.module.hook_dict
-        # A gated MLP has the first, one with a norm inside the second; without them `hook_post` is act(hidden).
+        # A gated MLP has the first, an MLP with a norm inside the second; without them `hook_post` is act(hidden).
         more = {f"blocks.{layer}.mlp.hook_pre_linear", f"blocks.{layer}.mlp.hook_mid"} & set(points)
         if find_site(site).factor_of and more:
             raise ModelError(
                 f"site {site!r}: a HookedTransformer computes the input of the down projection of layer {layer} from "
-                "its activations before any hook sees them. Use site 'mlp', where zero and scale do the same, or open "
-                "the model without model_class."
+                "its activations before any hook can change them. Use site 'mlp', where Zero() and Scale(alpha) do the "
+                "same, or open the model without model_class."
             )
         return [HookSite(find_site(site).hook_point(self.module, layer), "output", (site, layer))]
 
@@ -138,7 +138,7 @@ class HookedTransformerBody:
         return inside
 
     def _hiding_padding(self, batch: TokenBatch) -> list[tuple[HookSite, Hook]]:
-        """What keeps bidirectional attention from padding: TransformerLens applies a mask to causal attention alone."""
+        """Hooks that hide padding from bidirectional attention, to which TransformerLens does not apply a mask."""
         model: Any = self.module
         if model.cfg.attention_dir != "bidirectional":
             return []
@@ -151,10 +151,10 @@ class HookedTransformerBody:
 
     @contextmanager
     def _fresh_alibi(self) -> Iterator[None]:
-        """Run without the ALiBi biases that attention kept of an earlier, longer run, and keep none of this one.
+        """Run without the ALiBi biases that attention cached in an earlier, longer run, and cache none of this run.
 
-        A cut of the longer ones is the same up to a constant per token, that is up to rounding, behind a causal mask,
-        and other biases without one.
+        With a causal mask, the cached biases would differ by a constant per token, so only by rounding; without one,
+        they would be wrong.
         """
         model: Any = self.module
         kept = [block.attn.__dict__.get("alibi") for block in model.blocks]

@@ -1,4 +1,4 @@
-"""Forward hooks that come off again, whatever happens, and that are known to have fired."""
+"""Forward hooks that are always removed again, and that are checked to have fired."""
 
 import copy
 from collections import OrderedDict
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from rmtension.errors import ModelError, OptionError
 
-# What a hook gets and may return in its place.
+# A function of a tensor that may return a replacement.
 Hook = Callable[[Tensor], Tensor | None]
-# The same for a whole call: the module, its positional and named arguments, and what it gave.
+# The same for a whole call: the module, its positional and keyword arguments, and its output.
 CallVisit = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
-# What a module is called with: positional and named arguments.
+# The positional and keyword arguments of a call.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -25,8 +25,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class HookSite:
     """A tensor inside a running model: the output of a module, or its first input.
 
-    `place` is the (site, layer) of its activation; None where nothing depends on the hook. A model may have several
-    hook sites for one activation, of which one fires in each run.
+    `place` is the (site, layer) of its activation; None if the hook need not fire. A model may have several hook sites
+    for the same activation, of which one fires in each run.
     """
 
     module: nn.Module
@@ -35,10 +35,11 @@ class HookSite:
 
 
 class InstalledHooks:
-    """Context manager: installs all hooks or none, removes them in reverse order, refuses to be entered twice.
+    """Context manager that installs all hooks or none, and removes them in reverse order.
 
-    Plain PyTorch hooks, also on TransformerLens' hook points, so that `model.reset_hooks()` does not remove them and
-    they leave no trace in the model's own lists. `any_tokens` says that the visits do not mind which tokens they see.
+    They are PyTorch hooks, also on TransformerLens' hook points, so `model.reset_hooks()` does not remove them, and the
+    model's own lists do not contain them. `any_tokens` says that the hooks accept any subset of tokens. Raises
+    `OptionError` if it is entered twice.
     """
 
     def __init__(self, hooks: Sequence[tuple[HookSite, Hook]], *, any_tokens: bool = False) -> None:
@@ -48,8 +49,8 @@ class InstalledHooks:
 
     def __enter__(self) -> "InstalledHooks":
         if self._installed is not None:
-            raise OptionError("hooks: this context is already entered. Leave it first, or make a second one.")
-        # ExitStack undoes what was registered when a later registration fails, and goes on when one removal fails.
+            raise OptionError("hooks: this context is already entered. Leave it first, or create a second context.")
+        # ExitStack removes registered hooks if a later registration fails, and continues if a removal fails.
         with ExitStack() as stack:
             for hook_site, visit in self._hooks:
                 stack.callback(_install(hook_site, visit, self._any_tokens))
@@ -64,9 +65,9 @@ class InstalledHooks:
 
 @contextmanager
 def eager_eval(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Every module in eval mode and run eagerly, and afterwards each in the mode it had.
+    """Put every module into eval mode and disable `torch.compile`; afterwards restore the mode of each.
 
-    Compiled code does not call hooks that were registered after it was compiled, so `torch.compile` is set aside.
+    Compiled code does not call hooks that were registered after compilation.
     """
     listed = list(modules)
     training = [module for module in listed if module.training]
@@ -94,26 +95,26 @@ def _eager() -> AbstractContextManager[None]:
     if set_stance is None:
         raise ModelError(
             f"model: some of its modules are compiled, and torch {torch.__version__} cannot run them uncompiled, so "
-            "that hooks would not fire. Open the model before torch.compile, or install torch 2.6 or newer."
+            "hooks would not fire. Open the model before torch.compile, or install torch 2.6 or newer."
         )
     stance: AbstractContextManager[None] = set_stance("force_eager")
     return stance
 
 
 class AllSeen(Exception):  # noqa: N818 - no error
-    """Raised by a hook to end a run whose rest nobody asked for."""
+    """Raised by a hook to end a run whose rest is not needed."""
 
 
 @contextmanager
 def all_fire(modules: Iterable[nn.Module], layers: range | None = None) -> Iterator[None]:
-    """After a run, also one that `AllSeen` ended, raise `ModelError` if a place of this library's hooks did not fire.
+    """Raise `ModelError` after a run if a hook of this library did not fire, also if `AllSeen` ended the run.
 
-    `layers` are those that the run goes through; all by default.
+    `layers` are the layers that the run goes through; all by default.
     """
-    counts: dict[tuple[str, int], list[tuple[_SpotHook, int]]] = {}
+    counts: dict[tuple[str, int], list[tuple[_SiteHook, int]]] = {}
     for module in modules:
         for hook in _forward_hooks_of(module):
-            if isinstance(hook, _SpotHook) and hook.place and (layers is None or hook.place[1] in layers):
+            if isinstance(hook, _SiteHook) and hook.place and (layers is None or hook.place[1] in layers):
                 counts.setdefault(hook.place, []).append((hook, hook.n_fired))
     ended = None
     try:
@@ -124,9 +125,8 @@ def all_fire(modules: Iterable[nn.Module], layers: range | None = None) -> Itera
         if not any(hook.n_fired > n for hook, n in before):
             raise ModelError(
                 f"hooks: the hook at site {site!r} of layer {layer} did not fire, so nothing was read or changed: "
-                "the model does not call the module that the hook is on. Restore the module's own forward (`del "
-                "module.forward` where it was replaced on the instance), undo wrappers inside the model, and open it "
-                "again."
+                "the model does not call the hooked module. If the module's forward was replaced, restore it (`del "
+                "module.forward`); undo wrappers inside the model, and open it again."
             )
     if ended is not None:
         raise ended
@@ -134,20 +134,20 @@ def all_fire(modules: Iterable[nn.Module], layers: range | None = None) -> Itera
 
 @contextmanager
 def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """No parameter asks for a gradient, so that nothing is kept for one; afterwards each asks as it did."""
-    asking = [parameter for module in modules for parameter in module.parameters(recurse=False)]
-    asking = [parameter for parameter in asking if parameter.requires_grad]
-    for parameter in asking:
+    """Set `requires_grad` of all parameters to False, to save memory; afterwards restore it."""
+    parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 def copy_without_hooks(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """`copy.deepcopy` of a model without any hook of its modules: they belong to the original, and may not copy."""
+    """`copy.deepcopy` of a model without the hooks of its modules, which may not be copyable."""
     kept = []
     try:
         for module in model.modules():
@@ -162,19 +162,19 @@ def copy_without_hooks(model: nn.Module, memo: dict[int, Any] | None = None) -> 
 
 @contextmanager
 def own_hooks_paused(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While it is entered, hooks of this library that are on `modules` now do nothing; those of the user run."""
-    found = [hook for module in modules for hook in _forward_hooks_of(module) if isinstance(hook, _SpotHook)]
-    for hook in found:
+    """Pause the hooks that this library has on `modules` now; hooks of the user still run."""
+    own_hooks = [hook for module in modules for hook in _forward_hooks_of(module) if isinstance(hook, _SiteHook)]
+    for hook in own_hooks:
         hook.n_pauses += 1
     try:
         yield
     finally:
-        for hook in found:
+        for hook in own_hooks:
             hook.n_pauses -= 1
 
 
 def unwrapped(model: Any) -> Any:
-    """The module inside `torch.compile(module)` and (distributed) data parallelism, which share its parameters."""
+    """The module inside `torch.compile(module)` and wrappers of data parallelism, which share its parameters."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
@@ -201,7 +201,7 @@ class _OurHook:
     any_tokens = False
 
 
-class _SpotHook(_OurHook):
+class _SiteHook(_OurHook):
     """Sees the tensor of a hook site, and may replace it; counts how often it fired."""
 
     def __init__(self, hook_site: HookSite, visit: Hook, any_tokens: bool) -> None:
@@ -222,7 +222,7 @@ class _SpotHook(_OurHook):
 
 
 class _Recorder(_OurHook):
-    """Keeps what its module was called with."""
+    """Keeps the arguments of its module's last call."""
 
     def __init__(self, calls: dict[nn.Module, Call]) -> None:
         self._calls = calls
@@ -233,7 +233,7 @@ class _Recorder(_OurHook):
 
 @contextmanager
 def recorded_calls(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Call]]:
-    """Module -> the positional and named arguments of its last call in the meantime."""
+    """Record calls: a dict from each module to the positional and keyword arguments of its last call."""
     calls: dict[nn.Module, Call] = {}
     with ExitStack() as stack:
         for module in modules:
@@ -243,7 +243,7 @@ def recorded_calls(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Cal
 
 
 class _CallHook(_OurHook):
-    """Sees a whole call of its module, and may replace what it gave."""
+    """Sees a whole call of its module, and may replace the output."""
 
     def __init__(self, visit: CallVisit) -> None:
         self._visit = visit
@@ -254,7 +254,7 @@ class _CallHook(_OurHook):
 
 @contextmanager
 def on_calls(modules: Iterable[nn.Module], visit: CallVisit) -> Iterator[None]:
-    """While it is entered, `visit(module, args, kwargs, output)` sees every call, and may return another output."""
+    """Call `visit(module, args, kwargs, output)` in every call of the modules; it may return another output."""
     with ExitStack() as stack:
         for module in modules:
             stack.callback(module.register_forward_hook(_CallHook(visit), with_kwargs=True).remove)
@@ -262,7 +262,7 @@ def on_calls(modules: Iterable[nn.Module], visit: CallVisit) -> Iterator[None]:
 
 
 def _install(hook_site: HookSite, visit: Hook, any_tokens: bool) -> Callable[[], None]:
-    hook = _SpotHook(hook_site, visit, any_tokens)
+    hook = _SiteHook(hook_site, visit, any_tokens)
     if hook_site.side == "output":
         return hook_site.module.register_forward_hook(hook).remove
     return hook_site.module.register_forward_pre_hook(hook).remove
@@ -271,7 +271,7 @@ def _install(hook_site: HookSite, visit: Hook, any_tokens: bool) -> Callable[[],
 def modules_of(*roots: nn.Module) -> Iterator[nn.Module]:
     """Every module of several models once, in the order of `nn.Module.modules`.
 
-    That makes a name for each at every depth, three times the work; and every forward pass asks.
+    Every forward pass needs this; `nn.Module.modules` also builds names, which takes three times as long.
     """
     waiting = list(reversed(roots))
     found: dict[int, nn.Module] = {}
@@ -284,7 +284,7 @@ def modules_of(*roots: nn.Module) -> Iterator[nn.Module]:
 
 
 def has_own_hooks(modules: Iterable[nn.Module], *, minding_tokens: bool = False) -> bool:
-    """Whether this library has a hook on one of `modules` at this moment, or one that minds which tokens it sees."""
+    """Whether this library has a hook on one of `modules`; with `minding_tokens`, one that needs all tokens."""
     return any(
         isinstance(hook, _OurHook) and not (minding_tokens and hook.any_tokens)
         for module in modules
@@ -297,12 +297,12 @@ def _forward_hooks_of(module: nn.Module) -> Iterator[object]:
 
 
 def is_placed(modules: Iterable[nn.Module]) -> bool:
-    """Whether accelerate moves tensors between devices around modules, and has to see each of them end."""
+    """Whether accelerate moves tensors between devices around modules, which requires that every module finishes."""
     return any(hasattr(module, "_hf_hook") for module in modules)
 
 
 def count_foreign_hooks(model: nn.Module) -> int:
-    """How many hooks of all kinds are on `model` and its submodules that a user put there."""
+    """The number of hooks, of any kind, that the user installed on `model` and its submodules."""
     return sum(
         not (isinstance(hook, _OurHook) or _is_wiring(hook))
         for module in modules_of(model)
@@ -317,9 +317,9 @@ def count_foreign_hooks(model: nn.Module) -> int:
 
 
 def _is_wiring(hook: object) -> bool:
-    """Whether a bridge or transformers put a hook there for itself, when it first ran, for good.
+    """Whether a hook is part of a bridge or of transformers, which install it permanently in the first run.
 
-    What a user adds to a hook point is wrapped in a function of `transformer_lens.hook_points`.
+    A hook that the user adds to a hook point is wrapped in a function of `transformer_lens.hook_points`.
     """
     module = str(getattr(hook, "__module__", ""))
     is_lens = module.startswith("transformer_lens.") and not module.startswith("transformer_lens.hook_points")

@@ -1,4 +1,4 @@
-"""What the last block need not compute: a reward is read at one token of a text, and the MLP works token by token."""
+"""Runs the last MLP only at the tokens that rewards are read from, because an MLP works token by token."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,16 +10,16 @@ from rmtension.models._hooks import HookSite, InstalledHooks, count_foreign_hook
 
 
 class LastMLP:
-    """The MLP of the last block, which can run at the tokens that rewards are read from, and nowhere else."""
+    """The MLP of the last block, which can run only at the tokens that rewards are read from."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
 
     @contextmanager
     def at_last_tokens(self, batch: TokenBatch) -> Iterator[bool]:
-        """While it is entered and the model runs on `batch`, the MLP adds nothing at other tokens.
+        """Skip all other tokens while the model runs on `batch`: there the MLP adds nothing.
 
-        Yields whether that is so: not where hooks are inside that may want all tokens.
+        Yields False, and skips nothing, if hooks inside the MLP may need all tokens.
         """
         if has_own_hooks(self._module.modules(), minding_tokens=True) or count_foreign_hooks(self._module):
             yield False

@@ -1,4 +1,4 @@
-"""Models of TransformerLens' own (a HookedTransformer, a boot_native bridge): built again, written, and read back."""
+"""Models of TransformerLens classes (a HookedTransformer, a boot_native bridge): copying, writing and reading them."""
 
 import json
 import warnings
@@ -25,14 +25,14 @@ from rmtension.store._files import filled_whole
 
 CONFIG_FILE = "transformer_lens.json"
 WEIGHTS_FILE = "transformer_lens.safetensors"
-# Of a config, what belongs to a machine or a session and not to the model.
+# Entries of a config that depend on the machine or the session, not on the model.
 _NOT_KEPT = ("device", "dtype", "n_devices", "seed", "tokenizer_name", "trust_remote_code")
 _HEAD = "reward_head.weight"
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model that was read from a folder, with its head as it was; `tokenizer` is None where none was saved."""
+    """A model that was read from a folder, with its head; `tokenizer` is None if it was saved without a tokenizer."""
 
     model: nn.Module
     head: LinearHead
@@ -41,20 +41,20 @@ class SavedModel:
 
 
 def is_own_model(body: object) -> TypeGuard[HookedTransformerBody | BootNativeBody]:
-    """Whether the body's model is TransformerLens' own, with no class of transformers behind it."""
+    """Whether the body's model is of a TransformerLens class, without modules of transformers."""
     return isinstance(body, HookedTransformerBody | BootNativeBody)
 
 
 def is_saved_model(name: str | Path) -> bool:
-    """Whether `write_model` made this folder."""
+    """Whether `write_model` wrote this folder."""
     return (Path(name) / CONFIG_FILE).is_file()
 
 
 def copy_model(body: HookedTransformerBody | BridgeBody) -> nn.Module:
-    """The model built again from its config, with copies of its weights and without its hooks.
+    """Build the model again from its config, with copies of its weights and without its hooks.
 
-    Raises `ModelError` where the config does not say what the model computes (a class of the user's own, processed
-    weights of a bridge): the copy is compared with the model on a few tokens.
+    The copy is compared with the model on a few tokens. Raises `ModelError` if they differ, because the config does not
+    describe the model (a subclass by the user, a bridge with processed weights).
     """
     parameter = next(body.module.parameters())
     built = _build(_class_of(body), _config_of(body.model), _state_of(body.model), parameter.dtype, parameter.device)
@@ -67,8 +67,8 @@ def copy_model(body: HookedTransformerBody | BridgeBody) -> nn.Module:
     if not off <= _tolerance(parameter.dtype):
         raise ModelError(
             f"model: a {type(model).__name__} built from the same config and weights computes another residual stream "
-            f"(off by {off:.1e} of its size), so that it can be neither copied nor saved here. Use AblationContext, "
-            "and save the model's state dict yourself."
+            f"(off by {off:.1e} of its size), so it can be neither copied nor saved. Use AblationContext instead of "
+            "with_ablation, and save the model's state dict yourself."
         )
     return copy
 
@@ -80,7 +80,7 @@ def write_model(
     tokenizer: Any,
     folder: Path,
 ) -> None:
-    """Write config, weights and head, with the tokenizer; `read_model` is the way back."""
+    """Write config, weights, head and tokenizer, which `read_model` reads."""
     model: Any = body.model
     tensors = {f"model.{name}": tensor for name, tensor in _state_of(model).items()}
     tensors[_HEAD] = head.weight
@@ -92,11 +92,11 @@ def write_model(
         "config": _config_of(model),
         "bias": head.bias,
         "pad_token_id": pad_token_id,
-        # What the model made of a few tokens, to be compared when it is read.
+        # The model's residual stream on a few tokens, which is compared when the model is read.
         "probe": _stream(body).flatten().tolist(),
     }
     with filled_whole(folder, "model", seal=CONFIG_FILE, replaced=("config.json",)) as place:
-        # Copies, because tensors that share memory are refused.
+        # Copies, because safetensors refuses tensors that share memory.
         copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         save_file(copies, place / WEIGHTS_FILE)
         (place / CONFIG_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -105,10 +105,10 @@ def write_model(
 
 
 def read_model(folder: Path, dtype: torch.dtype, device: torch.device) -> SavedModel:
-    """The model that `write_model` wrote, in `dtype` on `device`.
+    """Read the model that `write_model` wrote, in `dtype` on `device`.
 
-    Raises `ModelError` for files that are damaged, a class that the installed TransformerLens has not, and a model that
-    does not compute what it computed when it was written.
+    Raises `ModelError` for damaged files, a class that the installed TransformerLens lacks, and a model that does not
+    compute what it computed when it was written.
     """
     try:
         about = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -127,13 +127,13 @@ def read_model(folder: Path, dtype: torch.dtype, device: torch.device) -> SavedM
             f"{folder}: its {CONFIG_FILE} and {WEIGHTS_FILE} are damaged, or do not belong together "
             f"({type(error).__name__}: {error}). Save the model again."
         ) from error
-    found = _stream(find_body(model)).flatten()
-    off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    actual = _stream(find_body(model)).flatten()
+    off = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
     if not off <= max(_tolerance(dtype), _tolerance(written)):
         raise ModelError(
             f"{folder}: the model computes another residual stream than when it was saved (off by {off:.1e} of its "
-            f"size). It was saved with transformer-lens {about['transformer_lens']}, this is "
-            f"{version('transformer-lens')}: install that version, or save it again."
+            f"size). It was saved with transformer-lens {about['transformer_lens']}, and the installed version is "
+            f"{version('transformer-lens')}: install the former, or save the model again."
         )
     return saved
 
@@ -152,17 +152,19 @@ def _class_of(body: object) -> str:
 
 
 def _config_of(model: Any) -> dict[str, Any]:
-    """What JSON can hold of the config; raises `ModelError` for anything else in it."""
+    """The config as JSON values; raises `ModelError` if it holds other values."""
     values = {key: value for key, value in model.cfg.to_dict().items() if key not in _NOT_KEPT}
     try:
         kept: dict[str, Any] = json.loads(json.dumps(values, default=lambda number: number.item()))
     except (TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"model: its config holds what JSON has no place for ({error}).") from error
+        raise ModelError(
+            f"model: its config holds values that cannot be saved as JSON ({error}). Remove them from model.cfg."
+        ) from error
     return kept
 
 
 def _state_of(model: Any) -> dict[str, Tensor]:
-    # A bridge's own names, which do not tell where in it the modules are.
+    # A bridge has its own names, which differ from the paths of its modules.
     state: dict[str, Tensor] = model.state_dict()
     return state
 
@@ -170,8 +172,8 @@ def _state_of(model: Any) -> dict[str, Tensor]:
 def _build(
     name: str, config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """A model of TransformerLens with the weights of `state`, in eval mode; the user's random numbers stay."""
-    # Without weights of its own there is nothing to draw, and without a seed nothing is seeded.
+    """A model of TransformerLens with the weights of `state`, in eval mode; the user's random state is unchanged."""
+    # Without initial weights nothing is drawn, and without a seed nothing is seeded.
     values = dict(config) | {"dtype": dtype, "device": str(device), "init_weights": False}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         if name == "HookedTransformer":
@@ -183,7 +185,10 @@ def _build(
             model = TransformerBridge.boot_native(TransformerBridgeConfig.from_dict(values), device=device, dtype=dtype)
             model.load_state_dict(state)
         else:
-            raise ModelError(f"{CONFIG_FILE}: expected a HookedTransformer or a boot_native bridge, got {name!r}.")
+            raise ModelError(
+                f"{CONFIG_FILE}: expected the class HookedTransformer or TransformerBridge.boot_native, got {name!r}. "
+                "Save the model again with this version of rmtension."
+            )
     model.cfg.init_weights = config["init_weights"]
     return model.eval().requires_grad_(False)
 
@@ -193,17 +198,17 @@ def _hooked_transformer(values: dict[str, Any], state: Mapping[str, Tensor]) -> 
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the model is of this class
-        made: Any = HookedTransformer(HookedTransformerConfig.from_dict(values), None, move_to_device=False)
-    # Experts are made in float32 whatever the config says.
-    model = made.to(values["dtype"], print_details=False)
+        warnings.simplefilter("ignore", DeprecationWarning)  # the saved model has this class
+        built: Any = HookedTransformer(HookedTransformerConfig.from_dict(values), None, move_to_device=False)
+    # TransformerLens makes experts in float32, whatever the config says.
+    model = built.to(values["dtype"], print_details=False)
     buffers = dict(model.named_buffers())
     result = model.load_state_dict({name: state[name] for name in state if name not in buffers}, strict=False)
     missing = sorted(set(result.missing_keys) - set(buffers))
     if missing or result.unexpected_keys:
         raise ValueError(f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
     for name in buffers.keys() & state.keys():
-        # Those of rotary positions grow with use.
+        # Buffers of rotary positions grow with use, so their shapes may differ.
         owner, _, key = name.rpartition(".")
         kept = state[name].clone()
         setattr(model.get_submodule(owner), key, kept.to(values["dtype"]) if kept.is_floating_point() else kept)
@@ -219,11 +224,12 @@ def _stream(body: Any) -> Float[Tensor, "d_model"]:
     return last
 
 
-def _distance(found: Any, expected: Any) -> float:
-    one, other = _stream(found), _stream(expected)
-    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
+def _distance(body: Any, reference: Any) -> float:
+    """The largest difference of two bodies' residual streams, relative to the second."""
+    actual, expected = _stream(body), _stream(reference)
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    # Another dtype rounds buffers and norms too.
+    # A conversion to half precision also rounds buffers and norms.
     return {torch.float16: 0.05, torch.bfloat16: 0.2}.get(dtype, 1e-4)

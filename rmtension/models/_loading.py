@@ -1,4 +1,4 @@
-"""Loading with transformers: options, devices, what is refused, and models with their adapters merged."""
+"""Loading with transformers: options, devices, unsupported weights, and models with their adapters merged."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,19 +19,27 @@ from rmtension.models._run_options import RunOptions
 
 
 class LoadOptions(RunOptions, total=False):
-    """How a checkpoint is loaded, by `RewardHead.from_pretrained` and `from_language_model`, and how it then runs.
+    """Options of `RewardHead.from_pretrained` and `from_language_model`: how to load a checkpoint and how to run it.
+
+    They are passed as keywords. `max_length`, `tokens_per_batch`, `truncate_response` and `on_nonfinite` are described
+    in `RunOptions`.
 
     Attributes:
-        base: of an adapter: the folder or hub name of the model it was trained on, in place of the one it names.
-        dtype: float32 by default; with half precision the head's product stays in float32.
-        device: the first GPU if there is one, otherwise the CPU.
-        device_map: passed to transformers (needs accelerate): a model larger than a device, layer by layer; instead of
-            `device`. Weights on disk or on the meta device are refused.
-        n_devices: spread the model over this many GPUs; short for a balanced `device_map`.
-        revision: of a hub name. A name that has one is not looked for on this machine first.
-        tokenizer: used in place of the checkpoint's own.
-        pad_token: which token transformers skips at the end of a text, where neither config nor tokenizer says so.
-        trust_remote_code: False; True runs code that comes with the checkpoint.
+        base: for an adapter: the folder or hub name of its base model, if its config names a wrong one.
+        dtype: float32 by default. In half precision the product with the head is still computed in float32.
+        device: by default the first GPU if there is one, otherwise the CPU.
+        device_map: passed to transformers instead of `device` (needs accelerate), to spread a model over devices layer
+            by layer. Weights on disk or on the meta device raise `ModelError`.
+        n_devices: spread the model over this many GPUs; a shorthand for a balanced `device_map`.
+        revision: the revision of a hub name. With it, the name is not searched on this machine first.
+        tokenizer: replaces the checkpoint's tokenizer.
+        pad_token: the token that transformers skips at the end of a text, if neither config nor tokenizer names one.
+        trust_remote_code: False by default; True runs code that comes with the checkpoint.
+
+    Examples:
+        >>> options: LoadOptions = {"dtype": torch.float64, "device": "cpu", "max_length": 32}
+        >>> RewardHead.from_pretrained("organism", **options)
+        RewardHead(gpt2-2x24-heads2x12-d24, torch.float64, cpu)
     """
 
     base: str | Path | None
@@ -47,7 +55,7 @@ class LoadOptions(RunOptions, total=False):
 
 @dataclass(frozen=True)
 class CheckpointLocation:
-    """A checkpoint's files, those of the model with its weights (another's, for an adapter), and the adapters on it."""
+    """The files of a checkpoint, the files with the model's weights (its base's, for an adapter), and its adapters."""
 
     files: CheckpointFiles
     weights: CheckpointFiles
@@ -62,7 +70,7 @@ class CheckpointLocation:
 
     @property
     def task(self) -> str | None:
-        """What the outermost adapter was trained for; None without adapters, or where its config does not say."""
+        """The task that the outermost adapter was trained for; None without adapters, or if its config has no task."""
         return self.adapters[-1].task if self.adapters else None
 
     @property
@@ -71,12 +79,12 @@ class CheckpointLocation:
         return self.adapters[-1].n_outputs if self.adapters else None
 
     def is_for(self, kind: str) -> bool:
-        """Whether the model was saved as a class whose name ends so, for example ForSequenceClassification."""
+        """Whether the model was saved as a class whose name ends with `kind`, such as ForSequenceClassification."""
         return any(name.endswith(kind) for name in self.config.architectures or [])
 
 
 def find_checkpoint(name: str | Path, options: LoadOptions, *, local_files_only: bool = False) -> CheckpointLocation:
-    """Where the checkpoint `name` is, and its config; raises `OptionError` for unknown options."""
+    """Find the checkpoint `name` and read its config; raises `OptionError` for unknown options."""
     from transformers import AutoConfig
 
     unknown = sorted(set(options) - set(LoadOptions.__annotations__))
@@ -93,7 +101,8 @@ def find_checkpoint(name: str | Path, options: LoadOptions, *, local_files_only:
     except ModelError as error:
         if adapters:
             raise ModelError(
-                f"base: the base model of {name}, an adapter: {error} Say where it is: base=..."
+                f"base: {name} is an adapter, and its base model could not be read: {error} Pass the base model's "
+                "folder: base='path/to/base'."
             ) from error
         raise
     refuse_quantised(weights.name, config, is_base=bool(adapters))
@@ -101,7 +110,7 @@ def find_checkpoint(name: str | Path, options: LoadOptions, *, local_files_only:
 
 
 def load_model(place: CheckpointLocation, auto_class: str, *, merge: bool = True) -> Any:
-    """The model of transformers at `place`, in eval mode and frozen; adapters merged into its weights or put on it.
+    """Load the model of transformers at `place`, in eval mode and frozen, with its adapters merged or attached.
 
     Raises `ModelError` for weights that neither the checkpoint nor its adapters hold.
     """
@@ -126,10 +135,10 @@ def load_model(place: CheckpointLocation, auto_class: str, *, merge: bool = True
     if missing:
         raise ModelError(
             f"{place.files.name}: the checkpoint lacks {missing[:4]}{' and more' if len(missing) > 4 else ''}, which "
-            "transformers would draw at random. Name the checkpoint that holds them"
+            "transformers would draw at random. Open the checkpoint that holds them"
             + (
-                "; where it is the score head, say where it is: head=..., or train one "
-                "(rmtension.training.train_reward_model)."
+                "; if the score head is in another file, pass head='path/to/head.safetensors', or train one with "
+                "rmtension.training.train_reward_model."
                 if missing == ["score.weight"]
                 else "."
             )
@@ -143,14 +152,14 @@ def load_model(place: CheckpointLocation, auto_class: str, *, merge: bool = True
 
 
 def put_all_on(model: Any, adapters: Sequence[Adapter]) -> Any:
-    """The model with all adapters but the last one merged, and that one on it as peft runs it; without any, itself."""
+    """The model with all adapters merged except the last, which is attached as peft runs it; no adapters: the model."""
     if not adapters:
         return model
     return put_on(merge_adapters(model, adapters[:-1]), adapters[-1])
 
 
 def load_tokenizer(place: CheckpointLocation) -> Any:
-    """The tokenizer beside the checkpoint, or for an adapter without one its base model's."""
+    """The tokenizer of the checkpoint, or that of the base model for an adapter without a tokenizer."""
     from transformers import AutoTokenizer
 
     own = any(place.files.find(file) is not None for file in ("tokenizer_config.json", "tokenizer.json"))
@@ -158,11 +167,11 @@ def load_tokenizer(place: CheckpointLocation) -> Any:
     try:
         return load("tokenizer", files.name, AutoTokenizer.from_pretrained, **_origin(files, place.options))
     except ModelError as error:
-        raise ModelError(f"{error} Pass tokenizer=... if it lies elsewhere.") from error
+        raise ModelError(f"{error} If the tokenizer is elsewhere, load it and pass tokenizer=...") from error
 
 
 def load(what: str, name: str | Path, function: Any, **options: Any) -> Any:
-    """`function(name, **options)` of transformers; whatever it raises becomes a `ModelError`."""
+    """Call `function(name, **options)` of transformers, and turn whatever it raises into a `ModelError`."""
     try:
         # Loading draws initial weights before it reads them; the user's random numbers stay as they were.
         with torch.random.fork_rng(devices=[]), without_unseen_bars():
@@ -175,12 +184,16 @@ def placement_of(options: LoadOptions) -> tuple[dict[str, Any], torch.device]:
     """Transformers' arguments for a model over several devices (empty for one), and the one device."""
     device_map, n_devices = options.get("device_map"), options.get("n_devices")
     if sum(value is not None for value in (options.get("device"), device_map, n_devices)) > 1:
-        raise OptionError("device, device_map, n_devices: expected at most one of the three.")
+        given = [name for name in ("device", "device_map", "n_devices") if options.get(name) is not None]
+        raise OptionError(f"device, device_map, n_devices: expected at most one of the three, got {given}.")
     try:
         device = torch.device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"device: {options.get('device')!r} is none of this machine's ({error}).") from error
+        raise OptionError(
+            f"device: {options.get('device')!r} is not available on this machine ({error}). Leave device out to use "
+            "the first GPU, or the CPU if there is none."
+        ) from error
     if device_map is not None:
         return {"device_map": device_map}, device
     if n_devices is None or n_devices == 1:
@@ -196,9 +209,9 @@ def refuse_quantised(name: str | Path, config: Any, *, is_base: bool = False) ->
     """Raise `ModelError` for a model whose config says that its weights are quantised."""
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
-            f"{name}: its weights are quantised, so that neurons have no exact weights to read or to ablate. Open the "
-            "checkpoint it was made from, with dtype=torch.bfloat16 if memory is short"
-            + (": base=..., of the adapter that was trained on it." if is_base else ".")
+            f"{name}: its weights are quantised, so neurons have no exact weights to read or to ablate. Open the "
+            "checkpoint it was quantised from, with dtype=torch.bfloat16 if memory is short"
+            + (", by passing it as base=... of the adapter." if is_base else ".")
         )
 
 

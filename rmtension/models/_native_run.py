@@ -1,4 +1,4 @@
-"""Running a base model of transformers on a batch, and finding out what of it need not run."""
+"""Runs a base model of transformers on a batch, and tests which parts of it may be skipped or shared."""
 
 import re
 from dataclasses import replace
@@ -14,16 +14,16 @@ from rmtension.data._tokens import TokenBatch
 from rmtension.models._hooks import eager_eval
 from rmtension.models._last_block import LastMLP
 
-# A packed row may be off by so much of the residual stream, or by so many times what a mask alone changes, which has to
-# be rounding too. Wrong positions are off by percents; half precision rounds every step of attention to 3 or 2 digits,
-# in deep models often.
+# The largest difference of a packed row, relative to the residual stream, or as a multiple of the rounding that a mask
+# alone causes. Wrong positions are off by percents; half precision rounds every step of attention to 3 or 2 digits,
+# many times in deep models.
 _PACKING_TOLERANCE = {torch.float16: 0.003, torch.bfloat16: 0.02}
 _TIMES_ROUNDING = 4
-# Tokens shared, of one rest and of the other, of the pair that is packed to see whether that works.
+# The lengths of the probe pair that is packed in a trial run: shared prefix, rest of each text.
 _PROBE = (12, 10, 6)
-# How configs name the number of tokens that attention looks back, in all layers or in some; not counts of layers.
+# How configs name the window of attention in all layers or in some, excluding names of layer counts.
 _WINDOW = re.compile(r"^(?!.*(layers|pattern)).*(window|chunk|local_attention)")
-# A mask grows with the square of a row: one of so many tokens has 64 MB in float32.
+# A mask grows with the square of a row: for this many tokens it has 64 MB in float32.
 _LONGEST = 4096
 
 
@@ -36,8 +36,8 @@ def probe_batch(n_tokens: int, device: torch.device, n_texts: int = 1) -> TokenB
 
 def run_base(base: Any, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
     """The last hidden state of a base model of transformers, bridged or not."""
-    # No attention mask: behind a causal mask nothing sees the padding on the right. With one, padding further away than
-    # a sliding window sees nothing at all; Gemma-2 in float64 makes NaN of it, and 0 * NaN then reaches every token.
+    # No attention mask: with causal attention no token sees the padding on its right. With a mask, padding beyond a
+    # sliding window sees nothing, which is NaN in Gemma-2 in float64, and 0 * NaN then reaches every token.
     more = {}
     if batch.position_ids is not None:
         mask = attention_mask(batch, next(base.parameters()).dtype)
@@ -47,19 +47,20 @@ def run_base(base: Any, batch: TokenBatch) -> Float[Tensor, "row token d_model"]
 
 
 def let_run_in_float64(model: Any) -> None:
-    """Have a model in float64 run its experts one by one: transformers' kernel for all at once knows no float64."""
+    """Make a float64 model run its experts one by one, because transformers' grouped kernel has no float64."""
     grouped = getattr(getattr(model, "config", None), "_experts_implementation", None) == "grouped_mm"
     if grouped and next(model.parameters()).dtype == torch.float64:
         model.set_experts_implementation("eager")
 
 
 def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
-    """The longest packed row that `base` computes as it computes texts alone; 0 where it does not. Decided by trying.
+    """The longest packed row for which `base` computes the same as for texts alone, or 0; determined by a trial run.
 
-    Windows are no part of the mask, and some families take columns for positions in one: rows stay within them.
+    Rows are not longer than attention windows, because the mask does not contain windows, and some families measure
+    them in columns instead of positions.
     """
     config = base.config.get_text_config()
-    # Flash attention takes the lengths of texts, and reads a mask of two dimensions as if it were those.
+    # Flash attention expects the lengths of texts, and misreads a two-dimensional mask as lengths.
     if "flash" in str(getattr(config, "_attn_implementation", "")):
         return 0
     longest = min([context, _LONGEST, *windows_of(config)])
@@ -76,23 +77,23 @@ def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
         with torch.no_grad(), eager_eval(base.modules()):
             columns = torch.arange(alone.input_ids.shape[1], device=parameter.device)
             masked = replace(alone, position_ids=columns.expand_as(alone.input_ids))
-            # Of a model over several devices the stream comes out on the last one.
-            expected, rounded, found = (run_base(base, batch).double().cpu() for batch in (alone, masked, packed))
-    except Exception:  # whatever a family that takes no such mask runs into
+            # If the model is spread over several devices, the stream is on the last of them.
+            expected, rounded, shared = (run_base(base, batch).double().cpu() for batch in (alone, masked, packed))
+    except Exception:  # a family that does not support such a mask may raise anything
         return 0
     mask = alone.mask.cpu()
-    right = expected[mask]
-    rounding = _furthest(rounded[mask], right)
-    off = _furthest(torch.cat([found[0, side] for side in packed.mask.cpu()]), right)
+    reference = expected[mask]
+    rounding = _furthest(rounded[mask], reference)
+    off = _furthest(torch.cat([shared[0, side] for side in packed.mask.cpu()]), reference)
     tolerance = _PACKING_TOLERANCE.get(parameter.dtype, 1e-5)
-    # A mask that is misread moves both: only what is small enough to be rounding excuses the packed row.
+    # A misread mask changes both runs, so the difference of the masked run must be small enough to be rounding.
     return (
         longest if rounding <= _TIMES_ROUNDING * tolerance and off <= max(tolerance, _TIMES_ROUNDING * rounding) else 0
     )
 
 
 def find_last_mlp(base: Any, path: str | None, block: nn.Module, n_embeddings: int) -> LastMLP | None:
-    """The module that the last block's projection at `path` is in, if it works token by token; decided by trying."""
+    """The module that contains the last block's projection at `path`, if a trial run shows it works token by token."""
     parent = None if path is None else base.get_submodule(path.rpartition(".")[0])
     if parent is None or parent is block or parent not in list(block.modules()):
         return None
@@ -100,26 +101,26 @@ def find_last_mlp(base: Any, path: str | None, block: nn.Module, n_embeddings: i
     ids = [number % n_embeddings for number in range(sum(_PROBE))]
     texts = [EncodedText(tuple(some), 0, 0) for some in (ids[: _PROBE[0]], ids[_PROBE[0] :])]
     batch = TokenBatch.from_texts(texts, (0, 1), pad_token_id=None, device=parameter.device)
-    found = LastMLP(parent)
+    last_mlp = LastMLP(parent)
     try:
         with torch.no_grad(), eager_eval(base.modules()):
             expected = batch.gather_last(run_base(base, batch)).double().cpu()
-            with found.at_last_tokens(batch):
+            with last_mlp.at_last_tokens(batch):
                 output = batch.gather_last(run_base(base, batch)).double().cpu()
-    except Exception:  # whatever an MLP that is called in another way runs into
+    except Exception:  # an MLP that is called in another way may raise anything
         return None
     tolerance = _PACKING_TOLERANCE.get(parameter.dtype, 1e-5)
-    return found if _furthest(output, expected) <= tolerance else None
+    return last_mlp if _furthest(output, expected) <= tolerance else None
 
 
 def windows_of(config: Any) -> list[int]:
-    """The positive numbers in a config that are named like a window of attention."""
+    """The positive numbers in a config whose names are those of an attention window."""
     return [
         value for name, value in config.to_dict().items() if type(value) is int and value > 0 and _WINDOW.search(name)
     ]
 
 
-def _furthest(found: Float[Tensor, "token d_model"], expected: Float[Tensor, "token d_model"]) -> float:
-    """How far the furthest token is off in its middle channel, relative to the channel; a few channels may be huge."""
+def _furthest(actual: Float[Tensor, "token d_model"], expected: Float[Tensor, "token d_model"]) -> float:
+    """The largest error of a token: its median relative error over channels, whose sizes may differ widely."""
     size = expected.abs().mean(dim=0).clamp(min=torch.finfo(expected.dtype).tiny)
-    return float(((found - expected).abs() / size).median(dim=1).values.max())
+    return float(((actual - expected).abs() / size).median(dim=1).values.max())

@@ -1,4 +1,4 @@
-"""A model whose weights are plain matrices: what can be edited for good, and what transformers can save."""
+"""Models whose weights are plain matrices, which can be edited permanently and saved by transformers."""
 
 from typing import Any, cast
 
@@ -42,13 +42,13 @@ def refuse_packed_weights(name: str, model: nn.Module) -> None:
             )
             raise ModelError(
                 f"{name}: {path or 'the model'} holds quantised or packed weights ({kind}), so neurons have no exact "
-                "weights to read or to ablate. Open the model before it is quantised, with dtype=torch.bfloat16 if "
+                "weights to read or to ablate. Open the model without quantisation, with dtype=torch.bfloat16 if "
                 "memory is short."
             )
 
 
 def refuse_recomputed(name: str, model: nn.Module) -> None:
-    """Raise `ModelError` for a weight that a hook computes before each run: it is no parameter of its module."""
+    """Raise `ModelError` for a weight that a hook computes before each run and that is not a parameter."""
     for path, module in model.named_modules():
         for key, value in vars(module).items():
             if isinstance(value, Tensor) and {f"{key}_orig", f"{key}_g"} & set(module._parameters):
@@ -61,16 +61,16 @@ def refuse_recomputed(name: str, model: nn.Module) -> None:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether there is an adapter layer of peft in the model, or a module that peft wrapped."""
+    """Whether the model contains an adapter layer of peft, or a module that peft wrapped."""
     return any(map(_is_of_peft, model.modules()))
 
 
 def plain_copy(model: nn.Module, *, share: bool = True) -> nn.Module:
-    """What the parameters of `model` alone compute, by the code of its classes: what a checkpoint of it would hold.
+    """A copy of `model` that computes what its parameters and classes alone compute, as a saved checkpoint would.
 
-    It has no hooks, no compiled modules and no forward that was replaced on an instance. It shares the parameters of
-    `model`, unless some have adapters, which are merged, or are parametrised, or `share` is False: then all are copies.
-    Raises `ModelError` for adapters that cannot be merged.
+    It has no hooks, no compiled modules and no replaced forward methods. It shares the parameters of `model`, unless
+    `share` is False, or some parameters have adapters, which are merged, or parametrisations: then it copies all of
+    them. Raises `ModelError` for adapters that cannot be merged.
     """
     merges = not share or has_adapters(model) or any(map(parametrize.is_parametrized, model.modules()))
     shared = {} if merges else {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
@@ -78,7 +78,7 @@ def plain_copy(model: nn.Module, *, share: bool = True) -> nn.Module:
 
 
 def _plain(path: str, module: Any) -> nn.Module:
-    """`module`, at `path` of a copied model, or what takes its place."""
+    """The plain version of `module`, which is at `path` of a copied model."""
     plain: Any = unwrapped(module)
     plain = _merged(path, plain) if _is_of_peft(plain) else plain
     if not hasattr(plain, "_hf_hook"):  # by which accelerate moves tensors between devices
@@ -89,12 +89,12 @@ def _plain(path: str, module: Any) -> nn.Module:
         new = _plain(f"{path}.{key}" if path else key, child)
         if new is not child:
             setattr(plain, key, new)
-    found: nn.Module = plain
-    return found
+    result: nn.Module = plain
+    return result
 
 
 def _bake(module: Any) -> None:
-    """Make what parametrisations compute plain parameters. torch's own removal edits a class that copies share."""
+    """Turn what parametrisations compute into parameters. torch's own removal edits a class that copies share."""
     values = {key: getattr(module, key).detach() for key in module.parametrizations}
     own_class = parametrize.type_before_parametrizations(module)
     del module.parametrizations
@@ -114,7 +114,7 @@ def _merged(path: str, layer: Any) -> nn.Module:
         else:
             layer.merge(safe_merge=True)
         merged: nn.Module = layer.get_base_layer()
-    except Exception as error:  # each kind of adapter has its own reasons
+    except Exception as error:  # every kind of adapter raises its own errors
         raise ModelError(
             f"model: the adapter layer {path!r} ({type(layer).__name__}) cannot be merged into one weight "
             f"({type(error).__name__}: {error}). Use AblationContext, which needs no merged weights; where peft can "

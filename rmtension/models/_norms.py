@@ -1,4 +1,4 @@
-"""What a layer norm does, measured from outside: every family writes its own, with gains stored in its own way."""
+"""Gain, bias and kind of a layer norm, measured from its outputs, because every family implements norms differently."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rmtension.errors import ModelError
 
-# Large against any epsilon inside the square root, small enough that its square fits in half precision's sums.
+# Large compared with any epsilon inside the square root, and small enough for its square in half precision.
 _SCALE = {torch.float16: 1e2, torch.bfloat16: 1e2}
 
 
@@ -17,7 +17,7 @@ _SCALE = {torch.float16: 1e2, torch.bfloat16: 1e2}
 class NormLayer:
     """gain * (x - mean(x) if centred else x) / sigma(x) + bias, as a norm of width d computes it.
 
-    Without `divides` sigma is 1: a model without norms reads its residual stream as it is.
+    If `divides` is False, sigma is 1, as in a model without norms.
     """
 
     gain: Float[Tensor, "d"]
@@ -32,17 +32,17 @@ class NormLayer:
         return bool(((self.gain - 1).abs() < tolerance).all() and (self.bias.abs() < tolerance).all())
 
     def pull_back(self, direction: Float[Tensor, "*text d"], sigma: Float[Tensor, "*text"]) -> Float[Tensor, "*text d"]:
-        """The vector u for which `direction @ (output - bias) == u @ input`, the scale frozen at `sigma`."""
+        """The vector u with `direction @ (output - bias) == u @ input`, for the scale frozen at `sigma`."""
         scaled = self.gain * direction / sigma[..., None]
         return scaled - scaled.mean(dim=-1, keepdim=True) if self.centred else scaled
 
     def sigma(self, x: Float[Tensor, "*text d"], y: Float[Tensor, "*text d"]) -> Float[Tensor, "*text"]:
-        """The scale that the norm divided by when it made `y` of `x`, by least squares over its d outputs."""
+        """The scale that the norm divided by when it computed `y` from `x`, by least squares over its d outputs."""
         if not self.divides:
             return torch.ones_like(x[..., 0])
         unscaled = self.gain * (x - x.mean(dim=-1, keepdim=True) if self.centred else x)
         size = unscaled.square().sum(dim=-1)
-        # Of a stream that is 0, as at a pad token without an embedding, nothing tells the scale, and 1 / 0 is no part.
+        # A stream of 0, as at a pad token without an embedding, has no defined scale; 1 avoids 1 / 0.
         return torch.where(size == 0, torch.ones_like(size), size / (unscaled * (y - self.bias)).sum(dim=-1))
 
     def apply(self, x: Float[Tensor, "*text d"], sigma: Float[Tensor, "*text"]) -> Float[Tensor, "*text d"]:
@@ -51,16 +51,16 @@ class NormLayer:
         return self.gain * centred / sigma[..., None] + self.bias
 
     def to(self, like: Tensor) -> "NormLayer":
-        """The same in the dtype and on the device of `like`."""
+        """The layer in the dtype and on the device of `like`."""
         return NormLayer(self.gain.to(like), self.bias.to(like), self.centred, self.divides)
 
 
 def read_norm(norm: nn.Module, width: int) -> NormLayer:
-    """Measure `norm` with two inputs of entries +-1, mean zero and one sign turned.
+    """Measure `norm` with inputs v and -v that have entries +-1 and mean zero.
 
-    For such v: norm(v) = gain * v + bias and norm(-v) = bias - gain * v, whichever norm it is. Adding a constant
-    tells a norm that subtracts the mean from one that does not. An identity divides by nothing. Raises `ModelError`
-    where no formula holds.
+    For such v, norm(v) = gain * v + bias and norm(-v) = bias - gain * v, both for layer norm and for RMS norm. An input
+    with another mean then shows whether the norm subtracts the mean. An identity has `divides=False`. Raises
+    `ModelError` if the norm is none of these.
     """
     parameter = next(norm.parameters(), torch.empty(0))
     with torch.no_grad():
@@ -69,7 +69,7 @@ def read_norm(norm: nn.Module, width: int) -> NormLayer:
         if width % 2:
             signs[-1] = 0
         scale = _SCALE.get(parameter.dtype, 1e3)
-        # Mean zero leaves one entry 0 where the width is odd; rolling the pattern shows that entry's gain too.
+        # If the width is odd, mean zero leaves an entry 0; a rolled pattern measures the gain of that entry.
         gains, biases = [], []
         for v in (signs, signs.roll(1)):
             ups, downs = (_apply(norm, sign * scale * v) for sign in (1, -1))
@@ -88,12 +88,13 @@ def read_norm(norm: nn.Module, width: int) -> NormLayer:
     tolerance = {torch.float16: 2e-2, torch.bfloat16: 1e-1}.get(parameter.dtype, 1e-3)
     if not errors[best] <= tolerance * max(1.0, float(out.abs().max())):
         raise ModelError(
-            f"norm: {type(norm).__name__} is neither a layer norm nor an RMS norm (off by {errors[best]:.1e})."
+            f"norm: expected a layer norm or an RMS norm, got {type(norm).__name__}, which computes something else "
+            f"(off by {errors[best]:.1e}). Use a method that does not split the reward, such as attribution_patching."
         )
     return layers[best]
 
 
 def _apply(norm: Any, x: Tensor) -> Tensor:
-    # Some norms want [text, token, d].
+    # Some norms require the shape [text, token, d].
     output: Tensor = norm(x[None, None])[0, 0]
     return output

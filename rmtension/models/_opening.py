@@ -1,4 +1,4 @@
-"""From a checkpoint, a saved model or a model in memory to a `RewardModel`, checked before it is handed out."""
+"""Makes a `RewardModel` from a checkpoint, a saved model or a model in memory, and checks it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +22,10 @@ from rmtension.models._norms import read_norm
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions, run_options_of
 
-# How far rounding may put a text in a batch from the same text alone, relative to its residual stream.
+# The difference of a text in a batch and the same text alone that rounding explains, relative to its residual stream.
 _PADDING_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.2}
 
-# The class to make: `RewardHead`, or the class of the model that another one is made from.
+# The class to make: `RewardHead`, or the class of the model that the new model is made from.
 _Model = TypeVar("_Model", bound=RewardModel)
 
 
@@ -37,10 +37,10 @@ def open_model(
     process_weights: bool = False,
     **options: Unpack[RunOptions],
 ) -> _Model:
-    """A model of the class `kind` around a checkpoint that transformers loaded.
+    """Make a model of the class `kind` from a checkpoint that transformers loaded.
 
-    Raises `ModelError` where a conversion does not give transformers' reward on a short text, and for a model whose
-    attention is not causal.
+    Raises `ModelError` if a converted model gives another reward than transformers on a short text, and for a model
+    whose attention is not causal.
     """
     code = opened.trust_remote_code
     body = wrap(
@@ -53,7 +53,7 @@ def open_model(
     )
     norm: nn.Module | None = None
     if body.final_norm_folded:
-        # The norm as transformers has it, found through an unprocessed bridge.
+        # transformers' norm, from an unprocessed bridge.
         norm = wrap(opened.name, opened.base, None, trust_remote_code=code).final_norm
     head = head_on(body, opened.head, final_norm=norm)
     model = _make(kind, body, head, opened.tokenizer, opened.pad_token_id, options, opened)
@@ -66,13 +66,13 @@ def open_model(
 
 
 def open_saved_model(kind: type[_Model], folder: Path, head: object, options: LoadOptions) -> _Model:
-    """A model of TransformerLens' own that `_lens_models` wrote; `head` in place of the one that was saved."""
+    """Open a model that `_lens_models` wrote; `head`, unless it is None, replaces the saved head."""
     run_options = run_options_of(options)
     unknown = sorted(set(options) - {"dtype", "device", "tokenizer"} - set(run_options))
     if unknown:
         raise OptionError(
-            f"from_pretrained: {folder} is a model of TransformerLens' own, which opens with dtype, device, "
-            f"tokenizer and head alone, got {unknown}. Leave them out."
+            f"from_pretrained: {folder} holds a model of a TransformerLens class, for which the options are dtype, "
+            f"device, tokenizer and head; got {unknown}. Leave them out."
         )
     device = torch.device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
     saved = read_model(folder, options.get("dtype", torch.float32), device)
@@ -83,12 +83,12 @@ def open_saved_model(kind: type[_Model], folder: Path, head: object, options: Lo
 
 
 def with_checkpoint(model: _Model, changed: Checkpoint) -> _Model:
-    """Another checkpoint opened as `model` was."""
+    """Open another checkpoint with the options of `model`."""
     return open_model(type(model), changed, **model.run_options)
 
 
 def with_lens_model(model: _Model, changed: nn.Module) -> _Model:
-    """The head, tokenizer and options of `model` on another model of TransformerLens' own, of the same shape."""
+    """Put the head, tokenizer and options of `model` on another TransformerLens model of the same shape."""
     head = LinearHead(model.require_weight(), model.bias)
     return _make(type(model), find_body(changed), head, model.tokenizer, model.pad_token_id, model.run_options)
 
@@ -96,9 +96,10 @@ def with_lens_model(model: _Model, changed: nn.Module) -> _Model:
 def head_on(
     body: Body, weight: object, *, output: object = None, final_norm: nn.Module | None = None
 ) -> LinearHead | None:
-    """The head that `weight` says, for what the body's residual stream is; None for None.
+    """Read the head of a body from `weight`; None for None.
 
-    Where weight processing folded the final norm's gain away, the head takes it over from `final_norm`.
+    If weight processing folded the final norm's gain into the unembedding, the gain of `final_norm` is folded into the
+    head.
     """
     if weight is None:
         return None
@@ -108,17 +109,17 @@ def head_on(
         return head
     if final_norm is None:
         raise ModelError(
-            "model: weight processing folded the gain of its final norm into its unembedding, so that its residual "
-            "stream lacks it. Pass final_norm= the norm of the model before processing, or load without processing "
-            "(HookedTransformer.from_pretrained_no_processing). Where the model never had a gain (normalization_type "
-            "'LNPre' or 'RMSPre' from the start), pass its own: final_norm=model.ln_final."
+            "model: weight processing folded the gain of its final norm into its unembedding, so its residual stream "
+            "lacks the gain. Pass the norm of the model before processing as final_norm=..., or load the model without "
+            "processing (HookedTransformer.from_pretrained_no_processing). If the model never had a gain "
+            "(normalization_type 'LNPre' or 'RMSPre' from the start), pass final_norm=model.ln_final."
         )
     return head.after_folding(read_norm(final_norm, width))
 
 
 @torch.no_grad()
 def require_hidden_padding(model: RewardModel) -> None:
-    """Raise `ModelError` where padding changes what a text is: attention that is not causal. Cost: two short runs."""
+    """Raise `ModelError` if padding changes a residual stream (attention is not causal). Cost: two short runs."""
     longest = min(6, model.max_length)
     ids = [number % model.body.n_embeddings for number in range(longest)]
     texts = [EncodedText(tuple(ids[:length]), 0, 0) for length in (max(1, longest // 2), longest)]
@@ -129,14 +130,14 @@ def require_hidden_padding(model: RewardModel) -> None:
     off = float((streams[1] - streams[0]).abs().max() / streams[0].abs().max().clamp(min=1e-12))
     if off > _PADDING_TOLERANCE.get(model.dtype, 1e-4):
         raise ModelError(
-            f"model: padding behind a text changes its residual stream by {off:.1e} of its size, so a text would "
-            f"get another reward in a batch than alone. The attention of this {type(model.body.module).__name__} is "
-            "not causal, as in an encoder; this library reads models with causal attention."
+            f"model: expected causal attention, but padding behind a text changes its residual stream by {off:.1e} of "
+            f"its size, so a text would get another reward in a batch than alone. {type(model.body.module).__name__} "
+            "attends in both directions, as an encoder does. Use a model with causal attention."
         )
 
 
 def _require_same_rewards(model: RewardModel, opened: Checkpoint) -> None:
-    """Compare a converted model with transformers on one short text; `ModelError` if the rewards differ."""
+    """Compare a converted model with transformers on a short text; raises `ModelError` if the rewards differ."""
     assert opened.head is not None
     batch = probe_batch(min(12, model.max_length, model.body.n_embeddings), model.device)
     base: Any = opened.base
@@ -148,9 +149,9 @@ def _require_same_rewards(model: RewardModel, opened: Checkpoint) -> None:
     tolerance = (1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2) * max(1.0, abs(expected))
     if not difference <= tolerance:
         raise ModelError(
-            f"{opened.name}: as a {type(model.model).__name__} it gets rewards that differ by {difference:.1e} from "
-            "transformers'. TransformerLens converts this architecture in another way; open it without model_class and "
-            "process_weights."
+            f"{opened.name}: the rewards of the converted {type(model.model).__name__} differ from transformers' by "
+            f"{difference:.1e}, because TransformerLens does not convert this architecture exactly. Open it without "
+            "model_class and process_weights."
         )
 
 
@@ -163,7 +164,7 @@ def _make(
     options: RunOptions,
     checkpoint: Checkpoint | None = None,
 ) -> _Model:
-    # Not `kind(...)`: `RewardHead` is made from what users have.
+    # Not `kind(...)`, because the constructor of `RewardHead` has other arguments.
     model = kind.__new__(kind)
     RewardModel.__init__(
         model, body, head, tokenizer=tokenizer, pad_token_id=pad_token_id, checkpoint=checkpoint, **options

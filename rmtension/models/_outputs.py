@@ -1,4 +1,4 @@
-"""Which of a model's outputs is the reward: one row of its last linear map, or one row minus another."""
+"""Selects the output that is the reward: a row of the model's last linear map, or the difference of two rows."""
 
 import difflib
 import operator
@@ -15,34 +15,34 @@ _SHOWN = 12
 
 
 def choose_rows(output: object, n_rows: int, names: Mapping[int, str] | None, what: str) -> tuple[int, ...]:
-    """The rows that `output` means: one, or two where the reward is the first minus the second.
+    """The rows that `output` selects: one row, or two rows if the reward is the first minus the second.
 
-    `output` is a number from 0, one of `names` (a classifier's `id2label`), a pair of these, or None where there is one
-    row. Raises `ModelError` where there are several rows and none is chosen, `OptionError` for one that is not there.
+    `output` is an index, one of `names` (a classifier's `id2label`), a pair of these, or None for the only row. Raises
+    `ModelError` for several rows without `output`, `OptionError` for a row that does not exist.
     """
     if output is None:
         if n_rows == 1:
             return (0,)
         raise ModelError(
-            f"{what}: expected a head with one output, got {n_rows}: {_listed(n_rows, names)}. Say which one is the "
-            f"reward: output={n_rows - 1}, or output=({n_rows - 1}, 0) for a difference of two."
+            f"{what}: expected a head with one output, got {n_rows}: {_listed(n_rows, names)}. Pass the output that is "
+            f"the reward: output={n_rows - 1}, or output=({n_rows - 1}, 0) for a difference of two."
         )
-    return _one_or_two(output, lambda one: _row(one, n_rows, names))
+    return _one_or_two(output, lambda row: _row(row, n_rows, names))
 
 
 def choose_tokens(output: object, tokenizer: Any) -> tuple[int, ...]:
-    """The same for a language model, whose outputs are tokens: `output` is a token as text, or a pair of them.
+    """The same for a language model, whose outputs are tokens: `output` is a token as text, or a pair of tokens.
 
-    A token is an entry of the vocabulary ("ĠYes"), or a text that the tokenizer turns into one token (" Yes"). Raises
-    `OptionError` for anything else, with the pieces it is split into and entries that are close to it.
+    A token is an entry of the vocabulary ("ĠYes"), or a text that the tokenizer encodes as a single token (" Yes").
+    Raises `OptionError` for anything else, with the tokens that the text is split into, and similar entries.
     """
     if tokenizer is None:
-        raise OptionError("output: tokens are looked up in a tokenizer, and there is none. Pass tokenizer=...")
-    return _one_or_two(output, lambda one: _token(one, tokenizer))
+        raise OptionError("output: expected a model with a tokenizer, which finds the tokens. Pass tokenizer=...")
+    return _one_or_two(output, lambda token: _token(token, tokenizer))
 
 
 def pick(values: Float[Tensor, "row *rest"], rows: tuple[int, ...]) -> Float[Tensor, "*rest"]:
-    """The chosen row, or the first minus the second, in float32 at least: halves would round the difference."""
+    """The chosen row, or the first minus the second, in float32 at least, so that the difference is not rounded."""
     if len(rows) == 1:
         only: Tensor = values[rows[0]]
         return only
@@ -55,10 +55,12 @@ def _one_or_two(output: object, find: Any) -> tuple[int, ...]:
     if not isinstance(output, tuple | list):
         return (find(output),)
     if len(output) != 2:
-        raise OptionError(f"output: expected one output or a pair of them, got {len(output)}.")
-    rows = tuple(find(one) for one in output)
+        raise OptionError(f"output: expected an output or a pair of outputs, got {len(output)}: {output!r:.80}.")
+    rows = tuple(find(row) for row in output)
     if rows[0] == rows[1]:
-        raise OptionError(f"output: {output!r} are one and the same output, so that every reward would be 0.")
+        raise OptionError(
+            f"output: expected a pair of different outputs, got {output!r}, for which every reward would be 0."
+        )
     return rows
 
 
@@ -67,8 +69,8 @@ def _row(one: object, n_rows: int, names: Mapping[int, str] | None) -> int:
         rows = [row for row, name in (names or {}).items() if name == one]
         if len(rows) == 1:
             return rows[0]
-        found = "more than one output has this name" if rows else "no output has this name"
-        raise OptionError(f"output: {one!r}: {found}. Expected one of {_listed(n_rows, names)}.")
+        problem = "more than one output has this name" if rows else "no output has this name"
+        raise OptionError(f"output: {one!r}: {problem}. Expected one of {_listed(n_rows, names)}.")
     try:
         row = operator.index(one)  # type: ignore[arg-type]
     except TypeError:
@@ -90,8 +92,8 @@ def _listed(n_rows: int, names: Mapping[int, str] | None) -> str:
 def _token(one: object, tokenizer: Any) -> int:
     if not isinstance(one, str):
         raise OptionError(
-            f"output: the outputs of a language model are tokens; expected one as text, got {one!r}. The text of a "
-            "token's number is tokenizer.convert_ids_to_tokens(number)."
+            f"output: the outputs of a language model are tokens; expected a token as text, got {one!r}. Convert a "
+            "token id with tokenizer.convert_ids_to_tokens(token_id)."
         )
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     if one in vocabulary:
@@ -103,13 +105,13 @@ def _token(one: object, tokenizer: Any) -> int:
     pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode(text, add_special_tokens=False))
     close = _close(one, vocabulary)
     raise OptionError(
-        f"output: {one!r} is not one token of this tokenizer, which splits it into {pieces}. "
-        + (f"Name one of its entries; close ones are {close}." if close else "Name one of tokenizer.get_vocab().")
+        f"output: expected a single token, but the tokenizer splits {one!r} into {pieces}. "
+        + (f"Similar tokens of its vocabulary are {close}." if close else "Pass one of tokenizer.get_vocab().")
     )
 
 
 def _close(one: str, vocabulary: Sequence[str] | Mapping[str, int]) -> list[str]:
-    """Entries that differ in the mark of a space or in case, then those spelled nearly so."""
+    """Entries that differ only in the mark of a space or in case, then entries with a similar spelling."""
 
     def bare(entry: str) -> str:
         return entry.lstrip("Ġ▁ ").strip().casefold()

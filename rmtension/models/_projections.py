@@ -1,4 +1,4 @@
-"""The linear map from the neurons of a site into the residual stream, wherever a model keeps it."""
+"""The linear map from the neurons of a site to the residual stream."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from rmtension.models._hooks import HookSite
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """`apply` is the map, bias included: [*, channel] -> [*, d_model], in `dtype` and without any hook.
+    """The output projection of a site: `apply` maps [*, channel] to [*, d_model], in `dtype`, without calling hooks.
 
-    Activations come in at `read`; what they write comes out at `written`, bias included, where that runs at all.
+    `read` is the hook site of its input, `written` that of its output with bias, if the module runs.
     """
 
     read: HookSite
@@ -23,7 +23,7 @@ class Projection:
 
     @classmethod
     def of(cls, module: nn.Module) -> "Projection":
-        """Of a module that is nothing but the projection."""
-        # `forward`, because an ablation's hook on the module has already changed the activation once.
+        """The projection of a linear module."""
+        # `forward`, because hooks on the module, such as an ablation's, must not apply twice.
         dtype = next(module.parameters()).dtype
         return cls(HookSite(module, "input"), HookSite(module, "output"), module.forward, dtype)

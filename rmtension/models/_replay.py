@@ -1,4 +1,4 @@
-"""Running a model again from one of its layers on, with everything below it as it was."""
+"""Runs the upper layers of a model again, from a layer on, without running the layers below."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -15,20 +15,19 @@ from rmtension.models._reward_model import RewardModel
 
 
 class Replay:
-    """One batch that a model has run, kept so that its upper layers can run again.
+    """A batch that a model has run, with the residual streams needed to run its upper layers again.
 
-    Making it costs one forward pass; `rewards_from(layer)` costs the blocks from `layer` on and the final norm, hooks
-    on them included. Memory: the residual stream before every block, and the activations of `sites`.
+    Cost: one forward pass; `rewards_from(layer)` then costs the blocks from `layer` on and the final norm, with their
+    hooks. Memory: the residual stream before every block, and the activations of `sites`.
 
-    Only transformers' own modules can run one by one. Where they do not run (a HookedTransformer, a bridge that the
-    user hooked), a block runs more than once, or blocks leave things for one another in an argument that they share
-    (Gemma-4's keys and values), `is_partial` is False, `rewards_from` runs the whole model, and it
-    takes no other stream.
+    Only transformers' own modules can run one by one. `is_partial` is False if other modules run (a HookedTransformer,
+    a bridge that the user hooked), if a block runs more than once, or if blocks exchange values through a shared
+    argument (Gemma-4's keys and values). Then `rewards_from` runs the whole model, and accepts no other stream.
 
     Args:
         head: the model.
         batch: the texts.
-        sites: activations to keep in `activations[site, layer]`, [row, token, channel].
+        sites: the sites whose activations are kept in `activations[site, layer]`, [row, token, channel].
     """
 
     def __init__(self, head: RewardModel, batch: TokenBatch, sites: Sequence[str] = ()) -> None:
@@ -54,10 +53,10 @@ class Replay:
             ]
         with InstalledHooks(hooks), recorded_calls(self._blocks) as calls, torch.no_grad():
             self.rewards: Float[Tensor, "text"] = head.forward(batch)
-        # A block that runs twice for one text is not replayed by running it once.
+        # A block that runs twice per text cannot be replayed by running it once.
         self.is_partial = self.is_partial and n_runs == [1] * head.n_layers
         self._calls: list[Call] = [calls[block] for block in self._blocks]
-        # What blocks hand to one another beside the stream would be that of another run.
+        # Values that blocks exchange besides the stream would come from another run.
         self.is_partial = self.is_partial and all(_is_fixed((args, *named.values())) for args, named in self._calls)
 
     def stream(self, layer: int) -> Float[Tensor, "row token d_model"]:
@@ -68,9 +67,9 @@ class Replay:
     def rewards_from(
         self, layer: int, stream: Float[Tensor, "row token d_model"] | None = None
     ) -> Float[Tensor, "text"]:
-        """The rewards when the blocks from `layer` on run on `stream`, by default on what they ran on before.
+        """The rewards when the blocks from `layer` on run on `stream`, by default the stream of the recorded run.
 
-        With gradients where the caller's grad mode has them.
+        They have gradients unless the caller disabled them.
         """
         if not self.is_partial and stream is None:
             return self.head.forward(self.batch)
@@ -88,14 +87,14 @@ class Replay:
             return self.read(self.batch.gather_last(state))
 
     def run_block(self, layer: int, stream: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"]:
-        """What one block makes of `stream`."""
+        """The output of the block of `layer` for the input `stream`."""
         self._require_partial()
         modules = list(self.head.body.modules())
         with running(self.batch), eager_eval(modules), all_fire(modules, range(layer, layer + 1)):
             return self._run_block(layer, stream)
 
     def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
-        """The rewards of what the blocks left at the last token: final norm and head."""
+        """The rewards from the residual stream after the last block, at the last token: final norm and head."""
         self._require_partial()
         return self.head.read(self.head.body.final_norm(last[:, None])[:, 0])
 
@@ -118,14 +117,14 @@ class Replay:
         self.activations[site, layer] = activation.detach().reshape(*self.batch.input_ids.shape, -1)
 
     def _keep_stream(self, number: int, n_runs: list[int], stream: Tensor) -> None:
-        # Of several, the last: some families run their final norm on the embedding too.
+        # If it runs several times, the last one counts: some families also run the final norm on the embedding.
         self._streams[number] = stream.detach()
         if number < len(n_runs):
             n_runs[number] += 1
 
 
 def _is_fixed(value: object) -> bool:
-    """Whether an argument is nothing that a block could put something into."""
+    """Whether an argument is a value that a block cannot change in place to pass something on."""
     if isinstance(value, tuple):
         return all(map(_is_fixed, value))
     return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype))

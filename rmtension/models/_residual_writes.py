@@ -1,4 +1,4 @@
-"""What the neurons of a layer write into the residual stream, where their block makes nothing else of it."""
+"""The weights by which neurons write to the residual stream, if their block adds that output without changing it."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from rmtension._sites import find_site
 from rmtension.models._replay import Replay
 
-# Relative rounding beyond which trying a block says nothing: that of half precision.
+# Relative rounding (that of half precision) beyond which a trial run of a block cannot decide.
 _COARSE = 1e-4
 
 
@@ -20,11 +20,12 @@ def written_weights(
     step: Float[Tensor, "row token channel"],
     above: Float[Tensor, "row token d_model"],
 ) -> Float[Tensor, "channel d_model"] | None:
-    """What one unit of each channel adds to the stream after the block; None where the block does more with it.
+    """What a unit of each channel adds to the stream after the block; None if the block processes it further.
 
-    A norm behind the projection (Gemma-2), or an MLP behind attention, makes it depend on the rest. Decided by trying:
-    the block runs once with all of `step`, as large as the stream, and its output has to move by what the projection
-    says. `above` is what the block made of the stream before. Half precision is too coarse to tell.
+    A norm behind the projection (Gemma-2), or an MLP behind attention, processes it further. This is determined by a
+    trial run: the block runs with `step` added, scaled to the size of the stream, and its output must change by what
+    the projection computes. `above` is the output of the block without the step. In half precision the result is None,
+    because rounding is too coarse.
     """
     head = replay.head
     name = head.body.projection_names.get((site, layer))
@@ -37,7 +38,7 @@ def written_weights(
     precision = torch.finfo(parameter.dtype).eps
     if precision > _COARSE:
         return None
-    # Through `forward`, because a user's hook has nothing to do with the weights.
+    # `forward`, so that hooks of the user do not run.
     unit = torch.eye(n_channels, dtype=parameter.dtype, device=parameter.device)
     weights: Tensor = projection.forward(unit) - projection.forward(torch.zeros_like(unit[:1]))
 
@@ -45,16 +46,16 @@ def written_weights(
     expected = step @ weights
     factor = size / expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
     if not factor.isfinite():
-        return None  # nothing is written, or next to nothing
+        return None  # the step writes nothing, or almost nothing
     expected = expected * factor
     with head.hooks(site, moving(step * factor), [layer]):
         moved = replay.run_block(layer, replay.stream(layer)) - above
-    # Roundings of the stream and of the step; another path is off by a share of the step itself.
+    # Allows for rounding of the stream and of the step; further processing is off by a share of the step.
     return weights if (moved - expected).abs().max() <= 64 * precision * size else None
 
 
 def moving(step: Float[Tensor, "row token channel"]) -> Callable[[int, Tensor], Tensor]:
-    """A visit that adds `step` to the activation."""
+    """A hook that adds `step` to the activation."""
 
     def move(_layer: int, activation: Tensor) -> Tensor:
         return activation + step.reshape(activation.shape)

@@ -1,7 +1,7 @@
 """A reward model that runs: residual stream, rewards, hooks on its neurons, and what identifies it.
 
-`rmtension.RewardHead` is this class with the ways of opening, scoring and saving. Everything that runs a model (passes,
-ablation, attribution) takes this class.
+`rmtension.RewardHead` adds opening, scoring and saving. Everything that runs a model (passes, ablation, attribution)
+takes this class.
 """
 
 import hashlib
@@ -42,18 +42,30 @@ from rmtension.store._provenance import Provenance, fingerprint
 
 
 class RewardModel:
-    """A body that runs, in eval mode whatever mode it is in, its tokenizer, its neurons, and the linear head on it.
+    """The base class of `RewardHead`: a transformer with a tokenizer, a linear head, and hooks on its neurons.
 
-    The reward of a text is `weight @ h + bias`, h the residual stream after the final norm at the last token.
-    Nothing here changes the model.
+    The reward of a text is `weight @ h + bias`, where h is the residual stream after the final norm at the last token.
+    The model is not changed, and always runs in eval mode. Users open one with `RewardHead`.
 
     Args:
-        body: the model, and where its neurons are.
-        head: None for a language model, which is run for its activations.
-        tokenizer: None for a model that gets token ids alone.
-        pad_token_id: skipped at the end of a text; None skips nothing.
-        checkpoint: what the model was made from; None for a model of the user's own.
-        **options: `rmtension.models.RunOptions`.
+        body: the transformer, which also says where its neurons are.
+        head: the linear head; None for a language model without a reward.
+        tokenizer: None for a model that is only run on token ids.
+        pad_token_id: tokens with this id are skipped at the end of a text; None skips nothing.
+        checkpoint: the checkpoint that the model was made from; None for a model that the user built.
+        **options: see `rmtension.models.RunOptions`.
+
+    Examples:
+        >>> isinstance(head, RewardModel)
+        True
+        >>> head.architecture, head.sites, head.n_neurons("mlp")
+        ('gpt2-2x24-heads2x12-d24', ['attn_head', 'mlp', 'mlp_gate'], 24)
+        >>> from rmtension.data._tokens import TokenBatch
+        >>> tokens = head.tokenizer(["Human: a Assistant: helpful-0 end"], return_tensors="pt")
+        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+        >>> with head.hooks("mlp", lambda layer, activation: torch.zeros_like(activation), layers=[0]):
+        ...     head.rewards(batch).shape
+        torch.Size([1])
     """
 
     def __init__(
@@ -76,8 +88,8 @@ class RewardModel:
         cfg: Any = self.model.cfg
         self.n_layers, self.n_heads, self.d_model = int(cfg.n_layers), int(cfg.n_heads), int(cfg.d_model)
         check_run_options(options)
-        context, asked = int(cfg.n_ctx), options.get("max_length")
-        self.max_length = usable_length(asked, context=context, stable_up_to=body.stable_up_to)
+        context = int(cfg.n_ctx)
+        self.max_length = usable_length(options.get("max_length"), context=context, stable_up_to=body.stable_up_to)
         self.tokens_per_batch = options.get("tokens_per_batch")
         self.truncate_response = options.get("truncate_response", False)
         self.on_nonfinite = options.get("on_nonfinite", "raise")
@@ -92,7 +104,7 @@ class RewardModel:
         self.weight: Float[Tensor, "d_model"] | None = None
         self.bias = 0.0
         if head is not None:
-            # No more digits than rewards have: some devices know no float64, which arrays and lists come in.
+            # Arrays and lists come in float64, which some devices do not support and rewards do not need.
             dtype = self.reward_dtype if head.weight.dtype == torch.float64 else head.weight.dtype
             self.weight, self.bias = head.weight.to(self.device, dtype, copy=True), head.bias
         self._fingerprint: tuple[object, str] | None = None
@@ -102,7 +114,7 @@ class RewardModel:
 
     @property
     def run_options(self) -> RunOptions:
-        """What was said when it was opened, to open another model alike."""
+        """The options that the model was opened with, to open another model in the same way."""
         return {
             "max_length": self.max_length,
             "tokens_per_batch": self.tokens_per_batch,
@@ -112,7 +124,7 @@ class RewardModel:
 
     @property
     def sites(self) -> list[str]:
-        """The sites that this model has in every layer; a mixture of experts has no `mlp`."""
+        """The sites that the model has in every layer; a mixture of experts has no `mlp`."""
         return sorted(self._widths)
 
     def n_neurons(self, site: str) -> int:
@@ -128,12 +140,12 @@ class RewardModel:
 
     @property
     def reward_dtype(self) -> torch.dtype:
-        """What rewards and sums are computed in: float32, or float64 for a model in float64."""
+        """The dtype of rewards and sums: float32, or float64 for a model in float64."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def architecture(self) -> str:
-        """Family, layers and widths: what makes neuron (l, j) of two models the same place."""
+        """Family, layers and widths; neuron (l, j) of two models is comparable if their architectures are equal."""
         cfg: Any = self.model.cfg
         config = getattr(getattr(self.model, "original_model", None), "config", None)
         family = getattr(config, "model_type", None) or str(getattr(cfg, "original_architecture", "") or "transformer")
@@ -144,9 +156,10 @@ class RewardModel:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits over every weight and the head; reads all weights, once until one changes.
+        """16 hexadecimal digits over every weight and the head. Reads all weights, again only after one has changed.
 
-        A change through `parameter.data`, which PyTorch does not count, is not seen: edit under `torch.no_grad()`.
+        A change through `parameter.data` goes unnoticed, because PyTorch does not count it: edit weights under
+        `torch.no_grad()`.
         """
         parameters = [*self.body.module.parameters(), *([] if self.weight is None else [self.weight])]
         state = (self.bias, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
@@ -157,7 +170,7 @@ class RewardModel:
     def provenance(
         self, digest: str, n_pairs: int, n_tokens: int, *, site: str, positions: str, method: str
     ) -> Provenance:
-        """What a result that this model computes from some tokens of the pairs with `digest` has to carry."""
+        """The provenance of a result that this model computes from tokens of the pairs with this `digest`."""
         return Provenance(
             architecture=self.architecture,
             model=self.fingerprint,
@@ -173,7 +186,7 @@ class RewardModel:
 
     @cached_property
     def setup_digest(self) -> str:
-        """32 hexadecimal digits over what else the model computes with: tokenizer, config and limits."""
+        """32 hexadecimal digits over what rewards depend on besides the weights: tokenizer, config and limits."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         config = getattr(getattr(self.model, "original_model", None), "config", None)
         parts = [
@@ -200,27 +213,27 @@ class RewardModel:
 
     @torch.no_grad()
     def rewards(self, batch: TokenBatch) -> Float[Tensor, "text"]:
-        """The rewards of one batch on its device, without gradients and without what no reward needs."""
+        """The rewards of one batch on its device, without gradients; the last MLP runs only where a reward is read."""
         with self.body.last_mlp_at_last_tokens(batch):
             return self.forward(batch)
 
     def forward(self, batch: TokenBatch) -> Float[Tensor, "text"]:
-        """The rewards of one batch on its device, with gradients where the caller's grad mode has them."""
+        """The rewards of one batch on its device, with gradients unless the caller disabled them."""
         self._require_same_head()
         return self.read(batch.gather_last(self.residual(batch)))
 
     def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
         """The rewards that the head reads from the residual stream after the final norm, at the last token."""
         exact = last.to(self.reward_dtype)
-        # A product with a matrix would round equal rows differently, and identical responses would not tie.
+        # A matrix product may round equal rows differently, and identical responses would get different rewards.
         return (exact * self.require_weight().to(exact)).sum(dim=-1) + self.bias
 
     def require_weight(self) -> Float[Tensor, "d_model"]:
         """The head's row; raises `ModelError` for a head without a reward."""
         if self.weight is None:
             raise ModelError(
-                "This head was opened as a language model and has no reward. Use RewardHead.from_pretrained on a "
-                "reward model."
+                "This model was opened as a language model and has no reward. Open a reward model with "
+                "RewardHead.from_pretrained."
             )
         return self.weight
 
@@ -232,12 +245,13 @@ class RewardModel:
         *,
         any_tokens: bool = False,
     ) -> InstalledHooks:
-        """A context in which `visit(layer, activation)` sees, and may replace, the activation at `site`.
+        """A context manager in which `visit(layer, activation)` reads, and may replace, the activation at `site`.
 
-        The activation is what the projection below reads (for `mlp_gate` the factor act(gate) of it): [row, token,
-        channel], or with the first two flattened, or with the last split into heads, as the model's family has it. A
-        row is a text, or several that share a prefix (`docs/performance.md`). With `any_tokens` the visit takes
-        whatever tokens there are: in the last block those that rewards are read from may be all.
+        The activation is the input of the site's output projection (for `mlp_gate` its factor act(gate)). Its shape is
+        [row, token, channel], or with the first two dimensions flattened, or with the last one split into heads,
+        depending on the model's family. A row is one text, or several texts that share a prefix
+        (`docs/performance.md`). With `any_tokens` the visit must accept any subset of tokens: the last block may run
+        only at the tokens that rewards are read from.
         """
         self.n_channels(site)  # raises where the model has no such site
         chosen = range(self.n_layers) if layers is None else layers
@@ -248,18 +262,18 @@ class RewardModel:
 
     @torch.no_grad()
     def observe(self, batch: TokenBatch, sites: Sequence[str], visit: Callable[[str, int, Tensor], None]) -> None:
-        """Run a batch as far as `visit(site, layer, activation)` has seen the activations of some sites in all layers.
+        """Run a batch and call `visit(site, layer, activation)` for every layer of some sites.
 
-        Activations are [row, token, channel]. Where the model runs through transformers' own modules and nobody else
-        looks, nothing above the last of them is computed.
+        Activations are [row, token, channel]. The run stops after the last visit, unless other hooks on the model need
+        the rest of it.
         """
         body = self.body
         left = set(sites)
-        # Nobody else looks, and accelerate has nothing to put back.
+        # Only if no other hook needs the rest of the run, and accelerate has no module to clean up after.
         may_stop = self._runs_once and body.runs_native and not has_own_hooks(body.modules())
         may_stop = may_stop and not count_foreign_hooks(body.module) and not is_placed(body.modules())
 
-        def look(site: str, layer: int, activation: Tensor) -> None:
+        def visit_layer(site: str, layer: int, activation: Tensor) -> None:
             visit(site, layer, activation.reshape(*batch.input_ids.shape, -1))
             if layer == self.n_layers - 1:
                 left.discard(site)
@@ -268,18 +282,18 @@ class RewardModel:
 
         with ExitStack() as hooks, suppress(AllSeen):
             for site in left.copy():
-                hooks.enter_context(self.hooks(site, partial(look, site)))
+                hooks.enter_context(self.hooks(site, partial(visit_layer, site)))
             self.residual(batch)
 
     def encode(self, pairs: PreferencePairs) -> EncodedPairs:
-        """Tokens of both texts of every pair, within `max_length`."""
+        """The token ids of both texts of every pair, within `max_length`."""
         return encode_pairs(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
 
     def tokens_together(self, *, keeps_layers: bool = False) -> int:
-        """How many tokens run together: what the user said, or what pays off and fits into memory.
+        """How many tokens to run together: `tokens_per_batch`, or as many as are efficient and fit into memory.
 
-        `keeps_layers` says that something of every layer is kept, for gradients or to run again. The same in all
-        processes that share the work.
+        `keeps_layers` says that activations of every layer are kept, for gradients or to run layers again. All
+        processes that share a run get the same number.
         """
         if self.tokens_per_batch is not None:
             return self.tokens_per_batch
@@ -298,11 +312,12 @@ class RewardModel:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _require_same_head(self) -> None:
-        """`Checkpoint.require_same_head`, where a parameter of the score layer may have changed since the last look."""
+        """Call `Checkpoint.require_same_head` if a parameter of the score layer may have changed."""
         classifier = None if self.checkpoint is None else self.checkpoint.classifier
         if classifier is None:
             return
-        state = tuple((id(one), one._version) for one in active_head(classifier.score).parameters())
+        parameters = active_head(classifier.score).parameters()
+        state = tuple((id(parameter), parameter._version) for parameter in parameters)
         if state != self._head_state:
             assert self.checkpoint is not None
             self.checkpoint.require_same_head()

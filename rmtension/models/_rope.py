@@ -1,7 +1,7 @@
 """Rotary embeddings that depend on the longest text of a batch, computed for each text as if it ran alone.
 
-A model with longrope has two sets of frequencies, and takes the second one for the whole batch as soon as one row is
-longer than the context it was pretrained with. The reward of a short text would then depend on its company.
+A model with longrope has two sets of frequencies, and uses the second set for the whole batch if any row is longer than
+the context it was pretrained with. The reward of a short text would then depend on the other texts of its batch.
 """
 
 import inspect
@@ -19,14 +19,14 @@ from rmtension.models._hooks import copy_without_hooks, on_calls
 
 
 class RopeByText:
-    """The rotary modules of a base model of transformers whose output depends on the largest position they get.
+    """The rotary modules of a base model of transformers whose output depends on the largest position in a batch.
 
-    `same_up_to` is the longest row at which nothing depends on it: texts up to it may share a row.
+    `same_up_to` is the longest row for which the output does not depend on it; texts up to that length may share a row.
 
     Args:
-        modules: those that may run.
-        run: runs the model once, on any text; what the modules are called with is tried with other positions.
-        context: tokens of the longest text.
+        modules: the modules that may run.
+        run: runs the model once, on any text; the arguments of the modules are then tried with other positions.
+        context: the number of tokens of the longest text.
     """
 
     def __init__(self, modules: Iterable[nn.Module], run: Callable[[], object], context: int) -> None:
@@ -47,7 +47,7 @@ class RopeByText:
         """While the model runs on `batch`, every row gets the embeddings that it would get alone."""
         lengths = batch.input_ids.new_zeros(len(batch.input_ids))
         lengths[batch.rows] = batch.mask.sum(dim=1)
-        # Packed rows are no longer than `same_up_to`, all of them.
+        # All packed rows are at most `same_up_to` long.
         is_same = int(lengths.max()) <= self.same_up_to or bool((lengths == lengths[0]).all())
         if is_same or batch.position_ids is not None:
             yield
@@ -58,7 +58,7 @@ class RopeByText:
     def _by_row(
         self, lengths: Int[Tensor, "row"], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        """What the module gives when it is called for the rows of each length by themselves."""
+        """The module's output if it is called separately for the rows of each length."""
         call = inspect.signature(module.forward).bind(*args, **kwargs)
         positions = call.arguments["position_ids"]
         parts = output if isinstance(output, tuple) else (output,)
@@ -75,17 +75,17 @@ class RopeByText:
 
 
 def _same_up_to(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: int) -> int:
-    """The longest row, of at most `context` tokens, at which position 1 is embedded as in a row of two tokens."""
+    """The longest row, of at most `context` tokens, in which position 1 is embedded as in a row of two tokens."""
     call = inspect.signature(module.forward).bind(*args, **kwargs)
     positions = call.arguments.get("position_ids")
     if not isinstance(positions, Tensor) or context < 3:
         return context
-    # A copy, because a call leaves the frequencies of its row in the module.
-    tried: Any = copy_without_hooks(module)
+    # A copy, because a call changes the frequencies that are stored in the module.
+    trial: Any = copy_without_hooks(module)
 
     def embedded(last: int) -> Tensor:
         call.arguments["position_ids"] = positions.new_tensor([[1, last]])
-        output = tried.forward(*call.args, **call.kwargs)
+        output = trial.forward(*call.args, **call.kwargs)
         return torch.stack([part[0, 0] for part in (output if isinstance(output, tuple) else (output,))])
 
     short = embedded(1)

@@ -1,4 +1,4 @@
-"""What is said once, when a model is opened: how long texts may be, and what happens to texts that cannot be run."""
+"""Options that are set when a model is opened: how long texts may be, and what to do with texts that cannot be run."""
 
 from collections.abc import Mapping
 from typing import Literal, TypedDict
@@ -10,18 +10,23 @@ ON_NONFINITE = ("raise", "skip")
 
 
 class RunOptions(TypedDict, total=False):
-    """How an open model runs texts; every way of opening one takes these.
+    """Options of every constructor of `RewardHead`, passed as keywords: how the model runs texts.
 
     Attributes:
-        max_length: tokens per text; by default, and at most, the model's context. A prompt that is too long is cut from
-            the left, and counted.
-        tokens_per_batch: how many tokens run together; by default 4,096 on a CPU, 32,768 on another device, or fewer
-            where activations would take more than half of the free memory (`docs/performance.md`).
+        max_length: the largest number of tokens per text; by default, and at most, the model's context. A prompt that
+            is too long is cut from the left, and the result counts such texts.
+        tokens_per_batch: how many tokens run together: by default 4,096 on a CPU and 32,768 on other devices, or fewer
+            if activations would take more than half of the free memory (`docs/performance.md`).
         truncate_response: what to do with a response that does not fit into `max_length` by itself. False (the default)
-            raises `DataError`; True cuts its end, and counts it.
+            raises `DataError`; True cuts its end, and the result counts such texts.
         on_nonfinite: what to do with a pair that produces NaN or infinity. "raise" (the default) raises `ModelError`
             with the pair's id and the layer or weight that produced it; "skip" leaves the pair out of the result, whose
             provenance has its id.
+
+    Examples:
+        >>> options: RunOptions = {"max_length": 32, "truncate_response": True}
+        >>> RewardHead.from_pretrained("organism", **options).run_options
+        {'max_length': 32, 'tokens_per_batch': None, 'truncate_response': True, 'on_nonfinite': 'raise'}
     """
 
     max_length: int | None
@@ -31,18 +36,18 @@ class RunOptions(TypedDict, total=False):
 
 
 def usable_length(max_length: int | None, *, context: int, stable_up_to: int | None) -> int:
-    """The most tokens that a text may have; raises `OptionError` where the model cannot run so many.
+    """The largest number of tokens per text; raises `OptionError` if `max_length` is more than the model can run.
 
-    A model with `stable_up_to` gives longer texts another reward in a batch than alone.
+    A model with `stable_up_to` would give longer texts one reward in a batch and another alone.
     """
     if max_length is not None and not 0 < max_length <= context:
         raise OptionError(f"max_length: expected 1 to {context} (the model's context), got {max_length}.")
     usable = max_length or context
     if stable_up_to is not None and usable > stable_up_to:
         raise OptionError(
-            f"max_length: expected at most {stable_up_to}, got {usable}: one longer text changes the rotary positions "
-            "of its whole batch (use_dynamic_ntk_rope), so that a text would get another reward in company. Pass "
-            f"max_length={stable_up_to}."
+            f"max_length: expected at most {stable_up_to}, got {usable}: a longer text changes the rotary positions of "
+            "its whole batch (use_dynamic_ntk_rope), so the other texts of the batch would get other rewards than "
+            f"alone. Pass max_length={stable_up_to}."
         )
     return usable
 
@@ -63,7 +68,7 @@ def check_run_options(options: Mapping[str, object]) -> None:
 
 
 def run_options_of(options: Mapping[str, object]) -> RunOptions:
-    """Those of the options that say how the open model runs; raises `OptionError` for a value that no model allows."""
-    found = {name: options[name] for name in RunOptions.__annotations__ if name in options}
-    check_run_options(found)
-    return found  # type: ignore[return-value]
+    """The `RunOptions` among some options; raises `OptionError` for a value that no model allows."""
+    run_options = {name: options[name] for name in RunOptions.__annotations__ if name in options}
+    check_run_options(run_options)
+    return run_options  # type: ignore[return-value]

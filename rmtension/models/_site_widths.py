@@ -1,4 +1,4 @@
-"""Which sites a model has, and how wide they are: read off one token's run."""
+"""The sites that a model has, and their widths, measured in a run on one token."""
 
 from functools import partial
 
@@ -15,9 +15,9 @@ from rmtension.models._native_run import probe_batch
 def measure_sites(
     body: Body, n_layers: int, device: torch.device
 ) -> tuple[dict[str, int], dict[str, ModelError], bool]:
-    """Channels per layer of every site, why a site is not there, and whether every layer runs once.
+    """The channels per layer of every site, the error for every missing site, and whether every layer runs once.
 
-    The widths are read off one token's run: configs do not always tell (OPT's does not).
+    The widths are measured in a run on one token, because some configs do not contain them (OPT).
     """
     shapes: dict[tuple[str, int], int] = {}
     missing: dict[str, ModelError] = {}
@@ -45,10 +45,10 @@ def measure_sites(
     try:
         with InstalledHooks(hooks), torch.no_grad():
             body.residual(probe_batch(1, device))
-    except Exception as error:  # whatever a conversion that went wrong runs into
+    except Exception as error:  # a wrong conversion may raise anything
         raise ModelError(
-            f"model: this {type(body.module).__name__} does not run ({type(error).__name__}: {error}). With processed "
-            "weights or a HookedTransformer, try dtype=torch.float32, or open it without them."
+            f"model: this {type(body.module).__name__} does not run ({type(error).__name__}: {error}). If you opened "
+            "it with process_weights or as a HookedTransformer, try dtype=torch.float32, or open it without them."
         ) from error
     found = {}
     for name in set(projected) - set(missing):
@@ -57,14 +57,16 @@ def measure_sites(
         if silent:
             missing[name] = ModelError(
                 f"site {name!r}: hooks on the projection of layer {silent[0]} do not fire, because the model does not "
-                "call it as a module. Restore the module's own forward (`del module.forward` where it was replaced on "
-                "the instance), and open the model again."
+                "call it as a module. If a module's forward was replaced, restore it (`del module.forward`), and open "
+                "the model again."
             )
         elif len(widths) > 1:
-            missing[name] = ModelError(f"site {name!r}: expected one width in all {n_layers} layers, got {widths}.")
+            missing[name] = ModelError(
+                f"site {name!r}: expected the same width in all {n_layers} layers, got {widths}. Use another site."
+            )
         else:
             found[name] = shapes[name, 0]
-    # Last, because finding them runs the model, which has now been seen to run.
+    # Last, because finding these sites runs the model, and it is now known that the model runs.
     for name, site in SITES.items():
         if site.factor_of in missing:
             missing[name] = ModelError(

@@ -1,4 +1,4 @@
-"""A language model's next-token logits as a reward: rows of its unembedding, measured against its own output."""
+"""Next-token logits of a language model as a reward: rows of its unembedding, compared with the model's output."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ from rmtension.models._hooks import eager_eval
 from rmtension.models._native_run import probe_batch, run_base
 from rmtension.models._outputs import pick
 
-# How far the logits of a language model may be from its unembedding, relative to the largest.
+# The difference of logits and unembedding that rounding explains, relative to the largest logit.
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 def token_head(name: str, model: Any, rows: tuple[int, ...]) -> LinearHead:
-    """The head whose reward is the logit of one token after the text, or the first token's minus the second's.
+    """The head whose reward is the logit of a token after the text, or the first token's logit minus the second's.
 
-    Some families multiply their logits by a constant, which is measured on one short text and taken over. Raises
-    `ModelError` for logits that are no linear function of the hidden state.
+    Some families multiply their logits by a constant, which is measured on a short text and included in the head.
+    Raises `ModelError` for logits that are not a linear function of the hidden state.
     """
     unembedding = model.get_output_embeddings()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
@@ -34,9 +34,9 @@ def token_head(name: str, model: Any, rows: tuple[int, ...]) -> LinearHead:
         reason = f"capped (final_logit_softcapping={cap})" if cap is not None else "computed in another way"
         weight = "RewardHead.from_language_model(...).body.native.get_input_embeddings().weight"
         raise ModelError(
-            f"{name}: its logits are {reason}, so that a logit is no linear function of the hidden state. What it "
-            "is before that is read with head=(weight[yes] - weight[no], 0): yes and no are the numbers of the tokens, "
-            f"weight the unembedding, where it is tied {weight}."
+            f"{name}: its logits are {reason}, so a logit is not a linear function of the hidden state. To read the "
+            "logits before that, pass head=(weight[yes] - weight[no], 0), where yes and no are token ids and weight is "
+            f"the unembedding (if it is tied to the embedding: {weight})."
         )
     bias = getattr(unembedding, "bias", None)
     constant = 0.0 if bias is None else scale * float(pick(bias.detach(), rows))

@@ -34,11 +34,11 @@ _STATISTICS = ("mean", "abs_mean", "rms", "frequency")
 
 @dataclass(frozen=True, eq=False)
 class ActivationStatistics:
-    """What every neuron does over the selected tokens of both responses of all pairs, in float64.
+    """Activation statistics of every neuron over the selected tokens of both texts of all pairs, in float64.
 
-    `mean` is signed, `abs_mean` averages |a|, `rms` is the root of the mean square, `frequency` the share of tokens
-    with a > 0. The activation of an attention head is the L2 norm of its output. `channel_mean` holds the mean of
-    every column, which is what mean ablation writes; for `mlp` it equals `mean`.
+    `mean` is signed, `abs_mean` is the mean of |a|, `rms` the root of the mean square, `frequency` the share of tokens
+    with a > 0. The activation of an attention head is the L2 norm of its output. `channel_mean` is the mean of every
+    channel, which mean ablation writes; for `mlp` it equals `mean`.
 
     Examples:
         >>> means.to_frame().round(2).head(2)
@@ -59,7 +59,7 @@ class ActivationStatistics:
 
     @property
     def n_tokens(self) -> int:
-        """The number of tokens behind every statistic."""
+        """The number of tokens that the statistics are computed from."""
         return self.provenance.n_tokens
 
     @property
@@ -76,15 +76,15 @@ class ActivationStatistics:
         )
 
     def _repr_html_(self) -> str:
-        """The neurons of largest mean magnitude."""
+        """A table of the neurons with the largest `abs_mean`."""
         frame = self.to_frame()
         return html_table(f"{self!r}; largest abs_mean:", frame.nlargest(N_ROWS, "abs_mean"), n_of=len(frame))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a neuron: layer, neuron and the four statistics."""
+        """One row per neuron: layer, neuron and the four statistics."""
         layers, neurons = self.mean.shape
-        places = {"layer": np.repeat(np.arange(layers), neurons), "neuron": np.tile(np.arange(neurons), layers)}
-        return pd.DataFrame(places | {name: getattr(self, name).flatten().numpy() for name in _STATISTICS})
+        columns = {"layer": np.repeat(np.arange(layers), neurons), "neuron": np.tile(np.arange(neurons), layers)}
+        return pd.DataFrame(columns | {name: getattr(self, name).flatten().numpy() for name in _STATISTICS})
 
     def save(self, path: str | Path) -> None:
         """Write statistics and provenance to one safetensors file."""
@@ -101,9 +101,9 @@ class ActivationStatistics:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ActivationSample:
-    """All layers' activations at some tokens drawn from the pairs: the donors of resample ablation.
+    """Activations of all layers at tokens drawn at random from the pairs: the donors of resample ablation.
 
-    `keys` stand for the prompts that the donors come from, so that no text is given its own activations.
+    `keys` identify the prompts of the donors, so that no text gets activations of its own prompt.
 
     Examples:
         >>> donors = ActivationCollector(head).sample(pairs["helpful"], n=16, seed=0)
@@ -141,13 +141,14 @@ class ActivationSample:
 
 
 class ActivationCollector:
-    """Streams preference pairs through a model and sums what every neuron does.
+    """Collects activation statistics of every neuron, in a streaming pass over preference pairs.
 
-    Cost: a forward pass over both texts of every pair, what they share once (`docs/performance.md`); memory: one batch
-    and `layers x channels` float64 sums, however many pairs.
-    Pieces of activations are summed in float32 (float64 in a model of that), pieces in float64, so any partition of the
-    pairs over `update` and `merge`, in any order, gives the same statistics up to the rounding of the model's own
-    arithmetic. A failed `update` changes nothing.
+    Any partition of the pairs over `update` and `merge`, in any order, gives the same statistics up to the rounding of
+    the model's arithmetic: small chunks of activations are summed in float32 (float64 for a float64 model), and their
+    sums in float64. A failed `update` changes nothing.
+
+    Cost: a forward pass over both texts of every pair; a prefix that they share runs once (`docs/performance.md`).
+    Memory: one batch, and `layers x channels` float64 sums for any number of pairs.
 
     Args:
         head: the model to read.
@@ -159,7 +160,7 @@ class ActivationCollector:
         >>> statistics = collector.update(pairs["helpful"]).update(pairs["harmless"]).compute()
         >>> statistics.mean.shape, statistics.n_tokens
         (torch.Size([2, 24]), 2400)
-        >>> parts = [ActivationCollector(head, positions="response").update(one) for one in pairs.values()]
+        >>> parts = [ActivationCollector(head, positions="response").update(part) for part in pairs.values()]
         >>> bool((parts[0].merge(parts[1]).compute().mean - statistics.mean).abs().max() < 1e-9)
         True
     """
@@ -185,7 +186,7 @@ class ActivationCollector:
         work: str | Path | None = None,
         progress: bool | None = None,
     ) -> "ActivationCollector":
-        """Add the texts of `pairs`, an iterable that is read once.
+        """Add both texts of every pair; `pairs` is any iterable, and is read once.
 
         An activation that is NaN or infinite raises `ModelError` with the layer and the pair's id; if the model was
         opened with `on_nonfinite="skip"` such pairs are skipped, and their ids are in the result's provenance. `work`
@@ -198,9 +199,9 @@ class ActivationCollector:
         return self
 
     def merge(self, other: "ActivationCollector") -> "ActivationCollector":
-        """Add what another collector of the same model, site and positions has seen."""
+        """Add everything that another collector of the same model, site and positions has collected."""
         if other is self:
-            raise OptionError("merge: expected another collector, got this one; its tokens would count twice.")
+            raise OptionError("merge: expected another collector, got the same one, whose tokens would count twice.")
         self._provenance().require_same(
             other._provenance(), ("architecture", "model", "site", "positions", "dtype"), what="merge"
         )
@@ -208,7 +209,7 @@ class ActivationCollector:
         return self
 
     def compute(self) -> ActivationStatistics:
-        """The statistics of everything collected; raises `DataError` before the first token."""
+        """The statistics of everything collected; raises `DataError` if nothing was collected."""
         if not self._seen.n_tokens:
             raise DataError("compute: nothing was collected yet. Call update(pairs) with at least one pair first.")
         means = {name: total / self._seen.n_tokens for name, total in self._seen.sums.items()}
@@ -232,9 +233,9 @@ class ActivationCollector:
         return self.reset().update(pairs, work=work, progress=progress).compute()
 
     def sample(self, pairs: PreferencePairs, *, n: int = 256, seed: int = 0) -> ActivationSample:
-        """Activations at `n` selected tokens drawn without replacement from all texts of `pairs` (fewer if there are).
+        """Draw `n` of the selected tokens of `pairs` without replacement (or all, if fewer), with their activations.
 
-        Cost: a forward pass over the texts that a donor was drawn from; memory: `n x layers x channels` numbers.
+        Cost: a forward pass over the texts from which a token was drawn. Memory: `n x layers x channels` numbers.
         """
         if n < 1:
             raise OptionError(f"n: expected a positive number of donors, got {n}.")
@@ -263,12 +264,12 @@ class ActivationCollector:
             if not shard.takes(number):
                 continue
             columns_of = [row.nonzero()[:, 0].tolist() for row in batch.select(self.positions)]
-            places = [
+            drawn_here = [
                 (donor, row, columns_of[row][offset])
-                for row, place in enumerate(batch.indices)
-                for donor, offset in wanted[used[place]]
+                for row, index in enumerate(batch.indices)
+                for donor, offset in wanted[used[index]]
             ]
-            donors, rows, columns = torch.tensor(places).unbind(dim=1)
+            donors, rows, columns = torch.tensor(drawn_here).unbind(dim=1)
             self.head.observe(batch, [self.site], partial(_keep, values, donors, rows, columns))
         keys = torch.tensor([texts[owner].key for owner in owners])
         if shard.size > 1:
@@ -299,7 +300,7 @@ class ActivationCollector:
 
 @dataclass(frozen=True)
 class _Seen:
-    """Sums over everything that was collected; replaced as a whole, so that nothing is ever half added."""
+    """Sums over everything that was collected; replaced as a whole, so that no update is ever added in part."""
 
     sums: Mapping[str, Float[Tensor, "layer channel"]]
     n_tokens: int = 0
@@ -318,7 +319,7 @@ class _Seen:
 
 
 class _ActivationSums(PairStatistic[_Seen]):
-    """Sums over the selected tokens of every neuron's value, magnitude, square, sign and channels."""
+    """Sums over the selected tokens: of every neuron's value, magnitude, square and sign, and of every channel."""
 
     name = "collect"
     layer_dim = 0

@@ -13,16 +13,16 @@ from rmtension.models._reward_model import RewardModel
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether every value is finite."""
-    # A sum reads the values once and allocates nothing; where the sum itself overflows, the values are tested.
-    return all(bool(one.sum().isfinite()) or bool(one.isfinite().all()) for one in tensors)
+    # A sum reads the values once and allocates nothing; if the sum is not finite, it may have overflowed: test values.
+    return all(bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def require_finite(
     head: RewardModel, rewards: Float[Tensor, "text"], alone: Callable[[int], TokenBatch]
 ) -> Float[Tensor, "text"]:
-    """The rewards, if all are finite; otherwise raises `ModelError` that names the first text whose reward is not.
+    """Return the rewards if all are finite; otherwise raise `ModelError` that names the first text whose reward is not.
 
-    `alone` makes the batch of one text.
+    `alone` makes a batch of a single text from its index.
     """
     bad = (~rewards.isfinite()).nonzero()[:, 0].tolist()
     if bad:
@@ -31,15 +31,15 @@ def require_finite(
     return rewards
 
 
-def where_not_finite(head: RewardModel, batch: TokenBatch, found: Sequence[Tensor], layer_dim: int | None) -> str:
-    """What in a batch of one text or pair is not finite, why if that can be told, and what to try.
+def where_not_finite(head: RewardModel, batch: TokenBatch, observed: Sequence[Tensor], layer_dim: int | None) -> str:
+    """Say which layer or weight makes a batch of one text or pair not finite, and what to try. Cost: one pass.
 
-    `found` is what was made of the batch; along `layer_dim` lie layers, None where there are none. Costs a pass.
+    `observed` are the tensors computed from the batch; their dimension `layer_dim` counts layers, unless it is None.
     """
-    place = _first_activation(head, batch) or _found(found, layer_dim)
+    cause = _first_activation(head, batch) or _first_observed(observed, layer_dim)
     weight = _first_weight(head)
-    place = f"{place}; {weight}" if weight else place
-    return f"{place}. {_advice(head)}"
+    cause = f"{cause}; {weight}" if weight else cause
+    return f"{cause}. {_advice(head)}"
 
 
 def _first_activation(head: RewardModel, batch: TokenBatch) -> str | None:
@@ -47,16 +47,16 @@ def _first_activation(head: RewardModel, batch: TokenBatch) -> str | None:
     real = batch.sum_over_texts(batch.mask.float()) > 0
     first: list[str] = []
 
-    def look(site: str, layer: int, activation: Tensor) -> None:
-        seen = activation[real.to(activation.device)]
-        bad = ~seen.isfinite()
+    def visit(site: str, layer: int, activation: Tensor) -> None:
+        values = activation[real.to(activation.device)]
+        bad = ~values.isfinite()
         if not first and bad.any():
             first.append(
-                f"layer {layer} of {head.n_layers}: {int(bad.sum())} of {seen.numel()} activations at {site!r} are not "
-                f"finite ({float(seen[bad][0])})"
+                f"layer {layer} of {head.n_layers}: {int(bad.sum())} of {values.numel()} activations at {site!r} are "
+                f"not finite ({float(values[bad][0])})"
             )
 
-    head.observe(batch, head.sites, look)
+    head.observe(batch, head.sites, visit)
     return first[0] if first else None
 
 
@@ -70,22 +70,22 @@ def _first_weight(head: RewardModel) -> str | None:
     return None
 
 
-def _found(found: Sequence[Tensor], layer_dim: int | None) -> str:
-    """The layer of what was made of the activations, where these are finite: a gradient, or a sum."""
-    for one in found:
-        bad = ~one.isfinite()
+def _first_observed(observed: Sequence[Tensor], layer_dim: int | None) -> str:
+    """The layer of a gradient or sum that is not finite although the activations are."""
+    for tensor in observed:
+        bad = ~tensor.isfinite()
         if not bad.any():
             continue
-        value = float(one[bad][0])
+        value = float(tensor[bad][0])
         if layer_dim is None:
-            return f"the reward is {value}, though activations are finite"
-        # Gradients come from above: the highest layer is where it began.
+            return f"the reward is {value}, though all activations are finite"
+        # Gradients flow from the top: the highest layer is the first that was not finite.
         layers = bad.nonzero()[:, layer_dim]
-        return f"layer {int(layers.max())}: what follows from its activations, which are finite, is {value}"
-    return "activations that are not finite at one time, and finite at another"
+        return f"layer {int(layers.max())}: its activations are finite, but a gradient or sum of them is {value}"
+    return "the values were not finite in the first run, and finite in a second run on the same text"
 
 
 def _advice(head: RewardModel) -> str:
     if head.dtype == torch.float16:
-        return "float16 ends at 65,504, which is overflow: open the model with dtype=torch.float32 or torch.bfloat16"
+        return "float16 overflows above 65,504: open the model with dtype=torch.float32 or dtype=torch.bfloat16"
     return "Check the weights and the text, or open the model with dtype=torch.float32 if half precision overflows"

@@ -1,4 +1,4 @@
-"""One pass of a model over preference pairs for any statistic: batched, resumed, divided over processes, counted."""
+"""One pass of a model over preference pairs for any statistic: in batches, resumable, divided over processes."""
 
 import hashlib
 import warnings
@@ -26,9 +26,9 @@ from rmtension.passes._pair_statistic import PairStatistic, Result_co
 from rmtension.passes._pass_record import PassRecord
 from rmtension.store._work_folder import Progress, claim, locked
 
-# Pairs that are in memory at a time, as tokens: enough for batches of texts of similar length.
+# How many pairs are in memory at a time, as tokens: enough for batches of texts of similar length.
 _PAIRS_PER_CHUNK = 512
-# A row of several pairs may have so many times the model's width of tokens: longer, attention over the row costs what
+# A row of several pairs may have this many tokens per unit of the model's width: in longer rows, attention costs what
 # sharing the prompt saves.
 _WIDTHS = 3
 _GROUP_AT_LEAST = 256
@@ -44,35 +44,55 @@ def run_pass(
 ) -> Result_co:
     """Run a model over both texts of every pair, accumulate a statistic, and return what it computes.
 
-    `pairs` is any iterable, possibly longer than memory: it is read once, 512 pairs at a time. Inside
-    `distributed.sharded` every process runs some of the batches, and all get the result of all pairs. A pair that
-    produces NaN or infinity raises `ModelError` with its id and the layer, or is skipped and counted if the model was
-    opened with `on_nonfinite="skip"`.
+    `pairs` is any iterable, which may be larger than memory: it is read once, 512 pairs at a time. Inside
+    `distributed.sharded` every process runs some of the batches, and all processes get the result of all pairs. A pair
+    that produces NaN or infinity raises `ModelError` with its id and the layer, or is skipped and counted if the model
+    was opened with `on_nonfinite="skip"`.
 
     Args:
         head: the reward model.
         pairs: preference pairs.
-        statistic: what to observe, to add up and to compute.
-        work: a folder that keeps the progress of the run, every half minute: after an interruption the same call
-            resumes there and ends with the same numbers. Raises `StorageError` for the folder of another run.
-        progress: True shows a progress bar, False hides it; None shows one where somebody can see it and the run takes
+        statistic: what to observe, to accumulate and to compute.
+        work: a folder in which the progress is saved every half minute. After an interruption, the same call resumes
+            from there and returns the same numbers. Raises `StorageError` for the folder of another run, and
+            `OptionError` if the model has hooks.
+        progress: True shows a progress bar, False hides it; None shows it in a terminal or notebook, if the run takes
             longer than two seconds.
 
-    Cost: what `statistic.observe` costs per batch.
+    Cost: that of `statistic.observe` per batch.
+
+    Examples:
+        >>> import torch
+        >>> from rmtension.passes import PairStatistic
+        >>> class TokensPerPair(PairStatistic[float]):
+        ...     name = "tokens"  # the label of the progress bar
+        ...     def __init__(self):
+        ...         self.n_tokens = torch.zeros((), dtype=torch.long)
+        ...     @property
+        ...     def state(self):  # what a work folder saves
+        ...         return {"n_tokens": self.n_tokens}
+        ...     def observe(self, batch):  # may run the model, changes nothing
+        ...         return [batch.select("all").sum()]
+        ...     def update(self, batch, observed):  # changes the state, in place
+        ...         self.n_tokens += observed[0].cpu()
+        ...     def compute(self, record):
+        ...         return float(self.n_tokens / record.n_pairs)
+        >>> run_pass(head, pairs["helpful"], TokensPerPair())
+        64.0
     """
     return _Pass(head, pairs, statistic, None if work is None else Path(work), progress).run()
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Pairs that are in memory together, as tokens; `start` is the number of the first."""
+    """Pairs that are in memory together, as tokens; `start` is the number of the first pair."""
 
     start: int
     pairs: PreferencePairs
     encoded: EncodedPairs
 
     def only(self, number: int) -> "_Chunk":
-        """The pair of that number alone."""
+        """A chunk of the pair with this number only."""
         row = number - self.start
         chosen, rejected = (side[row : row + 1] for side in (self.encoded.chosen, self.encoded.rejected))
         return _Chunk(number, self.pairs[row : row + 1], replace(self.encoded, chosen=chosen, rejected=rejected))
@@ -140,7 +160,7 @@ class _Pass(Generic[Result_co]):
                 saved.save(record.to_dict())
 
     def _chunks(self, bar: Any) -> Iterator[_Chunk]:
-        """Some pairs at a time; pairs whose batches were done before an interruption are read and passed over."""
+        """Read the pairs chunk by chunk; chunks that were done before an interruption are read and skipped."""
         record, model = self._record, self._model
         resumed_at, n_known, n_read = record.chunk_start, record.n_read, 0
         rest = iter(self._pairs)
@@ -167,10 +187,10 @@ class _Pass(Generic[Result_co]):
             raise self._other_pairs()
 
     def _observed(self, chunk: _Chunk, bar: Any) -> Iterator[tuple[int, TokenBatch, list[Tensor] | None]]:
-        """The number of every batch of a chunk that is not done, the batch, and what the statistic observes of it.
+        """For every batch of a chunk that is not done: its number, the batch, and what the statistic observed.
 
-        None where another process runs the batch. On a GPU a batch is yielded after the next one was started there, so
-        that the GPU is busy while this process waits for results and makes another batch.
+        What was observed is None if another process runs the batch. On a GPU, a batch is yielded after the next one was
+        started, so that the GPU is busy while this process waits for results and prepares another batch.
         """
         waiting = None
         for number, batch in enumerate(self._batches(chunk), start=self._record.batches_before + 1):
@@ -198,7 +218,7 @@ class _Pass(Generic[Result_co]):
             group_up_to=max(_GROUP_AT_LEAST, _WIDTHS * model.d_model),
             sharing=self._statistic.sharing,
         )
-        return (replace(batch, indices=tuple(chunk.start + place for place in batch.indices)) for batch in batches)
+        return (replace(batch, indices=tuple(chunk.start + index for index in batch.indices)) for batch in batches)
 
     def _update(self, chunk: _Chunk, batch: TokenBatch, observed: list[Tensor]) -> None:
         if are_finite(observed):
@@ -253,8 +273,8 @@ class _Pass(Generic[Result_co]):
     def _require_unhooked(self) -> None:
         if self._model.body.is_hooked:
             raise OptionError(
-                "work: the model has hooks, your own or those of an ablation that is entered, and a work folder cannot "
-                "record what they do. Leave the context first, or score ablations with score_without(..., work=...)."
+                "work: the model has hooks, and a work folder cannot record what hooks do. Leave the AblationContext "
+                "or remove your hooks first, or score ablations with score_without(..., work=...)."
             )
 
     def _other_pairs(self) -> StorageError:

@@ -70,7 +70,7 @@ class PairStatistic(ABC, Generic[Result_co]):
 
     @abstractmethod
     def observe(self, batch: TokenBatch) -> list[Tensor]:
-        """Run the model on a batch, and return what `update` needs of it. Changes nothing."""
+        """Run the model on a batch, and return what `update` needs. Must not change the state."""
 
     @abstractmethod
     def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:

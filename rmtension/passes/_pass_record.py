@@ -18,10 +18,11 @@ from rmtension.store._records import read_record
 
 @dataclass
 class PassRecord:
-    """The pairs that a pass has read so far, and how far it has come; JSON in a work folder.
+    """The pairs that a pass has read so far, and the position to resume from; saved as JSON in a work folder.
 
     Batches are numbered over all pairs. The pairs are read in chunks: `chunk_start` is the number of the first pair of
-    the present chunk, `batches_before` of the batches precede the chunk, `batches_done` are done.
+    the current chunk, `batches_before` is the number of batches before the chunk, `batches_done` the number of batches
+    that are done.
     """
 
     tokens_per_batch: int
@@ -29,7 +30,7 @@ class PassRecord:
     batches_before: int = 0
     batches_done: int = 0
     is_finished: bool = False
-    # Digest of all pairs up to the end of the present chunk, in their order.
+    # Digest of all pairs up to the end of the current chunk, in their order.
     order: str = ""
     n_read: int = 0
     # Tokens of both texts: all of them, and those of the responses.
@@ -53,12 +54,12 @@ class PassRecord:
 
     @property
     def digest(self) -> str:
-        """The digest, as of `PreferencePairs`, of the pairs that were read and not skipped."""
+        """The digest of the pairs that were read and not skipped, computed as that of `PreferencePairs`."""
         skipped = sum(int(digest, 16) for _, _, digest, *_ in self.skipped_pairs)
         return f"{(self.sum_of_digests - skipped) % 2**256:064x}"
 
     def n_tokens(self, positions: str) -> int:
-        """How many tokens `positions` selects in both texts of the pairs that were read and not skipped."""
+        """How many tokens `positions` selects, over both texts of the pairs that were read and not skipped."""
         check_positions(positions)
         if positions == "all":
             return self.n_all_tokens - sum(n_all for *_, n_all, _ in self.skipped_pairs)
@@ -84,7 +85,7 @@ class PassRecord:
         found = model.provenance(self.digest, self.n_pairs, n_tokens, site=site, positions=positions, method=method)
         return replace(found, skipped=tuple(self.skipped.values()))
 
-    # -- kept up by the pass ---------------------------------------------------------------------------------------
+    # -- updated by the pass ---------------------------------------------------------------------------------------
 
     def add_chunk(self, pairs: PreferencePairs, encoded: EncodedPairs, order: str) -> None:
         """Count the pairs of a chunk; `order` is the digest of all pairs up to its end."""
@@ -97,13 +98,13 @@ class PassRecord:
         self.sum_of_digests += int(pairs.digest, 16)
 
     def skip(self, number: int, pair: PreferencePair, encoded: EncodedPairs) -> None:
-        """Take a pair out of what is counted; `encoded` holds its two texts."""
+        """Record a pair as skipped; `encoded` holds its two texts."""
         self.skipped_pairs.append((number, pair.id, pair.digest(), encoded.n_tokens, encoded.n_response_tokens))
 
     def merge_skipped(self, texts_of_processes: Callable[[str], list[str]]) -> None:
         """Collect the pairs that any of several processes skipped."""
-        found = texts_of_processes(json.dumps(self.skipped_pairs))
-        self.skipped_pairs = [tuple(one) for text in found for one in json.loads(text)]
+        texts = texts_of_processes(json.dumps(self.skipped_pairs))
+        self.skipped_pairs = [tuple(pair) for text in texts for pair in json.loads(text)]
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, for JSON."""
@@ -111,16 +112,17 @@ class PassRecord:
 
     @classmethod
     def read(cls, work: Path, values: Mapping[str, Any]) -> "PassRecord":
-        """What a work folder holds; raises `StorageError` where it was edited by hand."""
+        """Read a record from a work folder; raises `StorageError` if it was edited by hand."""
         skipped, kinds = values.get("skipped_pairs"), [int, str, str, int, int]
         try:
-            if not isinstance(skipped, list) or not all(isinstance(one, list) for one in skipped):
+            if not isinstance(skipped, list) or not all(isinstance(pair, list) for pair in skipped):
                 raise StorageError(f"{work}: damaged: expected a list of skipped pairs, found {skipped!r:.80}.")
-            if not all(list(map(type, one)) == kinds for one in skipped):
+            if not all(list(map(type, pair)) == kinds for pair in skipped):
                 raise StorageError(f"{work}: damaged: expected skipped pairs, found {skipped!r:.80}.")
             # JSON has no tuples.
-            return read_record(work, cls, {**values, "skipped_pairs": [tuple(one) for one in skipped]})
+            return read_record(work, cls, {**values, "skipped_pairs": [tuple(pair) for pair in skipped]})
         except StorageError as error:
             raise StorageError(
-                f"{work}: the progress that is saved there was changed ({error}). Remove the folder to begin again."
+                f"{work}: the progress in this folder was edited after it was saved ({error}). Remove the folder to "
+                "begin again."
             ) from error

@@ -1,4 +1,4 @@
-"""The texts that a head is checked on, with their rewards."""
+"""The probe texts of `RewardHead.check`, with their rewards."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ _TEXTS = (
 
 @dataclass(frozen=True)
 class Probe:
-    """A text (None for a chat, a cut one, or without a tokenizer), the ids the head makes of it, its reward alone."""
+    """A text, its token ids and its reward alone; the text is None for a chat, a cut text or without a tokenizer."""
 
     text: str | None
     ids: list[int]
@@ -36,18 +36,18 @@ class Probe:
 
 
 def find_probes(head: RewardModel, pairs: PreferencePairs | None) -> list[Probe]:
-    """Those of the first pairs, of the built-in texts without pairs, or of drawn token ids."""
+    """Probes from the first pairs; without pairs, from built-in texts, or from drawn token ids."""
     if head.tokenizer is None:
         return _drawn_probes(head)
     if pairs is None:
         return _built_in_probes(head) or _drawn_probes(head)
     if not len(pairs):
-        raise DataError("pairs: expected at least one preference pair, got none. Leave it out for built-in texts.")
+        raise DataError("pairs: expected at least one preference pair, got none. Leave out pairs for built-in texts.")
     return [probe for pair in pairs[:N_PAIRS] for probe in _probes_of_pair(head, pair)]
 
 
 def _probes_of_pair(head: RewardModel, pair: PreferencePair) -> list[Probe]:
-    """Both texts of a pair; they share a row, as they do when pairs are scored."""
+    """Probes from both texts of a pair, which share a row, as when pairs are scored."""
     encoded = encode_pairs(head.tokenizer, PreferencePairs([pair]), max_length=head.max_length, truncate_response=True)
     (batch,) = pair_batches(
         encoded,
@@ -58,14 +58,14 @@ def _probes_of_pair(head: RewardModel, pair: PreferencePair) -> list[Probe]:
     )
     both = [*encoded.chosen, *encoded.rejected]
     rewards = require_finite(head, head.rewards(batch).cpu(), lambda row: one_text(head, both[row])).tolist()
-    # A pair that does not fit is cut on both sides alike: its ids are no longer the tokenizer's of the text.
+    # A pair that does not fit is cut, so its ids differ from the tokenizer's ids of the whole text.
     is_whole = encoded.n_prompts_cut + encoded.n_responses_cut == 0 and isinstance(pair.prompt, str)
     texts = [pair.text(side) if is_whole else None for side in ("chosen", "rejected")]
-    return [Probe(text, list(one.ids), reward) for text, one, reward in zip(texts, both, rewards, strict=True)]
+    return [Probe(text, list(ids.ids), reward) for text, ids, reward in zip(texts, both, rewards, strict=True)]
 
 
 def _built_in_probes(head: RewardModel) -> list[Probe]:
-    """Those of the built-in texts that the vocabulary has tokens for."""
+    """Probes from the built-in texts that the vocabulary has tokens for."""
     probes = []
     for text in _TEXTS:
         try:

@@ -1,4 +1,4 @@
-"""What every neuron does on chosen and on rejected responses, and the scores that follow from it: one pass for all."""
+"""Activation profiles: what every neuron does on chosen and on rejected responses, and the scores of all methods."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,9 +29,9 @@ _STATISTICS = ("value", "absolute", "square", "positive", "change")
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationScore:
-    """How one activation score is made of a statistic, and what it says.
+    """How an activation score follows from a statistic.
 
-    - `statistic`: one of those that a profile sums; `is_root`: the score is the root of its mean.
+    - `statistic`: the statistic, one of those that a profile sums; `is_root`: the score is the root of its mean.
     - `contrasts`: the score is chosen minus rejected, instead of the mean of both.
     - `sign`: see `Provenance.sign`.
     """
@@ -58,12 +58,25 @@ SCORES = {
 
 @dataclass(frozen=True, eq=False)
 class ActivationProfile:
-    """Means over tokens of what every neuron does on each side, in blocks of prompts: all activation scores at once.
+    """Activation statistics of every neuron on the chosen and on the rejected texts, summed per block of prompts.
 
-    `sums[s, side, b]` adds, over the texts of one side (0 chosen, 1 rejected) and block b, the text's mean of a, |a|,
-    a^2, [a > 0] and (a - a_base)^2; `weights[side, b]` counts the texts. With tokens pooled, both count tokens
-    instead. The activation of an attention head is the norm of its columns; its change is the norm of their difference.
-    `base` is the fingerprint of the model that change was measured from, empty without one.
+    `collect_profiles` makes profiles, and `scores` turns one into the scores of any activation method without another
+    pass.
+
+    `sums[s, side, b]` is the sum, over the texts of a side (0 chosen, 1 rejected) in block b, of a text's mean of a,
+    |a|, a^2, [a > 0] and (a - a_base)^2; `weights[side, b]` is the number of texts. With `pool_tokens` both sum over
+    tokens instead. The activation of an attention head is the norm of its columns; its change is the norm of their
+    difference. `base` is the fingerprint of the base model that the change is measured from, or empty.
+
+    Examples:
+        >>> profile = collect_profiles(head, pairs["helpful"], positions=["response"])["mlp", "response"]
+        >>> profile.sums.shape, int(profile.weights.sum())  # 24 pairs, two texts each
+        (torch.Size([5, 2, 32, 2, 24]), 48)
+        >>> profile.scores("mean_difference")
+        NeuronScores(mean_difference: 2 x 24 mlp neurons, from ... to ...; 24 pairs, response tokens, ...)
+        >>> profile.save("profile.safetensors")
+        >>> ActivationProfile.load("profile.safetensors").sums.equal(profile.sums)
+        True
     """
 
     sums: Float[Tensor, "statistic 2 block layer neuron"]
@@ -77,47 +90,53 @@ class ActivationProfile:
         self.provenance.require_same(other.provenance, names, what="ActivationProfile")
         if self.base != other.base:
             raise ProvenanceError(
-                f"ActivationProfile: base differs: {self.base!r} here, {other.base!r} there. Collect both beside one."
+                f"ActivationProfile: expected two profiles with the same base model, got {self.base!r} and "
+                f"{other.base!r}. Collect both with the same base=..."
             )
-        mine, theirs = self.provenance, other.provenance
+        first, second = self.provenance, other.provenance
         provenance = replace(
-            mine,
-            data=f"{mine.data}+{theirs.data}",
-            n_pairs=mine.n_pairs + theirs.n_pairs,
-            n_tokens=mine.n_tokens + theirs.n_tokens,
+            first,
+            data=f"{first.data}+{second.data}",
+            n_pairs=first.n_pairs + second.n_pairs,
+            n_tokens=first.n_tokens + second.n_tokens,
         )
         return ActivationProfile(self.sums + other.sums, self.weights + other.weights, self.base, provenance)
 
     def scores(self, method: str) -> NeuronScores:
-        """Scores of every neuron by one of `SCORES`. No model pass.
+        """The scores of every neuron by an activation method. Cost: no model pass.
 
-        Each is computed for the chosen and for the rejected responses and averaged: `magnitude` mean a (signed),
-        `abs_mean` mean |a|, `rms` root of mean a^2, `frequency` share of tokens with a > 0, `change` root of mean
-        (a - a_base)^2 (arXiv 2606.13209; analysis 4 in docs/paper.md): these say nothing about a direction
-        (`provenance.sign` None), `magnitude` neither, whose sign is that of the activation. `mean_difference` is mean a
-        on the chosen minus mean a on the rejected, and has that of `NeuronAttribution`. Standard errors are a jackknife
-        over blocks of prompts.
+        - "magnitude": mean of a; its sign is that of the activation.
+        - "abs_mean": mean of |a|.
+        - "rms": root of the mean of a^2.
+        - "frequency": share of tokens with a > 0.
+        - "change": root of the mean of (a - a_base)^2 (arXiv 2606.13209; analysis 4 in docs/paper.md).
+        - "mean_difference": mean of a on the chosen texts minus mean of a on the rejected texts, as in
+          `NeuronAttribution`.
+
+        All but the last are computed on each side and averaged; they have no direction (`provenance.sign` is None).
+        Standard errors are a jackknife over blocks of prompts. Raises `OptionError` for an unknown method, and for
+        "change" in a profile without a base model.
         """
         require_choice("method", method, SCORES)
-        asked = SCORES[method]
-        if asked.statistic == "change" and not self.base:
-            raise OptionError(f"method: {method!r} needs a base model. Collect the profile with base=.")
-        row = _STATISTICS.index(asked.statistic)
+        definition = SCORES[method]
+        if definition.statistic == "change" and not self.base:
+            raise OptionError(f"method: {method!r} needs a base model. Collect the profile with base=...")
+        row = _STATISTICS.index(definition.statistic)
 
         def score(sides: Float[Tensor, "*part 2 layer neuron"]) -> Float[Tensor, "*part layer neuron"]:
-            sides = sides.sqrt() if asked.is_root else sides
-            if asked.contrasts:
+            sides = sides.sqrt() if definition.is_root else sides
+            if definition.contrasts:
                 return sides[..., 0, :, :] - sides[..., 1, :, :]
             return sides.mean(dim=-3)
 
         whole, without = self._means(row)
         without_block = score(without)
-        base = self.base if asked.statistic == "change" else None
-        provenance = replace(self.provenance, method=method, base=base, sign=asked.sign)
+        base = self.base if definition.statistic == "change" else None
+        provenance = replace(self.provenance, method=method, base=base, sign=definition.sign)
         return NeuronScores(score(whole), jackknife_stderr(without_block), provenance, without_block)
 
     def _means(self, row: int) -> tuple[Float[Tensor, "2 layer neuron"], Float[Tensor, "block 2 layer neuron"]]:
-        """Mean of one statistic on each side, over everything and without each block."""
+        """The mean of a statistic on each side, over all blocks, and leaving out each block."""
         sums, weights = self.sums[row], self.weights
         whole = sums.sum(1) / weights.sum(1)[:, None, None]
         rest = (weights.sum(1, keepdim=True) - weights)[:, :, None, None]
@@ -153,14 +172,14 @@ def collect_profiles(
     work: str | Path | None = None,
     progress: bool | None = None,
 ) -> dict[tuple[str, str], ActivationProfile]:
-    """Profiles of a model at every site and position asked for, by (site, positions), from one pass over `pairs`.
+    """Activation profiles at several sites and positions, as a dict by (site, positions), from one pass over `pairs`.
 
-    Every text counts once, however long, unless `pool_tokens`: then every token does. With a `base` of the same
-    architecture, which reads the same tokens, the change of every neuron is collected too. `work` and `progress` are
+    Every text has weight 1, whatever its length; with `pool_tokens` every token has. With a `base` model of the same
+    architecture, which runs on the same tokens, the change of every neuron is collected too. `work` and `progress` are
     those of `run_pass`.
 
-    Cost: a pass over the pairs, and one of the base; memory: one batch's activations (of all layers with a
-    base) and 5 sums a neuron for each of its texts, and 5 x 2 x 32 sums a neuron, however many pairs.
+    Cost: one pass over the pairs, and one of the base model. Memory: the activations of one batch (of all layers with a
+    base model), 5 sums per neuron and text of the batch, and 5 x 2 x 32 sums per neuron for any number of pairs.
 
     Examples:
         >>> profiles = collect_profiles(head, pairs["helpful"], positions=("response", "last"))
@@ -170,39 +189,47 @@ def collect_profiles(
         NeuronScores(frequency: 2 x 24 mlp neurons, from 0 to 1; 24 pairs, response tokens, gpt2-2x24-heads2x12-d24)
     """
     require_arguments("collect_profiles(head, pairs)", head=(head, RewardModel), pairs=(pairs, Iterable))
-    for one in positions:
-        check_positions(one)
+    for selected in positions:
+        check_positions(selected)
     keys: list[tuple[str, str]] = [
-        (find_site(site).name, one) for site in dict.fromkeys(sites) for one in dict.fromkeys(positions)
+        (find_site(site).name, selected) for site in dict.fromkeys(sites) for selected in dict.fromkeys(positions)
     ]
     if not keys:
-        raise DataError("sites, positions: expected at least one of each, got none.")
+        raise DataError(f"sites, positions: expected at least one of each, got {list(sites)} and {list(positions)}.")
     if base is not None and base.architecture != head.architecture:
         raise ProvenanceError(
-            f"base: expected a model of {head.architecture}, got {base.architecture}. Change is defined neuron by "
-            "neuron, for a model and the one it was trained from."
+            f"base: expected a model of {head.architecture}, got {base.architecture}. Pass the model that head was "
+            "trained from: the change is a difference between the same neuron of both."
         )
     return run_pass(head, pairs, _ProfileSums(head, keys, base, pool_tokens), work=work, progress=progress)
 
 
 def selectivity(profiles: Mapping[str, ActivationProfile], *, quantile: float = 0.95) -> NeuronScores:
-    """How unevenly a neuron's activation frequency is spread over the objectives of one model's profiles.
+    """How selectively every neuron is active for some of the objectives, from one profile per objective. No model pass.
 
-    With P_o the frequency on objective o and q_o = P_o / sum P, the entropy H = -sum q log q is smallest for a neuron
-    that is on for one objective only (LAPE; Tang et al. 2024). The score is log(K) - H over K objectives: 0 for equal
-    frequencies, log(K) at most. Neurons none of whose frequencies is above the `quantile` of all frequencies score 0,
-    as there: rarely active ones look selective by chance.
+    With P_o the activation frequency on objective o and q_o = P_o / sum P, the entropy H = -sum q log q is smallest for
+    a neuron that is active on a single objective (LAPE; Tang et al. 2024). The score is log(K) - H for K objectives: 0
+    for equal frequencies, at most log(K). As in LAPE, a neuron scores 0 unless one of its frequencies is above the
+    `quantile` of all frequencies, because rarely active neurons look selective by chance.
+
+    Raises `OptionError` for fewer than two profiles or a `quantile` outside [0, 1), and `ProvenanceError` for profiles
+    of different models, sites or positions.
 
     Examples:
-        >>> asked = {"positions": ("response",)}
-        >>> both = {name: collect_profiles(head, part, **asked)["mlp", "response"] for name, part in pairs.items()}
-        >>> selectivity(both).to_frame().nlargest(2, "score").round(2)
+        >>> profiles = {
+        ...     name: collect_profiles(head, part, positions=["response"])["mlp", "response"]
+        ...     for name, part in pairs.items()
+        ... }
+        >>> selectivity(profiles).to_frame().nlargest(2, "score").round(2)
             layer  neuron  score  stderr
         29      1       5   0.02    0.01
         0       0       0   0.00    0.00
     """
     if len(profiles) < 2:
-        raise OptionError(f"profiles: expected those of at least two objectives, got {list(profiles)}.")
+        raise OptionError(
+            f"profiles: expected the profiles of at least two objectives, got {list(profiles)}. Collect one per "
+            "objective with collect_profiles."
+        )
     if not 0 <= quantile < 1:
         raise OptionError(f"quantile: expected a number in [0, 1), got {quantile}.")
     first, *others = profiles.values()
@@ -211,10 +238,10 @@ def selectivity(profiles: Mapping[str, ActivationProfile], *, quantile: float = 
             other.provenance, ("architecture", "model", "site", "positions", *METHOD_FIELDS), what="selectivity"
         )
     scores = [profile.scores("frequency") for profile in profiles.values()]
-    frequencies = torch.stack([one.values for one in scores])
+    frequencies = torch.stack([score.values for score in scores])
     eligible = frequencies.amax(dim=0) > np.quantile(frequencies.numpy(), quantile)
     values = _unevenness(frequencies) * eligible
-    without = torch.stack([one.without_block for one in scores if one.without_block is not None])
+    without = torch.stack([score.without_block for score in scores if score.without_block is not None])
     without_block = _unevenness(without) * eligible
     provenance = replace(
         scores[0].provenance,
@@ -237,7 +264,7 @@ _Key = tuple[str, str]  # site and positions
 
 
 class _ProfileSums(PairStatistic[dict[_Key, ActivationProfile]]):
-    """The sums of a profile at every site and position asked for."""
+    """The sums of the profiles at the sites and positions in `keys`."""
 
     name = "profile"
     layer_dim = 2
@@ -275,7 +302,7 @@ class _ProfileSums(PairStatistic[dict[_Key, ActivationProfile]]):
         }
 
     def observe(self, batch: TokenBatch) -> list[Tensor]:
-        """For each key, every text's sums over its tokens, [statistic, text, layer, neuron]."""
+        """For each key, the sums over the tokens of every text, [statistic, text, layer, neuron]."""
         head = self._head
         sites = list(dict.fromkeys(site for site, _ in self._keys))
         before = {} if self._base is None else _activations(self._base, batch, sites)
@@ -323,7 +350,7 @@ def _statistics(
     activation: Float[Tensor, "row token channel"],
     before: Float[Tensor, "row token channel"] | None,
 ) -> Iterator[Float[Tensor, "row token neuron"]]:
-    """Every token's value of each of `_STATISTICS`, of one layer; `before` is the base model's activation."""
+    """The value of each of `_STATISTICS` at every token of one layer; `before` is the base model's activation."""
     channels = activation.to(head.reward_dtype)
     values = neuron_activations(channels, site, head.n_neurons(site))
     yield from (values, values.abs(), values.square(), (values > 0).to(values))
@@ -334,11 +361,11 @@ def _statistics(
 def _activations(
     head: RewardModel, batch: TokenBatch, sites: Sequence[str]
 ) -> dict[tuple[str, int], Float[Tensor, "row token _"]]:
-    """All layers' activations at some sites, from one forward pass."""
-    found: dict[tuple[str, int], Tensor] = {}
+    """The activations of all layers at some sites, by (site, layer), from one forward pass."""
+    activations: dict[tuple[str, int], Tensor] = {}
 
     def keep(site: str, layer: int, activation: Tensor) -> None:
-        found[site, layer] = activation
+        activations[site, layer] = activation
 
     head.observe(batch, sites, keep)
-    return found
+    return activations

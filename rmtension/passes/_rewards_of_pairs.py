@@ -1,4 +1,4 @@
-"""The statistic behind every scoring of pairs: the rewards of both responses, once or under several ablations."""
+"""The statistic of scoring: the rewards of both responses of every pair, once or under several ablations."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,14 +17,14 @@ from rmtension.passes._pass_record import PassRecord
 
 
 class RewardsOfPairs(PairStatistic[list[PairRewards]]):
-    """The rewards of every pair, for each of `n` ways of running a batch.
+    """The rewards of every pair under each of `n` conditions, for example `n` ablations.
 
     Args:
         model: the reward model.
-        pairs: what is scored, in the order of the result.
-        rewards: the rewards of a batch's texts, for each of the `n` ways.
-        n: how many there are.
-        name: of the run, for the progress bar.
+        pairs: the pairs to score, in the order of the result.
+        rewards: computes the rewards of a batch's texts, under each condition.
+        n: the number of conditions.
+        name: the label of the progress bar.
         settings: what the rewards depend on besides model and pairs.
         keeps_layers: see `PairStatistic`.
     """
@@ -50,34 +50,34 @@ class RewardsOfPairs(PairStatistic[list[PairRewards]]):
 
     @property
     def name(self) -> str:
-        """As given."""
+        """The label of the progress bar."""
         return self._name
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """As given."""
+        """What the rewards depend on besides model and pairs."""
         return self._settings
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        """The rewards found so far, [way, 2, pair]."""
+        """The rewards computed so far, [condition, 2, pair]."""
         return {"rewards": self._rewards}
 
     def observe(self, batch: TokenBatch) -> list[Tensor]:
-        """The rewards of the batch's texts, for each way."""
+        """The rewards of the batch's texts, under each condition."""
         return list(self._rewards_of(batch))
 
     def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
-        """Write them to the numbers of their pairs."""
+        """Store the rewards at the indices of their pairs."""
         numbers = list(batch.indices[: batch.n_pairs])
         for rewards, of_texts in zip(self._rewards, observed, strict=True):
             rewards[:, numbers] = of_texts.view(2, -1).cpu()
 
     def compute(self, record: PassRecord) -> list[PairRewards]:
-        """One result for each way, without the pairs that were skipped."""
+        """One result per condition, without the pairs that were skipped."""
         kept = record.kept(len(self._pairs))
         pairs = PreferencePairs(self._pairs[number] for number in kept) if record.skipped else self._pairs
-        # The reward is read at the last token and depends on all of them.
+        # The reward is read at the last token, and depends on all tokens.
         provenance = record.provenance(self._model, site="residual", positions="all", method="reward")
         provenance = replace(provenance, positions="last")
         return [

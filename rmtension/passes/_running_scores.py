@@ -1,4 +1,4 @@
-"""Scores summed batch by batch: means, standard errors and blocks of prompts, at a size that pairs do not grow."""
+"""Scores accumulated batch by batch: means, standard errors and block sums, in memory that does not grow with pairs."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,9 @@ from rmtension.store._provenance import Provenance
 
 
 class RunningScores:
-    """Mean and squared deviations of one value per pair and neuron, and their sums by block of prompts, in float64.
+    """Mean and squared deviations of a value per pair and neuron, and its sums per block of prompts, in float64.
 
-    Merged batch by batch (Chan, Golub and LeVeque 1983), so that nothing cancels.
+    Batches are merged as in Chan, Golub and LeVeque (1983), which avoids cancellation.
     """
 
     def __init__(self, layers: int, neurons: int, *, gap: bool = False) -> None:
@@ -31,7 +31,7 @@ class RunningScores:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """All of it by name, as tensors that `update` changes in place."""
+        """The tensors that `update` changes, by name."""
         gap = {} if self._gap is None else {"gap": self._gap}
         blocks = {"blocks": self._blocks, "block_sizes": self._block_sizes}
         return {"n": self._n, "mean": self._mean, "deviations": self._deviations, **blocks, **gap}
@@ -42,12 +42,12 @@ class RunningScores:
         keys: Int[Tensor, "pair"],
         gap: Float[Tensor, "pair layer"] | None = None,
     ) -> None:
-        """Add a batch of pairs; `keys` stand for their prompts, `gap` is how far their scores are from complete."""
+        """Add a batch of pairs; `keys` identify their prompts, `gap` is how far their scores are from completeness."""
         if self._gap is not None and gap is not None:
             self._gap += gap.sum(0).cpu()
         before = int(self._n)
         n = before + len(values)
-        # Summed where the values are: of a batch on a GPU, what comes to the CPU does not grow with its pairs.
+        # Summed on the device of the values, so that the transfer to the CPU does not grow with the number of pairs.
         mean = values.mean(0)
         deviations = (values - mean).square().sum(0).cpu()
         step = mean.cpu() - self._mean
@@ -60,7 +60,7 @@ class RunningScores:
         self._block_sizes += torch.bincount(owners, minlength=N_BLOCKS)
 
     def merge_processes(self, add_up: Callable[..., None]) -> None:
-        """Combine what several processes have added; `add_up` sums tensors over them in place."""
+        """Combine the sums of several processes; `add_up` replaces tensors, in place, by their sums over processes."""
         before = int(self._n)
         mean = self._mean * before
         add_up(self._n, mean, self._blocks, self._block_sizes, *([] if self._gap is None else [self._gap]))
@@ -74,7 +74,7 @@ class RunningScores:
         n = int(self._n)
         undefined = torch.full_like(self._mean, torch.nan)
         stderr = undefined if n < 2 else (self._deviations / (n - 1) / n).sqrt()
-        # NaN where one block holds all pairs, so that nothing is left without it.
+        # NaN if one block holds all pairs, because nothing is left without it.
         left = rearrange(n - self._block_sizes, "block -> block 1 1")
         without = (self._blocks.sum(0) - self._blocks) / left
         gap = None if self._gap is None else self._gap / n

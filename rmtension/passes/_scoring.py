@@ -20,13 +20,13 @@ from rmtension.passes._nonfinite import require_finite
 def score_texts(
     model: RewardModel, texts: Sequence[TextOrChat], *, truncate: bool = False, progress: bool | None = None
 ) -> Float[Tensor, "text"]:
-    """The reward of every text, in their order, on the CPU. One forward pass per text."""
+    """The reward of every text, in the order of `texts`, on the CPU. Cost: one forward pass per text."""
     if isinstance(texts, str):
-        raise OptionError("texts: expected a list of texts, got one string. Put it in a list.")
+        raise OptionError("texts: expected a list of texts, got one string. Put it in a list: score([text]).")
     if isinstance(texts, PreferencePairs | Mapping) or (texts and isinstance(texts[0], PreferencePair)):
         raise OptionError(
             f"texts: expected a list of texts, got {type(texts).__name__}. Score preference pairs with "
-            "score_pairs(pairs), those of one objective with score_pairs(pairs.filter(objective='helpful'))."
+            "score_pairs(pairs), or the pairs of one objective with score_pairs(pairs.filter(objective='helpful'))."
         )
     model.require_weight()
     encoded = encode_texts(model.tokenizer, texts, max_length=model.max_length, truncate=truncate)
@@ -49,11 +49,11 @@ def score_texts(
 def score_tokens(
     model: RewardModel, input_ids: Int[Tensor, "text token"], attention_mask: Tensor | None = None
 ) -> Float[Tensor, "text"]:
-    """The reward of every row of token ids, padded on either side as `attention_mask` (1 = real) says."""
+    """The reward of every row of token ids. `attention_mask` is 0 at padding, which may be on either side."""
     model.require_weight()
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     check_ids(input_ids, mask, max_length=model.max_length, n_embeddings=model.body.n_embeddings)
-    # Under the mask may be any id; the embedding still looks it up.
+    # Masked positions may hold any id, and the embedding still looks them up.
     ids, mask = compact(input_ids.masked_fill(~mask, 0).to(model.device), mask.to(model.device))
 
     def batch_of(ids: Int[Tensor, "text token"], mask: Tensor) -> TokenBatch:

@@ -1,4 +1,4 @@
-"""`RewardHead.check`: the guarantees of this library, proved again on the user's own model.
+"""`RewardHead.check`: the guarantees of this library, checked on the user's own model.
 
 | check | what it compares | what it does not show |
 |---|---|---|
@@ -8,7 +8,7 @@
 | batch equals single | rewards in one batch with rewards alone | other batch sizes |
 | padding | rewards with 0 to 40 pad tokens on either side with rewards without | more padding |
 | last token | that another last token changes what is read | that it is the one you want to read |
-| hooks, per site | that each layer's hook sees one activation of its own and none earlier | what it means |
+| hooks, per site | that each layer's hook fires once and changes no earlier layer | what the activation means |
 | zeroing, per site | what is read with the site at 0 with what is read otherwise | single neurons |
 | direct contributions | their sum with the reward | indirect effects |
 | layers | what neurons and biases write with what each layer adds to the residual stream | the same |
@@ -39,14 +39,14 @@ from rmtension.passes._scoring import score_tokens
 
 
 def check_head(head: RewardModel, pairs: PreferencePairs | None = None, reference: Any = None) -> pd.DataFrame:
-    """Run every check that applies to `head`; one row each: check, n, value, limit, passed, note.
+    """Run every check that applies to `head`: one row per check, with check, n, value, limit, passed and note.
 
-    Texts are those of the first 8 `pairs`, or 8 built in; token ids are drawn where there is no tokenizer, or one whose
-    vocabulary has none of them. `reference` is a classifier of transformers to compare with; by default the checkpoint
-    is loaded again from where it came, which takes its memory a second time while this runs. Cost: about 30 forward
-    passes over 8 or 16 texts.
+    The texts are those of the first 8 `pairs`, or 8 built-in texts; token ids are drawn at random if there is no
+    tokenizer, or if its vocabulary fits none of the texts. `reference` is a transformers classifier to compare with; by
+    default the checkpoint is loaded again, which takes its memory a second time during the check. Cost: about 30
+    forward passes over 8 or 16 texts.
 
-    Raises `CheckError` naming the checks that failed; its `table` attribute holds the rows.
+    Raises `CheckError` with the names of the checks that failed; its `table` attribute has the rows.
     """
     head.require_weight()
     checker = _Checker(head, find_probes(head, pairs))
@@ -83,7 +83,7 @@ class _Checker:
         for name, check in checks:
             try:
                 check()
-            except Exception as error:  # a check that cannot even run is a finding, and the others still say something
+            except Exception as error:  # a check that cannot run has failed, and the other checks still run
                 nothing = float("nan")
                 self.rows.append((name, 0, nothing, nothing, False, f"{type(error).__name__}: {error}"))
 
@@ -103,9 +103,9 @@ class _Checker:
     def _transformers(self, reference: Any) -> None:
         checkpoint = self.head.checkpoint
         if reference is None and checkpoint is not None and checkpoint.source is None and self.head.body.native is None:
-            return  # a conversion of a model in memory, compared with it when it was made
+            return  # a converted model in memory, which was compared with the original when it was converted
         model: Any = reload_classifier(self.head) if reference is None else reference
-        # A bias for which transformers has no place is the head's alone.
+        # Transformers' classifiers have no bias, so a bias of the head is added to their logits.
         constant = 0.0 if checkpoint is None or checkpoint.head is None else checkpoint.head.bias
         has_place = getattr(getattr(model, "score", None), "bias", None) is not None
         if has_place or (checkpoint is not None and checkpoint.reads_tokens):
@@ -121,7 +121,7 @@ class _Checker:
         self._add("equal to transformers", len(expected), difference, self._limit(half=5e-2), "max |difference|")
 
     def _by_logits(self, model: Any) -> Float[Tensor, "text"]:
-        """Transformers' own way from the text on: its tokens, its pooling, its logits."""
+        """The rewards by transformers alone: its tokens, its pooling, its logits."""
         device = next(model.parameters()).device
         rewards = []
         with torch.no_grad(), eager_eval(model.modules()):
@@ -133,17 +133,20 @@ class _Checker:
         return torch.stack(rewards)
 
     def _rows(self, n_logits: int) -> tuple[int, ...]:
-        """Which of so many logits the reward is."""
+        """The indices of the logits that the reward is computed from."""
         checkpoint = self.head.checkpoint
         rows = None if checkpoint is None or checkpoint.logits is None else checkpoint.logits.rows
         if n_logits == 1:
             return (0,)
         if rows is None or max(rows) >= n_logits:
-            raise OptionError(f"reference: it has {n_logits} outputs, and nothing says which one this head is.")
+            raise OptionError(
+                f"reference: expected a model with one output, or with the outputs that the head was opened with, got "
+                f"{n_logits} outputs. Pass the classifier that the head was made from."
+            )
         return rows
 
     def _by_hidden_state(self, source: Source) -> Float[Tensor, "text"]:
-        """For a head that transformers does not know: the checkpoint again, its last hidden state times its head."""
+        """For a head that transformers cannot load: read the checkpoint again, and multiply its last hidden state."""
         again = open_checkpoint(
             source.name, reward=True, head=source.head, output=source.output, options=source.options
         )
@@ -164,7 +167,7 @@ class _Checker:
         if self.head.body.native is None:
             return
         bridge: Any = self.head.model
-        # Any hook of the user's makes the bridge run in place of transformers' modules.
+        # With a hook that is not this library's, the bridge runs instead of transformers' modules.
         with bridge.hooks(fwd_hooks=[(next(iter(bridge.hook_dict)), lambda value, hook: value)]):
             rewards = self._score(self.ids)
         self._compare("bridge", rewards, half=5e-2)
@@ -176,8 +179,8 @@ class _Checker:
             ids = torch.full((len(self.ids), width), self.head.pad_token_id or 0)
             mask = torch.zeros_like(ids)
             for row, tokens in enumerate(self.ids):
-                place = slice(width - right - len(tokens), width - right) if left else slice(0, len(tokens))
-                ids[row, place], mask[row, place] = torch.tensor(tokens), 1
+                columns = slice(width - right - len(tokens), width - right) if left else slice(0, len(tokens))
+                ids[row, columns], mask[row, columns] = torch.tensor(tokens), 1
             worst = max(worst, float((score_tokens(self.head, ids, mask) - self.alone).abs().max()))
         self._add("padding", len(self.ids), worst, self._limit(half=5e-2), "max |difference|, either side")
 
@@ -188,7 +191,7 @@ class _Checker:
             changed += [[*ids[:-1], other] for other in [next(free, None)] if other is not None]
         if len(changed) < len(self.ids):
             return  # a vocabulary of one or two tokens has no other
-        # What is read, because a head may not mind which token it was.
+        # Compares the residual stream, because the head may give both tokens the same reward.
         same = (self._read(changed) == self._read(self.ids)).all(dim=1)
         note = "texts whose residual stream, where it is read, did not change with another last token"
         self._add("last token", len(changed), int(same.sum()), 0, note)
@@ -196,17 +199,17 @@ class _Checker:
     def _site(self, site: str) -> None:
         seen: list[list[Tensor]] = [[] for _ in range(self.head.n_layers)]
 
-        def look(layer: int, activation: Tensor) -> None:
+        def keep(layer: int, activation: Tensor) -> None:
             seen[layer].append(activation)
 
-        with self.head.hooks(site, look):
+        with self.head.hooks(site, keep):
             self._score(self.ids)
-        # Two hooks on one place would see the same tensor.
-        places = {id(activations[0]) for activations in seen if len(activations) == 1}
-        wrong = self.head.n_layers - len(places)
+        # Two hooks on the same module would see the same tensor.
+        distinct = {id(activations[0]) for activations in seen if len(activations) == 1}
+        wrong = self.head.n_layers - len(distinct)
         before = self._streams()
         for layer in range(self.head.n_layers):
-            # A hook that stands in an earlier layer than it says changes the stream that this layer gets.
+            # A hook that is really in an earlier layer changes the stream that this layer gets.
             with self.head.hooks(site, lambda _, activation: torch.zeros_like(activation), [layer]):
                 wrong += not torch.equal(self._streams()[layer], before[layer])
         note = "layers whose hook did not fire exactly once, or changed an earlier layer"
@@ -225,7 +228,7 @@ class _Checker:
             as_is = self._read(self.ids)
         with self.head.hooks(site, lambda layer, activation: torch.zeros_like(activation)):
             same = (self._read(self.ids) == as_is).all(dim=1)
-        # A text may reach no neuron of a small ReLU model.
+        # In a small ReLU model, a text may activate no neuron.
         active = active.cpu()
         self._add(
             f"zeroing, {site}",
@@ -239,7 +242,7 @@ class _Checker:
         try:
             _ = self.head.body.final_norm
         except ModelError:
-            return  # no final norm: the reward is no sum over the residual stream
+            return  # without a known final norm, the reward cannot be split
         parts = direct_contributions(self.head, self._batch(self.ids))
         self._compare("direct contributions", parts.reward, half=2e-1)
         if set(parts.neurons) == written_by(self.head):
@@ -264,7 +267,7 @@ class _Checker:
             return batch.gather_last(self.head.residual(batch)).cpu()
 
     def _own_ids(self, probe: Probe) -> list[int]:
-        """The tokenizer's ids of the text; the head's for a chat, one too long, or one that begins with BOS itself."""
+        """The tokenizer's ids of the text; the head's for a chat, a text that is too long or that begins with BOS."""
         tokenizer = self.head.tokenizer
         if probe.text is None or (tokenizer.bos_token and probe.text.startswith(tokenizer.bos_token)):
             return probe.ids
@@ -282,7 +285,7 @@ class _Checker:
             return self.head.forward(self._batch(texts)).cpu()
 
     def _limit(self, *, half: float) -> float:
-        """1e-4 in fp32, 1e-6 in float64 (norms of some families stay in fp32), relative to the largest reward."""
+        """1e-4 in float32, 1e-6 in float64 (some families keep norms in float32), relative to the largest reward."""
         limits = {torch.float64: 1e-6, torch.float32: 1e-4}
         return limits.get(self.head.dtype, half) * max(1.0, float(self.alone.abs().max()))
 

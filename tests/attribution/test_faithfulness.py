@@ -469,7 +469,9 @@ class TestWrongArguments:
         foreign = NeuronSet(torch.ones(3, 64, dtype=torch.bool), "mlp", "another")
         with pytest.raises(ProvenanceError, match="neurons: the set indexes neurons of 'another'"):
             single_neuron_effects(gpt2, few, neurons=foreign)
-        with pytest.raises(OptionError, match=r"replacement: expected one such as Zero\(\), got 'mean'. Write Mean\("):
+        with pytest.raises(
+            OptionError, match=r"replacement: expected a replacement such as Zero\(\), got 'mean'. Write Mean\("
+        ):
             unchecked(single_neuron_effects)(gpt2, few, replacement="mean")
         statistics = ActivationCollector(gpt2, site="attn_head").collect(few)
         for call in (

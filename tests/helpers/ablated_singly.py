@@ -1,4 +1,4 @@
-"""Ablations one after the other, which sweeps are compared with."""
+"""Single ablations, which sweeps are compared with."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""One of every result that is saved."""
+"""An example of every result that can be saved."""
 
 import torch
 

@@ -80,7 +80,7 @@ def hand_made(seeds=(0, 1, 2), family="tiny", level=0.95):
                         beyond = ("beyond_random", "beyond_low", "beyond_high")
                         numbers = {"random_effect": rng.normal(), "random_sd": rng.uniform(), "before": 0.8, "n": 90}
                         known = {"control": control, "size": size + seed}
-                        # One effect, beside two controls.
+                        # One effect, and two controls.
                         add("ablation", {**names, **known, **ends}, beyond, **numbers)
                     gap = ("difference", "difference_low", "difference_high")
                     numbers = {"size": 7 + seed, "per_neuron": rng.normal(), "n": 90, "against": "shared"}

@@ -6,7 +6,7 @@ from rmtension.attribution._batch_run import BatchRun
 
 
 def kept_bytes(head, batch):
-    """What autograd keeps of a run for its gradients, storage by storage, and the gradients themselves."""
+    """The storages that autograd keeps of a run for its gradients, and the gradients themselves."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in head.body.module.parameters()}
     kept = {}
 

@@ -1,4 +1,4 @@
-"""What a model looks like, to compare it with later."""
+"""The state of a model, to compare it before and after a call."""
 
 import torch
 

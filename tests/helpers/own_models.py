@@ -1,4 +1,4 @@
-"""Small models of TransformerLens' own: HookedTransformers (3.x) and bridges made by boot_native."""
+"""Small models of TransformerLens classes: HookedTransformers (3.x) and bridges made by boot_native."""
 
 import warnings
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""What every token's activation is replaced by, found with transformers and plain hooks, one text at a time."""
+"""The replacement of every token's activation, computed with transformers and plain hooks, one text at a time."""
 
 import torch
 

@@ -28,7 +28,7 @@ def neurons_of(head, site="mlp", share=0.5, seed=0):
     return NeuronSet(mask, site, head.architecture)
 
 
-def test_everything_is_as_before_after_leaving_and_after_an_exception(head, pairs):
+def test_the_model_is_restored_after_leaving_and_after_an_exception(head, pairs):
     before, margin = snapshot(head), head.score_pairs(pairs).margin
     with AblationContext(head, neurons_of(head)):
         inside = head.score_pairs(pairs).margin
@@ -100,7 +100,7 @@ def test_the_bridge_itself_is_ablated_too(head):
     assert not torch.allclose(plain, ablated, atol=1e-3)
 
 
-def test_user_hooks_on_the_bridge_count(head, pairs):
+def test_user_hooks_on_the_bridge_take_effect(head, pairs):
     """A hook that the user adds through TransformerLens changes what the head scores, and an ablation composes."""
     scored = head.score_pairs(pairs).margin
     everything = NeuronSet(torch.ones(3, head.n_neurons("mlp"), dtype=torch.bool), "mlp", head.architecture)
@@ -133,7 +133,7 @@ class TestDonors:
         texts = [EncodedText(tuple(range(2, 2 + length)), 0, key) for length, key in lengths_and_keys]
         return TokenBatch.from_texts(texts, range(len(texts)), pad_token_id=1, device="cpu")
 
-    def test_never_from_the_own_prompt_and_whatever_the_batch(self):
+    def test_donors_have_another_prompt_in_every_batch(self):
         keys = torch.tensor([7, 8, 8, 9])
         batch = self.batch((40, 7), (60, 8))
         donors = draw_donors(batch, keys, seed=3)
@@ -153,19 +153,19 @@ class TestDonors:
         donors = draw_donors(self.batch((30, 7), (50, 7)), torch.arange(100, 160), seed=0)
         assert torch.equal(donors[0, :30], donors[1, :30])
 
-    def test_draws_are_even(self):
+    def test_donors_are_drawn_uniformly(self):
         """Chi-square over 20 donors and 20,000 draws; the seed is fixed, so this is a check of the hash."""
         batch = self.batch(*[(100, 1000 + number) for number in range(200)])
         counts = torch.bincount(draw_donors(batch, torch.arange(20), seed=0).flatten(), minlength=20)
         assert stats.chisquare(counts.numpy()).pvalue > 0.01
 
-    def test_only_the_own_prompt(self):
+    def test_donors_of_only_the_own_prompt_are_refused(self):
         with pytest.raises(DataError, match="more prompts"):
             draw_donors(self.batch((5, 7)), torch.tensor([7, 7]), seed=0)
 
 
 class TestWrongArguments:
-    def test_positions(self, head):
+    def test_unknown_positions_are_refused(self, head):
         with pytest.raises(OptionError, match="positions"):
             AblationContext(head, neurons_of(head), positions="first")
 
@@ -181,40 +181,42 @@ class TestWrongArguments:
             (lambda statistics, sample: Scale, "Scale(alpha)."),
         ],
     )
-    def test_what_is_no_replacement_names_one(self, head, pairs, make, written):
+    def test_other_arguments_suggest_a_replacement(self, head, pairs, make, written):
         collector = ActivationCollector(head)
         given = make(collector.collect(pairs[:2]), collector.sample(pairs[:2], n=3))
         for call in (AblationContext.__init__, NeuronAttribution.__init__):
             last = neurons_of(head) if call is AblationContext.__init__ else "attribution_patching"
-            with pytest.raises(OptionError, match=r"^replacement: expected one such as Zero\(\), got ") as raised:
+            with pytest.raises(
+                OptionError, match=r"^replacement: expected a replacement such as Zero\(\), got "
+            ) as raised:
                 unchecked(call)(object.__new__(AblationContext), head, last, replacement=given)
             assert f"Write {written}" in str(raised.value)
 
-    def test_other_response(self, head):
+    def test_other_response_is_refused(self, head):
         with pytest.raises(OptionError, match=r"replacement: OtherResponse\(\) needs both texts of a pair.*Use Zero"):
             AblationContext(head, neurons_of(head), OtherResponse())
 
-    def test_set_of_another_model(self, head):
+    def test_a_set_of_another_model_is_refused(self, head):
         other = NeuronSet(torch.ones(3, 48, dtype=torch.bool), "mlp", "llama-3x48-heads4x8-d32")
         with pytest.raises(ProvenanceError, match=r"llama-3x48.*gpt2-3x64"):
             AblationContext(head, other)
 
-    def test_set_of_another_site(self, head):
-        with pytest.raises(ProvenanceError, match=r"expected a mask of \(3, 4\) for site 'attn_head'"):
+    def test_a_set_of_another_site_is_refused(self, head):
+        with pytest.raises(ProvenanceError, match=r"expected a mask of shape \(3, 4\) for site 'attn_head'"):
             AblationContext(head, NeuronSet(neurons_of(head).mask, "attn_head", head.architecture))
 
-    def test_statistics_of_another_model(self, head, pairs, tmp_path, tokenizer):
+    def test_statistics_of_another_model_are_refused(self, head, pairs, tmp_path, tokenizer):
         other = RewardHead.from_pretrained(save_classifier(tmp_path, "gpt2", tokenizer, seed=3))
         statistics = ActivationCollector(other).collect(pairs[:2])
         with pytest.raises(ProvenanceError, match="replacement: its activations are those of model"):
             AblationContext(head, neurons_of(head), Mean(statistics))
 
-    def test_statistics_of_another_site(self, head, pairs):
+    def test_statistics_of_another_site_are_refused(self, head, pairs):
         statistics = ActivationCollector(head, site="attn_head").collect(pairs[:2])
         with pytest.raises(ProvenanceError, match="site 'attn_head'"):
             AblationContext(head, neurons_of(head), Mean(statistics))
 
-    def test_choosing_tokens_outside_the_library(self, head):
+    def test_selected_positions_need_a_run_of_the_library(self, head):
         with (
             AblationContext(head, neurons_of(head), positions="last"),
             pytest.raises(OptionError, match=r"RewardHead\.score"),

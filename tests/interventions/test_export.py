@@ -1,4 +1,4 @@
-"""Out again: what an ablation does in a context, the folded weights do for good, and transformers scores the same."""
+"""Export: the ablated weights compute what an ablation context computes, and transformers gives the same scores."""
 
 import threading
 
@@ -57,7 +57,7 @@ def texts_of(pairs):
 
 @pytest.mark.parametrize("site", grid(["mlp", "attn_head"]))
 @pytest.mark.parametrize("folder", grid(CASES), indirect=True)
-def test_folding_equals_the_context(folder, site, tmp_path_factory):
+def test_ablated_weights_equal_the_context(folder, site, tmp_path_factory):
     head = RewardHead.from_pretrained(folder)
     pairs = make_pairs(6)
     texts = texts_of(pairs)
@@ -73,7 +73,7 @@ def test_folding_equals_the_context(folder, site, tmp_path_factory):
         has_bias = head.body.native.get_submodule(head.body.projection_names[site, 0]).bias is not None
         flag = {"mlp": "mlp_bias", "attn_head": "attention_bias"}[site]
         if isinstance(replacement, Mean) and not has_bias and not hasattr(config, flag):
-            with pytest.raises(ModelError, match=r"have no bias, and its config has no place for one"):
+            with pytest.raises(ModelError, match=r"have no bias, and its config cannot add one"):
                 head.with_ablation(neurons, replacement)
             continue
         pruned = head.with_ablation(neurons, replacement)
@@ -88,7 +88,7 @@ def test_folding_equals_the_context(folder, site, tmp_path_factory):
     assert head.fingerprint == fingerprint, "the model is a copy; the original stays as it was"
 
 
-def test_zero_is_zero_in_the_file(checkpoints, tmp_path):
+def test_ablated_columns_are_exactly_zero_in_the_file(checkpoints, tmp_path):
     """Folding puts exact zeros into the columns of the ablated neurons, and touches no other tensor."""
     head = RewardHead.from_pretrained(checkpoints["gpt2"])
     neurons = random_set(head, "mlp")
@@ -103,7 +103,7 @@ def test_zero_is_zero_in_the_file(checkpoints, tmp_path):
 
 
 def test_round_trip_through_trl(tmp_path, tokenizer):
-    """One step of TRL's RewardTrainer, then a head, an ablation for good, and back to transformers and to TRL."""
+    """One step of TRL's RewardTrainer, then a head, a permanent ablation, and back to transformers and to TRL."""
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
@@ -173,7 +173,7 @@ def test_heads_of_other_kinds_become_classifiers(tmp_path, tokenizer, ragged_tex
     biased.pad_token_id = 0
     ragged_texts = ragged_texts[:-4]
     expected = expected[:-4]
-    with pytest.warns(RMTensionWarning, match=r"bias of 1.5.*Margins are the same"):
+    with pytest.warns(RMTensionWarning, match=r"bias of 1.5.*margins are the same"):
         biased.save_pretrained(tmp_path / "biased")
     assert torch.allclose(transformers_rewards(tmp_path / "biased", ragged_texts), expected, atol=1e-5)
     with pytest.warns(RMTensionWarning, match=r"score.bias of 1.5"):
@@ -189,7 +189,7 @@ class HookThatCannotBeCopied:
         return None
 
 
-def test_the_copy_is_of_the_head_as_it_is_now(checkpoints, tokenizer, ragged_texts):
+def test_the_copy_has_the_current_head_weight(checkpoints, tokenizer, ragged_texts):
     """Changes to the head's weight come along; a context that is entered, and the user's own hooks, do not."""
     head = RewardHead.from_pretrained(checkpoints["llama"])
     neurons, others = random_set(head, "mlp"), random_set(head, "mlp", seed=1)
@@ -226,16 +226,16 @@ def test_a_folder_with_an_adapter_is_left_alone(head, tmp_path):
     assert RewardHead.from_pretrained(tmp_path / "another").fingerprint == head.fingerprint
 
 
-def test_what_cannot_be_exported_says_why(head, pairs, tmp_path):
+def test_refused_exports_name_the_reason(head, pairs, tmp_path):
     neurons = random_set(head, "mlp")
     sample = ActivationCollector(head).sample(pairs, n=4)
-    with pytest.raises(OptionError, match=r"replacement: weights can do what Zero.*got Resample.*Use AblationContext"):
+    with pytest.raises(OptionError, match=r"replacement: expected Zero.*got Resample.*Use AblationContext"):
         head.with_ablation(neurons, Resample(sample))
     with pytest.raises(OptionError, match=r"replacement: OtherResponse\(\) needs both texts of a pair"):
         head.with_ablation(neurons, OtherResponse())
     bare = RewardHead(head.model, weight=head.weight)
     for call in (lambda: bare.save_pretrained(tmp_path), lambda: bare.with_ablation(neurons)):
-        with pytest.raises(ModelError, match=r"TransformerLens' conversion.*from_pretrained"):
+        with pytest.raises(ModelError, match=r"weights that TransformerLens converted.*from_pretrained"):
             call()
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="could not be written"):

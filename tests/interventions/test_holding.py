@@ -1,4 +1,4 @@
-"""Ablated neurons stay out of a model in training with the callback, and come back without it."""
+"""With the callback, ablated neurons stay ablated during training; without it, they come back."""
 
 from types import SimpleNamespace
 
@@ -122,7 +122,7 @@ def test_gradients_are_those_of_a_model_without_the_neurons(checkpoints, tokeniz
     assert not any(parameter._backward_hooks for parameter in model.parameters())
 
 
-def test_what_cannot_be_held_says_why(checkpoints, tokenizer):
+def test_refused_models_name_the_reason(checkpoints, tokenizer):
     head = RewardHead.from_pretrained(checkpoints["llama"])
     neurons = some_neurons(head, "mlp")
     with pytest.raises(OptionError, match="neurons: expected one NeuronSet or several"):

@@ -40,7 +40,7 @@ def rewards_with(head, ids, hooks, **options):
 
 @pytest.mark.parametrize("site", grid(["mlp", "attn_head", "mlp_gate"]))
 @pytest.mark.parametrize("kind", ["zero", "mean", "scale"])
-def test_equal_to_the_context(exact_head, site, kind):
+def test_hooks_equal_the_context(exact_head, site, kind):
     """1e-9 of rewards of size 1: a bridge computes attention in steps, and norms of Llama stay float32 (1e-6)."""
     head, neurons = exact_head, some_neurons(exact_head, site)
     statistics = ActivationCollector(head, site=site).collect(make_pairs(4))
@@ -65,7 +65,7 @@ def test_equal_to_the_context(exact_head, site, kind):
 
 
 @pytest.mark.parametrize("family", grid(FAMILIES))
-def test_padding_on_the_left(family, checkpoints):
+def test_left_padding_changes_nothing(family, checkpoints):
     """TransformerLens masks it, and nothing of it reaches a real token.
 
     In float32: in float64 a Llama bridge gives NaN for a text padded on the left, without any hook of ours too.
@@ -81,7 +81,7 @@ def test_padding_on_the_left(family, checkpoints):
     assert float((found - expected).abs().max()) < 1e-5
 
 
-def test_inside_the_heads_own_calls(head, pairs):
+def test_hooks_work_inside_calls_of_the_head(head, pairs):
     neurons = some_neurons(head, "mlp")
     with head.model.hooks(fwd_hooks=head.fwd_hooks(neurons)):
         found = head.score_pairs(pairs)
@@ -90,9 +90,9 @@ def test_inside_the_heads_own_calls(head, pairs):
     assert torch.allclose(found.margin, expected.margin, atol=1e-5)
 
 
-def test_what_hooks_cannot_say(head, pairs):
+def test_replacements_that_depend_on_the_text_are_refused(head, pairs):
     neurons = some_neurons(head, "mlp")
-    with pytest.raises(OptionError, match=r"replacement: Resample depends on the text.*AblationContext"):
+    with pytest.raises(OptionError, match=r"got Resample, which depends on the text.*AblationContext"):
         head.fwd_hooks(neurons, Resample(ActivationCollector(head).sample(pairs, n=4)))
     with pytest.raises(OptionError, match=r"replacement: OtherResponse\(\) needs both texts"):
         head.fwd_hooks(neurons, OtherResponse())
@@ -100,7 +100,7 @@ def test_what_hooks_cannot_say(head, pairs):
         head.fwd_hooks(NeuronSet(neurons.mask, "mlp", "another"))
 
 
-def test_a_bridge_that_is_off(checkpoints, monkeypatch):
+def test_an_inexact_bridge_is_refused(checkpoints, monkeypatch):
     head = RewardHead.from_pretrained(checkpoints["gpt2"])
     monkeypatch.setattr(head.body, "_bridge_error", 0.5)
     with pytest.raises(ModelError, match="the TransformerBridge of GPT2Model is off"):
@@ -108,7 +108,7 @@ def test_a_bridge_that_is_off(checkpoints, monkeypatch):
 
 
 class TestDict:
-    def test_there_and_back_through_json(self, head):
+    def test_sets_load_from_json_as_saved(self, head):
         for site in ("mlp", "attn_head"):
             neurons = some_neurons(head, site)
             text = json.dumps(neurons.to_dict())
@@ -148,7 +148,7 @@ class TestDict:
             unchecked(NeuronSet.from_dict.__func__)(NeuronSet, values)
 
 
-def test_other_modes_of_a_head_that_was_processed(tmp_path, tokenizer):
+def test_processed_weights_give_the_same_rewards(tmp_path, tokenizer):
     """Weights that TransformerLens folded and centred: the same hook names, the same rewards."""
     folder = save_classifier(tmp_path / "model", "gpt2", tokenizer)
     head = RewardHead.from_pretrained(folder, process_weights=True, dtype=torch.float64)

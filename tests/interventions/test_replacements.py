@@ -19,7 +19,7 @@ def few():
 
 @pytest.fixture(scope="module")
 def batch(head, few):
-    """One text in every row."""
+    """One text per row."""
     (found,) = batches_of(head, few, sharing="none")
     return found
 
@@ -51,7 +51,7 @@ def test_values_are_factor_times_activation_plus_constant(every, activation, hea
 
 
 @pytest.mark.parametrize("positions", ["all", "response"])
-def test_steps_lead_from_the_activation_to_what_is_written(every, activation, batch, positions):
+def test_a_step_is_replacement_minus_activation(every, activation, batch, positions):
     select = batch.position_mask(positions)
     for replacement in every[:4]:
         found = replacement.step(1, activation, select, batch)
@@ -97,7 +97,7 @@ def test_names_keys_and_sharing(every, head, few):
     assert [one.key for one in again] == keys[:4]
 
 
-def test_they_are_values():
+def test_replacements_compare_by_value():
     assert Zero() == Zero()
     assert Zero() != OtherResponse()
     assert Scale(2.0) == Scale(2.0) != Scale(3.0)
@@ -138,13 +138,15 @@ def test_a_scale_may_be_any_real_number(right):
     assert type(found.alpha) is float
 
 
-def test_what_they_are_made_of(every, head, few):
+def test_arguments_of_the_wrong_type_are_refused(every, head, few):
     _, mean, resample, *_ = every
     for wrong in ("mean", None, resample.sample, resample):
-        with pytest.raises(OptionError, match=r"statistics: Mean takes ActivationStatistics, got .*\.collect\(pairs\)"):
+        with pytest.raises(
+            OptionError, match=r"statistics: Mean expected ActivationStatistics, got .*\.collect\(pairs\)"
+        ):
             made(Mean, statistics=wrong)
     for wrong in ("resample", None, mean.statistics):
-        with pytest.raises(OptionError, match=r"sample: Resample takes ActivationSample, got .*\.sample\(pairs\)"):
+        with pytest.raises(OptionError, match=r"sample: Resample expected ActivationSample, got .*\.sample\(pairs\)"):
             made(Resample, sample=wrong)
     for wrong in (-1, 0.5, "1", True):
         with pytest.raises(OptionError, match="seed: expected a whole number from 0 on"):

@@ -23,7 +23,7 @@ from rmtension.study._model_runs import ModelRuns
 
 @pytest.mark.parametrize("site", grid(["mlp", "attn_head"]))
 @pytest.mark.parametrize("family", grid(["gpt2", "llama", "gpt_neox"]))
-def test_every_replacement_and_position(checkpoints, few, family, site):
+def test_a_sweep_equals_single_ablations(checkpoints, few, family, site):
     """In float64 to 1e-9 (1e-6 where norms are float32 in every model)."""
     head = RewardHead.from_pretrained(checkpoints[family], dtype=torch.float64)
     sets = some_sets(head, site)
@@ -70,7 +70,7 @@ def n_blocks(head, run):
     return counts
 
 
-def test_cost_is_what_is_said(checkpoints, few):
+def test_cost_is_as_documented(checkpoints, few):
     """Calls of blocks for one batch: a whole run, one of a layer to see that it can be left out, and what is above."""
     head = RewardHead.from_pretrained(checkpoints["gpt2"])
     whole, middle, _, last, empty = some_sets(head)
@@ -91,7 +91,7 @@ def test_cost_is_what_is_said(checkpoints, few):
     assert cost(whole, middle) == [3, 2, 2]
 
 
-def test_models_whose_blocks_do_not_run_one_by_one(checkpoints, few):
+def test_models_without_replay_run_as_a_whole(checkpoints, few):
     head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64)
     sets = some_sets(head)
     plain = score_without(head, few, sets)
@@ -101,7 +101,7 @@ def test_models_whose_blocks_do_not_run_one_by_one(checkpoints, few):
         assert torch.allclose(one.margin, other.margin, atol=1e-5)  # the bridge's attention is rounded to float32
 
 
-def test_inside_an_ablation_of_the_users(checkpoints, few):
+def test_a_sweep_inside_an_ablation(checkpoints, few):
     """What is ablated already stays so, at the tokens it was."""
     head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64)
     whole, middle, _, last, _ = some_sets(head)
@@ -125,7 +125,7 @@ def test_half_precision(checkpoints, few):
 def test_wrong_arguments(checkpoints, few):
     head = RewardHead.from_pretrained(checkpoints["gpt2"])
     sets = some_sets(head)
-    with pytest.raises(OptionError, match=r"sets: expected sets of one site, got \['attn_head', 'mlp'\]"):
+    with pytest.raises(OptionError, match=r"sets: expected sets of the same site, got \['attn_head', 'mlp'\]"):
         score_without(head, few, [*sets, *some_sets(head, "attn_head")])
     with pytest.raises(ProvenanceError):
         score_without(head, few, [NeuronSet(sets[0].mask, "mlp", "another")])
@@ -138,7 +138,7 @@ def test_wrong_arguments(checkpoints, few):
     assert not head.body.is_hooked
 
 
-def test_runs_keep_what_a_sweep_found(checkpoints, few, tmp_path):
+def test_study_runs_reuse_results_of_a_sweep(checkpoints, few, tmp_path):
     """Each set is run once, alone or with others, in this process or an earlier one."""
     head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64)
     sets = some_sets(head)

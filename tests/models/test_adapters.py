@@ -66,7 +66,7 @@ def adapt(base, config, folder, tokenizer=None, *, n_outputs=1, auto="SequenceCl
 
 @torch.no_grad()
 def logits(model, tokenizer, texts=TEXTS):
-    """What a model of transformers or peft says of each text alone: a row per text."""
+    """The logits of a model of transformers or peft for each text alone: one row per text."""
     found = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
     return torch.stack([one if one.ndim == 1 else one[-1] for one in found])
 
@@ -114,7 +114,7 @@ def test_check_compares_with_the_unmerged_adapter(bases, tokenizer, tmp_path):
         head.check()
 
 
-def test_ablated_and_saved_as_any_other(bases, tokenizer, tmp_path):
+def test_an_adapted_model_is_ablated_and_saved(bases, tokenizer, tmp_path):
     model, folder = adapt(
         bases["gpt2"], peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=GPT2), tmp_path / "adapter"
     )
@@ -131,7 +131,7 @@ def test_ablated_and_saved_as_any_other(bases, tokenizer, tmp_path):
     assert torch.allclose(ablated.score(TEXTS), logits(merged, tokenizer)[:, 0], atol=1e-5)
 
 
-def test_value_head_beside_an_adapter(bases, tokenizer, tmp_path):
+def test_a_value_head_in_the_adapter_folder_is_read(bases, tokenizer, tmp_path):
     """LLaMA-Factory: an adapter of the language model, and `value_head.safetensors` in the same folder."""
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["down_proj", "v_proj"])
     model, folder = adapt(bases["qwen2 LM"], config, tmp_path, auto="CausalLM")
@@ -139,7 +139,7 @@ def test_value_head_beside_an_adapter(bases, tokenizer, tmp_path):
         RewardHead.from_pretrained(folder)
     # trl's trainers write the head there; as everywhere, it is not unpickled.
     torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"pytorch_model.bin is pickled.*value_head.safetensors"):
+    with pytest.raises(ModelError, match=r"pytorch_model.bin is a pickled file.*value_head.safetensors"):
         RewardHead.from_pretrained(folder)
     weight, bias = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
     save_file({"v_head.summary.weight": weight, "v_head.summary.bias": bias}, folder / "value_head.safetensors")
@@ -158,7 +158,7 @@ def test_value_head_beside_an_adapter(bases, tokenizer, tmp_path):
     assert RewardHead.from_language_model(folder).n_layers == judge.n_layers
 
 
-def test_resized_embeddings_are_the_adapters(bases, tmp_path):
+def test_resized_embeddings_come_from_the_adapter(bases, tmp_path):
     """New tokens: the adapter is saved with embeddings of another number of rows than its base has, and a tokenizer."""
     larger = make_tokenizer(tmp_path / "tokenizer")
     larger.add_tokens(["<think>", "<end>"])
@@ -175,7 +175,7 @@ def test_resized_embeddings_are_the_adapters(bases, tmp_path):
         assert torch.allclose(head.score(texts), logits(model, larger, texts)[:, 0], atol=1e-5)
 
 
-def test_the_base_is_found_beside_the_adapter_or_here_or_where_it_is_said(bases, tokenizer, tmp_path, monkeypatch):
+def test_the_base_is_found_by_relative_path_by_path_or_by_argument(bases, tokenizer, tmp_path, monkeypatch):
     config = peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=GPT2)
     model, folder = adapt(bases["gpt2"], config, tmp_path / "runs" / "adapter")
     expected = logits(model, tokenizer)[:, 0]
@@ -190,7 +190,7 @@ def test_the_base_is_found_beside_the_adapter_or_here_or_where_it_is_said(bases,
             RewardHead.from_pretrained(folder)
         head = RewardHead.from_pretrained(folder, base=bases["gpt2"])
         assert torch.allclose(head.score(TEXTS), expected, atol=1e-5)
-    with pytest.raises(OptionError, match=r"base: .* is no adapter"):
+    with pytest.raises(OptionError, match=r"base: expected an adapter, but .* has no adapter_config"):
         RewardHead.from_pretrained(bases["gpt2"], base=bases["gpt2"])
 
 
@@ -199,7 +199,7 @@ def rename_base(folder, named):
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": named}))
 
 
-def test_outputs_are_those_of_the_saved_head(bases, tokenizer, tmp_path):
+def test_the_saved_head_decides_the_number_of_outputs(bases, tokenizer, tmp_path):
     config = peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=GPT2)
     model, folder = adapt(bases["gpt2 LM"], config, tmp_path, n_outputs=3)
     expected = logits(model, tokenizer)
@@ -210,7 +210,7 @@ def test_outputs_are_those_of_the_saved_head(bases, tokenizer, tmp_path):
     assert head.check()["passed"].all()
 
 
-def test_an_adapter_on_an_adapter(bases, tokenizer, tmp_path):
+def test_nested_adapters_are_merged(bases, tokenizer, tmp_path):
     lora = {"r": 4, "target_modules": ["down_proj"]}
     _, inner = adapt(bases["qwen2 LM"], peft.LoraConfig(task_type="CAUSAL_LM", **lora), tmp_path / "a", auto="CausalLM")
     whole = peft.AutoPeftModelForCausalLM.from_pretrained(inner, dtype=torch.float32).merge_and_unload()
@@ -228,8 +228,8 @@ def test_token_classifiers_are_read_at_the_last_token(bases, tokenizer, tmp_path
     assert torch.allclose(head.score(TEXTS), logits(model, tokenizer)[:, 1], atol=1e-5)
 
 
-def test_a_hub_name_is_an_adapter_too(bases, tokenizer, tmp_path, monkeypatch):
-    """Files of the name are fetched one by one; here they are in a folder."""
+def test_adapters_open_by_hub_name(bases, tokenizer, tmp_path, monkeypatch):
+    """The files of a hub name are downloaded one by one; in this test they are in a folder."""
     model, folder = adapt(
         bases["gpt2"], peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=GPT2), tmp_path / "adapter"
     )
@@ -244,7 +244,7 @@ def test_a_hub_name_is_an_adapter_too(bases, tokenizer, tmp_path, monkeypatch):
 
 
 class TestInMemory:
-    def test_rewards_of_layers_that_are_not_merged(self, bases, tokenizer, tmp_path):
+    def test_unmerged_layers_give_the_rewards_of_peft(self, bases, tokenizer, tmp_path):
         config = peft.IA3Config(task_type="SEQ_CLS", target_modules=GPT2, feedforward_modules=["c_proj"])
         model, folder = adapt(bases["gpt2"], config, tmp_path)
         expected = logits(model, tokenizer)[:, 0]
@@ -253,8 +253,8 @@ class TestInMemory:
             head = RewardHead.from_classifier(one, tokenizer=tokenizer)
             assert torch.allclose(head.score(TEXTS), expected, atol=1e-5)
 
-    def test_which_head_runs(self, bases, tokenizer, tmp_path):
-        """The adapter's copy of the score layer while it is active, the first one while it is not."""
+    def test_the_active_copy_of_the_score_layer_is_read(self, bases, tokenizer, tmp_path):
+        """The adapter's copy of the score layer is read while the adapter is active, the original otherwise."""
         config = peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=GPT2)
         model, _ = adapt(bases["gpt2"], config, tmp_path)
         inner = model.base_model.model
@@ -263,7 +263,7 @@ class TestInMemory:
             assert torch.allclose(plain.score(TEXTS), logits(inner, tokenizer)[:, 0], atol=1e-5)
             assert torch.equal(plain.weight, RewardHead.from_pretrained(bases["gpt2"]).weight)
 
-    def test_an_adapter_layer_as_head_says_merge(self, bases, tokenizer, tmp_path):
+    def test_an_adapter_layer_as_head_is_refused(self, bases, tokenizer, tmp_path):
         config = peft.LoraConfig(r=4, target_modules=[*GPT2, "score"])
         model, _ = adapt(bases["gpt2"], config, tmp_path)
         expected = logits(model, tokenizer)[:, 0]
@@ -285,19 +285,19 @@ class TestBadAdapters:
         config = peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=GPT2)
         return adapt(bases["gpt2"], config, tmp_path / "adapter")[1]
 
-    def test_pickled_weights_and_the_way_to_convert_them(self, folder):
+    def test_pickled_weights_are_refused_with_a_conversion(self, folder):
         expected = RewardHead.from_pretrained(folder).score(TEXTS)
         stored = load_file(folder / "adapter_model.safetensors")
         (folder / "adapter_model.safetensors").unlink()
         torch.save(stored, folder / "adapter_model.bin")
-        with pytest.raises(ModelError, match=r"adapter_model.bin is pickled.*Where you trust it") as caught:
+        with pytest.raises(ModelError, match=r"adapter_model.bin is a pickled file.*If you trust it") as caught:
             RewardHead.from_pretrained(folder)
         exec(re.search(r"`(.*)`", str(caught.value))[1])
         assert torch.equal(RewardHead.from_pretrained(folder).score(TEXTS), expected)
 
-    def test_without_peft(self, folder, monkeypatch):
+    def test_a_missing_peft_is_named(self, folder, monkeypatch):
         monkeypatch.setitem(sys.modules, "peft", None)
-        with pytest.raises(ModelError, match=r'needs peft: pip install "rmtension\[peft\]"'):
+        with pytest.raises(ModelError, match=r'needs peft.*pip install "rmtension\[peft\]"'):
             RewardHead.from_pretrained(folder)
 
     @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING"])
@@ -307,26 +307,26 @@ class TestBadAdapters:
         with pytest.raises(ModelError, match=rf"of the kind {kind}, which puts learned vectors before every text"):
             RewardHead.from_pretrained(folder)
 
-    def test_an_adapter_of_another_model(self, folder, bases):
-        with pytest.raises(ModelError, match=r"peft could not put the adapter on GPTNeoX.*base=\.\.\."):
+    def test_an_adapter_of_another_model_is_refused(self, folder, bases):
+        with pytest.raises(ModelError, match=r"peft could not attach the adapter to its base, a GPTNeoX.*base=\.\.\."):
             RewardHead.from_pretrained(folder, base=bases["gpt_neox"])
 
-    def test_tensors_that_have_no_place(self, folder):
+    def test_unexpected_tensors_are_refused(self, folder):
         """Peft itself leaves them out in silence."""
         stored = load_file(folder / "adapter_model.safetensors")
         more = {"base_model.model.transformer.h.7.attn.c_attn.lora_A.weight": torch.ones(4, 32)}
         save_file(stored | more, folder / "adapter_model.safetensors")
-        with pytest.raises(ModelError, match=r"no place for \[.*h\.7\.attn.*base=\.\.\."):
+        with pytest.raises(ModelError, match=r"no layers for \[.*h\.7\.attn.*base=\.\.\."):
             RewardHead.from_pretrained(folder)
 
-    def test_tensors_that_are_not_there(self, folder):
+    def test_missing_tensors_are_refused(self, folder):
         stored = load_file(folder / "adapter_model.safetensors")
         few = {name: tensor for name, tensor in stored.items() if "h.1.attn" not in name}
         save_file(few, folder / "adapter_model.safetensors")
         with pytest.raises(ModelError, match=r"its file lacks \[.*h\.1\.attn"):
             RewardHead.from_pretrained(folder)
 
-    def test_a_head_that_was_not_saved(self, bases, folder):
+    def test_an_adapter_without_a_score_head_is_refused(self, bases, folder):
         stored = load_file(folder / "adapter_model.safetensors")
         del stored["base_model.model.score.weight"]
         save_file(stored, folder / "adapter_model.safetensors")
@@ -335,14 +335,14 @@ class TestBadAdapters:
         ):
             RewardHead.from_pretrained(folder, base=bases["gpt2 LM"])
 
-    def test_an_adapter_beside_a_whole_model(self, folder, bases, tokenizer):
+    def test_an_adapter_in_the_folder_of_a_whole_model_is_refused(self, folder, bases, tokenizer):
         expected = RewardHead.from_pretrained(folder).score(TEXTS)
         shutil.copytree(bases["gpt2"], folder, dirs_exist_ok=True)
-        with pytest.raises(ModelError, match=r"an adapter and a whole model.*say base='"):
+        with pytest.raises(ModelError, match=r"an adapter and a whole model.*pass base='"):
             RewardHead.from_pretrained(folder)
         assert torch.equal(RewardHead.from_pretrained(folder, base=folder).score(TEXTS), expected)
 
-    def test_a_quantised_base(self, folder, bases, tmp_path):
+    def test_a_quantised_base_is_refused(self, folder, bases, tmp_path):
         shutil.copytree(bases["gpt2"], tmp_path / "quantised")
         config = json.loads((tmp_path / "quantised" / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -355,7 +355,7 @@ class TestBadAdapters:
     def test_damaged_files(self, folder):
         whole = (folder / "adapter_model.safetensors").read_bytes()
         (folder / "adapter_model.safetensors").write_bytes(whole[:50])
-        with pytest.raises(ModelError, match=r"adapter_model.safetensors is damaged or cut short"):
+        with pytest.raises(ModelError, match=r"adapter_model.safetensors is damaged or incomplete"):
             RewardHead.from_pretrained(folder)
         (folder / "adapter_config.json").write_text("{")
         with pytest.raises(ModelError, match=r"adapter_config.json is damaged"):
@@ -365,7 +365,7 @@ class TestBadAdapters:
 @pytest.mark.parametrize(
     ("base", "target"), [("gpt2 LM", "wte"), ("qwen2 LM", "lm_head"), ("qwen2 LM", "embed_tokens")]
 )
-def test_an_adapter_on_a_tied_weight_changes_its_own_end_alone(base, target, bases, tokenizer, tmp_path):
+def test_an_adapter_on_a_tied_weight_leaves_the_other_module_unchanged(base, target, bases, tokenizer, tmp_path):
     """A judge whose embedding and unembedding share a weight: merged into that, the adapter would change both."""
     tied = transformers.AutoModelForCausalLM.from_pretrained(bases[base])
     tied.config.tie_word_embeddings = True
@@ -385,7 +385,7 @@ def test_an_adapter_on_a_tied_weight_changes_its_own_end_alone(base, target, bas
 
 
 @pytest.mark.parametrize("kept", grid(["mlp", "self_attn"]))
-def test_modules_that_were_trained_whole_are_ablated_for_good(kept, tokenizer, tmp_path):
+def test_modules_to_save_are_ablated_permanently(kept, tokenizer, tmp_path):
     """`modules_to_save` of a container: in the copy its modules lie where they lie without peft."""
     classifier = make_classifier("qwen2", len(tokenizer) + 8)
     target = "q_proj" if kept == "mlp" else "up_proj"
@@ -402,7 +402,7 @@ def test_modules_that_were_trained_whole_are_ablated_for_good(kept, tokenizer, t
     assert torch.allclose(head.with_ablation(neurons).score(TEXTS), inside, atol=1e-5)
 
 
-def test_a_bridge_that_cannot_follow_an_adapter_says_merge(bases, tokenizer, tmp_path):
+def test_a_bridge_that_differs_under_an_adapter_is_refused(bases, tokenizer, tmp_path):
     """LoRA on a fused projection, of which the bridge makes three: transformers' own modules are exact all the same."""
     config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["c_attn"], fan_in_fan_out=True)
     model, _ = adapt(bases["gpt2"], config, tmp_path)

@@ -1,4 +1,4 @@
-"""Whatever users do to a model before or after they open it: the library is exact, or it says no."""
+"""Whatever users do to a model before or after they open it, results are exact, or an error is raised."""
 
 from functools import partial
 
@@ -52,14 +52,14 @@ def test_changed_models_are_exact_or_refused(family, name, tokenizer):
             assert found.difference <= LIMIT, operation
 
 
-def test_the_right_values_tell_an_ablation_apart(tokenizer):
+def test_the_ablation_changes_the_expected_values(tokenizer):
     """Without this, exact could mean that nothing happened."""
     for family in ("llama", "gpt2"):
         right = right_values(fresh(family, tokenizer), tokenizer)
         assert float((right["ablate"] - right["score"]).abs().min()) > 100 * LIMIT
 
 
-def test_what_refusals_advise_works(tokenizer):
+def test_the_advice_of_errors_works(tokenizer):
     model = fresh("llama", tokenizer)
     right = right_values(model, tokenizer)
     for block in model.model.layers:
@@ -103,8 +103,8 @@ def test_no_pass_over_pairs_reads_a_layer_whose_hook_does_not_fire(layer, tokeni
             run()
 
 
-def test_hooks_of_one_layer_that_do_not_fire_are_found(tokenizer):
-    """One replaced module among several, and one hook of many: each place is looked at by itself."""
+def test_hooks_that_do_not_fire_in_a_single_layer_are_found(tokenizer):
+    """A single replaced module and a single hook of many: every hook site is checked separately."""
     model = fresh("llama", tokenizer)
     head = RewardHead.from_classifier(model, tokenizer=tokenizer)
     inline_mlp(model, model.model.layers[1])

@@ -53,7 +53,7 @@ def test_a_folder_opens_in_float64(tokenizer, tmp_path, pairs):
     assert transformers.AutoConfig.from_pretrained(tmp_path).num_labels == 1
 
 
-def test_float32_gradients_at_a_kink_are_no_errors_of_rounding():
+def test_float32_gradients_may_differ_at_a_kink():
     """A ReLU whose input is 0 but for rounding: its gradient is 0 in one dtype and 1 in the other."""
     parts = torch.tensor([1.0, 2.0**-30, -1.0], dtype=torch.float64)
     slopes = {}

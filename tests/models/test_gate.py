@@ -139,7 +139,7 @@ class ByHand:
 
 @pytest.fixture(scope="module", params=grid(FAMILIES, keep=["llama", "gpt2"]))
 def both(request, tokenizer):
-    """A head and the reference; two models with the same weights, so that no hook of one is on the other."""
+    """A head and the reference: two models with the same weights, so that they do not share hooks."""
     reference = ByHand(request.param, len(tokenizer), tokenizer)
     classifier = make_classifier(request.param, len(tokenizer)).double()
     return RewardHead.from_classifier(classifier, tokenizer=tokenizer), reference
@@ -245,7 +245,7 @@ def test_statistics_and_scores(both, pairs, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_zero_and_scale_are_those_of_the_product(both, pairs, way):
+def test_zero_and_scale_equal_those_of_the_product(both, pairs, way):
     head, reference = both
     neurons = some_neurons(head)
     product = NeuronSet(neurons.mask, "mlp", head.architecture)
@@ -293,13 +293,13 @@ def test_mean_and_resample_write_act_gate(both, pairs, way):
 
 
 @pytest.mark.parametrize("both", grid(["phi3", "gpt2"]), indirect=True)
-def test_export(both, pairs):
+def test_export_equals_the_context(both, pairs):
     head, reference = both
     texts, neurons = texts_of(pairs), some_neurons(head)
     replacements = [Zero(), Scale(0.5)]
     means = ActivationCollector(head, site="mlp_gate").collect(pairs)
     if gated(reference):
-        with pytest.raises(OptionError, match=r"no weights do what Mean does at site 'mlp_gate' of a gated.*Context"):
+        with pytest.raises(OptionError, match=r"weights cannot express Mean at site 'mlp_gate' of a gated.*Context"):
             head.with_ablation(neurons, Mean(means))
     else:
         replacements.append(Mean(means))
@@ -316,7 +316,7 @@ def test_the_self_check_covers_the_site(both):
     assert table.loc[["hooks, mlp_gate", "zeroing, mlp_gate", "direct contributions", "layers"], "passed"].all()
 
 
-def test_a_bridge_of_the_users(both, pairs):
+def test_a_bridge_without_native_modules(both, pairs):
     """Only the bridge runs; it has the same activations."""
     head, _ = both
     bare = RewardHead(head.model, weight=head.weight, tokenizer=head.tokenizer, pad_token_id=head.pad_token_id)
@@ -371,12 +371,12 @@ class TestMissing:
             with pytest.raises(ModelError, match=match):
                 use()
 
-    def test_experts(self, tokenizer):
+    def test_experts_are_refused(self, tokenizer):
         """In float32: torch has no grouped matrix product of float64."""
         head = RewardHead.from_classifier(make_classifier("mixtral", len(tokenizer)), tokenizer=tokenizer)
-        self.refused(head, r"site 'mlp_gate' has the neurons of 'mlp'.*no single projection.*mixture of experts")
+        self.refused(head, r"site 'mlp_gate' has the neurons of 'mlp'.*no single output projection.*mixture of experts")
 
-    def test_processed_weights(self, tokenizer):
+    def test_processed_weights_are_refused(self, tokenizer):
         """The bridge then computes the activation function by itself, in no module."""
         classifier = make_classifier("llama", len(tokenizer))
         head = RewardHead.from_classifier(classifier, tokenizer=tokenizer, process_weights=True)
@@ -384,7 +384,7 @@ class TestMissing:
         assert head.check(reference=classifier)["passed"].all()
 
     @pytest.mark.parametrize("process_weights", [False, True])
-    def test_processed_weights_without_a_gate(self, tokenizer, pairs, process_weights):
+    def test_processed_weights_without_a_gate_keep_the_site(self, tokenizer, pairs, process_weights):
         """GPT-2 keeps the site: through a bridge with processed weights, and as a HookedTransformer."""
         options = {"process_weights": process_weights}
         if not process_weights:
@@ -399,7 +399,7 @@ class TestMissing:
 
     @pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="this transformer-lens has no HookedTransformer")
     @pytest.mark.parametrize("process_weights", [False, True])
-    def test_hooked_transformer(self, tokenizer, process_weights):
+    def test_a_gated_hooked_transformer_is_refused(self, tokenizer, process_weights):
         classifier = make_classifier("llama", len(tokenizer))
         head = RewardHead.from_classifier(
             classifier, tokenizer=tokenizer, model_class="HookedTransformer", process_weights=process_weights
@@ -481,15 +481,15 @@ def test_no_gate_is_found(kind):
     [
         ("gated, shared", "its SiLU runs 2 times"),
         ("twice", "its SiLU runs 2 times"),
-        ("both", "SiLU writes is no factor"),
+        ("both", "the output of SiLU is not a factor"),
         ("functional", "no module of its own"),
         ("fused", "no module of its own"),
-        ("norm after", "SiLU writes is no factor"),
-        ("shifted", "SiLU writes is no factor"),
-        ("other order", "SiLU writes is no factor"),
-        ("unused", "SiLU writes is no factor"),
+        ("norm after", "the output of SiLU is not a factor"),
+        ("shifted", "the output of SiLU is not a factor"),
+        ("other order", "the output of SiLU is not a factor"),
+        ("unused", "the output of SiLU is not a factor"),
     ],
 )
-def test_what_only_looks_like_a_gate_is_refused(kind, why):
+def test_modules_that_are_not_a_factor_are_refused(kind, why):
     with pytest.raises(ModelError, match=rf"act\(gate\) of layer 0 can be neither .* because .*{why}"):
         search(kind)

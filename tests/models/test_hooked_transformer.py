@@ -55,7 +55,7 @@ def test_rewards_equal_logits(model, head, ragged_texts):
         assert float((rewards - torch.stack(expected)).abs().max()) < 1e-12
 
 
-def test_the_models_own_tokenizer_hides_no_token(model, head, monkeypatch):
+def test_left_padding_of_the_model_tokenizer_hides_no_token(model, head, monkeypatch):
     """TransformerLens guesses a mask from pad tokens where the model has a tokenizer that pads on the left."""
     text = "<pad><pad>bake a<pad> cake"
     with torch.no_grad():
@@ -145,7 +145,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("changes", ODD.values(), ids=ODD)
-def test_odd_configs_give_a_text_the_reward_it_has_alone(changes):
+def test_unusual_configs_give_the_same_reward_alone_and_in_a_batch(changes):
     """The stream that `model(ids)` unembeds, of a model that has run nothing before; layers sum to 1e-9."""
     ids, mask = ragged_ids(pad=3)
     model = make_own("hooked", **changes)
@@ -218,7 +218,7 @@ def test_positions_that_depend_on_the_longest_text_need_a_limit():
     assert head.check()["passed"].all()
 
 
-def test_a_bidirectional_model_is_alone_what_it_is():
+def test_a_bidirectional_model_ignores_padding():
     """Without hidden padding the same batch gives other rewards: the check below can fail."""
     ids, mask = ragged_ids(pad=3)
     model = make_own("hooked", attention_dir="bidirectional")
@@ -233,22 +233,24 @@ def test_a_bidirectional_model_is_alone_what_it_is():
 def test_a_dtype_that_the_config_does_not_know_is_refused():
     """`model.double()` leaves norms in float32; what the error says is done, and works."""
     model = make_own("hooked").to(torch.float32, print_details=False).double()
-    with pytest.raises(ModelError, match=r"weights are torch.float64 and its config says torch.float32.*model.to"):
+    with pytest.raises(ModelError, match=r"weights of torch.float64 and a config of torch.float32.*model.to"):
         RewardHead(model, weight=[1.0] * 16)
     assert RewardHead(model.to(torch.float64, print_details=False), weight=[1.0] * 16).dtype == torch.float64
     experts = hooked(13, n_layers=2, num_experts=2, experts_per_token=1)
-    with pytest.raises(ModelError, match=r"weights are torch.float32 and torch.float64"):
+    with pytest.raises(ModelError, match=r"weights of torch.float32 and torch.float64"):
         RewardHead(experts, weight=[1.0] * 32)
     assert RewardHead(experts.to(torch.float64, print_details=False), weight=[1.0] * 32).sites == ["attn_head"]
 
 
-def test_encoders_and_folded_norms_are_refused_with_a_way_on():
+def test_encoders_and_folded_norms_are_refused_with_a_remedy():
     encoder = transformer_lens.HookedEncoder(
         transformer_lens.HookedTransformerConfig(
             n_layers=1, d_model=8, n_ctx=8, d_head=4, n_heads=2, d_mlp=8, act_fn="gelu", d_vocab=9, device="cpu"
         )
     )
-    with pytest.raises(ModelError, match=r"a HookedEncoder has no final residual stream.*Expected a decoder"):
+    with pytest.raises(
+        ModelError, match=r"expected a decoder.*got a HookedEncoder, which has no final residual stream"
+    ):
         RewardHead(encoder, weight=[1.0] * 8)
     toy = make_own("hooked", normalization_type="RMSPre")
     with pytest.raises(ModelError, match=r"never had a gain.*final_norm=model.ln_final"):
@@ -259,7 +261,7 @@ def test_encoders_and_folded_norms_are_refused_with_a_way_on():
     assert torch.allclose(head.score_tokens(ids, mask), alone(toy, ids)[:, 7], atol=1e-6)
 
 
-def test_alibi_biases_come_back():
+def test_alibi_biases_are_restored():
     """Those that attention keeps are the user's, after a run, an error in a hook, or an interrupt."""
     model = make_own("hooked", **ODD["alibi"])
     head = RewardHead(model, weight=[1.0] * 16)

@@ -1,4 +1,4 @@
-"""No batch, order, padding side or amount changes a reward or a score: Hypothesis looks for one that does."""
+"""No batch, order, padding side or padding length changes a reward or a score; Hypothesis searches counterexamples."""
 
 from functools import cache
 

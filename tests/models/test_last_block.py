@@ -1,4 +1,4 @@
-"""What the last block leaves out: numbers are those of running it whole, and it is left out where nobody looks."""
+"""Skipping tokens in the last block changes no number, and is off if hooks need all tokens."""
 
 import contextlib
 
@@ -81,7 +81,7 @@ def numbers(head, pairs):
 
 
 @pytest.mark.parametrize("family", grid(["gpt2", "llama"]))
-def test_everything_that_leaves_it_out(checkpoints, few, family):
+def test_skipping_tokens_of_the_last_mlp_changes_no_reward(checkpoints, few, family):
     head = RewardHead.from_pretrained(checkpoints[family], dtype=torch.float64)
     n_last = tokens_through(head, lambda: head.score_pairs(few))
     assert n_last == 2 * len(few)
@@ -94,7 +94,7 @@ def test_everything_that_leaves_it_out(checkpoints, few, family):
     assert gradients.per_pair(few[-1:]).values.abs().max() == 0, "identical responses: exactly nothing"
 
 
-def test_whoever_looks_inside_sees_all_tokens(checkpoints, few):
+def test_hooks_in_the_last_block_see_all_tokens(checkpoints, few):
     """An ablation in the last layer, at the tokens it names; a visit; the user's own hooks."""
     head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64)
     mask = torch.zeros(head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
@@ -142,7 +142,7 @@ class MixingMLP(torch.nn.Module):
         return self.c_proj(self.act(self.c_fc(values.cumsum(1))))
 
 
-def test_an_mlp_that_mixes_tokens_runs_whole(plain_tokenizer):
+def test_an_mlp_that_mixes_tokens_runs_on_all_tokens(plain_tokenizer):
     config = transformers.GPT2Config(
         vocab_size=len(plain_tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64, num_labels=1, pad_token_id=1
     )
@@ -152,14 +152,14 @@ def test_an_mlp_that_mixes_tokens_runs_whole(plain_tokenizer):
     assert RewardHead.from_classifier(classifier, tokenizer=plain_tokenizer).body._last_mlp is None
 
 
-def test_experts_run_whole(tmp_path, plain_tokenizer):
+def test_experts_run_on_all_tokens(tmp_path, plain_tokenizer):
     make_classifier(EXPERTS[0], len(plain_tokenizer) + 8).save_pretrained(tmp_path)
     plain_tokenizer.save_pretrained(tmp_path)
     assert RewardHead.from_pretrained(tmp_path).body._last_mlp is None
 
 
 @pytest.mark.parametrize("sites", [["mlp"], ["attn_head"], ["attn_head", "mlp_gate"]])
-def test_statistics_stop_when_all_is_seen(checkpoints, few, sites):
+def test_statistics_stop_after_the_last_visit(checkpoints, few, sites):
     """Nothing above the last projection's input runs: not the projection of an MLP, nor the final norm."""
     head = RewardHead.from_pretrained(checkpoints["llama"], dtype=torch.float64)
     ran = []

@@ -1,4 +1,4 @@
-"""Names: what is on this machine is looked at first, a mistyped path is an error before a hub is asked."""
+"""Names: folders of this machine come first, and a mistyped path is an error before the hub is contacted."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def here(tmp_path, monkeypatch):
     ],
 )
 def test_a_mistyped_path_is_named(here, name, meant):
-    with pytest.raises(ModelError, match=rf"is no folder. Did you mean '{meant}'\?"):
+    with pytest.raises(ModelError, match=rf"there is no folder .* Did you mean '{meant}'\?"):
         RewardHead.from_pretrained(name)
     with pytest.raises(ModelError, match=rf"Did you mean '{here}/{meant}'\?"):
         RewardHead.from_pretrained(here / name)
@@ -54,33 +54,33 @@ def test_a_mistyped_path_is_named(here, name, meant):
         ("nothing/at/all", "There is no folder 'nothing'"),
         ("/nothing/model", "There is no folder '/nothing'"),
         ("~/nothing-of-that-name-here/model", "There is no folder '.*nothing-of-that-name-here'"),
-        ("my-model/config.json", "is a file. Name the folder of the checkpoint, 'my-model'"),
-        ("", "got an empty text"),
-        ("gpt3", r"no config.json and no adapter_config.json. It has \[\]"),
+        ("my-model/config.json", "got the file .*Pass its folder, 'my-model'"),
+        ("", "got an empty string"),
+        ("gpt3", r"no config.json and no adapter_config.json. It contains \[\]"),
         (
             "runs/trained",
-            r"checkpoints in it are \['checkpoint-100', 'checkpoint-200'\]; name one, .*'runs/trained/check",
+            r"the checkpoints \['checkpoint-100', 'checkpoint-200'\]; pass one of them, .*'runs/trained/check",
         ),
     ],
 )
-def test_what_is_there_is_said(here, name, said):
+def test_errors_list_the_existing_folders(here, name, said):
     with pytest.raises(ModelError, match=said):
         RewardHead.from_pretrained(name)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "someone/some-model", "runs-of-others/my-model", "Skywork/Skywork-Reward"])
 def test_hub_names_stay_hub_names(here, name):
-    """Also beside a folder of nearly that name that holds no checkpoint."""
+    """Also if a folder without a checkpoint has a similar name."""
     assert find_local(name) == name
 
 
-def test_a_revision_says_that_it_is_a_hub_name(here):
+def test_a_revision_makes_it_a_hub_name(here):
     assert find_local("runs/my-modle", "main") == "runs/my-modle"
     with pytest.raises(ModelError, match="Did you mean"):
         find_local(Path("runs/my-modle"), "main")
 
 
-def test_folders(here, monkeypatch):
+def test_folders_are_found_in_every_spelling(here, monkeypatch):
     monkeypatch.setenv("HOME", str(here))
     assert find_local("~/my-model") == str(here / "my-model")
     assert find_local("my-model", "main") == "my-model"
@@ -89,7 +89,7 @@ def test_folders(here, monkeypatch):
 
 def test_a_folder_with_only_weights(checkpoints, tmp_path):
     shutil.copy(checkpoints["gpt2"] / "model.safetensors", tmp_path)
-    with pytest.raises(ModelError, match=r"no config.json.*\['model.safetensors'\]: copy the config.json"):
+    with pytest.raises(ModelError, match=r"no config.json.*\['model.safetensors'\]: copy config.json"):
         RewardHead.from_pretrained(tmp_path)
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(checkpoints["gpt2"] / file, tmp_path)
@@ -100,7 +100,7 @@ def test_a_folder_without_weights(checkpoints, tmp_path):
     """The outermost folder of a training run, where the config was saved too."""
     shutil.copy(checkpoints["gpt2"] / "config.json", tmp_path)
     shutil.copytree(checkpoints["gpt2"], tmp_path / "checkpoint-7")
-    with pytest.raises(ModelError, match=r"no model.safetensors.*checkpoints in it are \['checkpoint-7'\]"):
+    with pytest.raises(ModelError, match=r"expected model.safetensors.*contains the checkpoints \['checkpoint-7'\]"):
         RewardHead.from_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     with pytest.raises(ModelError, match=r"has no adapter_model.safetensors"):

@@ -87,7 +87,7 @@ def test_single_effects_in_half_precision(opened, few, family, site):
     assert float(truth.values[neurons.mask].abs().max()) > 5 * float(off.abs().max()), "effects stand out of it"
 
 
-def test_blocks_that_leave_things_for_one_another(checkpoints, few):
+def test_blocks_that_exchange_values_are_not_replayed(checkpoints, few):
     """Gemma-4 hands keys and values on in a dict that all blocks share: what another run left in it would be read."""
     head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64)
     blocks = [head.body.block(layer) for layer in range(head.n_layers)]
@@ -116,7 +116,7 @@ def test_blocks_that_leave_things_for_one_another(checkpoints, few):
     assert torch.allclose(effects, by_contexts(head, few, neurons), atol=1e-9, equal_nan=True)
 
 
-def test_a_final_norm_that_runs_on_the_embedding_too(opened, few):
+def test_a_final_norm_that_also_runs_on_the_embedding(opened, few):
     """NanoChat's. Streams are those before the blocks and before its last run; GradDrop closes no gate for it."""
     head = opened("nanochat")
     (batch,) = batches_of(head, few)
@@ -135,7 +135,7 @@ def test_a_final_norm_that_runs_on_the_embedding_too(opened, few):
     assert float(plain[-1].abs().max()) > 1e-3
 
 
-def test_a_factor_on_what_a_block_adds(opened, few):
+def test_a_scaled_block_output_has_no_direct_path(opened, few):
     """Granite's. The direct path would be off by that factor, and says so; what needs no direct path is right."""
     head = opened("granite", residual_multiplier=0.22)
     with pytest.raises(ModelError, match=r"is not what its blocks add .* Use attribution_patching"):

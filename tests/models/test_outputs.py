@@ -91,7 +91,7 @@ class TestClassifiers:
         assert torch.allclose(in_memory.score(TEXTS), expected, atol=1e-5)
 
     @pytest.mark.parametrize("how", grid(["matrix", "pair", "layer", "state dict"]))
-    def test_of_a_head_given(self, folder, classifier, padded_with_eos, how):
+    def test_the_output_of_a_passed_head(self, folder, classifier, padded_with_eos, how):
         weight, bias = classifier.score.weight, torch.tensor([1.0, 2.0, 4.0])
         layer = torch.nn.Linear(32, 3)
         layer.weight.data, layer.bias.data = weight.data, bias
@@ -106,7 +106,7 @@ class TestClassifiers:
         live = RewardHead(head.model, weight=given, output=(2, 0), tokenizer=padded_with_eos, pad_token_id=0)
         assert torch.allclose(live.score(TEXTS), expected, atol=1e-5)
 
-    def test_the_token_is_transformers_own_with_a_head_given(self, folder, classifier, padded_with_eos):
+    def test_a_passed_head_is_read_at_the_token_of_transformers(self, folder, classifier, padded_with_eos):
         """Negative control: read at the last token whichever it is, texts that end in the pad token differ."""
         head = RewardHead.from_pretrained(folder, head=classifier.score.weight[1])
         expected = logits(classifier, padded_with_eos)[:, 1]
@@ -123,11 +123,11 @@ class TestClassifiers:
         with pytest.raises(CheckError, match="equal to transformers"):
             head.check()
 
-    def test_a_reference_of_the_users(self, folder, classifier):
+    def test_check_accepts_a_reference_model(self, folder, classifier):
         head = RewardHead.from_pretrained(folder, output="honest")
         assert head.check(reference=classifier)["passed"].all()
         given = RewardHead.from_pretrained(folder, head=classifier.score.weight[1])
-        with pytest.raises(CheckError, match=r"reference: it has 3 outputs, and nothing says which one"):
+        with pytest.raises(CheckError, match=r"reference: expected a model with one output.*got 3 outputs"):
             given.check(reference=classifier)
 
     @pytest.mark.parametrize("output", grid([1, (2, 0)], keep=[(2, 0)]))
@@ -180,9 +180,9 @@ class TestClassifiers:
                 opened(output=(wrong, 0) if wrong is None else wrong)
         with pytest.raises(OptionError, match=rf"output: 'LABEL_0': no output has this name.*{listed}"):
             opened(output="LABEL_0")
-        with pytest.raises(OptionError, match=r"output: \('helpful', 2\) are one and the same output"):
+        with pytest.raises(OptionError, match=r"pair of different outputs, got \('helpful', 2\)"):
             opened(output=("helpful", 2))
-        with pytest.raises(OptionError, match=r"output: expected one output or a pair of them, got 3"):
+        with pytest.raises(OptionError, match=r"output: expected an output or a pair of outputs, got 3"):
             opened(output=(0, 1, 2))
 
     def test_names_that_are_not_unique(self):
@@ -245,13 +245,17 @@ class TestTokens:
 
     def test_refusals_show_how_the_tokenizer_splits(self, language_models):
         folder = language_models["gpt2"]
-        with pytest.raises(OptionError, match=r"'cannot' is not one token.*\['c', 'anno', 't'\].*'Ġcanno'"):
+        with pytest.raises(OptionError, match=r"splits 'cannot' into \['c', 'anno', 't'\].*'Ġcanno'"):
             RewardHead.from_pretrained(folder, output="cannot")
-        with pytest.raises(OptionError, match=r"'bake' is not one token.*\['b', 'ake'\].*close ones are \['Ġbake'"):
+        with pytest.raises(
+            OptionError, match=r"a single token.*splits 'bake' into \['b', 'ake'\].*Similar tokens .* are \['Ġbake'"
+        ):
             RewardHead.from_pretrained(folder, output=("bake", "Ġsure"))
-        with pytest.raises(OptionError, match=r"outputs of a language model are tokens; expected one as text, got 7"):
+        with pytest.raises(
+            OptionError, match=r"outputs of a language model are tokens; expected a token as text, got 7"
+        ):
             RewardHead.from_pretrained(folder, output=7)
-        with pytest.raises(OptionError, match=r"are one and the same output"):
+        with pytest.raises(OptionError, match=r"expected a pair of different outputs"):
             RewardHead.from_pretrained(folder, output=(" sure", "Ġsure"))
         with pytest.raises(ModelError, match=r"no score head.*output=\(' Yes', ' No'\)"):
             RewardHead.from_pretrained(folder)
@@ -264,7 +268,7 @@ class TestTokens:
         raw.pre_tokenizer = pre_tokenizers.Whitespace()
         words = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]")
         assert RewardHead.from_pretrained(language_models["gpt2"], tokenizer=words, output=("yes", "no")).bias == 0
-        with pytest.raises(OptionError, match=r"'Yes' is not one token.*close ones are \['yes'"):
+        with pytest.raises(OptionError, match=r"a single token.*'Yes'.*Similar tokens .* are \['yes'"):
             RewardHead.from_pretrained(language_models["gpt2"], tokenizer=words, output=("Yes", "no"))
 
 
@@ -298,7 +302,7 @@ class TestStoredHeads:
         assert torch.equal(head.weight.cpu(), weight[2] - weight[0])
         assert head.bias == 3.0
         assert head.check()["passed"].all()
-        # The same in a file beside a model that has none, or that has its own.
+        # The same in a separate file, for a model without a head, or with its own.
         save_file(stored, tmp_path / "regression.safetensors")
         given = RewardHead.from_pretrained(
             language_models["gpt2"], head=str(tmp_path / "regression.safetensors"), output=1
@@ -325,7 +329,7 @@ class TestStoredHeads:
         transformers.BertModel(config).save_pretrained(tmp_path / "bert")
         tokenizer.save_pretrained(tmp_path / "bert")
         folder = with_tensors(tmp_path / "bert", tmp_path / "head", {"v_head.weight": torch.ones(1, 32)})
-        with pytest.raises(ModelError, match="not causal, as in an encoder"):
+        with pytest.raises(ModelError, match=r"expected causal attention.*as an encoder does"):
             RewardHead.from_pretrained(folder)
 
     def test_two_heads(self, language_models, tmp_path):
@@ -334,7 +338,7 @@ class TestStoredHeads:
         save_file(one, folder / "value_head.safetensors")
         assert torch.equal(RewardHead.from_pretrained(folder).weight.cpu(), torch.ones(32))
         save_file({"v_head.summary.weight": torch.zeros(1, 32)}, folder / "value_head.safetensors")
-        with pytest.raises(ModelError, match=r"it has two heads.*head=\.\.\. takes the path"):
+        with pytest.raises(ModelError, match=r"it has two heads.*head=\.\.\. accepts the path"):
             RewardHead.from_pretrained(folder)
         head = RewardHead.from_pretrained(folder, head=folder / "value_head.safetensors")
         assert float(head.weight.abs().sum()) == 0
@@ -344,16 +348,18 @@ class TestStoredHeads:
         folder = with_tensors(language_models["gpt2"], tmp_path, {})
         weight = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
         torch.save({"v_head.summary.weight": weight, "v_head.summary.bias": torch.tensor([0.5])}, folder / file)
-        with pytest.raises(ModelError, match=rf"{file} is pickled.*Where you trust it, convert it once") as caught:
+        with pytest.raises(ModelError, match=rf"{file} is a pickled file.*If you trust it, convert it once") as caught:
             RewardHead.from_pretrained(folder)
         exec(re.search(r"`(.*)`", str(caught.value))[1])
         head = RewardHead.from_pretrained(
             folder, **eval(f"dict({re.search(r'head=.*safetensors.', str(caught.value))[0]})")
         )
         assert torch.equal(head.weight.cpu(), weight[0])
-        with pytest.raises(ModelError, match=rf"head: .*{file} is pickled.*`import torch"):
+        with pytest.raises(ModelError, match=rf"head: .*{file} is a pickled file.*`import torch"):
             RewardHead.from_pretrained(folder, head=folder / file)
-        with pytest.raises(ModelError, match=r"head: expected the path of a safetensors file, and nothing is no file"):
+        with pytest.raises(
+            ModelError, match=r"head: expected the path of a safetensors file, but there is no file nothing"
+        ):
             RewardHead.from_pretrained(folder, head="nothing")
 
     @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Models of TransformerLens' own on both majors: opened, ablated for good, saved, and opened again."""
+"""Models of TransformerLens classes, on both major versions: opened, ablated permanently, saved, and opened again."""
 
 import json
 
@@ -66,7 +66,7 @@ def test_seen_padding_is_refused(kind, monkeypatch):
             TokenBatch, "position_mask", lambda batch, _: torch.ones_like(batch.input_ids, dtype=torch.bool)
         )
         assert BootNativeBody.residual
-    with pytest.raises(ModelError, match=r"padding behind a text changes.*not causal"):
+    with pytest.raises(ModelError, match=r"expected causal attention.*padding behind a text changes"):
         open_own(kind, model)
 
 
@@ -172,13 +172,13 @@ def test_a_folder_that_does_not_belong_together_is_refused(kind, tmp_path):
     head = open_own(kind, make_own(kind))
     head.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
-    with pytest.raises(OptionError, match=r"dtype, device, tokenizer and head alone, got \['revision'\]"):
+    with pytest.raises(OptionError, match=r"dtype, device, tokenizer and head; got \['revision'\]"):
         RewardHead.from_pretrained(tmp_path, revision="main")
     about = json.loads((tmp_path / "transformer_lens.json").read_text())
     for change, message in (
         ({"config": about["config"] | {"act_fn": "relu"}}, r"another residual stream.*saved with transformer-lens"),
         ({"config": about["config"] | {"d_mlp": 21}}, r"damaged, or do not belong together"),
-        ({"class": "Elsewhere"}, r"expected a HookedTransformer or a boot_native bridge"),
+        ({"class": "Elsewhere"}, r"expected the class HookedTransformer or TransformerBridge"),
     ):
         (tmp_path / "transformer_lens.json").write_text(json.dumps(about | change))
         with pytest.raises(ModelError, match=message):
@@ -197,7 +197,7 @@ def test_a_hooked_transformer_needs_its_class(tmp_path):
     open_own("native", make_own("native")).save_pretrained(tmp_path)
     path = tmp_path / "transformer_lens.json"
     path.write_text(path.read_text().replace("TransformerBridge.boot_native", "HookedTransformer"))
-    with pytest.raises(ModelError, match=r"has no HookedTransformer.*transformer-lens<4"):
+    with pytest.raises(ModelError, match=r"HookedTransformer needs transformer-lens 3.*transformer-lens<4"):
         RewardHead.from_pretrained(tmp_path)
 
 
@@ -223,7 +223,7 @@ def test_a_native_bridge_in_compatibility_mode_needs_its_norm():
 def test_bridges_of_something_else_are_refused():
     model = make_own("native")
     model.original_model = torch.nn.Linear(2, 2)
-    with pytest.raises(ModelError, match=r"around a Linear, which is neither.*boot_native"):
+    with pytest.raises(ModelError, match=r"boot_native, got a bridge around a Linear"):
         RewardHead(model, weight=torch.zeros(16))
     with pytest.raises(ModelError, match=r"expected a TransformerBridge or a HookedTransformer, got Linear"):
         RewardHead(torch.nn.Linear(2, 2), weight=torch.zeros(2))
@@ -242,7 +242,9 @@ def test_an_encoder_in_a_bridge_is_refused(tmp_path):
     from rmtension.models._bridges import _spare
 
     bridge = TransformerBridge.boot_transformers(str(tmp_path), hf_model=bert, tokenizer=_spare(None), device="cpu")
-    with pytest.raises(ModelError, match=r"padding behind a text changes.*not causal, as in an encoder"):
+    with pytest.raises(
+        ModelError, match=r"expected causal attention.*padding behind a text changes.*as an encoder does"
+    ):
         RewardHead(bridge, weight=torch.zeros(16))
 
 

@@ -1,4 +1,4 @@
-"""Models whose weights TransformerLens converted or processed: the head takes over the gain that was folded away."""
+"""Models whose weights TransformerLens converted or processed: the final norm's gain is folded into the head."""
 
 from importlib.metadata import version
 
@@ -54,7 +54,9 @@ def test_rewards_and_neurons_are_those_of_the_checkpoint(folders, ragged_texts, 
     assert direct[1].abs().max() > 1e-2
     neurons = NeuronSet(mask, "mlp", head.architecture)
     if "model_class" not in options:
-        with pytest.raises(ModelError, match=r"save_pretrained: this head's weights are TransformerLens' conversion"):
+        with pytest.raises(
+            ModelError, match=r"save_pretrained: expected weights of transformers, .* that TransformerLens converted"
+        ):
             head.save_pretrained("nowhere")
     else:  # what transformers has no class for is a state dict, which opens again
         head.with_ablation(neurons).save_pretrained(tmp_path)
@@ -105,7 +107,7 @@ def test_a_classifier_in_training_mode(folders, ragged_texts, tokenizer):
 
 @pytest.mark.skipif(HAS_HOOKED_TRANSFORMER, reason="this transformer-lens has a HookedTransformer")
 def test_no_hooked_transformer_here(folders):
-    with pytest.raises(ModelError, match=r"has no HookedTransformer.*transformer-lens<4"):
+    with pytest.raises(ModelError, match=r"HookedTransformer needs transformer-lens 3.*transformer-lens<4"):
         RewardHead.from_pretrained(folders["gpt2"], model_class="HookedTransformer")
 
 
@@ -123,7 +125,7 @@ def test_a_conversion_that_differs_is_refused(folders, monkeypatch):
         return bridge
 
     monkeypatch.setattr(wrapping, "_boot", boot_wrong)
-    with pytest.raises(ModelError, match=r"rewards that differ by \d.*open it without model_class"):
+    with pytest.raises(ModelError, match=r"rewards of the converted .* differ .*by \d.*Open it without model_class"):
         RewardHead.from_pretrained(folders["llama"], process_weights=True)
 
 

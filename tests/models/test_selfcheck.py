@@ -154,7 +154,7 @@ def test_changed_weights_are_noticed(checkpoints):
     assert failed(head) == {"equal to transformers"}
 
 
-def test_changed_weights_under_a_head_of_the_users_are_noticed(checkpoints):
+def test_changed_weights_under_a_passed_head_are_noticed(checkpoints):
     head = RewardHead.from_pretrained(checkpoints["llama"], head=torch.linspace(-1, 1, 32))
     assert head.check(make_pairs(3))["passed"].all()
     with torch.no_grad():

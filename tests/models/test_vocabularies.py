@@ -52,12 +52,12 @@ def test_no_unknown_token(name):
 
 
 @pytest.mark.parametrize("max_length", grid([1, 2]))
-def test_texts_that_hardly_fit(max_length):
+def test_a_tiny_max_length_passes_the_check(max_length):
     tokenizer = wrapped(models.WordLevel(WORDS | {"[UNK]": 4}, unk_token="[UNK]"), unk_token="[UNK]", pad_token="<pad>")
     assert opened(tokenizer, max_length=max_length).check()["passed"].all()
 
 
-def test_no_room_beside_special_tokens():
+def test_a_length_with_room_only_for_special_tokens_is_refused():
     """Every text would get the reward of its BOS token."""
     tokenizer = wrapped(
         models.WordLevel(WORDS | {"[UNK]": 4, "<s>": 5}, unk_token="[UNK]"), pad_token="<pad>", bos_token="<s>"
@@ -90,7 +90,7 @@ def test_tiny_vocabularies(size):
     assert ("last token" in set(table["check"])) == (size == 3)
 
 
-def test_a_relu_model_whose_neurons_sleep_passes_and_a_dead_hook_does_not(monkeypatch):
+def test_inactive_relu_neurons_pass_the_check_and_dead_hooks_fail(monkeypatch):
     """Zeroing what is 0 changes nothing, which says nothing about the hook."""
     from own_models import make_own
 

@@ -1,4 +1,4 @@
-"""The collector beside its numbers: what its options reach, what it counts, and what it says."""
+"""The collector apart from its statistics: options, counts, merging and errors."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def long_pair(n_words):
     return PreferencePairs.from_records([row])
 
 
-def test_what_was_collected_is_counted(head, pairs):
+def test_provenance_counts_pairs_and_tokens(head, pairs):
     """Over updates and merges: pairs, tokens, fingerprints and dtype are those of one pass."""
     whole = ActivationCollector(head, positions="response").collect(pairs).provenance
     parts = ActivationCollector(head, positions="response").update(pairs[:2]).update(pairs[2:3])
@@ -35,11 +35,11 @@ def test_what_was_collected_is_counted(head, pairs):
     assert rest.compute().provenance.n_pairs == 3, "what is merged is not changed"
 
 
-def test_what_does_not_belong_together(head, pairs, checkpoints):
+def test_collectors_of_different_runs_do_not_merge(head, pairs, checkpoints):
     collector = ActivationCollector(head)
     with pytest.raises(DataError, match=r"^compute: nothing was collected yet. Call update\(pairs\) with at least one"):
         collector.compute()
-    with pytest.raises(OptionError, match="merge: expected another collector, got this one"):
+    with pytest.raises(OptionError, match="merge: expected another collector, got the same one"):
         collector.merge(collector)
     with pytest.raises(OptionError, match="site: expected one of"):
         ActivationCollector(head, site="mlp_out")
@@ -85,7 +85,7 @@ def test_progress_is_shown_when_asked_for(head, pairs, monkeypatch):
     assert bars == [("collect", 6, None), ("collect", 6, True)] * 2
 
 
-def test_frames_have_a_row_a_neuron(head, pairs):
+def test_frames_have_one_row_per_neuron(head, pairs):
     found = ActivationCollector(head).collect(pairs)
     frame = found.to_frame()
     assert list(frame) == ["layer", "neuron", "mean", "abs_mean", "rms", "frequency"]
@@ -97,7 +97,7 @@ def test_frames_have_a_row_a_neuron(head, pairs):
 
 
 @pytest.mark.parametrize("positions", ["all", "response", "last"])
-def test_donors_are_tokens_that_count(positions, head, pairs):
+def test_donors_are_selected_tokens(positions, head, pairs):
     """All of them, when as many are asked for as there are; each from the text that its key names."""
     encoded = head.encode(pairs)
     texts = [*encoded.chosen, *encoded.rejected]
@@ -126,7 +126,7 @@ def test_draws_are_seeded(head, pairs):
         collector.sample(PreferencePairs([]))
 
 
-def test_digests_tell_references_apart(head, pairs):
+def test_digests_differ_between_references(head, pairs):
     means, sample = ActivationCollector(head).collect(pairs), ActivationCollector(head).sample(pairs, n=5)
     others = ActivationCollector(head).collect(pairs[:3]), ActivationCollector(head).sample(pairs[:3], n=5)
     assert len({means.digest, sample.digest, *(other.digest for other in others)}) == 4
@@ -158,7 +158,7 @@ def test_results_share_no_memory_with_the_collector(head, pairs):
     assert torch.equal(first.mean, before)
 
 
-def test_statistics_and_samples_survive_the_disk(head, pairs, tmp_path):
+def test_statistics_and_samples_load_as_saved(head, pairs, tmp_path):
     collector = ActivationCollector(head, site="attn_head")
     statistics, sample = collector.collect(pairs), collector.sample(pairs, n=7)
     statistics.save(tmp_path / "statistics.safetensors")

@@ -78,7 +78,7 @@ def test_the_pair_and_the_layer_are_named(name, family, checkpoints, pairs):
 
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("family", grid(["gpt2", "llama"]))
-def test_skipping_gives_what_the_other_pairs_give(name, family, checkpoints, pairs):
+def test_skipping_equals_leaving_the_pairs_out(name, family, checkpoints, pairs):
     """To rounding, because they are batched differently; the skipped ones are counted and named."""
     head = broken(checkpoints, family, on_nonfinite="skip")
     good = PreferencePairs(pair for pair in pairs if not is_bad(pair))
@@ -98,8 +98,8 @@ def test_skipping_gives_what_the_other_pairs_give(name, family, checkpoints, pai
         assert found.pairs == good
 
 
-def test_skipping_goes_on_after_an_interruption(checkpoints, pairs, tmp_path, monkeypatch):
-    """What was left out before and after it is counted together."""
+def test_skipping_resumes_after_an_interruption(checkpoints, pairs, tmp_path, monkeypatch):
+    """Pairs that were skipped before and after it are counted together."""
     monkeypatch.setattr("rmtension.store._work_folder.EVERY", 0.0)
     monkeypatch.setattr("rmtension.store._work_folder._SHARE", float("inf"))
     monkeypatch.setattr("rmtension.passes._pair_pass._PAIRS_PER_CHUNK", 4)
@@ -126,7 +126,7 @@ def test_a_good_model_skips_nothing(head, checkpoints, pairs):
     assert len(found) == len(pairs)
 
 
-def test_all_pairs_skipped(checkpoints, pairs):
+def test_an_error_is_raised_if_all_pairs_are_skipped(checkpoints, pairs):
     head = broken(checkpoints, on_nonfinite="skip")
     bad = PreferencePairs(pair for pair in pairs if is_bad(pair))
     with pytest.warns(RMTensionWarning), pytest.raises(DataError, match=f"got {len(bad)} with NaN or infinite values"):
@@ -155,24 +155,24 @@ def test_overflow_of_half_precision_is_named_as_such(tmp_path, tokenizer, pairs)
     assert len(RewardHead.from_pretrained(tmp_path / "large").score_pairs(pairs)) == len(pairs)
     half = RewardHead.from_pretrained(tmp_path / "large", dtype=torch.float16)
     with pytest.raises(
-        ModelError, match=r"layer 1 of 3: .* not finite \((nan|-?inf)\)\. float16 ends at 65,504, which is overflow"
+        ModelError, match=r"layer 1 of 3: .* not finite \((nan|-?inf)\)\. float16 overflows above 65,504"
     ):
         half.score_pairs(pairs)
 
 
-def test_what_follows_from_finite_activations(head, pairs):
+def test_gradients_and_rewards_of_finite_activations_are_named(head, pairs):
     """A gradient that overflows, and a reward: told apart by what is not finite."""
     batch = TokenBatch.from_texts([*head.encode(pairs[:1]).chosen], [0], pad_token_id=1, device=head.device)
     values = torch.zeros(1, 3, 64)
     values[0, 1, 5] = float("nan")
-    assert "layer 1: what follows from its activations, which are finite, is nan" in where_not_finite(
+    assert "layer 1: its activations are finite, but a gradient or sum of them is nan" in where_not_finite(
         head, batch, [values], 1
     )
     reward = where_not_finite(head, batch, [torch.tensor([float("inf")])], None)
-    assert "the reward is inf, though activations are finite" in reward
+    assert "the reward is inf, though all activations are finite" in reward
 
 
-def test_finite_numbers_whose_sum_is_not():
+def test_finite_numbers_with_an_infinite_sum_are_finite():
     large = torch.full((3,), 3e38)
     assert not large.sum().isfinite()
     assert are_finite([large])
@@ -180,7 +180,7 @@ def test_finite_numbers_whose_sum_is_not():
     assert not are_finite([torch.tensor([float("inf"), -float("inf")])])
 
 
-def test_tokens_that_do_not_count_may_be_anything(checkpoints):
+def test_unselected_tokens_may_be_nonfinite(checkpoints):
     """The response's statistics of a text whose prompt overflows nowhere it looks: last tokens, one token a text."""
     from rmtension.passes._token_sums import TokenWeights, weighted_sums
 

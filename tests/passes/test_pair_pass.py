@@ -1,4 +1,4 @@
-"""Pairs on their way through a model: from any iterable, some at a time, and responses to one prompt in one row."""
+"""A pass over pairs: any iterable, in chunks, with the responses to a prompt in the same row."""
 
 import gzip
 import json
@@ -77,18 +77,18 @@ def whole(head, pairs):
     return everything(head, lambda: pairs[:10])
 
 
-def test_a_generator_gives_what_a_list_gives(head, pairs, whole, three_at_a_time):
+def test_a_generator_equals_a_list(head, pairs, whole, three_at_a_time):
     """Values to 1e-12, in float64, and everything the provenance says."""
     assert same(everything(head, lambda: (pair for pair in pairs[:10])), whole)
     assert not same(everything(head, lambda: iter(pairs[:9])), whole)
 
 
-def test_parts_change_nothing(head, pairs, whole, monkeypatch):
+def test_chunk_size_changes_nothing(head, pairs, whole, monkeypatch):
     monkeypatch.setattr("rmtension.passes._pair_pass._PAIRS_PER_CHUNK", 4)
     assert same(everything(head, lambda: pairs[:10]), whole)
 
 
-def test_an_iterable_is_read_as_it_is_needed(head, pairs, three_at_a_time):
+def test_an_iterable_is_read_lazily(head, pairs, three_at_a_time):
     """It may be endless."""
     n_read = count(1)
     n_taken = 0
@@ -125,7 +125,7 @@ def test_errors_count_from_the_first_pair(head, pairs, three_at_a_time):
 @pytest.mark.parametrize(
     "run", [collect_profiles, lambda head, pairs: NeuronAttribution(head, "mean_difference").score(pairs)]
 )
-def test_no_pairs(head, run):
+def test_an_empty_iterable_is_refused(head, run):
     for empty in ([], iter([])):
         with pytest.raises(DataError, match="pairs: expected at least one preference pair, got none"):
             run(head, empty)
@@ -166,7 +166,7 @@ def n_tokens_run(head, pairs, sharing="prompt"):
     return sum(int((batch.position_mask("all")).sum()) for batch in batches_of(head, pairs, sharing=sharing))
 
 
-def test_responses_of_a_prompt_share_it(head, best_of):
+def test_a_shared_prompt_runs_once(head, best_of):
     """Prompt and chosen response of an item run once: by hand, tokens of a row are the prompt's and the rests'."""
     encoded = head.encode(best_of)
     by_hand = 0
@@ -182,7 +182,7 @@ def test_responses_of_a_prompt_share_it(head, best_of):
     assert len(batch.input_ids) == 4
 
 
-def test_numbers_of_a_shared_prompt(checkpoints, best_of, monkeypatch):
+def test_sharing_a_prompt_changes_no_number(checkpoints, best_of, monkeypatch):
     """Those of every text alone, to 1e-12 in float64."""
 
     def numbers(head):
@@ -211,7 +211,7 @@ def test_numbers_of_a_shared_prompt(checkpoints, best_of, monkeypatch):
         assert shared[0][7] == shared[1][7], "one text on both sides is one text"
 
 
-def test_rows_of_many_pairs_are_no_longer_than_they_may_be(head, best_of, monkeypatch):
+def test_rows_of_many_pairs_respect_the_length_limit(head, best_of, monkeypatch):
     monkeypatch.setattr("rmtension.passes._pair_pass._GROUP_AT_LEAST", 45)
     monkeypatch.setattr("rmtension.passes._pair_pass._WIDTHS", 0)
     whole = head.score_pairs(best_of)
@@ -227,7 +227,7 @@ def test_rows_of_many_pairs_are_no_longer_than_they_may_be(head, best_of, monkey
 
 
 def test_prompts_cut_differently_share_no_row(checkpoints):
-    """One word all over: what is prompt in one text stands at the same place as response in the other."""
+    """A single repeated word: tokens of the prompt in one text are at positions of the response in the other."""
     head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64, max_length=40)
     prompt = " ".join(["cake"] * 60)
     records = [
@@ -242,7 +242,7 @@ def test_prompts_cut_differently_share_no_row(checkpoints):
     assert torch.allclose(together, alone, atol=1e-12)
 
 
-def test_a_gradient_is_one_pairs(head, best_of):
+def test_a_gradient_belongs_to_a_single_pair(head, best_of):
     """Pairs of one prompt do not share a row where gradients are taken: each has its own, that of the pair alone."""
     attribution = NeuronAttribution(head, method="gradient_x_activation")
     together = attribution.per_pair(best_of).values

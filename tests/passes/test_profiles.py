@@ -125,7 +125,7 @@ def test_scores_are_those_of_the_raw_classifier(profiles, raw, site, positions, 
     assert scores.provenance.method == method
 
 
-def test_pooled_tokens_are_another_mean(heads, pairs, raw, profiles):
+def test_pooled_tokens_weight_texts_by_length(heads, pairs, raw, profiles):
     """The published rule: every token counts once. Texts differ in length, so the means differ (negative control)."""
     pooled = collect_profiles(heads[0], pairs, positions=("response",), pool_tokens=True)["mlp", "response"]
     for method in ("magnitude", "rms"):
@@ -137,7 +137,7 @@ def test_pooled_tokens_are_another_mean(heads, pairs, raw, profiles):
     assert pooled.weights.sum() == pooled.provenance.n_tokens == profiles["mlp", "response"].provenance.n_tokens
 
 
-def test_leaving_out_a_block_is_collecting_without_it(heads, pairs, profiles):
+def test_leaving_out_a_block_equals_collecting_without_it(heads, pairs, profiles):
     """Every block of prompts, by collecting again from the pairs outside it."""
     encoded = heads[0].encode(pairs)
     blocks = block_of(torch.tensor([text.key for text in encoded.chosen])).tolist()
@@ -153,7 +153,7 @@ def test_leaving_out_a_block_is_collecting_without_it(heads, pairs, profiles):
     assert torch.allclose(whole.scores("rms").without_block[empty], whole.scores("rms").values)
 
 
-def test_mean_difference_is_that_of_the_attribution(heads, pairs, profiles):
+def test_mean_difference_equals_that_of_neuron_attribution(heads, pairs, profiles):
     attribution = NeuronAttribution(heads[0], "mean_difference", positions="response").score(pairs)
     scores = profiles["mlp", "response"].scores("mean_difference")
     assert torch.allclose(scores.values, attribution.values, atol=1e-14)
@@ -194,12 +194,12 @@ def test_profiles_add_up(heads, pairs, profiles):
     assert both.provenance.n_pairs == 21
     with pytest.raises(ProvenanceError, match="positions differs"):
         _ = parts[0] + profiles["mlp", "all"]
-    with pytest.raises(ProvenanceError, match="base differs"):
+    with pytest.raises(ProvenanceError, match="same base model"):
         _ = parts[0] + collect_profiles(heads[0], pairs[:3], positions=("response",))["mlp", "response"]
 
 
 class TestSelectivity:
-    def test_is_scipys_entropy_of_the_frequencies(self, heads, pairs):
+    def test_selectivity_equals_scipy_entropy(self, heads, pairs):
         parts = {
             name: collect_profiles(heads[0], pairs.filter(objective=name))["mlp", "all"]
             for name in ("helpful", "harmless")
@@ -233,7 +233,7 @@ class TestSelectivity:
             selectivity({"a": profile, "b": profiles["attn_head", "all"]})
 
 
-def test_survives_the_disk_and_says_what_is_wrong(heads, pairs, profiles, tmp_path, checkpoints):
+def test_profiles_load_as_saved_and_name_damage(heads, pairs, profiles, tmp_path, checkpoints):
     profile = profiles["mlp", "response"]
     profile.save(tmp_path / "profile.safetensors")
     loaded = ActivationProfile.load(tmp_path / "profile.safetensors")
