@@ -156,8 +156,9 @@ def refuse_respond(
     objective: select it with `objective`.
 
     Examples:
-        >>> rows = [("mixed", "harmless", "refusing", 0.9, 0.8, 1.0, 50), ("mixed", "harmless", "responding", 0.6, 0.5, 0.7, 40)]
-        >>> table = pd.DataFrame(rows, columns=["model", "objective", "measure", "value", "low", "high", "n"])
+        >>> rows = [("refusing", 0.9, 0.8, 1.0, 50), ("responding", 0.6, 0.5, 0.7, 40)]
+        >>> table = pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"])
+        >>> table = table.assign(model="mixed", objective="harmless")
         >>> print(refuse_respond(table).axes[0].get_title())
         harmless pairs
         refusing (n = 50), responding (n = 40)
@@ -241,8 +242,8 @@ def transferability(
     Examples:
         >>> from rmtension import StudyOptions, TensionStudy
         >>> models = dict.fromkeys(("helpful", "harmless", "mixed"), head)
-        >>> result = TensionStudy(models, pairs, options=StudyOptions(analyses=("transferability",))).run(progress=False)
-        >>> print(transferability(result).get_suptitle())
+        >>> study = TensionStudy(models, pairs, options=StudyOptions(analyses=("transferability",)))
+        >>> print(transferability(study.run(progress=False)).get_suptitle())
         Transferability and accuracy of the mixed model
         95% intervals
     """

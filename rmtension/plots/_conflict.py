@@ -36,7 +36,7 @@ def conflict_scatter(report: ConflictReport, ax: "Axes | None" = None) -> "Figur
     Examples:
         >>> from rmtension.neurons import conflict
         >>> attribution = NeuronAttribution(head, "gradient_x_activation")
-        >>> report = conflict(*(attribution.score(pairs[name]) for name in ("helpful", "harmless")))
+        >>> report = conflict(*(attribution.per_pair(pairs[name]) for name in ("helpful", "harmless")))
         >>> print(conflict_scatter(report).get_suptitle().splitlines()[0])
         Contributions to helpful and harmless margins: mlp, gradient x activation
     """

@@ -238,7 +238,7 @@ def dots(
 
 
 def point(axes: "Axes", across: pd.DataFrame, up: pd.DataFrame, *, color: str, marker: str, label: str) -> None:
-    """Draw one estimate in a plane with both intervals; single seeds are faint. Each frame is one row of `Rows.means`."""
+    """Draw one estimate in a plane with both intervals; single seeds are faint. Each frame is a row of `Rows.means`."""
     each = across["each"].iloc[0], up["each"].iloc[0]
     if len(each[0]) > 1:
         _faint(axes, *each, color=color, marker=marker)

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 
 class ShownFigure(Figure):
-    """A figure that a notebook displays as a picture even if pyplot, which usually arranges that, was never imported."""
+    """A figure that notebooks display as a picture even if pyplot, which usually arranges that, is not imported."""
 
     def _repr_png_(self) -> bytes:
         with BytesIO() as file:

@@ -54,7 +54,7 @@ class Rows:
         if known is None and "level" in frame:
             known = float(frame["level"].iloc[0])
         if level is not None and known is not None and level != known:
-            raise OptionError(f"level: the intervals of this table are at {known:g}, got {level:g}. Leave out the argument level.")
+            raise OptionError(f"level: the intervals of this table are at {known:g}, got {level:g}. Leave out level.")
         level = known or level or _LEVEL
         check_level(level)
         # A frame made outside a study is taken as one family with one seed.
@@ -93,7 +93,7 @@ class Rows:
     def means(
         self, keys: Sequence[str], value: str = "value", low: str = "low", high: str = "high", extra: Sequence[str] = ()
     ) -> pd.DataFrame:
-        """One row per value of `keys`: the mean over seeds as `value`, `low` and `high`, as `StudyResult.over_seeds` has it.
+        """One row per value of `keys`: the mean over seeds as `value`, `low`, `high`, by `StudyResult.over_seeds`.
 
         `each` is a tuple of the seeds' values, `n` the smallest and largest number of items if the table has them, and
         the columns of `extra` are averaged. Rows of the same seed (draws) are averaged first. The ends of the interval

@@ -127,7 +127,7 @@ def _model(value: Any, key: str, folder: Path) -> str | Path:
         return path
     if name.startswith((".", "~", "/")) or name.count("/") > 1 or path.exists():
         raise ModelError(
-            f"{key}: expected the folder of a checkpoint or a hub name, got {name!r}; {path} is no folder. Check the path."
+            f"{key}: expected the folder of a checkpoint or a hub name, got {name!r}; {path} is no folder. Check it."
         )
     return name
 

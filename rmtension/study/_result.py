@@ -23,7 +23,7 @@ TABLES = (
     "ablated_transferability",
 )  # fmt: skip
 
-# Table -> columns that identify a row besides the seed, and the (value, low, high) columns that are averaged over seeds.
+# Table -> columns that identify a row besides the seed, and (value, low, high) columns that are averaged over seeds.
 POOLED: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str, str], ...]]] = {
     "accuracy": (("model", "objective", "measure"), (("value", "low", "high"),)),
     "subsets": (

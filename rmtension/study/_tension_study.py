@@ -237,8 +237,8 @@ def _halves(
     prompts = joined(pairs).prompts
     if len(prompts) < 2:
         raise OptionError(
-            f"pairs: pairs of {len(prompts)} prompt{'' if len(prompts) == 1 else 's'} cannot be split into halves. Pass "
-            "pairs of more prompts, or scoring_pairs (also a key of the YAML file)."
+            f"pairs: pairs of {len(prompts)} prompt{'' if len(prompts) == 1 else 's'} cannot be split into halves. "
+            "Pass pairs of more prompts, or scoring_pairs (also a key of the YAML file)."
         )
     held = set(joined(pairs).split(0.5, seed=seed)[1].prompts)
     sides = [

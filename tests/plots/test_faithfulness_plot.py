@@ -106,7 +106,7 @@ class TestScatter:
             assert text == f"{row['method'].replace('_', ' ')} (n = 60) Spearman {interval}"
             assert max(map(len, axes.get_title().split("\n"))) <= 30
         first, second, third = figure.get_suptitle().split("\n")
-        assert first == "Predicted and true effects of taking out single neurons: mlp"
+        assert first == "Predicted and true effects of ablating single neurons: mlp"
         assert second == "Effect of ablation to mean, 24 pairs; 90% intervals over prompts"
         assert third == "Below 0: the neuron supports the margin; above 0: it opposes the margin"
         shown = [text.get_text() for text in figure.legends[0].get_texts()]
