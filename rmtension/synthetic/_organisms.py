@@ -86,7 +86,7 @@ def make_organism(
     noise: float = 0.0,
     n_pairs: int = 64,
 ) -> Organism:
-    """Write a GPT-2 classifier with `depth` layers of `width` ReLU neurons to `folder`, with a tokenizer of whole words.
+    """Write a GPT-2 classifier of `depth` layers of `width` ReLU neurons to `folder`, with a tokenizer of whole words.
 
     Texts have 32 words each: fillers, and one to three words per kind ("shared-0", "decoy-3") where the table says so.
 

@@ -110,6 +110,7 @@ class PreferenceWorld:
         >>> world.kinds[world.test["helpful"][0].prompt] in ("harmful", "ambiguous", "person", "thing")
         True
         >>> len(world.texts)
+        120
     """
 
     seed: int

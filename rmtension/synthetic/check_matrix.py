@@ -37,7 +37,7 @@ _SIZES: dict[str, Any] = {
 }
 _GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
 _EXPERTS: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
-# Model type -> what its config needs beyond `_SIZES`. Attention windows are shorter than the texts, so that they have an effect.
+# Model type -> what its config needs beyond `_SIZES`. Windows are shorter than the texts, so that they have an effect.
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt_neox": {},

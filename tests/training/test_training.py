@@ -219,7 +219,7 @@ def test_one_objective_is_that_objective(world):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, OptionError, "Say objective"),
+        ({}, OptionError, "Pass objective"),
         ({"objective": "helpful", "proportions": {"helpful": 1.0}}, OptionError, "got both"),
         ({"objective": "honest"}, OptionError, r"expected some of .*got \['honest'\]"),
         ({"proportions": {"helpful": 0.5, "honest": 0.5}}, OptionError, r"expected some of .*got \['honest'\]"),
