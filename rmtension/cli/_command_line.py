@@ -35,8 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Examples:
         >>> from rmtension.cli import main
-        >>> organism.pairs["helpful"].save("pairs.jsonl")
-        >>> main(["score", "organism", "pairs.jsonl", "--out", "rewards.jsonl", "--overwrite", "--quiet"])
+        >>> pairs["helpful"].to_jsonl("helpful.jsonl")
+        >>> status = main(["score", "organism", "helpful.jsonl", "--quiet"])  # doctest: +ELLIPSIS
+        24 pairs scored...
+        >>> status
+        0
     """
     options = parser().parse_args(arguments)
     try:

@@ -21,8 +21,8 @@ from rmtension.study._result import StudyResult
 _SHOWN = 110
 _TITLE = "A study of helpful, harmless and mixed reward models"
 _QUESTION = (
-    "Which neurons of reward models drive judgments of helpfulness and harmlessness, which are shared, and what does each "
-    "objective lose when they are ablated?"
+    "Which neurons of reward models drive judgments of helpfulness and harmlessness, which are shared, and what does "
+    "each objective lose when they are ablated?"
 )
 
 
@@ -41,8 +41,8 @@ def to_html(result: StudyResult, pictures: Pictures, *, neurons: NeuronPages | N
         script=script,
         style_hash=_hash(style),
         script_hash=_hash(script),
-        reading=f"Every number has a {100 * level:g}% interval, a control and a sample size n. If the interval includes "
-        "the value of no difference, the data do not show a direction: it is open.",
+        reading=f"Every number has a {100 * level:g}% interval, a control and a sample size n. If the interval "
+        "includes the value of no difference, the data do not show a direction: it is open.",
         glance=_frame(_glance(listed, several=len({finding.family for finding in listed}) > 1)),
         unconcluded=unconcluded(result, listed),
         notes=notes(result),

@@ -81,9 +81,7 @@ class StudyOptions:
         unknown = [name for name in changes if name not in cls.__dataclass_fields__]
         if unknown:
             known = list(cls.__dataclass_fields__)
-            raise OptionError(
-                f"{unknown[0]}: unknown option; expected some of {known}.{nearest(unknown[0], known)}"
-            )
+            raise OptionError(f"{unknown[0]}: unknown option; expected some of {known}.{nearest(unknown[0], known)}")
         return replace(_RULES[rules](), **changes)
 
     def __post_init__(self) -> None:

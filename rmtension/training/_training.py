@@ -284,9 +284,7 @@ def select_pairs(
         )
     unknown = {objective} - set(pairs) if proportions is None else set(proportions) - set(pairs)
     if unknown:
-        raise OptionError(
-            f"objective, proportions: expected some of {sorted(pairs)}, got {sorted(map(str, unknown))}."
-        )
+        raise OptionError(f"objective, proportions: expected some of {sorted(pairs)}, got {sorted(map(str, unknown))}.")
     if proportions is None:
         return _drawn(pairs[str(objective)], n_pairs, seed, f"{objective} pairs")
     if min(proportions.values(), default=0.0) <= 0 or not math.isclose(sum(proportions.values()), 1, abs_tol=1e-6):

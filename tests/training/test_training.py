@@ -230,7 +230,7 @@ def test_one_objective_is_that_objective(world):
         ({"objective": "helpful", "n_pairs": 49}, DataError, "got 49 of 48"),
     ],
 )
-def test_selections_that_cannot_be_are_refused(world, options, error, message):
+def test_invalid_selections_are_refused(world, options, error, message):
     with pytest.raises(error, match=message):
         select_pairs(world.train, **options)
 
@@ -275,7 +275,7 @@ def test_a_validation_prompt_may_not_be_a_training_prompt(world, base, tmp_path)
 # -- what comes out ----------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_is_a_reward_model_and_nothing_else(world, base, bpe, tmp_path):
+def test_the_folder_holds_only_a_reward_model(world, base, bpe, tmp_path):
     done = quick(world.train["helpful"], base, tmp_path / "rm", seed=9)
     assert {path.name for path in done.iterdir()} == {
         "config.json",

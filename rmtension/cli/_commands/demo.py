@@ -25,9 +25,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--rules", default="corrected", help="corrected (default), or paper for the published rules")
     parser.add_argument("--analyses", nargs="+", metavar="NAME", help="analyses to run (default: all ten)")
     parser.add_argument("--neurons", type=int, default=16, metavar="N", help="neurons with a page (default: 16)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="train and run again what is already in the folder"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="train and run again what is already in the folder")
 
 
 def run(options: Namespace) -> Outcome:

@@ -45,8 +45,8 @@ def open_model(options: Namespace) -> "RewardHead":
     if Path(options.model).is_file():
         pairs = "the second argument" if options.command == "score" else "--pairs"
         raise OptionError(
-            f"MODEL: expected the folder of a checkpoint or a hub name, got the file {options.model}. Pass a file of "
-            f"pairs as {pairs}: `{_example(options)}`."
+            f"MODEL: {options.model} is a file; MODEL is the folder of a checkpoint, or a hub name. A file of pairs "
+            f"goes to {pairs}: `{_example(options)}`."
         )
     import torch
 

@@ -66,13 +66,11 @@ def _run(options: Namespace) -> Outcome:
 
     pairs = read_pairs(options.pairs, options, on_invalid=options.on_invalid)
     if not len(pairs):
-        raise DataError(
-            f"{options.pairs}: expected at least one preference pair, got none{_left_out(pairs.skipped)}."
-        )
+        raise DataError(f"{options.pairs}: expected at least one preference pair, got none{_left_out(pairs.skipped)}.")
     scored = open_model(options).score_pairs(pairs, work=options.work, progress=not options.quiet)
     if not len(scored):
         raise DataError(
-            f"{options.pairs}: all {len(pairs)} pairs produced NaN or infinite rewards. Run `rmtension check` on the model."
+            f"{options.pairs}: all {len(pairs)} pairs produced NaN or infinite rewards. Run `rmtension check` on it."
         )
     if options.out is not None:
         write_json_lines(options.out, _lines(scored), "rewards")

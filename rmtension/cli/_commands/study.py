@@ -45,9 +45,7 @@ missing passes.
 
 def add_options(parser: ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument(
-        "config", metavar="CONFIG.yaml", type=Path, nargs="?", help="the study, as below; or use flags"
-    )
+    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, nargs="?", help="the study, as below; or use flags")
     for name in ("helpful", "harmless", "mixed", "base"):
         parser.add_argument(f"--{name}", metavar="MODEL", help=f"the {name} model")
     parser.add_argument("--pairs", nargs="+", metavar="FILE", help='files of pairs with the field "objective"')
