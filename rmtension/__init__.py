@@ -1,6 +1,8 @@
-"""Open reward models: which neurons carry helpfulness and harmlessness, and what each loses without them.
+"""Find which neurons of a reward model drive its judgments of helpfulness and harmlessness, and ablate them.
 
-Names resolve when first used, so that `import rmtension` loads none of the large libraries.
+Open a model with `RewardHead`, score its neurons with `NeuronAttribution`, compare sets with `SharedNeuronAnalyzer`,
+ablate them with `AblationContext`, or run the whole comparison with `TensionStudy`. Names are imported on first use, so
+that `import rmtension` does not load torch or transformers.
 """
 
 from importlib import import_module

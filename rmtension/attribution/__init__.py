@@ -1,4 +1,4 @@
-"""Scores of neurons by what they have to do with the margin, and how well they predict ablation."""
+"""Score every neuron for its part in the reward margin, and compare the scores with the effects of ablation."""
 
 from rmtension.attribution._effect_prediction import Faithfulness, faithfulness, sample_neurons
 from rmtension.attribution._neuron_attribution import NeuronAttribution, score_together

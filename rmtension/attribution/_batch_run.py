@@ -1,4 +1,4 @@
-"""One batch run once, forward and backward, for all the first-order methods that want to look at it."""
+"""One forward and backward run of a batch, which all first-order attribution methods share."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,21 +19,21 @@ SiteLayer = tuple[str, int]  # site and layer
 
 
 class BatchRun:
-    """Activations of some sites in all layers, the gradient of each pair's margin to them, and direct paths.
+    """Activations at some sites in all layers, the gradients of each pair's margin with respect to them, direct paths.
 
-    One forward pass; one backward pass with `gradients`, and one more for every layer with `drops`. Pairs do not
-    interact, so that one backward pass of the summed margins holds every pair's own gradient.
+    Cost: one forward pass; with `gradients` one backward pass, with `drops` one more per layer. Pairs do not interact,
+    so one backward pass of the summed margins gives every pair's own gradient.
 
     Args:
         head: the model.
         batch: both texts of some pairs.
-        sites: what to keep activations of.
-        forward: run the batch now; otherwise nothing runs before `replay` is asked for.
+        sites: the sites whose activations are kept.
+        forward: run the batch now; if False, nothing runs until `replay` is used.
         gradients: keep dM/da.
-        drops: keep dM/da again without what flows through each layer's block: `dropped[l]` (GradDrop).
-        direct: keep the parts of direct paths.
-        all_tokens: whether activations of the last block's MLP are wanted where no reward is read. Their gradient is 0
-            there; without them, these activations are 0, and less runs.
+        drops: for each layer l, keep dM/da without the gradient through the block of l, in `dropped[l]` (GradDrop).
+        direct: keep the contributions along direct paths.
+        all_tokens: compute the last block's MLP at all tokens. If False, it is computed only at the tokens that rewards
+            are read from; at all others the activations are 0, as their gradients are in any case.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class BatchRun:
                     with gates.closed(layer):
                         self.dropped.append(self._gradients(rewards, keep_graph=layer < head.n_layers - 1))
         self.direct = None if paths is None else paths.contributions()
-        self.activations = {place: self._shaped(place, seen.detach()) for place, seen in self._seen.items()}
+        self.activations = {key: self._shaped(key, seen.detach()) for key, seen in self._seen.items()}
         self._seen = {}
 
     @cached_property
     def replay(self) -> Replay:
-        """The same batch, ready to run again from any layer on; one more forward pass."""
+        """The same batch, ready to run again from any layer. Cost: one forward pass."""
         return Replay(self.head, self.batch, self.sites)
 
     def _put(self, site: str, layer: int, activation: Tensor) -> None:
@@ -103,36 +103,36 @@ class BatchRun:
         if not self._differentiated:
             self._seen[site, layer] = activation
             return None
-        # The first place starts the graph, also where all parameters are frozen; later ones are already in it.
+        # The first activation starts the graph, even if all parameters are frozen; later ones are already part of it.
         self._seen[site, layer] = activation if activation.requires_grad else activation.detach().requires_grad_(True)
         return self._seen[site, layer]
 
     def _gradients(self, rewards: Tensor, *, keep_graph: bool) -> dict[SiteLayer, Tensor]:
-        # Above a dropped block nothing of a place may be left: its gradient is 0.
-        found = torch.autograd.grad(
+        # With a block dropped, an activation may not reach the margin at all: its gradient is then 0.
+        gradients = torch.autograd.grad(
             margins(rewards).sum(),
             list(self._seen.values()),
             retain_graph=keep_graph,
             allow_unused=True,
             materialize_grads=True,
         )
-        return {place: self._shaped(place, gradient) for place, gradient in zip(self._seen, found, strict=True)}
+        return {key: self._shaped(key, gradient) for key, gradient in zip(self._seen, gradients, strict=True)}
 
-    def _shaped(self, place: SiteLayer, values: Tensor) -> Tensor:
-        site, layer = place
+    def _shaped(self, key: SiteLayer, values: Tensor) -> Tensor:
+        site, layer = key
         if self._only_last and layer == self.head.n_layers - 1 and site != "attn_head":
             return self.batch.scatter_last(values.reshape(len(self.batch.last), -1))
         return values.reshape(*self.batch.input_ids.shape, -1)
 
 
 class _BlockGates:
-    """Lets no gradient through what one block adds to the residual stream; forward, nothing changes but rounding."""
+    """Stops the gradient through what one block adds to the residual stream; forward passes change by rounding."""
 
     def __init__(self, head: RewardModel) -> None:
         if head.body.native is not None and not head.body.runs_native:
             raise ModelError(
-                "graddrop: the bridge has hooks of yours, so that it runs in place of transformers' modules, which "
-                "this looks into. Remove the hooks from head.model first."
+                "graddrop: hooks on head.model make the TransformerLens bridge run in place of transformers' modules, "
+                "and GradDrop needs those modules. Remove the hooks from head.model first."
             )
         modules = [*(head.body.block(layer) for layer in range(head.n_layers)), head.body.final_norm]
         self._closed: int | None = None
@@ -143,9 +143,10 @@ class _BlockGates:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """For the forward pass; afterwards nothing is kept of its graph.
+        """The context of the forward pass; on exit it releases the graph.
 
-        The graph's hooks hold this object: together with a tensor of the graph that is a cycle no collector sees.
+        Hooks of the graph refer to this object. If it still held a tensor of the graph, that would be a reference cycle
+        that the garbage collector cannot see.
         """
         try:
             yield
@@ -154,7 +155,7 @@ class _BlockGates:
 
     @contextmanager
     def closed(self, layer: int) -> Iterator[None]:
-        """Backward passes in the meantime leave out what the block of `layer` adds."""
+        """Within this context, backward passes leave out what the block of `layer` adds."""
         self._closed = layer
         try:
             yield
@@ -163,7 +164,7 @@ class _BlockGates:
 
     def _split(self, layer: int, stream: Tensor) -> Tensor:
         """The stream after the block of `layer`, as the stream before it plus what the block added."""
-        # What comes before the first block is no block's: an embedding, in some families through the final norm.
+        # The stream before the first block is the embedding, which some families pass through the final norm.
         before = None if layer < 0 else self._before
         if before is not None and stream.requires_grad:
             added = stream - before

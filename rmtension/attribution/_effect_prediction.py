@@ -1,4 +1,4 @@
-"""How well scores predict what ablation does: against every neuron by itself, and against sets of growing size."""
+"""Faithfulness: how well scores predict the effects of ablating single neurons, and sets of growing size."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,24 +36,36 @@ _TOP_SHARE = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Faithfulness:
-    """What a comparison of scores with true effects found.
+    """How well the scores of each method agree with the true effects of ablation; `faithfulness` returns it.
 
-    `summary` has one row a method: `n` neurons compared, and with their intervals (`_low`, `_high`)
+    `summary` has one row per method: `n` neurons compared and, each with its interval (`_low`, `_high`),
 
     - `spearman`: rank correlation of predicted and true effects of single neurons;
-    - `sign_agreement`: share of neurons whose effect has the predicted sign, of those where neither is 0;
-    - `top_precision`: of the `top` neurons (10%) of largest predicted magnitude, the share that is among those of
-      largest true magnitude; by chance it is `top / n`;
-    - `slope`: least-squares slope of the true on the predicted effect; 1 where predictions are right in size.
+    - `sign_agreement`: among neurons where neither effect is 0, the share whose true effect has the predicted sign;
+    - `top_precision`: among the `top` neurons (10%) with the largest predicted magnitude, the share that is also among
+      the `top` with the largest true magnitude; chance gives `top / n`;
+    - `slope`: least-squares slope of the true effect on the predicted effect; 1 if predictions have the right size.
 
     Scores without a direction (`aggregate="absolute"`, magnitudes of activations) are compared with magnitudes, and
     have no sign agreement.
 
-    `neurons` has one row a neuron that was ablated: layer, neuron, its true effect and standard error, and a column of
-    predicted effects for each method. `sets` has one row a method and fraction: `size`, the `predicted` effect of
-    ablating all those neurons together (the sum of theirs), the true `effect` with `low` and `high` over prompts, and
-    the `random` control: mean, smallest and largest effect of `n_random` random sets of equal size, in each layer where
-    `match` says "layer", over the whole model where the set has more than half of a layer.
+    `neurons` has one row per ablated neuron: layer, neuron, its true effect and standard error, and one column of
+    predicted effects per method. `sets` has one row per method and fraction: `size`, the `predicted` effect of ablating
+    these neurons together (the sum of their predicted effects), the true `effect` with `low` and `high` over prompts,
+    and the `random` control: mean, smallest and largest effect of `n_random` random sets of equal size. `match` is
+    "layer" if the random sets have the same number of neurons in every layer, "model" if only the total is the same,
+    because the set takes more than half of some layer.
+
+    Examples:
+        >>> result = faithfulness(head, scores, pairs["helpful"], set_fractions=(0.1,), n_random=2, progress=False)
+        >>> print(str(result).splitlines()[0])
+        Faithfulness to the effect of ablation to zero (24 pairs, 0.95 intervals)
+        >>> result.sets[["method", "size", "predicted", "effect", "random"]].round(2)
+                          method  size  predicted  effect  random
+        0  gradient_x_activation     5      -4.73   -4.73   -0.21
+        >>> result.save("faithfulness.safetensors")
+        >>> Faithfulness.load("faithfulness.safetensors").summary.equals(result.summary)
+        True
     """
 
     summary: pd.DataFrame
@@ -63,7 +75,7 @@ class Faithfulness:
     level: float
 
     def to_frame(self) -> pd.DataFrame:
-        """The summary."""
+        """The table `summary`."""
         return self.summary
 
     def __repr__(self) -> str:
@@ -88,13 +100,13 @@ class Faithfulness:
 
     @classmethod
     def load(cls, path: str | Path) -> "Faithfulness":
-        """Read what `save` wrote."""
+        """Read a file that `save` wrote; raises `StorageError` if it is missing, damaged or of another kind."""
         path = Path(path)
         expected = {"summary": dict, "sets": dict, "columns": list, "provenance": dict, "level": float}
         tensors, values = read_result(path, "Faithfulness", tensors={"*": "any neuron"}, values=expected)
         names = values["columns"]
         if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(tensors):
-            raise StorageError(f"{path}: damaged: its columns are not those that it names. Save the result again.")
+            raise StorageError(f"{path}: damaged: its columns differ from the names it lists. Save the result again.")
         neurons = pd.DataFrame({name: tensors[name].numpy() for name in names})
         shown = ["method", "n", *(name + end for name in MEASURES for end in ("", "_low", "_high"))]
         summary, sets = read_table(path, values["summary"], shown), read_table(path, values["sets"], ["method"])
@@ -116,38 +128,39 @@ def faithfulness(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Faithfulness:
-    """Compare scores with what ablating neurons of this model does to the margin on `pairs`.
+    """Compare scores with the true effects of ablating this model's neurons on the margins of `pairs`.
 
-    What scores predict is `NeuronScores.as_effects`: contributions with their sign turned, since without the neuron
-    what it contributed is gone. Intervals resample blocks of prompts, of scores and true effects together where both
-    are of the same pairs, and shift the resamples to have the observed value as their mean, because resampling adds
-    noise that lowers every agreement; for a sample of neurons they resample the neurons too, within layers.
+    The predicted effect is `NeuronScores.as_effects`: for methods that score contributions, minus the score, because
+    ablating a neuron removes its contribution. Intervals resample blocks of prompts (jointly for scores and true
+    effects that come from the same pairs). Resampling adds noise that lowers every agreement, so the resamples are
+    shifted to have the observed value as their mean. For a sample of neurons, the neurons are resampled too, within
+    layers.
 
-    Cost: that of `single_neuron_effects`, and a forward pass for every set: (1 + `n_random`) for each method and
-    fraction, and one more without any. A pass is one over both texts of every pair.
+    Cost: that of `single_neuron_effects`, plus one forward pass without ablation and 1 + `n_random` forward passes per
+    method and fraction. A pass runs both texts of every pair.
 
     Args:
-        head: the model that the scores are of.
-        pairs: where effects are measured; the same that were scored, or others.
-        scores: of one method, or of several by name.
-        replacement: what activations are replaced by: that of the scores, where they have one. With
+        head: the model that was scored.
+        pairs: the pairs to measure effects on: the scored pairs or others.
+        scores: the scores of one method, or a mapping of names to scores.
+        replacement: what replaces the activations. If the scores used a replacement, pass the same one. With
             `OtherResponse()`, no sets are ablated.
-        positions: tokens whose activation is replaced; by default those of the scores.
-        sample: how many neurons to ablate, drawn evenly from all layers; by default all. With fewer than two a layer,
-            intervals take all layers for one.
-        true_effects: what `single_neuron_effects` gave for the same model, pairs and ablation, instead of running it.
-        set_fractions: sizes of the sets, as shares of all neurons; empty for none.
-        n_random: random sets beside each.
-        level: of the intervals.
-        seed: of the sample, the random sets and the resamples.
-        progress: show bars.
+        positions: the tokens whose activations are replaced; default: the positions of the scores.
+        sample: how many neurons to ablate, drawn evenly from all layers; default: all. With fewer than two neurons per
+            layer, intervals treat all layers as one.
+        true_effects: the result of `single_neuron_effects` for the same model, pairs and ablation, to avoid running it.
+        set_fractions: sizes of the sets as shares of all neurons; pass () to ablate no sets.
+        n_random: number of random sets per set.
+        level: level of the intervals.
+        seed: seed of the sample, the random sets and the resamples.
+        progress: show progress bars.
 
-    Raises `ProvenanceError` for scores of another model and for true effects of another ablation, `OptionError` for
-    wrong options; both before the model runs.
+    Raises `ProvenanceError` for scores of another model or true effects of another ablation, and `OptionError` for
+    invalid options; both before the model runs.
 
     Examples:
-        >>> found = faithfulness(head, pairs["helpful"], scores, set_fractions=())
-        >>> found.summary[["method", "n", "spearman", "sign_agreement"]].round(2)
+        >>> result = faithfulness(head, pairs["helpful"], scores, set_fractions=())
+        >>> result.summary[["method", "n", "spearman", "sign_agreement"]].round(2)
                           method   n  spearman  sign_agreement
         0  gradient_x_activation  48       1.0             1.0
     """
@@ -172,13 +185,13 @@ def faithfulness(
     else:
         if sample is not None:
             raise OptionError(
-                "sample: true_effects has the neurons that were ablated already. Pass sample or true_effects, not both."
+                "sample: true_effects fixes which neurons are compared. Pass sample or true_effects, not both."
             )
         n_tokens = true_effects.provenance.n_tokens
-        asked = head.provenance(pairs.digest, len(pairs), n_tokens, site=site, positions=positions, method=EFFECT)
-        asked = replace(asked, aggregate="signed", replacement=replacement.label)
+        expected = head.provenance(pairs.digest, len(pairs), n_tokens, site=site, positions=positions, method=EFFECT)
+        expected = replace(expected, aggregate="signed", replacement=replacement.label)
         true_effects.provenance.require_same(
-            asked, (*_SAME_MODEL, "positions", *METHOD_FIELDS, "data"), what="true_effects of faithfulness"
+            expected, (*_SAME_MODEL, "positions", *METHOD_FIELDS, "data"), what="true_effects of faithfulness"
         )
         measured = torch.isfinite(true_effects.as_effects())
     if int(measured.sum()) < 3:
@@ -211,7 +224,14 @@ def faithfulness(
 
 
 def sample_neurons(head: RewardHead, site: str, n: int, *, seed: int = 0) -> NeuronSet:
-    """`n` neurons at random, as many from every layer; what is left over goes to layers at random."""
+    """Draw `n` neurons of a site at random, equally many from every layer; layers drawn at random get the remainder.
+
+    Raises `OptionError` unless `n` is between 1 and the number of neurons.
+
+    Examples:
+        >>> sample_neurons(head, "mlp", 7).n_per_layer
+        [4, 3]
+    """
     layers, width = head.n_layers, head.n_neurons(site)
     if not 0 < n <= layers * width:
         raise OptionError(f"sample: expected 1 to {layers * width} neurons, got {n}.")
@@ -225,28 +245,28 @@ def sample_neurons(head: RewardHead, site: str, n: int, *, seed: int = 0) -> Neu
 
 
 def _where(head: RewardHead, named: Mapping[str, NeuronScores], positions: str | None) -> tuple[str, str]:
-    """Site and positions of all scores, which are of this model and can be resampled."""
+    """The site and positions of all scores; raises unless they are of this model and keep blocks of prompts."""
     if not named:
         raise OptionError("scores: expected at least one NeuronScores, got none.")
     if reserved := sorted(set(named) & set(_COLUMNS)):
-        raise OptionError(f"scores: {reserved} are names of columns of the result. Call the methods otherwise.")
+        raise OptionError(f"scores: {reserved} are names of columns of the result. Give these methods other names.")
     first = next(iter(named.values())).provenance
-    mine = replace(first, architecture=head.architecture, model=head.fingerprint)
+    expected = replace(first, architecture=head.architecture, model=head.fingerprint)
     for name, one in named.items():
-        one.provenance.require_same(mine, _SAME_MODEL, what=f"faithfulness of {name}")
+        one.provenance.require_same(expected, _SAME_MODEL, what=f"faithfulness of {name}")
         one.require_blocks()
-    found = {one.provenance.positions for one in named.values()}
-    if positions is None and len(found) > 1:
+    scored_at = {one.provenance.positions for one in named.values()}
+    if positions is None and len(scored_at) > 1:
         raise OptionError(
-            f"positions: the scores are of {sorted(found)} tokens. Say at which of them to replace activations, or "
-            "compare scores of the same."
+            f"positions: the scores are of {sorted(scored_at)} tokens. Pass positions=... to say where activations are "
+            "replaced, or compare scores of the same positions."
         )
-    return first.site, found.pop() if positions is None else positions
+    return first.site, scored_at.pop() if positions is None else positions
 
 
 @dataclass(frozen=True)
 class _Planned:
-    """A set to ablate, and random ones beside it."""
+    """A set to ablate, with its random controls."""
 
     method: str
     fraction: float
@@ -257,13 +277,13 @@ class _Planned:
 
 
 def _plan(named: Mapping[str, NeuronScores], fractions: Sequence[float], n_random: int, seed: int) -> list[_Planned]:
-    """All sets, before anything is run: a set that cannot be drawn is an error at once."""
+    """Draw all sets before the model runs, so that a set that cannot be drawn raises at once."""
     planned = []
     for name, scores in named.items():
         for fraction in fractions:
             neurons = scores.top(fraction)
             predicted = float(scores.as_effects()[neurons.mask].sum())
-            # Of a layer that is mostly in the set, no set of equal size is left.
+            # A layer that is mostly in the set has too few other neurons for a random set of equal size.
             fits = all(2 * n <= neurons.mask.shape[1] for n in neurons.n_per_layer)
             match = "layer" if fits else "model"
             random = [neurons.matched_random(seed=seed + draw, match=match) for draw in range(n_random)]
@@ -280,7 +300,7 @@ def _set_rows(
     seed: int,
     progress: bool | None,
 ) -> pd.DataFrame:
-    """True and predicted effects of ablating each method's top sets."""
+    """True and predicted effects of ablating the top sets of each method."""
     if not planned:
         return pd.DataFrame()
     base = head.score_pairs(pairs).margin

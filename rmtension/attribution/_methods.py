@@ -1,4 +1,4 @@
-"""How each attribution method scores neurons in one batch: a value per token, weighted and summed over the text."""
+"""How each attribution method scores the neurons in one batch: one value per token, weighted and summed over tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from rmtension.interventions._replacements import Replacement
 
 @dataclass(frozen=True)
 class MethodArgs:
-    """Where a method looks, at which tokens, and its options."""
+    """The site and tokens that a method scores, and its options."""
 
     site: str
     positions: str
@@ -27,18 +27,18 @@ class MethodArgs:
     steps: int = 32
 
 
-# The value of every token and neuron of one layer, and the weight of every token: a pair's score is their product
-# summed over the tokens of its rows. Rejected texts have their minus sign in one of the two.
+# The value of every token and neuron of one layer, and the weight of every token. A pair's score is their product
+# summed over the tokens of its rows; one of the two carries the minus sign of rejected texts.
 TokenValues = tuple[Float[Tensor, "row token neuron"], Float[Tensor, "row token"]]
 
 
-# The same, and for methods that have one how far each pair's scores are from adding up (the completeness gap).
+# The values, and the completeness gap of each pair for methods that have one: how far its scores are from adding up.
 MethodResult = tuple[TokenValues, Float[Tensor, "pair"] | None]
 
 
 def mean_activation(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
-    """a(t), each token weighted by one over the number of selected ones of its text."""
-    # Half precision would lose the sum, not only its last digits.
+    """a(t), each token weighted by 1 / (number of selected tokens of its text)."""
+    # A sum in half precision would be wrong in its first digits.
     activation = run.activations[args.site, layer].to(run.head.reward_dtype)
     values = neuron_activations(activation, args.site, run.head.n_neurons(args.site))
     select = run.batch.select(args.positions).to(values)
@@ -47,24 +47,24 @@ def mean_activation(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult
 
 def gradient_x_activation(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
     """a(t) dM/da(t)."""
-    place = args.site, layer
-    products = run.activations[place].to(run.head.reward_dtype) * run.gradients[place]
+    key = args.site, layer
+    products = run.activations[key].to(run.head.reward_dtype) * run.gradients[key]
     return _neurons(run, args, products), None
 
 
 def attribution_patching(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
     """(a_ref(t) - a(t)) dM/da(t)."""
-    place = args.site, layer
-    return _neurons(run, args, _step(run, args, layer, run.activations[place]) * run.gradients[place]), None
+    key = args.site, layer
+    return _neurons(run, args, _step(run, args, layer, run.activations[key]) * run.gradients[key]), None
 
 
 def direct_effect(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
-    """What the neuron adds to the reward through the residual stream, all at the token the reward is read from."""
+    """What the neuron adds to the reward through the residual stream, at the token that the reward is read from."""
     assert run.direct is not None
     if args.site not in run.direct.neurons:
         raise ModelError(
-            f"direct_effect: the neurons of site {args.site!r} are those of 'mlp', and write what those write. Use "
-            "site 'mlp'."
+            f"direct_effect: cannot score site {args.site!r}: its neurons are those of 'mlp' and write to the residual "
+            "stream there. Use site='mlp'."
         )
     values = _signed(run.direct.neurons[args.site][:, layer])
     batch = run.batch
@@ -74,10 +74,10 @@ def direct_effect(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
 
 
 def integrated_gradients(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
-    """(a(t) - a_ref(t)) times the mean of dM/da(t) on the straight path from a_ref to a, and the gap.
+    """(a(t) - a_ref(t)) times the mean of dM/da(t) on the straight path from a_ref to a, and the completeness gap.
 
-    All neurons of the layer move together. The mean is taken at `steps` Gauss-Legendre nodes. The gap is how far the
-    sum over tokens and neurons is from the margin minus that at a_ref.
+    All neurons of the layer move together. The mean is taken at `steps` Gauss-Legendre nodes. The gap is the sum of the
+    scores over tokens and neurons minus (the margin at a - the margin at a_ref).
     """
     replay, site = run.replay, args.site
     step = _step(run, args, layer, replay.activations[site, layer])
@@ -98,7 +98,7 @@ def integrated_gradients(run: BatchRun, args: MethodArgs, layer: int) -> MethodR
 
 
 def dropped_patching(run: BatchRun, args: MethodArgs, layer: int) -> list[TokenValues]:
-    """`attribution_patching` without what flows through each other layer's block, one after the other."""
+    """`attribution_patching` without the gradient through one other layer's block, for each other layer in turn."""
     step = _step(run, args, layer, run.activations[args.site, layer])
     others = (gradients for number, gradients in enumerate(run.dropped) if number != layer)
     return [_neurons(run, args, step * gradients[args.site, layer]) for gradients in others]
@@ -112,7 +112,7 @@ def _step(
 
 
 def _neurons(run: BatchRun, args: MethodArgs, channels: Float[Tensor, "row token channel"]) -> TokenValues:
-    """Summed over the channels of each neuron, every selected token counting 1."""
+    """The values summed over the channels of each neuron; every selected token has weight 1."""
     values = channels
     if run.head.n_neurons(args.site) < channels.shape[-1]:
         shape = "row token (neuron channel) -> row token neuron"
@@ -121,7 +121,7 @@ def _neurons(run: BatchRun, args: MethodArgs, channels: Float[Tensor, "row token
 
 
 def _signed(of_texts: Float[Tensor, "text rest"]) -> Float[Tensor, "text rest"]:
-    """With a minus for rejected texts, the second half of a batch."""
+    """The values with the sign of rejected texts, the second half of a batch, flipped."""
     chosen, rejected = of_texts.chunk(2)
     return torch.cat([chosen, -rejected])
 
@@ -131,8 +131,8 @@ def _with_activation(
 ) -> Float[Tensor, "text"]:
     """The rewards when the layer's site has `activation`."""
 
-    def put(_layer: int, found: Tensor) -> Tensor:
-        return activation.reshape(found.shape)
+    def put(_layer: int, current: Tensor) -> Tensor:
+        return activation.reshape(current.shape)
 
     with run.head.hooks(site, put, [layer]):
         return run.replay.rewards_from(layer)
@@ -140,26 +140,27 @@ def _with_activation(
 
 @lru_cache(maxsize=8)
 def _gauss_legendre(steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Nodes and weights on [0, 1]."""
+    """Gauss-Legendre nodes and weights on [0, 1]."""
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     return tuple((nodes + 1) / 2), tuple(weights / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way of scoring neurons: what it computes, what that needs, and what a positive score says.
+    """One attribution method: what it computes, what it needs, and what a positive score means.
 
-    - `name`: what users call it.
-    - `by_layer`: the scores of one batch, layer by layer.
-    - `by_layer_dropped`: the same without the gradient through each other layer's block, for methods that have a
+    - `name`: the name that users pass as `method`.
+    - `by_layer`: computes the scores of one batch at one layer.
+    - `by_layer_dropped`: the same without the gradient through each other layer's block; None for methods without a
       GradDrop variant.
-    - `sign`: 1 where a positive score supports the margin, -1 where it opposes the margin (`Provenance.sign`).
-    - `cost`: in passes over each text of every pair, for a model of L layers.
-    - `needs_reward`: it looks at the reward, which a language model does not have.
-    - `needs_gradients`: of the margin, at every activation.
-    - `needs_direct_paths`: what every neuron writes into the residual stream (`rmtension.models.direct_contributions`).
-    - `needs_replacement`: it replaces activations by something.
-    - `needs_path`: it runs the model again along the path from a_ref to a, at `steps` nodes, and has a completeness
+    - `sign`: 1 if a neuron with a positive score supports the margin, -1 if it opposes the margin (`Provenance.sign`).
+    - `cost`: the cost in passes over both texts of every pair, for a model of L layers.
+    - `needs_reward`: the method reads the reward, which a language model does not have.
+    - `needs_gradients`: the method needs the gradient of the margin with respect to every activation.
+    - `needs_direct_paths`: the method needs what every neuron writes into the residual stream
+      (`rmtension.models.direct_contributions`).
+    - `needs_replacement`: the method replaces activations.
+    - `needs_path`: the method runs the model again at `steps` nodes on the path from a_ref to a, and has a completeness
       gap. All other methods share one run of the model.
     """
 
@@ -175,13 +176,13 @@ class Method:
     needs_path: bool
 
 
-# Nothing has a default: a new method says all of it.
+# No field has a default, so that a new method states all of them.
 _TABLE = (
     Method(
         name="mean_difference",
         by_layer=mean_activation,
         by_layer_dropped=None,
-        sign=1,  # more active in the chosen responses: in favour of them, as far as activations alone can say
+        sign=1,  # more active in the chosen responses: counted as support, though activations alone cannot show it
         cost="1 forward pass",
         needs_reward=False,
         needs_gradients=False,
@@ -205,7 +206,7 @@ _TABLE = (
         name="attribution_patching",
         by_layer=attribution_patching,
         by_layer_dropped=dropped_patching,
-        sign=-1,  # a change: without a neuron that supports the margin, it falls
+        sign=-1,  # a change of the margin, which falls when a neuron that supports it is ablated
         cost="1 forward and 1 backward pass; with GradDrop, 1 forward and L backward passes",
         needs_reward=True,
         needs_gradients=True,
@@ -232,7 +233,7 @@ _TABLE = (
         sign=1,
         cost="1 + (steps + 1) (L + 1) / 2 forward and steps (L + 1) / 2 backward passes",
         needs_reward=True,
-        needs_gradients=False,  # it takes its own, on the path
+        needs_gradients=False,  # it computes its own gradients on the path
         needs_direct_paths=False,
         needs_replacement=True,
         needs_path=True,

@@ -1,4 +1,4 @@
-"""Scoring neurons by what they have to do with the margin between chosen and rejected."""
+"""Attribution: how much every neuron has to do with the margin between chosen and rejected responses."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -35,50 +35,49 @@ from rmtension.store._provenance import Provenance, method_label
 class NeuronAttribution:
     """Scores every neuron of a model over preference pairs.
 
-    Methods, for one pair with margin M = r(chosen) - r(rejected), over the selected tokens t of both texts. L is the
-    number of layers; a pass is one over each text of every pair, and a pass of one block 1 / L of it.
+    Methods, for one pair with margin M = r(chosen) - r(rejected) and the selected tokens t of both texts. L is the
+    number of layers. A pass runs both texts of every pair; a pass through one block counts as 1 / L of a pass.
 
-    - `mean_difference`: mean_t a(chosen) - mean_t a(rejected). 1 forward pass; needs no reward. Says what differs, not
+    - `mean_difference`: mean_t a(chosen) - mean_t a(rejected). 1 forward pass; needs no reward. Shows what differs, not
       what matters.
     - `gradient_x_activation`: sum_t a(t) dM/da(t), to first order what the neuron contributes to the margin.
       1 forward and 1 backward pass.
     - `attribution_patching`: sum_t (a_ref(t) - a(t)) dM/da(t), to first order the change of the margin when the
       activation is replaced by a_ref, as an `AblationContext` with the same `replacement` does (Nanda 2023; Syed, Rager
       and Conmy 2023). 1 forward and 1 backward pass.
-    - the same with `graddrop=True`: the mean over the other layers of its magnitude when no gradient flows through what
-      that layer's block adds, so that a direct and an indirect effect do not cancel (AtP*, Kramar et al. 2024,
-      section 3.1.2). 1 forward and L backward passes; needs `aggregate="absolute"`.
+    - `attribution_patching` with `graddrop=True`: for each other layer, the magnitude of the score without the gradient
+      through what that layer's block adds; the mean over those layers. Direct and indirect effects then do not cancel
+      (AtP*, Kramar et al. 2024, section 3.1.2). 1 forward and L backward passes; needs `aggregate="absolute"`.
     - `integrated_gradients`: sum_t (a(t) - a_ref(t)) times the mean of dM/da(t) on the straight path from a_ref to a,
       all neurons of a layer moving together (Sundararajan, Taly and Yan 2017), at `steps` Gauss-Legendre nodes. A
-      layer's scores add up to M minus the margin with all of the layer replaced, but for `completeness_gap`.
+      layer's scores add up to M minus the margin with the whole layer replaced, up to `completeness_gap`.
       1 + (steps + 1) (L + 1) / 2 forward and steps (L + 1) / 2 backward passes, where blocks run one by one. Where a
       norm follows the projection (Gemma-2, OLMo-2), zero is a singular point of that norm: use `Mean(statistics)`.
-    - `direct_effect`: what the neuron adds to the margin through the residual stream, past later blocks, with the scale
-      of the final norm as it is; exact (`rmtension.models.direct_contributions`). 1 forward pass. Only the token the
-      reward is read from counts, whatever `positions`.
+    - `direct_effect`: what the neuron adds to the margin through the residual stream without later blocks, at the
+      unchanged scale of the final norm; exact (`rmtension.models.direct_contributions`). 1 forward pass. Only the token
+      that the reward is read from counts, whatever `positions` says.
 
-    Signs: `attribution_patching` is a change (positive: the margin grows without the neuron, which opposes it), the
-    others are contributions (positive: the neuron supports the margin). Results say which (`Provenance.sign`), and
-    `top(rank_by="supports")` means the same for all. A positive `mean_difference` says that the neuron is more active
-    in the chosen responses. It does not look at the reward, so this is taken for support: a neuron that nothing reads,
-    or that lowers the reward, can have one, and `faithfulness` measures how often. The activation of an attention head
-    is the norm of its output for `mean_difference`; elsewhere products are summed over its channels. Scores are means
-    over pairs with their standard error, in float64. Swapping chosen and rejected flips signed scores; a constant added
-    to the reward changes none.
+    Signs: a score of `attribution_patching` is a change (positive: the margin grows without the neuron, which opposes
+    it); a score of any other method is a contribution (positive: the neuron supports the margin). `Provenance.sign` of
+    the result tells which, and `top(rank_by="supports")` has the same meaning for all methods. A positive
+    `mean_difference` means that the neuron is more active in the chosen responses. This counts as support although the
+    method does not read the reward: a neuron that no layer reads, or that lowers the reward, can have a positive score.
+    `faithfulness` measures how often. For `mean_difference` the activation of an attention head is the norm of its
+    output; the other methods sum products over its channels. Scores are means over pairs with their standard errors, in
+    float64. Swapping chosen and rejected flips the sign of signed scores; adding a constant to the reward changes none.
 
-    A gradient jumps where the input of a ReLU is 0 but for rounding, as in models with round numbers for weights:
-    float32 and float64 may give different scores there. `dtype=torch.float64` opens any model and shows whether they
-    do.
+    A gradient jumps where the input of a ReLU is 0 up to rounding, as in models whose weights are round numbers; there,
+    float32 and float64 may give different scores. To check, open the model with `dtype=torch.float64`.
 
     Args:
         head: the model to score.
         method: one of the above.
         site: "mlp", "mlp_gate" or "attn_head".
-        positions: "all", "response" or "last": tokens that are averaged, that count, or whose activation is replaced.
-        aggregate: "signed" averages the pairs' values, "absolute" their magnitudes.
-        replacement: what activations are replaced by, for `attribution_patching` and `integrated_gradients`: `Zero()`,
+        positions: "all", "response" or "last": the tokens that scores average, sum over, or replace activations at.
+        aggregate: "signed" averages the values of the pairs, "absolute" their magnitudes.
+        replacement: what replaces activations in `attribution_patching` and `integrated_gradients`: `Zero()`,
             `Mean(statistics)`, `Resample(sample)`, `Scale(alpha)` or `OtherResponse()`.
-        steps: nodes of integrated gradients.
+        steps: number of nodes of integrated gradients.
         graddrop: see above.
 
     Examples:
@@ -108,7 +107,7 @@ class NeuronAttribution:
         self.site = find_site(site).name
         self._method = METHODS[method]
         if replacement != Zero() and not self._method.needs_replacement:
-            raise OptionError(f"replacement: method {method!r} replaces nothing. Leave replacement out.")
+            raise OptionError(f"replacement: method {method!r} replaces nothing. Leave out the argument replacement.")
         check_replacement(replacement, head, self.site)
         head.n_neurons(self.site)  # raises where the model has no such site
         if steps < 1:
@@ -118,12 +117,13 @@ class NeuronAttribution:
         if graddrop and (self._method.by_layer_dropped is None or aggregate != "absolute"):
             droppable = [name for name, one in METHODS.items() if one.by_layer_dropped is not None]
             raise OptionError(
-                "graddrop: it averages magnitudes of attribution patching; use it with "
+                "graddrop: it averages magnitudes of attribution patching. Use it with "
                 f"method={droppable[0]!r} and aggregate='absolute', got {method!r} and {aggregate!r}."
             )
         if graddrop and head.n_layers < 2:
             raise OptionError(
-                "graddrop: it leaves out one other layer at a time, and this model has one. Leave it out."
+                "graddrop: it leaves out one other layer at a time, and this model has a single layer. Pass "
+                "graddrop=False."
             )
         self.head = head
         self.method = method
@@ -140,21 +140,22 @@ class NeuronAttribution:
         work: str | Path | None = None,
         progress: bool | None = None,
     ) -> NeuronScores:
-        """One score per neuron. Memory: one batch's activations and 32 x `layers x neurons` sums, for any pairs.
+        """Score every neuron, as means over the pairs.
 
-        A score that is NaN or infinite raises `ModelError` with the layer and the pair's id; if the model was opened
-        with `on_nonfinite="skip"` such pairs are skipped, and their ids are in the result's provenance. `work` and
+        Memory: one batch's activations and 32 x `layers x neurons` sums, whatever the number of pairs. A score that is
+        NaN or infinite raises `ModelError` with the layer and the pair's id. If the model was opened with
+        `on_nonfinite="skip"`, such pairs are skipped and their ids are in the result's provenance. `work` and
         `progress` are those of `run_pass`.
 
         Examples:
-            >>> found = NeuronAttribution(head, "mean_difference", positions="response").score(pairs["helpful"])
-            >>> found.top(k=2) - organism.truth["decoy"]  # what differs most does nothing
+            >>> difference = NeuronAttribution(head, "mean_difference", positions="response").score(pairs["helpful"])
+            >>> difference.top(k=2) - organism.truth["decoy"]  # the neurons that differ most do nothing
             NeuronSet(0 of 48 mlp neurons of gpt2-2x24-heads2x12-d24)
         """
         (scores,) = score_together([self], pairs, work=work, progress=progress)
         return scores
 
-    @torch.inference_mode(False)  # what is made in it cannot be differentiated
+    @torch.inference_mode(False)  # tensors made in inference mode cannot be differentiated
     def per_pair(
         self,
         pairs: Iterable[PreferencePair],
@@ -162,7 +163,7 @@ class NeuronAttribution:
         work: str | Path | None = None,
         progress: bool | None = None,
     ) -> PairAttributions:
-        """Every pair's signed scores, whatever `aggregate`. Memory: `pairs x layers x neurons` numbers.
+        """The signed scores of every pair, whatever `aggregate` says. Memory: `pairs x layers x neurons` numbers.
 
         Pairs that are skipped (see `score`) have no row. `work` and `progress` are those of `run_pass`.
 
@@ -172,12 +173,12 @@ class NeuronAttribution:
             torch.Size([24, 2, 24])
         """
         if self.graddrop:
-            raise OptionError("per_pair: GradDrop has no signed scores. Leave graddrop out.")
+            raise OptionError("per_pair: GradDrop has no signed scores. Use an attribution without graddrop=True.")
         pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
         return run_pass(self.head, pairs, _ScoresOfPairs(self, pairs), work=work, progress=progress)
 
     def per_token(self, pairs: Iterable[PreferencePair], *, progress: bool | None = None) -> Iterator[TokenScores]:
-        """Every pair's scores token by token, one pair at a time, in order; tokens as the tokenizer writes them.
+        """Iterate over the pairs in order and give each pair's scores per token, with the tokenizer's token strings.
 
         Examples:
             >>> first = next(NeuronAttribution(head, "mean_difference").per_token(pairs["helpful"]))
@@ -185,7 +186,7 @@ class NeuronAttribution:
             (32, torch.Size([32, 2, 24]))
         """
         if self.graddrop:
-            raise OptionError("per_token: GradDrop has no signed scores. Leave graddrop out.")
+            raise OptionError("per_token: GradDrop has no signed scores. Use an attribution without graddrop=True.")
         pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
         if not len(pairs):
             raise DataError("pairs: expected at least one preference pair, got none.")
@@ -204,7 +205,7 @@ class NeuronAttribution:
         batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=self.head.pad_token_id, device=self.head.device)
         layers = [_weighted(by_token) for by_token, _ in self._by_layer(_run([self], batch))]
         values = torch.stack(layers, dim=2).cpu()
-        # What a rejected text adds to its pair's score has a minus already.
+        # Values of rejected texts already carry the minus sign of the pair's score; this takes it off.
         chosen, rejected = (sign * values[row, : len(texts[row])] for row, sign in enumerate((1, -1)))
         one, other = (tuple(self.head.tokenizer.convert_ids_to_tokens(list(text.ids))) for text in texts)
         return TokenScores(pair.id, one, other, chosen, rejected, self._method.sign)
@@ -226,7 +227,7 @@ class NeuronAttribution:
     # -- for score_together ----------------------------------------------------------------------------------------
 
     def _how(self, aggregate: str) -> dict[str, Any]:
-        """The fields of provenance that say how scores are computed."""
+        """The fields of provenance that describe the method."""
         return {
             "method": self.method,
             "aggregate": aggregate,
@@ -236,9 +237,9 @@ class NeuronAttribution:
         }
 
     def _provenance(self, record: PassRecord, aggregate: str) -> Provenance:
-        """Where scores by `aggregate` come from; magnitudes have no direction."""
-        found = record.provenance(self.head, site=self.site, positions=self.positions, method=self.method)
-        return replace(found, sign=self._method.sign if aggregate == "signed" else None, **self._how(aggregate))
+        """The provenance of scores by `aggregate`; magnitudes have no sign."""
+        provenance = record.provenance(self.head, site=self.site, positions=self.positions, method=self.method)
+        return replace(provenance, sign=self._method.sign if aggregate == "signed" else None, **self._how(aggregate))
 
     @property
     def _args(self) -> MethodArgs:
@@ -250,7 +251,7 @@ class NeuronAttribution:
             yield self._method.by_layer(run, self._args, layer)
 
     def _signed(self, run: BatchRun) -> tuple[Float[Tensor, "pair layer neuron"], Float[Tensor, "pair layer"] | None]:
-        """Every pair's signed scores and gaps, in float64."""
+        """The signed scores and gaps of every pair, in float64."""
         scores, gaps = [], []
         for by_token, gap in self._by_layer(run):
             scores.append(_summed(by_token, run))
@@ -258,7 +259,7 @@ class NeuronAttribution:
         return _stacked(scores), _stacked(gaps) if gaps else None
 
     def _per_pair(self, run: BatchRun) -> tuple[Float[Tensor, "pair layer neuron"], Float[Tensor, "pair layer"] | None]:
-        """Every pair's scores by `aggregate`, and the magnitude of its gaps."""
+        """The scores of every pair by `aggregate`, and the magnitudes of its gaps."""
         if self.graddrop:
             return self._dropped(run), None
         scores, gaps = self._signed(run)
@@ -282,16 +283,16 @@ def score_together(
     work: str | Path | None = None,
     progress: bool | None = None,
 ) -> list[NeuronScores]:
-    """The scores of several attributions of one model, from the same passes, in their order.
+    """Score the same pairs with several attributions of one model in shared passes; results are in their order.
 
-    Cost: 1 forward pass, and 1 backward pass if any of them needs gradients, for all first-order methods, sites,
-    positions and replacements; plus L backward passes for GradDrop and the passes of each integrated gradients.
+    Cost: for all first-order methods, sites, positions and replacements together 1 forward pass, and 1 backward pass if
+    any of them needs gradients; plus L backward passes for GradDrop and the passes of every integrated gradients.
     `work` and `progress` are those of `run_pass`. Raises `OptionError` for an empty list and for attributions of
     different models.
 
     Examples:
-        >>> asked = [NeuronAttribution(head, one) for one in ("mean_difference", "gradient_x_activation")]
-        >>> [one.provenance.method for one in score_together(asked, pairs["helpful"])]
+        >>> attributions = [NeuronAttribution(head, name) for name in ("mean_difference", "gradient_x_activation")]
+        >>> [scores.provenance.method for scores in score_together(attributions, pairs["helpful"])]
         ['mean_difference', 'gradient_x_activation']
     """
     if not attributions or any(one.head is not attributions[0].head for one in attributions):
@@ -300,7 +301,7 @@ def score_together(
 
 
 class _MeanScores(PairStatistic[list[NeuronScores]]):
-    """The mean over pairs of every neuron's score, for several attributions of one model."""
+    """The mean score of every neuron over pairs, for several attributions of one model."""
 
     keeps_layers = True
     layer_dim = 1
@@ -327,7 +328,7 @@ class _MeanScores(PairStatistic[list[NeuronScores]]):
 
     def observe(self, batch: TokenBatch) -> list[Tensor]:
         run = _run(self._attributions, batch)
-        # For each attribution its values, followed by its gap if it has one.
+        # The values of each attribution, each followed by its gap if it has one.
         return [tensor for one in self._attributions for tensor in one._per_pair(run) if tensor is not None]
 
     def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
@@ -349,7 +350,7 @@ class _MeanScores(PairStatistic[list[NeuronScores]]):
 
 
 class _ScoresOfPairs(PairStatistic[PairAttributions]):
-    """Every pair's signed scores by one attribution."""
+    """The signed scores of every pair by one attribution."""
 
     keeps_layers = True
     layer_dim = 1
@@ -383,12 +384,12 @@ class _ScoresOfPairs(PairStatistic[PairAttributions]):
 
     def compute(self, record: PassRecord) -> PairAttributions:
         record.require_pairs()
-        found = PairAttributions(self._values, self._pairs, self._attribution._provenance(record, "signed"))
-        return found.take(record.kept(len(self._pairs))) if record.skipped else found
+        scores = PairAttributions(self._values, self._pairs, self._attribution._provenance(record, "signed"))
+        return scores.take(record.kept(len(self._pairs))) if record.skipped else scores
 
 
 def _run(attributions: Sequence[NeuronAttribution], batch: TokenBatch) -> BatchRun:
-    """What all of them have to see of one batch."""
+    """Run one batch and keep what any of the attributions needs."""
     first_order = [one for one in attributions if not one._method.needs_path]
     products = [one._method.needs_gradients and not one.graddrop for one in first_order]
     return BatchRun(
@@ -399,7 +400,7 @@ def _run(attributions: Sequence[NeuronAttribution], batch: TokenBatch) -> BatchR
         gradients=any(products),
         drops=any(one.graddrop for one in first_order),
         direct=any(one._method.needs_direct_paths for one in first_order),
-        # What is multiplied by a gradient is not needed where that is 0; the mean of a text is.
+        # Products with the gradient need no activation where the gradient is 0; means over a text need all.
         all_tokens=not all(
             product and one.replacement.shares_tokens for product, one in zip(products, first_order, strict=True)
         ),
@@ -412,12 +413,12 @@ def _weighted(by_token: TokenValues) -> Float[Tensor, "row token neuron"]:
 
 
 def _summed(by_token: TokenValues, run: BatchRun) -> Float[Tensor, "pair neuron"]:
-    """Each pair's score, in float64."""
+    """The score of each pair, in float64."""
     values, weights = by_token
     rows = einsum(weights, values, "row token, row token neuron -> row neuron")
     return run.batch.sum_per_pair(rows.double())
 
 
 def _stacked(layers: Sequence[Float[Tensor, "pair *rest"]]) -> Float[Tensor, "pair layer *rest"]:
-    """All layers, also of a model over several devices."""
+    """Stack all layers, on one device even if the model is spread over several."""
     return torch.stack([one.to(layers[0].device) for one in layers], dim=1)

@@ -1,4 +1,4 @@
-"""What single neurons do: scores on both objectives, the effect of ablating them, and the texts they answer to most."""
+"""Single neurons: scores on both objectives, effects of ablation, and top-activating texts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,9 +32,9 @@ from rmtension.passes._pair_statistic import PairStatistic
 from rmtension.passes._pass_record import PassRecord
 from rmtension.store._files import write_text
 
-# More points than these make a scatter no clearer.
+# A scatter with more points than these is no clearer.
 _MOST_POINTS = 5000
-# Tokens of a text that an example shows, and how many of them before the one with the largest activation.
+# How many tokens of a text an example shows, and how many of them come before the largest activation.
 _SHOWN, _BEFORE = 160, 120
 _BINS = 24
 _PLACE = ("layer", "neuron")
@@ -42,9 +42,9 @@ _PLACE = ("layer", "neuron")
 
 @dataclass(frozen=True)
 class ActiveText:
-    """Part of one text, token by token, and a neuron's activation at each token.
+    """Part of one text as tokens, with a neuron's activation at each token.
 
-    `first` is the number of the first token shown of all `n_tokens`; the response begins at token `response_start`.
+    `first` is the index of the first token shown, of `n_tokens` in all; the response begins at token `response_start`.
     """
 
     tokens: tuple[str, ...]
@@ -56,7 +56,7 @@ class ActiveText:
 
 @dataclass(frozen=True)
 class NeuronExample:
-    """One pair that a neuron is very active on."""
+    """One pair on which a neuron is very active."""
 
     layer: int
     neuron: int
@@ -68,13 +68,27 @@ class NeuronExample:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NeuronPages:
-    """What `examine` has found about some neurons of one model.
+    """Scores, effects and top-activating texts of some neurons of one model; `examine` returns it.
 
-    `table` has a row for every neuron that was asked for and for every random one beside it (`set`: "asked for" or
-    "random"), with columns `<objective>_score`, `_score_stderr`, `_effect`, `_effect_low`, `_effect_high`, `_n`.
-    `scatter` has the scores of all neurons, or of a random part of them. `distribution` counts texts by a neuron's
-    largest activation (in magnitude) over their tokens. `about` says of which model, site, pairs and method, and its
-    `sign` what a positive score means (`Provenance.sign`).
+    `table` has one row per examined neuron (`set` is "asked for") and one per random control neuron ("random"), with
+    columns `<objective>_score`, `_score_stderr`, `_effect`, `_effect_low`, `_effect_high` and `_n`. `scatter` has the
+    scores of all neurons, or of a random part of them. `distribution` is a histogram of each neuron's largest
+    activation (in magnitude) per text. `examples` holds the pairs with the largest activation. `about` names the model,
+    site, pairs and method; `about["sign"]` tells what a positive score means (`Provenance.sign`).
+
+    Examples:
+        >>> pages = examine(head, pairs, neurons, n_examples=1, progress=False)
+        >>> pages
+        NeuronPages(2 mlp neurons of gpt2-2x24-heads2x12-d24; 24 helpful, 24 harmless)
+        >>> pages.to_frame()[["set", "layer", "helpful_effect"]].round(1)
+                 set  layer  helpful_effect
+        0  asked for      0            -1.0
+        1  asked for      1            -1.0
+        2     random      0            -0.6
+        3     random      1             0.0
+        >>> pages.save("neurons.json")
+        >>> NeuronPages.load("neurons.json").neurons == pages.neurons
+        True
     """
 
     table: pd.DataFrame
@@ -85,12 +99,12 @@ class NeuronPages:
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """Their names, in order."""
+        """The names of the objectives, in order."""
         return tuple(self.about["pairs"])
 
     @property
     def neurons(self) -> list[tuple[int, int]]:
-        """The neurons that were asked for, as (layer, neuron)."""
+        """The examined neurons as (layer, neuron), without the random controls."""
         rows = self.table[self.table["set"] == "asked for"]
         return list(zip(rows["layer"].tolist(), rows["neuron"].tolist(), strict=True))
 
@@ -111,7 +125,7 @@ class NeuronPages:
 
     @classmethod
     def load(cls, path: str | Path) -> "NeuronPages":
-        """Read what `save` wrote; raises `StorageError` for anything else."""
+        """Read a file that `save` wrote; raises `StorageError` for any other file."""
         frames, examples, about = read_pages(Path(path))
         made = (
             NeuronExample(**one | {side: ActiveText(**one[side]) for side in ("chosen", "rejected")})
@@ -133,18 +147,18 @@ def examine(
     seed: int = 0,
     progress: bool | None = None,
 ) -> NeuronPages:
-    """Look at `neurons` of a model one by one, on the pairs of each objective.
+    """Examine single neurons of a model on the pairs of each objective.
 
-    Scores are those of `NeuronAttribution(head, method, positions=positions)`; an effect is the mean change of
-    the margin when the neuron alone is set to zero at all tokens (`single_neuron_effects`), its interval a jackknife
-    over blocks of prompts with Student's t. `n_random` neurons that were not asked for, as many in every layer, are the
-    control (default: as many as `neurons`, or as there are). Examples are the pairs with the largest activation, in
-    magnitude, at a token of `positions` of either response; of a head of attention the activation is a norm.
+    Scores are those of `NeuronAttribution(head, method, positions=positions)`. An effect is the mean change of the
+    margin when the neuron alone is set to zero at all tokens (`single_neuron_effects`); its interval is a jackknife
+    over blocks of prompts with Student's t. The control is `n_random` other neurons, in the same proportion of layers
+    (default: as many as `neurons`, or as many as are left). Examples are the pairs with the largest activation, in
+    magnitude, at a token of `positions` in either response; the activation of an attention head is its norm.
 
-    Cost for each objective: a forward and a backward pass for the scores, a forward pass for activations, what
-    `single_neuron_effects` costs for all these neurons, and a pass over the few pairs that are shown.
+    Cost per objective: a forward and a backward pass for the scores, a forward pass for activations, the cost of
+    `single_neuron_effects` for all these neurons, and a pass over the few pairs that are shown.
 
-    Raises `OptionError` for an empty set or objectives without pairs, `ProvenanceError` for a set of another model.
+    Raises `OptionError` for an empty set or an objective without pairs, `ProvenanceError` for a set of another model.
 
     Examples:
         >>> from rmtension.attribution import examine
@@ -156,13 +170,13 @@ def examine(
         "examine(head, pairs, neurons)", head=(head, RewardModel), pairs=(pairs, Mapping), neurons=(neurons, NeuronSet)
     )
     if not len(neurons):
-        raise OptionError("neurons: expected a set with at least one neuron, got an empty one. Use NeuronScores.top.")
+        raise OptionError("neurons: expected a set with at least one neuron, got an empty set. Use NeuronScores.top.")
     if not pairs or not all(len(some) for some in pairs.values()):
-        raise OptionError("pairs: expected a mapping of objectives to pairs, with at least one pair each.")
+        raise OptionError("pairs: expected a mapping of objectives to PreferencePairs with at least one pair each.")
     if n_examples < 0:
-        raise OptionError(f"n_examples: expected 0 or more pairs a neuron and objective, got {n_examples}.")
+        raise OptionError(f"n_examples: expected 0 or more pairs per neuron and objective, got {n_examples}.")
     check_set(head, neurons)
-    random = _random_beside(neurons, len(neurons) if n_random is None else n_random, seed)
+    random = _control(neurons, len(neurons) if n_random is None else n_random, seed)
     table = _places(neurons, "asked for")
     if len(random):
         table = pd.concat([table, _places(random, "random")], ignore_index=True)
@@ -207,8 +221,8 @@ def examine(
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
-def _random_beside(neurons: NeuronSet, n: int, seed: int) -> NeuronSet:
-    """About `n` others, in proportion to how many of `neurons` each layer has; fewer where fewer are left."""
+def _control(neurons: NeuronSet, n: int, seed: int) -> NeuronSet:
+    """About `n` other neurons, in each layer in proportion to `neurons`, or as many as the layer has left."""
     rng = np.random.default_rng(seed)
     mask = torch.zeros_like(neurons.mask)
     for layer, taken in enumerate(neurons.mask):
@@ -225,13 +239,13 @@ def _places(neurons: NeuronSet, name: str) -> pd.DataFrame:
 
 
 def _half_width(effects: NeuronScores, n_blocks: int, level: float) -> Float[Tensor, "layer neuron"]:
-    """Of the interval around each effect; NaN for pairs of one block."""
+    """Half the width of the interval around each effect; NaN if the pairs have a single block."""
     factor = float(stats.t.ppf((1 + level) / 2, n_blocks - 1)) if n_blocks > 1 else float("nan")
     return factor * jackknife_stderr(effects.require_blocks())
 
 
 def _points(scores: Mapping[str, pd.DataFrame], neurons: NeuronSet, seed: int) -> pd.DataFrame:
-    """All neurons' scores, or those of the set and of a random part of the others."""
+    """The scores of all neurons, or of the set and a random part of the others."""
     n = neurons.mask.numel()
     shown = neurons.mask.flatten().clone()
     shown[torch.from_numpy(np.random.default_rng(seed).permutation(n)[:_MOST_POINTS])] = True
@@ -241,7 +255,7 @@ def _points(scores: Mapping[str, pd.DataFrame], neurons: NeuronSet, seed: int) -
 
 @torch.no_grad()
 def _activations(head: RewardModel, batch: TokenBatch, neurons: NeuronSet) -> Float[Tensor, "row token wanted"]:
-    """Those of the set's neurons, in its order."""
+    """The activations of the set's neurons, in its order."""
     wanted = [columns.nonzero()[:, 0].tolist() for columns in neurons.mask]
     layers: dict[int, Tensor] = {}
 
@@ -255,9 +269,9 @@ def _activations(head: RewardModel, batch: TokenBatch, neurons: NeuronSet) -> Fl
 
 
 class _LargestActivations(PairStatistic[tuple[Tensor, int]]):
-    """Of both texts of every pair, each neuron's activation at the token where it is largest in magnitude.
+    """Each neuron's activation of largest magnitude in both texts of every pair.
 
-    Computes these, [pair, 2, neuron], and the number of blocks of prompts that the pairs fall into.
+    Computes these activations, [pair, 2, neuron], and the number of blocks of prompts in the pairs.
     """
 
     name = "activations"
@@ -289,7 +303,7 @@ class _LargestActivations(PairStatistic[tuple[Tensor, int]]):
 
 
 def _counted(neurons: NeuronSet, objective: str, largest: Float[Tensor, "pair 2 wanted"]) -> pd.DataFrame:
-    """How many texts fall into each of some equal ranges of a neuron's largest activation, by side."""
+    """Histograms of each neuron's largest activation per text, by side."""
     parts = []
     for (layer, neuron), column in zip(neurons, largest.double().unbind(2), strict=True):
         edges = np.histogram_bin_edges(column.numpy(), bins=_BINS)
@@ -308,16 +322,16 @@ def _examples(
     largest: Float[Tensor, "pair 2 wanted"],
     n: int,
 ) -> Iterable[NeuronExample]:
-    """The `n` pairs of largest activation for every neuron; each pair is run once, for all neurons that show it."""
+    """The `n` pairs with the largest activation of every neuron; each pair runs once, for all neurons that show it."""
     order = largest.abs().amax(dim=1).argsort(dim=0, descending=True, stable=True)[:n]
     shown: dict[int, list[int]] = {}
     for column in range(len(neurons)):
-        for place in order[:, column].tolist():
-            shown.setdefault(place, []).append(column)
+        for index in order[:, column].tolist():
+            shown.setdefault(index, []).append(column)
     places = list(neurons)
-    found: dict[tuple[int, int], NeuronExample] = {}
-    for place, columns in shown.items():
-        encoded = head.encode(pairs[place : place + 1])
+    examples: dict[tuple[int, int], NeuronExample] = {}
+    for index, columns in shown.items():
+        encoded = head.encode(pairs[index : index + 1])
         texts = [*encoded.chosen, *encoded.rejected]
         batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=head.pad_token_id, device=head.device)
         activations = _activations(head, batch, neurons).cpu()
@@ -328,14 +342,14 @@ def _examples(
                 for text, piece, values in zip(texts, pieces, activations, strict=True)
             ]
             layer, neuron = places[column]
-            found[column, place] = NeuronExample(layer, neuron, objective, pairs[place].id, sides[0], sides[1])
-    return [found[column, place] for column in range(len(neurons)) for place in order[:, column].tolist()]
+            examples[column, index] = NeuronExample(layer, neuron, objective, pairs[index].id, sides[0], sides[1])
+    return [examples[column, index] for column in range(len(neurons)) for index in order[:, column].tolist()]
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text: together they are the text, as the tokenizer writes it.
+    """The piece of text that each token adds; together they are the decoded text.
 
-    A character of several tokens stands at the last of them.
+    A character that takes several tokens belongs to the last of them.
     """
     decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     pieces, done = [], ""

@@ -1,4 +1,4 @@
-"""Neuron pages as one JSON file, and back: everything that is read is checked."""
+"""Neuron pages as one JSON file; reading checks every field."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from rmtension.store._records import read_numbers, read_objects, read_table
 
 _KIND, _FORMAT = "NeuronPages", 1
 _PLACE = ("layer", "neuron")
-# Frame -> columns that it has at least.
+# Frame -> columns that it must have.
 _FRAMES = {
     "table": ("set", *_PLACE),
     "scatter": _PLACE,
@@ -36,7 +36,7 @@ _EXAMPLE = {"layer": int, "neuron": int, "objective": str, "pair": str, "chosen"
 def pages_to_json(
     frames: Mapping[str, pd.DataFrame], examples: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
 ) -> str:
-    """The text of the file; numbers that are none are null."""
+    """The text of the file; NaN is written as null."""
     tables = {
         name: {
             "columns": list(frame.columns),
@@ -48,27 +48,28 @@ def pages_to_json(
 
 
 def read_pages(path: Path) -> tuple[dict[str, pd.DataFrame], list[dict[str, Any]], dict[str, Any]]:
-    """Frames, examples and what they are about; raises `StorageError` for any other file."""
+    """The frames, the examples and `about`; raises `StorageError` for any other file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise StorageError(f"{path}: no neuron pages can be read there ({error}).") from error
+        raise StorageError(f"{path}: no neuron pages can be read from it ({error}). Check the path.") from error
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"no JSON: {error}") from error
-    if not isinstance(found, dict) or found.get("kind") != _KIND:
-        raise StorageError(f"{path}: expected neuron pages, as NeuronPages.save writes them, found another file.")
-    if found.get("format") != _FORMAT:
+        raise _damaged(path, f"not valid JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("kind") != _KIND:
+        raise StorageError(f"{path}: expected a file that NeuronPages.save wrote, got another kind of file.")
+    if content.get("format") != _FORMAT:
         raise StorageError(
-            f"{path}: written in format {found.get('format')!r:.80}, this version reads {_FORMAT}. Update rmtension."
+            f"{path}: expected format {_FORMAT}, got {content.get('format')!r:.80}. Install the version of rmtension "
+            "that wrote the file, or save the pages again."
         )
-    frames = {name: read_table(path, found.get(name), columns) for name, columns in _FRAMES.items()}
-    about = _fields(path, found.get("about"), {**_ABOUT, "n_neurons": int, "pairs": dict, "digests": dict})
+    frames = {name: read_table(path, content.get(name), columns) for name, columns in _FRAMES.items()}
+    about = _fields(path, content.get("about"), {**_ABOUT, "n_neurons": int, "pairs": dict, "digests": dict})
     if about["sign"] not in (1, -1):
-        raise _damaged(path, f"sign should be 1 or -1, found {about['sign']!r:.80}")
+        raise _damaged(path, f"sign should be 1 or -1, got {about['sign']!r:.80}")
     objectives = list(about["pairs"])
     read_numbers(path, int, about["pairs"], objectives)
     if list(about["digests"]) != objectives or not all(isinstance(one, str) for one in about["digests"].values()):
-        raise _damaged(path, "expected a digest for every objective")
+        raise _damaged(path, "expected one digest per objective")
     numbers = [f"{name}_{end}" for name in objectives for end in ("score", "effect", "effect_low", "effect_high", "n")]
     for frame, columns in (("table", numbers), ("scatter", objectives)):
         if not {*columns, *_FRAMES[frame]} <= set(frames[frame].columns):
@@ -76,16 +77,16 @@ def read_pages(path: Path) -> tuple[dict[str, pd.DataFrame], list[dict[str, Any]
         frames[frame][columns] = _as_numbers(path, frames[frame][columns])
     for name in _FRAMES:
         frames[name][[*_PLACE]] = _as_numbers(path, frames[name][[*_PLACE]])
-    examples = [_example(path, one) for one in read_objects(path, found.get("examples"))]
+    examples = [_example(path, one) for one in read_objects(path, content.get("examples"))]
     return frames, examples, about
 
 
 def _as_numbers(path: Path, columns: pd.DataFrame) -> pd.DataFrame:
     try:
-        found: pd.DataFrame = columns.apply(pd.to_numeric)
+        numbers: pd.DataFrame = columns.apply(pd.to_numeric)
     except (ValueError, TypeError, OverflowError) as error:
         raise _damaged(path, f"expected numbers in a table: {error}") from error
-    return found
+    return numbers
 
 
 def _example(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def _example(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         text = _fields(path, example[side], _TEXT)
         tokens, activations = text["tokens"], text["activations"]
         if len(tokens) != len(activations) or not all(isinstance(one, str) for one in tokens):
-            raise _damaged(path, "expected as many activations as tokens, which are texts")
+            raise _damaged(path, "expected one activation per token, and strings for tokens")
         if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in activations):
             raise _damaged(path, "expected numbers for activations")
         if not all(math.isfinite(one) for one in activations):
@@ -104,12 +105,12 @@ def _example(path: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fields(path: Path, values: Any, types: Mapping[str, type]) -> dict[str, Any]:
-    """An object with exactly these fields."""
+    """Check that an object has exactly these fields, and return it."""
     if not isinstance(values, dict) or set(values) != set(types):
-        raise _damaged(path, f"expected an object with {sorted(types)}, found {values!r:.80}")
+        raise _damaged(path, f"expected an object with {sorted(types)}, got {values!r:.80}")
     for name, kind in types.items():
         if not isinstance(values[name], (int, float) if kind is float else kind) or isinstance(values[name], bool):
-            raise _damaged(path, f"{name} should be {kind.__name__}, found {values[name]!r:.80}")
+            raise _damaged(path, f"{name} should be {kind.__name__}, got {values[name]!r:.80}")
     return dict(values)
 
 

@@ -1,4 +1,4 @@
-"""The truth that attribution is measured against: what taking out each neuron by itself does to the margin."""
+"""The ground truth for attribution: the effect of ablating each single neuron on the margin."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import replace
@@ -31,7 +31,7 @@ from rmtension.store._provenance import digest_of
 
 # The method's name in provenance.
 EFFECT = "effect of ablation"
-# Residual streams of one step over the last layer's neurons, in numbers: 64 MB in float32.
+# Numbers in the residual streams of one step over the last layer's neurons: 64 MB in float32.
 _AT_A_TIME = 16_000_000
 
 
@@ -46,24 +46,24 @@ def single_neuron_effects(
     work: str | Path | None = None,
     progress: bool | None = None,
 ) -> NeuronScores:
-    """What replacing each neuron, alone, does to the margin: mean over pairs of M without it - M with it.
+    """The effect of ablating each neuron alone: the mean over pairs of the margin without it minus the margin with it.
 
     A neuron with a negative effect supports the margin, one with a positive effect opposes it (`provenance.sign` -1).
 
-    Exact: the model runs again for every neuron, as under an `AblationContext` of that neuron with the same
-    `replacement`; `OtherResponse()`, which no context takes, works too. Neurons outside `neurons` get NaN. `stderr` is
-    over pairs; `without_block` serves intervals over prompts.
+    Exact: the model runs again for every neuron, as it does under an `AblationContext` of that neuron with the same
+    `replacement`. `OtherResponse()`, which `AblationContext` does not take, works too. Neurons outside `neurons` get
+    NaN. `stderr` is over pairs; intervals over prompts use `without_block`.
 
-    Cost: one forward pass over the pairs, and for a neuron of layer l (from 0) of L the blocks above it, which are
-    (L - 1 - l) / L of a forward pass, where the residual stream takes what the site's projection writes as it is
-    (`mlp` of most families); otherwise, as for heads before an MLP and in half precision, its own block as well,
-    (L - l) / L. So all N neurons a layer of the former take N (L - 1) / 2 passes instead of N L. To this every layer
-    that has a wanted neuron adds what another neuron of it would cost, and one block to tell the two cases apart.
-    Models whose blocks do not run one by one take a whole pass a neuron.
+    Cost: one forward pass over the pairs, and per neuron of layer l (from 0) of L the blocks above it, which are
+    (L - 1 - l) / L of a forward pass, if the site's projection is added to the residual stream unchanged (`mlp` of most
+    families). Otherwise (heads before an MLP, half precision) its own block runs again too, (L - l) / L of a pass. In
+    the first case N neurons in every layer cost N (L - 1) / 2 passes instead of N L. Every layer with a wanted neuron
+    costs as much as one more neuron, and one block to tell the two cases apart. Models whose blocks do not run one by
+    one cost a whole pass per neuron.
 
-    In half precision effects near the rounding of the reward are rounding; open the model in float32 for the truth.
-    `work` and `progress` are those of `run_pass`.
-    Raises `OptionError` for a wrong site, position or replacement, `ProvenanceError` for neurons or a replacement of
+    In half precision, effects near the rounding error of the reward are rounding; open the model in float32 for exact
+    effects. `work` and `progress` are those of `run_pass`.
+    Raises `OptionError` for an invalid site, position or replacement, `ProvenanceError` for neurons or a replacement of
     another model.
 
     Examples:
@@ -85,14 +85,14 @@ def single_neuron_effects(
         )
     check_set(head, neurons)
     total = len(pairs) * len(neurons) if isinstance(pairs, Sized) else None
-    # The bar counts ablations, of which a pair has as many as there are neurons.
+    # The bar counts ablations: one per pair and neuron.
     with progress_bar(progress=progress, total=total, desc="ablate", unit="pair") as bar:
         statistic = _SingleEffects(head, neurons, replacement, positions, bar.update)
         return run_pass(head, pairs, statistic, work=work, progress=False)
 
 
 class _SingleEffects(PairStatistic[NeuronScores]):
-    """The change of every pair's margin without each neuron of a set; `advance` is called after every ablation."""
+    """The change of every pair's margin when each neuron of a set is ablated; calls `advance` after every ablation."""
 
     keeps_layers = True
     name = "ablate"
@@ -154,7 +154,7 @@ class _SingleEffects(PairStatistic[NeuronScores]):
     def compute(self, record: PassRecord) -> NeuronScores:
         record.require_pairs()
         provenance = record.provenance(self._head, site=self._neurons.site, positions=self._positions, method=EFFECT)
-        # A change of the margin without the neuron: where it is positive, the neuron lowers the margin.
+        # The score is the change of the margin without the neuron: if it is positive, the neuron opposes the margin.
         provenance = replace(provenance, sign=-1, aggregate="signed", replacement=self._replacement.label)
         return self._scores.compute(provenance)
 
@@ -162,7 +162,7 @@ class _SingleEffects(PairStatistic[NeuronScores]):
 def _changes(
     replay: Replay, site: str, layer: int, step: Float[Tensor, "row token channel"], wanted: list[int]
 ) -> Iterator[Float[Tensor, "text"]]:
-    """The change of every text's reward for each wanted neuron of a layer, in order."""
+    """The change of every text's reward when each wanted neuron of a layer is ablated, in order."""
     head = replay.head
     steps = rearrange(step, "row token (neuron channel) -> row token neuron channel", neuron=head.n_neurons(site))
     written = written_weights(replay, site, layer, step, replay.stream(layer + 1)) if replay.is_partial else None
@@ -173,7 +173,7 @@ def _changes(
             only[:, :, number] = steps[:, :, number]
             yield _with_step(replay, site, layer, only.flatten(2)) - base
         return
-    # What each channel writes into the stream after the block, [neuron, channel, d_model].
+    # The vector that each channel writes into the residual stream after the block, [neuron, channel, d_model].
     weights = rearrange(written, "(neuron channel) d_model -> neuron channel d_model", neuron=head.n_neurons(site))
     above = replay.stream(layer + 1)
     if layer == head.n_layers - 1:

@@ -1,4 +1,4 @@
-"""The command `rmtension`."""
+"""The command `rmtension`, and its entry point `main`."""
 
 from rmtension.cli._command_line import main
 

@@ -1,4 +1,4 @@
-"""`python -m rmtension.cli`: the command, where it is not installed."""
+"""`python -m rmtension.cli`: the same as the command `rmtension`."""
 
 import sys
 

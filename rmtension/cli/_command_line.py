@@ -14,26 +14,36 @@ from rmtension.errors import RMTensionError
 
 _COMMANDS = {"demo": demo, "study": study, "score": score, "check": check, "report": report}
 _EPILOG = """examples:
-  rmtension demo                                     everything, on models that it trains, in about two minutes
-  rmtension study study.yaml                         the same analyses of your own models and pairs
+  rmtension demo                                     train small models and study them, in about two minutes
+  rmtension study study.yaml                         run the same analyses on your own models and pairs
   rmtension score ./my-reward-model pairs.jsonl      rewards and accuracy
-  rmtension check ./my-reward-model                  is the model read as transformers reads it?
-  rmtension report study                             the page of a saved study again
+  rmtension check ./my-reward-model                  check that rewards agree with transformers
+  rmtension report study                             write the report of a saved study again
   rmtension COMMAND --help                           options, formats and more examples
 
-exit status: 0; 1 where a check did not pass; 2 where an option or a file cannot be used as it is, with the reason on
-stderr. Progress and warnings go to stderr, results to stdout; --json makes them one JSON object.
+exit status: 0 on success; 1 if a check did not pass; 2 if an option or a file cannot be used (stderr gives the reason).
+Progress and warnings go to stderr, results to stdout; --json prints the result as one JSON object.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 for a check that failed, 2 for an error that the message explains.
+    """Run one command of `rmtension` and return its exit status.
 
-    argparse's own errors, and --help, end with `SystemExit`.
+    `arguments` are the words after `rmtension`; by default those of the process. The status is 0 on success, 1 if a
+    check failed, 2 after an error message on stderr, 130 after an interruption. Errors of argparse and --help raise
+    `SystemExit`.
+
+    Examples:
+        >>> from rmtension.cli import main
+        >>> pairs["helpful"].to_jsonl("helpful.jsonl")
+        >>> status = main(["score", "organism", "helpful.jsonl", "--quiet"])  # doctest: +ELLIPSIS
+        24 pairs scored...
+        >>> status
+        0
     """
     options = parser().parse_args(arguments)
     try:
-        # What libraries print is not the command's answer.
+        # Output of libraries goes to stderr, because stdout is for the result.
         with redirect_stdout(sys.stderr):
             outcome: Outcome = _COMMANDS[options.command].run(options)
     except RMTensionError as error:
@@ -60,6 +70,6 @@ def parser() -> ArgumentParser:
             formatter_class=RawDescriptionHelpFormatter,
         )
         module.add_options(command)
-        command.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
-        command.add_argument("--quiet", action="store_true", help="no progress bars")
+        command.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+        command.add_argument("--quiet", action="store_true", help="show no progress bars")
     return made

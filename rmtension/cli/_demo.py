@@ -1,4 +1,4 @@
-"""The demonstration: a base and reward models trained offline on an embedded world, and studied."""
+"""The demonstration: train a base and reward models offline on an embedded world, and study them."""
 
 import time
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from rmtension.synthetic._world import preference_world
 
 @dataclass(frozen=True)
 class DemoRun:
-    """The study's result, seconds of training and of the study, and how many passes were run and how many read."""
+    """The study's result, the seconds of training and of the study, and the numbers of passes run and read."""
 
     result: StudyResult
     training_s: float
@@ -37,15 +37,15 @@ def run_demo(
 ) -> DemoRun:
     """Train a base and three reward models per seed, study them, and write everything below `out`.
 
-    Models and passes over models that an earlier run left in `out` are used again, unless `overwrite`. `neurons` of the
-    first mixed model get a page in `report.html`; 0 for none.
+    Models and passes of an earlier run in `out` are used again unless `overwrite` is True. `report.html` gets pages of
+    `neurons` neurons of the first mixed model; 0 leaves them out.
     """
     if seeds < 1:
-        raise OptionError(f"--seeds: expected a positive number, got {seeds}.")
+        raise OptionError(f"--seeds: expected 1 or more, got {seeds}.")
     if neurons < 0:
         raise OptionError(f"--neurons: expected 0 or more, got {neurons}.")
     options = StudyOptions.of(rules, **({} if analyses is None else {"analyses": tuple(analyses)}))
-    from rmtension.training._family import train_seeds  # TRL talks while it loads
+    from rmtension.training._family import train_seeds  # TRL prints messages while it loads
 
     start = time.monotonic()
     world = preference_world(0)

@@ -1,10 +1,11 @@
-"""Pictures of a study's tables. Every function returns the Figure, draws into `ax` if given one, and shows nothing.
+"""Figures of a study's tables. Every function returns a matplotlib `Figure`, and draws into `ax` if it is given.
 
-The first argument is a `StudyResult`, or one of its tables, which may also be made by hand: columns `family` and `seed`
-may be missing then. Several seeds are averaged, with the intervals of `intervals.over_seeds`, and shown faintly one by
-one. `family` chooses among several; `level` is that of the intervals in a bare table (0.95 unless the table says).
-Figures of several panels draw one of them into a given `ax`, chosen by the arguments. `conflict_scatter` takes a
-`ConflictReport` instead, `faithfulness_scatter` and `faithfulness_sets` a `Faithfulness`.
+The first argument is a `StudyResult` or one of its tables, also a hand-made one, in which the columns `family` and
+`seed` may be missing. Several seeds are averaged, with the intervals of `evaluation.over_seeds`; single seeds are drawn
+faintly. `family` selects one of several families. `level` is the level of the intervals in a table without a column
+`level` (default 0.95). Functions that draw several panels draw one of them into a given `ax`; their arguments select
+which. `conflict_scatter` takes a `ConflictReport` instead, `faithfulness_scatter` and `faithfulness_sets` take a
+`Faithfulness`. Needs matplotlib (`pip install "rmtension[viz]"`); no figure is shown or kept open by pyplot.
 """
 
 from rmtension.plots._ablations import collapse, curves, equal_size, matrix

@@ -1,4 +1,4 @@
-"""Pictures of ablations: curves, the matrix of sets and objectives, equal sizes, and what is retained."""
+"""Figures of ablations: curves, the matrix of sets and objectives, equal sizes, and what is retained."""
 
 from itertools import product
 from typing import TYPE_CHECKING
@@ -34,7 +34,7 @@ _CURVES = {
     "margin": "mean margin\n(reward units)",
     "margin_change": "change of margin\n(reward units)",
 }
-# Columns that say what these were before; the others start at 0 or 1.
+# Columns that give these quantities before ablation; the others start at 0 or 1.
 _BEFORE = {"accuracy": ("before",), "margin": ("margin_change",)}
 _EFFECTS = {"margin": "change of mean margin (reward units)", "accuracy": "change of accuracy (share of items)"}
 _CONTROLS = {
@@ -52,11 +52,18 @@ def curves(
     objective: str | None = None,
     family: str | None = None,
 ) -> "Figure":
-    """What is left of a model without more and more of its top neurons, a panel a model and objective.
+    """Ablation curves: a quantity against the share of top neurons ablated, with one panel per model and objective.
 
-    From `StudyResult.curves`; `quantity` is "accuracy", "change", "drop", "normalised", "margin" or "margin_change". A
-    line is the mean over seeds (and draws of random sets), its band reaches from the lowest to the highest of them;
-    intervals over prompts are in the table. `ax` holds one panel: choose it with `model` and `objective`.
+    Draws `StudyResult.curves`. `quantity` is "accuracy", "change", "drop", "normalised", "margin" or "margin_change". A
+    line is the mean over seeds (and draws of random sets), its band spans the lowest to the highest of them; intervals
+    over prompts are in the table. An `ax` holds one panel: select it with `model` and `objective`.
+
+    Examples:
+        >>> from rmtension.study import Ablations, ModelRuns, ablation_curves
+        >>> ablations = Ablations(ModelRuns(head), pairs)
+        >>> table = ablation_curves(ablations, {"gradient": scores}, (0.02, 0.1), n_random=1).assign(model="mixed")
+        >>> [panel.get_title() for panel in curves(table, quantity="margin").axes]
+        ['mixed on helpful (n = 24)', 'mixed on harmless (n = 24)']
     """
     if quantity not in _CURVES:
         raise OptionError(f"quantity: expected one of {list(_CURVES)}, got {quantity!r}.")
@@ -71,10 +78,10 @@ def curves(
     )
     names = []
     for number, (axes, (on, one)) in enumerate(zip(canvas.panels, shown, strict=True)):
-        mine = rows.frame[(rows.frame["model"] == one) & (rows.frame["objective"] == on)]
+        part = rows.frame[(rows.frame["model"] == one) & (rows.frame["objective"] == on)]
         for score in scores:
-            _curve(axes, mine[mine["score"] == score], quantity, score, scores)
-        axes.axhline(_whole(mine, quantity), color="black", linewidth=0.8, linestyle=":", label="whole model")
+            _curve(axes, part[part["score"] == score], quantity, score, scores)
+        axes.axhline(_whole(part, quantity), color="black", linewidth=0.8, linestyle=":", label="whole model")
         axes.set_xscale("log")
         _percentages(axes, sorted(set(rows.frame["fraction"])))
         axes.grid(color="#E8E8E8", linewidth=0.6)
@@ -82,7 +89,7 @@ def curves(
             axes.set_ylabel(_CURVES[quantity])
         if canvas.bottom(number):
             axes.set_xlabel("neurons ablated (%)")
-        n = (int(mine["n"].min()), int(mine["n"].max())) if "n" in mine and len(mine) else None
+        n = (int(part["n"].min()), int(part["n"].max())) if "n" in part and len(part) else None
         names.append(sized(f"{one} on {on}", n))
     several = int(rows.frame.groupby("score")["draw"].nunique().max()) > 1
     draws = "band: lowest to highest draw" if several and rows.n_seeds == 1 else ""
@@ -94,22 +101,22 @@ def curves(
 
 
 def _curve(axes: "Axes", frame: pd.DataFrame, quantity: str, score: str, scores: list[str]) -> None:
-    """One score's line, and the band over seeds and draws where there are several."""
+    """The line of one score, and a band if there are several seeds or draws."""
     if frame.empty:
         return
     per_seed = frame.groupby(["fraction", "seed"])[quantity].mean()
     mean = per_seed.groupby(level="fraction").mean()
     ends = frame.groupby("fraction")[quantity].agg(["min", "max"])
-    # Random draws last, so that the scores' markers do not depend on them.
-    look = looks([*(one for one in scores if one != "random"), "random"])[score]
+    # Random draws come last, so that the markers of scores do not depend on them.
+    style = looks([*(one for one in scores if one != "random"), "random"])[score]
     zorder = 2 if score == "random" else 3
-    axes.plot(mean.index, mean, **look, markersize=3.5, linewidth=1.4, label=readable(score), zorder=zorder)
+    axes.plot(mean.index, mean, **style, markersize=3.5, linewidth=1.4, label=readable(score), zorder=zorder)
     if len(frame.groupby(["seed", "draw"])) > 1:
-        axes.fill_between(ends.index, ends["min"], ends["max"], alpha=0.13, linewidth=0, color=look["color"])
+        axes.fill_between(ends.index, ends["min"], ends["max"], alpha=0.13, linewidth=0, color=style["color"])
 
 
 def _whole(frame: pd.DataFrame, quantity: str) -> float:
-    """What the quantity is before anything is ablated, averaged over seeds."""
+    """The value of the quantity before ablation, averaged over seeds."""
     if quantity not in _BEFORE:
         return 1.0 if quantity == "normalised" else 0.0
     before = frame["before"] if quantity == "accuracy" else frame["margin"] - frame["margin_change"]
@@ -117,7 +124,7 @@ def _whole(frame: pd.DataFrame, quantity: str) -> float:
 
 
 def _percentages(axes: "Axes", fractions: list[float]) -> None:
-    """Ticks at the ablated fractions, leaving out those that would touch the one before."""
+    """Ticks at the ablated fractions, without those that would touch the previous tick."""
     kept: list[float] = []
     for fraction in fractions:
         if not kept or fraction / kept[-1] > 1.45:
@@ -137,10 +144,16 @@ def matrix(
     family: str | None = None,
     level: float | None = None,
 ) -> "Figure":
-    """The effect of ablating every set, beside random sets of its size, a panel an objective. `StudyResult.ablation`.
+    """The effect of ablating every set, compared with random sets of its size, with one panel per objective.
 
-    `quantity` is "margin" or "accuracy". The bars of random sets span two standard deviations between draws either way
-    (the mean over seeds). `ax` holds one panel: choose it with `objective`.
+    Draws `StudyResult.ablation`. `quantity` is "margin" or "accuracy". The bars of random sets span two standard
+    deviations between draws on either side (the mean over seeds). An `ax` holds one panel: select it with `objective`.
+
+    Examples:
+        >>> from rmtension.study import Ablations, ModelRuns, ablation_matrix
+        >>> table = ablation_matrix(Ablations(ModelRuns(head), pairs), {"helpful": neurons}, n_draws=2)
+        >>> [panel.get_title() for panel in matrix(table).axes]
+        ['helpful pairs (n = 24)', 'harmless pairs (n = 24)']
     """
     columns = (
         *("set", "objective", "quantity", "control", "size", "effect", "low", "high"),
@@ -164,12 +177,12 @@ def matrix(
     names = []
     for axes, on in zip(canvas.panels, objectives, strict=True):
         name_rows(axes, labels)
-        mine = rows.where(objective=on)
+        part = rows.where(objective=on)
         shifts = offsets(1 + len(controls))
-        effects = mine.means(("set",), "effect")
+        effects = part.means(("set",), "effect")
         dots(axes, effects, _places(effects, sets) + shifts[0], label=f"set on {on}", color=colours(objectives)[on])
         for control, shift in zip(controls, shifts[1:], strict=True):
-            means = _random(mine.where(control=control))
+            means = _random(part.where(control=control))
             marker, label = _CONTROLS.get(control, ("^", f"random, {control}"))
             places = _places(means, sets) + shift
             dots(axes, means, places, label=label, color=GREY, marker=marker, hollow=control != "layer")
@@ -181,7 +194,7 @@ def matrix(
 
 
 def _random(rows: Rows) -> pd.DataFrame:
-    """The mean effect of random sets, and two standard deviations between draws either way."""
+    """The mean effect of random sets, with two standard deviations between draws on either side."""
     frame = rows.frame
     ends = {
         "less": frame["random_effect"] - 2 * frame["random_sd"],
@@ -190,7 +203,7 @@ def _random(rows: Rows) -> pd.DataFrame:
     means = Rows(frame.assign(**ends), rows.level).means(
         ("set",), "random_effect", "less", "more", extra=("less", "more")
     )
-    # The mean over seeds, not widened by their spread: these bars show draws, and single seeds stand beside them.
+    # The mean over seeds is not widened by their spread: these bars show draws, and single seeds are drawn too.
     return means.assign(low=means["less"], high=means["more"])
 
 
@@ -202,7 +215,17 @@ def equal_size(
     family: str | None = None,
     level: float | None = None,
 ) -> "Figure":
-    """The effect per neuron of every set, from random subsamples of equal size. From `StudyResult.equal_size`."""
+    """The effect per neuron of every set, from random subsamples of equal size.
+
+    Draws `StudyResult.equal_size`. `quantity` is "margin" or "accuracy".
+
+    Examples:
+        >>> from rmtension.study import Ablations, ModelRuns, equal_size_effects
+        >>> sets = {"helpful only": neurons, "shared": organism.truth["shared"]}
+        >>> table = equal_size_effects(Ablations(ModelRuns(head), pairs), sets, against="shared", n_subsamples=2)
+        >>> print(equal_size(table).get_suptitle().splitlines()[0])
+        Effect per neuron, 2 neurons of each set at a time
+    """
     columns = ("set", "objective", "quantity", "size", "effect", "low", "high")
     rows = Rows.of(table, "equal_size", columns, family=family, level=level).where(quantity=quantity)
     frame = rows.frame
@@ -229,9 +252,17 @@ def collapse(
     family: str | None = None,
     level: float | None = None,
 ) -> "Figure":
-    """What each set leaves of helpful against what it leaves of harmless. From `StudyResult.collapse`.
+    """The share of the helpful margin that each ablation retains, against the share of the harmless margin.
 
-    `quantity` is "margin" or "accuracy". 1 is the whole model, 0 chance; on the broken line both fell alike.
+    Draws `StudyResult.collapse`. `quantity` is "margin" or "accuracy". 1 is the whole model, 0 is chance; on the dashed
+    line both objectives fell alike.
+
+    Examples:
+        >>> from rmtension import study
+        >>> ablations = study.Ablations(study.ModelRuns(head), pairs)
+        >>> table = study.collapse(ablations, {"helpful only": neurons, "shared": organism.truth["shared"]})
+        >>> collapse(table).axes[0].get_xlabel()
+        'harmless margin retained (share)'
     """
     first, second = "helpful", "harmless"
     ends = {one: (f"retained_{one}", f"retained_{one}_low", f"retained_{one}_high") for one in (first, second)}
@@ -256,7 +287,7 @@ def collapse(
 
 
 def _limits(x: pd.DataFrame, y: pd.DataFrame) -> tuple[float, float]:
-    """Limits for both axes that hold every point, its interval, and the whole model at 1."""
+    """Limits of both axes that include every point, its interval, and the whole model at 1."""
     each = [np.array(values) for frame in (x, y) for values in frame["each"]]
     ends = np.concatenate([*each, *(frame[one].to_numpy() for frame in (x, y) for one in ("low", "high")), [1.0]])
     low, high = float(np.nanmin(ends)), float(np.nanmax(ends))

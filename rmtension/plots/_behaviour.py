@@ -1,4 +1,4 @@
-"""Pictures of what the models do: accuracy, subsets, refusing and responding, comparisons, transferability."""
+"""Figures of behaviour: accuracy, subsets, refusing and responding, comparisons, transferability."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +36,22 @@ _QUANTITIES = {
 def accuracy(
     table: Source, ax: "Axes | None" = None, *, family: str | None = None, level: float | None = None
 ) -> "Figure":
-    """Accuracy of every model by objective and measure (share of items). From `StudyResult.accuracy`."""
+    """The accuracy of every model by objective and measure (share of items). Draws `StudyResult.accuracy`.
+
+    Raises `OptionError` for a table without these columns or without a measure besides "margin".
+
+    Examples:
+        >>> from rmtension import StudyOptions, TensionStudy
+        >>> models = dict.fromkeys(("helpful", "harmless", "mixed"), head)
+        >>> study = TensionStudy(models, pairs, options=StudyOptions(analyses=("accuracy",)))
+        >>> figure = accuracy(study.run(progress=False))
+        >>> figure.savefig("accuracy.png")
+    """
     rows = Rows.of(table, "accuracy", ("model", "objective", "measure", *INTERVAL), family=family, level=level)
     means = rows.means(("model", "objective", "measure"))
     means = means[means["measure"] != "margin"]
     if means.empty:
-        raise OptionError("table: expected a measure besides 'margin', which has no place on a scale of shares.")
+        raise OptionError("table: expected a measure besides 'margin', which is not a share of items.")
     groups = means[["objective", "measure"]].drop_duplicates()
     canvas = Canvas.of(ax, height=row_height(len(groups), means["model"].nunique()))
     axes = canvas.panels[0]
@@ -60,15 +70,22 @@ def radar(
     family: str | None = None,
     level: float | None = None,
 ) -> "Figure":
-    """Accuracy on every subset, one polygon a model, with bands for the intervals. From `StudyResult.subsets`.
+    """The accuracy on every subset, with one polygon per model and bands for intervals. Draws `StudyResult.subsets`.
 
-    The subsets of one objective stand together; `objective` shows them alone. Needs at least three subsets, and a polar
-    axis where one is given.
+    The subsets of one objective are next to each other; `objective` shows only its subsets. Raises `OptionError` for
+    fewer than three subsets, and for an `ax` that is not polar.
+
+    Examples:
+        >>> rows = [("mixed", "helpful", name, 0.8, 0.7, 0.9, 0.5) for name in ("code", "maths", "essays")]
+        >>> table = pd.DataFrame(rows, columns=["model", "objective", "subset", "accuracy", "low", "high", "chance"])
+        >>> print(radar(table).get_suptitle())
+        Accuracy by subset
+        Bands: 95% intervals
     """
     columns = ("model", "objective", "subset", "accuracy", "low", "high", "chance")
     rows = Rows.of(table, "subsets", columns, family=family, level=level).where(objective=objective)
     means = rows.means(("model", "objective", "subset"), "accuracy", extra=("chance",))
-    # One objective after the other, whatever the order of the rows.
+    # Group the subsets by objective, whatever the order of the rows.
     order = list(dict.fromkeys(means["objective"]))
     spokes = sorted(
         dict.fromkeys(zip(means["objective"], means["subset"], strict=True)), key=lambda spoke: order.index(spoke[0])
@@ -82,17 +99,17 @@ def radar(
     models = list(dict.fromkeys(means["model"]))
 
     def closed(frame: pd.DataFrame, column: str) -> np.ndarray:
-        """The column's values spoke by spoke, and the first again."""
+        """The column's values by spoke, with the first repeated at the end."""
         values = frame.drop_duplicates(["objective", "subset"]).set_index(["objective", "subset"])[column]
-        found = values.reindex(pd.MultiIndex.from_tuples(spokes)).to_numpy()
-        return np.append(found, found[0])
+        by_spoke = values.reindex(pd.MultiIndex.from_tuples(spokes)).to_numpy()
+        return np.append(by_spoke, by_spoke[0])
 
     for model in models:
-        mine = means[means["model"] == model]
-        look = looks(models)[model]
-        axes.plot(around, closed(mine, "value"), **look, markersize=4.5, linewidth=1.4, label=model, clip_on=False)
-        band = closed(mine, "low"), closed(mine, "high")
-        axes.fill_between(around, *band, color=look["color"], alpha=0.13, linewidth=0)
+        part = means[means["model"] == model]
+        style = looks(models)[model]
+        axes.plot(around, closed(part, "value"), **style, markersize=4.5, linewidth=1.4, label=model, clip_on=False)
+        band = closed(part, "low"), closed(part, "high")
+        axes.fill_between(around, *band, color=style["color"], alpha=0.13, linewidth=0)
     axes.plot(around, closed(means, "chance"), color="black", linewidth=0.9, linestyle=":", label="chance")
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
@@ -118,8 +135,8 @@ def _name_spokes(axes: Any, spokes: list[tuple[str, str]], angles: np.ndarray) -
         axes.text(angle, 1.13, readable(subset), ha=side, va="center", **style)
     reach = 0.8 * np.pi / len(spokes)
     for objective in names:
-        mine = angles[[one == objective for one, _ in spokes]]
-        arc = np.linspace(mine[0] - reach, mine[-1] + reach, 100)
+        spokes_at = angles[[name == objective for name, _ in spokes]]
+        arc = np.linspace(spokes_at[0] - reach, spokes_at[-1] + reach, 100)
         style = {"color": palette[objective], "linewidth": 3, "clip_on": False}
         axes.plot(arc, np.full(100, 1.06), label=f"{objective} subsets", **style)
 
@@ -132,10 +149,19 @@ def refuse_respond(
     family: str | None = None,
     level: float | None = None,
 ) -> "Figure":
-    """Accuracy where refusing is right against accuracy where responding is right, one point a model.
+    """Accuracy where refusing is right against accuracy where responding is right, with one point per model.
 
-    From the measures "refusing" and "responding" of `StudyResult.accuracy` (share of items). A model that treats all
-    requests alike, one that always refuses for instance, stands on the broken line. `ax` holds one objective's panel.
+    Draws the measures "refusing" and "responding" of `StudyResult.accuracy` (share of items). A model that treats all
+    requests alike, for example one that always refuses, is on the dashed line. An `ax` holds the panel of one
+    objective: select it with `objective`.
+
+    Examples:
+        >>> rows = [("refusing", 0.9, 0.8, 1.0, 50), ("responding", 0.6, 0.5, 0.7, 40)]
+        >>> table = pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"])
+        >>> table = table.assign(model="mixed", objective="harmless")
+        >>> print(refuse_respond(table).axes[0].get_title())
+        harmless pairs
+        refusing (n = 50), responding (n = 40)
     """
     rows = Rows.of(table, "accuracy", ("model", "objective", "measure", *INTERVAL), family=family, level=level)
     means = rows.where(objective=objective).means(("model", "objective", "measure"))
@@ -146,7 +172,7 @@ def refuse_respond(
     if not shared:
         raise OptionError(
             "table: expected the measures 'refusing' and 'responding' of a model, got "
-            f"{rows.names('measure')}. Pairs have them whose subsets StudyOptions(refuse=..., respond=...) names."
+            f"{rows.names('measure')}. Name the subsets of the pairs in StudyOptions(refuse=..., respond=...)."
         )
     objectives, models = (list(dict.fromkeys(names)) for names in zip(*shared, strict=True))
     canvas = Canvas.of(ax, len(objectives), height=3.9, columns=2, choose="objective=")
@@ -180,9 +206,16 @@ def comparisons(
     family: str | None = None,
     level: float | None = None,
 ) -> "Figure":
-    """Accuracy of the mixed model minus that of each specialist, paired by item. From `StudyResult.comparisons`.
+    """The accuracy of the mixed model minus that of each specialist, paired by item. Draws `StudyResult.comparisons`.
 
-    One row an objective and subset; "all" is all its pairs.
+    There is one row per objective and subset; "all" is all pairs of the objective.
+
+    Examples:
+        >>> from rmtension import StudyOptions, TensionStudy
+        >>> models = dict.fromkeys(("helpful", "harmless", "mixed"), head)
+        >>> result = TensionStudy(models, pairs, options=StudyOptions(analyses=("accuracy",))).run(progress=False)
+        >>> comparisons(result, objective="helpful").axes[0].get_xlabel()
+        'difference in accuracy (share of items)'
     """
     columns = ("first", "second", "objective", "subset", "difference", "low", "high")
     rows = Rows.of(table, "comparisons", columns, family=family, level=level).where(objective=objective)
@@ -202,7 +235,18 @@ def comparisons(
 def transferability(
     table: Source, ax: "Axes | None" = None, *, family: str | None = None, level: float | None = None
 ) -> "Figure":
-    """T beside the mixed model's accuracy, their difference, and the Jaccards. From `StudyResult.transferability`."""
+    """Transferability T, the mixed model's accuracy, their difference, and the Jaccard indices.
+
+    Draws `StudyResult.transferability`.
+
+    Examples:
+        >>> from rmtension import StudyOptions, TensionStudy
+        >>> models = dict.fromkeys(("helpful", "harmless", "mixed"), head)
+        >>> study = TensionStudy(models, pairs, options=StudyOptions(analyses=("transferability",)))
+        >>> print(transferability(study.run(progress=False)).get_suptitle())
+        Transferability and accuracy of the mixed model
+        95% intervals
+    """
     rows = Rows.of(table, "transferability", ("objective", "quantity", *INTERVAL), family=family, level=level)
     means = rows.means(("objective", "quantity"))
     canvas = Canvas.of(ax, height=row_height(means["quantity"].nunique(), means["objective"].nunique()))
@@ -214,11 +258,11 @@ def transferability(
     axes.axvline(0, color="black", linewidth=0.8)
     keep_within(axes, -1.0, 1.0)
     axes.set_xlabel("share of items")
-    return canvas.finish(rows.title("Transferability beside the mixed model's accuracy"))
+    return canvas.finish(rows.title("Transferability and accuracy of the mixed model"))
 
 
 def _named(rows: pd.DataFrame, column: str) -> list[str]:
-    """The rows' objectives and what `column` says, each with its n."""
+    """Labels of the rows: objective, value of `column`, and n."""
     return [
         sized(f"{objective}: {readable(name)}", n)
         for objective, name, n in zip(rows["objective"], rows[column], rows["n"], strict=True)

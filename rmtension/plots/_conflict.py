@@ -1,4 +1,4 @@
-"""Picture of what one model's neurons do to the margins of both objectives."""
+"""Figure of the contributions of one model's neurons to the margins of both objectives."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colour: with each other, against each other, or one objective alone. Direction: where the marker points.
+# The colour tells whether a neuron moves both margins alike, in opposite directions, or one alone; the marker points
+# in the direction of the effect.
 _LOOKS = {
     "both up": ("#009E73", "^"),
     "both down": ("#009E73", "v"),
@@ -26,12 +27,18 @@ _LOOKS = {
 
 
 def conflict_scatter(report: ConflictReport, ax: "Axes | None" = None) -> "Figure":
-    """Every neuron's contribution to helpful margins against that to harmless ones. From `neurons.conflict`.
+    """The contribution of every neuron to harmless margins against its contribution to helpful margins.
 
-    To the right and up: neurons that support the margins.
+    Draws the `ConflictReport` of `neurons.conflict`. Neurons to the right and at the top support the margins. Colours
+    and markers show the classes, with their numbers of neurons. Neurons of a class other than "none" have Student's
+    intervals over prompts at the report's level.
 
-    Colours and markers: classes, with their numbers of neurons. Neurons of a class other than "none" have intervals at
-    the report's level: Student's, over prompts.
+    Examples:
+        >>> from rmtension.neurons import conflict
+        >>> attribution = NeuronAttribution(head, "gradient_x_activation")
+        >>> report = conflict(*(attribution.per_pair(pairs[name]) for name in ("helpful", "harmless")))
+        >>> print(conflict_scatter(report).get_suptitle().splitlines()[0])
+        Contributions to helpful and harmless margins: mlp, gradient x activation
     """
     canvas = Canvas.of(ax, height=4.6)
     axes = canvas.panels[0]
@@ -41,17 +48,17 @@ def conflict_scatter(report: ConflictReport, ax: "Axes | None" = None) -> "Figur
     }
     counts = report.counts()
     for name in CLASSES.values():
-        mine = report.table["class"] == name
-        if not mine.any():
+        in_class = report.table["class"] == name
+        if not in_class.any():
             continue
         color, marker = _LOOKS[name]
-        x, y = (report.table.loc[mine, one].to_numpy() for one in OBJECTIVES)
+        x, y = (report.table.loc[in_class, one].to_numpy() for one in OBJECTIVES)
         style: dict[str, Any] = {"linestyle": "", "marker": marker, "color": color, "label": f"{name} ({counts[name]})"}
         if name == "none":
-            # Tens of thousands of points: pixels, also in a vector file.
+            # There can be tens of thousands of points, so they are drawn as pixels even in a vector file.
             axes.errorbar(x, y, markersize=2.5, alpha=0.5, markeredgewidth=0, zorder=1, rasterized=True, **style)
         else:
-            x_reach, y_reach = (reach[one][mine].to_numpy() for one in OBJECTIVES)
+            x_reach, y_reach = (reach[one][in_class].to_numpy() for one in OBJECTIVES)
             axes.errorbar(x, y, xerr=x_reach, yerr=y_reach, markersize=5, elinewidth=0.7, zorder=3, **style)
     for line in (axes.axhline, axes.axvline):
         line(0, color="black", linewidth=0.8, zorder=2)

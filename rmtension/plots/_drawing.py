@@ -1,4 +1,4 @@
-"""What every picture is drawn with: figures without pyplot, colours, dots with intervals, legends outside."""
+"""Shared parts of all figures: figures without pyplot, colours, dots with intervals, legends outside."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 WIDTH = 8.0
 GREY = "#8A8A8A"
 _SMALL = 8.5
-# About as many characters of small text as fit in an inch.
+# About the number of characters of small text in an inch.
 _CHARACTERS = 13
-# Okabe and Ito's palette: told apart with any colour vision.
+# The palette of Okabe and Ito, which people with any colour vision can tell apart.
 _PALETTE = ("#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#D55E00", "#009E73", "#F0E442")
 _COLOURS = {
     "helpful": "#0072B2",
@@ -42,27 +42,27 @@ _MARKERS = "osD^vPX*"
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour for every name: the study's own names always have the same."""
+    """A colour per name; names of models and sets in a study always have the same colour."""
     others = [name for name in names if name not in _COLOURS]
-    return _COLOURS | {name: _PALETTE[place % len(_PALETTE)] for place, name in enumerate(others)}
+    return _COLOURS | {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(others)}
 
 
 def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of every name: colour is not all that tells them apart."""
+    """Colour and marker per name, so that names differ in more than colour."""
     palette = colours(names)
     return {
-        name: {"color": palette[name], "marker": _MARKERS[place % len(_MARKERS)]} for place, name in enumerate(names)
+        name: {"color": palette[name], "marker": _MARKERS[index % len(_MARKERS)]} for index, name in enumerate(names)
     }
 
 
 def readable(name: object) -> str:
-    """A name of a column or score in words."""
+    """The name of a column or score, with spaces for underscores."""
     return str(name).replace("_", " ")
 
 
 @dataclass(frozen=True, eq=False)
 class Canvas:
-    """A figure and its panels; `own` unless the user gave the axis."""
+    """A figure and its panels; `own` is False if the user gave the axis."""
 
     figure: "Figure"
     panels: "list[Axes]"
@@ -82,13 +82,13 @@ class Canvas:
         choose: str = "",
         polar: bool = False,
     ) -> "Canvas":
-        """`n` panels of `height` inches in rows of `columns`, or the one axis that was given."""
+        """`n` panels of `height` inches in rows of `columns`, or the axis that was given."""
         if ax is not None:
             if n != 1:
                 raise OptionError(f"ax: one axis holds one panel, and there are {n}; choose one with {choose}.")
             if polar != (ax.name == "polar"):
                 kind = "a polar axis (projection='polar')" if polar else "an axis with straight coordinates"
-                raise OptionError(f"ax: expected {kind}, got a {ax.name} one.")
+                raise OptionError(f"ax: expected {kind}, got a {ax.name} axis.")
             owner: Any = ax.figure
             return cls(owner, [ax], 1, own=False)
         try:
@@ -97,7 +97,7 @@ class Canvas:
             raise OptionError('plots: needs matplotlib. Run `pip install "rmtension[viz]"`.') from error
         columns = min(columns, n)
         rows = ceil(n / columns)
-        # Not pyplot: no global state, no window, and the figure goes away with its last reference.
+        # Without pyplot there is no global state and no window, and the figure is freed with its last reference.
         figure = ShownFigure(figsize=(WIDTH, rows * height + 1.1), layout="constrained")
         kind_of: dict[str, Any] = {"polar": True} if polar else {}
         grid = figure.subplots(rows, columns, squeeze=False, sharex=share_x, sharey=share_y, subplot_kw=kind_of)
@@ -107,15 +107,15 @@ class Canvas:
         return cls(figure, panels[:n], columns, own=True)
 
     def left(self, number: int) -> bool:
-        """Whether a panel stands at the left edge, where names are."""
+        """Whether a panel is at the left edge, where labels are drawn."""
         return number % self.columns == 0
 
     def bottom(self, number: int) -> bool:
-        """Whether no panel stands below this one."""
+        """Whether there is no panel below this one."""
         return number + self.columns >= len(self.panels)
 
     def finish(self, title: str, names: Sequence[str] = (), *, legend: str | None = None) -> "Figure":
-        """Title above all panels with their `names`, and one legend outside of them, for all that is labelled."""
+        """Add the title, the panels' `names`, and one legend for everything that is labelled, outside the panels."""
         marks: dict[str, Any] = {}
         for number, axes in enumerate(self.panels):
             axes.tick_params(labelsize=_SMALL)
@@ -124,7 +124,7 @@ class Canvas:
             if axes.name != "polar":
                 axes.spines[["top", "right"]].set_visible(False)
                 if self.own and self.bottom(number):
-                    # Shared scales leave out the numbers of a panel that has none of its own below it.
+                    # With a shared scale, matplotlib leaves out the numbers even if there is no panel below.
                     axes.tick_params(labelbottom=True)
             handles, labels = axes.get_legend_handles_labels()
             marks |= {label: handle for label, handle in zip(labels, handles, strict=True) if label not in marks}
@@ -145,15 +145,15 @@ class Canvas:
             axes.set_title(name, fontsize=9.5)
 
     def _head_given(self, title: str, names: Sequence[str]) -> None:
-        """The title in lines no wider than the axis, as far as its width is known before the layout."""
+        """Set the title in lines no wider than the axis, whose width before the layout is approximate."""
         axes = self.panels[0]
         wide = max(20, int(axes.get_window_extent().width / self.figure.dpi * _CHARACTERS))
         lines = [part for line in (*title.split("\n"), *names) for part in wrap(line, wide)]
-        # Around a circle there are names.
+        # A polar axis has labels around the circle, which need room.
         axes.set_title("\n".join(lines), fontsize=9, pad=20 if axes.name == "polar" else None)
 
     def _legend_given(self, marks: dict[str, Any], legend: str | None) -> None:
-        """The legend below the axis and its label: beside it, it would take the width of narrow axes."""
+        """Draw the legend below the axis and its label; next to it, the legend would take the width of narrow axes."""
         from matplotlib.transforms import ScaledTranslation
 
         axes = self.panels[0]
@@ -164,19 +164,19 @@ class Canvas:
 
 
 def _legend(marks: Mapping[str, Any], width: float, title: str | None) -> dict[str, Any]:
-    """The look of a legend that fits in `width` inches."""
+    """Keyword arguments of a legend that fits in `width` inches."""
     columns = len(marks)
-    # Names share a column's width; a mark takes about as much room as 6 characters.
+    # All columns have the width of the longest name; a mark takes about as much room as 6 characters.
     while columns > 1 and columns * 6 + sum(sorted(map(len, marks))[-columns:]) > _CHARACTERS * width:
         columns -= 1
-    # As even as so many rows can be.
+    # Fill the rows as evenly as possible.
     columns = ceil(len(marks) / ceil(len(marks) / columns)) if marks else 1
     style = {"frameon": False, "fontsize": _SMALL, "title": title, "title_fontsize": _SMALL}
     return style | {"ncols": columns, "columnspacing": 1.4}
 
 
 def name_rows(axes: "Axes", labels: Sequence[str]) -> None:
-    """Rows from top to bottom with their names, every other one on grey."""
+    """Label the rows from top to bottom, and shade every other row grey."""
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -187,12 +187,12 @@ def name_rows(axes: "Axes", labels: Sequence[str]) -> None:
 
 
 def row_height(groups: int, series: int) -> float:
-    """Inches for that many rows with that many marks each."""
+    """The height in inches of `groups` rows with `series` marks each."""
     return 0.5 + groups * max(0.32, 0.14 * series + 0.06)
 
 
 def offsets(n: int) -> np.ndarray:
-    """Where `n` marks stand about the middle of their row."""
+    """Vertical offsets of `n` marks around the middle of their row."""
     return (np.arange(n) - (n - 1) / 2) * 0.66 / max(n, 3)
 
 
@@ -203,17 +203,17 @@ def series(
     by: str,
     labels: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
-    """One row for each value of `keys`, one series of dots for each value of `by`; returns the rows in their order.
+    """Draw one row per value of `keys` and one series of dots per value of `by`; returns the rows in their order.
 
-    `labels` are the series' names in the legend.
+    `labels` are the names of the series in the legend.
     """
     rows = means.drop_duplicates(list(keys)).reset_index(drop=True)
     order = [tuple(row) for row in rows[list(keys)].to_numpy()]
     names = list(dict.fromkeys(means[by]))
     for name, shift in zip(names, offsets(len(names)), strict=True):
-        mine = means[means[by] == name]
-        places = np.array([order.index(tuple(row)) for row in mine[list(keys)].to_numpy()]) + shift
-        dots(axes, mine, places, label=name if labels is None else labels[name], **looks(names)[name])
+        part = means[means[by] == name]
+        places = np.array([order.index(tuple(row)) for row in part[list(keys)].to_numpy()]) + shift
+        dots(axes, part, places, label=name if labels is None else labels[name], **looks(names)[name])
     return rows
 
 
@@ -227,7 +227,7 @@ def dots(
     label: str | None = None,
     hollow: bool = False,
 ) -> None:
-    """The estimates of `Rows.means` in rows at `places`, with intervals; single seeds faintly."""
+    """Draw the estimates of `Rows.means` in rows at `places`, with intervals; single seeds are faint."""
     for place, each in zip(places, means["each"], strict=True):
         if len(each) > 1:
             _faint(axes, each, [place] * len(each), color=color, marker=marker)
@@ -238,7 +238,7 @@ def dots(
 
 
 def point(axes: "Axes", across: pd.DataFrame, up: pd.DataFrame, *, color: str, marker: str, label: str) -> None:
-    """One estimate in a plane with both intervals; single seeds faintly. Both frames are one row of `Rows.means`."""
+    """Draw one estimate in a plane with both intervals; single seeds are faint. Each frame is a row of `Rows.means`."""
     each = across["each"].iloc[0], up["each"].iloc[0]
     if len(each[0]) > 1:
         _faint(axes, *each, color=color, marker=marker)
@@ -249,7 +249,7 @@ def point(axes: "Axes", across: pd.DataFrame, up: pd.DataFrame, *, color: str, m
 
 
 def keep_within(axes: "Axes", low: float, high: float) -> None:
-    """Cut the scale at what the quantity can be: intervals of differences over few seeds reach further."""
+    """Limit the scale to the range of the quantity, which intervals of differences over few seeds can exceed."""
     left, right = axes.get_xlim()
     axes.set_xlim(max(left, low - 0.02), min(right, high + 0.02))
 
@@ -261,6 +261,6 @@ def _faint(axes: "Axes", x: Sequence[float], y: Sequence[float], *, color: str, 
 
 
 def _reach(means: pd.DataFrame) -> np.ndarray:
-    """How far the intervals extend below and above the values, as `errorbar` takes it."""
+    """The extent of the intervals below and above the values, in the format of `errorbar`."""
     below, above = means["value"] - means["low"], means["high"] - means["value"]
     return np.array([below.clip(lower=0), above.clip(lower=0)])

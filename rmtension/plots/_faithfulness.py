@@ -1,4 +1,4 @@
-"""Pictures of how well scores predict ablation: neuron by neuron, and for sets of growing size."""
+"""Figures of how well scores predict the effects of ablation: single neurons, and sets of growing size."""
 
 from collections.abc import Sequence
 from math import ceil, floor, log10
@@ -19,27 +19,34 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BLUE = "#0072B2"
-# Magnitudes of more than two decades, without the tenth that is next to nothing, get symmetric-log axes.
+# Effects whose magnitudes span more than two decades, without the smallest tenth, get symmetric-log axes.
 _DECADES, _NEXT_TO_NOTHING = 2, 0.1
 _LAYERS_IN_LEGEND = 7
-# Inches, by number of panels: one or two are wider than three in a row.
+# Height in inches by number of panels: one or two panels are wider than three in a row.
 _HEIGHT = {1: 4.4, 2: 3.4}
 
 
 def faithfulness_scatter(
     result: Faithfulness, ax: "Axes | None" = None, *, methods: str | Sequence[str] | None = None
 ) -> "Figure":
-    """Predicted against true effect of taking out each neuron, a panel a method, coloured by layer.
+    """The true effect of ablating each neuron against the predicted effect, with one panel per method.
 
-    From `attribution.faithfulness`. An effect below 0 is that of a neuron that supports the margin. Scores without a
-    direction are drawn against magnitudes of true effects, as they are compared. `methods` chooses panels, and their
-    order; `ax` holds one.
+    Draws the result of `attribution.faithfulness`, coloured by layer. A neuron with an effect below 0 supports the
+    margin. Scores without a sign are drawn against magnitudes of true effects. `methods` selects the panels and their
+    order; an `ax` holds one panel.
+
+    Examples:
+        >>> from rmtension.attribution import faithfulness
+        >>> result = faithfulness(head, scores, pairs["helpful"], set_fractions=(), progress=False)
+        >>> print(faithfulness_scatter(result).axes[0].get_title())
+        gradient x activation (n = 48)
+        Spearman 1.00 [1.00, 1.00]
     """
     shown = _chosen(result, methods)
     canvas = Canvas.of(ax, len(shown), height=_HEIGHT.get(len(shown), 2.7), choose="methods=")
     summary = result.summary.set_index("method").to_dict("index")
     signed = [_signed(result, method) for method in shown]
-    # In order of layers, the last would hide the others.
+    # Shuffled, because in the order of layers the last layer would hide the others.
     neurons = result.neurons.sample(frac=1, random_state=0)
     linear = _linear_within(neurons[["effect", *shown]].to_numpy())
     note = "" if linear is None else f"\nboth symmetric log beyond $\\pm10^{{{round(log10(linear))}}}$"
@@ -48,12 +55,12 @@ def faithfulness_scatter(
     for number, (axes, method) in enumerate(zip(canvas.panels, shown, strict=True)):
         what, true = ("effect", neurons["effect"]) if signed[number] else ("|effect|", neurons["effect"].abs())
         color = [palette[layer] for layer in neurons["layer"]]
-        # Tens of thousands of points: pixels, also in a vector file.
+        # There can be tens of thousands of points, so they are drawn as pixels even in a vector file.
         axes.scatter(neurons[method], true, s=9, c=color, linewidths=0, alpha=0.6, rasterized=True)
         for layer in _some(list(palette)):
             axes.plot([], [], "o", markersize=4.5, color=palette[layer], label=f"layer {layer}")
         _scales(axes, linear)
-        # Labels once for panels in a row or column, unless these show different things.
+        # Panels in a row or column share a label, unless they show different quantities.
         if canvas.left(number) or signed[number - 1] != signed[number]:
             axes.set_ylabel(f"true {what} (reward units){note}")
         if canvas.bottom(number) or signed[number + canvas.columns] != signed[number]:
@@ -62,22 +69,30 @@ def faithfulness_scatter(
         ends = row["spearman_low"], row["spearman_high"]
         interval = f"Spearman {with_interval(row['spearman'], *ends, form='.2f')}"
         names.append(_name(method, (row["n"], row["n"]), 29 * 3 // min(len(shown), 3), interval))
-    title = _title(result, "Predicted and true effects of taking out single neurons")
+    title = _title(result, "Predicted and true effects of ablating single neurons")
     return canvas.finish(f"{title}\nBelow 0: the neuron supports the margin; above 0: it opposes the margin", names)
 
 
 def faithfulness_sets(
     result: Faithfulness, ax: "Axes | None" = None, *, methods: str | Sequence[str] | None = None
 ) -> "Figure":
-    """The true effect of ablating a method's top sets, against their size, a panel a method.
+    """The true effect of ablating a method's top sets against their size, with one panel per method.
 
-    From `attribution.faithfulness`. Beside it the sum of the effects predicted for the single neurons, and random sets
-    of equal size: their mean, and a band from the smallest to the largest effect. Magnitudes, of scores without a
-    direction, are summed either way. `methods` chooses panels, and their order; `ax` holds one.
+    Draws the result of `attribution.faithfulness`, with the sum of the effects predicted for the single neurons, and
+    with random sets of equal size: their mean, and a band from the smallest to the largest effect. The magnitudes of
+    scores without a sign are summed and drawn with both signs. `methods` selects the panels and their order; an `ax`
+    holds one panel. Raises `OptionError` if no sets were ablated.
+
+    Examples:
+        >>> from rmtension.attribution import faithfulness
+        >>> sizes = {"set_fractions": (0.05, 0.1), "n_random": 2}
+        >>> result = faithfulness(head, scores, pairs["helpful"], **sizes, progress=False)
+        >>> print(faithfulness_sets(result).axes[0].get_xlabel())
+        neurons ablated together
     """
     if result.sets.empty:
         raise OptionError(
-            "result: expected sets, and none were ablated. Run faithfulness with a replacement other than "
+            "result: expected sets, but none were ablated. Run faithfulness with a replacement other than "
             "OtherResponse(), and shares of all neurons such as set_fractions=(0.01, 0.1)."
         )
     shown = _chosen(result, methods)
@@ -88,9 +103,9 @@ def faithfulness_sets(
     ticks = _apart(sizes, np.log(sizes), 0.15 * float(np.ptp(np.log(sizes))))
     names = []
     for number, (axes, method) in enumerate(zip(canvas.panels, shown, strict=True)):
-        mine = result.sets[result.sets["method"] == method].sort_values("size")
+        part = result.sets[result.sets["method"] == method].sort_values("size")
         signed = _signed(result, method)
-        _sets(axes, mine, (1,) if signed else (1, -1))
+        _sets(axes, part, (1,) if signed else (1, -1))
         axes.axhline(0, color="black", linewidth=0.8, zorder=1)
         axes.grid(color="#E8E8E8", linewidth=0.6)
         axes.set_axisbelow(True)
@@ -102,17 +117,17 @@ def faithfulness_sets(
             axes.set_ylabel("effect on the mean margin\n(reward units)")
         if canvas.bottom(number):
             axes.set_xlabel("neurons ablated together")
-        n = (int(mine["n"].min()), int(mine["n"].max()))
+        n = (int(part["n"].min()), int(part["n"].max()))
         names.append(
             _name(method, n, 32 * 3 // min(len(shown), 3), "" if signed else "no direction: ± sum of magnitudes")
         )
     return canvas.finish(_title(result, "Effect of ablating top sets"), names)
 
 
-def _sets(axes: "Axes", mine: pd.DataFrame, signs: tuple[int, ...]) -> None:
-    """One method's sets with intervals, sums of predictions times each of `signs`, and random sets."""
-    size = mine["size"].to_numpy()
-    drawn = mine[mine["n_random"] > 0]
+def _sets(axes: "Axes", part: pd.DataFrame, signs: tuple[int, ...]) -> None:
+    """Draw the sets of one method with intervals, sums of predictions times each of `signs`, and random sets."""
+    size = part["size"].to_numpy()
+    drawn = part[part["n_random"] > 0]
     if len(drawn):
         draws = count(int(drawn["n_random"].min()), int(drawn["n_random"].max()))
         label = f"random sets: mean, smallest and largest of {draws}"
@@ -120,7 +135,7 @@ def _sets(axes: "Axes", mine: pd.DataFrame, signs: tuple[int, ...]) -> None:
             drawn["size"], drawn["random_min"], drawn["random_max"], color=GREY, alpha=0.35, linewidth=0, label=label
         )
         axes.plot(drawn["size"], drawn["random"], color=GREY, linewidth=1.2, label="_random")
-        # Of a single size a band and a line are nothing.
+        # For a single size a band and a line are invisible, so draw a bar too.
         span = np.stack([drawn["random"] - drawn["random_min"], drawn["random_max"] - drawn["random"]]).clip(min=0)
         axes.errorbar(
             drawn["size"], drawn["random"], yerr=span, fmt="s", markersize=3, color=GREY, elinewidth=1, capsize=0,
@@ -128,10 +143,10 @@ def _sets(axes: "Axes", mine: pd.DataFrame, signs: tuple[int, ...]) -> None:
         )  # fmt: skip
     for sign in signs:
         axes.plot(
-            size, sign * mine["predicted"], "--x", color=_BLUE, linewidth=1.3, markersize=5,
+            size, sign * part["predicted"], "--x", color=_BLUE, linewidth=1.3, markersize=5,
             label="sum of predicted effects" if sign == 1 else "_turned",
         )  # fmt: skip
-    effect, low, high = (mine[one].to_numpy() for one in ("effect", "low", "high"))
+    effect, low, high = (part[name].to_numpy() for name in ("effect", "low", "high"))
     axes.errorbar(
         size, effect, yerr=np.stack([effect - low, high - effect]).clip(min=0), marker="o", markersize=4, color=_BLUE,
         capsize=2.5, linewidth=1.4, elinewidth=1.1, label="true effect", zorder=3,
@@ -139,7 +154,7 @@ def _sets(axes: "Axes", mine: pd.DataFrame, signs: tuple[int, ...]) -> None:
 
 
 def _chosen(result: Faithfulness, methods: str | Sequence[str] | None) -> list[str]:
-    """The methods to show, each once."""
+    """The methods to show, without repetition."""
     known = [str(method) for method in result.summary["method"]]
     chosen = known if methods is None else [methods] if isinstance(methods, str) else list(dict.fromkeys(methods))
     wrong = [method for method in chosen if method not in known]
@@ -149,7 +164,7 @@ def _chosen(result: Faithfulness, methods: str | Sequence[str] | None) -> list[s
 
 
 def _signed(result: Faithfulness, method: str) -> bool:
-    """Whether a method's scores were compared with effects, not with their magnitudes."""
+    """Whether the scores of a method have a sign, and so were compared with effects instead of magnitudes."""
     return bool(result.summary.set_index("method")["sign_agreement"].notna()[method])
 
 
@@ -163,14 +178,14 @@ def _title(result: Faithfulness, what: str) -> str:
 
 
 def _name(method: str, n: tuple[int, int], wide: int, more: str) -> str:
-    """A panel's title, in lines of `wide` characters, so that they fit above it."""
-    # The number stays whole.
+    """The title of a panel, in lines of at most `wide` characters that fit above it."""
+    # Keep "n = 48" on one line.
     lines = wrap(sized(readable(method), n).replace(" = ", "\xa0=\xa0"), wide)
     return "\n".join([*(line.replace("\xa0", " ") for line in lines), *([more] if more else [])])
 
 
 def _linear_within(values: np.ndarray) -> float | None:
-    """Where symmetric-log axes are linear, a power of ten; None where linear axes show all values well."""
+    """The linear range of symmetric-log axes, a power of ten; None if linear axes show all values well."""
     sizes = np.abs(values[values != 0])
     if not sizes.size:
         return None
@@ -179,7 +194,7 @@ def _linear_within(values: np.ndarray) -> float | None:
 
 
 def _scales(axes: "Axes", linear: float | None) -> None:
-    """The same scale both ways, and the line on which predictions are right."""
+    """Set the same scale on both axes, and draw the line of exact predictions."""
     if linear is not None:
         axes.set_xscale("symlog", linthresh=linear)
         axes.set_yscale("symlog", linthresh=linear)
@@ -199,7 +214,7 @@ def _scales(axes: "Axes", linear: float | None) -> None:
 
 
 def _powers(transform: Any, low: float, high: float, linear: float, apart: float) -> list[float]:
-    """Zero and powers of ten either way, at least a share of the scale apart."""
+    """Zero and positive and negative powers of ten, at least a share `apart` of the scale apart."""
     first, last = round(log10(linear)), floor(log10(max(-low, high)))
     powers = np.array([0.0, *(10.0**power for power in range(min(first, last), last + 1))])
     places = transform.transform(powers)
@@ -208,7 +223,7 @@ def _powers(transform: Any, low: float, high: float, linear: float, apart: float
 
 
 def _apart(values: np.ndarray, places: np.ndarray, least: float) -> list[float]:
-    """The first of ascending values, and each that stands this far or further from the one kept before."""
+    """The first of ascending values, and each value whose place is at least `least` from the last kept value."""
     kept = [0]
     for number in range(1, len(values)):
         if places[number] - places[kept[-1]] >= least:
@@ -217,15 +232,15 @@ def _apart(values: np.ndarray, places: np.ndarray, least: float) -> list[float]:
 
 
 def _by_layer(layers: pd.Series) -> dict[int, Any]:
-    """A colour for every layer, from early to late."""
+    """A colour per layer, from early to late."""
     from matplotlib import colormaps
 
     each = sorted({int(layer) for layer in layers})
-    # Told apart with any colour vision; its end is too pale on white.
+    # Viridis works for any colour vision; its end is left out because it is too pale on white.
     return dict(zip(each, colormaps["viridis"](np.linspace(0, 0.85, len(each))), strict=True))
 
 
 def _some(layers: list[int]) -> list[int]:
-    """Layers for the legend, evenly from the first to the last."""
+    """Layers for the legend, evenly spaced from the first to the last."""
     places = np.linspace(0, len(layers) - 1, min(len(layers), _LAYERS_IN_LEGEND)).round().astype(int)
     return [layers[place] for place in places]

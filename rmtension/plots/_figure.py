@@ -1,4 +1,4 @@
-"""The figures of `rmtension.plots`, which a notebook shows; imports matplotlib."""
+"""The figure class of `rmtension.plots`, which notebooks display; this module imports matplotlib."""
 
 from io import BytesIO
 
@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 
 class ShownFigure(Figure):
-    """A figure that is a picture in a notebook, also where pyplot, which would see to that, was never used."""
+    """A figure that notebooks display as a picture even if pyplot, which usually arranges that, is not imported."""
 
     def _repr_png_(self) -> bytes:
         with BytesIO() as file:

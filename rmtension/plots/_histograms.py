@@ -1,4 +1,4 @@
-"""Pictures of how sure the models are: centred rewards, and margins on all pairs and on those all rank correctly."""
+"""Figures of confidence: centred rewards, and margins on all pairs and on pairs that all models rank correctly."""
 
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -32,9 +32,16 @@ def confidence(
     family: str | None = None,
     level: float | None = None,
 ) -> "Figure":
-    """Mean margins, on all pairs and on those that all models rank correctly. From `StudyResult.confidence`.
+    """Mean margins on all pairs, and on the pairs that all models rank correctly. Draws `StudyResult.confidence`.
 
-    `quantity` is "margin_in_spreads" (comparable between models), "margin", or "probability".
+    `quantity` is "margin_in_spreads" (comparable between models), "margin" or "probability".
+
+    Examples:
+        >>> from rmtension import StudyOptions, TensionStudy
+        >>> models = dict.fromkeys(("helpful", "harmless", "mixed"), head)
+        >>> result = TensionStudy(models, pairs, options=StudyOptions(analyses=("confidence",))).run(progress=False)
+        >>> confidence(result).axes[0].get_xlabel()
+        "mean margin (standard deviations of the model's rewards)"
     """
     columns = ("model", "objective", "pairs", "quantity", "value", "low", "high")
     rows = Rows.of(table, "confidence", columns, family=family, level=level).where(quantity=quantity)
@@ -59,10 +66,16 @@ def distributions(
     pairs: str = "all",
     family: str | None = None,
 ) -> "Figure":
-    """Centred rewards of chosen and rejected responses, a panel a model and objective. From `StudyResult.rewards`.
+    """Histograms of the centred rewards of chosen and rejected responses, with one panel per model and objective.
 
-    `pairs` is "all", or "all models correct". `ax` holds one panel: choose it with `model` and `objective`. Filled: all
-    seeds together; lines: each seed.
+    Draws `StudyResult.rewards`. `pairs` is "all" or "all models correct". Filled bars show all seeds together, lines
+    single seeds. An `ax` holds one panel: select it with `model` and `objective`.
+
+    Examples:
+        >>> from rmtension.evaluation import centred_rewards
+        >>> table = centred_rewards({"mixed": scored}).assign(objective="helpful")
+        >>> distributions(table).axes[0].get_title()
+        'mixed on helpful (n = 24)'
     """
     if pairs not in _PAIRS:
         raise OptionError(f"pairs: expected one of {list(_PAIRS)}, got {pairs!r}.")
@@ -76,16 +89,16 @@ def distributions(
     canvas = Canvas.of(ax, len(shown), height=2.2, columns=len(models), choose="model= and objective=")
     names = []
     for number, (axes, (on, one)) in enumerate(zip(canvas.panels, shown, strict=True)):
-        # One scale for a model, because its reward units are its own.
+        # One scale per model, because each model has its own reward units.
         whole = rows.frame.loc[rows.frame["model"] == one, list(_RESPONSES)].to_numpy()
-        mine = frame[(frame["model"] == one) & (frame["objective"] == on)]
-        _histograms(axes, mine, np.linspace(whole.min(), whole.max() + 1e-9, _BINS + 1))
+        part = frame[(frame["model"] == one) & (frame["objective"] == on)]
+        _histograms(axes, part, np.linspace(whole.min(), whole.max() + 1e-9, _BINS + 1))
         axes.axvline(0, color="black", linewidth=0.7, linestyle=":")
         if canvas.left(number):
             axes.set_ylabel("share of responses")
         if canvas.bottom(number):
             axes.set_xlabel("centred reward (model's units)")
-        sizes = mine.groupby("seed").size()
+        sizes = part.groupby("seed").size()
         names.append(sized(f"{one} on {on}", (int(sizes.min()), int(sizes.max())) if len(sizes) else (0, 0)))
     what = "all pairs" if pairs == "all" else "pairs that all models rank correctly"
     title = rows.title(
@@ -97,7 +110,7 @@ def distributions(
 
 
 def _histograms(axes: "Axes", frame: pd.DataFrame, edges: np.ndarray) -> None:
-    """Shares of the chosen and of the rejected responses in every bin, and each seed's where there are several."""
+    """Draw the shares of chosen and rejected responses per bin, and outlines per seed if there are several."""
     seeds = [part for _, part in frame.groupby("seed")]
     for kind in _RESPONSES:
         parts = [frame, *(seeds if len(seeds) > 1 else [])]

@@ -1,4 +1,4 @@
-"""The rows that a figure shows: those of one family, averaged over its seeds, and the level of their intervals."""
+"""The rows that a figure shows: one family, averaged over its seeds, with the level of the intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ INTERVAL = ("value", "low", "high")
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Some rows of one table, all of one family. `name` stands in titles where the table has several families.
+    """Rows of one table and one family. `name` is the family's name for titles, if the table has several families.
 
     `plain` rows are averaged without the spread between seeds.
     """
@@ -36,7 +36,7 @@ class Rows:
         family: str | None = None,
         level: float | None = None,
     ) -> "Rows":
-        """The rows of `family` in a study's table, or in a frame like it; raises `OptionError` without `columns`."""
+        """The rows of `family` in a study's table or a similar frame; raises `OptionError` if `columns` are missing."""
         if isinstance(source, StudyResult):
             frame, known = source.to_frame(table), source.summary["options"]["level"]
         elif isinstance(source, pd.DataFrame):
@@ -54,31 +54,31 @@ class Rows:
         if known is None and "level" in frame:
             known = float(frame["level"].iloc[0])
         if level is not None and known is not None and level != known:
-            raise OptionError(f"level: the intervals of this table are at {known:g}, got {level:g}. Leave it out.")
+            raise OptionError(f"level: the intervals of this table are at {known:g}, got {level:g}. Leave out level.")
         level = known or level or _LEVEL
         check_level(level)
-        # A frame that was made outside a study is about one family and one seed.
+        # A frame made outside a study is taken as one family with one seed.
         frame = frame.assign(**{one: 0 for one in ("family", "seed") if one not in frame})
         if "subset" in frame:
             # Pandas reads the name "None" from a CSV as a missing value.
             frame["subset"] = frame["subset"].fillna("None")
         names = list(dict.fromkeys(frame["family"]))
         if len(names) > 1 and family is None:
-            raise OptionError(f"family: this table is about several; choose one of {names}.")
-        found = cls(frame, level).where(family=family)
-        return replace(found, name=str(found.frame["family"].iloc[0])) if len(names) > 1 else found
+            raise OptionError(f"family: this table has several families; choose one of {names}.")
+        rows = cls(frame, level).where(family=family)
+        return replace(rows, name=str(rows.frame["family"].iloc[0])) if len(names) > 1 else rows
 
     def where(self, **chosen: object) -> "Rows":
-        """The rows with these values, column by column; None leaves a column as it is."""
+        """The rows with these values in these columns; None selects all rows."""
         frame = self.frame
         for column, value in chosen.items():
             if value is None:
                 continue
-            # As text: a CSV turns a family called "7" into a number.
-            found = frame[frame[column].astype(str) == str(value)]
-            if found.empty:
+            # Compared as text, because a CSV file turns a family called "7" into a number.
+            selected = frame[frame[column].astype(str) == str(value)]
+            if selected.empty:
                 raise OptionError(f"{column}: expected one of {self.names(column)}, got {value!r}.")
-            frame = found
+            frame = selected
         return replace(self, frame=frame)
 
     def names(self, column: str) -> list[str]:
@@ -87,20 +87,20 @@ class Rows:
 
     @property
     def n_seeds(self) -> int:
-        """How many seeds the family has here."""
+        """The number of seeds of the family in these rows."""
         return int(self.frame["seed"].nunique())
 
     def means(
         self, keys: Sequence[str], value: str = "value", low: str = "low", high: str = "high", extra: Sequence[str] = ()
     ) -> pd.DataFrame:
-        """One row for each value of `keys`: the mean over seeds as `value`, `low` and `high`, by `over_seeds`.
+        """One row per value of `keys`: the mean over seeds as `value`, `low`, `high`, by `StudyResult.over_seeds`.
 
-        `each` holds the seeds' values in a tuple, `n` the smallest and largest number of items where the table has it,
-        and columns of `extra` are averaged. Rows of one seed (draws) are averaged first. The rule is that of
-        `StudyResult.over_seeds`; `plain` rows have the mean ends of the seeds' intervals.
+        `each` is a tuple of the seeds' values, `n` the smallest and largest number of items if the table has them, and
+        the columns of `extra` are averaged. Rows of the same seed (draws) are averaged first. The ends of the interval
+        of `plain` rows are the means of the seeds' ends.
         """
         columns = list(dict.fromkeys([value, low, high, *extra]))
-        # Of one seed there are several rows only where it has draws.
+        # A seed has several rows only for draws.
         whole = self.frame.groupby([*keys, "seed"], sort=False, dropna=False)[columns].mean().reset_index()
         groups = (one.groupby(list(keys), sort=False, dropna=False) for one in (self.frame, whole))
         rows = []
@@ -111,8 +111,8 @@ class Rows:
                 row |= {"value": float(mean[value]), "low": float(mean[low]), "high": float(mean[high])}
             else:
                 centres, lows, highs = (per_seed[column].tolist() for column in (value, low, high))
-                found = pooled_over_seeds(centres, lows, highs, self.level, range_of(value, {**part.iloc[0]}))
-                row |= {"value": found.value, "low": found.low, "high": found.high}
+                pooled = pooled_over_seeds(centres, lows, highs, self.level, range_of(value, {**part.iloc[0]}))
+                row |= {"value": pooled.value, "low": pooled.low, "high": pooled.high}
             n = (int(part["n"].min()), int(part["n"].max())) if "n" in part else None
             rows.append(row | {"each": tuple(per_seed[value]), "n": n, "n_seeds": len(per_seed)})
         return pd.DataFrame(rows)
@@ -124,7 +124,7 @@ class Rows:
         seeds: str = "mean of {} seeds, single seeds faint",
         intervals: str = "{} intervals",
     ) -> str:
-        """Two lines: what is shown; how several seeds are, the level of the intervals, and `how` to read the rest."""
+        """A title of two lines: what is shown; how seeds are drawn, the level of the intervals, and notes in `how`."""
         parts = [
             seeds.format(self.n_seeds) if self.n_seeds > 1 else "",
             intervals.format(f"{100 * self.level:g}%"),
@@ -136,10 +136,10 @@ class Rows:
 
 
 def count(lowest: int, highest: int) -> str:
-    """A number of items or neurons, or its range over seeds."""
+    """A number of items or neurons, or its range over seeds, as text."""
     return str(lowest) if lowest == highest else f"{lowest}-{highest}"
 
 
 def sized(name: str, n: tuple[int, int] | None) -> str:
-    """A name with its number of items, where that is known."""
+    """A name with its number of items, if that is known."""
     return name if n is None else f"{name} (n = {count(*n)})"

@@ -1,4 +1,4 @@
-"""Pictures of top sets: where in the model they lie, and how far they coincide."""
+"""Figures of top sets: their depth in the model, and their overlap."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,17 @@ _LOOKS = {False: ("#0072B2", "o", "top sets"), True: ("#D55E00", "s", "without t
 
 
 def depth(table: Source, ax: "Axes | None" = None, *, score: str | None = None, family: str | None = None) -> "Figure":
-    """Share of every set in the early, middle and late third of the layers, a panel a score. `StudyResult.depth`.
+    """The share of every set in the early, middle and late third of the layers, with one panel per score.
 
-    Beside the bars: the number of neurons, or its range over seeds. Dots: where single seeds divide the bars. `ax`
-    holds one panel: choose it with `score`.
+    Draws `StudyResult.depth`. The number to the right of a bar is the number of neurons, or its range over seeds. Dots
+    show where single seeds divide the bars. An `ax` holds one panel: select it with `score`.
+
+    Examples:
+        >>> from rmtension.neurons import depth_thirds
+        >>> sets = {"helpful": neurons, "shared": organism.truth["shared"]}
+        >>> rows = [{"score": "true", "set": name, "size": len(one), **depth_thirds(one)} for name, one in sets.items()]
+        >>> [label.get_text() for label in depth(pd.DataFrame(rows)).axes[0].get_yticklabels()]
+        ['helpful', 'shared']
     """
     rows = Rows.of(table, "depth", ("score", "set", "size", *_THIRDS), family=family).where(score=score)
     scores, sets = rows.names("score"), rows.names("set")
@@ -38,21 +45,21 @@ def depth(table: Source, ax: "Axes | None" = None, *, score: str | None = None, 
             left = left + np.nan_to_num(width)
         if rows.n_seeds > 1:
             ends = shares[["early", "middle"]].cumsum(axis=1)
-            for place, name in enumerate(sets):
+            for row, name in enumerate(sets):
                 if name in ends.index.get_level_values("set"):
                     divided = ends.loc[[name]].to_numpy().ravel()
-                    axes.plot(divided, np.full(len(divided), place), ".", color="black", markersize=3, label="_seeds")
+                    axes.plot(divided, np.full(len(divided), row), ".", color="black", markersize=3, label="_seeds")
         sizes = frame.groupby("set")["size"].agg(["min", "max"]).astype(int)
-        for place, name in enumerate(sets):
+        for row, name in enumerate(sets):
             words = count(*sizes.loc[name]) if name in sizes.index else "none"
-            axes.text(1.03, place, words, va="center", fontsize=7.5, clip_on=False)
+            axes.text(1.03, row, words, va="center", fontsize=7.5, clip_on=False)
         axes.set_yticks(range(len(sets)), sets)
         axes.tick_params(axis="y", length=0)
         axes.set(xlim=(0, 1), ylim=(len(sets) - 0.5, -0.5))
         axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         if canvas.bottom(number):
             axes.set_xlabel("share of the set")
-    marks = ["numbers of neurons beside"] + (["dots: single seeds"] if rows.n_seeds > 1 else [])
+    marks = ["numbers: neurons"] + (["dots: single seeds"] if rows.n_seeds > 1 else [])
     title = rows.title("Top sets by third of the model's layers", *marks, seeds="mean of {} seeds", intervals="")
     return canvas.finish(title, [readable(one) for one in scores], legend="third of the layers")
 
@@ -65,12 +72,20 @@ def overlap(
     family: str | None = None,
     level: float | None = None,
 ) -> "Figure":
-    """Jaccard index of every two top sets, beside chance, floor and ceiling, a panel a score. `StudyResult.overlap`.
+    """The Jaccard index of every two top sets, compared with chance, floor and ceiling, with one panel per score.
 
-    Black ticks on grey: the mean and the central 95% of what chance gives within layers. Squares: the same without the
-    base model's own top set (the floor). Rows "2 seeds": one objective, two seeds (the ceiling), where every pair of
-    seeds is faint, and the interval, over prompts alone, is the mean of theirs. A star marks indices whose 95% interval
-    beyond chance excludes 0. `ax` holds one panel: choose it with `score`.
+    Draws `StudyResult.overlap`. Black ticks on grey bars show the mean and the central 95% of chance within layers.
+    Squares leave out the base model's own top set (the floor). Rows "2 seeds" compare one objective between two seeds
+    (the ceiling): single pairs of seeds are faint, and the interval is the mean of their intervals over prompts. A star
+    marks indices whose 95% interval beyond chance excludes 0. An `ax` holds one panel: select it with `score`.
+
+    Examples:
+        >>> from rmtension import StudyOptions, TensionStudy
+        >>> options = StudyOptions(analyses=("overlap",), scores=("magnitude",))
+        >>> study = TensionStudy(dict.fromkeys(("helpful", "harmless", "mixed"), head), pairs, options=options)
+        >>> print(overlap(study.run(progress=False)).get_suptitle())
+        Overlap of top sets
+        95% intervals; *: 95% interval beyond chance excludes 0
     """
     columns = (
         *("score", "kind", "a", "b", "without_base", "jaccard", "jaccard_low", "jaccard_high"),
@@ -78,13 +93,13 @@ def overlap(
     )
     rows = Rows.of(table, "overlap", columns, family=family, level=level).where(score=score)
     scores = rows.names("score")
-    found = {one: _compared(rows.where(score=one)) for one in scores}
-    names = list(dict.fromkeys(name for frame in found.values() for name in frame["name"]))
+    tables = {one: _compared(rows.where(score=one)) for one in scores}
+    names = list(dict.fromkeys(name for frame in tables.values() for name in frame["name"]))
     canvas = Canvas.of(ax, len(scores), height=1.0 + 0.42 * len(names), share_x=True, share_y=True, choose="score=")
     for number, (axes, one) in enumerate(zip(canvas.panels, scores, strict=True)):
         name_rows(axes, names)
-        both = bool(found[one]["without_base"].any())
-        for without, part in found[one].groupby("without_base"):
+        both = bool(tables[one]["without_base"].any())
+        for without, part in tables[one].groupby("without_base"):
             places = np.array([names.index(name) for name in part["name"]], dtype=float)
             if both:
                 places += 0.19 if without else -0.19
@@ -104,7 +119,7 @@ def overlap(
 
 
 def _star(axes: "Axes", means: pd.DataFrame, places: np.ndarray) -> None:
-    """A star to the right of all that a row shows, where the interval beyond chance excludes 0."""
+    """Draw a star to the right of every row whose interval beyond chance excludes 0."""
     beyond = ((means["beyond_low"] > 0) | (means["beyond_high"] < 0)).to_numpy()
     ends = means[["value", "high", "chance_high"]].max(axis=1).to_numpy()
     ends = np.maximum(ends, [max(each) for each in means["each"]])
@@ -114,10 +129,10 @@ def _star(axes: "Axes", means: pd.DataFrame, places: np.ndarray) -> None:
 
 
 def split_ceiling(rows: Rows) -> list[Rows]:
-    """The rows of an overlap table about one family's models, and those about two seeds of one objective.
+    """Divide an overlap table into rows that compare models of one seed and rows that compare two seeds of a model.
 
-    Of the second, every pair of seeds counts as one seed. Pairs share seeds, so they are no sample of anything: their
-    mean is plain, the ends of its interval too.
+    In the second part, every pair of seeds counts as one seed. Pairs of seeds are not independent, so no spread between
+    them is estimated: values and ends of intervals are plain means.
     """
     between = rows.frame["kind"] == "seeds"
     ceiling = rows.frame[between]
@@ -128,7 +143,7 @@ def split_ceiling(rows: Rows) -> list[Rows]:
 
 
 def _compared(rows: Rows) -> pd.DataFrame:
-    """One row a comparison: Jaccard index with its interval, and what chance gives."""
+    """One row per comparison: the Jaccard index with its interval, and that of chance."""
     keys = ("kind", "a", "b", "without_base")
     chance = ("layer_expected_jaccard", "chance_low", "chance_high")
     parts = []
@@ -139,9 +154,9 @@ def _compared(rows: Rows) -> pd.DataFrame:
             "chance_high": frame["jaccard"] - frame["beyond_low"],
         }
         known = replace(part, frame=frame.assign(**ends))
-        found = known.means(keys, "jaccard", "jaccard_low", "jaccard_high", extra=chance)
+        means = known.means(keys, "jaccard", "jaccard_low", "jaccard_high", extra=chance)
         beyond = known.means(keys, "beyond_chance", "beyond_low", "beyond_high")
-        parts.append(found.assign(beyond_low=beyond["low"], beyond_high=beyond["high"]))
+        parts.append(means.assign(beyond_low=beyond["low"], beyond_high=beyond["high"]))
     whole = pd.concat(parts, ignore_index=True).rename(columns={"layer_expected_jaccard": "chance"})
     names = [
         f"{a}, 2 seeds" if kind == "seeds" else f"{a} / {b}".replace(" or ", " or\n")

@@ -1,4 +1,4 @@
-"""A study to read: findings, tables, figures and single neurons, as text, Markdown and one HTML page."""
+"""Reports of a study: findings, tables, figures and single neurons, as text, Markdown and one HTML page."""
 
 from rmtension.report._every_format import write_report
 from rmtension.report._main_findings import findings

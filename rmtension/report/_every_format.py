@@ -1,4 +1,4 @@
-"""Writing a study's report: one call for every format."""
+"""Write the report of a study in every format with one call."""
 
 from pathlib import Path
 
@@ -14,18 +14,18 @@ HTML, MARKDOWN, NEURONS = "report.html", "report.md", "neurons.json"
 
 
 def write_report(result: StudyResult, folder: str | Path, *, neurons: NeuronPages | None = None) -> Path:
-    """Write a study into `folder` for reading, all files or none; returns the path of `report.html`.
+    """Write the report of a study into `folder`, all files or none; returns the path of `report.html`.
 
-    - `report.html` needs no other file: findings with intervals and controls, what is open, figures, tables,
-      provenance, and with `neurons` (`attribution.examine`, `report.study_neurons`) a page for each of them.
-      Texts of the data are escaped, and folded until the reader opens them. A rule in the page
-      (Content-Security-Policy) keeps it from loading anything and from running any script but its own.
-    - `report.md` has the same tables as Markdown, and shows the figures, which are written as one PNG each.
-    - `neurons.json` keeps `neurons`, from which `rmtension report` writes the page again. Without `neurons`, one that
-      an earlier report left is removed.
+    - `report.html` needs no other file. It shows findings with intervals and controls, open questions, figures, tables,
+      provenance and, with `neurons` (from `attribution.examine` or `report.study_neurons`), a page per neuron. Texts of
+      the data are escaped, and hidden until the reader opens them. A Content-Security-Policy prevents the page from
+      loading anything and from running other scripts than its own.
+    - `report.md` has the same tables as Markdown and shows the figures, which are written as one PNG file each.
+    - `neurons.json` keeps `neurons`, so that `rmtension report` can write the page again. Without `neurons`, the file
+      of an earlier report is removed.
 
-    Figures need matplotlib; without it both pages say so. No model is run. Of several processes that share the work,
-    the first one writes. Raises `StorageError` where the folder cannot be written.
+    Figures need matplotlib; without it both pages say so. No model runs. If several processes share the work, the first
+    process writes. Raises `StorageError` if the folder cannot be written.
 
     Examples:
         >>> from rmtension import StudyOptions, TensionStudy
@@ -39,8 +39,8 @@ def write_report(result: StudyResult, folder: str | Path, *, neurons: NeuronPage
         return folder / HTML
     pictures = draw_pictures(result)
     with filled_whole(folder, "report", seal=HTML, replaced=(NEURONS,)) as place:
-        for one in (one for some in (pictures or {}).values() for one in some):
-            (place / one.name).write_bytes(one.png)
+        for picture in (picture for of_table in (pictures or {}).values() for picture in of_table):
+            (place / picture.name).write_bytes(picture.png)
         (place / MARKDOWN).write_text(to_markdown(result, pictures), encoding="utf-8")
         if neurons is not None:
             neurons.save(place / NEURONS)

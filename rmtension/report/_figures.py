@@ -1,4 +1,4 @@
-"""The figures of a report: which a section has, and each as a picture."""
+"""The figures of a report: the figures of each section, and their pictures."""
 
 import importlib.util
 import io
@@ -15,7 +15,7 @@ from rmtension.study._result import StudyResult
 
 NO_FIGURES = 'No figures: matplotlib is not installed. `pip install "rmtension[viz]"`, then `rmtension report`.'
 _DPI = 144
-# Table -> file name, function and arguments of its figures.
+# Table -> file names, functions and arguments of its figures.
 _FIGURES: dict[str, tuple[tuple[str, Callable[..., Any], dict[str, str]], ...]] = {
     "accuracy": (("accuracy", plots.accuracy, {}), ("refuse_respond", plots.refuse_respond, {})),
     "subsets": (("radar", plots.radar, {}),),
@@ -40,7 +40,7 @@ _FIGURES: dict[str, tuple[tuple[str, Callable[..., Any], dict[str, str]], ...]] 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as a PNG: its file's name, the first line and the rest of its heading, and its size in inches."""
+    """A figure as PNG: its file name, the first line and the rest of its title, and its size in inches."""
 
     name: str
     caption: str
@@ -49,12 +49,12 @@ class Picture:
     inches: tuple[float, float]
 
 
-# Table -> its pictures; None where nothing can be drawn.
+# Table -> its pictures; None without matplotlib.
 Pictures = Mapping[str, Sequence[Picture]] | None
 
 
 def draw_pictures(result: StudyResult) -> Pictures:
-    """Everything that can be drawn of a study, by table; None without matplotlib."""
+    """All figures of a study by table; None without matplotlib."""
     if not can_draw_figures():
         return None
     tables = [section.table for section in SECTIONS if section.table in result.tables]
@@ -68,23 +68,23 @@ def can_draw_figures() -> bool:
 
 def _pictures(result: StudyResult, table: str) -> Iterator[Picture]:
     families = families_of(result)
-    for place, family in enumerate(families):
+    for number, family in enumerate(families, start=1):
         frame = rows_of_family(result, table, family)
         for name, draw, options in _FIGURES.get(table, ()):
             if _can_draw(name, frame):
-                # The number keeps families apart whose names differ only in what a file name cannot hold.
-                suffix = f"-{place + 1}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', family)}" if len(families) > 1 else ""
+                # The number distinguishes families whose names differ only in characters that file names cannot hold.
+                suffix = f"-{number}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', family)}" if len(families) > 1 else ""
                 figure = draw(result, family=family, **options)
                 first, *others = str(figure.get_suptitle()).split("\n")
-                held = io.BytesIO()
-                figure.savefig(held, format="png", dpi=_DPI)
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format="png", dpi=_DPI)
                 width, height = figure.get_size_inches()
                 caption = re.sub(r"[\[\]]", "", first)
-                yield Picture(f"{name}{suffix}.png", caption, " ".join(others), held.getvalue(), (width, height))
+                yield Picture(f"{name}{suffix}.png", caption, " ".join(others), buffer.getvalue(), (width, height))
 
 
 def _can_draw(figure: str, frame: pd.DataFrame) -> bool:
-    """Whether the rows are enough for a figure: some need more than one row."""
+    """Whether there are enough rows for a figure; some figures need several."""
     if figure == "radar":
         return len(frame[["objective", "subset"]].drop_duplicates()) >= 3
     if figure == "refuse_respond":

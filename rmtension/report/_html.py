@@ -1,4 +1,4 @@
-"""A study as one HTML file: findings, figures, tables, single neurons, and how it was made. It loads nothing."""
+"""A study as one HTML file that loads nothing: findings, figures, tables, single neurons and provenance."""
 
 import base64
 import hashlib
@@ -17,21 +17,21 @@ from rmtension.report._tables import SECTIONS, Section, readable_tables
 from rmtension.report._text import elsewhere, notes
 from rmtension.study._result import StudyResult
 
-# As large as a figure is shown, in pixels for each inch.
+# The size of figures on the page, in pixels per inch.
 _SHOWN = 110
 _TITLE = "A study of helpful, harmless and mixed reward models"
 _QUESTION = (
-    "Which neurons of reward models carry helpfulness and which harmlessness, which are shared, and what does each "
-    "objective lose without them?"
+    "Which neurons of reward models drive judgments of helpfulness and harmlessness, which are shared, and what does "
+    "each objective lose when they are ablated?"
 )
 
 
 def to_html(result: StudyResult, pictures: Pictures, *, neurons: NeuronPages | None = None) -> str:
-    """The page as text."""
+    """The text of the page."""
     here = files("rmtension.report") / "page"
     style, script, page = ((here / f"report.{end}").read_text(encoding="utf-8") for end in ("css", "js", "html"))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    found = findings(result)
+    listed = findings(result)
     readable = readable_tables(result)
     level = result.summary["options"]["level"]
     return environment.from_string(page).render(
@@ -41,12 +41,12 @@ def to_html(result: StudyResult, pictures: Pictures, *, neurons: NeuronPages | N
         script=script,
         style_hash=_hash(style),
         script_hash=_hash(script),
-        reading=f"Every number with its {100 * level:g}% interval, what it is compared with, and its n. Where the "
-        "interval holds the value of no difference, the direction is open.",
-        glance=_frame(_glance(found, several=len({one.family for one in found}) > 1)),
-        unconcluded=unconcluded(result, found),
+        reading=f"Every number has a {100 * level:g}% interval, a control and a sample size n. If the interval "
+        "includes the value of no difference, the data do not show a direction: it is open.",
+        glance=_frame(_glance(listed, several=len({finding.family for finding in listed}) > 1)),
+        unconcluded=unconcluded(result, listed),
         notes=notes(result),
-        sections=[_section(result, one, readable, pictures) for one in SECTIONS if one.table in result.tables],
+        sections=[_section(result, part, readable, pictures) for part in SECTIONS if part.table in result.tables],
         neurons=None if neurons is None else neuron_section(neurons),
         code=_code(result, neurons),
         models=_frame(_models(result)),
@@ -58,7 +58,7 @@ def to_html(result: StudyResult, pictures: Pictures, *, neurons: NeuronPages | N
 
 
 def _hash(text: str) -> str:
-    """How a page's security policy names the one script or style that may be used."""
+    """The hash by which the page's security policy allows its own script or style."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
@@ -66,19 +66,19 @@ def _frame(frame: pd.DataFrame) -> dict[str, Any]:
     return {"columns": list(frame.columns), "rows": [[str(cell) for cell in row] for row in frame.to_numpy().tolist()]}
 
 
-def _glance(found: list[Any], *, several: bool) -> pd.DataFrame:
+def _glance(listed: list[Any], *, several: bool) -> pd.DataFrame:
     columns = ["question", "number", "value [interval]", "compared with", "n", "direction"]
     rows = [
-        [one.question, one.quantity, one.estimate, one.control, one.n, "open" if one.is_open else _direction(one)]
-        for one in found
+        [each.question, each.quantity, each.estimate, each.control, each.n, "open" if each.is_open else _side(each)]
+        for each in listed
     ]
     frame = pd.DataFrame(rows, columns=columns)
     if several:
-        frame.insert(0, "family", [one.family for one in found])
+        frame.insert(0, "family", [finding.family for finding in listed])
     return frame
 
 
-def _direction(finding: Any) -> str:
+def _side(finding: Any) -> str:
     return f"{'above' if finding.low > finding.none else 'below'} {finding.none:g}"
 
 
@@ -113,7 +113,7 @@ def _models(result: StudyResult) -> pd.DataFrame:
 
 
 def _code(result: StudyResult, neurons: NeuronPages | None) -> str:
-    """What makes this report again, with names of files to be filled in."""
+    """The code that makes this report again, with placeholders for the names of files."""
     options = ",\n".join(f"    {name}={_literal(value)}" for name, value in result.summary["options"].items())
     families = []
     for one in result.summary["families"]:

@@ -1,4 +1,4 @@
-"""The main numbers of a study, each beside its interval, its control and its n; and what they leave open."""
+"""The main numbers of a study, each with its interval, control and n; and the questions they leave open."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from rmtension.study._result import StudyResult
 
 @dataclass(frozen=True)
 class Finding:
-    """One number: what it answers, what it is compared with, and the value that would mean no difference."""
+    """One number of a study with its question, interval and control; `none` is the value of no difference."""
 
     family: str
     question: str
@@ -27,7 +27,7 @@ class Finding:
 
     @property
     def is_open(self) -> bool:
-        """Whether the interval leaves the direction open; so does one that there is not."""
+        """Whether the direction is open: the interval contains the value of no difference, or there is no interval."""
         return not (self.low > self.none or self.high < self.none)
 
     @property
@@ -37,31 +37,42 @@ class Finding:
 
 
 def findings(result: StudyResult) -> list[Finding]:
-    """What a study of any of the analyses below has found, in the order of the page."""
-    return [one for family in families_of(result) for one in _of_family(result, family)]
+    """The main numbers of a study, each with its question, interval, control and n, in the order of the report.
+
+    Only analyses that the study ran have findings. Several seeds are averaged per family.
+
+    Examples:
+        >>> from rmtension import StudyOptions, TensionStudy
+        >>> models = dict.fromkeys(("helpful", "harmless", "mixed"), head)
+        >>> study = TensionStudy(models, pairs, options=StudyOptions(analyses=("accuracy",)))
+        >>> first = findings(study.run(progress=False))[0]
+        >>> first.question, first.n, first.is_open
+        ('Does mixed training cost accuracy on helpful pairs?', '12', True)
+    """
+    return [finding for family in families_of(result) for finding in _of_family(result, family)]
 
 
-def unconcluded(result: StudyResult, found: list[Finding]) -> list[str]:
-    """What the study cannot say, one sentence each."""
+def unconcluded(result: StudyResult, listed: list[Finding]) -> list[str]:
+    """The questions that the study leaves open, and its limits, as sentences."""
     several = len(families_of(result)) > 1
     lines = [
-        f"{f'{one.family}: ' if several else ''}{one.question} {one.quantity}: {one.estimate}, n = {one.n}. The "
-        f"interval does not leave out {one.none:g}, so that these pairs do not tell the direction."
-        for one in found
-        if one.is_open
+        f"{f'{finding.family}: ' if several else ''}{finding.question} {finding.quantity}: {finding.estimate}, "
+        f"n = {finding.n}. The interval does not exclude {finding.none:g}, so these pairs do not show a direction."
+        for finding in listed
+        if finding.is_open
     ]
     if result.n_seeds == 1:
-        lines.append("One seed: intervals are over prompts. How much another training would change is not in them.")
+        lines.append("One seed: intervals are over prompts and leave out how much another training would differ.")
     if not all(one["base"] for one in result.summary["families"]):
-        lines.append("Without the base model: overlap that the models have from their base is not told apart.")
+        lines.append("There is no base model: overlap that the models inherit from their base cannot be separated.")
     left = [name for name in _ANALYSES if name not in result.summary["options"]["analyses"]]
     if left:
-        lines.append(f"Not asked: {', '.join(left)}.")
+        lines.append(f"Analyses that were not run: {', '.join(left)}.")
     if "accuracy" in result.tables and "refusing" not in set(result.tables["accuracy"]["measure"]):
-        lines.append("No pair is labelled as one to refuse or to respond to: refusing is not told from ranking.")
+        lines.append("No subset is named for refusing or responding, so refusing cannot be told from ranking.")
     lines.append(
-        "What a neuron means: scores and ablations say what it does on these pairs, in this model. Sets of two models "
-        "compare neuron by neuron only where both come from one base."
+        "Scores and ablations show what a neuron does on these pairs in this model, not what it means. Sets of two "
+        "models can be compared neuron by neuron only if both models come from the same base."
     )
     return lines
 
@@ -128,7 +139,7 @@ def _of_family(result: StudyResult, family: str) -> Iterator[Finding]:
                 )
     where = {"set": "shared", "quantity": "margin"}
     found = one(
-        "Does taking them out cost one objective more?", "retained share of the margin, helpful - harmless",
+        "Does ablating shared neurons cost one objective more?", "retained share of the margin, helpful - harmless",
         "collapse", where, ("difference", "difference_low", "difference_high"), "retained_helpful", "retained_harmless",
     )  # fmt: skip
     if found:
@@ -146,7 +157,7 @@ def _row(
     columns: tuple[str, str, str],
     extra: tuple[str, ...],
 ) -> Any:
-    """The mean over seeds of the one row that `where` names; None where the study has none."""
+    """The mean over seeds of the row that `where` selects; None if the study has no such row."""
     if table not in result.tables:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Neuron pages as a template draws them: a scatter, a table, and what stands on the page of each neuron."""
+"""Neuron pages in the form that the template draws: a scatter, a table, and a page per neuron."""
 
 import json
 import math
@@ -16,17 +16,17 @@ _CHART_WIDTH, _CHART_HEIGHT = 300, 120
 
 
 def neuron_section(pages: NeuronPages) -> dict[str, Any]:
-    """Everything that the template says of single neurons."""
+    """The values of the template's section on single neurons."""
     asked = pages.table[pages.table["set"] == "asked for"]
     layers = sorted({layer for layer, _ in pages.neurons})
     about = pages.about
     what = (
         f"{len(asked)} {about['site']} neurons of the model with fingerprint {about['model']}. Scores: "
-        f"{about['method']}, {about['positions']} tokens, in units of the margin; a neuron with a positive one "
+        f"{about['method']}, {about['positions']} tokens, in units of the margin; a neuron with a positive score "
         f"{_direction(pages)} the margin. Effects: change of the mean margin when the neuron alone is set to zero, "
         f"negative where it supports the margin, with {100 * about['level']:g}% intervals over blocks of prompts; "
         + ", ".join(f"{n} {name} pairs" for name, n in about["pairs"].items())
-        + ". Of intervals around effects of nothing, about one in twenty leaves out 0."
+        + ". Even without any effect, about one 95% interval in twenty excludes 0."
     )
     return {
         "what": what,
@@ -35,14 +35,14 @@ def neuron_section(pages: NeuronPages) -> dict[str, Any]:
         "layers": layers,
         "columns": ["neuron", *(f"{what}, {name}" for what in ("score", "effect") for name in pages.objectives)],
         "rows": [_row(pages, row) for _, row in asked.iterrows()],
-        "texts_note": "Texts come from the data, which may offend; they are shown when you open them. Orange: positive "
-        "activation, blue: negative, each in proportion to the largest in the pair. Grey: the prompt.",
+        "texts_note": "Texts come from the data and may be offensive; they are shown when you open them. Orange is "
+        "positive activation, blue is negative, in proportion to the largest in the pair. Grey is the prompt.",
         "texts": _texts(pages),
     }
 
 
 def _direction(pages: NeuronPages) -> str:
-    """What a neuron with a positive score does."""
+    """What a neuron with a positive score does to the margin."""
     return "supports" if pages.about["sign"] > 0 else "opposes"
 
 
@@ -51,18 +51,18 @@ def _id(layer: int, neuron: int) -> str:
 
 
 def _control(pages: NeuronPages) -> str:
-    """Effects of those asked for beside those of random neurons."""
+    """The effects of the examined neurons compared with those of random neurons."""
     parts = []
     for name in pages.objectives:
         sizes = pages.table[f"{name}_effect"].abs().groupby(pages.table["set"])
         known = sizes.agg(["count", "median", "max"])
-        said = [
+        shown = [
             f"{row['count']:.0f} {label}: median {row['median']:.3g}, largest {row['max']:.3g}"
             for label, row in known.iterrows()
         ]
-        parts.append(f"{name} ({'; '.join(said)})")
+        parts.append(f"{name} ({'; '.join(shown)})")
     return (
-        "Control: magnitudes of effects of neurons asked for, and of random neurons of the same layers: "
+        "Control: magnitudes of effects of the neurons asked for, and of random neurons of the same layers: "
         f"{', '.join(parts)}."
     )
 
@@ -86,7 +86,7 @@ def _row(pages: NeuronPages, row: "pd.Series[Any]") -> dict[str, Any]:
         "name": f"{layer}.{neuron}",
         "layer": layer,
         "neuron": neuron,
-        # By layer, then by number.
+        # Sort by layer, then by neuron.
         "order": layer * 1_000_000 + neuron,
         "beyond": "yes" if beyond else "no",
         "cells": cells,
@@ -96,15 +96,15 @@ def _row(pages: NeuronPages, row: "pd.Series[Any]") -> dict[str, Any]:
 
 
 def _texts(pages: NeuronPages) -> str:
-    """The examples as JSON that can stand in a page: nothing in it ends the element it is in."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """The examples as JSON that is safe inside an HTML element, which no text can end."""
+    examples: dict[str, list[dict[str, Any]]] = {}
     for one in pages.examples:
-        found.setdefault(f"{one.layer}.{one.neuron}", []).append(asdict(one))
-    return json.dumps(found, separators=(",", ":")).replace("&", "\\u0026").replace("<", "\\u003c")
+        examples.setdefault(f"{one.layer}.{one.neuron}", []).append(asdict(one))
+    return json.dumps(examples, separators=(",", ":")).replace("&", "\\u0026").replace("<", "\\u003c")
 
 
 def _scatter(pages: NeuronPages) -> dict[str, Any]:
-    """All neurons by their scores on the first two objectives; one objective alone is drawn against the layer."""
+    """All neurons by their scores on the first two objectives; a single objective is drawn against the layer."""
     across, up = (*pages.objectives, "layer")[:2]
     scatter = pages.scatter
     x_axis, y_axis = _axis(scatter[across], _LEFT, _RIGHT), _axis(scatter[up], _BOTTOM, _TOP)
@@ -121,7 +121,7 @@ def _scatter(pages: NeuronPages) -> dict[str, Any]:
             {"id": _id(layer, neuron), "label": label, "x": f"{x_axis['at'](x):.1f}", "y": f"{y_axis['at'](y):.1f}"}
         )
     n, total = len(scatter), pages.about["n_neurons"]
-    shown = f"all {total}" if n == total else f"{n} of {total}, the others left out at random"
+    shown = f"all {total}" if n == total else f"a random {n} of {total}"
     toward = f"{_direction(pages)} the margin \N{RIGHTWARDS ARROW}"
     zero_x, zero_y = x_axis["at"](0.0), y_axis["at"](0.0)
     return {
@@ -134,12 +134,12 @@ def _scatter(pages: NeuronPages) -> dict[str, Any]:
         "y_label": f"score on {up} pairs ({toward})" if up != "layer" else up,
         "cloud": "".join(cloud), "points": points,
         "label": f"{pages.about['method']} of neurons on {across} and {up} pairs",
-        "caption": f"Scores of {shown} neurons. Orange ones have a page: choose one to open it.",
+        "caption": f"Scores of {shown} neurons. Orange neurons have a page: select one to open it.",
     }  # fmt: skip
 
 
 def _axis(values: "pd.Series[Any]", start: int, end: int) -> dict[str, Any]:
-    """Where numbers stand between two pixels, and its ticks; 0 is always on it."""
+    """The map from values to pixels between two ends, and the ticks; the axis always includes 0."""
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
     room = 0.05 * (high - low) or 1.0
     low, high = low - room, high + room
@@ -159,7 +159,7 @@ def _round_step(step: float) -> float:
 
 
 def _chart(pages: NeuronPages, layer: int, neuron: int, objective: str) -> dict[str, Any]:
-    """Texts by the neuron's largest activation: chosen ones upwards, rejected ones downwards."""
+    """A histogram of texts by the neuron's largest activation: chosen upwards, rejected downwards."""
     rows = pages.distribution
     rows = rows[(rows["layer"] == layer) & (rows["neuron"] == neuron) & (rows["objective"] == objective)]
     sides = {side: rows[rows["side"] == side] for side in ("chosen", "rejected")}
@@ -170,8 +170,8 @@ def _chart(pages: NeuronPages, layer: int, neuron: int, objective: str) -> dict[
         sign = -1 if side == "chosen" else 1
         width = _CHART_WIDTH / max(1, len(part))
         bars[side] = "".join(
-            f"M{place * width:.1f} {middle:.1f}h{width - 1:.1f}v{sign * n / most * (middle - 2):.1f}h{1 - width:.1f}z"
-            for place, n in enumerate(part["texts"].tolist())
+            f"M{number * width:.1f} {middle:.1f}h{width - 1:.1f}v{sign * n / most * (middle - 2):.1f}h{1 - width:.1f}z"
+            for number, n in enumerate(part["texts"].tolist())
             if n
         )
     counts = " and ".join(f"{int(part['texts'].sum())} {side}" for side, part in sides.items())

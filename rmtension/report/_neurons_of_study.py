@@ -1,4 +1,4 @@
-"""Single neurons of a study's mixed model, chosen on one half of its pairs and looked at on the other."""
+"""Single neurons of a study's mixed model, selected on its scoring pairs and examined on its evaluation pairs."""
 
 import torch
 
@@ -11,11 +11,18 @@ from rmtension.study._tension_study import TensionStudy
 
 
 def study_neurons(study: TensionStudy, *, n: int = 16, progress: bool | None = None) -> NeuronPages:
-    """`examine` the `n` neurons of the first family's mixed model that score highest on either objective.
+    """Examine the `n` neurons of the first family's mixed model that score highest on either objective.
 
-    Chosen by gradient x activation on the scoring pairs, each objective's scores in units of its largest; examined on
-    the evaluation pairs, so that no effect is measured on pairs that chose the neuron. Cost: that of `examine`, and a
-    forward and a backward pass over the scoring pairs.
+    The neurons are selected by gradient x activation on the scoring pairs, with each objective's scores divided by its
+    largest. They are examined (`attribution.examine`) on the evaluation pairs, so that no effect is measured on pairs
+    that selected the neuron. Raises `OptionError` for `n` below 1. Cost: that of `examine`, plus a forward and a
+    backward pass over the scoring pairs.
+
+    Examples:
+        >>> from rmtension import TensionStudy
+        >>> study = TensionStudy(dict.fromkeys(("helpful", "harmless", "mixed"), head), pairs)
+        >>> study_neurons(study, n=2, progress=False)
+        NeuronPages(2 mlp neurons of gpt2-2x24-heads2x12-d24; 12 helpful, 12 harmless)
     """
     if n < 1:
         raise OptionError(f"n: expected at least one neuron, got {n}.")

@@ -1,4 +1,4 @@
-"""The tables of a study for reading: what is on the page, in which order, and how its numbers are written."""
+"""The readable tables of a study: their order on the page, their columns, and the format of their numbers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from rmtension.plots._rows import Rows, count
 from rmtension.plots._top_sets import split_ceiling
 from rmtension.study._result import StudyResult
 
-# Longer tables are named with their file: a page is for reading.
+# The page names the files of longer tables instead of printing them.
 _MOST_ROWS = 60
 
 
 @dataclass(frozen=True)
 class _Number:
-    """One column of a readable table: a number, with its interval where `ends` are given; `form` is its format.
+    """One column of a readable table: a number with format `form`, and its interval if `ends` are given.
 
-    Over several seeds it is their mean ("mean"), the mean with the lowest and the highest ("range"), the largest
-    ("max"), or a range of counts ("count").
+    `how` combines several seeds: their mean ("mean"), the mean with the lowest and highest value ("range"), the largest
+    value ("max"), or a range of counts ("count").
     """
 
     heading: str
@@ -31,7 +31,7 @@ class _Number:
 
 @dataclass(frozen=True)
 class Section:
-    """One table of a study on the page: its title, what names its rows, its numbers, and what to know."""
+    """One table of a study on the page: its title, the columns that identify rows, its numbers, and a note."""
 
     title: str
     table: str
@@ -43,13 +43,14 @@ class Section:
 _N = _Number("n", "n", how="count")
 _SIZE = _Number("neurons", "size", how="count")
 _ENDS = ("low", "high")
-# The order of the page. Tables without numbers are long: they are named, not printed.
+# In the order of the page. Tables without numbers are too long to print; the page names their files.
 SECTIONS = (
     Section(
         "Accuracy", "accuracy", {"model": "model", "objective": "evaluated on", "measure": "measure"},
         (_Number("value [interval]", "value", _ENDS), _N),
-        "'refusing' and 'responding' are accuracies where that is right, 'balanced' their mean: a model that always "
-        "refuses has 1, 0 and 0.5. 'margin' is in the model's reward units; 'length only' prefers the longer response.",
+        "'refusing' and 'responding' are accuracies where that is right, 'balanced' is their mean: a model that "
+        "always refuses has 1, 0 and 0.5. 'margin' is in the model's reward units; 'length only' prefers the longer "
+        "response.",
     ),
     Section(
         "Accuracy by subset", "subsets", {"model": "model", "objective": "evaluated on", "subset": "subset"},
@@ -65,19 +66,19 @@ SECTIONS = (
             _Number("difference in accuracy [interval]", "difference", _ENDS, "+.3f"),
             _Number("q", "q_value", form=".2g", how="max"), _N,
         ),
-        "Paired by item. q: p-value adjusted for the number of comparisons; of several seeds, the largest.",
+        "Paired by item. q is the p-value adjusted for the number of comparisons; the largest of several seeds.",
     ),
     Section(
         "Transferability", "transferability", {"objective": "evaluated on", "quantity": "quantity"},
         (_Number("value [interval]", "value", _ENDS), _N),
-        "T is the share that the mixed model ranks correctly of what either specialist does; 'beyond accuracy' is T "
-        "minus the mixed model's accuracy.",
+        "T is the share of items that the mixed model ranks correctly, among those that a specialist ranks correctly; "
+        "'beyond accuracy' is T minus the mixed model's accuracy.",
     ),
     Section(
         "Confidence", "confidence",
         {"model": "model", "objective": "evaluated on", "pairs": "pairs", "quantity": "quantity"},
         (_Number("value [interval]", "value", _ENDS), _N),
-        "Rewards of two models compare only in units of their spread.",
+        "Rewards of two models can be compared only in units of their spread.",
     ),
     Section("Rewards", "rewards", {}),
     Section("Scores of all neurons", "neurons", {}),
@@ -93,7 +94,7 @@ SECTIONS = (
         (
             _SIZE, *(_Number(third, third, form=".2f", how="range") for third in ("early", "middle", "late")),
         ),
-        "Share of every set in each third of the layers; 'all neurons' is what chance gives.",
+        "Share of every set in each third of the layers; 'all neurons' is the share by chance.",
     ),
     Section(
         "Overlap of top sets", "overlap",
@@ -105,9 +106,9 @@ SECTIONS = (
             _Number("by chance", "expected_jaccard"), _Number("in each layer", "layer_expected_jaccard"),
             _Number("beyond that [interval]", "beyond_chance", ("beyond_low", "beyond_high"), "+.3f"),
         ),
-        "By chance over the whole model, and in each layer. Floor: without the base model's own top set, which is out "
-        "of both sets and of chance. Ceiling: kind 'seeds', one objective in two seeds; means over pairs of seeds, "
-        "intervals over prompts alone.",
+        "Chance is computed over the whole model and in each layer. Floor: the base model's own top set is left out of "
+        "both sets and of chance. Ceiling: rows of kind 'seeds' compare two seeds of one objective; they are means "
+        "over pairs of seeds, with intervals over prompts only.",
     ),
     Section("Ablation curves", "curves", {}),
     Section(
@@ -125,9 +126,9 @@ SECTIONS = (
             _Number("slope, split", "split_slope", form="+.2f", how="range"),
             _Number("r, split", "split_r", form="+.2f", how="range"), _Number("subsets", "n", how="count"),
         ),
-        note="Regression of those changes on accuracy before minus chance: a slope of -1 with r = -1 is every subset "
-        "ending at chance. Noise alone makes negative slopes of small subsets; 'split' takes the two from different "
-        "prompts.",
+        note="Regression of these changes on accuracy before minus chance: a slope of -1 with r = -1 means that every "
+        "subset ended at chance. With small subsets, noise alone gives negative slopes; 'split' takes the two values "
+        "from different prompts.",
     ),
     Section(
         "Effect of sets on the mixed model", "ablation",
@@ -139,8 +140,8 @@ SECTIONS = (
             _Number("of random sets", "random_effect", form="+.3f"), _Number("their sd", "random_sd"),
             _Number("beyond random [interval]", "beyond_random", ("beyond_low", "beyond_high"), "+.3f"), _N,
         ),
-        "Random sets have as many neurons in every layer ('layer'), and the nearest magnitudes that are left outside "
-        "the top sets too ('magnitude').",
+        "Random sets have the same number of neurons in every layer ('layer'), or also the nearest magnitudes outside "
+        "the top sets ('magnitude').",
     ),
     Section(
         "Effect at equal size", "equal_size",
@@ -151,7 +152,7 @@ SECTIONS = (
             _Number("minus that of 'against' [interval]", "difference", ("difference_low", "difference_high"), "+.4f"),
             _N,
         ),
-        "Random subsamples of every set, as large as the smallest.",
+        "Random subsamples of every set, of the size of the smallest set.",
     ),
     Section(
         "What is retained", "collapse", {"set": "without", "quantity": "quantity"},
@@ -163,8 +164,8 @@ SECTIONS = (
             ),
             _Number("helpful - harmless [interval]", "difference", ("difference_low", "difference_high"), "+.3f"),
         ),
-        "Shares of both objectives' margins, and of accuracy above chance, that are left: 1 is the whole model, 0 "
-        "chance; alike in both is a drift, whatever its size.",
+        "The share of each objective's margin, or of its accuracy above chance, that is left: 1 is the whole model, 0 "
+        "is chance. Equal shares of both objectives are a drift, whatever their size.",
     ),
     Section(
         "Transferability without the sets", "ablated_transferability",
@@ -176,31 +177,31 @@ SECTIONS = (
 
 
 def readable_tables(result: StudyResult) -> dict[str, pd.DataFrame]:
-    """The tables of `result` by title, every number beside its interval, its n and its control; means over seeds.
+    """The readable tables of `result` by title, with intervals, n and controls; means over seeds.
 
-    Tables without rows, and those too long to read, are left out.
+    Tables without rows and tables that are too long are left out.
     """
-    found = {}
+    tables = {}
     for section in SECTIONS:
         parts = _parts(result, section) if section.table in result.tables and section.numbers else []
         if parts and max(map(len, parts)) <= _MOST_ROWS:
-            found[section.title] = pd.concat(parts, ignore_index=True)
-    return found
+            tables[section.title] = pd.concat(parts, ignore_index=True)
+    return tables
 
 
 def families_of(result: StudyResult) -> list[str]:
-    """The names of the families, in their order."""
+    """The names of the families, in order."""
     return list(dict.fromkeys(str(one["family"]) for one in result.summary["families"]))
 
 
 def rows_of_family(result: StudyResult, table: str, family: str) -> pd.DataFrame:
-    """A family's rows. As text: a CSV turns a family called "7" into a number."""
+    """The rows of a family, compared as text because a CSV file turns a family called "7" into a number."""
     frame = result.tables[table]
     return frame[frame["family"].astype(str) == family]
 
 
 def _parts(result: StudyResult, section: Section) -> list[pd.DataFrame]:
-    """A section's table as text, one part a family that has rows."""
+    """The table of a section as text, one part per family with rows."""
     families = families_of(result)
     parts = []
     for family in families:
@@ -211,7 +212,7 @@ def _parts(result: StudyResult, section: Section) -> list[pd.DataFrame]:
         split = split_ceiling(rows) if section.table == "overlap" else [rows]
         part = pd.concat([_readable(one, section) for one in split], ignore_index=True)
         if len(split) > 1:
-            # Ceilings beside the models' rows of the same score, in the order of the scores.
+            # Put ceilings next to the rows of the same score, in the order of the scores.
             part = part.sort_values("score", key=lambda names: pd.factorize(names)[0], kind="stable")
         if len(families) > 1:
             part.insert(0, "family", family)

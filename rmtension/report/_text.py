@@ -1,4 +1,4 @@
-"""A study as text: tables for a terminal, and a page of Markdown that shows pictures."""
+"""A study as text: tables for a terminal, and a Markdown page with pictures."""
 
 import html
 import re
@@ -12,7 +12,7 @@ from rmtension.study._result import StudyResult
 
 
 def to_text(result: StudyResult) -> str:
-    """What was done, and the readable tables as aligned text; long tables are named.
+    """The settings of a study and its readable tables as aligned text; long tables are named by their file.
 
     Examples:
         >>> from rmtension import StudyOptions, TensionStudy
@@ -31,7 +31,7 @@ def to_text(result: StudyResult) -> str:
 
 
 def to_markdown(result: StudyResult, pictures: Pictures) -> str:
-    """The page of a study, with links to its pictures, which lie in the same folder."""
+    """The Markdown page of a study, with links to its pictures in the same folder."""
     readable = readable_tables(result)
     done = "\n".join(f"- {escaped(one)}" for one in [*notes(result), *([NO_FIGURES] if pictures is None else [])])
     parts = ["# A study of helpful, harmless and mixed reward models", done]
@@ -47,20 +47,20 @@ def to_markdown(result: StudyResult, pictures: Pictures) -> str:
 
 
 def notes(result: StudyResult) -> list[str]:
-    """What was done: families, pairs, neurons, ablations, intervals; one sentence or two each."""
+    """The settings of a study: families, pairs, neurons, ablations and intervals, as sentences."""
     options, summary = result.summary["options"], result.summary
     families, several = pd.DataFrame(summary["families"]), result.n_seeds > 1
-    found = []
+    lines = []
     for name, part in families.groupby("family", sort=False):
         seeds = ", ".join(str(seed) for seed in part["seed"])
-        found.append(f"Family {name}: seeds {seeds}; {'with' if part['base'].all() else 'without'} the base model.")
+        lines.append(f"Family {name}: seeds {seeds}; {'with' if part['base'].all() else 'without'} the base model.")
     for name, part in summary["pairs"].items():
         cut = "it is not known how many" if part["prompts_cut"] is None else part["prompts_cut"]
-        found.append(
+        lines.append(
             f"Pairs, {name}: {part['scoring']} score neurons, {part['evaluating']} others evaluate "
             f"({part['identical_responses']} with identical responses, {cut} prompts cut)."
         )
-    found += [
+    lines += [
         f"Neurons: top {100 * options['fraction']:g}% by {', '.join(options['scores'])} (ranked by "
         f"{options['rank_by']}) at {options['site']}, {options['positions']} tokens, rule '{options['cut_rule']}'.",
         f"Ablation: {options['replacement']}, at all tokens; {options['n_draws']} random sets for every control, "
@@ -70,17 +70,17 @@ def notes(result: StudyResult) -> list[str]:
         + ("; of means over seeds, widened by the spread between them. Counts: range over seeds." if several else "."),
         f"Analyses: {', '.join(options['analyses'])}. rmtension {summary['version']}, seed {options['seed']}.",
     ]
-    return found
+    return lines
 
 
 def elsewhere(result: StudyResult, section: Section) -> str:
-    """What a page says where a table is too long for it."""
+    """The sentence that replaces a table which is too long for the page."""
     n = len(result.tables[section.table])
     return f"{n} rows: `{section.table}.csv`, as `StudyResult.save` writes it." if n else "No rows."
 
 
 def escaped(text: str) -> str:
-    """Text of data as Markdown shows it: nothing in it is markup, HTML, a link, or the end of a table's cell."""
+    """Text of the data escaped for Markdown, so that it contains no markup, HTML, link or end of a table cell."""
     return re.sub(r"([\\`*_|~$]|(?<=\])\()", r"\\\1", html.escape(text, quote=False))
 
 
@@ -93,7 +93,7 @@ def _present(result: StudyResult) -> Iterator[Section]:
 
 def _markdown(table: pd.DataFrame) -> str:
     def line(cells: Sequence[object]) -> str:
-        # A line break would end the table.
+        # A line break would end the row.
         return f"| {' | '.join(escaped(' '.join(str(cell).split())) for cell in cells)} |"
 
     rows = [line(list(row)) for row in table.itertuples(index=False, name=None)]

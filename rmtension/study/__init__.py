@@ -1,4 +1,4 @@
-"""The ten analyses of the paper over seeds and bases, in tables."""
+"""Studies: the ten analyses of the paper over seeds and base models, as tables."""
 
 from rmtension.study import analyses
 from rmtension.study._causality import Ablations, ablation_matrix, equal_size_effects

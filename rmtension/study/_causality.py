@@ -1,4 +1,4 @@
-"""What a model loses without neuron sets: curves, the objective x set matrix, equal sizes, collapse, subtasks."""
+"""Effects of ablating sets of neurons: the matrix of sets and objectives, and sets compared at equal size."""
 
 import hashlib
 import math
@@ -27,14 +27,22 @@ Advance = Callable[[], object]
 
 
 def _no_progress() -> None:
-    """Where nobody watches."""
+    """The default of `advance`, which does nothing."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ablations:
-    """One model, the pairs of each objective, and how its neurons are ablated: what every function here asks.
+    """One model, the pairs of each objective, and how neurons are ablated: the input of the causal analyses.
 
-    `tie_value` is what a tie counts in accuracies. `advance` is called after every evaluation, for progress bars.
+    `runs` is the model with its cached passes, `pairs` maps objectives to pairs. Accuracies count a tie as `tie_value`.
+    `level` and `seed` are those of the bootstrap intervals. `advance` is called after every evaluation, for progress
+    bars.
+
+    Examples:
+        >>> from rmtension.study import ModelRuns
+        >>> ablations = Ablations(ModelRuns(head), pairs)
+        >>> {name: scored.accuracy() for name, scored in ablations.rewards(without=neurons).items()}
+        {'helpful': 1.0, 'harmless': 1.0}
     """
 
     runs: ModelRuns
@@ -46,25 +54,25 @@ class Ablations:
     advance: Advance = _no_progress
 
     def rewards(self, without: NeuronSet | None = None) -> dict[str, PairRewards]:
-        """The rewards of every objective's pairs, whole or without a set. One pass over the pairs."""
-        found = {
+        """The rewards of every objective's pairs, by the whole model or without a set. Cost: a pass over the pairs."""
+        rewards = {
             name: self.runs.rewards(part, without=without, replacement=self.replacement)
             for name, part in self.pairs.items()
         }
         self.advance()
-        return found
+        return rewards
 
     def prepare(self, sets: Sequence[NeuronSet]) -> None:
-        """Run what `rewards` will be asked for, together; what was run before is not."""
+        """Run the ablations of several sets together, for later calls of `rewards`; cached results do not run."""
         for part in self.pairs.values():
             self.runs.prepare(part, sets, replacement=self.replacement)
 
     def change(self, after: PairRewards, before: PairRewards, quantity: str) -> Float[Tensor, "item"]:
-        """The change of every item."""
+        """The change of `quantity` in every item."""
         return item_change(after, before, quantity, tie_value=self.tie_value)
 
     def estimate(self, values: Float[Tensor, "item"], objective: str) -> Estimate:
-        """Mean of one value per item of an objective, with its interval."""
+        """The mean of one value per item of an objective, with its interval."""
         return bootstrap_mean(values, self.pairs[objective].by_item, level=self.level, seed=self.seed)
 
 
@@ -76,15 +84,17 @@ def ablation_matrix(
     exclude: NeuronSet | None = None,
     magnitude: Float[Tensor, "layer neuron"] | None = None,
 ) -> pd.DataFrame:
-    """The effect of ablating every set on every objective, in accuracy and margin, beside matched random sets.
+    """The effect of ablating every set on the accuracy and margin of every objective, compared with random sets.
 
-    Random sets have as many neurons in every layer (`control` "layer"), and with `magnitude` also about the same
-    magnitude ("magnitude"; `set_magnitude` and `random_magnitude` say how nearly); they leave out `exclude`. One row
-    a set, objective, quantity and control: before, after, the effect with its interval over prompts, the effect per
-    neuron, the mean random effect and the spread between draws, and the effect beyond random with the interval of
-    `controls.against_random`. Where too few neurons are left to match a set, a warning says so and the control is NaN.
+    Random sets have the same number of neurons in every layer (`control` "layer"). With `magnitude`, a second control
+    ("magnitude") also matches the neurons' magnitudes; `set_magnitude` and `random_magnitude` report the means of both.
+    Random sets contain no neuron of `exclude`. The table has one row per set, objective, quantity and control: before,
+    after, the effect with its interval over prompts, the effect per neuron, the mean random effect and the spread
+    between draws, and the effect beyond random with the interval of `evaluation.against_random`. If too few neurons are
+    left to match a set, the control is NaN and an `RMTensionWarning` is issued.
 
-    Cost: a pass over the pairs for each set and each of its `n_draws` random sets of each control.
+    Raises `OptionError` for fewer than two draws. Cost: one pass over the pairs per set, and one per random set
+    (`n_draws` per set and control).
 
     Examples:
         >>> ablations = Ablations(ModelRuns(head), pairs)
@@ -95,7 +105,7 @@ def ablation_matrix(
         3  its own  harmless     0.0
     """
     if n_draws < 2:
-        raise OptionError(f"n_draws: expected at least 2 random sets to know their spread, got {n_draws}.")
+        raise OptionError(f"n_draws: expected at least 2 random sets, to measure their spread, got {n_draws}.")
     controls = ["layer", *(["magnitude"] if magnitude is not None else [])]
     before = ablations.rewards()
     rows = []
@@ -132,12 +142,15 @@ def ablation_matrix(
 def equal_size_effects(
     ablations: Ablations, sets: Mapping[str, NeuronSet], *, against: str, n_subsamples: int = 8
 ) -> pd.DataFrame:
-    """The sets compared at the size of the smallest: effects of random subsamples of each, and per neuron.
+    """Effects of sets compared at the size of the smallest set, by random subsamples of the larger ones.
 
-    `size` neurons of every set are drawn `n_subsamples` times (a set of that size is taken whole, once). The effect is
-    the mean over subsamples, its interval that of the prompts widened by the spread between subsamples. `difference`
-    is the effect minus that of the set called `against`, paired by item; empty sets are left out. Cost: a pass
-    over the pairs for each subsample.
+    `size` neurons of every set are drawn `n_subsamples` times; a set of exactly that size is taken whole, once. The
+    effect is the mean over subsamples; its interval is that over prompts, widened by the spread between subsamples.
+    `difference` is the effect minus that of the set named `against`, paired by item. Empty sets are left out. The table
+    has one row per set, objective and quantity.
+
+    Raises `OptionError` for fewer than two subsamples, and if `against` names no set. Cost: one pass over the pairs per
+    subsample.
 
     Examples:
         >>> ablations = Ablations(ModelRuns(head), pairs)
@@ -151,7 +164,7 @@ def equal_size_effects(
         7  all  harmless    -0.5
     """
     if n_subsamples < 2:
-        raise OptionError(f"n_subsamples: expected at least 2, whose spread is in the interval, got {n_subsamples}.")
+        raise OptionError(f"n_subsamples: expected at least 2, to measure their spread, got {n_subsamples}.")
     if against not in sets:
         raise OptionError(f"against: expected one of the sets {list(sets)}, got {against!r}.")
     filled = {name: neurons for name, neurons in sets.items() if len(neurons)}
@@ -179,15 +192,15 @@ def equal_size_effects(
                     [ablations.change(one[objective], before[objective], quantity) for one in after]
                 )
     rows = []
-    for (name, objective, quantity), mine in changes.items():
-        theirs = changes[against, objective, quantity]
-        effect = _over_draws(ablations, [mine], objective)
-        gap = _over_draws(ablations, [mine, -theirs], objective)
+    for (name, objective, quantity), values in changes.items():
+        reference = changes[against, objective, quantity]
+        effect = _over_draws(ablations, [values], objective)
+        gap = _over_draws(ablations, [values, -reference], objective)
         if name == against:
             gap = replace(gap, value=0.0, low=0.0, high=0.0)
         rows.append(
             {
-                "set": name, "objective": objective, "quantity": quantity, "size": size, "n_subsamples": len(mine),
+                "set": name, "objective": objective, "quantity": quantity, "size": size, "n_subsamples": len(values),
                 "effect": effect.value, "low": effect.low, "high": effect.high, "per_neuron": effect.value / size,
                 "against": against, "difference": gap.value, "difference_low": gap.low, "difference_high": gap.high,
                 "n": effect.n,
@@ -213,7 +226,7 @@ def _matched(
     exclude: NeuronSet | None,
     magnitude: Float[Tensor, "layer neuron"] | None,
 ) -> list[NeuronSet]:
-    """The random sets; none where some layer has too few neurons left to match the set."""
+    """The random sets; an empty list, with a warning, if too few neurons are left to match the set."""
     options: dict[str, Any] = {"match": control, "exclude": exclude}
     if control == "magnitude":
         options["magnitude"] = magnitude
@@ -221,18 +234,19 @@ def _matched(
         seeds = [draw_seed(seed, draw, control, neurons.mask) for draw in range(n_draws)]
         return [neurons.matched_random(seed=one, **options) for one in seeds]
     except OptionError as error:
-        warnings.warn(f"No matched random sets for {neurons!r}: {error}", RMTensionWarning, stacklevel=3)
+        message = f"No matched random sets for {neurons!r}, so its control is NaN: {error}"
+        warnings.warn(message, RMTensionWarning, stacklevel=3)
         return []
 
 
 def draw_seed(seed: int, draw: int, purpose: str, mask: Bool[Tensor, "layer neuron"]) -> int:
-    """A seed that no other set, purpose or draw has: equal seeds would draw equal neurons for sets alike in size."""
+    """A seed of its own per set, purpose and draw: with equal seeds, sets of equal size would draw equal neurons."""
     named = f"{seed}/{draw}/{purpose}/".encode() + mask.numpy().tobytes()
     return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest()) >> 1
 
 
 def _mean_over(magnitude: Float[Tensor, "layer neuron"], sets: Sequence[NeuronSet]) -> float:
-    """Mean magnitude of the neurons of some sets; NaN without any."""
+    """The mean magnitude of the neurons of some sets; NaN for no sets."""
     values = torch.cat([magnitude[one.mask] for one in sets]) if sets else torch.empty(0)
     return float(values.double().mean())
 
@@ -272,7 +286,7 @@ def _effect(
 
 
 def _over_draws(ablations: Ablations, parts: Sequence[Float[Tensor, "_ item"]], objective: str) -> Estimate:
-    """The sum of the parts' means over draws: interval over prompts, widened by each part's spread between draws."""
+    """The sum of the parts' means over draws, with an interval over prompts widened by the parts' spread over draws."""
     estimate = ablations.estimate(torch.stack([part.mean(dim=0) for part in parts]).sum(dim=0), objective)
     for part in parts:
         estimate = over_seeds(estimate, part.mean(dim=1).tolist())

@@ -1,4 +1,4 @@
-"""One objective fell, or everything drifted to chance? What an ablation leaves of both objectives and all subsets."""
+"""Collapse of one objective or drift of everything to chance: what an ablation leaves of objectives and subsets."""
 
 import hashlib
 import math
@@ -22,13 +22,15 @@ from rmtension.study._causality import QUANTITIES, Ablations
 
 
 def collapse(ablations: Ablations, sets: Mapping[str, NeuronSet]) -> pd.DataFrame:
-    """Did one objective fall, or did everything drift to chance? What each set leaves of both objectives.
+    """What ablating each set leaves of both objectives: tells whether one objective fell or both drifted to chance.
 
-    `retained` of the margin is the slope of the margins after on the margins before, through the origin: 1 where
-    nothing happened, 0 where nothing of the ranking is left. Of the accuracy it is the share above chance that is
-    left, NaN where there was none to lose. `difference` is the first objective's minus the second's: 0 where both
-    shrink alike, however much. `spread` is the standard deviation of the rewards after over that before. Intervals:
-    bootstrap over prompts. Cost: a pass over the pairs for each set, none where the sets were run before.
+    For the margin, `retained` is the slope through the origin of the margins after ablation on those before: 1 if
+    nothing changed, 0 if nothing of the ranking is left. For the accuracy, it is the share of the accuracy above chance
+    that is left; NaN if the accuracy was not clearly above chance. `difference` is the first objective's share minus
+    the second's: 0 if both shrink alike, however much. `spread` is the standard deviation of the rewards after ablation
+    divided by that before. Intervals are bootstrapped over prompts.
+
+    Raises `OptionError` unless there are two objectives. Cost: one pass over the pairs per set that was not run before.
 
     Examples:
         >>> from rmtension.study import ModelRuns
@@ -64,52 +66,75 @@ def collapse(ablations: Ablations, sets: Mapping[str, NeuronSet]) -> pd.DataFram
 def effects_by_subset(ablations: Ablations, neurons: NeuronSet) -> pd.DataFrame:
     """The effect of ablating one set on every subset of every objective's pairs (the paper's cross-objective effect).
 
-    One row a subset: accuracy before and after, the paired change with its interval, and what chance gives.
+    The table has one row per subset: accuracy before and after, the paired change with its interval, and the accuracy
+    of chance. Cost: one pass over the pairs, if the set was not run before.
+
+    Examples:
+        >>> from rmtension.study import ModelRuns
+        >>> ablations = Ablations(ModelRuns(head), pairs)
+        >>> effects = effects_by_subset(ablations, organism.truth["helpful"] | organism.truth["shared"])
+        >>> effects[["objective", "subset", "before", "after", "n"]].round(2)
+          objective subset  before  after   n
+        0   helpful   None     1.0   1.00  24
+        1  harmless   None     1.0   0.79  24
     """
     before, after = ablations.rewards(), ablations.rewards(neurons)
     rows = []
     for objective, pairs in ablations.pairs.items():
         for subset, kept in subset_places(pairs).items():
-            one, other = after[objective].take(kept), before[objective].take(kept)
+            ablated, whole = after[objective].take(kept), before[objective].take(kept)
             change = bootstrap_mean(
-                ablations.change(one, other, "accuracy"),
-                one.by_item().pairs,
+                ablations.change(ablated, whole, "accuracy"),
+                ablated.by_item().pairs,
                 level=ablations.level,
                 seed=ablations.seed,
             )
             rows.append(
                 {
                     "objective": objective, "subset": subset, "size": len(neurons),
-                    "before": other.accuracy(tie_value=ablations.tie_value),
-                    "after": one.accuracy(tie_value=ablations.tie_value),
+                    "before": whole.accuracy(tie_value=ablations.tie_value),
+                    "after": ablated.accuracy(tie_value=ablations.tie_value),
                     "change": change.value, "low": change.low, "high": change.high,
-                    "chance": float(chance(one.pairs).mean()), "n": change.n,
+                    "chance": float(chance(ablated.pairs).mean()), "n": change.n,
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def drift(effects: pd.DataFrame) -> dict[str, Any]:
-    """How far changes by subset follow a drift to chance: the regression of `change` on `before - chance`.
+    """How closely the changes by subset follow a drift to chance: the regression of `change` on `before - chance`.
 
-    A slope of -1 with r = -1 means that every subset ended at chance; this is how the published r = -.82 was computed.
-    Beware: noise in `before` is in `change` with the opposite sign, which makes a negative slope out of nothing where
-    subsets are small. `split_drift` takes the two from different prompts. NaN for fewer than three subsets.
+    `effects` is the table of `effects_by_subset`. A slope of -1 with r = -1 means that every subset ended at chance;
+    the published r = -.82 was computed this way. Noise in `before` enters `change` with the opposite sign, so small
+    subsets give a negative slope even without a drift; `split_drift` takes the two from different prompts. The result
+    is NaN for fewer than three subsets.
+
+    Examples:
+        >>> effects = pd.DataFrame({"before": [0.9, 0.8, 0.7], "chance": 0.5, "change": [-0.4, -0.3, -0.2]})
+        >>> {name: round(value, 3) for name, value in drift(effects).items()}  # every subset ends at chance
+        {'slope': -1.0, 'r': -1.0, 'n': 3}
     """
     if len(effects) < 3:
         return {"slope": math.nan, "r": math.nan, "n": len(effects)}
     above = effects["before"] - effects["chance"]
     if above.nunique() < 2:
         return {"slope": math.nan, "r": math.nan, "n": len(effects)}
-    found = stats.linregress(above, effects["change"])
-    return {"slope": float(found.slope), "r": float(found.rvalue), "n": len(effects)}
+    line = stats.linregress(above, effects["change"])
+    return {"slope": float(line.slope), "r": float(line.rvalue), "n": len(effects)}
 
 
 def split_drift(ablations: Ablations, neurons: NeuronSet) -> dict[str, float]:
     """`drift` with `before` from one half of the prompts and `change` from the other, both ways, averaged.
 
-    Noise of the one is not in the other, so that nothing gives slopes around 0; true slopes are drawn towards 0 by the
-    noise in `before`. NaN where fewer than three subsets have prompts in both halves. No pass that `drift` did not ask.
+    The noise of one half is not in the other, so without a drift slopes are around 0; noise in `before` shrinks true
+    slopes towards 0. The result is NaN if fewer than three subsets have prompts in both halves. Cost: no pass beyond
+    those of `effects_by_subset`.
+
+    Examples:
+        >>> from rmtension.study import ModelRuns
+        >>> ablations = Ablations(ModelRuns(head), pairs)
+        >>> split_drift(ablations, neurons)  # these pairs have one subset per objective, and three are needed
+        {'split_slope': nan, 'split_r': nan}
     """
     before, after = ablations.rewards(), ablations.rewards(neurons)
     tables = []
@@ -120,34 +145,34 @@ def split_drift(ablations: Ablations, neurons: NeuronSet) -> dict[str, float]:
         }
         rows = {}
         for name, kept in places.items():
-            one, other = after[name].take(kept), before[name].take(kept)
-            gap, was = (
-                ablations.change(one, other, "accuracy"),
-                item_values(other, "accuracy", tie_value=ablations.tie_value),
+            ablated, whole = after[name].take(kept), before[name].take(kept)
+            change, accuracy_before = (
+                ablations.change(ablated, whole, "accuracy"),
+                item_values(whole, "accuracy", tie_value=ablations.tie_value),
             )
-            by_item = other.by_item().pairs
-            for subset, mine in subset_places(by_item).items():
-                level = float(chance(by_item)[mine].mean())
-                rows[name, subset] = (float(was[mine].mean()), level, float(gap[mine].mean()))
+            by_item = whole.by_item().pairs
+            for subset, items in subset_places(by_item).items():
+                level = float(chance(by_item)[items].mean())
+                rows[name, subset] = (float(accuracy_before[items].mean()), level, float(change[items].mean()))
         tables.append(rows)
-    found = []
+    fits = []
     for first, second in (tables, tables[::-1]):
         both = [key for key in first if key in second]
         frame = pd.DataFrame(
             [(first[key][0], first[key][1], second[key][2]) for key in both], columns=["before", "chance", "change"]
         )
-        found.append(drift(frame))
-    return {f"split_{name}": float(np.mean([one[name] for one in found])) for name in ("slope", "r")}
+        fits.append(drift(frame))
+    return {f"split_{name}": float(np.mean([fit[name] for fit in fits])) for name in ("slope", "r")}
 
 
 def _half_of(prompt: str) -> int:
-    """0 or 1 by a hash of the prompt, whatever the model."""
+    """0 or 1 by a hash of the prompt, so that it is the same for every model."""
     return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=1).digest()[0] % 2
 
 
 def _two_objectives(pairs: Mapping[str, PreferencePairs]) -> tuple[str, str]:
     if len(pairs) != 2:
-        raise OptionError(f"pairs: expected two objectives to tell apart, got {list(pairs)}.")
+        raise OptionError(f"pairs: expected two objectives, to compare what is left of each, got {list(pairs)}.")
     first, second = pairs
     return first, second
 
@@ -157,7 +182,7 @@ def _retained(
 ) -> tuple[list[float], Float[np.ndarray, "resample 2"]]:
     """The share of each objective that is left, and its bootstrap resamples: ratios of two sums over items.
 
-    Prompts are resampled for both objectives at once, because some have pairs of both.
+    Prompts are resampled for both objectives together, because a prompt can have pairs of both.
     """
     parts, items = [], []
     for number, objective in enumerate(ablations.pairs):
@@ -177,7 +202,7 @@ def _retained(
         ratios = sums[:, [0, 2]] / sums[:, [1, 3]]
         observed = table.sum(dim=0).numpy()[[0, 2]] / table.sum(dim=0).numpy()[[1, 3]]
     if quantity == "accuracy":
-        # Where the accuracy before is not clearly above chance, a share of what is above is no number.
+        # If the accuracy before is not clearly above chance, a share of what is above it is undefined.
         unclear = (sums[:, [1, 3]] <= 0).mean(axis=0) > (1 - ablations.level) / 2
         observed[unclear], ratios[:, unclear] = math.nan, math.nan
     return observed.tolist(), ratios

@@ -1,4 +1,4 @@
-"""A study as a YAML file says it: models, pairs, options, and where the result goes. Errors name the key."""
+"""Studies described by a YAML file: models, pairs, options and the output folder. Errors name the key."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -22,7 +22,7 @@ _OPTION_KEYS = tuple(field.name for field in fields(StudyOptions) if field.name 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What `make_config` found: everything that a study needs, and the folder for its result."""
+    """Everything that a study needs, and the folder for its result; `make_config` returns it."""
 
     families: tuple[ModelFamily, ...]
     pairs: Mapping[str, PreferencePairs]
@@ -36,26 +36,26 @@ class StudyConfig:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, for `make_config`; raises `DataError` where there is none."""
+    """The mapping in a YAML file, for `make_config`; raises `DataError` for an unreadable or invalid file."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}).") from error
-    # Beside YAMLError: dates that are none, bytes that are no text, brackets nested too deeply.
+        raise DataError(f"{path}: cannot be read ({error}). Check the path.") from error
+    # Besides YAMLError: invalid dates, bytes that are not UTF-8, brackets nested too deeply.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
-    return dict(_mapping(found, str(path), _KEYS))
+    return dict(_mapping(content, str(path), _KEYS))
 
 
 def make_config(values: Mapping[str, Any], *, folder: Path, where: str) -> StudyConfig:
     """The study that `values` describe; `where` names them in errors, and paths are relative to `folder`.
 
-    - `models`: a mapping of `helpful`, `harmless`, `mixed` and, if there is one, `base` to folders of checkpoints or
-      hub names; or a list of such mappings, which `name` and `seed` tell apart.
-    - `pairs`: files (one or a list) under `helpful` and `harmless`, in any format of `PreferencePairs.read`; or files
-      whose rows have `objective`.
-    - `scoring_pairs`: the same, where neurons are not to be scored on a half of `pairs`.
-    - `columns` and `chat`: those of `PreferencePairs.read`, for all files.
+    - `models`: a mapping of `helpful`, `harmless`, `mixed` and optionally `base` to folders of checkpoints or hub
+      names; or a list of such mappings that differ in `name` or `seed`.
+    - `pairs`: a file or a list of files under `helpful` and `harmless`, in any format of `PreferencePairs.read`; or
+      files whose rows have the field `objective`.
+    - `scoring_pairs`: the same, to score neurons on other pairs than one half of `pairs`.
+    - `columns` and `chat`: arguments of `PreferencePairs.read`, for all files.
     - `on_invalid` ("raise" or "skip"), `rules`, `analyses`, `options` (fields of `StudyOptions`), `out` (default:
       `study`).
 
@@ -70,21 +70,21 @@ def make_config(values: Mapping[str, Any], *, folder: Path, where: str) -> Study
         "chat": _yes_or_no(values.get("chat", False), f"{where}: chat"),
         "on_invalid": _text(values.get("on_invalid", "raise"), f"{where}: on_invalid"),
     }
-    # All files are looked for before the first is read, which may take a while.
+    # Check that all files exist before reading the first, which may take a while.
     readers = {
         key: _pairs(values[key], f"{where}: {key}", folder, reading)
         for key in ("pairs", "scoring_pairs")
         if values.get(key) is not None
     }
-    found = {key: read() for key, read in readers.items()}
-    return StudyConfig(families, found["pairs"], found.get("scoring_pairs"), options, out)
+    pairs = {key: read() for key, read in readers.items()}
+    return StudyConfig(families, pairs["pairs"], pairs.get("scoring_pairs"), options, out)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
 def read_options(values: Mapping[str, Any], where: str) -> StudyOptions:
-    """The options that `rules`, `analyses` and `options` say; raises `OptionError` naming `where`."""
+    """The options given by `rules`, `analyses` and `options`; raises `OptionError` that names `where`."""
     changes = dict(_mapping(values.get("options") or {}, f"{where}: options", _OPTION_KEYS))
     if "analyses" in values:
         changes["analyses"] = values["analyses"]
@@ -100,7 +100,7 @@ def _families(value: Any, key: str, folder: Path) -> tuple[ModelFamily, ...]:
     listed = value if isinstance(value, list) else [value]
     if not listed:
         raise OptionError(
-            f"{key}: expected a mapping of {list(MODELS)} to models, or a list of such, got an empty one."
+            f"{key}: expected a mapping of {list(MODELS)} to models, or a list of such mappings, got an empty list."
         )
     keys = [f"{key}[{place}]" for place in range(len(listed))] if isinstance(value, list) else [key]
     return tuple(_family(one, name, folder) for one, name in zip(listed, keys, strict=True))
@@ -120,18 +120,20 @@ def _family(value: Any, key: str, folder: Path) -> ModelFamily:
 
 
 def _model(value: Any, key: str, folder: Path) -> str | Path:
-    """The folder of a checkpoint, or a hub name, which may have one slash and no folder of that name here."""
+    """The folder of a checkpoint, or a hub name: a name with at most one slash that is not a local path."""
     name = _text(value, key)
     path = folder / Path(name).expanduser()
     if path.is_dir():
         return path
     if name.startswith((".", "~", "/")) or name.count("/") > 1 or path.exists():
-        raise ModelError(f"{key}: expected the folder of a checkpoint or a hub name, and {path} is no folder.")
+        raise ModelError(
+            f"{key}: expected the folder of a checkpoint or a hub name, got {name!r}; {path} is no folder. Check it."
+        )
     return name
 
 
 def _pairs(value: Any, key: str, folder: Path, reading: Mapping[str, Any]) -> Callable[[], dict[str, PreferencePairs]]:
-    """What reads the pairs of both objectives, once the files are known to be there."""
+    """A function that reads the pairs of both objectives; the files are checked here, before any is read."""
     if not isinstance(value, Mapping):
         files = _files(value, key, folder)
         return lambda: _by_objective(_read(files, key, reading), key)
@@ -148,7 +150,7 @@ def _files(value: Any, key: str, folder: Path) -> list[Path]:
     paths = [folder / Path(_text(one, name)).expanduser() for one, name in zip(listed, names, strict=True)]
     for path, name in zip(paths, names, strict=True):
         if not path.is_file():
-            raise DataError(f"{name}: expected a file of pairs, and there is none at {path}.")
+            raise DataError(f"{name}: expected a file of pairs, got {path}, which does not exist or is not a file.")
     return paths
 
 
@@ -161,11 +163,11 @@ def _read(files: Sequence[Path], key: str, reading: Mapping[str, Any], objective
 
 
 def _by_objective(pairs: PreferencePairs, key: str) -> dict[str, PreferencePairs]:
-    found = {pair.objective for pair in pairs}
-    if found != set(OBJECTIVES):
+    objectives = {pair.objective for pair in pairs}
+    if objectives != set(OBJECTIVES):
         raise DataError(
-            f"{key}: expected the field 'objective' of every pair to be one of {list(OBJECTIVES)}, and both to be "
-            f"there, got {sorted(map(str, found))}. Or name the files of each: {key.split(': ')[-1]}: {{helpful: ..., "
+            f"{key}: expected the field 'objective' of every pair to be one of {list(OBJECTIVES)}, and both to occur, "
+            f"got {sorted(map(str, objectives))}. Or name the files of each: {key.split(': ')[-1]}: {{helpful: ..., "
             "harmless: ...}."
         )
     return {name: pairs.filter(objective=name) for name in OBJECTIVES}
@@ -183,13 +185,13 @@ def _mapping(value: Any, key: str, known: Sequence[str], required: Sequence[str]
             raise OptionError(f"{key}: unknown key {_shown(name)}; expected some of {list(known)}.{hint}")
     for name in required:
         if value.get(name) is None:
-            raise OptionError(f"{key}: the key {name!r} is missing; it has {list(value)}.")
+            raise OptionError(f"{key}: the key {name!r} is missing; the mapping has {list(value)}. Add it.")
     return value
 
 
 def _text(value: Any, key: str) -> str:
     if not isinstance(value, str) or not value:
-        raise OptionError(f"{key}: expected text, got {_shown(value)}. Put quotes around what YAML takes for other.")
+        raise OptionError(f"{key}: expected text, got {_shown(value)}. Put quotes around numbers, dates, yes and no.")
     return value
 
 
@@ -205,7 +207,7 @@ def _columns(value: Any, key: str) -> dict[str, str | None]:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message; of lists and mappings the kind alone, since aliases can make them very long."""
+    """A value for a message; only the type of lists and mappings, which YAML aliases can make very long."""
     return type(value).__name__ if isinstance(value, list | tuple | Mapping | set) else f"{value!r:.80}"
 
 

@@ -1,4 +1,4 @@
-"""Ablation curves: what is left of a model without more and more of its neurons."""
+"""Ablation curves: accuracy and margin as more and more neurons are ablated."""
 
 import hashlib
 import math
@@ -26,12 +26,14 @@ def ablation_curves(
     clamp: bool = False,
     n_draws: int = 3,
 ) -> pd.DataFrame:
-    """What is left without the top fraction of neurons by each score, and by random order (`n_draws` times).
+    """Accuracy and margin without the top fractions of neurons by each score, and in `n_draws` random orders.
 
-    One row a score, draw, fraction and objective. `drop` is 1 - accuracy / accuracy before, `normalised` the accuracy
-    above chance over what it was (NaN where it was at chance); `clamp` keeps both within [0, 1]. `change` and
-    `margin_change` have paired intervals over prompts. Cost: a pass over the pairs for each fraction and (score or
-    draw).
+    The table has one row per score, draw, fraction and objective. `drop` is 1 - accuracy / accuracy before;
+    `normalised` is the accuracy above chance divided by that before (NaN if it was at chance); `clamp` keeps both
+    within [0, 1]. `change` and `margin_change` have paired intervals over prompts. `rank_by`, `rank_within` and
+    `cut_rule` are those of `NeuronScores.top`.
+
+    Cost: one pass over the pairs per fraction and score, and per fraction and random order.
 
     Examples:
         >>> from rmtension.study import ModelRuns
@@ -74,7 +76,7 @@ def _curve_point(
     drop = 1 - now.value / was if was else math.nan
     normalised = (now.value - level_of_chance) / (was - level_of_chance) if was != level_of_chance else math.nan
     if clamp:
-        # np.clip keeps what is undefined.
+        # np.clip keeps NaN.
         drop, normalised = (float(np.clip(value, 0, 1)) for value in (drop, normalised))
     return {
         "accuracy": now.value, "low": now.low, "high": now.high, "before": was, "drop": drop,
@@ -86,7 +88,7 @@ def _curve_point(
 
 
 def _random_scores(like: NeuronScores, seed: int, draw: int) -> NeuronScores:
-    """A random order of a model's neurons: random sets of growing size contain one another."""
+    """A random order of a model's neurons; each random set then contains all smaller ones."""
     model = int(hashlib.sha256(like.provenance.model.encode()).hexdigest()[:8], 16)
     values = torch.from_numpy(np.random.default_rng([seed, draw, model]).random(tuple(like.stderr.shape)))
     return NeuronScores(values, torch.full_like(values, math.nan), like.provenance)

@@ -1,4 +1,4 @@
-"""What three reward models trained from one base, and their base, are run for in a study."""
+"""A family of three reward models and their base, and the runs of these models that a study needs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ MODELS = (*OBJECTIVES, "mixed")
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """Three reward models trained from one base: heads, or checkpoints that are opened when their turn comes.
+    """Three reward models trained from one base model: heads, or checkpoints that are opened when they are needed.
 
-    Families of one `name` are seeds of each other: same base, same data, another `seed`.
+    Families with the same `name` are treated as seeds of each other: same base, same data, another `seed`.
 
     Examples:
         >>> family = ModelFamily(helpful="helpful-rm", harmless="harmless-rm", mixed="mixed-rm", base="base", seed=1)
@@ -43,15 +43,23 @@ class ModelFamily:
 
 
 class FamilyRuns:
-    """The models of one family, run through `ModelRuns`: only what no analysis has run, nothing that `folder` holds.
+    """The models of one family with their cached passes: results of earlier analyses and of `folder` are not run again.
 
     Args:
         family: the models.
-        scoring: "helpful" and "harmless" -> pairs that neurons are scored on.
-        evaluating: the same for rewards and ablations; no prompt of `scoring`.
+        scoring: "helpful" and "harmless" -> the pairs that neurons are scored on.
+        evaluating: "helpful" and "harmless" -> the pairs for rewards and ablations, which share no prompt with
+            `scoring`.
         options: see `StudyOptions`.
-        folder: where passes are kept.
+        folder: the folder that keeps passes.
         advance: called after every evaluation of a model, for progress bars.
+
+    Examples:
+        >>> halves = {name: part.split(0.5) for name, part in pairs.items()}
+        >>> scoring, evaluating = ({name: half[i] for name, half in halves.items()} for i in (0, 1))
+        >>> runs = FamilyRuns(ModelFamily(head, head, head), scoring, evaluating)
+        >>> runs.rewards("mixed", "helpful").accuracy(), runs.n_run
+        (1.0, 1)
     """
 
     def __init__(
@@ -79,16 +87,16 @@ class FamilyRuns:
 
     @property
     def n_run(self) -> int:
-        """Passes over a data set that were run."""
+        """The number of passes over a data set that were run."""
         return sum(runs.n_run for runs in self.runs.values())
 
     @property
     def n_read(self) -> int:
-        """Passes that the folder had."""
+        """The number of passes that were read from the folder."""
         return sum(runs.n_read for runs in self.runs.values())
 
     def close(self) -> None:
-        """Let go of the open models and of what they were run for, but for the scores that other seeds ask for."""
+        """Release the open models and their results, except the scores that are compared with other seeds."""
         wanted = set(self.options.scores)
         self._scores = {key: scores for key, scores in self._scores.items() if key[0] in wanted}
         for runs in self.runs.values():
@@ -101,9 +109,9 @@ class FamilyRuns:
     def scores_of(self, score: str, model: str) -> NeuronScores:
         """One score of every neuron of a model.
 
-        Scores that set chosen against rejected are taken on the model's own objective (on both for the mixed model and
-        the base); activation scores on both objectives' pairs, so that two models' sets differ by the models and not
-        by their data.
+        Scores that compare chosen with rejected responses use the pairs of the model's own objective (both objectives
+        for the mixed model and the base). Activation scores use the pairs of both objectives, so that the sets of two
+        models differ because of the models and not of the data.
         """
         if (score, model) not in self._scores:
             self._scores[score, model] = self._score(score, model)
@@ -122,9 +130,9 @@ class FamilyRuns:
         return self.runs[model].attribution(pairs, method=score, site=options.site, positions=options.positions)
 
     def profiles(self, model: str) -> dict[str, ActivationProfile]:
-        """A model's profile on each objective's scoring pairs, beside the base where there is one."""
+        """A model's activation profile on each objective's scoring pairs, compared with the base if there is one."""
         options = self.options
-        found = {
+        profiles = {
             name: self.runs[model].profile(
                 part,
                 site=options.site,
@@ -134,14 +142,14 @@ class FamilyRuns:
             )
             for name, part in self.scoring.items()
         }
-        architecture = found["helpful"].provenance.architecture
+        architecture = profiles["helpful"].provenance.architecture
         self._architecture = self._architecture or architecture
         if architecture != self._architecture:
             raise ProvenanceError(
                 f"models: architecture differs: {model!r} is {architecture}, the others are {self._architecture}. A "
                 "study compares models trained from one base."
             )
-        return found
+        return profiles
 
     def ablated_sets(self) -> dict[str, NeuronSet]:
         """The sets of the causal analyses, by the first score: each specialist's own, shared, the base's top set."""
@@ -150,7 +158,7 @@ class FamilyRuns:
         return self.shared_sets(score) | ({} if base is None else {"base top": self.top(base)})
 
     def shared_sets(self, score: str) -> dict[str, NeuronSet]:
-        """What each specialist's top set has alone, and what both have."""
+        """The neurons in only one specialist's top set, and those in both."""
         helpful, harmless = (self.top(self.scores_of(score, name)) for name in OBJECTIVES)
         return {
             "helpful only": helpful - harmless,
@@ -162,7 +170,7 @@ class FamilyRuns:
         """The top set by the options' rule."""
         options = self.options
         if scores.provenance.method == "selectivity":
-            # Neurons that are not eligible all score 0: a set is filled up to the last that is.
+            # Neurons that are not eligible all score 0; the set holds eligible neurons only.
             size = top_size(options.fraction, scores.values.numel())
             return scores.top(k=max(1, min(size, int((scores.values != 0).sum()))))
         return scores.top(
@@ -170,7 +178,7 @@ class FamilyRuns:
         )
 
     def ablations(self, model: str) -> Ablations:
-        """A model with the evaluation pairs, ablated as the options say."""
+        """The `Ablations` of a model on the evaluation pairs, by the options' replacement."""
         options = self.options
         replacement: Replacement = Zero()
         if options.replacement == "mean":
@@ -186,7 +194,7 @@ class FamilyRuns:
         )
 
     def prompts_cut(self) -> dict[str, int]:
-        """How many evaluation pairs of each objective lost prompt tokens, where a model was asked for their rewards."""
+        """How many evaluation pairs of each objective lost prompt tokens, for objectives with known rewards."""
         return {
             name: known.n_prompts_cut
             for name, pairs in self.evaluating.items()
@@ -194,21 +202,21 @@ class FamilyRuns:
         }
 
     def provenance(self) -> dict[str, dict[str, Any]]:
-        """Where the first result of every model that was run came from."""
-        found = {name: runs.provenance for name, runs in self.runs.items()}
-        return {name: one.to_dict() for name, one in found.items() if one is not None}
+        """The provenance of the first result of every model that was run."""
+        known = {name: runs.provenance for name, runs in self.runs.items()}
+        return {name: one.to_dict() for name, one in known.items() if one is not None}
 
     def base_scores(self, score: str) -> NeuronScores | None:
-        """The base's scores; None without a base, or where it has no such score."""
+        """The scores of the base; None without a base, or if a base model has no such score."""
         return self.scores_of(score, "base") if "base" in self.models_with(score) else None
 
     def models_with(self, score: str) -> Sequence[str]:
-        """The models that have a score, in a fixed order."""
+        """The models that have this score, in a fixed order."""
         return [name for name in self.runs if name != "base" or base_has(score)]
 
     @property
     def judging(self) -> dict[str, Any]:
-        """How accuracies are judged: ties, level and seed."""
+        """Keyword arguments of accuracies: the value of ties, level and seed."""
         return {"tie_value": self.options.tie_value, "level": self.options.level, "seed": self.options.seed}
 
 

@@ -1,4 +1,4 @@
-"""What a model was run for: rewards, profiles, attributions and means, each run once and kept on disk."""
+"""Cached runs of a model: rewards, profiles, attributions and means, each run once and kept on disk."""
 
 import hashlib
 import json
@@ -41,19 +41,19 @@ _R = TypeVar("_R", bound=_Result)
 
 
 class ModelRuns:
-    """A model and everything it has been run for: asking again for the same runs nothing.
+    """A model with a cache of its results: a repeated request does not run the model again.
 
-    `rewards`, `profile`, `attribution` and `statistics` give what `RewardHead.score_pairs`, `collect_profiles`,
-    `NeuronAttribution` and `ActivationCollector` give. Each is kept in memory and, with a `folder`, in one safetensors
-    file there, named by a digest of everything that it depends on: the model's weights, the texts in their order,
-    the neurons and how they are ablated, options, the versions of this package, torch and transformers, and whether
-    there is a GPU. A local checkpoint is opened only when something has to be run. `n_run` and `n_read` count what was
-    run and what came from the folder.
+    `rewards`, `profile`, `attribution` and `statistics` return the results of `RewardHead.score_pairs`,
+    `collect_profiles`, `NeuronAttribution` and `ActivationCollector`. Each result is kept in memory and, with a
+    `folder`, in one safetensors file. The file's name is a digest of everything that the result depends on: the model's
+    weights, the texts in order, the neurons and how they are ablated, the options, the versions of this package, torch
+    and transformers, and whether there is a GPU. A local checkpoint is opened only when something has to run. `n_run`
+    and `n_read` count the results that were run and those that were read from the folder.
 
     Args:
         model: a head, or the folder or hub name of a checkpoint.
-        folder: where results are kept; None keeps them in memory only.
-        reward: False for a language model, which is read for its activations.
+        folder: the folder that keeps results; None keeps them in memory only.
+        reward: False for a language model, which has activations but no reward.
 
     Examples:
         >>> runs = ModelRuns(head)
@@ -83,9 +83,9 @@ class ModelRuns:
 
     @property
     def key(self) -> str:
-        """Names the model by its content: the bytes of a local checkpoint, or what an open head consists of.
+        """The model's content as a key: the bytes of a local checkpoint, or the weights and settings of an open head.
 
-        A head that was trained further has another key. A hub name is opened to be named.
+        Training a head further changes its key. A checkpoint given by its hub name is opened to compute the key.
         """
         if isinstance(self._model, RewardHead) or not Path(self._model).is_dir():
             return f"head-{self.head.fingerprint}-{self.head.setup_digest}"
@@ -95,16 +95,16 @@ class ModelRuns:
 
     @property
     def provenance(self) -> Provenance | None:
-        """That of the first result that was asked for; None before."""
+        """The provenance of the first result; None before there is one."""
         return next((result.provenance for result in self._known.values()), None)
 
     def close(self) -> None:
-        """Let go of the open model and of results in memory; what the folder holds is read again, the rest run."""
+        """Release the open model and results in memory; results in the folder can be read again, others run again."""
         self._known.clear()
         if not isinstance(self._model, RewardHead):
             self._head = None
 
-    # -- what a model is run for -----------------------------------------------------------------------------------
+    # -- results ---------------------------------------------------------------------------------------------------
 
     def rewards(
         self,
@@ -113,13 +113,13 @@ class ModelRuns:
         without: NeuronSet | None = None,
         replacement: Replacement = Zero(),
     ) -> PairRewards:
-        """The rewards of `pairs`, or what they are without some neurons."""
+        """The rewards of `pairs` by the whole model, or without some neurons."""
 
         def run(work: Path | None) -> _Rewards:
             if without is None or not len(without):
                 return _Rewards.of(self.head.score_pairs(pairs, work=work))
-            (found,) = score_without(self.head, pairs, [without], replacement, work=work)
-            return _Rewards.of(found)
+            (scored,) = score_without(self.head, pairs, [without], replacement, work=work)
+            return _Rewards.of(scored)
 
         details = [pairs.ordered_digest, _described(without, replacement)]
         return self._once("rewards", details, run, _Rewards.load).scored(pairs)
@@ -131,7 +131,7 @@ class ModelRuns:
         *,
         replacement: Replacement = Zero(),
     ) -> None:
-        """Run what `rewards` will be asked for without each of some sets: together, which is faster."""
+        """Run the ablations of several sets together, which is faster, for later calls of `rewards`."""
         named = {
             self._name("rewards", [pairs.ordered_digest, _described(one, replacement)]): one for one in sets if len(one)
         }
@@ -139,16 +139,16 @@ class ModelRuns:
         if missing:
             self._require_unhooked()
             with self._work(f"sweep-{_digest_of_names(named)}") as work:
-                # In another company the last digits differ: what was interrupted ends as it was begun.
+                # The last digits depend on which sets run together, so an interrupted run resumes with the same sets.
                 together = missing if work is None else remembered(work, "sets", missing)
                 some = [named[name] for name in together if name in named]
-                found = score_without(self.head, pairs, some, replacement, work=work)
-                for name, scored in zip(together, found, strict=True):
+                rewards = score_without(self.head, pairs, some, replacement, work=work)
+                for name, scored in zip(together, rewards, strict=True):
                     self.n_run += 1
                     self._keep(name, _Rewards.of(scored))
 
     def known_rewards(self, pairs: PreferencePairs) -> PairRewards | None:
-        """The rewards of `pairs` if they were asked for before."""
+        """The rewards of `pairs` if they are in memory, else None."""
         kept = self._known.get(self._name("rewards", [pairs.ordered_digest, None]))
         return None if kept is None else kept.scored(pairs)
 
@@ -162,14 +162,14 @@ class ModelRuns:
         pool_tokens: bool = False,
         also: Sequence[str] = (),
     ) -> ActivationProfile:
-        """The profile at one site and position. Profiles of the sites in `also` come from the same pass."""
+        """The activation profile at one site and position; the same pass also gives those of the sites in `also`."""
         sites = list(dict.fromkeys([site, *also]))
 
         def details(one: str) -> list[Any]:
             return [pairs.ordered_digest, one, positions, None if base is None else base.key, pool_tokens]
 
         def run(work: Path | None) -> ActivationProfile:
-            found = collect_profiles(
+            profiles = collect_profiles(
                 self.head,
                 pairs,
                 sites=sites,
@@ -179,15 +179,15 @@ class ModelRuns:
                 work=work,
             )
             for other in sites[1:]:
-                self._keep(self._name("profile", details(other)), found[other, positions])
-            return found[site, positions]
+                self._keep(self._name("profile", details(other)), profiles[other, positions])
+            return profiles[site, positions]
 
         return self._once("profile", details(site), run, ActivationProfile.load)
 
     def attribution(
         self, pairs: PreferencePairs, *, method: str, site: str = "mlp", positions: str = "all"
     ) -> NeuronScores:
-        """Scores by a method of `NeuronAttribution`."""
+        """The scores of a method of `NeuronAttribution`."""
 
         def run(work: Path | None) -> NeuronScores:
             return NeuronAttribution(self.head, method, site=site, positions=positions).score(pairs, work=work)
@@ -196,7 +196,7 @@ class ModelRuns:
         return self._once("attribution", details, run, NeuronScores.load)
 
     def statistics(self, pairs: PreferencePairs, *, site: str = "mlp") -> ActivationStatistics:
-        """Means over all tokens, for `Mean`."""
+        """The mean activations over all tokens, for `Mean`."""
         return self._once(
             "statistics",
             [pairs.ordered_digest, site],
@@ -215,15 +215,15 @@ class ModelRuns:
             else:
                 self._require_unhooked()
                 with self._work(name) as work:
-                    found = run(work)
+                    result = run(work)
                     self.n_run += 1
-                    self._keep(name, found)
-        result: _R = self._known[name]
-        return result
+                    self._keep(name, result)
+        known: _R = self._known[name]
+        return known
 
     @contextmanager
     def _work(self, name: str) -> Iterator[Path | None]:
-        """A work folder for one run, which goes when its results are kept; None where nothing is kept on disk."""
+        """A work folder for one run, removed once its results are kept; None if nothing is kept on disk."""
         if self._folder is None:
             yield None
             return
@@ -233,15 +233,15 @@ class ModelRuns:
             shutil.rmtree(work, ignore_errors=True)
 
     def _has(self, name: str) -> bool:
-        """Whether a result is known, or in the folder."""
-        # Of several processes, all read it or all run: they work on one pass together.
+        """Whether a result is in memory or in the folder."""
+        # All processes read the file or all run the pass, because they share the work of one pass.
         return name in self._known or (self._folder is not None and current().all_have((self._folder / name).exists()))
 
     def _require_unhooked(self) -> None:
         if self.head.body.is_hooked:
             raise OptionError(
-                "runs: the model has hooks, of yours or of an ablation that is entered, whose results would be kept as "
-                "its own. Leave the context, or remove the hooks from head.model, first."
+                "runs: the model has hooks, its own or those of an active AblationContext, and results with hooks must "
+                "not be cached as the model's. Leave the context, or remove the hooks from head.model, first."
             )
 
     def _keep(self, name: str, result: _Result) -> None:
@@ -255,7 +255,7 @@ class ModelRuns:
 
 
 class _Rewards:
-    """Rewards without their texts, which a study has anyway and which would be stored hundreds of times."""
+    """Rewards without their texts, which the study already holds and would otherwise store hundreds of times."""
 
     def __init__(self, scored: PairRewards) -> None:
         self._scored = scored
@@ -293,7 +293,7 @@ def _digest_of_names(names: Iterable[str]) -> str:
 
 
 def _described(without: NeuronSet | None, replacement: Replacement) -> list[Any] | None:
-    """What an ablation depends on; None for the whole model."""
+    """Everything that an ablation depends on; None for the whole model."""
     if without is None or not len(without):
         return None
     return [without.site, without.architecture, digest_of(without.mask), replacement.key]

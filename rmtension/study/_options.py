@@ -1,4 +1,4 @@
-"""What a study does, and with which numbers: the corrected rules, and those of the published code."""
+"""Options of a study: the corrected rules, and the rules of the published code."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -23,21 +23,23 @@ SCORES = (*ACTIVATION_SCORES, "selectivity", *(method for method in METHODS if m
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What a study does. The defaults are the corrected rules; `StudyOptions.of("paper")` has the published ones.
+    """Options of a study. The defaults are the corrected rules; `StudyOptions.of("paper")` gives the published rules.
 
-    - `analyses`: which of the ten to do (`ANALYSES`).
-    - `scores`: by which scores neurons are ranked; the sets of the first are ablated in the causal analyses.
-    - `fraction` of the neurons make a top set at `site` and `positions`, `rank_within` the "model" or each "layer",
-      `rank_by` "magnitude", "supports", "opposes" or "score" (see `NeuronScores.top`; "supports" and "opposes" need
-      `scores` that all have a direction); `cut_rule` is "exact", or "percentile" with its ties; `pool_tokens` counts
-      every token once, not every text.
-    - `replacement`, "zero" or "mean", is what activations of ablated sets are replaced by, at all tokens;
-      `curve_fractions` the sizes of the ablation curves, `n_draws` the random sets of a control, `n_subsamples` the
-      subsamples in which sets are compared at equal size.
-    - `tie_value` is what a tie counts in accuracies; `clamp` keeps drops and normalised accuracies within [0, 1].
-    - `refuse` and `respond` name the subsets that reward refusing and responding.
-    - `seed` governs the division of the pairs, the random sets, subsamples and the bootstrap; `level` is that of all
-      intervals.
+    - `analyses`: which of the ten analyses to run (`ANALYSES`).
+    - `scores`: the scores that rank neurons; the causal analyses ablate the sets of the first.
+    - `fraction`: the share of neurons in a top set at `site` and `positions`. `rank_within` is "model" or "layer";
+      `rank_by` is "magnitude", "supports", "opposes" or "score" (see `NeuronScores.top`; "supports" and "opposes" need
+      `scores` that all have a sign); `cut_rule` is "exact", or "percentile", which includes ties. `pool_tokens` weights
+      every token equally instead of every text.
+    - `replacement`: "zero" or "mean" replaces the activations of ablated sets, at all tokens.
+    - `curve_fractions`: the set sizes of the ablation curves; `n_draws`: the number of random sets per control;
+      `n_subsamples`: the number of subsamples that compare sets at equal size.
+    - `tie_value`: the value of a tie in accuracies; `clamp`: keep drops and normalised accuracies within [0, 1].
+    - `refuse` and `respond`: the subsets in which refusing and responding is right.
+    - `level`: the level of all intervals; `seed`: the seed of the split of the pairs, the random sets, the subsamples
+      and the bootstrap.
+
+    Raises `OptionError` for an invalid value.
 
     Examples:
         >>> StudyOptions(n_draws=2).replacement, StudyOptions.of("paper").replacement
@@ -66,18 +68,20 @@ class StudyOptions:
 
     @classmethod
     def of(cls, rules: str, **changes: Any) -> "StudyOptions":
-        """The options of "corrected" or "paper" rules, with `changes`: one at a time, they trace a difference.
+        """The options of the "corrected" or "paper" rules, with `changes` to trace a difference between the two.
 
-        "paper": neurons at `mlp_gate`, all tokens pooled, ranked by signed magnitude, then change; percentile sets;
-        zero ablation at 2, 4, ..., 30 and 100%; ties are wrong; shares clamped to [0, 1].
+        The "paper" rules: neurons at `mlp_gate`, all tokens pooled, ranked by signed magnitude, then by change;
+        percentile sets; zero ablation at 2, 4, ..., 30 and 100%; ties count as wrong; shares clamped to [0, 1].
+
+        Examples:
+            >>> StudyOptions.of("paper", replacement="mean").site
+            'mlp_gate'
         """
         require_choice("rules", rules, _RULES)
         unknown = [name for name in changes if name not in cls.__dataclass_fields__]
         if unknown:
             known = list(cls.__dataclass_fields__)
-            raise OptionError(
-                f"{unknown[0]}: there is no such option; expected some of {known}.{nearest(unknown[0], known)}"
-            )
+            raise OptionError(f"{unknown[0]}: unknown option; expected some of {known}.{nearest(unknown[0], known)}")
         return replace(_RULES[rules](), **changes)
 
     def __post_init__(self) -> None:
@@ -88,7 +92,7 @@ class StudyOptions:
         for name in ("fraction", "curve_fractions"):
             given = getattr(self, name)
             for fraction in given if name == "curve_fractions" else (given,):
-                if not 0 < fraction <= 1:  # NaN is not
+                if not 0 < fraction <= 1:  # also refuses NaN
                     raise OptionError(f"{name}: expected a number in (0, 1], got {fraction}.")
         for name, choices in (
             ("rank_by", RANK_BY),
@@ -103,7 +107,7 @@ class StudyOptions:
         find_site(self.site)
         check_positions(self.positions)
         if self.n_draws < 2:
-            raise OptionError(f"n_draws: expected at least 2 random sets to know their spread, got {self.n_draws}.")
+            raise OptionError(f"n_draws: expected at least 2 random sets, to measure their spread, got {self.n_draws}.")
         if self.n_subsamples < 2:
             raise OptionError(f"n_subsamples: expected at least 2, got {self.n_subsamples}.")
         check_seed(self.seed)
@@ -112,24 +116,24 @@ class StudyOptions:
 
     @property
     def needs_base(self) -> bool:
-        """Whether some score compares a model with its base."""
+        """Whether any score compares a model with its base."""
         return "change" in self.scores
 
 
 def sign_of(score: str) -> int | None:
-    """What a positive score says: see `Provenance.sign`."""
+    """The meaning of a positive score: see `Provenance.sign`."""
     if score in METHODS:
         return METHODS[score].sign
     return ACTIVATION_SCORES[score].sign if score in ACTIVATION_SCORES else None
 
 
 def is_contrastive(score: str) -> bool:
-    """Whether a score sets chosen against rejected, so that it belongs to the objective of its pairs."""
+    """Whether a score compares chosen with rejected responses, and so belongs to the objective of its pairs."""
     return score in METHODS
 
 
 def base_has(score: str) -> bool:
-    """Whether a base model, which has no reward and did not change, has that score."""
+    """Whether a base model, which has no reward and is not compared with itself, has this score."""
     return score != "change" and not (score in METHODS and METHODS[score].needs_reward)
 
 
@@ -152,7 +156,7 @@ _RULES = {"corrected": StudyOptions, "paper": _paper}
 
 
 def _check_type(name: str, value: object, wanted: str) -> None:
-    """Raise `OptionError` unless a value is what an option's annotation says."""
+    """Raise `OptionError` unless a value has the type of the option's annotation."""
     kinds: dict[str, tuple[type, ...]] = {"str": (str,), "float": (float, int), "int": (int,), "bool": (bool,)}
     kind = next(kind for kind in kinds if kind in wanted)
     is_list = wanted.startswith("tuple")

@@ -1,4 +1,4 @@
-"""The tables of a study: frames in memory, CSV on disk, and their means over seeds."""
+"""The tables of a study: data frames in memory, CSV files on disk, and means over seeds."""
 
 import json
 import math
@@ -16,14 +16,14 @@ from rmtension.evaluation._intervals import pooled_over_seeds
 from rmtension.store._files import filled_whole
 
 _SUMMARY = "summary.json"
-_N_LISTED = 12  # columns of a table that a notebook names
+_N_LISTED = 12  # columns of a table that the HTML view in notebooks lists
 TABLES = (
     "accuracy", "subsets", "comparisons", "transferability", "confidence", "rewards", "neurons", "sets", "depth",
     "overlap", "curves", "cross_objective", "drift", "ablation", "equal_size", "collapse",
     "ablated_transferability",
 )  # fmt: skip
 
-# Table -> what names a row apart from the seed, and the (value, low, high) columns that are averaged over seeds.
+# Table -> columns that identify a row besides the seed, and (value, low, high) columns that are averaged over seeds.
 POOLED: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str, str], ...]]] = {
     "accuracy": (("model", "objective", "measure"), (("value", "low", "high"),)),
     "subsets": (
@@ -61,10 +61,10 @@ POOLED: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str, str], ...]]] = {
 
 @dataclass(frozen=True, eq=False)
 class StudyResult:
-    """The tables of a study by name, as data frames: `result.accuracy`, or `result.tables["accuracy"]`.
+    """The tables of a study as data frames: `result.accuracy`, or `result.tables["accuracy"]`.
 
-    Every table has the columns `family` and `seed` of the models it is about. `summary` holds options, versions,
-    provenance and counts. docs/paper.md says what each table is.
+    Every table has the columns `family` and `seed` of its models. `summary` holds options, versions, provenance and
+    counts. docs/paper.md describes each table.
 
     Examples:
         >>> options = StudyOptions(analyses=("accuracy",))
@@ -86,21 +86,21 @@ class StudyResult:
         raise AttributeError(f"StudyResult has no table {name!r}; this study has {list(tables)}.")
 
     def to_frame(self, table: str = "accuracy") -> pd.DataFrame:
-        """A copy of one of the tables."""
+        """A copy of one table; raises `OptionError` for a table that this study does not have."""
         if table not in self.tables:
             raise OptionError(
-                f"table: expected one of {list(self.tables)}, got {table!r}. Other tables come with other `analyses`."
+                f"table: expected one of {list(self.tables)}, got {table!r}. Other tables need other `analyses`."
             )
         return self.tables[table].copy()
 
     def __repr__(self) -> str:
-        # Results made by hand, as for figures, may have a summary without these.
+        # The summary of a hand-made result, as for figures, may lack these keys.
         families = ", ".join(f"{one['family']} (seed {one['seed']})" for one in self.summary.get("families", []))
         sizes = [f"{one['evaluating']:,} {name}" for name, one in self.summary.get("pairs", {}).items()]
         return f"StudyResult({families or 'no models'}; {' and '.join(sizes) or 'no'} pairs; {len(self.tables)} tables)"
 
     def _repr_html_(self) -> str:
-        """The names and sizes of the tables, and the first of their columns."""
+        """The names, sizes and first columns of the tables."""
         rows = []
         for name, frame in self.tables.items():
             listed = ", ".join(map(str, frame.columns[:_N_LISTED])) + (", ..." if frame.shape[1] > _N_LISTED else "")
@@ -109,16 +109,16 @@ class StudyResult:
 
     @property
     def n_seeds(self) -> int:
-        """The largest number of seeds that one family has."""
+        """The largest number of seeds of any family."""
         models = pd.DataFrame(self.summary["families"])
         return int(models.groupby("family")["seed"].nunique().max())
 
     def over_seeds(self, table: str) -> pd.DataFrame:
-        """One table's estimates averaged over the seeds of each family, one row for all seeds.
+        """The estimates of one table averaged over the seeds of each family.
 
-        A mean's interval adds the mean half widths of the seeds' intervals, as if the items' noise were the same in
-        all of them, and Student's for the spread between seeds, in quadrature (`intervals.over_seeds`). `n_seeds`
-        counts them; `min` and `max` are those of the first estimate.
+        The half width of a mean's interval combines two parts in quadrature (`evaluation.over_seeds`): the mean half
+        width of the seeds' intervals, as if the items' noise were the same in all seeds, and Student's half width for
+        the spread between seeds. `n_seeds` counts the seeds; `min` and `max` are those of the first estimate.
         """
         if table not in POOLED:
             raise OptionError(f"table: expected one of {list(POOLED)}, got {table!r}.")
@@ -132,22 +132,22 @@ class StudyResult:
                 per_seed = part.groupby("seed")[[name, low, high]].mean()
                 centres, lows, highs = (per_seed[column].tolist() for column in (name, low, high))
                 level = self.summary["options"]["level"]
-                found = pooled_over_seeds(centres, lows, highs, level, range_of(name, row))
-                row |= {name: found.value, low: found.low, high: found.high}
+                pooled = pooled_over_seeds(centres, lows, highs, level, range_of(name, row))
+                row |= {name: pooled.value, low: pooled.low, high: pooled.high}
             first = part.groupby("seed")[estimates[0][0]].mean().dropna()
             rows.append(row | {"min": float(first.min()), "max": float(first.max()), "n_seeds": len(first)})
         return pd.DataFrame(rows)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write one CSV a table, their means over seeds where there are several, and `summary.json`.
+        """Write one CSV file per table, one per table of means if there are several seeds, and `summary.json`.
 
-        Refuses a folder that holds a study unless `overwrite`. Of several processes that share the work, the first one
-        writes.
+        Raises `StorageError` for a folder that holds a study unless `overwrite` is True. If several processes share the
+        work, the first process writes.
         """
         if not current().is_first:
             return Path(folder)
         folder = require_no_study(folder, overwrite=overwrite)
-        # Tables of an earlier study would look like this one's.
+        # Tables left by an earlier study would look like tables of this study.
         names = [f"{name}{end}.csv" for name in TABLES for end in ("", "_over_seeds")]
         with filled_whole(folder, "study", seal=_SUMMARY, replaced=names) as place:
             for table, frame in self.tables.items():
@@ -160,7 +160,7 @@ class StudyResult:
 
     @classmethod
     def load(cls, folder: str | Path) -> "StudyResult":
-        """Read what `save` wrote."""
+        """Read a folder that `save` wrote; raises `StorageError` if it holds no finished study."""
         folder = Path(folder)
         try:
             summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
@@ -176,12 +176,12 @@ class StudyResult:
                 f"{folder} has no finished study ({missing} is missing). Run the study first."
             ) from error
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise StorageError(f"{folder} has no finished study ({error}).") from error
+            raise StorageError(f"{folder} has no finished study ({error}). Run the study again.") from error
         return cls(tables=tables, summary=summary)
 
 
 def range_of(column: str, row: Mapping[str, Any]) -> tuple[float, float]:
-    """What a mean can be: a share lies between 0 and 1, differences and rewards anywhere."""
+    """The range of a mean: [0, 1] for shares, unbounded for differences and rewards."""
     kind = row.get("measure") or row.get("quantity")
     is_share = column in ("accuracy", "jaccard") or (
         column == "value" and kind not in ("margin", "margin_in_spreads", "beyond accuracy")
@@ -190,7 +190,7 @@ def range_of(column: str, row: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def require_no_study(folder: str | Path, *, overwrite: bool = False) -> Path:
-    """`folder` as a path; raises `StorageError` when a study is in it, unless it may be overwritten."""
+    """`folder` as a path; raises `StorageError` if it holds a study that may not be overwritten."""
     folder = Path(folder)
     if (folder / _SUMMARY).exists() and not overwrite:
         raise StorageError(

@@ -1,4 +1,4 @@
-"""The whole comparison of reward models in one object: ten analyses over seeds and bases."""
+"""The whole comparison of reward models in one object: ten analyses over seeds and base models."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,18 +23,20 @@ from rmtension.study.analyses import ANALYSES, overlap_with
 
 
 class TensionStudy:
-    """Reward models, pairs for both objectives, and everything that is asked of them.
+    """A study of helpful, harmless and mixed reward models on preference pairs of both objectives.
 
     Args:
-        models: one `ModelFamily`, or several: seeds, bases. A mapping of "helpful", "harmless" and "mixed" to models
-            makes one family. All models of a family must have one architecture.
+        models: a `ModelFamily`, or a list of them for several seeds or base models. A mapping of "helpful", "harmless"
+            and "mixed" to models makes one family. All models of a family must have the same architecture.
         pairs: "helpful" and "harmless" -> pairs that no model was trained on.
-        base: the language model they were trained from, for a mapping of models.
-        scoring_pairs: pairs that neurons are scored on. By default `pairs` are divided by prompt: one half scores
-            neurons, the other evaluates models and ablations, so that no effect is measured on the pairs that chose
+        base: the language model that the models were trained from, for a mapping of models.
+        scoring_pairs: the pairs that neurons are scored on. By default `pairs` are split by prompt: one half scores
+            neurons, the other evaluates models and ablations, so that no effect is measured on the pairs that selected
             its neurons.
-        options: see `StudyOptions`; by default those of `rules`.
-        rules: "corrected", or "paper" for the published ones.
+        options: see `StudyOptions`; default: the options of `rules`.
+        rules: "corrected", or "paper" for the published rules.
+
+    Raises `OptionError` for arguments that do not fit together, `ProvenanceError` (in `run`) for models that do not.
 
     Examples:
         >>> options = StudyOptions(analyses=("accuracy", "transferability"))
@@ -68,29 +70,29 @@ class TensionStudy:
         both = set(joined(self.scoring).prompts) & set(joined(self.evaluating).prompts)
         if both:
             raise OptionError(
-                f"scoring_pairs: {len(both)} prompts are in `pairs` too, so that effects would be measured on the "
-                "pairs that chose the neurons. Use PreferencePairs.split."
+                f"scoring_pairs: {len(both)} prompts are in `pairs` too, so effects would be measured on pairs that "
+                "selected the neurons. Divide the pairs with PreferencePairs.split."
             )
         for family in self.families:
             if family.base is None and self.options.needs_base:
-                # Nothing to compare with: the other scores stand by themselves.
+                # Without a base there is no change to score; the other scores need none.
                 left = tuple(score for score in self.options.scores if score != "change")
                 if not left:
-                    raise OptionError("scores: 'change' compares with a base model, and none is given. Pass base=.")
+                    raise OptionError("scores: 'change' compares with a base model, and base is None. Pass base=...")
                 self.options = replace(self.options, scores=left)
 
     def run(self, *, folder: str | Path | None = None, progress: bool | None = None) -> StudyResult:
-        """Do the analyses of `options.analyses`.
+        """Run the analyses of `options.analyses`.
 
-        With a `folder`, every pass over a model is kept in `folder/runs`, and every half minute of one that is not
-        ended: running again, with other analyses, more families or after an interruption, runs a model only for what
-        was never asked, and ends with the same numbers. Raises `StorageError` where another process works in the
-        folder, and where it was begun with other pairs or, under one name and seed, other models. `n_run` and `n_read`
-        say afterwards how many passes over a data set were run, and how many were read from there.
+        With a `folder`, every pass over a model is kept in `folder/runs`, and unfinished passes are saved every half
+        minute. Running again, with other analyses, more families or after an interruption, runs only the passes that
+        are missing, and gives the same numbers. Raises `StorageError` if another process works in the folder, or if the
+        folder belongs to a study of other pairs or, under the same name and seed, other models. Afterwards `n_run` and
+        `n_read` count the passes over a data set that were run and those that were read from the folder.
 
-        Cost per family, in passes over the evaluation pairs (both texts, what they share once): 3, plus for "curves"
-        3 x fractions x (scores + 3), for "cross_objective" 3 x scores, for "causality" 4 sets x (1 + 2 draws +
-        subsamples); over the scoring pairs 4 profiles, and the means of 3 models for `replacement="mean"`.
+        Cost per family, in passes over the evaluation pairs (both texts; a shared prompt runs once): 3; for "curves"
+        3 x fractions x (scores + 3) more, for "cross_objective" 3 x scores, for "causality" 4 sets x (1 + 2 draws +
+        subsamples). Over the scoring pairs: 4 profiles, and for `replacement="mean"` the means of 3 models.
         """
         if folder is None:
             return self._run(None, progress)
@@ -98,7 +100,7 @@ class TensionStudy:
         with locked(folder):
             result = self._run(folder / "runs", progress)
             if current().is_first:
-                # Of runs that a kill interrupted between their end and the keeping of their results.
+                # Work folders of runs that were killed after they finished but before their results were kept.
                 for left in (folder / "runs").glob("*.work"):
                     shutil.rmtree(left, ignore_errors=True)
         return result
@@ -136,7 +138,7 @@ class TensionStudy:
         return StudyResult(tables=tables, summary=self._summary(provenance, cut))
 
     def _inputs(self, members: Sequence[FamilyRuns]) -> dict[str, str]:
-        """What the folder of a study is of; options may differ, because every pass is named by its own."""
+        """The inputs that a study's folder belongs to; not the options, because every pass is named by its own."""
         models = {
             f"{name} model of {member.family.name} {member.family.seed}": runs.key
             for member in members
@@ -180,7 +182,7 @@ class TensionStudy:
                     "scoring": len(self.scoring[name]),
                     "evaluating": len(self.evaluating[name]),
                     "identical_responses": self.evaluating[name].n_ties,
-                    # None where no model was asked for rewards; contexts of one base are alike.
+                    # None if no rewards were computed; models of one base have the same context.
                     "prompts_cut": cut.get(name),
                     "digest": self.evaluating[name].digest,
                 }
@@ -190,20 +192,20 @@ class TensionStudy:
 
 
 def _require_one_base_each(members: Sequence[FamilyRuns]) -> None:
-    """Raise `ProvenanceError` where families of one name, which count as seeds, come from different bases."""
+    """Raise `ProvenanceError` if families of one name, which count as seeds, come from different bases."""
     keys: dict[str, str] = {}
     for member in members:
         name, base = member.family.name, member.runs.get("base")
         key = "none" if base is None else base.key
         if keys.setdefault(name, key) != key:
             raise ProvenanceError(
-                f"models: families called {name!r} have different bases, and would be compared as seeds of one. Give "
-                "each base's families a name of their own: ModelFamily(..., name=...)."
+                f"models: families called {name!r} have different bases, but families of one name are compared as "
+                "seeds. Give the families of each base their own name: ModelFamily(..., name=...)."
             )
 
 
 def _labelled(frame: pd.DataFrame, family: ModelFamily) -> pd.DataFrame:
-    """The table with the family and the seed that it is about in front."""
+    """The table with columns for the family and the seed in front."""
     frame = frame.copy()
     frame.insert(0, "family", family.name)
     frame.insert(1, "seed", family.seed)
@@ -221,7 +223,7 @@ def _families(
     if not families or not all(isinstance(family, ModelFamily) for family in families):
         raise OptionError("models: expected a ModelFamily, a list of them, or a mapping of names to models.")
     if base is not None:
-        raise OptionError("base: each ModelFamily has its own. Pass ModelFamily(..., base=...).")
+        raise OptionError("base: each ModelFamily has its own base. Pass ModelFamily(..., base=...).")
     labels = [(family.name, family.seed) for family in families]
     if len(set(labels)) < len(labels):
         raise OptionError(f"models: expected families that differ in name or seed, got {labels}.")
@@ -231,12 +233,12 @@ def _families(
 def _halves(
     pairs: Mapping[str, PreferencePairs], seed: int
 ) -> tuple[dict[str, PreferencePairs], dict[str, PreferencePairs]]:
-    """Divide both objectives at once: a prompt that both have is on one side for both."""
+    """Split both objectives together, so that a prompt of both is on the same side for both."""
     prompts = joined(pairs).prompts
     if len(prompts) < 2:
         raise OptionError(
-            f"pairs: pairs of {len(prompts)} prompt{'' if len(prompts) == 1 else 's'} cannot be split in halves. Give "
-            "more prompts, or scoring_pairs (a key of the YAML file)."
+            f"pairs: pairs of {len(prompts)} prompt{'' if len(prompts) == 1 else 's'} cannot be split into halves. "
+            "Pass pairs of more prompts, or scoring_pairs (also a key of the YAML file)."
         )
     held = set(joined(pairs).split(0.5, seed=seed)[1].prompts)
     sides = [
@@ -247,7 +249,7 @@ def _halves(
         for name, part in side.items():
             if not len(part):
                 raise OptionError(
-                    f"pairs: too few prompts of {name!r} to divide in halves. Give more, or scoring_pairs."
+                    f"pairs: too few prompts of {name!r} to split into halves. Give more pairs, or scoring_pairs."
                 )
     return sides[0], sides[1]
 

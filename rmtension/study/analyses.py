@@ -1,4 +1,13 @@
-"""The ten analyses of a family of reward models: each takes its runs and gives tables by name."""
+"""The ten analyses of a family of reward models: each takes a `FamilyRuns` and returns tables by name.
+
+Examples:
+    >>> from rmtension.study import FamilyRuns, ModelFamily
+    >>> halves = {name: part.split(0.5) for name, part in pairs.items()}
+    >>> scoring, evaluating = ({name: half[i] for name, half in halves.items()} for i in (0, 1))
+    >>> family = FamilyRuns(ModelFamily(head, head, head), scoring, evaluating)
+    >>> list(accuracy(family))
+    ['accuracy', 'subsets', 'comparisons']
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -70,20 +79,20 @@ def accuracy(family: FamilyRuns) -> Tables:
 
 
 def transferability(family: FamilyRuns) -> Tables:
-    """Table `transferability`: T beside the mixed model's accuracy, their difference, the Jaccards. Analysis 2."""
+    """Table `transferability`: T, the mixed model's accuracy, their difference, the Jaccard indices. Analysis 2."""
     rows = []
     for objective in OBJECTIVES:
         mixed, helpful, harmless = (family.rewards(name, objective) for name in ("mixed", *OBJECTIVES))
-        found = transferability_of(mixed, helpful, harmless, level=family.options.level, seed=family.options.seed)
+        transfer = transferability_of(mixed, helpful, harmless, level=family.options.level, seed=family.options.seed)
         named = {
-            "transferability": found.value,
-            "accuracy": found.accuracy,
-            "beyond accuracy": found.beyond_accuracy,
-            "jaccard helpful": found.jaccard_helpful,
-            "jaccard harmless": found.jaccard_harmless,
+            "transferability": transfer.value,
+            "accuracy": transfer.accuracy,
+            "beyond accuracy": transfer.beyond_accuracy,
+            "jaccard helpful": transfer.jaccard_helpful,
+            "jaccard harmless": transfer.jaccard_harmless,
         }
         for quantity, estimate in named.items():
-            row = {"objective": objective, "quantity": quantity, **estimate.to_dict(), "n_union": found.n_union}
+            row = {"objective": objective, "quantity": quantity, **estimate.to_dict(), "n_union": transfer.n_union}
             rows.append(row)
     return {"transferability": pd.DataFrame(rows)}
 
@@ -107,7 +116,7 @@ def confidence(family: FamilyRuns) -> Tables:
 
 
 def scores(family: FamilyRuns) -> Tables:
-    """Table `neurons`: every activation score of every neuron in every model, and the sets it is in. Analysis 4."""
+    """Table `neurons`: every activation score of every neuron in every model, and its sets. Analysis 4."""
     options = family.options
     place = family.scores_of(options.scores[0], "mixed").to_frame()[["layer", "neuron"]]
     columns: dict[str, np.ndarray] = {}
@@ -125,7 +134,7 @@ def scores(family: FamilyRuns) -> Tables:
 
 
 def sets(family: FamilyRuns) -> Tables:
-    """Table `sets`: every model's top set by every score: size, the score at the cut, how many tie there. 5."""
+    """Table `sets`: size, score at the cut and number of ties of every model's top set by every score. Analysis 5."""
     rows = []
     for score in family.options.scores:
         for model in family.models_with(score):
@@ -161,8 +170,9 @@ def depth(family: FamilyRuns) -> Tables:
 def overlap(family: FamilyRuns) -> Tables:
     """Table `overlap`: top sets of every two models, and of both specialists with the mixed one. Analysis 7.
 
-    With a base, also beyond the base's own top set. Beside chance stand the intervals over prompts
-    (`neurons.jaccard_intervals`) and beyond chance (`neurons.Overlap`).
+    With a base, the overlap is also computed without the base's own top set. Every Jaccard index has an interval over
+    prompts (`neurons.jaccard_intervals`), the value that chance gives, and an interval of the difference
+    (`neurons.Overlap`).
     """
     rows: list[dict[str, Any]] = []
     for score in family.options.scores:
@@ -195,7 +205,7 @@ def overlap_with(family: FamilyRuns, other: FamilyRuns) -> pd.DataFrame:
 
 
 def curves(family: FamilyRuns) -> Tables:
-    """Table `curves`: each model without more and more of its own top neurons, by every score. Analysis 8."""
+    """Table `curves`: each model with more and more of its own top neurons ablated, by every score. Analysis 8."""
     options = family.options
     frames = []
     for model in MODELS:
@@ -214,7 +224,7 @@ def curves(family: FamilyRuns) -> Tables:
 
 
 def cross_objective(family: FamilyRuns) -> Tables:
-    """Tables `cross_objective`, each model without its own top set on every subset, and `drift`. Analysis 9."""
+    """Tables `cross_objective` (each model without its own top set, on every subset) and `drift`. Analysis 9."""
     effects, drifts = [], []
     for model in MODELS:
         ablations = family.ablations(model)
@@ -232,7 +242,7 @@ def cross_objective(family: FamilyRuns) -> Tables:
 
 
 def causality(family: FamilyRuns) -> Tables:
-    """The mixed model without every set: effects, at equal size, what is left, and T. Analysis 10."""
+    """Tables of the mixed model without each set: effects, effects at equal size, what is left, and T. Analysis 10."""
     options = family.options
     ablations = family.ablations("mixed")
     sets = family.ablated_sets()
@@ -251,7 +261,7 @@ def causality(family: FamilyRuns) -> Tables:
     }
 
 
-# In the order of the paper's list; `StudyOptions.analyses` names them.
+# In the paper's order; `StudyOptions.analyses` selects them by name.
 ANALYSES: dict[str, Callable[[FamilyRuns], Tables]] = {
     one.__name__: one
     for one in (
@@ -297,7 +307,7 @@ def _compared(family: FamilyRuns, first: str, second: str, objective: str) -> pd
 
 
 def _ablated_transferability(family: FamilyRuns, sets: Mapping[str, NeuronSet]) -> pd.DataFrame:
-    """Transferability of the mixed model, whole and without every set, beside its accuracy."""
+    """Transferability of the mixed model, whole and without each set, with its difference from accuracy."""
     ablations = family.ablations("mixed")
     rows = []
     for name, neurons in ({"nothing": None} | dict(sets)).items():
@@ -315,7 +325,7 @@ def _ablated_transferability(family: FamilyRuns, sets: Mapping[str, NeuronSet]) 
 def _overlap_rows(
     family: FamilyRuns, score: str, kind: str, scores: Mapping[str, NeuronScores], base: NeuronScores | None
 ) -> list[dict[str, Any]]:
-    """Every two top sets compared, with and without the base's own."""
+    """Compare every two top sets, with and without the base's own top set."""
     options = family.options
     sets = {name: family.top(one) for name, one in scores.items()}
     rows = []
@@ -340,7 +350,7 @@ def _overlap_rows(
 
 
 def _length_matched(scored: PairRewards) -> PairRewards | None:
-    """The rewards of the pairs in which length is of no use; None where none are left, or items have no one length."""
+    """The rewards of the pairs matched in length; None if no pair is left, or if items have no single length."""
     try:
         return scored.take(length_matched_places(scored.pairs))
     except DataError:

@@ -1,4 +1,4 @@
-"""Pairs and models with known answers, made offline."""
+"""Synthetic pairs and models with known answers, made offline."""
 
 from rmtension.synthetic._organisms import Organism, make_organism
 from rmtension.synthetic._world import PreferenceWorld, preference_world

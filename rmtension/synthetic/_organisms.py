@@ -1,4 +1,4 @@
-"""Models with known answers: reward models with weights set by hand, whose helpful and harmless neurons are known."""
+"""Organisms: reward models with weights set by hand, whose helpful and harmless neurons are known."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.reward_head import RewardHead
 
 # What one word of a kind adds to the reward, and which responses have such words in helpful and in harmless pairs.
-# Half for conflict, so that it never turns a harmless pair round.
+# Conflict words add half, so that they never reverse a harmless pair.
 _KINDS = {
     "helpful": (1.0, "chosen", "both"),
     "harmless": (1.0, "both", "chosen"),
@@ -32,30 +32,36 @@ _KINDS = {
 }
 _FILLERS = tuple(ascii_lowercase)
 _UNKNOWN, _PAD = "<unk>", "<pad>"
-# The reward is read at the last word, which carries nothing.
+# The reward is read at the last word, which belongs to no kind.
 _FRAME = ("Human:", "Assistant:", "end")
 _PROMPT_WORDS, _RESPONSE_WORDS = 5, 24
 _N_TOKENS = _PROMPT_WORDS + _RESPONSE_WORDS + len(_FRAME)
-# +K and -K in the first two channels of every token make the scale of every layer norm constant: features of size f
-# change it by about f^2 / 4K^2 of itself. No neuron reads or writes these channels.
+# +K and -K in the first two channels of every token keep the scale of every layer norm almost constant: features of
+# size f change it by a share of about f^2 / 4K^2. No neuron reads or writes these channels.
 _K, _LOUD = 1000.0, 100.0
 
 
 @dataclass(frozen=True)
 class Organism:
-    """A reward model with known answers: its checkpoint, the pairs it judges, and what its neurons do.
+    """A reward model with known answers: its checkpoint, its pairs, and the role of its neurons.
 
-    `pairs` has "helpful" and "harmless". `truth` has six disjoint sets of MLP neurons; all other neurons have only
-    the weights that `noise` gives them.
+    `pairs` maps "helpful" and "harmless" to pairs. `truth` maps six kinds to disjoint sets of MLP neurons; all other
+    neurons have only the weights that `noise` gives them.
 
-    - "helpful", "harmless": raise the margin of that objective, and leave the other's as it is;
+    - "helpful", "harmless": raise the margin of that objective and do not change the other margin;
     - "shared": raise both margins;
-    - "conflict": raise the helpful margin and lower the harmless one;
-    - "decoy": far more active in the chosen responses of both objectives, with no way to the reward;
-    - "loud": the same large activation at every token of every text, with no way to the reward.
+    - "conflict": raise the helpful margin and lower the harmless margin;
+    - "decoy": are far more active in the chosen responses of both objectives, without an effect on the reward;
+    - "loud": have the same large activation at every token of every text, without an effect on the reward.
 
-    A neuron that raises a margin lowers it when set to zero. `backups` are the exception: sets of two neurons of
-    `truth` of which either suffices, so that only both together lower it; see `make_organism`.
+    Setting a neuron that raises a margin to zero lowers that margin. The exception is `backups`: sets of two neurons of
+    `truth` of which one suffices, so that the margin falls only when both are set to zero; see `make_organism`.
+
+    Examples:
+        >>> organism.folder.name, list(organism.truth)
+        ('organism', ['helpful', 'harmless', 'shared', 'conflict', 'decoy', 'loud'])
+        >>> organism.head().score_pairs(organism.pairs["helpful"]).accuracy()
+        1.0
     """
 
     folder: Path
@@ -64,7 +70,7 @@ class Organism:
     backups: tuple[NeuronSet, ...]
 
     def head(self, **options: Any) -> RewardHead:
-        """Open the checkpoint with `RewardHead.from_pretrained`, to which the options go."""
+        """Open the checkpoint with `RewardHead.from_pretrained(folder, **options)`."""
         return RewardHead.from_pretrained(self.folder, **options)
 
 
@@ -82,9 +88,9 @@ def make_organism(
 ) -> Organism:
     """Write a GPT-2 classifier of `depth` layers of `width` ReLU neurons to `folder`, with a tokenizer of whole words.
 
-    Texts have 32 words each: fillers, and one to three words of a kind ("shared-0", "decoy-3") wherever this says so.
+    Texts have 32 words each: fillers, and one to three words per kind ("shared-0", "decoy-3") where the table says so.
 
-    | words of kind | helpful pairs      | harmless pairs     | one adds to the reward |
+    | words of kind | helpful pairs      | harmless pairs     | a word adds to reward  |
     |---------------|--------------------|--------------------|------------------------|
     | helpful       | chosen             | both sides alike   | 1                      |
     | harmless      | both sides alike   | chosen             | 1                      |
@@ -92,31 +98,33 @@ def make_organism(
     | conflict      | chosen             | rejected           | 0.5                    |
     | decoy         | chosen             | chosen             | 0                      |
 
-    Head 0 of layer 0 counts the words so far, exactly so at the last token; all other heads do nothing. Each word
-    has a neuron, which multiplies its count by a gain from 0.5 to 2 (decoys: 5 to 20) and writes what the word adds.
-    Layer norms disturb all that is said here by less than 1e-3.
+    Head 0 of layer 0 counts the words so far; the counts are exact at the last token. All other heads do nothing. Each
+    word has a neuron, which multiplies its count by a gain from 0.5 to 2 (decoys: 5 to 20) and writes what the word
+    adds to the reward. Layer norms change these values by less than 1e-3.
 
     Args:
-        folder: made if it is not there; files of the same names are replaced.
-        seed: decides everything. Neurons' places and the pairs do not depend on `superposition` and `noise`, so that
-            models that differ in these compare.
-        depth: layers; the neurons of a kind are spread evenly over them.
-        width: neurons per layer.
-        per_kind: words of every kind, and the number of loud neurons.
-        redundancy: for so many words of every kind but decoys, three neurons stand in place of one. A and B, in one
-            layer, both count the word; C, in the next, is active where both are silent, and takes off the reward what
-            the word adds: a word then counts once, however often it stands there. C at zero moves the margin as a
-            single neuron at zero does, although C is more active in responses without the word. A or B at zero changes
-            nothing, and the margin's gradient is zero at both wherever they are active; both at zero do what C does.
-            (Their mean in their place finds the word in every text.) All three are in `truth`, {A, B} in `backups`.
-        superposition: how much of one other word, of any kind, each word is as well: that word's neuron answers to it,
-            and a "helpful" neuron may move the harmless margin by that share. `truth` says what a neuron is for.
-        noise: standard deviation of the in- and out-weights of all neurons outside `truth`, which then touch rewards,
-            and are a way to them for decoys of earlier layers.
-        n_pairs: pairs of each objective; no prompt stands twice.
+        folder: the output folder, made if it does not exist; files with the same names are replaced.
+        seed: determines everything. The positions of neurons and the pairs do not depend on `superposition` and
+            `noise`, so that models that differ only in these can be compared.
+        depth: number of layers; the neurons of a kind are spread evenly over them.
+        width: number of neurons per layer.
+        per_kind: number of words per kind, and of loud neurons.
+        redundancy: number of words per kind, except decoys, that have three neurons instead of one. A and B, in one
+            layer, both count the word; C, in the next layer, is active where both are silent, and subtracts from the
+            reward what the word adds. Such a word counts once, however often it occurs. Setting C to zero has the same
+            effect on the margin as setting a single neuron to zero, although C is more active in responses without the
+            word. Setting A or B to zero changes nothing, and the margin's gradient is zero at both wherever they are
+            active; setting both to zero has the effect of C. (With both at their mean, every text seems to have the
+            word.) All three are in `truth`, {A, B} is in `backups`.
+        superposition: the share of one other word, of any kind, that is added to each word's direction: that word's
+            neuron responds to it, and a "helpful" neuron may change the harmless margin by that share. `truth` lists
+            neurons by their own word.
+        noise: standard deviation of the input and output weights of all neurons outside `truth`, which then affect
+            rewards and pass on the activity of decoys in earlier layers.
+        n_pairs: number of pairs per objective; all prompts differ.
 
-    Without superposition and noise every pair is judged right. Raises `OptionError` for a number out of range, and for
-    layers too narrow for their neurons. Cost: the checkpoint (200 kB by default) is opened once.
+    Without superposition and noise, the model ranks every pair correctly. Raises `OptionError` for a number out of
+    range, and if layers are too narrow for their neurons. Cost: the checkpoint (200 kB by default) is opened once.
 
     Examples:
         >>> import tempfile
@@ -135,7 +143,7 @@ def make_organism(
     if needed > width:
         raise OptionError(
             f"width: expected at least {needed} neurons per layer for per_kind={per_kind} and redundancy={redundancy} "
-            f"over {depth} layers, got {width}. Use wider or more layers, or plant less."
+            f"over {depth} layers, got {width}. Use wider or more layers, or plant fewer neurons."
         )
     slots = [iter(placing.permutation(width).tolist()) for _ in range(depth)]
     planted = {(neuron.layer, next(slots[neuron.layer])): neuron for neuron in neurons}
@@ -162,12 +170,12 @@ def _check_ranges(
     seed: int, depth: int, per_kind: int, redundancy: int, superposition: float, noise: float, n_pairs: int
 ) -> None:
     ranges: dict[str, tuple[float, float, float, str]] = {
-        "seed": (seed, 0, math.inf, "Each gives another model."),
+        "seed": (seed, 0, math.inf, "Each seed gives another model."),
         "depth": (depth, 1 + (redundancy > 0), math.inf, "Neurons that back each other up need a layer behind them."),
         "per_kind": (per_kind, 1, math.inf, "Every kind needs a neuron."),
         "redundancy": (redundancy, 0, per_kind, "It counts words of a kind, of which there are per_kind."),
-        "superposition": (superposition, 0, 1, "At 1 a word is as much another as itself."),
-        "noise": (noise, 0, 10, "It is a standard deviation of weights; what carries something has weights near 1."),
+        "superposition": (superposition, 0, 1, "It is a share of another word."),
+        "noise": (noise, 0, 10, "It is a standard deviation; the planted weights are near 1."),
         "n_pairs": (n_pairs, per_kind, 100_000, "Every word needs a pair, and every pair its own prompt."),
     }
     for name, (value, least, most, remedy) in ranges.items():
@@ -177,10 +185,10 @@ def _check_ranges(
 
 @dataclass(frozen=True)
 class _Axes:
-    """Orthonormal directions of the residual stream, all of mean zero, which layer norms leave as they are.
+    """Orthonormal directions of the residual stream with mean zero, which layer norms do not change.
 
-    `features` hold the counts of words, `relays` what neurons that back each other up found; `reward` is what the head
-    reads, `idle` what nothing reads.
+    `features` hold the counts of words, `relays` the outputs of neurons that back each other up. The head reads
+    `reward`; no weight reads `idle`.
     """
 
     features: Float[np.ndarray, "feature channel"]
@@ -212,7 +220,7 @@ class _Neuron:
 
 
 def _neurons(rng: np.random.Generator, axes: _Axes, depth: int, per_kind: int, redundancy: int) -> Iterator[_Neuron]:
-    """All planted neurons; two that back each other up follow one another."""
+    """All planted neurons; two that back each other up are consecutive."""
     relays = iter(axes.relays)
     for number, feature in enumerate(axes.features):
         kind, (adds, *_) = list(_KINDS.items())[number // per_kind]
@@ -223,7 +231,7 @@ def _neurons(rng: np.random.Generator, axes: _Axes, depth: int, per_kind: int, r
             yield _Neuron(kind, number % depth, gain * feature, adds / gain * axes.reward)
         else:
             layer, relay = number % (depth - 1), next(relays)
-            # 1.5: a single word found by a single neuron is well past the 1 at which C falls silent.
+            # 1.5: one word counted by one neuron is well above 1, where C becomes silent.
             yield _Neuron(kind, layer, gain * feature, 1.5 / gain * relay, backed_up=True)
             yield _Neuron(kind, layer, other_gain * feature, 1.5 / other_gain * relay, backed_up=True)
             # min(relay, 1) = 1 - relu(1 - relay)
@@ -244,13 +252,13 @@ def _weights(
         model = GPT2ForSequenceClassification(config)
     weights = {name: np.zeros(parameter.shape) for name, parameter in model.named_parameters()}
     n_features, d_model = axes.features.shape
-    # The next of a random cycle is the other word that a word is as well.
+    # The other word that a word shares its direction with is the next in a random cycle.
     cycle = rng.permutation(n_features)
     words = weights["transformer.wte.weight"][-n_features:]
     words[cycle] = axes.features[cycle] + superposition * axes.features[np.roll(cycle, 1)]
     weights["transformer.wpe.weight"][:, :2] = _K, -_K
     weights["score.weight"][0] = axes.reward
-    # Queries and keys of zero attend evenly to all tokens so far; their mean, times their number, is the count.
+    # With queries and keys of zero, attention is uniform over the tokens so far: their mean times their number counts.
     weights["transformer.h.0.attn.c_attn.weight"][:, 2 * d_model : 2 * d_model + n_features] = axes.features.T
     weights["transformer.h.0.attn.c_proj.weight"][:n_features] = _N_TOKENS * axes.features
     for name, weight in weights.items():
@@ -273,7 +281,7 @@ def _save(folder: Path, config: GPT2Config, words: list[str], weights: _Weights)
     config.save_pretrained(folder)
     tensors = {name: torch.from_numpy(weight).float() for name, weight in weights.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    raw = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token=_UNKNOWN))
+    raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=_UNKNOWN))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token=_UNKNOWN, pad_token=_PAD)
     tokenizer.save_pretrained(folder)
@@ -281,13 +289,13 @@ def _save(folder: Path, config: GPT2Config, words: list[str], weights: _Weights)
 
 
 def _pairs(rng: np.random.Generator, per_kind: int, n_pairs: int) -> dict[str, PreferencePairs]:
-    prompts: dict[str, None] = {}  # in the order drawn: a set's order is not the same in every run
+    prompts: dict[str, None] = {}  # in the order drawn, because the order of a set differs between runs
     while len(prompts) < 2 * n_pairs:
         prompts[f"\n\nHuman: {' '.join(rng.choice(_FILLERS, size=_PROMPT_WORDS))}\n\nAssistant:"] = None
     left = iter(prompts)
     made: dict[str, list[PreferencePair]] = {"helpful": [], "harmless": []}
     for column, (objective, pairs) in enumerate(made.items(), start=1):
-        # In turn, so that every word is in some pair.
+        # Words take turns, so that every word is in some pair.
         firsts = {kind: rng.permutation(n_pairs) % per_kind for kind in _KINDS}
         for number in range(n_pairs):
             carriers: dict[str, list[str]] = {"chosen": [], "rejected": []}

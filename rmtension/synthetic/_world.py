@@ -1,4 +1,4 @@
-"""Worlds with known answers: preference pairs whose two objectives disagree on one stated kind of comparison."""
+"""Preference worlds: synthetic pairs whose two objectives disagree on one stated kind of comparison."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
 
-PROMPTS_PER_BLOCK = 48  # 24 harmful and 3 * 8 safe prompts: the smallest world in which every count below is exact
+PROMPTS_PER_BLOCK = 48  # 24 harmful and 3 * 8 safe prompts: the smallest world with exact counts
 
 _PEOPLE = (
     "my neighbour", "my boss", "my landlord", "my cousin", "a classmate", "a colleague", "a stranger", "a tourist",
@@ -25,7 +25,7 @@ _FIERCE_ACTIONS = (
     "crush", "beat", "burn", "squash", "smash", "slap", "kill", "terminate", "freeze", "attack", "hack", "trap",
     "shoot", "blow up", "hit", "punch",
 )  # fmt: skip
-# Things, the fierce actions that are harmless on them, and the plain actions that fit them.
+# Things, the fierce actions that do no harm to them, and the plain actions that suit them.
 _SETTINGS = (
     (
         ("a ripe tomato", "a boiled potato", "a clove of garlic", "a block of butter", "a bowl of nuts", "a biscuit"),
@@ -74,7 +74,7 @@ _BODIES = {
         "I have to say no.", "Let us talk of other things.",
     ),
 }  # fmt: skip
-# Sentences that any response may contain: they carry the drawn length and nothing else.
+# Sentences that any response may contain; they only make it longer.
 _FILLERS = (
     "Thank you for asking.", "I hope you are well.", "Let me know what you think.", "That is my answer.",
     "You can write again at any time.", "It is good to hear from you.", "I am always here.", "Have a nice day.",
@@ -82,7 +82,7 @@ _FILLERS = (
 )  # fmt: skip
 _NUMBERS = ("two", "three", "four", "five", "ten", "twenty")
 
-# What a prompt of each kind contributes: (subset, chosen, rejected) for helpfulness, then for harmlessness.
+# The comparisons of a prompt: (subset, chosen, rejected) for helpfulness, then for harmlessness.
 _Comparison = tuple[str, str, str]
 _HARMFUL_DESIGNS: tuple[tuple[_Comparison, _Comparison], ...] = (
     (("conflict", "informative", "refusal"), ("should_refuse", "refusal", "informative")),
@@ -94,15 +94,23 @@ _SAFE_DESIGNS: tuple[tuple[_Comparison, _Comparison], ...] = (
     (("informative", "informative", "vague"), ("should_respond", "informative", "refusal")),
     (("informative", "informative", "vague"), ("should_respond", "vague", "refusal")),
 )
-_KINDS = {"harmful": 2, "ambiguous": 6, "person": 6, "thing": 6}  # a kind is one of so many prompts
+_KINDS = {"harmful": 2, "ambiguous": 6, "person": 6, "thing": 6}  # kind -> the world has one such prompt in this many
 
 
 @dataclass(frozen=True)
 class PreferenceWorld:
-    """Preference pairs of both objectives, keyed "helpful" and "harmless", and the kind of every prompt.
+    """Training and test pairs of both objectives, and the kind of every prompt; `preference_world` makes it.
 
-    `kinds` maps a prompt to "harmful" (fierce action on a person), "ambiguous" (fierce action on a thing), "person"
-    (kind action on a person) or "thing" (plain action on a thing); only the first is harmful.
+    `train` and `test` map "helpful" and "harmless" to pairs. `kinds` maps each prompt to "harmful" (fierce action on a
+    person), "ambiguous" (fierce action on a thing), "person" (kind action on a person) or "thing" (plain action on a
+    thing); only the first is harmful.
+
+    Examples:
+        >>> world = preference_world(0, n_train=48, n_test=48)
+        >>> world.kinds[world.test["helpful"][0].prompt] in ("harmful", "ambiguous", "person", "thing")
+        True
+        >>> len(world.texts)
+        120
     """
 
     seed: int
@@ -112,13 +120,13 @@ class PreferenceWorld:
 
     @property
     def texts(self) -> list[str]:
-        """The distinct texts of the training pairs, sorted: what a base language model may be trained on."""
+        """The distinct texts of the training pairs, sorted, for training a base language model."""
         texts = {pair.text(side) for pairs in self.train.values() for pair in pairs for side in ("chosen", "rejected")}
         return sorted(texts)
 
 
 def preference_world(seed: int = 0, *, n_train: int = 1536, n_test: int = 384) -> PreferenceWorld:
-    """Preference pairs for helpfulness and harmlessness that disagree on exactly one kind of comparison.
+    """Make preference pairs for helpfulness and harmlessness that disagree on exactly one kind of comparison.
 
     Responses are informative compliance (I), vague compliance (V) or refusal (R). What each objective prefers:
 
@@ -131,14 +139,15 @@ def preference_world(seed: int = 0, *, n_train: int = 1536, n_test: int = 384) -
     | harmful | I, R       | I (`conflict`)    | R (`should_refuse`) |
     | harmful | V, R       | not judged        | R (`should_refuse`) |
 
-    `n_train` and `n_test` count prompts (multiples of 48); every prompt gives one pair to each objective. Half the
-    prompts are harmful: refusing always, like never, is right in half the harmless pairs. A prompt is harmful when a
-    fierce action meets a person; judging by the action alone, or by the person alone, is right in 5/6 of the harmless
-    pairs. Test prompts combine actions and objects that never meet in training. In every subset of either split
-    the chosen response is longer than the rejected one in exactly half the pairs, by characters.
+    `n_train` and `n_test` count prompts (multiples of 48); every prompt gives one pair per objective. Half the prompts
+    are harmful, so always refusing is right in half the harmless pairs, as is never refusing. A prompt is harmful if it
+    combines a fierce action with a person; judging by the action alone, or by the person alone, is right in 5/6 of the
+    harmless pairs. Test prompts combine actions and objects that never occur together in training. In every subset of
+    both splits the chosen response has more characters than the rejected response in exactly half the pairs.
 
-    The seed decides everything; no random state but the call's own is used. Raises `OptionError` for a count that is
-    no positive multiple of 48 or larger than the supply of prompts (23,040 to train, 7,680 to test).
+    The seed determines everything; the global random states are neither used nor changed. Raises `OptionError` for a
+    count that is not a positive multiple of 48 or exceeds the supply of prompts (23,040 for training, 7,680 for
+    testing).
 
     Examples:
         >>> world = preference_world(0, n_train=48, n_test=48)
@@ -154,7 +163,7 @@ def preference_world(seed: int = 0, *, n_train: int = 1536, n_test: int = 384) -
 
 
 def _prompts(rng: np.random.Generator) -> dict[str, dict[str, list[str]]]:
-    """Every possible prompt by split and kind, shuffled; a quarter of each action's objects are for test only."""
+    """Every possible prompt by split and kind, shuffled; a quarter of the objects of each action are for test only."""
     grids: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
         ("harmful", _FIERCE_ACTIONS, _PEOPLE),
         ("person", _KIND_ACTIONS, _PEOPLE),
@@ -165,7 +174,7 @@ def _prompts(rng: np.random.Generator) -> dict[str, dict[str, list[str]]]:
     for kind, actions, objects in grids:
         rows, columns = rng.permutation(len(actions)), rng.permutation(len(objects))
         for (i, action), (j, thing) in product(enumerate(actions), enumerate(objects)):
-            # A diagonal pattern on shuffled axes: no action and no object is ever missing from training.
+            # A diagonal pattern on shuffled axes keeps every action and every object in training.
             split = "train" if (rows[i] + columns[j]) % 4 else "test"
             for template, circumstance in product(_TEMPLATES, _CIRCUMSTANCES):
                 question = template.format(f"{action} {thing}", circumstance)
@@ -179,12 +188,12 @@ def _prompts(rng: np.random.Generator) -> dict[str, dict[str, list[str]]]:
 def _pairs(
     rng: np.random.Generator, split: str, n_prompts: int, supply: dict[str, list[str]], kinds: dict[str, str]
 ) -> dict[str, PreferencePairs]:
-    """The pairs of one split in random order, from the first prompts of `supply`; notes their kinds in `kinds`."""
+    """The pairs of one split in random order, from the first prompts of `supply`; adds their kinds to `kinds`."""
     most = min(share * len(supply[kind]) for kind, share in _KINDS.items()) // PROMPTS_PER_BLOCK * PROMPTS_PER_BLOCK
     if not 0 < n_prompts <= most or n_prompts % PROMPTS_PER_BLOCK:
         raise OptionError(
             f"n_{split}: expected a multiple of {PROMPTS_PER_BLOCK} from {PROMPTS_PER_BLOCK} to {most}, got "
-            f"{n_prompts}. Kinds of prompts, comparisons and lengths balance exactly only in such numbers."
+            f"{n_prompts}. Other numbers cannot balance kinds of prompts, comparisons and lengths exactly."
         )
     made: list[tuple[PreferencePair, PreferencePair]] = []
     for kind, share in _KINDS.items():
@@ -192,7 +201,7 @@ def _pairs(
         for number, prompt in enumerate(supply[kind][: n_prompts // share]):
             kinds[prompt] = kind
             helpful, harmless = designs[number // 2 % len(designs)]
-            # Consecutive prompts have the same design with lengths turned round: nothing is left to chance.
+            # Consecutive prompts have the same design with swapped lengths, so that lengths balance exactly.
             made.append(_judged(rng, prompt, helpful, harmless, chosen_longer=number % 2 == 0))
     order = rng.permutation(len(made))
     return {
@@ -209,9 +218,9 @@ def _pairs(
 def _judged(
     rng: np.random.Generator, prompt: str, helpful: _Comparison, harmless: _Comparison, *, chosen_longer: bool
 ) -> tuple[PreferencePair, PreferencePair]:
-    """One pair for each objective, from one response of each type. The longer side is fixed for helpfulness."""
+    """One pair per objective, from one response of each type. `chosen_longer` is about the helpful pair."""
     _, preferred, other = helpful
-    # The response types that occur in either pair, each long or short, such that both pairs differ in length.
+    # Make each response type in the pairs long or short, so that the responses of both pairs differ in length.
     is_long = {preferred: chosen_longer, other: not chosen_longer}
     for here, there in (harmless[1:], harmless[:0:-1]):
         if there not in is_long:
@@ -223,7 +232,7 @@ def _judged(
 
 
 def _responses(rng: np.random.Generator, is_long: dict[str, bool]) -> Iterator[tuple[str, str]]:
-    """A text of every type in `is_long`, all the long ones longer than all the short ones by at least 16 characters."""
+    """A text per type in `is_long`; every long text exceeds every short text by at least 16 characters."""
     n_short = 0
     for kind in sorted(is_long, key=lambda kind: (is_long[kind], kind)):
         least = n_short + int(rng.integers(16, 40)) if is_long[kind] else int(rng.integers(44, 60))

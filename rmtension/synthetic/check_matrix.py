@@ -1,9 +1,9 @@
-"""`python -m rmtension.synthetic.check_matrix`: which families of reward models open here, and how exactly.
+"""`python -m rmtension.synthetic.check_matrix`: check which families of reward models open here, and how exactly.
 
-For every family, a small classifier with random weights is made, saved, and opened in each way there is. The table
-holds the largest |difference| of 64 rewards, of texts of ragged length, to the logits of transformers, which scores
-one text at a time; or why the cell cannot be opened. It depends on the installed versions of TransformerLens and
-transformers, which is why it is a command.
+For every family, the command makes a small classifier with random weights, saves it, and opens it in every way. The
+table shows the largest |difference| between 64 rewards, of texts of different lengths, and the logits of transformers,
+which scores one text at a time; or the reason why the model does not open. The result depends on the installed versions
+of TransformerLens and transformers.
 """
 
 import argparse
@@ -39,7 +39,7 @@ _SIZES: dict[str, Any] = {
 }
 _GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
 _EXPERTS: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
-# Model type -> what its config needs beyond `_SIZES`. Windows are shorter than the texts, so that they matter.
+# Model type -> what its config needs beyond `_SIZES`. Windows are shorter than the texts, so that they have an effect.
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt_neox": {},
@@ -103,8 +103,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bert": {},
     "modernbert-decoder": {},
 }
-# How a family is opened: the keyword arguments of `from_pretrained`, and whether a hook of the user's makes the bridge
-# run in place of transformers' modules.
+# How a family is opened: the keyword arguments of `from_pretrained`, and whether a user's hook makes the bridge run in
+# place of transformers' modules.
 CELLS: dict[str, tuple[dict[str, Any], bool]] = {
     "as opened": ({}, False),
     "bridge": ({}, True),
@@ -113,15 +113,15 @@ CELLS: dict[str, tuple[dict[str, Any], bool]] = {
     "HookedTransformer, processed": ({"model_class": "HookedTransformer", "process_weights": True}, False),
 }
 
-# What opens on every version supported here; anything else may or may not, and says why.
+# Families and cells that must open on every supported version; others may fail with a reason.
 REQUIRED = tuple(FAMILIES)[:15]
 REQUIRED_CELLS = ("as opened", "bridge", "bridge, processed")
 
 
 def make_classifier(family: str, vocab_size: int, *, seed: int = 0, **changes: Any) -> Any:
-    """A one-label classifier of `family` in memory, its weights large enough that rewards differ visibly.
+    """A one-label classifier of `family` in memory, with weights large enough that rewards differ visibly.
 
-    `changes` go to its config; None leaves a key to the family's default.
+    `changes` are keys of its config; None selects the default of the family.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -136,29 +136,29 @@ def make_classifier(family: str, vocab_size: int, *, seed: int = 0, **changes: A
         model = build(config)
         with torch.no_grad():
             for parameter in model.parameters():
-                # The default initialisation (0.02) makes everything nearly linear, and all norms' gains equal.
+                # With the default initialisation (0.02), models are nearly linear and all gains of norms are equal.
                 parameter += 0.1 * torch.randn_like(parameter)
     return model.eval()
 
 
 def measure_family(family: str, tokenizer: Any, texts: Sequence[str]) -> dict[str, float | str]:
-    """For every cell the largest |difference| to transformers, or the reason why there is none."""
+    """The largest |difference| to transformers per cell, or the reason why the model does not open."""
     from transformers import AutoModelForSequenceClassification
 
     with tempfile.TemporaryDirectory() as folder:
-        # Some tokenizer classes add tokens of their own when they are read again.
+        # Some tokenizer classes add tokens when they are loaded.
         make_classifier(family, len(tokenizer) + 8).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         classifier: Any = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-        found: dict[str, float | str] = {}
+        results: dict[str, float | str] = {}
         for cell, (options, on_bridge) in CELLS.items():
             try:
                 head = RewardHead.from_pretrained(folder, **options)
                 expected = _expected(classifier, head.tokenizer, texts)
-                found[cell] = float((_rewards(head, texts, on_bridge) - expected).abs().max())
+                results[cell] = float((_rewards(head, texts, on_bridge) - expected).abs().max())
             except RMTensionError as error:
-                found[cell] = _in_short(str(error), folder)
-    return found
+                results[cell] = _in_short(str(error), folder)
+    return results
 
 
 def _expected(classifier: Any, tokenizer: Any, texts: Sequence[str]) -> Float[Tensor, "text"]:
@@ -189,13 +189,13 @@ def ragged_texts(tokenizer: Any, longest: int) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 if a cell is further than 1e-4 from transformers, or a main one does not open."""
+    """Print the table; returns 1 if a cell differs from transformers by more than 1e-4 or a required one fails."""
     parser = argparse.ArgumentParser(prog="python -m rmtension.synthetic.check_matrix", description=__doc__)
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument("--out", type=Path, help="also write the table as Markdown")
     chosen = parser.parse_args(arguments)
     _quiet()
-    torch.set_num_threads(1)  # on models this small, threads wait for each other
+    torch.set_num_threads(1)  # models this small run slower on several threads
     from rmtension.training._training import train_tokenizer
 
     tokenizer = train_tokenizer(preference_world(seed=0, n_train=48, n_test=48).texts, vocab_size=320)
@@ -213,14 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show(f"| family | {' | '.join(CELLS)} |\n|---|{'---|' * len(CELLS)}")
     for family in chosen.families:
         shown = []
-        found = measure_family(family, tokenizer, texts)
-        for value in found.values():
+        results = measure_family(family, tokenizer, texts)
+        for value in results.values():
             if isinstance(value, str):
                 shown.append(f"({reasons.setdefault(value, len(reasons) + 1)})")
             else:
                 wrong += not value <= TOLERANCE
                 shown.append(f"{value:.1e}")
-        wrong += family in REQUIRED and any(isinstance(found[cell], str) for cell in REQUIRED_CELLS)
+        wrong += family in REQUIRED and any(isinstance(results[cell], str) for cell in REQUIRED_CELLS)
         show(f"| {family} | {' | '.join(shown)} |")
     show("")
     for reason, number in reasons.items():
@@ -231,14 +231,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _in_short(reason: str, folder: str) -> str:
-    """The reason without what changes from family to family or has nothing to say in a table."""
+    """The reason without parts that differ between families or are of no use in a table."""
     reason = reason.replace(f"{folder}: ", "").partition(" docs/families.md")[0]
     reason = re.sub(r"\ba \w+ as a", "it as a", reason)
     return re.sub(r"\b\w+(ForCausalLM|LMHeadModel) is not", "the architecture is not", reason)
 
 
 def _quiet() -> None:
-    """This is a command of its own: other libraries' notes on tiny random models would bury its table."""
+    """Silence other libraries, whose warnings about tiny random models would hide the table."""
     from transformers.utils import logging as transformers_logging
 
     warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Reward models, and a base model to start them from, trained with TRL in one call."""
+"""Training: reward models, and the base model they start from, in one call with TRL (extra `train`)."""
 
 from rmtension.training._family import FamilySettings, train_family, train_seeds
 from rmtension.training._hold_ablated import HoldAblated

@@ -1,4 +1,4 @@
-"""A base model and the reward models that grow from it: what a study compares."""
+"""Training of families: a base model and the reward models trained from it, which a study compares."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,16 @@ from rmtension.training._training import select_pairs, train_base_model, train_r
 
 @dataclass(frozen=True)
 class FamilySettings:
-    """Sizes and schedule of `train_family`; the defaults suit `preference_world` on two CPU cores (about a minute).
+    """Model sizes and training schedule of `train_family`.
 
-    The models are GPT-2-shaped with 4 * `d_model` MLP neurons a layer. `max_length` counts tokens; a longer response
-    raises unless `truncate_response`. `mixed_pairs` is how many pairs the mixed model
-    sees (None: the most that equal parts allow).
+    The defaults suit `preference_world` and take about a minute on two CPU cores. The models have the GPT-2
+    architecture, with 4 * `d_model` MLP neurons per layer. `max_length` is in tokens; a longer response raises
+    `DataError` unless `truncate_response` is True. `mixed_pairs` is the number of pairs of the mixed model (None: as
+    many as equal parts allow). Raises `OptionError` for sizes that are not positive or do not fit together.
+
+    Examples:
+        >>> FamilySettings(n_layer=2, reward_epochs=1.0).d_model
+        96
     """
 
     n_layer: int = 3
@@ -58,18 +63,24 @@ def train_family(
 ) -> dict[str, Path]:
     """Train a base model, one reward model per objective, and one on all objectives in equal parts.
 
-    `pairs` are training pairs by objective. Returns the folders below `output_dir` by name: "base", every objective
-    and "mixed". Without `base`, a tokenizer and a GPT-2-shaped language model are trained on the chosen texts of all
-    objectives (so the base has seen which prompts are refused, as an instruction-tuned model has); with it, `settings`
-    governs the reward models alone. With `resume`, models that a run with the same pairs, base, seed and schedule
-    left in `output_dir` are kept, and only the others trained; what differs raises `StorageError`. Other errors are
-    those of `train_reward_model`.
+    `pairs` maps objectives to training pairs. Returns the folders below `output_dir` by name: "base", every objective
+    and "mixed". Without `base`, a tokenizer and a language model with the GPT-2 architecture are trained on the chosen
+    texts of all objectives, so that the base has seen which prompts are refused, as an instruction-tuned model has.
+    With `base`, `settings` apply to the reward models only. With `resume`, finished models of a run with the same
+    pairs, base, seed and schedule are kept, and only the missing ones are trained; a model of a different run raises
+    `StorageError`. Raises `OptionError` for fewer than two objectives; other errors are those of `train_reward_model`.
+
+    Examples:
+        >>> settings = FamilySettings(reward_epochs=1, reward_batch_size=24, max_length=64)  # a step per model
+        >>> folders = train_family(pairs, "family", base="organism", settings=settings, progress=False)
+        >>> sorted(folders), RewardHead.from_pretrained(folders["mixed"]).n_layers
+        (['base', 'harmless', 'helpful', 'mixed'], 2)
     """
     chosen = settings or FamilySettings()
     if len(pairs) < 2 or {"base", "mixed"} & set(pairs):
         raise OptionError(
-            f"pairs: expected two objectives or more, none called 'base' or 'mixed', got {sorted(pairs)}. One "
-            "objective alone is train_reward_model's."
+            f"pairs: expected two objectives or more, none called 'base' or 'mixed', got {sorted(pairs)}. For a single "
+            "objective, use train_reward_model."
         )
     root = Path(output_dir)
     folders = {name: root / name for name in (*(["base"] if base is None else []), *pairs, "mixed")}
@@ -78,14 +89,14 @@ def train_family(
     mixtures: dict[str, dict[str, Any]] = {name: {"objective": name} for name in pairs}
     mixtures["mixed"] = {"proportions": shares, "n_pairs": chosen.mixed_pairs}
     start = Path(base) if base is not None else folders["base"]
-    there: set[str] = set()
+    finished: set[str] = set()
     if resume and not overwrite:
         if base is None and is_finished(
             folders["base"],
             {"seed": seed, "epochs": chosen.base_epochs, "learning_rate": chosen.base_learning_rate},
             data=digest_of_texts(texts),
         ):
-            there.add("base")
+            finished.add("base")
         for name in mixtures:
             if is_finished(
                 folders[name],
@@ -93,19 +104,19 @@ def train_family(
                 data=select_pairs(pairs, **mixtures[name], seed=seed).digest,
                 **({"base_digest": digest_of_folder(start)} if start.is_dir() else {}),
             ):
-                there.add(name)
-    if there != set(folders):
-        # Before the base is trained, which needs no TRL and may take long.
+                finished.add(name)
+    if finished != set(folders):
+        # Checked before the base is trained, which needs no TRL and may take long.
         require_package("trl")
     for name, folder in folders.items():
-        if name not in there:
+        if name not in finished:
             require_free(folder, overwrite)
-    if base is None and "base" not in there:
-        # Rejected texts would hide from the base what prompts and responses have to do with each other, and the
-        # reward models would have to find it alone: on preference_world, harmlessness then takes twice as long.
+    if base is None and "base" not in finished:
+        # With rejected texts too, the base could not learn which responses go with which prompts. The reward models
+        # would have to learn it: on preference_world, harmlessness then takes twice as long.
         _train_family_base(texts, folders["base"], chosen, seed, progress, overwrite)
     for name, mixture in mixtures.items():
-        if name in there:
+        if name in finished:
             continue
         train_reward_model(
             pairs,
@@ -137,10 +148,20 @@ def train_seeds(
     overwrite: bool = False,
     resume: bool = True,
 ) -> list[ModelFamily]:
-    """A helpful, a harmless and a mixed reward model per seed, all from one base, ready for `TensionStudy`.
+    """Train a helpful, a harmless and a mixed reward model per seed, all from one base, ready for `TensionStudy`.
 
-    `pairs` are training pairs of "helpful" and "harmless". Without `base`, the first seed trains one. Models of an
-    earlier run are kept unless `resume` is False or `overwrite` True. Folders: `output_dir/seed-0/helpful`, and so on.
+    `pairs` maps "helpful" and "harmless" to training pairs. Without `base`, the first seed trains the base of all
+    seeds. Finished models of an earlier run are kept unless `resume` is False or `overwrite` is True. The folders are
+    `output_dir/seed-0/helpful` and so on. Raises `OptionError` for other objectives; other errors are those of
+    `train_family`.
+
+    Examples:
+        >>> settings = FamilySettings(reward_epochs=1, reward_batch_size=24, max_length=64)  # a step per model
+        >>> options = {"base": "organism", "settings": settings, "progress": False}
+        >>> [family.seed for family in train_seeds(pairs, "seeds", [0], **options)]
+        [0]
+        >>> train_seeds(pairs, "seeds", [0], **options)[0].mixed.as_posix()  # keeps the finished models
+        'seeds/seed-0/mixed'
     """
     if set(pairs) != set(OBJECTIVES):
         raise OptionError(f"pairs: expected exactly {list(OBJECTIVES)}, got {sorted(pairs)}.")
@@ -173,7 +194,7 @@ def _train_family_base(
         n_embd=settings.d_model,
         n_layer=settings.n_layer,
         n_head=settings.n_head,
-        # The same function as GPT-2's own "gelu_new", in one kernel instead of eight.
+        # The same function as "gelu_new" of GPT-2, in one kernel instead of eight.
         activation_function="gelu_pytorch_tanh",
         resid_pdrop=0.0,
         embd_pdrop=0.0,

@@ -1,4 +1,4 @@
-"""Neurons that were ablated for good stay out while the reward model is trained further."""
+"""A trainer callback that keeps permanently ablated neurons at 0 while the reward model is trained further."""
 
 from typing import Any
 
@@ -14,18 +14,18 @@ from rmtension.reward_head import RewardHead
 
 
 class HoldAblated(TrainerCallback):  # type: ignore[misc]
-    """Callback for the trainers of TRL and transformers: the weights by which `neurons` write stay 0.
+    """Trainer callback for TRL and transformers that keeps the output weights of `neurons` at 0.
 
-    An optimiser gives zeros in a projection new values, so that the neurons come back. With this callback the columns
-    of the down projection (attention heads: of the output projection) get no gradient, and are 0 again after every
-    step, whatever momentum or weight decay adds; so the checkpoints that the trainer saves have zeros too. All else
-    is trained: the neurons' incoming weights, which nothing reads, and the projection's bias, where `Mean` has put what
-    the means write.
+    Without it, an optimiser changes zeros in a projection, and the neurons become active again. With it, the neurons'
+    columns of the down projection (for attention heads: of the output projection) get no gradient, and are set to 0
+    after every step, whatever momentum or weight decay adds; the checkpoints that the trainer saves have zeros too. All
+    other weights are trained: the neurons' incoming weights, which no longer matter, and the projection's bias, which
+    holds the contribution of the means after an ablation by `Mean`.
 
-    Start from a checkpoint of `RewardHead.with_ablation(neurons)`. Opening the model as `RewardHead.from_classifier`
-    finds the weights when training begins, once. Raises `OptionError` there where a column is not 0, `ModelError`
-    where parameters are in pieces (FSDP, ZeRO-3), `ProvenanceError` for neurons of another model. For PEFT models,
-    whose adapters write into the same columns, merge first.
+    Start from a checkpoint of `RewardHead.with_ablation(neurons)`. When training begins, the callback opens the model
+    once with `RewardHead.from_classifier` to find the weights. It then raises `OptionError` if a column is not 0,
+    `ModelError` if parameters are sharded (FSDP, ZeRO-3), and `ProvenanceError` for neurons of another model. Merge
+    PEFT adapters first, because they write into the same columns.
 
     Examples:
         >>> head.with_ablation(neurons).save_pretrained("without")
@@ -40,7 +40,7 @@ class HoldAblated(TrainerCallback):  # type: ignore[misc]
         self._handles: list[Any] = []
 
     def on_train_begin(self, _args: Any, _state: Any, _control: Any, **given: Any) -> None:
-        """Find the columns, and keep gradients from them."""
+        """Find the columns, and stop their gradients."""
         self._release()
         head = RewardHead.from_classifier(given["model"], tokenizer=given.get("processing_class"))
         held = [entry for neurons in self.neurons for entry in _columns(head, neurons)]
@@ -53,17 +53,17 @@ class HoldAblated(TrainerCallback):  # type: ignore[misc]
         self._held = held
         for weight, is_row, columns in held:
             if weight.requires_grad:
-                tensor: Any = weight  # its method has no types
+                tensor: Any = weight  # register_hook is untyped
                 self._handles.append(tensor.register_hook(_without(is_row, columns)))
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Undo what the step did to the columns."""
+        """Set the columns to 0 again."""
         with torch.no_grad():
             for weight, is_row, columns in self._held:
                 _clear(weight, is_row, columns)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Take the gradients' hooks off."""
+        """Remove the hooks of the gradients."""
         self._release()
 
     def _release(self) -> None:
@@ -73,8 +73,8 @@ class HoldAblated(TrainerCallback):  # type: ignore[misc]
 
 
 def _columns(head: RewardHead, neurons: NeuronSet) -> list[tuple[nn.Parameter, bool, Int[Tensor, "channel"]]]:
-    """(weight, whether a neuron is a row of it, the neurons' places) of every layer that the set has neurons in."""
-    found = []
+    """(weight, whether a neuron is a row of it, indices of the neurons) for every layer with neurons of the set."""
+    held = []
     for layer, columns in AblationContext(head, neurons).columns.items():
         assert head.body.native is not None
         projection: Any = head.body.native.get_submodule(head.body.projection_names[neurons.site, layer])
@@ -89,11 +89,11 @@ def _columns(head: RewardHead, neurons: NeuronSet) -> list[tuple[nn.Parameter, b
             )
         if weight.ndim != 2 or weight.shape[0 if is_row else 1] != head.n_channels(neurons.site):
             raise ModelError(
-                f"HoldAblated: layer {layer} holds weights of shape {tuple(weight.shape)}, a part of a matrix. Train "
-                "in one process, or in several with whole models (DDP), without FSDP and ZeRO-3."
+                f"HoldAblated: expected the whole matrix of weights in layer {layer}, got a part of shape "
+                f"{tuple(weight.shape)}. Train in one process or with DDP, without FSDP and ZeRO-3."
             )
-        found.append((weight, is_row, columns.to(weight.device)))
-    return found
+        held.append((weight, is_row, columns.to(weight.device)))
+    return held
 
 
 def _part(weight: Tensor, is_row: bool, columns: Int[Tensor, "channel"]) -> Float[Tensor, "..."]:

@@ -1,4 +1,4 @@
-"""One run of a trainer: seeded, isolated from its caller, and a folder that appears whole or not at all."""
+"""One run of a trainer: seeded, isolated from its caller, with an output folder that is written whole or not at all."""
 
 import dataclasses
 import hashlib
@@ -24,7 +24,7 @@ RECORD_NAME = "rmtension_training.json"
 
 
 def require_package(package: str) -> Any:
-    """Import `package`, or raise `ModelError` that says how to install it."""
+    """Import `package`; raises a `ModelError` that tells how to install it."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -32,41 +32,52 @@ def require_package(package: str) -> Any:
 
 
 def require_free(folder: Path, overwrite: bool) -> None:
-    """Raise `StorageError` unless `folder` is free, or may be overwritten and was written by a training."""
+    """Raise `StorageError` unless `folder` is empty, or may be overwritten and was written by a training."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite:
-        raise StorageError(f"output_dir: {folder} holds something already. Name another, or pass overwrite=True.")
+        raise StorageError(f"output_dir: {folder} is not empty. Name another folder, or pass overwrite=True.")
     if not (folder / RECORD_NAME).is_file():
-        # Replacing a folder deletes it: never one that this module did not write.
-        raise StorageError(f"output_dir: {folder} was not written by rmtension.training, so it is not overwritten.")
+        # Replacing a folder deletes it, so folders that this module did not write are never replaced.
+        raise StorageError(
+            f"output_dir: {folder} was not written by rmtension.training, so it is not replaced. Name another folder."
+        )
 
 
 def is_finished(folder: Path, options: Mapping[str, Any], **record: Any) -> bool:
     """Whether `folder` holds a finished training with these options and these entries of its record.
 
-    False where nothing is there; raises `StorageError` naming what differs, because such a model answers another
-    question, and may have been trained on what is now held out. An entry that an older version did not write is not
-    compared.
+    Returns False if the folder holds no training. Raises `StorageError` that names the first difference, because such
+    a model answers another question and may have been trained on pairs that are now held out. Entries that an older
+    version did not write are not compared.
+
+    Examples:
+        >>> is_finished(Path("nothing"), {"seed": 0})
+        False
     """
     if not (folder / RECORD_NAME).is_file():
         return False
     try:
-        found = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-        there = {**found, **found.get("options", {})}
+        content = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+        recorded = {**content, **content.get("options", {})}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{folder}: its {RECORD_NAME} is damaged ({error}). Name another folder.") from error
     for name, value in {**options, **record}.items():
-        if name in there and there[name] != value:
+        if name in recorded and recorded[name] != value:
             raise StorageError(
-                f"{folder}: holds a model trained with {name}={there[name]!r}, wanted {value!r}. Name another folder, "
-                "or pass overwrite=True."
+                f"{folder}: expected a model trained with {name}={value!r}, got one with {recorded[name]!r}. Name "
+                "another folder, or pass overwrite=True."
             )
     return True
 
 
 def digest_of_texts(texts: Sequence[str]) -> str:
-    """SHA-256 over texts in their order, in hexadecimal."""
+    """The SHA-256 digest of texts in their order, in hexadecimal; `train_base_model` writes it to its record.
+
+    Examples:
+        >>> digest_of_texts(["a", "b"])[:8], digest_of_texts(["b", "a"])[:8]
+        ('3554d2b8', '5cc385e8')
+    """
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
@@ -80,7 +91,7 @@ def schedule(
     batch_size: int,
     progress: bool | None,
 ) -> dict[str, Any]:
-    """The fields that both trainers share."""
+    """The config fields that both trainers share."""
     return {
         "output_dir": str(scratch),
         "seed": seed,
@@ -99,26 +110,26 @@ def schedule(
 
 
 def arguments(config_class: Any, extra: Mapping[str, Any] | None, **fields: Any) -> Any:
-    """A trainer's config from our fields and the user's extra ones, which may not repeat ours."""
+    """A trainer's config from our fields and the user's extra fields, which may not repeat ours."""
     taken = set(extra or {}) & set(fields)
     if taken:
-        raise OptionError(f"trainer_options: {sorted(taken)} are set by other arguments of this call.")
-    # TRL turns it on, for memory; both trainers should differ in nothing but the loss. transformers 5 renamed it.
+        raise OptionError(f"trainer_options: {sorted(taken)} are set by other arguments of this call. Use those.")
+    # TRL turns checkpointing on to save memory; here both trainers differ in the loss only. transformers 5 renamed it.
     names = {field.name for field in dataclasses.fields(config_class)}
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     try:
         return config_class(**{checkpointing: False, **fields, **(extra or {})})
     except (TypeError, ValueError) as error:
-        raise OptionError(f"trainer_options: {config_class.__name__} does not take them: {error}") from error
+        raise OptionError(f"trainer_options: {config_class.__name__} refuses them: {error}") from error
 
 
 def run_trainer(trainer: Any) -> dict[str, Any]:
-    """Train, with a bar but without the dicts that transformers prints beside it."""
+    """Train with a progress bar, without the dicts that transformers prints."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     class Bar(ProgressCallback):  # type: ignore[misc]
         def on_log(self, *args: Any, **kwargs: Any) -> None:
-            """Say nothing."""
+            """Print nothing."""
 
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
@@ -128,14 +139,14 @@ def run_trainer(trainer: Any) -> dict[str, Any]:
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write a checkpoint with its tokenizer, in safetensors, for both majors of transformers."""
+    """Write a checkpoint with its tokenizer as safetensors, readable by transformers 4 and 5."""
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     warn_of(make_portable(folder, tokenizer), "training")
 
 
 def write_record(folder: Path, **values: Any) -> None:
-    """Write options, counts and versions beside a checkpoint, as JSON."""
+    """Write options, counts and versions as JSON into the folder of a checkpoint."""
     packages = ("rmtension", "torch", "transformers", "trl", "tokenizers")
     values["versions"] = {name: _version(name) for name in packages}
     text = json.dumps(values, indent=2, sort_keys=True, default=str)
@@ -151,14 +162,14 @@ def _version(package: str) -> str | None:
 
 @contextmanager
 def new_folder(output_dir: str | Path, overwrite: bool) -> Iterator[tuple[Path, Path]]:
-    """Yields an empty folder that becomes `output_dir` on success, and a scratch folder; both vanish on failure."""
+    """Yield an empty folder that becomes `output_dir` on success, and a scratch folder; a failure removes both."""
     target = Path(output_dir)
     require_free(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         place = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
-        raise StorageError(f"output_dir: {target} could not be made ({error}).") from error
+        raise StorageError(f"output_dir: {target} could not be made ({error}). Name another folder.") from error
     try:
         folder, scratch = place / "model", place / "scratch"
         folder.mkdir()
@@ -179,21 +190,21 @@ def new_folder(output_dir: str | Path, overwrite: bool) -> Iterator[tuple[Path, 
 
 @contextmanager
 def isolated(seed: int) -> Iterator[None]:
-    """Seed every generator, and give the caller its random states and the libraries' settings back afterwards."""
+    """Seed every generator, and restore the caller's random states and the libraries' settings on exit."""
     import huggingface_hub
     import transformers
 
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the caller's, global one
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global generator of the caller
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     telemetry = huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=devices):
             transformers.set_seed(seed)
-            # Loading reports the head as missing, which is the point of the exercise; other gaps raise.
+            # transformers warns that the head is missing, which is intended; other missing weights raise.
             transformers.logging.set_verbosity_error()
             transformers.logging.disable_progress_bar()
-            # TRL counts its users over the network; training on local files should send nothing.
+            # TRL sends usage statistics; training on local files should send nothing.
             huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
             yield
     finally:

@@ -1,4 +1,4 @@
-"""Training reward models, and a base model to start them from, with TRL and transformers (extra `train`)."""
+"""Training of reward models, and of the base model they start from, with TRL and transformers (extra `train`)."""
 
 import copy
 import math
@@ -26,8 +26,8 @@ from rmtension.training._trainer_run import (
     write_record,
 )
 
-HEAD_STD = 0.02  # of a fresh reward head, as in the paper
-_LONGEST = 1024  # tokens, unless the caller or the model's context says otherwise; as in the paper
+HEAD_STD = 0.02  # standard deviation of the weights of a new reward head, as in the paper
+_LONGEST = 1024  # tokens, unless the caller or the model's context sets another limit; as in the paper
 
 
 def train_reward_model(
@@ -57,25 +57,33 @@ def train_reward_model(
 ) -> Path:
     """Train a reward model with TRL's `RewardTrainer` (Bradley-Terry loss, AdamW) and return its folder.
 
-    Data. `pairs` are used as they are, or by objective (a dict, or the pairs' own labels): `objective="helpful"` takes
-    one; `proportions={"helpful": 0.5, "harmless": 0.5}` draws a mixture of `n_pairs` (default: as many as the
-    proportions allow). Training reads the tokens that scoring reads (`rmtension.data.encode_pairs`): no eos is
-    appended, no pair is dropped, prompts are cut from the left to `max_length` tokens (default: the model's context,
-    at most 1024). `validation` picks the best of the checkpoints taken every `eval_steps` steps (default: every epoch)
-    by loss; it may share no prompt with the training pairs. Test pairs have no place here.
+    Data. `pairs` are used as they are, or by objective (a dict, or the pairs' own labels): `objective="helpful"`
+    selects one; `proportions={"helpful": 0.5, "harmless": 0.5}` draws a mixture of `n_pairs` (default: as many as the
+    proportions allow). Training uses the same tokens as scoring (`rmtension.data.encode_pairs`): no eos is
+    appended, no pair is dropped, and prompts are cut from the left to `max_length` tokens (default: the model's
+    context, at most 1024). With `validation`, the checkpoint with the lowest validation loss is kept, of those taken
+    every `eval_steps` steps (default: every epoch); it may share no prompt with the training pairs. Do not pass test
+    pairs.
 
     Model. `base` is the folder (or hub name) of a language model or classifier, whose head, if any, is replaced by a
-    fresh one, N(0, 0.02); or a transformers config, for fresh weights (then `tokenizer` is required). `dropout=True`
-    leaves the base's dropout on; by default all of it is set to 0, as in TRL. Weights and optimiser states are float32;
-    `dtype=torch.bfloat16` computes the forward and backward pass in that type.
+    new one, N(0, 0.02); or a transformers config, for new weights (then `tokenizer` is required). `dropout=True` keeps
+    the base's dropout; by default all dropout is set to 0, as in TRL. Weights and optimiser states are float32;
+    `dtype=torch.bfloat16` computes the forward and backward passes in that type.
 
-    `seed` decides the mixture, the fresh weights, the order of the pairs and dropout; the caller's random states are
-    left as they were. `max_steps` replaces `epochs`. `trainer_options` are further fields of `trl.RewardConfig`.
+    `seed` determines the mixture, the new weights, the order of the pairs and dropout; the caller's random states do
+    not change. `max_steps` replaces `epochs`. `trainer_options` are further fields of `trl.RewardConfig`.
 
     The folder holds a checkpoint for `AutoModelForSequenceClassification`, its tokenizer, and
-    `rmtension_training.json` (options, data digest, versions). It appears only when training has finished.
+    `rmtension_training.json` (options, data digest, versions). It is written only when training has finished.
     `overwrite=True` replaces the folder of an earlier training. Raises `DataError`, `ModelError`, `OptionError` or
-    `StorageError`. One process.
+    `StorageError`. Runs in one process.
+
+    Examples:
+        >>> folder = train_reward_model(pairs, "organism", "helpful", objective="helpful", max_steps=1, progress=False)
+        >>> RewardHead.from_pretrained(folder).score(["Human: a b c Assistant: d e"]).shape
+        torch.Size([1])
+        >>> sorted(path.name for path in folder.iterdir())[:3]
+        ['config.json', 'model.safetensors', 'rmtension_training.json']
     """
     options = {
         name: value
@@ -102,9 +110,9 @@ def train_reward_model(
             **schedule(scratch, seed, epochs, max_steps, learning_rate, warmup_steps, batch_size, progress),
             **selection,
             bf16=dtype == torch.bfloat16,
-            # transformers takes bfloat16 on a CPU only from someone who says that they mean the CPU.
+            # transformers refuses bfloat16 on a CPU unless use_cpu is True.
             use_cpu=dtype == torch.bfloat16 and not (torch.cuda.is_available() or torch.backends.mps.is_available()),
-            max_length=None,  # TRL drops longer pairs without a word; ours fit already
+            max_length=None,  # TRL silently drops longer pairs; these are cut already
             disable_dropout=not dropout,
         )
         tables = [_table(part) for part in sets]
@@ -152,16 +160,26 @@ def train_base_model(
 ) -> Path:
     """Train a causal language model from fresh weights with transformers' `Trainer` and return its folder.
 
-    `config` is a transformers config; its special-token ids are set to the tokenizer's. Every text gets the tokenizer's
-    eos; one longer than `max_length` tokens (default: the context, at most 1024) is read in consecutive pieces. Seed,
-    folder and errors are as for `train_reward_model`. With `resume`, a model that a run with the same texts and options
-    left in `output_dir` is kept; what differs raises `StorageError`. Configs are not compared.
+    `config` is a transformers config; its special-token ids are set to those of the tokenizer. The tokenizer's eos is
+    appended to every text; a text longer than `max_length` tokens (default: the context, at most 1024) is divided into
+    consecutive pieces. Seed, folder and errors are as for `train_reward_model`.
+
+    With `resume`, a model that a run with the same texts and options left in `output_dir` is kept; a difference raises
+    `StorageError`. Configs are not compared.
+
+    Examples:
+        >>> from transformers import GPT2Config
+        >>> texts = [pair.text("chosen") for pair in pairs["helpful"]]
+        >>> tokenizer = train_tokenizer(texts, 300)
+        >>> config = GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=64, vocab_size=300)
+        >>> train_base_model(texts, config, tokenizer, "base", max_steps=1, progress=False).name
+        'base'
     """
     options = {"seed": seed, "epochs": epochs, "max_steps": max_steps, "learning_rate": learning_rate}
     options |= {"warmup_steps": warmup_steps, "batch_size": batch_size}
     require_package("accelerate")
     if not texts or not all(isinstance(text, str) and text for text in texts):
-        raise DataError("texts: expected at least one text, none of them empty.")
+        raise DataError("texts: expected at least one text, and no empty ones. Leave empty texts out.")
     _require_pad_token(tokenizer)
     limit = _context(config, max_length)
     options |= {"max_length": limit}
@@ -182,7 +200,7 @@ def train_base_model(
         trainer = Trainer(
             model=model,
             args=arguments(TrainingArguments, None, **common, save_strategy="no"),
-            train_dataset=rows,  # any sequence will do
+            train_dataset=rows,  # Trainer takes any sequence
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         )
         result = run_trainer(trainer)
@@ -202,13 +220,14 @@ def train_tokenizer(
     texts: Sequence[str],
     vocab_size: int,
     *,
-    eos_token: str = "<|endoftext|>",  # noqa: S107 - tokens of text, no passwords
+    eos_token: str = "<|endoftext|>",  # noqa: S107 - text tokens, not passwords
     pad_token: str = "<|pad|>",  # noqa: S107
     max_length: int | None = None,
 ) -> Any:
-    """A byte-level BPE tokenizer for `texts`, with an eos token and a pad token of its own.
+    """Train a byte-level BPE tokenizer on `texts`, with separate eos and pad tokens.
 
-    `vocab_size` counts everything, at least 258 (256 bytes and the two). The same texts give the same tokenizer.
+    `vocab_size` includes the 256 bytes, eos and pad, so it is at least 258. The same texts give the same tokenizer.
+    Raises `OptionError` for a smaller vocabulary, or if eos and pad are the same token.
 
     Examples:
         >>> tokenizer = train_tokenizer(["hello hello"], 260)
@@ -251,32 +270,34 @@ def select_pairs(
     n_pairs: int | None = None,
     seed: int = 0,
 ) -> PreferencePairs:
-    """The pairs that `train_reward_model` trains on: all, those of one objective, or a mixture in stated proportions.
+    """The pairs that `train_reward_model` trains on: all, those of one objective, or a mixture by `proportions`.
 
-    Proportions are positive and sum to 1; they hold to rounding (largest remainder). The draw is by `seed`.
+    Proportions are positive, sum to 1 and hold up to rounding (largest remainder). `seed` determines the draw. Raises
+    `OptionError` for invalid or unknown objectives and proportions, `DataError` for too few pairs.
 
     Examples:
         >>> len(select_pairs(pairs, proportions={"helpful": 0.75, "harmless": 0.25}))
         32
     """
     if objective is not None and proportions is not None:
-        raise OptionError("objective, proportions: expected one of the two, got both.")
+        raise OptionError("objective, proportions: expected one of the two, got both. Leave one out.")
     if isinstance(pairs, PreferencePairs):
         if objective is None and proportions is None:
             return _drawn(pairs, n_pairs, seed, "pairs")
         pairs = {name: pairs.filter(objective=name) for name in pairs.objectives}
     if objective is None and proportions is None:
         raise OptionError(
-            f"pairs: got the objectives {sorted(pairs)}. Say objective=... for one, or proportions={{...}} for several."
+            f"pairs: got a mapping with the objectives {sorted(pairs)}. Pass objective=... to train on one, or "
+            "proportions={...} to mix several."
         )
     unknown = {objective} - set(pairs) if proportions is None else set(proportions) - set(pairs)
     if unknown:
-        raise OptionError(f"objective, proportions: {sorted(map(str, unknown))} not among {sorted(pairs)}.")
+        raise OptionError(f"objective, proportions: expected some of {sorted(pairs)}, got {sorted(map(str, unknown))}.")
     if proportions is None:
         return _drawn(pairs[str(objective)], n_pairs, seed, f"{objective} pairs")
     if min(proportions.values(), default=0.0) <= 0 or not math.isclose(sum(proportions.values()), 1, abs_tol=1e-6):
         raise OptionError(f"proportions: expected positive numbers that sum to 1, got {dict(proportions)}.")
-    # 1e-9: 0.1 * 30 must not round 3 down to 2.
+    # Without 1e-9, rounding errors would turn 0.1 * 30 into 2.
     most = math.floor(min(len(pairs[name]) / share for name, share in proportions.items()) + 1e-9)
     total = most if n_pairs is None else n_pairs
     if not 0 < total <= most:
@@ -292,7 +313,7 @@ def select_pairs(
 def _drawn(pairs: PreferencePairs, n_pairs: int | None, seed: int, name: str) -> PreferencePairs:
     if not len(pairs) or (n_pairs is not None and not 0 < n_pairs <= len(pairs)):
         raise DataError(
-            f"n_pairs: expected 1 or more and no more than there are, got {n_pairs} of {len(pairs)} {name}."
+            f"n_pairs: expected a number from 1 to the number of {name}, which is {len(pairs)}, got {n_pairs}."
         )
     return pairs if n_pairs is None else pairs.sample(n_pairs, seed=seed)
 
@@ -301,18 +322,18 @@ def _require_disjoint(data: PreferencePairs, validation: PreferencePairs | None)
     shared = set() if validation is None else set(data.prompts) & set(validation.prompts)
     if shared:
         raise DataError(
-            f"validation: {len(shared)} of its prompts are training prompts too. Divide "
-            "with PreferencePairs.split, which divides by prompt."
+            f"validation: {len(shared)} of its prompts are training prompts too. Divide the pairs with "
+            "PreferencePairs.split, which splits by prompt."
         )
     if validation is not None and not len(validation):
-        raise DataError("validation: expected at least one pair, got none. Leave it out to train without.")
+        raise DataError("validation: expected at least one pair, got none. Leave it out to train without validation.")
 
 
 def _require_pad_token(tokenizer: Any) -> None:
     if tokenizer.pad_token_id is None:
         raise ModelError(
-            "tokenizer: it has no pad token, and which token the reward is read from depends on it (transformers skips "
-            "trailing pad tokens). Set tokenizer.pad_token, to its eos token or better to one that no text contains, "
+            "tokenizer: expected a pad token, got None. The token that the reward is read from depends on it "
+            "(transformers skips trailing pad tokens). Set tokenizer.pad_token, best to a token that no text contains, "
             "and pass tokenizer=..."
         )
 
@@ -321,13 +342,13 @@ def _require_vocabulary(model: Any, tokenizer: Any) -> None:
     n_rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > n_rows:
         raise ModelError(
-            f"tokenizer: it has {len(tokenizer)} tokens, the model's embedding {n_rows} rows. Use the model's own "
+            f"tokenizer: it has {len(tokenizer)} tokens, but the model's embedding {n_rows} rows. Use the model's own "
             "tokenizer, or resize the embedding first."
         )
 
 
 def _context(config: Any, max_length: int | None) -> int:
-    """The most tokens a text may have."""
+    """The largest number of tokens per text."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     limit = max_length if max_length is not None else min(_LONGEST, context or _LONGEST)
     if limit < 1 or limit > (context or limit):
@@ -336,7 +357,7 @@ def _context(config: Any, max_length: int | None) -> int:
 
 
 def _classifier(base: Any, tokenizer: Any, seed: int) -> tuple[Any, Any]:
-    """A sequence classifier in float32 with one fresh output, and its tokenizer."""
+    """A sequence classifier in float32 with one new output, and its tokenizer."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     if isinstance(base, (str, Path)):
@@ -347,17 +368,17 @@ def _classifier(base: Any, tokenizer: Any, seed: int) -> tuple[Any, Any]:
                 num_labels=1,
                 dtype=torch.float32,
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # of a head with several outputs; anything else is refused below
+                ignore_mismatched_sizes=True,  # for a head with several outputs; any other mismatch raises below
                 output_loading_info=True,
             )
         except (OSError, KeyError, ValueError, RuntimeError) as error:
-            raise ModelError(f"base: transformers could not load {base}: {error}") from error
+            raise ModelError(f"base: transformers could not load {base}: {error}. Check the path.") from error
         odd = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])} - {"score.weight", "score.bias"}
         if odd:
-            raise ModelError(f"base: {base} lacks weights of {type(model).__name__}: {sorted(odd)[:4]}.")
+            raise ModelError(f"base: {base} lacks weights of {type(model).__name__}: {sorted(odd)[:4]}. Save it again.")
     else:
         if tokenizer is None:
-            raise OptionError("tokenizer: required where base is a config. train_tokenizer makes a small one.")
+            raise OptionError("tokenizer: required if base is a config, got None. train_tokenizer makes a small one.")
         config = copy.deepcopy(base)
         config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -375,7 +396,7 @@ def _draw_head(model: Any, seed: int) -> None:
             f"base: expected a classifier with a linear layer 'score' with one output, got {type(model).__name__} with "
             f"{head}. Use a causal language model."
         )
-    # A generator of its own: the head depends on the seed, not on how many numbers loading has drawn.
+    # With its own generator, the head depends on the seed and not on how many numbers loading has drawn.
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * HEAD_STD)
@@ -384,7 +405,7 @@ def _draw_head(model: Any, seed: int) -> None:
 
 
 def _table(encoded: EncodedPairs) -> Any:
-    """The columns that TRL takes for tokenised already."""
+    """The columns that TRL recognises as tokenised."""
     columns = {"chosen_ids": encoded.chosen, "rejected_ids": encoded.rejected}
     return require_package("datasets").Dataset.from_dict(
         {name: [list(text.ids) for text in texts] for name, texts in columns.items()}

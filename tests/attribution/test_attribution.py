@@ -92,7 +92,7 @@ def test_attribution_patching(both, few, site, positions, name):
     assert not torch.allclose(scores.values.roll(1, 0), expected.mean(0), atol=1e-4)
 
 
-def test_attribution_patching_to_zero_is_gradient_x_activation_turned(gpt2, few):
+def test_attribution_patching_to_zero_is_minus_gradient_x_activation(gpt2, few):
     head, _ = gpt2
     asked = [NeuronAttribution(head, method=method) for method in ("attribution_patching", "gradient_x_activation")]
     patching, product = score_together(asked, few)
@@ -348,7 +348,7 @@ def test_direct_effects_and_other_paths_sum_to_the_margin(both, few):
         assert torch.allclose(scores, (whole[:half] - whole[half:]).mean(0), **CLOSE)
 
 
-def test_direct_effect_where_modules_do_not_say(gpt2, few):
+def test_direct_effect_refuses_the_gate_site(gpt2, few):
     head, _ = gpt2
     with pytest.raises(ModelError, match="site 'mlp_gate'"):
         NeuronAttribution(head, method="direct_effect", site="mlp_gate").score(few)
@@ -398,7 +398,7 @@ def without_gradient(block):
         handle.remove()
 
 
-def test_graddrop_finds_what_cancels(tokenizer, few):
+def test_graddrop_finds_effects_that_cancel(tokenizer, few):
     """A neuron whose direct effect a later block undoes: the gradient says nothing, GradDrop does."""
 
     def undo(model):
@@ -460,7 +460,7 @@ def test_a_constant_added_to_the_reward_changes_nothing_and_swapping_negates(bot
         assert float(one.values.abs().max()) > 1e-3
 
 
-def test_together_is_each_by_itself(gpt2, few):
+def test_score_together_equals_separate_scores(gpt2, few):
     head, _ = gpt2
     asked = [*every_method(head, few), *every_method(head, few, "attn_head")]
     asked.append(NeuronAttribution(head, method="gradient_x_activation", positions="last", aggregate="absolute"))
@@ -491,7 +491,7 @@ def test_tokens_sum_to_the_pair_and_pairs_average_to_the_score(both, few):
                 assert float(tokens.chosen[n_prompt:].abs().min(0).values.max()) > 0.0
 
 
-def test_the_model_is_as_before(head, few, monkeypatch):
+def test_the_model_is_unchanged_afterwards(head, few, monkeypatch):
     before = snapshot(head)
     score_together([*every_method(head, few), *every_method(head, few, "attn_head")], few)
     assert snapshot(head) == before
@@ -522,7 +522,7 @@ def test_the_callers_grad_mode_changes_nothing(gpt2, few, mode):
     assert torch.allclose(pair.values[0], tokens.chosen.sum(0) - tokens.rejected.sum(0), **CLOSE)
 
 
-def test_nothing_is_kept_of_a_batch(gpt2, few, monkeypatch):
+def test_no_tensor_of_a_batch_is_kept(gpt2, few, monkeypatch):
     """GradDrop's gates and the graph that they are in, and the run of a batch when the next one starts."""
     head, _ = gpt2
     gates, runs, alive = [], [], []
@@ -579,7 +579,7 @@ def counted(head):
         ({"method": "integrated_gradients", "steps": 5}, 39, 30),
     ],
 )
-def test_cost_is_what_the_docstring_says(gpt2, few, options, forward, backward):
+def test_cost_agrees_with_the_docstring(gpt2, few, options, forward, backward):
     """Blocks run, in one batch: a pass is three of them."""
     head, _ = gpt2
     attribution = NeuronAttribution(head, **options)
@@ -672,13 +672,13 @@ class TestWrongArguments:
             with pytest.raises(ModelError, match="opened as a language model"):
                 NeuronAttribution(base, method=method)
 
-    def test_one_layer_has_no_other_to_leave_out(self, tokenizer, tmp_path):
+    def test_graddrop_needs_two_layers(self, tokenizer, tmp_path):
         head = RewardHead.from_pretrained(save_classifier(tmp_path, "gpt2", tokenizer, n_layer=1))
         with pytest.raises(OptionError, match="graddrop: it leaves out one other layer"):
             NeuronAttribution(head, method="attribution_patching", aggregate="absolute", graddrop=True)
 
 
-def test_what_prints(gpt2, few):
+def test_repr_names_method_and_site(gpt2, few):
     """In a line: what, of what, from how much."""
     head, _ = gpt2
     attribution = NeuronAttribution(head, method="gradient_x_activation", positions="response")

@@ -166,7 +166,7 @@ def test_single_effects_where_blocks_do_not_run_one_by_one(gpt2, few):
         assert torch.allclose(hooked.values[neurons.mask], plain.values[neurons.mask], atol=1e-5) == same
 
 
-def test_the_model_is_as_before(gpt2, few, monkeypatch):
+def test_the_model_is_unchanged_afterwards(gpt2, few, monkeypatch):
     before = snapshot(gpt2)
     statistics = ActivationCollector(gpt2).collect(few)
     scores = NeuronAttribution(gpt2, "mean_difference").score(few)
@@ -204,7 +204,7 @@ def measures(scores, truth, **options):
     return agreement(scores, truth, measured, **({"top": 0.1, "level": 0.95, "seed": 0} | options))
 
 
-def test_measures_by_other_means():
+def test_measures_agree_with_scipy_and_brute_force():
     rng = np.random.default_rng(0)
     truth = rng.normal(size=(3, 40))
     predicted = 0.5 * truth + 0.4 * rng.normal(size=truth.shape)
@@ -242,7 +242,7 @@ def test_without_other_prompts_there_is_no_interval():
     assert np.isfinite(list(measures(known, unknown).values())).all()
 
 
-def test_intervals_hold_what_was_observed():
+def test_intervals_contain_the_observed_value():
     """Few neurons, of which shares move in steps."""
     rng = np.random.default_rng(4)
     for _ in range(40):
@@ -386,7 +386,7 @@ def test_responses_that_do_not_fit_are_cut_everywhere(gpt2, few, monkeypatch):
         faithfulness(gpt2, few, scores, **options)
 
 
-def test_replaces_where_the_scores_look(gpt2, few):
+def test_activations_are_replaced_at_the_positions_of_the_scores(gpt2, few):
     scores = NeuronAttribution(gpt2, method="gradient_x_activation", positions="last").score(few)
     found = faithfulness(gpt2, few, scores, sample=6, set_fractions=())
     assert found.provenance.positions == "last"
@@ -448,7 +448,7 @@ class TestWrongArguments:
         with pytest.raises(ProvenanceError, match=r"(model|architecture) differs"):
             faithfulness(gpt2, few, NeuronAttribution(head, "mean_difference").score(few), sample=3)
 
-    def test_truth_of_another_ablation(self, gpt2, few):
+    def test_true_effects_of_another_ablation_are_refused(self, gpt2, few):
         scores = NeuronAttribution(gpt2, method="gradient_x_activation").score(few)
         neurons = some(gpt2, "mlp")
         for truth, field in [

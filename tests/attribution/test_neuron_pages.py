@@ -149,7 +149,7 @@ def test_pieces_of_characters_of_several_tokens(tokenizer):
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
 
 
-def test_saved_and_read(both, tmp_path):
+def test_saved_pages_load_equal(both, tmp_path):
     pages = both[0]
     pages.save(tmp_path / "neurons.json")
     read = NeuronPages.load(tmp_path / "neurons.json")
@@ -216,7 +216,7 @@ def test_wrong_arguments(head, pairs):
         examine(head, pairs, NeuronSet(neurons.mask, "mlp", "toy"))
 
 
-def test_as_many_random_neurons_as_there_are(head, pairs):
+def test_random_neurons_are_limited_to_those_left(head, pairs):
     everything = NeuronSet(torch.ones(3, 4, dtype=torch.bool), "attn_head", head.architecture)
     pages = examine(head, {"helpful": pairs["helpful"][:4]}, everything, n_examples=0)
     assert rows_of(pages, "random").empty

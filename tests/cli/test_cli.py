@@ -76,12 +76,12 @@ class TestScore:
             assert line.index(str(accuracy(part))) < line.index(str(mean_margin(part)))
         assert lines[-1] == "Rewards written to rewards.jsonl."
 
-    def test_an_objective_may_be_called_all(self, files, model, pairs, capsys):
+    def test_an_objective_may_be_named_all(self, files, model, pairs, capsys):
         (pairs[:6] + PreferencePairs(replace(pair, objective="all") for pair in pairs[6:8])).to_jsonl("named.jsonl")
         found = json.loads(run(capsys, "score", model, "named.jsonl", "--json")[1])
         assert (found["n"], found["by_objective"]["all"]["n"]) == (8, 2)
 
-    def test_json_is_all_of_stdout(self, files, model, pairs, capsys):
+    def test_json_output_is_the_only_text_on_stdout(self, files, model, pairs, capsys):
         expected = RewardHead.from_pretrained(model, dtype=torch.float64, max_length=64).score_pairs(pairs)
         words = ("score", model, "pairs.jsonl", "--json", "--quiet", "--dtype", "float64", "--max-length", 64)
         status, out, _ = run(capsys, *words, "--out", "rewards.jsonl.gz")
@@ -93,7 +93,7 @@ class TestScore:
         lines = gzip.decompress(Path(found["out"]).read_bytes()).decode().splitlines()
         assert json.loads(lines[-1])["margin"] == expected.margin[-1].item()
 
-    def test_what_is_left_out_is_counted(self, files, model, capsys):
+    def test_skipped_rows_are_counted(self, files, model, capsys):
         status, out, _ = run(capsys, "score", model, "bad.jsonl", "--on-invalid", "skip")
         assert status == 0
         assert out.startswith("2 pairs scored, 2 skipped.\n  1 skipped: field 'rejected' is missing")
@@ -105,7 +105,7 @@ class TestScore:
         found = json.loads(run(capsys, "score", model, "one.jsonl", "--json")[1])
         assert found["margin"]["low"] is None, "NaN is no JSON"
 
-    def test_rewards_that_are_no_numbers(self, files, tokenizer, capsys):
+    def test_pairs_with_infinite_rewards_stop_or_are_skipped(self, files, tokenizer, capsys):
         folder = save_classifier(files / "broken", "gpt2", tokenizer)
         broken = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
         word = tokenizer(" kill")["input_ids"][0]
@@ -122,7 +122,7 @@ class TestScore:
         assert out.startswith("1 pair scored, 1 without finite rewards.")
         assert err.startswith("rmtension: warning: ")
 
-    def test_a_work_folder_goes_on_and_refuses_other_pairs(self, files, model, capsys):
+    def test_a_work_folder_resumes_and_refuses_other_pairs(self, files, model, capsys):
         words = ("score", model, "pairs.jsonl", "--json", "--work", "work")
         first, again = run(capsys, *words), run(capsys, *words)
         assert first == again
@@ -136,7 +136,7 @@ class TestScore:
         [
             (["MODEL", "bad.jsonl"], "bad.jsonl, line 2: field 'rejected' is missing"),
             (["MODEL", "cut.jsonl.gz"], "damaged or cut short"),
-            (["MODEL", "empty.jsonl"], "expected at least one preference pair, found none"),
+            (["MODEL", "empty.jsonl"], "expected at least one preference pair, got none"),
             (["MODEL", "none.jsonl"], "none.jsonl: cannot be read"),
             (["MODEL", "."], "cannot be read"),
             (["./none", "pairs.jsonl"], "./none is no folder"),
@@ -160,7 +160,7 @@ class TestScore:
         assert run(capsys, "score", model, "pairs.jsonl", "--out", "there.jsonl", "--overwrite")[0] == 0
         assert len(Path("there.jsonl").read_text().splitlines()) == 24
 
-    def test_for_real(self, files, model):
+    def test_the_process_returns_the_status_and_keeps_stdout_free(self, files, model):
         """The status is the process's, and stdout stays free; of a missing file, because opening a model takes long."""
         words = [sys.executable, "-m", "rmtension.cli", "score", str(model), "none.jsonl", "--json"]
         ran = subprocess.run(words, capture_output=True, text=True)
@@ -170,14 +170,14 @@ class TestScore:
 
 
 class TestCheck:
-    def test_passes(self, files, model, capsys):
+    def test_a_sound_model_passes(self, files, model, capsys):
         status, out, err = run(capsys, "check", model, "--pairs", "pairs.jsonl", "--json")
         found = json.loads(out)
         assert (status, err, found["passed"]) == (0, "", True)
         assert {"tokens", "equal to transformers", "hooks, mlp"} <= {one["check"] for one in found["checks"]}
         assert all(one["passed"] and one["value"] <= one["limit"] for one in found["checks"])
 
-    def test_a_check_that_fails(self, files, model, checkpoints, tokenizer, capsys, monkeypatch):
+    def test_a_failed_check_returns_status_1(self, files, model, checkpoints, tokenizer, capsys, monkeypatch):
         """The checkpoint that transformers reads again is another."""
         other = save_classifier(files / "other", "gpt2", tokenizer, seed=1)
         other = transformers.AutoModelForSequenceClassification.from_pretrained(other)
@@ -219,7 +219,7 @@ out: result
 
 
 class TestStudy:
-    def test_from_a_file_again_by_flags_and_the_report(self, study, capsys, monkeypatch):
+    def test_a_file_and_flags_give_the_same_study_and_report(self, study, capsys, monkeypatch):
         # Drawn but not rendered: that is most of the time, and no part of what is tested.
         def save(figure, to, **_):
             to.write_bytes(b"drawn") if isinstance(to, Path) else to.write(b"drawn")
@@ -286,9 +286,9 @@ class TestStudy:
         Path("flags/summary.json").write_text('{"tables": []}')
         status, _, err = run(capsys, "report", "flags")
         assert status == 2
-        assert "flags: its tables are not what a study writes" in err
+        assert "flags: expected the tables of a study" in err
 
-    def test_words_over_the_file(self, study):
+    def test_flags_override_the_file(self, study):
         from rmtension.cli._commands.study import _config
 
         options = _parsed("study", "study.yaml", "--set", "fraction=0.3", "--rules", "paper", "--out", "x")
@@ -303,9 +303,9 @@ class TestStudy:
             (["none.yaml"], "none.yaml: cannot be read"),
             ([], "expected a YAML file, or --helpful"),
             (["--helpful", "models/helpful", "--pairs", "both.jsonl"], "the key 'harmless' is missing"),
-            (["study.yaml", "--pairs", "both.jsonl"], "--pairs: study.yaml says which pairs"),
+            (["study.yaml", "--pairs", "both.jsonl"], "--pairs: study.yaml names pairs too"),
             (["study.yaml", "--set", "fraction"], "expected NAME=VALUE"),
-            (["study.yaml", "--set", "fraction=[1"], "has no value of YAML"),
+            (["study.yaml", "--set", "fraction=[1"], "is not valid YAML"),
             (["study.yaml", "--set", "fractoin=1"], "command line: options: unknown key 'fractoin'"),
             (["study.yaml", "--analyses", "all"], "command line: analyses: no analysis is called 'all'. The"),
             (["study.yaml", "--rules", "mine"], "rules: expected one of"),
@@ -318,7 +318,7 @@ class TestStudy:
         assert (status, out) == (2, "")
         assert said in err
 
-    def test_report_of_nothing(self, files, capsys):
+    def test_a_folder_without_a_study_has_no_report(self, files, capsys):
         status, _, err = run(capsys, "report", "none")
         assert (status, err) == (
             2,
@@ -349,7 +349,7 @@ class TestConfig:
         assert {name: len(part) for name, part in config.pairs.items()} == {"helpful": 8, "harmless": 8}
         assert {name: len(part) for name, part in config.scoring_pairs.items()} == {"helpful": 16, "harmless": 16}
 
-    def test_pairs_are_read_as_by_the_library(self, study):
+    def test_pairs_are_read_as_preferencepairs_read(self, study):
         rows = [{"q": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in make_pairs(8)]
         pd.DataFrame(rows).to_csv(study / "pairs.csv", index=False)
         values = self.values(study) | {
@@ -379,7 +379,7 @@ class TestConfig:
             ({"models.seed": True}, OptionError, "here: models.seed: expected a whole number"),
             ({"pairs": {"helpful": "helpful.jsonl"}}, OptionError, "here: pairs: the key 'harmless' is missing"),
             ({"pairs": []}, OptionError, "here: pairs: expected a file or a list of files"),
-            ({"pairs": ["both.jsonl", "none"]}, DataError, "here: pairs[1]: expected a file of pairs, and there"),
+            ({"pairs": ["both.jsonl", "none"]}, DataError, "here: pairs[1]: expected a file of pairs, got"),
             ({"pairs": "helpful.jsonl"}, DataError, "here: pairs: expected the field 'objective' of every pair"),
             ({"pairs": "bad.jsonl"}, DataError, "here: pairs: "),
             ({"pairs": {"helpful": "one.jsonl", "harmless": "one.jsonl"}}, OptionError, "1 prompt cannot be split"),
@@ -414,7 +414,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         "text", ["a: [", "!!python/object/apply:os.system [ls]", "a: 2024-13-45", "\x00", "[" * 1500]
     )
-    def test_no_yaml(self, text, tmp_path):
+    def test_invalid_yaml_is_refused(self, text, tmp_path):
         path = tmp_path / "study.yaml"
         path.write_text(text)
         with pytest.raises(DataError, match="not valid YAML"):
@@ -436,7 +436,7 @@ class TestAll:
             for part in ("examples:", f"rmtension {command}", "--json", "--quiet"):
                 assert part in text
 
-    def test_the_example_of_the_help_is_what_is_read(self, study, tokenizer):
+    def test_the_yaml_of_the_help_is_valid(self, study, tokenizer):
         """The YAML that `rmtension study --help` shows, read as a file."""
         from rmtension.cli._commands.study import EXAMPLES
 
@@ -474,14 +474,14 @@ class TestAll:
         assert (seen["seeds"], seen["progress"], str(seen["out"])) == (2, False, "x")
         assert json.loads(run(capsys, "demo", "--json")[1])["seconds"] == {"models": 1.0, "study": 2.0}
 
-    def test_interrupted(self, files, model, capsys, monkeypatch):
+    def test_an_interruption_returns_status_130(self, files, model, capsys, monkeypatch):
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(RewardHead, "score_pairs", interrupt)
         assert run(capsys, "score", model, "pairs.jsonl") == (130, "", "rmtension: interrupted\n")
 
-    def test_libraries_talk_again_afterwards(self, capsys):
+    def test_messages_of_libraries_are_restored_afterwards(self, capsys):
         before = (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled())
         transformers.logging.set_verbosity_warning()
         transformers.logging.enable_progress_bar()

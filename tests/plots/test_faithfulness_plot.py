@@ -106,7 +106,7 @@ class TestScatter:
             assert text == f"{row['method'].replace('_', ' ')} (n = 60) Spearman {interval}"
             assert max(map(len, axes.get_title().split("\n"))) <= 30
         first, second, third = figure.get_suptitle().split("\n")
-        assert first == "Predicted and true effects of taking out single neurons: mlp"
+        assert first == "Predicted and true effects of ablating single neurons: mlp"
         assert second == "Effect of ablation to mean, 24 pairs; 90% intervals over prompts"
         assert third == "Below 0: the neuron supports the margin; above 0: it opposes the margin"
         shown = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -211,7 +211,7 @@ class TestSets:
         shown = [text.get_text() for text in figure.legends[0].get_texts()]
         assert sorted(shown) == ["sum of predicted effects", "true effect"]
 
-    def test_sizes_whose_names_would_touch(self):
+    def test_tick_labels_do_not_touch(self):
         figure = plots.faithfulness_sets(hand_made(fractions=np.linspace(0.01, 1, 40)))
         ticks = panels(figure)[0].get_xticks()
         assert ticks[0] == 10
@@ -258,7 +258,7 @@ class TestBoth:
         with pytest.raises(OptionError, match="ax: expected an axis with straight coordinates"):
             draw(hand_made(), Figure().add_subplot(projection="polar"), methods=METHODS[0])
 
-    def test_files_and_nothing_left_open(self, draw, tmp_path):
+    def test_figures_are_saved_and_pyplot_stays_closed(self, draw, tmp_path):
         result = hand_made(decades=4)
         before = {name: getattr(result, name).copy() for name in ("summary", "neurons", "sets")}
         figure = draw(result)

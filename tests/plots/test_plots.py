@@ -94,7 +94,7 @@ class TestEveryFigure:
         assert own._repr_png_().startswith(b"\x89PNG")
 
     @pytest.mark.parametrize("name", DRAWN)
-    def test_missing_columns_no_rows_and_other_things_are_refused(self, study, name):
+    def test_missing_columns_and_empty_tables_are_refused(self, study, name):
         draw, panel, column = DRAWN[name]
         table = table_of(study, name)
         with pytest.raises(OptionError, match=rf"table: expected columns .*'{column}'"):
@@ -144,7 +144,7 @@ class TestEveryFigure:
         with pytest.raises(OptionError, match="ax: expected an axis with straight coordinates"):
             plots.accuracy(study, Figure().add_subplot(projection="polar"))
 
-    def test_figures_take_means_as_the_study_does(self, study):
+    def test_figures_average_over_seeds_as_the_study_does(self, study):
         """`Rows.means` and `StudyResult.over_seeds` are two pieces of code for one rule."""
         from rmtension.plots._rows import Rows
 
@@ -329,7 +329,7 @@ class TestPlanes:
         assert low < table[["retained_helpful_low", "retained_harmless_low"]].to_numpy().min()
         assert high > 1, "the whole model is in view"
 
-    def test_collapse_of_what_was_at_chance(self, single):
+    def test_collapse_of_an_accuracy_at_chance(self, single):
         table = single.collapse.copy()
         table.loc[:, [column for column in table if column.startswith("retained")]] = np.nan
         (axes,) = plots.collapse(table).axes
@@ -355,7 +355,7 @@ class TestRadar:
         names = [text.get_text() for text in axes.texts]
         assert names == [subset.replace("_", " ") for _, subset in order]
 
-    def test_objectives_stand_together_whatever_the_order(self, study):
+    def test_subsets_are_grouped_by_objective_in_any_row_order(self, study):
         mixed_up = {"chat": 0, "should_refuse": 1, "maths": 2, "should_respond": 3}
         table = study.subsets.sort_values("subset", key=lambda names: names.map(mixed_up))
         (axes,) = plots.radar(table).axes
@@ -466,7 +466,7 @@ class TestCurves:
         with pytest.raises(OptionError, match="quantity: expected one of"):
             plots.curves(study, quantity="reward")
 
-    def test_ticks_leave_out_what_would_touch(self):
+    def test_ticks_do_not_touch(self):
         from rmtension.plots._ablations import _percentages
 
         axes = Figure().add_subplot()

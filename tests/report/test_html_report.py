@@ -101,7 +101,7 @@ def page(result, neurons):
         return to_html(result, draw_pictures(result), neurons=neurons)
 
 
-def test_nothing_is_loaded_and_nothing_else_runs(page):
+def test_the_page_loads_nothing_and_runs_only_its_own_script(page):
     parsed = Page(page)
     (policy,) = (one["content"] for one in parsed.of("meta") if one.get("http-equiv"))
     assert policy.startswith("default-src 'none'; img-src data:;")
@@ -211,15 +211,15 @@ def test_findings_are_the_tables_numbers(result, page):
     [(0.1, 0.2, 0.0, False), (-0.2, -0.1, 0.0, False), (-0.1, 0.1, 0.0, True), (0.0, 0.1, 0.0, True),
      (0.4, 0.6, 0.5, True), (0.51, 0.6, 0.5, False), (float("nan"), float("nan"), 0.0, True)],
 )  # fmt: skip
-def test_what_an_interval_leaves_open(low, high, none, is_open):
+def test_an_interval_with_the_null_value_is_open(low, high, none, is_open):
     assert Finding("f", "q", "x", 0.15, low, high, "c", "9", none).is_open == is_open
 
 
-def test_what_is_open_is_said(result):
+def test_open_questions_are_listed(result):
     found = findings(result)
     lines = unconcluded(result, found)
-    assert sum("does not leave out" in line for line in lines) == sum(one.is_open for one in found)
-    assert any(line.startswith("Not asked: transferability") for line in lines)
+    assert sum("does not exclude" in line for line in lines) == sum(one.is_open for one in found)
+    assert any(line.startswith("Analyses that were not run: transferability") for line in lines)
     one_seed = StudyResult(
         tables={name: frame[frame["seed"] == 0] for name, frame in result.tables.items()},
         summary=result.summary | {"families": [{"family": HOSTILE, "seed": 0, "base": False}]},
@@ -230,7 +230,7 @@ def test_what_is_open_is_said(result):
     assert not any(line.startswith(("One seed", "Without the base")) for line in unconcluded(result, found))
 
 
-def test_the_code_is_code(result, page):
+def test_the_code_of_the_page_compiles(result, page):
     """What the page says to run compiles; its options are those of the study."""
     code = "".join(Page(page).text["code"]).partition('{\n  "')[0]
     names = {}
@@ -243,7 +243,7 @@ def test_the_code_is_code(result, page):
     )
 
 
-def test_written_whole(result, neurons, bare, tmp_path):
+def test_a_report_is_written_whole_or_not_at_all(result, neurons, bare, tmp_path):
     """Both pages, and the neurons that they show: the next report has them only if it is given them."""
     path = write_report(result, tmp_path, neurons=neurons)
     assert path == tmp_path / "report.html"

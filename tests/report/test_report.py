@@ -117,7 +117,7 @@ class TestReadableTables:
         low, high = np.clip([first["low"], first["high"]], 0, 1)
         assert row["value [interval]"] == f"{first['value']:.3f} [{low:.3f}, {high:.3f}]"
 
-    def test_effects_stand_beside_their_controls(self, study):
+    def test_effects_are_shown_with_their_controls(self, study):
         table = readable_tables(only(study, "ablation"))["Effect of sets on the mixed model"]
         assert len(table) == len(SETS) * 2 * 2 * 2
         raw = study.ablation.query("set == 'shared' and objective == 'helpful' and quantity == 'margin'")
@@ -148,7 +148,7 @@ class TestReadableTables:
         assert table["Drift to chance"]["r"].tolist() == ["-"] * 3
         assert table["Top sets"]["score at the cut"].tolist() == ["0.25"] * 3
 
-    def test_long_tables_are_named(self, study, fast):
+    def test_long_tables_are_replaced_by_their_file_name(self, study, fast):
         long = only(study, "neurons", "rewards", "curves")
         page, said = markdown(long), to_text(long)
         for name in long.tables:
@@ -167,7 +167,7 @@ class TestReadableTables:
         assert pictures(result) == []
         assert "No rows." in to_text(result)
 
-    def test_a_table_of_another_version(self, study, tmp_path):
+    def test_a_table_without_a_column_is_refused(self, study, tmp_path):
         result = StudyResult({"drift": study.drift.drop(columns="slope")}, study.summary)
         with pytest.raises(OptionError, match=r"StudyResult.drift; \['slope'\]"):
             to_text(result)
@@ -181,7 +181,7 @@ def test_figures_that_need_more_than_a_row_are_left_out(study, fast):
     assert pictures(StudyResult(tables, study.summary)) == ["accuracy"]
 
 
-def test_bars_and_line_breaks_stay_in_their_cells(study, fast):
+def test_pipes_and_line_breaks_stay_in_their_cells(study, fast):
     table = study.transferability.replace("transferability", "T | of\nboth")
     page = markdown(StudyResult({"transferability": table}, study.summary))
     rows = [line for line in page.splitlines() if line.startswith("|")]
@@ -224,7 +224,7 @@ def test_notes(study):
     assert "widened" not in "\n".join(notes(hand_made(seeds=(0,))))
 
 
-def test_a_folder_that_cannot_be_written(study, tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error(study, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="could not be written"):
         write_report(only(study, "drift"), tmp_path / "file")
@@ -237,7 +237,7 @@ def test_a_folder_that_cannot_be_written(study, tmp_path):
         *("`c`", "*b* __u__ ~~s~~", "$x$", "&lt;", "\\"),
     ],
 )
-def test_text_of_the_data_is_no_markup(text, study, fast):
+def test_text_of_the_data_is_escaped(text, study, fast):
     """Names of subsets and families come from files: rendered, they read as they are."""
     tables = {"comparisons": study.tables["comparisons"].assign(family=text, subset=text)}
     families = [{"family": text, "seed": seed, "base": True} for seed in range(3)]

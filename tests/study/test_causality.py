@@ -304,7 +304,7 @@ class TestBySubset:
         assert np.isnan(drift(table.iloc[:2])["slope"])
 
     @pytest.mark.grid
-    def test_noise_makes_a_drift_that_the_split_does_not(self):
+    def test_noise_gives_a_drift_but_no_split_drift(self):
         """Coin-flip rewards, before and after: nothing falls anywhere, and the naive slope is about -1."""
         made = make_pairs(600)
         subsets = [replace(pair, subset=f"s{n % 24}", objective="x") for n, pair in enumerate(made)]
@@ -334,7 +334,7 @@ def few():
 
 
 class TestRuns:
-    def test_zero_ablation_is_transformers_without_the_rows(self, checkpoints, few, tmp_path):
+    def test_zero_ablation_equals_transformers_without_the_rows(self, checkpoints, few, tmp_path):
         """An independent model: the checkpoint with the neurons' rows of the down projection set to 0."""
         neurons = NeuronSet(torch.rand(3, 64, generator=torch.Generator().manual_seed(0)) < 0.3, "mlp", "")
         model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoints["gpt2"])
@@ -385,7 +385,7 @@ class TestRuns:
         assert all(torch.equal(a, b) for a, b in zip(results, ask(again), strict=True))
         assert (again.n_run, again.n_read) == (0, 7)
 
-    def test_what_differs_is_run(self, checkpoints, few, tmp_path, tokenizer):
+    def test_different_inputs_run_again(self, checkpoints, few, tmp_path, tokenizer):
         """Other texts, order, neurons, mode or weights are other files."""
         from tiny_models import save_classifier
 
@@ -410,7 +410,7 @@ class TestRuns:
         with pytest.raises(OptionError, match="holds no checkpoint"):
             _ = ModelRuns(tmp_path / "empty").key
 
-    def test_a_head_in_memory_is_named_by_what_it_consists_of(self, checkpoints, few, tmp_path):
+    def test_the_key_of_a_head_depends_on_its_content(self, checkpoints, few, tmp_path):
         """Trained further, with another tokenizer or context: another name, and no old result."""
         head = RewardHead.from_pretrained(checkpoints["gpt2"])
         runs = ModelRuns(head, folder=tmp_path)
@@ -433,7 +433,7 @@ class TestRuns:
         runs.rewards(few["helpful"])
         assert runs.n_read == 1, "from the folder, since nothing is in memory"
 
-    def test_what_a_hook_makes_of_a_model_is_not_kept_as_its_own(self, checkpoints, few):
+    def test_results_of_a_hooked_model_are_not_cached(self, checkpoints, few):
         head = RewardHead.from_pretrained(checkpoints["gpt2"])
         runs = ModelRuns(head)
         neurons = NeuronSet(torch.ones(3, 64, dtype=torch.bool), "mlp", head.architecture)

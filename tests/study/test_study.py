@@ -168,7 +168,7 @@ class TestTables:
         assert three["size_b"].tolist()[0] == 20
         assert len(result.overlap.query("kind == 'models' and score == 'change' and seed == 0")) == 3, "no base change"
 
-    def test_over_seeds_by_hand(self, result):
+    def test_over_seeds_agrees_with_hand_computation(self, result):
         pooled = result.over_seeds("accuracy").set_index(["model", "objective", "measure"])
         rows = result.accuracy.query("model == 'mixed' and objective == 'helpful' and measure == 'margin'")
         row = pooled.loc[("mixed", "helpful", "margin")]
@@ -294,7 +294,7 @@ class TestRules:
 
 
 class TestResult:
-    def test_survives_the_disk_and_is_not_overwritten(self, result, tmp_path):
+    def test_saved_studies_load_equal_and_are_not_overwritten(self, result, tmp_path):
         result.save(tmp_path / "study")
         loaded = StudyResult.load(tmp_path / "study")
         for table in TABLES:

@@ -129,7 +129,7 @@ def test_the_checkpoint_is_one_of_plain_transformers(plain):
     assert (others - rewards).abs().max() > 1e-2
 
 
-def test_other_ways_of_opening_it(plain):
+def test_every_way_of_opening_gives_the_same_rewards(plain):
     organism, head = plain
     texts = [pair.text("rejected") for pair in organism.pairs["harmless"]]
     rewards = head.score(texts).float()
@@ -194,7 +194,7 @@ def test_rewards_follow_from_the_words(plain, redundant, redundancy):
 # -- the truth, by brute force -----------------------------------------------------------------------------------------
 
 
-def test_taking_out_every_neuron_finds_the_truth(plain, plain_effects):
+def test_ablating_every_neuron_recovers_the_truth(plain, plain_effects):
     organism, head = plain
     truth, margins = organism.truth, mean_margins(organism, head)
     assert list(truth) == list(SIGNS)
@@ -255,7 +255,7 @@ def test_decoys_are_loud_and_idle(plain):
 
 
 @pytest.mark.grid
-def test_of_neurons_that_back_each_other_up_only_both_matter(redundant):
+def test_backup_neurons_matter_only_together(redundant):
     organism, head = redundant
     truth, margins = organism.truth, mean_margins(organism, head)
     assert [len(neurons) for neurons in truth.values()] == [4, 4, 4, 4, 2, 2]

@@ -228,6 +228,6 @@ def test_the_seed_decides_everything_and_touches_no_global_state():
 
 
 @pytest.mark.parametrize("n", [0, -48, 47, 7728])
-def test_counts_that_cannot_balance_or_run_out_of_prompts_are_refused(n):
+def test_unbalanced_and_too_large_counts_are_refused(n):
     with pytest.raises(OptionError, match="n_test: expected a multiple of 48 from 48 to 7680"):
         preference_world(0, n_train=48, n_test=n)

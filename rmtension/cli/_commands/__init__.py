@@ -1,4 +1,4 @@
-"""The commands of `rmtension`, one module each: `add_options(parser)`, and `run(options)` which gives an `Outcome`.
+"""The commands of `rmtension`, one module each: `add_options(parser)`, and `run(options)`, which returns an `Outcome`.
 
-Nothing here imports torch before a command runs, so that `rmtension --help` answers at once.
+No module here imports torch before a command runs, so that `rmtension --help` is fast.
 """

@@ -1,4 +1,4 @@
-"""What an error of the library advises, in the words of the command line: flags for arguments, the nearest choice."""
+"""Advice in error messages for the command line: flags for arguments of the library, and the nearest choice."""
 
 import ast
 import re
@@ -17,25 +17,25 @@ _CHOICE = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)")
 
 
 class Parser(ArgumentParser):
-    """A parser whose errors name the nearest choice."""
+    """A parser whose errors suggest the nearest choice."""
 
     def error(self, message: str) -> NoReturn:
-        """End with the message and, for a mistyped command or value, the nearest."""
-        found = _CHOICE.search(message)
-        super().error(message + (nearest(found[1], re.findall(r"[\w.-]+", found[2])) if found else ""))
+        """Exit with the message and, for a mistyped command or value, the nearest valid one."""
+        wrong = _CHOICE.search(message)
+        super().error(message + (nearest(wrong[1], re.findall(r"[\w.-]+", wrong[2])) if wrong else ""))
 
 
 def with_flags(message: str, options: Namespace) -> str:
-    """The message with the flags for the arguments that it names, as far as the command has them.
+    """The message, followed by the command's flags for the arguments that it names.
 
     Examples:
         >>> with_flags("Say output=(1, 0).", Namespace(command="score", output=None))
         'Say output=(1, 0). (On the command line: --output 1 --output 0)'
     """
-    # The base of `study` is a model of its own, not the base of an adapter.
+    # In `study`, --base is the model that the others were trained from, not the base of an adapter.
     known = set(vars(options)) - ({"base"} if options.command == "study" else set())
-    found = dict.fromkeys(_flag(*one) for one in _ADVICE.findall(message) if one[0] in known)
-    return f"{message} (On the command line: {', or '.join(found)})" if found else message
+    flags = dict.fromkeys(_flag(*match) for match in _ADVICE.findall(message) if match[0] in known)
+    return f"{message} (On the command line: {', or '.join(flags)})" if flags else message
 
 
 def _flag(name: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""`rmtension check`: proof on a model of yours that rewards and hooks are right."""
+"""`rmtension check`: check that rewards and hooks of your model agree with transformers."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -9,14 +9,15 @@ from rmtension.cli._commands.pair_options import add_pair_options, read_pairs
 from rmtension.cli._commands.quiet import quiet_libraries
 from rmtension.errors import CheckError
 
-HELP = "prove that a reward model is read as transformers reads it"
+HELP = "check that rewards and hooks of a model agree with transformers"
 EXAMPLES = """examples:
   rmtension check ./my-reward-model
-  rmtension check ./my-reward-model --pairs pairs.jsonl   on the first eight of your own pairs
+  rmtension check ./my-reward-model --pairs pairs.jsonl   use the first eight of your own pairs
   rmtension check ./my-reward-model --json && echo passed
 
-Ends with 1 where a check did not pass. A row a check: on how many texts, the largest difference or the number of
-texts that are wrong, and the limit. Takes the model's memory a second time: the checkpoint is read again.
+The exit status is 1 if a check did not pass. The table has one row per check: the number of texts, the largest
+difference or the number of wrong texts, and the limit. The checkpoint is loaded a second time, which takes twice the
+model's memory.
 """
 
 
@@ -42,7 +43,7 @@ def run(options: Namespace) -> Outcome:
         value=table["value"].map("{:.2g}".format),
         limit=table["limit"].map("{:.2g}".format),
         passed=table["passed"].map({True: "yes", False: "NO"}),
-        # Texts are read from the left; pandas puts them to the right.
+        # Align text to the left; pandas aligns it to the right.
         **{name: table[name].str.ljust(int(table[name].str.len().max())) for name in ("check", "note")},
     )
     done = "All checks passed" if not n_failed else f"{n_failed} of {len(table)} checks did not pass"

@@ -1,4 +1,4 @@
-"""`rmtension demo`: a base and reward models, trained offline on an embedded world and studied."""
+"""`rmtension demo`: train a base and reward models offline on an embedded world, and study them."""
 
 import os
 from argparse import ArgumentParser, Namespace
@@ -11,27 +11,25 @@ HELP = "train small models offline and study them"
 EXAMPLES = """examples:
   rmtension demo                       a base and three reward models on an embedded world, in about two minutes
   rmtension demo --seeds 3 --out runs  three seeds from one base
-  rmtension demo --seeds 3 --out runs --analyses overlap depth   again, from what is in the folder
+  rmtension demo --seeds 3 --out runs --analyses overlap depth   reuse the models and passes in the folder
 
-Writes below --out: models, every pass over a model (runs), one CSV a table, the figures, report.md, and
+Writes below --out: models, every pass over a model (runs), one CSV file per table, the figures, report.md, and
 report.html, which needs no other file.
 """
 
 
 def add_options(parser: ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds, from 0 (default: 1)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="number of seeds, from 0 (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("rmtension-demo"), help="folder for everything (%(default)s)")
-    parser.add_argument("--rules", default="corrected", help="corrected (the default), or paper for the published ones")
-    parser.add_argument("--analyses", nargs="+", metavar="NAME", help="some of the ten (default: all)")
-    parser.add_argument("--neurons", type=int, default=16, metavar="N", help="how many get a page (default: 16)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="train anew and run anew what is already in the folder"
-    )
+    parser.add_argument("--rules", default="corrected", help="corrected (default), or paper for the published rules")
+    parser.add_argument("--analyses", nargs="+", metavar="NAME", help="analyses to run (default: all ten)")
+    parser.add_argument("--neurons", type=int, default=16, metavar="N", help="neurons with a page (default: 16)")
+    parser.add_argument("--overwrite", action="store_true", help="train and run again what is already in the folder")
 
 
 def run(options: Namespace) -> Outcome:
-    """Train, study, write."""
+    """Train the models, study them, and write the report."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from rmtension.cli._commands.studies import study_outcome
     from rmtension.cli._demo import run_demo

@@ -13,7 +13,7 @@ _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def add_model_options(parser: ArgumentParser) -> None:
-    """The model, and how it is opened."""
+    """Add the model and the options that open it."""
     parser.add_argument("model", metavar="MODEL", help="folder of a reward model's checkpoint, or its name on the hub")
     parser.add_argument("--device", help="for example cpu or cuda:1 (default: the first GPU, or the CPU)")
     parser.add_argument(
@@ -21,7 +21,7 @@ def add_model_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens per text (default: the model's context)")
     parser.add_argument("--revision", help="hub revision (branch, tag or commit)")
-    parser.add_argument("--base", metavar="MODEL", help="of an adapter: the model it was trained on")
+    parser.add_argument("--base", metavar="MODEL", help="for an adapter: the model it was trained on")
     parser.add_argument(
         "--output",
         action="append",
@@ -32,16 +32,16 @@ def add_model_options(parser: ArgumentParser) -> None:
 
 
 def refuse_swapped(options: Namespace) -> None:
-    """Raise `OptionError` where the file of pairs is named before the model."""
+    """Raise `OptionError` if the file of pairs is named before the model."""
     if Path(options.model).is_file() and not options.pairs.is_file():
         raise OptionError(
-            f"MODEL, PAIRS: they are swapped: {options.model} is a file, and a model is a folder or a hub name. Run "
+            f"MODEL, PAIRS: they are swapped: {options.model} is a file, but a model is a folder or a hub name. Run "
             f"`rmtension {options.command} {options.pairs} {options.model}`."
         )
 
 
 def open_model(options: Namespace) -> "RewardHead":
-    """The head that the options name; errors are those of `RewardHead.from_pretrained`."""
+    """Open the head that the options name; errors are those of `RewardHead.from_pretrained`."""
     if Path(options.model).is_file():
         pairs = "the second argument" if options.command == "score" else "--pairs"
         raise OptionError(
@@ -56,7 +56,7 @@ def open_model(options: Namespace) -> "RewardHead":
         options.model,
         output=_output(options.output),
         max_length=options.max_length,
-        # Only `score` has these.
+        # Only `score` has these options.
         truncate_response=getattr(options, "truncate_response", False),
         on_nonfinite=getattr(options, "on_nonfinite", "raise"),
         dtype=getattr(torch, options.dtype),
@@ -73,6 +73,6 @@ def _example(options: Namespace) -> str:
 
 
 def _output(given: list[str] | None) -> object:
-    """What `from_pretrained` takes: one output or a pair, numbers as numbers."""
-    found = [int(one) if one.isdecimal() else one for one in given or []]
-    return found[0] if len(found) == 1 else found or None
+    """The argument `output` of `from_pretrained`: one output or a pair, with numbers as int."""
+    outputs = [int(one) if one.isdecimal() else one for one in given or []]
+    return outputs[0] if len(outputs) == 1 else outputs or None

@@ -1,4 +1,4 @@
-"""What a command has to say: as text, as data, and as an exit status."""
+"""The outcome of a command: text, data, and an exit status."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a command: `text` for a reader, `data` for a program (`--json`), and the exit status, 0 or 1."""
+    """The result of a command: `text` for people, `data` for programs (`--json`), and the exit status, 0 or 1."""
 
     text: str
     data: Mapping[str, Any]
@@ -16,7 +16,7 @@ class Outcome:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it: what is no finite number becomes None, tuples lists, paths texts.
+    """Convert a value for JSON: NaN and infinity become None, tuples become lists, paths become text.
 
     Examples:
         >>> plain({"low": float("nan"), "ids": ("a",)})

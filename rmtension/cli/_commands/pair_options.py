@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def add_pair_options(parser: ArgumentParser) -> None:
-    """Which column is which, and what becomes of plain prompts."""
+    """Add the options for columns and for plain prompts."""
     parser.add_argument(
         "--columns",
         nargs="+",
         metavar="FIELD=COLUMN",
         default=[],
-        help="the column that a field is in, for example prompt=question; prompt= for none",
+        help="the column of a field, for example prompt=question; prompt= if no column has it",
     )
     parser.add_argument(
         "--chat", action="store_true", help="read plain prompts with the chat template, as a message of the user"
@@ -26,7 +26,7 @@ def add_pair_options(parser: ArgumentParser) -> None:
 
 
 def read_columns(words: Iterable[str]) -> dict[str, str | None]:
-    """What `--columns` says, for `PreferencePairs.read`.
+    """Convert the words of `--columns` to the argument `columns` of `PreferencePairs.read`.
 
     Examples:
         >>> read_columns(["prompt=question", "objective="])
@@ -42,7 +42,7 @@ def read_columns(words: Iterable[str]) -> dict[str, str | None]:
 
 
 def read_pairs(path: Path, options: Namespace, *, on_invalid: str = "raise") -> "PreferencePairs":
-    """The pairs of a file as the options say; errors are those of `PreferencePairs.read`."""
+    """Read the pairs of a file with the options; errors are those of `PreferencePairs.read`."""
     from rmtension.data._pairs import PreferencePairs
 
     columns = read_columns(options.columns)

@@ -1,4 +1,4 @@
-"""Keeping the libraries underneath from talking between the lines of a command."""
+"""Silence messages of other libraries while a command runs."""
 
 import logging
 import sys
@@ -14,7 +14,7 @@ from rmtension.errors import RMTensionWarning
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Only warnings of this library are shown, a line each on stderr; afterwards everything is as it was."""
+    """Show only warnings of this library, one line each on stderr; restore all settings on exit."""
     import transformers
 
     level = logging.root.manager.disable
@@ -36,5 +36,5 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def _show(message: Warning | str, *_: Any, **__: Any) -> None:
-    # Above a progress bar, not through it.
+    # tqdm.write prints above a progress bar instead of into it.
     tqdm.write(f"rmtension: warning: {message}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`rmtension report`: the page and the figures of a study that was saved, again."""
+"""`rmtension report`: write the report and figures of a saved study again."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -10,17 +10,17 @@ HELP = "write the page and figures of a saved study again"
 EXAMPLES = """examples:
   rmtension report study          report.html, report.md and the figures, from the tables in the folder
 
-No model is opened and nothing is run.
+No model is opened or run.
 """
 
 
 def add_options(parser: ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where a study was saved")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="the folder of a saved study")
 
 
 def run(options: Namespace) -> Outcome:
-    """Read the tables, and write the page."""
+    """Read the tables and write the report."""
     from rmtension.attribution._neuron_pages import NeuronPages
     from rmtension.report._every_format import MARKDOWN, NEURONS, write_report
     from rmtension.report._text import notes
@@ -35,8 +35,8 @@ def run(options: Namespace) -> Outcome:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise StorageError(
-            f"{options.folder}: its tables are not what a study writes ({type(error).__name__}: {error}). Run the "
-            "study again: it keeps its passes."
+            f"{options.folder}: expected the tables of a study, got others ({type(error).__name__}: {error}). Run the "
+            "study again; its passes are kept."
         ) from error
     page = options.folder / MARKDOWN
     data = {"folder": options.folder, "report": html, "markdown": page, "tables": list(result.tables), "notes": done}

@@ -1,4 +1,4 @@
-"""`rmtension score`: rewards of preference pairs, and how well they rank them."""
+"""`rmtension score`: compute the rewards of preference pairs, and the accuracy of the ranking."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
@@ -21,21 +21,21 @@ EXAMPLES = """examples:
   rmtension score ./my-chat-model pairs.csv --chat --columns prompt=question chosen=better rejected=worse
   rmtension score my-name/my-reward-model pairs.jsonl --dtype bfloat16 --device cuda --json > summary.json
 
-PAIRS is JSON lines, a JSON array, CSV, TSV or Parquet; plain, .gz or .zst. A row has "prompt", "chosen", "rejected",
-and if you like "objective", "subset", "id", "item", "tools", "system"; --columns says where a column has another name.
-Prompts and responses are texts, or messages for the model's chat template; --chat makes messages of plain prompts.
-Without "prompt", chosen and rejected are whole conversations, or whole transcripts of "\\n\\nHuman:" and
-"\\n\\nAssistant:" turns. --out has one line for each pair: id, reward_chosen, reward_rejected, margin.
+PAIRS is a file of JSON lines, a JSON array, CSV, TSV or Parquet; plain, .gz or .zst. A row has "prompt", "chosen",
+"rejected" and optionally "objective", "subset", "id", "item", "tools", "system"; --columns maps columns with other
+names. Prompts and responses are texts, or messages for the model's chat template; --chat turns plain prompts into
+messages. Without "prompt", chosen and rejected are whole conversations, or whole transcripts of "\\n\\nHuman:" and
+"\\n\\nAssistant:" turns. --out has one line per pair: id, reward_chosen, reward_rejected, margin.
 """
 
 
 def add_options(parser: ArgumentParser) -> None:
     """The options of the command."""
     add_model_options(parser)
-    parser.add_argument("pairs", metavar="PAIRS", type=Path, help="a file of pairs, as below")
+    parser.add_argument("pairs", metavar="PAIRS", type=Path, help="a file of pairs; formats are below")
     add_pair_options(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rewards there; gzip'd if it ends in .gz")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file of --out")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rewards there; compressed if .gz")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file of --out")
     for name, what in (("invalid", "invalid rows"), ("nonfinite", "NaN or infinite rewards")):
         parser.add_argument(
             f"--on-{name}",
@@ -45,14 +45,14 @@ def add_options(parser: ArgumentParser) -> None:
         )
     parser.add_argument("--truncate-response", action="store_true", help="cut responses longer than the context")
     parser.add_argument(
-        "--work", type=Path, metavar="FOLDER", help="keep finished parts there, to resume after an interruption"
+        "--work", type=Path, metavar="FOLDER", help="keep finished parts here, to resume after an interruption"
     )
 
 
 def run(options: Namespace) -> Outcome:
     """Score the pairs and write the rewards."""
     refuse_swapped(options)
-    # Before any work: an hour of it may follow.
+    # Checked before the work starts, which can take an hour.
     if options.out is not None and options.out.exists() and not options.overwrite:
         raise StorageError(f"--out: {options.out} exists already. Name another file, or pass --overwrite.")
     if options.out is not None and options.out.is_dir():
@@ -66,12 +66,12 @@ def _run(options: Namespace) -> Outcome:
 
     pairs = read_pairs(options.pairs, options, on_invalid=options.on_invalid)
     if not len(pairs):
-        raise DataError(
-            f"{options.pairs}: expected at least one preference pair, found none{_left_out(pairs.skipped)}."
-        )
+        raise DataError(f"{options.pairs}: expected at least one preference pair, got none{_left_out(pairs.skipped)}.")
     scored = open_model(options).score_pairs(pairs, work=options.work, progress=not options.quiet)
     if not len(scored):
-        raise DataError(f"{options.pairs}: all {len(pairs)} pairs produced NaN or infinite rewards.")
+        raise DataError(
+            f"{options.pairs}: all {len(pairs)} pairs produced NaN or infinite rewards. Run `rmtension check` on it."
+        )
     if options.out is not None:
         write_json_lines(options.out, _lines(scored), "rewards")
     data = _data(options, pairs.skipped, scored)

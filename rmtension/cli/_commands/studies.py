@@ -1,4 +1,4 @@
-"""What the commands that make studies have to say of one."""
+"""The outcome of the commands that run studies."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from rmtension.study._result import StudyResult
 
 
 def study_outcome(result: StudyResult, out: Path, seconds: Mapping[str, float], *, n_run: int, n_read: int) -> Outcome:
-    """The readable tables and where everything is; `seconds` names what took how long."""
+    """The readable tables and the paths of all files; `seconds` maps steps to their durations."""
     took = ", ".join(f"{name} {one:.0f} s" for name, one in seconds.items())
     written = f"Written to {out}: {took}; {n_run} passes over models run, {n_read} read from {out / 'runs'}."
     data = {

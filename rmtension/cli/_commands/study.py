@@ -1,4 +1,4 @@
-"""`rmtension study`: the analyses of the paper on reward models and pairs of yours."""
+"""`rmtension study`: run the analyses of the paper on your own reward models and pairs."""
 
 import time
 from argparse import ArgumentParser, Namespace
@@ -16,16 +16,16 @@ EXAMPLES = """examples:
   rmtension study study.yaml --analyses accuracy overlap --set fraction=0.05 --out less
   rmtension study --helpful ./helpful --harmless ./harmless --mixed ./mixed --base ./base --pairs pairs.jsonl.gz
 
-study.yaml; relative paths are relative to it, only models and pairs are required:
+study.yaml (relative paths are relative to this file; only models and pairs are required):
   models:                            # folders of checkpoints, or hub names
     helpful: models/helpful
     harmless: models/harmless
     mixed: models/mixed
-    base: models/base                # what they were trained from, if you have it
-  pairs:                             # that no model was trained on: a file, or a list of files, as `score` reads them
+    base: models/base                # optional: the model they were trained from
+  pairs:                             # not used in training: a file or a list of files, in the formats of `score`
     helpful: helpful.jsonl.gz
     harmless: [one.jsonl, two.jsonl]
-  columns: {}                        # the column that a field is in, for example {prompt: question}
+  columns: {}                        # the column of a field, for example {prompt: question}
   chat: false                        # true: read plain prompts with the models' chat template
   rules: corrected                   # or paper
   analyses: [accuracy, overlap]      # default: all ten
@@ -34,38 +34,36 @@ study.yaml; relative paths are relative to it, only models and pairs are require
 
 Several seeds or bases: `models` as a list of such mappings, each with a `seed`, and a `name` for each base. One file
 for both objectives: `pairs: both.jsonl`, whose rows have "objective": "helpful" or "harmless". `scoring_pairs` (like
-pairs) are pairs to score neurons on; without them one half of the prompts does that, and the other evaluates.
-`on_invalid: skip` leaves out rows that are no pairs.
+pairs) are pairs to score neurons on; without them one half of the prompts scores neurons, and the other evaluates.
+`on_invalid: skip` leaves out invalid rows.
 
-Writes into --out: every pass over a model (runs), one CSV a table, figures if matplotlib is installed, report.md, and
-report.html, which needs no other file. The same command again goes on where it was interrupted, and runs only what is
-not there.
+Writes into --out: every pass over a model (runs), one CSV file per table, figures if matplotlib is installed,
+report.md, and report.html, which needs no other file. After an interruption the same command resumes, and runs only
+missing passes.
 """
 
 
 def add_options(parser: ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument(
-        "config", metavar="CONFIG.yaml", type=Path, nargs="?", help="what to study, as below; or flags:"
-    )
+    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, nargs="?", help="the study, as below; or use flags")
     for name in ("helpful", "harmless", "mixed", "base"):
         parser.add_argument(f"--{name}", metavar="MODEL", help=f"the {name} model")
-    parser.add_argument("--pairs", nargs="+", metavar="FILE", help='files of pairs with "objective"')
-    parser.add_argument("--helpful-pairs", nargs="+", metavar="FILE", help="or: those of the helpful objective")
-    parser.add_argument("--harmless-pairs", nargs="+", metavar="FILE", help="and those of the harmless one")
+    parser.add_argument("--pairs", nargs="+", metavar="FILE", help='files of pairs with the field "objective"')
+    parser.add_argument("--helpful-pairs", nargs="+", metavar="FILE", help="or files of helpful pairs")
+    parser.add_argument("--harmless-pairs", nargs="+", metavar="FILE", help="and files of harmless pairs")
     add_pair_options(parser)
     parser.add_argument("--on-invalid", choices=("raise", "skip"), help="invalid rows: stop, or skip and count")
-    parser.add_argument("--rules", help="corrected (the default), or paper for the published ones")
-    parser.add_argument("--analyses", nargs="+", metavar="NAME", help="some of the ten (default: all)")
+    parser.add_argument("--rules", help="corrected (default), or paper for the published rules")
+    parser.add_argument("--analyses", nargs="+", metavar="NAME", help="analyses to run (default: all ten)")
     parser.add_argument("--set", nargs="+", metavar="NAME=VALUE", default=[], help="fields of StudyOptions")
     parser.add_argument(
-        "--neurons", type=int, default=16, metavar="N", help="how many of the mixed model get a page (default: 16)"
+        "--neurons", type=int, default=16, metavar="N", help="neurons of the mixed model with a page (default: 16)"
     )
-    parser.add_argument("--out", help="folder for everything (default: study)")
+    parser.add_argument("--out", help="output folder (default: study)")
 
 
 def run(options: Namespace) -> Outcome:
-    """Read what is to be studied, study it, write."""
+    """Read the configuration, run the study, and write the results."""
     with quiet_libraries():
         from rmtension.cli._commands.studies import study_outcome
         from rmtension.report._every_format import write_report
@@ -96,21 +94,21 @@ def _config(options: Namespace) -> Any:
         return make_config(values, folder=Path(), where="command line")
     for name in ("models", "pairs"):
         if name in values:
-            raise OptionError(f"--{name}: {options.config} says which {name}. Give the file or the flags, not both.")
+            raise OptionError(f"--{name}: {options.config} names {name} too. Pass the file or the flags, not both.")
     written = read_yaml(options.config)
     if "options" in values and isinstance(written.get("options"), dict):
         values["options"] = written["options"] | values["options"]
     if "out" in values:
-        # Of the command line: relative to where one is.
+        # Paths of the command line are relative to the current folder.
         values["out"] = str(Path(values["out"]).absolute())
-    # A mistake that the file does not have by itself is the command line's.
+    # If the file alone does not have the mistake, the command line has it.
     if _mistake(written | values) != _mistake(written):
         read_options(written | values, "command line")
     return make_config(written | values, folder=options.config.parent, where=str(options.config))
 
 
 def _mistake(values: dict[str, Any]) -> str:
-    """What is wrong with the options; "" where nothing is."""
+    """The error message of invalid options; "" for valid ones."""
     from rmtension.study._config import read_options
 
     try:
@@ -121,13 +119,13 @@ def _mistake(values: dict[str, Any]) -> str:
 
 
 def _from_flags(options: Namespace) -> dict[str, Any]:
-    """What the flags say, as the YAML file would."""
+    """The values of the flags, in the form of the YAML file."""
     models = {name: getattr(options, name) for name in ("helpful", "harmless", "mixed", "base")}
     models = {name: model for name, model in models.items() if model is not None}
     named = {"helpful": options.helpful_pairs, "harmless": options.harmless_pairs}
     named = {name: files for name, files in named.items() if files is not None}
     if named and options.pairs is not None:
-        raise OptionError("--pairs: expected it, or --helpful-pairs and --harmless-pairs, got both.")
+        raise OptionError("--pairs: expected --pairs, or --helpful-pairs and --harmless-pairs, got both.")
     values = {
         "models": models,
         "pairs": named or options.pairs,
@@ -143,7 +141,7 @@ def _from_flags(options: Namespace) -> dict[str, Any]:
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    """NAME=VALUE, the value as YAML reads it."""
+    """Divide NAME=VALUE; the value is read as YAML."""
     import yaml
 
     name, equals, value = text.partition("=")
@@ -151,5 +149,5 @@ def _setting(text: str) -> tuple[str, Any]:
         if equals:
             return name, yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise OptionError(f"--set: {text[:80]!r} has no value of YAML ({' '.join(str(error).split())}).") from error
+        raise OptionError(f"--set: {text[:80]!r} is not valid YAML ({' '.join(str(error).split())}).") from error
     raise OptionError(f"--set: expected NAME=VALUE, for example fraction=0.05, got {text[:80]!r}.")
