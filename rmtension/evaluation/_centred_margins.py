@@ -13,7 +13,7 @@ from rmtension.evaluation._pair_rewards import PairRewards
 
 
 def centred_rewards(scored: Mapping[str, PairRewards]) -> pd.DataFrame:
-    """One row a model and pair: chosen and rejected reward minus the model's mean over all of them, and the margin.
+    """One row per model and pair: chosen and rejected reward minus the model's mean over all of them, and the margin.
 
     A Bradley-Terry reward is fixed only up to a constant per model, so uncentred rewards of two models say nothing
     beside each other. `spread` is the standard deviation of the model's rewards here: margins in units of it compare
@@ -44,7 +44,7 @@ def centred_rewards(scored: Mapping[str, PairRewards]) -> pd.DataFrame:
 
 
 def confidence(scored: Mapping[str, PairRewards], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """One row a model and quantity, on the pairs that every model ranks correctly and on all pairs.
+    """One row per model and quantity, on the pairs that every model ranks correctly and on all pairs.
 
     `margin` is the mean margin in reward units, `margin_in_spreads` the same over the standard deviation of the
     model's rewards on all pairs, `probability` the mean of 1 / (1 + exp(-margin)), the model's own probability that the

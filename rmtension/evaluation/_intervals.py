@@ -69,7 +69,7 @@ def resampled_sums(
     """Sums of every column over `N_BOOTSTRAP` (2,000) resamples of the prompts; `pairs` names each item's prompt.
 
     Prompts are drawn, not items, because items of one prompt are not independent. Ratios of sums, slopes and
-    differences are computed from the columns, one row a resample: all of them see the same resamples.
+    differences are computed from the columns, one row per resample: all of them see the same resamples.
     """
     owner = _owners(pairs)
     values = columns.double().numpy()

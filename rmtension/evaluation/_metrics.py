@@ -109,7 +109,7 @@ def chance(pairs: PreferencePairs) -> Float[Tensor, "item"]:
 
 
 def by_subset(scored: PairRewards, *, tie_value: float = 0.5, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """One row a subset, in order of appearance: accuracy and mean margin with their intervals, chance, n.
+    """One row per subset, in order of appearance: accuracy and mean margin with their intervals, chance, n.
 
     Examples:
         >>> by_subset(scored)[["subset", "accuracy", "chance", "n"]]

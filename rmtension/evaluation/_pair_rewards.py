@@ -70,7 +70,7 @@ class PairRewards:
         return self.take(self.pairs.places(objective=objective, subset=subset))
 
     def by_item(self) -> "PairRewards":
-        """One row an item: the lowest reward of its chosen and the highest of its rejected responses.
+        """One row per item: the lowest reward of its chosen and the highest of its rejected responses.
 
         An item of several pairs (best-of-n) is ranked correctly when every one of them is, which is when this row is.
         """
@@ -90,7 +90,7 @@ class PairRewards:
         return float((items.correct.double() + tie_value * items.tied.double()).mean())
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a pair: id, objective, subset, chosen, rejected, margin, correct, tied."""
+        """One row per pair: id, objective, subset, chosen, rejected, margin, correct, tied."""
         frame = self.pairs.to_frame()[["id", "objective", "subset"]]
         columns = ("chosen", "rejected", "margin", "correct", "tied")
         return frame.assign(**{name: getattr(self, name).numpy() for name in columns})

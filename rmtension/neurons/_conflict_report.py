@@ -178,7 +178,7 @@ def conflict(
     Standard errors: pairs of one prompt count together (the linearised variance of a ratio of sums, Cochran 1977).
     p-values: Student's t over prompts. q-values: Benjamini and Hochberg's over all neurons of the objective. Interval
     and nulls: 1,000 draws each, of prompts, those in both objectives for both at once. Memory: a copy of the scores,
-    100 kB a prompt, and 8 bytes for every two prompts.
+    100 kB per prompt, and 8 bytes for every two prompts.
 
     Raises `ProvenanceError` unless model, site, positions and method agree, `DataError` for fewer than two prompts,
     scores that are not finite, and means that are all 0.

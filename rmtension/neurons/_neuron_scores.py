@@ -172,7 +172,7 @@ class NeuronScores:
         return self.without_block
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a neuron: layer, neuron, score, stderr, and its direction.
+        """One row per neuron: layer, neuron, score, stderr, and its direction.
 
         `direction` says what the score means for the margin: the neuron "supports" it, "opposes" it, or "neither" (0 or
         NaN). Scores without a direction have no such column.

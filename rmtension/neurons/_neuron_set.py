@@ -101,7 +101,7 @@ class NeuronSet:
         return f"NeuronSet({len(self)} of {self.mask.numel()} {self.site} neurons of {self.architecture})"
 
     def _repr_html_(self) -> str:
-        """One row a layer that has some: how many, and the first of them."""
+        """One row per layer that has some: how many, and the first of them."""
         rows = []
         for layer, mask in enumerate(self.mask):
             found = mask.nonzero()[:, 0].tolist()
@@ -142,12 +142,12 @@ class NeuronSet:
             raise OptionError(f"match: expected 'layer', 'model' or 'magnitude', got {match!r}.")
         if (match == "magnitude") != (magnitude is not None):
             raise OptionError(
-                f"magnitude: expected one number a neuron with match='magnitude' and nothing otherwise, got "
+                f"magnitude: expected one number per neuron with match='magnitude' and nothing otherwise, got "
                 f"{type(magnitude).__name__} with {match!r}."
             )
         if magnitude is not None and magnitude.shape != self.mask.shape:
             raise OptionError(
-                f"magnitude: expected shape {tuple(self.mask.shape)}, one number a neuron, got "
+                f"magnitude: expected shape {tuple(self.mask.shape)}, one number per neuron, got "
                 f"{tuple(magnitude.shape)}."
             )
         free = ~self.mask if exclude is None else ~self.mask & ~self._aligned(exclude)
@@ -188,7 +188,7 @@ class NeuronSet:
     # -- out -------------------------------------------------------------------------------------------------------
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a neuron of the set: layer, neuron."""
+        """One row per neuron of the set: layer, neuron."""
         return pd.DataFrame(list(self), columns=["layer", "neuron"])
 
     def to_dict(self) -> dict[str, Any]:

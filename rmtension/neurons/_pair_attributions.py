@@ -53,7 +53,7 @@ class PairAttributions:
         return PairAttributions(self.values[rows], PreferencePairs(self.pairs[row] for row in rows), self.provenance)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a pair and neuron: id, layer, neuron, score, and its direction for that pair's margin.
+        """One row per pair and neuron: id, layer, neuron, score, and its direction for that pair's margin.
 
         `direction` is that of `NeuronScores.to_frame`.
         """

@@ -92,7 +92,7 @@ class SharedNeuronReport:
         return self._only().p_value
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a comparison, with and without the base model's top set where a base was given."""
+        """One row per comparison, with and without the base model's top set where a base was given."""
         rows = [
             {"a": a, "b": b, "without_base": without, **asdict(overlap)}
             for without, table in ((False, self.overlap), (True, self.beyond_base))
@@ -116,11 +116,11 @@ class SharedNeuronReport:
         )
 
     def _repr_html_(self) -> str:
-        """One row a comparison: sizes, Jaccard index beside chance in the whole model and within layers."""
+        """One row per comparison: sizes, Jaccard index beside chance in the whole model and within layers."""
         return html_table(self._title(), self.to_frame()[_SHOWN])
 
     def depth(self) -> pd.DataFrame:
-        """One row a set: size and the share in each third of the model's layers; `all neurons` is the comparison."""
+        """One row per set: size and the share in each third of the model's layers; `all neurons` is the comparison."""
         everything = next(iter(self.sets.values()))
         named = {
             **self.sets,

@@ -91,7 +91,7 @@ def write_text(path: Path, text: str, what: str) -> None:
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]], what: str) -> None:
-    """Write one JSON object a line, in UTF-8, all of it or nothing; packed if the name ends in `.gz` or `.zst`."""
+    """Write one JSON object per line, in UTF-8, all of it or nothing; packed if the name ends in `.gz` or `.zst`."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if path.name.endswith(".gz"):
         # mtime=0: the same rows give the same bytes.
