@@ -244,12 +244,12 @@ def test_damaged_progress_is_an_error(begun, head, base, pairs):
 
 
 CHANGES = {
-    "no number": lambda place: place.update(first="3"),
+    "a text instead of a number": lambda place: place.update(first="3"),
     "one field less": lambda place: place.pop("order"),
     "one field more": lambda place: place.update(nothing=1),
-    "no truth": lambda place: place.update(is_finished=1),
-    "a pair that is none": lambda place: place.update(skipped=[[0, "id"]]),
-    "pairs that are no list": lambda place: place.update(skipped="pairs"),
+    "a number instead of a truth value": lambda place: place.update(is_finished=1),
+    "a skipped pair with a number": lambda place: place.update(skipped=[[0, "id"]]),
+    "pairs that are not a list": lambda place: place.update(skipped="pairs"),
 }
 
 
@@ -260,7 +260,7 @@ def test_progress_that_was_changed_by_hand_is_an_error(change, begun, head, base
         header = json.loads(file.metadata()["rmtension"])
     CHANGES[change](header["place"])
     save_file(load_file(path), path, metadata={"rmtension": json.dumps(header)})
-    with pytest.raises(StorageError, match=r"changed since .*Remove the folder to begin again"):
+    with pytest.raises(StorageError, match="PassRecord"):
         collected(head, pairs, base, begun)
 
 
@@ -282,7 +282,7 @@ def test_progress_is_kept_at_intervals(head, base, pairs, tmp_path, monkeypatch)
 def test_claims_compare_only_what_both_have(tmp_path):
     claim(tmp_path, {"a": 1, "b": (2, 3)})
     claim(tmp_path, {"b": [2, 3], "c": 4})
-    with pytest.raises(StorageError, match="b is 5 now, \\[2, 3\\] there"):
+    with pytest.raises(StorageError, match=r"b=\[2, 3\] there, 5 now"):
         claim(tmp_path, {"a": 1, "b": 5})
 
 
@@ -292,14 +292,14 @@ def test_a_failed_update_changes_nothing(head, pairs, monkeypatch):
     before = collector.compute()
     for dying in (KeyboardInterrupt, ModelError("bad")):
         with monkeypatch.context() as patch:
-            look, n = head.look, iter(range(3))
+            observe, n = head.observe, iter(range(3))
 
-            def broken(*arguments, look=look, n=n, dying=dying):
+            def broken(*arguments, observe=observe, n=n, dying=dying):
                 if next(n, None) is None:
                     raise dying
-                look(*arguments)
+                observe(*arguments)
 
-            patch.setattr(head, "look", broken)
+            patch.setattr(head, "observe", broken)
             with pytest.raises((KeyboardInterrupt, ModelError)):
                 collector.update(pairs)
     after = collector.compute()
