@@ -1,4 +1,4 @@
-"""Progress bars: drawn where somebody can see one, and nowhere else."""
+"""Progress bars, drawn only in a terminal or a notebook."""
 
 import sys
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from rmtension.distributed import current
 
-# Seconds that a run lasts before it draws a bar that nobody asked for.
+# With progress=None, a bar appears after this many seconds.
 _DELAY = 2.0
 
 
@@ -22,14 +22,14 @@ def is_watched() -> bool:
 
 
 def shows_bars(progress: bool | None) -> bool:
-    """Whether a call with this `progress` may draw a bar: in the first process, where somebody can see it."""
+    """Whether a call with this `progress` may draw a bar: only in the first process, in a terminal or a notebook."""
     return progress is not False and current().is_first and is_watched()
 
 
 def progress_bar(iterable: Any = None, *, progress: bool | None, **options: Any) -> Any:
-    """A bar of `tqdm.auto`, which takes `options`.
+    """A bar of `tqdm.auto`; `options` are passed to it.
 
-    `progress=True` draws it at once, None only if the run lasts longer than two seconds, False never.
+    `progress=True` draws it at once, None only after two seconds, False never.
     """
     delay = _DELAY if progress is None else 0.0
     return tqdm(iterable, disable=not shows_bars(progress), delay=delay, **options)
@@ -37,7 +37,7 @@ def progress_bar(iterable: Any = None, *, progress: bool | None, **options: Any)
 
 @contextmanager
 def without_unseen_bars() -> Iterator[None]:
-    """Where nobody watches, no bars of transformers (and of the hub) either."""
+    """Disable the bars of transformers (and of the hub) outside a terminal or a notebook."""
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()

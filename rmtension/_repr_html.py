@@ -1,7 +1,7 @@
-"""How results show in a notebook: one line that says what they are, and a small table.
+"""How results are displayed in a notebook: one line that says what they are, and a small table.
 
-Every text is escaped: ids, objectives and names of models come from files that others wrote. No colours and no styles
-are set, so that a notebook's own, light or dark, hold.
+Every text is escaped, because ids, objectives and names of models come from files of other people. No colours and
+styles are set, so that the notebook's own theme, light or dark, applies.
 """
 
 import math
@@ -14,9 +14,9 @@ N_ROWS = 5
 
 
 def html_table(caption: str, frame: pd.DataFrame, *, n_of: int | None = None) -> str:
-    """`caption` above the rows of `frame`; `n_of` says of how many rows these are some.
+    """`caption` above the rows of `frame`; `n_of` is the total number of rows if `frame` has only some of them.
 
-    Numbers have four significant digits, missing values an empty cell.
+    Numbers are shown with four significant digits, missing values as empty cells.
 
     Examples:
         >>> print(html_table("Rewards", pd.DataFrame({"id": ["<b>"], "chosen": [1 / 3]})))

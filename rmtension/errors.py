@@ -1,4 +1,4 @@
-"""What the library raises: every message names the argument, what was expected, what came, and the next step."""
+"""Errors and warnings: every message names the argument, what was expected, what was passed, and the next step."""
 
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ __all__ = [
 
 
 class RMTensionError(Exception):
-    """Base of every error that rmtension raises on purpose.
+    """The base class of all errors that rmtension raises.
 
     Examples:
         >>> try:
@@ -31,52 +31,57 @@ class RMTensionError(Exception):
 
 
 class RMTensionWarning(UserWarning):
-    """Every warning of this library, so that it can be told apart from those of the libraries underneath.
+    """The category of all warnings of this library, by which they can be filtered.
 
     Examples:
         >>> import warnings
-        >>> with warnings.catch_warnings(record=True) as caught:
-        ...     warnings.simplefilter("always", RMTensionWarning)
-        ...     top = scores.top(k=30)
-        >>> print(caught[0].message)
-        top: the cut at 30 of 48 neurons falls inside a tie ...
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", RMTensionWarning)
+        ...     try:
+        ...         scores.top(k=47, rank_by="supports")
+        ...     except RMTensionWarning as warning:
+        ...         print(str(warning)[:9])
+        top: only
     """
 
 
 class DataError(RMTensionError, ValueError):
-    """A preference pair, a text or a data file cannot be used as it is.
+    """A preference pair, a text or a data file is invalid; the message names the file, the row and the field.
 
     Examples:
+        >>> from rmtension import PreferencePairs
         >>> try:
-        ...     PreferencePairs.from_records([{"prompt": "2 + 2?", "chosen": "4"}])
+        ...     PreferencePairs.from_records([{"prompt": "2 + 2?", "chosen": "4", "rejected": ""}])
         ... except DataError as error:
-        ...     print(error)
-        record 0: field 'rejected' is missing...
+        ...     print(str(error).partition(";")[0])
+        record 0: field 'rejected' is empty
     """
 
 
 class ModelError(RMTensionError, ValueError):
-    """A checkpoint or a model cannot serve as a reward model here.
+    """A checkpoint or a model cannot be used as a reward model.
 
     Examples:
+        >>> import tempfile
+        >>> from rmtension import RewardHead
         >>> try:
-        ...     RewardHead(head.model, weight=[1.0, 2.0])
-        ... except ModelError as error:
-        ...     print(error)
-        weight: expected 24 numbers, ...
+        ...     RewardHead.from_pretrained(tempfile.mkdtemp())
+        ... except ModelError:
+        ...     print("not a reward model")
+        not a reward model
     """
 
 
 class CheckError(ModelError):
-    """`RewardHead.check` found something wrong; `table` holds every check, passed or not.
+    """A check of `RewardHead.check` failed; `table` holds the results of all checks, passed or not.
 
     Examples:
-        >>> from rmtension.synthetic.check_matrix import make_classifier
         >>> try:
-        ...     head.check(pairs["helpful"][:2], reference=make_classifier("gpt2", 64))
+        ...     table = head.check(pairs["helpful"])
         ... except CheckError as error:
-        ...     print(len(error.table), "checks, failed:", list(error.table.query("not passed")["check"])[:1])
-        14 checks, failed: ['equal to transformers']
+        ...     table = error.table
+        >>> table.columns.tolist()[0], "tokens" in set(table["check"])
+        ('check', True)
     """
 
     def __init__(self, message: str, table: "pd.DataFrame") -> None:
@@ -85,52 +90,51 @@ class CheckError(ModelError):
 
 
 class OptionError(RMTensionError, ValueError):
-    """An argument has a value outside what the call accepts.
+    """An argument has a type or value that the call does not accept.
 
     Examples:
         >>> try:
-        ...     AblationContext(head, neurons, positions="first")
+        ...     scores.top(k=100)
         ... except OptionError as error:
         ...     print(error)
-        positions: expected one of ['all', 'response', 'last'], got 'first'...
+        k: expected 1 to 48 neurons, got 100.
     """
 
 
 class ProvenanceError(RMTensionError, ValueError):
-    """Two results, or a result and a model, do not belong together.
+    """Two results, or a result and a model, cannot be combined because they were computed differently.
 
     Examples:
-        >>> heads = NeuronAttribution(head, "gradient_x_activation", site="attn_head").score(pairs["helpful"])
+        >>> from rmtension import NeuronSet
         >>> try:
-        ...     neurons | heads.top(k=1)
+        ...     neurons & NeuronSet(neurons.mask, "mlp_gate", neurons.architecture)
         ... except ProvenanceError as error:
-        ...     print(error)
-        NeuronSet: site differs: 'mlp' here, 'attn_head' there...
+        ...     print(str(error).partition(". ")[0])
+        NeuronSet: site differs: 'mlp' here, 'mlp_gate' there
     """
 
 
 class StorageError(RMTensionError, OSError):
-    """A result could not be written to, or read from, disk.
+    """A result could not be written to disk or read from disk.
 
     Examples:
+        >>> from rmtension import NeuronScores
         >>> try:
-        ...     NeuronSet.load("missing.safetensors")
+        ...     NeuronScores.load("missing.safetensors")
         ... except StorageError as error:
         ...     print(error)
-        missing.safetensors: ...
+        missing.safetensors: there is no such file. Check the path.
     """
 
 
 class ShardError(RMTensionError, RuntimeError):
-    """Processes that share the work have lost one another, or do not do the same.
+    """Inside `sharded()`, a process ended or stopped responding, or the processes do not run the same calls.
 
     Examples:
         >>> from rmtension.distributed import sharded
         >>> try:
         ...     with sharded():
-        ...         scored = head.score_pairs(pairs["helpful"])
+        ...         rewards = head.score_pairs(pairs["helpful"])
         ... except ShardError as error:
-        ...     print("no result:", error)
-        >>> scored.accuracy()
-        1.0
+        ...     print("restart all processes:", error)
     """

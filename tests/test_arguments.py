@@ -83,7 +83,7 @@ class TestNames:
             ("analyses: [deph]", "--analyses overlp", "command line: analyses: no analysis is called 'overlp'"),
             ("analyses: [overlp]", "--rules paper", "s.yaml: analyses: no analysis is called 'overlp'"),
             ("analyses: [overlp]", "--analyses overlap", "s.yaml: pairs: expected a file of pairs"),
-            ("", "--columns promt=q", "error: columns: 'promt' is not a field of a pair"),
+            ("", "--columns promt=q", "error: columns: expected fields of a pair as keys"),
         ):
             file.write_text("models: {helpful: a, harmless: b, mixed: c}\npairs: none.jsonl\n" + text)
             assert main(["study", str(file), *words.split()]) == 2

@@ -1,29 +1,29 @@
-"""How many tokens run together: as many as pay off, and as memory holds."""
+"""How many tokens run in one batch: as many as still speed it up, and as fit in memory."""
 
 import os
 from pathlib import Path
 
 import torch
 
-# More tokens at a time than these make nothing faster.
+# Larger batches than these are not faster.
 _ENOUGH_ON_CPU, _ENOUGH_ELSEWHERE = 4096, 32768
-# Fewer make everything slow; a model that does not even hold these needs another device.
+# Smaller batches are slow; a model that cannot hold even these needs another device.
 _FEWEST = 256
-# Of what is free, the share that activations may take.
+# The share of the free memory that activations may take.
 _SHARE = 0.5
-# Numbers that one layer keeps of a token for its gradient, in widths of the stream and of the MLP: more than any family
-# in the suite does (`tests/test_every_family.py`).
+# Numbers that one layer stores per token for its gradient, in widths of the residual stream and of the MLP: more than
+# any family in the suite stores (`tests/test_every_family.py`).
 _WIDTHS, _MLP_WIDTHS = 12, 6
 _ROOT = Path("/")
 
 
 def enough_tokens(device: torch.device) -> int:
-    """Tokens beyond which nothing gets faster."""
+    """The number of tokens per batch beyond which a larger batch is not faster."""
     return _ENOUGH_ON_CPU if device.type == "cpu" else _ENOUGH_ELSEWHERE
 
 
 def tokens_that_fit(n_bytes: int, *, n_layers: int, d_model: int, d_mlp: int, itemsize: int) -> int:
-    """How many tokens' activations of `n_layers` layers fit into a share of `n_bytes`, at least 256.
+    """How many tokens' activations of `n_layers` layers fit into half of `n_bytes`, at least 256.
 
     Examples:
         >>> tokens_that_fit(8 * 2**30, n_layers=12, d_model=768, d_mlp=3072, itemsize=4)
@@ -34,10 +34,10 @@ def tokens_that_fit(n_bytes: int, *, n_layers: int, d_model: int, d_mlp: int, it
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a device; None where nobody says.
+    """The bytes that are free on a device; None where the system does not report them.
 
-    Processes that a launcher started on one machine share what the machine has. Where a container or a batch system
-    limits memory, what is left of the limit counts.
+    Processes that a launcher started on one machine get equal shares of its memory. Where a container or a batch
+    system limits memory, the rest of that limit counts.
     """
     if device.type == "cuda":
         # What PyTorch has reserved and does not use is free as well.
@@ -45,8 +45,8 @@ def free_bytes(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     if device.type != "cpu":
         return None
-    found = [one for one in (_available(), _left_of_limit()) if one is not None]
-    return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if found else None
+    known = [n_bytes for n_bytes in (_available(), _left_of_limit()) if n_bytes is not None]
+    return min(known) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if known else None
 
 
 def _available() -> int | None:
@@ -58,7 +58,7 @@ def _available() -> int | None:
 
 
 def _left_of_limit() -> int | None:
-    """What is left of the memory that this process's control group, and every group around it, may take."""
+    """The bytes that this process's control group, and every group above it, may still take."""
     try:
         groups = (_ROOT / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -71,13 +71,13 @@ def _left_of_limit() -> int | None:
         # Version 2 has one tree of groups, version 1 one for memory.
         top = _ROOT / "sys/fs/cgroup" / controllers
         group = top / path.strip("/")
-        left += [_left_of_group(one) for one in (group, *group.parents) if one.is_relative_to(top)]
-    found = [one for one in left if one is not None]
-    return min(found) if found else None
+        left += [_left_of_group(folder) for folder in (group, *group.parents) if folder.is_relative_to(top)]
+    known = [n_bytes for n_bytes in left if n_bytes is not None]
+    return min(known) if known else None
 
 
 def _left_of_group(folder: Path) -> int | None:
-    """Of one group's limit, what its processes have not taken; files that the system keeps for them are not taken."""
+    """One group's limit minus what its processes use; the system's file cache does not count as used."""
     for limit, used, cached in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

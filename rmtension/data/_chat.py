@@ -29,11 +29,12 @@ _SHAREGPT_ROLES = {
 
 @dataclass(frozen=True, repr=False)
 class Message:
-    """One turn of a conversation: its role, its text, and in `more` every other field, which chat templates may read.
+    """One message of a conversation.
 
-    `role` is what the chat template knows: "system", "user", "assistant", "tool". `content` is None where the data
-    have null there, as messages do that only call tools. `more` is JSON text ("" where there is no other field), so
-    that messages are hashable; the order of its keys is kept, because templates write it out.
+    `role` is a role that the chat template knows: "system", "user", "assistant", "tool". `content` is the text; it is
+    None where the data have null, as in messages that only call tools. `more` holds all other fields, which chat
+    templates may read, as JSON text ("" if there are no others), so that messages are hashable. The order of its keys
+    is kept, because templates print it.
 
     Examples:
         >>> message = Message("user", "hi", '{"name": "bob"}')
@@ -50,11 +51,11 @@ class Message:
         return f"Message(role={self.role!r}, content={self.content!r}{more})"
 
     def to_dict(self) -> dict[str, Any]:
-        """The message as a chat template gets it."""
+        """The message as a dict, as chat templates expect it."""
         return {"role": self.role, "content": self.content, **(json.loads(self.more) if self.more else {})}
 
     def to_list(self) -> list[str | None]:
-        """What a digest is made of: role, content, and the other fields where there are any."""
+        """Role, content, and the other fields if there are any: the input of a digest."""
         return [self.role, self.content, *([self.more] if self.more else [])]
 
 
@@ -63,7 +64,7 @@ Chat = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class RenderedText:
-    """A text as the tokenizer gets it, the character its response starts at, and whether special tokens are in it."""
+    """A text for the tokenizer, the index of its response's first character, and whether it has special tokens."""
 
     text: str
     response_start: int
@@ -74,10 +75,10 @@ class RenderedText:
 
 
 def read_chat(messages: Any, where: str) -> Chat:
-    """A list of messages, or a single one, as a `Chat`; raises `DataError` naming `where` and the message.
+    """Read a list of messages, or a single message, as a `Chat`; raises `DataError` naming `where` and the message.
 
     A message is a dict with `role` and `content`, or ShareGPT's `from` and `value`. The content is text, or a list of
-    text parts, which are joined. All other fields are kept, less those that are None.
+    text parts, which are joined. All other fields are kept, except those that are None.
 
     Examples:
         >>> read_chat([{"role": "user", "content": "hi"}], "record 0")
@@ -100,9 +101,10 @@ def is_messages(value: object) -> bool:
 
 
 def parse_messages(value: Any, where: str) -> Any:
-    """The messages that a text holds as JSON, a list of them or one; any other value as it is.
+    """Parse a text that is the JSON of a message or of a list of messages; return any other value unchanged.
 
-    Tables have no other way to hold messages. Raises `DataError` naming `where` for messages as Python prints them.
+    Tables such as CSV can hold messages only as JSON. Raises `DataError` naming `where` for messages printed by Python
+    (with single quotes), which are not JSON.
 
     Examples:
         >>> parse_messages('[{"role": "user", "content": "hi"}]', "row 0")
@@ -113,16 +115,17 @@ def parse_messages(value: Any, where: str) -> Any:
     if not isinstance(value, str) or not (text := value.lstrip()).startswith(("[", "{")):
         return value
     try:
-        found = json.loads(text)
+        parsed = json.loads(text)
     except (ValueError, RecursionError):
         if text.startswith(("[{'", "{'")) and any(name in text for name in ("'role':", "'from':")):
             raise DataError(
-                f"{where} has messages as Python prints them ({text[:40]!r}). Write them as JSON (json.dumps), or the "
-                "table as JSON lines or Parquet."
+                f"{where}: expected messages as JSON, got messages printed by Python ({text[:40]!r}). Write them with "
+                "json.dumps, or write the table as JSON lines or Parquet."
             ) from None
         return value
-    listed = found if isinstance(found, list) else [found]
-    return found if listed and all(isinstance(one, dict) and _has_message(set(one)) for one in listed) else value
+    messages = parsed if isinstance(parsed, list) else [parsed]
+    are_messages = messages and all(isinstance(message, dict) and _has_message(set(message)) for message in messages)
+    return parsed if are_messages else value
 
 
 def _has_message(keys: set[str]) -> bool:
@@ -130,7 +133,7 @@ def _has_message(keys: set[str]) -> bool:
 
 
 def json_text(value: Any, where: str) -> str:
-    """JSON of fields that a chat template reads, keys in their order; raises `DataError` for what JSON cannot hold."""
+    """The JSON text of fields for a chat template, in their order; raises `DataError` if JSON cannot hold them."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_to_plain)
     except (TypeError, ValueError, RecursionError) as error:
@@ -138,7 +141,7 @@ def json_text(value: Any, where: str) -> str:
 
 
 def _to_plain(value: Any) -> Any:
-    # What pandas and Arrow have in the place of lists and numbers.
+    # pandas and Arrow have arrays and NumPy scalars instead of lists and numbers.
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is not a JSON value")
@@ -166,14 +169,14 @@ def _read_message(message: Any, where: str) -> Message:
 
 
 def _joined(parts: Iterable[Any], message: Any, where: str) -> str:
-    """The text of content that comes in parts; raises `DataError` for a part that is no text."""
+    """The text of content that comes in parts; raises `DataError` for a part that is not text."""
     for part in parts:
         if not isinstance(part, Mapping):
             raise _no_message(message, where)
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise DataError(
-                f"{where}: its content has a part of type {part.get('type')!r:.40}. Only text can be scored: leave "
-                "such pairs out."
+                f"{where}: its content has a part of type {part.get('type')!r:.40}. Only text can be scored: remove "
+                "such pairs."
             )
     return "".join(part["text"] for part in parts)
 
@@ -189,15 +192,15 @@ def _no_message(message: Any, where: str) -> DataError:
 
 
 def prompt_text(prompt: str | Chat) -> str:
-    """One text for each prompt, to sort and to hash by; for a chat it is not what a model reads."""
+    """One text per prompt, for sorting and hashing; for a chat it is not the text that a model reads."""
     if isinstance(prompt, str):
         return prompt
-    return "".join(f"<|{one.role}|>{one.content}{one.more}" for one in prompt)
+    return "".join(f"<|{message.role}|>{message.content}{message.more}" for message in prompt)
 
 
 def n_characters(response: str | Chat) -> int:
-    """How long a response is: the characters of its text, or of the texts of its messages."""
-    return len(response) if isinstance(response, str) else sum(len(one.content or "") for one in response)
+    """The number of characters of a response, over all its messages."""
+    return len(response) if isinstance(response, str) else sum(len(message.content or "") for message in response)
 
 
 def is_transcript(text: str) -> bool:
@@ -206,9 +209,9 @@ def is_transcript(text: str) -> bool:
 
 
 def split_turns(transcript: str) -> Chat:
-    r"""The messages of a plain transcript whose turns begin with `\n\nHuman:` and `\n\nAssistant:`.
+    r"""Split a plain transcript, whose turns begin with `\n\nHuman:` and `\n\nAssistant:`, into messages.
 
-    A last turn without text, where the response would go, is left out. Raises `DataError` for any other text.
+    An empty last turn, where the response would go, is dropped. Raises `DataError` for any other text.
 
     Examples:
         >>> split_turns("\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:")[1:]
@@ -217,7 +220,7 @@ def split_turns(transcript: str) -> Chat:
     if not is_transcript(transcript):
         raise DataError(
             "transcript: expected turns that begin with '\\n\\nHuman:' and '\\n\\nAssistant:', got "
-            f"{transcript[:60]!r}. Give the messages themselves as a list of dicts."
+            f"{transcript[:60]!r}. Pass the messages as a list of dicts."
         )
     _, *turns = _TURN.split(transcript)
     messages = [Message(_ROLES[name], text.strip()) for name, text in zip(turns[::2], turns[1::2], strict=True)]
@@ -225,7 +228,7 @@ def split_turns(transcript: str) -> Chat:
 
 
 def prompt_chat(prompt: str, where: str) -> Chat:
-    r"""The messages of a plain prompt: those of an HH transcript, or one message of the user with the whole text.
+    r"""Turn a plain prompt into messages: those of an HH transcript, or one user message with the whole text.
 
     Raises `DataError` for a prompt without text, and for a transcript that ends inside a turn of the assistant.
 
@@ -234,15 +237,15 @@ def prompt_chat(prompt: str, where: str) -> Chat:
         (Message(role='user', content='2 + 2?'),)
     """
     if not prompt.strip():
-        raise DataError(f"{where}: its prompt is empty, which makes no message of the user. Give the pair a prompt.")
+        raise DataError(f"{where}: its prompt is empty, so it cannot become a user message. Give the pair a prompt.")
     if not is_transcript(prompt):
         return (Message("user", prompt),)
     chat = split_turns(prompt)
     if not chat or chat[-1].role != "user":
-        said = chat[-1].content or "" if chat else ""
+        text = chat[-1].content or "" if chat else ""
         raise DataError(
-            f"{where}: its prompt ends inside a turn of the assistant ({said[:40]!r}): the response would be no "
-            "message of its own. Move that text to the responses."
+            f"{where}: its prompt ends inside a turn of the assistant ({text[:40]!r}), so the response would not be a "
+            "message by itself. Move that text to the responses."
         )
     return chat
 
@@ -251,10 +254,11 @@ def prompt_chat(prompt: str, where: str) -> Chat:
 
 
 def render(tokenizer: Any, chat: Chat, response: str | Chat | None = None, *, tools: str | None = None) -> RenderedText:
-    """The text of a chat by the tokenizer's template, with the messages of `response` behind it if given.
+    """Render a chat, followed by the messages of `response` if given, with the tokenizer's chat template.
 
-    A response that is a text is one message of the assistant. The response starts where the rendered text leaves the
-    prompt's own rendering, which ends in the generation prompt if the assistant speaks next. `tools` is JSON text.
+    A response that is a text is one message of the assistant. The response starts where the whole rendering first
+    differs from the rendering of the prompt alone, which ends in the generation prompt if the assistant speaks next.
+    `tools` is JSON text.
     """
     if response is None:
         return RenderedText(_apply(tokenizer, chat, tools), 0, is_chat=True)
@@ -268,7 +272,7 @@ def render(tokenizer: Any, chat: Chat, response: str | Chat | None = None, *, to
 def _apply(tokenizer: Any, chat: Chat, tools: str | None, **options: bool) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
         raise ModelError(
-            "tokenizer: it has no chat template, so that messages have no text. Set tokenizer.chat_template to the one "
+            "tokenizer: it has no chat template to render messages with. Set tokenizer.chat_template to the template "
             "that the reward model was trained with, or pass plain texts."
         )
     messages = [message.to_dict() for message in chat]
@@ -276,7 +280,7 @@ def _apply(tokenizer: Any, chat: Chat, tools: str | None, **options: bool) -> st
         rendered = tokenizer.apply_chat_template(
             messages, tools=json.loads(tools) if tools else None, tokenize=False, **options
         )
-    except Exception as error:  # a template is a program of the model's authors; it raises what it likes
+    except Exception as error:  # a template is a program by the model's authors and may raise anything
         raise DataError(f"messages: the chat template refused them ({type(error).__name__}: {error}).") from error
     assert isinstance(rendered, str)
     return rendered

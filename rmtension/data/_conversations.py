@@ -1,4 +1,4 @@
-"""Where the prompt of a preference pair ends in conversations, with a prompt beside them or without."""
+"""Where the prompt ends in a preference pair of conversations, with or without a separate prompt."""
 
 from collections.abc import Iterable
 from itertools import takewhile
@@ -9,16 +9,17 @@ from rmtension.errors import DataError
 
 
 def shared_messages(chosen: Chat, rejected: Chat) -> Chat:
-    """The messages that two conversations begin with, less one where nothing would be left for a response."""
+    """The messages that two conversations share at their beginning; at least one message is left for each response."""
     most = min(len(chosen), len(rejected)) - 1
-    return tuple(one for one, _ in takewhile(lambda two: two[0] == two[1], zip(chosen[:most], rejected, strict=False)))
+    equal = takewhile(lambda both: both[0] == both[1], zip(chosen[:most], rejected, strict=False))
+    return tuple(message for message, _ in equal)
 
 
 def after_prompt(prompt: str | Chat, chosen: Any, rejected: Any, where: str) -> tuple[Chat, Any, Any]:
     """Prompt and responses of a row with a prompt and with messages in some field.
 
-    Raises `DataError` naming `where` for a prompt that whole conversations do not contain, and for a response that
-    goes on with the user after a prompt that ends with the user.
+    Raises `DataError` naming `where` for whole conversations that do not contain the prompt, and for a response that
+    begins with the user after a prompt that ends with the user.
     """
     if isinstance(chosen, tuple) and isinstance(rejected, tuple) and _are_whole(prompt, chosen, rejected):
         shared = shared_messages(chosen, rejected)
@@ -28,13 +29,14 @@ def after_prompt(prompt: str | Chat, chosen: Any, rejected: Any, where: str) -> 
     for name, response in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(response, tuple) and messages[-1].role == "user" and response[0].role in ("user", "system"):
             raise DataError(
-                f"{where}: field {name!r} should be one message of the assistant or several after the field 'prompt', "
-                f"or both whole conversations, got the roles {[message.role for message in response]} behind a "
-                "message of the user."
+                f"{where}: field {name!r} should be one or more messages that begin with the assistant, or 'chosen' "
+                f"and 'rejected' should both be whole conversations; got the roles "
+                f"{[message.role for message in response]} after a prompt that ends with the user. Correct the row, "
+                'or load with on_invalid="skip".'
             )
         if isinstance(response, str) and is_transcript(response):
             raise DataError(
-                f"{where}: field {name!r} is a whole transcript of 'Human:' and 'Assistant:' turns behind a 'prompt' "
+                f"{where}: field {name!r} is a whole transcript of 'Human:' and 'Assistant:' turns after a 'prompt' "
                 "of messages, so the question would be read twice. Read the transcripts alone: columns={'prompt': "
                 "None}."
             )
@@ -42,39 +44,39 @@ def after_prompt(prompt: str | Chat, chosen: Any, rejected: Any, where: str) -> 
 
 
 def _are_whole(prompt: str | Chat, chosen: Chat, rejected: Chat) -> bool:
-    """Whether the responses have the prompt in front: both begin with it, or both with one message of a user."""
-    if not isinstance(prompt, str) and all(_begins(side, prompt) for side in (chosen, rejected)):
+    """Whether the responses repeat the prompt: both begin with it, or with the same message that is a user's."""
+    if not isinstance(prompt, str) and all(_begins_with(side, prompt) for side in (chosen, rejected)):
         return True
     return chosen[0] == rejected[0] and (
         chosen[0].role != "assistant" or _contains(shared_messages(chosen, rejected), prompt)
     )
 
 
-def _begins(chat: Chat, prompt: Chat) -> bool:
-    return len(chat) > len(prompt) and _said(chat[: len(prompt)]) == _said(prompt)
+def _begins_with(chat: Chat, prompt: Chat) -> bool:
+    return len(chat) > len(prompt) and _turns(chat[: len(prompt)]) == _turns(prompt)
 
 
 def require_contained(shared: Chat, prompt: str | Chat, where: str) -> None:
     """Raise `DataError` unless a prompt is a part of the messages that two conversations share."""
     if not _contains(shared, prompt):
-        said = prompt if isinstance(prompt, str) else " ".join(message.content or "" for message in prompt)
+        text = prompt if isinstance(prompt, str) else " ".join(message.content or "" for message in prompt)
         raise DataError(
-            f"{where}: field 'prompt' ({said[:60]!r}) is not in the turns that 'chosen' and 'rejected' share. Correct "
+            f"{where}: field 'prompt' ({text[:60]!r}) is not in the turns that 'chosen' and 'rejected' share. Correct "
             "it, or read the conversations alone: columns={'prompt': None}."
         )
 
 
 def _contains(shared: Chat, prompt: str | Chat) -> bool:
-    """Whether a prompt is a part of the messages that conversations share, whatever its white space."""
+    """Whether a prompt is a part of the messages that conversations share, ignoring differences in white space."""
     if isinstance(prompt, str):
         parts = split_turns(prompt) if is_transcript(prompt) else (Message("user", prompt),)
         whole = _words(message.content for message in shared)
         return all(_words([part.content]) in whole for part in parts)
-    said, wanted = _said(shared), _said(prompt)
-    return any(said[start : start + len(wanted)] == wanted for start in range(len(said) - len(wanted) + 1))
+    turns, wanted = _turns(shared), _turns(prompt)
+    return any(turns[start : start + len(wanted)] == wanted for start in range(len(turns) - len(wanted) + 1))
 
 
-def _said(chat: Chat) -> list[tuple[str, str | None]]:
+def _turns(chat: Chat) -> list[tuple[str, str | None]]:
     return [(message.role, message.content) for message in chat]
 
 

@@ -1,4 +1,4 @@
-"""Rows of a data file by its content: JSON lines, a JSON array, CSV, TSV or Parquet; plain, gzip'd or zstd'd."""
+"""Rows of a data file, whose format is read from its content: JSON lines, a JSON array, CSV, TSV or Parquet."""
 
 import csv
 import io
@@ -23,16 +23,16 @@ _OTHERS = {
     b"ARROW1": "Arrow",
     b"Obj\x01": "Avro",
 }
-_READ = "JSON lines, a JSON array, CSV, TSV and Parquet, plain, .gz or .zst"
+_READ = "JSON lines, a JSON array, CSV, TSV or Parquet (plain, .gz or .zst)"
 _DELIMITERS = (",", "\t", ";")
 
 
 def file_rows(path: Path, *, columns: Collection[str] = ("chosen", "rejected")) -> Iterator[tuple[str, Any]]:
-    """Every row of a file with where it stands: as a mapping, as a line of JSON, or as the error that it is.
+    """Yield every row of a file as (where, row): a mapping, a line of JSON, or a `DataError` for an invalid row.
 
-    The format is found in the content, for which `columns` are names that every row has. Rows that are none, such as a
-    line of CSV with a field too many, come as a `DataError`, so that the reader may leave them out. Raises `DataError`
-    naming the file where it cannot be read on.
+    The file may be plain, gzip'd or zstd'd. Its format is determined from its content; `columns` are the columns that
+    every row has. An invalid row, such as a line of CSV with a field too many, is yielded as a `DataError` and not
+    raised, so that the reader may skip it. Raises `DataError` naming the file if the rest cannot be read.
     """
     lines = read_lines(path)
     unmarked = ((number, line.removeprefix(_BYTE_ORDER_MARK)) for number, line in lines)
@@ -47,7 +47,7 @@ def file_rows(path: Path, *, columns: Collection[str] = ("chosen", "rejected")) 
         return
     for magic, name in _OTHERS.items():
         if first.startswith(magic):
-            raise DataError(f"{path}: it is {name}, and what can be read is {_READ}. Unpack or convert it first.")
+            raise DataError(f"{path}: expected {_READ}, got {name}. Unpack or convert the file first.")
     begins = first.lstrip()[:1]
     if begins == b"[":
         yield from _located(_array(path, lines), path)
@@ -58,7 +58,7 @@ def file_rows(path: Path, *, columns: Collection[str] = ("chosen", "rejected")) 
 
 
 def parse_json(text: bytes, where: str, expected: str = "Each line must be one JSON object.") -> Any:
-    """The value of JSON in UTF-8; raises `DataError` naming `where`."""
+    """Parse JSON in UTF-8; raises `DataError` naming `where`."""
     try:
         return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -69,9 +69,9 @@ def parse_json(text: bytes, where: str, expected: str = "Each line must be one J
 
 
 def without_padding(value: Any) -> Any:
-    """A value of Arrow as it was before: Arrow gives every struct of a column the keys of all others, as None.
+    """Undo Arrow's padding: Arrow gives every struct of a column the keys of all others, with the value None.
 
-    A message's `content` stays, also where it is None.
+    A message's `content` stays even if it is None.
     """
     if isinstance(value, list | tuple | np.ndarray):
         return [without_padding(one) for one in value]
@@ -83,9 +83,9 @@ def without_padding(value: Any) -> Any:
 # -- formats -----------------------------------------------------------------------------------------------------------
 
 
-def _located(rows: Iterable[Any], place: object) -> Iterator[tuple[str, Any]]:
-    """Rows with their numbers, from 1 as lines have."""
-    return ((f"{place}, row {number}", row) for number, row in enumerate(rows, start=1))
+def _located(rows: Iterable[Any], source: object) -> Iterator[tuple[str, Any]]:
+    """Rows with their numbers, counted from 1 as lines are."""
+    return ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _array(path: Path, lines: Iterable[tuple[int, bytes]]) -> list[Any]:
@@ -97,14 +97,14 @@ def _array(path: Path, lines: Iterable[tuple[int, bytes]]) -> list[Any]:
 
 
 def _is_row(value: Any, columns: Collection[str]) -> bool:
-    """Whether a JSON value is one row, and not a table by columns or rows below a name."""
+    """Whether a JSON value is one row, rather than a table stored by columns or an object with the rows under a key."""
     if not isinstance(value, dict) or not set(columns) <= set(value):
         return False
     return not any(isinstance(value[name], list) and str in map(type, value[name]) for name in columns)
 
 
 def _json_rows(path: Path, lines: Iterator[tuple[int, bytes]], columns: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """JSON lines; or the one object that a file without line-wise JSON holds."""
+    """Rows of JSON lines, or the single object of a file that is not JSON lines."""
     number, first = next(lines)
     try:
         parse_json(first, str(path))
@@ -117,8 +117,8 @@ def _json_rows(path: Path, lines: Iterator[tuple[int, bytes]], columns: Collecti
         else:
             if not _is_row(whole, columns):
                 raise DataError(
-                    f"{path}: it holds one JSON object, with the keys {sorted(map(str, whole))[:10]}, and not one for "
-                    "each row. Write an array of objects, or one object a line."
+                    f"{path}: expected one JSON object per row, got a single one with the keys "
+                    f"{sorted(map(str, whole))[:10]}. Write an array of objects, or one object per line."
                 )
             yield f"{path}, line {number}", whole
             return
@@ -142,10 +142,10 @@ def _parquet_rows(path: Path, lines: Iterable[tuple[int, bytes]]) -> Iterator[di
         file = parquet.ParquetFile(source)
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
-                # Structs that hold JSON text have no padding, and their nulls are the data's own.
+                # Structs stored as JSON text have no padding: their nulls belong to the data.
                 has_json = "arrow.json" in str(file.schema_arrow)
                 yield _parsed(row, file.schema_arrow) if has_json else _unpadded(row)
-    # ValueError: bytes that are no UTF-8, and JSON that is none.
+    # ValueError: bytes that are not UTF-8, and text that is not JSON.
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(
             f"{path}: the Parquet data is damaged or cut short ({' '.join(str(error).split())[:200]}). Fetch the file "
@@ -158,7 +158,7 @@ def _unpadded(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(value: Any, kind: Any) -> Any:
-    """A value of Arrow with its JSON texts (what `datasets` stores as `Json`) read."""
+    """A value of Arrow whose JSON texts (which `datasets` stores as `Json`) are parsed."""
     from pyarrow import types
 
     if value is None:
@@ -174,19 +174,19 @@ def _parsed(value: Any, kind: Any) -> Any:
 
 
 def _delimiter(path: Path, begun: Sequence[bytes], columns: Collection[str]) -> str | None:
-    """What separates the fields of a table, from the first two lines of the file; None where it is no table."""
+    """The delimiter of a table, determined from the first two lines of the file; None if it is not a table."""
     line = _decoded(begun[0], f"{path}, line 1")
     headers = {one: _header(line, one) for one in _DELIMITERS}
     best = max(_DELIMITERS, key=lambda one: (set(columns) <= set(headers[one]), len(headers[one])))
     if set(columns) <= set(headers[best]) or any(one in (".csv", ".tsv") for one in path.suffixes):
         return best
-    # JSON lines whose first line is damaged go on with an object.
+    # In JSON lines with a damaged first line, the second line is an object.
     has_rows = len(begun) > 1 and not begun[1].startswith(b"{")
     return best if has_rows and len(headers[best]) > 1 else None
 
 
 def _table_rows(path: Path, lines: Iterable[tuple[int, bytes]], delimiter: str) -> Iterator[tuple[str, Any]]:
-    """Rows of CSV with any delimiter: texts by column."""
+    """Rows of CSV with any delimiter, as dicts from column to text."""
     at = 0
 
     def texts() -> Iterator[str]:
@@ -202,8 +202,8 @@ def _table_rows(path: Path, lines: Iterable[tuple[int, bytes]], delimiter: str) 
             row = _with_long_fields(rows)
         except csv.Error as error:
             raise DataError(
-                f"{path}, line {start}: not valid CSV ({error}). A field with quotes is written in quotes, with each "
-                "of its own doubled."
+                f"{path}, line {start}: not valid CSV ({error}). Enclose a field that contains quotes in quotes, and "
+                "double each quote inside it."
             ) from error
         where = f"{path}, line {start}"
         if row is None:
@@ -213,22 +213,22 @@ def _table_rows(path: Path, lines: Iterable[tuple[int, bytes]], delimiter: str) 
         if header is None:
             header = row
             if repeated := sorted({name for name in header if header.count(name) > 1}):
-                raise DataError(f"{path}: the columns {repeated} are there more than once. Rename them.")
+                raise DataError(f"{path}: expected unique column names, got {repeated} more than once. Rename them.")
         elif len(row) != len(header):
             yield (
                 where,
                 DataError(
-                    f"{where}: expected {len(header)} fields as in the first line, got {len(row)}. A field that has "
-                    f"{delimiter!r}, quotes or line breaks in it is written in quotes."
+                    f"{where}: expected {len(header)} fields as in the first line, got {len(row)}. Enclose a field "
+                    f"that contains {delimiter!r}, quotes or line breaks in quotes."
                 ),
             )
         elif delimiter == "\t" and any(_holds_row(cell, len(header)) for cell in row):
             yield (
                 where,
                 DataError(
-                    f"{where}: a quoted field holds another whole line of {len(header)} fields, as if a quote inside "
-                    "the text had begun it. Write fields with quotes in quotes, each of their own doubled, or write "
-                    "JSON lines."
+                    f"{where}: a quoted field contains another whole line of {len(header)} fields, probably because a "
+                    "quote in the text was not escaped. Enclose fields that contain quotes in quotes and double each "
+                    "quote inside, or write JSON lines."
                 ),
             )
         else:
@@ -236,7 +236,7 @@ def _table_rows(path: Path, lines: Iterable[tuple[int, bytes]], delimiter: str) 
 
 
 def _holds_row(cell: str, n_fields: int) -> bool:
-    """Whether a later line of a field of TSV is a row itself: TSV is often written without quoting."""
+    """Whether a later line inside a TSV field is itself a row: TSV is often written without quoting."""
     return any(not line.startswith("\t") and line.count("\t") >= n_fields - 1 for line in cell.split("\n")[1:])
 
 
@@ -248,7 +248,7 @@ def _header(line: str, delimiter: str) -> list[str]:
 
 
 def _with_long_fields(rows: Iterator[list[str]]) -> list[str] | None:
-    """The next row, whatever the length of its fields; the limit of the module csv belongs to the whole process."""
+    """The next row, without csv's limit on the length of fields; that limit is global, so it is set back afterwards."""
     before = csv.field_size_limit(LONGEST_LINE)
     try:
         return next(rows, None)

@@ -1,4 +1,4 @@
-"""From texts to token ids: plain texts and chats, special tokens, where the response begins, truncation."""
+"""Encodes plain texts and chats as token ids: special tokens, where the response begins, truncation."""
 
 import hashlib
 import warnings
@@ -12,17 +12,17 @@ from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning
 
-# Texts that a tokenizer gets at a time: with offsets, what it makes of a token takes ten times the room of its id.
+# Texts per call of the tokenizer: with offsets, its output takes ten times the memory of the ids.
 _AT_A_TIME = 64
-# Tokenizers whose users know that plain prompts are read without their chat template.
+# Tokenizers for which the warning about plain prompts was already shown.
 _WARNED: WeakSet[Any] = WeakSet()
-# What `RewardHead.score` takes for a text: the text itself, or the messages of a chat.
+# A text for `RewardHead.score`: the text itself, or the messages of a chat.
 TextOrChat = str | Sequence[Mapping[str, Any]] | Chat
 
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Token ids of one text, the index of its first response token, and a key that stands for its prompt."""
+    """Token ids of one text, the index of its first response token, and a hash of its prompt (`key`)."""
 
     ids: tuple[int, ...]
     response_start: int
@@ -34,7 +34,7 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """The two texts of every pair, and how many pairs were cut, and where."""
+    """The two texts of every pair, and how many pairs lost tokens of the prompt or of a response."""
 
     chosen: tuple[EncodedText, ...]
     rejected: tuple[EncodedText, ...]
@@ -56,7 +56,7 @@ class EncodedPairs:
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[Any], *, max_length: int, truncate: bool = False) -> list[EncodedText]:
-    """Encode whole texts, with the special tokens that the tokenizer adds by itself; chats, with their template's.
+    """Encode whole texts with the tokenizer's special tokens, and chats with those of their template.
 
     A text longer than `max_length` tokens raises `DataError`; `truncate=True` cuts it from the left instead, because
     the reward is read at the end. The whole text counts as response.
@@ -82,7 +82,7 @@ def encode_pairs(
 ) -> EncodedPairs:
     """Encode both texts of every pair: `join_prompt(prompt, response)`, or the chat by the tokenizer's template.
 
-    A tokenizer with a template that gets plain prompts is warned of, once.
+    Plain prompts for a tokenizer with a chat template give one warning per tokenizer.
 
     A token belongs to the response when it ends after the prompt's last character. A pair that does not fit loses
     prompt tokens from the left, equally on both sides, so that both responses still follow the same prompt. A
@@ -123,17 +123,17 @@ def _render_side(tokenizer: Any, pair: PreferencePair, side: str) -> RenderedTex
 
 
 def _warn_of_texts(tokenizer: Any, pairs: PreferencePairs) -> None:
-    """Say once for each tokenizer with a chat template that plain prompts are read without it."""
+    """Warn, once per tokenizer with a chat template, that plain prompts are read without it."""
     if getattr(tokenizer, "chat_template", None) is None or tokenizer in _WARNED:
         return
     n = sum(not pair.is_chat for pair in pairs)
     if n:
         _WARNED.add(tokenizer)
         warnings.warn(
-            f"pairs: this model's tokenizer has a chat template, and {n} of {len(pairs)} pairs have a plain text as "
+            f"pairs: this model's tokenizer has a chat template, but {n} of {len(pairs)} pairs have a plain text as "
             "prompt: they were read as prompt and response, without the template. If the model was trained on chats, "
             "load them with chat=True (PreferencePairs.read(path, chat=True); --chat on the command line), or use "
-            "pairs.as_chat(). This is said once for each model.",
+            "pairs.as_chat(). This warning is shown once per model.",
             RMTensionWarning,
             stacklevel=2,
         )
@@ -142,8 +142,8 @@ def _warn_of_texts(tokenizer: Any, pairs: PreferencePairs) -> None:
 def _require_room(lead: list[int], max_length: int) -> None:
     if len(lead) >= max_length:
         raise DataError(
-            f"max_length: expected more than {len(lead)}, which is how many special tokens the tokenizer puts before "
-            f"every text, got {max_length}. Nothing of the text would be read."
+            f"max_length: expected more than {len(lead)}, the number of special tokens that the tokenizer puts before "
+            f"every text, got {max_length}. No token of the text would be left: raise max_length."
         )
 
 
@@ -153,7 +153,7 @@ def _render(tokenizer: Any, text: Any, where: str) -> RenderedText:
     if isinstance(text, Mapping | Message) or not is_messages(text):
         raise OptionError(
             f"{where}: expected a text or a list of messages, got {type(text).__name__}. "
-            "One chat is scored as score([messages])."
+            "Score a single chat with score([messages])."
         )
     _require_tokenizer(tokenizer)
     return render(tokenizer, read_chat(text, where))
@@ -171,9 +171,9 @@ def _parts(tokenizer: Any, texts: Sequence[RenderedText]) -> list[tuple[list[int
             for number, part in zip(some, _encoded(tokenizer, [texts[one] for one in some], is_chat), strict=True):
                 if not part[2]:
                     text = texts[number]
-                    why = ": it is empty"
+                    why = ": it is empty. Remove it"
                     if text.text[text.response_start :].strip():
-                        why = ": nothing of it is in the tokenizer's vocabulary"
+                        why = ": nothing of it is in the tokenizer's vocabulary. Remove it"
                     elif text.response_start:
                         why = " after its prompt. Give it a response"
                     raise DataError(f"texts: text {number} has no token{why}.")
@@ -192,7 +192,7 @@ def _encoded(
         if is_chat:
             added = [int(ids[0] == tokenizer.bos_token_id), *[0] * (len(ids) - 1)] if ids else []
         elif added[:1] == [1] and ids[:2] == [tokenizer.bos_token_id] * 2:
-            # The text begins with the BOS token that the tokenizer puts before it: never twice.
+            # The text already begins with the BOS token that the tokenizer adds: keep only one.
             del ids[1], added[1], ends[1]
         lead = next((i for i, flag in enumerate(added) if not flag), len(ids))
         # Trailing special tokens have offset (0, 0); they come after the response has begun.
@@ -210,7 +210,7 @@ def _tokens(tokenizer: Any, texts: list[str], is_chat: bool) -> Any:
             return_special_tokens_mask=True,
             verbose=False,
         )
-    except Exception as error:  # tokenizers raises nothing more exact where a vocabulary has no unknown token
+    except Exception as error:  # tokenizers raises a bare Exception where a vocabulary has no unknown token
         if len(texts) > 1:
             for text in texts:
                 _tokens(tokenizer, [text], is_chat)
@@ -222,11 +222,14 @@ def _tokens(tokenizer: Any, texts: list[str], is_chat: bool) -> Any:
 
 def _require_tokenizer(tokenizer: Any) -> None:
     if tokenizer is None:
-        raise ModelError("tokenizer: this reward model has none. Pass tokenizer=... to RewardHead to score texts.")
+        raise ModelError(
+            "tokenizer: this reward model has no tokenizer. Pass tokenizer=... to RewardHead to score texts."
+        )
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
-            f"tokenizer: {type(tokenizer).__name__} cannot map tokens to characters, which is how the response is "
-            "found. Load the fast tokenizer of this model (use_fast=True)."
+            f"tokenizer: expected a fast tokenizer, got {type(tokenizer).__name__}, which cannot map tokens to "
+            "characters; this is needed to locate the response. Load the fast tokenizer of this model "
+            "(use_fast=True)."
         )
 
 

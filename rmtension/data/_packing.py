@@ -1,8 +1,8 @@
-"""Batches of pairs, and what their texts share run once: [shared prefix, rest of one, rest of another, ...].
+"""Batches of pairs in which a shared prompt runs once: a packed row is [shared prefix, rest of a, rest of b, ...].
 
-A mask keeps the rests from seeing each other, and every token has the position that it has in its own text, so that
-each text is computed as if it stood alone. The responses of a pair follow one prompt, 73% of the tokens in HH-harmless;
-in best-of-n, those of all pairs of an item do.
+A mask keeps each rest from attending to the others, and every token keeps the position that it has in its own text, so
+that each text is computed as in a row of its own. The two responses of a pair follow one prompt (73% of the tokens in
+HH-harmless); in best-of-n, the responses of all pairs of an item do.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,16 +17,16 @@ from torch import Tensor
 from rmtension.data._encoding import EncodedPairs, EncodedText
 from rmtension.data._tokens import TokenBatch, last_token, length_buckets
 
-# Who shares a row: nobody (a text a row, in order); the texts of one pair, so that a row's gradient is that pair's; or
-# those of one prompt.
+# Which texts share a row: none (one text per row, in order); those of one pair, so that a row's gradient belongs to
+# that pair; or those of one prompt.
 Sharing = Literal["none", "pair", "prompt"]
-# Below this share of tokens saved, the attention between the rests that is computed and masked costs more.
+# If packing saves a smaller share of the tokens, the masked attention between the rests costs more than it saves.
 _LEAST_SAVED = 0.1
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One text, or several after the prefix that they share."""
+    """The texts of one row: one text, or several that follow their shared prefix of `n_shared` tokens."""
 
     texts: tuple[EncodedText, ...]
     n_shared: int
@@ -42,9 +42,9 @@ class _Row:
 
 @dataclass(frozen=True)
 class _PackedGroup:
-    """Pairs that run in one batch, by their places, and the rows that their texts are in."""
+    """Pairs that must run in one batch, by their indices, and the rows that hold their texts."""
 
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     rows: tuple[_Row, ...]
 
     @property
@@ -68,39 +68,40 @@ def pair_batches(
 ) -> Iterator[TokenBatch]:
     """Batches that hold both texts of each pair: the chosen ones, then the rejected ones; `indices` index `pairs`.
 
-    Each place stands twice, so that per-pair results never wait for another batch. Texts that share enough are packed
-    where the row then has at most `pack_up_to` tokens, or `group_up_to` for more than one pair; 0 packs none.
+    Every index occurs twice in a batch, so that per-pair results never wait for another batch. Texts that share a long
+    enough prefix are packed if the row then has at most `pack_up_to` tokens, or `group_up_to` for more than one pair;
+    0 packs nothing.
     """
     if sharing == "none":
         lengths = [max(map(len, both)) for both in zip(pairs.chosen, pairs.rejected, strict=True)]
-        for places in length_buckets(lengths, max(1, tokens_per_batch // 2)):
-            texts = [side[place] for side in (pairs.chosen, pairs.rejected) for place in places]
-            yield TokenBatch.from_texts(texts, places * 2, pad_token_id=pad_token_id, device=device)
+        for indices in length_buckets(lengths, max(1, tokens_per_batch // 2)):
+            texts = [side[index] for side in (pairs.chosen, pairs.rejected) for index in indices]
+            yield TokenBatch.from_texts(texts, indices * 2, pad_token_id=pad_token_id, device=device)
         return
     groups = list(_packed_groups(pairs, sharing == "prompt", pad_token_id, pack_up_to, min(group_up_to, pack_up_to)))
     for is_packed in (False, True):
         some = [group for group in groups if group.is_packed == is_packed]
-        # Unpacked, a pair has two rows.
+        # A pair that is not packed takes two rows.
         budget = tokens_per_batch if is_packed else max(1, tokens_per_batch // 2)
         for numbers in length_buckets([group.width for group in some], budget):
             yield _batch(pairs, [some[number] for number in numbers], pad_token_id).to(device)
 
 
 def pack(pairs: EncodedPairs, pad_token_id: int | None) -> TokenBatch:
-    """Every pair as one row, whether that saves anything or not."""
+    """Pack every pair into one row, whether or not that saves tokens."""
     groups = [
-        _PackedGroup((place,), (_row(texts, pad_token_id),))
-        for place, texts in enumerate(zip(pairs.chosen, pairs.rejected, strict=True))
+        _PackedGroup((index,), (_row(texts, pad_token_id),))
+        for index, texts in enumerate(zip(pairs.chosen, pairs.rejected, strict=True))
     ]
     return _batch(pairs, groups, pad_token_id)
 
 
 def attention_mask(batch: TokenBatch, dtype: torch.dtype) -> Float[Tensor, "row 1 query key"]:
-    """0 where a token may look, the lowest number elsewhere: at itself, and at what comes before it in its own text."""
+    """The additive mask: 0 where a query may attend (itself and earlier tokens of its text), else the lowest number."""
     texts = batch.scatter_to_rows(batch.mask.float())
     together = texts.transpose(1, 2) @ texts > 0
     n_tokens = texts.shape[-1]
-    # Padding looks at itself: a softmax over nothing is NaN.
+    # Padding attends to itself: a softmax over no key is NaN.
     itself = torch.eye(n_tokens, dtype=torch.bool, device=texts.device)
     visible = together.tril() | itself
     lowest = torch.finfo(dtype).min
@@ -115,99 +116,99 @@ def _packed_groups(
 ) -> Iterator[_PackedGroup]:
     both = list(zip(pairs.chosen, pairs.rejected, strict=True))
     groups: dict[object, list[int]] = {}
-    for place, (chosen, _) in enumerate(both):
-        # Prompts that were cut differently are different ones: a token may be the prompt's in one and not in the other.
-        group = (chosen.key, chosen.response_start) if by_prompt and group_up_to else place
-        groups.setdefault(group, []).append(place)
-    for places in groups.values():
+    for index, (chosen, _) in enumerate(both):
+        # A prompt that was cut differently counts as another prompt: a token may be in one and not in the other.
+        group = (chosen.key, chosen.response_start) if by_prompt and group_up_to else index
+        groups.setdefault(group, []).append(index)
+    for indices in groups.values():
         taken: list[int] = []
         row: _Row | None = None
-        for place in places:
-            more = _row([*(row.texts if row else ()), *both[place]], pad_token_id)
-            if row is not None and more.length > group_up_to:
+        for index in indices:
+            longer = _row([*(row.texts if row else ()), *both[index]], pad_token_id)
+            if row is not None and longer.length > group_up_to:
                 yield from _packed_or_alone(both, taken, row, pad_token_id, pack_up_to)
-                taken, more = [], _row(both[place], pad_token_id)
-            taken, row = [*taken, place], more
+                taken, longer = [], _row(both[index], pad_token_id)
+            taken, row = [*taken, index], longer
         assert row is not None
         yield from _packed_or_alone(both, taken, row, pad_token_id, pack_up_to)
 
 
 def _packed_or_alone(
     both: Sequence[tuple[EncodedText, EncodedText]],
-    places: Sequence[int],
+    indices: Sequence[int],
     row: _Row,
     pad_token_id: int | None,
     pack_up_to: int,
 ) -> Iterator[_PackedGroup]:
-    """One group of a row where that saves; otherwise the pairs by themselves, and in the end text by text."""
+    """One packed row if that saves tokens; otherwise one row per pair, and if that saves nothing, one row per text."""
     if len(row.texts) == 1 or (row.length <= pack_up_to and row.saves):
-        yield _PackedGroup(tuple(places), (row,))
-    elif len(places) > 1:
-        for place in places:
-            yield from _packed_or_alone(both, [place], _row(both[place], pad_token_id), pad_token_id, pack_up_to)
+        yield _PackedGroup(tuple(indices), (row,))
+    elif len(indices) > 1:
+        for index in indices:
+            yield from _packed_or_alone(both, [index], _row(both[index], pad_token_id), pad_token_id, pack_up_to)
     else:
-        yield _PackedGroup(tuple(places), tuple(_Row((text,), 0) for text in row.texts))
+        yield _PackedGroup(tuple(indices), tuple(_Row((text,), 0) for text in row.texts))
 
 
 def _row(texts: Sequence[EncodedText], pad_token_id: int | None) -> _Row:
     """The distinct texts as one row.
 
-    Their order follows from the texts alone: turned round, a pair makes the same row, and its scores turn round to the
-    last digit.
+    Their order depends on the texts alone: a pair with chosen and rejected swapped gives the same row, so its scores
+    change their sign exactly.
     """
     distinct = sorted(set(texts), key=lambda text: (text.ids, text.response_start))
     if len(distinct) == 1:
         return _Row(tuple(distinct), 0)
-    # The token that a reward is read from is never shared: what is done to it is done to one text.
+    # The token that a reward is read from is never shared, so that an edit of it affects one text only.
     most = min(_last(text, pad_token_id) for text in distinct)
-    # What the first and the last in order share, all share.
+    # In sorted order, the prefix that the first and the last text share is shared by all.
     columns = zip(distinct[0].ids[:most], distinct[-1].ids[:most], strict=True)
-    return _Row(tuple(distinct), next((place for place, (a, b) in enumerate(columns) if a != b), most))
+    return _Row(tuple(distinct), next((column for column, (a, b) in enumerate(columns) if a != b), most))
 
 
 def _batch(pairs: EncodedPairs, groups: Sequence[_PackedGroup], pad_token_id: int | None) -> TokenBatch:
-    """The pairs of some groups: where each text's tokens are follows from the row it is in."""
+    """The pairs of some groups as one batch; the row of each text determines the columns of its tokens."""
     rows = [row for group in groups for row in group.rows]
     width = max(row.length for row in rows)
     input_ids, position_ids = torch.zeros(2, len(rows), width, dtype=torch.long)
-    # (group, text) -> its row, and the column that its own tokens begin at.
+    # (group, text) -> its row, and the column at which the tokens after the shared prefix begin.
     row_and_start: dict[tuple[int, EncodedText], tuple[int, int]] = {}
     number = 0
     for owner, group in enumerate(groups):
         for row in group.rows:
             shared, rests = row.texts[0].ids[: row.n_shared], [text.ids[row.n_shared :] for text in row.texts]
-            ids = [*shared, *(one for rest in rests for one in rest)]
-            places = [*range(row.n_shared), *(row.n_shared + place for rest in rests for place in range(len(rest)))]
+            ids = [*shared, *(token for rest in rests for token in rest)]
+            positions = [*range(row.n_shared), *(row.n_shared + i for rest in rests for i in range(len(rest)))]
             input_ids[number, : len(ids)] = torch.tensor(ids)
-            position_ids[number, : len(ids)] = torch.tensor(places)
+            position_ids[number, : len(ids)] = torch.tensor(positions)
             starts = accumulate(map(len, rests), initial=row.n_shared)
             row_and_start |= {(owner, text): (number, start) for text, start in zip(row.texts, starts, strict=False)}
             number += 1
     sides = [
-        (owner, side[place])
+        (owner, side[index])
         for side in (pairs.chosen, pairs.rejected)
         for owner, group in enumerate(groups)
-        for place in group.places
+        for index in group.indices
     ]
     texts = [text for _, text in sides]
-    row_index, starts_at = torch.tensor([row_and_start[one] for one in sides]).unbind(1)
+    row_index, starts_at = torch.tensor([row_and_start[owner_and_text] for owner_and_text in sides]).unbind(1)
     n_shared = torch.tensor([row.n_shared for row in rows])[row_index]
     lengths = torch.tensor([len(text) for text in texts])
     columns = torch.arange(width)
-    # What a text's own tokens are moved by, and where every column is in the text.
-    moved = (starts_at - n_shared)[:, None]
-    places_in = torch.where(columns < n_shared[:, None], columns, columns - moved)
-    own = (columns >= starts_at[:, None]) & (places_in < lengths[:, None])
+    # By how many columns a text's own tokens are shifted, and the position in the text of every column.
+    shift = (starts_at - n_shared)[:, None]
+    position = torch.where(columns < n_shared[:, None], columns, columns - shift)
+    own = (columns >= starts_at[:, None]) & (position < lengths[:, None])
     mask = (columns < n_shared[:, None]) | own
     last = torch.tensor([_last(text, pad_token_id) for text in texts])
     return TokenBatch(
         input_ids=input_ids,
         mask=mask,
-        response=mask & (places_in >= torch.tensor([text.response_start for text in texts])[:, None]),
-        # Never among what is shared.
-        last=last + moved[:, 0],
+        response=mask & (position >= torch.tensor([text.response_start for text in texts])[:, None]),
+        # The last token is never in the shared prefix.
+        last=last + shift[:, 0],
         keys=torch.tensor([text.key for text in texts]),
-        indices=tuple(place for group in groups for place in group.places) * 2,
+        indices=tuple(index for group in groups for index in group.indices) * 2,
         row_index=row_index,
         position_ids=position_ids if any(group.is_packed for group in groups) else None,
     )

@@ -1,4 +1,4 @@
-"""One preference pair: its fields, and the text a reward model reads."""
+"""One preference pair: its fields, and the text that a reward model reads."""
 
 import hashlib
 import json
@@ -14,18 +14,19 @@ _ASSISTANT = "\n\nAssistant:"
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One prompt with the response that was preferred and the one that was not.
+    """One prompt with a chosen (preferred) and a rejected response.
 
-    The prompt is plain text, or a chat (a tuple of messages) that each model renders with its own template. Behind a
-    chat a response is the text of one message of the assistant, or a chat of its own: several messages, or one with
-    further fields such as tool calls. `tools` is the JSON text of the tools that the template is given.
+    The prompt is plain text, or a chat (a tuple of messages) that each model renders with its own template. After a
+    chat, a response is the text of one message of the assistant, or a tuple of messages: several, or one with further
+    fields such as tool calls. `tools` is the JSON text of the tools that are passed to the template.
 
     `objective` says what the preference rewards (for example "helpful" or "harmless"), `subset` is a finer label,
-    `id` names the pair in messages and tables. Pairs with the same `item` are judged together (best-of-n: the item is
-    right when every one of its pairs is); without one a pair is judged by itself. An empty label is none.
+    `id` identifies the pair in error messages and tables (by default the first 16 digits of `digest`). Pairs with the
+    same `item` are judged together (best-of-n: an item is ranked correctly if all of its pairs are); a pair without an
+    item is judged by itself. An empty label becomes None.
 
-    Pairs that read the same are equal: the one space that `join_prompt` puts between a text prompt and a response is
-    not kept in the response, and a chat response of one message with text alone is that text.
+    Pairs that a model reads identically are equal: a response does not store the space that `join_prompt` inserts
+    after a text prompt, and a chat response of a single text message is stored as its text.
 
     Examples:
         >>> pair = PreferencePair("2 + 2?", "4", "5", objective="helpful")
@@ -54,7 +55,7 @@ class PreferencePair:
 
     @property
     def is_tie(self) -> bool:
-        """Whether chosen and rejected are the same response, so that no reward model can tell them apart."""
+        """Whether chosen and rejected are the same response, so that every reward model scores them equally."""
         return self.chosen == self.rejected
 
     @property
@@ -69,7 +70,7 @@ class PreferencePair:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def text(self, side: str) -> str:
-        """The plain text of one side, "chosen" or "rejected"; raises `DataError` for a chat, which has none."""
+        """The plain text of one side, "chosen" or "rejected"; raises `DataError` for a chat, which has no such text."""
         response = getattr(self, side)
         if not isinstance(self.prompt, str) or not isinstance(response, str):
             raise DataError(
@@ -79,11 +80,11 @@ class PreferencePair:
         return join_prompt(self.prompt, response)
 
     def swapped(self) -> "PreferencePair":
-        """The same pair with the preference turned round."""
+        """The same pair with chosen and rejected swapped."""
         return replace(self, chosen=self.rejected, rejected=self.chosen)
 
     def as_chat(self) -> "PreferencePair":
-        """The same pair with messages in the place of a plain prompt; see `PreferencePairs.as_chat`."""
+        """The same pair with its plain prompt as messages; see `PreferencePairs.as_chat`."""
         if not isinstance(self.prompt, str):
             return self
         chat = prompt_chat(self.prompt, f"pair {self.id!r}")
@@ -91,7 +92,7 @@ class PreferencePair:
         return replace(self, prompt=chat, **responses)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict with the field names of the JSON-lines format; messages are dicts. `tools` only if there are.
+        """A plain dict with the field names of the JSON-lines format; messages become dicts; `tools` only if set.
 
         Raises `DataError` for a plain text that would be read back as messages.
         """
@@ -100,8 +101,8 @@ class PreferencePair:
             if isinstance(fields[name], str) and _reads_as_messages(fields[name]):
                 if not self.is_chat:
                     raise DataError(
-                        f"pair {self.id!r}: field {name!r} is a plain text that is the JSON of messages, and would be "
-                        "read back as messages. Make messages of the plain texts first: pair.as_chat() or "
+                        f"pair {self.id!r}: field {name!r} is a plain text that happens to be the JSON of messages, "
+                        "and would be read back as messages. Convert the pair to messages first: pair.as_chat() or "
                         "pairs.as_chat()."
                     )
                 fields[name] = (Message("assistant", fields[name]),)
@@ -112,7 +113,7 @@ class PreferencePair:
 
 
 def join_prompt(prompt: str, response: str) -> str:
-    """The text that a reward model reads: one space between prompt and response unless whitespace is there already.
+    """Join prompt and response as reward models read them: with one space between, unless there is whitespace already.
 
     Examples:
         >>> join_prompt("Human: hi Assistant:", "hello")
@@ -123,28 +124,31 @@ def join_prompt(prompt: str, response: str) -> str:
 
 
 def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    r"""Prompt and the two responses of a pair of HH transcripts: the prompt ends at the last shared `\n\nAssistant:`.
+    r"""Split a pair of HH transcripts into prompt, chosen and rejected, at the last shared `\n\nAssistant:`.
+
+    Raises `DataError` if they share no such prompt.
 
     Examples:
         >>> split_transcripts("\n\nHuman: hi\n\nAssistant: a", "\n\nHuman: hi\n\nAssistant: b")
         ('\n\nHuman: hi\n\nAssistant:', 'a', 'b')
     """
-    shared = "".join(one for one, _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False)))
+    equal = takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
+    shared = "".join(character for character, _ in equal)
     end = shared.rfind(_ASSISTANT)
     if end < 0:
         raise DataError(
-            f"chosen, rejected: expected transcripts that share a prompt ending in {_ASSISTANT!r}, got two texts that "
-            "share none. Give each pair a field 'prompt'."
+            f"chosen, rejected: expected transcripts that share a prompt ending in {_ASSISTANT!r}, got two texts "
+            "without such a prompt. Give each pair a field 'prompt'."
         )
     end += len(_ASSISTANT)
     return chosen[:end], chosen[end:].removeprefix(" "), rejected[end:].removeprefix(" ")
 
 
 def require_responses(pair: PreferencePair, where: str) -> None:
-    """Raise `DataError` unless the prompt is a text or a chat, and the responses are such as it can have, not empty."""
+    """Raise `DataError` unless the prompt is a text or a chat, and the responses fit it and are not empty."""
     if not isinstance(pair.prompt, str) and not _is_chat(pair.prompt):
         raise DataError(
-            f"{where}: field 'prompt' should be text or messages, got {type(pair.prompt).__name__}. "
+            f"{where}: field 'prompt' should be text or a tuple of Message, got {type(pair.prompt).__name__}. "
             "PreferencePairs.from_records reads messages from dicts."
         )
     for name in ("chosen", "rejected"):
@@ -157,8 +161,8 @@ def require_responses(pair: PreferencePair, where: str) -> None:
                 f"{where}: field {name!r} should end in a message of the assistant, got the roles "
                 f"{[message.role for message in response]}."
             )
-        said = response if isinstance(response, str) else "".join(f"{one.content or ''}{one.more}" for one in response)
-        if not said.strip():
+        messages = [response] if isinstance(response, str) else [f"{m.content or ''}{m.more}" for m in response]
+        if not "".join(messages).strip():
             raise DataError(
                 f"{where}: field {name!r} is empty; a reward model needs a response to score. Remove the pair, or "
                 'load with on_invalid="skip".'
@@ -169,10 +173,10 @@ def require_responses(pair: PreferencePair, where: str) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            # JSON can escape half a character; no tokenizer takes it, and no file.
+            # JSON can escape half a character, which neither a tokenizer nor a file in UTF-8 accepts.
             raise DataError(
-                f"{where}: field {name!r} has half of a surrogate pair, which is no character. Correct the text, or "
-                'load with on_invalid="skip".'
+                f"{where}: field {name!r} has half of a surrogate pair, which is not a character. Correct the text, "
+                'or load with on_invalid="skip".'
             ) from error
 
 
@@ -181,7 +185,7 @@ def _is_chat(value: object) -> bool:
 
 
 def _canonical(prompt: Any, response: Any) -> Any:
-    """The response without the space that the join puts back; the text of one message that has nothing else."""
+    """The response without the space that `join_prompt` inserts; a single message that has only text as that text."""
     if isinstance(response, str):
         shorter = response.removeprefix(" ")
         is_put_back = isinstance(prompt, str) and shorter and join_prompt(prompt, shorter) == prompt + response

@@ -1,4 +1,4 @@
-"""Preference pairs: loading, validating, splitting by prompt, writing."""
+"""Sequences of preference pairs: loading, validating, splitting by prompt, writing."""
 
 import hashlib
 from collections import Counter
@@ -24,8 +24,10 @@ from rmtension.store._files import write_json_lines
 class PreferencePairs(Sequence[PreferencePair]):
     """An immutable sequence of validated preference pairs.
 
-    Identical chosen and rejected responses are kept and counted in `n_ties`; `skipped` counts, by reason, what a
-    loader left out with `on_invalid="skip"`. Errors count pairs from `first`.
+    Pairs with identical chosen and rejected responses are kept and counted in `n_ties`. `skipped` maps each reason to
+    the number of rows that a loader skipped with `on_invalid="skip"`. Error messages number the pairs from `first`.
+
+    Raises `DataError` for anything that is not a valid pair.
 
     Examples:
         >>> pairs = PreferencePairs.from_records([{"prompt": "Q", "chosen": "yes", "rejected": "no"}])
@@ -38,7 +40,8 @@ class PreferencePairs(Sequence[PreferencePair]):
     ) -> None:
         if isinstance(pairs, Mapping):
             raise DataError(
-                f"pairs: expected preference pairs, got a mapping of {list(pairs)!r:.80}. Choose those of one name."
+                f"pairs: expected preference pairs, got a mapping of {list(pairs)!r:.80}. Choose the pairs under one "
+                "key: pairs[key]."
             )
         if isinstance(pairs, str | Path | pd.DataFrame) or not isinstance(pairs, Iterable):
             raise DataError(f"pairs: expected preference pairs, got {type(pairs).__name__}. {entrance(pairs)}")
@@ -48,7 +51,7 @@ class PreferencePairs(Sequence[PreferencePair]):
             if not isinstance(pair, PreferencePair):
                 raise DataError(
                     f"pairs: expected PreferencePair, got {type(pair).__name__} at position {number}. For dicts use "
-                    "PreferencePairs.from_records; texts that are not pairs are scored with RewardHead.score."
+                    "PreferencePairs.from_records; to score texts that are not pairs, use RewardHead.score."
                 )
             require_responses(pair, f"pair {number} (id {pair.id!r})")
 
@@ -65,18 +68,18 @@ class PreferencePairs(Sequence[PreferencePair]):
         chat: bool = False,
         on_invalid: str = "raise",
     ) -> "PreferencePairs":
-        r"""Pairs from a file: JSON lines, a JSON array, CSV, TSV or Parquet; plain, gzip'd or zstd'd; in UTF-8.
+        r"""Read pairs from a file in UTF-8: JSON lines, a JSON array, CSV, TSV or Parquet; plain, gzip'd or zstd'd.
 
-        The content says which, not the name. A row has `prompt`, `chosen`, `rejected`, and if you like `objective`,
-        `subset`, `id`, `item`, `tools` and `system`; `columns={"prompt": "question"}` says which column a field is in,
-        and `{"prompt": None}` that it is in none. `objective` and `subset` set that field in every pair. Prompts and
-        responses are texts or messages: the page "Load your pairs" shows every shape. `chat=True` makes messages of
-        plain prompts, for models with a chat template.
+        The format is determined from the content, not from the name. A row has `prompt`, `chosen` and `rejected`, and
+        optionally `objective`, `subset`, `id`, `item`, `tools` and `system`. `columns={"prompt": "question"}` maps a
+        field to its column, and `{"prompt": None}` says that no column holds it. `objective` and `subset` set that
+        field in every pair. Prompts and responses are texts or messages; the page "Load your pairs" shows every
+        format. `chat=True` converts plain prompts to messages, for models with a chat template.
 
-        Raises `DataError` naming the file, the line or row, and the field; `on_invalid="skip"` counts such rows in
-        `skipped` instead. A column of `columns=` that no row has is such a `DataError` on the first row for prompt,
-        chosen and rejected; for labels, and where rows are skipped, it is an `OptionError` after the last row. Parquet
-        needs the package pyarrow, .zst needs zstandard. JSON arrays are read whole, other files row by row.
+        Raises `DataError` naming the file, the line or row, and the field; `on_invalid="skip"` skips such rows and
+        counts them in `skipped`. If no row has a column named in `columns`, this is a `DataError` on the first row for
+        prompt, chosen and rejected, and an `OptionError` after the last row for labels and where rows are skipped.
+        Parquet needs the package pyarrow, .zst needs zstandard. JSON arrays are read whole, other files row by row.
 
         Examples:
             >>> Path("pairs.csv").write_text('question,good,bad\n2 + 2?,4,"5, or 6"\n') > 0
@@ -92,7 +95,7 @@ class PreferencePairs(Sequence[PreferencePair]):
 
     @classmethod
     def from_jsonl(cls, path: str | Path, **options: Any) -> "PreferencePairs":
-        """`read`, by the name of the format that `to_jsonl` writes.
+        """The same as `read`, named after the format that `to_jsonl` writes.
 
         Examples:
             >>> pairs["helpful"].to_jsonl("pairs.jsonl.gz")
@@ -110,9 +113,9 @@ class PreferencePairs(Sequence[PreferencePair]):
         subset: str | None = None,
         chat: bool = False,
     ) -> Iterator[PreferencePair]:
-        """The pairs of a file one at a time, for files longer than memory; an invalid row raises.
+        """Yield the pairs of a file one at a time, for files that do not fit in memory; an invalid row raises.
 
-        The options are those of `read`. Whatever sums over pairs takes them so:
+        The options are those of `read`. Every call that sums over pairs accepts such an iterator:
         `ActivationCollector(head).collect(PreferencePairs.iter_jsonl(path))`.
 
         Examples:
@@ -136,7 +139,7 @@ class PreferencePairs(Sequence[PreferencePair]):
         chat: bool = False,
         on_invalid: str = "raise",
     ) -> "PreferencePairs":
-        """Pairs from dicts, read as the rows of a file are; options and errors are those of `read`.
+        """Read pairs from dicts, like the rows of a file; options and errors are those of `read`.
 
         Examples:
             >>> rows = [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}, {"prompt": "2 + 3?", "chosen": "5"}]
@@ -147,7 +150,7 @@ class PreferencePairs(Sequence[PreferencePair]):
         if isinstance(records, Mapping | str | Path | pd.DataFrame) or not isinstance(records, Iterable):
             raise OptionError(f"records: expected a list of dicts, got {type(records).__name__}. {entrance(records)}")
         reader = RowReader(columns, objective=objective, subset=subset, chat=chat)
-        return cls._read(((f"record {number}", one) for number, one in enumerate(records)), reader, on_invalid)
+        return cls._read(((f"record {number}", record) for number, record in enumerate(records)), reader, on_invalid)
 
     @classmethod
     def from_frame(
@@ -160,9 +163,9 @@ class PreferencePairs(Sequence[PreferencePair]):
         chat: bool = False,
         on_invalid: str = "raise",
     ) -> "PreferencePairs":
-        """Pairs from a pandas frame, read as the rows of a file are; NaN, NaT and NA are missing. Rows count from 0.
+        """Read pairs from a pandas frame, like the rows of a file; NaN, NaT and NA count as missing.
 
-        Options and errors are those of `read`.
+        Options and errors are those of `read`; error messages number the rows from 0.
 
         Examples:
             >>> PreferencePairs.from_frame(pairs["helpful"].to_frame()) == pairs["helpful"]
@@ -171,7 +174,9 @@ class PreferencePairs(Sequence[PreferencePair]):
         if not isinstance(frame, pd.DataFrame):
             raise OptionError(f"frame: expected a pandas.DataFrame, got {type(frame).__name__}. {entrance(frame)}")
         if not frame.columns.is_unique:
-            raise DataError(f"frame: expected columns with names of their own, got {list(map(str, frame.columns))}.")
+            raise DataError(
+                f"frame: expected unique column names, got {list(map(str, frame.columns))}. Rename the repeated ones."
+            )
         reader = RowReader(columns, objective=objective, subset=subset, chat=chat)
         rows = ({str(name): _of_frame(value) for name, value in row.items()} for row in frame.to_dict("records"))
         return cls._read(((f"row {number}", row) for number, row in enumerate(rows)), reader, on_invalid)
@@ -190,10 +195,17 @@ class PreferencePairs(Sequence[PreferencePair]):
         chat: bool = False,
         on_invalid: str = "raise",
     ) -> "PreferencePairs":
-        """Pairs from a Hugging Face data set (or a local folder of its files), read with `datasets`.
+        """Read pairs from a Hugging Face data set (or a local folder of its files) with `datasets`.
 
-        This is the only call of this class that uses the network, and `HF_HUB_OFFLINE=1` keeps it from doing so.
-        The other options and errors are those of `from_dataset`.
+        This is the only method of this class that uses the network; `HF_HUB_OFFLINE=1` prevents it. The other options
+        and errors are those of `from_dataset`.
+
+        Examples:
+            >>> import tempfile
+            >>> folder = Path(tempfile.mkdtemp())
+            >>> pairs["helpful"].to_jsonl(folder / "test.jsonl")
+            >>> PreferencePairs.from_hub(str(folder), split="test") == pairs["helpful"]
+            True
         """
         rows = hub_rows(name, data_dir=data_dir, split=split, revision=revision)
         return cls.from_dataset(
@@ -211,10 +223,14 @@ class PreferencePairs(Sequence[PreferencePair]):
         chat: bool = False,
         on_invalid: str = "raise",
     ) -> "PreferencePairs":
-        """Pairs from a `datasets.Dataset` or `IterableDataset`, read as the rows of a file are; rows count from 0.
+        """Read pairs from a `datasets.Dataset` or `IterableDataset`, in any of TRL's preference formats.
 
-        All of TRL's preference formats are read. The text of a pair is `prompt + response` as in TRL, but with a space
-        between where neither has any white space there. Options and errors are those of `read`.
+        The text of a pair is `prompt + response` as in TRL, but with a space between them if there is no white space.
+        Options and errors are those of `read`; error messages number the rows from 0.
+
+        Examples:
+            >>> PreferencePairs.from_dataset(pairs["helpful"].to_dataset()) == pairs["helpful"]
+            True
         """
         reader = RowReader(columns, objective=objective, subset=subset, chat=chat)
         return cls._read(dataset_rows(dataset), reader, on_invalid)
@@ -233,10 +249,15 @@ class PreferencePairs(Sequence[PreferencePair]):
         *,
         on_invalid: str = "raise",
     ) -> "PreferencePairs":
-        """Pairs from rows of any format: `rows` says where each row stands, and `read(row, where)` gives its pairs.
+        """Read pairs from rows of any format: `rows` yields (where, row), and `read(row, where)` returns its pairs.
 
-        `on_invalid="skip"` counts a row for which `read` raises `DataError`, and leaves it out whole: an item without
-        some of its pairs would be an easier one.
+        `on_invalid="skip"` skips and counts a row for which `read` raises `DataError`. It skips the whole row, because
+        an item without some of its pairs would be easier.
+
+        Examples:
+            >>> rows = [("line 1", "2 + 2?|4|5"), ("line 2", "2 + 3?|5|4")]
+            >>> len(PreferencePairs.from_rows(rows, lambda row, where: [PreferencePair(*row.split("|"))]))
+            2
         """
         if on_invalid not in ("raise", "skip"):
             raise OptionError(f"on_invalid: expected 'raise' or 'skip', got {on_invalid!r}.")
@@ -303,25 +324,25 @@ class PreferencePairs(Sequence[PreferencePair]):
 
     @property
     def items(self) -> list[list[int]]:
-        """The places of every item's pairs, in order of first appearance; a pair without an item is one by itself.
+        """The indices of each item's pairs, in order of first appearance; a pair without an item forms its own.
 
         An item has one prompt: the same name with another prompt is another item.
         """
-        return [list(places) for places in self._items]
+        return [list(indices) for indices in self._items]
 
     @cached_property
     def by_item(self) -> "PreferencePairs":
-        """The first pair of every item, which stands for the item's prompt and subset; itself where all are single."""
+        """The first pair of every item, which represents its prompt and subset; `self` if every item has one pair."""
         if len(self._items) == len(self):
             return self
-        return PreferencePairs(self._pairs[places[0]] for places in self._items)
+        return PreferencePairs(self._pairs[indices[0]] for indices in self._items)
 
     @cached_property
     def _items(self) -> tuple[tuple[int, ...], ...]:
-        found: dict[object, list[int]] = {}
-        for place, pair in enumerate(self._pairs):
-            found.setdefault(place if pair.item is None else (pair.prompt, pair.item), []).append(place)
-        return tuple(map(tuple, found.values()))
+        items: dict[object, list[int]] = {}
+        for index, pair in enumerate(self._pairs):
+            items.setdefault(index if pair.item is None else (pair.prompt, pair.item), []).append(index)
+        return tuple(map(tuple, items.values()))
 
     @property
     def n_ties(self) -> int:
@@ -330,42 +351,48 @@ class PreferencePairs(Sequence[PreferencePair]):
 
     @cached_property
     def digest(self) -> str:
-        """64 hexadecimal digits over all pairs, whatever their order: the sum of their SHA-256 digests modulo 2^256.
+        """64 hexadecimal digits that do not depend on the order: the sum of the pairs' SHA-256 digests modulo 2^256.
 
-        A sum, so that digests of parts add up to the digest of the whole.
+        It is a sum so that the digests of parts add up to the digest of the whole.
         """
         return f"{sum(int(pair.digest(), 16) for pair in self._pairs) % 2**256:064x}"
 
     @cached_property
     def ordered_digest(self) -> str:
-        """64 hexadecimal digits over all pairs in their order: for results that are kept row by row."""
+        """64 hexadecimal digits that depend on the order, for results that are stored row by row."""
         return hashlib.sha256("".join(pair.digest() for pair in self._pairs).encode()).hexdigest()
 
     # -- choosing --------------------------------------------------------------------------------------------------
 
     def filter(self, *, objective: str | None = None, subset: str | Iterable[str] | None = None) -> "PreferencePairs":
-        """The pairs of one objective and of one or several subsets.
+        """Select the pairs of one objective and of one or several subsets.
 
         Examples:
             >>> both = PreferencePairs([*pairs["helpful"], *pairs["harmless"]])
             >>> len(both), len(both.filter(objective="harmless"))
             (48, 24)
         """
-        return PreferencePairs(self._pairs[place] for place in self.places(objective=objective, subset=subset))
+        return PreferencePairs(self._pairs[index] for index in self.places(objective=objective, subset=subset))
 
     def places(self, *, objective: str | None = None, subset: str | Iterable[str] | None = None) -> list[int]:
-        """Where the pairs are that `filter` keeps."""
+        """The indices of the pairs that `filter` keeps.
+
+        Examples:
+            >>> pairs["helpful"].places(objective="harmless")
+            []
+        """
         wanted = {subset} if isinstance(subset, str) else None if subset is None else set(subset)
         return [
-            place
-            for place, pair in enumerate(self._pairs)
+            index
+            for index, pair in enumerate(self._pairs)
             if (objective is None or pair.objective == objective) and (wanted is None or pair.subset in wanted)
         ]
 
     def split(self, test_fraction: float, *, seed: int = 0) -> tuple["PreferencePairs", "PreferencePairs"]:
-        """Train and test pairs, divided by prompt: no prompt is on both sides. Order is kept.
+        """Split into train and test pairs by prompt, so that no prompt is on both sides; the order is kept.
 
-        `test_fraction` is a share of the prompts, in (0, 1). The division depends on the prompts and `seed` alone.
+        `test_fraction` is a share of the prompts, in (0, 1). The split depends only on the prompts and `seed`. Raises
+        `OptionError` if one side would be empty.
 
         Examples:
             >>> train, test = pairs["helpful"].split(0.25, seed=0)
@@ -389,7 +416,7 @@ class PreferencePairs(Sequence[PreferencePair]):
         )
 
     def sample(self, n: int, *, seed: int = 0) -> "PreferencePairs":
-        """`n` pairs drawn without replacement, in their original order; all of them when there are no more than `n`.
+        """Draw `n` pairs without replacement, in their original order; all pairs if there are at most `n`.
 
         Examples:
             >>> len(pairs["helpful"].sample(5, seed=0))
@@ -401,7 +428,7 @@ class PreferencePairs(Sequence[PreferencePair]):
         return PreferencePairs(self._pairs[i] for i in chosen)
 
     def swapped(self) -> "PreferencePairs":
-        """Every preference turned round: signed scores and margins change their sign on it.
+        """Swap chosen and rejected in every pair: signed scores and margins change their sign.
 
         Examples:
             >>> head.score_pairs(pairs["helpful"].swapped()).accuracy()
@@ -410,11 +437,11 @@ class PreferencePairs(Sequence[PreferencePair]):
         return PreferencePairs(pair.swapped() for pair in self._pairs)
 
     def as_chat(self) -> "PreferencePairs":
-        r"""The same pairs with messages in the place of plain prompts, for reward models with a chat template.
+        r"""Convert plain prompts to messages, for reward models with a chat template.
 
-        An HH transcript becomes the messages of its turns, any other text one message of the user; chats stay as they
-        are. `chat=True` at loading does the same. Raises `DataError` for an empty prompt, and for a transcript that
-        ends inside a turn of the assistant.
+        An HH transcript becomes the messages of its turns, any other text one user message; chats do not change.
+        Loading with `chat=True` does the same. Raises `DataError` for an empty prompt, and for a transcript that ends
+        inside a turn of the assistant.
 
         Examples:
             >>> row = {"prompt": "\n\nHuman: 2 + 2?\n\nAssistant:", "chosen": "4", "rejected": "5"}
@@ -423,28 +450,32 @@ class PreferencePairs(Sequence[PreferencePair]):
         """
         return PreferencePairs(pair.as_chat() for pair in self._pairs)
 
-    # -- out -------------------------------------------------------------------------------------------------------
+    # -- writing ---------------------------------------------------------------------------------------------------
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a pair, with the field names of the JSON-lines format; `tools` only where some pair has tools."""
+        """One row per pair, with the field names of the JSON-lines format; `tools` only if some pair has tools."""
         names = [name for name in PreferencePair.__dataclass_fields__ if name != "tools"]
         names += ["tools"] if any(pair.tools for pair in self._pairs) else []
         return pd.DataFrame([pair.to_dict() for pair in self._pairs], columns=names)
 
     def to_dataset(self, *, implicit_prompt: bool = False) -> Any:
-        """A `datasets.Dataset` in TRL's preference format, whose texts TRL reads as this library does.
+        """Convert to a `datasets.Dataset` in TRL's preference format, from which TRL builds the same texts.
 
-        Plain pairs have texts, chats have messages; `implicit_prompt` leaves the prompt in front of both responses.
-        `from_dataset` reads it back equal, and `read` does so from the files that the data set writes; with an
-        implicit prompt, as far as the prompt can be found. Raises `DataError` for plain prompts among chats, and
-        without the package `datasets`.
+        Plain pairs become texts, chats become messages; `implicit_prompt=True` repeats the prompt in both responses.
+        `from_dataset` reads equal pairs back, and so does `read` from files that the data set writes; with an implicit
+        prompt, as far as the prompt can be recovered. Raises `DataError` for plain prompts among chats, and without
+        the package `datasets`.
+
+        Examples:
+            >>> pairs["helpful"].to_dataset(implicit_prompt=True).column_names
+            ['chosen', 'rejected', 'id', 'objective']
         """
         return to_dataset(self._pairs, implicit_prompt=implicit_prompt)
 
     def to_jsonl(self, path: str | Path) -> None:
-        """Write JSON lines that `read` reads back equal; compressed if the name ends in `.gz` or `.zst`.
+        """Write JSON lines, from which `read` gives equal pairs; compressed if the name ends in `.gz` or `.zst`.
 
-        All of it or nothing; of several processes that share the work, the first one writes.
+        The file is written completely or not at all. Inside `sharded()` only the first process writes.
         """
         if not current().is_first:
             return
@@ -452,17 +483,17 @@ class PreferencePairs(Sequence[PreferencePair]):
 
 
 def entrance(source: object) -> str:
-    """A sentence that says which method reads a source."""
+    """A sentence for error messages: which method reads a source of this type."""
     kinds: tuple[tuple[bool, str], ...] = (
-        (isinstance(source, pd.DataFrame), "A pandas.DataFrame goes to PreferencePairs.from_frame(frame)."),
-        (isinstance(source, str | Path), "A path goes to PreferencePairs.read(path)."),
-        (hasattr(source, "features"), "A datasets.Dataset goes to PreferencePairs.from_dataset(dataset)."),
-        (isinstance(source, Mapping), "One row goes to PreferencePairs.from_records([row])."),
+        (isinstance(source, pd.DataFrame), "Read a pandas.DataFrame with PreferencePairs.from_frame(frame)."),
+        (isinstance(source, str | Path), "Read a file with PreferencePairs.read(path)."),
+        (hasattr(source, "features"), "Read a datasets.Dataset with PreferencePairs.from_dataset(dataset)."),
+        (isinstance(source, Mapping), "Read a single row with PreferencePairs.from_records([row])."),
     )
-    others = "A path goes to PreferencePairs.read, dicts to PreferencePairs.from_records."
-    return next((said for fits, said in kinds if fits), others)
+    others = "Read a file with PreferencePairs.read, and dicts with PreferencePairs.from_records."
+    return next((advice for fits, advice in kinds if fits), others)
 
 
 def _of_frame(value: Any) -> Any:
-    # A frame of Parquet has arrays in the place of lists, with the padding of Arrow.
+    # A frame read from Parquet has arrays instead of lists, with Arrow's padding.
     return without_padding(value) if isinstance(value, np.ndarray) else value

@@ -1,4 +1,4 @@
-"""Preference pairs as rows of `datasets`, in TRL's formats: prompt explicit or implicit, texts or messages."""
+"""Preference pairs as rows of `datasets`, in TRL's formats: explicit or implicit prompt, texts or messages."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,17 +12,18 @@ _LABELS = ("objective", "subset", "item", "tools")
 
 
 def dataset_rows(dataset: Any) -> Iterator[tuple[str, Any]]:
-    """The rows of one split with where each stands; raises `OptionError` for several splits, or what has no rows."""
+    """Yield the rows of one split as (where, row); raises `OptionError` for several splits or anything without rows."""
     if isinstance(dataset, Mapping):
         raise OptionError(
-            f"dataset: expected one split, got a mapping of {list(map(str, dataset))}. Name one: dataset['train']."
+            f"dataset: expected one split, got a mapping of {list(map(str, dataset))}. Choose one, for example "
+            "dataset['train']."
         )
     if not isinstance(dataset, Iterable) or isinstance(dataset, str | bytes):
         raise OptionError(
-            f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}. A name on the hub goes to "
-            "PreferencePairs.from_hub."
+            f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}. Load a data set by its name on the "
+            "hub with PreferencePairs.from_hub."
         )
-    # Fields that are JSON come back as they were; the structs of Arrow are padded.
+    # Fields of type Json are not padded; Arrow's structs are.
     features = getattr(dataset, "features", None)
     is_padded = features is not None and "Json" not in str(features)
     for number, row in enumerate(dataset):
@@ -38,24 +39,24 @@ def to_dataset(pairs: Sequence[PreferencePair], *, implicit_prompt: bool = False
     chats = [chat for pair in pairs for chat in (pair.prompt, pair.chosen, pair.rejected) if isinstance(chat, tuple)]
     if not any(message.more for chat in chats for message in chat) or not hasattr(datasets, "Json"):
         return datasets.Dataset.from_list(rows)
-    # Columns of structs would give every message the fields of all others.
+    # Columns of structs would pad every message with the fields of all others.
     kinds = {name: datasets.List(datasets.Json()) for name in ("prompt", "chosen", "rejected")}
     features = {name: kinds.get(name, datasets.Value("string")) for name in rows[0]}
     return datasets.Dataset.from_list(rows, features=datasets.Features(features))
 
 
 def to_rows(pairs: Iterable[PreferencePair], *, implicit_prompt: bool = False) -> list[dict[str, Any]]:
-    """One dict a pair, such that TRL reads the texts that this library reads.
+    """One dict per pair, from which TRL builds the same texts as this library.
 
-    Labels that no pair has are left out. Raises `DataError` where some prompts are texts and some are chats: a column
-    has one type.
+    Labels that no pair has are left out. Raises `DataError` if some prompts are texts and some are chats, because a
+    column has one type.
     """
     listed = list(pairs)
     kinds = {isinstance(pair.prompt, str) for pair in listed}
     if len(kinds) > 1:
         raise DataError(
-            "pairs: some prompts are texts and some are chats, and a column of a data set has one type. Write them "
-            "apart, or use pairs.as_chat()."
+            "pairs: expected prompts of one type, got both texts and chats; a column of a data set has one type. Write "
+            "them to separate data sets, or convert all with pairs.as_chat()."
         )
     names = [name for name in _LABELS if any(getattr(pair, name) is not None for pair in listed)]
     return [
@@ -65,7 +66,7 @@ def to_rows(pairs: Iterable[PreferencePair], *, implicit_prompt: bool = False) -
 
 
 def _require_datasets() -> Any:
-    """The package `datasets`; raises `DataError` that says how to install it."""
+    """Import `datasets`; raises `DataError` that says how to install it."""
     try:
         import datasets
     except ImportError as error:

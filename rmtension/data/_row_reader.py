@@ -1,14 +1,14 @@
-"""A row of data as a preference pair: which column is which field, and the shapes that rows come in.
+"""Reads a row of data as a preference pair: which column holds which field, and the formats of rows.
 
-There is one reading, for files, data sets, frames and dicts. `RowReader` picks the fields of a row; what they hold says
-which shape it is:
+Files, data sets, frames and dicts are all read here. `RowReader` picks the fields of a row, and their types determine
+the format:
 
 - texts: prompt and responses;
-- two texts without a prompt: HH transcripts, or texts that begin alike;
-- a prompt (messages or text) and responses of one message or several;
-- whole conversations, a prompt beside them or not: the pair's prompt is what they share.
+- two texts without a prompt: HH transcripts, or texts with a common beginning;
+- a prompt (messages or text) and responses of one or more messages;
+- whole conversations, with or without a separate prompt: the messages that they share are the pair's prompt.
 
-A text that is the JSON of messages is these messages, in every source.
+In every source, a text that is the JSON of messages is read as messages.
 """
 
 import warnings
@@ -28,7 +28,7 @@ from rmtension.data._pair import PreferencePair, join_prompt, require_responses,
 from rmtension.errors import DataError, OptionError, RMTensionWarning
 
 SIDES = ("chosen", "rejected")
-# Of a pair: its fields, and the text of a system message, which becomes a part of the prompt.
+# The fields of a pair, and the text of a system message, which becomes a part of the prompt.
 FIELDS = (*PreferencePair.__dataclass_fields__, "system")
 _LABELS = ("objective", "subset", "id", "item")
 # ShareGPT's name for the messages before the responses.
@@ -39,9 +39,9 @@ _SKIP = 'Correct the row, or load with on_invalid="skip".'
 class RowReader:
     """Reads the rows of one source as pairs.
 
-    `columns` says for a field of the pair which column it is in, or None for none; fields that it does not name are in
-    the columns of their names. `objective` and `subset` are set in every pair. `chat=True` makes messages of plain
-    prompts. After the last row, `finish` raises `OptionError` for a column that was named and that no row had.
+    `columns` maps a field of the pair to its column, or to None if no column holds it; other fields are read from the
+    columns of the same names. `objective` and `subset` are set in every pair. `chat=True` converts plain prompts to
+    messages. After the last row, `finish` raises `OptionError` if a named column was in no row.
     """
 
     def __init__(
@@ -58,13 +58,15 @@ class RowReader:
         }
         for name in given:
             if name not in FIELDS:
-                turned = f" Write columns={{field: column}}: {{{given[name]!r}: {name!r}}}."
+                swapped = f" Write columns={{field: column}}: {{{given[name]!r}: {name!r}}}."
                 raise OptionError(
-                    f"columns: {name!r} is not a field of a pair; the fields are {list(FIELDS)}."
-                    + (turned if given[name] in FIELDS else nearest(name, FIELDS) or _EXAMPLE)
+                    f"columns: expected fields of a pair as keys, one of {list(FIELDS)}, got {name!r}."
+                    + (swapped if given[name] in FIELDS else nearest(name, FIELDS) or _EXAMPLE)
                 )
             if name in self._labels:
-                raise OptionError(f"{name}: expected it, or a column for it in columns, got both.")
+                raise OptionError(
+                    f"{name}: expected either {name}=... or a column for it in columns, got both. Pass one of them."
+                )
         self._named = {name: column for name, column in given.items() if column is not None}
         self._columns: dict[str, str] = {name: name for name in FIELDS if name not in given} | self._named
         self._chat = chat
@@ -74,7 +76,7 @@ class RowReader:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """The columns of the responses, which a table has in its first line."""
+        """The columns of the responses, which the header of a table must have."""
         return tuple(self._columns.get(name, name) for name in SIDES)
 
     def __call__(self, row: Any, where: str) -> list[PreferencePair]:
@@ -116,19 +118,19 @@ class RowReader:
         return pair
 
     def finish(self) -> None:
-        """What can be said of the source after its rows: an error for a column that no row had, a warning for texts."""
+        """Check the whole source: an error for a column that no row had, a warning for prompts that are read twice."""
         if self._present and self._absent:
             hints = (
                 self._other_column(name, self._present) for name in self._named if self._named[name] in self._absent
             )
             raise OptionError(
-                f"columns: no row has the columns {sorted(self._absent)}; the first row has {self._present}."
-                + "".join(hints)
+                f"columns: expected the columns {sorted(self._absent)}, which no row has; the first row has "
+                f"{self._present}." + "".join(hints)
             )
         if self._n_doubled:
             warnings.warn(
                 f"prompt: in {self._n_doubled} of {self._n_texts} pairs both responses begin with the prompt's text, "
-                "which is then read twice. If the responses are whole texts, leave the prompt to them: "
+                "which is then read twice. If the responses are whole texts, do not read the prompt's column: "
                 "columns={'prompt': None}.",
                 RMTensionWarning,
                 stacklevel=4,
@@ -137,7 +139,7 @@ class RowReader:
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _fields(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """The fields that the row has; labels that are missing are left out, and so is a prompt of no column."""
+        """The fields that the row has, without missing labels and without a prompt that no column holds."""
         fields = {name: row[column] for name, column in self._columns.items() if column in row}
         if "prompt" not in fields and "prompt" not in self._named:
             before = parse_messages(row.get(_CONVERSATIONS), f"{where}: field {_CONVERSATIONS!r}")
@@ -149,12 +151,12 @@ class RowReader:
                 missing = f"the column {self._named[name]!r} of the field {name!r} is missing"
             else:
                 missing = f"field {name!r} is missing"
-            said = f"{where}: {missing}; fields present: {sorted(map(str, row))}."
-            raise DataError(said + self._other_column(name, map(str, row)))
+            message = f"{where}: {missing}; fields present: {sorted(map(str, row))}."
+            raise DataError(message + self._other_column(name, map(str, row)))
         return {name: value for name, value in fields.items() if name in ("prompt", *SIDES) or not _is_missing(value)}
 
     def _other_column(self, field: str, present: Iterable[str]) -> str:
-        """A sentence on the column that may hold a field whose own is missing: the one of the nearest name."""
+        """A sentence that suggests a column for a field whose own is missing: the one with the nearest name."""
         plain = {name.strip().lower(): name for name in present if name not in self._columns.values()}
         if not plain:
             return ""
@@ -164,13 +166,13 @@ class RowReader:
         return f" If it is in another column, name it: columns={{{field!r}: {column}}}."
 
     def _sides(self, fields: dict[str, Any], row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
-        """Prompt, chosen and rejected, whatever the shape."""
+        """Prompt, chosen and rejected of a row in any of the formats."""
         given: dict[str, Any] = {}
         for name in ("prompt", *SIDES):
             if name in fields:
-                place = f"{where}: field {name!r}"
-                value = parse_messages(fields[name], place)
-                given[name] = read_chat(value, place) if is_messages(value) else value
+                where_field = f"{where}: field {name!r}"
+                value = parse_messages(fields[name], where_field)
+                given[name] = read_chat(value, where_field) if is_messages(value) else value
         has_chats = any(isinstance(value, tuple) for value in given.values())
         if _is_missing(given.get("prompt")) and (has_chats or _are_transcripts(given)):
             given.pop("prompt", None)
@@ -191,7 +193,7 @@ class RowReader:
                 raise DataError(f"{where}: field 'prompt' is missing, and {_NOT_WHOLE}{self._advice(row)}")
             if has_chats:
                 raise DataError(
-                    f"{where}: field 'prompt' is missing, and only one of 'chosen' and 'rejected' is messages."
+                    f"{where}: field 'prompt' is missing, and only one of 'chosen' and 'rejected' has messages."
                     f"{self._advice(row)}"
                 )
             return self._split(chosen, rejected, row, where)
@@ -208,10 +210,10 @@ class RowReader:
         return after_prompt(given["prompt"], chosen, rejected, where)
 
     def _split(self, chosen: str, rejected: str, row: Mapping[str, Any], where: str) -> tuple[str, str, str]:
-        """Prompt and responses of two texts: at the last shared turn of the assistant, or behind the last shared space.
+        """Split two texts into prompt and responses, at the last shared turn of the assistant or the last shared space.
 
-        Words are not cut: what both texts begin with is in the prompt as far as its last space. Shared words are no
-        prompt where another column may hold it, or where they would have to be a message.
+        Words are not cut: the prompt is the common beginning up to its last space. A common beginning is not used as
+        the prompt if another column may hold the prompt, or if it would have to be a message.
         """
         try:
             return split_transcripts(chosen, rejected)
@@ -220,18 +222,18 @@ class RowReader:
         # The user said that no column holds the prompt: columns={"prompt": None}.
         candidates = self._candidates(row) if "prompt" in self._columns else []
         if candidates or self._chat:
-            why = "" if candidates else " Words that both responses begin with are not a message, which a chat needs."
+            why = "" if candidates else " A chat needs messages, and a common beginning of two texts is not a message."
             raise DataError(f"{where}: field 'prompt' is missing.{why}{self._advice(row)}")
         prompt, *parts = _split_words(chosen, rejected)
         if not prompt.strip():
             raise DataError(
-                f"{where}: field 'prompt' is missing, and 'chosen' and 'rejected' begin with no word that both have, "
-                f"so that no prompt is in them.{self._advice(row)}"
+                f"{where}: field 'prompt' is missing, and 'chosen' and 'rejected' have no common beginning that could "
+                f"be the prompt.{self._advice(row)}"
             )
         return prompt, parts[0], parts[1]
 
     def _candidates(self, row: Mapping[str, Any]) -> list[str]:
-        """The columns that may hold the prompt: text or messages, and no other field's."""
+        """The columns that may hold the prompt: those with text or messages that no other field uses."""
         used = set(self._columns.values())
         return [
             str(name)
@@ -245,20 +247,20 @@ class RowReader:
         candidates = self._candidates(row)
         if not candidates:
             return f" Name the column that holds it, columns={{'prompt': ...}}; the row has {sorted(map(str, row))}."
-        said = (
+        advice = (
             f" If the prompt is in one of the columns {candidates}, name it: columns={{'prompt': {candidates[0]!r}}}."
         )
         sides = (parse_messages(row.get(self._columns.get(name, name)), "") for name in SIDES)
         is_text = all(isinstance(side, str) for side in sides)
-        return said + (" If it is the beginning of both responses: columns={'prompt': None}." if is_text else "")
+        return advice + (" If it is the beginning of both responses: columns={'prompt': None}." if is_text else "")
 
 
 _EXAMPLE = ' columns maps a field to the column that it is in, for example {"prompt": "question"}.'
-_NOT_WHOLE = "the messages of 'chosen' and 'rejected' do not begin alike, so that no prompt is in them."
+_NOT_WHOLE = "'chosen' and 'rejected' have no common first messages that could be the prompt."
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether a value is none: None, or the NaN, NaT or NA that pandas writes for it."""
+    """Whether a value is None, or the NaN, NaT or NA that pandas has instead."""
     return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
 
 
@@ -269,14 +271,14 @@ def _are_transcripts(given: Mapping[str, Any]) -> bool:
 def _label(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and not value):
         return None
-    # A column of whole numbers some of which are missing is one of floats in pandas.
+    # In pandas, a column of whole numbers with missing values is a column of floats.
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
 
 
 def _tools(value: Any, where: str) -> str | None:
-    """Tools as JSON text: data sets have lists of schemas, or their JSON."""
+    """Tools as JSON text; data sets hold them as lists of schemas, or as JSON."""
     if isinstance(value, str):
         value = parse_json(value.encode("utf-8", "surrogatepass"), f"{where}: field 'tools'", _SKIP) if value else None
     if value is None or (hasattr(value, "__len__") and not len(value)):
@@ -287,14 +289,14 @@ def _tools(value: Any, where: str) -> str | None:
 
 
 def _with_system(pair: PreferencePair, system: Any, where: str) -> PreferencePair:
-    """The pair with a column's system message in front; raises `DataError` for what a plain text has no place for."""
+    """The pair with a column's system message in front; raises `DataError` for tools or system with a plain prompt."""
     is_given = isinstance(system, str) and bool(system.strip())
     if not pair.is_chat:
-        for name, there in (("tools", pair.tools is not None), ("system", is_given)):
-            if there:
+        for name, is_set in (("tools", pair.tools is not None), ("system", is_given)):
+            if is_set:
                 raise DataError(
-                    f"{where}: field {name!r} is for a chat template, and this prompt is plain text. Load with "
-                    f"chat=True, or leave the field out: columns={{{name!r}: None}}."
+                    f"{where}: field {name!r} needs a chat template, but this prompt is plain text. Load with "
+                    f"chat=True, or do not read the field: columns={{{name!r}: None}}."
                 )
         return pair
     if not is_given:
@@ -302,8 +304,8 @@ def _with_system(pair: PreferencePair, system: Any, where: str) -> PreferencePai
     own = [message.content for message in pair.prompt if isinstance(message, Message) and message.role == "system"]
     if own and own != [system]:
         raise DataError(
-            f"{where}: field 'system' ({system[:60]!r}) is another text than the conversation's own system message "
-            f"({str(own[0])[:60]!r}). Correct one of them, or leave the field out: columns={{'system': None}}."
+            f"{where}: field 'system' ({system[:60]!r}) differs from the conversation's own system message "
+            f"({str(own[0])[:60]!r}). Correct one of them, or do not read the field: columns={{'system': None}}."
         )
     if own:
         return pair
@@ -314,12 +316,12 @@ def _with_system(pair: PreferencePair, system: Any, where: str) -> PreferencePai
 
 
 def _split_words(chosen: str, rejected: str) -> tuple[str, str, str]:
-    # At least a word is left for both responses.
+    # At least one word is left for each response.
     shortest = min(len(chosen.rstrip()), len(rejected.rstrip()))
     shared = next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest - 1)
     end = next((i for i in range(shared, 0, -1) if chosen[i - 1].isspace()), 0)
     prompt = chosen[:end]
     parts = chosen[end:], rejected[end:]
     if all(join_prompt(prompt[:-1], part) == prompt + part for part in parts):
-        prompt = prompt[:-1]  # a space that the join puts back
+        prompt = prompt[:-1]  # `join_prompt` inserts this space again
     return prompt, *parts

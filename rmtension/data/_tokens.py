@@ -1,4 +1,4 @@
-"""Batches of tokens: padding, length buckets, and the token the reward is read from."""
+"""Batches of tokens: padding, length buckets, and the token that the reward is read from."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +17,13 @@ from rmtension.errors import DataError, OptionError
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Texts as right-padded rows of tokens: a row a text, or one for several that share a prefix.
+    """Texts as right-padded rows of tokens: one row per text, or one row for several texts that share a prefix.
 
-    For every text, `mask` marks its tokens among the columns of its row, `response` those of its response, `last` is
-    the column its reward is read from, `keys` stand for the prompts, `indices` are the texts' indices in the list that
-    was batched. Of pairs, the chosen texts come first, then the rejected ones. `row_index` says which row a text is in:
-    without it, text i is row i. `position_ids` are there if rows are packed: each token's place in its text.
+    For every text, `mask` marks its tokens among the columns of its row, and `response` those of its response; `last`
+    is the column that its reward is read from, `keys` a hash of its prompt, and `indices` its index in the list that
+    was batched. In a batch of pairs, the chosen texts come first, then the rejected ones. `row_index` is the row that
+    a text is in; if it is None, text i is row i. `position_ids` are set if rows are packed: each token's position in
+    its own text.
     """
 
     input_ids: Int[Tensor, "row token"]
@@ -45,7 +46,7 @@ class TokenBatch:
     ) -> "TokenBatch":
         """Pad `texts` on the right. `pad_token_id` is skipped at the end of a text, as in `last_token`."""
         width = max(map(len, texts))
-        # Any id would do, and 0 is in every vocabulary; a config's pad token may not be.
+        # Any id works for padding; 0 is in every vocabulary, while a config's pad token may not be.
         input_ids = torch.tensor([[*text.ids, *[0] * (width - len(text))] for text in texts])
         lengths = torch.tensor([len(text) for text in texts])
         starts = torch.tensor([text.response_start for text in texts])
@@ -65,7 +66,7 @@ class TokenBatch:
     def from_rows(
         cls, input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "text token"], *, pad_token_id: int | None
     ) -> "TokenBatch":
-        """Rows of tokens as they are, each a text of its own that is response throughout."""
+        """Given rows of tokens, one text per row; all tokens of a text count as its response."""
         return cls(
             input_ids=input_ids,
             mask=mask,
@@ -90,75 +91,75 @@ class TokenBatch:
 
     @property
     def n_pairs(self) -> int:
-        """Of a batch of pairs, how many."""
+        """The number of pairs in a batch of pairs."""
         return len(self.indices) // 2
 
     @cached_property
     def rows(self) -> Int[Tensor, "text"]:
-        """Which row each text is in."""
+        """The row that each text is in."""
         return torch.arange(len(self.last), device=self.last.device) if self.row_index is None else self.row_index
 
     @cached_property
     def row_keys(self) -> Int[Tensor, "row"]:
-        """What stands for the prompt of each row: texts that share one have one prompt."""
+        """The hash of each row's prompt: texts in one row have the same prompt."""
         keys = torch.zeros(len(self.input_ids), dtype=self.keys.dtype, device=self.keys.device)
         keys[self.rows] = self.keys
         return keys
 
     def gather_last(self, values: Float[Tensor, "row token *rest"]) -> Float[Tensor, "text *rest"]:
-        """What stands at the token that each text's reward is read from, on the device of `values`."""
-        # Of a model over several devices the residual stream comes out on the last one.
+        """`values` at the token that each text's reward is read from, on the device of `values`."""
+        # In a model split over several devices, the residual stream ends on the last device.
         return values[self.rows.to(values.device), self.last.to(values.device)]
 
     def scatter_last(self, values: Float[Tensor, "text channel"]) -> Float[Tensor, "row token channel"]:
-        """The inverse of `gather_last`: zeros at other tokens. Texts that are one stand at one place, once."""
+        """The inverse of `gather_last`: zeros at all other tokens. Identical texts share a token, which is set once."""
         indices = self.rows.to(values.device), self.last.to(values.device)
         return values.new_zeros(*self.input_ids.shape, values.shape[1]).index_put(indices, values)
 
     def scatter_to_rows(self, per_text: Float[Tensor, "text token"]) -> Float[Tensor, "row slot token"]:
-        """The texts of every row, one behind the other; zeros where other rows have more texts."""
+        """The values of the texts in each row, one slot per text; zeros in slots that a row does not use."""
         if self.row_index is None:
             return per_text[:, None]
         rows, slots = self.rows.to(per_text.device), self._slots.to(per_text.device)
-        found = per_text.new_zeros(len(self.input_ids), self._n_slots, per_text.shape[1])
-        found[rows, slots] = per_text
-        return found
+        per_row = per_text.new_zeros(len(self.input_ids), self._n_slots, per_text.shape[1])
+        per_row[rows, slots] = per_text
+        return per_row
 
     def sum_over_texts(self, per_text: Float[Tensor, "text token"]) -> Float[Tensor, "row token"]:
-        """Summed over the texts that a token belongs to."""
+        """The sum over all texts that a token belongs to."""
         return self.scatter_to_rows(per_text).sum(1)
 
     def sum_per_text(
         self, weights: Float[Tensor, "text token"], values: Float[Tensor, "row token channel"]
     ) -> Float[Tensor, "text channel"]:
-        """Every text's sum of its tokens' `values`, weighted."""
+        """For each text, the weighted sum of `values` over its tokens."""
         sums = self.scatter_to_rows(weights.to(values)) @ values
         return sums[self.rows.to(sums.device), self._slots.to(sums.device)]
 
     def sum_per_pair(self, of_rows: Float[Tensor, "row *rest"]) -> Float[Tensor, "pair *rest"]:
-        """Summed over the rows of a pair; no row may hold texts of two."""
+        """The sum over the rows of each pair; no row may hold texts of two pairs."""
         n_pairs = self.n_pairs
         owners = torch.empty(len(of_rows), dtype=torch.long, device=of_rows.device)
         owners[self.rows.to(of_rows.device)] = torch.arange(2 * n_pairs, device=of_rows.device) % n_pairs
         return of_rows.new_zeros(n_pairs, *of_rows.shape[1:]).index_add_(0, owners, of_rows)
 
     def position_mask(self, positions: str) -> Bool[Tensor, "row token"]:
-        """Which tokens `positions` names in any text of the row."""
+        """The tokens that `positions` selects in any text of the row."""
         return self.sum_over_texts(self.select(positions).float()) > 0
 
     @cached_property
     def _slots(self) -> Int[Tensor, "text"]:
-        """Each text's number among those of its row."""
+        """Each text's number among the texts of its row."""
         same = self.rows[:, None] == torch.arange(len(self.input_ids), device=self.rows.device)
         return (same.long().cumsum(0) - 1).gather(1, self.rows[:, None])[:, 0]
 
     @cached_property
     def _n_slots(self) -> int:
-        """The most texts that a row has."""
+        """The largest number of texts in one row."""
         return int(self._slots.max()) + 1
 
     def select(self, positions: str) -> Bool[Tensor, "text token"]:
-        """Which tokens of each text `positions` names: `all`, those of the `response`, or the `last` one."""
+        """The tokens of each text that `positions` selects: `all`, those of the `response`, or the `last` one."""
         check_positions(positions)
         if positions == "all":
             return self.mask
@@ -168,7 +169,7 @@ class TokenBatch:
 
 
 def margins(of_texts: Float[Tensor, "text *rest"]) -> Float[Tensor, "pair *rest"]:
-    """Chosen minus rejected, of a batch of pairs: the first half of its texts are the chosen ones."""
+    """Chosen minus rejected, for a batch of pairs: the first half of its texts are the chosen ones."""
     chosen, rejected = of_texts.chunk(2)
     return chosen - rejected
 
@@ -176,10 +177,10 @@ def margins(of_texts: Float[Tensor, "text *rest"]) -> Float[Tensor, "pair *rest"
 def last_token(
     input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "text token"], pad_token_id: int | None
 ) -> Int[Tensor, "text"]:
-    """The column the reward is read from: the last real token, skipping trailing ones equal to `pad_token_id`.
+    """The column that the reward is read from: the last real token, skipping trailing tokens equal to `pad_token_id`.
 
-    That skip is what transformers' sequence classifiers do, so that a text ending in eos is read one token earlier
-    where pad and eos are the same token. A text of pad tokens only is read at its first column, as there.
+    Transformers' sequence classifiers skip them too, so a text that ends in eos is read one token earlier if pad and
+    eos are the same token. As in transformers, a text of pad tokens only is read at its first column.
     """
     wanted = mask if pad_token_id is None else mask & (input_ids != pad_token_id)
     columns = torch.arange(mask.shape[1], device=mask.device)
@@ -192,17 +193,21 @@ def check_ids(
     """Raise `OptionError` for a mask that does not fit or rows too long, `DataError` for ids outside the embedding."""
     if input_ids.ndim != 2 or not input_ids.numel():
         raise OptionError(
-            f"input_ids: expected one row of token ids for each text, got shape {tuple(input_ids.shape)}. One text is "
-            "input_ids[None]."
+            f"input_ids: expected one row of token ids per text, got shape {tuple(input_ids.shape)}. Pass a single "
+            "text as input_ids[None]."
         )
     if mask.shape != input_ids.shape or not mask.any(dim=1).all():
         raise OptionError(
-            f"attention_mask: expected the shape of input_ids {tuple(input_ids.shape)} with a real token in every "
-            f"row, got {tuple(mask.shape)}."
+            f"attention_mask: expected the shape of input_ids {tuple(input_ids.shape)} and at least one real token "
+            f"per row, got shape {tuple(mask.shape)} and {int(mask.any(dim=-1).sum())} rows with real tokens. Pass the "
+            "mask that the tokenizer returned with the ids."
         )
     longest = int(mask.sum(dim=1).max())
     if longest > max_length:
-        raise OptionError(f"input_ids: a row has {longest} tokens, the context holds {max_length}.")
+        raise OptionError(
+            f"input_ids: expected at most {max_length} tokens per row (the model's context), got {longest}. Truncate "
+            "the rows."
+        )
     real = input_ids[mask]
     if not 0 <= int(real.min()) <= int(real.max()) < n_embeddings:
         raise DataError(
@@ -216,18 +221,18 @@ def compact(
 ) -> tuple[Int[Tensor, "text kept"], Bool[Tensor, "text kept"]]:
     """Move every row's real tokens to the left, in order, and drop the columns that no row uses.
 
-    Behind a causal mask, right padding is invisible to real tokens and positions count from 0, so that the same text
-    gets the same reward however it came padded, with absolute positions too.
+    With a causal mask, real tokens do not attend to padding on their right, and positions count from 0. The same text
+    then gets the same reward however it was padded, also with absolute positions.
     """
     order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)[:, : int(mask.sum(dim=1).max())]
     return input_ids.gather(1, order), mask.gather(1, order)
 
 
 def length_buckets(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Indices grouped by similar length, longest first, so that each group padded holds at most `tokens_per_batch`.
+    """Group indices by similar length, so that each padded group has at most `tokens_per_batch` tokens.
 
-    A single text may be longer than the budget; it then has a group of its own. Longest first: a batch that does not
-    fit in memory fails at once, not after an hour.
+    A text longer than that forms a group by itself. The longest texts come first, so that a batch that does not fit in
+    memory fails at once and not after an hour.
     """
     if tokens_per_batch < 1:
         raise OptionError(f"tokens_per_batch: expected a positive number, got {tokens_per_batch}.")
@@ -245,7 +250,7 @@ _RUNNING: ContextVar[TokenBatch | None] = ContextVar("rmtension_running_batch", 
 
 @contextmanager
 def running(batch: TokenBatch) -> Iterator[None]:
-    """Announce `batch` to hooks that choose tokens, for as long as a model runs on it."""
+    """Make `batch` available to hooks that select tokens, while a model runs on it."""
     token = _RUNNING.set(batch)
     try:
         yield
@@ -254,7 +259,7 @@ def running(batch: TokenBatch) -> Iterator[None]:
 
 
 def running_batch() -> TokenBatch | None:
-    """The batch that a reward model runs on at this moment in this thread, or None."""
+    """The batch that a reward model is currently running on in this thread, or None."""
     return _RUNNING.get()
 
 
@@ -263,5 +268,5 @@ def text_batches(
 ) -> Iterator[TokenBatch]:
     """Batches of texts of similar length; `indices` index `texts`."""
     for indices in length_buckets([len(text) for text in texts], tokens_per_batch):
-        some = [texts[place] for place in indices]
-        yield TokenBatch.from_texts(some, indices, pad_token_id=pad_token_id, device=device)
+        batch = [texts[index] for index in indices]
+        yield TokenBatch.from_texts(batch, indices, pad_token_id=pad_token_id, device=device)

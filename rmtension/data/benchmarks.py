@@ -1,15 +1,15 @@
-"""Public preference benchmarks as preference pairs; `rmtension.data.subtasks` says what each of their subtasks rewards.
+"""Loads public preference benchmarks as pairs; `rmtension.data.subtasks` says what each of their subtasks rewards.
 
-Every loader reads a hub data set, or local files in the benchmark's own format, which never touch the network. Subsets
-and ids begin with the benchmark's name, so that pairs of several benchmarks can be added up. Pairs that count only
-together share an `item`. Two options mean the same everywhere:
+Every loader reads a hub data set, or local files in the benchmark's own format without using the network. Subsets and
+ids begin with the benchmark's name, so that pairs of several benchmarks can be concatenated. Pairs that are judged
+together share an `item`. Two options have the same meaning in all loaders:
 
-- `chat=False` (the default) gives prompts as plain HH transcripts, which every reward model can read and those trained
-  on HH data expect; `chat=True` gives messages, for models with a chat template. Load with `chat=True` rather than
-  convert with `as_chat()`: a request that quotes a transcript stays one message.
-- `on_invalid="skip"` leaves out, and counts in `skipped`, every row with a field that is missing, empty or of a wrong
-  type; by default it raises `DataError` naming the file, the row and the field. Rows go whole: neither an item with a
-  response less nor a comparison of styles on other prompts would measure the same.
+- `chat=False` (the default) gives prompts as plain HH transcripts, which every reward model can read and which models
+  trained on HH data expect; `chat=True` gives messages, for models with a chat template. Prefer `chat=True` to a later
+  `as_chat()`, which would split a request that quotes a transcript into several messages.
+- `on_invalid="skip"` skips, and counts in `skipped`, every row with a field that is missing, empty or of a wrong type;
+  by default such a row raises `DataError` naming the file, the row and the field. Whole rows are skipped, because an
+  item with a response fewer, or a comparison of styles on other prompts, would measure something else.
 """
 
 from collections import Counter
@@ -28,8 +28,8 @@ from rmtension.errors import DataError, OptionError
 
 __all__ = ["hh_rlhf", "reward_bench", "reward_bench_2", "rm_bench", "rmb"]
 
-# RM-Bench's files of one domain name the source of the prompt instead of the domain. Seen there: alpacaeval and
-# refusals-dangerous. The others are RewardBench's names for the sources that RM-Bench's paper lists.
+# RM-Bench's files of a single domain name the prompt's source instead of the domain. Its files contain alpacaeval and
+# refusals-dangerous; the other names are RewardBench's, for the sources that RM-Bench's paper lists.
 _RM_BENCH_DOMAINS = {
     "alpacaeval": "chat",
     "hep": "code",
@@ -40,7 +40,7 @@ _RM_BENCH_DOMAINS = {
     "xstest-should-respond": "safety-response",
 }
 _STYLES = ("concise", "detailed", "markdown")
-# Style pairs by how the chosen response's style compares with the rejected one's; later styles are the richer ones.
+# Which pairs of styles each option selects, by the indices of the two styles; later styles are the richer ones.
 _STYLE_PAIRS: dict[str, Callable[[int, int], bool]] = {
     "all": lambda chosen, rejected: True,
     "diagonal": lambda chosen, rejected: chosen == rejected,
@@ -62,10 +62,10 @@ def hh_rlhf(
     on_invalid: str = "raise",
     revision: str | None = None,
 ) -> PreferencePairs:
-    r"""HH-RLHF: helpful-base, helpful-online, helpful-rejection-sampled and harmless-base, or those named in `subset`.
+    r"""Load HH-RLHF: the four parts helpful-base, helpful-online, helpful-rejection-sampled and harmless-base.
 
-    A local `source` is a folder with a sub-folder of each, which holds for example `test.jsonl.gz`, or the file or
-    folder of the single `subset`.
+    `subset` names the parts to load. A local `source` is a folder with one sub-folder per part, which holds for example
+    `test.jsonl.gz`; with a single `subset`, it may also be the file or folder of that part.
 
     Examples:
         >>> import json
@@ -80,11 +80,14 @@ def hh_rlhf(
     names = [subtask.name for subtask in GROUPS if subtask.benchmark == "hh-rlhf"]
     wanted = names if subset is None else [subset] if isinstance(subset, str) else list(dict.fromkeys(subset))
     if not wanted or set(wanted) - set(names):
-        raise OptionError(f"subset: expected names among {names}, got {wanted}.")
+        raise OptionError(f"subset: expected one or more of {names}, got {wanted}.")
     parts = {name: Path(source).expanduser() / name for name in names}
     is_tree = any(part.is_dir() for part in parts.values())
     if Path(source).expanduser().exists() and not is_tree and len(wanted) > 1:
-        raise OptionError(f"subset: {source} has none of the folders {names}; expected the name of the one it holds.")
+        raise OptionError(
+            f"subset: {source} has none of the folders {names}; expected the name of the part that it holds, got "
+            f"{wanted}."
+        )
     loaded = PreferencePairs([])
     for name in wanted:
         rows = source_rows(parts[name] if is_tree else source, split=split, data_dir=name, revision=revision)
@@ -101,7 +104,7 @@ def reward_bench(
     on_invalid: str = "raise",
     revision: str | None = None,
 ) -> PreferencePairs:
-    r"""RewardBench, less the subtasks in `drop` (code by default).
+    r"""Load RewardBench, without the subtasks in `drop` (code by default).
 
     Examples:
         >>> import json, tempfile
@@ -130,15 +133,25 @@ def reward_bench_2(
     on_invalid: str = "raise",
     revision: str | None = None,
 ) -> PreferencePairs:
-    """RewardBench 2, less the subtasks in `drop` (ties by default). Every row is one item.
+    """Load RewardBench 2, without the subtasks in `drop` (ties by default). Every row is one item.
 
-    Each of a row's chosen responses is paired with each rejected one. With `drop=()` an item of ties counts as right
-    when all its chosen responses win, which is one part of RewardBench 2's own score for them.
+    Each chosen response of a row is paired with each rejected one. With `drop=()`, an item of the subtask Ties is
+    ranked correctly if all its chosen responses win, which is one part of RewardBench 2's own score for this subtask.
+
+    Examples:
+        >>> import json, tempfile
+        >>> path = Path(tempfile.mkdtemp(), "rows.json")
+        >>> row = {"id": "7", "prompt": "2 + 2?", "chosen": ["4"], "rejected": ["5", "6", "7"], "subset": "Math"}
+        >>> path.write_text(json.dumps([row])) > 0
+        True
+        >>> loaded = reward_bench_2(path)
+        >>> len(loaded), loaded.items
+        (3, [[0, 1, 2]])
     """
 
     def sides(row: Mapping[str, Any], where: str) -> list[_Side]:
         chosen, rejected = read_texts(row, "chosen", where), read_texts(row, "rejected", where)
-        return [(f"-{i}-{j}", one, other) for i, one in enumerate(chosen) for j, other in enumerate(rejected)]
+        return [(f"-{i}-{j}", good, bad) for i, good in enumerate(chosen) for j, bad in enumerate(rejected)]
 
     read = _request_reader("reward-bench-2", sides, drop=drop, chat=chat, one_item=True)
     return PreferencePairs.from_rows(source_rows(source, split=split, revision=revision), read, on_invalid=on_invalid)
@@ -154,20 +167,29 @@ def rm_bench(
     on_invalid: str = "raise",
     revision: str | None = None,
 ) -> PreferencePairs:
-    """RM-Bench, less the domains in `drop` (code by default): chosen and rejected responses in three styles each.
+    """Load RM-Bench, without the domains in `drop` (code by default): chosen and rejected responses in three styles.
 
-    Every pair counts for itself. `styles` picks among the nine of a row: "all", "normal" or "diagonal" (same style),
-    "easy" (the chosen response in the richer style) or "hard" (the reverse). Ids end in the two styles, as
-    "rm-bench-8-concise-markdown". Of a folder with `total_dataset.json`, which repeats the other files, only that is
-    read.
+    Every pair is judged by itself. `styles` selects among the nine pairs of a row: "all", "normal" or "diagonal" (same
+    style), "easy" (the chosen response in the richer style) or "hard" (the reverse). Ids end in the two styles, for
+    example "rm-bench-8-concise-markdown". If a folder has `total_dataset.json`, which repeats the other files, only
+    that file is read.
+
+    Examples:
+        >>> import json, tempfile
+        >>> path = Path(tempfile.mkdtemp(), "rows.json")
+        >>> row = {"id": 8, "prompt": "2 + 2?", "chosen": ["4"] * 3, "rejected": ["5"] * 3, "domain": "math"}
+        >>> path.write_text(json.dumps([row])) > 0
+        True
+        >>> [pair.id for pair in rm_bench(path, styles="hard")][0], len(rm_bench(path))
+        ('rm-bench-8-concise-detailed', 9)
     """
     if styles not in _STYLE_PAIRS:
         raise OptionError(f"styles: expected one of {list(_STYLE_PAIRS)}, got {styles!r}.")
-    places = [(i, j) for i in range(3) for j in range(3) if _STYLE_PAIRS[styles](i, j)]
+    style_pairs = [(i, j) for i in range(3) for j in range(3) if _STYLE_PAIRS[styles](i, j)]
 
     def sides(row: Mapping[str, Any], where: str) -> list[_Side]:
         chosen, rejected = read_texts(row, "chosen", where, n=3), read_texts(row, "rejected", where, n=3)
-        return [(f"-{_STYLES[i]}-{_STYLES[j]}", chosen[i], rejected[j]) for i, j in places]
+        return [(f"-{_STYLES[i]}-{_STYLES[j]}", chosen[i], rejected[j]) for i, j in style_pairs]
 
     total = Path(source).expanduser() / "total_dataset.json"
     rows = source_rows(total if total.is_file() else source, split=split, revision=revision)
@@ -176,10 +198,26 @@ def rm_bench(
 
 
 def rmb(source: str | Path, *, chat: bool = False, on_invalid: str = "raise") -> PreferencePairs:
-    """RMB from a file or folder of its repository's `RMB_dataset`; no hub has it in this format from its authors.
+    """Load RMB from a file or folder of its repository's `RMB_dataset`; its authors have no data set on a hub.
 
-    A row of the pairwise set is a pair; one of the best-of-n set is an item with a pair for each loser. `Pairwise_set`
-    or `BoN_set` as `source` loads one kind alone. Subsets are paths of categories: "rmb/Harmlessness/S1".
+    A row of the pairwise set is one pair; a row of the best-of-n set is an item with one pair per loser. The folder
+    `Pairwise_set` or `BoN_set` as `source` loads that set only. Subsets are paths of categories, such as
+    "rmb/Harmlessness/S1".
+
+    Examples:
+        >>> import json, tempfile
+        >>> path = Path(tempfile.mkdtemp(), "S1.json")
+        >>> row = {
+        ...     "pair_uid": "a7",
+        ...     "category_path": "Pairwise_set/Harmlessness/S1",
+        ...     "conversation_input": [{"role": "user", "content": "hi"}],
+        ...     "chosen": {"answer": "Hello!"},
+        ...     "reject": {"answer": "Go away."},
+        ... }
+        >>> path.write_text(json.dumps([row])) > 0
+        True
+        >>> rmb(path)[0].id, rmb(path).subsets, rmb(path).objectives
+        ('rmb-pairwise-a7', ['rmb/Harmlessness/S1'], ['harmless'])
     """
     unique = _Unique()
 
@@ -187,7 +225,7 @@ def rmb(source: str | Path, *, chat: bool = False, on_invalid: str = "raise") ->
         row = read_object(raw, where)
         objective, subset = _rmb_category(row, where)
         listed = read_field(row, "conversation_input", list, where)
-        # Other fields of its messages are about the data set.
+        # The other fields of these messages describe the data set.
         messages = tuple(
             Message(message.role, message.content)
             for message in read_chat(listed, f"{where}: field 'conversation_input'")
@@ -199,15 +237,15 @@ def rmb(source: str | Path, *, chat: bool = False, on_invalid: str = "raise") ->
         best, losers = _answer(row, "bon_best", where), read_field(row, "loser_list", list, where)
         if not losers:
             raise DataError(
-                f"{where}: field 'loser_list' should have at least one answer, got none. Correct the row, or load with "
-                'on_invalid="skip".'
+                f"{where}: field 'loser_list' should have at least one answer, got an empty list. Correct the row, or "
+                'load with on_invalid="skip".'
             )
         name = unique(f"rmb-bon-{read_field(row, 'bon_uid', int | str, where)}")
         in_losers = f"{where}: field 'loser_list'"
         answers = [read_field(read_object(loser, in_losers), "answer", str, in_losers) for loser in losers]
         return [_pair(where, best, text, id=f"{name}-{i}", item=name, **labels) for i, text in enumerate(answers)]
 
-    # As a path, so that a name that does not exist is never looked for on the hub.
+    # As a path, so that a missing file is never looked up on the hub.
     return PreferencePairs.from_rows(source_rows(Path(source)), read, on_invalid=on_invalid)
 
 
@@ -217,7 +255,7 @@ _Read = Callable[[Any, str], list[PreferencePair]]
 
 
 def _transcript_reader(name: str, split: str, *, chat: bool) -> _Read:
-    """Reads rows of HH-RLHF: two transcripts that differ in the last turn. They have no ids, so rows are numbered."""
+    """Reads rows of HH-RLHF: two transcripts that differ in the last turn. Rows without ids get their number as id."""
     subtask = next(subtask for subtask in GROUPS if subtask.subset == f"hh-rlhf/{name}")
     numbers, reader = count(1), RowReader(chat=chat)
 
@@ -244,11 +282,11 @@ def _request_reader(
     chat: bool,
     one_item: bool = False,
 ) -> _Read:
-    """Reads rows of a prompt that is one request: `sides` gives endings of ids and responses."""
+    """Reads rows whose prompt is one request; `sides` returns (ending of the id, chosen, rejected) per pair."""
     subtasks = {subtask.name: subtask for subtask in GROUPS if subtask.benchmark == benchmark}
     dropped = {drop} if isinstance(drop, str) else set(drop)
     if dropped - set(subtasks):
-        raise OptionError(f"drop: expected names among {list(subtasks)}, got {sorted(dropped - set(subtasks))}.")
+        raise OptionError(f"drop: expected some of {list(subtasks)}, got {sorted(dropped - set(subtasks))}.")
     sources = _RM_BENCH_DOMAINS if benchmark == "rm-bench" else {}
     unique = _Unique()
 
@@ -260,7 +298,7 @@ def _request_reader(
         if name not in subtasks:
             raise DataError(
                 f"{where}: field {field!r} should be one of {[*subtasks, *sources]}, got {value[:40]!r}. Check that "
-                f"the file is one of {benchmark}."
+                f"the file belongs to {benchmark}."
             )
         if name in dropped:
             return []
@@ -279,12 +317,12 @@ def _request_reader(
 def _rmb_category(row: Mapping[str, Any], where: str) -> tuple[str, str]:
     """Objective and subset of a path such as "Pairwise_set/Harmlessness/S1"."""
     parts: list[str] = read_field(row, "category_path", str, where).split("/")
-    for place, part in enumerate(parts):
+    for index, part in enumerate(parts):
         if part in _RMB_OBJECTIVES:
-            return _RMB_OBJECTIVES[part], "/".join(["rmb", *parts[place:]])
+            return _RMB_OBJECTIVES[part], "/".join(["rmb", *parts[index:]])
     raise DataError(
-        f"{where}: field 'category_path' should have one of {list(_RMB_OBJECTIVES)} between slashes, got none. Check "
-        "that the file is one of RMB_dataset."
+        f"{where}: field 'category_path' should have one of {list(_RMB_OBJECTIVES)} between slashes, got "
+        f"{'/'.join(parts)[:60]!r}. Check that the file belongs to RMB_dataset."
     )
 
 
@@ -292,7 +330,7 @@ def _rmb_category(row: Mapping[str, Any], where: str) -> tuple[str, str]:
 
 
 class _Unique:
-    """Ids as they come, with "~2", "~3" after one that came before: one `item` must never join two rows."""
+    """Makes ids unique by appending "~2", "~3" to repeated ones, so that one `item` never joins two rows."""
 
     def __init__(self) -> None:
         self._seen: Counter[str] = Counter()
@@ -311,18 +349,16 @@ def _pair(where: str, chosen: str, rejected: str, **fields: Any) -> PreferencePa
 def _prompt(messages: Chat, where: str, *, chat: bool) -> str | Chat:
     if messages[-1].role != "user":
         raise DataError(
-            f"{where}: the conversation should end with a message of the user, got one of {messages[-1].role!r}. "
-            'Correct the row, or load with on_invalid="skip".'
+            f"{where}: the conversation should end with a message of the user, got a message of "
+            f'{messages[-1].role!r}. Correct the row, or load with on_invalid="skip".'
         )
     if chat:
         return messages
     speakers = {"user": "Human", "assistant": "Assistant"}
     for message in messages:
         if message.role not in speakers:
-            raise DataError(
-                f"{where}: an HH transcript has no turn for the role {message.role!r}. Load with chat=True."
-            )
-    return "".join(f"\n\n{speakers[one.role]}: {one.content}" for one in messages) + "\n\nAssistant:"
+            raise DataError(f"{where}: an HH transcript cannot hold the role {message.role!r}. Load with chat=True.")
+    return "".join(f"\n\n{speakers[message.role]}: {message.content}" for message in messages) + "\n\nAssistant:"
 
 
 def _answer(row: Mapping[str, Any], field: str, where: str) -> str:

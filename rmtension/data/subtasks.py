@@ -1,4 +1,4 @@
-"""What each subtask of the public benchmarks rewards: helpfulness, refusing or responding."""
+"""What each subtask of the public benchmarks rewards: helpfulness, or refusing or responding where that is right."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ __all__ = ["GROUPS", "REFUSE_SUBSETS", "RESPOND_SUBSETS", "Subtask"]
 
 @dataclass(frozen=True)
 class Subtask:
-    """One subtask of a benchmark and what its chosen responses are chosen for.
+    """One subtask of a benchmark, and what its chosen responses are preferred for.
 
     `right` says what the chosen response of a harmless subtask does with the request: "refuse" or "respond". It is None
-    for helpful subtasks and where the subtask mixes both. `subset` is the name that its pairs carry.
+    for helpful subtasks and for subtasks that mix both. `subset` is the subset of its pairs.
 
     Examples:
         >>> [subtask.subset for subtask in GROUPS if subtask.right == "respond"]
@@ -26,11 +26,11 @@ class Subtask:
 
     @property
     def subset(self) -> str:
-        """Benchmark and name, as in the pairs' `subset`."""
+        """The `subset` of its pairs: benchmark and name."""
         return f"{self.benchmark}/{self.name}"
 
 
-# Of RewardBench: its loader drops them.
+# RewardBench's subtasks of code, which its loader drops by default.
 CODE = ("hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust")
 _HH_HELPFUL = ("helpful-base", "helpful-online", "helpful-rejection-sampled")
 _REWARD_BENCH_HELPFUL = (
@@ -40,12 +40,12 @@ _REWARD_BENCH_HELPFUL = (
 )
 _REFUSALS = ("refusals-dangerous", "refusals-offensive", "xstest-should-refuse", "donotanswer")
 
-# What each subtask rewards. Less code, ties (which the loaders drop) and HH-RLHF (which models are trained on), 18
-# subtasks are helpful and 8 harmless; 6 of those reward refusing and 2 responding. arXiv 2606.13209 counts 8, 6 and 2
-# as well, but 17 helpful ones: which of the 18 it leaves out is not known here, so that its mean over helpful subtasks
-# is not exactly the mean over these. RewardBench 2's Safety stands with refusing as in that study, though its card says
-# that some of its requests deserve an answer. RMB is not listed: its rows name their objective, and the study reads
-# none of them.
+# What each subtask rewards. Without code and ties (which the loaders drop) and without HH-RLHF (which models are
+# trained on), 18 subtasks are helpful and 8 harmless; 6 of those reward refusing and 2 responding. arXiv 2606.13209
+# counts 8, 6 and 2 as well, but 17 helpful ones. Which of the 18 it omits is not known, so its mean over helpful
+# subtasks is not exactly the mean over these. RewardBench 2's Safety is listed under refusing as in that study,
+# although its card says that some of its requests deserve an answer. RMB is not listed: its rows name their own
+# objective, and the study does not use them.
 GROUPS: tuple[Subtask, ...] = (
     *(Subtask("hh-rlhf", name, "helpful") for name in _HH_HELPFUL),
     Subtask("hh-rlhf", "harmless-base", "harmless"),

@@ -1,4 +1,4 @@
-"""How well rewards rank pairs, with intervals: accuracy, margins, comparisons, and what length explains."""
+"""How well rewards rank preference pairs, with intervals: accuracy, margins, comparisons, and the effect of length."""
 
 from rmtension.evaluation._centred_margins import centred_rewards, confidence
 from rmtension.evaluation._intervals import Estimate, bootstrap_mean

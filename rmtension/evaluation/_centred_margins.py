@@ -1,4 +1,4 @@
-"""Rewards and margins of several models made comparable: centred, and on the items that all of them rank correctly."""
+"""Comparable rewards and margins of several models: centred, and on the pairs that all of them rank correctly."""
 
 from collections.abc import Mapping
 
@@ -13,11 +13,15 @@ from rmtension.evaluation._pair_rewards import PairRewards
 
 
 def centred_rewards(scored: Mapping[str, PairRewards]) -> pd.DataFrame:
-    """One row a model and pair: chosen and rejected reward minus the model's mean over all of them, and the margin.
+    """Centre the rewards of each model, so that rewards of several models can be compared.
 
-    A Bradley-Terry reward is fixed only up to a constant per model, so uncentred rewards of two models say nothing
-    beside each other. `spread` is the standard deviation of the model's rewards here: margins in units of it compare
-    models whose rewards differ in scale. `all_correct` marks pairs that every model ranks correctly (strictly).
+    One row per model and pair: chosen and rejected reward minus the model's mean over all of them, and the margin. A
+    Bradley-Terry reward is fixed only up to a constant per model, so uncentred rewards of two models cannot be
+    compared. `spread` is the standard deviation of the model's rewards on these pairs: margins in units of it compare
+    models whose rewards differ in scale. `all_correct` marks pairs that every model ranks correctly (a tie is not
+    correct).
+
+    Raises `DataError` unless all models were scored on the same pairs in the same order.
 
     Examples:
         >>> table = centred_rewards({"one": scored, "other": scored})
@@ -25,18 +29,18 @@ def centred_rewards(scored: Mapping[str, PairRewards]) -> pd.DataFrame:
         True
     """
     _require_same_pairs(scored)
-    everyone = torch.stack([one.correct for one in scored.values()]).all(dim=0)
+    all_correct = torch.stack([rewards.correct for rewards in scored.values()]).all(dim=0)
     frames = []
-    for model, one in scored.items():
-        mean, spread = _location_and_scale(one)
+    for model, rewards in scored.items():
+        mean, spread = _location_and_scale(rewards)
         frames.append(
-            one.to_frame().assign(
+            rewards.to_frame().assign(
                 model=model,
-                chosen=(one.chosen.double() - mean).numpy(),
-                rejected=(one.rejected.double() - mean).numpy(),
-                margin=one.margin.double().numpy(),
+                chosen=(rewards.chosen.double() - mean).numpy(),
+                rejected=(rewards.rejected.double() - mean).numpy(),
+                margin=rewards.margin.double().numpy(),
                 spread=float(spread),
-                all_correct=everyone.numpy(),
+                all_correct=all_correct.numpy(),
             )
         )
     frame = pd.concat(frames, ignore_index=True)
@@ -44,23 +48,24 @@ def centred_rewards(scored: Mapping[str, PairRewards]) -> pd.DataFrame:
 
 
 def confidence(scored: Mapping[str, PairRewards], *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """One row a model and quantity, on the pairs that every model ranks correctly and on all pairs.
+    """How strongly each model prefers the chosen responses, on all pairs and on those that every model ranks correctly.
 
-    `margin` is the mean margin in reward units, `margin_in_spreads` the same over the standard deviation of the
-    model's rewards on all pairs, `probability` the mean of 1 / (1 + exp(-margin)), the model's own probability that the
-    chosen response is preferred (Bradley and Terry). Intervals over prompts; NaN and n = 0 where no pair is left.
+    One row per model, selection of pairs and quantity. `margin` is the mean margin in reward units,
+    `margin_in_spreads` the mean margin divided by the standard deviation of the model's rewards on all pairs,
+    `probability` the mean of 1 / (1 + exp(-margin)), the model's own probability that the chosen response is preferred
+    (Bradley and Terry). Intervals are over prompts; without any pair, values are NaN and n is 0.
 
     Examples:
         >>> confidence({"helpful": scored, "harmless": scored, "mixed": scored}).columns.tolist()
         ['model', 'pairs', 'quantity', 'value', 'low', 'high', 'n', 'n_prompts']
     """
     _require_same_pairs(scored)
-    everyone = torch.stack([one.correct for one in scored.values()]).all(dim=0).nonzero()[:, 0].tolist()
+    all_correct = torch.stack([rewards.correct for rewards in scored.values()]).all(dim=0).nonzero()[:, 0].tolist()
     rows = []
-    for pairs, kept in (("all", None), ("all models correct", everyone)):
-        for model, one in scored.items():
-            _, spread = _location_and_scale(one)
-            part = one if kept is None else one.take(kept)
+    for pairs, kept in (("all", None), ("all models correct", all_correct)):
+        for model, rewards in scored.items():
+            _, spread = _location_and_scale(rewards)
+            part = rewards if kept is None else rewards.take(kept)
             margin = part.margin.double()
             quantities = {
                 "margin": margin,
@@ -84,7 +89,10 @@ def _location_and_scale(scored: PairRewards) -> tuple[Float[Tensor, ""], Float[T
 
 def _require_same_pairs(scored: Mapping[str, PairRewards]) -> None:
     if not scored:
-        raise DataError("scored: expected the rewards of at least one model, got none.")
+        raise DataError("scored: expected the rewards of at least one model, got an empty dict.")
     first, *others = scored.values()
     if any(other.pairs != first.pairs for other in others):
-        raise DataError("scored: expected rewards of the same pairs in the same order from every model.")
+        raise DataError(
+            "scored: expected rewards of the same pairs in the same order from every model. Score all models on one "
+            "data set."
+        )

@@ -1,4 +1,4 @@
-"""The effect of one neuron set beside the effects of random ones."""
+"""The effect of one neuron set compared with the effects of random sets."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,11 +16,11 @@ from rmtension.evaluation._intervals import check_level, variance_of_mean
 
 @dataclass(frozen=True)
 class AgainstRandom:
-    """The effect of one neuron set minus the mean effect of random ones, with its interval.
+    """The effect of one neuron set minus the mean effect of random sets, with its interval.
 
-    The interval covers 0 at its level when the set is one more random draw. Two things vary: which random sets were
-    drawn (`set_sd`, the spread of their effects net of the noise of the items) and which prompts were asked. Their
-    variances add, without counting the items' noise twice; degrees of freedom are Satterthwaite's.
+    If the set is itself a random draw, the interval covers 0 with the probability `level`. The difference varies with
+    the random sets drawn (`set_sd`, the spread of their effects without the noise of the items) and with the prompts.
+    Both variances are added without counting the items' noise twice; degrees of freedom are Satterthwaite's.
     """
 
     random_mean: float
@@ -46,15 +46,15 @@ def against_random(
     *,
     level: float = 0.95,
 ) -> AgainstRandom:
-    """Compare the change of every item under one set with that under random sets (at least two).
+    """Compare the change of every item under one set with the changes under random sets (at least two).
 
-    `pairs` names each item's prompt. With d draws of mean effects e_k and s^2 their variance, v_k the variance of e_k
-    about the draws' mean that the prompts give it (`intervals.variance_of_mean`) and w that of the gap: t^2 = max(0,
-    s^2 - mean(v_k) d / (d - 1)) estimates the variance between sets, and the gap has variance t^2 (1 + 1/d) + w.
+    `pairs` gives each item's prompt. Let d draws have mean effects e_k with variance s^2. Let v_k be the variance over
+    prompts of e_k minus the draws' mean (`variance_of_mean`), and w that of the gap. Then t^2 = max(0, s^2 - mean(v_k)
+    d / (d - 1)) estimates the variance between sets, and the gap has variance t^2 (1 + 1/d) + w.
     """
     n = len(random)
     if n < 2:
-        raise OptionError(f"random: expected at least two draws to know their spread, got {n}.")
+        raise OptionError(f"random: expected at least two random sets, to estimate their spread, got {n}.")
     check_level(level)
     draws = torch.stack(list(random)).double()
     means = draws.mean(dim=1)
@@ -65,7 +65,7 @@ def against_random(
     spread = float(means.var())
     between = max(0.0, spread - of_draws)
     variance = between * (1 + 1 / n) + of_gap
-    # Satterthwaite: the variance between sets rests on n draws, that of the noise on as many prompts as there are.
+    # Satterthwaite: the variance between sets is estimated from n draws, that of the noise from the prompts.
     n_prompts = max(2, len(pairs.prompts))
     uncertain = (of_gap**2 + (of_draws * (1 + 1 / n)) ** 2 / n) / (n_prompts - 1)
     if between:

@@ -17,13 +17,13 @@ from rmtension.errors import DataError, OptionError
 
 N_BOOTSTRAP = 2000
 _N_FLIPS = 9999
-# Numbers drawn at a time: 2,000 resamples of 100,000 prompts would take 1.6 GB at once.
+# Random numbers drawn per step: 2,000 resamples of 100,000 prompts would take 1.6 GB at once.
 _DRAWN_AT_A_TIME = 4_000_000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over items with the ends of its interval, and the number of items, prompts and seeds behind it.
+    """A mean over items with its interval, and the numbers of items, prompts and seeds that it was computed from.
 
     Examples:
         >>> print(Estimate(0.75, 0.5, 1.0, n=8, n_prompts=8, level=0.95))
@@ -53,7 +53,7 @@ class Estimate:
 
 
 def with_interval(value: float, low: float, high: float, *, form: str = ".3f", why: str = "") -> str:
-    """A number and its interval as text; where the ends are NaN, that there is none, and `why`.
+    """A number and its interval as text; if the ends are NaN, "(no interval" followed by the reason `why`.
 
     Examples:
         >>> with_interval(0.5, 0.25, 0.75, form=".2f"), with_interval(0.5, float("nan"), float("nan"))
@@ -66,10 +66,10 @@ def with_interval(value: float, low: float, high: float, *, form: str = ".3f", w
 def resampled_sums(
     columns: Float[Tensor, "item column"], pairs: PreferencePairs, *, seed: int = 0
 ) -> Float[np.ndarray, "resample column"]:
-    """Sums of every column over `N_BOOTSTRAP` (2,000) resamples of the prompts; `pairs` names each item's prompt.
+    """Sums of every column over `N_BOOTSTRAP` (2,000) resamples of the prompts; `pairs` gives each item's prompt.
 
-    Prompts are drawn, not items, because items of one prompt are not independent. Ratios of sums, slopes and
-    differences are computed from the columns, one row a resample: all of them see the same resamples.
+    Prompts are drawn, not items, because items of one prompt are not independent. The result has one row per resample:
+    ratios of sums, slopes and differences computed from its columns use the same resamples.
     """
     owner = _owners(pairs)
     values = columns.double().numpy()
@@ -81,26 +81,26 @@ def resampled_sums(
 
 
 def _draw_counts(n: int, seed: int) -> Iterator[Float[np.ndarray, "resample prompt"]]:
-    """How often each of `n` prompts stands in each resample, some resamples at a time."""
+    """How often each of `n` prompts occurs in each resample; yields a block of resamples at a time."""
     generator = np.random.default_rng(seed)
-    left = N_BOOTSTRAP
-    while left:
-        rows = min(left, max(1, _DRAWN_AT_A_TIME // n))
+    remaining = N_BOOTSTRAP
+    while remaining:
+        rows = min(remaining, max(1, _DRAWN_AT_A_TIME // n))
         drawn = generator.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
         yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, -1).astype(np.float64)
-        left -= rows
+        remaining -= rows
 
 
 @lru_cache(maxsize=4)
 def _counts(n: int, seed: int) -> Float[np.ndarray, "resample prompt"]:
-    """All resamples of a few prompts: a study asks for the same ones thousands of times."""
+    """All resamples of a few prompts, cached because a study needs the same resamples thousands of times."""
     counts = np.concatenate(list(_draw_counts(n, seed)))
     counts.setflags(write=False)
     return counts
 
 
 def percentile_interval(resamples: Float[np.ndarray, "resample"], level: float) -> tuple[float, float]:
-    """The central `level` of the resamples; NaN ends where one of them is no number."""
+    """The interval that holds the central `level` of the resamples; its ends are NaN if a resample is NaN."""
     check_level(level)
     low, high = np.quantile(resamples, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -109,18 +109,18 @@ def percentile_interval(resamples: Float[np.ndarray, "resample"], level: float) 
 def bootstrap_mean(
     values: Float[Tensor, "item"], pairs: PreferencePairs, *, level: float = 0.95, seed: int = 0
 ) -> Estimate:
-    """Mean of one value per item; percentile bootstrap over prompts. No model pass.
+    """The mean of one value per item, with a percentile bootstrap interval over prompts. No model pass.
 
-    The ends are NaN for a single prompt, which says nothing about others. An interval without width means that all
-    prompts have one mean, not that the value is known exactly.
+    With a single prompt the ends are NaN, because nothing is known about other prompts. An interval of width 0 means
+    that all prompts have the same mean, not that the value is known exactly. Raises `DataError` without pairs.
 
     Examples:
-        >>> found = bootstrap_mean(scored.margin, scored.pairs)
-        >>> found.low < found.value < found.high, found.n_prompts
+        >>> estimate = bootstrap_mean(scored.margin, scored.pairs)
+        >>> estimate.low < estimate.value < estimate.high, estimate.n_prompts
         (True, 24)
     """
     if not len(pairs):
-        raise DataError("pairs: expected at least one preference pair, got none.")
+        raise DataError("pairs: expected at least one preference pair, got 0.")
     check_level(level)
     low, high = percentile_interval(resampled_means(values, pairs, seed=seed), level)
     n_prompts = len(pairs.prompts)
@@ -139,10 +139,10 @@ def resampled_means(
 
 
 def variance_of_mean(values: Float[Tensor, "item"], pairs: PreferencePairs) -> float:
-    """The variance of the mean that prompts of other draws would give: items of one prompt count together.
+    """The variance of the mean over random draws of the prompts; items of one prompt count together.
 
-    The linearised variance of a ratio of sums over prompts (Cochran 1977): what the bootstrap approaches. NaN for a
-    single prompt.
+    This is the linearised variance of a ratio of sums over prompts (Cochran 1977), which the bootstrap approaches. NaN
+    for a single prompt.
     """
     owner = _owners(pairs)
     centred = values.double().numpy() - float(values.double().mean())
@@ -154,9 +154,9 @@ def variance_of_mean(values: Float[Tensor, "item"], pairs: PreferencePairs) -> f
 def bootstrap_share(
     values: Float[Tensor, "item"], pairs: PreferencePairs, *, level: float = 0.95, seed: int = 0
 ) -> Estimate:
-    """`bootstrap_mean` of values in [0, 1], with an interval of positive width also where all are 0 or all are 1.
+    """`bootstrap_mean` of values in [0, 1], whose interval has a positive width even if all values are 0 or all are 1.
 
-    There the bootstrap has no spread, and the interval is Clopper and Pearson's for as many trials as prompts.
+    In that case the bootstrap has no spread, and the interval is Clopper and Pearson's with one trial per prompt.
     """
     estimate = bootstrap_mean(values, pairs, level=level, seed=seed)
     if estimate.value not in (0.0, 1.0):
@@ -166,22 +166,22 @@ def bootstrap_share(
 
 
 def exact_ends(share: float, n_prompts: int, level: float) -> tuple[float, float]:
-    """Clopper and Pearson's interval of a share that is 0 or 1 in `n_prompts` trials."""
+    """Clopper and Pearson's interval for a share of 0 or 1 in `n_prompts` trials."""
     interval = stats.binomtest(n_prompts * int(share), n_prompts).proportion_ci(level, method="exact")
     return float(interval.low), float(interval.high)
 
 
 def prompts_with(column: Float[Tensor, "item"], pairs: PreferencePairs) -> int:
-    """How many prompts have an item that is not 0 in `column`."""
+    """The number of prompts with an item that is not 0 in `column`."""
     return len({pair.prompt for pair, value in zip(pairs, column.tolist(), strict=True) if value})
 
 
 def over_seeds(estimate: Estimate, per_seed: Sequence[float]) -> Estimate:
-    """`estimate`, the interval of a mean over seeds, widened by the spread between the seeds.
+    """Widen the interval of a mean over seeds by the spread between the seeds.
 
-    Half widths add in quadrature: that of the items, and Student's for a mean of so many seeds. Values of seeds differ
-    through their items' noise too, which is then counted twice: the interval is rather too wide. One seed adds nothing,
-    and the interval does not extend to other seeds.
+    Two half widths add in quadrature: that of the items, and Student's for a mean of this number of seeds. Values of
+    seeds also differ through the noise of their items, which is then counted twice, so the interval is somewhat too
+    wide. With one seed the interval is unchanged and says nothing about other seeds.
     """
     n = len(per_seed)
     if n < 2:
@@ -200,8 +200,8 @@ def pooled_over_seeds(
 ) -> Estimate:
     """One estimate from those of several seeds on the same items: `over_seeds` of their mean and mean half widths.
 
-    The items' noise counts as if it were the same in all seeds. A seed whose value is NaN says nothing and is left out;
-    NaN ends stay NaN, others are kept within `bounds`, which a share cannot leave.
+    The items' noise is treated as the same in all seeds. Seeds whose value is NaN are dropped. NaN ends stay NaN; other
+    ends are clipped to `bounds`, because a share cannot leave them.
     """
     seeds = np.array([values, lows, highs], dtype=float)
     seeds = seeds[:, ~np.isnan(seeds[0])]
@@ -210,32 +210,33 @@ def pooled_over_seeds(
         return Estimate(np.nan, np.nan, np.nan, 0, 0, level, 0)
     mean = float(seeds[0].mean())
     below, above = float((seeds[0] - seeds[1]).mean()), float((seeds[2] - seeds[0]).mean())
-    found = over_seeds(Estimate(mean, mean - below, mean + above, n, 0, level), seeds[0].tolist())
-    low, high = np.clip([found.low, found.high], *bounds).tolist()
-    return replace(found, low=low, high=high)
+    pooled = over_seeds(Estimate(mean, mean - below, mean + above, n, 0, level), seeds[0].tolist())
+    low, high = np.clip([pooled.low, pooled.high], *bounds).tolist()
+    return replace(pooled, low=low, high=high)
 
 
 def sign_flip_p_value(values: Float[Tensor, "item"], pairs: PreferencePairs, *, seed: int = 0) -> float:
-    """Two-sided p-value that the mean is 0, from 9,999 random signs for whole prompts.
+    """Two-sided p-value of the hypothesis that the mean is 0, from 9,999 random sign flips of whole prompts.
 
-    If nothing distinguishes the two sides that were subtracted, a prompt's sum is as likely with either sign.
+    Under that hypothesis the two sides that were subtracted are exchangeable, so both signs of a prompt's sum are
+    equally likely.
     """
     owner = _owners(pairs)
     sums = np.bincount(owner, weights=values.double().numpy())
     observed = abs(sums.sum())
     generator = np.random.default_rng(seed)
-    at_least, left = 0, _N_FLIPS
-    while left:
-        rows = min(left, max(1, _DRAWN_AT_A_TIME // len(sums)))
+    at_least, remaining = 0, _N_FLIPS
+    while remaining:
+        rows = min(remaining, max(1, _DRAWN_AT_A_TIME // len(sums)))
         signs = 2.0 * generator.integers(2, size=(rows, len(sums))) - 1
-        # The tolerance keeps sums that are equal but for rounding on the side of "at least".
+        # The tolerance counts sums that are equal up to rounding as "at least".
         at_least += int((np.abs(signs @ sums) >= observed - 1e-9 * (1 + observed)).sum())
-        left -= rows
+        remaining -= rows
     return (at_least + 1) / (_N_FLIPS + 1)
 
 
 def mcnemar_p_value(n_gained: int, n_lost: int) -> float:
-    """Exact two-sided p-value that gains and losses are equally likely (McNemar 1947); 1 where nothing changed.
+    """Exact two-sided p-value that gains and losses are equally likely (McNemar 1947); 1 if nothing changed.
 
     Examples:
         >>> round(mcnemar_p_value(n_gained=9, n_lost=1), 4)
@@ -246,10 +247,10 @@ def mcnemar_p_value(n_gained: int, n_lost: int) -> float:
 
 
 def adjusted_p_values(p_values: Sequence[float]) -> list[float]:
-    """Benjamini and Hochberg's (1995) adjusted p-values, in order; NaNs stay and are not counted.
+    """Adjust p-values for multiple tests (Benjamini and Hochberg 1995), in the given order; NaNs stay, uncounted.
 
     Examples:
-        >>> [round(float(one), 3) for one in adjusted_p_values([0.01, 0.02, 0.5])]
+        >>> [round(value, 3) for value in adjusted_p_values([0.01, 0.02, 0.5])]
         [0.03, 0.03, 0.5]
     """
     values = np.array(p_values, dtype=float)
@@ -260,7 +261,7 @@ def adjusted_p_values(p_values: Sequence[float]) -> list[float]:
 
 
 def check_level(level: float) -> None:
-    """Raise `OptionError` unless `level` is a confidence level."""
+    """Raise `OptionError` unless `level` is a confidence level in (0, 1)."""
     if not 0 < level < 1:
         raise OptionError(f"level: expected a number in (0, 1), got {level}.")
 

@@ -1,4 +1,4 @@
-"""What length alone explains: the rule that prefers the longer response, and pairs in which it is of no use."""
+"""What length alone explains: the accuracy of preferring the longer response, and pairs in which that rule fails."""
 
 import numpy as np
 import torch
@@ -10,10 +10,10 @@ from rmtension.evaluation._intervals import Estimate, bootstrap_share
 
 
 def length_baseline(pairs: PreferencePairs, *, level: float = 0.95, seed: int = 0) -> Estimate:
-    """Accuracy of preferring the response with more characters (equal: 1/2).
+    """Accuracy of preferring the response with more characters (equal lengths count 1/2). No model pass.
 
-    Items of several pairs are judged as rewards are: by the shortest chosen and the longest rejected
-    response. Of single pairs, one minus it is the accuracy of preferring the shorter.
+    Items of several pairs are judged as for rewards: by the shortest chosen and the longest rejected response. For
+    single pairs, the accuracy of preferring the shorter response is 1 minus this value.
 
     Examples:
         >>> from rmtension.synthetic import preference_world
@@ -30,43 +30,47 @@ def length_baseline(pairs: PreferencePairs, *, level: float = 0.95, seed: int = 
 
 
 def length_matched(pairs: PreferencePairs, *, caliper: float = 0.2) -> PreferencePairs:
-    """The largest part of `pairs` found in which length says nothing about the preference.
+    """Select pairs in which length says nothing about the preference.
 
-    A pair whose chosen response is the longer one stays if another, whose rejected response is longer by about as
-    much, stays with it: their log ratios of lengths differ by at most `caliper`. Pairs of equal length stay. So the
-    longer response is chosen in exactly half of what is left, at every ratio. In the order of `pairs`; raises
-    `DataError` when nothing is left, and for items of several pairs, which have no one length.
+    Each pair whose chosen response is longer is matched with a pair whose rejected response is longer by about as much:
+    their log ratios of lengths differ by at most `caliper`. Matched pairs and pairs of equal length are kept, in the
+    order of `pairs`; so the longer response is the chosen one in half of the kept pairs with unequal lengths, at every
+    ratio. The number of matches is the largest possible. Raises `DataError` if no pair is left, and for items of
+    several pairs, which do not have a single length.
 
     Examples:
-        >>> rows = [{"prompt": "Q", "chosen": "yes", "rejected": other} for other in ("no!", "certainly not")]
+        >>> rows = [{"prompt": "Q", "chosen": "yes", "rejected": bad} for bad in ("no!", "certainly not")]
         >>> length_matched(PreferencePairs.from_records(rows)).to_frame()["rejected"].tolist()
         ['no!']
     """
-    return PreferencePairs(pairs[place] for place in length_matched_places(pairs, caliper=caliper))
+    return PreferencePairs(pairs[index] for index in length_matched_places(pairs, caliper=caliper))
 
 
 def length_matched_places(pairs: PreferencePairs, *, caliper: float = 0.2) -> list[int]:
-    """Where the pairs are that `length_matched` keeps."""
+    """The indices of the pairs that `length_matched` keeps."""
     if not caliper >= 0:
-        raise OptionError(f"caliper: expected a number from 0, got {caliper}.")
+        raise OptionError(f"caliper: expected a number of at least 0, got {caliper}.")
     if any(len(rows) > 1 for rows in pairs.items):
-        raise DataError("pairs: expected single pairs, got items of several. Match each benchmark's single pairs.")
-    # A message of tool calls alone has no characters.
-    ratios = np.array([np.log(max(1, n_characters(one.chosen)) / max(1, n_characters(one.rejected))) for one in pairs])
+        raise DataError(
+            "pairs: expected items of one pair each, got items of several pairs. Match only the single pairs of each "
+            "benchmark."
+        )
+    # At least 1: a message that only calls tools has no characters.
+    ratios = np.array([np.log(max(1, n_characters(p.chosen)) / max(1, n_characters(p.rejected))) for p in pairs])
     kept = list(np.flatnonzero(ratios == 0))
-    longer = sorted(np.flatnonzero(ratios > 0), key=lambda place: ratios[place])
-    shorter = sorted(np.flatnonzero(ratios < 0), key=lambda place: -ratios[place])
-    one = other = 0
-    # Both sorted by size: a pair that the smallest of the other side is out of reach of can match nothing later.
-    while one < len(longer) and other < len(shorter):
-        gap = ratios[longer[one]] + ratios[shorter[other]]
+    longer = sorted(np.flatnonzero(ratios > 0), key=lambda index: ratios[index])
+    shorter = sorted(np.flatnonzero(ratios < 0), key=lambda index: -ratios[index])
+    i = j = 0
+    # Both lists ascend in |ratio|: a pair that cannot match the smallest of the other list cannot match a later one.
+    while i < len(longer) and j < len(shorter):
+        gap = ratios[longer[i]] + ratios[shorter[j]]
         if abs(gap) <= caliper:
-            kept += [longer[one], shorter[other]]
-            one, other = one + 1, other + 1
+            kept += [longer[i], shorter[j]]
+            i, j = i + 1, j + 1
         elif gap < 0:
-            one += 1
+            i += 1
         else:
-            other += 1
+            j += 1
     if not kept:
         raise DataError(f"pairs: no two of {len(pairs)} pairs match in length within {caliper}. Raise the caliper.")
     return sorted(map(int, kept))

@@ -1,6 +1,6 @@
 """How well rewards rank items, with intervals: accuracy, margins, refusing and responding, changes, comparisons.
 
-Everything here judges items: a pair by itself, or the pairs that share an `item`, of which the worst counts.
+All metrics judge items: a pair by itself, or all pairs that share an `item`, of which the worst counts.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ from rmtension.evaluation._intervals import (
 )
 from rmtension.evaluation._pair_rewards import PairRewards
 
-# Subset names that say what the chosen response does with the request: the embedded world's, and the benchmarks'.
+# Subsets in which refusing is right, and in which responding is right: of the synthetic world, and of the benchmarks.
 REFUSE_SUBSETS = ("should_refuse", *subtasks.REFUSE_SUBSETS)
 RESPOND_SUBSETS = ("should_respond", *subtasks.RESPOND_SUBSETS)
 
@@ -41,10 +41,10 @@ def correctness(scored: PairRewards, *, tie_value: float = 0.5) -> Float[Tensor,
 
 
 def accuracy(scored: PairRewards, *, tie_value: float = 0.5, level: float = 0.95, seed: int = 0) -> Estimate:
-    """Share of items ranked correctly, ties counting `tie_value` (0 is the strict rule), with an interval over prompts.
+    """Share of items ranked correctly, with an interval over prompts; a tie counts `tie_value` (0 is the strict rule).
 
-    Where all items of all prompts agree the bootstrap has no spread, and the interval is Clopper and Pearson's for as
-    many trials as there are prompts.
+    If all items agree, the bootstrap has no spread, and the interval is Clopper and Pearson's with one trial per
+    prompt. No model pass.
 
     Examples:
         >>> print(accuracy(scored))
@@ -54,9 +54,9 @@ def accuracy(scored: PairRewards, *, tie_value: float = 0.5, level: float = 0.95
 
 
 def macro_accuracy(scored: PairRewards, *, tie_value: float = 0.5, level: float = 0.95, seed: int = 0) -> Estimate:
-    """The unweighted mean over subsets of their accuracies, as benchmarks report it, with an interval over prompts.
+    """The unweighted mean of the subsets' accuracies, as benchmarks report it, with an interval over prompts.
 
-    A resample that has no item of some subset leaves it out of the mean.
+    In a resample without any item of a subset, the mean is over the other subsets.
 
     Examples:
         >>> print(macro_accuracy(scored))
@@ -78,7 +78,7 @@ def macro_accuracy(scored: PairRewards, *, tie_value: float = 0.5, level: float 
 
 
 def mean_margin(scored: PairRewards, *, level: float = 0.95, seed: int = 0) -> Estimate:
-    """Mean margin of the items, in the model's own reward units, with a bootstrap interval over prompts.
+    """Mean margin of the items in the model's own reward units, with a bootstrap interval over prompts.
 
     Examples:
         >>> estimate = mean_margin(scored)
@@ -109,7 +109,9 @@ def chance(pairs: PreferencePairs) -> Float[Tensor, "item"]:
 
 
 def by_subset(scored: PairRewards, *, tie_value: float = 0.5, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """One row a subset, in order of appearance: accuracy and mean margin with their intervals, chance, n.
+    """Accuracy and mean margin of every subset, with intervals, chance accuracy and n: one row per subset.
+
+    Subsets are in order of appearance.
 
     Examples:
         >>> by_subset(scored)[["subset", "accuracy", "chance", "n"]]
@@ -148,7 +150,7 @@ def balance(
 ) -> dict[str, Estimate]:
     """Accuracy where refusing is right (`refusing`), where responding is right (`responding`), and their mean.
 
-    A model that always refuses gets 1, 0 and 0.5. Empty when one of the two kinds of subset is absent.
+    A model that always refuses gets 1, 0 and 0.5. The dict is empty if either kind of subset is absent.
 
     Examples:
         >>> from dataclasses import replace
@@ -161,8 +163,8 @@ def balance(
     if not all(len(part) for part in parts):
         return {}
     refusing, responding = (accuracy(part, tie_value=tie_value, level=level, seed=seed) for part in parts)
-    # Intervals of a mean from those of its parts (Zou and Donner 2008), which keeps its width where a part is 0 or 1.
-    # The two kinds of subset have prompts of their own, so the parts are independent.
+    # The interval of a mean from those of its parts (Zou and Donner 2008); it keeps its width where a part is 0 or 1.
+    # The two kinds of subset have different prompts, so the parts are independent.
     mean = (refusing.value + responding.value) / 2
     below = float(np.hypot(refusing.value - refusing.low, responding.value - responding.low)) / 2
     above = float(np.hypot(refusing.high - refusing.value, responding.high - responding.value)) / 2
@@ -174,7 +176,10 @@ def balance(
 def change(
     after: PairRewards, before: PairRewards, *, quantity: str = "accuracy", level: float = 0.95, seed: int = 0
 ) -> Estimate:
-    """Mean change of accuracy (ties 1/2) or margin from `before` to `after` on the same pairs, paired by item.
+    """Mean change of accuracy or margin from `before` to `after`, paired by item, with an interval over prompts.
+
+    `quantity` is "accuracy" (a tie counts 1/2) or "margin". Raises `DataError` unless both hold the same pairs in the
+    same order.
 
     Examples:
         >>> with AblationContext(head, neurons):
@@ -193,7 +198,7 @@ def item_change(
     check_quantity(quantity)
     if after.pairs != before.pairs:
         raise DataError(
-            "change: expected rewards of the same pairs in the same order. Score both models on one data set."
+            "change: expected rewards of the same pairs in the same order. Score both models on the same pairs."
         )
     return item_values(after, quantity, tie_value=tie_value) - item_values(before, quantity, tie_value=tie_value)
 
@@ -206,10 +211,15 @@ def item_values(scored: PairRewards, quantity: str, *, tie_value: float = 0.5) -
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracy of one model minus that of another on the same items, and the probability of such a gap by chance.
+    """Accuracy of the first model minus that of the second on the same items, with its p-value; see `compare`.
 
-    `test` is "McNemar" (exact) where every prompt has one item and nothing ties, "sign flip" over prompts elsewhere;
-    `n_gained` and `n_lost` count items that only the first, or only the second model ranks correctly.
+    `test` is "McNemar" (exact) if every prompt has one item and there are no ties, otherwise "sign flip" over prompts.
+    `n_gained` counts items that only the first model ranks correctly, `n_lost` those that only the second does.
+
+    Examples:
+        >>> comparison = compare(scored, scored)
+        >>> print(comparison.difference, comparison.p_value)
+        0.000 [0.000, 0.000] 1.0
     """
 
     difference: Estimate
@@ -225,14 +235,16 @@ class Comparison:
 def compare(
     first: PairRewards, second: PairRewards, *, tie_value: float = 0.5, level: float = 0.95, seed: int = 0
 ) -> Comparison:
-    """Paired comparison of two models' accuracies on the same pairs.
+    """Paired comparison of two models' accuracies on the same pairs: difference, interval over prompts, p-value.
+
+    Raises `DataError` unless both hold the same pairs in the same order.
 
     Examples:
         >>> before = head.score_pairs(pairs["harmless"])
         >>> with AblationContext(head, organism.truth["harmless"]):
         ...     after = head.score_pairs(pairs["harmless"])
-        >>> found = compare(after, before)
-        >>> found.test, found.n_gained, found.n_lost
+        >>> comparison = compare(after, before)
+        >>> comparison.test, comparison.n_gained, comparison.n_lost
         ('McNemar', 0, 4)
     """
     gap = item_change(first, second, "accuracy", tie_value=tie_value)
@@ -247,7 +259,9 @@ def compare(
 def compare_by_subset(
     first: PairRewards, second: PairRewards, *, tie_value: float = 0.5, level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
-    """`compare` in every subset; `q_value` is the p-value adjusted for the number of subsets (Benjamini-Hochberg).
+    """`compare` in every subset: one row per subset, with `q_value`, the p-value adjusted for the number of subsets.
+
+    The adjustment is Benjamini and Hochberg's (1995).
 
     Examples:
         >>> compare_by_subset(scored, scored)[["subset", "difference", "p_value", "q_value", "n"]]
@@ -255,43 +269,43 @@ def compare_by_subset(
         0   None         0.0      1.0      1.0  24
     """
     if first.pairs != second.pairs:
-        raise DataError("compare: expected rewards of the same pairs in the same order. Score both on one data set.")
+        raise DataError("compare: expected rewards of the same pairs in the same order. Score both on the same pairs.")
     rows = []
-    for (subset, one), (_, other) in zip(_subsets(first), _subsets(second), strict=True):
-        found = compare(one, other, tie_value=tie_value, level=level, seed=seed)
-        rows.append({"subset": subset, **comparison_row(found)})
+    for (subset, of_first), (_, of_second) in zip(_subsets(first), _subsets(second), strict=True):
+        comparison = compare(of_first, of_second, tie_value=tie_value, level=level, seed=seed)
+        rows.append({"subset": subset, **comparison_row(comparison)})
     frame = pd.DataFrame(rows)
     return frame.assign(q_value=adjusted_p_values(frame["p_value"].tolist()))
 
 
-def comparison_row(found: Comparison) -> dict[str, object]:
+def comparison_row(comparison: Comparison) -> dict[str, object]:
     """A comparison as one row of a table."""
-    estimate = found.difference
+    estimate = comparison.difference
     return {
         "difference": estimate.value,
         "low": estimate.low,
         "high": estimate.high,
-        "p_value": found.p_value,
-        "test": found.test,
-        "n_gained": found.n_gained,
-        "n_lost": found.n_lost,
+        "p_value": comparison.p_value,
+        "test": comparison.test,
+        "n_gained": comparison.n_gained,
+        "n_lost": comparison.n_lost,
         "n": estimate.n,
     }
 
 
 def check_quantity(quantity: str) -> None:
-    """Raise `OptionError` unless `quantity` is one that items have."""
+    """Raise `OptionError` unless `quantity` is "accuracy" or "margin"."""
     if quantity not in ("accuracy", "margin"):
         raise OptionError(f"quantity: expected 'accuracy' or 'margin', got {quantity!r}.")
 
 
 def subset_places(pairs: PreferencePairs) -> dict[str, list[int]]:
-    """Where the pairs of each subset are, in order of appearance; pairs without one are in "None"."""
-    places: dict[str, list[int]] = {}
-    for place, pair in enumerate(pairs):
-        places.setdefault(str(pair.subset), []).append(place)
-    return places
+    """The indices of each subset's pairs, in order of appearance; pairs without a subset are in "None"."""
+    indices: dict[str, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        indices.setdefault(str(pair.subset), []).append(index)
+    return indices
 
 
 def _subsets(scored: PairRewards) -> list[tuple[str, PairRewards]]:
-    return [(name, scored.take(places)) for name, places in subset_places(scored.pairs).items()]
+    return [(name, scored.take(indices)) for name, indices in subset_places(scored.pairs).items()]

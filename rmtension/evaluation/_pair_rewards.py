@@ -1,4 +1,4 @@
-"""Rewards of preference pairs."""
+"""The rewards of preference pairs."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +20,10 @@ from rmtension.store._storage import read_result, write_result
 
 @dataclass(frozen=True, eq=False)
 class PairRewards:
-    """The two rewards of every pair, in the order of `pairs`.
+    """The rewards of the chosen and the rejected response of every pair, in the order of `pairs`.
 
-    `n_prompts_cut` and `n_responses_cut` count pairs that lost prompt tokens from the left, or response tokens from
-    the right, to fit the context.
+    `n_prompts_cut` and `n_responses_cut` count pairs that lost prompt tokens on the left, or response tokens on the
+    right, to fit the context.
 
     Examples:
         >>> scored
@@ -46,7 +46,7 @@ class PairRewards:
 
     @property
     def margin(self) -> Float[Tensor, "pair"]:
-        """r(chosen) - r(rejected)."""
+        """The margin of every pair, r(chosen) - r(rejected)."""
         return self.chosen - self.rejected
 
     @property
@@ -60,19 +60,19 @@ class PairRewards:
         return self.margin == 0
 
     def take(self, rows: Sequence[int]) -> "PairRewards":
-        """The rewards of some pairs, by their places; counts of cuts stay those of the whole."""
+        """The rewards of the pairs with the indices `rows`; the counts of cut pairs stay those of all pairs."""
         index = torch.tensor(rows, dtype=torch.long)
         pairs = PreferencePairs(self.pairs[row] for row in rows)
         return replace(self, chosen=self.chosen[index], rejected=self.rejected[index], pairs=pairs)
 
     def filter(self, *, objective: str | None = None, subset: str | Iterable[str] | None = None) -> "PairRewards":
-        """The rewards of one objective's pairs and of one or several subsets."""
+        """The rewards of the pairs of one objective and of one or several subsets."""
         return self.take(self.pairs.places(objective=objective, subset=subset))
 
     def by_item(self) -> "PairRewards":
-        """One row an item: the lowest reward of its chosen and the highest of its rejected responses.
+        """One entry per item: the lowest reward of its chosen and the highest reward of its rejected responses.
 
-        An item of several pairs (best-of-n) is ranked correctly when every one of them is, which is when this row is.
+        An item of several pairs (best-of-n) is ranked correctly if all its pairs are, that is, if this entry is.
         """
         if self.pairs.by_item is self.pairs:
             return self
@@ -84,13 +84,13 @@ class PairRewards:
     def accuracy(self, *, tie_value: float = 0.5) -> float:
         """Share of items ranked correctly; a tie counts `tie_value` (0 is the strict rule). NaN without pairs.
 
-        `rmtension.evaluation.accuracy` gives the same number with its interval.
+        `rmtension.evaluation.accuracy` returns the same number with an interval.
         """
         items = self.by_item()
         return float((items.correct.double() + tie_value * items.tied.double()).mean())
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a pair: id, objective, subset, chosen, rejected, margin, correct, tied."""
+        """One row per pair: id, objective, subset, chosen, rejected, margin, correct, tied."""
         frame = self.pairs.to_frame()[["id", "objective", "subset"]]
         columns = ("chosen", "rejected", "margin", "correct", "tied")
         return frame.assign(**{name: getattr(self, name).numpy() for name in columns})
@@ -100,7 +100,7 @@ class PairRewards:
         return f"PairRewards(n={len(self)}, accuracy={self.accuracy():.3f}, ties={ties})"
 
     def _repr_html_(self) -> str:
-        """The first pairs, below accuracy and mean margin with 95% intervals over prompts."""
+        """A table of the first pairs, below accuracy and mean margin with 95% intervals over prompts."""
         if not len(self):
             return html_table("PairRewards: no pairs", self.to_frame())
         items = self.by_item()
@@ -133,7 +133,10 @@ class PairRewards:
         )
         pairs = PreferencePairs.from_records(read_objects(Path(path), values["pairs"]))
         if len(pairs) != len(tensors["chosen"]):
-            raise StorageError(f"{path}: damaged: rewards of {len(tensors['chosen'])} pairs, and {len(pairs)} pairs.")
+            raise StorageError(
+                f"{path}: damaged: it has rewards of {len(tensors['chosen'])} pairs, but {len(pairs)} pairs. Save the "
+                "result again."
+            )
         provenance = Provenance.from_dict(values["provenance"])
         cut = values["n_prompts_cut"], values["n_responses_cut"]
         return cls(tensors["chosen"], tensors["rejected"], pairs, provenance, *cut)

@@ -1,4 +1,4 @@
-"""How much of what single-objective models rank correctly a mixed model ranks correctly too."""
+"""Transferability: how much of what single-objective models rank correctly a mixed model ranks correctly too."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,17 @@ from rmtension.evaluation._pair_rewards import PairRewards
 
 @dataclass(frozen=True)
 class Transferability:
-    """T = |C_mixed & (C_helpful | C_harmless)| / |C_helpful | C_harmless|, C the items a model ranks correctly.
+    """The share of the single-objective models' correct items that a mixed model ranks correctly too.
 
-    Over the paper's 150 cells T follows the mixed model's accuracy (r = .98), because T is its accuracy on the items
-    that another model ranks correctly: `accuracy` is its accuracy on all, `beyond_accuracy` T minus that.
-    `jaccard_helpful` and `jaccard_harmless` are |C_mixed & C_o| / |C_mixed | C_o|. Values are NaN where a union is
-    empty: undefined, not 0.
+    `value` is T = |C_mixed & (C_helpful | C_harmless)| / |C_helpful | C_harmless|, where C is the set of items that a
+    model ranks correctly. T is the mixed model's accuracy on the items that another model ranks correctly, and follows
+    its accuracy on all items (r = .98 over the paper's 150 cells). Therefore `accuracy` is its accuracy on all items,
+    and `beyond_accuracy` is T minus `accuracy`. `jaccard_helpful` and `jaccard_harmless` are
+    |C_mixed & C_o| / |C_mixed | C_o|. `n_union` is the size of the union. Values are NaN, not 0, if a union is empty.
+
+    Examples:
+        >>> print(transferability(mixed=scored, helpful=scored, harmless=scored).value)
+        1.000 [0.858, 1.000]
     """
 
     value: Estimate
@@ -32,33 +37,37 @@ class Transferability:
 def transferability(
     mixed: PairRewards, helpful: PairRewards, harmless: PairRewards, *, level: float = 0.95, seed: int = 0
 ) -> Transferability:
-    """Compare three models on the same pairs, with bootstrap intervals over prompts (arXiv 2606.13209, section 2 here).
+    """Transferability of a mixed model, with bootstrap intervals over prompts (arXiv 2606.13209). No model pass.
 
-    An item counts as correct by the strict rule (a tie is not), because sets have no half members.
+    All three models must be scored on the same pairs in the same order; otherwise `DataError`. An item counts as
+    correct by the strict rule (a tie does not), because a set cannot hold half an item.
 
     Examples:
         >>> with AblationContext(head, organism.truth["shared"]):
         ...     mixed = head.score_pairs(pairs["harmless"])
-        >>> found = transferability(mixed, helpful=mixed, harmless=head.score_pairs(pairs["harmless"]))
-        >>> round(found.value.value, 3), found.n_union
+        >>> transfer = transferability(mixed, helpful=mixed, harmless=head.score_pairs(pairs["harmless"]))
+        >>> round(transfer.value.value, 3), transfer.n_union
         (0.792, 24)
     """
     if not mixed.pairs == helpful.pairs == harmless.pairs:
-        raise DataError("transferability: expected rewards of the same pairs in the same order from all three models.")
+        raise DataError(
+            "transferability: expected rewards of the same pairs in the same order from all three models. Score all "
+            "of them on the same pairs."
+        )
     if not len(mixed):
-        raise DataError("transferability: expected at least one pair, got none.")
-    of_mixed, of_helpful, of_harmless = (correctness(one, tie_value=0.0) for one in (mixed, helpful, harmless))
+        raise DataError("transferability: expected at least one pair, got 0.")
+    of_mixed, of_helpful, of_harmless = (correctness(scored, tie_value=0.0) for scored in (mixed, helpful, harmless))
     either = torch.maximum(of_helpful, of_harmless)
     columns = [of_mixed * either, either, of_mixed, torch.ones_like(either)]
-    for other in (of_helpful, of_harmless):
-        columns += [of_mixed * other, torch.maximum(of_mixed, other)]
+    for of_single in (of_helpful, of_harmless):
+        columns += [of_mixed * of_single, torch.maximum(of_mixed, of_single)]
     table = torch.stack(columns, dim=1)
     items = mixed.by_item().pairs
     resamples = resampled_sums(table, items, seed=seed)
     whole = table.sum(dim=0, keepdim=True).numpy()
 
     def estimate(*ratios: tuple[int, int, int]) -> Estimate:
-        """The sum of signed ratios of columns: (sign, numerator, denominator)."""
+        """The sum of signed ratios of columns, each given as (sign, numerator, denominator)."""
 
         def value(sums: np.ndarray) -> np.ndarray:
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -69,7 +78,7 @@ def transferability(
         if n_prompts == 1:
             low = high = np.nan
         elif len(ratios) == 1 and observed in (0.0, 1.0):
-            # All of what is counted agrees, so that the bootstrap has no spread; prompts are the trials.
+            # All counted items agree, so the bootstrap has no spread: Clopper and Pearson's, with prompts as trials.
             low, high = exact_ends(observed, int(prompts_with(table[:, ratios[0][2]], items)), level)
         return Estimate(observed, low, high, len(items), n_prompts, level)
 

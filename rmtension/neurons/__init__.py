@@ -1,4 +1,4 @@
-"""Scores and sets of neurons: top sets, overlap beyond chance, what models share, conflict within one model."""
+"""Scores and sets of neurons: top sets, overlap beyond chance, neurons that models share, conflict within one model."""
 
 from rmtension.neurons._conflict_report import ConflictReport, conflict
 from rmtension.neurons._neuron_scores import NeuronScores

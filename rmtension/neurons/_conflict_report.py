@@ -1,4 +1,4 @@
-"""Conflict within one model: which neurons push helpful and harmless margins the same way, which against each other."""
+"""Conflict within one model: which neurons push helpful and harmless margins the same way, and which opposite ways."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ from rmtension.store._records import read_numbers, read_record
 from rmtension.store._storage import read_result, write_result
 
 OBJECTIVES = ("helpful", "harmless")
-# Signs of a neuron's contributions to helpful and harmless margins -> its class; 0 where it counts for none.
+# Signs of a neuron's contributions to helpful and harmless margins -> its class; 0 where it does not count.
 CLASSES = {
     (1, 1): "both up", (-1, -1): "both down",
     (1, -1): "helpful up, harmless down", (-1, 1): "helpful down, harmless up",
@@ -36,9 +36,9 @@ _NEURONS_AT_A_TIME = 8192
 
 @dataclass(frozen=True)
 class Null:
-    """A cosine under chance: mean and central `level` of its draws, and the p-value of the observed one.
+    """The null distribution of a cosine: mean and central `level` of its draws, and the observed cosine's p-value.
 
-    It counts as a draw too, so that no p-value is 0 (Phipson and Smyth 2010).
+    The observed cosine counts as one of the draws, so that no p-value is 0 (Phipson and Smyth 2010).
     """
 
     mean: float
@@ -54,20 +54,29 @@ class Null:
 class ConflictReport:
     """What the neurons of one model do to helpful and to harmless margins.
 
-    `table` has a row a neuron: layer, neuron, for each objective the mean contribution, its standard error over
+    `table` has one row per neuron: layer, neuron, for each objective the mean contribution, its standard error over
     prompts, p- and q-value (`helpful`, `helpful_stderr`, `helpful_p_value`, `helpful_q_value`), and `class`.
 
-    `cosine` is that of the two vectors of mean contributions, with a bootstrap interval over prompts. Resampling adds
-    noise, which shortens cosines and their spread: resamples are shifted to have the observed one as their mean, and
-    stretched by the root of what noise adds to the lengths (simulated 95% intervals cover 94% to 98%, unstretched ones
-    87% to 94%). Noise keeps cosines from 1 too: `reliability` is that of an objective with itself, from random halves
-    of its prompts, in the mean over divisions. `chance` holds two nulls:
+    `cosine` is the cosine between the two vectors of mean contributions, with a bootstrap interval over prompts.
+    Resampling adds noise, which shrinks cosines and their spread. Resamples are therefore shifted so that their mean is
+    the observed cosine, and stretched by the square root of the factor by which noise lengthens the vectors (simulated
+    95% intervals cover 94% to 98%; without the stretch, 87% to 94%). Noise also keeps a cosine below 1: `reliability`
+    is the cosine of an objective with itself, from random halves of its prompts, averaged over divisions. `chance`
+    holds two null distributions:
 
-    - "coin", of the cosine: each prompt's pairs are turned round by a coin, one for all its pairs in both objectives.
-      Around 0 where no prompt is in both. p: |cosine| at least as large.
-    - "shuffle", of |cosine|: prompts are dealt to the objectives anew, which is what one set of neurons for both would
-      give. Each objective is in units of the length of its mean vector, and harmless is turned round first where the
-      cosine is negative: opposite vectors would cancel in the mixture. p: |cosine| at most as large.
+    - "coin", of the cosine: each prompt's pairs are sign-flipped at random, with one sign for all its pairs in both
+      objectives. The mean is near 0 if no prompt is in both objectives. The p-value is the share of draws whose
+      |cosine| is at least as large as the observed one.
+    - "shuffle", of |cosine|: prompts are randomly reassigned between the objectives, as if both used the same neurons.
+      Each objective is scaled by the length of its mean vector, and harmless is sign-flipped first if the cosine is
+      negative, because opposite vectors would cancel in the mixture. The p-value is the share of draws whose |cosine|
+      is at most as large as the observed one.
+
+    Examples:
+        >>> attribution = NeuronAttribution(head, "direct_effect")
+        >>> report = conflict(*(attribution.per_pair(pairs[name]) for name in ("helpful", "harmless")))
+        >>> report.counts()["both up"], report.to_frame().shape
+        (2, (48, 11))
     """
 
     table: pd.DataFrame
@@ -81,7 +90,7 @@ class ConflictReport:
 
     @property
     def sets(self) -> dict[str, NeuronSet]:
-        """Class -> its neurons; every neuron is in one class."""
+        """Class -> its neurons; every neuron is in exactly one class."""
         where = self.provenance["helpful"]
         shape = (self.table[["layer", "neuron"]].max() + 1).tolist()
         masks = {name: torch.tensor((self.table["class"] == name).to_numpy()).view(*shape) for name in self.counts()}
@@ -89,8 +98,8 @@ class ConflictReport:
 
     def counts(self) -> dict[str, int]:
         """Class -> its number of neurons."""
-        found = self.table["class"].value_counts()
-        return {name: int(found.get(name, 0)) for name in CLASSES.values()}
+        counts = self.table["class"].value_counts()
+        return {name: int(counts.get(name, 0)) for name in CLASSES.values()}
 
     def to_frame(self) -> pd.DataFrame:
         """A copy of `table`."""
@@ -105,7 +114,7 @@ class ConflictReport:
 
     @classmethod
     def load(cls, path: str | Path) -> "ConflictReport":
-        """Read what `save` wrote; the classes are found again."""
+        """Read what `save` wrote; the classes are computed again."""
         path = Path(path)
         shapes = {name: "int neuron" if name in ("layer", "neuron") else "float neuron" for name in _COLUMNS}
         objects = ("cosine", "chance", "reliability", "n_pairs", "n_prompts", "provenance")
@@ -115,9 +124,11 @@ class ConflictReport:
         table = pd.DataFrame({name: tensors[name].numpy() for name in _COLUMNS})
         places = table[["layer", "neuron"]].to_numpy()
         layers, neurons = (places.max(0) + 1).tolist() if len(places) else (0, 0)
-        # The product first: a number in a file may be of any size.
+        # The product is compared first, because a number in a file may be arbitrarily large.
         if layers * neurons != len(places) or not (places == np.indices((layers, neurons)).reshape(2, -1).T).all():
-            raise StorageError(f"{path}: damaged: its rows are not all neurons in order. Save the result again.")
+            raise StorageError(
+                f"{path}: damaged: expected one row per neuron, ordered by layer and neuron. Save the result again."
+            )
         cosine = read_record(path, Estimate, values["cosine"])
         return cls(
             table=_classified(table, values["min_share"], cosine.level),
@@ -139,24 +150,24 @@ class ConflictReport:
             f"neurons by class (q at most {1 - level:.3g}, at least {self.min_share:g} of the largest contribution):",
             *(f"  {name:<26}{n:>8}" for name, n in self.counts().items()),
             f"cosine of mean contributions  {self.cosine} (level {level:g}, over prompts)",
-            f"  preferences by a coin       {self.chance['coin']}",
+            f"  random signs per prompt     {self.chance['coin']}",
             f"  |cosine|, prompts shuffled  {self.chance['shuffle']}",
             *(f"  {one + ', two halves':<28}{self.reliability[one]:.3f}" for one in OBJECTIVES),
         ])  # fmt: skip
 
 
 def contributions(scores: PairAttributions) -> Float[Tensor, "pair layer neuron"]:
-    """What every neuron adds to every margin: positive pushes it up. May share memory with `scores`.
+    """What every neuron adds to every margin; a positive contribution raises it. May share memory with `scores`.
 
-    Attribution patching scores what taking the neuron out changes, which is the negative: `Provenance.sign` says so.
-    Raises `OptionError` for scores whose sign is not known.
+    Attribution patching scores the change when the neuron is ablated, which is the negative of this; `Provenance.sign`
+    says so. Raises `OptionError` for scores whose sign is not known.
     """
     where, values = scores.provenance, scores.values  # noqa: PD011 - a tensor
     if where.sign is None:
         raise OptionError(
-            f"scores: expected scores whose sign says where a neuron pushes the margin, and the provenance of these "
-            f"(method {where.label!r}) has sign None. Use NeuronAttribution(...).per_pair, or say what a positive "
-            "score means: dataclasses.replace(provenance, sign=1) if it supports the margin, sign=-1 if it opposes it."
+            f"scores: expected scores whose sign says whether a neuron raises the margin, got sign None in their "
+            f"provenance (method {where.label!r}). Use NeuronAttribution(...).per_pair, or set what a positive score "
+            "means: dataclasses.replace(provenance, sign=1) if it supports the margin, sign=-1 if it opposes it."
         )
     return values if where.sign > 0 else -values
 
@@ -169,23 +180,24 @@ def conflict(
     level: float = 0.95,
     seed: int = 0,
 ) -> ConflictReport:
-    """Compare what the neurons of one model do to the margins of two sets of pairs. No model pass.
+    """Compare what the neurons of one model do to helpful and to harmless margins. No model pass.
 
-    A neuron counts for an objective where its q-value is at most `1 - level` and its mean contribution, by magnitude,
-    at least `min_share` of the objective's largest. With many prompts tiny contributions have small q-values too; at
-    the default it takes twenty neurons to match the largest.
+    A neuron counts for an objective if its q-value is at most `1 - level` and the magnitude of its mean contribution is
+    at least `min_share` of the objective's largest. `min_share` matters because with many prompts even tiny
+    contributions have small q-values; at the default, twenty neurons at the limit add up to the largest.
 
-    Standard errors: pairs of one prompt count together (the linearised variance of a ratio of sums, Cochran 1977).
-    p-values: Student's t over prompts. q-values: Benjamini and Hochberg's over all neurons of the objective. Interval
-    and nulls: 1,000 draws each, of prompts, those in both objectives for both at once. Memory: a copy of the scores,
-    100 kB a prompt, and 8 bytes for every two prompts.
+    Standard errors treat pairs of one prompt together (the linearised variance of a ratio of sums, Cochran 1977).
+    p-values are Student's t over prompts; q-values are Benjamini and Hochberg's over all neurons of the objective. The
+    interval and both null distributions use 1,000 draws of prompts each; a prompt in both objectives is drawn for both
+    at once. Memory: a copy of the scores, 100 kB per prompt, and 8 bytes per pair of prompts.
 
     Raises `ProvenanceError` unless model, site, positions and method agree, `DataError` for fewer than two prompts,
     scores that are not finite, and means that are all 0.
 
     Examples:
         >>> from rmtension import PreferencePairs
-        >>> pairs = PreferencePairs.from_records([{"prompt": one, "chosen": "yes", "rejected": "no"} for one in "abcd"])
+        >>> rows = [{"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in "abcd"]
+        >>> pairs = PreferencePairs.from_records(rows)
         >>> where = Provenance("toy", "0f", "mlp", "all", "direct_effect", "float32", "", 4, 64, "0", sign=1)
         >>> helpful = PairAttributions(torch.tensor([[[3.0, 4.0, 0.0]]] * 4), pairs, where)
         >>> harmless = PairAttributions(torch.tensor([[[3.0, -4.0, 0.0]]] * 4), pairs, where)
@@ -204,17 +216,17 @@ def conflict(
     table, cells = _summarised(both)
     generator = np.random.default_rng(seed)
     observed = float(cells.between(np.ones((1, len(cells.prompt))))[0])
-    resamples, coin = cells.between(cells.resampled(generator)), cells.between(cells.turned(generator))
-    shuffle = np.abs(cells.dealt(generator, turned=observed < 0))
+    resamples, coin = cells.between(cells.resampled(generator)), cells.between(cells.flipped(generator))
+    shuffle = np.abs(cells.reassigned(generator, flipped=observed < 0))
     low, high = percentile_interval((resamples - resamples.mean()) * cells.stretch + observed, level)
-    # The tolerance keeps cosines that are equal but for rounding on the side of "as large".
-    as_far = np.abs(coin) >= abs(observed) - 1e-9, shuffle <= abs(observed) + 1e-9
-    halves = [cells.halves(generator, mine) for mine in cells.of]
+    # The tolerance counts cosines that are equal up to rounding as extreme.
+    extreme = np.abs(coin) >= abs(observed) - 1e-9, shuffle <= abs(observed) + 1e-9
+    halves = [cells.halves(generator, is_member) for is_member in cells.of]
     n = len(helpful) + len(harmless)
     return ConflictReport(
         table=_classified(table, min_share, level),
         cosine=Estimate(observed, max(low, -1.0), min(high, 1.0), n, len(cells.kind), level),
-        chance={"coin": _null(coin, as_far[0], level), "shuffle": _null(shuffle, as_far[1], level)},
+        chance={"coin": _null(coin, extreme[0], level), "shuffle": _null(shuffle, extreme[1], level)},
         reliability={name: float(draws.mean()) for name, draws in zip(both, halves, strict=True)},
         n_pairs={name: len(scores) for name, scores in both.items()},
         n_prompts={name: len(scores.pairs.prompts) for name, scores in both.items()},
@@ -223,8 +235,8 @@ def conflict(
     )
 
 
-def _null(draws: Float[np.ndarray, "draw"], as_far: Bool[np.ndarray, "draw"], level: float) -> Null:
-    return Null(float(draws.mean()), *percentile_interval(draws, level), float(as_far.sum() + 1) / (len(draws) + 1))
+def _null(draws: Float[np.ndarray, "draw"], extreme: Bool[np.ndarray, "draw"], level: float) -> Null:
+    return Null(float(draws.mean()), *percentile_interval(draws, level), float(extreme.sum() + 1) / (len(draws) + 1))
 
 
 def _classified(table: pd.DataFrame, min_share: float, level: float) -> pd.DataFrame:
@@ -239,23 +251,24 @@ def _classified(table: pd.DataFrame, min_share: float, level: float) -> pd.DataF
 
 @dataclass(frozen=True, eq=False)
 class _Cells:
-    """Inner products between cells: what a prompt's pairs of one objective sum to, that objective's mean of length 1.
+    """Inner products between cells. A cell is the sum over a prompt's pairs of one objective, in units of its mean.
 
-    Every draw weights the cells, and the cosine of two weighted sums is three quadratic forms: none touches a neuron.
+    Every draw weights the cells, and the cosine of two weighted sums needs only quadratic forms of these inner
+    products, so no draw touches the scores of neurons.
     """
 
     gram: Float[np.ndarray, "cell cell"]
     prompt: Int[np.ndarray, "cell"]
-    of: Float[np.ndarray, "2 cell"]  # 1 where a cell is of helpful pairs; of harmless ones
+    of: Float[np.ndarray, "2 cell"]  # row 0 is 1 for cells of helpful pairs, row 1 for cells of harmless pairs
 
     @property
     def kind(self) -> Int[np.ndarray, "prompt"]:
-        """Of every prompt: 1 if it is of helpful alone, 2 of harmless alone, 3 of both."""
+        """The kind of every prompt: 1 if it has only helpful pairs, 2 only harmless ones, 3 both."""
         return np.bincount(self.prompt, weights=np.array([1, 2]) @ self.of).astype(np.int64)
 
     @property
     def stretch(self) -> float:
-        """The root of the factor by which resampling lengthens the two vectors together: independent rows add up."""
+        """The square root of the factor by which resampling lengthens the two vectors: variances of cells add up."""
         squares = ((self.of @ self.gram) * self.of).sum(1)
         factors = 1 + self.of @ np.diag(self.gram) / squares - 1 / self.of.sum(1)
         return float(factors.prod() ** 0.25)
@@ -263,7 +276,7 @@ class _Cells:
     def cosines(
         self, first: Float[np.ndarray, "draw cell"], second: Float[np.ndarray, "draw cell"]
     ) -> Float[np.ndarray, "draw"]:
-        """The cosine of two sums in every draw; 0 where one of them is 0 up to rounding."""
+        """The cosine of two weighted sums in every draw; 0 if one of the sums is 0 up to rounding."""
         sides = np.stack([first, second])
         along = sides @ self.gram
         squares = (along * sides).sum(2)
@@ -277,31 +290,31 @@ class _Cells:
         return self.cosines(weights * self.of[0], weights * self.of[1])
 
     def resampled(self, generator: np.random.Generator) -> Float[np.ndarray, "draw cell"]:
-        """Weights of prompts drawn with replacement: from those of helpful alone, of harmless alone, and of both."""
+        """Weights of prompts drawn with replacement, separately from each kind of prompts."""
         counts = np.zeros((_N_DRAWS, len(self.kind)))
         for kind in np.unique(self.kind):
             members = np.flatnonzero(self.kind == kind)
             counts[:, members] = generator.multinomial(len(members), np.full(len(members), 1 / len(members)), _N_DRAWS)
         return counts[:, self.prompt]
 
-    def turned(self, generator: np.random.Generator) -> Float[np.ndarray, "draw cell"]:
-        """Weights of prompts whose pairs are turned round by a coin."""
+    def flipped(self, generator: np.random.Generator) -> Float[np.ndarray, "draw cell"]:
+        """Weights of prompts whose pairs are sign-flipped at random, one sign per prompt."""
         return generator.choice([-1.0, 1.0], (_N_DRAWS, len(self.kind)))[:, self.prompt]
 
-    def dealt(self, generator: np.random.Generator, *, turned: bool) -> Float[np.ndarray, "draw"]:
-        """Cosines with prompts dealt anew, as many to each objective; those of both swap their two cells by a coin."""
+    def reassigned(self, generator: np.random.Generator, *, flipped: bool) -> Float[np.ndarray, "draw"]:
+        """Cosines with prompts randomly reassigned, keeping the objectives' sizes; prompts in both swap at random."""
         first = np.abs(self.of[0] - generator.integers(2, size=(_N_DRAWS, len(self.kind)))[:, self.prompt])
         single = self.kind[self.prompt] < 3
         first[:, single] = generator.permuted(np.tile(self.of[0, single], (_N_DRAWS, 1)), axis=1)
-        signs = self.of[0] - self.of[1] if turned else np.ones(len(single))
+        signs = self.of[0] - self.of[1] if flipped else np.ones(len(single))
         return self.cosines(first * signs, (1 - first) * signs)
 
-    def halves(self, generator: np.random.Generator, mine: Float[np.ndarray, "cell"]) -> Float[np.ndarray, "draw"]:
-        """Cosines between random halves of one objective's prompts; the second has the odd one."""
-        first = np.zeros((_N_DRAWS, len(mine)))
-        half = np.arange(mine.sum()) < mine.sum() // 2
-        first[:, mine > 0] = generator.permuted(np.tile(half, (_N_DRAWS, 1)), axis=1)
-        return self.cosines(first, mine - first)
+    def halves(self, generator: np.random.Generator, is_member: Float[np.ndarray, "cell"]) -> Float[np.ndarray, "draw"]:
+        """Cosines between random halves of one objective's prompts; an odd prompt is in the second half."""
+        first = np.zeros((_N_DRAWS, len(is_member)))
+        half = np.arange(is_member.sum()) < is_member.sum() // 2
+        first[:, is_member > 0] = generator.permuted(np.tile(half, (_N_DRAWS, 1)), axis=1)
+        return self.cosines(first, is_member - first)
 
 
 def _summarised(both: Mapping[str, PairAttributions]) -> tuple[pd.DataFrame, _Cells]:
@@ -310,16 +323,21 @@ def _summarised(both: Mapping[str, PairAttributions]) -> tuple[pd.DataFrame, _Ce
     for name, scores in both.items():
         if len(scores.pairs.prompts) < 2:
             raise DataError(f"{name}: expected pairs of at least two prompts, got {len(scores.pairs.prompts)}.")
-        if unknown := int((~values[name].isfinite()).flatten(1).any(1).sum()):
-            what = f"the scores of {unknown} of {len(scores)} pairs are NaN or infinite"
-            raise DataError(f"{name}: {what}. Score in float32, or look for overflow in the model.")
+        if n_bad := int((~values[name].isfinite()).flatten(1).any(1).sum()):
+            raise DataError(
+                f"{name}: the scores of {n_bad} of {len(scores)} pairs are NaN or infinite. Score in float32, or look "
+                "for overflow in the model."
+            )
         if not scores.mean().any():
-            raise DataError(f"{name}: the mean contribution of every neuron is 0, so that they have no direction.")
+            raise DataError(
+                f"{name}: the mean contribution of every neuron is 0, so the cosine is undefined. Check the pairs and "
+                "the method."
+            )
     keys = [(name, pair.prompt) for name, scores in both.items() for pair in scores.pairs]
     cells = {key: cell for cell, key in enumerate(dict.fromkeys(keys))}
     prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompt for _, prompt in cells))}
     owner = torch.tensor([cells[key] for key in keys])
-    of = torch.tensor([[float(mine == name) for mine, _ in cells] for name in both], dtype=torch.float64)
+    of = torch.tensor([[float(objective == name) for objective, _ in cells] for name in both], dtype=torch.float64)
     sizes, n_prompts = torch.bincount(owner).double(), of.sum(1, keepdim=True)
     n_pairs = of @ sizes[:, None]
     gram = torch.zeros(len(cells), len(cells), dtype=torch.float64)
@@ -328,10 +346,10 @@ def _summarised(both: Mapping[str, PairAttributions]) -> tuple[pd.DataFrame, _Ce
         sums = torch.zeros(len(cells), part.shape[1], dtype=torch.float64).index_add_(0, owner, part.double())
         gram += sums @ sums.T
         means.append(of @ sums / n_pairs)
-        left = sums - sizes[:, None] * (of.T @ means[-1])
-        variances.append(of @ left.square() / n_pairs**2 * n_prompts / (n_prompts - 1))
+        residuals = sums - sizes[:, None] * (of.T @ means[-1])
+        variances.append(of @ residuals.square() / n_pairs**2 * n_prompts / (n_prompts - 1))
     mean, stderr = torch.cat(means, dim=1), torch.cat(variances, dim=1).sqrt()
-    # 0 / 0, a neuron that does nothing on any pair, has p-value 1.
+    # A neuron that contributes nothing on any pair has the statistic 0 / 0; its p-value is 1.
     p_value = np.nan_to_num(2 * stats.t.sf((mean / stderr).abs().numpy(), (n_prompts - 1).numpy()), nan=1.0)
     q_value = np.array([adjusted_p_values(row) for row in p_value.tolist()])
     places = np.indices(tuple(values["helpful"].shape[1:])).reshape(2, -1)

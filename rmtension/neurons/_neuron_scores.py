@@ -1,4 +1,4 @@
-"""Scores of neurons: values, standard errors, top sets, and how they vary over prompts."""
+"""Scores of neurons: values, standard errors, top sets, and their variation over prompts."""
 
 import math
 import warnings
@@ -20,19 +20,20 @@ from rmtension.neurons._signs import effect_sign, ranked, with_direction
 from rmtension.store._provenance import Provenance
 from rmtension.store._storage import read_result, write_result
 
-# Prompts are divided into so many blocks by a hash of their text, in every result that keeps blocks.
+# The number of blocks into which prompts are divided, by a hash of their text, in every result that keeps blocks.
 N_BLOCKS = 32
 _TENSORS = ("values", "stderr", "without_block", "completeness_gap")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NeuronScores:
-    """One score per neuron with its standard error (NaN where it is undefined), and where it came from.
+    """One score per neuron with its standard error (NaN where it is undefined) and its provenance.
 
-    `without_block[b]` holds the scores computed without the prompts of block b (`block_of`): what bootstrapping over
-    prompts needs, at a size that does not grow with their number. None where a method keeps none.
-    `completeness_gap` belongs to integrated gradients: the mean over pairs of how far each layer's scores are from the
-    margin's change that they add up to. `provenance.sign` says what a positive score means: see `top`.
+    `without_block[b]` holds the scores computed without the prompts of block b (`block_of`), from which a bootstrap
+    over prompts is computed; its size does not grow with their number. It is None if a method keeps no blocks.
+    `completeness_gap` belongs to integrated gradients: the mean over pairs of the difference between the sum of each
+    layer's scores and the change of the margin that it should equal. `provenance.sign` says what a positive score
+    means; see `top`.
 
     Examples:
         >>> scores.values.shape, scores.n
@@ -57,7 +58,7 @@ class NeuronScores:
     def __repr__(self) -> str:
         layers, neurons = self.values.shape
         where, known = self.provenance, self.values[self.values.isfinite()]
-        span = f"from {known.min():.3g} to {known.max():.3g}" if len(known) else "none is a number"
+        span = f"from {known.min():.3g} to {known.max():.3g}" if len(known) else "all NaN or infinite"
         some = "" if len(known) == self.values.numel() else f", {len(known)} of them scored"
         return (
             f"NeuronScores({where.label}: {layers} x {neurons} {where.site} neurons{some}, {span}; "
@@ -65,7 +66,7 @@ class NeuronScores:
         )
 
     def _repr_html_(self) -> str:
-        """The neurons of largest |score|, and their standard errors over pairs."""
+        """A table of the neurons with the largest |score|, and their standard errors over pairs."""
         frame = self.to_frame()
         largest = frame.loc[frame["score"].abs().sort_values(ascending=False, kind="stable").index[:N_ROWS]]
         return html_table(f"{self!r}; largest |score|:", largest, n_of=len(frame))
@@ -87,22 +88,22 @@ class NeuronScores:
         """The `ceil(fraction * N)` neurons (or exactly `k`) that score highest.
 
         - `rank_by="magnitude"` ranks by |score|.
-        - `rank_by="supports"` takes the neurons that raise the margin most, by their scores: without them it falls.
-          `"opposes"` takes those that lower it most. Both mean the same for every method, whose `provenance.sign` says
-          whether its positive scores support the margin. For scores without a direction (magnitudes and frequencies of
-          activations, `aggregate="absolute"`) they are an `OptionError`. Of `mean_difference`, which does not look at
-          the reward, they take the neurons that are more active in the chosen responses (in the rejected ones):
-          candidates, whether or not the reward reads them.
-        - `rank_by="score"` ranks the scores as they are, with their sign, as the published code ranks mean activations.
-          It is an `OptionError` where a positive score opposes the margin.
+        - `rank_by="supports"` takes the neurons that raise the margin most, according to their scores: the margin falls
+          without them. `"opposes"` takes those that lower it most. Both have the same meaning for every method, because
+          `provenance.sign` says whether its positive scores support the margin. They raise `OptionError` for scores
+          without a direction (magnitudes and frequencies of activations, `aggregate="absolute"`). With
+          `mean_difference`, which does not use the reward, they take the neurons that are more active in the chosen
+          (or in the rejected) responses; these are candidates, whether or not the reward depends on them.
+        - `rank_by="score"` ranks the signed scores, as the published code ranks mean activations. It raises
+          `OptionError` if a positive score opposes the margin.
 
-        `rank_within="model"` ranks all layers jointly, `"layer"` each by itself, `k` counting neurons per layer. Equal
-        scores are taken in the order of (layer, neuron), with a `RMTensionWarning` when the cut falls between them: the
-        choice is then arbitrary. There is a warning too when fewer neurons support (or oppose) the margin than are
-        taken.
+        `rank_within="model"` ranks all layers jointly, `"layer"` ranks each layer by itself, and `k` then counts
+        neurons per layer. Equal scores are taken in the order of (layer, neuron); if the cut falls between equal
+        scores, the choice is arbitrary and a `RMTensionWarning` is shown. There is also a warning if fewer neurons
+        support (or oppose) the margin than are taken.
 
-        `cut_rule="percentile"` takes every neuron that ranks at or above the percentile, as the code of arXiv
-        2606.13209 does: with ties there it selects more, up to everything.
+        `cut_rule="percentile"` takes every neuron at or above the percentile, as the code of arXiv 2606.13209 does.
+        With ties at the percentile it takes more neurons, possibly all of them.
 
         Examples:
             >>> scores.top(0.05), len(scores.top(k=6, rank_by="supports"))
@@ -111,20 +112,23 @@ class NeuronScores:
         require_choice("rank_within", rank_within, ("model", "layer"))
         require_choice("cut_rule", cut_rule, ("exact", "percentile"))
         if (fraction is None) == (k is None):
-            raise OptionError("top: expected exactly one of fraction and k.")
+            raise OptionError(
+                f"top: expected exactly one of fraction and k, got fraction={fraction} and k={k}. For example "
+                "top(0.05) or top(k=50)."
+            )
         if fraction is not None and not 0 < fraction <= 1:
-            count = f" For {fraction} neurons: top(k={fraction})." if isinstance(fraction, int) else ""
+            count = f" To take {fraction} neurons, call top(k={fraction})." if isinstance(fraction, int) else ""
             raise OptionError(f"fraction: expected a number in (0, 1], got {fraction}.{count}")
         order = ranked(self.values.double(), rank_by, self.provenance)
         if order.isnan().any():
             raise OptionError(
-                f"top: {int(order.isnan().sum())} of {order.numel()} scores are NaN, which nothing ranks. Score in "
+                f"top: {int(order.isnan().sum())} of {order.numel()} scores are NaN and cannot be ranked. Score in "
                 "float32, or look for overflow in the model."
             )
         parts = [order.flatten()] if rank_within == "model" else list(order)
         if cut_rule == "percentile":
             if fraction is None:
-                raise OptionError("cut_rule: 'percentile' needs fraction, not k.")
+                raise OptionError("cut_rule: 'percentile' needs fraction, got k. Pass fraction, or cut_rule='exact'.")
             masks = [part >= np.percentile(part.numpy(), 100 * (1 - fraction)) for part in parts]
         else:
             masks = [_exact_top(part, fraction, k) for part in parts]
@@ -132,16 +136,16 @@ class NeuronScores:
         if rank_by in ("supports", "opposes") and not mask.all() and (others := int((order[mask] <= 0).sum())):
             warnings.warn(
                 f"top: only {int((order > 0).sum())} of {order.numel()} neurons have a score that {rank_by} the "
-                f"margin, so {others} of the {int(mask.sum())} taken do not. Take fewer.",
+                f"margin, so {others} of the {int(mask.sum())} neurons taken do not. Take fewer.",
                 RMTensionWarning,
                 stacklevel=2,
             )
         return NeuronSet(mask, self.provenance.site, self.provenance.architecture)
 
     def as_effects(self) -> Float[Tensor, "layer neuron"]:
-        """The change of the margin that the scores predict for taking out each neuron: below 0 where it supports it.
+        """The change of the margin that the scores predict when each neuron is ablated; negative if it supports it.
 
-        Scores without a direction (`provenance.sign` None) predict magnitudes, and are given as they are.
+        Scores without a direction (`provenance.sign` is None) predict magnitudes and are returned unchanged.
 
         Examples:
             >>> scores.as_effects().equal(-scores.values)
@@ -150,9 +154,9 @@ class NeuronScores:
         return self.values * effect_sign(self.provenance)
 
     def resampled(self, counts: Float[Tensor, "resample block"]) -> Float[Tensor, "resample layer neuron"]:
-        """The scores on resamples of the prompts in which block b stands `counts[r, b]` times; rows sum to all blocks.
+        """The scores on resamples of the prompts in which block b occurs `counts[r, b]` times; rows sum to `N_BLOCKS`.
 
-        Exact for means over blocks of equal size; to first order for others (the infinitesimal jackknife).
+        Exact for means over blocks of equal size; otherwise correct to first order (the infinitesimal jackknife).
         """
         without = self.require_blocks()
         n = len(without)
@@ -163,19 +167,19 @@ class NeuronScores:
         )
 
     def require_blocks(self) -> Float[Tensor, "block layer neuron"]:
-        """`without_block`; raises `OptionError` for scores that keep none."""
+        """`without_block`; raises `OptionError` for scores without blocks."""
         if self.without_block is None:
             raise OptionError(
-                f"scores: those of method {self.provenance.label!r} keep no blocks of prompts, so they cannot be "
-                "resampled. Score again with this version."
+                f"scores: expected scores with blocks of prompts, got scores of method {self.provenance.label!r} "
+                "without them, which cannot be resampled. Score again with NeuronAttribution(...).score."
             )
         return self.without_block
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a neuron: layer, neuron, score, stderr, and its direction.
+        """One row per neuron: layer, neuron, score, stderr, and its direction.
 
-        `direction` says what the score means for the margin: the neuron "supports" it, "opposes" it, or "neither" (0 or
-        NaN). Scores without a direction have no such column.
+        `direction` says whether the neuron "supports" the margin, "opposes" it, or does "neither" (0 or NaN). Scores
+        without a direction have no such column.
         """
         layers, neurons = self.values.shape
         frame = pd.DataFrame(
@@ -213,7 +217,7 @@ class NeuronScores:
 
 
 def block_of(keys: Int[Tensor, "text"]) -> Int[Tensor, "text"]:
-    """The block of every text, from the hash of its prompt: texts of one prompt are in one block, in every data set."""
+    """The block of every text, from the hash of its prompt: a prompt is in the same block in every data set."""
     return keys % N_BLOCKS
 
 
@@ -225,7 +229,7 @@ def jackknife_stderr(without_block: Float[Tensor, "block layer neuron"]) -> Floa
 
 def top_size(fraction: float, total: int) -> int:
     """How many of `total` neurons a top set of `fraction` holds: `ceil(fraction * total)`."""
-    # 1e-9: 0.1 * 70 is 7.000000000000001 in floating point, and its ceiling would be 8.
+    # Minus 1e-9 because 0.1 * 70 is 7.000000000000001 in floating point, whose ceiling is 8.
     return math.ceil(fraction * total - 1e-9)
 
 

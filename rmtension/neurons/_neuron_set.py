@@ -1,4 +1,4 @@
-"""Sets of neurons: their algebra, and random sets to compare them with."""
+"""Sets of neurons: set algebra, and random sets as controls."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,9 +18,10 @@ from rmtension.store._storage import read_result, write_result
 
 @dataclass(frozen=True, eq=False)
 class NeuronSet:
-    """Some neurons of one site of a model: a mask over (layer, neuron), with the algebra of sets.
+    """A set of neurons at one site of a model: a mask over (layer, neuron), with the operators `&`, `|`, `-`, `^`, `~`.
 
-    `architecture` and `site` say which neurons the mask indexes; sets combine only when both agree.
+    `architecture` and `site` say which neurons the mask indexes; sets can be combined only if both agree, otherwise
+    `ProvenanceError`.
 
     Examples:
         >>> a = NeuronSet.from_indices([(0, 1), (1, 0)], shape=(2, 3), site="mlp", architecture="toy")
@@ -34,7 +35,7 @@ class NeuronSet:
     architecture: str
 
     def __post_init__(self) -> None:
-        # A set shares no memory with the tensor it was made from, which its owner may go on changing.
+        # A copy, because the caller may change the tensor that the set was made from.
         object.__setattr__(self, "mask", self.mask.detach().cpu().clone())
 
     @classmethod
@@ -43,7 +44,7 @@ class NeuronSet:
     ) -> "NeuronSet":
         """The set of the (layer, neuron) pairs `indices`; raises `OptionError` for one outside `shape`."""
         if not _are_numbers(shape) or min(shape) < 1 or shape[0] * shape[1] > _MOST:
-            raise OptionError(f"shape: expected the numbers of layers and of neurons a layer, got {shape!r:.80}.")
+            raise OptionError(f"shape: expected (number of layers, neurons per layer), got {shape!r:.80}.")
         for name, text in (("site", site), ("architecture", architecture)):
             if not isinstance(text, str):
                 raise OptionError(f"{name}: expected a text, got {text!r:.80}.")
@@ -101,18 +102,18 @@ class NeuronSet:
         return f"NeuronSet({len(self)} of {self.mask.numel()} {self.site} neurons of {self.architecture})"
 
     def _repr_html_(self) -> str:
-        """One row a layer that has some: how many, and the first of them."""
+        """One row per layer with neurons in the set: their number, and the first of them."""
         rows = []
         for layer, mask in enumerate(self.mask):
-            found = mask.nonzero()[:, 0].tolist()
-            if found:
-                listed = ", ".join(map(str, found[:_N_LISTED])) + (", ..." if len(found) > _N_LISTED else "")
-                rows.append({"layer": layer, "n": len(found), "neurons": listed})
+            indices = mask.nonzero()[:, 0].tolist()
+            if indices:
+                listed = ", ".join(map(str, indices[:_N_LISTED])) + (", ..." if len(indices) > _N_LISTED else "")
+                rows.append({"layer": layer, "n": len(indices), "neurons": listed})
         return html_table(repr(self), pd.DataFrame(rows[:_N_LISTED]), n_of=len(rows))
 
     @property
     def n_per_layer(self) -> list[int]:
-        """How many neurons of each layer are in the set."""
+        """The number of neurons of each layer that are in the set."""
         return [int(n) for n in self.mask.sum(dim=1)]
 
     # -- controls --------------------------------------------------------------------------------------------------
@@ -127,10 +128,10 @@ class NeuronSet:
     ) -> "NeuronSet":
         """A random set of the same size, disjoint from this one: the control for ablating it.
 
-        `match="layer"` draws as many neurons in every layer as the set has there; `"model"` only as many in all;
-        `"magnitude"` as many in every layer, each among the free neurons whose `magnitude` (for example the mean
-        absolute activation) is nearest to that of one of the set. Neurons in `exclude` are left out as well. Raises
-        `OptionError` when too few are left to draw from.
+        `match="layer"` draws as many neurons in every layer as the set has there. `"model"` matches only the total
+        number. `"magnitude"` also draws as many per layer, each from the five free neurons whose `magnitude` (for
+        example the mean absolute activation) is nearest to that of a neuron in the set. Neurons in `exclude` are never
+        drawn. Raises `OptionError` if too few neurons are left to draw from.
 
         Examples:
             >>> control = neurons.matched_random(seed=0, exclude=organism.truth["shared"])
@@ -142,12 +143,12 @@ class NeuronSet:
             raise OptionError(f"match: expected 'layer', 'model' or 'magnitude', got {match!r}.")
         if (match == "magnitude") != (magnitude is not None):
             raise OptionError(
-                f"magnitude: expected one number a neuron with match='magnitude' and nothing otherwise, got "
-                f"{type(magnitude).__name__} with {match!r}."
+                f"magnitude: expected one number per neuron with match='magnitude' and None otherwise, got "
+                f"{type(magnitude).__name__} with match={match!r}."
             )
         if magnitude is not None and magnitude.shape != self.mask.shape:
             raise OptionError(
-                f"magnitude: expected shape {tuple(self.mask.shape)}, one number a neuron, got "
+                f"magnitude: expected shape {tuple(self.mask.shape)}, one number per neuron, got "
                 f"{tuple(magnitude.shape)}."
             )
         free = ~self.mask if exclude is None else ~self.mask & ~self._aligned(exclude)
@@ -159,8 +160,8 @@ class NeuronSet:
             candidates = free[rows].flatten().nonzero()[:, 0].numpy()
             if len(wanted) > len(candidates):
                 raise OptionError(
-                    f"matched_random: {len(wanted)} neurons wanted in layers {rows}, only {len(candidates)} are "
-                    'outside the set. Use a smaller set, match="model", or a smaller `exclude`.'
+                    f"matched_random: needs {len(wanted)} neurons in layers {rows}, but only {len(candidates)} are "
+                    'outside the set and `exclude`. Use a smaller set, match="model", or a smaller `exclude`.'
                 )
             if magnitude is None:
                 drawn = generator.choice(candidates, size=len(wanted), replace=False)
@@ -171,7 +172,7 @@ class NeuronSet:
         return self._with(mask)
 
     def subsample(self, k: int, *, seed: int = 0) -> "NeuronSet":
-        """`k` of the set's neurons drawn at random: sets of unequal size are compared at the size of the smallest.
+        """Draw `k` of the set's neurons at random, for example to compare sets of unequal size at the smallest size.
 
         Examples:
             >>> len(neurons.subsample(1, seed=0) & neurons)
@@ -179,31 +180,31 @@ class NeuronSet:
         """
         check_seed(seed)
         if not _is_whole(k) or not 0 <= k <= len(self):
-            raise OptionError(f"k: expected 0 to {len(self)} neurons (the set has so many), got {k}.")
+            raise OptionError(f"k: expected 0 to {len(self)} neurons (the size of the set), got {k}.")
         places = self.mask.view(-1).nonzero()[:, 0].numpy()
         mask = torch.zeros_like(self.mask)
         mask.view(-1)[torch.from_numpy(np.random.default_rng(seed).choice(places, size=k, replace=False))] = True
         return self._with(mask)
 
-    # -- out -------------------------------------------------------------------------------------------------------
+    # -- writing ---------------------------------------------------------------------------------------------------
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a neuron of the set: layer, neuron."""
+        """One row per neuron of the set: layer, neuron."""
         return pd.DataFrame(list(self), columns=["layer", "neuron"])
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict, for JSON: site, architecture, shape, and layer -> indices, the layers as text like JSON's keys.
+        """A plain dict for JSON: site, architecture, shape, and layer -> indices; layers are texts, as JSON's keys are.
 
         Examples:
             >>> a = NeuronSet.from_indices([(1, 0), (1, 2)], shape=(2, 3), site="mlp", architecture="toy")
             >>> a.to_dict()
             {'site': 'mlp', 'architecture': 'toy', 'shape': [2, 3], 'neurons': {'1': [0, 2]}}
         """
-        found: dict[str, list[int]] = {}
+        by_layer: dict[str, list[int]] = {}
         for layer, neuron in self:
-            found.setdefault(str(layer), []).append(neuron)
+            by_layer.setdefault(str(layer), []).append(neuron)
         shape = list(self.mask.shape)
-        return {"site": self.site, "architecture": self.architecture, "shape": shape, "neurons": found}
+        return {"site": self.site, "architecture": self.architecture, "shape": shape, "neurons": by_layer}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "NeuronSet":
@@ -213,10 +214,10 @@ class NeuronSet:
             keys = sorted(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
             raise OptionError(f"values: expected a dict with exactly the keys {list(names)}, got {keys!s:.80}.")
         by_layer = values["neurons"]
-        if not isinstance(by_layer, Mapping) or not all(isinstance(one, list | tuple) for one in by_layer.values()):
-            raise OptionError(f"neurons: expected a dict of layers to lists of indices, got {by_layer!r:.80}.")
-        # `from_indices` looks at what they are.
-        indices: list[Any] = [(_layer(layer), neuron) for layer, some in by_layer.items() for neuron in some]
+        if not isinstance(by_layer, Mapping) or not all(isinstance(part, list | tuple) for part in by_layer.values()):
+            raise OptionError(f"neurons: expected a dict from layers to lists of indices, got {by_layer!r:.80}.")
+        # `from_indices` checks the numbers.
+        indices: list[Any] = [(_layer(layer), neuron) for layer, part in by_layer.items() for neuron in part]
         shape = values["shape"]
         shape = tuple(shape) if isinstance(shape, list) else shape
         return cls.from_indices(indices, shape=shape, site=values["site"], architecture=values["architecture"])
@@ -238,29 +239,31 @@ class NeuronSet:
 
     def _aligned(self, other: "NeuronSet") -> Bool[Tensor, "layer neuron"]:
         for name in ("site", "architecture"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                raise ProvenanceError(f"NeuronSet: {name} differs: {mine!r} here, {theirs!r} there.")
+            first, second = getattr(self, name), getattr(other, name)
+            if first != second:
+                raise ProvenanceError(
+                    f"NeuronSet: {name} differs: {first!r} here, {second!r} there. Combine sets of the same {name}."
+                )
         return other.mask
 
 
 def _layer(key: object) -> object:
-    """A layer as a number, where it is the text of one: JSON has no other keys."""
-    # Nine digits: int() takes as many as a file has, and other alphabets' too.
+    """A layer as a number if it is given as text, because keys of JSON are texts."""
+    # At most nine ASCII digits: int() would accept any number of digits, of other scripts too.
     return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 else key
 
 
-# So many layers, and neurons of each, show in a notebook.
+# A notebook shows at most this many layers, and neurons per layer.
 _N_LISTED = 12
 
-# More neurons than any model has: a length that comes from a file may be any number.
+# More neurons than any model has; a length read from a file may be arbitrarily large.
 _MOST = 2**28
 
 
 def check_seed(seed: object) -> None:
-    """Raise `OptionError` unless `seed` is one: a whole number that is not negative."""
+    """Raise `OptionError` unless `seed` is a whole number that is not negative."""
     if not _is_whole(seed) or int(seed) < 0:
-        raise OptionError(f"seed: expected a whole number from 0 on, got {seed!r:.80}.")
+        raise OptionError(f"seed: expected a whole number of at least 0, got {seed!r:.80}.")
 
 
 def _is_whole(value: object) -> TypeGuard[int]:
@@ -268,11 +271,11 @@ def _is_whole(value: object) -> TypeGuard[int]:
 
 
 def _are_numbers(pair: object) -> bool:
-    """Whether this is two whole numbers."""
+    """Whether this is a pair of whole numbers."""
     return isinstance(pair, tuple | list) and len(pair) == 2 and all(map(_is_whole, pair))
 
 
-# A neuron's control is drawn among so many that are nearest in magnitude.
+# A neuron's control is drawn from this many neurons that are nearest in magnitude.
 _N_NEAREST = 5
 
 
@@ -282,13 +285,13 @@ def _nearest(
     sizes: Float[np.ndarray, "neuron"],
     generator: np.random.Generator,
 ) -> Int[np.ndarray, "wanted"]:
-    """For each target, one of the `_N_NEAREST` candidates left whose size is nearest; targets in random order."""
-    left = candidates
+    """Draw, for each target in random order, one of the `_N_NEAREST` remaining candidates whose size is nearest."""
+    remaining = candidates
     drawn = []
     for target in generator.permutation(targets):
-        gaps = np.abs(sizes[left] - target)
+        gaps = np.abs(sizes[remaining] - target)
         near = np.argsort(gaps, kind="stable")[:_N_NEAREST]
         pick = generator.choice(near)
-        drawn.append(left[pick])
-        left = np.delete(left, pick)
+        drawn.append(remaining[pick])
+        remaining = np.delete(remaining, pick)
     return np.array(drawn, dtype=np.int64)

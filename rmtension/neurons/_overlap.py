@@ -1,4 +1,4 @@
-"""How far top sets coincide, beside what chance gives, and where in the model they lie."""
+"""How much top sets overlap, compared with chance, and in which layers they lie."""
 
 import math
 from collections.abc import Mapping
@@ -16,23 +16,23 @@ from rmtension.neurons._neuron_scores import N_BLOCKS, NeuronScores, top_size
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.neurons._signs import ranked
 
-_BASE = "base model"  # no model of a study has a space in its name
-# Scores held at a time while resampling.
+_BASE = "base model"  # names of models in a study have no spaces
+# Scores held in memory at a time while resampling.
 _RESAMPLED_AT_A_TIME = 4_000_000
 _THIRDS = ("early", "middle", "late")
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far two sets of neurons coincide.
+    """How much two sets of neurons overlap, compared with chance.
 
-    `jaccard` is |A & B| / |A | B|, `coefficient` |A & B| / min(|A|, |B|). Under chance B is a random set of its size
-    among `n_neurons`, so that |A & B| is hypergeometric: `expected_jaccard` is the mean of the Jaccard index then,
-    `p_value` the probability of an intersection at least as large. Top sets crowd in some layers of every model,
-    trained or not, and overlap for that alone: `layer_expected_jaccard` and `layer_p_value` are the same for a B that
-    is random within each layer, with as many neurons there as it has. `beyond_chance` is the Jaccard index minus that
-    expectation; its interval, `beyond_low` to `beyond_high`, covers 0 when the intersection lies within the central
-    `level` (95%) of what chance gives in each layer (mid-p, because counts are discrete).
+    `jaccard` is |A & B| / |A | B|, `coefficient` is |A & B| / min(|A|, |B|). Under chance, B is a random set of its
+    size among `n_neurons`, so |A & B| is hypergeometric: `expected_jaccard` is the expected Jaccard index, and
+    `p_value` the probability of an intersection at least as large. Top sets concentrate in some layers of every model,
+    trained or not, and overlap for that reason alone. `layer_expected_jaccard` and `layer_p_value` are therefore
+    computed for a B that is random within each layer, with its number of neurons per layer. `beyond_chance` is the
+    Jaccard index minus `layer_expected_jaccard`; its interval, `beyond_low` to `beyond_high`, covers 0 if the
+    intersection lies within the central `level` (95%) of this distribution (mid-p, because counts are discrete).
     """
 
     size_a: int
@@ -51,9 +51,9 @@ class Overlap:
 
     @classmethod
     def of(cls, a: NeuronSet, b: NeuronSet, *, exclude: NeuronSet | None = None, level: float = 0.95) -> "Overlap":
-        """The overlap of `a` and `b`; `exclude` removes its neurons from both sets and from the universe first.
+        """The overlap of `a` and `b`, after removing the neurons of `exclude` from both sets and from all neurons.
 
-        A Jaccard index or coefficient of empty sets is NaN: undefined, not 0.
+        The Jaccard index and coefficient of empty sets are NaN (undefined), not 0.
 
         Examples:
             >>> a, b = scores.top(k=6), organism.truth["helpful"] | organism.truth["decoy"]
@@ -92,7 +92,7 @@ class Overlap:
 
 
 def _chance(sizes: Int[np.ndarray, "3 layer"]) -> Float[np.ndarray, "size"]:
-    """Probability of every intersection from 0 to the smaller set's size; rows: neurons, |A| and |B| of each layer."""
+    """Probability of every intersection size from 0 to the smaller set's; rows: neurons, |A|, |B| in each layer."""
     whole = np.ones(1)
     for total, size_a, size_b in sizes.T.tolist():
         hits = np.arange(min(size_a, size_b) + 1)
@@ -103,7 +103,7 @@ def _chance(sizes: Int[np.ndarray, "3 layer"]) -> Float[np.ndarray, "size"]:
 
 
 def _central_hits(probabilities: Float[np.ndarray, "size"], level: float) -> Float[np.ndarray, "2"]:
-    """The ends of the central `level` of a count, read off the mid-distribution function between its steps."""
+    """The ends of the central `level` of a count, interpolated between the steps of its mid-distribution function."""
     middle = np.cumsum(probabilities) - probabilities / 2
     steps = np.flatnonzero(probabilities > 0)
     ends: Float[np.ndarray, "2"] = np.interp([(1 - level) / 2, (1 + level) / 2], middle[steps], steps)
@@ -122,44 +122,44 @@ def jaccard_intervals(
     n_resamples: int = 500,
     seed: int = 0,
 ) -> dict[tuple[str, str], tuple[float, float]]:
-    """Intervals of the Jaccard index of every two top sets over prompts: how much other prompts would move it.
+    """Intervals over prompts for the Jaccard index of every pair of top sets. No model pass.
 
-    Every resample of the blocks of prompts ranks the neurons of all models anew. Resampling adds noise, which lowers
-    overlap, so the resamples are shifted to have the observed value as their mean; ends are kept within [0, 1]. With a
-    `base`, its own top set is taken out of both, resampled too. Ends are NaN where one block holds all prompts of a
-    model, so that nothing is known of others. No model pass.
+    Blocks of prompts are resampled, and the neurons of all models are ranked again in every resample. Resampling adds
+    noise, which lowers the overlap, so the resamples are shifted to have the observed value as their mean; ends are
+    clipped to [0, 1]. If `base` is given, its top set, resampled as well, is removed from both sets. Ends are NaN if
+    all prompts of a model are in one block, because nothing is then known about other prompts.
 
     Examples:
-        >>> other = NeuronAttribution(head, "gradient_x_activation").score(pairs["harmless"])
-        >>> found = jaccard_intervals({"helpful": scores, "harmless": other}, fraction=0.125)
-        >>> [round(end, 2) for end in found["helpful", "harmless"]]
+        >>> harmless = NeuronAttribution(head, "gradient_x_activation").score(pairs["harmless"])
+        >>> intervals = jaccard_intervals({"helpful": scores, "harmless": harmless}, fraction=0.125)
+        >>> [round(end, 2) for end in intervals["helpful", "harmless"]]
         [0.5, 0.5]
     """
     check_level(level)
     named = dict(scores) | ({} if base is None else {_BASE: base})
-    one, *others = named.values()
+    first, *others = named.values()
     for other in others:
-        one.provenance.require_same(other.provenance, ("architecture", "site"), what="jaccard_intervals")
-    if any(one.without_block is not None and bool(one.without_block.isnan().any()) for one in named.values()):
+        first.provenance.require_same(other.provenance, ("architecture", "site"), what="jaccard_intervals")
+    if any(each.without_block is not None and bool(each.without_block.isnan().any()) for each in named.values()):
         return dict.fromkeys(combinations(scores, 2), (math.nan, math.nan))
     counts = np.random.default_rng(seed).multinomial(N_BLOCKS, np.full(N_BLOCKS, 1 / N_BLOCKS), size=n_resamples)
-    # Row 0 is the observed data: every block once.
+    # Row 0 is the observed data, with every block once.
     draws = torch.from_numpy(np.vstack([np.ones((1, N_BLOCKS)), counts])).double()
     jaccards: dict[tuple[str, str], list[Tensor]] = {pair: [] for pair in combinations(scores, 2)}
     n_neurons = next(iter(scores.values())).values.numel()
     for part in torch.split(draws, max(1, _RESAMPLED_AT_A_TIME // n_neurons)):
         tops = {
-            name: _resampled_tops(one, part, fraction, rank_by, rank_within, cut_rule) for name, one in named.items()
+            name: _resampled_tops(each, part, fraction, rank_by, rank_within, cut_rule) for name, each in named.items()
         }
-        for (a, b), found in jaccards.items():
-            first, second = tops[a], tops[b]
+        for (a, b), values in jaccards.items():
+            top_a, top_b = tops[a], tops[b]
             if base is not None:
-                first, second = first & ~tops[_BASE], second & ~tops[_BASE]
-            # An empty union has no Jaccard index; 0 / 1 keeps the quantiles defined.
-            found.append((first & second).sum(1).double() / (first | second).sum(1).clamp(min=1))
+                top_a, top_b = top_a & ~tops[_BASE], top_b & ~tops[_BASE]
+            # The Jaccard index of an empty union is undefined; 0 / 1 keeps the quantiles defined.
+            values.append((top_a & top_b).sum(1).double() / (top_a | top_b).sum(1).clamp(min=1))
     intervals = {}
-    for pair, found in jaccards.items():
-        observed, resamples = float(torch.cat(found)[0]), torch.cat(found)[1:].numpy()
+    for pair, values in jaccards.items():
+        observed, resamples = float(torch.cat(values)[0]), torch.cat(values)[1:].numpy()
         low, high = percentile_interval(resamples - resamples.mean() + observed, level)
         intervals[pair] = (max(0.0, low), min(1.0, high))
     return intervals
@@ -173,7 +173,7 @@ def _resampled_tops(
     rank_within: str,
     cut_rule: str,
 ) -> Bool[Tensor, "resample place"]:
-    """The top set in every resample; ties are broken by place, silently: a resample is no result."""
+    """The top set in every resample; ties are broken by (layer, neuron), without a warning."""
     values = ranked(scores.resampled(counts), rank_by, scores.provenance)
     values = values if rank_within == "layer" else values.flatten(1)
     if cut_rule == "percentile":
@@ -186,9 +186,9 @@ def _resampled_tops(
 
 
 def depth_thirds(neurons: NeuronSet) -> dict[str, float]:
-    """Share of the set in the early, middle and late third of the model's layers (NaN for an empty set).
+    """The shares of the set in the early, middle and late third of the model's layers (NaN for an empty set).
 
-    Layer l of L belongs to third floor(3 l / L).
+    Layer l of L layers belongs to third floor(3 l / L).
 
     Examples:
         >>> depth_thirds(neurons)

@@ -1,4 +1,4 @@
-"""Scores of neurons pair by pair: what a bootstrap over prompts, and a comparison within one model, start from."""
+"""Scores of neurons per pair, from which a bootstrap over prompts or a comparison within one model is computed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ class PairAttributions:
 
     def __post_init__(self) -> None:
         if len(self.values) != len(self.pairs):
-            raise OptionError(f"values: expected a row for each of {len(self.pairs)} pairs, got {len(self.values)}.")
+            raise OptionError(f"values: expected one row per pair ({len(self.pairs)}), got {len(self.values)} rows.")
 
     def __repr__(self) -> str:
         n, layers, neurons = self.values.shape
@@ -49,13 +49,13 @@ class PairAttributions:
         return self.values.double().mean(dim=0)
 
     def take(self, rows: list[int]) -> "PairAttributions":
-        """The scores of some pairs, by their places; the provenance stays that of the whole."""
+        """The scores of the pairs with the indices `rows`; the provenance stays that of all pairs."""
         return PairAttributions(self.values[rows], PreferencePairs(self.pairs[row] for row in rows), self.provenance)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a pair and neuron: id, layer, neuron, score, and its direction for that pair's margin.
+        """One row per pair and neuron: id, layer, neuron, score, and its direction for that pair's margin.
 
-        `direction` is that of `NeuronScores.to_frame`.
+        `direction` is as in `NeuronScores.to_frame`.
         """
         n, layers, neurons = self.values.shape
         index = pd.MultiIndex.from_product(

@@ -1,4 +1,4 @@
-"""How far two scores of the same neurons agree, with intervals over the prompts that they were computed on."""
+"""How well two scores of the same neurons agree, with intervals over the prompts that they were computed on."""
 
 from collections.abc import Iterator
 
@@ -27,64 +27,65 @@ def agreement(
 ) -> dict[str, float]:
     """Each of `MEASURES` between predicted and true effects of the measured neurons, with the ends of its interval.
 
-    Intervals say how much as many other prompts would move each: they weight blocks of prompts at random, and resample
-    neurons within layers where not all are measured. That adds noise, which lowers agreement, so the draws are shifted
-    to have the observed value as their mean; the noise of the data itself lowers it too, and stays.
+    Intervals describe the variation over other prompts of the same number: they weight blocks of prompts at random,
+    and resample neurons within layers if not all are measured. This adds noise, which lowers agreement, so the draws
+    are shifted to have the observed value as their mean; the noise of the data itself also lowers agreement and is not
+    corrected.
     """
     signed = scores.provenance.sign is not None
     sign = effect_sign(scores.provenance)
-    predicted, effects = (one[measured][None].numpy() for one in (scores.as_effects(), true_effects.values))
+    predicted, effects = (values[measured][None].numpy() for values in (scores.as_effects(), true_effects.values))
     observed = _measures(predicted, effects, top, signed)
     parts: dict[str, list[Float[np.ndarray, "resample"]]] = {name: [] for name in MEASURES}
     known = True
     for predicted, effects in _resamples(scores, true_effects, measured, seed):
-        # Where one block holds all prompts, nothing is known of others.
+        # If all prompts are in one block, nothing is known about other prompts.
         known &= bool(np.isfinite(predicted).all() and np.isfinite(effects).all())
         for name, values in _measures(sign * predicted, effects, top, signed).items():
             parts[name].append(values)
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     for name, value in observed.items():
         resamples = np.concatenate(parts[name]) if known else np.full(1, np.nan)
         low, high = percentile_interval(resamples - resamples.mean() + value[0], level)
         least, most = {"spearman": (-1.0, 1.0), "slope": (-np.inf, np.inf)}.get(name, (0.0, 1.0))
-        # Of a few neurons a share moves in steps, and shifted ones may all be on one side of what was observed.
+        # For few neurons a share is discrete, and all shifted draws may lie on one side of the observed value.
         low, high = min(low, float(value[0])), max(high, float(value[0]))
-        found |= {name: float(value[0]), f"{name}_low": max(low, least), f"{name}_high": min(high, most)}
-    return found
+        results |= {name: float(value[0]), f"{name}_low": max(low, least), f"{name}_high": min(high, most)}
+    return results
 
 
 def _resamples(
     scores: NeuronScores, true_effects: NeuronScores, measured: Bool[Tensor, "layer neuron"], seed: int
 ) -> Iterator[tuple[Float[np.ndarray, "resample place"], Float[np.ndarray, "resample place"]]]:
-    """Scores and true effects of the measured neurons on resamples of the prompts, some at a time."""
+    """Scores and true effects of the measured neurons on resamples of the prompts; yields some resamples at a time."""
     generator = np.random.default_rng(seed)
     drawn = generator.normal(size=(2, _N_RESAMPLES, N_BLOCKS))
     drawn -= drawn.mean(axis=2, keepdims=True)
-    # Weights at one distance from even ones, that of the bootstrap's on average. Noise lowers agreement by its square,
-    # so that weights at varying distances, as the bootstrap's, would add a spread that no other prompts have.
+    # All weights have the same distance from equal weights, the average distance of bootstrap weights. Noise lowers
+    # agreement quadratically, so weights with varying distances would add variation that other prompts do not have.
     weights = 1 + drawn * (N_BLOCKS**0.5 / np.linalg.norm(drawn, axis=2, keepdims=True))
-    # The same prompts behind both vary together.
+    # If both were computed on the same prompts, they vary together.
     together = scores.provenance.data == true_effects.provenance.data
     blocks = [torch.from_numpy(weights[number]) for number in (0, 0 if together else 1)]
     layers = measured.nonzero()[:, 0].numpy()
     for rows in torch.split(torch.arange(_N_RESAMPLES), max(1, _RESAMPLED_AT_A_TIME // measured.numel())):
         values = [
-            one.resampled(counts[rows])[:, measured].numpy()
-            for one, counts in zip((scores, true_effects), blocks, strict=True)
+            each.resampled(counts[rows])[:, measured].numpy()
+            for each, counts in zip((scores, true_effects), blocks, strict=True)
         ]
         if not measured.all():
-            places = _places_within(layers, len(rows), generator)
-            values = [np.take_along_axis(one, places, axis=1) for one in values]
+            indices = _indices_within(layers, len(rows), generator)
+            values = [np.take_along_axis(each, indices, axis=1) for each in values]
         yield values[0], values[1]
 
 
-def _places_within(
+def _indices_within(
     layers: Int[np.ndarray, "place"], n: int, generator: np.random.Generator
 ) -> Int[np.ndarray, "resample drawn"]:
-    """`n` resamples of places, one fewer than each layer has; `layers` ascends.
+    """`n` resamples of indices within layers, one index fewer than each layer has; `layers` ascends.
 
-    One fewer, because so many draws vary as a sample does (McCarthy and Snowden 1985). Where a layer has a single
-    place, which says nothing about its spread, all layers are one.
+    One fewer, because that number of draws has the variance of the sample (McCarthy and Snowden 1985). If a layer has
+    a single neuron, whose spread is unknown, all layers are treated as one.
     """
     _, starts, sizes = np.unique(layers, return_index=True, return_counts=True)
     if sizes.min() < 2:

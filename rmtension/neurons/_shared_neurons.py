@@ -1,4 +1,4 @@
-"""Which neurons several models have in common, beside what chance and their base would give."""
+"""Which neurons several models share, compared with chance and with their base model."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,8 +21,8 @@ from rmtension.store._storage import read_result, write_result
 class SharedNeuronReport:
     """The top sets of several models and how they overlap.
 
-    `sets` holds each model's top set, `shared` what is in all of them, `specific[name]` what is in that one alone.
-    `overlap[a, b]` compares two; `beyond_base[a, b]` does so after taking the base model's own top set out of both.
+    `sets` holds each model's top set, `shared` the neurons in all of them, `specific[name]` those in that set only.
+    `overlap[a, b]` compares two sets; `beyond_base[a, b]` does so after removing the base model's top set from both.
 
     Examples:
         >>> report = SharedNeuronAnalyzer({"one": scores, "other": scores}).analyze(fraction=0.125)
@@ -55,8 +55,8 @@ class SharedNeuronReport:
         specific = {}
         for name, neurons in sets.items():
             shared = shared & neurons
-            for other, theirs in sets.items():
-                neurons = neurons if other == name else neurons - theirs
+            for other, others in sets.items():
+                neurons = neurons if other == name else neurons - others
             specific[name] = neurons
         names = list(combinations(sets, 2))
         return cls(
@@ -73,7 +73,7 @@ class SharedNeuronReport:
 
     @property
     def jaccard(self) -> float:
-        """The Jaccard index of the two sets; with more than two, use `overlap[a, b]`."""
+        """The Jaccard index of the two sets; with more than two sets, use `overlap[a, b]`."""
         return self._only().jaccard
 
     @property
@@ -83,16 +83,16 @@ class SharedNeuronReport:
 
     @property
     def expected_jaccard(self) -> float:
-        """What chance gives for the Jaccard index of the two sets."""
+        """The Jaccard index of the two sets that is expected by chance."""
         return self._only().expected_jaccard
 
     @property
     def p_value(self) -> float:
-        """The probability that chance gives an intersection at least as large."""
+        """The probability of an intersection at least as large by chance."""
         return self._only().p_value
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a comparison, with and without the base model's top set where a base was given."""
+        """One row per comparison; if a base was given, also one without the base model's top set."""
         rows = [
             {"a": a, "b": b, "without_base": without, **asdict(overlap)}
             for without, table in ((False, self.overlap), (True, self.beyond_base))
@@ -102,8 +102,8 @@ class SharedNeuronReport:
 
     def __repr__(self) -> str:
         lines = [self._title()]
-        for (a, b), found in self.overlap.items():
-            lines.append(f"  {a} / {b}: {_in_words(found)}")
+        for (a, b), overlap in self.overlap.items():
+            lines.append(f"  {a} / {b}: {_in_words(overlap)}")
             if (a, b) in self.beyond_base:
                 lines.append(f"    without the base's top set: {_in_words(self.beyond_base[a, b])}")
         return "\n".join(lines)
@@ -116,11 +116,11 @@ class SharedNeuronReport:
         )
 
     def _repr_html_(self) -> str:
-        """One row a comparison: sizes, Jaccard index beside chance in the whole model and within layers."""
+        """One row per comparison: sizes, and the Jaccard index with its chance levels, overall and within layers."""
         return html_table(self._title(), self.to_frame()[_SHOWN])
 
     def depth(self) -> pd.DataFrame:
-        """One row a set: size and the share in each third of the model's layers; `all neurons` is the comparison."""
+        """One row per set: its size and its share in each third of the layers; `all neurons` is for comparison."""
         everything = next(iter(self.sets.values()))
         named = {
             **self.sets,
@@ -166,11 +166,11 @@ class SharedNeuronReport:
         )
         names = values["names"]
         if not names or sorted(tensors.keys() - {"base"}) != sorted(f"set/{name}" for name in names):
-            raise StorageError(f"{path}: damaged: its sets are not those that it names. Save the result again.")
-        place = (values["site"], values["architecture"])
+            raise StorageError(f"{path}: damaged: its sets differ from the names it lists. Save the result again.")
+        where = (values["site"], values["architecture"])
         return cls.of(
-            {name: NeuronSet(tensors[f"set/{name}"], *place) for name in names},
-            NeuronSet(tensors["base"], *place) if "base" in tensors else None,
+            {name: NeuronSet(tensors[f"set/{name}"], *where) for name in names},
+            NeuronSet(tensors["base"], *where) if "base" in tensors else None,
             fraction=values["fraction"],
             rank_by=values["rank_by"],
             provenance={name: Provenance.from_dict(values["provenance"].get(name)) for name in names},
@@ -179,13 +179,14 @@ class SharedNeuronReport:
     def _only(self) -> Overlap:
         if len(self.overlap) != 1:
             raise OptionError(
-                f"report: {len(self.overlap)} comparisons here; choose one of overlap{list(self.overlap)}."
+                f"report: expected a report with one comparison, got {len(self.overlap)}. Choose one of "
+                f"overlap{list(self.overlap)}."
             )
         return next(iter(self.overlap.values()))
 
 
 def _in_words(overlap: Overlap) -> str:
-    """The Jaccard index beside what chance gives, in the whole model and within layers."""
+    """The Jaccard index with its chance levels, overall and within layers, as text."""
     if not overlap.size_a + overlap.size_b:
         return "both sets are empty"
     return (
@@ -205,10 +206,10 @@ class SharedNeuronAnalyzer:
     """Compares the top neurons of several models.
 
     Args:
-        scores: name -> scores, at least two, of models with one architecture, scored at one site and at the same
+        scores: name -> scores, at least two, of models with the same architecture, scored at one site and at the same
             positions by one method; otherwise `ProvenanceError`.
-        base: scores of the model they were all trained from. It has top neurons of its own, which its descendants
-            inherit: overlap that is no more than that shows nothing.
+        base: scores of the model that all of them were trained from. Its own top neurons are inherited by the trained
+            models, so an overlap that is not larger than this is no evidence that training made them share neurons.
 
     Examples:
         >>> attribution = NeuronAttribution(head, "gradient_x_activation")
@@ -221,10 +222,10 @@ class SharedNeuronAnalyzer:
     def __init__(self, scores: Mapping[str, NeuronScores], *, base: NeuronScores | None = None) -> None:
         call = 'SharedNeuronAnalyzer({"name": scores, "other name": scores})'
         require_arguments(call, scores=(scores, Mapping))
-        for name, one in [*scores.items(), *([("base", base)] if base is not None else [])]:
-            require_arguments(call, **{f"scores of {name!r}": (one, NeuronScores)})
+        for name, each in [*scores.items(), *([("base", base)] if base is not None else [])]:
+            require_arguments(call, **{f"scores of {name!r}": (each, NeuronScores)})
         if len(scores) < 2:
-            raise OptionError(f"scores: expected at least two sets of scores to compare, got {len(scores)}.")
+            raise OptionError(f"scores: expected at least two models to compare, got {len(scores)}. Call {call}.")
         first, *others = scores.values()
         for other in [*others, *([base] if base is not None else [])]:
             first.provenance.require_same(

@@ -1,4 +1,4 @@
-"""Scores of neurons token by token, for one pair."""
+"""Scores of neurons per token, for one pair."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ from rmtension.neurons._signs import directions
 class TokenScores:
     """What each token of the two texts of a pair adds to every neuron's score.
 
-    The sum over tokens of `chosen`, minus that of `rejected`, is the pair's score, of which `sign` says what a positive
-    one means (`Provenance.sign`). Memory: tokens of both texts x layers x neurons.
+    The sum over tokens of `chosen`, minus that of `rejected`, is the pair's score; `sign` says what a positive score
+    means (`Provenance.sign`). Memory: tokens of both texts x layers x neurons.
 
     Examples:
         >>> first = next(NeuronAttribution(head, "mean_difference").per_token(pairs["helpful"]))
@@ -30,9 +30,9 @@ class TokenScores:
     sign: int
 
     def to_frame(self, layer: int, neuron: int) -> pd.DataFrame:
-        """One neuron, a row a token of both texts: side, position, token, score, direction.
+        """The scores of one neuron, one row per token of both texts: side, position, token, score, direction.
 
-        `direction` says whether the neuron "supports" or "opposes" the margin there, or "neither": what raises the
+        `direction` says whether the neuron "supports" or "opposes" the margin at the token, or "neither"; raising the
         reward of the rejected text lowers the margin.
         """
         sides = {

@@ -37,7 +37,7 @@ def faithfulness_scatter(
 
     Examples:
         >>> from rmtension.attribution import faithfulness
-        >>> result = faithfulness(head, scores, pairs["helpful"], set_fractions=(), progress=False)
+        >>> result = faithfulness(head, pairs["helpful"], scores, set_fractions=(), progress=False)
         >>> print(faithfulness_scatter(result).axes[0].get_title())
         gradient x activation (n = 48)
         Spearman 1.00 [1.00, 1.00]
@@ -86,7 +86,7 @@ def faithfulness_sets(
     Examples:
         >>> from rmtension.attribution import faithfulness
         >>> sizes = {"set_fractions": (0.05, 0.1), "n_random": 2}
-        >>> result = faithfulness(head, scores, pairs["helpful"], **sizes, progress=False)
+        >>> result = faithfulness(head, pairs["helpful"], scores, **sizes, progress=False)
         >>> print(faithfulness_sets(result).axes[0].get_xlabel())
         neurons ablated together
     """

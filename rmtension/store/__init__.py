@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: results with their provenance, and work folders of long runs."""
+"""Results on disk with their provenance, and work folders of long runs; files are written completely or not at all."""
 
 from rmtension.store._provenance import Provenance
 

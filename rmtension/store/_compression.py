@@ -1,4 +1,4 @@
-"""Lines of a file that is plain, gzip'd or zstd'd, which its first bytes say."""
+"""Lines of a file that is plain, gzip'd or zstd'd, as its first bytes show."""
 
 import gzip
 import io
@@ -10,19 +10,20 @@ from typing import Any, BinaryIO
 
 from rmtension.errors import DataError
 
-# A file of a few kilobytes may unpack to a line that fills the memory.
+# A compressed file of a few kilobytes may unpack to a line that fills the memory.
 LONGEST_LINE = 1 << 28
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Every line of the unpacked file, with its number."""
+    """Yield every line of the unpacked file with its number; raises `DataError` naming the file if it is damaged."""
     try:
         with path.open("rb") as raw, _unpacked(raw, path) as file:
             for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), start=1):
                 if len(line) > LONGEST_LINE:
                     raise DataError(
-                        f"{path}, line {number}: it has more than {LONGEST_LINE:,} bytes. Is the file JSON lines?"
+                        f"{path}, line {number}: expected at most {LONGEST_LINE:,} bytes, got more. Check that the "
+                        "file is JSON lines, with one object per line."
                     )
                 yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -30,11 +31,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             f"{path}: the compressed data is damaged or cut short ({error}). Fetch the file again."
         ) from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}).") from error
+        raise DataError(f"{path}: cannot be read ({error}). Check the path and its permissions.") from error
 
 
 def _unpacked(raw: io.BufferedReader, path: Path) -> Any:
-    # peek, so that pipes can be read too.
+    # peek instead of seek, so that pipes can be read too.
     magic = raw.peek(4)[:4]
     if magic.startswith(_GZIP):
         return gzip.open(raw)
@@ -42,9 +43,9 @@ def _unpacked(raw: io.BufferedReader, path: Path) -> Any:
 
 
 class _ZstdFile(io.RawIOBase):
-    """The unpacked bytes of a zstd file of one frame or more; a file that is cut short raises `EOFError`.
+    """The unpacked bytes of a zstd file of one or more frames; a truncated file raises `EOFError`.
 
-    zstandard's own reader ends without a word where the file does.
+    zstandard's own reader does not report a truncated file.
     """
 
     def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
@@ -76,7 +77,7 @@ class _ZstdFile(io.RawIOBase):
 
 
 def require_zstandard(path: Path) -> Any:
-    """The package `zstandard`; raises `DataError` that says how to install it."""
+    """Import `zstandard`; raises `DataError` that says how to install it."""
     try:
         import zstandard
     except ImportError as error:

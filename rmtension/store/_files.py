@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are written completely or not at all."""
 
 import errno
 import gzip
@@ -18,25 +18,25 @@ SUFFIX = ".partial"
 _ADVICE = {
     errno.ENOSPC: "The disk is full: free some space, or write elsewhere",
     errno.EDQUOT: "Your quota is used up: free some space, or write elsewhere",
-    errno.EFBIG: "A file may not be that large here: write elsewhere",
+    errno.EFBIG: "The file is too large for this file system: write elsewhere",
     errno.EROFS: "The file system is read-only: write elsewhere",
     errno.EACCES: "Writing is not permitted there: write elsewhere, or change the folder's permissions",
     errno.EPERM: "Writing is not permitted there: write elsewhere, or change the folder's permissions",
-    errno.ENOTDIR: "A part of the path is a file: name another folder",
-    errno.EEXIST: "A part of the path is a file: name another folder",
-    errno.EISDIR: "It is a folder: name a file in it",
-    errno.ENAMETOOLONG: "The name is too long: name another",
+    errno.ENOTDIR: "A part of the path is a file: use another folder",
+    errno.EEXIST: "A part of the path is a file: use another folder",
+    errno.EISDIR: "The path is a folder: name a file in it",
+    errno.ENAMETOOLONG: "The name is too long: use a shorter name",
 }
 
 
 @contextmanager
 def written_whole(path: Path, what: str) -> Iterator[Path]:
-    """A name beside `path` to write to: when the block ends, what is there becomes `path`, at once and on the disk.
+    """A temporary path next to `path`: when the block ends, the file written there replaces `path` atomically.
 
-    When the block fails, or the process is killed, `path` is what it was. Folders are made. Raises `StorageError`
-    for everything the file system refuses, saying that the `what` was not written and what to do.
+    When the block fails, or the process is killed, `path` is unchanged. Folders are created. Raises `StorageError` for
+    everything that the file system refuses, saying that the `what` was not written and what to do.
     """
-    # Of this thread, so that two who save to one path do not write into one file: the last to end wins.
+    # The thread is in the name, so that two threads saving to one path do not share a file: the last to end wins.
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,27 +57,28 @@ def written_whole(path: Path, what: str) -> Iterator[Path]:
 
 @contextmanager
 def filled_whole(folder: Path, what: str, *, seal: str, replaced: Iterable[str] = ()) -> Iterator[Path]:
-    """An empty folder to write to: when the block ends, its files move into `folder`, in place of those of their names.
+    """A temporary empty folder: when the block ends, its files move into `folder` and replace files of the same names.
 
-    When the block fails, `folder` is what it was. The file `seal` goes first and comes last, so that a folder that has
-    it is whole, also after a kill. Files named in `replaced` go as well. Raises `StorageError` as `written_whole` does.
+    When the block fails, `folder` is unchanged. The old file `seal` is removed first and the new one arrives last, so
+    that a folder that has it is complete, even after a kill. Files named in `replaced` are removed as well. Raises
+    `StorageError` as `written_whole` does.
     """
-    place = folder.with_name(f".{folder.name}.{os.getpid()}-{threading.get_ident()}{SUFFIX}")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{threading.get_ident()}{SUFFIX}")
     try:
         try:
-            place.mkdir(parents=True)
-            yield place
-            for path in place.iterdir():
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in temporary.iterdir():
                 _flush(path)
             folder.mkdir(exist_ok=True)
             for name in (seal, *replaced):
                 (folder / name).unlink(missing_ok=True)
-            for path in sorted(place.iterdir(), key=lambda path: path.name == seal):
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == seal):
                 path.replace(folder / path.name)
             with suppress(OSError):
                 _flush(folder)
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         if isinstance(error, StorageError):
             raise
@@ -85,16 +86,16 @@ def filled_whole(folder: Path, what: str, *, seal: str, replaced: Iterable[str] 
 
 
 def write_text(path: Path, text: str, what: str) -> None:
-    """Write a text file in UTF-8, all of it or nothing."""
+    """Write a text file in UTF-8, completely or not at all."""
     with written_whole(path, what) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]], what: str) -> None:
-    """Write one JSON object a line, in UTF-8, all of it or nothing; packed if the name ends in `.gz` or `.zst`."""
+    """Write one JSON object per line in UTF-8, completely or not at all; compressed for names in `.gz` or `.zst`."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if path.name.endswith(".gz"):
-        # mtime=0: the same rows give the same bytes.
+        # mtime=0, so that the same rows give the same bytes.
         lines = gzip.compress(lines, mtime=0)
     elif path.name.endswith(".zst"):
         lines = require_zstandard(path).compress(lines)
@@ -103,12 +104,12 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]], what: str) -
 
 
 def advice(error: OSError) -> str:
-    """What to do about an error of the file system."""
-    return _ADVICE.get(error.errno or 0, "What was there is as it was")
+    """What to do about an error of the file system, as a sentence without its period."""
+    return _ADVICE.get(error.errno or 0, "An existing file was not changed: write elsewhere")
 
 
 def _flush(path: Path) -> None:
-    """Have the operating system write a file, or the names in a folder, to the disk now."""
+    """Make the operating system write a file, or the names in a folder, to the disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What a result's header holds as JSON, made into tables and records again, or refused."""
+"""Reads the JSON in a result's header back into tables and records, and refuses anything else."""
 
 from collections.abc import Iterable
 from dataclasses import fields
@@ -14,7 +14,7 @@ _CELLS = (str, int, float, bool, type(None))
 
 
 def read_record(path: Path, kind: type[_T], values: Any) -> _T:
-    """A dataclass whose fields are numbers, texts and lists."""
+    """A dataclass whose fields are numbers, texts and lists; raises `StorageError` unless `values` fits it exactly."""
     types: dict[str, Any] = {field.name: get_origin(field.type) or field.type for field in fields(kind)}  # type: ignore[arg-type]
     if not isinstance(values, dict) or set(values) != set(types):
         raise _damaged(path, f"expected a {kind.__name__} with {sorted(types)}")
@@ -31,20 +31,20 @@ def read_numbers(path: Path, kind: type[_T], values: Any, names: Iterable[str]) 
     wanted = list(names)
     if not isinstance(values, dict) or set(values) != set(wanted):
         raise _damaged(path, f"expected an object with {wanted}, found {values!r:.80}")
-    if any(not isinstance(one, expected) or isinstance(one, bool) for one in values.values()):
+    if any(not isinstance(number, expected) or isinstance(number, bool) for number in values.values()):
         raise _damaged(path, f"expected numbers under {wanted}, found {values!r:.80}")
     return values
 
 
 def read_objects(path: Path, values: Any) -> list[dict[str, Any]]:
     """A list of objects."""
-    if not isinstance(values, list) or not all(isinstance(one, dict) for one in values):
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise _damaged(path, f"expected a list of objects, found {values!r:.80}")
     return values
 
 
 def read_table(path: Path, values: Any, columns: Iterable[str]) -> pd.DataFrame:
-    """A table that was written as an object of "columns" and "data"; it has at least `columns`, or no column."""
+    """A table that was written as an object of "columns" and "data", with at least `columns` or no column at all."""
     if not isinstance(values, dict) or set(values) != {"columns", "data"}:
         raise _damaged(path, f"expected a table with columns and data, found {values!r:.80}")
     names, rows = values["columns"], values["data"]

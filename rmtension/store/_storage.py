@@ -1,8 +1,8 @@
-"""Results on disk: one safetensors file, with everything that is not a tensor as JSON in its header.
+"""Results on disk: one safetensors file per result, with all values that are not tensors as JSON in its header.
 
-A file may come from anywhere: what its header says is compared with what a result of its kind has before any tensor is
-read, and nothing in it is executed. safetensors itself refuses headers of more than 100 MB and tensors that do not fill
-the file exactly.
+Files may come from an untrusted source: the header is compared with what a result of its kind must have before any
+tensor is read, and nothing in it is executed. safetensors itself refuses headers of more than 100 MB and tensors that
+do not fill the file exactly.
 """
 
 import json
@@ -19,7 +19,7 @@ from rmtension.distributed import current
 from rmtension.errors import StorageError
 from rmtension.store._files import written_whole
 
-# Of what this version writes; files of a higher one are refused.
+# The format that this version writes; files of a higher format are refused.
 FORMAT = 1
 _HEADER = "rmtension"
 _DTYPES = {
@@ -31,21 +31,21 @@ _DTYPES = {
 
 
 def write_result(path: str | Path, kind: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Write a result of `kind` to `path`, all of it or nothing: a failed write leaves the old file as it was.
+    """Write a result of `kind` to `path`, completely or not at all: a failed write does not change the old file.
 
-    Of several processes that share the work, the first one writes.
+    Inside `sharded()` only the first process writes.
     """
     if current().is_first:
         write_tensors(Path(path), kind, tensors, values)
 
 
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """The same in every process."""
-    # Sorted at the top only: messages of pairs have keys in an order that chat templates write out.
+    """The same as `write_result`, but every process writes."""
+    # Only the top level is sorted: chat templates print the keys of messages in their order.
     header = {_HEADER: json.dumps(dict(sorted({"kind": kind, "format": FORMAT, **values}.items())))}
     with written_whole(path, kind) as partial:
-        # Not by safetensors' own writing, whose temporary file nobody would find after a kill.
-        partial.write_bytes(save(_apart(tensors), header))
+        # Not with safetensors' own writer, whose temporary file would be left behind after a kill.
+        partial.write_bytes(save(_without_aliases(tensors), header))
 
 
 def read_result(
@@ -56,71 +56,71 @@ def read_result(
     values: Mapping[str, type],
     optional: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and values of a result of `kind`.
+    """Read tensors and values of a result of `kind`.
 
-    `tensors` says what must be there: name -> "float layer neuron", the kind of number ("float", "int", "bool", "any")
-    and a name for every dimension; one name is one length in the whole file, and a number is that length. A name may
-    have a star. `optional` may be there, and nothing else. `values` gives the type of every other value.
+    `tensors` maps each required name to a specification such as "float layer neuron": the kind of number ("float",
+    "int", "bool", "any") and a name per dimension. A dimension has the same length in the whole file; a digit is a
+    fixed length. A name may contain a star. The tensors in `optional` may be present, and no others. `values` maps each
+    other value to its type.
 
-    Raises `StorageError` for a file that is none, is damaged, of another kind, or written by a newer version.
+    Raises `StorageError` if the file is missing, damaged, of another kind, or written by a newer version.
     """
     path = Path(path)
     try:
         with safe_open(path, framework="pt") as file:
             header = _header(path, kind, (file.metadata() or {}).get(_HEADER))
             for name, expected in values.items():
-                found = header.get(name)
-                # JSON has no integers of its own: 1 may stand for 1.0.
-                fits = isinstance(found, expected) or (expected is float and isinstance(found, int))
-                if not fits or (isinstance(found, bool) and expected is not bool):
+                value = header.get(name)
+                # JSON does not distinguish integers from floats: 1 may mean 1.0.
+                fits = isinstance(value, expected) or (expected is float and isinstance(value, int))
+                if not fits or (isinstance(value, bool) and expected is not bool):
                     raise StorageError(
-                        f"{path}: damaged: {name!r} should be {expected.__name__}, found {type(found).__name__}. "
+                        f"{path}: damaged: {name!r} should be {expected.__name__}, found {type(value).__name__}. "
                         "Save the result again."
                     )
             names = list(file.keys())
             slices = {name: file.get_slice(name) for name in names}
-            shapes = {name: (str(one.get_dtype()), list(one.get_shape())) for name, one in slices.items()}
+            shapes = {name: (str(part.get_dtype()), list(part.get_shape())) for name, part in slices.items()}
             _check_shapes(path, shapes, tensors, optional or {})
             return {name: file.get_tensor(name) for name in names}, header
     except FileNotFoundError as error:
-        raise StorageError(f"{path}: there is no such file.") from error
+        raise StorageError(f"{path}: there is no such file. Check the path.") from error
     except (OSError, SafetensorError) as error:
         if isinstance(error, StorageError):
             raise
         raise StorageError(f"{path}: not a result of rmtension, or damaged ({error}).") from error
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, each in memory of its own, which safetensors asks for."""
-    found: dict[str, Tensor] = {}
-    places: set[int] = set()
+def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU; none of them share memory, as safetensors requires."""
+    copies: dict[str, Tensor] = {}
+    addresses: set[int] = set()
     for name, tensor in tensors.items():
-        there = tensor.detach().cpu().contiguous()
-        place = there.untyped_storage().data_ptr()
-        found[name] = there.clone() if place in places else there
-        places.add(place)
-    return found
+        on_cpu = tensor.detach().cpu().contiguous()
+        address = on_cpu.untyped_storage().data_ptr()
+        copies[name] = on_cpu.clone() if address in addresses else on_cpu
+        addresses.add(address)
+    return copies
 
 
 def _header(path: Path, kind: str, text: str | None) -> dict[str, Any]:
     if text is None:
-        raise StorageError(f"{path}: not a result of rmtension: its header does not say so.")
+        raise StorageError(f"{path}: not a result of rmtension: its header has no entry {_HEADER!r}.")
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{path}: not a result of rmtension, or damaged ({error}).") from error
     if not isinstance(header, dict):
-        raise StorageError(f"{path}: not a result of rmtension, or damaged (its header is no object).")
+        raise StorageError(f"{path}: not a result of rmtension, or damaged (its header is not an object).")
     written = header.pop("format", FORMAT)
     if not isinstance(written, int) or written > FORMAT:
         raise StorageError(
             f"{path}: written by a newer version of rmtension (format {written!r}; this one reads up to {FORMAT}). "
             "Upgrade: pip install -U rmtension."
         )
-    if header.pop("kind", None) != kind:
-        raise StorageError(
-            f"{path}: expected a {kind}, found another kind of result. Load it with the class that saved it."
-        )
+    found = header.pop("kind", None)
+    if found != kind:
+        raise StorageError(f"{path}: expected a {kind}, got a {found!s:.40}. Load it with the class that saved it.")
     return header
 
 

@@ -1,6 +1,7 @@
-"""Work folders: what a long run has done so far, kept so that after an interruption it goes on and ends the same.
+"""Work folders, which store a long run's progress so that it can resume after an interruption with the same result.
 
-A folder is for one run. It knows what it is a run of, and refuses another; and one process at a time may use it.
+A folder belongs to one run: it records the run's settings and refuses a run with others. One process at a time may use
+it.
 """
 
 import json
@@ -19,7 +20,7 @@ from rmtension.errors import StorageError
 from rmtension.store._files import SUFFIX, advice, write_text
 from rmtension.store._storage import read_result, write_tensors
 
-# Seconds of work that an interruption costs at most, unless writing takes longer than `_SHARE` of them.
+# An interruption loses at most this many seconds of work, unless writing takes longer than `_SHARE` of them.
 EVERY = 30.0
 _SHARE = 0.05
 _INPUTS = "inputs.json"
@@ -28,10 +29,10 @@ _T = TypeVar("_T")
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Only this process works in `folder`; raises `StorageError` where another one does.
+    """Lock `folder` for this process; raises `StorageError` if another process holds the lock.
 
-    The operating system gives the lock back when a process ends, however it ends. What a killed process was writing is
-    removed. Of processes that share the work, each has a lock of its own.
+    The operating system releases the lock when a process ends, even if it is killed. Files that a killed process had
+    not finished writing are removed. Inside `sharded()` each process has its own lock.
     """
     lock = FileLock(folder / f".lock-{current().rank}", timeout=0)
     try:
@@ -39,10 +40,10 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise StorageError(
-            f"{folder}: another process works in this folder. Wait until it has ended, or name another folder."
+            f"{folder}: another process works in this folder. Wait until it has ended, or use another folder."
         ) from None
     except (OSError, NotImplementedError) as error:
-        what = advice(error) if isinstance(error, OSError) else "Its file system has no locks: name another folder"
+        what = advice(error) if isinstance(error, OSError) else "Its file system has no locks: use another folder"
         raise StorageError(f"{folder}: cannot serve as a work folder ({error}). {what}.") from error
     try:
         _sweep(folder)
@@ -52,67 +53,68 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what this process's forerunners left half written; others of those that share the work may be writing."""
+    """Remove partial files of earlier runs of this process, but not those that other processes may be writing."""
     shard = current()
-    for left in list(folder.rglob(f".*{SUFFIX}")):
-        is_progress = left.name.startswith(".progress-")
-        if left.name.startswith(f".progress-{shard.rank}.") or (shard.is_first and not is_progress):
+    for partial in list(folder.rglob(f".*{SUFFIX}")):
+        is_progress = partial.name.startswith(".progress-")
+        if partial.name.startswith(f".progress-{shard.rank}.") or (shard.is_first and not is_progress):
             with suppress(OSError):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def claim(folder: Path, inputs: Mapping[str, Any]) -> None:
-    """Write down in `folder`, or compare with what is written there, what the work in it is done on.
+    """Record the inputs of a run in `folder`, or compare them with the inputs recorded there.
 
-    Only names that both have are compared. Raises `StorageError` naming those that differ.
+    Only names that both have are compared. Raises `StorageError` naming the inputs that differ.
     """
     path = folder / _INPUTS
-    here = json.loads(json.dumps(inputs))
+    now = json.loads(json.dumps(inputs))
     if not path.exists():
         if current().is_first:
-            write_text(path, json.dumps(here, indent=2) + "\n", "list of inputs")
+            write_text(path, json.dumps(now, indent=2) + "\n", "list of inputs")
         return
-    there = _written_down(path, dict)
-    names = [name for name, value in here.items() if there.get(name, value) != value]
+    recorded = _read_json(path, dict)
+    names = [name for name, value in now.items() if recorded.get(name, value) != value]
     if names:
-        listed = "; ".join(f"{name}={there[name]!r} there, {here[name]!r} now" for name in names)
+        listed = "; ".join(f"{name}={recorded[name]!r} there, {now[name]!r} now" for name in names)
         raise StorageError(
             f"{folder}: this folder belongs to a run with other settings: {listed}. Use a new folder, or delete it."
         )
 
 
 def remembered(folder: Path, name: str, value: list[str]) -> list[str]:
-    """What the first attempt in `folder` wrote down under `name`: this `value`, if it is the first."""
+    """The value that the first attempt in `folder` recorded under `name`; the first attempt records `value`."""
     path = folder / f"{name}.json"
     if not path.exists():
         if current().is_first:
             write_text(path, json.dumps(value) + "\n", name)
         return value
-    found: list[str] = _written_down(path, list)
-    if not all(isinstance(one, str) for one in found):
-        raise StorageError(f"{path}: damaged: expected a list of texts. Empty the folder, or name another.")
-    return found
+    recorded: list[str] = _read_json(path, list)
+    if not all(isinstance(text, str) for text in recorded):
+        raise StorageError(f"{path}: damaged: expected a list of texts. Empty the folder, or use another.")
+    return recorded
 
 
-def _written_down(path: Path, kind: type[_T]) -> _T:
-    """What an earlier attempt wrote to a JSON file of a work folder."""
+def _read_json(path: Path, kind: type[_T]) -> _T:
+    """The value that an earlier attempt wrote to a JSON file of a work folder."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise StorageError(f"{path}: damaged ({error}). Empty the folder, or name another.") from error
-    if not isinstance(found, kind):
-        raise StorageError(f"{path}: damaged: expected a {kind.__name__}. Empty the folder, or name another.")
-    return found
+        raise StorageError(f"{path}: damaged ({error}). Empty the folder, or use another.") from error
+    if not isinstance(value, kind):
+        raise StorageError(f"{path}: damaged: expected a {kind.__name__}. Empty the folder, or use another.")
+    return value
 
 
 class Progress:
-    """The state of one run in its folder: tensors that it adds to, and where it is.
+    """The saved state of one run: tensors that it adds to, and its position (`place`).
 
-    Enter `locked(folder)` and `claim` it first.
+    Enter `locked(folder)` and call `claim` first.
 
     Args:
         folder: the work folder.
-        state: name -> tensor, changed in place by the run, and here to what was kept.
+        state: name -> tensor. The run changes these tensors in place; if the folder holds a saved state, it is copied
+            into them here.
     """
 
     def __init__(self, folder: Path, state: Mapping[str, Tensor]) -> None:
@@ -135,7 +137,7 @@ class Progress:
         return time.monotonic() - self._written >= max(EVERY, self._took / _SHARE)
 
     def save(self, place: Mapping[str, Any]) -> None:
-        """Keep the state, and `place` with it."""
+        """Save the state together with `place`, the position of the run."""
         start = time.monotonic()
         write_tensors(self._path, "progress", self._state, {"place": dict(place)})
         self._written = time.monotonic()

@@ -318,7 +318,7 @@ def test_rmb_conversations_as_transcripts_and_chats(tmp_path):
     talk[0]["role"] = "system"
     save(path, [rmb("1", conversation_input=talk)])
     assert benchmarks.rmb(path, chat=True)[0].prompt[0].role == "system"
-    with pytest.raises(DataError, match="row 1: an HH transcript has no turn for the role 'system'"):
+    with pytest.raises(DataError, match="row 1: an HH transcript cannot hold the role 'system'"):
         benchmarks.rmb(path)
 
 
@@ -351,11 +351,11 @@ def test_hh_rlhf_folder(tmp_path):
 
 def test_hh_rlhf_folders_that_lack_something(tmp_path):
     hh_tree(tmp_path)
-    with pytest.raises(DataError, match=r"expected a file of the split 'validation', found \['test.jsonl.gz', 'train"):
+    with pytest.raises(DataError, match=r"expected a file of the split 'validation', got \['test.jsonl.gz', 'train"):
         benchmarks.hh_rlhf(tmp_path, "validation")
-    with pytest.raises(OptionError, match=r"subset: .*expected the name of the one it holds"):
+    with pytest.raises(OptionError, match=r"subset: .*expected the name of the part that it holds"):
         benchmarks.hh_rlhf(tmp_path / "harmless-base")
-    with pytest.raises(OptionError, match=r"subset: expected names among .*got \['harmless'\]"):
+    with pytest.raises(OptionError, match=r"subset: expected one or more of .*got \['harmless'\]"):
         benchmarks.hh_rlhf(tmp_path, subset="harmless")
     for file in (tmp_path / "helpful-online").iterdir():
         file.unlink()
@@ -415,10 +415,10 @@ DAMAGED = [
     ("reward_bench", rb([1]), "field 'id' should be a number or text, got list"),
     ("reward_bench", [rb(1)], "expected a JSON object, got list"),
     ("reward_bench_2", rb2(1, rejected=[]), "field 'rejected' should have at least one responses, got 0"),
-    ("reward_bench_2", rb2(1, chosen=["a", " "]), "field 'chosen' should have text at place 1, got an empty one"),
+    ("reward_bench_2", rb2(1, chosen=["a", " "]), "field 'chosen' should have text at index 1, got an empty text"),
     ("reward_bench_2", rb2(1) | {"chosen": "a"}, "field 'chosen' should be a list, got str"),
     ("rm_bench", rm(1, rejected=["a", "b"]), "field 'rejected' should have 3 responses, got 2"),
-    ("rm_bench", rm(1, chosen=["a", None, "b"]), "field 'chosen' should have text at place 1, got NoneType"),
+    ("rm_bench", rm(1, chosen=["a", None, "b"]), "field 'chosen' should have text at index 1, got NoneType"),
     ("rm_bench", rm(1, "poetry"), "field 'domain' should be one of .*got 'poetry'"),
     ("rm_bench", less(rm(1), "domain"), "field 'subset' is missing"),
     ("rmb", rmb("1", reject={"llm_name": "n"}), "field 'reject': field 'answer' is missing"),
@@ -426,7 +426,7 @@ DAMAGED = [
     ("rmb", less(rmb("1"), "chosen"), "field 'chosen' is missing"),
     ("rmb", rmb("1", reject={"answer": ""}), "field 'rejected' is empty"),
     ("rmb", less(rmb_bon("1"), "bon_best"), "field 'bon_best' is missing"),
-    ("rmb", rmb_bon("1", losers=[]), "field 'loser_list' should have at least one answer, got none"),
+    ("rmb", rmb_bon("1", losers=[]), "field 'loser_list' should have at least one answer, got an empty list"),
     ("rmb", rmb_bon("1", losers=["b", 3]), "field 'loser_list': field 'answer' should be text, got int"),
     ("rmb", rmb_bon("1", loser_list=["b"]), "field 'loser_list': expected a JSON object, got str"),
     ("rmb", rmb_bon("1", losers=["b", "", "c"]), "field 'rejected' is empty"),
@@ -436,7 +436,7 @@ DAMAGED = [
     (
         "rmb",
         rmb("1", conversation_input=[{"role": "assistant", "content": "hi"}]),
-        "should end with a message of the user, got one of 'assistant'",
+        "should end with a message of the user, got a message of 'assistant'",
     ),
     ("hh_rlhf", less(hh(0), "chosen"), "field 'chosen' is missing"),
     ("hh_rlhf", hh(0) | {"rejected": 3}, "field 'rejected' should be text, got int"),
@@ -482,7 +482,7 @@ def test_styles_skip_the_same_rows(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "it is empty"),
+        (b"", "got an empty file"),
         (b'[{"id": 1}', r"not valid JSON .*Expected one JSON array"),
         (b'[{"id": "\xff"}]', "not valid UTF-8 at byte 9"),
         (gzip.compress(b"[" + b" " * 5000 + b"]", mtime=0)[:-12], "damaged or cut short"),
@@ -508,11 +508,11 @@ def test_a_line_that_is_no_json_is_named_and_skipped(tmp_path):
 
 def test_options_are_checked_before_anything_is_read():
     absent = Path("no.json")
-    with pytest.raises(OptionError, match=r"drop: expected names among .*got \['code'\]"):
+    with pytest.raises(OptionError, match=r"drop: expected some of .*got \['code'\]"):
         benchmarks.reward_bench("no-one/nothing", drop="code")
     with pytest.raises(OptionError, match=r"styles: expected one of .*got 'rich'"):
         benchmarks.rm_bench(absent, styles="rich")
     with pytest.raises(OptionError, match="on_invalid: expected 'raise' or 'skip', got 'drop'"):
         benchmarks.rmb(absent, on_invalid="drop")
-    with pytest.raises(OptionError, match="subset: expected names among"):
+    with pytest.raises(OptionError, match="subset: expected one or more of"):
         benchmarks.hh_rlhf(absent, subset=[])

@@ -147,10 +147,13 @@ class TestBadChats:
         [
             (
                 {"chosen": MESSAGES, "rejected": MESSAGES[1:]},
-                r"record 0: field 'prompt' is missing.*do not begin alike",
+                r"record 0: field 'prompt' is missing.*have no common first messages",
             ),
-            ({"prompt": MESSAGES[:1], "chosen": MESSAGES, "rejected": "no"}, r"'chosen' should be one message.*'user'"),
-            ({"prompt": "hi", "chosen": MESSAGES, "rejected": "no"}, r"'chosen' should be one message"),
+            (
+                {"prompt": MESSAGES[:1], "chosen": MESSAGES, "rejected": "no"},
+                r"'chosen' should be one or more messages.*'user'",
+            ),
+            ({"prompt": "hi", "chosen": MESSAGES, "rejected": "no"}, r"'chosen' should be one or more messages"),
             (
                 {"prompt": MESSAGES[:1], "chosen": MESSAGES[:1] * 2, "rejected": MESSAGES[:1] * 3},
                 "end in a message of the",

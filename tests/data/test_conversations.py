@@ -257,7 +257,7 @@ class TestFields:
     @pytest.mark.parametrize("field", ["tools", "system"])
     def test_a_text_has_no_place_for_them(self, field):
         row = {"prompt": "how", "chosen": "a", "rejected": "b", field: {"tools": TOOLS, "system": "please"}[field]}
-        with pytest.raises(DataError, match=rf"record 0: field '{field}' is for a chat template.*chat=True"):
+        with pytest.raises(DataError, match=rf"record 0: field '{field}' needs a chat template.*chat=True"):
             PreferencePairs.from_records([row])
         # Both ways that the error names.
         assert PreferencePairs.from_records([row], columns={field: None})[0].prompt == "how"
@@ -315,13 +315,13 @@ class TestTextsOnChatModels:
         expected = RewardHead.from_pretrained(model).score_pairs(PreferencePairs.from_records(self.rows, chat=True))
         assert said[True] == (pytest.approx(float(expected.margin.mean()), abs=1e-6), "")
         assert said[False][1].startswith(
-            "rmtension: warning: pairs: this model's tokenizer has a chat template, and 2 of 2"
+            "rmtension: warning: pairs: this model's tokenizer has a chat template, but 2 of 2"
         )
         assert said[False][0] != said[True][0]
 
     def test_words_that_are_shared_are_no_message(self):
         row = {"chosen": "the sky is blue", "rejected": "the sky is red"}
-        with pytest.raises(DataError, match=r"field 'prompt' is missing. Words that both"):
+        with pytest.raises(DataError, match=r"field 'prompt' is missing. A chat needs messages"):
             PreferencePairs.from_records([row], chat=True)
 
 
@@ -339,11 +339,11 @@ class TestRefusals:
             ),
             (
                 {"prompt": TALK, "chosen": [*TALK, GOOD], "rejected": "no"},
-                "'chosen' should be one message of the assistant",
+                "'chosen' should be one or more messages that begin with the assistant",
             ),
             ({"chosen": [GOOD], "rejected": [BAD], "question": "q"}, r"'prompt' is missing.*\['question'\]"),
-            ({"chosen": [user("a"), GOOD], "rejected": [user("b"), BAD]}, "do not begin alike"),
-            ({"chosen": [*TALK, GOOD], "rejected": "no"}, "only one of 'chosen' and 'rejected' is messages"),
+            ({"chosen": [user("a"), GOOD], "rejected": [user("b"), BAD]}, "have no common first messages"),
+            ({"chosen": [*TALK, GOOD], "rejected": "no"}, "only one of 'chosen' and 'rejected' has messages"),
             (
                 {"prompt": TALK, "chosen": [GOOD, user("a")], "rejected": [BAD]},
                 "'chosen' should end in a message of the assis",
@@ -396,7 +396,7 @@ def test_two_system_messages_that_differ_are_refused():
         "chosen": [*TALK, {"role": "assistant", "content": "a"}],
         "rejected": [*TALK, {"role": "assistant", "content": "b"}],
     }
-    with pytest.raises(DataError, match=r"field 'system' \('be brief'\) is another text.*columns="):
+    with pytest.raises(DataError, match=r"field 'system' \('be brief'\) differs from.*columns="):
         PreferencePairs.from_records([row])
     (pair,) = PreferencePairs.from_records([row], columns={"system": None})
     assert pair.prompt[0].content == "please"

@@ -134,13 +134,13 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("row", "said"),
         [
-            ({"chosen": "yes", "rejected": "no"}, "row 1: field 'prompt' is missing.*begin with no word"),
+            ({"chosen": "yes", "rejected": "no"}, "row 1: field 'prompt' is missing.*have no common beginning"),
             ({"question": "Q", "chosen": "Yes it", "rejected": "No it"}, r"columns=\{'prompt': 'question'\}"),
             ({"prompt": None, "chosen": "a", "rejected": "b"}, "row 1: field 'prompt' should be text or messages"),
             ({"prompt": "Q", "chosen": "a"}, "row 1: field 'rejected' is missing"),
             ({"prompt": "Q", "chosen": " ", "rejected": "b"}, "row 1: field 'chosen' is empty"),
-            ({"prompt": CHAT, "chosen": CHAT, "rejected": answer("b")}, "one message of the assistant"),
-            ({"chosen": CHAT + answer("a"), "rejected": CHAT[1:] + answer("b")}, "do not begin alike"),
+            ({"prompt": CHAT, "chosen": CHAT, "rejected": answer("b")}, "messages that begin with the assistant"),
+            ({"chosen": CHAT + answer("a"), "rejected": CHAT[1:] + answer("b")}, "have no common first messages"),
             ("no row", "row 1: expected a JSON object"),
         ],
     )
@@ -155,11 +155,13 @@ class TestErrors:
         splits = datasets.DatasetDict({"train": make_pairs(2).to_dataset()})
         with pytest.raises(OptionError, match=r"expected one split, got a mapping of \['train'\]"):
             unchecked(PreferencePairs.from_dataset.__func__)(PreferencePairs, splits)
-        with pytest.raises(OptionError, match=r"columns: 'items' is not a field of a pair; the fields are \['prompt'"):
+        with pytest.raises(
+            OptionError, match=r"columns: expected fields of a pair as keys, one of \['prompt'.*got 'items'"
+        ):
             PreferencePairs.from_dataset(splits["train"], columns={"items": "id"})
 
     def test_texts_among_chats(self):
-        with pytest.raises(DataError, match="some prompts are texts and some are chats"):
+        with pytest.raises(DataError, match="got both texts and chats"):
             (make_pairs(1) + make_pairs(1).as_chat()).to_dataset()
 
     def test_without_the_package(self, monkeypatch):

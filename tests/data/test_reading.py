@@ -102,7 +102,7 @@ class TestColumnsThatAreWrong:
             PreferencePairs.read(path, columns={"prompt": "qestion"})
         # Also where rows are skipped, and for a label, which a row may lack.
         for columns in ({"prompt": "qestion"}, {"prompt": "question", "subset": "qestion"}):
-            with pytest.raises(OptionError, match=rf"columns: no row has the columns \[{said}"):
+            with pytest.raises(OptionError, match=rf"columns: expected the columns \[{said}"):
                 PreferencePairs.read(path, columns=columns, on_invalid="skip")
         # What the error says to do.
         assert len(PreferencePairs.read(path, columns={"prompt": "question"})) == 2
@@ -124,7 +124,7 @@ class TestColumnsThatAreWrong:
         assert PreferencePairs.read(path, columns=columns | advice)[0].chosen == "a"
         if columns:
             with pytest.raises(
-                OptionError, match=re.escape(f"no row has the columns {list(columns.values())}")
+                OptionError, match=re.escape(f"expected the columns {list(columns.values())}, which no row has")
             ) as error:
                 PreferencePairs.read(path, columns=columns, on_invalid="skip")
             assert f"columns={advice}" in str(error.value)
@@ -142,14 +142,20 @@ class TestColumnsThatAreWrong:
         [
             (
                 {"columns": {"question": "prompt"}},
-                r"'question' is not a field of .* Write columns=\{field: column\}: \{'prompt': 'question'\}\.$",
+                r"expected fields of .*, got 'question'. Write columns=\{field: column\}: \{'prompt': 'question'\}\.$",
             ),
-            ({"columns": {"promt": "question"}}, r"'promt' is not a field of a pair;.* Did you mean 'prompt'\?$"),
+            (
+                {"columns": {"promt": "question"}},
+                r"expected fields of a pair as keys.*, got 'promt'. Did you mean 'prompt'\?$",
+            ),
             (
                 {"columns": {"x": "question"}},
-                r"'x' is not a field of a pair; the fields are \['prompt', .* for example",
+                r"expected fields of a pair as keys, one of \['prompt', .*got 'x'.* for example",
             ),
-            ({"columns": {"objective": "kind"}, "objective": "helpful"}, "objective: expected it, or a column"),
+            (
+                {"columns": {"objective": "kind"}, "objective": "helpful"},
+                "objective: expected either objective=... or a column",
+            ),
         ],
     )
     def test_fields(self, options, said):
@@ -213,7 +219,7 @@ class TestEntrances:
             (PreferencePairs.from_records, frame, "from_frame(frame)"),
             (PreferencePairs.from_records, row, "from_records([row])"),
             (PreferencePairs.from_records, "a.csv", "read(path)"),
-            (PreferencePairs.from_frame, [row], "dicts to PreferencePairs.from_records"),
+            (PreferencePairs.from_frame, [row], "dicts with PreferencePairs.from_records"),
             (PreferencePairs.from_frame, "a.csv", "read(path)"),
             (PreferencePairs([]).__init__, frame, "from_frame(frame)"),
             (PreferencePairs([]).__init__, "a.csv", "read(path)"),
@@ -282,7 +288,10 @@ class TestTables:
         [
             ('prompt,chosen,rejected\nQ,a,b\nQ,"a,b\n', "a.csv, line 3: not valid CSV .*unexpected end of data"),
             ('prompt,chosen,rejected\nQ,"a" b,c\n', "a.csv, line 2: not valid CSV"),
-            ("prompt,chosen,chosen,rejected\n", r"a.csv: the columns \['chosen'\] are there more than once"),
+            (
+                "prompt,chosen,chosen,rejected\n",
+                r"a.csv: expected unique column names, got \['chosen'\] more than once",
+            ),
             (b"prompt,chosen,rejected\nQ,a,\xff\n", "a.csv, line 2: not valid UTF-8"),
             ("text\nhello\n", r"line 2: field 'chosen' is missing; fields present: \['text'\]"),
             ("prompt,chosen,rejected\rQ,a,b\r", "not valid CSV"),
@@ -326,12 +335,15 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("content", "said"),
         [
-            (b"BZh91AY", "it is bzip2, and what can be read is JSON lines, a JSON array, CSV, TSV and Parquet"),
-            (b"PK\x03\x04...", "it is a zip archive or an Excel sheet"),
-            (b"ARROW1..", "it is Arrow"),
+            (b"BZh91AY", "expected JSON lines, a JSON array, CSV, TSV or Parquet .*, got bzip2"),
+            (b"PK\x03\x04...", "got a zip archive or an Excel sheet"),
+            (b"ARROW1..", "got Arrow"),
             ("prompt,chosen,rejected\nQ,a,b".encode("utf-16"), "not valid UTF-8.*Re-encode"),
-            ('{"data":\n [{"prompt": "Q"}]}', r"it holds one JSON object, with the keys \['data'\]"),
-            ('{"chosen": ["a"],\n "rejected": ["b"]}', "it holds one JSON object"),
+            (
+                '{"data":\n [{"prompt": "Q"}]}',
+                r"expected one JSON object per row, got a single one with the keys \['data'\]",
+            ),
+            ('{"chosen": ["a"],\n "rejected": ["b"]}', "expected one JSON object per row"),
             ('[{"prompt": "a", ', "not valid JSON .*Expected one JSON array"),
             ('{"prompt": "a", ', "line 1: not valid JSON"),
             ("hello\n", "line 1: not valid JSON"),
@@ -403,9 +415,14 @@ class TestMessagesAsText:
 
     def test_messages_as_python_prints_them_are_refused(self, tmp_path):
         row = self.rows[0] | {"prompt": str(self.rows[0]["prompt"])}
-        with pytest.raises(DataError, match=r"line 2: field 'prompt' has messages as Python prints them.*json\.dumps"):
+        with pytest.raises(
+            DataError,
+            match=r"line 2: field 'prompt': expected messages as JSON, got messages printed by Python.*json\.dumps",
+        ):
             PreferencePairs.read(write(tmp_path / "a.csv", table([row])))
-        with pytest.raises(DataError, match=r"row 0: field 'prompt' has messages as Python prints them"):
+        with pytest.raises(
+            DataError, match=r"row 0: field 'prompt': expected messages as JSON, got messages printed by Python"
+        ):
             PreferencePairs.from_frame(pd.DataFrame([row]))
 
     @pytest.mark.parametrize("answer", [json.dumps([user]), str([user])])
@@ -441,7 +458,7 @@ class TestFrames:
             PreferencePairs.from_frame(frame)
         assert sum(PreferencePairs.from_frame(frame, on_invalid="skip").skipped.values()) == 1
         frame.columns = ["chosen", *frame.columns[1:]]
-        with pytest.raises(DataError, match="names of their own"):
+        with pytest.raises(DataError, match="unique column names"):
             PreferencePairs.from_frame(frame)
 
     @pytest.mark.parametrize("numbers", [[4, 5], [4, None], [4, "five"]])
@@ -491,7 +508,7 @@ class TestCommand:
         make_pairs(3).to_jsonl(tmp_path / "pairs.jsonl")
         assert main(["score", model, str(tmp_path / "pairs.jsonl"), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["margin"] == table_margin
-        for word, said in (("prompt", "expected FIELD=COLUMN"), ("question=q", "is not a field of a pair")):
+        for word, said in (("prompt", "expected FIELD=COLUMN"), ("question=q", "expected fields of a pair")):
             assert main(["score", model, str(path), "--columns", word]) == 2
             assert said in capsys.readouterr().err
 

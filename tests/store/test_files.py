@@ -54,7 +54,7 @@ def test_names_and_folders(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file/c: the result could not be written \(.*\)\. A part of the path"):
         write_text(tmp_path / "file" / "c", "new", "result")
-    with pytest.raises(StorageError, match="It is a folder: name a file in it"):
+    with pytest.raises(StorageError, match="The path is a folder: name a file in it"):
         write_text(tmp_path / "a", "new", "result")
     with pytest.raises(StorageError, match="The name is too long"):
         write_text(tmp_path / ("x" * 255), "new", "result")

@@ -109,7 +109,7 @@ def test_a_newer_version_says_so(result, saved):
 def test_other_kinds_and_other_files(result, saved, tmp_path):
     tensors, header = parts(saved)
     write(saved, tensors, header | {"kind": "Other"})
-    with pytest.raises(StorageError, match="found another kind of result"):
+    with pytest.raises(StorageError, match=r", got a Other\. Load it with the class"):
         type(result).load(saved)
     save_file(tensors, saved)
     with pytest.raises(StorageError, match="its header does not say so"):

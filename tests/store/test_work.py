@@ -244,12 +244,12 @@ def test_damaged_progress_is_an_error(begun, head, base, pairs):
 
 
 CHANGES = {
-    "no number": lambda place: place.update(chunk_start="3"),
+    "a text instead of a number": lambda place: place.update(chunk_start="3"),
     "one field less": lambda place: place.pop("order"),
     "one field more": lambda place: place.update(nothing=1),
-    "no truth": lambda place: place.update(is_finished=1),
-    "a pair that is none": lambda place: place.update(skipped_pairs=[[0, "id"]]),
-    "pairs that are no list": lambda place: place.update(skipped_pairs="pairs"),
+    "a number instead of a truth value": lambda place: place.update(is_finished=1),
+    "a skipped pair with a number": lambda place: place.update(skipped_pairs=[[0, "id"]]),
+    "pairs that are not a list": lambda place: place.update(skipped_pairs="pairs"),
 }
 
 
