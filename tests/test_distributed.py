@@ -82,7 +82,7 @@ def test_who_is_left_is_told(arguments):
     dead.communicate(timeout=120)
     assert dead.returncode == -9
     assert left.returncode == 1
-    assert "ShardError: sharded: process 1 lost another one" in err
+    assert "ShardError: sharded: process 1 lost another process" in err
     assert "ran" not in out
     assert not Path(arguments[2]).exists()
 

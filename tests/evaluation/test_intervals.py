@@ -154,7 +154,7 @@ class TestAgainstRandom:
         assert real / 1000 >= 0.95
 
     def test_needs_two_draws(self):
-        with pytest.raises(OptionError, match="at least two draws"):
+        with pytest.raises(OptionError, match="at least two random sets"):
             against_random(torch.ones(1), [torch.ones(1)], scored_of([0.0]).pairs)
 
 

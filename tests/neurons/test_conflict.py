@@ -418,7 +418,9 @@ class TestSigns:
     def test_scores_without_a_known_sign_are_refused(self):
         """And with the sign that the message asks for, they are compared."""
         unsigned = [replace(one, provenance=replace(one.provenance, sign=None)) for one in noisy()]
-        with pytest.raises(OptionError, match=r"has sign None. Use .*dataclasses.replace\(provenance, sign=1\)"):
+        with pytest.raises(
+            OptionError, match=r"got sign None in their provenance.* Use .*dataclasses.replace\(provenance, sign=1\)"
+        ):
             conflict(*unsigned)
         signed = [replace(one, provenance=replace(one.provenance, sign=1)) for one in unsigned]
         assert conflict(*signed).table.equals(conflict(*noisy()).table)
@@ -429,7 +431,7 @@ class TestSigns:
 class TestErrors:
     @pytest.mark.parametrize("least", [-0.1, 1.0, float("nan")])
     def test_least(self, least):
-        with pytest.raises(OptionError, match=r"least: expected a share .* in \[0, 1\)"):
+        with pytest.raises(OptionError, match=r"min_share: expected a share .* in \[0, 1\)"):
             conflict(*noisy(), min_share=least)
 
     def test_level(self):
@@ -473,7 +475,7 @@ class TestReport:
         loaded = ConflictReport.load(tmp_path / "conflict.safetensors")
         assert loaded.table.equals(report.table)
         assert list(loaded.table.columns) == list(report.table.columns)
-        for name in ("cosine", "chance", "reliability", "n_pairs", "n_prompts", "least", "provenance"):
+        for name in ("cosine", "chance", "reliability", "n_pairs", "n_prompts", "min_share", "provenance"):
             assert getattr(loaded, name) == getattr(report, name)
         assert repr(loaded) == repr(report)
         assert loaded.sets == report.sets

@@ -92,7 +92,7 @@ class TestAnalyzer:
         assert set(report.shared) == sets["a"] & sets["b"] & sets["c"]
         assert set(report.specific["b"]) == sets["b"] - sets["a"] - sets["c"]
         assert report.overlap["a", "c"] == Overlap.of(report.sets["a"], report.sets["c"])
-        with pytest.raises(OptionError, match="choose one of overlap"):
+        with pytest.raises(OptionError, match="Choose one of overlap"):
             _ = report.jaccard
 
     def test_two_models_have_one_comparison(self, tmp_path):

@@ -140,7 +140,7 @@ def test_the_sign_is_kept_in_files(tmp_path):
             Provenance.from_dict(made([[1.0]], 1).provenance.to_dict() | wrong)
     old = made([[1.0]], 1).provenance.to_dict()
     del old["sign"]
-    with pytest.raises(ProvenanceError, match=r"field 'sign' is missing or not int \| None\. Compute the result again"):
+    with pytest.raises(ProvenanceError, match=r"field 'sign' is missing or not of type int \| None\. Compute"):
         Provenance.from_dict(old)
 
 

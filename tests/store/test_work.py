@@ -213,7 +213,7 @@ def test_one_process_at_a_time(begun, head, base, pairs):
 def test_an_error_lets_go_of_the_folder(head, base, pairs, tmp_path, monkeypatch):
     """Also while the traceback is kept, as a notebook keeps it."""
     with monkeypatch.context() as patch:
-        patch.setattr(head, "look", lambda *_: 1 / 0)
+        patch.setattr(head, "observe", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError) as kept:
             collected(head, pairs, base, tmp_path)
     assert kept.traceback
