@@ -62,7 +62,7 @@ def test_torchrun_ends_all_when_one_dies(arguments):
 
 
 @pytest.mark.grid
-def test_who_is_left_is_told(arguments):
+def test_remaining_processes_raise_a_shard_error(arguments):
     """Without anybody who watches the processes, as srun starts them; the first dies, at which the others met."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -87,7 +87,7 @@ def test_who_is_left_is_told(arguments):
     assert not Path(arguments[2]).exists()
 
 
-def test_alone_nothing_is_divided(monkeypatch):
+def test_a_single_process_divides_nothing(monkeypatch):
     """In a plain python, under a launcher that starts one process, and outside the context."""
     for size in (None, "1"):
         if size is not None:

@@ -41,7 +41,7 @@ def test_a_set_shares_no_memory_with_its_mask():
     assert len(neurons) == 0
 
 
-def test_sets_of_other_places_do_not_mix():
+def test_sets_of_other_sites_or_models_do_not_combine():
     with pytest.raises(ProvenanceError, match="site differs: 'mlp' here, 'attn_head' there"):
         random_set(0) & NeuronSet(random_set(0).mask, "attn_head", "toy")
     with pytest.raises(ProvenanceError, match="architecture differs"):
@@ -68,15 +68,15 @@ class TestTop:
             assert list(scores_of(values).top(k=3)) == [(0, 0), (0, 1), (1, 2)]
 
     @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01, float("nan")])
-    def test_fraction_outside(self, fraction):
+    def test_a_fraction_outside_its_range_is_refused(self, fraction):
         with pytest.raises(OptionError, match=r"fraction: expected a number in \(0, 1\]"):
             scores_of(torch.randn(2, 3)).top(fraction)
 
-    def test_nan(self):
+    def test_nan_scores_are_refused(self):
         with pytest.raises(OptionError, match="1 of 6 scores are NaN"):
             scores_of(torch.tensor([[0.0, 1.0, float("nan")], [1.0, 2.0, 3.0]])).top(k=2)
 
-    def test_both_or_neither(self):
+    def test_exactly_one_of_fraction_and_k(self):
         for options in ({}, {"fraction": 0.1, "k": 2}):
             with pytest.raises(OptionError, match="exactly one of fraction and k"):
                 scores_of(torch.randn(2, 3)).top(**options)
@@ -240,7 +240,7 @@ def test_subsamples_are_uniform():
         ({"indices": ["01"]}, "indices: expected"),
     ],
 )
-def test_what_a_set_is_not_made_of(changes, message):
+def test_invalid_arguments_of_a_set_are_refused(changes, message):
     make = unchecked(NeuronSet.from_indices.__func__)
     given = {"indices": [(0, 1)], "shape": (2, 3), "site": "mlp", "architecture": "toy"} | changes
     with pytest.raises(OptionError, match=message):
@@ -259,7 +259,7 @@ def test_indices_stop_at_the_shape():
         assert other not in corners
 
 
-def test_equal_sets_are_one_key():
+def test_equal_sets_have_equal_hashes():
     one, other = (NeuronSet(torch.tensor([[True, False]]), "mlp", "toy") for _ in range(2))
     assert len({one, other, ~one}) == 2
     assert hash(one) == hash(other) != hash(~one)

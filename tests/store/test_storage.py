@@ -70,7 +70,7 @@ def test_the_same_result_has_the_same_bytes(result, saved, tmp_path):
     assert saved.read_bytes() == (tmp_path / "again").read_bytes() == (tmp_path / "loaded").read_bytes()
 
 
-def test_every_part_is_asked_for(result, saved):
+def test_every_part_is_required(result, saved):
     """Without any tensor or value, or with another: an error of this library that names the file or the field."""
     tensors, header = parts(saved)
     optional = {"without_block", "completeness_gap", "base", "skipped"}
