@@ -62,7 +62,7 @@ def test_torchrun_ends_all_when_one_dies(arguments):
 
 
 @pytest.mark.grid
-def test_who_is_left_is_told(arguments):
+def test_remaining_processes_raise_a_shard_error(arguments):
     """Without anybody who watches the processes, as srun starts them; the first dies, at which the others met."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -82,12 +82,12 @@ def test_who_is_left_is_told(arguments):
     dead.communicate(timeout=120)
     assert dead.returncode == -9
     assert left.returncode == 1
-    assert "ShardError: sharded: process 1 lost another one" in err
+    assert "ShardError: sharded: process 1 lost another process" in err
     assert "ran" not in out
     assert not Path(arguments[2]).exists()
 
 
-def test_alone_nothing_is_divided(monkeypatch):
+def test_a_single_process_divides_nothing(monkeypatch):
     """In a plain python, under a launcher that starts one process, and outside the context."""
     for size in (None, "1"):
         if size is not None:

@@ -35,7 +35,7 @@ def everything(head, pairs):
     faithfulness(head, pairs, attribution.score(pairs, progress=True), sample=3, set_fractions=(0.1,), progress=True)
 
 
-def test_no_terminal_no_bars(head, pairs, capsys, monkeypatch):
+def test_without_a_terminal_there_are_no_bars(head, pairs, capsys, monkeypatch):
     everything(head, pairs[:2])
     assert capsys.readouterr() == ("", "")
     # Negative control: on a terminal they are there, each by its name.
@@ -46,7 +46,7 @@ def test_no_terminal_no_bars(head, pairs, capsys, monkeypatch):
         assert f"{name}: " in drawn
 
 
-def test_who_watches(monkeypatch):
+def test_bars_need_a_terminal_or_a_notebook(monkeypatch):
     assert not is_watched()
     monkeypatch.setattr(sys, "stderr", None)
     assert not is_watched()
@@ -70,7 +70,7 @@ def talking():
     transformers.logging.disable_progress_bar()
 
 
-def test_transformers_draws_none_either(checkpoints, tmp_path, talking, capfd):
+def test_without_a_terminal_transformers_draws_no_bars(checkpoints, tmp_path, talking, capfd):
     head = RewardHead.from_pretrained(checkpoints["llama"])
     head.save_pretrained(tmp_path / "saved")
     head.check()

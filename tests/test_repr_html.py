@@ -95,7 +95,7 @@ def test_texts_are_escaped_and_nothing_has_a_colour(scored, scores, head, evil_p
         assert parsed(html)[0].startswith(name)
 
 
-def test_pairs_without_escaping_would_be_seen(scored):
+def test_missing_escapes_are_detected(scored):
     html = scored._repr_html_().replace("&lt;", "<")
     assert "<script" in html
 
@@ -188,6 +188,6 @@ def test_values_of_every_kind():
     assert parsed(html_table("", small))[2] == [["0.5"], [""]]
 
 
-def test_a_head_has_none():
+def test_a_head_has_no_html():
     """Its text says what it is."""
     assert not hasattr(RewardHead, "_repr_html_")

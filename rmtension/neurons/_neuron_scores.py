@@ -170,8 +170,8 @@ class NeuronScores:
         """`without_block`; raises `OptionError` for scores without blocks."""
         if self.without_block is None:
             raise OptionError(
-                f"scores: expected scores with blocks of prompts, got scores of method {self.provenance.label!r} "
-                "without them, which cannot be resampled. Score again with NeuronAttribution(...).score."
+                f"scores: those of method {self.provenance.label!r} keep no blocks of prompts, so they cannot be "
+                "resampled. Score again with NeuronAttribution(...).score."
             )
         return self.without_block
 

@@ -263,7 +263,7 @@ _MOST = 2**28
 def check_seed(seed: object) -> None:
     """Raise `OptionError` unless `seed` is a whole number that is not negative."""
     if not _is_whole(seed) or int(seed) < 0:
-        raise OptionError(f"seed: expected a whole number of at least 0, got {seed!r:.80}.")
+        raise OptionError(f"seed: expected a whole number from 0 on, got {seed!r:.80}.")
 
 
 def _is_whole(value: object) -> TypeGuard[int]:

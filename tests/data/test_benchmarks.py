@@ -366,7 +366,7 @@ def test_hh_rlhf_folders_that_lack_something(tmp_path):
         benchmarks.hh_rlhf(tmp_path)
 
 
-def test_hh_rlhf_rows_that_are_no_chat_are_named_and_skipped(tmp_path):
+def test_hh_rlhf_rows_that_are_not_chats_are_named_and_skipped(tmp_path):
     twice = "\n\nHuman: hi\n\nAssistant: yes\n\nAssistant:"
     rows = [hh(0), {"chosen": f"{twice} a", "rejected": f"{twice} b"}, {"rejected": "a"}, hh(1)]
     path = save(tmp_path / "test.jsonl", rows)
@@ -497,7 +497,7 @@ def test_files_that_cannot_be_read_raise_whatever_is_skipped(tmp_path, content, 
         assert str(caught.value).startswith(str(path))
 
 
-def test_a_line_that_is_no_json_is_named_and_skipped(tmp_path):
+def test_a_line_that_is_not_json_is_named_and_skipped(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(rb(1)) + "\n{\n" + json.dumps(rb(2)))
     with pytest.raises(DataError, match="line 2: not valid JSON"):

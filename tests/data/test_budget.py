@@ -13,14 +13,14 @@ from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
 CPU = torch.device("cpu")
 
 
-def test_by_hand():
+def test_tokens_that_fit_equal_the_count_by_hand():
     shape = {"n_layers": 2, "d_model": 10, "d_mlp": 40, "itemsize": 2}
     assert tokens_that_fit(2 * 1440 * 1000, **shape) == 1000
     assert tokens_that_fit(0, **shape) == 256
     assert (enough_tokens(CPU), enough_tokens(torch.device("meta"))) == (4096, 32768)
 
 
-def test_free_memory(monkeypatch):
+def test_free_memory_is_what_the_system_reports(monkeypatch):
     """Some, and no more than the machine has; shared by the processes on it; what a batch system leaves."""
     free = free_bytes(CPU)
     assert 2**20 < free < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

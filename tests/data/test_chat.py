@@ -126,11 +126,11 @@ def test_transcripts_become_chats():
 
 
 class TestBadChats:
-    def test_no_template(self, tmp_path):
+    def test_a_tokenizer_without_a_template_is_refused(self, tmp_path):
         with pytest.raises(ModelError, match=r"no chat template.*tokenizer.chat_template"):
             encode_texts(make_tokenizer(tmp_path), [MESSAGES], max_length=100)
 
-    def test_template_that_refuses(self, tmp_path):
+    def test_an_error_in_the_template_becomes_a_data_error(self, tmp_path):
         tokenizer = make_tokenizer(tmp_path)
         tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
         with pytest.raises(DataError, match=r"refused them.*roles must alternate"):

@@ -124,7 +124,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_is_the_same_pair(shape, rewards_equal):
+def test_all_formats_give_the_same_pair(shape, rewards_equal):
     pairs = rewards_equal(SHAPES[shape], [*TALK, GOOD], [*TALK, BAD])
     expected = PreferencePairs.from_records([SHAPES["prompt and texts"]])
     assert [(one.prompt, one.chosen, one.rejected) for one in pairs] == [
@@ -171,7 +171,7 @@ class TestSeveralMessages:
         assert pairs[0].rejected == "sure"
         assert len(pairs[0].chosen) == 3
 
-    def test_they_part_at_a_message_of_the_user(self, model, rewards_equal):
+    def test_responses_that_differ_first_at_a_user_message(self, model, rewards_equal):
         row = {"chosen": [*TALK[:3], user("then"), GOOD], "rejected": [*TALK[:3], user("help"), BAD]}
         pairs = rewards_equal(row, row["chosen"], row["rejected"])
         encoded = encode_pairs(model[0].tokenizer, pairs, max_length=400)
@@ -219,7 +219,7 @@ class TestFields:
         scored.save(tmp_path / "scored.safetensors")
         assert type(scored).load(tmp_path / "scored.safetensors").pairs == pairs
 
-    def test_the_padding_of_arrow_is_no_field(self):
+    def test_arrow_padding_is_dropped(self):
         """Messages of one column have the fields of all, in structs of Arrow: None that nobody wrote."""
         rows = [
             {"prompt": [user("a")], "chosen": [call(city="Oslo")], "rejected": [assistant("no")]},
@@ -255,7 +255,7 @@ class TestFields:
             assert PreferencePairs.from_records([row | {"tools": none}])[0].tools is None
 
     @pytest.mark.parametrize("field", ["tools", "system"])
-    def test_a_text_has_no_place_for_them(self, field):
+    def test_tools_and_system_need_a_chat(self, field):
         row = {"prompt": "how", "chosen": "a", "rejected": "b", field: {"tools": TOOLS, "system": "please"}[field]}
         with pytest.raises(DataError, match=rf"record 0: field '{field}' needs a chat template.*chat=True"):
             PreferencePairs.from_records([row])
@@ -288,7 +288,7 @@ class TestTextsOnChatModels:
         assert int(ActivationCollector(head).collect(pairs).n_tokens) == n
         assert NeuronAttribution(head, method="mean_difference").score(pairs).provenance.n_pairs == 2
 
-    def test_without_it_a_warning_says_once_what_was_done(self, model, tmp_path):
+    def test_plain_prompts_warn_once_per_tokenizer(self, model, tmp_path):
         head, _ = model
         tokenizer = make_tokenizer(tmp_path)
         pairs = PreferencePairs.from_records(self.rows)
@@ -319,7 +319,7 @@ class TestTextsOnChatModels:
         )
         assert said[False][0] != said[True][0]
 
-    def test_words_that_are_shared_are_no_message(self):
+    def test_a_common_beginning_is_not_a_message(self):
         row = {"chosen": "the sky is blue", "rejected": "the sky is red"}
         with pytest.raises(DataError, match=r"field 'prompt' is missing. A chat needs messages"):
             PreferencePairs.from_records([row], chat=True)
@@ -384,7 +384,7 @@ class TestRefusals:
         )
 
 
-def test_as_chat_of_pairs_is_what_it_was():
+def test_as_chat_keeps_ids():
     pairs = make_pairs(3)
     assert [one.id for one in pairs.as_chat()] == [one.id for one in pairs]
     assert pairs.as_chat().as_chat() == pairs.as_chat()
@@ -404,7 +404,7 @@ def test_two_system_messages_that_differ_are_refused():
     assert same.prompt == pair.prompt
 
 
-def test_transcripts_behind_a_prompt_of_messages_are_refused():
+def test_transcripts_after_a_prompt_of_messages_are_refused():
     talk = "\n\nHuman: how\n\nAssistant: "
     row = {"prompt": [{"role": "user", "content": "how"}], "chosen": talk + "yes", "rejected": talk + "no"}
     with pytest.raises(DataError, match=r"'chosen' is a whole transcript.*columns="):

@@ -161,7 +161,7 @@ def test_hooks_of_the_user_run_unpacked(checkpoints, few):
 
 @pytest.mark.lens
 @pytest.mark.parametrize("family", grid(["gpt2", "llama", "gpt_neox"]))
-def test_what_a_bridge_wires_for_itself_is_no_hook_of_the_users(checkpoints, few, family):
+def test_hooks_of_the_bridge_itself_do_not_count_as_the_users(checkpoints, few, family):
     """A bridge that ran once keeps hooks of its own: pairs are packed as before, until the user hooks it."""
     head = RewardHead.from_pretrained(checkpoints[family])
     before = head.score_pairs(few).margin
@@ -227,7 +227,7 @@ def test_rows():
     assert sees[0, 3].tolist() == [1, 0, 0, 1, 0, 0]
 
 
-def test_turned_round_a_pair_makes_the_same_row(checkpoints, few):
+def test_a_swapped_pair_makes_the_same_row(checkpoints, few):
     head = RewardHead.from_pretrained(checkpoints["gpt2"])
     few = few[:-1]  # of the last pair both texts are the same
     batches = [batches_of(head, each)[0] for each in (few, few.swapped())]
@@ -262,7 +262,7 @@ def test_windows_of_configs():
     assert windows_of(make("llama")) == windows_of(make("gpt2")) == []
 
 
-def test_flash_attention_is_not_tried(checkpoints, monkeypatch):
+def test_flash_attention_is_never_packed(checkpoints, monkeypatch):
     """It would read the mask as lengths; on a GPU that ends the process."""
     head = RewardHead.from_pretrained(checkpoints["llama"])
     base, where = head.body.native, (head.body.n_embeddings, 96)

@@ -52,7 +52,7 @@ class TestThereAndBack:
         pairs = PreferencePairs.from_records(rows)
         assert PreferencePairs.from_dataset(pairs.to_dataset()) == pairs
 
-    def test_none(self):
+    def test_no_pairs_give_an_empty_data_set(self):
         assert len(PreferencePairs.from_dataset(PreferencePairs([]).to_dataset())) == 0
 
     @settings(max_examples=150, deadline=None)
@@ -151,7 +151,7 @@ class TestErrors:
         found = PreferencePairs.from_dataset(iter([good, row]), on_invalid="skip")
         assert (len(found), sum(found.skipped.values())) == (1, 1)
 
-    def test_no_data_set(self):
+    def test_other_inputs_are_refused(self):
         splits = datasets.DatasetDict({"train": make_pairs(2).to_dataset()})
         with pytest.raises(OptionError, match=r"expected one split, got a mapping of \['train'\]"):
             unchecked(PreferencePairs.from_dataset.__func__)(PreferencePairs, splits)

@@ -61,7 +61,7 @@ def write(path, content):
 
 @pytest.mark.parametrize("packed", PACKED)
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_content_says_the_format_and_the_name_does_not(tmp_path, kind, packed):
+def test_the_format_is_read_from_the_content(tmp_path, kind, packed):
     content = PACKED[packed](FORMATS[kind](ROWS))
     for name in ("pairs", "pairs.txt", "pairs.jsonl", "pairs.csv", "pairs.parquet", "pairs.json.gz", "pairs.tsv.zst"):
         path = write(tmp_path / name, content)
@@ -190,7 +190,7 @@ class TestPromptsInOtherColumns:
         hh = {side: f"\n\nHuman: hi\n\nAssistant: {side}" for side in ("chosen", "rejected")} | {"source": "hh"}
         assert PreferencePairs.from_records([hh])[0].prompt == "\n\nHuman: hi\n\nAssistant:"
 
-    def test_transcripts_beside_their_prompt_are_split(self):
+    def test_transcripts_with_a_prompt_are_split(self):
         prompt = "\n\nHuman: hi\n\nAssistant:"
         whole = {"prompt": prompt, "chosen": f"{prompt} a", "rejected": f"{prompt} b"}
         (pair,) = PreferencePairs.from_records([whole])
@@ -198,14 +198,14 @@ class TestPromptsInOtherColumns:
         with pytest.raises(DataError, match=r"field 'prompt' \('other'\) is not in the turns"):
             PreferencePairs.from_records([whole | {"prompt": "other"}])
 
-    def test_whole_texts_beside_their_prompt_warn(self):
+    def test_whole_texts_with_a_prompt_warn(self):
         rows = [{"prompt": "two words", "chosen": "two words a", "rejected": "two words b"}, GOOD]
         with pytest.warns(RMTensionWarning, match=r"in 1 of 2 pairs both responses begin with the prompt's text"):
             PreferencePairs.from_records(rows)
         assert PreferencePairs.from_records(rows[:1], columns={"prompt": None})[0].text("chosen") == "two words a"
 
 
-class TestEntrances:
+class TestOtherInputs:
     """A source that another method reads: the error names that method, and it works."""
 
     row = {"prompt": "q", "chosen": "a", "rejected": "b"}

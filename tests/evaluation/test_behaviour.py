@@ -30,7 +30,7 @@ class TestLength:
         ]
         assert length_baseline(PreferencePairs.from_records(rows)).value == 0.5
 
-    def test_matched_pairs_leave_length_without_use(self):
+    def test_length_says_nothing_in_matched_pairs(self):
         rng = np.random.default_rng(0)
         pairs = pairs_of(rng.integers(5, 80, size=(400, 2)) + np.array([30, 0]))
         assert length_baseline(pairs).value > 0.7, "in all pairs the longer one is preferred"
@@ -41,7 +41,7 @@ class TestLength:
         assert np.abs(np.sort(ratios[ratios > 0]) + np.sort(ratios[ratios < 0])[::-1]).max() <= 0.2
         assert [pair.id for pair in matched] == [pair.id for pair in pairs if pair in set(matched)]
 
-    def test_matching_is_the_largest_there_is(self):
+    def test_the_matching_is_maximal(self):
         """Brute force over all matchings of small sets (networkx would do; recursion is enough)."""
         rng = np.random.default_rng(1)
         for _ in range(20):
@@ -157,7 +157,7 @@ class TestConfidence:
             centred_rewards({"a": scored_of([1.0]), "b": scored_of([1.0, 2.0])})
 
 
-def test_balance_counts_ties_as_asked():
+def test_balance_counts_a_tie_as_tie_value():
     scored = scored_of([0.0, 1.0], subsets=["should_refuse", "should_respond"])
     assert evaluation.balance(scored)["refusing"].value == 0.5
     assert evaluation.balance(scored, tie_value=0.0)["refusing"].value == 0.0

@@ -272,7 +272,7 @@ def test_level_and_seed_reach_the_interval(name):
 
 
 @pytest.mark.parametrize("name", [name for name in ESTIMATES if name not in WITHOUT_TIE])
-def test_a_tie_counts_what_is_said(name):
+def test_a_tie_counts_tie_value(name):
     """Half by default; linear in what it counts."""
     estimate, scored = ESTIMATES[name], mixed_bag()
     none, half, whole = (estimate(scored, tie_value=tie).value for tie in (0.0, 0.5, 1.0))
@@ -280,7 +280,7 @@ def test_a_tie_counts_what_is_said(name):
     assert none != whole
 
 
-def test_numbers_behind_estimates():
+def test_estimates_hold_their_numbers_of_items_and_prompts():
     scored = mixed_bag()
     parts = {name: scored.filter(subset=name) for name in ("should_refuse", "should_respond")}
     sizes = {name: (len(part), len(part.pairs.prompts)) for name, part in parts.items()}
@@ -327,7 +327,7 @@ def test_each_of_three_subsets_counts_once():
     assert evaluation.macro_accuracy(scored).value == pytest.approx((1 + 0.5 + 0) / 3)
 
 
-def test_margins_of_a_subset_have_the_level_that_was_asked_for():
+def test_margins_of_a_subset_have_the_given_level():
     wide, narrow = (evaluation.by_subset(mixed_bag(), level=level).to_dict("records")[0] for level in (0.95, 0.5))
     assert wide["margin_low"] < narrow["margin_low"] < narrow["margin_high"] < wide["margin_high"]
 

@@ -58,7 +58,7 @@ def test_sign_flip_is_the_exact_test_over_all_signs():
     assert sign_flip_p_value(values, prompts(*range(8))) == pytest.approx(exact, abs=4 * np.sqrt(exact / 9999))
 
 
-def test_sign_flip_turns_whole_prompts():
+def test_sign_flips_apply_to_whole_prompts():
     """Ten copies of every item are no more evidence; as ten prompts each they would be."""
     values = torch.tensor([1.0, -0.5, 0.8, 0.2, 0.6]).repeat_interleave(10)
     together = sign_flip_p_value(values, prompts(*np.repeat(np.arange(5), 10)))
@@ -106,7 +106,7 @@ def test_over_seeds_adds_the_spread_between_seeds():
     assert over_seeds(items, [1.0]) == items
 
 
-def test_percentile_interval_of_what_is_no_number():
+def test_percentile_interval_of_nan_is_nan():
     assert np.isnan(percentile_interval(np.array([1.0, np.nan]), 0.95)).all()
     with pytest.raises(OptionError, match="level"):
         percentile_interval(np.ones(3), 2.0)
@@ -136,10 +136,10 @@ class TestAgainstRandom:
 
     @pytest.mark.grid
     @pytest.mark.parametrize("spread", [0.0, 0.1, 1.0])
-    def test_excludes_nothing_in_one_case_of_twenty(self, spread):
+    def test_a_random_set_is_excluded_in_one_case_of_twenty(self, spread):
         """The set is one more draw: 2 to 8% of 1,000 intervals exclude 0, whatever the share of noise; a shift is seen.
 
-        The earlier rule, spread plus bootstrap error, excluded 0 in 0.2% of the cases at `spread` 0.
+        The simpler rule, spread plus bootstrap error, excludes 0 in only 0.2% of the cases at `spread` 0.
         """
         rng = np.random.default_rng(0)
         pairs = scored_of(np.zeros(60)).pairs
@@ -154,7 +154,7 @@ class TestAgainstRandom:
         assert real / 1000 >= 0.95
 
     def test_needs_two_draws(self):
-        with pytest.raises(OptionError, match="at least two draws"):
+        with pytest.raises(OptionError, match="at least two random sets"):
             against_random(torch.ones(1), [torch.ones(1)], scored_of([0.0]).pairs)
 
 

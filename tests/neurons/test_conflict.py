@@ -90,7 +90,7 @@ class TestWithoutNoise:
         assert found.table[["layer", "neuron"]].to_numpy().tolist() == [list(divmod(place, 3)) for place in range(9)]
         assert found.table[list(OBJECTIVES)].to_numpy() == pytest.approx(np.array(list(self.MEANS.values())))
 
-    def test_min_share_is_a_share_of_the_objectives_largest_contribution(self):
+    def test_min_share_is_relative_to_the_objectives_largest_contribution(self):
         """The largest are 2 and 3, so that a floor of 0.6 is at 1.2 and at 1.8."""
         alone = ["helpful only up", "harmless only down", "helpful only up", "harmless only up", *["none"] * 5]
         assert self.report(min_share=0.6).table["class"].tolist() == alone
@@ -156,7 +156,7 @@ class TestTable:
         assert table["class"].nunique() == 7
 
     @pytest.mark.parametrize("piece", [1, 7, 40])
-    def test_pieces_change_nothing(self, monkeypatch, piece):
+    def test_the_size_of_chunks_changes_nothing(self, monkeypatch, piece):
         whole = conflict(*noisy())
         monkeypatch.setattr(module, "_NEURONS_AT_A_TIME", piece)
         found = conflict(*noisy())
@@ -306,7 +306,7 @@ class TestSimulated:
         assert np.mean([low <= truth <= high for low, high in shifted]) < 0.93, "which the bound above would find"
 
     @pytest.mark.grid
-    def test_a_coin_finds_nothing_in_noise(self):
+    def test_random_signs_find_nothing_in_noise(self):
         """Its p-values are uniform where nothing is there."""
         rng = np.random.default_rng(12)
         reports = [conflict(*(simulated(rng, np.zeros(50), 15, on) for on in OBJECTIVES)) for _ in range(200)]
@@ -353,7 +353,7 @@ class TestSimulated:
         assert report.chance["shuffle"].low < -report.cosine.value < report.chance["shuffle"].high
         assert report.chance["shuffle"].p_value > 0.02
 
-    def test_prompts_of_both_objectives_have_one_coin(self):
+    def test_prompts_of_both_objectives_have_one_sign(self):
         """The same pairs twice have a cosine of 1 whatever they are, and so has the null."""
         scores = scores_of(np.random.default_rng(16).standard_normal((10, 30)))
         report = conflict(scores, scores)
@@ -374,7 +374,7 @@ class TestSymmetries:
         assert other.table["class"].tolist() == [turned[name] for name in one.table["class"]]
         assert one.cosine.value == pytest.approx(other.cosine.value)
 
-    def test_turning_one_objective_round(self):
+    def test_flipping_one_objective_flips_the_cosine(self):
         helpful, harmless = noisy()
         one = conflict(helpful, harmless)
         other = conflict(helpful, replace(harmless, values=-harmless.values))
@@ -403,12 +403,12 @@ class TestSymmetries:
 
 
 class TestSigns:
-    def test_contributions_are_as_they_are(self):
+    def test_contributions_of_supporting_scores_are_unchanged(self):
         """Whatever the method is called: the provenance says what its sign means."""
         scores = scores_of([[1.0, -2.0], [3.0, 4.0]], method="attribution_patching of one's own")
         assert contributions(scores).equal(scores.values)
 
-    def test_what_taking_out_changes_is_turned_round(self):
+    def test_effects_of_ablation_are_sign_flipped(self):
         patched = [replace(one, values=-one.values, provenance=replace(one.provenance)) for one in noisy()]
         method = "attribution_patching to mean"
         patched = [replace(one, provenance=replace(one.provenance, method=method, sign=-1)) for one in patched]
@@ -418,7 +418,9 @@ class TestSigns:
     def test_scores_without_a_known_sign_are_refused(self):
         """And with the sign that the message asks for, they are compared."""
         unsigned = [replace(one, provenance=replace(one.provenance, sign=None)) for one in noisy()]
-        with pytest.raises(OptionError, match=r"has sign None. Use .*dataclasses.replace\(provenance, sign=1\)"):
+        with pytest.raises(
+            OptionError, match=r"got sign None in their provenance.* Use .*dataclasses.replace\(provenance, sign=1\)"
+        ):
             conflict(*unsigned)
         signed = [replace(one, provenance=replace(one.provenance, sign=1)) for one in unsigned]
         assert conflict(*signed).table.equals(conflict(*noisy()).table)
@@ -444,7 +446,7 @@ class TestErrors:
             conflict(helpful, other)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_scores_that_are_no_numbers(self, value):
+    def test_nan_and_infinite_scores_are_refused(self, value):
         helpful, harmless = noisy()
         harmless.values[[3, 5], 1, 2] = value
         with pytest.raises(DataError, match="harmless: the scores of 2 of 30 pairs are NaN or infinite"):
@@ -456,11 +458,11 @@ class TestErrors:
         with pytest.raises(DataError, match=rf"helpful: expected pairs of at least two prompts, got {min(n, 1)}"):
             conflict(few, noisy()[1])
 
-    def test_no_direction(self):
+    def test_means_of_zero_are_refused(self):
         with pytest.raises(DataError, match="helpful: the mean contribution of every neuron is 0"):
             conflict(scores_of([[1.0], [-1.0]]), scores_of([[1.0], [1.0]]))
 
-    def test_scores_are_left_as_they_are(self):
+    def test_scores_are_not_changed(self):
         helpful, harmless = noisy()
         conflict(helpful, harmless)
         assert all(now.values.equal(was.values) for now, was in zip((helpful, harmless), noisy(), strict=True))

@@ -41,7 +41,7 @@ def test_a_set_shares_no_memory_with_its_mask():
     assert len(neurons) == 0
 
 
-def test_sets_of_other_places_do_not_mix():
+def test_sets_of_other_sites_or_models_do_not_combine():
     with pytest.raises(ProvenanceError, match="site differs: 'mlp' here, 'attn_head' there"):
         random_set(0) & NeuronSet(random_set(0).mask, "attn_head", "toy")
     with pytest.raises(ProvenanceError, match="architecture differs"):
@@ -68,15 +68,15 @@ class TestTop:
             assert list(scores_of(values).top(k=3)) == [(0, 0), (0, 1), (1, 2)]
 
     @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01, float("nan")])
-    def test_fraction_outside(self, fraction):
+    def test_a_fraction_outside_its_range_is_refused(self, fraction):
         with pytest.raises(OptionError, match=r"fraction: expected a number in \(0, 1\]"):
             scores_of(torch.randn(2, 3)).top(fraction)
 
-    def test_nan(self):
+    def test_nan_scores_are_refused(self):
         with pytest.raises(OptionError, match="1 of 6 scores are NaN"):
             scores_of(torch.tensor([[0.0, 1.0, float("nan")], [1.0, 2.0, 3.0]])).top(k=2)
 
-    def test_both_or_neither(self):
+    def test_exactly_one_of_fraction_and_k(self):
         for options in ({}, {"fraction": 0.1, "k": 2}):
             with pytest.raises(OptionError, match="exactly one of fraction and k"):
                 scores_of(torch.randn(2, 3)).top(**options)
@@ -107,7 +107,7 @@ class TestMatchedRandom:
 
     def test_too_few_left(self):
         neurons = NeuronSet(torch.ones(1, 3, dtype=torch.bool), "mlp", "toy")
-        with pytest.raises(OptionError, match="3 neurons wanted in layers"):
+        with pytest.raises(OptionError, match="3 neurons in layers"):
             neurons.matched_random(seed=0)
         with pytest.raises(OptionError, match="match"):
             neurons.matched_random(seed=0, match="magnitude")
@@ -200,9 +200,9 @@ class TestMatchedInMagnitude:
 
     def test_wrong_arguments(self):
         neurons = random_set(0)
-        with pytest.raises(OptionError, match="magnitude: expected one number a neuron"):
+        with pytest.raises(OptionError, match="magnitude: expected one number per neuron"):
             neurons.matched_random(seed=0, match="magnitude")
-        with pytest.raises(OptionError, match="magnitude: expected one number a neuron"):
+        with pytest.raises(OptionError, match="magnitude: expected one number per neuron"):
             neurons.matched_random(seed=0, magnitude=torch.ones(4, 25))
         with pytest.raises(OptionError, match=r"expected shape \(4, 25\)"):
             neurons.matched_random(seed=0, match="magnitude", magnitude=torch.ones(2, 25))
@@ -225,12 +225,12 @@ def test_subsamples_are_uniform():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shape": (2,)}, "shape: expected the numbers of layers and of neurons a layer"),
-        ({"shape": (0, 3)}, "shape: expected the numbers"),
-        ({"shape": (2, 0)}, "shape: expected the numbers"),
-        ({"shape": (2.0, 3)}, "shape: expected the numbers"),
-        ({"shape": (True, 3)}, "shape: expected the numbers"),
-        ({"shape": (2**15, 2**14)}, "shape: expected the numbers"),
+        ({"shape": (2,)}, "shape: expected \\(number of layers, neurons per layer\\)"),
+        ({"shape": (0, 3)}, "shape: expected \\(number of layers"),
+        ({"shape": (2, 0)}, "shape: expected \\(number of layers"),
+        ({"shape": (2.0, 3)}, "shape: expected \\(number of layers"),
+        ({"shape": (True, 3)}, "shape: expected \\(number of layers"),
+        ({"shape": (2**15, 2**14)}, "shape: expected \\(number of layers"),
         ({"site": None}, "site: expected a text, got None"),
         ({"architecture": 3}, "architecture: expected a text, got 3"),
         ({"indices": 3}, r"indices: expected \(layer, neuron\) pairs of whole numbers, got 3"),
@@ -240,7 +240,7 @@ def test_subsamples_are_uniform():
         ({"indices": ["01"]}, "indices: expected"),
     ],
 )
-def test_what_a_set_is_not_made_of(changes, message):
+def test_invalid_arguments_of_a_set_are_refused(changes, message):
     make = unchecked(NeuronSet.from_indices.__func__)
     given = {"indices": [(0, 1)], "shape": (2, 3), "site": "mlp", "architecture": "toy"} | changes
     with pytest.raises(OptionError, match=message):
@@ -259,7 +259,7 @@ def test_indices_stop_at_the_shape():
         assert other not in corners
 
 
-def test_equal_sets_are_one_key():
+def test_equal_sets_have_equal_hashes():
     one, other = (NeuronSet(torch.tensor([[True, False]]), "mlp", "toy") for _ in range(2))
     assert len({one, other, ~one}) == 2
     assert hash(one) == hash(other) != hash(~one)
@@ -273,11 +273,9 @@ def test_drawing_takes_the_last_neurons_that_are_free():
     many = NeuronSet(torch.ones(2, 50, dtype=torch.bool), "mlp", "toy")
     assert many.subsample(50, seed=3) == many.subsample(50, seed=3) != many.subsample(50, seed=4)
     assert many.subsample(99, seed=0).mask.sum() == 99
-    with pytest.raises(
-        OptionError, match=r"4 neurons wanted in layers \[0\], only 0 are outside the set. Use a smaller"
-    ):
+    with pytest.raises(OptionError, match=r"4 neurons in layers \[0\], but only 0 are outside the set"):
         (half | ~half).matched_random(seed=0)
-    with pytest.raises(OptionError, match=r"got NoneType with 'magnitude'"):
+    with pytest.raises(OptionError, match=r"got NoneType with match='magnitude'"):
         half.matched_random(seed=0, match="magnitude")
     with pytest.raises(OptionError, match="match: expected 'layer', 'model' or 'magnitude', got 'other'"):
         half.matched_random(seed=0, match="other")

@@ -51,7 +51,7 @@ def test_chance_in_each_layer_is_what_permutations_give():
 
 
 @pytest.mark.grid
-def test_interval_beyond_chance_excludes_nothing_in_one_case_of_twenty():
+def test_interval_beyond_chance_excludes_0_in_one_case_of_twenty():
     """Sets random within their layers: 2 to 8% of 600 intervals exclude 0. Sets that share a part: nearly all do."""
     rng = np.random.default_rng(0)
     a = crowded(0)
@@ -67,7 +67,7 @@ def test_interval_beyond_chance_excludes_nothing_in_one_case_of_twenty():
 
 
 class TestIntervalsOverPrompts:
-    def test_no_noise_no_width(self):
+    def test_without_noise_the_interval_has_no_width(self):
         """Blocks that agree: every resample ranks the same neurons."""
         values = torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0)).double()
         scores = {name: scores_of_blocks(one.expand(N_BLOCKS, *SHAPE)) for name, one in zip("ab", values, strict=True)}
@@ -101,7 +101,7 @@ class TestIntervalsOverPrompts:
         held = np.mean([low <= np.mean(observed) <= high for low, high in intervals])
         assert held >= 0.8
 
-    def test_base_is_taken_out_of_every_resample(self):
+    def test_the_base_is_removed_in_every_resample(self):
         """Two models that share exactly the base's neurons: nothing is left to overlap."""
         common = torch.zeros(SHAPE).double()
         common[0, :9] = 10

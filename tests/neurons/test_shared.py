@@ -92,7 +92,7 @@ class TestAnalyzer:
         assert set(report.shared) == sets["a"] & sets["b"] & sets["c"]
         assert set(report.specific["b"]) == sets["b"] - sets["a"] - sets["c"]
         assert report.overlap["a", "c"] == Overlap.of(report.sets["a"], report.sets["c"])
-        with pytest.raises(OptionError, match="choose one of overlap"):
+        with pytest.raises(OptionError, match="Choose one of overlap"):
             _ = report.jaccard
 
     def test_two_models_have_one_comparison(self, tmp_path):
@@ -115,7 +115,7 @@ class TestAnalyzer:
         assert loaded.base == report.base
         assert loaded.provenance == report.provenance
 
-    def test_what_does_not_belong_together(self):
+    def test_scores_computed_differently_are_refused(self):
         with pytest.raises(OptionError, match="at least two"):
             SharedNeuronAnalyzer({"a": self.scores["a"]})
         for field, value in (("architecture", "other"), ("site", "attn_head"), ("method", "x"), ("positions", "last")):
@@ -152,7 +152,7 @@ def test_a_report_without_a_base(tmp_path):
     assert with_base.to_frame()["without_base"].tolist() == [False, True]
 
 
-def test_sets_are_ranked_as_asked():
+def test_sets_follow_rank_by():
     """By the score with its sign, for the base too."""
     scores = scores_of(torch.tensor([[-3.0, 1.0, 2.0, 0.5]]))
     for by, neuron in (("magnitude", 0), ("score", 2)):

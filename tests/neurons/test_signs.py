@@ -70,7 +70,7 @@ def test_every_method_finds_the_neurons_that_support_and_that_oppose(scores, org
 
 
 @pytest.mark.parametrize("method", [*ASK_FOR_THE_REWARD, "effect"])
-def test_of_pairs_turned_round_supporters_oppose(scores, organism, head, method):
+def test_on_swapped_pairs_supporters_oppose(scores, organism, head, method):
     pairs = organism.pairs["harmless"].swapped()
     found = (
         single_neuron_effects(head, pairs)
@@ -110,7 +110,7 @@ def test_mean_difference_takes_what_is_more_active_in_chosen_responses(scores, o
 # -- statements --------------------------------------------------------------------------------------------------------
 
 
-def test_a_new_method_has_to_say_everything():
+def test_every_method_declares_all_fields():
     assert all(field.default is MISSING and field.default_factory is MISSING for field in fields(Method))
     assert all(method.sign in (1, -1) for method in METHODS.values())
     with pytest.raises(TypeError, match="sign"):
@@ -140,7 +140,7 @@ def test_the_sign_is_kept_in_files(tmp_path):
             Provenance.from_dict(made([[1.0]], 1).provenance.to_dict() | wrong)
     old = made([[1.0]], 1).provenance.to_dict()
     del old["sign"]
-    with pytest.raises(ProvenanceError, match=r"field 'sign' is missing or not int \| None\. Compute the result again"):
+    with pytest.raises(ProvenanceError, match=r"field 'sign' is missing or not of type int \| None\. Compute"):
         Provenance.from_dict(old)
 
 
@@ -192,7 +192,7 @@ def test_overlap_reads_each_score_by_its_own_sign(by):
     assert jaccard_intervals({"a": one, "b": misread}, fraction=0.25, rank_by=by)["a", "b"] == (0.0, 0.0)
 
 
-def test_studies_ask_only_for_directions_that_scores_have():
+def test_studies_use_only_directions_that_scores_have():
     for by in RANK_BY:
         scores = ("frequency", "change") if by == "score" else ("gradient_x_activation", "attribution_patching")
         assert StudyOptions(rank_by=by, scores=scores).rank_by == by

@@ -144,7 +144,7 @@ def test_a_full_disk(tmp_path):
     assert len(lines) == 3, ran.stdout
     for line, what in zip(lines, ("NeuronSet", "pairs", "study"), strict=True):
         assert f"the {what} could not be written" in line
-        assert "A file may not be that large here" in line
+        assert "The file is too large for this file system" in line
     assert tree(tmp_path) == before
 
 

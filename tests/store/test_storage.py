@@ -70,7 +70,7 @@ def test_the_same_result_has_the_same_bytes(result, saved, tmp_path):
     assert saved.read_bytes() == (tmp_path / "again").read_bytes() == (tmp_path / "loaded").read_bytes()
 
 
-def test_every_part_is_asked_for(result, saved):
+def test_every_part_is_required(result, saved):
     """Without any tensor or value, or with another: an error of this library that names the file or the field."""
     tensors, header = parts(saved)
     optional = {"without_block", "completeness_gap", "base", "skipped"}
@@ -112,7 +112,7 @@ def test_other_kinds_and_other_files(result, saved, tmp_path):
     with pytest.raises(StorageError, match=r", got a Other\. Load it with the class"):
         type(result).load(saved)
     save_file(tensors, saved)
-    with pytest.raises(StorageError, match="its header does not say so"):
+    with pytest.raises(StorageError, match="its header has no entry"):
         type(result).load(saved)
     for header_text in ("[", "[]", "[" * 100_000, "1", '"text"', "null", "{}"):
         save_file(tensors, saved, {"rmtension": header_text})
@@ -143,7 +143,7 @@ def test_places_of_a_conflict_are_bounded(tmp_path):
     tensors, header = parts(tmp_path / "result")
     tensors["neuron"][-1] = 1 << 62
     write(tmp_path / "result", tensors, header)
-    with pytest.raises(StorageError, match="its rows are not all neurons in order"):
+    with pytest.raises(StorageError, match="expected one row per neuron"):
         ConflictReport.load(tmp_path / "result")
 
 
@@ -153,7 +153,7 @@ def test_names_in_a_shared_report(tmp_path):
     tensors, header = parts(tmp_path / "result")
     for names in ([], ["a"], ["a", "c"], ["a", "b", "b"], [1, 2]):
         write(tmp_path / "result", tensors, header | {"names": names})
-        with pytest.raises(StorageError, match="its sets are not those that it names"):
+        with pytest.raises(StorageError, match="its sets differ from the names it lists"):
             SharedNeuronReport.load(tmp_path / "result")
 
 

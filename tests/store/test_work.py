@@ -210,7 +210,7 @@ def test_one_process_at_a_time(begun, head, base, pairs):
     collected(head, pairs, base, begun)
 
 
-def test_an_error_lets_go_of_the_folder(head, base, pairs, tmp_path, monkeypatch):
+def test_an_error_releases_the_folder(head, base, pairs, tmp_path, monkeypatch):
     """Also while the traceback is kept, as a notebook keeps it."""
     with monkeypatch.context() as patch:
         patch.setattr(head, "observe", lambda *_: 1 / 0)
