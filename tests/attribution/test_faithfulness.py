@@ -422,10 +422,9 @@ class TestWrongArguments:
         for options, message in [
             ({"sample": 0}, "sample: expected 1 to 192"),
             ({"sample": 2}, "sample: expected at least 3"),
-            ({"top": 0.0}, "top: expected a share"),
             ({"level": 2.0}, "level"),
             ({"n_random": -1}, "n_random: expected 0 or more"),
-            ({"sample": 9, "truth": single_neuron_effects(gpt2, few)}, "sample: truth says which"),
+            ({"sample": 9, "true_effects": single_neuron_effects(gpt2, few)}, "sample: true_effects fixes which"),
         ]:
             with pytest.raises(OptionError, match=message):
                 faithfulness(gpt2, scores, few, **options)
