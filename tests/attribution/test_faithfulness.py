@@ -428,11 +428,7 @@ class TestWrongArguments:
             ({"sample": 2}, "sample: expected at least 3"),
             ({"level": 2.0}, "level"),
             ({"n_random": -1}, "n_random: expected 0 or more"),
-<<<<<<< HEAD
-            ({"sample": 9, "true_effects": single_neuron_effects(gpt2, few)}, "sample: true_effects has the neurons"),
-=======
             ({"sample": 9, "true_effects": single_neuron_effects(gpt2, few)}, "sample: true_effects fixes which"),
->>>>>>> words3
         ]:
             with pytest.raises(OptionError, match=message):
                 faithfulness(gpt2, few, scores, **options)
