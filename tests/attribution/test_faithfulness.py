@@ -26,7 +26,7 @@ from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.errors import DataError, ModelError, OptionError, ProvenanceError
 from rmtension.models._replay import Replay
 from rmtension.neurons._neuron_scores import N_BLOCKS
-from rmtension.neurons._score_agreement import MEASURES, _places_within, agreement
+from rmtension.neurons._score_agreement import MEASURES, _indices_within, agreement
 from rmtension.store._provenance import Provenance
 
 CLOSE = {"atol": 1e-9, "rtol": 0.0}
@@ -257,7 +257,7 @@ def test_resampled_neurons_vary_as_samples_do(sizes):
     """The variance of a layer's resampled mean is s^2 / n; drawing n of n would give (n - 1) / n of it."""
     layers = np.repeat(np.arange(len(sizes)), sizes)
     values = np.random.default_rng(1).normal(size=len(layers))
-    drawn = values[_places_within(layers, 200_000, np.random.default_rng(2))]
+    drawn = values[_indices_within(layers, 200_000, np.random.default_rng(2))]
     strata = [len(layers)] if min(sizes) < 2 else sizes
     ends = np.cumsum([size - 1 for size in strata])[:-1]
     for own, part in zip(np.split(values, np.cumsum(strata)[:-1]), np.split(drawn, ends, axis=1), strict=True):
