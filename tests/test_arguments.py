@@ -212,7 +212,7 @@ class TestSwapped:
             for method in (RewardHead.from_pretrained, RewardHead.from_language_model):
                 with pytest.raises(OptionError, match=r"name_or_path: .*RewardHead\.from_classifier\(model, tokenizer"):
                     unchecked(method)(name)
-        with pytest.raises(ModelError, match=r"is a file, .* goes to PreferencePairs\.read"):
+        with pytest.raises(ModelError, match=r"got the file .* is read with PreferencePairs\.read"):
             RewardHead.from_pretrained(file)
 
 

@@ -275,7 +275,9 @@ class TestBadTexts:
             RewardHead(head.model, weight=head.weight, max_length=CONTEXT + 1)
 
     def test_too_many_tokens_are_refused(self, head):
-        with pytest.raises(OptionError, match=f"input_ids: a row has {CONTEXT + 1} tokens"):
+        with pytest.raises(
+            OptionError, match=rf"input_ids: expected at most {CONTEXT} tokens per row .*got {CONTEXT + 1}"
+        ):
             head.score_tokens(torch.ones(1, CONTEXT + 1, dtype=torch.long))
 
     def test_a_mask_with_an_empty_row_is_refused(self, head):

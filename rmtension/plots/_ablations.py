@@ -61,7 +61,7 @@ def curves(
     Examples:
         >>> from rmtension.study import Ablations, ModelRuns, ablation_curves
         >>> ablations = Ablations(ModelRuns(head), pairs)
-        >>> table = ablation_curves(ablations, {"gradient": scores}, (0.02, 0.1), n_random=1).assign(model="mixed")
+        >>> table = ablation_curves(ablations, {"gradient": scores}, (0.02, 0.1), n_draws=1).assign(model="mixed")
         >>> [panel.get_title() for panel in curves(table, quantity="margin").axes]
         ['mixed on helpful (n = 24)', 'mixed on harmless (n = 24)']
     """

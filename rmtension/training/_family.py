@@ -71,7 +71,7 @@ def train_family(
     `StorageError`. Raises `OptionError` for fewer than two objectives; other errors are those of `train_reward_model`.
 
     Examples:
-        >>> settings = FamilySettings(reward_epochs=1, reward_batch_size=24, max_length=64)  # a step per model
+        >>> settings = FamilySettings(reward_epochs=1.0, reward_batch_size=24, max_length=64)  # a step per model
         >>> folders = train_family(pairs, "family", base="organism", settings=settings, progress=False)
         >>> sorted(folders), RewardHead.from_pretrained(folders["mixed"]).n_layers
         (['base', 'harmless', 'helpful', 'mixed'], 2)
@@ -156,7 +156,7 @@ def train_seeds(
     `train_family`.
 
     Examples:
-        >>> settings = FamilySettings(reward_epochs=1, reward_batch_size=24, max_length=64)  # a step per model
+        >>> settings = FamilySettings(reward_epochs=1.0, reward_batch_size=24, max_length=64)  # a step per model
         >>> options = {"base": "organism", "settings": settings, "progress": False}
         >>> [family.seed for family in train_seeds(pairs, "seeds", [0], **options)]
         [0]

@@ -139,13 +139,13 @@ class TestScore:
             (["MODEL", "empty.jsonl"], "expected at least one preference pair, got none"),
             (["MODEL", "none.jsonl"], "none.jsonl: cannot be read"),
             (["MODEL", "."], "cannot be read"),
-            (["./none", "pairs.jsonl"], "./none is no folder"),
+            (["./none", "pairs.jsonl"], "there is no folder ./none"),
             ([".", "pairs.jsonl"], "no config.json and no adapter_config.json"),
             (["MODEL", "pairs.jsonl", "--out", "there.jsonl"], "there.jsonl exists already"),
             (["MODEL", "pairs.jsonl", "--out", ".", "--overwrite"], "is a folder"),
             (["MODEL", "pairs.jsonl", "--out", "there.jsonl/x"], "could not be written"),
             (["MODEL", "pairs.jsonl", "--max-length", "97"], "max_length: expected 1 to 96"),
-            (["MODEL", "pairs.jsonl", "--device", "abacus"], "device: 'abacus' is none"),
+            (["MODEL", "pairs.jsonl", "--device", "abacus"], "device: 'abacus' is not available"),
             (["MODEL", "pairs.jsonl", "--pad-token", "<none>"], "pad_token: '<none>' is not in the vocabulary"),
         ],
     )
@@ -440,7 +440,7 @@ class TestAll:
         """The YAML that `rmtension study --help` shows, read as a file."""
         from rmtension.cli._commands.study import EXAMPLES
 
-        block = EXAMPLES.partition("are required:\n")[2].partition("\n\nSeveral")[0]
+        block = EXAMPLES.partition("are required):\n")[2].partition("\n\nSeveral")[0]
         path = study / "shown.yaml"
         path.write_text("\n".join(line.removeprefix("  ") for line in block.splitlines()))
         save_classifier(study / "models" / "base", "gpt2", tokenizer)

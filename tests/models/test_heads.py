@@ -386,7 +386,7 @@ class TestBadInput:
         assert torch.equal(masked, head.score_tokens(torch.tensor([[5]])))
 
     def test_no_rows(self, head):
-        with pytest.raises(OptionError, match=r"one row of token ids for each text, got shape \(0, 3\)"):
+        with pytest.raises(OptionError, match=r"one row of token ids per text, got shape \(0, 3\)"):
             head.score_tokens(torch.ones(0, 3, dtype=torch.long))
 
     def test_empty_text(self, head):

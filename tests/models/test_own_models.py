@@ -74,7 +74,7 @@ def test_seen_padding_is_refused(kind, monkeypatch):
 def test_attention_alone_has_no_mlp(kind):
     head = open_own(kind, make_own(kind, attn_only=True))
     assert head.sites == ["attn_head"]
-    with pytest.raises(ModelError, match=r"site 'mlp': this model has attention alone.*Use site 'attn_head'"):
+    with pytest.raises(ModelError, match=r"site 'mlp': this model has only attention.*Use site 'attn_head'"):
         head.n_neurons("mlp")
     with pytest.raises(ModelError, match=r"attention alone"):
         ActivationCollector(head, site="mlp")

@@ -71,7 +71,7 @@ def test_a_length_with_room_only_for_special_tokens_is_refused():
         lambda: head.score(["no"], truncate=True),
         lambda: opened(tokenizer, max_length=1, truncate_response=True).score_pairs(PreferencePairs.from_records(rows)),
     ):
-        with pytest.raises(DataError, match=r"max_length: expected more than 1.*Nothing of the text would be read"):
+        with pytest.raises(DataError, match=r"max_length: expected more than 1.*No token of the text would be left"):
             run()
     assert head.check()["passed"].all()
     assert opened(tokenizer, max_length=2).score(["no", "help"]).unique().numel() == 2

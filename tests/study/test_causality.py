@@ -407,7 +407,7 @@ class TestRuns:
         other.rewards(part)
         assert other.n_run == 1
         (tmp_path / "empty").mkdir()
-        with pytest.raises(OptionError, match="holds no checkpoint"):
+        with pytest.raises(OptionError, match="expected a checkpoint in"):
             _ = ModelRuns(tmp_path / "empty").key
 
     def test_the_key_of_a_head_depends_on_its_content(self, checkpoints, few, tmp_path):

@@ -227,7 +227,7 @@ def test_one_objective_is_that_objective(world):
         ({"proportions": {"helpful": 0.0, "harmless": 1.0}}, OptionError, "positive"),
         ({"proportions": {}}, OptionError, "positive"),
         ({"proportions": {"helpful": 0.5, "harmless": 0.5}, "n_pairs": 97}, DataError, "1 to 96"),
-        ({"objective": "helpful", "n_pairs": 49}, DataError, "got 49 of 48"),
+        ({"objective": "helpful", "n_pairs": 49}, DataError, "which is 48, got 49"),
     ],
 )
 def test_invalid_selections_are_refused(world, options, error, message):
@@ -459,7 +459,7 @@ def test_resume_keeps_a_base_that_is_trained(world, bpe, base):
             train_base_model(world.texts, config, bpe, base, **(options | changed), resume=True)
     with pytest.raises(StorageError, match="trained with data="):
         train_base_model(world.texts[1:], config, bpe, base, **options, resume=True)
-    with pytest.raises(StorageError, match="holds something already"):
+    with pytest.raises(StorageError, match="is not empty"):
         train_base_model(world.texts, config, bpe, base, **options)
 
 
