@@ -660,7 +660,7 @@ class TestWrongArguments:
             dropping.per_pair(few)
         with pytest.raises(OptionError, match="GradDrop has no signed scores"):
             dropping.per_token(few)
-        with pytest.raises(OptionError, match="expected one row per pair .6., got 5"):
+        with pytest.raises(OptionError, match=r"expected one row per pair \(6\), got 5"):
             PairAttributions(
                 torch.zeros(5, 3, 64), few, NeuronAttribution(exact, "mean_difference").score(few).provenance
             )
