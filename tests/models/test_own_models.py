@@ -28,7 +28,7 @@ CONFIGS = {
         "n_key_value_heads": 2,
     },
     "final RMS": {"final_rms": True},
-    "attention alone": {"attn_only": True},
+    "only attention": {"attn_only": True},
     "bidirectional, no norm": {"attention_dir": "bidirectional", "normalization_type": None},
 }
 
@@ -76,7 +76,7 @@ def test_attention_alone_has_no_mlp(kind):
     assert head.sites == ["attn_head"]
     with pytest.raises(ModelError, match=r"site 'mlp': this model has only attention.*Use site 'attn_head'"):
         head.n_neurons("mlp")
-    with pytest.raises(ModelError, match=r"attention alone"):
+    with pytest.raises(ModelError, match=r"only attention"):
         ActivationCollector(head, site="mlp")
 
 
