@@ -362,7 +362,7 @@ def test_hh_rlhf_folders_that_lack_something(tmp_path):
     with pytest.raises(DataError, match="helpful-online: expected files ending in"):
         benchmarks.hh_rlhf(tmp_path)
     (tmp_path / "helpful-online").rmdir()
-    with pytest.raises(DataError, match="helpful-online does not exist"):
+    with pytest.raises(DataError, match="helpful-online, which does not exist"):
         benchmarks.hh_rlhf(tmp_path)
 
 
