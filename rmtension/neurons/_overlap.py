@@ -33,6 +33,11 @@ class Overlap:
     computed for a B that is random within each layer, with its number of neurons per layer. `beyond_chance` is the
     Jaccard index minus `layer_expected_jaccard`; its interval, `beyond_low` to `beyond_high`, covers 0 if the
     intersection lies within the central `level` (95%) of this distribution (mid-p, because counts are discrete).
+
+    Examples:
+        >>> overlap = Overlap.of(neurons, neurons)
+        >>> overlap.intersection == len(neurons), overlap.jaccard, overlap.beyond_low > 0
+        (True, 1.0, True)
     """
 
     size_a: int
