@@ -1,5 +1,6 @@
 """Curves, matrix, equal sizes and collapse where every ablation is known in closed form, and on a real model."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -400,7 +401,8 @@ class TestRuns:
         runs.rewards(part, without=~neurons)
         runs.rewards(part, without=neurons & ~neurons)  # nothing is ablated: the rewards are there
         assert runs.n_run == 6
-        same = ModelRuns(save_classifier(tmp_path / "again", "gpt2", tokenizer), folder=tmp_path / "runs")
+        # A copy: the suite's tokenizer may have been called with padding meanwhile, which is in the file that it saves.
+        same = ModelRuns(shutil.copytree(checkpoints["gpt2"], tmp_path / "again"), folder=tmp_path / "runs")
         assert same.key == runs.key
         other = ModelRuns(save_classifier(tmp_path / "other", "gpt2", tokenizer, seed=3), folder=tmp_path / "runs")
         assert other.key != runs.key
