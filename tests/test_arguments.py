@@ -169,7 +169,7 @@ class TestSwapped:
             "texts: expected a list of texts, got list. Score preference pairs with score_pairs(pairs)",
             "texts: expected a list of texts, got dict. Score preference pairs with score_pairs(pairs)",
             "pairs: expected PreferencePair, got str at position 0. For dicts use PreferencePairs.from_records; to ",
-            "pairs: expected preference pairs, got a mapping of ['helpful', 'harmless']. Choose the pairs under one key",
+            "pairs: expected preference pairs, got a mapping of ['helpful', 'harmless']. Choose the pairs under",
             "pairs: expected PreferencePair, got str at position 0.",
         )
         assert len(lines) == len(swapped) + len(mistaken)
