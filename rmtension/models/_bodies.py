@@ -24,7 +24,7 @@ from rmtension.models._hooks import (
     modules_of,
     unwrapped,
 )
-from rmtension.models._native_run import find_last_mlp, measure_packing, probe_batch, run_base
+from rmtension.models._native_run import find_last_mlp, measure_packing, probe_batch, run_base, stream_difference
 from rmtension.models._native_weights import has_adapters, refuse_packed_weights, refuse_recomputed
 from rmtension.models._norms import read_norm
 from rmtension.models._projections import Projection
@@ -222,7 +222,7 @@ class BridgeBody:
         batch = probe_batch(min(12, self.n_embeddings), parameter.device)
         with torch.no_grad(), eager_eval(self.modules()):
             expected, output = (run_base(base, batch).double() for base in (self.module, self._base()))
-        return float((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+        return stream_difference(output, expected)
 
 
 class BootNativeBody(BridgeBody):

@@ -23,7 +23,7 @@ from rmtension.models._checkpoints import Checkpoint, reload_model
 from rmtension.models._heads import LinearHead
 from rmtension.models._hooks import eager_eval, own_hooks_paused
 from rmtension.models._lens_models import CONFIG_FILE, is_own_model, write_model
-from rmtension.models._native_run import probe_batch, run_base
+from rmtension.models._native_run import probe_batch, run_base, stream_difference, stream_tolerance
 from rmtension.models._native_weights import plain_copy
 from rmtension.models._portable import make_portable, warn_of
 from rmtension.models._reward_model import RewardModel
@@ -176,10 +176,8 @@ def require_same_stream(
         with own_hooks_paused(head.body.modules()), inside:
             expected = head.residual(batch).double()
         actual = run(batch).double()
-    difference = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-    # Allows for rounding; half precision rounds every layer to 3 or 2 digits, in another order after an edit.
-    tolerance = {torch.float16: 0.05, torch.bfloat16: 0.2}.get(head.dtype, 1e-4)
-    if not difference <= tolerance:
+    difference = stream_difference(actual, expected)
+    if not difference <= stream_tolerance(head.dtype):
         raise ModelError(
             f"{what}: the weights alone do not compute what the model computes: on a probe text their residual stream "
             f"is off by {difference:.1e} of its size. Hooks, and a forward that was replaced on a module, are not in "

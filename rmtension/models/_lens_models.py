@@ -20,7 +20,7 @@ from rmtension.models._bridges import check_model_class
 from rmtension.models._heads import LinearHead
 from rmtension.models._hooked_transformer_body import HookedTransformerBody
 from rmtension.models._hooks import eager_eval
-from rmtension.models._native_run import probe_batch
+from rmtension.models._native_run import probe_batch, stream_difference, stream_tolerance
 from rmtension.store._files import filled_whole
 
 CONFIG_FILE = "transformer_lens.json"
@@ -63,8 +63,8 @@ def copy_model(body: HookedTransformerBody | BridgeBody) -> nn.Module:
         setattr(built.cfg, key, getattr(model.cfg, key, None))
     built.tokenizer = model.tokenizer
     copy: nn.Module = built
-    off = _distance(find_body(copy), body)
-    if not off <= _tolerance(parameter.dtype):
+    off = stream_difference(_stream(find_body(copy)), _stream(body))
+    if not off <= stream_tolerance(parameter.dtype):
         raise ModelError(
             f"model: a {type(model).__name__} built from the same config and weights computes another residual stream "
             f"(off by {off:.1e} of its size), so it can be neither copied nor saved. Use AblationContext instead of "
@@ -128,8 +128,8 @@ def read_model(folder: Path, dtype: torch.dtype, device: torch.device) -> SavedM
             f"({type(error).__name__}: {error}). Save the model again."
         ) from error
     actual = _stream(find_body(model)).flatten()
-    off = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-    if not off <= max(_tolerance(dtype), _tolerance(written)):
+    off = stream_difference(actual, expected)
+    if not off <= max(stream_tolerance(dtype), stream_tolerance(written)):
         raise ModelError(
             f"{folder}: the model computes another residual stream than when it was saved (off by {off:.1e} of its "
             f"size). It was saved with transformer-lens {about['transformer_lens']}, and the installed version is "
@@ -222,14 +222,3 @@ def _stream(body: Any) -> Float[Tensor, "d_model"]:
     with eager_eval(body.modules()):
         last: Tensor = body.residual(batch)[0, -1].double().cpu()
     return last
-
-
-def _distance(body: Any, reference: Any) -> float:
-    """The largest difference of two bodies' residual streams, relative to the second."""
-    actual, expected = _stream(body), _stream(reference)
-    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    # A conversion to half precision also rounds buffers and norms.
-    return {torch.float16: 0.05, torch.bfloat16: 0.2}.get(dtype, 1e-4)

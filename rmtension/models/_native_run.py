@@ -23,6 +23,9 @@ _TIMES_ROUNDING = 4
 _PROBE = (12, 10, 6)
 # How configs name the window of attention in all layers or in some, excluding names of layer counts.
 _WINDOW = re.compile(r"^(?!.*(layers|pattern)).*(window|chunk|local_attention)")
+# The difference of two residual streams that rounding explains, relative to their size: half precision rounds every
+# layer to 3 or 2 digits, and a conversion or an edit changes the order of the operations. 1e-4 in other dtypes.
+_STREAM_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.2}
 # A mask grows with the square of a row: for this many tokens it has 64 MB in float32.
 _LONGEST = 4096
 
@@ -44,6 +47,16 @@ def run_base(base: Any, batch: TokenBatch) -> Float[Tensor, "row token d_model"]
         more = {"attention_mask": mask, "position_ids": batch.position_ids}
     output: Tensor = base(input_ids=batch.input_ids, use_cache=False, **more)[0]
     return output
+
+
+def stream_difference(actual: Float[Tensor, "*rest"], expected: Float[Tensor, "*rest"]) -> float:
+    """The largest difference of two residual streams, relative to the largest value of `expected`."""
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+
+
+def stream_tolerance(dtype: torch.dtype) -> float:
+    """The largest `stream_difference` that rounding in a model of this dtype explains."""
+    return _STREAM_TOLERANCE.get(dtype, 1e-4)
 
 
 def let_run_in_float64(model: Any) -> None:

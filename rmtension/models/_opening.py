@@ -17,13 +17,10 @@ from rmtension.models._heads import LinearHead, read_head
 from rmtension.models._hooks import eager_eval
 from rmtension.models._lens_models import read_model
 from rmtension.models._loading import LoadOptions
-from rmtension.models._native_run import probe_batch, run_base
+from rmtension.models._native_run import probe_batch, run_base, stream_difference, stream_tolerance
 from rmtension.models._norms import read_norm
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions, run_options_of
-
-# The difference of a text in a batch and the same text alone that rounding explains, relative to its residual stream.
-_PADDING_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.2}
 
 # The class to make: `RewardHead`, or the class of the model that the new model is made from.
 _Model = TypeVar("_Model", bound=RewardModel)
@@ -127,8 +124,9 @@ def require_hidden_padding(model: RewardModel) -> None:
     for some in (texts[:1], texts):
         batch = TokenBatch.from_texts(some, range(len(some)), pad_token_id=None, device=model.device)
         streams.append(batch.gather_last(model.residual(batch))[0].double())
-    off = float((streams[1] - streams[0]).abs().max() / streams[0].abs().max().clamp(min=1e-12))
-    if off > _PADDING_TOLERANCE.get(model.dtype, 1e-4):
+    alone, in_a_batch = streams
+    off = stream_difference(in_a_batch, alone)
+    if off > stream_tolerance(model.dtype):
         raise ModelError(
             f"model: expected causal attention, but padding behind a text changes its residual stream by {off:.1e} of "
             f"its size, so a text would get another reward in a batch than alone. {type(model.body.module).__name__} "

@@ -13,7 +13,7 @@ from typing import Any, Generic
 from torch import Tensor
 
 from rmtension._progress import progress_bar
-from rmtension.data._encoding import EncodedPairs, encode_pairs
+from rmtension.data._encoding import EncodedPairs
 from rmtension.data._packing import pair_batches
 from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
@@ -161,7 +161,7 @@ class _Pass(Generic[Result_co]):
 
     def _chunks(self, bar: Any) -> Iterator[_Chunk]:
         """Read the pairs chunk by chunk; chunks that were done before an interruption are read and skipped."""
-        record, model = self._record, self._model
+        record = self._record
         resumed_at, n_known, n_read = record.chunk_start, record.n_read, 0
         rest = iter(self._pairs)
         while len(pairs := PreferencePairs(islice(rest, _PAIRS_PER_CHUNK), first=n_read)):
@@ -177,9 +177,7 @@ class _Pass(Generic[Result_co]):
             if start < resumed_at:
                 bar.update(len(pairs))
                 continue
-            encoded = encode_pairs(
-                model.tokenizer, pairs, max_length=model.max_length, truncate_response=model.truncate_response
-            )
+            encoded = self._model.encode(pairs)
             if start >= n_known:
                 record.add_chunk(pairs, encoded, order)
             yield _Chunk(start, pairs, encoded)
