@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from reference import Reference
 
 from rmtension import RewardHead
 
@@ -51,6 +52,18 @@ def pairs():
 def exact_head(request, checkpoints):
     """A head in float64, of every family in turn."""
     return RewardHead.from_pretrained(checkpoints[request.param], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module", params=grid(FAMILIES))
+def both(request, checkpoints):
+    """The head under test and the reference, of every family."""
+    folder = checkpoints[request.param]
+    return RewardHead.from_pretrained(folder, dtype=torch.float64), Reference(folder)
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")

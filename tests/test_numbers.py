@@ -7,25 +7,14 @@ runs as long as its inputs round alike).
 
 import pytest
 import torch
-from reference import Reference
 from replaced import ALPHA, replacement_of, targets_of
-from tiny_models import FAMILIES, close_to, grid
+from tiny_models import close_to, grid
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet
 
 CLOSE = {"atol": 1e-9, "rtol": 0.0}
 SITES = ("mlp", "attn_head")
 POSITIONS = ("all", "response", "last")
-
-
-@pytest.fixture(scope="module", params=grid(FAMILIES))
-def both(request, checkpoints):
-    """The head under test and the reference, of every family."""
-    from rmtension import RewardHead
-
-    return RewardHead.from_pretrained(checkpoints[request.param], dtype=torch.float64), Reference(
-        checkpoints[request.param]
-    )
 
 
 def texts_of(reference, pairs):

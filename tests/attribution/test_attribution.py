@@ -16,7 +16,7 @@ import transformers
 from model_states import snapshot
 from reference import DEVICE, Reference
 from replaced import NAMES, replacement_of, sides, targets_of
-from tiny_models import FAMILIES, batches_of, close_to, grid, make_config, make_pairs, save_classifier
+from tiny_models import batches_of, close_to, grid, make_config, make_pairs, save_classifier
 
 from rmtension import (
     AblationContext,
@@ -41,13 +41,6 @@ FIRST_ORDER = [name for name, method in METHODS.items() if not method.needs_path
 CLOSE = {"atol": 1e-9, "rtol": 0.0}
 SITES = ("mlp", "attn_head")
 POSITIONS = ("all", "response", "last")
-
-
-@pytest.fixture(scope="module", params=grid(FAMILIES))
-def both(request, checkpoints):
-    """The head under test and the reference, of every family."""
-    folder = checkpoints[request.param]
-    return RewardHead.from_pretrained(folder, dtype=torch.float64), Reference(folder)
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 from model_states import snapshot
-from reference import Reference
 from replaced import NAMES, replacement_of, sides, targets_of
 from scipy import stats
 from some_neurons import some
-from tiny_models import FAMILIES, batches_of, grid, make_pairs, unchecked
+from tiny_models import batches_of, grid, make_pairs, unchecked
 
 from rmtension import (
     AblationContext,
@@ -31,13 +30,6 @@ from rmtension.store._provenance import Provenance
 
 CLOSE = {"atol": 1e-9, "rtol": 0.0}
 SITES = ("mlp", "attn_head")
-
-
-@pytest.fixture(scope="module", params=grid(FAMILIES))
-def both(request, checkpoints):
-    """The head under test and the reference, of every family."""
-    folder = checkpoints[request.param]
-    return RewardHead.from_pretrained(folder, dtype=torch.float64), Reference(folder)
 
 
 @pytest.fixture(scope="module")

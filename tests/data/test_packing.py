@@ -8,7 +8,7 @@ import torch
 import transformers
 from all_families import EXPERTS
 from packed_pairs import n_packed, pairs_of_all_kinds
-from tiny_models import batches_of, close_to, grid, make_tokenizer, save_classifier
+from tiny_models import batches_of, close_to, grid, save_classifier
 
 from rmtension import (
     AblationContext,
@@ -26,11 +26,6 @@ from rmtension.data._packing import attention_mask, pair_batches
 from rmtension.models._native_run import measure_packing, windows_of
 from rmtension.passes._profiles import collect_profiles
 from rmtension.synthetic.check_matrix import make_classifier
-
-
-@pytest.fixture(scope="module")
-def plain_tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from all_families import DENSE, EXPERTS
 from reference import Reference
-from tiny_models import EOS, PAD, grid, make_pairs, make_tokenizer
+from tiny_models import EOS, PAD, grid, make_pairs
 
 from rmtension import AblationContext, NeuronSet, RewardHead, Scale
 from rmtension.data._encoding import encode_texts
@@ -18,11 +18,6 @@ from rmtension.models._direct_path import direct_contributions
 from rmtension.synthetic.check_matrix import FAMILIES, make_classifier
 
 pytestmark = pytest.mark.lens
-
-
-@pytest.fixture(scope="module")
-def plain_tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

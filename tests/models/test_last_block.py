@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from all_families import EXPERTS
-from tiny_models import grid, make_pairs, make_tokenizer
+from tiny_models import grid, make_pairs
 
 from rmtension import (
     AblationContext,
@@ -24,11 +24,6 @@ from rmtension.models._hooks import eager_eval
 from rmtension.models._site_widths import measure_sites
 from rmtension.passes._profiles import collect_profiles
 from rmtension.synthetic.check_matrix import make_classifier
-
-
-@pytest.fixture(scope="module")
-def plain_tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,20 @@
 """Does RewardBench's own command score exports as this library does? `make exports`
 
-    .venv/bin/python tests/programs/on_rewardbench.py write FOLDER              (models, pairs, and what this library
-    gives) .venv-rewardbench/bin/python tests/programs/on_rewardbench.py score FOLDER  (its released version, with
-    transformers 4.51)
+    .venv/bin/python tests/programs/on_rewardbench.py write FOLDER              # models, pairs, this library's rewards
+    .venv-rewardbench/bin/python tests/programs/on_rewardbench.py score FOLDER  # RewardBench, with transformers 4.51
 
 It exits with 1 where an accuracy differs, or a reward by more than 1e-5, one text at a time.
 """
 
-import argparse
 import contextlib
 import json
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import torch
 import transformers
-from other_major import BASE, TEMPLATE, TOLERANCE, some_neurons
+from other_major import BASE, TEMPLATE, TOLERANCE, run_step, some_neurons
 
 
 def write(folder):
@@ -107,18 +104,5 @@ def scored_by_rewardbench(model, batch_size):
     return {side: [row[f"scores_{side}"] for row in rows] for side in ("chosen", "rejected")}, accuracy
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("write", "score"))
-    parser.add_argument("folder", type=Path)
-    chosen = parser.parse_args()
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    chosen.folder.mkdir(parents=True, exist_ok=True)
-    return int(bool({"write": write, "score": score}[chosen.step](chosen.folder)))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_step(__doc__, write=write, score=score))

@@ -1,9 +1,8 @@
 """Does transformers 4 read what this library exports as transformers 5 does? `make exports`
 
-    .venv/bin/python tests/programs/other_major.py write FOLDER                (transformers 5: exports, and what they
-    give) .venv-tf4/bin/python tests/programs/other_major.py compare FOLDER          (transformers 4.57: rewards and
-    tokens) .venv-rewardbench/bin/python tests/programs/other_major.py compare FOLDER  (the version that RewardBench
-    pins)
+    .venv/bin/python tests/programs/other_major.py write FOLDER                # transformers 5: exports and rewards
+    .venv-tf4/bin/python tests/programs/other_major.py compare FOLDER          # transformers 4.57: rewards and tokens
+    .venv-rewardbench/bin/python tests/programs/other_major.py compare FOLDER  # the version that RewardBench pins
 
 It exits with 1 where a reward is further than 1e-5 off, or a token another one, without a warning on export. The
 row `control` is Llama without what this library adds for transformers 4: there the comparison has to fail.
@@ -289,9 +288,10 @@ def said(row):
     return "; ".join(row["said"]).partition(": ")[2] or "nothing"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("write", "compare"))
+def run_step(description, **steps):
+    """Run the step and the folder that the command line names; 1 if the step returns something true."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=steps)
     parser.add_argument("folder", type=Path)
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -299,8 +299,8 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     chosen.folder.mkdir(parents=True, exist_ok=True)
-    return int(bool({"write": write, "compare": compare}[chosen.step](chosen.folder)))
+    return int(bool(steps[chosen.step](chosen.folder)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_step(__doc__, write=write, compare=compare))
