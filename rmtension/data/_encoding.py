@@ -88,6 +88,11 @@ def encode_pairs(
     prompt tokens from the left, equally on both sides, so that both responses still follow the same prompt. A
     response that does not fit by itself raises `DataError`; `truncate_response=True` cuts its end instead. Both kinds
     of cut are counted.
+
+    Examples:
+        >>> encoded = encode_pairs(head.tokenizer, pairs["helpful"], max_length=64)
+        >>> len(encoded.chosen), encoded.n_prompts_cut
+        (24, 0)
     """
     _require_tokenizer(tokenizer)
     _warn_of_texts(tokenizer, pairs)

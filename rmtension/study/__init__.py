@@ -1,10 +1,9 @@
 """Studies: the ten analyses of the paper over seeds and base models, as tables."""
 
-from rmtension.study import analyses
 from rmtension.study._causality import Ablations, ablation_matrix, equal_size_effects
-from rmtension.study._collapse_and_drift import collapse, drift, effects_by_subset, split_drift
+from rmtension.study._collapse_and_drift import collapse
 from rmtension.study._curves import ablation_curves
-from rmtension.study._family_runs import FamilyRuns, ModelFamily
+from rmtension.study._family_runs import ModelFamily
 from rmtension.study._model_runs import ModelRuns
 from rmtension.study._options import StudyOptions
 from rmtension.study._result import StudyResult
@@ -12,7 +11,6 @@ from rmtension.study._tension_study import TensionStudy
 
 __all__ = [
     "Ablations",
-    "FamilyRuns",
     "ModelFamily",
     "ModelRuns",
     "StudyOptions",
@@ -20,10 +18,6 @@ __all__ = [
     "TensionStudy",
     "ablation_curves",
     "ablation_matrix",
-    "analyses",
     "collapse",
-    "drift",
-    "effects_by_subset",
     "equal_size_effects",
-    "split_drift",
 ]

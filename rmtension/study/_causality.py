@@ -131,7 +131,8 @@ def ablation_matrix(
                         row["set_magnitude"] = _mean_over(magnitude, [neurons])
                         row["random_magnitude"] = _mean_over(magnitude, draws)
                     changes = [
-                        ablations.change(one[objective], before[objective], quantity) for one in (after, *random)
+                        ablations.change(rewards[objective], before[objective], quantity)
+                        for rewards in (after, *random)
                     ]
                     rows.append(
                         row | _effect(ablations, after[objective], before[objective], changes, quantity, len(neurons))
@@ -154,12 +155,12 @@ def equal_size_effects(
 
     Examples:
         >>> ablations = Ablations(ModelRuns(head), pairs)
-        >>> sets = {"one": neurons, "all": organism.truth["helpful"] | organism.truth["shared"]}
-        >>> table = equal_size_effects(ablations, sets, against="one", n_subsamples=2)
+        >>> sets = {"own": neurons, "all": organism.truth["helpful"] | organism.truth["shared"]}
+        >>> table = equal_size_effects(ablations, sets, against="own", n_subsamples=2)
         >>> table.query("quantity == 'margin'")[["set", "objective", "effect"]].round(1)
            set objective  effect
-        1  one   helpful    -2.0
-        3  one  harmless     0.0
+        1  own   helpful    -2.0
+        3  own  harmless     0.0
         5  all   helpful    -2.1
         7  all  harmless    -0.5
     """
@@ -189,7 +190,7 @@ def equal_size_effects(
         for objective in ablations.pairs:
             for quantity in QUANTITIES:
                 changes[name, objective, quantity] = torch.stack(
-                    [ablations.change(one[objective], before[objective], quantity) for one in after]
+                    [ablations.change(rewards[objective], before[objective], quantity) for rewards in after]
                 )
     rows = []
     for (name, objective, quantity), values in changes.items():
@@ -232,7 +233,7 @@ def _matched(
         options["magnitude"] = magnitude
     try:
         seeds = [draw_seed(seed, draw, control, neurons.mask) for draw in range(n_draws)]
-        return [neurons.matched_random(seed=one, **options) for one in seeds]
+        return [neurons.matched_random(seed=draw, **options) for draw in seeds]
     except OptionError as error:
         message = f"No matched random sets for {neurons!r}, so its control is NaN: {error}"
         warnings.warn(message, RMTensionWarning, stacklevel=3)
@@ -247,7 +248,7 @@ def draw_seed(seed: int, draw: int, purpose: str, mask: Bool[Tensor, "layer neur
 
 def _mean_over(magnitude: Float[Tensor, "layer neuron"], sets: Sequence[NeuronSet]) -> float:
     """The mean magnitude of the neurons of some sets; NaN for no sets."""
-    values = torch.cat([magnitude[one.mask] for one in sets]) if sets else torch.empty(0)
+    values = torch.cat([magnitude[neurons.mask] for neurons in sets]) if sets else torch.empty(0)
     return float(values.double().mean())
 
 

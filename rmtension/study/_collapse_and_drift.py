@@ -22,7 +22,7 @@ from rmtension.study._causality import QUANTITIES, Ablations
 
 
 def collapse(ablations: Ablations, sets: Mapping[str, NeuronSet]) -> pd.DataFrame:
-    """What ablating each set leaves of both objectives: tells whether one objective fell or both drifted to chance.
+    """What ablating each set leaves of both objectives: whether a single objective fell or both drifted to chance.
 
     For the margin, `retained` is the slope through the origin of the margins after ablation on those before: 1 if
     nothing changed, 0 if nothing of the ranking is left. For the accuracy, it is the share of the accuracy above chance
@@ -139,12 +139,12 @@ def split_drift(ablations: Ablations, neurons: NeuronSet) -> dict[str, float]:
     before, after = ablations.rewards(), ablations.rewards(neurons)
     tables = []
     for half in (0, 1):
-        places = {
+        rows_of_half = {
             name: [row for row, pair in enumerate(pairs) if _half_of(prompt_text(pair.prompt)) == half]
             for name, pairs in ablations.pairs.items()
         }
         rows = {}
-        for name, kept in places.items():
+        for name, kept in rows_of_half.items():
             ablated, whole = after[name].take(kept), before[name].take(kept)
             change, accuracy_before = (
                 ablations.change(ablated, whole, "accuracy"),
@@ -186,7 +186,9 @@ def _retained(
     """
     parts, items = [], []
     for number, objective in enumerate(ablations.pairs):
-        now, was = (item_values(one[objective], quantity, tie_value=ablations.tie_value) for one in (after, before))
+        now, was = (
+            item_values(rewards[objective], quantity, tie_value=ablations.tie_value) for rewards in (after, before)
+        )
         if quantity == "margin":
             now, was = now * was, was * was
         else:

@@ -89,7 +89,7 @@ def read_options(values: Mapping[str, Any], where: str) -> StudyOptions:
     if "analyses" in values:
         changes["analyses"] = values["analyses"]
     # YAML has lists where options are tuples.
-    changes = {name: tuple(one) if isinstance(one, list) else one for name, one in changes.items()}
+    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
     try:
         return StudyOptions.of(_text(values.get("rules", "corrected"), f"{where}: rules"), **changes)
     except OptionError as error:
@@ -102,8 +102,8 @@ def _families(value: Any, key: str, folder: Path) -> tuple[ModelFamily, ...]:
         raise OptionError(
             f"{key}: expected a mapping of {list(MODELS)} to models, or a list of such mappings, got an empty list."
         )
-    keys = [f"{key}[{place}]" for place in range(len(listed))] if isinstance(value, list) else [key]
-    return tuple(_family(one, name, folder) for one, name in zip(listed, keys, strict=True))
+    keys = [f"{key}[{index}]" for index in range(len(listed))] if isinstance(value, list) else [key]
+    return tuple(_family(models, name, folder) for models, name in zip(listed, keys, strict=True))
 
 
 def _family(value: Any, key: str, folder: Path) -> ModelFamily:
@@ -146,8 +146,8 @@ def _files(value: Any, key: str, folder: Path) -> list[Path]:
     listed = value if isinstance(value, list) else [value]
     if not listed:
         raise OptionError(f"{key}: expected a file or a list of files, got an empty list.")
-    names = [f"{key}[{place}]" for place in range(len(listed))] if isinstance(value, list) else [key]
-    paths = [folder / Path(_text(one, name)).expanduser() for one, name in zip(listed, names, strict=True)]
+    names = [f"{key}[{index}]" for index in range(len(listed))] if isinstance(value, list) else [key]
+    paths = [folder / Path(_text(path, name)).expanduser() for path, name in zip(listed, names, strict=True)]
     for path, name in zip(paths, names, strict=True):
         if not path.is_file():
             raise DataError(f"{name}: expected a file of pairs, got {path}, which does not exist or is not a file.")

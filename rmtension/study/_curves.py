@@ -47,13 +47,13 @@ def ablation_curves(
     """
     before = ablations.rewards()
     first = next(iter(scores.values()))
-    rankings = [(name, 0, one, rank_by) for name, one in scores.items()]
+    rankings = [(name, 0, ranking, rank_by) for name, ranking in scores.items()]
     for draw in range(n_draws):
         rankings.append(("random", draw, _random_scores(first, ablations.seed, draw), "magnitude"))
     rows = []
-    for name, draw, one, order in rankings:
+    for name, draw, ranking, order in rankings:
         exact = "exact" if name == "random" else cut_rule
-        sets = [one.top(fraction, rank_by=order, rank_within=rank_within, cut_rule=exact) for fraction in fractions]
+        sets = [ranking.top(fraction, rank_by=order, rank_within=rank_within, cut_rule=exact) for fraction in fractions]
         ablations.prepare(sets)
         for fraction, neurons in zip(fractions, sets, strict=True):
             after = ablations.rewards(neurons)

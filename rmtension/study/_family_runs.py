@@ -53,13 +53,6 @@ class FamilyRuns:
         options: see `StudyOptions`.
         folder: the folder that keeps passes.
         advance: called after every evaluation of a model, for progress bars.
-
-    Examples:
-        >>> halves = {name: part.split(0.5) for name, part in pairs.items()}
-        >>> scoring, evaluating = ({name: half[i] for name, half in halves.items()} for i in (0, 1))
-        >>> runs = FamilyRuns(ModelFamily(head, head, head), scoring, evaluating)
-        >>> runs.rewards("mixed", "helpful").accuracy(), runs.n_run
-        (1.0, 1)
     """
 
     def __init__(
@@ -204,7 +197,7 @@ class FamilyRuns:
     def provenance(self) -> dict[str, dict[str, Any]]:
         """The provenance of the first result of every model that was run."""
         known = {name: runs.provenance for name, runs in self.runs.items()}
-        return {name: one.to_dict() for name, one in known.items() if one is not None}
+        return {name: provenance.to_dict() for name, provenance in known.items() if provenance is not None}
 
     def base_scores(self, score: str) -> NeuronScores | None:
         """The scores of the base; None without a base, or if a base model has no such score."""

@@ -133,7 +133,9 @@ class ModelRuns:
     ) -> None:
         """Run the ablations of several sets together, which is faster, for later calls of `rewards`."""
         named = {
-            self._name("rewards", [pairs.ordered_digest, _described(one, replacement)]): one for one in sets if len(one)
+            self._name("rewards", [pairs.ordered_digest, _described(neurons, replacement)]): neurons
+            for neurons in sets
+            if len(neurons)
         }
         missing = [name for name in named if not self._has(name)]
         if missing:
@@ -165,8 +167,8 @@ class ModelRuns:
         """The activation profile at one site and position; the same pass also gives those of the sites in `also`."""
         sites = list(dict.fromkeys([site, *also]))
 
-        def details(one: str) -> list[Any]:
-            return [pairs.ordered_digest, one, positions, None if base is None else base.key, pool_tokens]
+        def details(site: str) -> list[Any]:
+            return [pairs.ordered_digest, site, positions, None if base is None else base.key, pool_tokens]
 
         def run(work: Path | None) -> ActivationProfile:
             profiles = collect_profiles(
@@ -272,12 +274,12 @@ class _Rewards:
         return replace(self._scored, pairs=pairs)
 
     def save(self, path: str | Path) -> None:
-        one = self._scored
+        scored = self._scored
         values = {
-            "provenance": one.provenance.to_dict(),
-            "cut": [one.n_prompts_cut, one.n_responses_cut],
+            "provenance": scored.provenance.to_dict(),
+            "cut": [scored.n_prompts_cut, scored.n_responses_cut],
         }
-        write_result(path, "Rewards", {"chosen": one.chosen, "rejected": one.rejected}, values)
+        write_result(path, "Rewards", {"chosen": scored.chosen, "rejected": scored.rejected}, values)
 
     @classmethod
     def load(cls, path: str | Path) -> "_Rewards":

@@ -162,15 +162,19 @@ def _check_type(name: str, value: object, wanted: str) -> None:
     is_list = wanted.startswith("tuple")
     parts = value if is_list and isinstance(value, tuple) else (value,)
     fits = isinstance(value, tuple) == is_list
-    if not fits or any(not isinstance(one, kinds[kind]) or (isinstance(one, bool) and kind != "bool") for one in parts):
+    if not fits or any(
+        not isinstance(part, kinds[kind]) or (isinstance(part, bool) and kind != "bool") for part in parts
+    ):
         raise OptionError(f"{name}: expected {f'a tuple of {kind}' if is_list else kind}, got {value!r:.80}.")
 
 
 def _check_names(name: str, given: tuple[str, ...], choices: tuple[str, ...]) -> None:
     if not isinstance(given, tuple) or not given:
         raise OptionError(f"{name}: expected a tuple of some of {list(choices)}, got {given!r}.")
-    for one in given:
-        if one not in choices:
+    for name_given in given:
+        if name_given not in choices:
             kind = {"analyses": "analysis"}.get(name, name.removesuffix("s"))
             known = ", ".join(choices)
-            raise OptionError(f"{name}: no {kind} is called {one!r}.{nearest(one, choices)} The {name} are {known}.")
+            raise OptionError(
+                f"{name}: no {kind} is called {name_given!r}.{nearest(name_given, choices)} The {name} are {known}."
+            )

@@ -15,6 +15,9 @@ from rmtension.errors import OptionError, StorageError
 from rmtension.evaluation._intervals import pooled_over_seeds
 from rmtension.store._files import filled_whole
 
+# What an analysis returns: tables by name.
+Tables = dict[str, pd.DataFrame]
+
 _SUMMARY = "summary.json"
 _N_LISTED = 12  # columns of a table that the HTML view in notebooks lists
 TABLES = (
@@ -95,8 +98,10 @@ class StudyResult:
 
     def __repr__(self) -> str:
         # The summary of a hand-made result, as for figures, may lack these keys.
-        families = ", ".join(f"{one['family']} (seed {one['seed']})" for one in self.summary.get("families", []))
-        sizes = [f"{one['evaluating']:,} {name}" for name, one in self.summary.get("pairs", {}).items()]
+        families = ", ".join(
+            f"{family['family']} (seed {family['seed']})" for family in self.summary.get("families", [])
+        )
+        sizes = [f"{counts['evaluating']:,} {name}" for name, counts in self.summary.get("pairs", {}).items()]
         return f"StudyResult({families or 'no models'}; {' and '.join(sizes) or 'no'} pairs; {len(self.tables)} tables)"
 
     def _repr_html_(self) -> str:
@@ -149,13 +154,13 @@ class StudyResult:
         folder = require_no_study(folder, overwrite=overwrite)
         # Tables left by an earlier study would look like tables of this study.
         names = [f"{name}{end}.csv" for name in TABLES for end in ("", "_over_seeds")]
-        with filled_whole(folder, "study", seal=_SUMMARY, replaced=names) as place:
+        with filled_whole(folder, "study", seal=_SUMMARY, replaced=names) as filling:
             for table, frame in self.tables.items():
-                frame.to_csv(place / f"{table}.csv", index=False)
+                frame.to_csv(filling / f"{table}.csv", index=False)
                 if self.n_seeds > 1 and table in POOLED:
-                    self.over_seeds(table).to_csv(place / f"{table}_over_seeds.csv", index=False)
+                    self.over_seeds(table).to_csv(filling / f"{table}_over_seeds.csv", index=False)
             written = {**self.summary, "tables": list(self.tables)}
-            (place / _SUMMARY).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            (filling / _SUMMARY).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         return folder
 
     @classmethod

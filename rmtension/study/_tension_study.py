@@ -16,10 +16,11 @@ from rmtension.distributed import current
 from rmtension.errors import OptionError, ProvenanceError
 from rmtension.reward_head import RewardHead
 from rmtension.store._work_folder import claim, locked
+from rmtension.study._analyses import ANALYSES
 from rmtension.study._family_runs import MODELS, OBJECTIVES, FamilyRuns, ModelFamily, joined
+from rmtension.study._neuron_tables import overlap_with
 from rmtension.study._options import StudyOptions
 from rmtension.study._result import StudyResult
-from rmtension.study.analyses import ANALYSES, overlap_with
 
 
 class TensionStudy:
@@ -163,9 +164,9 @@ class TensionStudy:
     def _between_seeds(self, members: Sequence[FamilyRuns]) -> list[pd.DataFrame]:
         """The seed ceiling: overlap of one objective's top sets between two seeds of a family."""
         return [
-            _labelled(overlap_with(one, other), one.family)
-            for one, other in combinations(members, 2)
-            if one.family.name == other.family.name
+            _labelled(overlap_with(first, second), first.family)
+            for first, second in combinations(members, 2)
+            if first.family.name == second.family.name
         ]
 
     def _summary(self, provenance: Mapping[str, Any], cut: Mapping[str, int]) -> dict[str, Any]:

@@ -157,11 +157,11 @@ def make_organism(
     _save(folder, config, words, weights)
     architecture = RewardHead.from_pretrained(folder, device="cpu").architecture
 
-    def at(places: Iterable[tuple[int, int]]) -> NeuronSet:
-        return NeuronSet.from_indices(places, shape=(depth, width), site="mlp", architecture=architecture)
+    def at(indices: Iterable[tuple[int, int]]) -> NeuronSet:
+        return NeuronSet.from_indices(indices, shape=(depth, width), site="mlp", architecture=architecture)
 
     truth = {kind: at(p for p, neuron in planted.items() if neuron.kind == kind) for kind in (*_KINDS, "loud")}
-    twins = [place for place, neuron in planted.items() if neuron.backed_up]
+    twins = [index for index, neuron in planted.items() if neuron.backed_up]
     backups = tuple(at(twins[first : first + 2]) for first in range(0, len(twins), 2))
     return Organism(folder, pairs, truth, backups)
 
@@ -268,11 +268,11 @@ def _weights(
             weight[2:] = noise * rng.standard_normal(weight[2:].shape)
         elif name.endswith("mlp.c_proj.weight"):
             weight[:, 2:] = noise * rng.standard_normal(weight[:, 2:].shape)
-    for (layer, place), neuron in planted.items():
+    for (layer, column), neuron in planted.items():
         mlp = f"transformer.h.{layer}.mlp"
-        weights[f"{mlp}.c_fc.weight"][:, place] = neuron.reads
-        weights[f"{mlp}.c_fc.bias"][place] = neuron.bias
-        weights[f"{mlp}.c_proj.weight"][place] = neuron.writes
+        weights[f"{mlp}.c_fc.weight"][:, column] = neuron.reads
+        weights[f"{mlp}.c_fc.bias"][column] = neuron.bias
+        weights[f"{mlp}.c_proj.weight"][column] = neuron.writes
     return weights
 
 

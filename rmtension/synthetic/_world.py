@@ -207,9 +207,9 @@ def _pairs(
     return {
         objective: PreferencePairs(
             PreferencePair(
-                pair.prompt, pair.chosen, pair.rejected, objective, pair.subset, f"{objective}-{split}-{place:05d}"
+                pair.prompt, pair.chosen, pair.rejected, objective, pair.subset, f"{objective}-{split}-{number:05d}"
             )
-            for place, pair in enumerate(made[i][side] for i in order)
+            for number, pair in enumerate(made[i][side] for i in order)
         )
         for side, objective in enumerate(("helpful", "harmless"))
     }

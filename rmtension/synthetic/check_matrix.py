@@ -26,7 +26,7 @@ from rmtension.errors import RMTensionError
 from rmtension.reward_head import RewardHead
 from rmtension.synthetic._world import preference_world
 
-__all__ = ["main", "make_classifier"]
+__all__ = ["make_classifier"]
 
 N_TEXTS = 64
 TOLERANCE = 1e-4
@@ -122,6 +122,11 @@ def make_classifier(family: str, vocab_size: int, *, seed: int = 0, **changes: A
     """A one-label classifier of `family` in memory, with weights large enough that rewards differ visibly.
 
     `changes` are keys of its config; None selects the default of the family.
+
+    Examples:
+        >>> model = make_classifier("llama", vocab_size=320, num_hidden_layers=2)
+        >>> type(model).__name__, model.config.num_hidden_layers
+        ('LlamaForSequenceClassification', 2)
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 

@@ -231,7 +231,7 @@ class TestPasses:
             pd.testing.assert_frame_equal(frame, first[name], check_exact=True)
 
     def test_an_analysis_by_itself_runs_only_what_it_needs(self, families, study):
-        from rmtension.study.analyses import transferability
+        from rmtension.study._behaviour_tables import transferability
 
         family = FamilyRuns(families[0], study.scoring, study.evaluating, options=OPTIONS)
         assert set(transferability(family)) == {"transferability"}
