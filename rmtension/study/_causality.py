@@ -1,24 +1,23 @@
 """Effects of ablating sets of neurons: the matrix of sets and objectives, and sets compared at equal size."""
 
-import hashlib
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.data._pairs import PreferencePairs
-from rmtension.errors import OptionError, RMTensionWarning
-from rmtension.evaluation._controls import NO_CONTROL, against_random
+from rmtension.errors import OptionError
+from rmtension.evaluation._effects import effect_beyond_random
 from rmtension.evaluation._intervals import Estimate, bootstrap_mean, over_seeds
-from rmtension.evaluation._metrics import item_change, item_values
+from rmtension.evaluation._metrics import item_change
 from rmtension.evaluation._pair_rewards import PairRewards
 from rmtension.interventions._replacements import Replacement, Zero
+from rmtension.neurons._matched_sets import draw_seed, matched_sets
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.study._model_runs import ModelRuns
 
@@ -111,7 +110,10 @@ def ablation_matrix(
     rows = []
     for name, neurons in sets.items():
         drawn = {
-            control: _matched(neurons, control, n_draws, ablations.seed, exclude, magnitude) for control in controls
+            control: matched_sets(
+                neurons, n_draws, match=control, exclude=exclude, magnitude=magnitude, seed=ablations.seed
+            )
+            for control in controls
         }
         ablations.prepare([neurons, *(draw for draws in drawn.values() for draw in draws)])
         after = ablations.rewards(neurons)
@@ -130,13 +132,16 @@ def ablation_matrix(
                     if magnitude is not None:
                         row["set_magnitude"] = _mean_over(magnitude, [neurons])
                         row["random_magnitude"] = _mean_over(magnitude, draws)
-                    changes = [
-                        ablations.change(rewards[objective], before[objective], quantity)
-                        for rewards in (after, *random)
-                    ]
-                    rows.append(
-                        row | _effect(ablations, after[objective], before[objective], changes, quantity, len(neurons))
+                    effect = effect_beyond_random(
+                        after[objective],
+                        before[objective],
+                        [rewards[objective] for rewards in random],
+                        quantity,
+                        tie_value=ablations.tie_value,
+                        level=ablations.level,
+                        seed=ablations.seed,
                     )
+                    rows.append(row | _per_neuron(effect, len(neurons)))
     return pd.DataFrame(rows)
 
 
@@ -219,71 +224,23 @@ _EQUAL_SIZE = [
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _matched(
-    neurons: NeuronSet,
-    control: str,
-    n_draws: int,
-    seed: int,
-    exclude: NeuronSet | None,
-    magnitude: Float[Tensor, "layer neuron"] | None,
-) -> list[NeuronSet]:
-    """The random sets; an empty list, with a warning, if too few neurons are left to match the set."""
-    options: dict[str, Any] = {"match": control, "exclude": exclude}
-    if control == "magnitude":
-        options["magnitude"] = magnitude
-    try:
-        seeds = [draw_seed(seed, draw, control, neurons.mask) for draw in range(n_draws)]
-        return [neurons.matched_random(seed=draw, **options) for draw in seeds]
-    except OptionError as error:
-        message = f"No matched random sets for {neurons!r}, so its control is NaN: {error}"
-        warnings.warn(message, RMTensionWarning, stacklevel=3)
-        return []
-
-
-def draw_seed(seed: int, draw: int, purpose: str, mask: Bool[Tensor, "layer neuron"]) -> int:
-    """A seed of its own per set, purpose and draw: with equal seeds, sets of equal size would draw equal neurons."""
-    named = f"{seed}/{draw}/{purpose}/".encode() + mask.numpy().tobytes()
-    return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest()) >> 1
-
-
 def _mean_over(magnitude: Float[Tensor, "layer neuron"], sets: Sequence[NeuronSet]) -> float:
     """The mean magnitude of the neurons of some sets; NaN for no sets."""
     values = torch.cat([magnitude[neurons.mask] for neurons in sets]) if sets else torch.empty(0)
     return float(values.double().mean())
 
 
-def _effect(
-    ablations: Ablations,
-    after: PairRewards,
-    before: PairRewards,
-    changes: Sequence[Float[Tensor, "item"]],
-    quantity: str,
-    size: int,
-) -> dict[str, Any]:
-    pairs = after.by_item().pairs
-    effect = bootstrap_mean(changes[0], pairs, level=ablations.level, seed=ablations.seed)
-    control = NO_CONTROL
-    if len(changes) > 1:
-        control = against_random(changes[0], changes[1:], pairs, level=ablations.level)
+def _per_neuron(effect: dict[str, Any], size: int) -> dict[str, Any]:
+    """The row of an effect with the set's size, and the effects divided by it."""
     per_neuron = 1 / size if size else math.nan
-    return {
-        "size": size,
-        "before": float(item_values(before, quantity, tie_value=ablations.tie_value).mean()),
-        "after": float(item_values(after, quantity, tie_value=ablations.tie_value).mean()),
-        "effect": effect.value,
-        "low": effect.low,
-        "high": effect.high,
-        "per_neuron": effect.value * per_neuron,
-        "random_effect": control.random_mean,
-        "random_sd": control.random_sd,
-        "set_sd": control.set_sd,
-        "n_draws": control.n_draws,
-        "beyond_random": control.difference,
-        "beyond_low": control.low,
-        "beyond_high": control.high,
-        "beyond_per_neuron": control.difference * per_neuron,
-        "n": effect.n,
-    }
+    row = {"size": size}
+    for name, value in effect.items():
+        row[name] = value
+        if name == "high":
+            row["per_neuron"] = effect["effect"] * per_neuron
+        elif name == "beyond_high":
+            row["beyond_per_neuron"] = effect["beyond_random"] * per_neuron
+    return row
 
 
 def _over_draws(ablations: Ablations, parts: Sequence[Float[Tensor, "_ item"]], objective: str) -> Estimate:

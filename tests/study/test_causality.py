@@ -16,7 +16,8 @@ from tiny_models import make_pairs
 from rmtension import AblationContext, Mean, NeuronScores, NeuronSet, PairRewards, PreferencePairs, RewardHead
 from rmtension.errors import OptionError, RMTensionWarning
 from rmtension.evaluation._metrics import accuracy, change
-from rmtension.study._causality import Ablations, ablation_matrix, draw_seed, equal_size_effects
+from rmtension.neurons._matched_sets import draw_seed
+from rmtension.study._causality import Ablations, ablation_matrix, equal_size_effects
 from rmtension.study._collapse_and_drift import collapse, drift, effects_by_subset, split_drift
 from rmtension.study._curves import ablation_curves
 from rmtension.study._model_runs import ModelRuns
