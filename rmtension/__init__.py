@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rmtension.data import PreferencePair, PreferencePairs
     from rmtension.errors import RMTensionError
     from rmtension.evaluation import PairRewards
-    from rmtension.interventions import AblationContext, Mean, OtherResponse, Resample, Scale, Zero
+    from rmtension.interventions import AblationContext, Mean, OtherResponse, Resample, Scale, Zero, ablation_effects
     from rmtension.neurons import NeuronScores, NeuronSet, SharedNeuronAnalyzer, SharedNeuronReport
     from rmtension.passes import ActivationCollector, ActivationSample, ActivationStatistics
     from rmtension.reward_head import RewardHead
@@ -42,6 +42,7 @@ _MODULE_OF = {
     "StudyResult": "study",
     "TensionStudy": "study",
     "Zero": "interventions",
+    "ablation_effects": "interventions",
 }
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "TensionStudy",
     "Zero",
     "__version__",
+    "ablation_effects",
 ]
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
@@ -23,7 +24,8 @@ class PreferencePair:
     `objective` says what the preference rewards (for example "helpful" or "harmless"), `subset` is a finer label,
     `id` identifies the pair in error messages and tables (by default the first 16 digits of `digest`). Pairs with the
     same `item` are judged together (best-of-n: an item is ranked correctly if all of its pairs are); a pair without an
-    item is judged by itself. An empty label becomes None.
+    item is judged by itself. An empty label becomes None. `labels` holds further labels by name, for example those of
+    other columns of a file; results can be grouped by them.
 
     Pairs that a model reads identically are equal: a response does not store the space that `join_prompt` inserts
     after a text prompt, and a chat response of a single text message is stored as its text.
@@ -44,6 +46,7 @@ class PreferencePair:
     id: str = ""
     item: str | None = None
     tools: str | None = field(default=None, repr=False)
+    labels: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("chosen", "rejected"):
@@ -94,7 +97,7 @@ class PreferencePair:
     def to_dict(self) -> dict[str, Any]:
         """A plain dict with the field names of the JSON-lines format; messages become dicts; `tools` only if set.
 
-        Raises `DataError` for a plain text that would be read back as messages.
+        Each label is an entry of its own. Raises `DataError` for a plain text that would be read back as messages.
         """
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         for name in ("prompt", "chosen", "rejected"):
@@ -108,7 +111,8 @@ class PreferencePair:
                 fields[name] = (Message("assistant", fields[name]),)
             if isinstance(fields[name], tuple):
                 fields[name] = [message.to_dict() for message in fields[name]]
-        tools = fields.pop("tools")
+        tools, labels = fields.pop("tools"), fields.pop("labels")
+        fields |= {name: label for name, label in labels.items() if name not in fields}
         return fields if tools is None else {**fields, "tools": json.loads(tools)}
 
 
@@ -167,7 +171,7 @@ def require_responses(pair: PreferencePair, where: str) -> None:
                 f"{where}: field {name!r} is empty; a reward model needs a response to score. Remove the pair, or "
                 'load with on_invalid="skip".'
             )
-    for name in PreferencePair.__dataclass_fields__:
+    for name in (name for name in PreferencePair.__dataclass_fields__ if name != "labels"):
         value = getattr(pair, name)
         text = prompt_text(value) if name in ("prompt", "chosen", "rejected") else value or ""
         try:

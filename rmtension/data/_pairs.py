@@ -453,9 +453,13 @@ class PreferencePairs(Sequence[PreferencePair]):
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per pair, with the field names of the JSON-lines format; `tools` only if some pair has tools."""
-        names = [name for name in PreferencePair.__dataclass_fields__ if name != "tools"]
+        """One row per pair, with the field names of the JSON-lines format; `tools` only if some pair has tools.
+
+        Each label of the pairs is a column of its own.
+        """
+        names = [name for name in PreferencePair.__dataclass_fields__ if name not in ("tools", "labels")]
         names += ["tools"] if any(pair.tools for pair in self._pairs) else []
+        names += dict.fromkeys(label for pair in self._pairs for label in pair.labels if label not in names)
         return pd.DataFrame([pair.to_dict() for pair in self._pairs], columns=names)
 
     def to_dataset(self, *, implicit_prompt: bool = False) -> Any:

@@ -29,8 +29,10 @@ from rmtension.errors import DataError, OptionError, RMTensionWarning
 
 SIDES = ("chosen", "rejected")
 # The fields of a pair, and the text of a system message, which becomes a part of the prompt.
-FIELDS = (*PreferencePair.__dataclass_fields__, "system")
+FIELDS = (*(name for name in PreferencePair.__dataclass_fields__ if name != "labels"), "system")
 _LABELS = ("objective", "subset", "id", "item")
+# Longer texts, such as a second response, are content and not labels.
+_LONGEST_LABEL = 80
 # ShareGPT's name for the messages before the responses.
 _CONVERSATIONS = "conversations"
 _SKIP = 'Correct the row, or load with on_invalid="skip".'
@@ -40,8 +42,9 @@ class RowReader:
     """Reads the rows of one source as pairs.
 
     `columns` maps a field of the pair to its column, or to None if no column holds it; other fields are read from the
-    columns of the same names. `objective` and `subset` are set in every pair. `chat=True` converts plain prompts to
-    messages. After the last row, `finish` raises `OptionError` if a named column was in no row.
+    columns of the same names. Other columns with short texts, whole numbers or true and false become `labels`.
+    `objective` and `subset` are set in every pair. `chat=True` converts plain prompts to messages. After the last
+    row, `finish` raises `OptionError` if a named column was in no row.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class RowReader:
             id=labels["id"] or "",
             item=labels["item"],
             tools=tools,
+            labels=self._other_labels(row),
         )
         if self._chat and not pair.is_chat:
             try:
@@ -154,6 +158,16 @@ class RowReader:
             message = f"{where}: {missing}; fields present: {sorted(map(str, row))}."
             raise DataError(message + self._other_column(name, map(str, row)))
         return {name: value for name, value in fields.items() if name in ("prompt", *SIDES) or not _is_missing(value)}
+
+    def _other_labels(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """The labels in columns that hold no field of the pair."""
+        used = {*self._columns.values(), *FIELDS, _CONVERSATIONS}
+        others = {str(name): value for name, value in row.items() if name not in used}
+        return {
+            name: label
+            for name, value in others.items()
+            if not name.startswith("__") and (label := _other_label(value)) is not None
+        }
 
     def _other_column(self, field: str, present: Iterable[str]) -> str:
         """A sentence that suggests a column for a field whose own is missing: the one with the nearest name."""
@@ -275,6 +289,15 @@ def _label(value: Any) -> str | None:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
+
+
+def _other_label(value: Any) -> str | None:
+    """A label of a column that is no field: a short text on one line, a whole number, or true or false."""
+    if isinstance(value, str):
+        return value if 0 < len(value) <= _LONGEST_LABEL and "\n" not in value and value.isprintable() else None
+    if isinstance(value, float) and not value.is_integer():
+        return None
+    return _label(value) if isinstance(value, Number) and not _is_missing(value) else None
 
 
 def _tools(value: Any, where: str) -> str | None:

@@ -5,13 +5,15 @@ The first argument is a `StudyResult` or one of its tables, also a hand-made one
 faintly. `family` selects one of several families. `level` is the level of the intervals in a table without a column
 `level` (default 0.95). Functions that draw several panels draw one of them into a given `ax`; their arguments select
 which. `conflict_scatter` takes a `ConflictReport` instead, `faithfulness_scatter` and `faithfulness_sets` take a
-`Faithfulness`. Needs matplotlib (`pip install "rmtension[viz]"`); no figure is shown or kept open by pyplot.
+`Faithfulness`, and `effects_by_group` takes the table of `ablation_effects`. Needs matplotlib
+(`pip install "rmtension[viz]"`); no figure is shown or kept open by pyplot.
 """
 
 from rmtension.plots._ablations import collapse, curves, equal_size, matrix
 from rmtension.plots._behaviour import accuracy, comparisons, radar, refuse_respond, transferability
 from rmtension.plots._conflict import conflict_scatter
 from rmtension.plots._faithfulness import faithfulness_scatter, faithfulness_sets
+from rmtension.plots._group_effects import effects_by_group
 from rmtension.plots._histograms import confidence, distributions
 from rmtension.plots._top_sets import depth, overlap
 
@@ -24,6 +26,7 @@ __all__ = [
     "curves",
     "depth",
     "distributions",
+    "effects_by_group",
     "equal_size",
     "faithfulness_scatter",
     "faithfulness_sets",

@@ -43,8 +43,11 @@ _MARKERS = "osD^vPX*"
 
 def colours(names: Iterable[str]) -> dict[str, str]:
     """A colour per name; names of models and sets in a study always have the same colour."""
+    names = list(names)
     others = [name for name in names if name not in _COLOURS]
-    return _COLOURS | {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(others)}
+    taken = {_COLOURS[name] for name in names if name in _COLOURS}
+    free = [colour for colour in _PALETTE if colour not in taken] or _PALETTE
+    return _COLOURS | {name: free[index % len(free)] for index, name in enumerate(others)}
 
 
 def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:

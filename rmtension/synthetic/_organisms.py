@@ -303,7 +303,7 @@ def _pairs(rng: np.random.Generator, per_kind: int, n_pairs: int) -> dict[str, P
                 words = [f"{kind}-{n}" for n in (firsts[kind][number], *rng.integers(per_kind, size=rng.integers(3)))]
                 for side in carriers:
                     carriers[side] += words if row[column] in (side, "both") else []
-            texts = {}
+            texts: dict[str, Any] = {}
             for side, words in carriers.items():
                 fillers = rng.choice(_FILLERS, size=_RESPONSE_WORDS - len(words))
                 texts[side] = " ".join([*rng.permutation([*words, *fillers]), _FRAME[-1]])
