@@ -32,7 +32,7 @@ def effects_by_group(
     Raises `OptionError` for another table, or with `ax` and without `quantity`.
 
     Examples:
-        >>> table = ablation_effects(head, neurons, pairs["helpful"], by="subset", n_draws=2)
+        >>> table = ablation_effects(head, neurons, pairs["helpful"], by="objective", n_draws=2)
         >>> figure = effects_by_group(table, quantity="margin")
         >>> figure.savefig("effects.svg")
     """
