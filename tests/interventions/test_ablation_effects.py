@@ -123,7 +123,10 @@ def test_too_few_neurons_for_a_control_warn(model, labelled, chosen):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"by": "sise"}, r"no pair has a label 'sise'\. Did you mean 'size'\? Labels of these pairs: 'objective', 'subset', 'size'"),
+        (
+            {"by": "sise"},
+            r"no pair has a label 'sise'\. Did you mean 'size'\? Labels of these pairs: 'objective'",
+        ),
         ({"by": ["a"]}, "by: expected one label per pair \\(24\\), got 1"),
         ({"by": lambda pair: None}, "by: no pair has a label"),
         ({"n_draws": 1}, "n_draws: expected at least 2 random sets, to measure their spread, or 0, got 1"),
