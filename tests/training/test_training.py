@@ -22,8 +22,11 @@ from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError, ModelError, OptionError, StorageError
 from rmtension.synthetic._world import preference_world
 from rmtension.training._family import FamilySettings, train_family
+from rmtension.training._select_pairs import select_pairs
+from rmtension.training._train_base_model import train_base_model
+from rmtension.training._train_reward_model import train_reward_model
+from rmtension.training._train_tokenizer import train_tokenizer
 from rmtension.training._trainer_run import RECORD_NAME, arguments, isolated
-from rmtension.training._training import select_pairs, train_base_model, train_reward_model, train_tokenizer
 
 CONTEXT = 160
 
