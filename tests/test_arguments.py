@@ -16,7 +16,7 @@ from rmtension._sites import find_site
 from rmtension.cli._command_line import main, parser
 from rmtension.cli._commands.advice import with_flags
 from rmtension.errors import ModelError, OptionError
-from rmtension.neurons._conflict_report import conflict
+from rmtension.neurons._conflict import conflict
 from rmtension.study._config import make_config
 
 

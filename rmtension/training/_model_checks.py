@@ -20,8 +20,8 @@ def require_vocabulary(model: Any, tokenizer: Any) -> None:
     n_rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > n_rows:
         raise ModelError(
-            f"tokenizer: it has {len(tokenizer)} tokens, but the model's embedding {n_rows} rows. Use the model's own "
-            "tokenizer, or resize the embedding first."
+            f"tokenizer: it has {len(tokenizer)} tokens, but the model's embedding has {n_rows} rows. Use the model's "
+            "own tokenizer, or resize the embedding first."
         )
 
 

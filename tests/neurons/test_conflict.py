@@ -13,8 +13,9 @@ from scipy import stats
 from rmtension import PreferencePairs, plots
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.evaluation._intervals import variance_of_mean
-from rmtension.neurons import _conflict_report as module
-from rmtension.neurons._conflict_report import CLASSES, OBJECTIVES, ConflictReport, conflict, contributions
+from rmtension.neurons import _conflict, _prompt_cells
+from rmtension.neurons._conflict import conflict, contributions
+from rmtension.neurons._conflict_report import CLASSES, OBJECTIVES, ConflictReport
 from rmtension.neurons._pair_attributions import PairAttributions
 from rmtension.store._provenance import Provenance
 
@@ -158,7 +159,7 @@ class TestTable:
     @pytest.mark.parametrize("piece", [1, 7, 40])
     def test_the_size_of_chunks_changes_nothing(self, monkeypatch, piece):
         whole = conflict(*noisy())
-        monkeypatch.setattr(module, "_NEURONS_AT_A_TIME", piece)
+        monkeypatch.setattr(_conflict, "_NEURONS_AT_A_TIME", piece)
         found = conflict(*noisy())
         numbers = whole.table.columns[:-1]
         assert found.table[numbers].to_numpy() == pytest.approx(whole.table[numbers].to_numpy())
@@ -176,13 +177,13 @@ class TestDraws:
     def drawn(self, monkeypatch):
         """Kind -> weights of the two sides and cosines, what a cell sums to, and the report."""
         calls = []
-        given = module._Cells.cosines
+        given = _prompt_cells.PromptCells.cosines
 
         def kept(cells, first, second):
             calls.append((first, second, given(cells, first, second)))
             return calls[-1][2]
 
-        monkeypatch.setattr(module._Cells, "cosines", kept)
+        monkeypatch.setattr(_prompt_cells.PromptCells, "cosines", kept)
         both = noisy()
         report = conflict(*both)
         names, sums = [], []
@@ -284,7 +285,7 @@ class TestSimulated:
 
     @pytest.fixture(autouse=True)
     def fewer_draws(self, monkeypatch):
-        monkeypatch.setattr(module, "_N_DRAWS", 200)
+        monkeypatch.setattr(_prompt_cells, "_N_DRAWS", 200)
 
     @pytest.mark.grid
     @pytest.mark.parametrize(("neurons", "noise"), [(60, 1.0), (300, 2.0)])
@@ -297,7 +298,7 @@ class TestSimulated:
         for _ in range(200):
             both = {on: simulated(rng, mean, 25, on, noise=noise) for on, mean in zip(OBJECTIVES, means, strict=True)}
             found.append(conflict(**both).cosine)
-            _, cells = module._summarised(both)
+            _, cells = _conflict._summarised(both)
             ends = np.quantile(cells.between(cells.resampled(rng)), [0.025, 0.975])
             middle = cells.between(cells.resampled(rng)).mean()
             shifted.append(ends - middle + found[-1].value)

@@ -175,5 +175,5 @@ def test_numbers_of_one_name_are_one_length(tmp_path):
     write_result(tmp_path / "r", "Toy", {"a": torch.zeros(2, 3), "b": torch.zeros(3)}, {})
     spec = {"a": "float row column", "b": "float column"}
     assert read_result(tmp_path / "r", "Toy", tensors=spec, values={})[0]["a"].shape == (2, 3)
-    with pytest.raises(StorageError, match=r"'b' should be 'float row', found F32 \[3\]"):
+    with pytest.raises(StorageError, match=r"'b' should be 'float row', got F32 \[3\]"):
         read_result(tmp_path / "r", "Toy", tensors=spec | {"b": "float row"}, values={})

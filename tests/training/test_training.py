@@ -373,7 +373,7 @@ def test_bases_that_do_not_fit_are_refused(world, base, bpe, tmp_path):
     pairs = world.train["helpful"]
     with pytest.raises(OptionError, match="tokenizer: required"):
         quick(pairs, gpt2_config(len(bpe)), tmp_path / "a")
-    with pytest.raises(ModelError, match="embedding 300 rows"):
+    with pytest.raises(ModelError, match="embedding has 300 rows"):
         quick(pairs, gpt2_config(300), tmp_path / "a", tokenizer=bpe)
     with pytest.raises(ModelError, match="could not load"):
         quick(pairs, tmp_path / "nowhere", tmp_path / "a")
