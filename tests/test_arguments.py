@@ -72,7 +72,7 @@ class TestNames:
     def test_the_mistake_is_where_it_was_made(self, tmp_path, capsys):
         """In the file or on the command line, which may also mend the file."""
         file = tmp_path / "s.yaml"
-        for text, words, said in (
+        for text, words, message in (
             (
                 "",
                 "--analyses overlp",
@@ -87,7 +87,7 @@ class TestNames:
         ):
             file.write_text("models: {helpful: a, harmless: b, mixed: c}\npairs: none.jsonl\n" + text)
             assert main(["study", str(file), *words.split()]) == 2
-            assert said in capsys.readouterr().err
+            assert message in capsys.readouterr().err
 
     def test_nearest(self):
         assert nearest("accurracy", ["depth", "accuracy"]) == " Did you mean 'accuracy'?"
@@ -238,8 +238,8 @@ class TestFlags:
     def test_of_arguments(self, message, flags):
         words = ["score", "MODEL", "PAIRS"]
         assert with_flags(message, parser().parse_args(words)) == f"{message} (On the command line: {flags})"
-        for one in flags.split(", or "):
-            parser().parse_args([*words, *shlex.split(one.replace("MAX_LENGTH", "3"))])
+        for flag in flags.split(", or "):
+            parser().parse_args([*words, *shlex.split(flag.replace("MAX_LENGTH", "3"))])
 
     def test_a_command_without_the_flag_says_nothing(self):
         for words in (["report", "folder"], ["study", "s.yaml"]):
@@ -247,7 +247,7 @@ class TestFlags:
 
     def test_the_advice_works(self, checkpoints, pairs, capsys, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        rows = [{"User Query": one.prompt, "chosen": one.chosen, "rejected": one.rejected} for one in pairs[:2]]
+        rows = [{"User Query": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs[:2]]
         Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         words = ["score", str(checkpoints["gpt2"]), "pairs.jsonl"]
         assert main([*words, "--chat"]) == 2

@@ -148,23 +148,23 @@ def mistake(words, monkeypatch):
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return "" if set(rest) <= set(targets) else "no such target"
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         # A program of this repository has the options that stand behind it.
         if re.fullmatch(r"(examples|tests)/\S+\.py", word):
             if not (ROOT / word).is_file():
                 return f"no file {word}"
-            options = {one.partition("=")[0] for one in words[place + 1 :] if one.startswith("--")}
+            options = {option.partition("=")[0] for option in words[index + 1 :] if option.startswith("--")}
             if program != "pytest" and (
-                missing := {one for one in options if f'"{one}"' not in (ROOT / word).read_text()}
+                missing := {option for option in options if f'"{option}"' not in (ROOT / word).read_text()}
             ):
                 return f"{word} has no {sorted(missing)}"
     return ""
 
 
 def test_commands_are_taken(monkeypatch):
-    found = [(page, line, words) for page in pages() for line, words in commands(page.read_text())]
-    assert len(found) >= 13
-    wrong = [(page.name, line, said) for page, line, words in found if (said := mistake(words, monkeypatch))]
+    listed = [(page, line, words) for page in pages() for line, words in commands(page.read_text())]
+    assert len(listed) >= 13
+    wrong = [(page.name, line, said) for page, line, words in listed if (said := mistake(words, monkeypatch))]
     assert wrong == []
 
 

@@ -54,8 +54,8 @@ def margins_and_scores(head, pairs):
     return head.score_pairs(pairs).margin, NeuronAttribution(head, method="gradient_x_activation").score(pairs).values
 
 
-def same(found, expected):
-    return all(torch.allclose(one, other, atol=1e-6, rtol=0) for one, other in zip(found, expected, strict=True))
+def same(values, expected):
+    return all(torch.allclose(value, other, atol=1e-6, rtol=0) for value, other in zip(values, expected, strict=True))
 
 
 def test_packed_pairs(head, few, numbers, family, monkeypatch):

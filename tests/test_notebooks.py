@@ -47,8 +47,8 @@ def run(notebook, name):
 
 def kept(cell, kind):
     """The first output of that kind that was kept, or None."""
-    found = [output["data"][kind] for output in cell["outputs"] if kind in output.get("data", {})]
-    return text_of(found[0]) if found else None
+    shown = [output["data"][kind] for output in cell["outputs"] if kind in output.get("data", {})]
+    return text_of(shown[0]) if shown else None
 
 
 def heads(html):
@@ -58,29 +58,29 @@ def heads(html):
 
 def faults(notebook, size=0):
     """What is wrong with what a notebook keeps."""
-    found = [f"{size} bytes"] if size > LARGEST else []
+    faults = [f"{size} bytes"] if size > LARGEST else []
     codes = code_cells(notebook)
     if [cell["execution_count"] for cell in codes] != list(range(1, len(codes) + 1)):
-        found.append("not run once from top to bottom")
+        faults.append("not run once from top to bottom")
     outputs = [output for cell in codes for output in cell["outputs"]]
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     if "text/html" not in kinds:
-        found.append("no table kept")
+        faults.append("no table kept")
     for output in outputs:
         if output["output_type"] == "error" or output.get("name") == "stderr":
-            found.append("an error, or a text that was none of the results")
+            faults.append("an error, or a text that was none of the results")
     texts = [
         *(text_of(cell["source"]) for cell in notebook["cells"]),
         *(text_of(output.get("text", "")) for output in outputs),
-        *(text_of(part) for one in outputs for kind, part in one.get("data", {}).items() if kind != "image/png"),
+        *(text_of(part) for entry in outputs for kind, part in entry.get("data", {}).items() if kind != "image/png"),
         json.dumps(notebook["metadata"]),
     ]
-    found += [f"an absolute path: {text[:40]}" for text in texts if ABSOLUTE.search(text)]
+    faults += [f"an absolute path: {text[:40]}" for text in texts if ABSOLUTE.search(text)]
     for output in outputs:
         picture = output.get("data", {}).get("image/png")
         if picture and not base64.b64decode(text_of(picture)).startswith(PNG):
-            found.append("a picture that is none")
-    return found
+            faults.append("a picture that is none")
+    return faults
 
 
 def test_these_are_all():
@@ -140,7 +140,7 @@ def broken(change):
         (lambda book, cell: cell.update(source=["open('/home/me/x')"]), "an absolute path"),
         (lambda book, cell: book["metadata"].update(path="C:\\Users"), "an absolute path"),
         (lambda book, cell: cell["outputs"][0]["data"].update({"image/png": "YWJj"}), "a picture that is none"),
-        (lambda book, cell: [one.update(outputs=[]) for one in code_cells(book)], "no table kept"),
+        (lambda book, cell: [cell.update(outputs=[]) for cell in code_cells(book)], "no table kept"),
     ],
 )
 def test_a_fault_is_seen(change, fault):

@@ -27,7 +27,7 @@ EVIL = "<script>alert('&')</script>"
 def parsed(html):
     """(caption, columns, rows of texts) of what `_repr_html_` gives."""
     caption = unescape(re.search(r"<p>(.*?)</p>", html, re.DOTALL)[1])
-    columns = [unescape(one) for one in re.findall(r"<th>(.*?)</th>", html)]
+    columns = [unescape(name) for name in re.findall(r"<th>(.*?)</th>", html)]
     rows = [
         [unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", row)]
         for row in re.findall(r"<tr>(<td>.*?)</tr>", html)
@@ -136,10 +136,10 @@ def test_a_set(scores):
     assert columns == ["layer", "n", "neurons"]
     assert [int(row[1]) for row in rows] == [n for n in neurons.n_per_layer if n]
     for layer, n, listed in rows:
-        places = listed.removesuffix(", ...").split(", ")
-        assert len(places) == min(int(n), 12)
+        listed_neurons = listed.removesuffix(", ...").split(", ")
+        assert len(listed_neurons) == min(int(n), 12)
         assert listed.endswith("...") == (int(n) > 12)
-        assert all((int(layer), int(place)) in neurons for place in places)
+        assert all((int(layer), int(neuron_text)) in neurons for neuron_text in listed_neurons)
     assert "table" not in (neurons - neurons)._repr_html_()
     deep = NeuronSet(torch.ones(40, 1, dtype=torch.bool), "mlp", "deep")
     assert "12 of 40 rows" in deep._repr_html_()
@@ -157,8 +157,8 @@ def test_an_overlap(scores):
 def test_estimates_and_comparisons(scored):
     estimate = evaluation.mean_margin(scored)
     same_values(estimate._repr_html_(), pd.DataFrame([estimate.to_dict()]))
-    found = evaluation.compare(scored, scored)
-    same_values(found._repr_html_(), pd.DataFrame([evaluation.comparison_row(found)]))
+    comparison = evaluation.compare(scored, scored)
+    same_values(comparison._repr_html_(), pd.DataFrame([evaluation.comparison_row(comparison)]))
 
 
 def test_a_study(head, pairs):

@@ -228,14 +228,14 @@ class TestRunOptions:
         ]
         some = NeuronSet.from_indices([(0, 1)], shape=(3, 64), site="mlp", architecture=head.architecture)
         opened.append(opened[1].with_ablation(some))
-        assert [self.of(one) for one in opened] == [self.SAID] * len(opened)
+        assert [self.of(head) for head in opened] == [self.SAID] * len(opened)
 
     def test_defaults(self, head):
         defaults = {"tokens_per_batch": None, "truncate_response": False, "on_nonfinite": "raise"}
         assert self.of(head) == {"max_length": CONTEXT, **defaults}
 
     @pytest.mark.parametrize(
-        ("options", "said"),
+        ("options", "message"),
         [
             ({"on_nonfinite": "skp"}, "on_nonfinite: .* Did you mean 'skip'"),
             ({"truncate_response": 1}, "truncate_response: expected True or False, got 1"),
@@ -244,13 +244,13 @@ class TestRunOptions:
             ({"max_lenght": 3}, "'max_lenght'.* Did you mean 'max_length'"),
         ],
     )
-    def test_wrong_run_options_are_refused(self, options, said, checkpoints, head):
+    def test_wrong_run_options_are_refused(self, options, message, checkpoints, head):
         for call in (
             lambda: RewardHead(head.model, head.weight, **options),
             lambda: RewardHead.from_pretrained(checkpoints["gpt2"], **options),
             lambda: RewardHead.from_language_model(checkpoints["gpt2"], **options),
         ):
-            with pytest.raises(OptionError, match=said):
+            with pytest.raises(OptionError, match=message):
                 call()
 
 

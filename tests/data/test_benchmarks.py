@@ -449,11 +449,11 @@ def load_with(loader, path, **options):
     return getattr(benchmarks, loader)(path, **options)
 
 
-@pytest.mark.parametrize(("name", "place"), [("test.json", "row 2"), ("test.jsonl", "line 2")])
+@pytest.mark.parametrize(("name", "where"), [("test.json", "row 2"), ("test.jsonl", "line 2")])
 @pytest.mark.parametrize(("loader", "row", "message"), DAMAGED)
-def test_damaged_rows_are_named_and_skipped_whole(tmp_path, loader, row, message, name, place):
+def test_damaged_rows_are_named_and_skipped_whole(tmp_path, loader, row, message, name, where):
     path = save(tmp_path / name, [GOOD[loader], row, GOOD[loader]])
-    with pytest.raises(DataError, match=rf"{place}: .*?{message}") as caught:
+    with pytest.raises(DataError, match=rf"{where}: .*?{message}") as caught:
         load_with(loader, path)
     assert str(caught.value).startswith(str(path))
     pairs = load_with(loader, path, on_invalid="skip")

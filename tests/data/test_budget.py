@@ -79,5 +79,5 @@ def test_little_memory_makes_small_batches(checkpoints, pairs, monkeypatch):
     assert 256 < longest(head, keeps_layers=False) <= 600
     again = NeuronAttribution(head, method="gradient_x_activation").score(pairs)
     assert torch.allclose(again.values, scores.values, atol=1e-12)
-    said = RewardHead.from_pretrained(checkpoints["gpt2"], tokens_per_batch=4096)
-    assert longest(said, keeps_layers=True) == whole
+    limited = RewardHead.from_pretrained(checkpoints["gpt2"], tokens_per_batch=4096)
+    assert longest(limited, keeps_layers=True) == whole

@@ -60,8 +60,8 @@ def test_bos_is_never_doubled(chat_tokenizer):
 def test_the_response_is_the_last_message(chat_tokenizer):
     pairs = PreferencePairs.from_records([{"prompt": MESSAGES[:1], "chosen": "with a cake", "rejected": "cannot"}])
     encoded = encode_pairs(chat_tokenizer, pairs, max_length=500)
-    for one, response in ((encoded.chosen[0], "with a cake"), (encoded.rejected[0], "cannot")):
-        tail = chat_tokenizer.decode(one.ids[one.response_start :])
+    for text, response in ((encoded.chosen[0], "with a cake"), (encoded.rejected[0], "cannot")):
+        tail = chat_tokenizer.decode(text.ids[text.response_start :])
         assert tail.strip().startswith(response)
         assert "bread" not in tail
     # Cut to a context that holds the response only: the prompt goes, the lead stays.

@@ -47,13 +47,13 @@ def alone(monkeypatch):
 def numbers(head, pairs):
     """One of everything that runs over pairs."""
     scored = head.score_pairs(pairs)
-    found = {"chosen": scored.chosen, "rejected": scored.rejected}
+    results = {"chosen": scored.chosen, "rejected": scored.rejected}
     for positions in ("all", "response", "last"):
         statistics = ActivationCollector(head, positions=positions).collect(pairs)
         for name in ("mean", "abs_mean", "rms", "frequency"):
-            found[f"{name} {positions}"] = getattr(statistics, name)
+            results[f"{name} {positions}"] = getattr(statistics, name)
         for method in ("mean_difference", "gradient_x_activation"):
-            found[f"{method} {positions}"] = (
+            results[f"{method} {positions}"] = (
                 NeuronAttribution(head, method=method, positions=positions).score(pairs).values
             )
         sample = ActivationCollector(head).sample(pairs, n=8)
@@ -62,17 +62,19 @@ def numbers(head, pairs):
         )
         for replacement in (Zero(), Mean(statistics), Resample(sample)):
             with AblationContext(head, neurons, replacement, positions=positions):
-                found[f"{replacement.name} {positions}"] = head.score_pairs(pairs).margin
+                results[f"{replacement.name} {positions}"] = head.score_pairs(pairs).margin
         effects = single_neuron_effects(head, pairs, neurons=neurons, positions=positions)
-        found[f"effects {positions}"] = effects.values[neurons.mask]
-        found[f"n {positions}"] = torch.tensor([statistics.n_tokens, effects.provenance.n_tokens])
+        results[f"effects {positions}"] = effects.values[neurons.mask]
+        results[f"n {positions}"] = torch.tensor([statistics.n_tokens, effects.provenance.n_tokens])
     for site in ("mlp", "attn_head"):
         profile = collect_profiles(head, pairs, sites=(site,), positions=("response",))[site, "response"]
-        found[f"profile {site}"] = profile.scores("magnitude").values
+        results[f"profile {site}"] = profile.scores("magnitude").values
         for method in ("integrated_gradients", "direct_effect"):
             options = {"steps": 2} if method == "integrated_gradients" else {}
-            found[f"{method} {site}"] = NeuronAttribution(head, method=method, site=site, **options).score(pairs).values
-    return found
+            results[f"{method} {site}"] = (
+                NeuronAttribution(head, method=method, site=site, **options).score(pairs).values
+            )
+    return results
 
 
 @pytest.mark.parametrize("family", grid(["gpt2", "llama", "gpt_neox"]))
@@ -175,7 +177,7 @@ def test_hooks_of_the_bridge_itself_do_not_count_as_the_users(checkpoints, few, 
 
 
 def texts(*ids, start=0):
-    return tuple(EncodedText(tuple(one), start, 0) for one in ids)
+    return tuple(EncodedText(tuple(row), start, 0) for row in ids)
 
 
 def test_rows():
@@ -240,8 +242,8 @@ def test_a_swapped_pair_makes_the_same_row(checkpoints, few):
 def test_a_text_that_is_the_other_and_token_0():
     """Padding is 0 as well, and does not make them one."""
     rows = []
-    for one, other in ([[5, 6, 7], [5, 6, 7, 0]], [[5, 6, 7, 0], [5, 6, 7]]):
-        pairs = EncodedPairs(texts(one), texts(other), 0, 0)
+    for first, other in ([[5, 6, 7], [5, 6, 7, 0]], [[5, 6, 7, 0], [5, 6, 7]]):
+        pairs = EncodedPairs(texts(first), texts(other), 0, 0)
         batches = pair_batches(pairs, tokens_per_batch=99, pad_token_id=None, device="cpu", pack_up_to=50)
         rows += [batch.input_ids.tolist() for batch in batches]
     assert rows[0] == rows[1] == [[5, 6, 7, 7, 0]]
@@ -273,7 +275,7 @@ def test_what_is_packed():
 
     def packed(limit):
         batches = pair_batches(pairs, tokens_per_batch=500, pad_token_id=None, device="cpu", pack_up_to=limit)
-        return {place: batch.position_ids is not None for batch in batches for place in batch.indices}
+        return {index: batch.position_ids is not None for batch in batches for index in batch.indices}
 
     # Nothing in common; enough; enough, but too long a row.
     assert packed(100) == {0: False, 1: True, 2: True}

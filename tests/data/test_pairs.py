@@ -120,10 +120,10 @@ class TestSplit:
         assert sorted([*train, *test], key=lambda pair: pair.chosen) == sorted(self.pairs, key=lambda pair: pair.chosen)
 
     def test_depends_on_the_seed_and_not_on_order(self):
-        _, one = self.pairs.split(0.25, seed=1)
+        _, test = self.pairs.split(0.25, seed=1)
         _, same = self.pairs[::-1].split(0.25, seed=1)
         _, other = self.pairs.split(0.25, seed=2)
-        assert set(one.prompts) == set(same.prompts) != set(other.prompts)
+        assert set(test.prompts) == set(same.prompts) != set(other.prompts)
 
     @pytest.mark.parametrize("fraction", [0.0, 1.0, 1e-6, -1.0])
     def test_fractions_that_leave_a_side_empty(self, fraction):

@@ -34,15 +34,15 @@ class TestThereAndBack:
         assert isinstance(dataset, datasets.Dataset)
         assert ("prompt" in dataset.column_names) == (not implicit_prompt)
         assert "item" not in dataset.column_names, "no pair has one"
-        found = PreferencePairs.from_dataset(dataset)
-        assert found == pairs
+        loaded = PreferencePairs.from_dataset(dataset)
+        assert loaded == pairs
         assert PreferencePairs.from_dataset(dataset.to_iterable_dataset()) == pairs
 
     def test_labels(self):
         dataset = make_pairs(3).to_dataset().remove_columns(["id", "objective"])
-        found = PreferencePairs.from_dataset(dataset, objective="harmless")
-        assert found.objectives == ["harmless"]
-        assert found[0].id == found[0].digest()[:16]
+        loaded = PreferencePairs.from_dataset(dataset, objective="harmless")
+        assert loaded.objectives == ["harmless"]
+        assert loaded[0].id == loaded[0].digest()[:16]
 
     def test_some_pairs_have_a_label(self):
         rows = [
@@ -132,7 +132,7 @@ class TestReading:
 
 class TestErrors:
     @pytest.mark.parametrize(
-        ("row", "said"),
+        ("row", "message"),
         [
             ({"chosen": "yes", "rejected": "no"}, "row 1: field 'prompt' is missing.*have no common beginning"),
             ({"question": "Q", "chosen": "Yes it", "rejected": "No it"}, r"columns=\{'prompt': 'question'\}"),
@@ -144,12 +144,12 @@ class TestErrors:
             ("no row", "row 1: expected a JSON object"),
         ],
     )
-    def test_a_row(self, row, said):
+    def test_a_row(self, row, message):
         good = {"prompt": "Q", "chosen": "a", "rejected": "b"}
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             PreferencePairs.from_dataset(iter([good, row]))
-        found = PreferencePairs.from_dataset(iter([good, row]), on_invalid="skip")
-        assert (len(found), sum(found.skipped.values())) == (1, 1)
+        loaded = PreferencePairs.from_dataset(iter([good, row]), on_invalid="skip")
+        assert (len(loaded), sum(loaded.skipped.values())) == (1, 1)
 
     def test_other_inputs_are_refused(self):
         splits = datasets.DatasetDict({"train": make_pairs(2).to_dataset()})

@@ -71,8 +71,8 @@ def test_sign_flip_holds_its_level():
     """Under a symmetric null 5% of the p-values are below .05, within 3 binomial standard errors of 400 tests."""
     rng = np.random.default_rng(0)
     pairs = prompts(*range(20))
-    found = [sign_flip_p_value(torch.from_numpy(rng.normal(size=20)), pairs, seed=n) <= 0.05 for n in range(400)]
-    assert np.mean(found) == pytest.approx(0.05, abs=3 * np.sqrt(0.05 * 0.95 / 400))
+    rejected = [sign_flip_p_value(torch.from_numpy(rng.normal(size=20)), pairs, seed=n) <= 0.05 for n in range(400)]
+    assert np.mean(rejected) == pytest.approx(0.05, abs=3 * np.sqrt(0.05 * 0.95 / 400))
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(0, 0), (5, 0), (3, 9), (20, 22)])

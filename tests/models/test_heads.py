@@ -109,8 +109,8 @@ def test_heads_passed_by_the_user(language_model, ragged_texts):
             "reward_head.bias": torch.tensor(bias),
         },
     ]
-    for one in given:
-        head = RewardHead.from_pretrained(language_model, head=one)
+    for head_given in given:
+        head = RewardHead.from_pretrained(language_model, head=head_given)
         assert torch.allclose(head.score(ragged_texts[:8]), expected, atol=1e-5)
     # Replacing the head of a classifier, and the same through the constructor.
     live = RewardHead(head.model, (weight, 0.25), tokenizer=head.tokenizer)
@@ -186,7 +186,7 @@ def test_half_precision_keeps_the_heads_product_in_float32(checkpoints, ragged_t
     base = transformers.AutoModel.from_pretrained(checkpoints["gpt2"], dtype=dtype).eval().to(head.device)
     with torch.no_grad():
         encoded = [head.tokenizer(text, return_tensors="pt").to(head.device) for text in texts]
-        states = [base(**one).last_hidden_state[0, -1].float() for one in encoded]
+        states = [base(**text).last_hidden_state[0, -1].float() for text in encoded]
     rewards = torch.cat([head.score([text]) for text in texts])
     assert rewards.dtype == torch.float32
     assert torch.allclose(rewards, (torch.stack(states) @ head.weight.float()).cpu(), atol=1e-6)

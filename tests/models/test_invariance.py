@@ -45,10 +45,10 @@ def test_rewards(family):
         width = max(len(texts[row]) for row in rows) + max(pads[: len(rows)])
         ids = torch.full((len(rows), width), filler)
         mask = torch.zeros_like(ids)
-        for place, (row, left) in enumerate(zip(rows, pads, strict=False)):
+        for index, (row, left) in enumerate(zip(rows, pads, strict=False)):
             start = min(left, width - len(texts[row]))
-            ids[place, start : start + len(texts[row])] = texts[row]
-            mask[place, start : start + len(texts[row])] = 1
+            ids[index, start : start + len(texts[row])] = texts[row]
+            mask[index, start : start + len(texts[row])] = 1
         difference = float((head.score_tokens(ids, mask) - alone[rows]).abs().max())
         worst = max(worst, difference)
         assert difference <= 1e-5

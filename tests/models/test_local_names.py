@@ -48,7 +48,7 @@ def test_a_mistyped_path_is_named(here, name, meant):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("runs/else", r"The folders in 'runs' are \['my-model', 'trained'\].*revision='main'"),
         ("nothing/at/all", "There is no folder 'nothing'"),
@@ -63,8 +63,8 @@ def test_a_mistyped_path_is_named(here, name, meant):
         ),
     ],
 )
-def test_errors_list_the_existing_folders(here, name, said):
-    with pytest.raises(ModelError, match=said):
+def test_errors_list_the_existing_folders(here, name, message):
+    with pytest.raises(ModelError, match=message):
         RewardHead.from_pretrained(name)
 
 

@@ -41,7 +41,7 @@ def classifier(folder):
 @pytest.fixture(scope="module")
 def language_models(tokenizer, tmp_path_factory):
     """family -> folder: tied embeddings (GPT-2, Granite, whose logits are divided), a bias (GPT-J), a cap (Gemma-2)."""
-    found = {}
+    folders = {}
     for family, changes in {
         "gpt2": {},
         "llama": {"tie_word_embeddings": False},
@@ -50,7 +50,7 @@ def language_models(tokenizer, tmp_path_factory):
         "cohere": {"logit_scale": 0.25},
         "gemma2": {"final_logit_softcapping": 30.0},
     }.items():
-        found[family] = where = tmp_path_factory.mktemp(family)
+        folders[family] = where = tmp_path_factory.mktemp(family)
         size = len(tokenizer) + 8  # some tokenizer classes add tokens when they are read
         if family in ("granite", "cohere"):
             common = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0, "vocab_size": size, "hidden_size": 32}
@@ -65,20 +65,20 @@ def language_models(tokenizer, tmp_path_factory):
                 parameter += 0.1 * torch.randn_like(parameter)
         model.save_pretrained(where)
         tokenizer.save_pretrained(where)
-    return found
+    return folders
 
 
 @torch.no_grad()
 def logits(model, tokenizer, texts=TEXTS):
-    found = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
-    return torch.stack([one if one.ndim == 1 else one[-1] for one in found])
+    rows = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
+    return torch.stack([row if row.ndim == 1 else row[-1] for row in rows])
 
 
-def wanted(found, output):
+def wanted(values, output):
     """The logit that `output` means, or the difference of two."""
     names = {name: row for row, name in NAMES.items()}
-    rows = [names.get(one, one) for one in (output if isinstance(output, tuple | list) else [output])]
-    return found[:, rows[0]] - (found[:, rows[1]] if len(rows) == 2 else 0)
+    rows = [names.get(row, row) for row in (output if isinstance(output, tuple | list) else [output])]
+    return values[:, rows[0]] - (values[:, rows[1]] if len(rows) == 2 else 0)
 
 
 class TestClassifiers:
@@ -143,9 +143,9 @@ class TestClassifiers:
         ablated = head.with_ablation(NeuronSet(mask, "mlp", head.architecture))
         assert ablated.check()["passed"].all()
         ablated.save_pretrained(tmp_path / "ablated")
-        found = logits(load(tmp_path / "ablated", dtype=torch.float32), padded_with_eos)[:, 0]
-        assert torch.allclose(found, ablated.score(TEXTS), atol=1e-5)
-        assert float((found - head.score(TEXTS)).abs().max()) > 1e-3
+        rewards = logits(load(tmp_path / "ablated", dtype=torch.float32), padded_with_eos)[:, 0]
+        assert torch.allclose(rewards, ablated.score(TEXTS), atol=1e-5)
+        assert float((rewards - head.score(TEXTS)).abs().max()) > 1e-3
 
     def test_bfloat16_differences_are_not_rounded_twice(self, folder):
         head = RewardHead.from_pretrained(folder, output=(2, 0), dtype=torch.bfloat16)
@@ -203,13 +203,13 @@ class TestTokens:
         model = transformers.AutoModelForCausalLM.from_pretrained(language_models[family], dtype=torch.float32).eval()
         head = RewardHead.from_pretrained(language_models[family], output=("Ġsure", " bake"))
         sure, bake = head.tokenizer.convert_tokens_to_ids(["Ġsure", "Ġbake"])
-        found = logits(model, head.tokenizer)
-        assert torch.allclose(head.score(TEXTS), found[:, sure] - found[:, bake], atol=1e-5)
+        all_logits = logits(model, head.tokenizer)
+        assert torch.allclose(head.score(TEXTS), all_logits[:, sure] - all_logits[:, bake], atol=1e-5)
         if family == "cohere":  # TransformerLens 3 has another bridge of it, whose line of the check says so
             return
         assert head.check()["passed"].all()
         single = RewardHead.from_pretrained(language_models[family], output="Ġsure")
-        assert torch.allclose(single.score(TEXTS), found[:, sure], atol=1e-5)
+        assert torch.allclose(single.score(TEXTS), all_logits[:, sure], atol=1e-5)
         assert single.check()["passed"].all()
 
     def test_a_cap_on_logits_is_refused_and_the_advice_works(self, language_models):
@@ -225,8 +225,8 @@ class TestTokens:
         head = RewardHead.from_pretrained(folder, head=(weight[yes] - weight[no], 0))
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         model.config.final_logit_softcapping = None
-        found = logits(model, tokenizer)
-        assert torch.allclose(head.score(TEXTS), found[:, yes] - found[:, no], atol=1e-5)
+        all_logits = logits(model, tokenizer)
+        assert torch.allclose(head.score(TEXTS), all_logits[:, yes] - all_logits[:, no], atol=1e-5)
 
     def test_saved_as_a_classifier(self, language_models, tmp_path):
         head = RewardHead.from_pretrained(language_models["llama"], output=("Ġsure", "Ġbake"))
@@ -319,8 +319,8 @@ class TestStoredHeads:
         model.save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
         head = RewardHead.from_pretrained(tmp_path, output=("good", "bad"))
-        found = logits(model, tokenizer)
-        assert torch.allclose(head.score(TEXTS), found[:, 1] - found[:, 0], atol=1e-5)
+        all_logits = logits(model, tokenizer)
+        assert torch.allclose(head.score(TEXTS), all_logits[:, 1] - all_logits[:, 0], atol=1e-5)
 
     def test_an_encoder_is_refused(self, tokenizer, tmp_path):
         """Its last hidden state depends on the padding behind it."""
@@ -333,9 +333,9 @@ class TestStoredHeads:
             RewardHead.from_pretrained(folder)
 
     def test_two_heads(self, language_models, tmp_path):
-        one = {"v_head.summary.weight": torch.ones(1, 32)}
-        folder = with_tensors(language_models["gpt2"], tmp_path, one)
-        save_file(one, folder / "value_head.safetensors")
+        head = {"v_head.summary.weight": torch.ones(1, 32)}
+        folder = with_tensors(language_models["gpt2"], tmp_path, head)
+        save_file(head, folder / "value_head.safetensors")
         assert torch.equal(RewardHead.from_pretrained(folder).weight.cpu(), torch.ones(32))
         save_file({"v_head.summary.weight": torch.zeros(1, 32)}, folder / "value_head.safetensors")
         with pytest.raises(ModelError, match=r"it has two heads.*head=\.\.\. accepts the path"):

@@ -40,16 +40,16 @@ def test_rewards_and_neurons_are_those_of_the_checkpoint(folders, ragged_texts, 
     assert table["passed"].all()
     assert "equal to transformers" in set(table["check"])
     # Neurons of the MLP mean the same: the same activations, and the same reward without them.
-    ours, theirs = (ActivationCollector(one, site="mlp").collect(pairs) for one in (head, plain))
+    ours, theirs = (ActivationCollector(scorer, site="mlp").collect(pairs) for scorer in (head, plain))
     assert torch.allclose(ours.mean, theirs.mean, atol=1e-5)
     mask = torch.rand(3, 128, generator=torch.Generator().manual_seed(0)) < 0.5
     rewards = []
-    for one in (head, plain):
-        with AblationContext(one, NeuronSet(mask, "mlp", one.architecture)):
-            rewards.append(one.score(ragged_texts))
+    for scorer in (head, plain):
+        with AblationContext(scorer, NeuronSet(mask, "mlp", scorer.architecture)):
+            rewards.append(scorer.score(ragged_texts))
     assert torch.allclose(rewards[0], rewards[1], atol=1e-5)
     assert not torch.allclose(rewards[0], plain.score(ragged_texts), atol=1e-3)
-    direct = [NeuronAttribution(one, method="direct_effect").score(pairs[:4]).values for one in (head, plain)]
+    direct = [NeuronAttribution(scorer, method="direct_effect").score(pairs[:4]).values for scorer in (head, plain)]
     assert torch.allclose(*direct, atol=1e-4)
     assert direct[1].abs().max() > 1e-2
     neurons = NeuronSet(mask, "mlp", head.architecture)

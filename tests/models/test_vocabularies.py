@@ -36,10 +36,10 @@ def test_no_unknown_token(name):
     """Known texts are scored, others named in an error whose advice works; the check draws ids."""
     head = opened(wrapped(VOCABULARIES[name], pad_token="<pad>"), "llama" if name == "BPE" else "gpt2")
     assert head.score(["no", "no no"]).isfinite().all()
-    said = (
+    message = (
         r"cannot encode 'no \?\?'.*Leave the text out" if name != "BPE" else r"text 1 has no token: nothing of it is in"
     )
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         head.score(["no", "??" if name == "BPE" else "no ??"])
     rows = [{"prompt": "no", "chosen": "no", "rejected": "??"}]
     with pytest.raises(DataError, match=r"cannot encode|has no token"):

@@ -52,8 +52,8 @@ def lengthened(scores):
     """By how much resampling prompts lengthens the mean, from the prompts' sums and the variance between them."""
     sums = np.array(
         [
-            scores.values[[n for n, pair in enumerate(scores.pairs) if pair.prompt == one]].sum(0).flatten().numpy()
-            for one in scores.pairs.prompts
+            scores.values[[n for n, pair in enumerate(scores.pairs) if pair.prompt == prompt]].sum(0).flatten().numpy()
+            for prompt in scores.pairs.prompts
         ]
     )
     length = sums.sum(0) @ sums.sum(0)
@@ -82,14 +82,14 @@ class TestWithoutNoise:
         return conflict(*(scores_of(np.tile(column, (6, 1)), layers=3) for column in means.T), **options)
 
     def test_classes(self):
-        found = self.report()
-        assert found.table["class"].tolist() == list(self.MEANS) == list(CLASSES.values())
-        assert found.counts() == dict.fromkeys(self.MEANS, 1)
-        places = {name: [divmod(place, 3)] for place, name in enumerate(self.MEANS)}
-        assert {name: list(one) for name, one in found.sets.items()} == places
-        assert all((one.site, one.architecture) == ("mlp", "toy") for one in found.sets.values())
-        assert found.table[["layer", "neuron"]].to_numpy().tolist() == [list(divmod(place, 3)) for place in range(9)]
-        assert found.table[list(OBJECTIVES)].to_numpy() == pytest.approx(np.array(list(self.MEANS.values())))
+        report = self.report()
+        assert report.table["class"].tolist() == list(self.MEANS) == list(CLASSES.values())
+        assert report.counts() == dict.fromkeys(self.MEANS, 1)
+        expected_sets = {name: [divmod(index, 3)] for index, name in enumerate(self.MEANS)}
+        assert {name: list(neurons) for name, neurons in report.sets.items()} == expected_sets
+        assert all((neurons.site, neurons.architecture) == ("mlp", "toy") for neurons in report.sets.values())
+        assert report.table[["layer", "neuron"]].to_numpy().tolist() == [list(divmod(index, 3)) for index in range(9)]
+        assert report.table[list(OBJECTIVES)].to_numpy() == pytest.approx(np.array(list(self.MEANS.values())))
 
     def test_min_share_is_relative_to_the_objectives_largest_contribution(self):
         """The largest are 2 and 3, so that a floor of 0.6 is at 1.2 and at 1.8."""
@@ -102,20 +102,20 @@ class TestWithoutNoise:
         assert everything[4] == "helpful only up", "a neuron that does nothing counts nowhere"
 
     def test_cosine_and_reliability(self):
-        found = self.report()
+        report = self.report()
         expected = cosine(*np.array(list(self.MEANS.values())).T)
-        assert [found.cosine.value, found.cosine.low, found.cosine.high] == pytest.approx([expected] * 3)
-        assert found.reliability == pytest.approx({"helpful": 1.0, "harmless": 1.0})
-        assert (found.n_pairs, found.n_prompts) == ({"helpful": 6, "harmless": 6},) * 2
-        assert (found.cosine.n, found.cosine.n_prompts) == (12, 6), "the prompts are the same"
+        assert [report.cosine.value, report.cosine.low, report.cosine.high] == pytest.approx([expected] * 3)
+        assert report.reliability == pytest.approx({"helpful": 1.0, "harmless": 1.0})
+        assert (report.n_pairs, report.n_prompts) == ({"helpful": 6, "harmless": 6},) * 2
+        assert (report.cosine.n, report.cosine.n_prompts) == (12, 6), "the prompts are the same"
 
     def test_a_sum_of_zeros_has_no_direction(self):
         """Two prompts that a coin turns against each other: cosines are 0 or as observed, never what rounding gives."""
-        found = conflict(scores_of([[0.1, 0.3]] * 2, "ab"), scores_of([[0.1, 0.3]] * 2, "cd"))
-        assert found.chance["coin"].mean == pytest.approx(0, abs=0.1)
-        assert (found.chance["coin"].low, found.chance["coin"].high) == pytest.approx((-1, 1))
+        report = conflict(scores_of([[0.1, 0.3]] * 2, "ab"), scores_of([[0.1, 0.3]] * 2, "cd"))
+        assert report.chance["coin"].mean == pytest.approx(0, abs=0.1)
+        assert (report.chance["coin"].low, report.chance["coin"].high) == pytest.approx((-1, 1))
         # A quarter of the draws turn neither objective's prompts against each other.
-        assert found.chance["coin"].p_value == pytest.approx(0.25, abs=0.06)
+        assert report.chance["coin"].p_value == pytest.approx(0.25, abs=0.06)
 
 
 class TestTable:
@@ -153,17 +153,17 @@ class TestTable:
         for name in OBJECTIVES:
             size = table[name].abs()
             signs.append(np.sign(table[name]) * (table[f"{name}_q_value"] <= 0.1) * (size >= 0.2 * size.max()))
-        assert table["class"].tolist() == [CLASSES[one] for one in zip(*signs, strict=True)]
+        assert table["class"].tolist() == [CLASSES[pair_of_signs] for pair_of_signs in zip(*signs, strict=True)]
         assert table["class"].nunique() == 7
 
     @pytest.mark.parametrize("piece", [1, 7, 40])
     def test_the_size_of_chunks_changes_nothing(self, monkeypatch, piece):
         whole = conflict(*noisy())
         monkeypatch.setattr(_conflict, "_NEURONS_AT_A_TIME", piece)
-        found = conflict(*noisy())
+        report = conflict(*noisy())
         numbers = whole.table.columns[:-1]
-        assert found.table[numbers].to_numpy() == pytest.approx(whole.table[numbers].to_numpy())
-        assert (found.cosine.low, found.chance["coin"].high) == pytest.approx(
+        assert report.table[numbers].to_numpy() == pytest.approx(whole.table[numbers].to_numpy())
+        assert (report.cosine.low, report.chance["coin"].high) == pytest.approx(
             (whole.cosine.low, whole.chance["coin"].high)
         )
 
@@ -197,41 +197,41 @@ class TestDraws:
 
     def test_cosines(self, drawn):
         calls, _, sums, _ = drawn
-        for kind, (first, second, found) in calls.items():
-            assert len(found) == (1 if kind == "observed" else 1000)
+        for kind, (first, second, drawn) in calls.items():
+            assert len(drawn) == (1 if kind == "observed" else 1000)
             loop = [
                 torch.nn.functional.cosine_similarity(torch.from_numpy(a @ sums), torch.from_numpy(b @ sums), dim=0)
                 for a, b in zip(first, second, strict=True)
             ]
-            assert found == pytest.approx(np.array([float(one) for one in loop]), abs=1e-10)
+            assert drawn == pytest.approx(np.array([float(draw) for draw in loop]), abs=1e-10)
 
     def test_numbers_of_the_report(self, drawn):
         calls, _, _, report = drawn
-        found = {kind: cosines for kind, (_, _, cosines) in calls.items()}
-        observed = found["observed"][0]
+        cosines_of = {kind: cosines for kind, (_, _, cosines) in calls.items()}
+        observed = cosines_of["observed"][0]
         assert report.cosine.value == observed
         table = torch.tensor(report.table[list(OBJECTIVES)].to_numpy())
         assert observed == pytest.approx(float(torch.nn.functional.cosine_similarity(*table.T, dim=0)))
         helpful, harmless = noisy()
         stretch = np.sqrt(np.prod([lengthened(scores) for scores in (helpful, harmless)]))
-        shifted = (found["bootstrap"] - found["bootstrap"].mean()) * stretch + observed
+        shifted = (cosines_of["bootstrap"] - cosines_of["bootstrap"].mean()) * stretch + observed
         assert (report.cosine.low, report.cosine.high) == pytest.approx(tuple(np.quantile(shifted, [0.025, 0.975])))
-        sizes = np.abs(found["shuffle"])
-        as_large = {"coin": np.abs(found["coin"]) >= abs(observed), "shuffle": sizes <= abs(observed)}
-        for name, draws in (("coin", found["coin"]), ("shuffle", sizes)):
+        sizes = np.abs(cosines_of["shuffle"])
+        as_large = {"coin": np.abs(cosines_of["coin"]) >= abs(observed), "shuffle": sizes <= abs(observed)}
+        for name, draws in (("coin", cosines_of["coin"]), ("shuffle", sizes)):
             null = report.chance[name]
             assert (null.mean, null.low, null.high) == pytest.approx(
                 (draws.mean(), *np.quantile(draws, [0.025, 0.975]))
             )
             assert null.p_value == pytest.approx((as_large[name].sum() + 1) / 1001)
-        assert report.reliability == pytest.approx({on: found[on].mean() for on in OBJECTIVES})
+        assert report.reliability == pytest.approx({on: cosines_of[on].mean() for on in OBJECTIVES})
 
     def test_what_is_drawn(self, drawn):
         calls, names, _, _ = drawn
         helpful = np.array([on == "helpful" for on, _ in names])
         prompts = [prompt for _, prompt in names]
         both = [prompt for prompt in dict.fromkeys(prompts) if prompts.count(prompt) == 2]
-        pairs = [[place for place, one in enumerate(prompts) if one == prompt] for prompt in both]
+        pairs = [[index for index, prompt in enumerate(prompts) if prompt == prompt] for prompt in both]
         assert len(both) == 5
         shared = np.isin(prompts, both)
         for kind in ("bootstrap", "coin"):
@@ -264,9 +264,9 @@ class TestDraws:
     def test_nulls_are_those_of_every_possible_draw(self):
         rng = np.random.default_rng(5)
         a, b = (rng.standard_normal((n, 6)) + 2.0 * np.eye(6)[on] for n, on in ((4, 0), (3, 0)))
-        found = conflict(scores_of(a, "abcd"), scores_of(b, "efg"))
+        report = conflict(scores_of(a, "abcd"), scores_of(b, "efg"))
         observed = cosine(a.sum(0), b.sum(0))
-        assert found.cosine.value == pytest.approx(observed)
+        assert report.cosine.value == pytest.approx(observed)
         assert observed > 0
         coins = [cosine(np.array(signs[:4]) @ a, np.array(signs[4:]) @ b) for signs in product([-1.0, 1.0], repeat=7)]
         rows = np.concatenate([a / np.linalg.norm(a.mean(0)), b / np.linalg.norm(b.mean(0))])
@@ -275,7 +275,7 @@ class TestDraws:
         dealt = np.abs([cosine(mine, total - mine) for mine in deals])
         as_large = np.abs(coins) >= observed - 1e-9, dealt <= observed + 1e-9
         for name, exact, beyond in zip(("coin", "shuffle"), (np.array(coins), dealt), as_large, strict=True):
-            null, share = found.chance[name], beyond.mean()
+            null, share = report.chance[name], beyond.mean()
             assert null.mean == pytest.approx(exact.mean(), abs=4 * exact.std() / np.sqrt(1000))
             assert null.p_value == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 1000) + 0.001)
 
@@ -294,16 +294,16 @@ class TestSimulated:
         rng = np.random.default_rng(11)
         means = np.zeros((2, neurons))
         means[0, :6], means[1, 3:9] = 1.0, 1.0
-        found, shifted = [], []
+        values, shifted = [], []
         for _ in range(200):
             both = {on: simulated(rng, mean, 25, on, noise=noise) for on, mean in zip(OBJECTIVES, means, strict=True)}
-            found.append(conflict(**both).cosine)
+            values.append(conflict(**both).cosine)
             _, cells = _conflict._summarised(both)
             ends = np.quantile(cells.between(cells.resampled(rng)), [0.025, 0.975])
             middle = cells.between(cells.resampled(rng)).mean()
-            shifted.append(ends - middle + found[-1].value)
-        truth = np.mean([one.value for one in found])
-        assert 0.93 <= np.mean([one.low <= truth <= one.high for one in found]) <= 0.995
+            shifted.append(ends - middle + values[-1].value)
+        truth = np.mean([value.value for value in values])
+        assert 0.93 <= np.mean([value.low <= truth <= value.high for value in values]) <= 0.995
         assert np.mean([low <= truth <= high for low, high in shifted]) < 0.93, "which the bound above would find"
 
     @pytest.mark.grid
@@ -337,8 +337,8 @@ class TestSimulated:
             "helpful only up": range(20, 30),
             "harmless only down": range(30, 40),
         }
-        for name, places in planted.items():
-            assert {(0, place) for place in places} <= set(report.sets[name])
+        for name, neurons in planted.items():
+            assert {(0, neuron) for neuron in neurons} <= set(report.sets[name])
         assert report.counts()["none"] >= 350
         assert report.cosine.high < 0
         assert report.chance["coin"].p_value == pytest.approx(1 / 201)
@@ -377,24 +377,24 @@ class TestSymmetries:
 
     def test_flipping_one_objective_flips_the_cosine(self):
         helpful, harmless = noisy()
-        one = conflict(helpful, harmless)
+        report = conflict(helpful, harmless)
         other = conflict(helpful, replace(harmless, values=-harmless.values))
         ends = (-other.cosine.value, -other.cosine.high, -other.cosine.low)
-        assert (one.cosine.value, one.cosine.low, one.cosine.high) == pytest.approx(ends)
+        assert (report.cosine.value, report.cosine.low, report.cosine.high) == pytest.approx(ends)
         turned = {name: CLASSES[a, -b] for (a, b), name in CLASSES.items()}
-        assert other.table["class"].tolist() == [turned[name] for name in one.table["class"]]
-        assert other.chance["shuffle"].mean == pytest.approx(one.chance["shuffle"].mean)
-        assert other.chance["coin"].p_value == one.chance["coin"].p_value
+        assert other.table["class"].tolist() == [turned[name] for name in report.table["class"]]
+        assert other.chance["shuffle"].mean == pytest.approx(report.chance["shuffle"].mean)
+        assert other.chance["coin"].p_value == report.chance["coin"].p_value
 
     def test_scale_changes_nothing_but_the_contributions(self):
         helpful, harmless = noisy()
-        one = conflict(helpful, harmless)
+        report = conflict(helpful, harmless)
         other = conflict(helpful, replace(harmless, values=1000 * harmless.values))
-        assert other.table["class"].tolist() == one.table["class"].tolist()
-        assert other.table["harmless"].to_numpy() == pytest.approx(1000 * one.table["harmless"].to_numpy())
-        for name, null in one.chance.items():
+        assert other.table["class"].tolist() == report.table["class"].tolist()
+        assert other.table["harmless"].to_numpy() == pytest.approx(1000 * report.table["harmless"].to_numpy())
+        for name, null in report.chance.items():
             assert [other.chance[name].mean, other.chance[name].low] == pytest.approx([null.mean, null.low])
-        assert other.reliability == pytest.approx(one.reliability)
+        assert other.reliability == pytest.approx(report.reliability)
 
     def test_seed(self):
         one, same, other = (conflict(*noisy(), seed=seed) for seed in (0, 0, 1))
@@ -410,20 +410,20 @@ class TestSigns:
         assert contributions(scores).equal(scores.values)
 
     def test_effects_of_ablation_are_sign_flipped(self):
-        patched = [replace(one, values=-one.values, provenance=replace(one.provenance)) for one in noisy()]
+        patched = [replace(scores, values=-scores.values, provenance=replace(scores.provenance)) for scores in noisy()]
         method = "attribution_patching to mean"
-        patched = [replace(one, provenance=replace(one.provenance, method=method, sign=-1)) for one in patched]
+        patched = [replace(scores, provenance=replace(scores.provenance, method=method, sign=-1)) for scores in patched]
         assert contributions(patched[0]).equal(-patched[0].values)
         assert conflict(*patched).table.equals(conflict(*noisy()).table)
 
     def test_scores_without_a_known_sign_are_refused(self):
         """And with the sign that the message asks for, they are compared."""
-        unsigned = [replace(one, provenance=replace(one.provenance, sign=None)) for one in noisy()]
+        unsigned = [replace(scores, provenance=replace(scores.provenance, sign=None)) for scores in noisy()]
         with pytest.raises(
             OptionError, match=r"got sign None in their provenance.* Use .*dataclasses.replace\(provenance, sign=1\)"
         ):
             conflict(*unsigned)
-        signed = [replace(one, provenance=replace(one.provenance, sign=1)) for one in unsigned]
+        signed = [replace(scores, provenance=replace(scores.provenance, sign=1)) for scores in unsigned]
         assert conflict(*signed).table.equals(conflict(*noisy()).table)
         with pytest.raises(ProvenanceError, match="conflict: sign differs: 1 here, None there"):
             conflict(signed[0], unsigned[1])

@@ -162,8 +162,8 @@ class TestTopRules:
     def test_percentile_rule_is_numpys_and_takes_every_tie(self):
         """The published rule: with more than 90% of the scores tied at the top of the cut it selects everything."""
         values = torch.randn(4, 25, generator=torch.Generator().manual_seed(0)).double()
-        found = scores_of(values).top(0.1, rank_by="score", cut_rule="percentile")
-        assert torch.equal(found.mask, values >= np.percentile(values.numpy(), 90))
+        selected = scores_of(values).top(0.1, rank_by="score", cut_rule="percentile")
+        assert torch.equal(selected.mask, values >= np.percentile(values.numpy(), 90))
         tied = torch.zeros(4, 25).double()
         tied[0, :5] = 1.0
         assert len(scores_of(tied).top(0.1, cut_rule="percentile")) == 100
@@ -248,9 +248,9 @@ def test_invalid_arguments_of_a_set_are_refused(changes, message):
 
 
 def test_indices_stop_at_the_shape():
-    for place in ((2, 0), (0, 3), (-1, 0), (0, -1)):
+    for index in ((2, 0), (0, 3), (-1, 0), (0, -1)):
         with pytest.raises(OptionError, match=r"indices: \(.*\) is outside a model with 2 layers of 3 neurons"):
-            NeuronSet.from_indices([place], shape=(2, 3), site="mlp", architecture="toy")
+            NeuronSet.from_indices([index], shape=(2, 3), site="mlp", architecture="toy")
     corners = NeuronSet.from_indices([(1, 2), (0, 0), (1, 2)], shape=(2, 3), site="mlp", architecture="toy")
     assert list(corners) == [(0, 0), (1, 2)]
     assert corners.to_frame().to_dict("list") == {"layer": [0, 1], "neuron": [0, 2]}

@@ -48,7 +48,7 @@ def test_chance_in_each_layer_is_the_mean_over_every_possible_set():
     assert len(overlaps) == 12
     intersections = np.array([overlap.intersection for overlap in overlaps])
     for overlap in overlaps:
-        assert overlap.layer_expected_jaccard == pytest.approx(np.mean([one.jaccard for one in overlaps]))
+        assert overlap.layer_expected_jaccard == pytest.approx(np.mean([value.jaccard for value in overlaps]))
         assert overlap.layer_p_value == pytest.approx(np.mean(intersections >= overlap.intersection))
         assert overlap.layer_expected_jaccard != pytest.approx(overlap.expected_jaccard)
 
@@ -175,6 +175,6 @@ def test_printing_shows_the_index_and_chance():
     )
     beyond = SharedNeuronAnalyzer({"a": scores, "b": other, "c": scores}, base=scores).analyze(fraction=0.25)
     lines = repr(beyond).split("\n")
-    assert [one[:9] for one in lines[1::2]] == ["  a / b: ", "  a / c: ", "  b / c: "]
+    assert [text[:9] for text in lines[1::2]] == ["  a / b: ", "  a / c: ", "  b / c: "]
     assert lines[2] == "    without the base's top set: both sets are empty"
     assert repr(report).split("\n")[0] in report._repr_html_()

@@ -30,8 +30,8 @@ def write_half(path, error):
 
 
 def fill_half(folder, error):
-    with filled_whole(folder, "study", seal="end", replaced=["two"]) as place:
-        (place / "one").write_text("new")
+    with filled_whole(folder, "study", seal="end", replaced=["two"]) as temporary:
+        (temporary / "one").write_text("new")
         raise error
 
 
@@ -63,18 +63,18 @@ def test_names_and_folders(tmp_path):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_a_failed_folder_leaves_the_old_one(error, tmp_path):
     folder = tmp_path / "study"
-    with filled_whole(folder, "study", seal="end") as place:
+    with filled_whole(folder, "study", seal="end") as temporary:
         for name in ("end", "one", "two"):
-            (place / name).write_text("old")
+            (temporary / name).write_text("old")
     (folder / "mine").write_text("a user's")
     before = tree(tmp_path)
     expected = StorageError if isinstance(error, OSError) else error
     with pytest.raises(expected):
         fill_half(folder, error)
     assert tree(tmp_path) == before
-    with filled_whole(folder, "study", seal="end", replaced=["two"]) as place:
-        (place / "one").write_text("new")
-        (place / "end").write_text("new")
+    with filled_whole(folder, "study", seal="end", replaced=["two"]) as temporary:
+        (temporary / "one").write_text("new")
+        (temporary / "end").write_text("new")
     assert tree(tmp_path) == {"study/end": b"new", "study/one": b"new", "study/mine": b"a user's"}
 
 
@@ -92,9 +92,9 @@ def test_a_folder_is_sealed_last(tmp_path, monkeypatch):
         moved.clear()
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", watched)
-            with filled_whole(folder, "study", seal="a") as place:
+            with filled_whole(folder, "study", seal="a") as temporary:
                 for name in "abc":
-                    (place / name).write_text("")
+                    (temporary / name).write_text("")
         assert moved[-1] == "a"
 
 

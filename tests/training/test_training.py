@@ -558,8 +558,8 @@ class TestTokensOfTRL:
             assert [[ids[:-1] for ids in side] for side in theirs] == ours
         # So that pairs whose responses have it are read alike.
         ended = PreferencePairs(
-            replace(one, chosen=one.chosen + tokenizer.eos_token, rejected=one.rejected + tokenizer.eos_token)
-            for one in pairs
+            replace(pair, chosen=pair.chosen + tokenizer.eos_token, rejected=pair.rejected + tokenizer.eos_token)
+            for pair in pairs
         )
         assert ids_of_trl(pairs.to_dataset(), tokenizer) == self.ids_of_ours(ended, tokenizer)
         # A control: without the space between prompt and response, which `to_dataset` writes, texts are others.
