@@ -42,7 +42,7 @@ def failures(module, name, text, line, names):
 
 
 @pytest.mark.parametrize(("module", "name", "text", "line"), FOUND, ids=[f"{entry[0]}.{entry[1]}" for entry in FOUND])
-def test_examples(module, name, text, line, names, monkeypatch):
+def test_examples_print_what_they_show(module, name, text, line, names, monkeypatch):
     folder, made = names
     monkeypatch.chdir(folder)
     with limited(30, f"{module}.{name}"):
@@ -87,7 +87,7 @@ def test_the_reference_has_what_the_readme_names():
         ), part
 
 
-def test_the_reference_names_what_there_is():
+def test_every_name_of_the_reference_exists():
     for name in documented_names():
         owner, _, last = f"rmtension.{name}".rpartition(".")
         try:

@@ -141,9 +141,11 @@ def state_of(head):
         },
         "modules": {key: sorted(vars(module)) for key, module in modules.items()},
         "modes": {key: module.training for key, module in modules.items()},
-        "asks": {key: one.requires_grad for key, one in tensors.items()},
-        "gradients": {key: None if one.grad is None else one.grad.sum().item() for key, one in tensors.items()},
-        "values": {key: (one.data_ptr(), one._version, one.double().sum().item()) for key, one in tensors.items()},
+        "asks": {key: first.requires_grad for key, first in tensors.items()},
+        "gradients": {key: None if first.grad is None else first.grad.sum().item() for key, first in tensors.items()},
+        "values": {
+            key: (first.data_ptr(), first._version, first.double().sum().item()) for key, first in tensors.items()
+        },
         "head": (head.weight.sum().item(), head.bias, head.tokens_per_batch, head.max_length),
         "around": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), running_batch(), current().size),
         "random": torch.get_rng_state().sum().item(),
@@ -213,7 +215,7 @@ def require_unchanged_however_it_ends(head, call):
         call()
     require_same(before, state_of(head))
     for what, n in (("forward", n_calls[0]), ("register", n_hooks[0])):
-        for number, error in [(place, Fault()) for place in places(n)] + [(max(1, n // 3), KeyboardInterrupt())] * (
+        for number, error in [(index, Fault()) for index in places(n)] + [(max(1, n // 3), KeyboardInterrupt())] * (
             n > 0
         ):
             with failing(what, number, error), suppress(Fault, KeyboardInterrupt, RMTensionError):
@@ -740,7 +742,7 @@ def test_a_hook_of_the_users_stays_and_counts(setup):
     handle.remove()
 
 
-def test_two_threads_with_two_models(checkpoints, other_checkpoint, tmp_path):
+def test_two_threads_with_two_models_do_not_disturb_each_other(checkpoints, other_checkpoint, tmp_path):
     """Each gets what it gets alone, while the other ablates and collects."""
     setups = [make_setup(tmp_path / "a", checkpoints["gpt2"], other_checkpoint)]
     setups.append(make_setup(tmp_path / "b", other_checkpoint, checkpoints["gpt2"]))

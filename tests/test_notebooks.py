@@ -83,7 +83,7 @@ def faults(notebook, size=0):
     return faults
 
 
-def test_these_are_all():
+def test_every_notebook_is_listed():
     assert sorted(path.name for path, _ in cells()) == sorted(NAMES)
 
 
@@ -97,16 +97,16 @@ def test_every_cell_runs_and_shows_what_was_kept(name, tmp_path, monkeypatch):
 
         shown = run(notebook, name)
         plt.close("all")
-    for cell, found in zip(code_cells(notebook), shown, strict=True):
+    for cell, results in zip(code_cells(notebook), shown, strict=True):
         # Tables of other columns or rows, or none, would have been kept of other cells.
-        assert heads(found.get("text/html")) == heads(kept(cell, "text/html"))
-        if "image/png" in found:
-            assert found["image/png"].startswith(PNG)
+        assert heads(results.get("text/html")) == heads(kept(cell, "text/html"))
+        if "image/png" in results:
+            assert results["image/png"].startswith(PNG)
             assert kept(cell, "image/png")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_kept(name):
+def test_kept_outputs_have_no_faults(name):
     notebook = read(name)
     assert faults(notebook, (ROOT / "examples" / name).stat().st_size) == []
     # What the numbers say stands between the cells, and the notebook begins with its title.
@@ -144,11 +144,11 @@ def broken(change):
     ],
 )
 def test_a_fault_is_seen(change, fault):
-    (found,) = faults(broken(change))
-    assert found.startswith(fault)
+    (results,) = faults(broken(change))
+    assert results.startswith(fault)
 
 
-def test_a_large_one_and_a_cell_that_raises_are_seen():
+def test_a_large_notebook_and_a_raising_cell_are_seen():
     assert faults(read("quickstart.ipynb"), LARGEST + 1) == [f"{LARGEST + 1} bytes"]
     raising = {"cells": [{"cell_type": "code", "source": ["x = 1\n", "x / 0"]}]}
     with pytest.raises(ZeroDivisionError):

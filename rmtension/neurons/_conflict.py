@@ -60,6 +60,7 @@ def conflict(
 
     Examples:
         >>> from rmtension import PreferencePairs
+        >>> from rmtension.store import Provenance
         >>> rows = [{"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in "abcd"]
         >>> pairs = PreferencePairs.from_records(rows)
         >>> where = Provenance("toy", "0f", "mlp", "all", "direct_effect", "float32", "", 4, 64, "0", sign=1)

@@ -65,6 +65,7 @@ class ConflictReport:
       is at most as large as the observed one.
 
     Examples:
+        >>> from rmtension.neurons import conflict
         >>> attribution = NeuronAttribution(head, "direct_effect")
         >>> report = conflict(*(attribution.per_pair(pairs[name]) for name in ("helpful", "harmless")))
         >>> report.counts()["both up"], report.to_frame().shape

@@ -51,6 +51,7 @@ def train_base_model(
 
     Examples:
         >>> from transformers import GPT2Config
+        >>> from rmtension.training import train_tokenizer
         >>> texts = [pair.text("chosen") for pair in pairs["helpful"]]
         >>> tokenizer = train_tokenizer(texts, 300)
         >>> config = GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=64, vocab_size=300)

@@ -165,13 +165,13 @@ class TestSeveralMessages:
             rest = "".join(f"[{message['role']}] {message['content']}\n" for message in response)
             assert decoded.lstrip() == rest.removeprefix("[assistant] "), "which the generation prompt has said"
 
-    def test_one_response_is_the_beginning_of_the_other(self, rewards_equal):
+    def test_a_response_may_be_the_beginning_of_the_other(self, rewards_equal):
         row = {"chosen": [*TALK, *self.good], "rejected": [*TALK, self.good[0]]}
         pairs = rewards_equal(row, row["chosen"], row["rejected"])
         assert pairs[0].rejected == "sure"
         assert len(pairs[0].chosen) == 3
 
-    def test_responses_that_differ_first_at_a_user_message(self, model, rewards_equal):
+    def test_responses_may_begin_with_a_user_message(self, model, rewards_equal):
         row = {"chosen": [*TALK[:3], user("then"), GOOD], "rejected": [*TALK[:3], user("help"), BAD]}
         pairs = rewards_equal(row, row["chosen"], row["rejected"])
         encoded = encode_pairs(model[0].tokenizer, pairs, max_length=400)
@@ -183,7 +183,7 @@ class TestSeveralMessages:
         pairs = PreferencePairs.from_records([{"chosen": [*TALK, *self.good], "rejected": [*TALK, *self.good]}])
         assert pairs.n_ties == 1
 
-    def test_lengths_are_of_the_texts(self):
+    def test_lengths_count_the_characters_of_all_messages(self):
         rows = [{"prompt": TALK, "chosen": "a" * 20, "rejected": [assistant("b"), user("c"), assistant("d")]}]
         assert length_baseline(PreferencePairs.from_records(rows)).value == 1.0
 
@@ -201,7 +201,7 @@ class TestFields:
             ([call(n=3), {"role": "tool", "content": "cake", "name": "x"}, assistant("sure")], [assistant("no")]),
         ],
     )
-    def test_reach_the_template_and_files(self, chosen, rejected, model, rewards_equal, tmp_path):
+    def test_other_fields_reach_the_template_and_files(self, chosen, rejected, model, rewards_equal, tmp_path):
         head, reward = model
         row = {"prompt": TALK, "chosen": chosen, "rejected": rejected}
         chosen, rejected = ([side] if isinstance(side, dict) else side for side in (chosen, rejected))
@@ -243,7 +243,7 @@ class TestFields:
             assert loaded == pairs
 
     @pytest.mark.parametrize("as_text", [False, True])
-    def test_tools(self, as_text, model, rewards_equal, tmp_path):
+    def test_tools_reach_the_template_and_files(self, as_text, model, rewards_equal, tmp_path):
         _, reward = model
         tools = json.dumps(TOOLS) if as_text else TOOLS
         row = {"prompt": TALK, "chosen": GOOD, "rejected": BAD, "tools": tools}
@@ -276,7 +276,7 @@ class TestTextsOnChatModels:
         {"prompt": "\n\nHuman: how\n\nAssistant:", "chosen": "with a cake", "rejected": "cannot"},
     ]
 
-    def test_chat_renders_them(self, model, tmp_path):
+    def test_plain_texts_are_rendered_with_chat(self, model, tmp_path):
         head, reward = model
         pairs = PreferencePairs.from_records(self.rows, chat=True)
         expected = [reward([user("how do i bake"), GOOD]), reward([user("how"), GOOD])]
@@ -305,7 +305,7 @@ class TestTextsOnChatModels:
         encode_pairs(tokenizer, pairs, max_length=400)
         encode_pairs(head.tokenizer, pairs.as_chat(), max_length=400)
 
-    def test_on_the_command_line(self, tmp_path, capsys):
+    def test_the_flag_chat_changes_the_margin_and_silences_the_warning(self, tmp_path, capsys):
         tokenizer = make_tokenizer(tmp_path)
         tokenizer.chat_template = TEMPLATE
         model = str(save_classifier(tmp_path, "gpt2", tokenizer))
@@ -369,13 +369,13 @@ class TestRefusals:
             ({"prompt": TALK, "chosen": [assistant("a", x="\ud800")], "rejected": "b"}, "half of a surrogate pair"),
         ],
     )
-    def test_a_row(self, row, message):
+    def test_an_invalid_row_is_named_and_can_be_skipped(self, row, message):
         good = SHAPES["prompt and texts"]
         with pytest.raises(DataError, match=rf"record 1: .*{message}"):
             PreferencePairs.from_records([good, row])
         assert sum(PreferencePairs.from_records([good, row], on_invalid="skip").skipped.values()) == 1
 
-    def test_the_advice_works(self):
+    def test_the_advice_of_the_error_works(self):
         row = {"prompt": "other", "chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]}
         with pytest.raises(DataError, match=r"columns=\{'prompt': None\}"):
             PreferencePairs.from_records([row])

@@ -78,7 +78,7 @@ def numbers(head, pairs):
 
 
 @pytest.mark.parametrize("family", grid(["gpt2", "llama", "gpt_neox"]))
-def test_everything_that_runs_over_pairs(checkpoints, few, alone, family):
+def test_packing_changes_no_result_over_pairs(checkpoints, few, alone, family):
     head = RewardHead.from_pretrained(checkpoints[family], dtype=torch.float64)
     assert n_packed(head, few) == len(few) - few.n_ties, "a tie is one text"
     packed = numbers(head, few)
@@ -93,7 +93,7 @@ def test_everything_that_runs_over_pairs(checkpoints, few, alone, family):
 
 
 @pytest.mark.parametrize("family", grid(["mistral", "gemma2", "starcoder2"]))
-def test_windows(tmp_path, plain_tokenizer, few, alone, family):
+def test_packed_rows_are_no_longer_than_the_attention_window(tmp_path, plain_tokenizer, few, alone, family):
     """A row may not be longer than what attention looks back: the mask would have to know."""
     make_classifier(family, len(plain_tokenizer) + 8, sliding_window=45).save_pretrained(tmp_path)
     plain_tokenizer.save_pretrained(tmp_path)
@@ -106,7 +106,7 @@ def test_windows(tmp_path, plain_tokenizer, few, alone, family):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_single_and_half_precision(checkpoints, few, alone, dtype):
+def test_packing_changes_results_by_no_more_than_rounding(checkpoints, few, alone, dtype):
     head = RewardHead.from_pretrained(checkpoints["llama"], dtype=dtype)
     assert n_packed(head, few) == len(few) - few.n_ties, "a tie is one text"
     packed = head.score_pairs(few).margin
@@ -180,7 +180,7 @@ def texts(*ids, start=0):
     return tuple(EncodedText(tuple(row), start, 0) for row in ids)
 
 
-def test_rows():
+def test_packed_rows_equal_rows_written_by_hand():
     """By hand: [shared, rest, rest], with everything that belongs to each text."""
     (batch,) = pair_batches(
         EncodedPairs(texts([5, 6, 1], [5, 6, 7, 8], start=2), texts([5, 6, 1, 1], [5, 6, 9], start=2), 0, 0),
@@ -239,7 +239,7 @@ def test_a_swapped_pair_makes_the_same_row(checkpoints, few):
         assert torch.equal(scores, -turned), "to the last digit, in float32"
 
 
-def test_a_text_that_is_the_other_and_token_0():
+def test_a_text_and_the_same_text_with_token_0_are_two_texts():
     """Padding is 0 as well, and does not make them one."""
     rows = []
     for first, other in ([[5, 6, 7], [5, 6, 7, 0]], [[5, 6, 7, 0], [5, 6, 7]]):
@@ -249,7 +249,7 @@ def test_a_text_that_is_the_other_and_token_0():
     assert rows[0] == rows[1] == [[5, 6, 7, 7, 0]]
 
 
-def test_windows_of_configs():
+def test_windows_are_read_under_every_name_of_configs():
     """Whatever a config calls them; counts of layers and windows that are switched off are none."""
     make = transformers.AutoConfig.for_model
     assert windows_of(make("mistral", sliding_window=16)) == [16]
@@ -269,7 +269,7 @@ def test_flash_attention_is_never_packed(checkpoints, monkeypatch):
     assert measure_packing(base, *where) == 0
 
 
-def test_what_is_packed():
+def test_pairs_are_packed_only_where_that_saves_tokens():
     long, other = list(range(10, 30)), list(range(40, 60))
     pairs = EncodedPairs(texts(long, [1, 2, 3], long), texts(other, [1, 2, 4], [*long, 5]), 0, 0)
 
@@ -283,14 +283,14 @@ def test_what_is_packed():
     assert packed(0) == {0: False, 1: False, 2: False}
 
 
-def test_budget():
+def test_batches_keep_the_token_budget_with_padding():
     """Rows times columns, padding counted."""
     pairs = EncodedPairs(texts(*[[1] * 8 + [2]] * 10), texts(*[[1] * 8 + [3]] * 10), 0, 0)
     batches = list(pair_batches(pairs, tokens_per_batch=40, pad_token_id=None, device="cpu", pack_up_to=50))
     assert [batch.input_ids.shape for batch in batches] == [(4, 10), (4, 10), (2, 10)]
 
 
-def test_experts_share_no_row_state(tmp_path, plain_tokenizer, few, alone):
+def test_packing_changes_no_result_of_experts(tmp_path, plain_tokenizer, few, alone):
     """A mixture of experts picks them token by token."""
     make_classifier(EXPERTS[0], len(plain_tokenizer) + 8).save_pretrained(tmp_path)
     plain_tokenizer.save_pretrained(tmp_path)
@@ -300,7 +300,7 @@ def test_experts_share_no_row_state(tmp_path, plain_tokenizer, few, alone):
     assert torch.allclose(packed, head.score_pairs(few).margin, atol=1e-5, rtol=0)
 
 
-def test_rows_fit_the_context(tmp_path, plain_tokenizer, few):
+def test_packed_rows_fit_the_context(tmp_path, plain_tokenizer, few):
     folder = save_classifier(tmp_path, "gpt2", plain_tokenizer, n_positions=50)
     head = RewardHead.from_pretrained(folder)
     assert head.body.pack_up_to == 50

@@ -72,7 +72,7 @@ def test_the_format_is_read_from_the_content(tmp_path, kind, packed):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_columns_and_labels(tmp_path, kind):
+def test_columns_and_labels_are_read_from_every_format(tmp_path, kind):
     rows = [
         {"q": row["prompt"], "good": row["chosen"], "rejected": row["rejected"], "kind": "k", "objective": "x"}
         for row in ROWS
@@ -158,7 +158,7 @@ class TestColumnsThatAreWrong:
             ),
         ],
     )
-    def test_fields(self, options, message):
+    def test_wrong_fields_of_columns_are_refused(self, options, message):
         with pytest.raises(OptionError, match=message):
             PreferencePairs.from_records(self.rows, **options)
 
@@ -169,7 +169,7 @@ class TestPromptsInOtherColumns:
     sides = {"chosen": "The sky is blue", "rejected": "The sky is red"}
 
     @pytest.mark.parametrize("name", ["question", "instruction", "input", "post"])
-    def test_are_named(self, name, tmp_path):
+    def test_columns_that_may_hold_the_prompt_are_named(self, name, tmp_path):
         row = self.sides | {name: "What colour?", "score": 3, "id": 1}
         path = write(tmp_path / "pairs.csv", table([row]))
         for read in (
@@ -225,11 +225,11 @@ class TestOtherInputs:
             (PreferencePairs([]).__init__, "a.csv", "read(path)"),
         ],
     )
-    def test_are_named(self, read, source, message):
+    def test_wrong_sources_are_refused_with_the_right_method(self, read, source, message):
         with pytest.raises((OptionError, DataError), match=re.escape(message)):
             unchecked(read)(source)
 
-    def test_a_data_set(self):
+    def test_a_data_set_is_read_only_by_its_own_method(self):
         datasets = pytest.importorskip("datasets")
         dataset = datasets.Dataset.from_list([self.row])
         for read in (PreferencePairs.read, PreferencePairs.from_frame):
@@ -297,11 +297,11 @@ class TestTables:
             ("prompt,chosen,rejected\rQ,a,b\r", "not valid CSV"),
         ],
     )
-    def test_damage(self, tmp_path, content, message):
+    def test_a_damaged_table_is_refused(self, tmp_path, content, message):
         with pytest.raises(DataError, match=message):
             PreferencePairs.read(write(tmp_path / "a.csv", content))
 
-    def test_what_pandas_writes(self, tmp_path):
+    def test_tables_that_pandas_writes_are_read_back_equal(self, tmp_path):
         pairs = make_pairs(6)
         pairs.to_frame().to_csv(tmp_path / "a.csv", index=False)
         pairs.to_frame().to_csv(tmp_path / "b", sep="\t")
@@ -321,11 +321,11 @@ class TestDamage:
             with pytest.raises(DataError, match=rf"pairs.{packed}: the compressed data is damaged or cut short"):
                 PreferencePairs.read(path, on_invalid=on_invalid)
 
-    def test_parquet_that_is_cut_short(self, tmp_path):
+    def test_parquet_that_is_cut_short_is_refused(self, tmp_path):
         with pytest.raises(DataError, match=r"a.parquet: the Parquet data is damaged"):
             PreferencePairs.read(write(tmp_path / "a.parquet", parquet(ROWS)[:-9]))
 
-    def test_zstd_of_several_frames_and_no_zstd(self, tmp_path):
+    def test_zstd_frames_are_joined_and_damaged_zstd_is_refused(self, tmp_path):
         lines = FORMATS["jsonl"](ROWS).splitlines(keepends=True)
         path = write(tmp_path / "a", b"".join(zstandard.compress(line) for line in lines))
         assert PreferencePairs.read(path) == PAIRS
@@ -349,7 +349,7 @@ class TestDamage:
             ("hello\n", "line 1: not valid JSON"),
         ],
     )
-    def test_other_contents(self, tmp_path, content, message):
+    def test_files_of_other_formats_are_refused(self, tmp_path, content, message):
         with pytest.raises(DataError, match=rf"a: .*{message}|a, {message}|a, line 1: {message}"):
             PreferencePairs.read(write(tmp_path / "a", content))
 
@@ -359,7 +359,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("package", "kind", "packed"), [("pyarrow", "parquet", "plain"), ("zstandard", "csv", "zst")]
     )
-    def test_without_the_package(self, tmp_path, monkeypatch, package, kind, packed):
+    def test_a_missing_package_is_named(self, tmp_path, monkeypatch, package, kind, packed):
         path = write(tmp_path / "a", PACKED[packed](FORMATS[kind](ROWS)))
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(
@@ -367,7 +367,7 @@ class TestDamage:
         ):
             PreferencePairs.read(path)
 
-    def test_no_file_and_no_rows(self, tmp_path):
+    def test_a_missing_file_is_refused_and_an_empty_one_has_no_pairs(self, tmp_path):
         for path in (tmp_path / "none.csv", tmp_path):
             with pytest.raises(DataError, match="cannot be read"):
                 PreferencePairs.read(path)
@@ -400,7 +400,7 @@ class TestMessagesAsText:
 
     @pytest.mark.parametrize("indent", [None, 2])
     @pytest.mark.parametrize("row", rows, ids=lambda row: next(iter(row)))
-    def test_every_entrance_reads_them(self, row, indent, tmp_path):
+    def test_every_reader_reads_messages_as_text(self, row, indent, tmp_path):
         as_text = {
             name: value if isinstance(value, str) else json.dumps(value, indent=indent) for name, value in row.items()
         }
@@ -443,7 +443,7 @@ class TestMessagesAsText:
 
 
 class TestFrames:
-    def test_missing_values_of_pandas(self):
+    def test_missing_values_of_pandas_are_missing_labels(self):
         frame = pd.DataFrame({"prompt": "Q", "chosen": "a", "rejected": ["b", "c", "d"], "id": [0, None, 2]})
         frame["subset"], frame["item"], frame["objective"] = [pd.NA, "s", None], pd.NaT, ["x", float("nan"), "y"]
         pairs = PreferencePairs.from_frame(frame)
@@ -452,7 +452,7 @@ class TestFrames:
         assert {pair.item for pair in pairs} == {None}
         assert [pair.id for pair in pairs] == ["0", pairs[1].digest()[:16], "2"]
 
-    def test_errors(self):
+    def test_invalid_frames_are_refused(self):
         frame = pd.DataFrame([GOOD, GOOD | {"chosen": float("nan")}])
         with pytest.raises(DataError, match="row 1: field 'chosen' should be text or messages, got float"):
             PreferencePairs.from_frame(frame)
@@ -473,7 +473,7 @@ class TestFrames:
         assert len(read) == 2 - numbers.count(None), "what is missing stays missing"
         assert float(read[0].chosen) == 4
 
-    def test_there_and_back(self):
+    def test_frames_are_read_back_equal(self):
         for pairs in (make_pairs(4), make_pairs(4).as_chat()):
             assert PreferencePairs.from_frame(pairs.to_frame()) == pairs
 
@@ -499,7 +499,7 @@ def test_data_sets_written_as_files_are_read_back_equal(tmp_path, is_chat):
 
 
 class TestCommand:
-    def test_tables_and_columns(self, tmp_path, checkpoints, capsys):
+    def test_the_command_reads_tables_with_named_columns(self, tmp_path, checkpoints, capsys):
         rows = [{"q": pair.prompt, "good": pair.chosen, "bad": pair.rejected} for pair in make_pairs(3)]
         path = write(tmp_path / "pairs.tsv.gz", gzip.compress(table(rows, "\t")))
         model = str(checkpoints["gpt2"])

@@ -21,7 +21,7 @@ def pairs_of(lengths):
 
 
 class TestLength:
-    def test_baseline(self):
+    def test_the_length_baseline_prefers_the_longer_response(self):
         assert length_baseline(pairs_of([(1, 3), (3, 1), (3, 1), (2, 2)])).value == pytest.approx((0 + 1 + 1 + 0.5) / 4)
 
     def test_baseline_of_items_is_judged_like_rewards(self):
@@ -62,7 +62,7 @@ class TestLength:
             if expected:
                 assert len(length_matched(pairs)) == expected
 
-    def test_nothing_left_and_wrong_arguments(self):
+    def test_an_empty_matching_and_wrong_arguments_are_refused(self):
         with pytest.raises(DataError, match="no two of 2 pairs match"):
             length_matched(pairs_of([(9, 1), (8, 1)]))
         with pytest.raises(OptionError, match="caliper"):
@@ -75,7 +75,7 @@ class TestLength:
 
 
 class TestTransferability:
-    def test_against_python_sets(self):
+    def test_transferability_equals_python_sets(self):
         rng = np.random.default_rng(0)
         mixed, helpful, harmless = (scored_of(rng.normal(size=120)) for _ in range(3))
         right = [set(scored.correct.nonzero()[:, 0].tolist()) for scored in (mixed, helpful, harmless)]
@@ -137,7 +137,7 @@ class TestConfidence:
             assert ours == pytest.approx(theirs)
             assert table["one", pairs, "margin"] != pytest.approx(table["other", pairs, "margin"])
 
-    def test_pairs_that_all_models_rank_correctly(self, scored):
+    def test_common_pairs_are_those_that_all_models_rank_correctly(self, scored):
         everyone = scored["one"].correct & scored["third"].correct
         frame = confidence(scored).set_index(["model", "pairs", "quantity"])
         row = frame.loc[("third", "all models correct", "margin")]
@@ -146,7 +146,7 @@ class TestConfidence:
         probability = frame.loc[("third", "all", "probability"), "value"]
         assert probability == pytest.approx(float(torch.sigmoid(scored["third"].margin).mean()))
 
-    def test_no_pair_that_all_rank_correctly(self):
+    def test_without_a_common_pair_confidence_is_nan(self):
         frame = confidence({"a": scored_of([1.0, -1.0]), "b": scored_of([-1.0, 1.0])})
         none = frame[frame["pairs"] == "all models correct"]
         assert (none["n"] == 0).all()

@@ -68,7 +68,7 @@ def test_all_correct_is_not_certainty():
     assert wrong.high == pytest.approx(1 - expected.low)
 
 
-def test_balance_of_a_model_that_always_refuses():
+def test_a_model_that_always_refuses_has_balanced_accuracy_half():
     subsets = ["should_refuse"] * 30 + ["should_respond"] * 10 + ["other"] * 5
     scored = scored_of([1.0] * 30 + [-1.0] * 10 + [1.0] * 5, subsets=subsets)
     balance = evaluation.balance(scored)
@@ -101,7 +101,7 @@ def test_one_prompt_has_no_interval():
     assert np.isnan([estimate.low, estimate.high]).all()
 
 
-def test_no_pairs_and_a_bad_level():
+def test_no_pairs_and_wrong_levels_are_refused():
     with pytest.raises(DataError, match="at least one preference pair"):
         evaluation.accuracy(scored_of([]))
     with pytest.raises(OptionError, match="level"):

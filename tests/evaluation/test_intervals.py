@@ -113,7 +113,7 @@ def test_percentile_interval_of_nan_is_nan():
 
 
 class TestAgainstRandom:
-    def test_values_by_hand(self):
+    def test_the_interval_equals_students_prediction_interval(self):
         """Without noise over prompts the interval is Student's prediction interval for one more draw."""
         pairs = scored_of(np.zeros(4)).pairs
         result = against_random(torch.full((4,), 3.0), [torch.zeros(4), torch.ones(4)], pairs)
@@ -153,7 +153,7 @@ class TestAgainstRandom:
         assert 0.02 <= null / 1000 <= 0.08
         assert real / 1000 >= 0.95
 
-    def test_needs_two_draws(self):
+    def test_a_single_random_set_is_refused(self):
         with pytest.raises(OptionError, match="at least two random sets"):
             against_random(torch.ones(1), [torch.ones(1)], scored_of([0.0]).pairs)
 

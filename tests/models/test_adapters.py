@@ -272,7 +272,7 @@ class TestInMemory:
         merged = RewardHead.from_classifier(model.merge_and_unload(), tokenizer=tokenizer)
         assert torch.allclose(merged.score(TEXTS), expected, atol=1e-5)
 
-    def test_prompt_learning(self, bases, tokenizer, tmp_path):
+    def test_prompt_learning_is_refused(self, bases, tokenizer, tmp_path):
         config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
         model, _ = adapt(bases["gpt2"], config, tmp_path)
         with pytest.raises(ModelError, match=r"puts learned vectors before every text"):
@@ -301,7 +301,7 @@ class TestBadAdapters:
             RewardHead.from_pretrained(folder)
 
     @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING"])
-    def test_prompt_learning(self, folder, kind):
+    def test_prompt_learning_is_refused(self, folder, kind):
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_type": kind}))
         with pytest.raises(ModelError, match=rf"of the kind {kind}, which puts learned vectors before every text"):
@@ -352,7 +352,7 @@ class TestBadAdapters:
             RewardHead.from_pretrained(folder)
         assert RewardHead.from_pretrained(folder, base=bases["gpt2"]).score(TEXTS).isfinite().all()
 
-    def test_damaged_files(self, folder):
+    def test_damaged_adapter_files_are_refused(self, folder):
         whole = (folder / "adapter_model.safetensors").read_bytes()
         (folder / "adapter_model.safetensors").write_bytes(whole[:50])
         with pytest.raises(ModelError, match=r"adapter_model.safetensors is damaged or incomplete"):

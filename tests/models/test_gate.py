@@ -213,7 +213,7 @@ def test_activations_equal_the_formula(both, pairs, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_statistics_and_scores(both, pairs, way):
+def test_statistics_and_scores_equal_autograd_on_the_formula(both, pairs, way):
     """Batched, against one text at a time: means, mean differences, and gradients by autograd on the formula."""
     head, reference = both
     runs = [reference.activations(text) for text in texts_of(pairs)]
@@ -316,7 +316,7 @@ def test_the_self_check_covers_the_site(both):
     assert table.loc[["hooks, mlp_gate", "zeroing, mlp_gate", "direct contributions", "layers"], "passed"].all()
 
 
-def test_a_bridge_without_native_modules(both, pairs):
+def test_a_bridge_without_native_modules_has_the_site(both, pairs):
     """Only the bridge runs; it has the same activations."""
     head, _ = both
     bare = RewardHead(head.model, weight=head.weight, tokenizer=head.tokenizer, pad_token_id=head.pad_token_id)
@@ -327,7 +327,7 @@ def test_a_bridge_without_native_modules(both, pairs):
 
 @pytest.mark.parametrize("dtype", grid([torch.bfloat16, torch.float16]))
 @pytest.mark.parametrize("family", ["phi3", "opt"])
-def test_half_precision(family, dtype, tokenizer):
+def test_half_precision_has_a_gate_only_where_the_family_has_one(family, dtype, tokenizer):
     head = RewardHead.from_classifier(make_classifier(family, len(tokenizer)).to(dtype), tokenizer=tokenizer)
     same = [head.body.hook_sites("mlp_gate", layer) == head.body.hook_sites("mlp", layer) for layer in range(3)]
     assert same == [family not in GATED] * 3

@@ -30,7 +30,7 @@ def opened(family):
 
 
 @pytest.mark.parametrize("family", grid(FAMILIES))
-def test_rewards(family):
+def test_padding_and_batches_change_no_reward(family):
     head, texts, alone = opened(family)
     worst = 0.0
 
@@ -68,7 +68,7 @@ def text_heads(tokenizer):
 
 @pytest.mark.parametrize("method", grid(["mean_difference", "gradient_x_activation"], keep=["gradient_x_activation"]))
 @pytest.mark.parametrize("family", grid(FAMILIES))
-def test_scores(text_heads, family, method):
+def test_padding_and_batches_change_no_score(text_heads, family, method):
     """Relative to the largest score: a neuron whose score is 0 has no relative error."""
     head = text_heads[family]
     # 20 words at most: with a prompt, up to 70 tokens of the 96 that fit.

@@ -87,7 +87,7 @@ def test_folders_are_found_in_every_spelling(here, monkeypatch):
     assert find_local(Path("runs") / "my-model") == "runs/my-model"
 
 
-def test_a_folder_with_only_weights(checkpoints, tmp_path):
+def test_a_folder_with_only_weights_is_refused(checkpoints, tmp_path):
     shutil.copy(checkpoints["gpt2"] / "model.safetensors", tmp_path)
     with pytest.raises(ModelError, match=r"no config.json.*\['model.safetensors'\]: copy config.json"):
         RewardHead.from_pretrained(tmp_path)
@@ -96,7 +96,7 @@ def test_a_folder_with_only_weights(checkpoints, tmp_path):
     assert RewardHead.from_pretrained(tmp_path).n_layers == 3
 
 
-def test_a_folder_without_weights(checkpoints, tmp_path):
+def test_a_folder_without_weights_is_refused(checkpoints, tmp_path):
     """The outermost folder of a training run, where the config was saved too."""
     shutil.copy(checkpoints["gpt2"] / "config.json", tmp_path)
     shutil.copytree(checkpoints["gpt2"], tmp_path / "checkpoint-7")

@@ -142,7 +142,7 @@ def test_transformers_5_reads_the_completed_config_as_before(family, tmp_path):
         ),
     ],
 )
-def test_what_transformers_4_cannot_read_is_said(family, changes, words, tmp_path):
+def test_what_transformers_4_cannot_read_is_named(family, changes, words, tmp_path):
     _, (warning,) = completed(config_of(family, **json.loads(json.dumps(changes))), tmp_path)
     assert re.search(words, warning), warning
 

@@ -79,7 +79,7 @@ def test_rewards_in_a_batch_are_those_of_each_text_alone(opened):
     assert torch.allclose(head.score(texts[::-1]), alone.flip(0), atol=1e-6)
 
 
-def test_the_bridge_computes_the_same(opened):
+def test_the_bridge_computes_what_transformers_computes(opened):
     """A hook of the user's makes the bridge run in place of transformers' modules."""
     head, texts, alone = opened
     with head.model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda value, hook: value)]):
@@ -127,6 +127,6 @@ def test_texts_share_a_row_only_where_frequencies_are_the_same(tokenizer):
     assert plain.body.pack_up_to == 96
 
 
-def test_check_passes(opened):
+def test_the_check_passes(opened):
     head, _, _ = opened
     assert head.check(pairs_of(["how do i", "how do i bake " * 8]))["passed"].all()

@@ -81,7 +81,7 @@ class TestWithoutNoise:
         means = np.array(list(self.MEANS.values()))
         return conflict(*(scores_of(np.tile(column, (6, 1)), layers=3) for column in means.T), **options)
 
-    def test_classes(self):
+    def test_planted_contributions_have_their_classes(self):
         report = self.report()
         assert report.table["class"].tolist() == list(self.MEANS) == list(CLASSES.values())
         assert report.counts() == dict.fromkeys(self.MEANS, 1)
@@ -101,7 +101,7 @@ class TestWithoutNoise:
         ]  # fmt: skip
         assert everything[4] == "helpful only up", "a neuron that does nothing counts nowhere"
 
-    def test_cosine_and_reliability(self):
+    def test_cosine_and_reliability_are_exact(self):
         report = self.report()
         expected = cosine(*np.array(list(self.MEANS.values())).T)
         assert [report.cosine.value, report.cosine.low, report.cosine.high] == pytest.approx([expected] * 3)
@@ -195,17 +195,17 @@ class TestDraws:
                 sums.append(scores.values[mine].sum(0).flatten().numpy() / length)
         return dict(zip(self.KINDS, calls, strict=True)), names, np.array(sums), report
 
-    def test_cosines(self, drawn):
+    def test_cosines_are_those_of_the_weighted_sums(self, drawn):
         calls, _, sums, _ = drawn
-        for kind, (first, second, drawn) in calls.items():
-            assert len(drawn) == (1 if kind == "observed" else 1000)
+        for kind, (first, second, cosines) in calls.items():
+            assert len(cosines) == (1 if kind == "observed" else 1000)
             loop = [
                 torch.nn.functional.cosine_similarity(torch.from_numpy(a @ sums), torch.from_numpy(b @ sums), dim=0)
                 for a, b in zip(first, second, strict=True)
             ]
-            assert drawn == pytest.approx(np.array([float(draw) for draw in loop]), abs=1e-10)
+            assert cosines == pytest.approx(np.array([float(draw) for draw in loop]), abs=1e-10)
 
-    def test_numbers_of_the_report(self, drawn):
+    def test_the_report_summarises_the_draws(self, drawn):
         calls, _, _, report = drawn
         cosines_of = {kind: cosines for kind, (_, _, cosines) in calls.items()}
         observed = cosines_of["observed"][0]
@@ -226,20 +226,20 @@ class TestDraws:
             assert null.p_value == pytest.approx((as_large[name].sum() + 1) / 1001)
         assert report.reliability == pytest.approx({on: cosines_of[on].mean() for on in OBJECTIVES})
 
-    def test_what_is_drawn(self, drawn):
+    def test_draws_keep_prompts_whole(self, drawn):
         calls, names, _, _ = drawn
         helpful = np.array([on == "helpful" for on, _ in names])
         prompts = [prompt for _, prompt in names]
         both = [prompt for prompt in dict.fromkeys(prompts) if prompts.count(prompt) == 2]
-        pairs = [[index for index, prompt in enumerate(prompts) if prompt == prompt] for prompt in both]
+        pairs = [[index for index, owner in enumerate(prompts) if owner == prompt] for prompt in both]
         assert len(both) == 5
         shared = np.isin(prompts, both)
         for kind in ("bootstrap", "coin"):
             first, second, _ = calls[kind]
             assert not first[:, ~helpful].any()
             assert not second[:, helpful].any()
-            for one, other in pairs:
-                assert (first[:, one] == second[:, other]).all(), "a prompt of both is drawn for both"
+            for left, other in pairs:
+                assert (first[:, left] == second[:, other]).all(), "a prompt of both is drawn for both"
         first, second, _ = calls["bootstrap"]
         for side, mine in ((first, helpful), (second, ~helpful)):
             for members in (mine & shared, mine & ~shared):
@@ -253,9 +253,9 @@ class TestDraws:
         assert set(np.unique(first)) == {0, 1}
         assert (first[:, ~shared].sum(1) == (helpful & ~shared).sum()).all()
         assert first[:, ~shared].mean(0) == pytest.approx(10 / 15, abs=5 * 0.5 / np.sqrt(1000))
-        for one, other in pairs:
-            assert (first[:, one] + first[:, other] == 1).all()
-            assert first[:, one].mean() == pytest.approx(0.5, abs=5 * 0.5 / np.sqrt(1000))
+        for left, other in pairs:
+            assert (first[:, left] + first[:, other] == 1).all()
+            assert first[:, left].mean() == pytest.approx(0.5, abs=5 * 0.5 / np.sqrt(1000))
         for kind, mine, half in (("helpful", helpful, 7), ("harmless", ~helpful, 5)):
             first, second, _ = calls[kind]
             assert (first + second == mine).all()
@@ -367,13 +367,13 @@ class TestSimulated:
 class TestSymmetries:
     def test_swapping_the_objectives_transposes_the_table(self):
         helpful, harmless = noisy()
-        one, other = conflict(helpful, harmless), conflict(harmless, helpful)
+        first, other = conflict(helpful, harmless), conflict(harmless, helpful)
         for number in ("", "_stderr", "_p_value", "_q_value"):
             for a, b in (OBJECTIVES, OBJECTIVES[::-1]):
-                assert one.table[a + number].to_numpy() == pytest.approx(other.table[b + number].to_numpy())
+                assert first.table[a + number].to_numpy() == pytest.approx(other.table[b + number].to_numpy())
         turned = {name: CLASSES[signs[::-1]] for signs, name in CLASSES.items()}
-        assert other.table["class"].tolist() == [turned[name] for name in one.table["class"]]
-        assert one.cosine.value == pytest.approx(other.cosine.value)
+        assert other.table["class"].tolist() == [turned[name] for name in first.table["class"]]
+        assert first.cosine.value == pytest.approx(other.cosine.value)
 
     def test_flipping_one_objective_flips_the_cosine(self):
         helpful, harmless = noisy()
@@ -396,11 +396,11 @@ class TestSymmetries:
             assert [other.chance[name].mean, other.chance[name].low] == pytest.approx([null.mean, null.low])
         assert other.reliability == pytest.approx(report.reliability)
 
-    def test_seed(self):
-        one, same, other = (conflict(*noisy(), seed=seed) for seed in (0, 0, 1))
-        assert repr(one) == repr(same)
-        assert one.cosine.low != other.cosine.low
-        assert one.cosine.low == pytest.approx(other.cosine.low, abs=0.05)
+    def test_the_seed_decides_the_draws(self):
+        first, same, other = (conflict(*noisy(), seed=seed) for seed in (0, 0, 1))
+        assert repr(first) == repr(same)
+        assert first.cosine.low != other.cosine.low
+        assert first.cosine.low == pytest.approx(other.cosine.low, abs=0.05)
 
 
 class TestSigns:
@@ -431,16 +431,16 @@ class TestSigns:
 
 class TestErrors:
     @pytest.mark.parametrize("min_share", [-0.1, 1.0, float("nan")])
-    def test_min_share(self, min_share):
+    def test_an_invalid_min_share_is_refused(self, min_share):
         with pytest.raises(OptionError, match=r"min_share: expected a share .* in \[0, 1\)"):
             conflict(*noisy(), min_share=min_share)
 
-    def test_level(self):
+    def test_an_invalid_level_is_refused(self):
         with pytest.raises(OptionError, match="level"):
             conflict(*noisy(), level=1.0)
 
     @pytest.mark.parametrize("name", ["architecture", "model", "site", "positions", "method"])
-    def test_one_model_and_method(self, name):
+    def test_other_models_and_methods_are_refused(self, name):
         helpful, harmless = noisy()
         other = replace(harmless, provenance=replace(harmless.provenance, **{name: "another"}))
         with pytest.raises(ProvenanceError, match=f"conflict: {name} differs"):
@@ -454,7 +454,7 @@ class TestErrors:
             conflict(helpful, harmless)
 
     @pytest.mark.parametrize("n", [0, 3])
-    def test_fewer_than_two_prompts(self, n):
+    def test_fewer_than_two_prompts_are_refused(self, n):
         few = scores_of(np.ones((n, 40)), "aaa"[:n], layers=2)
         with pytest.raises(DataError, match=rf"helpful: expected pairs of at least two prompts, got {min(n, 1)}"):
             conflict(few, noisy()[1])
@@ -470,7 +470,7 @@ class TestErrors:
 
 
 class TestReport:
-    def test_saved_and_loaded(self, tmp_path):
+    def test_a_loaded_report_equals_the_saved_one(self, tmp_path):
         report = conflict(*noisy(), min_share=0.2, level=0.9)
         report.save(tmp_path / "conflict.safetensors")
         loaded = ConflictReport.load(tmp_path / "conflict.safetensors")
@@ -500,7 +500,7 @@ class TestReport:
 
 
 class TestFigure:
-    def test_points_intervals_and_legend(self):
+    def test_the_plot_shows_points_intervals_and_a_legend(self):
         report = conflict(*noisy(), level=0.9)
         figure = plots.conflict_scatter(report)
         (axes,) = figure.axes
@@ -534,7 +534,7 @@ class TestFigure:
         assert first == "Contributions to helpful and harmless margins: mlp, gradient x activation"
         assert second == f"Cosine {report.cosine}; 90% intervals over prompts"
 
-    def test_into_a_given_axis_and_to_a_file(self, tmp_path):
+    def test_a_given_axis_is_drawn_on_and_a_file_is_written(self, tmp_path):
         figure = Figure()
         axis = figure.add_subplot()
         assert plots.conflict_scatter(conflict(*noisy()), axis) is figure

@@ -72,7 +72,9 @@ class TestIntervalsOverPrompts:
     def test_without_noise_the_interval_has_no_width(self):
         """Blocks that agree: every resample ranks the same neurons."""
         values = torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0)).double()
-        scores = {name: scores_of_blocks(one.expand(N_BLOCKS, *SHAPE)) for name, one in zip("ab", values, strict=True)}
+        scores = {
+            name: scores_of_blocks(first.expand(N_BLOCKS, *SHAPE)) for name, first in zip("ab", values, strict=True)
+        }
         (low, high) = jaccard_intervals(scores, fraction=0.1)["a", "b"]
         observed = Overlap.of(*(value.top(0.1) for value in scores.values())).jaccard
         assert low == pytest.approx(observed)
@@ -111,14 +113,14 @@ class TestIntervalsOverPrompts:
         own = torch.from_numpy(rng.random((2, *SHAPE)))
         own[0, 1], own[1, 2] = own[0, 1] + 5, own[1, 2] + 5
         scores = {
-            n: scores_of_blocks((common + one).expand(N_BLOCKS, *SHAPE)) for n, one in zip("ab", own, strict=True)
+            n: scores_of_blocks((common + first).expand(N_BLOCKS, *SHAPE)) for n, first in zip("ab", own, strict=True)
         }
         base = scores_of_blocks(common.expand(N_BLOCKS, *SHAPE))
         assert jaccard_intervals(scores, fraction=0.1)["a", "b"][0] > 0.3
         # 18 neurons each: 9 the base's; the base's other 9 are the first by place, where neither model has its own.
         assert jaccard_intervals(scores, fraction=0.1, base=base)["a", "b"] == pytest.approx((0, 0))
 
-    def test_ranks_within_layers(self):
+    def test_the_index_follows_the_ranking_within_layers(self):
         """Signal in one layer only, shared: jointly the sets coincide, layer by layer a third of them does."""
         rng = np.random.default_rng(0)
         common = torch.zeros(SHAPE).double()
@@ -126,7 +128,7 @@ class TestIntervalsOverPrompts:
         noise = torch.from_numpy(rng.random((2, *SHAPE)))
         noise[:, 2] = 0
         scores = {
-            n: scores_of_blocks((common + one).expand(N_BLOCKS, *SHAPE)) for n, one in zip("ab", noise, strict=True)
+            n: scores_of_blocks((common + first).expand(N_BLOCKS, *SHAPE)) for n, first in zip("ab", noise, strict=True)
         }
         assert jaccard_intervals(scores, fraction=0.1)["a", "b"] == pytest.approx((1, 1))
         tops = [value.top(0.1, rank_within="layer") for value in scores.values()]
@@ -136,7 +138,7 @@ class TestIntervalsOverPrompts:
             (expected, expected)
         )
 
-    def test_the_published_rule_and_one_block(self):
+    def test_the_published_rule_takes_ties_and_one_block_has_no_interval(self):
         """Ties: the percentile takes them all, in every resample. All prompts in one block: nothing is known."""
         tied = torch.zeros(SHAPE).double()
         tied[0, :5] = 1.0

@@ -148,7 +148,7 @@ def test_the_sign_is_kept_in_files(tmp_path):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_top_by_direction(sign):
+def test_top_takes_the_neurons_of_the_asked_direction(sign):
     contributions = torch.tensor([[3.0, -4.0, 0.5], [-1.0, 2.0, 0.0]])
     result = made(sign * contributions, sign)
     assert list(result.top(k=2, rank_by="supports")) == [(0, 0), (1, 1)]
@@ -184,12 +184,12 @@ def test_scores_without_a_direction_refuse_one():
 def test_overlap_reads_each_score_by_its_own_sign(by):
     """Contributions, and the same as changes: the same neurons, in the analyzer and on resamples."""
     values = torch.tensor([[3.0, -4.0, 0.5, -0.1]])
-    one, other = made(values, 1), made(-values, -1)
-    report = SharedNeuronAnalyzer({"a": one, "b": other}).analyze(fraction=0.25, rank_by=by)
+    first, other = made(values, 1), made(-values, -1)
+    report = SharedNeuronAnalyzer({"a": first, "b": other}).analyze(fraction=0.25, rank_by=by)
     assert report.jaccard == 1.0
-    assert jaccard_intervals({"a": one, "b": other}, fraction=0.25, rank_by=by)["a", "b"] == (1.0, 1.0)
+    assert jaccard_intervals({"a": first, "b": other}, fraction=0.25, rank_by=by)["a", "b"] == (1.0, 1.0)
     misread = made(-values, 1)
-    assert jaccard_intervals({"a": one, "b": misread}, fraction=0.25, rank_by=by)["a", "b"] == (0.0, 0.0)
+    assert jaccard_intervals({"a": first, "b": misread}, fraction=0.25, rank_by=by)["a", "b"] == (0.0, 0.0)
 
 
 def test_studies_use_only_directions_that_scores_have():

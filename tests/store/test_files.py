@@ -47,7 +47,7 @@ def test_a_failed_write_leaves_the_old_file(error, tmp_path):
     assert tree(tmp_path) == {"result": b"new"}
 
 
-def test_names_and_folders(tmp_path):
+def test_any_name_is_written_and_folders_are_created(tmp_path):
     """Folders are made; a name may be any that the system takes."""
     write_text(tmp_path / "a" / "b" / "c", "new", "result")
     assert tree(tmp_path) == {"a/b/c": b"new"}
@@ -112,7 +112,7 @@ def limited(code, bytes_):
     )
 
 
-def test_a_full_disk(tmp_path):
+def test_a_full_disk_raises_and_leaves_the_old_files(tmp_path):
     """Of results, pairs and whole folders: one clear error, and what was there is there."""
     path = tmp_path / "set.safetensors"
     neurons = NeuronSet(torch.zeros(2, 3, dtype=torch.bool), "mlp", "toy")
@@ -149,7 +149,7 @@ def test_a_full_disk(tmp_path):
 
 
 @NOT_ROOT
-def test_a_folder_without_permission(tmp_path):
+def test_a_folder_without_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(StorageError, match="Writing is not permitted there"):

@@ -106,7 +106,7 @@ def test_a_newer_version_says_so(result, saved):
             type(result).load(saved)
 
 
-def test_other_kinds_and_other_files(result, saved, tmp_path):
+def test_other_kinds_and_other_files_are_refused(result, saved, tmp_path):
     tensors, header = parts(saved)
     write(saved, tensors, header | {"kind": "Other"})
     with pytest.raises(StorageError, match=r", got a Other\. Load it with the class"):
@@ -128,7 +128,7 @@ def test_other_kinds_and_other_files(result, saved, tmp_path):
         type(result).load(tmp_path)
 
 
-def test_truncated_files(result, saved):
+def test_truncated_files_are_refused(result, saved):
     content = saved.read_bytes()
     for end in range(0, len(content), max(1, len(content) // 40)):
         saved.write_bytes(content[:end])
@@ -136,7 +136,7 @@ def test_truncated_files(result, saved):
             type(result).load(saved)
 
 
-def test_places_of_a_conflict_are_bounded(tmp_path):
+def test_indices_of_neurons_in_a_conflict_report_are_bounded(tmp_path):
     """A file that names neuron 2^62 must not make anybody count to it."""
     report = next(result for result in results() if isinstance(result, ConflictReport))
     report.save(tmp_path / "result")

@@ -217,7 +217,7 @@ def test_an_iterator_of_other_pairs_is_refused_where_they_differ(change, finishe
     assert equal(*(collected(head, iter(pairs), base, work)[0] for work in (begun, None)))
 
 
-def test_one_process_at_a_time(begun, head, base, pairs):
+def test_a_second_process_is_refused(begun, head, base, pairs):
     with locked(begun), pytest.raises(StorageError, match="another process works in this folder"):
         collected(head, pairs, base, begun)
     collected(head, pairs, base, begun)
@@ -277,7 +277,7 @@ def test_progress_that_was_changed_by_hand_is_an_error(change, begun, head, base
         collected(head, pairs, base, begun)
 
 
-def test_a_folder_that_cannot_be_made(head, base, pairs, tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused(head, base, pairs, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot serve as a work folder"):
         collected(head, pairs, base, tmp_path / "file" / "work")

@@ -566,7 +566,7 @@ class TestTokensOfTRL:
         unspaced = pairs.to_dataset().map(lambda row: {"chosen": row["chosen"].lstrip()})
         assert ids_of_trl(unspaced, tokenizer)[0] != theirs[0]
 
-    def test_chats_are_the_same(self, ids_of_trl, tmp_path):
+    def test_chats_are_encoded_as_trl_encodes_them(self, ids_of_trl, tmp_path):
         tokenizer = make_tokenizer(tmp_path / "chat", bos="<eos>")
         tokenizer.chat_template = TEMPLATE
         pairs = make_pairs(6).as_chat()
