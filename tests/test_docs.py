@@ -257,7 +257,7 @@ def test_a_correct_page_passes():
 )
 def test_a_wrong_page_fails_at_its_line(old, new, line):
     assert PAGE.count(old) == 1
-    assert [results for results, _, _ in run(PAGE.replace(old, new), "page")][-1:] == [line]
+    assert [line_of_block for line_of_block, _, _ in run(PAGE.replace(old, new), "page")][-1:] == [line]
 
 
 def test_a_changed_number_of_the_attribution_page_is_seen():

@@ -75,9 +75,9 @@ def test_skipping_tokens_of_the_last_mlp_changes_no_result(head, few, numbers, f
 
 def test_sweeps_equal_ablations_of_single_sets(head, few):
     sets = some_sets(head)[:3]
-    results, expected = score_without(head, few, sets), one_by_one(head, few, sets)
-    assert same([first.margin for first in results], [first.margin for first in expected])
-    assert not same([results[0].margin], [head.score_pairs(few).margin])
+    scored, expected = score_without(head, few, sets), one_by_one(head, few, sets)
+    assert same([rewards.margin for rewards in scored], [rewards.margin for rewards in expected])
+    assert not same([scored[0].margin], [head.score_pairs(few).margin])
 
 
 def test_no_family_stores_more_than_the_budget_counts(head):

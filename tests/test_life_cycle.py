@@ -141,10 +141,12 @@ def state_of(head):
         },
         "modules": {key: sorted(vars(module)) for key, module in modules.items()},
         "modes": {key: module.training for key, module in modules.items()},
-        "asks": {key: first.requires_grad for key, first in tensors.items()},
-        "gradients": {key: None if first.grad is None else first.grad.sum().item() for key, first in tensors.items()},
+        "asks": {key: tensor.requires_grad for key, tensor in tensors.items()},
+        "gradients": {
+            key: None if tensor.grad is None else tensor.grad.sum().item() for key, tensor in tensors.items()
+        },
         "values": {
-            key: (first.data_ptr(), first._version, first.double().sum().item()) for key, first in tensors.items()
+            key: (tensor.data_ptr(), tensor._version, tensor.double().sum().item()) for key, tensor in tensors.items()
         },
         "head": (head.weight.sum().item(), head.bias, head.tokens_per_batch, head.max_length),
         "around": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), running_batch(), current().size),
@@ -215,9 +217,9 @@ def require_unchanged_however_it_ends(head, call):
         call()
     require_same(before, state_of(head))
     for what, n in (("forward", n_calls[0]), ("register", n_hooks[0])):
-        for number, error in [(index, Fault()) for index in places(n)] + [(max(1, n // 3), KeyboardInterrupt())] * (
-            n > 0
-        ):
+        for number, error in [(call_number, Fault()) for call_number in places(n)] + [
+            (max(1, n // 3), KeyboardInterrupt())
+        ] * (n > 0):
             with failing(what, number, error), suppress(Fault, KeyboardInterrupt, RMTensionError):
                 call()
             require_same(before, state_of(head))

@@ -97,11 +97,11 @@ def test_every_cell_runs_and_shows_what_was_kept(name, tmp_path, monkeypatch):
 
         shown = run(notebook, name)
         plt.close("all")
-    for cell, results in zip(code_cells(notebook), shown, strict=True):
+    for cell, output in zip(code_cells(notebook), shown, strict=True):
         # Tables of other columns or rows, or none, would have been kept of other cells.
-        assert heads(results.get("text/html")) == heads(kept(cell, "text/html"))
-        if "image/png" in results:
-            assert results["image/png"].startswith(PNG)
+        assert heads(output.get("text/html")) == heads(kept(cell, "text/html"))
+        if "image/png" in output:
+            assert output["image/png"].startswith(PNG)
             assert kept(cell, "image/png")
 
 
@@ -144,8 +144,8 @@ def broken(change):
     ],
 )
 def test_a_fault_is_seen(change, fault):
-    (results,) = faults(broken(change))
-    assert results.startswith(fault)
+    (reported,) = faults(broken(change))
+    assert reported.startswith(fault)
 
 
 def test_a_large_notebook_and_a_raising_cell_are_seen():

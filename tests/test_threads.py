@@ -54,8 +54,8 @@ def test_results_agree_across_numbers_of_threads(checkpoints, pairs, family, dty
     first, same, two = (computed(head, pairs, threads) for threads in (1, 1, 2))
     for name, (values, _) in first.items():
         assert torch.equal(values, same[name][0]), f"{name}: other bits at the same number of threads"
-    results = differences(first, two)
-    assert max(results.values()) <= ACROSS, results
+    gaps = differences(first, two)
+    assert max(gaps.values()) <= ACROSS, gaps
     # Negative control: half precision is not within the bound.
     rough = computed(RewardHead.from_pretrained(checkpoints[family], dtype=torch.bfloat16), pairs, 1)
     assert min(differences(first, rough).values()) > ACROSS

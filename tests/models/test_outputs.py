@@ -166,9 +166,9 @@ class TestClassifiers:
             assert head.check()["passed"].all()
 
     @pytest.mark.parametrize("source", ["folder", "memory"])
-    def test_refusals_list_all_outputs(self, folder, classifier, padded_with_eos, index):
+    def test_refusals_list_all_outputs(self, folder, classifier, padded_with_eos, source):
         def opened(**options):
-            if index == "folder":
+            if source == "folder":
                 return RewardHead.from_pretrained(folder, **options)
             return RewardHead.from_classifier(classifier, tokenizer=padded_with_eos, **options)
 

@@ -238,8 +238,8 @@ class TestDraws:
             first, second, _ = calls[kind]
             assert not first[:, ~helpful].any()
             assert not second[:, helpful].any()
-            for left, other in pairs:
-                assert (first[:, left] == second[:, other]).all(), "a prompt of both is drawn for both"
+            for helpful_cell, harmless_cell in pairs:
+                assert (first[:, helpful_cell] == second[:, harmless_cell]).all(), "a prompt of both is drawn for both"
         first, second, _ = calls["bootstrap"]
         for side, mine in ((first, helpful), (second, ~helpful)):
             for members in (mine & shared, mine & ~shared):
@@ -253,9 +253,9 @@ class TestDraws:
         assert set(np.unique(first)) == {0, 1}
         assert (first[:, ~shared].sum(1) == (helpful & ~shared).sum()).all()
         assert first[:, ~shared].mean(0) == pytest.approx(10 / 15, abs=5 * 0.5 / np.sqrt(1000))
-        for left, other in pairs:
-            assert (first[:, left] + first[:, other] == 1).all()
-            assert first[:, left].mean() == pytest.approx(0.5, abs=5 * 0.5 / np.sqrt(1000))
+        for helpful_cell, harmless_cell in pairs:
+            assert (first[:, helpful_cell] + first[:, harmless_cell] == 1).all()
+            assert first[:, helpful_cell].mean() == pytest.approx(0.5, abs=5 * 0.5 / np.sqrt(1000))
         for kind, mine, half in (("helpful", helpful, 7), ("harmless", ~helpful, 5)):
             first, second, _ = calls[kind]
             assert (first + second == mine).all()

@@ -72,9 +72,7 @@ class TestIntervalsOverPrompts:
     def test_without_noise_the_interval_has_no_width(self):
         """Blocks that agree: every resample ranks the same neurons."""
         values = torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0)).double()
-        scores = {
-            name: scores_of_blocks(first.expand(N_BLOCKS, *SHAPE)) for name, first in zip("ab", values, strict=True)
-        }
+        scores = {name: scores_of_blocks(row.expand(N_BLOCKS, *SHAPE)) for name, row in zip("ab", values, strict=True)}
         (low, high) = jaccard_intervals(scores, fraction=0.1)["a", "b"]
         observed = Overlap.of(*(value.top(0.1) for value in scores.values())).jaccard
         assert low == pytest.approx(observed)
@@ -113,7 +111,7 @@ class TestIntervalsOverPrompts:
         own = torch.from_numpy(rng.random((2, *SHAPE)))
         own[0, 1], own[1, 2] = own[0, 1] + 5, own[1, 2] + 5
         scores = {
-            n: scores_of_blocks((common + first).expand(N_BLOCKS, *SHAPE)) for n, first in zip("ab", own, strict=True)
+            n: scores_of_blocks((common + row).expand(N_BLOCKS, *SHAPE)) for n, row in zip("ab", own, strict=True)
         }
         base = scores_of_blocks(common.expand(N_BLOCKS, *SHAPE))
         assert jaccard_intervals(scores, fraction=0.1)["a", "b"][0] > 0.3
@@ -128,7 +126,7 @@ class TestIntervalsOverPrompts:
         noise = torch.from_numpy(rng.random((2, *SHAPE)))
         noise[:, 2] = 0
         scores = {
-            n: scores_of_blocks((common + first).expand(N_BLOCKS, *SHAPE)) for n, first in zip("ab", noise, strict=True)
+            n: scores_of_blocks((common + row).expand(N_BLOCKS, *SHAPE)) for n, row in zip("ab", noise, strict=True)
         }
         assert jaccard_intervals(scores, fraction=0.1)["a", "b"] == pytest.approx((1, 1))
         tops = [value.top(0.1, rank_within="layer") for value in scores.values()]
