@@ -112,4 +112,4 @@ def test_the_search_finds_a_model_that_sees_its_padding(monkeypatch):
     # What it finds need not be made small.
     monkeypatch.setattr(f"{__name__}.SEARCH", settings(SEARCH, phases=[Phase.generate]))
     with pytest.raises(AssertionError):
-        test_rewards("gpt2")
+        test_padding_and_batches_change_no_reward("gpt2")
