@@ -16,7 +16,7 @@ from rmtension._sites import find_site
 from rmtension.cli._command_line import main, parser
 from rmtension.cli._commands.advice import with_flags
 from rmtension.errors import ModelError, OptionError
-from rmtension.neurons._conflict_report import conflict
+from rmtension.neurons._conflict import conflict
 from rmtension.study._config import make_config
 
 
@@ -43,7 +43,7 @@ class TestNames:
         analyses = {"analyses": list(options["analyses"])} if "analyses" in options else {"options": options}
         return make_config(values | analyses, folder=folder, where="study.yaml")
 
-    def test_other_lists(self, head, tmp_path):
+    def test_other_lists_of_choices_name_the_nearest(self, head, tmp_path):
         with pytest.raises(OptionError, match="Did you mean 'paper'"):
             StudyOptions.of("papers")
         with pytest.raises(OptionError, match=r"method: .* Did you mean 'direct_effect'\?"):
@@ -53,7 +53,7 @@ class TestNames:
         with pytest.raises(OptionError, match=r"site: .*, got 'nonsense'\.$"):
             find_site("nonsense")
 
-    def test_command_line(self, capsys, tmp_path):
+    def test_the_command_line_names_the_nearest(self, capsys, tmp_path):
         """The study's and the demo's, before anything is written."""
         assert main(["demo", "--out", str(tmp_path / "out"), "--analyses", "accurracy"]) == 2
         assert (
@@ -72,7 +72,7 @@ class TestNames:
     def test_the_mistake_is_where_it_was_made(self, tmp_path, capsys):
         """In the file or on the command line, which may also mend the file."""
         file = tmp_path / "s.yaml"
-        for text, words, said in (
+        for text, words, message in (
             (
                 "",
                 "--analyses overlp",
@@ -87,9 +87,9 @@ class TestNames:
         ):
             file.write_text("models: {helpful: a, harmless: b, mixed: c}\npairs: none.jsonl\n" + text)
             assert main(["study", str(file), *words.split()]) == 2
-            assert said in capsys.readouterr().err
+            assert message in capsys.readouterr().err
 
-    def test_nearest(self):
+    def test_only_similar_choices_are_suggested(self):
         assert nearest("accurracy", ["depth", "accuracy"]) == " Did you mean 'accuracy'?"
         assert nearest("xyz", ["depth"]) == nearest(3, ["depth"]) == nearest("depth", ["depth"]) == ""
         require_choice("x", "a", ["a"])
@@ -99,7 +99,7 @@ class TestNames:
 
 class TestSwapped:
     @pytest.mark.grid
-    def test_every_call(self, checkpoints):
+    def test_every_call_recognises_swapped_arguments(self, checkpoints):
         """In a process without the suite's type checker, as users call."""
         code = f"""
             import torch
@@ -176,7 +176,7 @@ class TestSwapped:
         for line, begins in zip(lines[len(swapped) :], mistaken, strict=True):
             assert line.startswith(begins)
 
-    def test_the_advice_works(self, head, pairs):
+    def test_the_advice_of_the_message_works(self, head, pairs):
         """What the messages above say to do instead."""
         attribution = NeuronAttribution(head, "gradient_x_activation")
         scores = attribution.score(pairs)
@@ -188,7 +188,7 @@ class TestSwapped:
         assert len(head.score_pairs({"helpful": pairs}["helpful"])) == len(pairs)
         assert head.score(["how do i"]).shape == (1,)
 
-    def test_command_line(self, checkpoints, pairs, capsys, tmp_path):
+    def test_the_command_line_recognises_swapped_arguments(self, checkpoints, pairs, capsys, tmp_path):
         file, model = tmp_path / "pairs.jsonl", checkpoints["gpt2"]
         pairs[:2].to_jsonl(file)
         assert main(["score", str(file), str(model)]) == 2
@@ -198,7 +198,7 @@ class TestSwapped:
         assert advised == ["score", str(model), str(file)]
         assert main(advised) == 0
 
-    def test_pairs_where_a_model_is_expected(self, checkpoints, pairs, capsys, tmp_path, head):
+    def test_pairs_in_place_of_a_model_are_recognised(self, checkpoints, pairs, capsys, tmp_path, head):
         file, model = tmp_path / "pairs.jsonl", str(checkpoints["gpt2"])
         pairs[:2].to_jsonl(file)
         for words in (["check", str(file)], ["score", str(file), str(file)]):
@@ -235,19 +235,19 @@ class TestFlags:
             ("max_length=12", "--max-length 12"),
         ],
     )
-    def test_of_arguments(self, message, flags):
+    def test_messages_name_the_flags_of_arguments(self, message, flags):
         words = ["score", "MODEL", "PAIRS"]
         assert with_flags(message, parser().parse_args(words)) == f"{message} (On the command line: {flags})"
-        for one in flags.split(", or "):
-            parser().parse_args([*words, *shlex.split(one.replace("MAX_LENGTH", "3"))])
+        for flag in flags.split(", or "):
+            parser().parse_args([*words, *shlex.split(flag.replace("MAX_LENGTH", "3"))])
 
     def test_a_command_without_the_flag_says_nothing(self):
         for words in (["report", "folder"], ["study", "s.yaml"]):
             assert with_flags("base=...", parser().parse_args(words)) == "base=..."
 
-    def test_the_advice_works(self, checkpoints, pairs, capsys, tmp_path, monkeypatch):
+    def test_the_advice_of_the_message_works(self, checkpoints, pairs, capsys, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        rows = [{"User Query": one.prompt, "chosen": one.chosen, "rejected": one.rejected} for one in pairs[:2]]
+        rows = [{"User Query": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs[:2]]
         Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         words = ["score", str(checkpoints["gpt2"]), "pairs.jsonl"]
         assert main([*words, "--chat"]) == 2

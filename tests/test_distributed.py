@@ -35,13 +35,13 @@ def test_two_processes_compute_what_one_does(arguments, pairs):
     """To 1e-9, also in float32: the batches are the same, and what is added up is float64. Others are refused."""
     ran = torchrun(*arguments)
     assert ran.returncode == 0, ran.stderr
-    differences = [float(one) for one in re.findall(r"largest relative difference (\S+),", ran.stdout)]
+    differences = [float(difference) for difference in re.findall(r"largest relative difference (\S+),", ran.stdout)]
     assert len(differences) == 4
     assert max(differences) <= 1e-9, ran.stdout
     assert ran.stdout.count("resumed: True") == 4, ran.stdout
     assert ran.stdout.count("sharded: process 1 has another list of pairs than process 0") == 8
     for dtype in ("float64", "float32"):
-        shares = [int(one) for one in re.findall(rf"{dtype}: process . of 2 ran (\d+) of", ran.stdout)]
+        shares = [int(count) for count in re.findall(rf"{dtype}: process . of 2 ran (\d+) of", ran.stdout)]
         assert sum(shares) == len(pairs)
         assert min(shares) > len(pairs) // 4, "each has its share"
         scored = PairRewards.load(Path(arguments[2], f"{dtype}.safetensors"))
@@ -67,11 +67,11 @@ def test_remaining_processes_raise_a_shard_error(arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     dead, left = (
         subprocess.Popen(
             [sys.executable, str(SCRIPT), *arguments, "--die", "0"],
-            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -90,12 +90,12 @@ def test_blocks_print_what_the_page_says(name, tmp_path, monkeypatch):
         assert (tmp_path / figure).stat().st_size > 10_000
 
 
-def test_pages_that_run_elsewhere_do():
+def test_pages_that_run_elsewhere_have_their_test():
     for name, test in ELSEWHERE.items():
         assert f'compile(block, "{name}", "exec")' in (ROOT / test).read_text()
 
 
-def test_what_there_is_and_what_is_not_run():
+def test_skipped_blocks_are_listed():
     """`python tests/programs/documented.py` prints this. A block is left out with a reason, and counted here."""
     numbers, left = counted()
     print(numbers)
@@ -148,23 +148,23 @@ def mistake(words, monkeypatch):
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return "" if set(rest) <= set(targets) else "no such target"
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         # A program of this repository has the options that stand behind it.
         if re.fullmatch(r"(examples|tests)/\S+\.py", word):
             if not (ROOT / word).is_file():
                 return f"no file {word}"
-            options = {one.partition("=")[0] for one in words[place + 1 :] if one.startswith("--")}
+            options = {option.partition("=")[0] for option in words[index + 1 :] if option.startswith("--")}
             if program != "pytest" and (
-                missing := {one for one in options if f'"{one}"' not in (ROOT / word).read_text()}
+                missing := {option for option in options if f'"{option}"' not in (ROOT / word).read_text()}
             ):
                 return f"{word} has no {sorted(missing)}"
     return ""
 
 
-def test_commands_are_taken(monkeypatch):
-    found = [(page, line, words) for page in pages() for line, words in commands(page.read_text())]
-    assert len(found) >= 13
-    wrong = [(page.name, line, said) for page, line, words in found if (said := mistake(words, monkeypatch))]
+def test_commands_of_pages_are_accepted(monkeypatch):
+    listed = [(page, line, words) for page in pages() for line, words in commands(page.read_text())]
+    assert len(listed) >= 13
+    wrong = [(page.name, line, message) for page, line, words in listed if (message := mistake(words, monkeypatch))]
     assert wrong == []
 
 
@@ -231,7 +231,7 @@ print(f"{1 / n:.3f}")
 """
 
 
-def test_a_page_that_is_right():
+def test_a_correct_page_passes():
     assert [block.line for block in blocks(PAGE)] == [3, 9, 28, 33]
     assert [block.not_run for block in blocks(PAGE)] == [None, None, "needs four GPUs", None]
     assert run(PAGE, "page") == []
@@ -255,9 +255,9 @@ def test_a_page_that_is_right():
         ("```text\n0.333\n```", "", 33),
     ],
 )
-def test_a_page_that_is_wrong(old, new, line):
+def test_a_wrong_page_fails_at_its_line(old, new, line):
     assert PAGE.count(old) == 1
-    assert [found for found, _, _ in run(PAGE.replace(old, new), "page")][-1:] == [line]
+    assert [line_of_block for line_of_block, _, _ in run(PAGE.replace(old, new), "page")][-1:] == [line]
 
 
 def test_a_changed_number_of_the_attribution_page_is_seen():

@@ -36,13 +36,13 @@ def failures(module, name, text, line, names):
     """What the examples of one docstring get wrong, in doctest's words."""
     known = vars(importlib.import_module(module)) | names
     test = PARSER.get_doctest(text, dict(known), f"{module}.{name}", module, line - 1)
-    said = []
-    doctest.DocTestRunner(Checker(), verbose=False, optionflags=doctest.ELLIPSIS).run(test, out=said.append)
-    return "".join(said)
+    reports = []
+    doctest.DocTestRunner(Checker(), verbose=False, optionflags=doctest.ELLIPSIS).run(test, out=reports.append)
+    return "".join(reports)
 
 
-@pytest.mark.parametrize(("module", "name", "text", "line"), FOUND, ids=[f"{one[0]}.{one[1]}" for one in FOUND])
-def test_examples(module, name, text, line, names, monkeypatch):
+@pytest.mark.parametrize(("module", "name", "text", "line"), FOUND, ids=[f"{entry[0]}.{entry[1]}" for entry in FOUND])
+def test_examples_print_what_they_show(module, name, text, line, names, monkeypatch):
     folder, made = names
     monkeypatch.chdir(folder)
     with limited(30, f"{module}.{name}"):
@@ -82,16 +82,16 @@ def test_the_reference_has_what_the_readme_names():
     assert len(parts) >= 15
     for part in parts:
         assert any(
-            one == part or one.endswith(f".{part}") or one.startswith(f"{part}.")
-            for one in [*listed, "passes._profiles.collect_profiles"]
+            path == part or path.endswith(f".{part}") or path.startswith(f"{part}.")
+            for path in [*listed, "passes._profiles.collect_profiles"]
         ), part
 
 
-def test_the_reference_names_what_there_is():
+def test_every_name_of_the_reference_exists():
     for name in documented_names():
         owner, _, last = f"rmtension.{name}".rpartition(".")
         try:
-            found = importlib.import_module(f"{owner}.{last}")
+            module = importlib.import_module(f"{owner}.{last}")
         except ModuleNotFoundError:
-            found = getattr(importlib.import_module(owner), last)
-        assert found.__doc__, name
+            module = getattr(importlib.import_module(owner), last)
+        assert module.__doc__, name

@@ -31,7 +31,7 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def head(family, tmp_path_factory):
-    """Windows of attention are longer than the rows here; `test_packing.test_windows` has short ones."""
+    """Windows of attention are longer than the rows here; `data/test_packing.py` has short ones."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = make_tokenizer(folder)
     changes = {name: 64 for name in ("sliding_window", "window_size") if name in MATRIX[family]}
@@ -54,11 +54,11 @@ def margins_and_scores(head, pairs):
     return head.score_pairs(pairs).margin, NeuronAttribution(head, method="gradient_x_activation").score(pairs).values
 
 
-def same(found, expected):
-    return all(torch.allclose(one, other, atol=1e-6, rtol=0) for one, other in zip(found, expected, strict=True))
+def same(values, expected):
+    return all(torch.allclose(value, other, atol=1e-6, rtol=0) for value, other in zip(values, expected, strict=True))
 
 
-def test_packed_pairs(head, few, numbers, family, monkeypatch):
+def test_packing_changes_no_result(head, few, numbers, family, monkeypatch):
     assert (n_packed(head, few) == 0) == (family in ALONE)
     assert float(numbers[1].abs().max()) > 1e-3
     monkeypatch.setattr("rmtension.models._bodies.BridgeBody.pack_up_to", 0)
@@ -66,21 +66,21 @@ def test_packed_pairs(head, few, numbers, family, monkeypatch):
     assert same(numbers, margins_and_scores(head, few))
 
 
-def test_the_last_mlp_at_last_tokens(head, few, numbers, family, monkeypatch):
+def test_skipping_tokens_of_the_last_mlp_changes_no_result(head, few, numbers, family, monkeypatch):
     assert (head.body._last_mlp is None) == (family in WHOLE)
     assert float(numbers[1][-1].abs().max()) > 1e-3, "the last layer has scores"
     monkeypatch.setattr(head.body, "_last_mlp", None)
     assert same(numbers, margins_and_scores(head, few))
 
 
-def test_sweeps(head, few):
+def test_sweeps_equal_ablations_of_single_sets(head, few):
     sets = some_sets(head)[:3]
-    found, expected = score_without(head, few, sets), one_by_one(head, few, sets)
-    assert same([one.margin for one in found], [one.margin for one in expected])
-    assert not same([found[0].margin], [head.score_pairs(few).margin])
+    scored, expected = score_without(head, few, sets), one_by_one(head, few, sets)
+    assert same([rewards.margin for rewards in scored], [rewards.margin for rewards in expected])
+    assert not same([scored[0].margin], [head.score_pairs(few).margin])
 
 
-def test_none_keeps_more_than_is_counted_on(head):
+def test_no_family_stores_more_than_the_budget_counts(head):
     """Nor so little that much of the memory would lie idle."""
     (batch,) = batches_of(head, make_pairs(12), sharing="pair")
     n_tokens = batch.input_ids.numel()

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.grid
-def test_real_pairs(tmp_path):
+def test_the_real_pairs_example_runs(tmp_path):
     files = {}
     for number, name in enumerate(("helpful", "harmless")):
         files[name] = tmp_path / f"{name}.jsonl"

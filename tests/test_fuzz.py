@@ -11,7 +11,7 @@ from fuzz import SURFACES, TooLong, outcome
 
 
 @pytest.mark.grid
-def test_a_few_of_each_surface():
+def test_fuzzed_inputs_are_read_or_refused():
     """As users have it: without the type checker that this suite runs under. Most are refused, some are read."""
     script = Path(__file__).parent / "programs" / "fuzz.py"
     ran = subprocess.run([sys.executable, str(script), "--n", "400"], capture_output=True, text=True)
@@ -34,7 +34,7 @@ class Broken:
             pass
 
 
-def test_what_fails_is_found():
+def test_a_crash_is_reported():
     with pytest.raises(ZeroDivisionError):
         outcome(Broken(ZeroDivisionError()), b"")
     with pytest.raises(TooLong), limited(0.05, "an input", TooLong):

@@ -126,9 +126,11 @@ HOOKS = [name for name in vars(torch.nn.Module()) if "hooks" in name]
 
 def state_of(head):
     """Everything of a model, and around it, that a call could leave changed."""
-    modules = {id(one): one for root in (head.model, *head.body.modules()) for one in root.modules()}
+    modules = {id(part): part for root in (head.model, *head.body.modules()) for part in root.modules()}
     tensors = {
-        id(one): one for module in modules.values() for one in (*module.parameters(False), *module.buffers(False))
+        id(tensor): tensor
+        for module in modules.values()
+        for tensor in (*module.parameters(False), *module.buffers(False))
     }
     return {
         "hooks": {
@@ -139,9 +141,13 @@ def state_of(head):
         },
         "modules": {key: sorted(vars(module)) for key, module in modules.items()},
         "modes": {key: module.training for key, module in modules.items()},
-        "asks": {key: one.requires_grad for key, one in tensors.items()},
-        "gradients": {key: None if one.grad is None else one.grad.sum().item() for key, one in tensors.items()},
-        "values": {key: (one.data_ptr(), one._version, one.double().sum().item()) for key, one in tensors.items()},
+        "asks": {key: tensor.requires_grad for key, tensor in tensors.items()},
+        "gradients": {
+            key: None if tensor.grad is None else tensor.grad.sum().item() for key, tensor in tensors.items()
+        },
+        "values": {
+            key: (tensor.data_ptr(), tensor._version, tensor.double().sum().item()) for key, tensor in tensors.items()
+        },
         "head": (head.weight.sum().item(), head.bias, head.tokens_per_batch, head.max_length),
         "around": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), running_batch(), current().size),
         "random": torch.get_rng_state().sum().item(),
@@ -211,9 +217,9 @@ def require_unchanged_however_it_ends(head, call):
         call()
     require_same(before, state_of(head))
     for what, n in (("forward", n_calls[0]), ("register", n_hooks[0])):
-        for number, error in [(place, Fault()) for place in places(n)] + [(max(1, n // 3), KeyboardInterrupt())] * (
-            n > 0
-        ):
+        for number, error in [(call_number, Fault()) for call_number in places(n)] + [
+            (max(1, n // 3), KeyboardInterrupt())
+        ] * (n > 0):
             with failing(what, number, error), suppress(Fault, KeyboardInterrupt, RMTensionError):
                 call()
             require_same(before, state_of(head))
@@ -453,13 +459,13 @@ def takes_a_model(function):
 
 def is_for_a_model(hints):
     """Whether an argument is a model; of a type variable its bound says so."""
-    said = [str(getattr(hint, "__bound__", hint)) for name, hint in hints.items() if name != "return"]
-    return any(kind in hint for hint in said for kind in MODEL_TYPES)
+    hinted = [str(getattr(hint, "__bound__", hint)) for name, hint in hints.items() if name != "return"]
+    return any(kind in hint for hint in hinted for kind in MODEL_TYPES)
 
 
 def modules():
-    for found in pkgutil.walk_packages(rmtension.__path__, "rmtension."):
-        yield found.name.removeprefix("rmtension."), importlib.import_module(found.name)
+    for module_info in pkgutil.walk_packages(rmtension.__path__, "rmtension."):
+        yield module_info.name.removeprefix("rmtension."), importlib.import_module(module_info.name)
 
 
 def plain_function(value):
@@ -529,7 +535,7 @@ def test_calls_leave_the_model_as_it_was(name, setup):
 def test_what_only_looks_installs_nothing(name):
     """Read from its own code: what it names is none of what changes a model."""
     known = dict(modules())
-    module = max((one for one in known if name.startswith(f"{one}.")), key=len)
+    module = max((entry for entry in known if name.startswith(f"{entry}.")), key=len)
     member = known[module]
     for part in name.removeprefix(f"{module}.").split("."):
         member = inspect.getattr_static(member, part) if inspect.isclass(member) else getattr(member, part)
@@ -709,17 +715,19 @@ def test_a_leaking_call_is_found_out(spoiled):
 
 def test_only_these_modules_touch_hooks_and_flags():
     """Whoever installs a hook, or changes a mode or a flag, goes through `rmtension.models._hooks`."""
-    found = set()
+    touching = set()
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
             if is_call and node.func.attr in ("register_forward_hook", "register_forward_pre_hook", "train"):
-                found.add((path.stem, node.func.attr))
+                touching.add((path.stem, node.func.attr))
             targets = node.targets if isinstance(node, ast.Assign) else []
-            found |= {
-                (path.stem, one.attr) for one in targets if getattr(one, "attr", "") in ("training", "requires_grad")
+            touching |= {
+                (path.stem, target.attr)
+                for target in targets
+                if getattr(target, "attr", "") in ("training", "requires_grad")
             }
-    assert found == {
+    assert touching == {
         ("_hooks", "register_forward_hook"),
         ("_hooks", "register_forward_pre_hook"),
         ("_hooks", "training"),
@@ -736,7 +744,7 @@ def test_a_hook_of_the_users_stays_and_counts(setup):
     handle.remove()
 
 
-def test_two_threads_with_two_models(checkpoints, other_checkpoint, tmp_path):
+def test_two_threads_with_two_models_do_not_disturb_each_other(checkpoints, other_checkpoint, tmp_path):
     """Each gets what it gets alone, while the other ablates and collects."""
     setups = [make_setup(tmp_path / "a", checkpoints["gpt2"], other_checkpoint)]
     setups.append(make_setup(tmp_path / "b", other_checkpoint, checkpoints["gpt2"]))
@@ -744,9 +752,9 @@ def test_two_threads_with_two_models(checkpoints, other_checkpoint, tmp_path):
     def work(setup):
         with AblationContext(setup.head, setup.neurons):
             without = setup.head.score_pairs(setup.pairs).margin
-        found = ActivationCollector(setup.head, positions="last").collect(setup.pairs)
+        statistics = ActivationCollector(setup.head, positions="last").collect(setup.pairs)
         scores = NeuronAttribution(setup.head, method="gradient_x_activation", positions="last").score(setup.pairs)
-        return [without, found.mean, scores.values]
+        return [without, statistics.mean, scores.values]
 
     alone = [work(setup) for setup in setups]
     results = {}
@@ -762,8 +770,8 @@ def test_two_threads_with_two_models(checkpoints, other_checkpoint, tmp_path):
             thread.join()
     for number, expected in enumerate(alone):
         assert len(results[number]) == 5
-        for found in results[number]:
-            assert all(map(torch.equal, found, expected))
+        for statistics in results[number]:
+            assert all(map(torch.equal, statistics, expected))
 
 
 def test_sharded_alone_changes_nothing(setup):

@@ -47,8 +47,8 @@ def run(notebook, name):
 
 def kept(cell, kind):
     """The first output of that kind that was kept, or None."""
-    found = [output["data"][kind] for output in cell["outputs"] if kind in output.get("data", {})]
-    return text_of(found[0]) if found else None
+    shown = [output["data"][kind] for output in cell["outputs"] if kind in output.get("data", {})]
+    return text_of(shown[0]) if shown else None
 
 
 def heads(html):
@@ -58,32 +58,32 @@ def heads(html):
 
 def faults(notebook, size=0):
     """What is wrong with what a notebook keeps."""
-    found = [f"{size} bytes"] if size > LARGEST else []
+    faults = [f"{size} bytes"] if size > LARGEST else []
     codes = code_cells(notebook)
     if [cell["execution_count"] for cell in codes] != list(range(1, len(codes) + 1)):
-        found.append("not run once from top to bottom")
+        faults.append("not run once from top to bottom")
     outputs = [output for cell in codes for output in cell["outputs"]]
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     if "text/html" not in kinds:
-        found.append("no table kept")
+        faults.append("no table kept")
     for output in outputs:
         if output["output_type"] == "error" or output.get("name") == "stderr":
-            found.append("an error, or a text that was none of the results")
+            faults.append("an error, or a text that was none of the results")
     texts = [
         *(text_of(cell["source"]) for cell in notebook["cells"]),
         *(text_of(output.get("text", "")) for output in outputs),
-        *(text_of(part) for one in outputs for kind, part in one.get("data", {}).items() if kind != "image/png"),
+        *(text_of(part) for entry in outputs for kind, part in entry.get("data", {}).items() if kind != "image/png"),
         json.dumps(notebook["metadata"]),
     ]
-    found += [f"an absolute path: {text[:40]}" for text in texts if ABSOLUTE.search(text)]
+    faults += [f"an absolute path: {text[:40]}" for text in texts if ABSOLUTE.search(text)]
     for output in outputs:
         picture = output.get("data", {}).get("image/png")
         if picture and not base64.b64decode(text_of(picture)).startswith(PNG):
-            found.append("a picture that is none")
-    return found
+            faults.append("a picture that is none")
+    return faults
 
 
-def test_these_are_all():
+def test_every_notebook_is_listed():
     assert sorted(path.name for path, _ in cells()) == sorted(NAMES)
 
 
@@ -97,16 +97,16 @@ def test_every_cell_runs_and_shows_what_was_kept(name, tmp_path, monkeypatch):
 
         shown = run(notebook, name)
         plt.close("all")
-    for cell, found in zip(code_cells(notebook), shown, strict=True):
+    for cell, output in zip(code_cells(notebook), shown, strict=True):
         # Tables of other columns or rows, or none, would have been kept of other cells.
-        assert heads(found.get("text/html")) == heads(kept(cell, "text/html"))
-        if "image/png" in found:
-            assert found["image/png"].startswith(PNG)
+        assert heads(output.get("text/html")) == heads(kept(cell, "text/html"))
+        if "image/png" in output:
+            assert output["image/png"].startswith(PNG)
             assert kept(cell, "image/png")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_kept(name):
+def test_kept_outputs_have_no_faults(name):
     notebook = read(name)
     assert faults(notebook, (ROOT / "examples" / name).stat().st_size) == []
     # What the numbers say stands between the cells, and the notebook begins with its title.
@@ -140,15 +140,15 @@ def broken(change):
         (lambda book, cell: cell.update(source=["open('/home/me/x')"]), "an absolute path"),
         (lambda book, cell: book["metadata"].update(path="C:\\Users"), "an absolute path"),
         (lambda book, cell: cell["outputs"][0]["data"].update({"image/png": "YWJj"}), "a picture that is none"),
-        (lambda book, cell: [one.update(outputs=[]) for one in code_cells(book)], "no table kept"),
+        (lambda book, cell: [cell.update(outputs=[]) for cell in code_cells(book)], "no table kept"),
     ],
 )
 def test_a_fault_is_seen(change, fault):
-    (found,) = faults(broken(change))
-    assert found.startswith(fault)
+    (reported,) = faults(broken(change))
+    assert reported.startswith(fault)
 
 
-def test_a_large_one_and_a_cell_that_raises_are_seen():
+def test_a_large_notebook_and_a_raising_cell_are_seen():
     assert faults(read("quickstart.ipynb"), LARGEST + 1) == [f"{LARGEST + 1} bytes"]
     raising = {"cells": [{"cell_type": "code", "source": ["x = 1\n", "x / 0"]}]}
     with pytest.raises(ZeroDivisionError):

@@ -32,7 +32,7 @@ def some_neurons(head, site, seed=0):
 
 @pytest.mark.parametrize("site", grid(SITES))
 @pytest.mark.parametrize("positions", grid(POSITIONS))
-def test_statistics(both, pairs, site, positions):
+def test_statistics_equal_the_reference(both, pairs, site, positions):
     head, reference = both
     tokens = []
     for ids, n_prompt in texts_of(reference, pairs):
@@ -54,7 +54,7 @@ def test_statistics(both, pairs, site, positions):
 @pytest.mark.parametrize("site", grid(SITES))
 @pytest.mark.parametrize("positions", grid(POSITIONS))
 @pytest.mark.parametrize("aggregate", ["signed", "absolute"])
-def test_mean_difference(both, pairs, site, positions, aggregate):
+def test_mean_differences_equal_the_reference(both, pairs, site, positions, aggregate):
     head, reference = both
     means = []
     for ids, n_prompt in texts_of(reference, pairs):
@@ -66,7 +66,7 @@ def test_mean_difference(both, pairs, site, positions, aggregate):
 @pytest.mark.parametrize("site", grid(SITES))
 @pytest.mark.parametrize("positions", grid(POSITIONS))
 @pytest.mark.parametrize("aggregate", ["signed", "absolute"])
-def test_gradient_x_activation(both, pairs, site, positions, aggregate):
+def test_gradient_x_activation_equals_autograd(both, pairs, site, positions, aggregate):
     head, reference = both
     sums = []
     for ids, n_prompt in texts_of(reference, pairs):
@@ -93,7 +93,7 @@ def check(head, pairs, per_text, method, site, positions, aggregate):
 @pytest.mark.parametrize("site", grid(SITES))
 @pytest.mark.parametrize("positions", grid(POSITIONS))
 @pytest.mark.parametrize("kind", ["zero", "scale", "mean", "resample"])
-def test_ablation(both, pairs, site, positions, kind):
+def test_ablated_rewards_equal_the_reference(both, pairs, site, positions, kind):
     head, reference = both
     neurons = some_neurons(head, site)
     per_neuron = head.n_channels(site) // head.n_neurons(site)

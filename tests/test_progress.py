@@ -84,7 +84,7 @@ def test_without_a_terminal_transformers_draws_no_bars(checkpoints, tmp_path, ta
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals")
-def test_on_a_real_terminal():
+def test_bars_are_drawn_on_a_terminal_and_not_in_a_pipe():
     """In a process of its own, whose stderr is a terminal; then the same with a pipe."""
     code = """if True:
         from rmtension._progress import progress_bar

@@ -27,7 +27,7 @@ EVIL = "<script>alert('&')</script>"
 def parsed(html):
     """(caption, columns, rows of texts) of what `_repr_html_` gives."""
     caption = unescape(re.search(r"<p>(.*?)</p>", html, re.DOTALL)[1])
-    columns = [unescape(one) for one in re.findall(r"<th>(.*?)</th>", html)]
+    columns = [unescape(name) for name in re.findall(r"<th>(.*?)</th>", html)]
     rows = [
         [unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", row)]
         for row in re.findall(r"<tr>(<td>.*?)</tr>", html)
@@ -100,7 +100,7 @@ def test_missing_escapes_are_detected(scored):
     assert "<script" in html
 
 
-def test_scored_pairs(scored):
+def test_scored_pairs_show_their_first_rows_and_accuracy(scored):
     html = scored._repr_html_()
     same_values(html, scored.to_frame()[:N_ROWS])
     caption = parsed(html)[0]
@@ -110,7 +110,7 @@ def test_scored_pairs(scored):
     assert "no pairs" in scored.take([])._repr_html_()
 
 
-def test_scores(scores):
+def test_scores_show_their_highest_neurons(scores):
     frame = scores.to_frame()
     order = np.argsort(-frame["score"].abs().to_numpy(), kind="stable")[:N_ROWS]
     same_values(scores._repr_html_(), frame.iloc[order])
@@ -124,28 +124,28 @@ def test_scores(scores):
     assert ["0", "0"] not in [row[:2] for row in rows]
 
 
-def test_statistics(head, pairs):
+def test_statistics_show_the_most_active_neurons(head, pairs):
     stats = ActivationCollector(head).collect(pairs)
     same_values(stats._repr_html_(), stats.to_frame().nlargest(N_ROWS, "abs_mean"))
     assert f"{len(pairs)} pairs, {stats.n_tokens} tokens" in parsed(stats._repr_html_())[0]
 
 
-def test_a_set(scores):
+def test_a_set_lists_its_first_neurons(scores):
     neurons = scores.top(fraction=0.5)
     _, columns, rows = parsed(neurons._repr_html_())
     assert columns == ["layer", "n", "neurons"]
     assert [int(row[1]) for row in rows] == [n for n in neurons.n_per_layer if n]
     for layer, n, listed in rows:
-        places = listed.removesuffix(", ...").split(", ")
-        assert len(places) == min(int(n), 12)
+        listed_neurons = listed.removesuffix(", ...").split(", ")
+        assert len(listed_neurons) == min(int(n), 12)
         assert listed.endswith("...") == (int(n) > 12)
-        assert all((int(layer), int(place)) in neurons for place in places)
+        assert all((int(layer), int(neuron_text)) in neurons for neuron_text in listed_neurons)
     assert "table" not in (neurons - neurons)._repr_html_()
     deep = NeuronSet(torch.ones(40, 1, dtype=torch.bool), "mlp", "deep")
     assert "12 of 40 rows" in deep._repr_html_()
 
 
-def test_an_overlap(scores):
+def test_an_overlap_shows_its_numbers(scores):
     other = replace(scores, values=scores.values.flip(1))  # noqa: PD011 - a tensor
     report = SharedNeuronAnalyzer({"one": scores, "other": other}, base=scores).analyze(fraction=0.1)
     html = report._repr_html_()
@@ -154,14 +154,14 @@ def test_an_overlap(scores):
     assert {"jaccard", "expected_jaccard", "p_value"} < set(parsed(html)[1])
 
 
-def test_estimates_and_comparisons(scored):
+def test_estimates_and_comparisons_show_their_intervals(scored):
     estimate = evaluation.mean_margin(scored)
     same_values(estimate._repr_html_(), pd.DataFrame([estimate.to_dict()]))
-    found = evaluation.compare(scored, scored)
-    same_values(found._repr_html_(), pd.DataFrame([evaluation.comparison_row(found)]))
+    comparison = evaluation.compare(scored, scored)
+    same_values(comparison._repr_html_(), pd.DataFrame([evaluation.comparison_row(comparison)]))
 
 
-def test_a_study(head, pairs):
+def test_a_study_shows_its_tables(head, pairs):
     result = StudyResult(
         tables={"accuracy": pd.DataFrame({"family": ["toy"], "seed": [0], "value": [0.5]})}, summary={}
     )
@@ -170,7 +170,7 @@ def test_a_study(head, pairs):
     assert parsed(wide._repr_html_())[2][0][2].endswith("c11, ...")
 
 
-def test_values_of_every_kind():
+def test_values_of_every_kind_are_formatted():
     frame = pd.DataFrame(
         {
             EVIL: [None, "a", pd.NA],

@@ -63,13 +63,13 @@ def test_a_distinct_pad_token_reads_the_eos(checkpoints):
     assert abs(float(rewards[0] - rewards[1])) > 1e-3
 
 
-def test_head_with_bias_and_matrix_weight(head, ragged_texts):
+def test_a_bias_is_added_and_a_matrix_weight_accepted(head, ragged_texts):
     weight = head.weight[None] * 2
     doubled = RewardHead(head.model, (weight, 3.0), tokenizer=head.tokenizer, pad_token_id=head.pad_token_id)
     assert torch.allclose(doubled.score(ragged_texts), 2 * head.score(ragged_texts) + 3, atol=1e-5)
 
 
-def test_live_bridge_of_a_language_model(tmp_path, tokenizer, ragged_texts):
+def test_a_bridge_with_a_passed_weight_scores_hidden_states(tmp_path, tokenizer, ragged_texts):
     """A bridge that the user booted, with a weight of the user's: that weight on transformers' hidden state."""
     from tiny_models import make_config
     from transformer_lens.model_bridge import TransformerBridge
@@ -143,18 +143,18 @@ def test_scored_pairs_load_as_saved(head, pairs, tmp_path):
 
 
 def test_fingerprint_follows_the_weights(checkpoints, tmp_path, tokenizer):
-    one, same = (RewardHead.from_pretrained(checkpoints["gpt2"]) for _ in range(2))
-    assert one.fingerprint == same.fingerprint
+    first, same = (RewardHead.from_pretrained(checkpoints["gpt2"]) for _ in range(2))
+    assert first.fingerprint == same.fingerprint
     other = RewardHead.from_pretrained(save_classifier(tmp_path, "gpt2", tokenizer, seed=1))
-    assert other.fingerprint != one.fingerprint
-    assert other.architecture == one.architecture == "gpt2-3x64-heads4x8-d32"
+    assert other.fingerprint != first.fingerprint
+    assert other.architecture == first.architecture == "gpt2-3x64-heads4x8-d32"
     with torch.no_grad():
         next(same.model.original_model.base_model.parameters()).view(-1)[0] += 1e-3
-    assert same.fingerprint != one.fingerprint
+    assert same.fingerprint != first.fingerprint
 
 
 class TestBadCheckpoints:
-    def test_language_model(self, tmp_path, tokenizer):
+    def test_a_language_model_without_a_head_is_refused(self, tmp_path, tokenizer):
         from tiny_models import make_config
 
         transformers.AutoModelForCausalLM.from_config(make_config("gpt2", len(tokenizer))).save_pretrained(tmp_path)
@@ -228,14 +228,14 @@ class TestRunOptions:
         ]
         some = NeuronSet.from_indices([(0, 1)], shape=(3, 64), site="mlp", architecture=head.architecture)
         opened.append(opened[1].with_ablation(some))
-        assert [self.of(one) for one in opened] == [self.SAID] * len(opened)
+        assert [self.of(head) for head in opened] == [self.SAID] * len(opened)
 
-    def test_defaults(self, head):
+    def test_run_options_have_their_defaults(self, head):
         defaults = {"tokens_per_batch": None, "truncate_response": False, "on_nonfinite": "raise"}
         assert self.of(head) == {"max_length": CONTEXT, **defaults}
 
     @pytest.mark.parametrize(
-        ("options", "said"),
+        ("options", "message"),
         [
             ({"on_nonfinite": "skp"}, "on_nonfinite: .* Did you mean 'skip'"),
             ({"truncate_response": 1}, "truncate_response: expected True or False, got 1"),
@@ -244,13 +244,13 @@ class TestRunOptions:
             ({"max_lenght": 3}, "'max_lenght'.* Did you mean 'max_length'"),
         ],
     )
-    def test_wrong_run_options_are_refused(self, options, said, checkpoints, head):
+    def test_wrong_run_options_are_refused(self, options, message, checkpoints, head):
         for call in (
             lambda: RewardHead(head.model, head.weight, **options),
             lambda: RewardHead.from_pretrained(checkpoints["gpt2"], **options),
             lambda: RewardHead.from_language_model(checkpoints["gpt2"], **options),
         ):
-            with pytest.raises(OptionError, match=said):
+            with pytest.raises(OptionError, match=message):
                 call()
 
 

@@ -38,11 +38,11 @@ def computed(head, pairs, threads):
     }
 
 
-def differences(one, other):
+def differences(first, other):
     """Name -> the largest difference, in units of the largest number."""
     return {
         name: float((values.double() - other[name][0].double()).abs().max() / scale.abs().max())
-        for name, (values, scale) in one.items()
+        for name, (values, scale) in first.items()
     }
 
 
@@ -51,11 +51,11 @@ def differences(one, other):
 )
 def test_results_agree_across_numbers_of_threads(checkpoints, pairs, family, dtype):
     head = RewardHead.from_pretrained(checkpoints[family], dtype=dtype)
-    one, same, two = (computed(head, pairs, threads) for threads in (1, 1, 2))
-    for name, (values, _) in one.items():
+    first, same, two = (computed(head, pairs, threads) for threads in (1, 1, 2))
+    for name, (values, _) in first.items():
         assert torch.equal(values, same[name][0]), f"{name}: other bits at the same number of threads"
-    found = differences(one, two)
-    assert max(found.values()) <= ACROSS, found
+    gaps = differences(first, two)
+    assert max(gaps.values()) <= ACROSS, gaps
     # Negative control: half precision is not within the bound.
     rough = computed(RewardHead.from_pretrained(checkpoints[family], dtype=torch.bfloat16), pairs, 1)
-    assert min(differences(one, rough).values()) > ACROSS
+    assert min(differences(first, rough).values()) > ACROSS

@@ -31,7 +31,7 @@ def file_rows(path: Path, *, columns: Collection[str] = ("chosen", "rejected")) 
     """Yield every row of a file as (where, row): a mapping, a line of JSON, or a `DataError` for an invalid row.
 
     The file may be plain, gzip'd or zstd'd. Its format is determined from its content; `columns` are the columns that
-    every row has. An invalid row, such as a line of CSV with a field too many, is yielded as a `DataError` and not
+    every row has. An invalid row, such as a line of CSV with too many fields, is yielded as a `DataError` and not
     raised, so that the reader may skip it. Raises `DataError` naming the file if the rest cannot be read.
     """
     lines = read_lines(path)
@@ -74,9 +74,9 @@ def without_padding(value: Any) -> Any:
     A message's `content` stays even if it is None.
     """
     if isinstance(value, list | tuple | np.ndarray):
-        return [without_padding(one) for one in value]
+        return [without_padding(item) for item in value]
     if isinstance(value, Mapping):
-        return {name: without_padding(one) for name, one in value.items() if one is not None or name == "content"}
+        return {name: without_padding(item) for name, item in value.items() if item is not None or name == "content"}
     return value
 
 
@@ -164,9 +164,9 @@ def _parsed(value: Any, kind: Any) -> Any:
     if value is None:
         return None
     if isinstance(value, dict):
-        return {name: _parsed(one, kind.field(name).type) for name, one in value.items()}
+        return {name: _parsed(item, kind.field(name).type) for name, item in value.items()}
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return [_parsed(one, kind.value_type) for one in value]
+        return [_parsed(item, kind.value_type) for item in value]
     return json.loads(value) if "arrow.json" in str(kind) else value
 
 
@@ -176,9 +176,9 @@ def _parsed(value: Any, kind: Any) -> Any:
 def _delimiter(path: Path, begun: Sequence[bytes], columns: Collection[str]) -> str | None:
     """The delimiter of a table, determined from the first two lines of the file; None if it is not a table."""
     line = _decoded(begun[0], f"{path}, line 1")
-    headers = {one: _header(line, one) for one in _DELIMITERS}
-    best = max(_DELIMITERS, key=lambda one: (set(columns) <= set(headers[one]), len(headers[one])))
-    if set(columns) <= set(headers[best]) or any(one in (".csv", ".tsv") for one in path.suffixes):
+    headers = {delimiter: _header(line, delimiter) for delimiter in _DELIMITERS}
+    best = max(_DELIMITERS, key=lambda delimiter: (set(columns) <= set(headers[delimiter]), len(headers[delimiter])))
+    if set(columns) <= set(headers[best]) or any(suffix in (".csv", ".tsv") for suffix in path.suffixes):
         return best
     # In JSON lines with a damaged first line, the second line is an object.
     has_rows = len(begun) > 1 and not begun[1].startswith(b"{")

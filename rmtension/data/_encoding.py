@@ -172,8 +172,9 @@ def _parts(tokenizer: Any, texts: Sequence[RenderedText]) -> list[tuple[list[int
     for is_chat in (False, True):
         numbers = [number for number, text in enumerate(texts) if text.is_chat == is_chat]
         for start in range(0, len(numbers), _AT_A_TIME):
-            some = numbers[start : start + _AT_A_TIME]
-            for number, part in zip(some, _encoded(tokenizer, [texts[one] for one in some], is_chat), strict=True):
+            block = numbers[start : start + _AT_A_TIME]
+            encoded = _encoded(tokenizer, [texts[number] for number in block], is_chat)
+            for number, part in zip(block, encoded, strict=True):
                 if not part[2]:
                     text = texts[number]
                     why = ": it is empty. Remove it"

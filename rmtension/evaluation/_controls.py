@@ -61,7 +61,7 @@ def against_random(
     centre = draws.mean(dim=0)
     gap = effect.double() - centre
     of_gap = variance_of_mean(gap, pairs)
-    of_draws = float(np.mean([variance_of_mean(one - centre, pairs) for one in draws])) * n / (n - 1)
+    of_draws = float(np.mean([variance_of_mean(draw - centre, pairs) for draw in draws])) * n / (n - 1)
     spread = float(means.var())
     between = max(0.0, spread - of_draws)
     variance = between * (1 + 1 / n) + of_gap

@@ -102,55 +102,55 @@ def open_checkpoint(
     or a language model with `output` tokens. `head` replaces any head of the checkpoint. An adapter is merged into its
     base. Memory: the weights once.
     """
-    place = find_checkpoint(name, options)
+    location = find_checkpoint(name, options)
     placement_of(options)  # raises for a wrong device before anything is read
-    stored = stored_heads(place.weights, _width(place.config))
-    classifies = _is_classifier(place)
-    if (classifies or place.task == _TOKENS) and (place.adapters or (reward and head is None)):
-        _set_outputs(place, stored)
-    names: Mapping[int, str] = place.config.id2label
+    stored = stored_heads(location.weights, _width(location.config))
+    classifies = _is_classifier(location)
+    if (classifies or location.task == _TOKENS) and (location.adapters or (reward and head is None)):
+        _set_outputs(location, stored)
+    names: Mapping[int, str] = location.config.id2label
     tokenizer = options.get("tokenizer")
     given = read_head_file(head) if isinstance(head, str | Path) else head
-    auto_class = _auto_class(place, classifies)
+    auto_class = _auto_class(location, classifies)
     tokens: tuple[int, ...] = ()
     if reward and given is None and classifies:
         auto_class = _CLASSIFIER
-        if "score.weight" in stored.linear or place.n_saved_outputs is not None:
+        if "score.weight" in stored.linear or location.n_saved_outputs is not None:
             choose_rows(output, len(names), names, str(name))  # raises before the weights are read
     elif reward and given is None:
-        given = _value_head(place, stored)
-        is_labelled = place.task == _TOKENS or place.is_for("ForTokenClassification")
+        given = _value_head(location, stored)
+        is_labelled = location.task == _TOKENS or location.is_for("ForTokenClassification")
         if output is not None and not is_labelled and (given is None or _has_text(output)):
-            tokenizer = load_tokenizer(place) if tokenizer is None else tokenizer
+            tokenizer = load_tokenizer(location) if tokenizer is None else tokenizer
             auto_class, tokens = _LANGUAGE_MODEL, choose_tokens(output, tokenizer)
-        elif given is None and place.task != _TOKENS:
-            raise ModelError(_no_head(place, stored))
-    model = load_model(place, auto_class)
+        elif given is None and location.task != _TOKENS:
+            raise ModelError(_no_head(location, stored))
+    model = load_model(location, auto_class)
     base = model.base_model
-    found: LinearHead | None = None
+    linear_head: LinearHead | None = None
     logits: Logits | None = None
     if tokens:
-        found, logits = token_head(str(name), model, tokens), Logits(_LANGUAGE_MODEL, tokens)
+        linear_head, logits = token_head(str(name), model, tokens), Logits(_LANGUAGE_MODEL, tokens)
     elif reward and given is None and classifies:
-        found, rows = _score_head(str(name), model, stored, output)
+        linear_head, rows = _score_head(str(name), model, stored, output)
         logits = Logits(_CLASSIFIER, rows)
     elif reward:
         layer = getattr(model, "score", None) or getattr(model, "classifier", None)
-        found = read_head(layer if given is None else given, _width(base.config), output, names)
-    tokenizer = load_tokenizer(place) if tokenizer is None else tokenizer
+        linear_head = read_head(layer if given is None else given, _width(base.config), output, names)
+    tokenizer = load_tokenizer(location) if tokenizer is None else tokenizer
     pools = reward and classifies
-    pad_token_id = _pad_token_id(name, base.config, tokenizer, options.get("pad_token"), pools, found is None)
+    pad_token_id = _pad_token_id(name, base.config, tokenizer, options.get("pad_token"), pools, linear_head is None)
     source = Source(str(name), head, output, options)
-    return Checkpoint(base, found, tokenizer, pad_token_id, str(name), pools, logits, source)
+    return Checkpoint(base, linear_head, tokenizer, pad_token_id, str(name), pools, logits, source)
 
 
 def reload_model(source: Source, logits: Logits, dtype: torch.dtype) -> Any:
     """Read the transformers model whose `logits` are the reward again, with its adapter attached, not merged."""
     options: LoadOptions = {**source.options, "dtype": dtype}
-    place = find_checkpoint(source.name, options, local_files_only=True)  # it was downloaded when it was opened
+    location = find_checkpoint(source.name, options, local_files_only=True)  # it was downloaded when it was opened
     if logits.auto_class == _CLASSIFIER:
-        _set_outputs(place, stored_heads(place.weights, _width(place.config)))
-    return load_model(place, logits.auto_class, merge=False)
+        _set_outputs(location, stored_heads(location.weights, _width(location.config)))
+    return load_model(location, logits.auto_class, merge=False)
 
 
 def checkpoint_of(
@@ -169,88 +169,92 @@ def checkpoint_of(
     refuse_offloaded(name, classifier)
     logits: Logits | None = None
     if head is None:
-        found, rows = _score_head(name, classifier, StoredHeads({}), output)
+        linear_head, rows = _score_head(name, classifier, StoredHeads({}), output)
         logits = Logits(_CLASSIFIER, rows)
     else:
         given = read_head_file(head) if isinstance(head, str | Path) else head
-        found = read_head(given, _width(classifier.config), output, classifier.config.id2label)
+        linear_head = read_head(given, _width(classifier.config), output, classifier.config.id2label)
     base = unwrapped(classifier.base_model)
     pad_token_id = _pad_token_id(name, base.config, tokenizer, pad_token, pools=True, is_headless=False)
     live = classifier if head is None else None
-    return Checkpoint(base, found, tokenizer, pad_token_id, name, True, logits, source=None, classifier=live)
+    return Checkpoint(base, linear_head, tokenizer, pad_token_id, name, True, logits, source=None, classifier=live)
 
 
-def _is_classifier(place: CheckpointLocation) -> bool:
+def _is_classifier(location: CheckpointLocation) -> bool:
     """Whether transformers reads the checkpoint as a sequence classifier, and so chooses the token to read."""
-    if place.task == _TOKENS:
+    if location.task == _TOKENS:
         return False
-    return place.is_for("ForSequenceClassification") or place.task == "SEQ_CLS" or place.n_saved_outputs is not None
+    return (
+        location.is_for("ForSequenceClassification")
+        or location.task == "SEQ_CLS"
+        or location.n_saved_outputs is not None
+    )
 
 
-def _auto_class(place: CheckpointLocation, classifies: bool) -> str:
+def _auto_class(location: CheckpointLocation, classifies: bool) -> str:
     """The class whose parameters have the names of the adapter's parameters; without adapters, the bare model."""
-    if not place.adapters or place.task == "FEATURE_EXTRACTION":
+    if not location.adapters or location.task == "FEATURE_EXTRACTION":
         return "AutoModel"
-    if place.task == _TOKENS:
+    if location.task == _TOKENS:
         return "AutoModelForTokenClassification"
     return _CLASSIFIER if classifies else _LANGUAGE_MODEL
 
 
-def _set_outputs(place: CheckpointLocation, stored: StoredHeads) -> None:
+def _set_outputs(location: CheckpointLocation, stored: StoredHeads) -> None:
     """Set the config's number of labels to the number of rows of the stored score head."""
-    config, width = place.config, _width(place.config)
+    config, width = location.config, _width(location.config)
     score = stored.linear.get("score.weight")
-    if place.n_saved_outputs is not None:
-        config.num_labels = place.n_saved_outputs
+    if location.n_saved_outputs is not None:
+        config.num_labels = location.n_saved_outputs
     elif score is not None:
         shape = tuple(score.shape)
         if len(shape) != 2 or shape[1] != width:
             raise ModelError(
-                f"{place.files.name}: expected a score head of shape ({config.num_labels}, {width}), one row of the "
+                f"{location.files.name}: expected a score head of shape ({config.num_labels}, {width}), one row of the "
                 f"model's width per output, got {shape}. Open a checkpoint whose head was trained with its model, or "
                 "pass head=..."
             )
         config.num_labels = shape[0]
-    elif place.adapters:
+    elif location.adapters:
         raise ModelError(
-            f"{place.files.name}: neither the adapter nor its base model holds a score head. Train the adapter with "
+            f"{location.files.name}: neither the adapter nor its base model holds a score head. Train the adapter with "
             "task_type='SEQ_CLS' or modules_to_save=['score'], so that it is saved with one."
         )
     elif stored.layers:
-        raise ModelError(_no_head(place, stored))
+        raise ModelError(_no_head(location, stored))
 
 
-def _value_head(place: CheckpointLocation, stored: StoredHeads) -> Mapping[str, Tensor] | None:
+def _value_head(location: CheckpointLocation, stored: StoredHeads) -> Mapping[str, Tensor] | None:
     """The head of a language model, from its own files or from a separate one; an adapter's head before its base's."""
-    separate = separate_head(place.files)
-    if place.adapters and not separate:
-        separate = separate_head(place.weights)
-    if place.adapters and separate:
+    separate = separate_head(location.files)
+    if location.adapters and not separate:
+        separate = separate_head(location.weights)
+    if location.adapters and separate:
         return separate
     linear = stored.linear
     differing = [key for key in separate.keys() & linear.keys() if not torch.equal(separate[key], linear[key])]
     if linear and separate and (differing or not separate.keys() <= linear.keys()):
         raise ModelError(
-            f"{place.files.name}: it has two heads, {sorted(linear)[:2]} in the model and {sorted(separate)[:2]} in "
+            f"{location.files.name}: it has two heads, {sorted(linear)[:2]} in the model and {sorted(separate)[:2]} in "
             "value_head.safetensors. Pass the right one: head=... accepts the path of a file, or the tensors."
         )
     return separate or linear or None
 
 
-def _no_head(place: CheckpointLocation, stored: StoredHeads) -> str:
+def _no_head(location: CheckpointLocation, stored: StoredHeads) -> str:
     """An error message: why the checkpoint has no reward, and what to do."""
-    name = place.files.name
+    name = location.files.name
     if stored.layers:
         return (
             f"{name}: expected a head that is one linear map, got a head of several layers "
             f"({list(stored.layers)[:4]}). To read activations only, use RewardHead.from_language_model."
         )
-    pickled = pickled_head(place.files, is_adapter=bool(place.adapters))
+    pickled = pickled_head(location.files, is_adapter=bool(location.adapters))
     if pickled:
         return f"{name}: its safetensors files contain no head.{pickled}"
     return (
-        f"{name}: expected a checkpoint of a sequence classifier, got {place.config.architectures}, which has no score "
-        "head. Pass a head with head=(weight, bias), or the tokens whose logits are the reward with "
+        f"{name}: expected a checkpoint of a sequence classifier, got {location.config.architectures}, which has no "
+        "score head. Pass a head with head=(weight, bias), or the tokens whose logits are the reward with "
         "output=(' Yes', ' No'); to read activations only, use RewardHead.from_language_model."
     )
 

@@ -66,17 +66,17 @@ def save_classifier(head: RewardModel, folder: str | Path) -> None:
     state = classifier.state_dict()
     if head.bias:
         state["score.bias"] = torch.tensor([head.bias], dtype=torch.float32)
-    with filled_whole(folder, "checkpoint", seal="config.json", replaced=(*_OTHERS, CONFIG_FILE)) as place:
+    with filled_whole(folder, "checkpoint", seal="config.json", replaced=(*_OTHERS, CONFIG_FILE)) as temporary:
         try:
             with without_unseen_bars():
-                classifier.save_pretrained(place, state_dict=state)
+                classifier.save_pretrained(temporary, state_dict=state)
         except SafetensorError as error:
             # safetensors reports the error of the file system only as text: "... (os error 28)".
             code = re.search(r"\(os error (\d+)\)", str(error))
             raise OSError(int(code[1]) if code else 0, str(error)) from error
         if checkpoint.tokenizer is not None:
-            checkpoint.tokenizer.save_pretrained(place)
-        differences = make_portable(place, checkpoint.tokenizer)
+            checkpoint.tokenizer.save_pretrained(temporary)
+        differences = make_portable(temporary, checkpoint.tokenizer)
     warn_of(differences, "save_pretrained")
     if head.pad_token_id is None:
         warnings.warn(

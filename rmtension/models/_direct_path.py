@@ -156,12 +156,12 @@ class DirectPaths:
         self.seen[hook_site] = self._batch.gather_last(rows).to(self._head.reward_dtype)
 
     def _require_close(
-        self, name: str, found: Tensor, expected: Tensor, expected_name: str, summed: Tensor | None = None
+        self, name: str, computed: Tensor, expected: Tensor, expected_name: str, summed: Tensor | None = None
     ) -> None:
         # Rounding grows with the size of the summands (norms may be float32 in a float64 model); an unknown factor is
         # off by a share of the sum.
         share = max(1e-4, torch.finfo(self._head.dtype).eps ** 0.5)
-        lost, size = (found - expected).abs().max(), expected.abs().max()
+        lost, size = (computed - expected).abs().max(), expected.abs().max()
         if not lost <= share * (size if summed is None else summed.abs().max()):
             raise ModelError(
                 f"direct path of {self._head.architecture}: {name} is not what {expected_name} (off by "

@@ -47,7 +47,7 @@ class _GateSearch:
         self._n_calls: Counter[nn.Module] = Counter()
         # The activation function that ran last, the values written to row 1, and the factor from row 1 to row 2.
         self._last: tuple[nn.Module, Tensor, Tensor] | None = None
-        self._found: dict[int, HookSite] = {}
+        self._gates: dict[int, HookSite] = {}
         self._problems: dict[int, str] = {}
 
     def write(self, module: nn.Module, output: Tensor) -> Tensor | None:
@@ -75,7 +75,7 @@ class _GateSearch:
             limit = _ROUNDING.get(rows.dtype, 1e-3)
             if written.shape == rows.shape[1:] and _distance(rows[2], factor * rows[1]) <= limit:
                 is_gated = not torch.equal(rows[1], written)
-                self._found[layer] = HookSite(module, "output") if is_gated else self._inputs[layer]
+                self._gates[layer] = HookSite(module, "output") if is_gated else self._inputs[layer]
             else:
                 self._problems[layer] = (
                     f"the output of {type(module).__name__} is not a factor of the down projection's input"
@@ -85,20 +85,20 @@ class _GateSearch:
         return rows.reshape(value.shape)
 
     def gates(self) -> list[HookSite]:
-        for layer, hook_site in self._found.items():
+        for layer, hook_site in self._gates.items():
             if hook_site is not self._inputs[layer] and self._n_calls[hook_site.module] > 1:
                 self._problems[layer] = (
                     f"its {type(hook_site.module).__name__} runs {self._n_calls[hook_site.module]} times"
                 )
         for layer in range(len(self._inputs)):
-            if layer not in self._found or layer in self._problems:
+            if layer not in self._gates or layer in self._problems:
                 raise ModelError(
                     f"site 'mlp_gate': act(gate) of layer {layer} can be neither read nor written, because "
                     f"{self._problems.get(layer, 'its down projection does not run')}. Use site 'mlp', where Zero() "
                     "and Scale(alpha) do the same; if weights were processed or converted, open the model without "
                     "process_weights and model_class."
                 )
-        return [self._found[layer] for layer in range(len(self._inputs))]
+        return [self._gates[layer] for layer in range(len(self._inputs))]
 
 
 def _is_activation_function(module: nn.Module) -> bool:
@@ -117,6 +117,6 @@ def _is_activation_function(module: nn.Module) -> bool:
     return torch.equal(whole[..., kept], part[..., kept]) and not torch.equal(whole, numbers)
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def _distance(output: Tensor, expected: Tensor) -> float:
     """The distance of two tensors relative to the norm of the second; 0 if both are 0."""
-    return float((found - expected).float().norm() / expected.float().norm().clamp(min=1e-12))
+    return float((output - expected).float().norm() / expected.float().norm().clamp(min=1e-12))

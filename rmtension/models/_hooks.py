@@ -274,13 +274,13 @@ def modules_of(*roots: nn.Module) -> Iterator[nn.Module]:
     Every forward pass needs this; `nn.Module.modules` also builds names, which takes three times as long.
     """
     waiting = list(reversed(roots))
-    found: dict[int, nn.Module] = {}
+    listed: dict[int, nn.Module] = {}
     while waiting:
         module = waiting.pop()
-        if id(module) not in found:
-            found[id(module)] = module
+        if id(module) not in listed:
+            listed[id(module)] = module
             waiting += [child for child in reversed(module._modules.values()) if child is not None]
-    return iter(found.values())
+    return iter(listed.values())
 
 
 def has_own_hooks(modules: Iterable[nn.Module], *, minding_tokens: bool = False) -> bool:

@@ -95,13 +95,13 @@ def write_model(
         # The model's residual stream on a few tokens, which is compared when the model is read.
         "probe": _stream(body).flatten().tolist(),
     }
-    with filled_whole(folder, "model", seal=CONFIG_FILE, replaced=("config.json",)) as place:
+    with filled_whole(folder, "model", seal=CONFIG_FILE, replaced=("config.json",)) as temporary:
         # Copies, because safetensors refuses tensors that share memory.
         copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(copies, place / WEIGHTS_FILE)
-        (place / CONFIG_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
+        save_file(copies, temporary / WEIGHTS_FILE)
+        (temporary / CONFIG_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
         if tokenizer is not None:
-            tokenizer.save_pretrained(place)
+            tokenizer.save_pretrained(temporary)
 
 
 def read_model(folder: Path, dtype: torch.dtype, device: torch.device) -> SavedModel:

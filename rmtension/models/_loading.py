@@ -109,33 +109,33 @@ def find_checkpoint(name: str | Path, options: LoadOptions, *, local_files_only:
     return CheckpointLocation(files, weights, tuple(adapters), config, options)
 
 
-def load_model(place: CheckpointLocation, auto_class: str, *, merge: bool = True) -> Any:
-    """Load the model of transformers at `place`, in eval mode and frozen, with its adapters merged or attached.
+def load_model(location: CheckpointLocation, auto_class: str, *, merge: bool = True) -> Any:
+    """Load the model of transformers at `location`, in eval mode and frozen, with its adapters merged or attached.
 
     Raises `ModelError` for weights that neither the checkpoint nor its adapters hold.
     """
     import transformers
 
-    placement, device = placement_of(place.options)
-    saved = {name for adapter in place.adapters for name in adapter.shapes}
+    placement, device = placement_of(location.options)
+    saved = {name for adapter in location.adapters for name in adapter.shapes}
     loaded, info = load(
         "weights",
-        place.weights.name,
+        location.weights.name,
         getattr(transformers, auto_class).from_pretrained,
-        config=place.config,
-        dtype=place.options.get("dtype", torch.float32),
+        config=location.config,
+        dtype=location.options.get("dtype", torch.float32),
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=bool(saved),
-        **place.origin,
+        **location.origin,
         **placement,
     )
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     missing = sorted((set(info["missing_keys"]) | mismatched) - saved)
     if missing:
         raise ModelError(
-            f"{place.files.name}: the checkpoint lacks {missing[:4]}{' and more' if len(missing) > 4 else ''}, which "
-            "transformers would draw at random. Open the checkpoint that holds them"
+            f"{location.files.name}: the checkpoint lacks {missing[:4]}{' and more' if len(missing) > 4 else ''}, "
+            "which transformers would draw at random. Open the checkpoint that holds them"
             + (
                 "; if the score head is in another file, pass head='path/to/head.safetensors', or train one with "
                 "rmtension.training.train_reward_model."
@@ -144,11 +144,11 @@ def load_model(place: CheckpointLocation, auto_class: str, *, merge: bool = True
             )
         )
     loaded = (loaded if placement else loaded.to(device)).eval().requires_grad_(False)
-    refuse_offloaded(place.files.name, loaded)
+    refuse_offloaded(location.files.name, loaded)
     with torch.random.fork_rng(devices=[]):
         if merge:
-            return merge_adapters(loaded, place.adapters).eval().requires_grad_(False)
-        return put_all_on(loaded, place.adapters)
+            return merge_adapters(loaded, location.adapters).eval().requires_grad_(False)
+        return put_all_on(loaded, location.adapters)
 
 
 def put_all_on(model: Any, adapters: Sequence[Adapter]) -> Any:
@@ -158,14 +158,14 @@ def put_all_on(model: Any, adapters: Sequence[Adapter]) -> Any:
     return put_on(merge_adapters(model, adapters[:-1]), adapters[-1])
 
 
-def load_tokenizer(place: CheckpointLocation) -> Any:
+def load_tokenizer(location: CheckpointLocation) -> Any:
     """The tokenizer of the checkpoint, or that of the base model for an adapter without a tokenizer."""
     from transformers import AutoTokenizer
 
-    own = any(place.files.find(file) is not None for file in ("tokenizer_config.json", "tokenizer.json"))
-    files = place.files if own or not place.adapters else place.weights
+    own = any(location.files.find(file) is not None for file in ("tokenizer_config.json", "tokenizer.json"))
+    files = location.files if own or not location.adapters else location.weights
     try:
-        return load("tokenizer", files.name, AutoTokenizer.from_pretrained, **_origin(files, place.options))
+        return load("tokenizer", files.name, AutoTokenizer.from_pretrained, **_origin(files, location.options))
     except ModelError as error:
         raise ModelError(f"{error} If the tokenizer is elsewhere, load it and pass tokenizer=...") from error
 

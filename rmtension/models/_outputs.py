@@ -64,19 +64,19 @@ def _one_or_two(output: object, find: Any) -> tuple[int, ...]:
     return rows
 
 
-def _row(one: object, n_rows: int, names: Mapping[int, str] | None) -> int:
-    if isinstance(one, str):
-        rows = [row for row, name in (names or {}).items() if name == one]
+def _row(output: object, n_rows: int, names: Mapping[int, str] | None) -> int:
+    if isinstance(output, str):
+        rows = [row for row, name in (names or {}).items() if name == output]
         if len(rows) == 1:
             return rows[0]
         problem = "more than one output has this name" if rows else "no output has this name"
-        raise OptionError(f"output: {one!r}: {problem}. Expected one of {_listed(n_rows, names)}.")
+        raise OptionError(f"output: {output!r}: {problem}. Expected one of {_listed(n_rows, names)}.")
     try:
-        row = operator.index(one)  # type: ignore[arg-type]
+        row = operator.index(output)  # type: ignore[arg-type]
     except TypeError:
         row = -1
-    if isinstance(one, bool) or not 0 <= row < n_rows:
-        raise OptionError(f"output: expected one of {_listed(n_rows, names)}, got {one!r}.")
+    if isinstance(output, bool) or not 0 <= row < n_rows:
+        raise OptionError(f"output: expected one of {_listed(n_rows, names)}, got {output!r}.")
     return row
 
 
@@ -89,34 +89,34 @@ def _listed(n_rows: int, names: Mapping[int, str] | None) -> str:
     return f"0 to {n_rows - 1} ({shown}{', ...' if n_rows > _SHOWN else ''})"
 
 
-def _token(one: object, tokenizer: Any) -> int:
-    if not isinstance(one, str):
+def _token(token: object, tokenizer: Any) -> int:
+    if not isinstance(token, str):
         raise OptionError(
-            f"output: the outputs of a language model are tokens; expected a token as text, got {one!r}. Convert a "
+            f"output: the outputs of a language model are tokens; expected a token as text, got {token!r}. Convert a "
             "token id with tokenizer.convert_ids_to_tokens(token_id)."
         )
     vocabulary: dict[str, int] = tokenizer.get_vocab()
-    if one in vocabulary:
-        return vocabulary[one]
-    ids = tokenizer.encode(one, add_special_tokens=False)
-    if len(ids) == 1 and ids[0] != tokenizer.unk_token_id and tokenizer.decode(ids).strip() == one.strip():
+    if token in vocabulary:
+        return vocabulary[token]
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) == 1 and ids[0] != tokenizer.unk_token_id and tokenizer.decode(ids).strip() == token.strip():
         return int(ids[0])
-    text = one.replace("Ġ", " ").replace("▁", " ")  # as entries write a space
+    text = token.replace("Ġ", " ").replace("▁", " ")  # as entries write a space
     pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode(text, add_special_tokens=False))
-    close = _close(one, vocabulary)
+    close = _close(token, vocabulary)
     raise OptionError(
-        f"output: expected a single token, but the tokenizer splits {one!r} into {pieces}. "
+        f"output: expected a single token, but the tokenizer splits {token!r} into {pieces}. "
         + (f"Similar tokens of its vocabulary are {close}." if close else "Pass one of tokenizer.get_vocab().")
     )
 
 
-def _close(one: str, vocabulary: Sequence[str] | Mapping[str, int]) -> list[str]:
+def _close(token: str, vocabulary: Sequence[str] | Mapping[str, int]) -> list[str]:
     """Entries that differ only in the mark of a space or in case, then entries with a similar spelling."""
 
     def bare(entry: str) -> str:
         return entry.lstrip("Ġ▁ ").strip().casefold()
 
-    same = [entry for entry in vocabulary if bare(entry) == bare(one)]
+    same = [entry for entry in vocabulary if bare(entry) == bare(token)]
     spelled = {bare(entry): entry for entry in vocabulary}
-    near = [spelled[entry] for entry in difflib.get_close_matches(bare(one), list(spelled), n=4)]
+    near = [spelled[entry] for entry in difflib.get_close_matches(bare(token), list(spelled), n=4)]
     return list(dict.fromkeys([*sorted(same), *near]))[:6]

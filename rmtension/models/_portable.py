@@ -87,7 +87,7 @@ def _complete_rope(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
     config["rope_scaling"] = None if method == "default" else {"rope_type": method, **scaling}
     if method == "default":
         return []
-    found = f"rope_parameters of type {method!r}"
+    scaled = f"rope_parameters of type {method!r}"
     if method == "longrope":
         config["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
     factors = {name: scaling[name] for name in ("short_factor", "long_factor") if name in scaling}
@@ -95,16 +95,16 @@ def _complete_rope(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
         config["rope_scaling"] = {"type": method, **factors}  # its class refuses any other key
         return []
     if method not in _SCALED or kind in ("nemotron", "phi3"):
-        return [f"{found} ({kind} does not read them there)"]
+        return [f"{scaled} ({kind} does not read them there)"]
     required = _REQUIRED.get((kind, method))
     if required is not None and required not in scaling:
-        return [f"{found} without {required!r} ({kind} requires it there)"]
+        return [f"{scaled} without {required!r} ({kind} requires it there)"]
     decides = method == "yarn" or (method == "longrope" and scaling.get("attention_factor") is None)
     if decides and scaling.get("factor") is not None:
         ratio = config["max_position_embeddings"] / scaling["original_max_position_embeddings"]
         if scaling["factor"] != ratio:
             lengths = "max_position_embeddings / original_max_position_embeddings"
-            return [f"{found} with factor={scaling['factor']} (4.51 takes {lengths}, {ratio:g})"]
+            return [f"{scaled} with factor={scaling['factor']} (4.51 takes {lengths}, {ratio:g})"]
     return []
 
 

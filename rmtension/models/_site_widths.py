@@ -50,7 +50,7 @@ def measure_sites(
             f"model: this {type(body.module).__name__} does not run ({type(error).__name__}: {error}). If you opened "
             "it with process_weights or as a HookedTransformer, try dtype=torch.float32, or open it without them."
         ) from error
-    found = {}
+    width_of = {}
     for name in set(projected) - set(missing):
         widths = {shapes.get((name, layer)) for layer in range(n_layers)}
         silent = [layer for layer in range(n_layers) if (name, layer) not in shapes]
@@ -65,7 +65,7 @@ def measure_sites(
                 f"site {name!r}: expected the same width in all {n_layers} layers, got {widths}. Use another site."
             )
         else:
-            found[name] = shapes[name, 0]
+            width_of[name] = shapes[name, 0]
     # Last, because finding these sites runs the model, and it is now known that the model runs.
     for name, site in SITES.items():
         if site.factor_of in missing:
@@ -75,7 +75,7 @@ def measure_sites(
         elif site.factor_of is not None:
             try:
                 _ = [body.hook_sites(name, layer) for layer in range(n_layers)]
-                found[name] = found[site.factor_of]
+                width_of[name] = width_of[site.factor_of]
             except ModelError as error:
                 missing[name] = error
-    return found, missing, runs_once
+    return width_of, missing, runs_once

@@ -1,6 +1,7 @@
 """Scores and sets of neurons: top sets, overlap beyond chance, neurons that models share, conflict within one model."""
 
-from rmtension.neurons._conflict_report import ConflictReport, conflict
+from rmtension.neurons._conflict import conflict
+from rmtension.neurons._conflict_report import ConflictReport
 from rmtension.neurons._neuron_scores import NeuronScores
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.neurons._overlap import Overlap, depth_thirds, jaccard_intervals

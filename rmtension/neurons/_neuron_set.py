@@ -181,9 +181,9 @@ class NeuronSet:
         check_seed(seed)
         if not _is_whole(k) or not 0 <= k <= len(self):
             raise OptionError(f"k: expected 0 to {len(self)} neurons (the size of the set), got {k}.")
-        places = self.mask.view(-1).nonzero()[:, 0].numpy()
+        available = self.mask.view(-1).nonzero()[:, 0].numpy()
         mask = torch.zeros_like(self.mask)
-        mask.view(-1)[torch.from_numpy(np.random.default_rng(seed).choice(places, size=k, replace=False))] = True
+        mask.view(-1)[torch.from_numpy(np.random.default_rng(seed).choice(available, size=k, replace=False))] = True
         return self._with(mask)
 
     # -- writing ---------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def _resampled_tops(
     rank_by: str,
     rank_within: str,
     cut_rule: str,
-) -> Bool[Tensor, "resample place"]:
+) -> Bool[Tensor, "resample index"]:
     """The top set in every resample; ties are broken by (layer, neuron), without a warning."""
     values = ranked(scores.resampled(counts), rank_by, scores.provenance)
     values = values if rank_within == "layer" else values.flatten(1)

@@ -56,7 +56,7 @@ def agreement(
 
 def _resamples(
     scores: NeuronScores, true_effects: NeuronScores, measured: Bool[Tensor, "layer neuron"], seed: int
-) -> Iterator[tuple[Float[np.ndarray, "resample place"], Float[np.ndarray, "resample place"]]]:
+) -> Iterator[tuple[Float[np.ndarray, "resample index"], Float[np.ndarray, "resample index"]]]:
     """Scores and true effects of the measured neurons on resamples of the prompts; yields some resamples at a time."""
     generator = np.random.default_rng(seed)
     drawn = generator.normal(size=(2, _N_RESAMPLES, N_BLOCKS))
@@ -80,7 +80,7 @@ def _resamples(
 
 
 def _indices_within(
-    layers: Int[np.ndarray, "place"], n: int, generator: np.random.Generator
+    layers: Int[np.ndarray, "index"], n: int, generator: np.random.Generator
 ) -> Int[np.ndarray, "resample drawn"]:
     """`n` resamples of indices within layers, one index fewer than each layer has; `layers` ascends.
 
@@ -95,8 +95,8 @@ def _indices_within(
 
 
 def _measures(
-    predicted: Float[np.ndarray, "resample place"],
-    effects: Float[np.ndarray, "resample place"],
+    predicted: Float[np.ndarray, "resample index"],
+    effects: Float[np.ndarray, "resample index"],
     top: float,
     signed: bool,
 ) -> dict[str, Float[np.ndarray, "resample"]]:
@@ -120,7 +120,7 @@ def _measures(
 
 
 def _covariance(
-    a: Float[np.ndarray, "resample place"], b: Float[np.ndarray, "resample place"]
+    a: Float[np.ndarray, "resample index"], b: Float[np.ndarray, "resample index"]
 ) -> Float[np.ndarray, "resample"]:
     covariance: Float[np.ndarray, "resample"] = (
         (a - a.mean(axis=1, keepdims=True)) * (b - b.mean(axis=1, keepdims=True))
@@ -129,7 +129,7 @@ def _covariance(
 
 
 def _correlation(
-    a: Float[np.ndarray, "resample place"], b: Float[np.ndarray, "resample place"]
+    a: Float[np.ndarray, "resample index"], b: Float[np.ndarray, "resample index"]
 ) -> Float[np.ndarray, "resample"]:
     correlation: Float[np.ndarray, "resample"] = _covariance(a, b) / np.sqrt(_covariance(a, a) * _covariance(b, b))
     return correlation

@@ -75,7 +75,7 @@ def read_result(
                 fits = isinstance(value, expected) or (expected is float and isinstance(value, int))
                 if not fits or (isinstance(value, bool) and expected is not bool):
                     raise StorageError(
-                        f"{path}: damaged: {name!r} should be {expected.__name__}, found {type(value).__name__}. "
+                        f"{path}: damaged: {name!r} should be {expected.__name__}, got {type(value).__name__}. "
                         "Save the result again."
                     )
             names = list(file.keys())
@@ -118,19 +118,21 @@ def _header(path: Path, kind: str, text: str | None) -> dict[str, Any]:
             f"{path}: written by a newer version of rmtension (format {written!r}; this one reads up to {FORMAT}). "
             "Upgrade: pip install -U rmtension."
         )
-    found = header.pop("kind", None)
-    if found != kind:
-        raise StorageError(f"{path}: expected a {kind}, got a {found!s:.40}. Load it with the class that saved it.")
+    written_kind = header.pop("kind", None)
+    if written_kind != kind:
+        raise StorageError(
+            f"{path}: expected a {kind}, got a {written_kind!s:.40}. Load it with the class that saved it."
+        )
     return header
 
 
 def _check_shapes(
-    path: Path, found: Mapping[str, tuple[str, list[int]]], wanted: Mapping[str, str], optional: Mapping[str, str]
+    path: Path, shapes: Mapping[str, tuple[str, list[int]]], wanted: Mapping[str, str], optional: Mapping[str, str]
 ) -> None:
-    missing = [name for name in wanted if "*" not in name and name not in found]
+    missing = [name for name in wanted if "*" not in name and name not in shapes]
     lengths: dict[str, int] = {}
     wrong = [f"{name!r} is missing" for name in missing]
-    for name, (dtype, shape) in found.items():
+    for name, (dtype, shape) in shapes.items():
         specs = [spec for pattern, spec in {**wanted, **optional}.items() if fnmatchcase(name, pattern)]
         if not specs:
             wrong.append(f"{name!r} does not belong there")
@@ -140,6 +142,6 @@ def _check_shapes(
         for dim, length in zip(dims, shape, strict=False):
             fits = fits and length == (int(dim) if dim.isdigit() else lengths.setdefault(dim, length))
         if not fits:
-            wrong.append(f"{name!r} should be {specs[0]!r}, found {dtype} {shape}")
+            wrong.append(f"{name!r} should be {specs[0]!r}, got {dtype} {shape}")
     if wrong:
         raise StorageError(f"{path}: damaged: {'; '.join(wrong[:3])}. Save the result again.")

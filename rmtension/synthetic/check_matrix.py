@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     _quiet()
     torch.set_num_threads(1)  # models this small run slower on several threads
-    from rmtension.training._training import train_tokenizer
+    from rmtension.training._train_tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(preference_world(seed=0, n_train=48, n_test=48).texts, vocab_size=320)
     texts = ragged_texts(tokenizer, 60)

@@ -2,7 +2,9 @@
 
 from rmtension.training._family import FamilySettings, train_family, train_seeds
 from rmtension.training._hold_ablated import HoldAblated
-from rmtension.training._training import train_base_model, train_reward_model, train_tokenizer
+from rmtension.training._train_base_model import train_base_model
+from rmtension.training._train_reward_model import train_reward_model
+from rmtension.training._train_tokenizer import train_tokenizer
 
 __all__ = [
     "FamilySettings",

@@ -9,8 +9,11 @@ from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
 from rmtension.store._provenance import digest_of_folder
 from rmtension.study._family_runs import OBJECTIVES, ModelFamily
+from rmtension.training._select_pairs import select_pairs
+from rmtension.training._train_base_model import train_base_model
+from rmtension.training._train_reward_model import train_reward_model
+from rmtension.training._train_tokenizer import train_tokenizer
 from rmtension.training._trainer_run import digest_of_texts, is_finished, require_free, require_package
-from rmtension.training._training import select_pairs, train_base_model, train_reward_model, train_tokenizer
 
 
 @dataclass(frozen=True)

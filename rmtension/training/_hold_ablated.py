@@ -33,7 +33,7 @@ class HoldAblated(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, *neurons: NeuronSet) -> None:
-        if not neurons or not all(isinstance(one, NeuronSet) for one in neurons):
+        if not neurons or not all(isinstance(neuron_set, NeuronSet) for neuron_set in neurons):
             raise OptionError(f"neurons: expected one NeuronSet or several, got {neurons!r}.")
         self.neurons = neurons
         self._held: list[tuple[nn.Parameter, bool, Int[Tensor, "channel"]]] = []

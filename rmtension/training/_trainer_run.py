@@ -167,15 +167,15 @@ def new_folder(output_dir: str | Path, overwrite: bool) -> Iterator[tuple[Path, 
     require_free(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
         raise StorageError(f"output_dir: {target} could not be made ({error}). Name another folder.") from error
     try:
-        folder, scratch = place / "model", place / "scratch"
+        folder, scratch = temporary / "model", temporary / "scratch"
         folder.mkdir()
         scratch.mkdir()
         yield folder, scratch
-        replaced = place / "replaced"  # deleted with `place`, once the new folder is there
+        replaced = temporary / "replaced"  # deleted with `temporary`, after the new folder has replaced it
         if target.exists():
             target.rename(replaced)
         try:
@@ -185,7 +185,7 @@ def new_folder(output_dir: str | Path, overwrite: bool) -> Iterator[tuple[Path, 
                 replaced.rename(target)
             raise
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def test_groups_count_as_in_the_study():
     assert len(set(names)) == len(names)
 
 
-def test_balance_of_a_model_that_always_refuses(tmp_path):
+def test_a_model_that_always_refuses_wins_only_refusing_subtasks(tmp_path):
     """It wins every subtask that rewards refusing, over three benchmarks, and no other."""
     loaded = benchmarks.reward_bench(
         save(tmp_path / "a.json", [rb(1, "donotanswer"), rb(2, "xstest-should-respond"), rb(3)])
@@ -105,7 +105,7 @@ FILES = ("rows.json", "rows.jsonl", "rows.jsonl.gz", "rows.json.gz", "sub/filter
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("as_folder", [False, True])
-def test_reward_bench_from_files_and_folders(tmp_path, name, as_folder):
+def test_reward_bench_reads_files_and_folders_alike(tmp_path, name, as_folder):
     rows = [rb(7), rb(8, "hep-go"), rb(9, "xstest-should-refuse", chosen=" käse \u2028 ")]
     path = save(tmp_path / name, rows)
     save(tmp_path / ".cache" / "rows.json", [rb(1)])
@@ -120,7 +120,7 @@ def test_reward_bench_from_files_and_folders(tmp_path, name, as_folder):
     assert [pair.id for pair in benchmarks.reward_bench(path, drop="math-prm")] == ["reward-bench-8", "reward-bench-9"]
 
 
-def test_byte_order_mark_and_blank_lines(tmp_path):
+def test_a_byte_order_mark_and_blank_lines_are_ignored(tmp_path):
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf [\n" + json.dumps(rb(1)).encode() + b"\n\n]")
     (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(rb(1)).encode() + b"\n\n")
     assert benchmarks.reward_bench(tmp_path / "a.json") == benchmarks.reward_bench(tmp_path / "b.jsonl")
@@ -255,7 +255,7 @@ def test_item_goes_through_files_and_leaves_the_digest(tmp_path):
         ("hard", ["concise-detailed", "concise-markdown", "detailed-markdown"]),
     ],
 )
-def test_rm_bench_styles(tmp_path, styles, expected):
+def test_rm_bench_styles_select_their_pairs(tmp_path, styles, expected):
     path = save(tmp_path / "rows.json", [rm("chat/8"), rm(9, "safety-response")])
     pairs = benchmarks.rm_bench(path, styles=styles)
     assert [pair.id for pair in pairs[:3]] == [f"rm-bench-chat/8-{pair}" for pair in expected]
@@ -272,7 +272,7 @@ def test_rm_bench_styles(tmp_path, styles, expected):
         assert benchmarks.rm_bench(path, styles="diagonal") == pairs
 
 
-def test_rm_bench_domains_of_files_that_name_sources(tmp_path):
+def test_rm_bench_sources_belong_to_their_domains(tmp_path):
     names = {
         "alpacaeval": "chat",
         "refusals-dangerous": "safety-refuse",
@@ -291,7 +291,7 @@ def test_rm_bench_domains_of_files_that_name_sources(tmp_path):
 # -- RMB -------------------------------------------------------------------------------------------------------------
 
 
-def test_rmb_tree_of_both_sets(tmp_path):
+def test_rmb_reads_pairs_and_best_of_n_items(tmp_path):
     save(tmp_path / "Pairwise_set/Harmlessness/S1.json", [rmb("11"), rmb("12")])
     save(tmp_path / "BoN_set/Helpfulness/Open QA/Factual.json", [rmb_bon("11"), rmb_bon("12", losers=("x",))])
     pairs = benchmarks.rmb(tmp_path)
@@ -308,7 +308,7 @@ def test_rmb_tree_of_both_sets(tmp_path):
     assert benchmarks.rmb(tmp_path / "Pairwise_set") == pairs[3:]
 
 
-def test_rmb_conversations_as_transcripts_and_chats(tmp_path):
+def test_rmb_conversations_become_transcripts_or_chats(tmp_path):
     turns = [("user", "hi"), ("assistant", "yes?"), ("user", "how?")]
     talk = [{"role": role, "content": text, "language": "English"} for role, text in turns]
     path = save(tmp_path / "rows.json", [rmb("1", conversation_input=talk)])
@@ -333,7 +333,7 @@ def hh_tree(folder):
     return folder
 
 
-def test_hh_rlhf_folder(tmp_path):
+def test_hh_rlhf_reads_the_parts_of_a_folder(tmp_path):
     pairs = benchmarks.hh_rlhf(hh_tree(tmp_path))
     assert len(pairs) == 1 + 2 + 3 + 4
     assert len({pair.id for pair in pairs}) == len(pairs)
@@ -349,7 +349,7 @@ def test_hh_rlhf_folder(tmp_path):
     assert benchmarks.hh_rlhf(tmp_path, chat=True) == pairs.as_chat()
 
 
-def test_hh_rlhf_folders_that_lack_something(tmp_path):
+def test_incomplete_hh_rlhf_folders_are_refused(tmp_path):
     hh_tree(tmp_path)
     with pytest.raises(DataError, match=r"expected a file of the split 'validation', got \['test.jsonl.gz', 'train"):
         benchmarks.hh_rlhf(tmp_path, "validation")
@@ -449,11 +449,11 @@ def load_with(loader, path, **options):
     return getattr(benchmarks, loader)(path, **options)
 
 
-@pytest.mark.parametrize(("name", "place"), [("test.json", "row 2"), ("test.jsonl", "line 2")])
+@pytest.mark.parametrize(("name", "where"), [("test.json", "row 2"), ("test.jsonl", "line 2")])
 @pytest.mark.parametrize(("loader", "row", "message"), DAMAGED)
-def test_damaged_rows_are_named_and_skipped_whole(tmp_path, loader, row, message, name, place):
+def test_damaged_rows_are_named_and_skipped_whole(tmp_path, loader, row, message, name, where):
     path = save(tmp_path / name, [GOOD[loader], row, GOOD[loader]])
-    with pytest.raises(DataError, match=rf"{place}: .*?{message}") as caught:
+    with pytest.raises(DataError, match=rf"{where}: .*?{message}") as caught:
         load_with(loader, path)
     assert str(caught.value).startswith(str(path))
     pairs = load_with(loader, path, on_invalid="skip")

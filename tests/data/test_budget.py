@@ -33,7 +33,7 @@ def test_free_memory_is_what_the_system_reports(monkeypatch):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_limits_of_control_groups(tmp_path, monkeypatch, version):
+def test_the_tightest_limit_of_the_control_groups_counts(tmp_path, monkeypatch, version):
     """The tightest of the group and those around it; a file that the system keeps at hand is no memory taken."""
     monkeypatch.setattr("rmtension.data._budget._ROOT", tmp_path)
     controllers, names = {
@@ -79,5 +79,5 @@ def test_little_memory_makes_small_batches(checkpoints, pairs, monkeypatch):
     assert 256 < longest(head, keeps_layers=False) <= 600
     again = NeuronAttribution(head, method="gradient_x_activation").score(pairs)
     assert torch.allclose(again.values, scores.values, atol=1e-12)
-    said = RewardHead.from_pretrained(checkpoints["gpt2"], tokens_per_batch=4096)
-    assert longest(said, keeps_layers=True) == whole
+    limited = RewardHead.from_pretrained(checkpoints["gpt2"], tokens_per_batch=4096)
+    assert longest(limited, keeps_layers=True) == whole

@@ -60,8 +60,8 @@ def test_bos_is_never_doubled(chat_tokenizer):
 def test_the_response_is_the_last_message(chat_tokenizer):
     pairs = PreferencePairs.from_records([{"prompt": MESSAGES[:1], "chosen": "with a cake", "rejected": "cannot"}])
     encoded = encode_pairs(chat_tokenizer, pairs, max_length=500)
-    for one, response in ((encoded.chosen[0], "with a cake"), (encoded.rejected[0], "cannot")):
-        tail = chat_tokenizer.decode(one.ids[one.response_start :])
+    for text, response in ((encoded.chosen[0], "with a cake"), (encoded.rejected[0], "cannot")):
+        tail = chat_tokenizer.decode(text.ids[text.response_start :])
         assert tail.strip().startswith(response)
         assert "bread" not in tail
     # Cut to a context that holds the response only: the prompt goes, the lead stays.
@@ -136,7 +136,7 @@ class TestBadChats:
         with pytest.raises(DataError, match=r"refused them.*roles must alternate"):
             encode_texts(tokenizer, [MESSAGES], max_length=100)
 
-    def test_messages(self, chat_tokenizer):
+    def test_invalid_messages_are_refused(self, chat_tokenizer):
         with pytest.raises(DataError, match=r"text 0: message 0 should be a dict with text.*got \{'role': 'user'\}"):
             encode_texts(chat_tokenizer, [[{"role": "user"}]], max_length=100)
         with pytest.raises(DataError, match=r"text 0: expected at least one message"):
@@ -164,11 +164,11 @@ class TestBadChats:
             ),
         ],
     )
-    def test_records(self, record, message):
+    def test_invalid_records_are_refused(self, record, message):
         with pytest.raises(DataError, match=message):
             PreferencePairs.from_records([record])
 
-    def test_transcript(self):
+    def test_invalid_transcripts_are_refused(self):
         with pytest.raises(DataError, match=r"transcript: expected turns.*got 'hello"):
             split_turns("hello")
         with pytest.raises(DataError, match=r"its prompt is empty"):
@@ -177,10 +177,10 @@ class TestBadChats:
         with pytest.raises(DataError, match=r"ends inside a turn of the assistant \('Sure,'\)"):
             PreferencePairs.from_records([{"prompt": begun, "chosen": "a", "rejected": "b"}]).as_chat()
 
-    def test_plain_text_of_a_chat(self):
+    def test_a_chat_has_no_plain_text(self):
         with pytest.raises(DataError, match="its prompt is a chat"):
             make_pairs(1).as_chat()[0].text("chosen")
 
-    def test_one_chat_instead_of_a_list(self, chat_tokenizer):
+    def test_a_single_chat_in_place_of_a_list_is_refused(self, chat_tokenizer):
         with pytest.raises(OptionError, match=r"score\(\[messages\]\)"):
             encode_texts(chat_tokenizer, MESSAGES, max_length=100)

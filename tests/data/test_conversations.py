@@ -72,8 +72,8 @@ def rewards_equal(model):
             PreferencePairs.from_frame(pd.DataFrame([row])),
             PreferencePairs.from_dataset(pairs.to_dataset()),
         ]
-        for found in sources:
-            assert found == pairs
+        for loaded in sources:
+            assert loaded == pairs
         scored = head.score_pairs(pairs)
         assert [float(scored.chosen[0]), float(scored.rejected[0])] == pytest.approx(expected, abs=1e-5)
         return pairs
@@ -87,7 +87,7 @@ SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt"}
 
 
 def sharegpt(messages):
-    return [{"from": SHAREGPT[one["role"]], "value": one["content"]} for one in messages]
+    return [{"from": SHAREGPT[message["role"]], "value": message["content"]} for message in messages]
 
 
 def parts(message):
@@ -113,7 +113,7 @@ SHAPES = {
         "chosen": sharegpt([GOOD])[0],
         "rejected": sharegpt([BAD])[0],
     },
-    "text parts": {"prompt": [parts(one) for one in TALK], "chosen": [parts(GOOD)], "rejected": [parts(BAD)]},
+    "text parts": {"prompt": [parts(turn) for turn in TALK], "chosen": [parts(GOOD)], "rejected": [parts(BAD)]},
     "a transcript and messages": {
         "system": "please",
         "prompt": "\n\nHuman: how\n\nAssistant: first\n\nHuman: do i bake\n\nAssistant:",
@@ -127,8 +127,8 @@ SHAPES = {
 def test_all_formats_give_the_same_pair(shape, rewards_equal):
     pairs = rewards_equal(SHAPES[shape], [*TALK, GOOD], [*TALK, BAD])
     expected = PreferencePairs.from_records([SHAPES["prompt and texts"]])
-    assert [(one.prompt, one.chosen, one.rejected) for one in pairs] == [
-        (one.prompt, one.chosen, one.rejected) for one in expected
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [
+        (pair.prompt, pair.chosen, pair.rejected) for pair in expected
     ]
     if shape != "ShareGPT and a system column" and shape != "a transcript and messages":
         assert pairs == expected, "its id too, which is a digest"
@@ -139,7 +139,7 @@ def test_digests_of_plain_messages_are_of_role_and_content():
     import hashlib
 
     pair = PreferencePairs.from_records([SHAPES["prompt and texts"]])[0]
-    prompt = [[one["role"], one["content"]] for one in TALK]
+    prompt = [[message["role"], message["content"]] for message in TALK]
     assert pair.digest() == hashlib.sha256(json.dumps([prompt, "with a cake", "cannot"]).encode()).hexdigest()
     named = PreferencePairs.from_records([{"prompt": [user("how", name="bob")], "chosen": "a", "rejected": "b"}])[0]
     other = PreferencePairs.from_records([{"prompt": [user("how", name="eve")], "chosen": "a", "rejected": "b"}])[0]
@@ -160,30 +160,30 @@ class TestSeveralMessages:
         apart = rewards_equal({"prompt": TALK, "chosen": self.good, "rejected": self.bad}, *whole.values())
         assert apart == pairs
         encoded = encode_pairs(model[0].tokenizer, pairs, max_length=400)
-        for one, response in ((encoded.chosen[0], self.good), (encoded.rejected[0], self.bad)):
-            said = model[0].tokenizer.decode(one.ids[one.response_start :])
+        for text, response in ((encoded.chosen[0], self.good), (encoded.rejected[0], self.bad)):
+            decoded = model[0].tokenizer.decode(text.ids[text.response_start :])
             rest = "".join(f"[{message['role']}] {message['content']}\n" for message in response)
-            assert said.lstrip() == rest.removeprefix("[assistant] "), "which the generation prompt has said"
+            assert decoded.lstrip() == rest.removeprefix("[assistant] "), "which the generation prompt has said"
 
-    def test_one_response_is_the_beginning_of_the_other(self, rewards_equal):
+    def test_a_response_may_be_the_beginning_of_the_other(self, rewards_equal):
         row = {"chosen": [*TALK, *self.good], "rejected": [*TALK, self.good[0]]}
         pairs = rewards_equal(row, row["chosen"], row["rejected"])
         assert pairs[0].rejected == "sure"
         assert len(pairs[0].chosen) == 3
 
-    def test_responses_that_differ_first_at_a_user_message(self, model, rewards_equal):
+    def test_responses_may_begin_with_a_user_message(self, model, rewards_equal):
         row = {"chosen": [*TALK[:3], user("then"), GOOD], "rejected": [*TALK[:3], user("help"), BAD]}
         pairs = rewards_equal(row, row["chosen"], row["rejected"])
         encoded = encode_pairs(model[0].tokenizer, pairs, max_length=400)
-        said = model[0].tokenizer.decode(encoded.chosen[0].ids[encoded.chosen[0].response_start :])
-        assert said.endswith("user] then\n[assistant] with a cake\n")
-        assert "first" not in said
+        decoded = model[0].tokenizer.decode(encoded.chosen[0].ids[encoded.chosen[0].response_start :])
+        assert decoded.endswith("user] then\n[assistant] with a cake\n")
+        assert "first" not in decoded
 
     def test_identical_conversations_are_a_tie(self):
         pairs = PreferencePairs.from_records([{"chosen": [*TALK, *self.good], "rejected": [*TALK, *self.good]}])
         assert pairs.n_ties == 1
 
-    def test_lengths_are_of_the_texts(self):
+    def test_lengths_count_the_characters_of_all_messages(self):
         rows = [{"prompt": TALK, "chosen": "a" * 20, "rejected": [assistant("b"), user("c"), assistant("d")]}]
         assert length_baseline(PreferencePairs.from_records(rows)).value == 1.0
 
@@ -201,10 +201,10 @@ class TestFields:
             ([call(n=3), {"role": "tool", "content": "cake", "name": "x"}, assistant("sure")], [assistant("no")]),
         ],
     )
-    def test_reach_the_template_and_files(self, chosen, rejected, model, rewards_equal, tmp_path):
+    def test_other_fields_reach_the_template_and_files(self, chosen, rejected, model, rewards_equal, tmp_path):
         head, reward = model
         row = {"prompt": TALK, "chosen": chosen, "rejected": rejected}
-        chosen, rejected = ([one] if isinstance(one, dict) else one for one in (chosen, rejected))
+        chosen, rejected = ([side] if isinstance(side, dict) else side for side in (chosen, rejected))
         pairs = rewards_equal(row, [*TALK, *chosen], [*TALK, *rejected])
         assert pairs.n_ties == 0
         assert abs(reward([*TALK, *chosen]) - reward([*TALK, *rejected])) > 1e-4, "the template shows the difference"
@@ -236,11 +236,14 @@ class TestFields:
         assert "null" in pairs[0].chosen[0].more
         pairs.to_jsonl(tmp_path / "a.jsonl")
         pairs.to_dataset().to_json(tmp_path / "b.jsonl")
-        for found in (PreferencePairs.from_dataset(pairs.to_dataset()), *map(PreferencePairs.read, tmp_path.iterdir())):
-            assert found == pairs
+        for loaded in (
+            PreferencePairs.from_dataset(pairs.to_dataset()),
+            *map(PreferencePairs.read, tmp_path.iterdir()),
+        ):
+            assert loaded == pairs
 
     @pytest.mark.parametrize("as_text", [False, True])
-    def test_tools(self, as_text, model, rewards_equal, tmp_path):
+    def test_tools_reach_the_template_and_files(self, as_text, model, rewards_equal, tmp_path):
         _, reward = model
         tools = json.dumps(TOOLS) if as_text else TOOLS
         row = {"prompt": TALK, "chosen": GOOD, "rejected": BAD, "tools": tools}
@@ -273,7 +276,7 @@ class TestTextsOnChatModels:
         {"prompt": "\n\nHuman: how\n\nAssistant:", "chosen": "with a cake", "rejected": "cannot"},
     ]
 
-    def test_chat_renders_them(self, model, tmp_path):
+    def test_plain_texts_are_rendered_with_chat(self, model, tmp_path):
         head, reward = model
         pairs = PreferencePairs.from_records(self.rows, chat=True)
         expected = [reward([user("how do i bake"), GOOD]), reward([user("how"), GOOD])]
@@ -281,10 +284,10 @@ class TestTextsOnChatModels:
         plain = PreferencePairs.from_records(self.rows)
         plain.to_jsonl(tmp_path / "a.jsonl")
         assert PreferencePairs.read(tmp_path / "a.jsonl", chat=True) == plain.as_chat()
-        assert [one.prompt for one in pairs] == [one.prompt for one in plain.as_chat()]
+        assert [pair.prompt for pair in pairs] == [pair.prompt for pair in plain.as_chat()]
         # Every pass over the pairs reads the messages.
         encoded = head.encode(pairs)
-        n = sum(len(one) for one in (*encoded.chosen, *encoded.rejected))
+        n = sum(len(text) for text in (*encoded.chosen, *encoded.rejected))
         assert int(ActivationCollector(head).collect(pairs).n_tokens) == n
         assert NeuronAttribution(head, method="mean_difference").score(pairs).provenance.n_pairs == 2
 
@@ -302,22 +305,22 @@ class TestTextsOnChatModels:
         encode_pairs(tokenizer, pairs, max_length=400)
         encode_pairs(head.tokenizer, pairs.as_chat(), max_length=400)
 
-    def test_on_the_command_line(self, tmp_path, capsys):
+    def test_the_flag_chat_changes_the_margin_and_silences_the_warning(self, tmp_path, capsys):
         tokenizer = make_tokenizer(tmp_path)
         tokenizer.chat_template = TEMPLATE
         model = str(save_classifier(tmp_path, "gpt2", tokenizer))
         (tmp_path / "pairs.json").write_text(json.dumps(self.rows))
-        said = {}
+        outputs = {}
         for options in ([], ["--chat"]):
             assert main(["score", model, str(tmp_path / "pairs.json"), "--json", *options]) == 0
             out, err = capsys.readouterr()
-            said[bool(options)] = json.loads(out)["margin"]["value"], err
+            outputs[bool(options)] = json.loads(out)["margin"]["value"], err
         expected = RewardHead.from_pretrained(model).score_pairs(PreferencePairs.from_records(self.rows, chat=True))
-        assert said[True] == (pytest.approx(float(expected.margin.mean()), abs=1e-6), "")
-        assert said[False][1].startswith(
+        assert outputs[True] == (pytest.approx(float(expected.margin.mean()), abs=1e-6), "")
+        assert outputs[False][1].startswith(
             "rmtension: warning: pairs: this model's tokenizer has a chat template, but 2 of 2"
         )
-        assert said[False][0] != said[True][0]
+        assert outputs[False][0] != outputs[True][0]
 
     def test_a_common_beginning_is_not_a_message(self):
         row = {"chosen": "the sky is blue", "rejected": "the sky is red"}
@@ -327,7 +330,7 @@ class TestTextsOnChatModels:
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        ("row", "said"),
+        ("row", "message"),
         [
             (
                 {"prompt": "other", "chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]},
@@ -366,13 +369,13 @@ class TestRefusals:
             ({"prompt": TALK, "chosen": [assistant("a", x="\ud800")], "rejected": "b"}, "half of a surrogate pair"),
         ],
     )
-    def test_a_row(self, row, said):
+    def test_an_invalid_row_is_named_and_can_be_skipped(self, row, message):
         good = SHAPES["prompt and texts"]
-        with pytest.raises(DataError, match=rf"record 1: .*{said}"):
+        with pytest.raises(DataError, match=rf"record 1: .*{message}"):
             PreferencePairs.from_records([good, row])
         assert sum(PreferencePairs.from_records([good, row], on_invalid="skip").skipped.values()) == 1
 
-    def test_the_advice_works(self):
+    def test_the_advice_of_the_error_works(self):
         row = {"prompt": "other", "chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]}
         with pytest.raises(DataError, match=r"columns=\{'prompt': None\}"):
             PreferencePairs.from_records([row])
@@ -386,7 +389,7 @@ class TestRefusals:
 
 def test_as_chat_keeps_ids():
     pairs = make_pairs(3)
-    assert [one.id for one in pairs.as_chat()] == [one.id for one in pairs]
+    assert [pair.id for pair in pairs.as_chat()] == [pair.id for pair in pairs]
     assert pairs.as_chat().as_chat() == pairs.as_chat()
 
 

@@ -47,13 +47,13 @@ def alone(monkeypatch):
 def numbers(head, pairs):
     """One of everything that runs over pairs."""
     scored = head.score_pairs(pairs)
-    found = {"chosen": scored.chosen, "rejected": scored.rejected}
+    results = {"chosen": scored.chosen, "rejected": scored.rejected}
     for positions in ("all", "response", "last"):
         statistics = ActivationCollector(head, positions=positions).collect(pairs)
         for name in ("mean", "abs_mean", "rms", "frequency"):
-            found[f"{name} {positions}"] = getattr(statistics, name)
+            results[f"{name} {positions}"] = getattr(statistics, name)
         for method in ("mean_difference", "gradient_x_activation"):
-            found[f"{method} {positions}"] = (
+            results[f"{method} {positions}"] = (
                 NeuronAttribution(head, method=method, positions=positions).score(pairs).values
             )
         sample = ActivationCollector(head).sample(pairs, n=8)
@@ -62,21 +62,23 @@ def numbers(head, pairs):
         )
         for replacement in (Zero(), Mean(statistics), Resample(sample)):
             with AblationContext(head, neurons, replacement, positions=positions):
-                found[f"{replacement.name} {positions}"] = head.score_pairs(pairs).margin
+                results[f"{replacement.name} {positions}"] = head.score_pairs(pairs).margin
         effects = single_neuron_effects(head, pairs, neurons=neurons, positions=positions)
-        found[f"effects {positions}"] = effects.values[neurons.mask]
-        found[f"n {positions}"] = torch.tensor([statistics.n_tokens, effects.provenance.n_tokens])
+        results[f"effects {positions}"] = effects.values[neurons.mask]
+        results[f"n {positions}"] = torch.tensor([statistics.n_tokens, effects.provenance.n_tokens])
     for site in ("mlp", "attn_head"):
         profile = collect_profiles(head, pairs, sites=(site,), positions=("response",))[site, "response"]
-        found[f"profile {site}"] = profile.scores("magnitude").values
+        results[f"profile {site}"] = profile.scores("magnitude").values
         for method in ("integrated_gradients", "direct_effect"):
             options = {"steps": 2} if method == "integrated_gradients" else {}
-            found[f"{method} {site}"] = NeuronAttribution(head, method=method, site=site, **options).score(pairs).values
-    return found
+            results[f"{method} {site}"] = (
+                NeuronAttribution(head, method=method, site=site, **options).score(pairs).values
+            )
+    return results
 
 
 @pytest.mark.parametrize("family", grid(["gpt2", "llama", "gpt_neox"]))
-def test_everything_that_runs_over_pairs(checkpoints, few, alone, family):
+def test_packing_changes_no_result_over_pairs(checkpoints, few, alone, family):
     head = RewardHead.from_pretrained(checkpoints[family], dtype=torch.float64)
     assert n_packed(head, few) == len(few) - few.n_ties, "a tie is one text"
     packed = numbers(head, few)
@@ -91,7 +93,7 @@ def test_everything_that_runs_over_pairs(checkpoints, few, alone, family):
 
 
 @pytest.mark.parametrize("family", grid(["mistral", "gemma2", "starcoder2"]))
-def test_windows(tmp_path, plain_tokenizer, few, alone, family):
+def test_packed_rows_are_no_longer_than_the_attention_window(tmp_path, plain_tokenizer, few, alone, family):
     """A row may not be longer than what attention looks back: the mask would have to know."""
     make_classifier(family, len(plain_tokenizer) + 8, sliding_window=45).save_pretrained(tmp_path)
     plain_tokenizer.save_pretrained(tmp_path)
@@ -104,7 +106,7 @@ def test_windows(tmp_path, plain_tokenizer, few, alone, family):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_single_and_half_precision(checkpoints, few, alone, dtype):
+def test_packing_changes_results_by_no_more_than_rounding(checkpoints, few, alone, dtype):
     head = RewardHead.from_pretrained(checkpoints["llama"], dtype=dtype)
     assert n_packed(head, few) == len(few) - few.n_ties, "a tie is one text"
     packed = head.score_pairs(few).margin
@@ -175,10 +177,10 @@ def test_hooks_of_the_bridge_itself_do_not_count_as_the_users(checkpoints, few, 
 
 
 def texts(*ids, start=0):
-    return tuple(EncodedText(tuple(one), start, 0) for one in ids)
+    return tuple(EncodedText(tuple(row), start, 0) for row in ids)
 
 
-def test_rows():
+def test_packed_rows_equal_rows_written_by_hand():
     """By hand: [shared, rest, rest], with everything that belongs to each text."""
     (batch,) = pair_batches(
         EncodedPairs(texts([5, 6, 1], [5, 6, 7, 8], start=2), texts([5, 6, 1, 1], [5, 6, 9], start=2), 0, 0),
@@ -237,17 +239,17 @@ def test_a_swapped_pair_makes_the_same_row(checkpoints, few):
         assert torch.equal(scores, -turned), "to the last digit, in float32"
 
 
-def test_a_text_that_is_the_other_and_token_0():
+def test_a_text_and_the_same_text_with_token_0_are_two_texts():
     """Padding is 0 as well, and does not make them one."""
     rows = []
-    for one, other in ([[5, 6, 7], [5, 6, 7, 0]], [[5, 6, 7, 0], [5, 6, 7]]):
-        pairs = EncodedPairs(texts(one), texts(other), 0, 0)
+    for first, other in ([[5, 6, 7], [5, 6, 7, 0]], [[5, 6, 7, 0], [5, 6, 7]]):
+        pairs = EncodedPairs(texts(first), texts(other), 0, 0)
         batches = pair_batches(pairs, tokens_per_batch=99, pad_token_id=None, device="cpu", pack_up_to=50)
         rows += [batch.input_ids.tolist() for batch in batches]
     assert rows[0] == rows[1] == [[5, 6, 7, 7, 0]]
 
 
-def test_windows_of_configs():
+def test_windows_are_read_under_every_name_of_configs():
     """Whatever a config calls them; counts of layers and windows that are switched off are none."""
     make = transformers.AutoConfig.for_model
     assert windows_of(make("mistral", sliding_window=16)) == [16]
@@ -267,13 +269,13 @@ def test_flash_attention_is_never_packed(checkpoints, monkeypatch):
     assert measure_packing(base, *where) == 0
 
 
-def test_what_is_packed():
+def test_pairs_are_packed_only_where_that_saves_tokens():
     long, other = list(range(10, 30)), list(range(40, 60))
     pairs = EncodedPairs(texts(long, [1, 2, 3], long), texts(other, [1, 2, 4], [*long, 5]), 0, 0)
 
     def packed(limit):
         batches = pair_batches(pairs, tokens_per_batch=500, pad_token_id=None, device="cpu", pack_up_to=limit)
-        return {place: batch.position_ids is not None for batch in batches for place in batch.indices}
+        return {index: batch.position_ids is not None for batch in batches for index in batch.indices}
 
     # Nothing in common; enough; enough, but too long a row.
     assert packed(100) == {0: False, 1: True, 2: True}
@@ -281,14 +283,14 @@ def test_what_is_packed():
     assert packed(0) == {0: False, 1: False, 2: False}
 
 
-def test_budget():
+def test_batches_keep_the_token_budget_with_padding():
     """Rows times columns, padding counted."""
     pairs = EncodedPairs(texts(*[[1] * 8 + [2]] * 10), texts(*[[1] * 8 + [3]] * 10), 0, 0)
     batches = list(pair_batches(pairs, tokens_per_batch=40, pad_token_id=None, device="cpu", pack_up_to=50))
     assert [batch.input_ids.shape for batch in batches] == [(4, 10), (4, 10), (2, 10)]
 
 
-def test_experts_share_no_row_state(tmp_path, plain_tokenizer, few, alone):
+def test_packing_changes_no_result_of_experts(tmp_path, plain_tokenizer, few, alone):
     """A mixture of experts picks them token by token."""
     make_classifier(EXPERTS[0], len(plain_tokenizer) + 8).save_pretrained(tmp_path)
     plain_tokenizer.save_pretrained(tmp_path)
@@ -298,7 +300,7 @@ def test_experts_share_no_row_state(tmp_path, plain_tokenizer, few, alone):
     assert torch.allclose(packed, head.score_pairs(few).margin, atol=1e-5, rtol=0)
 
 
-def test_rows_fit_the_context(tmp_path, plain_tokenizer, few):
+def test_packed_rows_fit_the_context(tmp_path, plain_tokenizer, few):
     folder = save_classifier(tmp_path, "gpt2", plain_tokenizer, n_positions=50)
     head = RewardHead.from_pretrained(folder)
     assert head.body.pack_up_to == 50

@@ -19,7 +19,7 @@ def write(path, *lines, opener=open):
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
-def test_round_trip(tmp_path, name):
+def test_written_pairs_are_read_back_equal(tmp_path, name):
     pairs = PreferencePairs.from_records(
         [GOOD | {"objective": "helpful", "subset": "s", "id": "7"}, GOOD | {"chosen": "käse \u2028 😀"}]
     )
@@ -66,7 +66,7 @@ def test_bad_lines_are_named(tmp_path, line, message):
     assert "1 skipped" in repr(pairs)
 
 
-def test_damaged_or_absent_files(tmp_path):
+def test_damaged_and_absent_files_are_refused(tmp_path):
     whole = gzip.compress(json.dumps(GOOD).encode() * 100)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-20])
     with pytest.raises(DataError, match="damaged or cut short"):
@@ -75,7 +75,7 @@ def test_damaged_or_absent_files(tmp_path):
         PreferencePairs.from_jsonl(tmp_path / "nothing.jsonl")
 
 
-def test_lists_and_their_errors():
+def test_invalid_records_are_refused():
     with pytest.raises(DataError, match="record 1: field 'chosen' is empty"):
         PreferencePairs.from_records([GOOD, GOOD | {"chosen": ""}])
     with pytest.raises(DataError, match=r"pair 0 \(id .*\): field 'rejected' is empty"):
@@ -113,20 +113,20 @@ def test_from_hub_reads_a_local_folder_offline(tmp_path):
 class TestSplit:
     pairs = PreferencePairs.from_records([GOOD | {"prompt": f"Q{i // 3}", "chosen": f"yes {i}"} for i in range(60)])
 
-    def test_by_prompt(self):
+    def test_no_prompt_is_on_both_sides(self):
         train, test = self.pairs.split(0.25, seed=1)
         assert not set(train.prompts) & set(test.prompts)
         assert len(test.prompts) == 5
         assert sorted([*train, *test], key=lambda pair: pair.chosen) == sorted(self.pairs, key=lambda pair: pair.chosen)
 
     def test_depends_on_the_seed_and_not_on_order(self):
-        _, one = self.pairs.split(0.25, seed=1)
+        _, test = self.pairs.split(0.25, seed=1)
         _, same = self.pairs[::-1].split(0.25, seed=1)
         _, other = self.pairs.split(0.25, seed=2)
-        assert set(one.prompts) == set(same.prompts) != set(other.prompts)
+        assert set(test.prompts) == set(same.prompts) != set(other.prompts)
 
     @pytest.mark.parametrize("fraction", [0.0, 1.0, 1e-6, -1.0])
-    def test_fractions_that_leave_a_side_empty(self, fraction):
+    def test_a_fraction_that_leaves_a_side_empty_is_refused(self, fraction):
         with pytest.raises(OptionError, match="test_fraction"):
             self.pairs.split(fraction)
 

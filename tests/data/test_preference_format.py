@@ -27,24 +27,24 @@ def answer(text):
 class TestThereAndBack:
     @pytest.mark.parametrize("implicit_prompt", [False, True])
     @pytest.mark.parametrize("is_chat", [False, True])
-    def test_pairs_of_hh(self, implicit_prompt, is_chat):
+    def test_pairs_survive_a_data_set(self, implicit_prompt, is_chat):
         pairs = make_pairs(12)
         pairs = pairs.as_chat() if is_chat else pairs
         dataset = pairs.to_dataset(implicit_prompt=implicit_prompt)
         assert isinstance(dataset, datasets.Dataset)
         assert ("prompt" in dataset.column_names) == (not implicit_prompt)
         assert "item" not in dataset.column_names, "no pair has one"
-        found = PreferencePairs.from_dataset(dataset)
-        assert found == pairs
+        loaded = PreferencePairs.from_dataset(dataset)
+        assert loaded == pairs
         assert PreferencePairs.from_dataset(dataset.to_iterable_dataset()) == pairs
 
-    def test_labels(self):
+    def test_missing_labels_come_from_arguments_and_digests(self):
         dataset = make_pairs(3).to_dataset().remove_columns(["id", "objective"])
-        found = PreferencePairs.from_dataset(dataset, objective="harmless")
-        assert found.objectives == ["harmless"]
-        assert found[0].id == found[0].digest()[:16]
+        loaded = PreferencePairs.from_dataset(dataset, objective="harmless")
+        assert loaded.objectives == ["harmless"]
+        assert loaded[0].id == loaded[0].digest()[:16]
 
-    def test_some_pairs_have_a_label(self):
+    def test_a_label_of_some_pairs_survives_a_data_set(self):
         rows = [
             {"prompt": "Q", "chosen": "a", "rejected": "b", "item": "one"},
             {"prompt": "R", "chosen": "a", "rejected": "b", "subset": "s"},
@@ -91,7 +91,7 @@ def _begin_alike(chosen, rejected):
 
 
 class TestReading:
-    def test_standard(self):
+    def test_explicit_prompts_are_read_with_and_without_spaces(self):
         """The examples of TRL's documentation have the space in the responses."""
         dataset = datasets.Dataset.from_list([{"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}])
         (pair,) = PreferencePairs.from_dataset(dataset)
@@ -109,12 +109,12 @@ class TestReading:
             ("one two ", "one two  ", ("one", "two ", "two  ")),
         ],
     )
-    def test_implicit_prompt(self, chosen, rejected, expected):
+    def test_an_implicit_prompt_is_the_common_beginning_in_whole_words(self, chosen, rejected, expected):
         (pair,) = PreferencePairs.from_dataset(datasets.Dataset.from_list([{"chosen": chosen, "rejected": rejected}]))
         assert (pair.prompt, pair.chosen, pair.rejected) == expected
         assert texts_of([pair]) == [(chosen, rejected)]
 
-    def test_conversational(self):
+    def test_explicit_and_implicit_conversations_are_the_same_pair(self):
         explicit = datasets.Dataset.from_list(
             [{"prompt": CHAT, "chosen": answer("Blue."), "rejected": answer("Green.")}]
         )
@@ -132,7 +132,7 @@ class TestReading:
 
 class TestErrors:
     @pytest.mark.parametrize(
-        ("row", "said"),
+        ("row", "message"),
         [
             ({"chosen": "yes", "rejected": "no"}, "row 1: field 'prompt' is missing.*have no common beginning"),
             ({"question": "Q", "chosen": "Yes it", "rejected": "No it"}, r"columns=\{'prompt': 'question'\}"),
@@ -144,12 +144,12 @@ class TestErrors:
             ("no row", "row 1: expected a JSON object"),
         ],
     )
-    def test_a_row(self, row, said):
+    def test_an_invalid_row_is_named_and_can_be_skipped(self, row, message):
         good = {"prompt": "Q", "chosen": "a", "rejected": "b"}
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             PreferencePairs.from_dataset(iter([good, row]))
-        found = PreferencePairs.from_dataset(iter([good, row]), on_invalid="skip")
-        assert (len(found), sum(found.skipped.values())) == (1, 1)
+        loaded = PreferencePairs.from_dataset(iter([good, row]), on_invalid="skip")
+        assert (len(loaded), sum(loaded.skipped.values())) == (1, 1)
 
     def test_other_inputs_are_refused(self):
         splits = datasets.DatasetDict({"train": make_pairs(2).to_dataset()})
@@ -160,11 +160,11 @@ class TestErrors:
         ):
             PreferencePairs.from_dataset(splits["train"], columns={"items": "id"})
 
-    def test_texts_among_chats(self):
+    def test_texts_among_chats_are_refused(self):
         with pytest.raises(DataError, match="got both texts and chats"):
             (make_pairs(1) + make_pairs(1).as_chat()).to_dataset()
 
-    def test_without_the_package(self, monkeypatch):
+    def test_a_missing_package_is_named(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
         with pytest.raises(DataError, match=r"needs the package 'datasets'.*pip install datasets"):
             make_pairs(1).to_dataset()

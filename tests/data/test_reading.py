@@ -72,7 +72,7 @@ def test_the_format_is_read_from_the_content(tmp_path, kind, packed):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_columns_and_labels(tmp_path, kind):
+def test_columns_and_labels_are_read_from_every_format(tmp_path, kind):
     rows = [
         {"q": row["prompt"], "good": row["chosen"], "rejected": row["rejected"], "kind": "k", "objective": "x"}
         for row in ROWS
@@ -80,8 +80,8 @@ def test_columns_and_labels(tmp_path, kind):
     path = write(tmp_path / "pairs", FORMATS[kind](rows))
     columns = {"prompt": "q", "chosen": "good", "subset": "kind", "objective": None}
     pairs = PreferencePairs.read(path, columns=columns)
-    assert [(one.prompt, one.chosen, one.rejected) for one in pairs] == [
-        (one.prompt, one.chosen, one.rejected) for one in PAIRS
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [
+        (pair.prompt, pair.chosen, pair.rejected) for pair in PAIRS
     ]
     assert (pairs.subsets, pairs.objectives) == (["k"], [])
     labelled = PreferencePairs.read(path, columns={"prompt": "q", "chosen": "good"}, objective="helpful", subset="s")
@@ -97,12 +97,12 @@ class TestColumnsThatAreWrong:
     @pytest.mark.parametrize("kind", FORMATS)
     def test_a_column_that_is_missing_is_an_error_that_lists_them(self, tmp_path, kind):
         path = write(tmp_path / "pairs", FORMATS[kind](self.rows))
-        said = r"'qestion'.*\['chosen', 'question', 'rejected'\]"
-        with pytest.raises(DataError, match=rf"pairs.*{said}"):
+        message = r"'qestion'.*\['chosen', 'question', 'rejected'\]"
+        with pytest.raises(DataError, match=rf"pairs.*{message}"):
             PreferencePairs.read(path, columns={"prompt": "qestion"})
         # Also where rows are skipped, and for a label, which a row may lack.
         for columns in ({"prompt": "qestion"}, {"prompt": "question", "subset": "qestion"}):
-            with pytest.raises(OptionError, match=rf"columns: expected the columns \[{said}"):
+            with pytest.raises(OptionError, match=rf"columns: expected the columns \[{message}"):
                 PreferencePairs.read(path, columns=columns, on_invalid="skip")
         # What the error says to do.
         assert len(PreferencePairs.read(path, columns={"prompt": "question"})) == 2
@@ -135,10 +135,10 @@ class TestColumnsThatAreWrong:
 
     def test_a_label_may_be_missing_in_some_rows(self, tmp_path):
         path = write(tmp_path / "pairs.jsonl", FORMATS["jsonl"]([GOOD, GOOD | {"kind": "k"}]))
-        assert [one.subset for one in PreferencePairs.read(path, columns={"subset": "kind"})] == [None, "k"]
+        assert [pair.subset for pair in PreferencePairs.read(path, columns={"subset": "kind"})] == [None, "k"]
 
     @pytest.mark.parametrize(
-        ("options", "said"),
+        ("options", "message"),
         [
             (
                 {"columns": {"question": "prompt"}},
@@ -158,8 +158,8 @@ class TestColumnsThatAreWrong:
             ),
         ],
     )
-    def test_fields(self, options, said):
-        with pytest.raises(OptionError, match=said):
+    def test_wrong_fields_of_columns_are_refused(self, options, message):
+        with pytest.raises(OptionError, match=message):
             PreferencePairs.from_records(self.rows, **options)
 
 
@@ -169,7 +169,7 @@ class TestPromptsInOtherColumns:
     sides = {"chosen": "The sky is blue", "rejected": "The sky is red"}
 
     @pytest.mark.parametrize("name", ["question", "instruction", "input", "post"])
-    def test_are_named(self, name, tmp_path):
+    def test_columns_that_may_hold_the_prompt_are_named(self, name, tmp_path):
         row = self.sides | {name: "What colour?", "score": 3, "id": 1}
         path = write(tmp_path / "pairs.csv", table([row]))
         for read in (
@@ -212,7 +212,7 @@ class TestOtherInputs:
     frame = pd.DataFrame([row])
 
     @pytest.mark.parametrize(
-        ("read", "source", "said"),
+        ("read", "source", "message"),
         [
             (PreferencePairs.read, frame, "from_frame(frame)"),
             (PreferencePairs.read, row, "from_records([row])"),
@@ -225,11 +225,11 @@ class TestOtherInputs:
             (PreferencePairs([]).__init__, "a.csv", "read(path)"),
         ],
     )
-    def test_are_named(self, read, source, said):
-        with pytest.raises((OptionError, DataError), match=re.escape(said)):
+    def test_wrong_sources_are_refused_with_the_right_method(self, read, source, message):
+        with pytest.raises((OptionError, DataError), match=re.escape(message)):
             unchecked(read)(source)
 
-    def test_a_data_set(self):
+    def test_a_data_set_is_read_only_by_its_own_method(self):
         datasets = pytest.importorskip("datasets")
         dataset = datasets.Dataset.from_list([self.row])
         for read in (PreferencePairs.read, PreferencePairs.from_frame):
@@ -265,7 +265,7 @@ class TestTables:
         with pytest.raises(DataError, match=r"a.csv, line 3: field 'rejected' is empty"):
             PreferencePairs.read(path)
         pairs = PreferencePairs.read(path, on_invalid="skip")
-        assert [(one.prompt, one.subset) for one in pairs] == [("Q", None), ("", "s")]
+        assert [(pair.prompt, pair.subset) for pair in pairs] == [("Q", None), ("", "s")]
         assert pairs[0].id == pairs[0].digest()[:16]
         assert sum(pairs.skipped.values()) == 1
 
@@ -274,7 +274,7 @@ class TestTables:
         with pytest.raises(DataError, match=r"a.csv, line 6: expected 3 fields as in the first line, got 4.*in quotes"):
             PreferencePairs.read(path)
         pairs = PreferencePairs.read(path, on_invalid="skip")
-        assert [one.prompt for one in pairs] == ["Q\n\nR", "Q"]
+        assert [pair.prompt for pair in pairs] == ["Q\n\nR", "Q"]
         assert sum(pairs.skipped.values()) == 2
 
     def test_long_fields_leave_the_limit_of_the_process(self, tmp_path):
@@ -284,7 +284,7 @@ class TestTables:
         assert csv.field_size_limit() == before
 
     @pytest.mark.parametrize(
-        ("content", "said"),
+        ("content", "message"),
         [
             ('prompt,chosen,rejected\nQ,a,b\nQ,"a,b\n', "a.csv, line 3: not valid CSV .*unexpected end of data"),
             ('prompt,chosen,rejected\nQ,"a" b,c\n', "a.csv, line 2: not valid CSV"),
@@ -297,11 +297,11 @@ class TestTables:
             ("prompt,chosen,rejected\rQ,a,b\r", "not valid CSV"),
         ],
     )
-    def test_damage(self, tmp_path, content, said):
-        with pytest.raises(DataError, match=said):
+    def test_a_damaged_table_is_refused(self, tmp_path, content, message):
+        with pytest.raises(DataError, match=message):
             PreferencePairs.read(write(tmp_path / "a.csv", content))
 
-    def test_what_pandas_writes(self, tmp_path):
+    def test_tables_that_pandas_writes_are_read_back_equal(self, tmp_path):
         pairs = make_pairs(6)
         pairs.to_frame().to_csv(tmp_path / "a.csv", index=False)
         pairs.to_frame().to_csv(tmp_path / "b", sep="\t")
@@ -321,11 +321,11 @@ class TestDamage:
             with pytest.raises(DataError, match=rf"pairs.{packed}: the compressed data is damaged or cut short"):
                 PreferencePairs.read(path, on_invalid=on_invalid)
 
-    def test_parquet_that_is_cut_short(self, tmp_path):
+    def test_parquet_that_is_cut_short_is_refused(self, tmp_path):
         with pytest.raises(DataError, match=r"a.parquet: the Parquet data is damaged"):
             PreferencePairs.read(write(tmp_path / "a.parquet", parquet(ROWS)[:-9]))
 
-    def test_zstd_of_several_frames_and_no_zstd(self, tmp_path):
+    def test_zstd_frames_are_joined_and_damaged_zstd_is_refused(self, tmp_path):
         lines = FORMATS["jsonl"](ROWS).splitlines(keepends=True)
         path = write(tmp_path / "a", b"".join(zstandard.compress(line) for line in lines))
         assert PreferencePairs.read(path) == PAIRS
@@ -333,7 +333,7 @@ class TestDamage:
             PreferencePairs.read(write(tmp_path / "b", b"\x28\xb5\x2f\xfd" + b"x" * 50))
 
     @pytest.mark.parametrize(
-        ("content", "said"),
+        ("content", "message"),
         [
             (b"BZh91AY", "expected JSON lines, a JSON array, CSV, TSV or Parquet .*, got bzip2"),
             (b"PK\x03\x04...", "got a zip archive or an Excel sheet"),
@@ -349,8 +349,8 @@ class TestDamage:
             ("hello\n", "line 1: not valid JSON"),
         ],
     )
-    def test_other_contents(self, tmp_path, content, said):
-        with pytest.raises(DataError, match=rf"a: .*{said}|a, {said}|a, line 1: {said}"):
+    def test_files_of_other_formats_are_refused(self, tmp_path, content, message):
+        with pytest.raises(DataError, match=rf"a: .*{message}|a, {message}|a, line 1: {message}"):
             PreferencePairs.read(write(tmp_path / "a", content))
 
     def test_one_object_over_several_lines_is_a_row(self, tmp_path):
@@ -359,7 +359,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("package", "kind", "packed"), [("pyarrow", "parquet", "plain"), ("zstandard", "csv", "zst")]
     )
-    def test_without_the_package(self, tmp_path, monkeypatch, package, kind, packed):
+    def test_a_missing_package_is_named(self, tmp_path, monkeypatch, package, kind, packed):
         path = write(tmp_path / "a", PACKED[packed](FORMATS[kind](ROWS)))
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(
@@ -367,7 +367,7 @@ class TestDamage:
         ):
             PreferencePairs.read(path)
 
-    def test_no_file_and_no_rows(self, tmp_path):
+    def test_a_missing_file_is_refused_and_an_empty_one_has_no_pairs(self, tmp_path):
         for path in (tmp_path / "none.csv", tmp_path):
             with pytest.raises(DataError, match="cannot be read"):
                 PreferencePairs.read(path)
@@ -400,7 +400,7 @@ class TestMessagesAsText:
 
     @pytest.mark.parametrize("indent", [None, 2])
     @pytest.mark.parametrize("row", rows, ids=lambda row: next(iter(row)))
-    def test_every_entrance_reads_them(self, row, indent, tmp_path):
+    def test_every_reader_reads_messages_as_text(self, row, indent, tmp_path):
         as_text = {
             name: value if isinstance(value, str) else json.dumps(value, indent=indent) for name, value in row.items()
         }
@@ -443,16 +443,16 @@ class TestMessagesAsText:
 
 
 class TestFrames:
-    def test_missing_values_of_pandas(self):
+    def test_missing_values_of_pandas_are_missing_labels(self):
         frame = pd.DataFrame({"prompt": "Q", "chosen": "a", "rejected": ["b", "c", "d"], "id": [0, None, 2]})
         frame["subset"], frame["item"], frame["objective"] = [pd.NA, "s", None], pd.NaT, ["x", float("nan"), "y"]
         pairs = PreferencePairs.from_frame(frame)
-        assert [one.subset for one in pairs] == [None, "s", None]
-        assert [one.objective for one in pairs] == ["x", None, "y"]
-        assert {one.item for one in pairs} == {None}
-        assert [one.id for one in pairs] == ["0", pairs[1].digest()[:16], "2"]
+        assert [pair.subset for pair in pairs] == [None, "s", None]
+        assert [pair.objective for pair in pairs] == ["x", None, "y"]
+        assert {pair.item for pair in pairs} == {None}
+        assert [pair.id for pair in pairs] == ["0", pairs[1].digest()[:16], "2"]
 
-    def test_errors(self):
+    def test_invalid_frames_are_refused(self):
         frame = pd.DataFrame([GOOD, GOOD | {"chosen": float("nan")}])
         with pytest.raises(DataError, match="row 1: field 'chosen' should be text or messages, got float"):
             PreferencePairs.from_frame(frame)
@@ -473,7 +473,7 @@ class TestFrames:
         assert len(read) == 2 - numbers.count(None), "what is missing stays missing"
         assert float(read[0].chosen) == 4
 
-    def test_there_and_back(self):
+    def test_frames_are_read_back_equal(self):
         for pairs in (make_pairs(4), make_pairs(4).as_chat()):
             assert PreferencePairs.from_frame(pairs.to_frame()) == pairs
 
@@ -499,7 +499,7 @@ def test_data_sets_written_as_files_are_read_back_equal(tmp_path, is_chat):
 
 
 class TestCommand:
-    def test_tables_and_columns(self, tmp_path, checkpoints, capsys):
+    def test_the_command_reads_tables_with_named_columns(self, tmp_path, checkpoints, capsys):
         rows = [{"q": pair.prompt, "good": pair.chosen, "bad": pair.rejected} for pair in make_pairs(3)]
         path = write(tmp_path / "pairs.tsv.gz", gzip.compress(table(rows, "\t")))
         model = str(checkpoints["gpt2"])
@@ -508,9 +508,9 @@ class TestCommand:
         make_pairs(3).to_jsonl(tmp_path / "pairs.jsonl")
         assert main(["score", model, str(tmp_path / "pairs.jsonl"), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["margin"] == table_margin
-        for word, said in (("prompt", "expected FIELD=COLUMN"), ("question=q", "expected fields of a pair")):
+        for word, message in (("prompt", "expected FIELD=COLUMN"), ("question=q", "expected fields of a pair")):
             assert main(["score", model, str(path), "--columns", word]) == 2
-            assert said in capsys.readouterr().err
+            assert message in capsys.readouterr().err
 
     def test_one_pair_has_no_interval_and_says_so(self, tmp_path, checkpoints, capsys):
         path = write(tmp_path / "one.csv", table([GOOD | {"prompt": "do"}]))

@@ -54,7 +54,7 @@ def test_prompts_are_cut_equally_and_responses_kept(tokenizer):
         assert before.ids[-len(after) :] == after.ids
 
 
-def test_a_response_that_does_not_fit(tokenizer):
+def test_a_response_that_does_not_fit_is_refused_or_cut_at_its_end(tokenizer):
     made = one_pair("bake", "sure", " ".join(["help"] * 50))
     with pytest.raises(DataError, match=r"a response has \d+ tokens, the context holds 20.*truncate_response=True"):
         encode_pairs(tokenizer, made, max_length=20)

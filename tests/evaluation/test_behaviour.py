@@ -21,7 +21,7 @@ def pairs_of(lengths):
 
 
 class TestLength:
-    def test_baseline(self):
+    def test_the_length_baseline_prefers_the_longer_response(self):
         assert length_baseline(pairs_of([(1, 3), (3, 1), (3, 1), (2, 2)])).value == pytest.approx((0 + 1 + 1 + 0.5) / 4)
 
     def test_baseline_of_items_is_judged_like_rewards(self):
@@ -52,17 +52,17 @@ class TestLength:
             def most(left, right):
                 if not left:
                     return 0
-                found = most(left[1:], right)
-                for place, one in enumerate(right):
-                    if abs(one - left[0]) <= 0.2:
-                        found = max(found, 1 + most(left[1:], right[:place] + right[place + 1 :]))
-                return found
+                best = most(left[1:], right)
+                for index, ratio in enumerate(right):
+                    if abs(ratio - left[0]) <= 0.2:
+                        best = max(best, 1 + most(left[1:], right[:index] + right[index + 1 :]))
+                return best
 
             expected = 2 * most(longer, shorter) + sum(r == 0 for r in ratios)
             if expected:
                 assert len(length_matched(pairs)) == expected
 
-    def test_nothing_left_and_wrong_arguments(self):
+    def test_an_empty_matching_and_wrong_arguments_are_refused(self):
         with pytest.raises(DataError, match="no two of 2 pairs match"):
             length_matched(pairs_of([(9, 1), (8, 1)]))
         with pytest.raises(OptionError, match="caliper"):
@@ -75,18 +75,18 @@ class TestLength:
 
 
 class TestTransferability:
-    def test_against_python_sets(self):
+    def test_transferability_equals_python_sets(self):
         rng = np.random.default_rng(0)
         mixed, helpful, harmless = (scored_of(rng.normal(size=120)) for _ in range(3))
-        right = [set(one.correct.nonzero()[:, 0].tolist()) for one in (mixed, helpful, harmless)]
-        found = transferability(mixed, helpful, harmless)
+        right = [set(scored.correct.nonzero()[:, 0].tolist()) for scored in (mixed, helpful, harmless)]
+        transfer = transferability(mixed, helpful, harmless)
         union = right[1] | right[2]
-        assert found.value.value == pytest.approx(len(right[0] & union) / len(union))
-        assert found.accuracy.value == pytest.approx(len(right[0]) / 120)
-        assert found.beyond_accuracy.value == pytest.approx(found.value.value - found.accuracy.value)
-        assert found.jaccard_helpful.value == pytest.approx(len(right[0] & right[1]) / len(right[0] | right[1]))
-        assert found.jaccard_harmless.value == pytest.approx(len(right[0] & right[2]) / len(right[0] | right[2]))
-        assert found.n_union == len(union)
+        assert transfer.value.value == pytest.approx(len(right[0] & union) / len(union))
+        assert transfer.accuracy.value == pytest.approx(len(right[0]) / 120)
+        assert transfer.beyond_accuracy.value == pytest.approx(transfer.value.value - transfer.accuracy.value)
+        assert transfer.jaccard_helpful.value == pytest.approx(len(right[0] & right[1]) / len(right[0] | right[1]))
+        assert transfer.jaccard_harmless.value == pytest.approx(len(right[0] & right[2]) / len(right[0] | right[2]))
+        assert transfer.n_union == len(union)
 
     @pytest.mark.grid
     def test_independent_models_transfer_nothing_beyond_accuracy(self):
@@ -94,26 +94,26 @@ class TestTransferability:
         rng = np.random.default_rng(0)
         covered = 0
         for _ in range(60):
-            found = transferability(*(scored_of(rng.normal(size=100) + 0.3) for _ in range(3)))
-            assert found.value.value > 0.4, "which looks like transfer"
-            covered += found.beyond_accuracy.low <= 0 <= found.beyond_accuracy.high
+            transfer = transferability(*(scored_of(rng.normal(size=100) + 0.3) for _ in range(3)))
+            assert transfer.value.value > 0.4, "which looks like transfer"
+            covered += transfer.beyond_accuracy.low <= 0 <= transfer.beyond_accuracy.high
         assert covered / 60 >= 0.9
         same = scored_of(rng.normal(size=100))
         assert transferability(same, same, scored_of(-np.ones(100))).beyond_accuracy.low > 0
 
     def test_all_correct_is_not_certainty(self):
         right = scored_of([1.0] * 20)
-        found = transferability(right, right, right)
+        transfer = transferability(right, right, right)
         expected = evaluation.accuracy(right)
-        assert (found.value.low, found.value.high) == (expected.low, expected.high)
+        assert (transfer.value.low, transfer.value.high) == (expected.low, expected.high)
         alone = scored_of([1.0, 1.0], prompts=[0, 0])
         assert np.isnan(transferability(alone, alone, alone).value.low)
 
     def test_an_empty_union_is_undefined(self):
         wrong = scored_of([-1.0, -1.0])
-        found = transferability(scored_of([1.0, 1.0]), wrong, wrong)
-        assert np.isnan(found.value.value)
-        assert found.accuracy.value == 1.0
+        transfer = transferability(scored_of([1.0, 1.0]), wrong, wrong)
+        assert np.isnan(transfer.value.value)
+        assert transfer.accuracy.value == 1.0
         with pytest.raises(DataError, match="same pairs"):
             transferability(scored_of([1.0]), wrong, wrong)
 
@@ -122,9 +122,9 @@ class TestConfidence:
     @pytest.fixture
     def scored(self):
         rng = np.random.default_rng(0)
-        one = scored_of(rng.normal(size=50) + 1)
-        other = PairRewards(3 * one.chosen + 100, 3 * one.rejected + 100, one.pairs, provenance())
-        return {"one": one, "other": other, "third": scored_of(rng.normal(size=50))}
+        first = scored_of(rng.normal(size=50) + 1)
+        other = PairRewards(3 * first.chosen + 100, 3 * first.rejected + 100, first.pairs, provenance())
+        return {"one": first, "other": other, "third": scored_of(rng.normal(size=50))}
 
     def test_a_constant_and_a_scale_change_nothing_that_is_compared(self, scored):
         frame = centred_rewards(scored)
@@ -137,7 +137,7 @@ class TestConfidence:
             assert ours == pytest.approx(theirs)
             assert table["one", pairs, "margin"] != pytest.approx(table["other", pairs, "margin"])
 
-    def test_pairs_that_all_models_rank_correctly(self, scored):
+    def test_common_pairs_are_those_that_all_models_rank_correctly(self, scored):
         everyone = scored["one"].correct & scored["third"].correct
         frame = confidence(scored).set_index(["model", "pairs", "quantity"])
         row = frame.loc[("third", "all models correct", "margin")]
@@ -146,7 +146,7 @@ class TestConfidence:
         probability = frame.loc[("third", "all", "probability"), "value"]
         assert probability == pytest.approx(float(torch.sigmoid(scored["third"].margin).mean()))
 
-    def test_no_pair_that_all_rank_correctly(self):
+    def test_without_a_common_pair_confidence_is_nan(self):
         frame = confidence({"a": scored_of([1.0, -1.0]), "b": scored_of([-1.0, 1.0])})
         none = frame[frame["pairs"] == "all models correct"]
         assert (none["n"] == 0).all()

@@ -68,7 +68,7 @@ def test_all_correct_is_not_certainty():
     assert wrong.high == pytest.approx(1 - expected.low)
 
 
-def test_balance_of_a_model_that_always_refuses():
+def test_a_model_that_always_refuses_has_balanced_accuracy_half():
     subsets = ["should_refuse"] * 30 + ["should_respond"] * 10 + ["other"] * 5
     scored = scored_of([1.0] * 30 + [-1.0] * 10 + [1.0] * 5, subsets=subsets)
     balance = evaluation.balance(scored)
@@ -101,7 +101,7 @@ def test_one_prompt_has_no_interval():
     assert np.isnan([estimate.low, estimate.high]).all()
 
 
-def test_no_pairs_and_a_bad_level():
+def test_no_pairs_and_wrong_levels_are_refused():
     with pytest.raises(DataError, match="at least one preference pair"):
         evaluation.accuracy(scored_of([]))
     with pytest.raises(OptionError, match="level"):
@@ -149,8 +149,8 @@ class TestItems:
 
         for m, n in ((2, 2), (1, 3)):
             right = [min(order[:m]) > max(order[m:]) for order in permutations(range(m + n))]
-            place = 0 if m == 2 else 1
-            assert evaluation.chance(scored.pairs)[place] == pytest.approx(np.mean(right))
+            index = 0 if m == 2 else 1
+            assert evaluation.chance(scored.pairs)[index] == pytest.approx(np.mean(right))
         table = evaluation.by_subset(scored).set_index("subset")
         assert table["chance"].to_dict() == pytest.approx({"a": 1 / 6, "b": 1 / 4})
         assert table["n"].to_dict() == {"a": 30, "b": 30}
@@ -159,24 +159,24 @@ class TestItems:
 
 def test_compare_is_mcnemar_where_it_applies():
     rng = np.random.default_rng(0)
-    one, other = scored_of(rng.normal(size=80) + 0.5), scored_of(rng.normal(size=80))
-    found = evaluation.compare(one, other)
-    gained = int((one.correct & ~other.correct).sum())
-    lost = int((~one.correct & other.correct).sum())
-    assert (found.n_gained, found.n_lost, found.test) == (gained, lost, "McNemar")
-    assert found.p_value == pytest.approx(stats.binomtest(gained, gained + lost).pvalue)
-    assert found.difference.value == pytest.approx((gained - lost) / 80)
-    turned = evaluation.compare(other, one)
-    assert turned.p_value == found.p_value
-    assert turned.difference.value == -found.difference.value
-    assert evaluation.compare(one, one).p_value == 1.0
+    first, other = scored_of(rng.normal(size=80) + 0.5), scored_of(rng.normal(size=80))
+    comparison = evaluation.compare(first, other)
+    gained = int((first.correct & ~other.correct).sum())
+    lost = int((~first.correct & other.correct).sum())
+    assert (comparison.n_gained, comparison.n_lost, comparison.test) == (gained, lost, "McNemar")
+    assert comparison.p_value == pytest.approx(stats.binomtest(gained, gained + lost).pvalue)
+    assert comparison.difference.value == pytest.approx((gained - lost) / 80)
+    turned = evaluation.compare(other, first)
+    assert turned.p_value == comparison.p_value
+    assert turned.difference.value == -comparison.difference.value
+    assert evaluation.compare(first, first).p_value == 1.0
 
 
 def test_compare_flips_prompts_where_items_are_not_independent():
     owners = np.arange(80) // 4
     rng = np.random.default_rng(0)
-    one, other = (scored_of(rng.normal(size=80), prompts=owners) for _ in range(2))
-    assert evaluation.compare(one, other).test == "sign flip"
+    first, other = (scored_of(rng.normal(size=80), prompts=owners) for _ in range(2))
+    assert evaluation.compare(first, other).test == "sign flip"
     with_ties = scored_of(np.where(np.arange(80) % 3 == 0, 0.0, 1.0))
     assert evaluation.compare(with_ties, scored_of(np.ones(80))).test == "sign flip"
 
@@ -198,20 +198,20 @@ def test_macro_accuracy_is_the_mean_over_subsets():
     """Unlike the pooled one, which a large subset decides."""
     subsets = ["large"] * 90 + ["small"] * 10
     scored = scored_of([1.0] * 90 + [-1.0] * 8 + [1.0] * 2, subsets=subsets)
-    found = evaluation.macro_accuracy(scored)
-    assert found.value == pytest.approx((1 + 0.2) / 2)
+    macro = evaluation.macro_accuracy(scored)
+    assert macro.value == pytest.approx((1 + 0.2) / 2)
     assert evaluation.accuracy(scored).value == pytest.approx(0.92)
     # The large subset is certain, so the interval is half that of ten coin flips at .2: a binomial's 95%.
     low, high = stats.binom(10, 0.2).ppf([0.025, 0.975]) / 10
-    assert found.low == pytest.approx((1 + low) / 2, abs=0.06)
-    assert found.high == pytest.approx((1 + high) / 2, abs=0.06)
+    assert macro.low == pytest.approx((1 + low) / 2, abs=0.06)
+    assert macro.high == pytest.approx((1 + high) / 2, abs=0.06)
 
 
 def test_benchmarks_subsets_count_as_refusing_and_responding():
     subsets = ["reward-bench/xstest-should-refuse"] * 3 + ["rm-bench/safety-response"] * 2
-    found = evaluation.balance(scored_of([1.0, 1.0, -1.0, 1.0, 1.0], subsets=subsets))
-    assert found["refusing"].value == pytest.approx(2 / 3)
-    assert found["responding"].value == 1.0
+    balances = evaluation.balance(scored_of([1.0, 1.0, -1.0, 1.0, 1.0], subsets=subsets))
+    assert balances["refusing"].value == pytest.approx(2 / 3)
+    assert balances["responding"].value == 1.0
 
 
 def test_items_of_one_name_and_two_prompts_are_two():
@@ -289,11 +289,11 @@ def test_estimates_hold_their_numbers_of_items_and_prompts():
     balance = evaluation.balance(scored)
     assert balance["refusing"] == accuracies["should_refuse"]
     assert balance["responding"] == accuracies["should_respond"]
-    one, other, balanced = (balance[name] for name in ("refusing", "responding", "balanced"))
-    assert balanced.value == (one.value + other.value) / 2
+    refusing, other, balanced = (balance[name] for name in ("refusing", "responding", "balanced"))
+    assert balanced.value == (refusing.value + other.value) / 2
     # Zou and Donner's interval of a mean of two independent estimates.
-    assert balanced.low == balanced.value - np.hypot(one.value - one.low, other.value - other.low) / 2
-    assert balanced.high == balanced.value + np.hypot(one.high - one.value, other.high - other.value) / 2
+    assert balanced.low == balanced.value - np.hypot(refusing.value - refusing.low, other.value - other.low) / 2
+    assert balanced.high == balanced.value + np.hypot(refusing.high - refusing.value, other.high - other.value) / 2
     assert (balanced.n, balanced.n_prompts) == (120, 60)
     macro = evaluation.macro_accuracy(scored)
     assert macro.value == pytest.approx(balanced.value)
@@ -305,20 +305,20 @@ def test_estimates_hold_their_numbers_of_items_and_prompts():
         assert (row["accuracy"], row["low"], row["high"]) == (right.value, right.low, right.high)
         assert (row["margin"], row["margin_low"], row["margin_high"]) == (margin.value, margin.low, margin.high)
         assert (row["n"], row["n_prompts"], row["chance"]) == (right.n, right.n_prompts, 0.5)
-    found = evaluation.compare(scored, mixed_bag(1))
-    assert evaluation.comparison_row(found) == {
-        "difference": found.difference.value,
-        "low": found.difference.low,
-        "high": found.difference.high,
-        "p_value": found.p_value,
+    comparison = evaluation.compare(scored, mixed_bag(1))
+    assert evaluation.comparison_row(comparison) == {
+        "difference": comparison.difference.value,
+        "low": comparison.difference.low,
+        "high": comparison.difference.high,
+        "p_value": comparison.p_value,
         "test": "sign flip",
-        "n_gained": found.n_gained,
-        "n_lost": found.n_lost,
+        "n_gained": comparison.n_gained,
+        "n_lost": comparison.n_lost,
         "n": 120,
     }
     gap = evaluation.item_change(scored, mixed_bag(1), "accuracy")
-    assert (found.n_gained, found.n_lost) == (int((gap > 0).sum()), int((gap < 0).sum()))
-    assert found.p_value == evaluation.compare(scored, mixed_bag(1), seed=0).p_value
+    assert (comparison.n_gained, comparison.n_lost) == (int((gap > 0).sum()), int((gap < 0).sum()))
+    assert comparison.p_value == evaluation.compare(scored, mixed_bag(1), seed=0).p_value
     assert len({evaluation.compare(scored, mixed_bag(1), seed=seed).p_value for seed in range(4)}) > 1
 
 
@@ -342,17 +342,17 @@ def test_a_tie_that_is_broken_gains_what_a_tie_lacks():
 def test_two_prompts_have_an_interval_of_subsets():
     both = evaluation.macro_accuracy(scored_of([1.0, -1.0], subsets=["a", "b"]))
     assert (both.low, both.high) == (0.0, 1.0)
-    one = evaluation.macro_accuracy(scored_of([1.0, -1.0], prompts=[0, 0], subsets=["a", "b"]))
-    assert np.isnan(one.low)
-    assert np.isnan(one.high)
+    macro = evaluation.macro_accuracy(scored_of([1.0, -1.0], prompts=[0, 0], subsets=["a", "b"]))
+    assert np.isnan(macro.low)
+    assert np.isnan(macro.high)
 
 
 def test_half_ties_are_flipped_even_if_every_prompt_has_one_item():
     """McNemar counts what one model gains and loses; half a point is neither."""
-    found = evaluation.compare(scored_of([1.0, 0.0, 1.0]), scored_of([-1.0, 1.0, 1.0]))
-    assert found.test == "sign flip"
-    found = evaluation.compare(scored_of([1.0, 1.0, -1.0]), scored_of([-1.0, 1.0, 1.0]))
-    assert (found.test, found.n_gained, found.n_lost) == ("McNemar", 1, 1)
+    comparison = evaluation.compare(scored_of([1.0, 0.0, 1.0]), scored_of([-1.0, 1.0, 1.0]))
+    assert comparison.test == "sign flip"
+    comparison = evaluation.compare(scored_of([1.0, 1.0, -1.0]), scored_of([-1.0, 1.0, 1.0]))
+    assert (comparison.test, comparison.n_gained, comparison.n_lost) == ("McNemar", 1, 1)
 
 
 @pytest.mark.parametrize("call", [evaluation.change, evaluation.compare, evaluation.compare_by_subset])

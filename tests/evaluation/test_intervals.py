@@ -71,8 +71,8 @@ def test_sign_flip_holds_its_level():
     """Under a symmetric null 5% of the p-values are below .05, within 3 binomial standard errors of 400 tests."""
     rng = np.random.default_rng(0)
     pairs = prompts(*range(20))
-    found = [sign_flip_p_value(torch.from_numpy(rng.normal(size=20)), pairs, seed=n) <= 0.05 for n in range(400)]
-    assert np.mean(found) == pytest.approx(0.05, abs=3 * np.sqrt(0.05 * 0.95 / 400))
+    rejected = [sign_flip_p_value(torch.from_numpy(rng.normal(size=20)), pairs, seed=n) <= 0.05 for n in range(400)]
+    assert np.mean(rejected) == pytest.approx(0.05, abs=3 * np.sqrt(0.05 * 0.95 / 400))
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(0, 0), (5, 0), (3, 9), (20, 22)])
@@ -113,7 +113,7 @@ def test_percentile_interval_of_nan_is_nan():
 
 
 class TestAgainstRandom:
-    def test_values_by_hand(self):
+    def test_the_interval_equals_students_prediction_interval(self):
         """Without noise over prompts the interval is Student's prediction interval for one more draw."""
         pairs = scored_of(np.zeros(4)).pairs
         result = against_random(torch.full((4,), 3.0), [torch.zeros(4), torch.ones(4)], pairs)
@@ -153,7 +153,7 @@ class TestAgainstRandom:
         assert 0.02 <= null / 1000 <= 0.08
         assert real / 1000 >= 0.95
 
-    def test_needs_two_draws(self):
+    def test_a_single_random_set_is_refused(self):
         with pytest.raises(OptionError, match="at least two random sets"):
             against_random(torch.ones(1), [torch.ones(1)], scored_of([0.0]).pairs)
 

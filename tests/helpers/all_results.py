@@ -10,7 +10,7 @@ from rmtension import (
     PreferencePairs,
 )
 from rmtension.attribution._effect_prediction import Faithfulness
-from rmtension.neurons._conflict_report import conflict
+from rmtension.neurons._conflict import conflict
 from rmtension.neurons._pair_attributions import PairAttributions
 from rmtension.neurons._shared_neurons import SharedNeuronAnalyzer
 from rmtension.passes._activations import ActivationSample

@@ -32,14 +32,14 @@ def quiet():
 @pytest.fixture(scope="module")
 def bases(checkpoints, tokenizer, tmp_path_factory):
     """name -> folder of a model: classifiers, and language models without a score layer."""
-    found = {"gpt2": checkpoints["gpt2"], "gpt_neox": checkpoints["gpt_neox"]}
+    folders = {"gpt2": checkpoints["gpt2"], "gpt_neox": checkpoints["gpt_neox"]}
     torch.manual_seed(0)
     for name in ("qwen2", "gpt2"):
         classifier = make_classifier(name, len(tokenizer) + 8)  # some tokenizer classes add tokens when they are read
         model = transformers.AutoModelForCausalLM.from_config(classifier.config)
         model.base_model.load_state_dict(classifier.base_model.state_dict())
-        found[f"{name} LM"] = save(model, tmp_path_factory.mktemp(name), tokenizer)
-    return found
+        folders[f"{name} LM"] = save(model, tmp_path_factory.mktemp(name), tokenizer)
+    return folders
 
 
 def save(model, folder, tokenizer=None):
@@ -67,8 +67,8 @@ def adapt(base, config, folder, tokenizer=None, *, n_outputs=1, auto="SequenceCl
 @torch.no_grad()
 def logits(model, tokenizer, texts=TEXTS):
     """The logits of a model of transformers or peft for each text alone: one row per text."""
-    found = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
-    return torch.stack([one if one.ndim == 1 else one[-1] for one in found])
+    rows = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
+    return torch.stack([row if row.ndim == 1 else row[-1] for row in rows])
 
 
 KINDS = {
@@ -145,7 +145,7 @@ def test_a_value_head_in_the_adapter_folder_is_read(bases, tokenizer, tmp_path):
     save_file({"v_head.summary.weight": weight, "v_head.summary.bias": bias}, folder / "value_head.safetensors")
     with torch.no_grad():
         encoded = [tokenizer(text, return_tensors="pt") for text in TEXTS]
-        states = [model(**one, output_hidden_states=True).hidden_states[-1][0, -1] for one in encoded]
+        states = [model(**text, output_hidden_states=True).hidden_states[-1][0, -1] for text in encoded]
     head = RewardHead.from_pretrained(folder)
     assert torch.allclose(head.score(TEXTS), torch.stack(states) @ weight[0] + 0.5, atol=1e-5)
     assert head.check()["passed"].all()
@@ -249,8 +249,8 @@ class TestInMemory:
         model, folder = adapt(bases["gpt2"], config, tmp_path)
         expected = logits(model, tokenizer)[:, 0]
         read = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
-        for one in (model, model.base_model.model, read):
-            head = RewardHead.from_classifier(one, tokenizer=tokenizer)
+        for classifier in (model, model.base_model.model, read):
+            head = RewardHead.from_classifier(classifier, tokenizer=tokenizer)
             assert torch.allclose(head.score(TEXTS), expected, atol=1e-5)
 
     def test_the_active_copy_of_the_score_layer_is_read(self, bases, tokenizer, tmp_path):
@@ -272,7 +272,7 @@ class TestInMemory:
         merged = RewardHead.from_classifier(model.merge_and_unload(), tokenizer=tokenizer)
         assert torch.allclose(merged.score(TEXTS), expected, atol=1e-5)
 
-    def test_prompt_learning(self, bases, tokenizer, tmp_path):
+    def test_prompt_learning_is_refused(self, bases, tokenizer, tmp_path):
         config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
         model, _ = adapt(bases["gpt2"], config, tmp_path)
         with pytest.raises(ModelError, match=r"puts learned vectors before every text"):
@@ -301,7 +301,7 @@ class TestBadAdapters:
             RewardHead.from_pretrained(folder)
 
     @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING"])
-    def test_prompt_learning(self, folder, kind):
+    def test_prompt_learning_is_refused(self, folder, kind):
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_type": kind}))
         with pytest.raises(ModelError, match=rf"of the kind {kind}, which puts learned vectors before every text"):
@@ -352,7 +352,7 @@ class TestBadAdapters:
             RewardHead.from_pretrained(folder)
         assert RewardHead.from_pretrained(folder, base=bases["gpt2"]).score(TEXTS).isfinite().all()
 
-    def test_damaged_files(self, folder):
+    def test_damaged_adapter_files_are_refused(self, folder):
         whole = (folder / "adapter_model.safetensors").read_bytes()
         (folder / "adapter_model.safetensors").write_bytes(whole[:50])
         with pytest.raises(ModelError, match=r"adapter_model.safetensors is damaged or incomplete"):

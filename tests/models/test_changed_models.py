@@ -39,17 +39,17 @@ FAST = [("llama", name) for name in ("none", "torch.compile(model)", "LoRA", "pa
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [one if one in FAST else pytest.param(*one, marks=pytest.mark.grid) for one in CASES]
+    ("family", "name"), [case if case in FAST else pytest.param(*case, marks=pytest.mark.grid) for case in CASES]
 )
 def test_changed_models_are_exact_or_refused(family, name, tokenizer):
     words, refused = REFUSED.get(name, ("", ()))
-    for operation, found in outcomes(WAYS[name], family, tokenizer).items():
+    for operation, outcome in outcomes(WAYS[name], family, tokenizer).items():
         if operation in refused:
-            assert found.refusal is not None, operation
-            assert words in found.refusal
+            assert outcome.refusal is not None, operation
+            assert words in outcome.refusal
         else:
-            assert found.refusal is None, operation
-            assert found.difference <= LIMIT, operation
+            assert outcome.refusal is None, operation
+            assert outcome.difference <= LIMIT, operation
 
 
 def test_the_ablation_changes_the_expected_values(tokenizer):
@@ -93,9 +93,9 @@ def test_no_pass_over_pairs_reads_a_layer_whose_hook_does_not_fire(layer, tokeni
         lambda: collect_profiles(head, PAIRS),
         lambda: single_neuron_effects(head, PAIRS, neurons=NeuronSet(mask, "mlp", head.architecture)),
         lambda: score_without(head, PAIRS, [NeuronSet(mask, "mlp", head.architecture)] * 2),
-        *(partial(one.score, PAIRS) for one in by_method),
-        *(partial(one.per_pair, PAIRS) for one in by_method),
-        *(lambda one=one: next(one.per_token(PAIRS)) for one in by_method),
+        *(partial(attribution.score, PAIRS) for attribution in by_method),
+        *(partial(attribution.per_pair, PAIRS) for attribution in by_method),
+        *(lambda attribution=attribution: next(attribution.per_token(PAIRS)) for attribution in by_method),
     ]
     mask = torch.ones(head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
     for run in passes:

@@ -38,7 +38,7 @@ def rewards_of(reference, texts):
 
 
 @pytest.mark.parametrize("folder", grid(DENSE, keep=["gpt2", "llama"]), indirect=True)
-def test_family(folder, texts):
+def test_every_family_equals_transformers(folder, texts):
     assert folder.name
     head = RewardHead.from_pretrained(folder, dtype=torch.float64)
     reference = Reference(folder)
@@ -104,7 +104,7 @@ def test_the_direct_path_of_an_ablated_model(folder, texts):
 
 
 @pytest.mark.parametrize("folder", ["openai-gpt"], indirect=True)
-def test_a_family_without_a_final_norm(folder, texts):
+def test_a_family_without_a_final_norm_has_no_direct_effects(folder, texts):
     """It has no direct path; everything else is checked."""
     head = RewardHead.from_pretrained(folder)
     assert torch.allclose(head.score(texts), rewards_of(Reference(folder, dtype=torch.float32), texts), atol=1e-5)

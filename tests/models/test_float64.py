@@ -32,7 +32,7 @@ def test_a_float32_classifier_opens_in_float64(family, options, tokenizer, ragge
     assert head.dtype == head.weight.to(head.dtype).dtype == torch.float64
     ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in ragged_texts[:6]]
     with torch.no_grad():
-        expected = torch.cat([reference(input_ids=one, use_cache=False).logits[0] for one in ids])
+        expected = torch.cat([reference(input_ids=row, use_cache=False).logits[0] for row in ids])
     assert torch.allclose(head.score(ragged_texts[:6]), expected, atol=1e-6)
     assert head.check()["passed"].all()
     # The user's model is what it was.

@@ -134,7 +134,7 @@ class ByHand:
             return act_gate
 
         slopes = torch.autograd.grad(self.reward(text, keep), list(seen.values()))
-        return torch.cat([one.detach() for one in seen.values()]), torch.cat(slopes)
+        return torch.cat([activation.detach() for activation in seen.values()]), torch.cat(slopes)
 
 
 @pytest.fixture(scope="module", params=grid(FAMILIES, keep=["llama", "gpt2"]))
@@ -191,9 +191,9 @@ def test_the_site_has_the_neurons_of_mlp(both):
     assert "-3x128-heads4x8-d32" in head.architecture, "the site must not change what saved results carry"
     # The same place where nothing is multiplied, in both ways; another one where there is a gate.
     for layer in range(3):
-        places = [head.body.hook_sites(site, layer) for site in ("mlp", "mlp_gate")]
-        assert len(places[1]) == 2
-        assert [one == other for one, other in zip(*places, strict=True)] == [not gated(reference)] * 2
+        hook_sites = [head.body.hook_sites(site, layer) for site in ("mlp", "mlp_gate")]
+        assert len(hook_sites[1]) == 2
+        assert [mlp == other for mlp, other in zip(*hook_sites, strict=True)] == [not gated(reference)] * 2
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -203,17 +203,17 @@ def test_activations_equal_the_formula(both, pairs, way):
         assert head.body.runs_native == (way == "plain")
         for text in texts_of(pairs)[:3]:
             expected, _ = reference.activations(text)
-            found = seen(head, "mlp_gate", text)
-            assert torch.allclose(found, expected, atol=1e-10 if way == "plain" else 1e-6, rtol=0)
+            activations = seen(head, "mlp_gate", text)
+            assert torch.allclose(activations, expected, atol=1e-10 if way == "plain" else 1e-6, rtol=0)
             # Negative control: with a gate, the input of the down projection is something else.
             product = seen(head, "mlp", text)
             assert torch.allclose(product, expected, atol=1e-2) != gated(reference)
             if not gated(reference):
-                assert torch.equal(product, found)
+                assert torch.equal(product, activations)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_statistics_and_scores(both, pairs, way):
+def test_statistics_and_scores_equal_autograd_on_the_formula(both, pairs, way):
     """Batched, against one text at a time: means, mean differences, and gradients by autograd on the formula."""
     head, reference = both
     runs = [reference.activations(text) for text in texts_of(pairs)]
@@ -316,7 +316,7 @@ def test_the_self_check_covers_the_site(both):
     assert table.loc[["hooks, mlp_gate", "zeroing, mlp_gate", "direct contributions", "layers"], "passed"].all()
 
 
-def test_a_bridge_without_native_modules(both, pairs):
+def test_a_bridge_without_native_modules_has_the_site(both, pairs):
     """Only the bridge runs; it has the same activations."""
     head, _ = both
     bare = RewardHead(head.model, weight=head.weight, tokenizer=head.tokenizer, pad_token_id=head.pad_token_id)
@@ -327,7 +327,7 @@ def test_a_bridge_without_native_modules(both, pairs):
 
 @pytest.mark.parametrize("dtype", grid([torch.bfloat16, torch.float16]))
 @pytest.mark.parametrize("family", ["phi3", "opt"])
-def test_half_precision(family, dtype, tokenizer):
+def test_half_precision_has_a_gate_only_where_the_family_has_one(family, dtype, tokenizer):
     head = RewardHead.from_classifier(make_classifier(family, len(tokenizer)).to(dtype), tokenizer=tokenizer)
     same = [head.body.hook_sites("mlp_gate", layer) == head.body.hook_sites("mlp", layer) for layer in range(3)]
     assert same == [family not in GATED] * 3
@@ -394,7 +394,7 @@ class TestMissing:
         plain = RewardHead.from_classifier(make_classifier("gpt2", len(tokenizer)), tokenizer=tokenizer)
         head = RewardHead.from_classifier(make_classifier("gpt2", len(tokenizer)), tokenizer=tokenizer, **options)
         assert head.body.hook_sites("mlp_gate", 1) == head.body.hook_sites("mlp", 1)
-        ours, theirs = (ActivationCollector(one, site="mlp_gate").collect(pairs) for one in (head, plain))
+        ours, theirs = (ActivationCollector(scorer, site="mlp_gate").collect(pairs) for scorer in (head, plain))
         assert torch.allclose(ours.mean, theirs.mean, atol=1e-5)
 
     @pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="this transformer-lens has no HookedTransformer")

@@ -65,7 +65,7 @@ def hidden_rewards(folder, texts, weight, bias):
 @pytest.mark.parametrize(
     "name", grid(["v_head.summary", "v_head", "value_head", "score"], keep=["v_head.summary", "score"])
 )
-def test_value_head_of_a_language_model(language_model, tmp_path, ragged_texts, name, n_shards):
+def test_the_value_head_of_a_language_model_is_read(language_model, tmp_path, ragged_texts, name, n_shards):
     """trl saves `v_head.summary.weight` [1, d_model] and its bias in the files of the language model."""
     weight, bias = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0.7])
     folder = with_tensors(language_model, tmp_path, {f"{name}.weight": weight, f"{name}.bias": bias}, n_shards=n_shards)
@@ -92,7 +92,7 @@ def test_an_index_with_a_file_outside_the_checkpoint_is_refused(language_model, 
         RewardHead.from_pretrained(folder)
 
 
-def test_heads_passed_by_the_user(language_model, ragged_texts):
+def test_every_form_of_a_passed_head_gives_the_same_rewards(language_model, ragged_texts):
     generator = torch.Generator().manual_seed(1)
     weight, bias = torch.randn(32, generator=generator), 0.25
     linear = torch.nn.Linear(32, 1)
@@ -109,8 +109,8 @@ def test_heads_passed_by_the_user(language_model, ragged_texts):
             "reward_head.bias": torch.tensor(bias),
         },
     ]
-    for one in given:
-        head = RewardHead.from_pretrained(language_model, head=one)
+    for head_given in given:
+        head = RewardHead.from_pretrained(language_model, head=head_given)
         assert torch.allclose(head.score(ragged_texts[:8]), expected, atol=1e-5)
     # Replacing the head of a classifier, and the same through the constructor.
     live = RewardHead(head.model, (weight, 0.25), tokenizer=head.tokenizer)
@@ -138,7 +138,7 @@ def test_a_score_bias_that_transformers_ignores_is_added(checkpoints, tmp_path, 
     assert head.check()["passed"].all()
 
 
-def test_classifier_in_memory(checkpoints, tokenizer, ragged_texts):
+def test_a_classifier_in_memory_scores_as_its_folder(checkpoints, tokenizer, ragged_texts):
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
         checkpoints["llama"], dtype=torch.float32
     )
@@ -159,14 +159,14 @@ def test_classifier_in_memory(checkpoints, tokenizer, ragged_texts):
         RewardHead.from_classifier(torch.nn.Linear(2, 1))
 
 
-def test_a_pad_token_outside_the_vocabulary(tmp_path, tokenizer, ragged_texts):
+def test_a_pad_token_outside_the_vocabulary_is_refused(tmp_path, tokenizer, ragged_texts):
     """Old Llama configs say -1: it is never met, and it is never given to the embedding."""
     folder = save_classifier(tmp_path, "gpt2", tokenizer, pad_token_id=-1)
     head = RewardHead.from_pretrained(folder)
     assert torch.allclose(head.score(ragged_texts), torch.cat([head.score([t]) for t in ragged_texts]), atol=1e-5)
 
 
-def test_without_tokenizer_and_pad_token(tmp_path, tokenizer):
+def test_without_a_pad_token_the_last_token_is_read(tmp_path, tokenizer):
     """Then transformers reads the last token, one text at a time, and so does the head."""
     folder = save_classifier(tmp_path, "gpt2", tokenizer, pad_token_id=None)
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
@@ -186,7 +186,7 @@ def test_half_precision_keeps_the_heads_product_in_float32(checkpoints, ragged_t
     base = transformers.AutoModel.from_pretrained(checkpoints["gpt2"], dtype=dtype).eval().to(head.device)
     with torch.no_grad():
         encoded = [head.tokenizer(text, return_tensors="pt").to(head.device) for text in texts]
-        states = [base(**one).last_hidden_state[0, -1].float() for one in encoded]
+        states = [base(**text).last_hidden_state[0, -1].float() for text in encoded]
     rewards = torch.cat([head.score([text]) for text in texts])
     assert rewards.dtype == torch.float32
     assert torch.allclose(rewards, (torch.stack(states) @ head.weight.float()).cpu(), atol=1e-6)
@@ -210,7 +210,7 @@ def test_loading_changes_no_global_setting(checkpoints):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_device_map(checkpoints, ragged_texts):
+def test_a_device_map_changes_no_reward(checkpoints, ragged_texts):
     head = RewardHead.from_pretrained(checkpoints["gpt2"])
     device, expected = head.device, head.score(ragged_texts)
     for device_map in ("auto", {"": "cpu"}):
@@ -224,7 +224,7 @@ def test_device_map(checkpoints, ragged_texts):
 
 @pytest.mark.parametrize("width", [8, 9])
 @pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm", "Gemma2RMSNorm"])
-def test_a_norm_is_measured(kind, width):
+def test_norms_equal_their_formula_or_are_refused(kind, width):
     """Gain and bias from outside, whichever way a family stores them (Gemma's gain is 1 + weight)."""
     from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
@@ -277,19 +277,19 @@ class TestBadHeads:
         ):
             read_head(torch.ones(2, 4))
 
-    def test_bias(self):
+    def test_invalid_biases_are_refused(self):
         with pytest.raises(ModelError, match=r"bias: expected one number, got shape \(2,\)"):
             read_head((torch.ones(4), torch.ones(2)))
         with pytest.raises(ModelError, match=r"bias: expected one number, got 'a'"):
             read_head((torch.ones(4), "a"))
 
-    def test_kind(self):
+    def test_heads_of_other_types_are_refused(self):
         with pytest.raises(ModelError, match=r"head: expected a weight.*got str"):
             read_head("score")
         with pytest.raises(ModelError, match=r"weight: expected a tensor, got str"):
             read_head(("score", 0.0))
 
-    def test_state_dict(self):
+    def test_a_state_dict_without_one_weight_is_refused(self):
         with pytest.raises(ModelError, match=r"expected one weight called score.*got \[\]"):
             read_head({"lm_head.weight": torch.ones(3, 4)})
         with pytest.raises(ModelError, match=r"got \['score.weight', 'v_head.weight'\]"):
@@ -301,7 +301,7 @@ class TestBadHeads:
 
 
 class TestBadCheckpoints:
-    def test_quantised(self, checkpoints, tmp_path):
+    def test_quantised_checkpoints_are_refused(self, checkpoints, tmp_path):
         folder = with_tensors(checkpoints["gpt2"], tmp_path, {})
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
@@ -309,13 +309,13 @@ class TestBadCheckpoints:
         with pytest.raises(ModelError, match=r"quantised.*dtype=torch.bfloat16"):
             RewardHead.from_pretrained(folder)
 
-    def test_tokenizer_with_more_tokens_than_the_embedding(self, checkpoints, tmp_path):
+    def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(self, checkpoints, tmp_path):
         larger = make_tokenizer(tmp_path)
         larger.add_tokens(["<more>", "<and more>"])
         with pytest.raises(ModelError, match=r"tokenizer: it has 322 tokens.*has 320 rows.*resize_token_embeddings"):
             RewardHead.from_pretrained(checkpoints["gpt2"], tokenizer=larger)
 
-    def test_pickled_weights_only(self, checkpoints, tmp_path):
+    def test_pickled_weights_are_refused(self, checkpoints, tmp_path):
         folder = with_tensors(checkpoints["gpt2"], tmp_path, {})
         (folder / "model.safetensors").unlink()
         torch.save({}, folder / "pytorch_model.bin")
@@ -332,7 +332,7 @@ class TestBadCheckpoints:
             RewardHead.from_pretrained(folder)
         assert not (tmp_path / "was_here").exists()
 
-    def test_damaged_files(self, checkpoints, tmp_path):
+    def test_damaged_checkpoints_are_refused(self, checkpoints, tmp_path):
         folder = with_tensors(checkpoints["gpt2"], tmp_path, {})
         whole = (folder / "model.safetensors").read_bytes()
         for cut in (4, 100, len(whole) - 10):
@@ -343,7 +343,7 @@ class TestBadCheckpoints:
         with pytest.raises(ModelError, match=r"damaged or incomplete"):
             RewardHead.from_pretrained(folder)
 
-    def test_options(self, checkpoints):
+    def test_unknown_options_are_refused(self, checkpoints):
         with pytest.raises(OptionError, match=r"unknown options \['torch_dtype'\]; expected \['base', 'device', "):
             RewardHead.from_pretrained(checkpoints["gpt2"], torch_dtype=torch.bfloat16)
         with pytest.raises(OptionError, match=r"device: 'gpu' is not available on this machine"):
@@ -370,13 +370,13 @@ class TestBadCheckpoints:
         assert torch.equal(head.score(ragged_texts), expected)
         assert head.check()["passed"].all()
 
-    def test_model_class(self, checkpoints):
+    def test_unknown_model_classes_are_refused(self, checkpoints):
         with pytest.raises(OptionError, match=r"model_class: expected one of.*got 'Bridge'"):
             RewardHead.from_pretrained(checkpoints["gpt2"], model_class="Bridge")
 
 
 class TestBadInput:
-    def test_ids_out_of_range(self, head):
+    def test_token_ids_out_of_range_are_refused(self, head):
         with pytest.raises(DataError, match=r"ids from 0 to 319, got 5 to 320"):
             head.score_tokens(torch.tensor([[5, 320]]))
         with pytest.raises(DataError, match=r"got -1 to 5"):
@@ -385,11 +385,11 @@ class TestBadInput:
         masked = head.score_tokens(torch.tensor([[-100, 5]]), torch.tensor([[0, 1]]))
         assert torch.equal(masked, head.score_tokens(torch.tensor([[5]])))
 
-    def test_no_rows(self, head):
+    def test_a_batch_without_rows_is_refused(self, head):
         with pytest.raises(OptionError, match=r"one row of token ids per text, got shape \(0, 3\)"):
             head.score_tokens(torch.ones(0, 3, dtype=torch.long))
 
-    def test_empty_text(self, head):
+    def test_an_empty_text_is_refused(self, head):
         with pytest.raises(DataError, match=r"text 1 has no token: it is empty"):
             head.score(["help", ""])
 

@@ -84,21 +84,21 @@ def test_ablation_and_scores_equal_hooks_of_transformer_lens(model, head, pairs,
     assert not torch.allclose(head.score_pairs(pairs).margin, expected, atol=1e-3)
     statistics = ActivationCollector(head, site=site).collect(pairs[:1])
     ids = [head.encode(pairs[:1]).chosen[0].ids, head.encode(pairs[:1]).rejected[0].ids]
-    runs = [model.run_with_cache(torch.tensor([one]))[1][f"blocks.1.{name}"][0].flatten(1) for one in ids]
+    runs = [model.run_with_cache(torch.tensor([row]))[1][f"blocks.1.{name}"][0].flatten(1) for row in ids]
     assert torch.allclose(statistics.channel_mean[1], torch.cat(runs).mean(0), atol=1e-12)
 
 
 def test_gradients_equal_finite_differences(head, pairs):
     """sum_t a dM/da is d M(alpha a) / d alpha at 1: a central difference with the `scale` ablation, good to 1e-6."""
     scores = NeuronAttribution(head, method="gradient_x_activation").score(pairs)
-    for place in ((0, 3), (1, 7), (2, 40)):
-        neuron = NeuronSet.from_indices([place], shape=(3, 48), site="mlp", architecture=head.architecture)
+    for index in ((0, 3), (1, 7), (2, 40)):
+        neuron = NeuronSet.from_indices([index], shape=(3, 48), site="mlp", architecture=head.architecture)
         margins = []
         for alpha in (1 + 1e-4, 1 - 1e-4):
             with AblationContext(head, neuron, Scale(alpha)):
                 margins.append(head.score_pairs(pairs).margin.mean())
         slope = float(margins[0] - margins[1]) / 2e-4
-        assert float(scores.values[place]) == pytest.approx(slope, abs=1e-6)
+        assert float(scores.values[index]) == pytest.approx(slope, abs=1e-6)
 
 
 def test_folded_final_norm(model, head, tokenizer, ragged_texts):
@@ -183,7 +183,7 @@ def test_direct_effects_are_the_written_vectors_behind_a_frozen_norm():
         with torch.no_grad():
             _, cache = model.run_with_cache(ids[:1])
         batch = TokenBatch.from_rows(ids[:1], torch.ones_like(ids[:1], dtype=torch.bool), pad_token_id=None)
-        found = direct_contributions(head, batch).neurons
+        neurons_of = direct_contributions(head, batch).neurons
         gain = model.ln_final.w / cache["ln_final.hook_scale"][0, -1]
         for layer, block in enumerate(model.blocks):
             written = {
@@ -197,7 +197,7 @@ def test_direct_effects_are_the_written_vectors_behind_a_frozen_norm():
                     vectors = vectors / scale * getattr(block, after).w
                 else:
                     vectors = vectors - vectors.mean(dim=-1, keepdim=True)
-                assert torch.allclose(found[site][0, layer], (vectors * gain) @ weight, atol=1e-7)
+                assert torch.allclose(neurons_of[site][0, layer], (vectors * gain) @ weight, atol=1e-7)
 
 
 def test_positions_that_depend_on_the_longest_text_need_a_limit():

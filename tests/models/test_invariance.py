@@ -30,7 +30,7 @@ def opened(family):
 
 
 @pytest.mark.parametrize("family", grid(FAMILIES))
-def test_rewards(family):
+def test_padding_and_batches_change_no_reward(family):
     head, texts, alone = opened(family)
     worst = 0.0
 
@@ -45,10 +45,10 @@ def test_rewards(family):
         width = max(len(texts[row]) for row in rows) + max(pads[: len(rows)])
         ids = torch.full((len(rows), width), filler)
         mask = torch.zeros_like(ids)
-        for place, (row, left) in enumerate(zip(rows, pads, strict=False)):
+        for index, (row, left) in enumerate(zip(rows, pads, strict=False)):
             start = min(left, width - len(texts[row]))
-            ids[place, start : start + len(texts[row])] = texts[row]
-            mask[place, start : start + len(texts[row])] = 1
+            ids[index, start : start + len(texts[row])] = texts[row]
+            mask[index, start : start + len(texts[row])] = 1
         difference = float((head.score_tokens(ids, mask) - alone[rows]).abs().max())
         worst = max(worst, difference)
         assert difference <= 1e-5
@@ -68,7 +68,7 @@ def text_heads(tokenizer):
 
 @pytest.mark.parametrize("method", grid(["mean_difference", "gradient_x_activation"], keep=["gradient_x_activation"]))
 @pytest.mark.parametrize("family", grid(FAMILIES))
-def test_scores(text_heads, family, method):
+def test_padding_and_batches_change_no_score(text_heads, family, method):
     """Relative to the largest score: a neuron whose score is 0 has no relative error."""
     head = text_heads[family]
     # 20 words at most: with a prompt, up to 70 tokens of the 96 that fit.
@@ -112,4 +112,4 @@ def test_the_search_finds_a_model_that_sees_its_padding(monkeypatch):
     # What it finds need not be made small.
     monkeypatch.setattr(f"{__name__}.SEARCH", settings(SEARCH, phases=[Phase.generate]))
     with pytest.raises(AssertionError):
-        test_rewards("gpt2")
+        test_padding_and_batches_change_no_reward("gpt2")

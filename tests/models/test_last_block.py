@@ -61,7 +61,7 @@ def counted(module, see):
 
 def numbers(head, pairs):
     statistics = ActivationCollector(head).collect(pairs)
-    found = {"rewards": head.score_pairs(pairs).margin, "texts": head.score([pair.text("chosen") for pair in pairs])}
+    results = {"rewards": head.score_pairs(pairs).margin, "texts": head.score([pair.text("chosen") for pair in pairs])}
     for site in head.sites:
         for method, replacement in [
             ("gradient_x_activation", Zero()),
@@ -70,9 +70,9 @@ def numbers(head, pairs):
         ]:
             for positions in ("all", "last"):
                 scores = NeuronAttribution(head, method, site=site, replacement=replacement, positions=positions)
-                found[site, method, replacement, positions] = scores.score(pairs).values
+                results[site, method, replacement, positions] = scores.score(pairs).values
     patching = NeuronAttribution(head, method="attribution_patching", replacement=Mean(statistics))
-    return found | {"patching to the mean": patching.score(pairs).values}
+    return results | {"patching to the mean": patching.score(pairs).values}
 
 
 @pytest.mark.parametrize("family", grid(["gpt2", "llama"]))
@@ -103,13 +103,13 @@ def test_hooks_in_the_last_block_see_all_tokens(checkpoints, few):
     ]
 
     def margins():
-        found = []
+        results = []
         for ablation in ablations:
             with ablation:
                 assert tokens_through(head, lambda: head.score_pairs(few)) > 2 * len(few)
-                found += [head.score_pairs(few).margin, head.score(texts)]
-                found += [NeuronAttribution(head, method="gradient_x_activation").score(few).values]
-        return found
+                results += [head.score_pairs(few).margin, head.score(texts)]
+                results += [NeuronAttribution(head, method="gradient_x_activation").score(few).values]
+        return results
 
     less, mlp = margins(), head.body._last_mlp
     shapes = []
@@ -123,7 +123,7 @@ def test_hooks_in_the_last_block_see_all_tokens(checkpoints, few):
             expected += [head.score_pairs(few).margin, head.score(texts)]
             expected += [NeuronAttribution(head, method="gradient_x_activation").score(few).values]
     head.body._last_mlp = mlp
-    assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(less, expected, strict=True))
+    assert all(torch.allclose(value, other, atol=1e-12) for value, other in zip(less, expected, strict=True))
 
 
 class MixingMLP(torch.nn.Module):
@@ -162,16 +162,16 @@ def test_statistics_stop_after_the_last_visit(checkpoints, few, sites):
     stack = contextlib.ExitStack()
     for name, module in {"norm": head.body.final_norm, "down": last.mlp.down_proj, "up": last.mlp.up_proj}.items():
         stack.enter_context(counted(module, lambda _, name=name: ran.append(name)))
-    found = collect_profiles(head, few, sites=sites, positions=["all"])
+    profiles = collect_profiles(head, few, sites=sites, positions=["all"])
     assert set(ran) == ({"up"} if sites == ["mlp"] else set())
-    values = [found[site, "all"].sums for site in sites]
+    values = [profiles[site, "all"].sums for site in sites]
     # Where somebody else looks, everything runs.
     seen = []
     with head.hooks("mlp", lambda layer, activation: seen.append(layer)):
-        found = collect_profiles(head, few, sites=sites, positions=["all"])
+        profiles = collect_profiles(head, few, sites=sites, positions=["all"])
     assert set(ran) >= {"norm", "down"}
     assert set(seen) == set(range(head.n_layers))
-    assert all(torch.equal(one, found[site, "all"].sums) for one, site in zip(values, sites, strict=True))
+    assert all(torch.equal(value, profiles[site, "all"].sums) for value, site in zip(values, sites, strict=True))
     stack.close()
 
 

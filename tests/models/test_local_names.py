@@ -48,7 +48,7 @@ def test_a_mistyped_path_is_named(here, name, meant):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("runs/else", r"The folders in 'runs' are \['my-model', 'trained'\].*revision='main'"),
         ("nothing/at/all", "There is no folder 'nothing'"),
@@ -63,8 +63,8 @@ def test_a_mistyped_path_is_named(here, name, meant):
         ),
     ],
 )
-def test_errors_list_the_existing_folders(here, name, said):
-    with pytest.raises(ModelError, match=said):
+def test_errors_list_the_existing_folders(here, name, message):
+    with pytest.raises(ModelError, match=message):
         RewardHead.from_pretrained(name)
 
 
@@ -87,7 +87,7 @@ def test_folders_are_found_in_every_spelling(here, monkeypatch):
     assert find_local(Path("runs") / "my-model") == "runs/my-model"
 
 
-def test_a_folder_with_only_weights(checkpoints, tmp_path):
+def test_a_folder_with_only_weights_is_refused(checkpoints, tmp_path):
     shutil.copy(checkpoints["gpt2"] / "model.safetensors", tmp_path)
     with pytest.raises(ModelError, match=r"no config.json.*\['model.safetensors'\]: copy config.json"):
         RewardHead.from_pretrained(tmp_path)
@@ -96,7 +96,7 @@ def test_a_folder_with_only_weights(checkpoints, tmp_path):
     assert RewardHead.from_pretrained(tmp_path).n_layers == 3
 
 
-def test_a_folder_without_weights(checkpoints, tmp_path):
+def test_a_folder_without_weights_is_refused(checkpoints, tmp_path):
     """The outermost folder of a training run, where the config was saved too."""
     shutil.copy(checkpoints["gpt2"] / "config.json", tmp_path)
     shutil.copytree(checkpoints["gpt2"], tmp_path / "checkpoint-7")

@@ -55,12 +55,12 @@ def by_contexts(head, pairs, neurons):
     """The effect of every neuron of a set by an AblationContext of its own; NaN elsewhere."""
     base = head.score_pairs(pairs).margin.double()
     effects = torch.full(neurons.mask.shape, torch.nan, dtype=torch.float64)
-    for place in neurons:
-        one = NeuronSet.from_indices(
-            [place], shape=tuple(neurons.mask.shape), site=neurons.site, architecture=head.architecture
+    for index in neurons:
+        neuron = NeuronSet.from_indices(
+            [index], shape=tuple(neurons.mask.shape), site=neurons.site, architecture=head.architecture
         )
-        with AblationContext(head, one):
-            effects[place] = (head.score_pairs(pairs).margin.double() - base).mean()
+        with AblationContext(head, neuron):
+            effects[index] = (head.score_pairs(pairs).margin.double() - base).mean()
     return effects
 
 
@@ -80,9 +80,9 @@ def test_single_effects_in_half_precision(opened, few, family, site):
     neurons = some(exact, site)
     assert torch.allclose(truth.values[neurons.mask], by_contexts(exact, few, neurons)[neurons.mask], atol=1e-9, rtol=0)
     half = opened(family, torch.bfloat16, **changes)
-    found = single_neuron_effects(half, few, site=site, neurons=neurons).values[neurons.mask]
+    effects = single_neuron_effects(half, few, site=site, neurons=neurons).values[neurons.mask]
     by_one = by_contexts(half, few, neurons)[neurons.mask]
-    off, room = (each - truth.values[neurons.mask] for each in (found, by_one))
+    off, room = (each - truth.values[neurons.mask] for each in (effects, by_one))
     assert float(off.abs().max()) <= 2 * float(room.abs().max())
     assert float(truth.values[neurons.mask].abs().max()) > 5 * float(off.abs().max()), "effects stand out of it"
 
@@ -126,8 +126,8 @@ def test_a_final_norm_that_also_runs_on_the_embedding(opened, few):
         for layer in range(head.n_layers + 1):
             assert torch.allclose(replay.rewards_from(layer), replay.rewards, atol=1e-9, rtol=0)
     neurons = some(head, "mlp")
-    found = single_neuron_effects(head, few, neurons=neurons).values[neurons.mask]
-    assert torch.allclose(found, by_contexts(head, few, neurons)[neurons.mask], atol=1e-9, rtol=0)
+    effects = single_neuron_effects(head, few, neurons=neurons).values[neurons.mask]
+    assert torch.allclose(effects, by_contexts(head, few, neurons)[neurons.mask], atol=1e-9, rtol=0)
     options = {"method": "attribution_patching", "aggregate": "absolute"}
     dropped, plain = (NeuronAttribution(head, graddrop=drop, **options).score(few).values for drop in (True, False))
     # Nothing is above the last layer: no gate closes a way of its neurons.
@@ -141,8 +141,8 @@ def test_a_scaled_block_output_has_no_direct_path(opened, few):
     with pytest.raises(ModelError, match=r"is not what its blocks add .* Use attribution_patching"):
         NeuronAttribution(head, method="direct_effect").score(few)
     neurons = some(head, "mlp")
-    found = single_neuron_effects(head, few, neurons=neurons).values[neurons.mask]
-    assert torch.allclose(found, by_contexts(head, few, neurons)[neurons.mask], atol=1e-9, rtol=0)
+    effects = single_neuron_effects(head, few, neurons=neurons).values[neurons.mask]
+    assert torch.allclose(effects, by_contexts(head, few, neurons)[neurons.mask], atol=1e-9, rtol=0)
     # Without the factor, the same model has a direct path.
     plain = opened("granite", residual_multiplier=1.0)
     assert NeuronAttribution(plain, method="direct_effect").score(few).n == len(few)

@@ -41,7 +41,7 @@ def classifier(folder):
 @pytest.fixture(scope="module")
 def language_models(tokenizer, tmp_path_factory):
     """family -> folder: tied embeddings (GPT-2, Granite, whose logits are divided), a bias (GPT-J), a cap (Gemma-2)."""
-    found = {}
+    folders = {}
     for family, changes in {
         "gpt2": {},
         "llama": {"tie_word_embeddings": False},
@@ -50,7 +50,7 @@ def language_models(tokenizer, tmp_path_factory):
         "cohere": {"logit_scale": 0.25},
         "gemma2": {"final_logit_softcapping": 30.0},
     }.items():
-        found[family] = where = tmp_path_factory.mktemp(family)
+        folders[family] = where = tmp_path_factory.mktemp(family)
         size = len(tokenizer) + 8  # some tokenizer classes add tokens when they are read
         if family in ("granite", "cohere"):
             common = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0, "vocab_size": size, "hidden_size": 32}
@@ -65,25 +65,25 @@ def language_models(tokenizer, tmp_path_factory):
                 parameter += 0.1 * torch.randn_like(parameter)
         model.save_pretrained(where)
         tokenizer.save_pretrained(where)
-    return found
+    return folders
 
 
 @torch.no_grad()
 def logits(model, tokenizer, texts=TEXTS):
-    found = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
-    return torch.stack([one if one.ndim == 1 else one[-1] for one in found])
+    rows = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
+    return torch.stack([row if row.ndim == 1 else row[-1] for row in rows])
 
 
-def wanted(found, output):
+def wanted(values, output):
     """The logit that `output` means, or the difference of two."""
     names = {name: row for row, name in NAMES.items()}
-    rows = [names.get(one, one) for one in (output if isinstance(output, tuple | list) else [output])]
-    return found[:, rows[0]] - (found[:, rows[1]] if len(rows) == 2 else 0)
+    rows = [names.get(row, row) for row in (output if isinstance(output, tuple | list) else [output])]
+    return values[:, rows[0]] - (values[:, rows[1]] if len(rows) == 2 else 0)
 
 
 class TestClassifiers:
     @pytest.mark.parametrize("output", [2, "helpful", ("helpful", "honest"), [1, "harmless"]])
-    def test_equal_to_the_logits_of_transformers(self, folder, classifier, padded_with_eos, output):
+    def test_rewards_equal_the_logits_of_transformers(self, folder, classifier, padded_with_eos, output):
         expected = wanted(logits(classifier, padded_with_eos), output)
         opened = RewardHead.from_pretrained(folder, output=output)
         assert torch.allclose(opened.score(TEXTS), expected, atol=1e-5)
@@ -91,7 +91,7 @@ class TestClassifiers:
         assert torch.allclose(in_memory.score(TEXTS), expected, atol=1e-5)
 
     @pytest.mark.parametrize("how", grid(["matrix", "pair", "layer", "state dict"]))
-    def test_the_output_of_a_passed_head(self, folder, classifier, padded_with_eos, how):
+    def test_an_output_of_a_passed_head_is_its_row(self, folder, classifier, padded_with_eos, how):
         weight, bias = classifier.score.weight, torch.tensor([1.0, 2.0, 4.0])
         layer = torch.nn.Linear(32, 3)
         layer.weight.data, layer.bias.data = weight.data, bias
@@ -131,7 +131,7 @@ class TestClassifiers:
             given.check(reference=classifier)
 
     @pytest.mark.parametrize("output", grid([1, (2, 0)], keep=[(2, 0)]))
-    def test_saved_and_ablated_with_one_output(self, folder, classifier, padded_with_eos, tmp_path, output):
+    def test_saving_and_ablating_keep_the_chosen_output(self, folder, classifier, padded_with_eos, tmp_path, output):
         head = RewardHead.from_pretrained(folder, output=output)
         load = transformers.AutoModelForSequenceClassification.from_pretrained
         head.save_pretrained(tmp_path / "plain")
@@ -143,16 +143,16 @@ class TestClassifiers:
         ablated = head.with_ablation(NeuronSet(mask, "mlp", head.architecture))
         assert ablated.check()["passed"].all()
         ablated.save_pretrained(tmp_path / "ablated")
-        found = logits(load(tmp_path / "ablated", dtype=torch.float32), padded_with_eos)[:, 0]
-        assert torch.allclose(found, ablated.score(TEXTS), atol=1e-5)
-        assert float((found - head.score(TEXTS)).abs().max()) > 1e-3
+        rewards = logits(load(tmp_path / "ablated", dtype=torch.float32), padded_with_eos)[:, 0]
+        assert torch.allclose(rewards, ablated.score(TEXTS), atol=1e-5)
+        assert float((rewards - head.score(TEXTS)).abs().max()) > 1e-3
 
     def test_bfloat16_differences_are_not_rounded_twice(self, folder):
         head = RewardHead.from_pretrained(folder, output=(2, 0), dtype=torch.bfloat16)
         rows = load_file(folder / "model.safetensors")["score.weight"].bfloat16().float()
         assert torch.equal(head.weight.cpu(), rows[2] - rows[0])
 
-    def test_one_row_whatever_the_config_says(self, checkpoints, padded_with_eos, tmp_path):
+    def test_the_stored_rows_count_and_not_the_config(self, checkpoints, padded_with_eos, tmp_path):
         """A config without `id2label` says two labels, which is transformers' default."""
         for family in ("llama", "gpt_neox"):
             folder = with_tensors(checkpoints[family], tmp_path / family, {})
@@ -165,10 +165,10 @@ class TestClassifiers:
             assert torch.equal(head.score(TEXTS), RewardHead.from_pretrained(checkpoints[family]).score(TEXTS))
             assert head.check()["passed"].all()
 
-    @pytest.mark.parametrize("place", ["folder", "memory"])
-    def test_refusals_list_what_there_is(self, folder, classifier, padded_with_eos, place):
+    @pytest.mark.parametrize("source", ["folder", "memory"])
+    def test_refusals_list_all_outputs(self, folder, classifier, padded_with_eos, source):
         def opened(**options):
-            if place == "folder":
+            if source == "folder":
                 return RewardHead.from_pretrained(folder, **options)
             return RewardHead.from_classifier(classifier, tokenizer=padded_with_eos, **options)
 
@@ -185,11 +185,11 @@ class TestClassifiers:
         with pytest.raises(OptionError, match=r"output: expected an output or a pair of outputs, got 3"):
             opened(output=(0, 1, 2))
 
-    def test_names_that_are_not_unique(self):
+    def test_names_that_are_not_unique_are_refused(self):
         with pytest.raises(OptionError, match="'good': more than one output has this name"):
             choose_rows("good", 2, {0: "good", 1: "good"}, "model")
 
-    def test_the_only_output(self, checkpoints):
+    def test_the_only_output_needs_no_choice(self, checkpoints):
         head = RewardHead.from_pretrained(checkpoints["gpt2"], output=0)
         assert torch.equal(head.weight, RewardHead.from_pretrained(checkpoints["gpt2"]).weight)
         with pytest.raises(OptionError, match=r"expected one of 0 \(there is one output\), got 1"):
@@ -199,17 +199,17 @@ class TestClassifiers:
 class TestTokens:
     @pytest.mark.lens
     @pytest.mark.parametrize("family", grid(["gpt2", "llama", "gptj", "granite", "cohere"]))
-    def test_equal_to_the_logits_of_the_language_model(self, language_models, family):
+    def test_rewards_equal_the_logits_of_the_language_model(self, language_models, family):
         model = transformers.AutoModelForCausalLM.from_pretrained(language_models[family], dtype=torch.float32).eval()
         head = RewardHead.from_pretrained(language_models[family], output=("Ġsure", " bake"))
         sure, bake = head.tokenizer.convert_tokens_to_ids(["Ġsure", "Ġbake"])
-        found = logits(model, head.tokenizer)
-        assert torch.allclose(head.score(TEXTS), found[:, sure] - found[:, bake], atol=1e-5)
+        all_logits = logits(model, head.tokenizer)
+        assert torch.allclose(head.score(TEXTS), all_logits[:, sure] - all_logits[:, bake], atol=1e-5)
         if family == "cohere":  # TransformerLens 3 has another bridge of it, whose line of the check says so
             return
         assert head.check()["passed"].all()
         single = RewardHead.from_pretrained(language_models[family], output="Ġsure")
-        assert torch.allclose(single.score(TEXTS), found[:, sure], atol=1e-5)
+        assert torch.allclose(single.score(TEXTS), all_logits[:, sure], atol=1e-5)
         assert single.check()["passed"].all()
 
     def test_a_cap_on_logits_is_refused_and_the_advice_works(self, language_models):
@@ -225,10 +225,10 @@ class TestTokens:
         head = RewardHead.from_pretrained(folder, head=(weight[yes] - weight[no], 0))
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         model.config.final_logit_softcapping = None
-        found = logits(model, tokenizer)
-        assert torch.allclose(head.score(TEXTS), found[:, yes] - found[:, no], atol=1e-5)
+        all_logits = logits(model, tokenizer)
+        assert torch.allclose(head.score(TEXTS), all_logits[:, yes] - all_logits[:, no], atol=1e-5)
 
-    def test_saved_as_a_classifier(self, language_models, tmp_path):
+    def test_a_head_of_tokens_is_saved_as_a_classifier(self, language_models, tmp_path):
         head = RewardHead.from_pretrained(language_models["llama"], output=("Ġsure", "Ġbake"))
         with pytest.warns(UserWarning, match="no pad token"):
             head.save_pretrained(tmp_path)
@@ -274,7 +274,7 @@ class TestTokens:
 
 class TestStoredHeads:
     @pytest.mark.parametrize(("name", "n_shards"), [("score_head", 1), ("out_proj", 3), ("reward_model.head", 3)])
-    def test_one_row_of_any_name(self, language_models, tmp_path, name, n_shards):
+    def test_a_single_stored_row_is_read_under_any_name(self, language_models, tmp_path, name, n_shards):
         weight, bias = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0.7])
         stored = {f"{name}.weight": weight, f"{name}.bias": bias}
         folder = with_tensors(language_models["llama"], tmp_path, stored, n_shards=n_shards)
@@ -292,7 +292,7 @@ class TestStoredHeads:
         with pytest.raises(ModelError, match="no score head"):
             RewardHead.from_pretrained(tmp_path)
 
-    def test_several_rows(self, language_models, tokenizer, tmp_path):
+    def test_several_stored_rows_need_a_choice(self, language_models, tokenizer, tmp_path):
         weight, bias = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, 2.0, 4.0])
         stored = {"regression_layer.weight": weight, "regression_layer.bias": bias}
         folder = with_tensors(language_models["gpt2"], tmp_path, stored)
@@ -310,7 +310,7 @@ class TestStoredHeads:
         assert torch.equal(given.weight.cpu(), weight[1])
         assert given.check()["passed"].all()
 
-    def test_a_process_reward_model_at_the_last_token(self, tokenizer, tmp_path):
+    def test_a_process_reward_model_is_read_at_the_last_token(self, tokenizer, tmp_path):
         config = make_config("llama", len(tokenizer), num_labels=2, id2label={0: "bad", 1: "good"})
         torch.manual_seed(0)
         model = transformers.AutoModelForTokenClassification.from_config(config).eval()
@@ -319,8 +319,8 @@ class TestStoredHeads:
         model.save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
         head = RewardHead.from_pretrained(tmp_path, output=("good", "bad"))
-        found = logits(model, tokenizer)
-        assert torch.allclose(head.score(TEXTS), found[:, 1] - found[:, 0], atol=1e-5)
+        all_logits = logits(model, tokenizer)
+        assert torch.allclose(head.score(TEXTS), all_logits[:, 1] - all_logits[:, 0], atol=1e-5)
 
     def test_an_encoder_is_refused(self, tokenizer, tmp_path):
         """Its last hidden state depends on the padding behind it."""
@@ -332,10 +332,10 @@ class TestStoredHeads:
         with pytest.raises(ModelError, match=r"expected causal attention.*as an encoder does"):
             RewardHead.from_pretrained(folder)
 
-    def test_two_heads(self, language_models, tmp_path):
-        one = {"v_head.summary.weight": torch.ones(1, 32)}
-        folder = with_tensors(language_models["gpt2"], tmp_path, one)
-        save_file(one, folder / "value_head.safetensors")
+    def test_two_different_heads_are_refused(self, language_models, tmp_path):
+        stored = {"v_head.summary.weight": torch.ones(1, 32)}
+        folder = with_tensors(language_models["gpt2"], tmp_path, stored)
+        save_file(stored, folder / "value_head.safetensors")
         assert torch.equal(RewardHead.from_pretrained(folder).weight.cpu(), torch.ones(32))
         save_file({"v_head.summary.weight": torch.zeros(1, 32)}, folder / "value_head.safetensors")
         with pytest.raises(ModelError, match=r"it has two heads.*head=\.\.\. accepts the path"):
@@ -343,7 +343,7 @@ class TestStoredHeads:
         head = RewardHead.from_pretrained(folder, head=folder / "value_head.safetensors")
         assert float(head.weight.abs().sum()) == 0
 
-    def test_pickled_heads_and_the_way_to_convert_them(self, language_models, tmp_path):
+    def test_pickled_heads_are_refused_with_a_conversion(self, language_models, tmp_path):
         file = "value_head.bin"
         folder = with_tensors(language_models["gpt2"], tmp_path, {})
         weight = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))

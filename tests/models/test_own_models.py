@@ -96,10 +96,10 @@ def test_direct_contributions_sum_to_the_reward(kind, changes):
     if head.model.cfg.normalization_type is None:
         changes_of = []
         for neuron in range(20):
-            one = torch.zeros(2, 20, dtype=torch.bool).index_put(
+            ablated = torch.zeros(2, 20, dtype=torch.bool).index_put(
                 (torch.tensor(1), torch.tensor(neuron)), torch.tensor(True)
             )
-            with AblationContext(head, NeuronSet(one, "mlp", head.architecture)):
+            with AblationContext(head, NeuronSet(ablated, "mlp", head.architecture)):
                 changes_of.append(parts.reward - head.score_tokens(ids, mask))
         assert torch.allclose(torch.stack(changes_of, dim=1), parts.neurons["mlp"][:, 1], atol=1e-9)
         assert parts.neurons["mlp"][:, 1].abs().max() > 1e-2
@@ -111,10 +111,10 @@ def test_direct_contributions_sum_to_the_reward(kind, changes):
 def test_a_permanent_ablation_equals_the_context_and_comes_back_from_a_folder(kind, changes, site, tokenizer, tmp_path):
     pairs = make_pairs(4, longest=2)
     sizes = {"d_vocab": len(tokenizer), "n_ctx": 96}
-    said = {"max_length": 90, "on_nonfinite": "skip"}
+    run_options = {"max_length": 90, "on_nonfinite": "skip"}
     model = make_own(kind, **sizes | changes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    head = open_own(kind, model, tokenizer=tokenizer, pad_token_id=1, **said)
+    head = open_own(kind, model, tokenizer=tokenizer, pad_token_id=1, **run_options)
     mask = torch.rand(2, head.n_neurons(site), generator=torch.Generator().manual_seed(0)) < 0.5
     neurons = NeuronSet(mask, site, head.architecture)
     statistics = ActivationCollector(head, site=site).collect(pairs)
@@ -126,7 +126,7 @@ def test_a_permanent_ablation_equals_the_context_and_comes_back_from_a_folder(ki
         assert torch.allclose(ablated.score_pairs(pairs).margin, expected, atol=1e-9)
         assert not torch.allclose(expected, plain, atol=1e-3)
     ablated.save_pretrained(tmp_path / "saved")
-    opened = RewardHead.from_pretrained(tmp_path / "saved", dtype=torch.float64, **said)
+    opened = RewardHead.from_pretrained(tmp_path / "saved", dtype=torch.float64, **run_options)
     assert opened.run_options == ablated.run_options == head.run_options
     assert torch.allclose(opened.score_pairs(pairs).margin, expected, atol=1e-9)
     assert (opened.pad_token_id, opened.architecture) == (1, head.architecture)
@@ -266,7 +266,7 @@ def test_the_check_still_fails_on_a_wrong_direct_path(monkeypatch):
         head.check()
 
 
-def test_direct_effects_of_pairs(tokenizer):
+def test_direct_effects_of_pairs_have_one_value_per_neuron(tokenizer):
     head = open_own("native", make_own("native", d_vocab=len(tokenizer), n_ctx=96), tokenizer=tokenizer)
     pairs = make_pairs(3, longest=2)
     scores = NeuronAttribution(head, method="direct_effect").score(pairs)

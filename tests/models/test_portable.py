@@ -99,7 +99,7 @@ def test_transformers_5_reads_the_completed_config_as_before(family, tmp_path):
         config = config_of(family, **changes)
         completed(config, tmp_path)
         again = transformers.AutoConfig.from_pretrained(tmp_path)
-        ropes = [json.loads(json.dumps(one.rope_parameters)) for one in (config, again)]
+        ropes = [json.loads(json.dumps(config_read.rope_parameters)) for config_read in (config, again)]
         for rope in ropes:
             for part in (rope, *rope.values()):
                 if isinstance(part, dict):
@@ -142,9 +142,9 @@ def test_transformers_5_reads_the_completed_config_as_before(family, tmp_path):
         ),
     ],
 )
-def test_what_transformers_4_cannot_read_is_said(family, changes, words, tmp_path):
-    _, (found,) = completed(config_of(family, **json.loads(json.dumps(changes))), tmp_path)
-    assert re.search(words, found), found
+def test_what_transformers_4_cannot_read_is_named(family, changes, words, tmp_path):
+    _, (warning,) = completed(config_of(family, **json.loads(json.dumps(changes))), tmp_path)
+    assert re.search(words, warning), warning
 
 
 def test_saving_warns_of_what_transformers_4_cannot_read(tmp_path, tokenizer):

@@ -40,16 +40,16 @@ def test_rewards_and_neurons_are_those_of_the_checkpoint(folders, ragged_texts, 
     assert table["passed"].all()
     assert "equal to transformers" in set(table["check"])
     # Neurons of the MLP mean the same: the same activations, and the same reward without them.
-    ours, theirs = (ActivationCollector(one, site="mlp").collect(pairs) for one in (head, plain))
+    ours, theirs = (ActivationCollector(scorer, site="mlp").collect(pairs) for scorer in (head, plain))
     assert torch.allclose(ours.mean, theirs.mean, atol=1e-5)
     mask = torch.rand(3, 128, generator=torch.Generator().manual_seed(0)) < 0.5
     rewards = []
-    for one in (head, plain):
-        with AblationContext(one, NeuronSet(mask, "mlp", one.architecture)):
-            rewards.append(one.score(ragged_texts))
+    for scorer in (head, plain):
+        with AblationContext(scorer, NeuronSet(mask, "mlp", scorer.architecture)):
+            rewards.append(scorer.score(ragged_texts))
     assert torch.allclose(rewards[0], rewards[1], atol=1e-5)
     assert not torch.allclose(rewards[0], plain.score(ragged_texts), atol=1e-3)
-    direct = [NeuronAttribution(one, method="direct_effect").score(pairs[:4]).values for one in (head, plain)]
+    direct = [NeuronAttribution(scorer, method="direct_effect").score(pairs[:4]).values for scorer in (head, plain)]
     assert torch.allclose(*direct, atol=1e-4)
     assert direct[1].abs().max() > 1e-2
     neurons = NeuronSet(mask, "mlp", head.architecture)
@@ -66,7 +66,7 @@ def test_rewards_and_neurons_are_those_of_the_checkpoint(folders, ragged_texts, 
 
 
 @pytest.mark.parametrize("family", grid(FAMILIES))
-def test_a_bridge_in_compatibility_mode(folders, ragged_texts, tokenizer, family):
+def test_a_bridge_in_compatibility_mode_needs_its_norm_and_keeps_rewards(folders, ragged_texts, tokenizer, family):
     """The user's own bridge: without the norm it is refused, with the norm it scores what transformers scores."""
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -92,7 +92,7 @@ def test_a_bridge_in_compatibility_mode(folders, ragged_texts, tokenizer, family
     assert not torch.allclose(RewardHead(bridge, final_norm=other, **options).score(ragged_texts), expected, atol=1e-3)
 
 
-def test_a_classifier_in_training_mode(folders, ragged_texts, tokenizer):
+def test_a_classifier_in_training_mode_is_processed_in_eval_mode(folders, ragged_texts, tokenizer):
     """Its dropout is off while the conversion is compared with it, and afterwards it trains on."""
     load = transformers.AutoModelForSequenceClassification.from_pretrained
     classifier = load(folders["gpt2"], dtype=torch.float32).train()
@@ -106,7 +106,7 @@ def test_a_classifier_in_training_mode(folders, ragged_texts, tokenizer):
 
 
 @pytest.mark.skipif(HAS_HOOKED_TRANSFORMER, reason="this transformer-lens has a HookedTransformer")
-def test_no_hooked_transformer_here(folders):
+def test_a_hooked_transformer_needs_transformer_lens_3(folders):
     with pytest.raises(ModelError, match=r"HookedTransformer needs transformer-lens 3.*transformer-lens<4"):
         RewardHead.from_pretrained(folders["gpt2"], model_class="HookedTransformer")
 
@@ -129,7 +129,7 @@ def test_a_conversion_that_differs_is_refused(folders, monkeypatch):
         RewardHead.from_pretrained(folders["llama"], process_weights=True)
 
 
-def test_unknown_to_transformer_lens(folders, monkeypatch, tmp_path, tokenizer):
+def test_architectures_unknown_to_transformer_lens_are_refused(folders, monkeypatch, tmp_path, tokenizer):
     """TransformerLens' own words reach the user, whatever it raises."""
     from rmtension.models import _bridges as wrapping
 

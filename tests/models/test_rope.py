@@ -79,7 +79,7 @@ def test_rewards_in_a_batch_are_those_of_each_text_alone(opened):
     assert torch.allclose(head.score(texts[::-1]), alone.flip(0), atol=1e-6)
 
 
-def test_the_bridge_computes_the_same(opened):
+def test_the_bridge_computes_what_transformers_computes(opened):
     """A hook of the user's makes the bridge run in place of transformers' modules."""
     head, texts, alone = opened
     with head.model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda value, hook: value)]):
@@ -108,16 +108,16 @@ def test_statistics_scores_and_ablations_of_a_batch_are_those_of_each_pair_alone
     singles = [pairs[n : n + 1] for n in range(len(pairs))]
     collected = ActivationCollector(head).collect(pairs)
     merged = ActivationCollector(head)
-    for one in singles:
-        merged.update(one)
+    for single in singles:
+        merged.update(single)
     assert torch.allclose(collected.mean, merged.compute().mean, atol=1e-6)
     scorer = NeuronAttribution(head, method="gradient_x_activation")
     together = scorer.per_pair(pairs).values
-    assert torch.allclose(together, torch.cat([scorer.per_pair(one).values for one in singles]), atol=1e-6)
+    assert torch.allclose(together, torch.cat([scorer.per_pair(single).values for single in singles]), atol=1e-6)
     neurons = scorer.score(pairs).top(k=10)
     with AblationContext(head, NeuronSet(neurons.mask, "mlp", head.architecture)):
         inside = head.score_pairs(pairs).margin
-        assert torch.allclose(inside, torch.cat([head.score_pairs(one).margin for one in singles]), atol=1e-6)
+        assert torch.allclose(inside, torch.cat([head.score_pairs(single).margin for single in singles]), atol=1e-6)
 
 
 def test_texts_share_a_row_only_where_frequencies_are_the_same(tokenizer):
@@ -127,6 +127,6 @@ def test_texts_share_a_row_only_where_frequencies_are_the_same(tokenizer):
     assert plain.body.pack_up_to == 96
 
 
-def test_check_passes(opened):
+def test_the_check_passes(opened):
     head, _, _ = opened
     assert head.check(pairs_of(["how do i", "how do i bake " * 8]))["passed"].all()

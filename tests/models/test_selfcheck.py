@@ -42,7 +42,7 @@ def test_a_head_without_checkpoint_or_tokenizer_has_fewer_rows(head):
     assert set(bare.check()["check"]) == ALWAYS - {"tokens", "equal to transformers", "bridge"}
 
 
-def test_a_reference_of_the_users(checkpoints):
+def test_a_reference_of_the_user_is_compared(checkpoints):
     import transformers
 
     load = transformers.AutoModelForSequenceClassification.from_pretrained
@@ -168,7 +168,7 @@ def test_hooks_in_each_others_layers_are_rejected(head, monkeypatch):
     assert failed(head) == {"hooks, mlp", "hooks, mlp_gate", "hooks, attn_head"}
 
 
-def test_pairs_that_are_cut(head):
+def test_pairs_that_are_cut_are_checked_too(head):
     """One response is long: the prompt is cut on both sides, although the other text would fit by itself."""
     prompt = "please help " * 30
     rows = [{"prompt": prompt, "chosen": "sure " * 40, "rejected": "sorry"}]
@@ -179,7 +179,7 @@ def test_pairs_that_are_cut(head):
     assert head.check(pairs)["passed"].all()
 
 
-def test_nothing_to_check(head, pairs):
+def test_a_check_without_pairs_is_refused(head, pairs):
     with pytest.raises(DataError, match="at least one preference pair"):
         head.check(pairs[:0])
 

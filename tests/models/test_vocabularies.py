@@ -32,14 +32,14 @@ def opened(tokenizer, family="gpt2", **options):
 
 
 @pytest.mark.parametrize("name", grid(VOCABULARIES, keep=["WordLevel", "BPE"]))
-def test_no_unknown_token(name):
+def test_texts_outside_the_vocabulary_are_named(name):
     """Known texts are scored, others named in an error whose advice works; the check draws ids."""
     head = opened(wrapped(VOCABULARIES[name], pad_token="<pad>"), "llama" if name == "BPE" else "gpt2")
     assert head.score(["no", "no no"]).isfinite().all()
-    said = (
+    message = (
         r"cannot encode 'no \?\?'.*Leave the text out" if name != "BPE" else r"text 1 has no token: nothing of it is in"
     )
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         head.score(["no", "??" if name == "BPE" else "no ??"])
     rows = [{"prompt": "no", "chosen": "no", "rejected": "??"}]
     with pytest.raises(DataError, match=r"cannot encode|has no token"):
@@ -78,7 +78,7 @@ def test_a_length_with_room_only_for_special_tokens_is_refused():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_tiny_vocabularies(size):
+def test_tiny_vocabularies_pass_the_check(size):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=size, num_labels=1

@@ -13,8 +13,9 @@ from scipy import stats
 from rmtension import PreferencePairs, plots
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.evaluation._intervals import variance_of_mean
-from rmtension.neurons import _conflict_report as module
-from rmtension.neurons._conflict_report import CLASSES, OBJECTIVES, ConflictReport, conflict, contributions
+from rmtension.neurons import _conflict, _prompt_cells
+from rmtension.neurons._conflict import conflict, contributions
+from rmtension.neurons._conflict_report import CLASSES, OBJECTIVES, ConflictReport
 from rmtension.neurons._pair_attributions import PairAttributions
 from rmtension.store._provenance import Provenance
 
@@ -51,8 +52,8 @@ def lengthened(scores):
     """By how much resampling prompts lengthens the mean, from the prompts' sums and the variance between them."""
     sums = np.array(
         [
-            scores.values[[n for n, pair in enumerate(scores.pairs) if pair.prompt == one]].sum(0).flatten().numpy()
-            for one in scores.pairs.prompts
+            scores.values[[n for n, pair in enumerate(scores.pairs) if pair.prompt == prompt]].sum(0).flatten().numpy()
+            for prompt in scores.pairs.prompts
         ]
     )
     length = sums.sum(0) @ sums.sum(0)
@@ -80,15 +81,15 @@ class TestWithoutNoise:
         means = np.array(list(self.MEANS.values()))
         return conflict(*(scores_of(np.tile(column, (6, 1)), layers=3) for column in means.T), **options)
 
-    def test_classes(self):
-        found = self.report()
-        assert found.table["class"].tolist() == list(self.MEANS) == list(CLASSES.values())
-        assert found.counts() == dict.fromkeys(self.MEANS, 1)
-        places = {name: [divmod(place, 3)] for place, name in enumerate(self.MEANS)}
-        assert {name: list(one) for name, one in found.sets.items()} == places
-        assert all((one.site, one.architecture) == ("mlp", "toy") for one in found.sets.values())
-        assert found.table[["layer", "neuron"]].to_numpy().tolist() == [list(divmod(place, 3)) for place in range(9)]
-        assert found.table[list(OBJECTIVES)].to_numpy() == pytest.approx(np.array(list(self.MEANS.values())))
+    def test_planted_contributions_have_their_classes(self):
+        report = self.report()
+        assert report.table["class"].tolist() == list(self.MEANS) == list(CLASSES.values())
+        assert report.counts() == dict.fromkeys(self.MEANS, 1)
+        expected_sets = {name: [divmod(index, 3)] for index, name in enumerate(self.MEANS)}
+        assert {name: list(neurons) for name, neurons in report.sets.items()} == expected_sets
+        assert all((neurons.site, neurons.architecture) == ("mlp", "toy") for neurons in report.sets.values())
+        assert report.table[["layer", "neuron"]].to_numpy().tolist() == [list(divmod(index, 3)) for index in range(9)]
+        assert report.table[list(OBJECTIVES)].to_numpy() == pytest.approx(np.array(list(self.MEANS.values())))
 
     def test_min_share_is_relative_to_the_objectives_largest_contribution(self):
         """The largest are 2 and 3, so that a floor of 0.6 is at 1.2 and at 1.8."""
@@ -100,21 +101,21 @@ class TestWithoutNoise:
         ]  # fmt: skip
         assert everything[4] == "helpful only up", "a neuron that does nothing counts nowhere"
 
-    def test_cosine_and_reliability(self):
-        found = self.report()
+    def test_cosine_and_reliability_are_exact(self):
+        report = self.report()
         expected = cosine(*np.array(list(self.MEANS.values())).T)
-        assert [found.cosine.value, found.cosine.low, found.cosine.high] == pytest.approx([expected] * 3)
-        assert found.reliability == pytest.approx({"helpful": 1.0, "harmless": 1.0})
-        assert (found.n_pairs, found.n_prompts) == ({"helpful": 6, "harmless": 6},) * 2
-        assert (found.cosine.n, found.cosine.n_prompts) == (12, 6), "the prompts are the same"
+        assert [report.cosine.value, report.cosine.low, report.cosine.high] == pytest.approx([expected] * 3)
+        assert report.reliability == pytest.approx({"helpful": 1.0, "harmless": 1.0})
+        assert (report.n_pairs, report.n_prompts) == ({"helpful": 6, "harmless": 6},) * 2
+        assert (report.cosine.n, report.cosine.n_prompts) == (12, 6), "the prompts are the same"
 
     def test_a_sum_of_zeros_has_no_direction(self):
         """Two prompts that a coin turns against each other: cosines are 0 or as observed, never what rounding gives."""
-        found = conflict(scores_of([[0.1, 0.3]] * 2, "ab"), scores_of([[0.1, 0.3]] * 2, "cd"))
-        assert found.chance["coin"].mean == pytest.approx(0, abs=0.1)
-        assert (found.chance["coin"].low, found.chance["coin"].high) == pytest.approx((-1, 1))
+        report = conflict(scores_of([[0.1, 0.3]] * 2, "ab"), scores_of([[0.1, 0.3]] * 2, "cd"))
+        assert report.chance["coin"].mean == pytest.approx(0, abs=0.1)
+        assert (report.chance["coin"].low, report.chance["coin"].high) == pytest.approx((-1, 1))
         # A quarter of the draws turn neither objective's prompts against each other.
-        assert found.chance["coin"].p_value == pytest.approx(0.25, abs=0.06)
+        assert report.chance["coin"].p_value == pytest.approx(0.25, abs=0.06)
 
 
 class TestTable:
@@ -152,17 +153,17 @@ class TestTable:
         for name in OBJECTIVES:
             size = table[name].abs()
             signs.append(np.sign(table[name]) * (table[f"{name}_q_value"] <= 0.1) * (size >= 0.2 * size.max()))
-        assert table["class"].tolist() == [CLASSES[one] for one in zip(*signs, strict=True)]
+        assert table["class"].tolist() == [CLASSES[pair_of_signs] for pair_of_signs in zip(*signs, strict=True)]
         assert table["class"].nunique() == 7
 
     @pytest.mark.parametrize("piece", [1, 7, 40])
     def test_the_size_of_chunks_changes_nothing(self, monkeypatch, piece):
         whole = conflict(*noisy())
-        monkeypatch.setattr(module, "_NEURONS_AT_A_TIME", piece)
-        found = conflict(*noisy())
+        monkeypatch.setattr(_conflict, "_NEURONS_AT_A_TIME", piece)
+        report = conflict(*noisy())
         numbers = whole.table.columns[:-1]
-        assert found.table[numbers].to_numpy() == pytest.approx(whole.table[numbers].to_numpy())
-        assert (found.cosine.low, found.chance["coin"].high) == pytest.approx(
+        assert report.table[numbers].to_numpy() == pytest.approx(whole.table[numbers].to_numpy())
+        assert (report.cosine.low, report.chance["coin"].high) == pytest.approx(
             (whole.cosine.low, whole.chance["coin"].high)
         )
 
@@ -176,13 +177,13 @@ class TestDraws:
     def drawn(self, monkeypatch):
         """Kind -> weights of the two sides and cosines, what a cell sums to, and the report."""
         calls = []
-        given = module._Cells.cosines
+        given = _prompt_cells.PromptCells.cosines
 
         def kept(cells, first, second):
             calls.append((first, second, given(cells, first, second)))
             return calls[-1][2]
 
-        monkeypatch.setattr(module._Cells, "cosines", kept)
+        monkeypatch.setattr(_prompt_cells.PromptCells, "cosines", kept)
         both = noisy()
         report = conflict(*both)
         names, sums = [], []
@@ -194,51 +195,51 @@ class TestDraws:
                 sums.append(scores.values[mine].sum(0).flatten().numpy() / length)
         return dict(zip(self.KINDS, calls, strict=True)), names, np.array(sums), report
 
-    def test_cosines(self, drawn):
+    def test_cosines_are_those_of_the_weighted_sums(self, drawn):
         calls, _, sums, _ = drawn
-        for kind, (first, second, found) in calls.items():
-            assert len(found) == (1 if kind == "observed" else 1000)
+        for kind, (first, second, cosines) in calls.items():
+            assert len(cosines) == (1 if kind == "observed" else 1000)
             loop = [
                 torch.nn.functional.cosine_similarity(torch.from_numpy(a @ sums), torch.from_numpy(b @ sums), dim=0)
                 for a, b in zip(first, second, strict=True)
             ]
-            assert found == pytest.approx(np.array([float(one) for one in loop]), abs=1e-10)
+            assert cosines == pytest.approx(np.array([float(draw) for draw in loop]), abs=1e-10)
 
-    def test_numbers_of_the_report(self, drawn):
+    def test_the_report_summarises_the_draws(self, drawn):
         calls, _, _, report = drawn
-        found = {kind: cosines for kind, (_, _, cosines) in calls.items()}
-        observed = found["observed"][0]
+        cosines_of = {kind: cosines for kind, (_, _, cosines) in calls.items()}
+        observed = cosines_of["observed"][0]
         assert report.cosine.value == observed
         table = torch.tensor(report.table[list(OBJECTIVES)].to_numpy())
         assert observed == pytest.approx(float(torch.nn.functional.cosine_similarity(*table.T, dim=0)))
         helpful, harmless = noisy()
         stretch = np.sqrt(np.prod([lengthened(scores) for scores in (helpful, harmless)]))
-        shifted = (found["bootstrap"] - found["bootstrap"].mean()) * stretch + observed
+        shifted = (cosines_of["bootstrap"] - cosines_of["bootstrap"].mean()) * stretch + observed
         assert (report.cosine.low, report.cosine.high) == pytest.approx(tuple(np.quantile(shifted, [0.025, 0.975])))
-        sizes = np.abs(found["shuffle"])
-        as_large = {"coin": np.abs(found["coin"]) >= abs(observed), "shuffle": sizes <= abs(observed)}
-        for name, draws in (("coin", found["coin"]), ("shuffle", sizes)):
+        sizes = np.abs(cosines_of["shuffle"])
+        as_large = {"coin": np.abs(cosines_of["coin"]) >= abs(observed), "shuffle": sizes <= abs(observed)}
+        for name, draws in (("coin", cosines_of["coin"]), ("shuffle", sizes)):
             null = report.chance[name]
             assert (null.mean, null.low, null.high) == pytest.approx(
                 (draws.mean(), *np.quantile(draws, [0.025, 0.975]))
             )
             assert null.p_value == pytest.approx((as_large[name].sum() + 1) / 1001)
-        assert report.reliability == pytest.approx({on: found[on].mean() for on in OBJECTIVES})
+        assert report.reliability == pytest.approx({on: cosines_of[on].mean() for on in OBJECTIVES})
 
-    def test_what_is_drawn(self, drawn):
+    def test_draws_keep_prompts_whole(self, drawn):
         calls, names, _, _ = drawn
         helpful = np.array([on == "helpful" for on, _ in names])
         prompts = [prompt for _, prompt in names]
         both = [prompt for prompt in dict.fromkeys(prompts) if prompts.count(prompt) == 2]
-        pairs = [[place for place, one in enumerate(prompts) if one == prompt] for prompt in both]
+        pairs = [[index for index, owner in enumerate(prompts) if owner == prompt] for prompt in both]
         assert len(both) == 5
         shared = np.isin(prompts, both)
         for kind in ("bootstrap", "coin"):
             first, second, _ = calls[kind]
             assert not first[:, ~helpful].any()
             assert not second[:, helpful].any()
-            for one, other in pairs:
-                assert (first[:, one] == second[:, other]).all(), "a prompt of both is drawn for both"
+            for helpful_cell, harmless_cell in pairs:
+                assert (first[:, helpful_cell] == second[:, harmless_cell]).all(), "a prompt of both is drawn for both"
         first, second, _ = calls["bootstrap"]
         for side, mine in ((first, helpful), (second, ~helpful)):
             for members in (mine & shared, mine & ~shared):
@@ -252,9 +253,9 @@ class TestDraws:
         assert set(np.unique(first)) == {0, 1}
         assert (first[:, ~shared].sum(1) == (helpful & ~shared).sum()).all()
         assert first[:, ~shared].mean(0) == pytest.approx(10 / 15, abs=5 * 0.5 / np.sqrt(1000))
-        for one, other in pairs:
-            assert (first[:, one] + first[:, other] == 1).all()
-            assert first[:, one].mean() == pytest.approx(0.5, abs=5 * 0.5 / np.sqrt(1000))
+        for helpful_cell, harmless_cell in pairs:
+            assert (first[:, helpful_cell] + first[:, harmless_cell] == 1).all()
+            assert first[:, helpful_cell].mean() == pytest.approx(0.5, abs=5 * 0.5 / np.sqrt(1000))
         for kind, mine, half in (("helpful", helpful, 7), ("harmless", ~helpful, 5)):
             first, second, _ = calls[kind]
             assert (first + second == mine).all()
@@ -263,9 +264,9 @@ class TestDraws:
     def test_nulls_are_those_of_every_possible_draw(self):
         rng = np.random.default_rng(5)
         a, b = (rng.standard_normal((n, 6)) + 2.0 * np.eye(6)[on] for n, on in ((4, 0), (3, 0)))
-        found = conflict(scores_of(a, "abcd"), scores_of(b, "efg"))
+        report = conflict(scores_of(a, "abcd"), scores_of(b, "efg"))
         observed = cosine(a.sum(0), b.sum(0))
-        assert found.cosine.value == pytest.approx(observed)
+        assert report.cosine.value == pytest.approx(observed)
         assert observed > 0
         coins = [cosine(np.array(signs[:4]) @ a, np.array(signs[4:]) @ b) for signs in product([-1.0, 1.0], repeat=7)]
         rows = np.concatenate([a / np.linalg.norm(a.mean(0)), b / np.linalg.norm(b.mean(0))])
@@ -274,7 +275,7 @@ class TestDraws:
         dealt = np.abs([cosine(mine, total - mine) for mine in deals])
         as_large = np.abs(coins) >= observed - 1e-9, dealt <= observed + 1e-9
         for name, exact, beyond in zip(("coin", "shuffle"), (np.array(coins), dealt), as_large, strict=True):
-            null, share = found.chance[name], beyond.mean()
+            null, share = report.chance[name], beyond.mean()
             assert null.mean == pytest.approx(exact.mean(), abs=4 * exact.std() / np.sqrt(1000))
             assert null.p_value == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 1000) + 0.001)
 
@@ -284,7 +285,7 @@ class TestSimulated:
 
     @pytest.fixture(autouse=True)
     def fewer_draws(self, monkeypatch):
-        monkeypatch.setattr(module, "_N_DRAWS", 200)
+        monkeypatch.setattr(_prompt_cells, "_N_DRAWS", 200)
 
     @pytest.mark.grid
     @pytest.mark.parametrize(("neurons", "noise"), [(60, 1.0), (300, 2.0)])
@@ -293,16 +294,16 @@ class TestSimulated:
         rng = np.random.default_rng(11)
         means = np.zeros((2, neurons))
         means[0, :6], means[1, 3:9] = 1.0, 1.0
-        found, shifted = [], []
+        values, shifted = [], []
         for _ in range(200):
             both = {on: simulated(rng, mean, 25, on, noise=noise) for on, mean in zip(OBJECTIVES, means, strict=True)}
-            found.append(conflict(**both).cosine)
-            _, cells = module._summarised(both)
+            values.append(conflict(**both).cosine)
+            _, cells = _conflict._summarised(both)
             ends = np.quantile(cells.between(cells.resampled(rng)), [0.025, 0.975])
             middle = cells.between(cells.resampled(rng)).mean()
-            shifted.append(ends - middle + found[-1].value)
-        truth = np.mean([one.value for one in found])
-        assert 0.93 <= np.mean([one.low <= truth <= one.high for one in found]) <= 0.995
+            shifted.append(ends - middle + values[-1].value)
+        truth = np.mean([value.value for value in values])
+        assert 0.93 <= np.mean([value.low <= truth <= value.high for value in values]) <= 0.995
         assert np.mean([low <= truth <= high for low, high in shifted]) < 0.93, "which the bound above would find"
 
     @pytest.mark.grid
@@ -336,8 +337,8 @@ class TestSimulated:
             "helpful only up": range(20, 30),
             "harmless only down": range(30, 40),
         }
-        for name, places in planted.items():
-            assert {(0, place) for place in places} <= set(report.sets[name])
+        for name, neurons in planted.items():
+            assert {(0, neuron) for neuron in neurons} <= set(report.sets[name])
         assert report.counts()["none"] >= 350
         assert report.cosine.high < 0
         assert report.chance["coin"].p_value == pytest.approx(1 / 201)
@@ -366,40 +367,40 @@ class TestSimulated:
 class TestSymmetries:
     def test_swapping_the_objectives_transposes_the_table(self):
         helpful, harmless = noisy()
-        one, other = conflict(helpful, harmless), conflict(harmless, helpful)
+        first, other = conflict(helpful, harmless), conflict(harmless, helpful)
         for number in ("", "_stderr", "_p_value", "_q_value"):
             for a, b in (OBJECTIVES, OBJECTIVES[::-1]):
-                assert one.table[a + number].to_numpy() == pytest.approx(other.table[b + number].to_numpy())
+                assert first.table[a + number].to_numpy() == pytest.approx(other.table[b + number].to_numpy())
         turned = {name: CLASSES[signs[::-1]] for signs, name in CLASSES.items()}
-        assert other.table["class"].tolist() == [turned[name] for name in one.table["class"]]
-        assert one.cosine.value == pytest.approx(other.cosine.value)
+        assert other.table["class"].tolist() == [turned[name] for name in first.table["class"]]
+        assert first.cosine.value == pytest.approx(other.cosine.value)
 
     def test_flipping_one_objective_flips_the_cosine(self):
         helpful, harmless = noisy()
-        one = conflict(helpful, harmless)
+        report = conflict(helpful, harmless)
         other = conflict(helpful, replace(harmless, values=-harmless.values))
         ends = (-other.cosine.value, -other.cosine.high, -other.cosine.low)
-        assert (one.cosine.value, one.cosine.low, one.cosine.high) == pytest.approx(ends)
+        assert (report.cosine.value, report.cosine.low, report.cosine.high) == pytest.approx(ends)
         turned = {name: CLASSES[a, -b] for (a, b), name in CLASSES.items()}
-        assert other.table["class"].tolist() == [turned[name] for name in one.table["class"]]
-        assert other.chance["shuffle"].mean == pytest.approx(one.chance["shuffle"].mean)
-        assert other.chance["coin"].p_value == one.chance["coin"].p_value
+        assert other.table["class"].tolist() == [turned[name] for name in report.table["class"]]
+        assert other.chance["shuffle"].mean == pytest.approx(report.chance["shuffle"].mean)
+        assert other.chance["coin"].p_value == report.chance["coin"].p_value
 
     def test_scale_changes_nothing_but_the_contributions(self):
         helpful, harmless = noisy()
-        one = conflict(helpful, harmless)
+        report = conflict(helpful, harmless)
         other = conflict(helpful, replace(harmless, values=1000 * harmless.values))
-        assert other.table["class"].tolist() == one.table["class"].tolist()
-        assert other.table["harmless"].to_numpy() == pytest.approx(1000 * one.table["harmless"].to_numpy())
-        for name, null in one.chance.items():
+        assert other.table["class"].tolist() == report.table["class"].tolist()
+        assert other.table["harmless"].to_numpy() == pytest.approx(1000 * report.table["harmless"].to_numpy())
+        for name, null in report.chance.items():
             assert [other.chance[name].mean, other.chance[name].low] == pytest.approx([null.mean, null.low])
-        assert other.reliability == pytest.approx(one.reliability)
+        assert other.reliability == pytest.approx(report.reliability)
 
-    def test_seed(self):
-        one, same, other = (conflict(*noisy(), seed=seed) for seed in (0, 0, 1))
-        assert repr(one) == repr(same)
-        assert one.cosine.low != other.cosine.low
-        assert one.cosine.low == pytest.approx(other.cosine.low, abs=0.05)
+    def test_the_seed_decides_the_draws(self):
+        first, same, other = (conflict(*noisy(), seed=seed) for seed in (0, 0, 1))
+        assert repr(first) == repr(same)
+        assert first.cosine.low != other.cosine.low
+        assert first.cosine.low == pytest.approx(other.cosine.low, abs=0.05)
 
 
 class TestSigns:
@@ -409,20 +410,20 @@ class TestSigns:
         assert contributions(scores).equal(scores.values)
 
     def test_effects_of_ablation_are_sign_flipped(self):
-        patched = [replace(one, values=-one.values, provenance=replace(one.provenance)) for one in noisy()]
+        patched = [replace(scores, values=-scores.values, provenance=replace(scores.provenance)) for scores in noisy()]
         method = "attribution_patching to mean"
-        patched = [replace(one, provenance=replace(one.provenance, method=method, sign=-1)) for one in patched]
+        patched = [replace(scores, provenance=replace(scores.provenance, method=method, sign=-1)) for scores in patched]
         assert contributions(patched[0]).equal(-patched[0].values)
         assert conflict(*patched).table.equals(conflict(*noisy()).table)
 
     def test_scores_without_a_known_sign_are_refused(self):
         """And with the sign that the message asks for, they are compared."""
-        unsigned = [replace(one, provenance=replace(one.provenance, sign=None)) for one in noisy()]
+        unsigned = [replace(scores, provenance=replace(scores.provenance, sign=None)) for scores in noisy()]
         with pytest.raises(
             OptionError, match=r"got sign None in their provenance.* Use .*dataclasses.replace\(provenance, sign=1\)"
         ):
             conflict(*unsigned)
-        signed = [replace(one, provenance=replace(one.provenance, sign=1)) for one in unsigned]
+        signed = [replace(scores, provenance=replace(scores.provenance, sign=1)) for scores in unsigned]
         assert conflict(*signed).table.equals(conflict(*noisy()).table)
         with pytest.raises(ProvenanceError, match="conflict: sign differs: 1 here, None there"):
             conflict(signed[0], unsigned[1])
@@ -430,16 +431,16 @@ class TestSigns:
 
 class TestErrors:
     @pytest.mark.parametrize("min_share", [-0.1, 1.0, float("nan")])
-    def test_min_share(self, min_share):
+    def test_an_invalid_min_share_is_refused(self, min_share):
         with pytest.raises(OptionError, match=r"min_share: expected a share .* in \[0, 1\)"):
             conflict(*noisy(), min_share=min_share)
 
-    def test_level(self):
+    def test_an_invalid_level_is_refused(self):
         with pytest.raises(OptionError, match="level"):
             conflict(*noisy(), level=1.0)
 
     @pytest.mark.parametrize("name", ["architecture", "model", "site", "positions", "method"])
-    def test_one_model_and_method(self, name):
+    def test_other_models_and_methods_are_refused(self, name):
         helpful, harmless = noisy()
         other = replace(harmless, provenance=replace(harmless.provenance, **{name: "another"}))
         with pytest.raises(ProvenanceError, match=f"conflict: {name} differs"):
@@ -453,7 +454,7 @@ class TestErrors:
             conflict(helpful, harmless)
 
     @pytest.mark.parametrize("n", [0, 3])
-    def test_fewer_than_two_prompts(self, n):
+    def test_fewer_than_two_prompts_are_refused(self, n):
         few = scores_of(np.ones((n, 40)), "aaa"[:n], layers=2)
         with pytest.raises(DataError, match=rf"helpful: expected pairs of at least two prompts, got {min(n, 1)}"):
             conflict(few, noisy()[1])
@@ -469,7 +470,7 @@ class TestErrors:
 
 
 class TestReport:
-    def test_saved_and_loaded(self, tmp_path):
+    def test_a_loaded_report_equals_the_saved_one(self, tmp_path):
         report = conflict(*noisy(), min_share=0.2, level=0.9)
         report.save(tmp_path / "conflict.safetensors")
         loaded = ConflictReport.load(tmp_path / "conflict.safetensors")
@@ -499,7 +500,7 @@ class TestReport:
 
 
 class TestFigure:
-    def test_points_intervals_and_legend(self):
+    def test_the_plot_shows_points_intervals_and_a_legend(self):
         report = conflict(*noisy(), level=0.9)
         figure = plots.conflict_scatter(report)
         (axes,) = figure.axes
@@ -533,7 +534,7 @@ class TestFigure:
         assert first == "Contributions to helpful and harmless margins: mlp, gradient x activation"
         assert second == f"Cosine {report.cosine}; 90% intervals over prompts"
 
-    def test_into_a_given_axis_and_to_a_file(self, tmp_path):
+    def test_a_given_axis_is_drawn_on_and_a_file_is_written(self, tmp_path):
         figure = Figure()
         axis = figure.add_subplot()
         assert plots.conflict_scatter(conflict(*noisy()), axis) is figure

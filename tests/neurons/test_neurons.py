@@ -53,7 +53,7 @@ def test_sets_of_other_sites_or_models_do_not_combine():
 class TestTop:
     @pytest.mark.parametrize("fraction", [0.001, 0.05, 0.1, 1 / 3, 0.5, 1.0])
     @pytest.mark.parametrize("shape", [(7, 10), (3, 48), (1, 1)])
-    def test_exactly_the_ceiling_and_the_highest(self, fraction, shape):
+    def test_top_takes_the_ceiling_of_the_fraction_from_the_highest(self, fraction, shape):
         values = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         for by, ranked in (("magnitude", values.abs()), ("score", values)):
             top = scores_of(values).top(fraction, rank_by=by)
@@ -61,7 +61,7 @@ class TestTop:
             if len(top) < values.numel():
                 assert ranked[top.mask].min() > ranked[~top.mask].max()
 
-    def test_ties_are_broken_by_place_with_a_warning(self):
+    def test_ties_are_broken_by_index_with_a_warning(self):
         values = torch.tensor([[1.0, 5.0, 1.0], [1.0, 0.0, 5.0]])
         assert list(scores_of(values).top(k=2)) == [(0, 1), (1, 2)]
         with pytest.warns(RMTensionWarning, match="tie of 3 equal scores"):
@@ -85,7 +85,7 @@ class TestTop:
 
 
 class TestMatchedRandom:
-    def test_same_size_per_layer_and_disjoint(self):
+    def test_random_sets_have_the_same_size_per_layer_and_are_disjoint(self):
         neurons, exclude = random_set(0, share=0.2), random_set(1, share=0.2)
         drawn = neurons.matched_random(seed=3, exclude=exclude)
         assert drawn.n_per_layer == neurons.n_per_layer
@@ -105,7 +105,7 @@ class TestMatchedRandom:
         assert counts[:2].sum() == 0
         assert stats.chisquare(counts[2:].numpy()).pvalue > 0.01
 
-    def test_too_few_left(self):
+    def test_drawing_more_neurons_than_are_left_is_refused(self):
         neurons = NeuronSet(torch.ones(1, 3, dtype=torch.bool), "mlp", "toy")
         with pytest.raises(OptionError, match="3 neurons in layers"):
             neurons.matched_random(seed=0)
@@ -151,7 +151,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 class TestTopRules:
-    def test_within_each_layer(self):
+    def test_layer_rules_rank_within_each_layer(self):
         values = torch.arange(40.0).view(4, 10)
         top = scores_of(values).top(0.25, rank_within="layer")
         assert top.n_per_layer == [3, 3, 3, 3]
@@ -162,15 +162,15 @@ class TestTopRules:
     def test_percentile_rule_is_numpys_and_takes_every_tie(self):
         """The published rule: with more than 90% of the scores tied at the top of the cut it selects everything."""
         values = torch.randn(4, 25, generator=torch.Generator().manual_seed(0)).double()
-        found = scores_of(values).top(0.1, rank_by="score", cut_rule="percentile")
-        assert torch.equal(found.mask, values >= np.percentile(values.numpy(), 90))
+        selected = scores_of(values).top(0.1, rank_by="score", cut_rule="percentile")
+        assert torch.equal(selected.mask, values >= np.percentile(values.numpy(), 90))
         tied = torch.zeros(4, 25).double()
         tied[0, :5] = 1.0
         assert len(scores_of(tied).top(0.1, cut_rule="percentile")) == 100
         with pytest.warns(RMTensionWarning, match="inside a tie"):
             assert len(scores_of(tied).top(0.1)) == 10
 
-    def test_wrong_choices(self):
+    def test_wrong_rules_are_refused(self):
         values = torch.randn(2, 5)
         for wrong in ({"rank_within": "block"}, {"cut_rule": "top"}, {"rank_by": "size"}):
             with pytest.raises(OptionError, match=next(iter(wrong))):
@@ -198,7 +198,7 @@ class TestMatchedInMagnitude:
         assert first != second
         assert first == neurons.matched_random(seed=0, match="magnitude", magnitude=magnitude)
 
-    def test_wrong_arguments(self):
+    def test_wrong_arguments_of_controls_are_refused(self):
         neurons = random_set(0)
         with pytest.raises(OptionError, match="magnitude: expected one number per neuron"):
             neurons.matched_random(seed=0, match="magnitude")
@@ -248,9 +248,9 @@ def test_invalid_arguments_of_a_set_are_refused(changes, message):
 
 
 def test_indices_stop_at_the_shape():
-    for place in ((2, 0), (0, 3), (-1, 0), (0, -1)):
+    for index in ((2, 0), (0, 3), (-1, 0), (0, -1)):
         with pytest.raises(OptionError, match=r"indices: \(.*\) is outside a model with 2 layers of 3 neurons"):
-            NeuronSet.from_indices([place], shape=(2, 3), site="mlp", architecture="toy")
+            NeuronSet.from_indices([index], shape=(2, 3), site="mlp", architecture="toy")
     corners = NeuronSet.from_indices([(1, 2), (0, 0), (1, 2)], shape=(2, 3), site="mlp", architecture="toy")
     assert list(corners) == [(0, 0), (1, 2)]
     assert corners.to_frame().to_dict("list") == {"layer": [0, 1], "neuron": [0, 2]}
@@ -260,9 +260,9 @@ def test_indices_stop_at_the_shape():
 
 
 def test_equal_sets_have_equal_hashes():
-    one, other = (NeuronSet(torch.tensor([[True, False]]), "mlp", "toy") for _ in range(2))
-    assert len({one, other, ~one}) == 2
-    assert hash(one) == hash(other) != hash(~one)
+    first, other = (NeuronSet(torch.tensor([[True, False]]), "mlp", "toy") for _ in range(2))
+    assert len({first, other, ~first}) == 2
+    assert hash(first) == hash(other) != hash(~first)
 
 
 def test_drawing_takes_the_last_neurons_that_are_free():
@@ -287,7 +287,7 @@ def test_shapes_up_to_the_largest_are_taken():
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, True, None, "0"])
-def test_seeds(seed):
+def test_invalid_seeds_are_refused(seed):
     with pytest.raises(OptionError, match="seed: expected a whole number from 0 on"):
         unchecked(check_seed)(seed)
     check_seed(0)

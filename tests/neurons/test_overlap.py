@@ -35,19 +35,21 @@ def scores_of_blocks(blocks, **changes):
 def test_chance_in_each_layer_is_what_permutations_give():
     rng = np.random.default_rng(0)
     a, b = crowded(0), crowded(1)
-    found = Overlap.of(a, b)
+    overlap = Overlap.of(a, b)
     others = [permuted(b, rng) for _ in range(1000)]
     drawn = np.array([len(a & other) / len(a | other) for other in others])
     # 4 standard errors of 1,000 permutations
     slack = 4 * drawn.std() / np.sqrt(1000)
-    assert found.layer_expected_jaccard == pytest.approx(drawn.mean(), abs=slack)
-    assert found.layer_expected_jaccard > found.expected_jaccard + slack, "crowding overlaps by itself"
-    assert found.layer_p_value == pytest.approx((drawn >= found.jaccard - 1e-12).mean(), abs=4 * 0.5 / np.sqrt(1000))
+    assert overlap.layer_expected_jaccard == pytest.approx(drawn.mean(), abs=slack)
+    assert overlap.layer_expected_jaccard > overlap.expected_jaccard + slack, "crowding overlaps by itself"
+    assert overlap.layer_p_value == pytest.approx(
+        (drawn >= overlap.jaccard - 1e-12).mean(), abs=4 * 0.5 / np.sqrt(1000)
+    )
     # The interval beyond chance is the observed index minus the central 95% of the permutations, to a count or so.
     low, high = np.quantile(drawn, [0.025, 0.975])
     step = 1.5 / len(a | b)
-    assert found.beyond_low == pytest.approx(found.jaccard - high, abs=step)
-    assert found.beyond_high == pytest.approx(found.jaccard - low, abs=step)
+    assert overlap.beyond_low == pytest.approx(overlap.jaccard - high, abs=step)
+    assert overlap.beyond_high == pytest.approx(overlap.jaccard - low, abs=step)
 
 
 @pytest.mark.grid
@@ -58,8 +60,8 @@ def test_interval_beyond_chance_excludes_0_in_one_case_of_twenty():
     null = real = 0
     for number in range(600):
         b = permuted(crowded(number + 1), rng)
-        found = Overlap.of(a, b)
-        null += not found.beyond_low <= 0 <= found.beyond_high
+        overlap = Overlap.of(a, b)
+        null += not overlap.beyond_low <= 0 <= overlap.beyond_high
         shared = Overlap.of(a, b | NeuronSet(a.mask & (torch.rand(SHAPE) < 0.6), "mlp", "toy"))
         real += shared.beyond_low > 0
     assert 0.02 <= null / 600 <= 0.08
@@ -70,9 +72,9 @@ class TestIntervalsOverPrompts:
     def test_without_noise_the_interval_has_no_width(self):
         """Blocks that agree: every resample ranks the same neurons."""
         values = torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0)).double()
-        scores = {name: scores_of_blocks(one.expand(N_BLOCKS, *SHAPE)) for name, one in zip("ab", values, strict=True)}
+        scores = {name: scores_of_blocks(row.expand(N_BLOCKS, *SHAPE)) for name, row in zip("ab", values, strict=True)}
         (low, high) = jaccard_intervals(scores, fraction=0.1)["a", "b"]
-        observed = Overlap.of(*(one.top(0.1) for one in scores.values())).jaccard
+        observed = Overlap.of(*(value.top(0.1) for value in scores.values())).jaccard
         assert low == pytest.approx(observed)
         assert high == pytest.approx(observed)
 
@@ -109,14 +111,14 @@ class TestIntervalsOverPrompts:
         own = torch.from_numpy(rng.random((2, *SHAPE)))
         own[0, 1], own[1, 2] = own[0, 1] + 5, own[1, 2] + 5
         scores = {
-            n: scores_of_blocks((common + one).expand(N_BLOCKS, *SHAPE)) for n, one in zip("ab", own, strict=True)
+            n: scores_of_blocks((common + row).expand(N_BLOCKS, *SHAPE)) for n, row in zip("ab", own, strict=True)
         }
         base = scores_of_blocks(common.expand(N_BLOCKS, *SHAPE))
         assert jaccard_intervals(scores, fraction=0.1)["a", "b"][0] > 0.3
         # 18 neurons each: 9 the base's; the base's other 9 are the first by place, where neither model has its own.
         assert jaccard_intervals(scores, fraction=0.1, base=base)["a", "b"] == pytest.approx((0, 0))
 
-    def test_ranks_within_layers(self):
+    def test_the_index_follows_the_ranking_within_layers(self):
         """Signal in one layer only, shared: jointly the sets coincide, layer by layer a third of them does."""
         rng = np.random.default_rng(0)
         common = torch.zeros(SHAPE).double()
@@ -124,17 +126,17 @@ class TestIntervalsOverPrompts:
         noise = torch.from_numpy(rng.random((2, *SHAPE)))
         noise[:, 2] = 0
         scores = {
-            n: scores_of_blocks((common + one).expand(N_BLOCKS, *SHAPE)) for n, one in zip("ab", noise, strict=True)
+            n: scores_of_blocks((common + row).expand(N_BLOCKS, *SHAPE)) for n, row in zip("ab", noise, strict=True)
         }
         assert jaccard_intervals(scores, fraction=0.1)["a", "b"] == pytest.approx((1, 1))
-        tops = [one.top(0.1, rank_within="layer") for one in scores.values()]
+        tops = [value.top(0.1, rank_within="layer") for value in scores.values()]
         expected = Overlap.of(*tops).jaccard
         assert expected < 0.6
         assert jaccard_intervals(scores, fraction=0.1, rank_within="layer")["a", "b"] == pytest.approx(
             (expected, expected)
         )
 
-    def test_the_published_rule_and_one_block(self):
+    def test_the_published_rule_takes_ties_and_one_block_has_no_interval(self):
         """Ties: the percentile takes them all, in every resample. All prompts in one block: nothing is known."""
         tied = torch.zeros(SHAPE).double()
         tied[0, :5] = 1.0

@@ -48,7 +48,7 @@ def test_chance_in_each_layer_is_the_mean_over_every_possible_set():
     assert len(overlaps) == 12
     intersections = np.array([overlap.intersection for overlap in overlaps])
     for overlap in overlaps:
-        assert overlap.layer_expected_jaccard == pytest.approx(np.mean([one.jaccard for one in overlaps]))
+        assert overlap.layer_expected_jaccard == pytest.approx(np.mean([value.jaccard for value in overlaps]))
         assert overlap.layer_p_value == pytest.approx(np.mean(intersections >= overlap.intersection))
         assert overlap.layer_expected_jaccard != pytest.approx(overlap.expected_jaccard)
 
@@ -67,14 +67,14 @@ def test_empty_sets_are_undefined():
     assert overlap.p_value == 1.0
 
 
-def test_beyond_the_base():
+def test_sets_that_share_only_the_base_overlap_by_nothing_beyond_it():
     """Two sets that share only what the base has: nothing is left."""
     overlap = Overlap.of(set_of(0, 1, 2), set_of(0, 1, 3), exclude=set_of(0, 1))
     assert (overlap.intersection, overlap.jaccard, overlap.n_neurons) == (0, 0.0, 5)
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(3, [1, 1, 1]), (4, [2, 1, 1]), (5, [2, 2, 1]), (12, [4, 4, 4])])
-def test_depth_thirds(layers, expected):
+def test_layers_are_divided_into_thirds(layers, expected):
     everything = NeuronSet(torch.ones(layers, 5, dtype=torch.bool), "mlp", "toy")
     assert list(depth_thirds(everything).values()) == pytest.approx([n / layers for n in expected])
     assert all(np.isnan(share) for share in depth_thirds(everything - everything).values())
@@ -85,7 +85,7 @@ class TestAnalyzer:
         name: scores_of(torch.randn(4, 25, generator=torch.Generator().manual_seed(i))) for i, name in enumerate("abc")
     }
 
-    def test_sets(self):
+    def test_a_neuron_of_all_models_is_shared(self):
         report = SharedNeuronAnalyzer(self.scores).analyze(fraction=0.3)
         sets = {name: set(neurons) for name, neurons in report.sets.items()}
         assert all(len(neurons) == 30 for neurons in sets.values())
@@ -175,6 +175,6 @@ def test_printing_shows_the_index_and_chance():
     )
     beyond = SharedNeuronAnalyzer({"a": scores, "b": other, "c": scores}, base=scores).analyze(fraction=0.25)
     lines = repr(beyond).split("\n")
-    assert [one[:9] for one in lines[1::2]] == ["  a / b: ", "  a / c: ", "  b / c: "]
+    assert [text[:9] for text in lines[1::2]] == ["  a / b: ", "  a / c: ", "  b / c: "]
     assert lines[2] == "    without the base's top set: both sets are empty"
     assert repr(report).split("\n")[0] in report._repr_html_()

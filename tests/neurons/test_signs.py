@@ -38,12 +38,12 @@ def head(organism):
 def scores(organism, head):
     """Method -> objective -> scores; the true effects as "effect"."""
     asked = [NeuronAttribution(head, method=method, steps=8) for method in METHODS]
-    found = {}
+    scores_of_method = {}
     for objective, pairs in organism.pairs.items():
-        for method, one in zip(METHODS, score_together(asked, pairs), strict=True):
-            found.setdefault(method, {})[objective] = one
-        found.setdefault("effect", {})[objective] = single_neuron_effects(head, pairs)
-    return found
+        for method, scores in zip(METHODS, score_together(asked, pairs), strict=True):
+            scores_of_method.setdefault(method, {})[objective] = scores
+        scores_of_method.setdefault("effect", {})[objective] = single_neuron_effects(head, pairs)
+    return scores_of_method
 
 
 def made(values, sign):
@@ -72,13 +72,13 @@ def test_every_method_finds_the_neurons_that_support_and_that_oppose(scores, org
 @pytest.mark.parametrize("method", [*ASK_FOR_THE_REWARD, "effect"])
 def test_on_swapped_pairs_supporters_oppose(scores, organism, head, method):
     pairs = organism.pairs["harmless"].swapped()
-    found = (
+    result = (
         single_neuron_effects(head, pairs)
         if method == "effect"
         else NeuronAttribution(head, method=method, steps=8).score(pairs)
     )
-    for one, other in (("supports", "opposes"), ("opposes", "supports")):
-        assert found.top(k=PER_KIND, rank_by=one) == scores[method]["harmless"].top(k=PER_KIND, rank_by=other)
+    for direction, other in (("supports", "opposes"), ("opposes", "supports")):
+        assert result.top(k=PER_KIND, rank_by=direction) == scores[method]["harmless"].top(k=PER_KIND, rank_by=other)
 
 
 def test_supporters_support(scores, organism, head):
@@ -101,9 +101,9 @@ def test_effects_have_one_sign(scores):
 
 def test_mean_difference_takes_what_is_more_active_in_chosen_responses(scores, organism):
     """Decoys are, and do nothing: why it is no statement about the margin."""
-    found = scores["mean_difference"]["helpful"]
-    top = found.top(k=3 * PER_KIND, rank_by="supports")
-    assert (found.values[top.mask] > 0).all()
+    differences = scores["mean_difference"]["helpful"]
+    top = differences.top(k=3 * PER_KIND, rank_by="supports")
+    assert (differences.values[top.mask] > 0).all()
     assert organism.truth["decoy"] - top != organism.truth["decoy"]
 
 
@@ -148,48 +148,48 @@ def test_the_sign_is_kept_in_files(tmp_path):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_top_by_direction(sign):
+def test_top_takes_the_neurons_of_the_asked_direction(sign):
     contributions = torch.tensor([[3.0, -4.0, 0.5], [-1.0, 2.0, 0.0]])
-    found = made(sign * contributions, sign)
-    assert list(found.top(k=2, rank_by="supports")) == [(0, 0), (1, 1)]
-    assert list(found.top(k=2, rank_by="opposes")) == [(0, 1), (1, 0)]
-    assert list(found.top(k=2, rank_by="magnitude")) == list(found.top(k=2)) == [(0, 0), (0, 1)]
-    assert list(found.top(k=1, rank_by="opposes", rank_within="layer")) == [(0, 1), (1, 0)]
-    assert list(found.top(0.3, rank_by="supports", cut_rule="percentile")) == [(0, 0), (1, 1)]
+    result = made(sign * contributions, sign)
+    assert list(result.top(k=2, rank_by="supports")) == [(0, 0), (1, 1)]
+    assert list(result.top(k=2, rank_by="opposes")) == [(0, 1), (1, 0)]
+    assert list(result.top(k=2, rank_by="magnitude")) == list(result.top(k=2)) == [(0, 0), (0, 1)]
+    assert list(result.top(k=1, rank_by="opposes", rank_within="layer")) == [(0, 1), (1, 0)]
+    assert list(result.top(0.3, rank_by="supports", cut_rule="percentile")) == [(0, 0), (1, 1)]
     # A set that has to take neurons of the other direction says so; all neurons are no choice.
     with pytest.warns(RMTensionWarning, match="only 2 of 6 neurons have a score that opposes"):
-        found.top(k=3, rank_by="opposes")
-    found.top(1.0, rank_by="opposes")
+        result.top(k=3, rank_by="opposes")
+    result.top(1.0, rank_by="opposes")
     if sign > 0:
-        assert found.top(k=2, rank_by="score") == found.top(k=2, rank_by="supports")
+        assert result.top(k=2, rank_by="score") == result.top(k=2, rank_by="supports")
     else:
         with pytest.raises(OptionError, match="a positive score of 'probe' opposes the margin"):
-            found.top(k=1, rank_by="score")
+            result.top(k=1, rank_by="score")
 
 
 def test_scores_without_a_direction_refuse_one():
     """And the advice works."""
-    found = made([[3.0, -4.0, 0.5]], None)
+    result = made([[3.0, -4.0, 0.5]], None)
     for by in ("supports", "opposes"):
         with pytest.raises(OptionError, match=f"by: '{by}' needs scores whose sign .* Use rank_by='magnitude'"):
-            found.top(k=1, rank_by=by)
-    assert list(found.top(k=1, rank_by="magnitude")) == [(0, 1)]
-    assert list(found.top(k=1, rank_by="score")) == [(0, 0)]
+            result.top(k=1, rank_by=by)
+    assert list(result.top(k=1, rank_by="magnitude")) == [(0, 1)]
+    assert list(result.top(k=1, rank_by="score")) == [(0, 0)]
     for old in ("absolute", "value"):
         with pytest.raises(OptionError, match=r"by: expected one of \['magnitude', 'supports', 'opposes', 'score'\]"):
-            found.top(k=1, rank_by=old)
+            result.top(k=1, rank_by=old)
 
 
 @pytest.mark.parametrize("by", ["supports", "opposes"])
 def test_overlap_reads_each_score_by_its_own_sign(by):
     """Contributions, and the same as changes: the same neurons, in the analyzer and on resamples."""
     values = torch.tensor([[3.0, -4.0, 0.5, -0.1]])
-    one, other = made(values, 1), made(-values, -1)
-    report = SharedNeuronAnalyzer({"a": one, "b": other}).analyze(fraction=0.25, rank_by=by)
+    first, other = made(values, 1), made(-values, -1)
+    report = SharedNeuronAnalyzer({"a": first, "b": other}).analyze(fraction=0.25, rank_by=by)
     assert report.jaccard == 1.0
-    assert jaccard_intervals({"a": one, "b": other}, fraction=0.25, rank_by=by)["a", "b"] == (1.0, 1.0)
+    assert jaccard_intervals({"a": first, "b": other}, fraction=0.25, rank_by=by)["a", "b"] == (1.0, 1.0)
     misread = made(-values, 1)
-    assert jaccard_intervals({"a": one, "b": misread}, fraction=0.25, rank_by=by)["a", "b"] == (0.0, 0.0)
+    assert jaccard_intervals({"a": first, "b": misread}, fraction=0.25, rank_by=by)["a", "b"] == (0.0, 0.0)
 
 
 def test_studies_use_only_directions_that_scores_have():
@@ -206,9 +206,9 @@ def test_studies_use_only_directions_that_scores_have():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_frames_say_the_direction(sign):
-    found = made(sign * torch.tensor([[3.0, -4.0], [0.0, float("nan")]]), sign)
-    assert found.to_frame()["direction"].tolist() == ["supports", "opposes", "neither", "neither"]
-    assert "direction" in found._repr_html_()
+    result = made(sign * torch.tensor([[3.0, -4.0], [0.0, float("nan")]]), sign)
+    assert result.to_frame()["direction"].tolist() == ["supports", "opposes", "neither", "neither"]
+    assert "direction" in result._repr_html_()
     assert "direction" not in made([[3.0, -4.0]], None).to_frame()
 
 

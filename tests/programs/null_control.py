@@ -21,7 +21,7 @@ from tiny_models import make_config
 
 from rmtension import PreferencePairs, RewardHead, StudyOptions, StudyResult, TensionStudy
 from rmtension.synthetic._world import preference_world
-from rmtension.training._training import train_tokenizer
+from rmtension.training._train_tokenizer import train_tokenizer
 
 ANALYSES = ("accuracy", "overlap", "causality")
 OBJECTIVES = ("helpful", "harmless")

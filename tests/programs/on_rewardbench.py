@@ -22,7 +22,7 @@ def write(folder):
     from rmtension import ActivationCollector, Mean, RewardHead
     from rmtension.synthetic._world import preference_world
     from rmtension.synthetic.check_matrix import make_classifier
-    from rmtension.training._training import train_tokenizer
+    from rmtension.training._train_tokenizer import train_tokenizer
 
     world = preference_world(seed=0, n_train=48, n_test=48)
     tokenizer = train_tokenizer(world.texts, vocab_size=320)

@@ -55,7 +55,7 @@ CHAT = [{"role": "user", "content": "How do I bake bread?"}, {"role": "assistant
 def write(folder):
     from rmtension.synthetic._world import preference_world
     from rmtension.synthetic.check_matrix import FAMILIES, ragged_texts
-    from rmtension.training._training import train_tokenizer
+    from rmtension.training._train_tokenizer import train_tokenizer
 
     world = preference_world(seed=0, n_train=48, n_test=48)
     tokenizer = train_tokenizer(world.texts, vocab_size=320)
@@ -180,7 +180,7 @@ def write_tokenizers(folder, corpus, texts):
 def tokenizers(corpus):
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    from rmtension.training._training import train_tokenizer
+    from rmtension.training._train_tokenizer import train_tokenizer
 
     bos = train_tokenizer(corpus, 320)
     bos.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": ["<|user|>", "<|assistant|>"]})

@@ -16,7 +16,8 @@ import torch
 
 from rmtension import ActivationCollector, Mean, NeuronAttribution, NeuronSet, PreferencePairs
 from rmtension.attribution._single_effects import single_neuron_effects
-from rmtension.neurons._conflict_report import CLASSES, conflict
+from rmtension.neurons._conflict import conflict
+from rmtension.neurons._conflict_report import CLASSES
 from rmtension.synthetic._organisms import Organism, make_organism
 
 KIND_OF = {

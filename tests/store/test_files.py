@@ -30,8 +30,8 @@ def write_half(path, error):
 
 
 def fill_half(folder, error):
-    with filled_whole(folder, "study", seal="end", replaced=["two"]) as place:
-        (place / "one").write_text("new")
+    with filled_whole(folder, "study", seal="end", replaced=["two"]) as temporary:
+        (temporary / "one").write_text("new")
         raise error
 
 
@@ -47,7 +47,7 @@ def test_a_failed_write_leaves_the_old_file(error, tmp_path):
     assert tree(tmp_path) == {"result": b"new"}
 
 
-def test_names_and_folders(tmp_path):
+def test_any_name_is_written_and_folders_are_created(tmp_path):
     """Folders are made; a name may be any that the system takes."""
     write_text(tmp_path / "a" / "b" / "c", "new", "result")
     assert tree(tmp_path) == {"a/b/c": b"new"}
@@ -63,18 +63,18 @@ def test_names_and_folders(tmp_path):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_a_failed_folder_leaves_the_old_one(error, tmp_path):
     folder = tmp_path / "study"
-    with filled_whole(folder, "study", seal="end") as place:
+    with filled_whole(folder, "study", seal="end") as temporary:
         for name in ("end", "one", "two"):
-            (place / name).write_text("old")
+            (temporary / name).write_text("old")
     (folder / "mine").write_text("a user's")
     before = tree(tmp_path)
     expected = StorageError if isinstance(error, OSError) else error
     with pytest.raises(expected):
         fill_half(folder, error)
     assert tree(tmp_path) == before
-    with filled_whole(folder, "study", seal="end", replaced=["two"]) as place:
-        (place / "one").write_text("new")
-        (place / "end").write_text("new")
+    with filled_whole(folder, "study", seal="end", replaced=["two"]) as temporary:
+        (temporary / "one").write_text("new")
+        (temporary / "end").write_text("new")
     assert tree(tmp_path) == {"study/end": b"new", "study/one": b"new", "study/mine": b"a user's"}
 
 
@@ -92,9 +92,9 @@ def test_a_folder_is_sealed_last(tmp_path, monkeypatch):
         moved.clear()
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", watched)
-            with filled_whole(folder, "study", seal="a") as place:
+            with filled_whole(folder, "study", seal="a") as temporary:
                 for name in "abc":
-                    (place / name).write_text("")
+                    (temporary / name).write_text("")
         assert moved[-1] == "a"
 
 
@@ -112,7 +112,7 @@ def limited(code, bytes_):
     )
 
 
-def test_a_full_disk(tmp_path):
+def test_a_full_disk_raises_and_leaves_the_old_files(tmp_path):
     """Of results, pairs and whole folders: one clear error, and what was there is there."""
     path = tmp_path / "set.safetensors"
     neurons = NeuronSet(torch.zeros(2, 3, dtype=torch.bool), "mlp", "toy")
@@ -149,7 +149,7 @@ def test_a_full_disk(tmp_path):
 
 
 @NOT_ROOT
-def test_a_folder_without_permission(tmp_path):
+def test_a_folder_without_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(StorageError, match="Writing is not permitted there"):

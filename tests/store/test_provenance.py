@@ -33,8 +33,8 @@ def few():
 
 def how(result):
     """The fields of a result that say how it was computed, without those that it has no such option for."""
-    found = {name: getattr(result.provenance, name) for name in METHOD_FIELDS}
-    return {name: value for name, value in found.items() if value not in (None, False)}
+    fields = {name: getattr(result.provenance, name) for name in METHOD_FIELDS}
+    return {name: value for name, value in fields.items() if value not in (None, False)}
 
 
 def test_results_say_how_they_were_computed(head, few):
@@ -42,7 +42,7 @@ def test_results_say_how_they_were_computed(head, few):
     patching = NeuronAttribution(head, "attribution_patching", replacement=means, aggregate="absolute", graddrop=True)
     integrated = NeuronAttribution(head, "integrated_gradients", replacement=Scale(0.5), steps=3)
     profile = collect_profiles(head, few, base=head, pool_tokens=True, positions=("response",))["mlp", "response"]
-    found = [
+    computed = [
         NeuronAttribution(head, "mean_difference").score(few),
         patching.score(few),
         integrated.per_pair(few),
@@ -51,7 +51,7 @@ def test_results_say_how_they_were_computed(head, few):
         profile.scores("change"),
         selectivity({"one": profile, "other": profile}),
     ]
-    assert [how(one) for one in found] == [
+    assert [how(result) for result in computed] == [
         {"method": "mean_difference", "aggregate": "signed"},
         {"method": "attribution_patching", "aggregate": "absolute", "replacement": "mean", "graddrop": True},
         {"method": "integrated_gradients", "aggregate": "signed", "replacement": "scale 0.5", "steps": 3},
@@ -60,7 +60,7 @@ def test_results_say_how_they_were_computed(head, few):
         {"method": "change", "pool_tokens": True, "base": head.fingerprint},
         {"method": "selectivity", "pool_tokens": True},
     ]
-    assert [one.provenance.label for one in found] == [
+    assert [result.provenance.label for result in computed] == [
         "mean_difference",
         "attribution_patching to mean, graddrop, absolute",
         "integrated_gradients to scale 0.5 in 3 steps",
@@ -69,10 +69,10 @@ def test_results_say_how_they_were_computed(head, few):
         f"change from base {head.fingerprint}, tokens pooled",
         "selectivity, tokens pooled",
     ]
-    for one in found:
-        assert isinstance(one, NeuronScores) == repr(one).startswith(f"NeuronScores({one.provenance.label}: ")
-    assert isinstance(found[2], PairAttributions)
-    assert repr(found[2]).startswith("PairAttributions(integrated_gradients to scale 0.5 in 3 steps: ")
+    for result in computed:
+        assert isinstance(result, NeuronScores) == repr(result).startswith(f"NeuronScores({result.provenance.label}: ")
+    assert isinstance(computed[2], PairAttributions)
+    assert repr(computed[2]).startswith("PairAttributions(integrated_gradients to scale 0.5 in 3 steps: ")
 
 
 def test_all_of_it_is_kept_in_files(tmp_path):

@@ -43,19 +43,19 @@ def write(path, tensors, header):
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"rmtension": json.dumps(header)})
 
 
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if hasattr(one, "equals"):
-        return one.equals(other) or list(one) == list(other) == []
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[name]) for name, value in one.items())
-    if isinstance(one, float):
-        return one == other or (one != one and other != other)
-    if isinstance(one, NeuronSet | PreferencePairs | tuple | str | int | type(None) | Provenance):
-        return one == other
-    return vars(one).keys() == vars(other).keys() and all(
-        same(vars(one)[name], vars(other)[name]) for name in vars(one)
+def same(first, other):
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, other)
+    if hasattr(first, "equals"):
+        return first.equals(other) or list(first) == list(other) == []
+    if isinstance(first, dict):
+        return first.keys() == other.keys() and all(same(value, other[name]) for name, value in first.items())
+    if isinstance(first, float):
+        return first == other or (first != first and other != other)
+    if isinstance(first, NeuronSet | PreferencePairs | tuple | str | int | type(None) | Provenance):
+        return first == other
+    return vars(first).keys() == vars(other).keys() and all(
+        same(vars(first)[name], vars(other)[name]) for name in vars(first)
     )
 
 
@@ -106,7 +106,7 @@ def test_a_newer_version_says_so(result, saved):
             type(result).load(saved)
 
 
-def test_other_kinds_and_other_files(result, saved, tmp_path):
+def test_other_kinds_and_other_files_are_refused(result, saved, tmp_path):
     tensors, header = parts(saved)
     write(saved, tensors, header | {"kind": "Other"})
     with pytest.raises(StorageError, match=r", got a Other\. Load it with the class"):
@@ -128,7 +128,7 @@ def test_other_kinds_and_other_files(result, saved, tmp_path):
         type(result).load(tmp_path)
 
 
-def test_truncated_files(result, saved):
+def test_truncated_files_are_refused(result, saved):
     content = saved.read_bytes()
     for end in range(0, len(content), max(1, len(content) // 40)):
         saved.write_bytes(content[:end])
@@ -136,9 +136,9 @@ def test_truncated_files(result, saved):
             type(result).load(saved)
 
 
-def test_places_of_a_conflict_are_bounded(tmp_path):
+def test_indices_of_neurons_in_a_conflict_report_are_bounded(tmp_path):
     """A file that names neuron 2^62 must not make anybody count to it."""
-    report = next(one for one in results() if isinstance(one, ConflictReport))
+    report = next(result for result in results() if isinstance(result, ConflictReport))
     report.save(tmp_path / "result")
     tensors, header = parts(tmp_path / "result")
     tensors["neuron"][-1] = 1 << 62
@@ -148,7 +148,7 @@ def test_places_of_a_conflict_are_bounded(tmp_path):
 
 
 def test_names_in_a_shared_report(tmp_path):
-    report = next(one for one in results() if isinstance(one, SharedNeuronReport))
+    report = next(result for result in results() if isinstance(result, SharedNeuronReport))
     report.save(tmp_path / "result")
     tensors, header = parts(tmp_path / "result")
     for names in ([], ["a"], ["a", "c"], ["a", "b", "b"], [1, 2]):
@@ -175,5 +175,5 @@ def test_numbers_of_one_name_are_one_length(tmp_path):
     write_result(tmp_path / "r", "Toy", {"a": torch.zeros(2, 3), "b": torch.zeros(3)}, {})
     spec = {"a": "float row column", "b": "float column"}
     assert read_result(tmp_path / "r", "Toy", tensors=spec, values={})[0]["a"].shape == (2, 3)
-    with pytest.raises(StorageError, match=r"'b' should be 'float row', found F32 \[3\]"):
+    with pytest.raises(StorageError, match=r"'b' should be 'float row', got F32 \[3\]"):
         read_result(tmp_path / "r", "Toy", tensors=spec | {"b": "float row"}, values={})

@@ -49,56 +49,69 @@ def sets(head):
     return [NeuronSet(mask, "mlp", head.architecture) for mask in masks]
 
 
-def scores(found):
-    return [one for one in (found.values, found.stderr, found.without_block, found.completeness_gap) if one is not None]
+def scores(result):
+    return [
+        part
+        for part in (result.values, result.stderr, result.without_block, result.completeness_gap)
+        if part is not None
+    ]
 
 
 def collected(head, pairs, base, work):
-    found = ActivationCollector(head, positions="response").collect(pairs, work=work)
-    return [found.mean, found.abs_mean, found.rms, found.frequency, found.channel_mean, found.provenance]
+    statistics = ActivationCollector(head, positions="response").collect(pairs, work=work)
+    return [
+        statistics.mean,
+        statistics.abs_mean,
+        statistics.rms,
+        statistics.frequency,
+        statistics.channel_mean,
+        statistics.provenance,
+    ]
 
 
 def rewarded(head, pairs, base, work):
-    found = head.score_pairs(pairs, work=work)
-    return [found.chosen, found.rejected, found.provenance, found.n_prompts_cut]
+    scored = head.score_pairs(pairs, work=work)
+    return [scored.chosen, scored.rejected, scored.provenance, scored.n_prompts_cut]
 
 
 def scored(head, pairs, base, work):
-    found = NeuronAttribution(head, method="gradient_x_activation", aggregate="absolute").score(pairs, work=work)
-    return [*scores(found), found.provenance]
+    attributed = NeuronAttribution(head, method="gradient_x_activation", aggregate="absolute").score(pairs, work=work)
+    return [*scores(attributed), attributed.provenance]
 
 
 def integrated(head, pairs, base, work):
-    found = NeuronAttribution(head, method="integrated_gradients", steps=2).score(pairs, work=work)
-    return [*scores(found), found.provenance]
+    attributed = NeuronAttribution(head, method="integrated_gradients", steps=2).score(pairs, work=work)
+    return [*scores(attributed), attributed.provenance]
 
 
 def pair_by_pair(head, pairs, base, work):
-    found = NeuronAttribution(head, method="direct_effect").per_pair(pairs, work=work)
-    return [found.values, found.provenance]
+    attributions = NeuronAttribution(head, method="direct_effect").per_pair(pairs, work=work)
+    return [attributions.values, attributions.provenance]
 
 
 def profiled(head, pairs, base, work):
-    found = collect_profiles(head, pairs, base=base, sites=["mlp", "attn_head"], positions=["all", "last"], work=work)
-    return [part for one in found.values() for part in (one.sums, one.weights, one.provenance)]
+    profiles = collect_profiles(
+        head, pairs, base=base, sites=["mlp", "attn_head"], positions=["all", "last"], work=work
+    )
+    return [part for profile in profiles.values() for part in (profile.sums, profile.weights, profile.provenance)]
 
 
 def swept(head, pairs, base, work):
-    return [one.margin for one in score_without(head, pairs, sets(head), work=work)]
+    return [scored.margin for scored in score_without(head, pairs, sets(head), work=work)]
 
 
 def alone(head, pairs, base, work):
-    found = single_neuron_effects(head, pairs, neurons=sets(head)[1], work=work)
-    return [*scores(found), found.provenance]
+    effects = single_neuron_effects(head, pairs, neurons=sets(head)[1], work=work)
+    return [*scores(effects), effects.provenance]
 
 
 RUNS = [collected, rewarded, scored, integrated, pair_by_pair, profiled, swept, alone]
 
 
-def equal(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(), other.nan_to_num())
-    return one == other
+def equal(first, other):
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first.isnan(), other.isnan()) and torch.equal(first.nan_to_num(), other.nan_to_num())
+    return first == other
 
 
 def die_at(monkeypatch, number):
@@ -130,12 +143,12 @@ def test_interrupted_at_every_batch_it_ends_the_same(run, lazily, head, base, pa
         with monkeypatch.context() as patch:
             die_at(patch, 2)
             try:
-                found = run(head, given(pairs), base, tmp_path / "work")
+                resumed = run(head, given(pairs), base, tmp_path / "work")
                 break
             except KeyboardInterrupt:
                 interrupted += 1
     assert interrupted >= 3
-    assert all(equal(*both) for both in zip(found, expected, strict=True))
+    assert all(equal(*both) for both in zip(resumed, expected, strict=True))
     assert sorted(path.name for path in (tmp_path / "work").iterdir() if path.suffix) == [
         "inputs.json",
         "progress-0.safetensors",
@@ -204,7 +217,7 @@ def test_an_iterator_of_other_pairs_is_refused_where_they_differ(change, finishe
     assert equal(*(collected(head, iter(pairs), base, work)[0] for work in (begun, None)))
 
 
-def test_one_process_at_a_time(begun, head, base, pairs):
+def test_a_second_process_is_refused(begun, head, base, pairs):
     with locked(begun), pytest.raises(StorageError, match="another process works in this folder"):
         collected(head, pairs, base, begun)
     collected(head, pairs, base, begun)
@@ -244,12 +257,12 @@ def test_damaged_progress_is_an_error(begun, head, base, pairs):
 
 
 CHANGES = {
-    "a text instead of a number": lambda place: place.update(chunk_start="3"),
-    "one field less": lambda place: place.pop("order"),
-    "one field more": lambda place: place.update(nothing=1),
-    "a number instead of a truth value": lambda place: place.update(is_finished=1),
-    "a skipped pair with a number": lambda place: place.update(skipped_pairs=[[0, "id"]]),
-    "pairs that are not a list": lambda place: place.update(skipped_pairs="pairs"),
+    "a text instead of a number": lambda position: position.update(chunk_start="3"),
+    "one field less": lambda position: position.pop("order"),
+    "one field more": lambda position: position.update(nothing=1),
+    "a number instead of a truth value": lambda position: position.update(is_finished=1),
+    "a skipped pair with a number": lambda position: position.update(skipped_pairs=[[0, "id"]]),
+    "pairs that are not a list": lambda position: position.update(skipped_pairs="pairs"),
 }
 
 
@@ -264,7 +277,7 @@ def test_progress_that_was_changed_by_hand_is_an_error(change, begun, head, base
         collected(head, pairs, base, begun)
 
 
-def test_a_folder_that_cannot_be_made(head, base, pairs, tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused(head, base, pairs, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot serve as a work folder"):
         collected(head, pairs, base, tmp_path / "file" / "work")
@@ -330,7 +343,7 @@ def test_a_sweep_that_is_interrupted_between_two_results_ends_as_it_was_begun(he
     ModelRuns(head, folder=tmp_path / "runs").prepare(pairs, sets(head))
     assert swept == [3]
     whole, resumed = (
-        {path.name: path.read_bytes() for path in (tmp_path / one).iterdir()} for one in ("whole", "runs")
+        {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} for folder in ("whole", "runs")
     )
     assert whole == resumed
     # What is known already does not run again when more is asked for.

@@ -12,7 +12,7 @@ from tiny_models import grid
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
 from rmtension.synthetic._world import PreferenceWorld, preference_world
-from rmtension.training._training import train_tokenizer
+from rmtension.training._train_tokenizer import train_tokenizer
 
 SEEDS = (0, 1, 247)
 PEOPLE = re.compile(

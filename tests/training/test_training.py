@@ -22,8 +22,11 @@ from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError, ModelError, OptionError, StorageError
 from rmtension.synthetic._world import preference_world
 from rmtension.training._family import FamilySettings, train_family
+from rmtension.training._select_pairs import select_pairs
+from rmtension.training._train_base_model import train_base_model
+from rmtension.training._train_reward_model import train_reward_model
+from rmtension.training._train_tokenizer import train_tokenizer
 from rmtension.training._trainer_run import RECORD_NAME, arguments, isolated
-from rmtension.training._training import select_pairs, train_base_model, train_reward_model, train_tokenizer
 
 CONTEXT = 160
 
@@ -370,7 +373,7 @@ def test_bases_that_do_not_fit_are_refused(world, base, bpe, tmp_path):
     pairs = world.train["helpful"]
     with pytest.raises(OptionError, match="tokenizer: required"):
         quick(pairs, gpt2_config(len(bpe)), tmp_path / "a")
-    with pytest.raises(ModelError, match="embedding 300 rows"):
+    with pytest.raises(ModelError, match="embedding has 300 rows"):
         quick(pairs, gpt2_config(300), tmp_path / "a", tokenizer=bpe)
     with pytest.raises(ModelError, match="could not load"):
         quick(pairs, tmp_path / "nowhere", tmp_path / "a")
@@ -555,15 +558,15 @@ class TestTokensOfTRL:
             assert [[ids[:-1] for ids in side] for side in theirs] == ours
         # So that pairs whose responses have it are read alike.
         ended = PreferencePairs(
-            replace(one, chosen=one.chosen + tokenizer.eos_token, rejected=one.rejected + tokenizer.eos_token)
-            for one in pairs
+            replace(pair, chosen=pair.chosen + tokenizer.eos_token, rejected=pair.rejected + tokenizer.eos_token)
+            for pair in pairs
         )
         assert ids_of_trl(pairs.to_dataset(), tokenizer) == self.ids_of_ours(ended, tokenizer)
         # A control: without the space between prompt and response, which `to_dataset` writes, texts are others.
         unspaced = pairs.to_dataset().map(lambda row: {"chosen": row["chosen"].lstrip()})
         assert ids_of_trl(unspaced, tokenizer)[0] != theirs[0]
 
-    def test_chats_are_the_same(self, ids_of_trl, tmp_path):
+    def test_chats_are_encoded_as_trl_encodes_them(self, ids_of_trl, tmp_path):
         tokenizer = make_tokenizer(tmp_path / "chat", bos="<eos>")
         tokenizer.chat_template = TEMPLATE
         pairs = make_pairs(6).as_chat()

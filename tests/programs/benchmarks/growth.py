@@ -24,7 +24,7 @@ def case(path: Path, n: int, layers: int) -> None:
     import transformers
 
     from rmtension import ActivationCollector, NeuronAttribution, PreferencePairs, RewardHead
-    from rmtension.training._training import train_tokenizer
+    from rmtension.training._train_tokenizer import train_tokenizer
 
     pairs = PreferencePairs.from_jsonl(path, on_invalid="skip")
     tokenizer = train_tokenizer([pair.text("chosen") for pair in pairs[:500]], 4096, max_length=1024)

@@ -34,7 +34,7 @@ from rmtension import AblationContext, ActivationCollector, NeuronAttribution, N
 from rmtension.data._encoding import encode_pairs
 from rmtension.data._tokens import text_batches
 from rmtension.interventions._sweep import score_without
-from rmtension.training._training import train_tokenizer
+from rmtension.training._train_tokenizer import train_tokenizer
 
 SHAPES = {
     "gpt2": lambda n, layers, width: transformers.GPT2Config(
