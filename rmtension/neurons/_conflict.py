@@ -1,4 +1,4 @@
-"""Conflict within one model: which neurons push helpful and harmless margins the same way, and which opposite ways."""
+"""Conflict within one model: which neurons push the margins of two groups of pairs the same way, or opposite ways."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from rmtension._arguments import require_arguments
 from rmtension.errors import DataError, OptionError
 from rmtension.evaluation._intervals import Estimate, adjusted_p_values, check_level, percentile_interval
-from rmtension.neurons._conflict_report import COLUMNS, OBJECTIVES, ConflictReport, Null, classified
+from rmtension.neurons._conflict_report import ConflictReport, Null, classified, columns
 from rmtension.neurons._pair_attributions import PairAttributions
 from rmtension.neurons._prompt_cells import PromptCells
 from rmtension.store._provenance import METHOD_FIELDS
@@ -37,22 +37,23 @@ def contributions(scores: PairAttributions) -> Float[Tensor, "pair layer neuron"
 
 
 def conflict(
-    helpful: PairAttributions,
-    harmless: PairAttributions,
+    first: PairAttributions,
+    second: PairAttributions,
     *,
+    names: tuple[str, str] = ("helpful", "harmless"),
     min_share: float = 0.05,
     level: float = 0.95,
     seed: int = 0,
 ) -> ConflictReport:
-    """Compare what the neurons of one model do to helpful and to harmless margins. No model pass.
+    """Compare what the neurons of one model do to the margins of two groups of pairs, called `names`. No model pass.
 
-    A neuron counts for an objective if its q-value is at most `1 - level` and the magnitude of its mean contribution is
-    at least `min_share` of the objective's largest. `min_share` matters because with many prompts even tiny
+    A neuron counts for a group if its q-value is at most `1 - level` and the magnitude of its mean contribution is
+    at least `min_share` of the group's largest. `min_share` matters because with many prompts even tiny
     contributions have small q-values; at the default, twenty neurons at the limit add up to the largest.
 
     Standard errors treat pairs of one prompt together (the linearised variance of a ratio of sums, Cochran 1977).
-    p-values are Student's t over prompts; q-values are Benjamini and Hochberg's over all neurons of the objective. The
-    interval and both null distributions use 1,000 draws of prompts each; a prompt in both objectives is drawn for both
+    p-values are Student's t over prompts; q-values are Benjamini and Hochberg's over all neurons of the group. The
+    interval and both null distributions use 1,000 draws of prompts each; a prompt in both groups is drawn for both
     at once. Memory: a copy of the scores, 100 kB per prompt, and 8 bytes per pair of prompts.
 
     Raises `ProvenanceError` unless model, site, positions and method agree, `DataError` for fewer than two prompts,
@@ -70,14 +71,17 @@ def conflict(
         >>> print(report.cosine, list(report.sets["helpful up, harmless down"]))
         -0.280 [-0.280, -0.280] [(0, 1)]
     """
-    for name, scores in (("helpful", helpful), ("harmless", harmless)):
-        require_arguments("conflict(helpful, harmless)", **{name: (scores, PairAttributions)})
+    require_arguments("conflict(first, second)", first=(first, PairAttributions), second=(second, PairAttributions))
+    if len(names) != 2 or names[0] == names[1] or {*names} & {"layer", "neuron", "class"}:
+        raise OptionError(
+            f"names: expected two different names, other than 'layer', 'neuron' and 'class', got {names}."
+        )
     if not 0 <= min_share < 1:
         raise OptionError(f"min_share: expected a share of the largest contribution in [0, 1), got {min_share}.")
     check_level(level)
     same = ("architecture", "model", "site", "positions", *METHOD_FIELDS, "sign")
-    helpful.provenance.require_same(harmless.provenance, same, what="conflict")
-    both = dict(zip(OBJECTIVES, (helpful, harmless), strict=True))
+    first.provenance.require_same(second.provenance, same, what="conflict")
+    both = dict(zip(names, (first, second), strict=True))
     table, cells = _summarised(both)
     generator = np.random.default_rng(seed)
     observed = float(cells.between(np.ones((1, len(cells.prompt))))[0])
@@ -87,9 +91,9 @@ def conflict(
     # The tolerance counts cosines that are equal up to rounding as extreme.
     extreme = np.abs(coin) >= abs(observed) - 1e-9, shuffle <= abs(observed) + 1e-9
     halves = [cells.halves(generator, is_member) for is_member in cells.of]
-    n = len(helpful) + len(harmless)
+    n = len(first) + len(second)
     return ConflictReport(
-        table=classified(table, min_share, level),
+        table=classified(table, names, min_share, level),
         cosine=Estimate(observed, max(low, -1.0), min(high, 1.0), n, len(cells.kind), level),
         chance={"coin": _null(coin, extreme[0], level), "shuffle": _null(shuffle, extreme[1], level)},
         reliability={name: float(draws.mean()) for name, draws in zip(both, halves, strict=True)},
@@ -139,9 +143,9 @@ def _summarised(both: Mapping[str, PairAttributions]) -> tuple[pd.DataFrame, Pro
     # A neuron that contributes nothing on any pair has the statistic 0 / 0; its p-value is 1.
     p_value = np.nan_to_num(2 * stats.t.sf((mean / stderr).abs().numpy(), (n_prompts - 1).numpy()), nan=1.0)
     q_value = np.array([adjusted_p_values(row) for row in p_value.tolist()])
-    indices = np.indices(tuple(values["helpful"].shape[1:])).reshape(2, -1)
+    indices = np.indices(tuple(next(iter(values.values())).shape[1:])).reshape(2, -1)
     numbers = np.stack([mean.numpy(), stderr.numpy(), p_value, q_value], axis=1).reshape(-1, mean.shape[1])
     lengths = of.T @ mean.norm(dim=1)
     inner = (gram / torch.outer(lengths, lengths)).numpy()
-    table = pd.DataFrame(dict(zip(COLUMNS, [*indices, *numbers], strict=True)))
+    table = pd.DataFrame(dict(zip(columns(tuple(both)), [*indices, *numbers], strict=True)))
     return table, PromptCells(inner, np.array([prompts[prompt] for _, prompt in cells]), of.numpy())

@@ -1,10 +1,10 @@
-"""Figure of the contributions of one model's neurons to the margins of both objectives."""
+"""Figure of the contributions of one model's neurons to the margins of two groups of pairs."""
 
 from typing import TYPE_CHECKING, Any
 
 from scipy import stats
 
-from rmtension.neurons._conflict_report import CLASSES, OBJECTIVES, ConflictReport
+from rmtension.neurons._conflict_report import ConflictReport, classes
 from rmtension.plots._drawing import GREY, Canvas, readable
 
 if TYPE_CHECKING:
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 # The colour tells whether a neuron moves both margins alike, in opposite directions, or one alone; the marker points
 # in the direction of the effect.
 _LOOKS = {
-    "both up": ("#009E73", "^"),
-    "both down": ("#009E73", "v"),
-    "helpful up, harmless down": ("#CC79A7", "s"),
-    "helpful down, harmless up": ("#CC79A7", "D"),
-    "helpful only up": ("#0072B2", ">"),
-    "helpful only down": ("#0072B2", "<"),
-    "harmless only up": ("#D55E00", "^"),
-    "harmless only down": ("#D55E00", "v"),
-    "none": (GREY, "o"),
+    (1, 1): ("#009E73", "^"),
+    (-1, -1): ("#009E73", "v"),
+    (1, -1): ("#CC79A7", "s"),
+    (-1, 1): ("#CC79A7", "D"),
+    (1, 0): ("#0072B2", ">"),
+    (-1, 0): ("#0072B2", "<"),
+    (0, 1): ("#D55E00", "^"),
+    (0, -1): ("#D55E00", "v"),
+    (0, 0): (GREY, "o"),
 }
 
 
 def conflict_scatter(report: ConflictReport, ax: "Axes | None" = None) -> "Figure":
-    """The contribution of every neuron to harmless margins against its contribution to helpful margins.
+    """The contribution of every neuron to the margins of the second group against that to the margins of the first.
 
     Draws the `ConflictReport` of `neurons.conflict`. Neurons to the right and at the top support the margins. Colours
     and markers show the classes, with their numbers of neurons. Neurons of a class other than "none" have Student's
@@ -44,33 +44,33 @@ def conflict_scatter(report: ConflictReport, ax: "Axes | None" = None) -> "Figur
     axes = canvas.panels[0]
     reach = {
         one: stats.t.ppf((1 + report.cosine.level) / 2, report.n_prompts[one] - 1) * report.table[f"{one}_stderr"]
-        for one in OBJECTIVES
+        for one in report.names
     }
     counts = report.counts()
-    for name in CLASSES.values():
+    for signs, name in classes(report.names).items():
         in_class = report.table["class"] == name
         if not in_class.any():
             continue
-        color, marker = _LOOKS[name]
-        x, y = (report.table.loc[in_class, one].to_numpy() for one in OBJECTIVES)
+        color, marker = _LOOKS[signs]
+        x, y = (report.table.loc[in_class, one].to_numpy() for one in report.names)
         style: dict[str, Any] = {"linestyle": "", "marker": marker, "color": color, "label": f"{name} ({counts[name]})"}
         if name == "none":
             # There can be tens of thousands of points, so they are drawn as pixels even in a vector file.
             axes.errorbar(x, y, markersize=2.5, alpha=0.5, markeredgewidth=0, zorder=1, rasterized=True, **style)
         else:
-            x_reach, y_reach = (reach[one][in_class].to_numpy() for one in OBJECTIVES)
+            x_reach, y_reach = (reach[one][in_class].to_numpy() for one in report.names)
             axes.errorbar(x, y, xerr=x_reach, yerr=y_reach, markersize=5, elinewidth=0.7, zorder=3, **style)
     for line in (axes.axhline, axes.axvline):
         line(0, color="black", linewidth=0.8, zorder=2)
     x_label, y_label = (
         f"mean contribution to {one} margins (supports them \N{RIGHTWARDS ARROW})\n"
         f"(reward units; {report.n_pairs[one]} pairs of {report.n_prompts[one]} prompts)"
-        for one in OBJECTIVES
+        for one in report.names
     )
     axes.set(xlabel=x_label, ylabel=y_label)
-    where, cosine = report.provenance["helpful"], report.cosine
+    where, cosine = report.provenance[report.names[0]], report.cosine
     title = (
-        f"Contributions to helpful and harmless margins: {readable(where.site)}, {readable(where.label)}\n"
+        f"Contributions to {' and '.join(report.names)} margins: {readable(where.site)}, {readable(where.label)}\n"
         f"Cosine {cosine}; {100 * cosine.level:g}% intervals over prompts"
     )
     return canvas.finish(title)

@@ -15,9 +15,12 @@ from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.evaluation._intervals import variance_of_mean
 from rmtension.neurons import _conflict, _prompt_cells
 from rmtension.neurons._conflict import conflict, contributions
-from rmtension.neurons._conflict_report import CLASSES, OBJECTIVES, ConflictReport
+from rmtension.neurons._conflict_report import ConflictReport, classes
 from rmtension.neurons._pair_attributions import PairAttributions
 from rmtension.store._provenance import Provenance
+
+OBJECTIVES = ("helpful", "harmless")
+CLASSES = classes(OBJECTIVES)
 
 WHERE = Provenance("toy", "0f", "mlp", "all", "gradient_x_activation", "float64", "", 0, 0, "0", sign=1)
 
@@ -116,6 +119,26 @@ class TestWithoutNoise:
         assert (report.chance["coin"].low, report.chance["coin"].high) == pytest.approx((-1, 1))
         # A quarter of the draws turn neither objective's prompts against each other.
         assert report.chance["coin"].p_value == pytest.approx(0.25, abs=0.06)
+
+
+class TestNames:
+    def test_any_two_names_give_the_same_numbers(self, tmp_path):
+        """In the table, the classes and the file; a name of one group has no meaning of its own."""
+        report, renamed = conflict(*noisy()), conflict(*noisy(), names=("law", "art"))
+        for old, new in (("helpful", "law"), ("harmless", "art")):
+            assert renamed.table[f"{new}_q_value"].equals(report.table[f"{old}_q_value"])
+            assert renamed.n_pairs[new] == report.n_pairs[old]
+        assert renamed.counts()["law up, art down"] == report.counts()["helpful up, harmless down"]
+        assert renamed.cosine == report.cosine
+        renamed.save(tmp_path / "report.safetensors")
+        loaded = ConflictReport.load(tmp_path / "report.safetensors")
+        assert loaded.table.equals(renamed.table)
+        assert loaded.names == ("law", "art")
+
+    @pytest.mark.parametrize("names", [("a", "a"), ("layer", "b")])
+    def test_names_that_are_no_two_columns_are_refused(self, names):
+        with pytest.raises(OptionError, match="names: expected two different names"):
+            conflict(*noisy(), names=names)
 
 
 class TestTable:
@@ -297,7 +320,7 @@ class TestSimulated:
         values, shifted = [], []
         for _ in range(200):
             both = {on: simulated(rng, mean, 25, on, noise=noise) for on, mean in zip(OBJECTIVES, means, strict=True)}
-            values.append(conflict(**both).cosine)
+            values.append(conflict(*both.values()).cosine)
             _, cells = _conflict._summarised(both)
             ends = np.quantile(cells.between(cells.resampled(rng)), [0.025, 0.975])
             middle = cells.between(cells.resampled(rng)).mean()
