@@ -8,7 +8,9 @@ from rmtension._arguments import require_arguments
 from rmtension._sites import check_positions
 from rmtension.data._tokens import TokenBatch, running_batch
 from rmtension.errors import OptionError, ProvenanceError
-from rmtension.interventions._replacements import Replacement, Zero, check_replacement
+from rmtension.interventions._check_replacement import check_replacement
+from rmtension.interventions._replacement import Replacement, SingleTextReplacement
+from rmtension.interventions._replacements import Zero
 from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._neuron_set import NeuronSet
 
@@ -48,7 +50,7 @@ class AblationContext:
         check_positions(positions)
         check_set(head, neurons)
         check_replacement(replacement, head, neurons.site)
-        if not replacement.ablates:
+        if not isinstance(replacement, SingleTextReplacement):
             raise OptionError(
                 f"replacement: {replacement!r} needs both texts of a pair, but an AblationContext sees one text at a "
                 "time. Use Zero(), Mean(statistics), Resample(sample) or Scale(alpha) here; NeuronAttribution and "

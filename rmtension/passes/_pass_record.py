@@ -82,8 +82,10 @@ class PassRecord:
     def provenance(self, model: RewardModel, *, site: str, positions: str, method: str) -> Provenance:
         """The provenance of a result that `model` computed from these pairs."""
         n_tokens = self.n_tokens(positions)
-        found = model.provenance(self.digest, self.n_pairs, n_tokens, site=site, positions=positions, method=method)
-        return replace(found, skipped=tuple(self.skipped.values()))
+        provenance = model.provenance(
+            self.digest, self.n_pairs, n_tokens, site=site, positions=positions, method=method
+        )
+        return replace(provenance, skipped=tuple(self.skipped.values()))
 
     # -- updated by the pass ---------------------------------------------------------------------------------------
 

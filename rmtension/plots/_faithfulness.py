@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from rmtension.attribution._effect_prediction import Faithfulness
+from rmtension.attribution._faithfulness_result import Faithfulness
 from rmtension.errors import OptionError
 from rmtension.evaluation._intervals import with_interval
 from rmtension.plots._drawing import GREY, Canvas, readable

@@ -2,8 +2,9 @@
 
 import torch
 
+from rmtension.attribution._examine import examine
 from rmtension.attribution._neuron_attribution import NeuronAttribution
-from rmtension.attribution._neuron_pages import NeuronPages, examine
+from rmtension.attribution._neuron_pages import NeuronPages
 from rmtension.errors import OptionError
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.reward_head import RewardHead

@@ -28,7 +28,7 @@ from rmtension.neurons._neuron_scores import NeuronScores
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.neurons._overlap import Overlap, depth_thirds, jaccard_intervals
 from rmtension.neurons._signs import ranked
-from rmtension.passes._profiles import SCORES as ACTIVATION_SCORES
+from rmtension.passes._activation_profile import SCORES as ACTIVATION_SCORES
 from rmtension.study._causality import ablation_matrix, equal_size_effects
 from rmtension.study._collapse_and_drift import collapse, drift, effects_by_subset, split_drift
 from rmtension.study._curves import ablation_curves

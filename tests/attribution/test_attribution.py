@@ -34,6 +34,7 @@ from rmtension.attribution._batch_run import BatchRun, _BlockGates
 from rmtension.attribution._methods import METHODS
 from rmtension.attribution._neuron_attribution import score_together
 from rmtension.errors import DataError, ModelError, OptionError, ProvenanceError
+from rmtension.interventions._replacement import SingleTextReplacement
 from rmtension.models._direct_path import direct_contributions
 from rmtension.neurons._pair_attributions import PairAttributions
 
@@ -287,7 +288,7 @@ def test_integrated_gradients_are_complete(gpt2, few, site, name):
     assert gaps[-1] <= 1e-3
     # Down to rounding, which is where a smooth model is long before 64 nodes.
     assert all(later <= max(earlier, 1e-9) for earlier, later in pairwise(gaps))
-    if not replacement.ablates:
+    if not isinstance(replacement, SingleTextReplacement):
         return
     base = head.score_pairs(few).margin
     for layer in range(head.n_layers):

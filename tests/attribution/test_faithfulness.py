@@ -19,7 +19,8 @@ from rmtension import (
     OtherResponse,
     RewardHead,
 )
-from rmtension.attribution._effect_prediction import Faithfulness, faithfulness, sample_neurons
+from rmtension.attribution._faithfulness import faithfulness, sample_neurons
+from rmtension.attribution._faithfulness_result import Faithfulness
 from rmtension.attribution._neuron_attribution import score_together
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.errors import DataError, ModelError, OptionError, ProvenanceError
@@ -409,7 +410,7 @@ def test_sets_are_ablated_by_every_replacement_that_a_context_takes(gpt2, few, n
 class TestWrongArguments:
     def test_sets_that_cannot_be_drawn_stop_before_anything_runs(self, gpt2, few, monkeypatch):
         scores = NeuronAttribution(gpt2, "mean_difference").score(few)
-        monkeypatch.setattr("rmtension.attribution._effect_prediction.single_neuron_effects", None)
+        monkeypatch.setattr("rmtension.attribution._faithfulness.single_neuron_effects", None)
         with pytest.raises(OptionError, match="matched_random: "):
             faithfulness(gpt2, few, scores, set_fractions=(0.9,))
 

@@ -10,7 +10,8 @@ from scipy import stats
 from tiny_models import FAMILIES, close_to, grid, make_pairs
 
 from rmtension import AblationContext, NeuronAttribution, NeuronSet, RewardHead
-from rmtension.attribution._neuron_pages import NeuronPages, examine
+from rmtension.attribution._examine import examine
+from rmtension.attribution._neuron_pages import NeuronPages
 from rmtension.errors import OptionError, ProvenanceError, StorageError
 from rmtension.neurons._neuron_scores import N_BLOCKS, block_of
 
@@ -127,7 +128,7 @@ def test_activations(both, pairs):
 
 
 def test_long_texts_are_shown_around_their_peak(checkpoints):
-    from rmtension.attribution._neuron_pages import _active_text
+    from rmtension.attribution._top_texts import _active_text
     from rmtension.data._encoding import EncodedText
 
     values = torch.zeros(500)
@@ -139,7 +140,7 @@ def test_long_texts_are_shown_around_their_peak(checkpoints):
 
 
 def test_pieces_of_characters_of_several_tokens(tokenizer):
-    from rmtension.attribution._neuron_pages import _pieces
+    from rmtension.attribution._top_texts import _pieces
 
     text = " bake a cake 🎂 日本 and é"
     ids = tokenizer(text)["input_ids"]
@@ -200,7 +201,7 @@ def test_other_files_are_refused(text, tmp_path):
     (tmp_path / "x.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(StorageError, match=r"x\.json"):
         NeuronPages.load(tmp_path / "x.json")
-    with pytest.raises(StorageError, match="no neuron pages can be read"):
+    with pytest.raises(StorageError, match="cannot read neuron pages from this file"):
         NeuronPages.load(tmp_path / "missing.json")
 
 

@@ -49,7 +49,7 @@ def test_exception_inside_a_collector_or_an_attribution_leaves_no_hook(head, pai
     def fail(*_):
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr("rmtension.passes._activations.weighted_sums", fail)
+    monkeypatch.setattr("rmtension.passes._activation_collector.weighted_sums", fail)
     with pytest.raises(RuntimeError, match="stopped"):
         collector.update(pairs)
     monkeypatch.undo()

@@ -9,7 +9,7 @@ from tiny_models import batches_of, make_pairs, unchecked
 
 from rmtension import ActivationCollector, Mean, OtherResponse, Resample, Scale, Zero
 from rmtension.errors import OptionError
-from rmtension.interventions._replacements import Replacement
+from rmtension.interventions._replacement import Replacement, SingleTextReplacement
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,8 @@ def test_a_scale_near_one_loses_no_digits(activation, batch):
 def test_names_keys_and_sharing(every, head, few):
     assert [one.name for one in every] == ["zero", "mean", "resample", "scale", "other_response"]
     assert [one.label for one in every] == ["zero", "mean", "resample", "scale 0.3", "other_response"]
-    assert [one.shares_tokens for one in every] == [one.ablates for one in every] == [True] * 4 + [False]
+    assert [kind.shares_tokens for kind in every] == [True] * 4 + [False]
+    assert [isinstance(kind, SingleTextReplacement) for kind in every] == [True] * 4 + [False]
     # Different values, different keys; equal values, equal keys.
     collector = ActivationCollector(head)
     others = [

@@ -11,8 +11,8 @@ from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning
 from rmtension.interventions._sweep import score_without
+from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.passes._nonfinite import are_finite, where_not_finite
-from rmtension.passes._profiles import collect_profiles
 
 BAD = " kill"
 

@@ -21,8 +21,8 @@ from rmtension import (
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.data._pair import PreferencePair
 from rmtension.errors import DataError
+from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.passes._pair_pass import run_pass
-from rmtension.passes._profiles import collect_profiles
 
 
 @pytest.fixture(scope="module")

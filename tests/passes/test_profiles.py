@@ -12,7 +12,9 @@ from transformers import AutoModelForSequenceClassification
 from rmtension import NeuronAttribution, PreferencePairs, RewardHead
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.neurons._neuron_scores import N_BLOCKS, block_of, jackknife_stderr
-from rmtension.passes._profiles import SCORES, ActivationProfile, collect_profiles, selectivity
+from rmtension.passes._activation_profile import SCORES, ActivationProfile
+from rmtension.passes._collect_profiles import collect_profiles
+from rmtension.passes._selectivity import selectivity
 
 POSITIONS = ("all", "response", "last")
 

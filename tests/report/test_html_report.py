@@ -13,7 +13,8 @@ from hand_made import hand_made_study
 from tiny_models import make_pairs
 
 from rmtension import NeuronSet, PreferencePairs, StudyResult
-from rmtension.attribution._neuron_pages import NeuronPages, examine
+from rmtension.attribution._examine import examine
+from rmtension.attribution._neuron_pages import NeuronPages
 from rmtension.report._every_format import write_report
 from rmtension.report._figures import draw_pictures
 from rmtension.report._html import to_html
