@@ -252,7 +252,7 @@ class TestBoth:
         assert figure.axes == [axis]
         assert axis.get_title()
         with pytest.raises(
-            OptionError, match="ax: one axis holds one panel, and there are 4; choose one with methods="
+            OptionError, match=r"ax: an axis holds one panel, and this figure has 4\. Select a panel with methods="
         ):
             draw(hand_made(), Figure().add_subplot())
         with pytest.raises(OptionError, match="ax: expected an axis with straight coordinates"):

@@ -109,7 +109,7 @@ class TestEveryFigure:
         draw, panel, _ = DRAWN[name]
         table = table_of(study, name)
         both = pd.concat([table.assign(family=7), table])
-        with pytest.raises(OptionError, match=r"family: .* choose one of"):
+        with pytest.raises(OptionError, match=r"family: .* Select one with family"):
             draw(both, **panel)
         with pytest.raises(OptionError, match=r"family: expected one of \['7', 'tiny'\], got 'other'"):
             draw(both, family="other", **panel)
@@ -120,7 +120,7 @@ class TestEveryFigure:
     @pytest.mark.parametrize("name", [name for name, (_, panel, _) in DRAWN.items() if panel])
     def test_one_axis_holds_one_panel(self, study, name):
         draw, panel, _ = DRAWN[name]
-        with pytest.raises(OptionError, match=f"ax: one axis holds one panel.*{next(iter(panel))}="):
+        with pytest.raises(OptionError, match=f"ax: an axis holds one panel.*{next(iter(panel))}="):
             draw(study, Figure().add_subplot())
         wrong = {next(iter(panel)): "nothing"}
         with pytest.raises(OptionError, match=r"expected one of .* got 'nothing'"):
@@ -503,7 +503,7 @@ class TestDistributions:
     def test_choices(self, study):
         with pytest.raises(OptionError, match="pairs: expected one of"):
             plots.distributions(study, pairs="some")
-        with pytest.raises(OptionError, match="no pair is left"):
+        with pytest.raises(OptionError, match="pairs: expected pairs that all models rank correctly"):
             plots.distributions(study.rewards.assign(all_correct=False), pairs="all models correct")
         with pytest.raises(OptionError, match="'all_correct'"):
             plots.distributions(study.rewards.drop(columns="all_correct"), pairs="all models correct")

@@ -220,15 +220,17 @@ def test_open_questions_are_listed(result):
     found = findings(result)
     lines = unconcluded(result, found)
     assert sum("does not exclude" in line for line in lines) == sum(one.is_open for one in found)
-    assert any(line.startswith("Analyses that were not run: transferability") for line in lines)
+    assert any(line.startswith("These analyses were not run: transferability") for line in lines)
     one_seed = StudyResult(
         tables={name: frame[frame["seed"] == 0] for name, frame in result.tables.items()},
         summary=result.summary | {"families": [{"family": HOSTILE, "seed": 0, "base": False}]},
     )
     lines = unconcluded(one_seed, findings(one_seed))
-    assert any(line.startswith("One seed") for line in lines)
+    assert any(line.startswith("There is one seed") for line in lines)
     assert any(line.startswith("There is no base model") for line in lines)
-    assert not any(line.startswith(("One seed", "There is no base model")) for line in unconcluded(result, found))
+    assert not any(
+        line.startswith(("There is one seed", "There is no base model")) for line in unconcluded(result, found)
+    )
 
 
 def test_the_code_of_the_page_compiles(result, page):

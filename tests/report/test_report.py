@@ -125,14 +125,14 @@ class TestReadableTables:
         row = table.query("without == 'shared' and `evaluated on` == 'helpful' and quantity == 'margin'").iloc[1]
         assert row["random sets by"] == "magnitude"
         assert row["neurons"] == "7-9"
-        assert row["of random sets"] == f"{raw['random_effect'].mean():+.3f}"
+        assert row["change by random sets"] == f"{raw['random_effect'].mean():+.3f}"
         ((value, low, high),) = expected(raw, ("set",), "beyond_random", "beyond_low", "beyond_high").values()
         assert row["beyond random [interval]"] == f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
 
     def test_overlap_with_its_floor_and_ceiling(self, study):
         table = readable_tables(only(study, "overlap"))["Overlap of top sets"]
         ceiling = table.query(
-            "score == 'change' and kind == 'seeds' and set == 'mixed' and `without the base's` == 'yes'"
+            "score == 'change' and kind == 'seeds' and set == 'mixed' and `without the base's top set` == 'yes'"
         )
         raw = study.overlap.query("score == 'change' and kind == 'seeds' and without_base")
         raw = raw[raw["a"].str.startswith("mixed")]
