@@ -319,6 +319,14 @@ CALLS = {
 }
 # The same calls under other names.
 THE_SAME = {
+    "attribution._ablated_sets.ablate_sets": "attribution._faithfulness.faithfulness",
+    "attribution._batch_scores.BatchScorer.of_pairs": "attribution._neuron_attribution.NeuronAttribution.score",
+    "attribution._batch_scores.BatchScorer.of_tokens": "attribution._neuron_attribution.NeuronAttribution.per_token",
+    "attribution._batch_scores.BatchScorer.signed_of_pairs": (
+        "attribution._neuron_attribution.NeuronAttribution.per_pair"
+    ),
+    "attribution._top_texts.LargestActivations.observe": "attribution._examine.examine",
+    "attribution._top_texts.find_examples": "attribution._examine.examine",
     "interventions._export.ablate_weights": "reward_head.RewardHead.with_ablation",
     "models._classifiers.reload_classifier": "passes._selfcheck.check_head",
     "reward_head.RewardHead.fwd_hooks": "interventions._lens_hooks.fwd_hooks",
@@ -354,6 +362,14 @@ OWN_MODEL = [
     "models._checkpoints.Checkpoint.__init__",
 ]
 ONLY_LOOKS = [
+    "attribution._batch_scores.BatchScorer.__init__",
+    "attribution._batch_scores.BatchScorer.method_fields",
+    "attribution._batch_scores.BatchScorer.provenance",
+    "attribution._batch_scores.BatchScorer.settings",
+    "attribution._top_texts.LargestActivations.__init__",
+    "attribution._top_texts.LargestActivations.compute",
+    "attribution._top_texts.LargestActivations.state",
+    "attribution._top_texts.LargestActivations.update",
     "interventions._ablation.check_set",
     "models._bodies.BridgeBody.projection",
     "models._bodies.BridgeBody.stable_up_to",
