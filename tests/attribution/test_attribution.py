@@ -395,7 +395,7 @@ def without_gradient(block):
 
 
 def test_graddrop_finds_effects_that_cancel(tokenizer, few):
-    """If a later block cancels a neuron's direct effect, its plain score is 0 to rounding, but not its GradDrop score."""
+    """If a later block cancels a direct effect, the plain score is 0 to rounding, but the GradDrop score is not."""
 
     def undo(model):
         blocks, direction = model.transformer.h, model.score.weight[0].clone()
