@@ -62,7 +62,7 @@ class Replacement(ABC):
 
 
 class SingleTextReplacement(Replacement):
-    """A replacement that computes a_ref(t) from the text of t alone; an `AblationContext` takes only these."""
+    """A replacement whose a_ref(t) does not depend on the other response; an `AblationContext` takes only these."""
 
     @abstractmethod
     def values(

@@ -35,7 +35,7 @@ class Zero(SingleTextReplacement):
 
     @property
     def factor(self) -> float:
-        """0: nothing of the activation is left."""
+        """0, because no part of the activation remains."""
         return 0.0
 
     def values(
@@ -76,7 +76,7 @@ class Mean(SingleTextReplacement):
 
     @property
     def factor(self) -> float:
-        """0: nothing of the activation is left."""
+        """0, because no part of the activation remains."""
         return 0.0
 
     def constant(self, layer: int) -> Float[Tensor, "channel"]:

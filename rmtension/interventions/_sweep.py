@@ -1,4 +1,4 @@
-"""Many ablations of a model on the same pairs, each for less than a pass."""
+"""Score the same pairs under many ablations, each for less than a whole pass."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -64,7 +64,7 @@ class ActivationCollector:
 
     def reset(self) -> "ActivationCollector":
         """Forget everything collected so far."""
-        self._seen = _ActivationSums(self.head, self.site, self.positions).seen()
+        self._collected = _ActivationSums(self.head, self.site, self.positions).collected()
         self._model = self.head.fingerprint
         return self
 
@@ -84,7 +84,7 @@ class ActivationCollector:
         if self.head.fingerprint != self._model:
             raise ProvenanceError("update: the model's weights changed since the last reset. Call reset() first.")
         statistic = _ActivationSums(self.head, self.site, self.positions)
-        self._seen += run_pass(self.head, pairs, statistic, work=work, progress=progress)
+        self._collected += run_pass(self.head, pairs, statistic, work=work, progress=progress)
         return self
 
     def merge(self, other: "ActivationCollector") -> "ActivationCollector":
@@ -94,14 +94,14 @@ class ActivationCollector:
         self._provenance().require_same(
             other._provenance(), ("architecture", "model", "site", "positions", "dtype"), what="merge"
         )
-        self._seen += other._seen
+        self._collected += other._collected
         return self
 
     def compute(self) -> ActivationStatistics:
         """The statistics of everything collected; raises `DataError` if nothing was collected."""
-        if not self._seen.n_tokens:
+        if not self._collected.n_tokens:
             raise DataError("compute: nothing was collected yet. Call update(pairs) with at least one pair first.")
-        means = {name: total / self._seen.n_tokens for name, total in self._seen.sums.items()}
+        means = {name: total / self._collected.n_tokens for name, total in self._collected.sums.items()}
         return ActivationStatistics(
             mean=means["value"],
             abs_mean=means["absolute"],
@@ -175,20 +175,20 @@ class ActivationCollector:
         return {"all": len(text), "response": len(text) - text.response_start, "last": 1}[self.positions]
 
     def _provenance(self) -> Provenance:
-        seen = self._seen
+        collected = self._collected
         now = self.head.provenance(
-            f"{seen.digest % 2**256:064x}",
-            seen.n_pairs,
-            seen.n_tokens,
+            f"{collected.digest % 2**256:064x}",
+            collected.n_pairs,
+            collected.n_tokens,
             site=self.site,
             positions=self.positions,
             method="statistics",
         )
-        return replace(now, model=self._model, skipped=seen.skipped)
+        return replace(now, model=self._model, skipped=collected.skipped)
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Collected:
     """Sums over everything that was collected; replaced as a whole, so that no update is ever added in part."""
 
     sums: Mapping[str, Float[Tensor, "layer channel"]]
@@ -197,8 +197,8 @@ class _Seen:
     digest: int = 0
     skipped: tuple[str, ...] = ()
 
-    def __add__(self, other: "_Seen") -> "_Seen":
-        return _Seen(
+    def __add__(self, other: "_Collected") -> "_Collected":
+        return _Collected(
             {name: total + other.sums[name] for name, total in self.sums.items()},
             self.n_tokens + other.n_tokens,
             self.n_pairs + other.n_pairs,
@@ -207,7 +207,7 @@ class _Seen:
         )
 
 
-class _ActivationSums(PairStatistic[_Seen]):
+class _ActivationSums(PairStatistic[_Collected]):
     """Sums over the selected tokens: of every neuron's value, magnitude, square and sign, and of every channel."""
 
     name = "collect"
@@ -247,12 +247,14 @@ class _ActivationSums(PairStatistic[_Seen]):
         for total, batch_sum in zip(self._sums.values(), observed, strict=True):
             total += batch_sum
 
-    def compute(self, record: PassRecord) -> _Seen:
+    def compute(self, record: PassRecord) -> _Collected:
         skipped = tuple(record.skipped.values())
-        return self.seen(record.n_tokens(self._positions), record.n_pairs, int(record.digest, 16), skipped)
+        return self.collected(record.n_tokens(self._positions), record.n_pairs, int(record.digest, 16), skipped)
 
-    def seen(self, n_tokens: int = 0, n_pairs: int = 0, digest: int = 0, skipped: tuple[str, ...] = ()) -> _Seen:
-        return _Seen(self._sums, n_tokens, n_pairs, digest, skipped)
+    def collected(
+        self, n_tokens: int = 0, n_pairs: int = 0, digest: int = 0, skipped: tuple[str, ...] = ()
+    ) -> _Collected:
+        return _Collected(self._sums, n_tokens, n_pairs, digest, skipped)
 
 
 def _keep(

@@ -7,9 +7,9 @@
 | bridge | rewards through the TransformerBridge with transformers' modules | hooks inside attention |
 | batch equals single | rewards in one batch with rewards alone | other batch sizes |
 | padding | rewards with 0 to 40 pad tokens on either side with rewards without | more padding |
-| last token | that another last token changes what is read | that it is the one you want to read |
+| last token | that another last token changes what is read | that it is the token you want to read |
 | hooks, per site | that each layer's hook fires once and changes no earlier layer | what the activation means |
-| zeroing, per site | what is read with the site at 0 with what is read otherwise | single neurons |
+| zeroing, per site | the stream that is read, with the site set to 0 and without | single neurons |
 | direct contributions | their sum with the reward | indirect effects |
 | layers | what neurons and biases write with what each layer adds to the residual stream | the same |
 """

@@ -83,7 +83,9 @@ def distributions(
     rows = Rows.of(table, "rewards", columns, family=family).where(model=model, objective=objective)
     frame = rows.frame if pairs == "all" else rows.frame[rows.frame["all_correct"].astype(bool)]
     if frame.empty:
-        raise OptionError("pairs: expected pairs that all models rank correctly, and there are none. Use pairs='all'.")
+        raise OptionError(
+            "pairs: expected at least one pair that all models rank correctly, got none. Use pairs='all'."
+        )
     models, objectives = rows.names("model"), rows.names("objective")
     shown = list(product(objectives, models))
     canvas = Canvas.of(ax, len(shown), height=2.2, columns=len(models), choose="model= and objective=")

@@ -512,7 +512,7 @@ class TestDistributions:
     def test_wrong_pairs_are_refused(self, study):
         with pytest.raises(OptionError, match="pairs: expected one of"):
             plots.distributions(study, pairs="some")
-        with pytest.raises(OptionError, match="pairs: expected pairs that all models rank correctly"):
+        with pytest.raises(OptionError, match="pairs: expected at least one pair that all models rank correctly"):
             plots.distributions(study.rewards.assign(all_correct=False), pairs="all models correct")
         with pytest.raises(OptionError, match="'all_correct'"):
             plots.distributions(study.rewards.drop(columns="all_correct"), pairs="all models correct")
