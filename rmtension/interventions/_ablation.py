@@ -62,7 +62,7 @@ class AblationContext:
         self._positions = positions
         per_neuron = head.n_channels(neurons.site) // head.n_neurons(neurons.site)
         columns = repeat(neurons.mask, "layer neuron -> layer (neuron channel)", channel=per_neuron)
-        # layer -> the channels of the set's neurons in the input of its projection; layers without neurons of the set are left out.
+        # layer -> the channels of the set's neurons in the input of its projection, for layers with neurons.
         self.columns = {layer: row.nonzero()[:, 0].to(head.device) for layer, row in enumerate(columns) if row.any()}
         # A factor and a constant at all tokens can be applied without knowing the tokens.
         self._needs_batch = positions != "all" or replacement.factor is None
