@@ -38,6 +38,7 @@ class Faithfulness:
     because the set takes more than half of some layer.
 
     Examples:
+        >>> from rmtension.attribution import faithfulness
         >>> result = faithfulness(head, pairs["helpful"], scores, set_fractions=(0.1,), n_random=2, progress=False)
         >>> print(str(result).splitlines()[0])
         Faithfulness to the effect of ablation to zero (24 pairs, 0.95 intervals)

@@ -47,6 +47,7 @@ class NeuronPages:
     site, pairs and method; `about["sign"]` tells what a positive score means (`Provenance.sign`).
 
     Examples:
+        >>> from rmtension.attribution import examine
         >>> pages = examine(head, pairs, neurons, n_examples=1, progress=False)
         >>> pages
         NeuronPages(2 mlp neurons of gpt2-2x24-heads2x12-d24; 24 helpful, 24 harmless)

@@ -58,6 +58,7 @@ class ActivationProfile:
     difference. `base` is the fingerprint of the base model that the change is measured from, or empty.
 
     Examples:
+        >>> from rmtension.passes import collect_profiles
         >>> profile = collect_profiles(head, pairs["helpful"], positions=["response"])["mlp", "response"]
         >>> profile.sums.shape, int(profile.weights.sum())  # 24 pairs, two texts each
         (torch.Size([5, 2, 32, 2, 24]), 48)

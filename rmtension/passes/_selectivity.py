@@ -27,6 +27,7 @@ def selectivity(profiles: Mapping[str, ActivationProfile], *, quantile: float = 
     of different models, sites or positions.
 
     Examples:
+        >>> from rmtension.passes import collect_profiles
         >>> profiles = {
         ...     name: collect_profiles(head, part, positions=["response"])["mlp", "response"]
         ...     for name, part in pairs.items()
