@@ -16,7 +16,8 @@ from rmtension.data._pairs import PreferencePairs
 from rmtension.evaluation._pair_rewards import PairRewards
 from rmtension.interventions._export import ablate_weights
 from rmtension.interventions._lens_hooks import LensHook, fwd_hooks
-from rmtension.interventions._replacements import Replacement, Zero
+from rmtension.interventions._replacement import Replacement
+from rmtension.interventions._replacements import Zero
 from rmtension.models._bodies import find_body
 from rmtension.models._bridges import check_model_class
 from rmtension.models._checkpoint_names import require_name

@@ -164,7 +164,7 @@ class TestSwapped:
             "head: expected RewardHead, got PreferencePairs. Call ActivationCollector(head), then collect(pairs).",
             "scores of 'helpful': expected NeuronScores, got PreferencePairs. NeuronAttribution(...).score(pairs)",
             "scores: expected Mapping, got list. Call SharedNeuronAnalyzer({",
-            "helpful: expected PairAttributions, got NeuronScores. NeuronAttribution(...).per_pair(pairs) gives",
+            "first: expected PairAttributions, got NeuronScores. NeuronAttribution(...).per_pair(pairs) gives",
             "texts: expected a list of texts, got PreferencePairs. Score preference pairs with score_pairs(pairs)",
             "texts: expected a list of texts, got list. Score preference pairs with score_pairs(pairs)",
             "texts: expected a list of texts, got dict. Score preference pairs with score_pairs(pairs)",

@@ -23,8 +23,8 @@ from tiny_models import make_pairs, save_classifier
 import rmtension
 from rmtension import AblationContext, ActivationCollector, Mean, NeuronAttribution, NeuronSet, RewardHead, TensionStudy
 from rmtension.attribution._batch_run import BatchRun, _BlockGates
-from rmtension.attribution._effect_prediction import faithfulness
-from rmtension.attribution._neuron_pages import examine
+from rmtension.attribution._examine import examine
+from rmtension.attribution._faithfulness import faithfulness
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.data._tokens import TokenBatch, running, running_batch
 from rmtension.distributed import current, sharded
@@ -47,9 +47,9 @@ from rmtension.models._native_weights import plain_copy
 from rmtension.models._opening import require_hidden_padding
 from rmtension.models._replay import Replay
 from rmtension.models._site_widths import measure_sites
+from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.passes._nonfinite import require_finite, where_not_finite
 from rmtension.passes._pair_pass import run_pass
-from rmtension.passes._profiles import collect_profiles
 from rmtension.passes._rewards_of_pairs import RewardsOfPairs
 from rmtension.study._model_runs import ModelRuns
 from rmtension.study._options import StudyOptions
@@ -237,11 +237,13 @@ def in_eval(setup, call):
 
 CALLS = {
     "interventions._ablation.AblationContext.__init__": lambda s: AblationContext(s.head, s.neurons),
-    "passes._activations.ActivationCollector.update": lambda s: ActivationCollector(s.head).update(s.pairs),
-    "passes._activations.ActivationCollector.collect": lambda s: ActivationCollector(s.head, site="attn_head").collect(
-        s.pairs
+    "passes._activation_collector.ActivationCollector.update": lambda s: ActivationCollector(s.head).update(s.pairs),
+    "passes._activation_collector.ActivationCollector.collect": lambda s: ActivationCollector(
+        s.head, site="attn_head"
+    ).collect(s.pairs),
+    "passes._activation_collector.ActivationCollector.sample": lambda s: ActivationCollector(s.head).sample(
+        s.pairs, n=5
     ),
-    "passes._activations.ActivationCollector.sample": lambda s: ActivationCollector(s.head).sample(s.pairs, n=5),
     "attribution._neuron_attribution.NeuronAttribution.score": lambda s: NeuronAttribution(
         s.head, method="attribution_patching", graddrop=True, aggregate="absolute"
     ).score(s.pairs),
@@ -261,7 +263,7 @@ CALLS = {
     "models._direct_path.direct_contributions": lambda s: direct_contributions(s.head, s.batch),
     "models._classifiers.build_classifier": lambda s: build_classifier(s.head),
     "models._classifiers.save_classifier": lambda s: s.head.save_pretrained(s.folder / "saved"),
-    "attribution._effect_prediction.faithfulness": lambda s: faithfulness(
+    "attribution._faithfulness.faithfulness": lambda s: faithfulness(
         s.head,
         s.pairs,
         NeuronAttribution(s.head, method="direct_effect").score(s.pairs),
@@ -277,7 +279,7 @@ CALLS = {
     "models._hooks.copy_without_hooks": lambda s: copy_without_hooks(s.head.body.native),
     # What a bridge's own run leaves is TransformerLens'.
     "interventions._lens_hooks.fwd_hooks": lambda s: s.head.fwd_hooks(s.neurons, Mean(s.statistics)),
-    "attribution._neuron_pages.examine": lambda s: examine(
+    "attribution._examine.examine": lambda s: examine(
         s.head, {"helpful": s.pairs[:2]}, s.neurons.subsample(1, seed=0), n_examples=1
     ),
     "passes._nonfinite.require_finite": lambda s: require_finite(s.head, torch.zeros(3), lambda row: s.batch),
@@ -286,7 +288,7 @@ CALLS = {
     ),
     "models._opening.require_hidden_padding": lambda s: require_hidden_padding(s.head),
     "models._native_weights.plain_copy": lambda s: plain_copy(s.head.body.native),
-    "passes._profiles.collect_profiles": lambda s: collect_profiles(s.head, s.pairs, base=s.base),
+    "passes._collect_profiles.collect_profiles": lambda s: collect_profiles(s.head, s.pairs, base=s.base),
     "models._replay.Replay.__init__": lambda s: Replay(s.head, s.batch, ["mlp"]),
     "models._replay.Replay.rewards_from": lambda s: Replay(s.head, s.batch).rewards_from(1),
     "models._replay.Replay.run_block": lambda s: (replay := Replay(s.head, s.batch)).run_block(1, replay.stream(1)),
@@ -323,6 +325,14 @@ CALLS = {
 }
 # The same calls under other names.
 THE_SAME = {
+    "attribution._ablated_sets.ablate_sets": "attribution._faithfulness.faithfulness",
+    "attribution._batch_scores.BatchScorer.of_pairs": "attribution._neuron_attribution.NeuronAttribution.score",
+    "attribution._batch_scores.BatchScorer.of_tokens": "attribution._neuron_attribution.NeuronAttribution.per_token",
+    "attribution._batch_scores.BatchScorer.signed_of_pairs": (
+        "attribution._neuron_attribution.NeuronAttribution.per_pair"
+    ),
+    "attribution._top_texts.LargestActivations.observe": "attribution._examine.examine",
+    "attribution._top_texts.find_examples": "attribution._examine.examine",
     "interventions._export.ablate_weights": "reward_head.RewardHead.with_ablation",
     "models._classifiers.reload_classifier": "passes._selfcheck.check_head",
     "reward_head.RewardHead.fwd_hooks": "interventions._lens_hooks.fwd_hooks",
@@ -358,6 +368,14 @@ OWN_MODEL = [
     "models._checkpoints.Checkpoint.__init__",
 ]
 ONLY_LOOKS = [
+    "attribution._batch_scores.BatchScorer.__init__",
+    "attribution._batch_scores.BatchScorer.method_fields",
+    "attribution._batch_scores.BatchScorer.provenance",
+    "attribution._batch_scores.BatchScorer.settings",
+    "attribution._top_texts.LargestActivations.__init__",
+    "attribution._top_texts.LargestActivations.compute",
+    "attribution._top_texts.LargestActivations.state",
+    "attribution._top_texts.LargestActivations.update",
     "interventions._ablation.check_set",
     "models._bodies.BridgeBody.projection",
     "models._bodies.BridgeBody.stable_up_to",
@@ -374,10 +392,10 @@ ONLY_LOOKS = [
     "models._native_weights.refuse_packed_weights",
     "models._native_weights.refuse_recomputed",
     "interventions._ablation.AblationContext.ablated",
-    "passes._activations.ActivationCollector.__init__",
-    "passes._activations.ActivationCollector.compute",
-    "passes._activations.ActivationCollector.merge",
-    "passes._activations.ActivationCollector.reset",
+    "passes._activation_collector.ActivationCollector.__init__",
+    "passes._activation_collector.ActivationCollector.compute",
+    "passes._activation_collector.ActivationCollector.merge",
+    "passes._activation_collector.ActivationCollector.reset",
     "attribution._neuron_attribution.NeuronAttribution.__init__",
     "models._bodies.BridgeBody.block",
     "models._bodies.BridgeBody.final_norm",
@@ -396,7 +414,7 @@ ONLY_LOOKS = [
     "models._direct_path.DirectPaths.__init__",
     "models._direct_path.DirectPaths.contributions",
     "models._direct_path.DirectPaths.hooks",
-    "attribution._effect_prediction.sample_neurons",
+    "attribution._faithfulness.sample_neurons",
     "study._family_runs.ModelFamily.__init__",
     "models._loading.refuse_offloaded",
     "models._reward_model.RewardModel.architecture",
@@ -432,7 +450,7 @@ ONLY_LOOKS = [
     "passes._rewards_of_pairs.RewardsOfPairs.state",
     "passes._rewards_of_pairs.RewardsOfPairs.update",
     "passes._pass_record.PassRecord.provenance",
-    "interventions._replacements.check_replacement",
+    "interventions._check_replacement.check_replacement",
     "models._replay.Replay.read",
     "models._replay.Replay.stream",
     "models._reward_model.RewardModel.fingerprint",
@@ -739,7 +757,7 @@ def test_only_these_modules_touch_hooks_and_flags():
 def test_a_hook_of_the_users_stays_and_counts(setup):
     handle = setup.head.model.blocks[1].mlp.hook_out.register_forward_hook(untouched)
     with unchanged(setup.head):
-        for name in ("reward_head.RewardHead.score", "passes._activations.ActivationCollector.sample"):
+        for name in ("reward_head.RewardHead.score", "passes._activation_collector.ActivationCollector.sample"):
             CALLS[name](setup)
     handle.remove()
 

@@ -12,7 +12,7 @@ import transformers
 
 from rmtension import NeuronAttribution, RewardHead
 from rmtension._progress import is_watched, progress_bar, shows_bars, without_unseen_bars
-from rmtension.attribution._effect_prediction import faithfulness
+from rmtension.attribution._faithfulness import faithfulness
 
 
 class Terminal(io.StringIO):

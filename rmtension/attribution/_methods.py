@@ -14,7 +14,7 @@ from rmtension._sites import neuron_activations
 from rmtension.attribution._batch_run import BatchRun
 from rmtension.data._tokens import margins
 from rmtension.errors import ModelError
-from rmtension.interventions._replacements import Replacement
+from rmtension.interventions._replacement import Replacement
 
 
 @dataclass(frozen=True)

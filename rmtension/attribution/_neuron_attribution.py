@@ -1,35 +1,30 @@
-"""Attribution: how much every neuron has to do with the margin between chosen and rejected responses."""
+"""Attribution: how much every neuron contributes to the margin between chosen and rejected responses."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from einops import einsum
-from jaxtyping import Float
-from torch import Tensor
 
 from rmtension._arguments import require_arguments, require_choice
 from rmtension._progress import progress_bar
 from rmtension._sites import check_positions, find_site
-from rmtension.attribution._batch_run import BatchRun
-from rmtension.attribution._methods import METHODS, MethodArgs, MethodResult, TokenValues
+from rmtension.attribution._batch_scores import BatchScorer, run_batch
+from rmtension.attribution._methods import METHODS
+from rmtension.attribution._score_statistics import MeanScores, ScoresOfPairs
 from rmtension.data._encoding import EncodedText
 from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import DataError, OptionError
-from rmtension.interventions._replacements import Replacement, Zero, check_replacement
+from rmtension.interventions._check_replacement import check_replacement
+from rmtension.interventions._replacement import Replacement
+from rmtension.interventions._replacements import Zero
 from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._neuron_scores import NeuronScores
 from rmtension.neurons._pair_attributions import PairAttributions
 from rmtension.neurons._token_scores import TokenScores
 from rmtension.passes._pair_pass import run_pass
-from rmtension.passes._pair_statistic import PairStatistic
-from rmtension.passes._pass_record import PassRecord
-from rmtension.passes._running_scores import RunningScores
-from rmtension.store._provenance import Provenance, method_label
+from rmtension.store._provenance import method_label
 
 
 class NeuronAttribution:
@@ -115,7 +110,7 @@ class NeuronAttribution:
         if self._method.needs_reward:
             head.require_weight()
         if graddrop and (self._method.by_layer_dropped is None or aggregate != "absolute"):
-            droppable = [name for name, one in METHODS.items() if one.by_layer_dropped is not None]
+            droppable = [name for name, known in METHODS.items() if known.by_layer_dropped is not None]
             raise OptionError(
                 "graddrop: it averages magnitudes of attribution patching. Use it with "
                 f"method={droppable[0]!r} and aggregate='absolute', got {method!r} and {aggregate!r}."
@@ -175,7 +170,7 @@ class NeuronAttribution:
         if self.graddrop:
             raise OptionError("per_pair: GradDrop has no signed scores. Use an attribution without graddrop=True.")
         pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
-        return run_pass(self.head, pairs, _ScoresOfPairs(self, pairs), work=work, progress=progress)
+        return run_pass(self.head, pairs, ScoresOfPairs(self._scorer, pairs), work=work, progress=progress)
 
     def per_token(self, pairs: Iterable[PreferencePair], *, progress: bool | None = None) -> Iterator[TokenScores]:
         """Iterate over the pairs in order and give each pair's scores per token, with the tokenizer's token strings.
@@ -203,76 +198,30 @@ class NeuronAttribution:
     @torch.inference_mode(False)
     def _by_token(self, pair: PreferencePair, texts: list[EncodedText]) -> TokenScores:
         batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=self.head.pad_token_id, device=self.head.device)
-        layers = [_weighted(by_token) for by_token, _ in self._by_layer(_run([self], batch))]
-        values = torch.stack(layers, dim=2).cpu()
-        # Values of rejected texts already carry the minus sign of the pair's score; this takes it off.
+        scorer = self._scorer
+        values = scorer.of_tokens(run_batch([scorer], batch)).cpu()
+        # The values of rejected texts carry the minus sign of the pair's score; this removes it.
         chosen, rejected = (sign * values[row, : len(texts[row])] for row, sign in enumerate((1, -1)))
-        one, other = (tuple(self.head.tokenizer.convert_ids_to_tokens(list(text.ids))) for text in texts)
-        return TokenScores(pair.id, one, other, chosen, rejected, self._method.sign)
+        tokens = [tuple(self.head.tokenizer.convert_ids_to_tokens(list(text.ids))) for text in texts]
+        return TokenScores(pair.id, tokens[0], tokens[1], chosen, rejected, self._method.sign)
+
+    @property
+    def _scorer(self) -> BatchScorer:
+        """What scores the batches, with the settings of this attribution."""
+        return BatchScorer(
+            self.head,
+            self._method,
+            self.site,
+            self.positions,
+            self.aggregate,
+            self.replacement,
+            self.steps,
+            self.graddrop,
+        )
 
     def __repr__(self) -> str:
-        how = method_label(**self._how(self.aggregate))
+        how = method_label(**self._scorer.method_fields(self.aggregate))
         return f"NeuronAttribution({how}, {self.site} at {self.positions} tokens, {self.head!r})"
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        """What the scores depend on besides the model and the pairs."""
-        return {
-            **self._how(self.aggregate),
-            "site": self.site,
-            "positions": self.positions,
-            "replacement": self.replacement.key,
-        }
-
-    # -- for score_together ----------------------------------------------------------------------------------------
-
-    def _how(self, aggregate: str) -> dict[str, Any]:
-        """The fields of provenance that describe the method."""
-        return {
-            "method": self.method,
-            "aggregate": aggregate,
-            "replacement": self.replacement.label if self._method.needs_replacement else None,
-            "steps": self.steps if self._method.needs_path else None,
-            "graddrop": self.graddrop,
-        }
-
-    def _provenance(self, record: PassRecord, aggregate: str) -> Provenance:
-        """The provenance of scores by `aggregate`; magnitudes have no sign."""
-        provenance = record.provenance(self.head, site=self.site, positions=self.positions, method=self.method)
-        return replace(provenance, sign=self._method.sign if aggregate == "signed" else None, **self._how(aggregate))
-
-    @property
-    def _args(self) -> MethodArgs:
-        return MethodArgs(self.site, self.positions, self.replacement, self.steps)
-
-    def _by_layer(self, run: BatchRun) -> Iterator[MethodResult]:
-        """The method's values by token, layer by layer, with the completeness gap of integrated gradients."""
-        for layer in range(self.head.n_layers):
-            yield self._method.by_layer(run, self._args, layer)
-
-    def _signed(self, run: BatchRun) -> tuple[Float[Tensor, "pair layer neuron"], Float[Tensor, "pair layer"] | None]:
-        """The signed scores and gaps of every pair, in float64."""
-        scores, gaps = [], []
-        for by_token, gap in self._by_layer(run):
-            scores.append(_summed(by_token, run))
-            gaps += [] if gap is None else [gap.double()]
-        return _stacked(scores), _stacked(gaps) if gaps else None
-
-    def _per_pair(self, run: BatchRun) -> tuple[Float[Tensor, "pair layer neuron"], Float[Tensor, "pair layer"] | None]:
-        """The scores of every pair by `aggregate`, and the magnitudes of its gaps."""
-        if self.graddrop:
-            return self._dropped(run), None
-        scores, gaps = self._signed(run)
-        return scores.abs() if self.aggregate == "absolute" else scores, None if gaps is None else gaps.abs()
-
-    def _dropped(self, run: BatchRun) -> Float[Tensor, "pair layer neuron"]:
-        dropped = self._method.by_layer_dropped
-        assert dropped is not None
-        layers = []
-        for layer in range(self.head.n_layers):
-            pairs = [_summed(by_token, run).abs() for by_token in dropped(run, self._args, layer)]
-            layers.append(torch.stack(pairs).mean(dim=0))
-        return _stacked(layers)
 
 
 @torch.inference_mode(False)
@@ -295,130 +244,7 @@ def score_together(
         >>> [scores.provenance.method for scores in score_together(attributions, pairs["helpful"])]
         ['mean_difference', 'gradient_x_activation']
     """
-    if not attributions or any(one.head is not attributions[0].head for one in attributions):
+    if not attributions or any(attribution.head is not attributions[0].head for attribution in attributions):
         raise OptionError("attributions: expected at least one NeuronAttribution, all of the same head.")
-    return run_pass(attributions[0].head, pairs, _MeanScores(attributions), work=work, progress=progress)
-
-
-class _MeanScores(PairStatistic[list[NeuronScores]]):
-    """The mean score of every neuron over pairs, for several attributions of one model."""
-
-    keeps_layers = True
-    layer_dim = 1
-
-    def __init__(self, attributions: Sequence[NeuronAttribution]) -> None:
-        head = attributions[0].head
-        self._attributions = attributions
-        self._scores = [
-            RunningScores(head.n_layers, head.n_neurons(one.site), gap=one._method.needs_path) for one in attributions
-        ]
-        self.sharing = "pair" if all(one.replacement.shares_tokens for one in attributions) else "none"
-
-    @property
-    def name(self) -> str:
-        return ", ".join(dict.fromkeys(one.method for one in self._attributions))
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return {"attributions": [one._settings for one in self._attributions]}
-
-    @property
-    def state(self) -> Mapping[str, Tensor]:
-        return {f"{number}/{name}": part for number, one in enumerate(self._scores) for name, part in one.state.items()}
-
-    def observe(self, batch: TokenBatch) -> list[Tensor]:
-        run = _run(self._attributions, batch)
-        # The values of each attribution, each followed by its gap if it has one.
-        return [tensor for one in self._attributions for tensor in one._per_pair(run) if tensor is not None]
-
-    def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
-        tensors = iter(observed)
-        for scores in self._scores:
-            values = next(tensors)
-            scores.update(values, batch.keys[: batch.n_pairs], next(tensors) if scores.has_gap else None)
-
-    def merge_processes(self, add_up: Callable[..., None]) -> None:
-        for scores in self._scores:
-            scores.merge_processes(add_up)
-
-    def compute(self, record: PassRecord) -> list[NeuronScores]:
-        record.require_pairs()
-        return [
-            scores.compute(one._provenance(record, one.aggregate))
-            for one, scores in zip(self._attributions, self._scores, strict=True)
-        ]
-
-
-class _ScoresOfPairs(PairStatistic[PairAttributions]):
-    """The signed scores of every pair by one attribution."""
-
-    keeps_layers = True
-    layer_dim = 1
-
-    def __init__(self, attribution: NeuronAttribution, pairs: PreferencePairs) -> None:
-        head = attribution.head
-        shape = (len(pairs), head.n_layers, head.n_neurons(attribution.site))
-        self._attribution = attribution
-        self._pairs = pairs
-        self._values = torch.zeros(shape, dtype=head.reward_dtype)
-        self.sharing = "pair" if attribution.replacement.shares_tokens else "none"
-
-    @property
-    def name(self) -> str:
-        return self._attribution.method
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return self._attribution._settings
-
-    @property
-    def state(self) -> Mapping[str, Tensor]:
-        return {"values": self._values}
-
-    def observe(self, batch: TokenBatch) -> list[Tensor]:
-        values, _ = self._attribution._signed(_run([self._attribution], batch))
-        return [values.to(self._values.dtype)]
-
-    def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
-        self._values[list(batch.indices[: batch.n_pairs])] = observed[0].cpu()
-
-    def compute(self, record: PassRecord) -> PairAttributions:
-        record.require_pairs()
-        scores = PairAttributions(self._values, self._pairs, self._attribution._provenance(record, "signed"))
-        return scores.take(record.kept(len(self._pairs))) if record.skipped else scores
-
-
-def _run(attributions: Sequence[NeuronAttribution], batch: TokenBatch) -> BatchRun:
-    """Run one batch and keep what any of the attributions needs."""
-    first_order = [one for one in attributions if not one._method.needs_path]
-    products = [one._method.needs_gradients and not one.graddrop for one in first_order]
-    return BatchRun(
-        attributions[0].head,
-        batch,
-        sorted({one.site for one in attributions}),
-        forward=bool(first_order),
-        gradients=any(products),
-        drops=any(one.graddrop for one in first_order),
-        direct=any(one._method.needs_direct_paths for one in first_order),
-        # Products with the gradient need no activation where the gradient is 0; means over a text need all.
-        all_tokens=not all(
-            product and one.replacement.shares_tokens for product, one in zip(products, first_order, strict=True)
-        ),
-    )
-
-
-def _weighted(by_token: TokenValues) -> Float[Tensor, "row token neuron"]:
-    values, weights = by_token
-    return values * weights[..., None]
-
-
-def _summed(by_token: TokenValues, run: BatchRun) -> Float[Tensor, "pair neuron"]:
-    """The score of each pair, in float64."""
-    values, weights = by_token
-    rows = einsum(weights, values, "row token, row token neuron -> row neuron")
-    return run.batch.sum_per_pair(rows.double())
-
-
-def _stacked(layers: Sequence[Float[Tensor, "pair *rest"]]) -> Float[Tensor, "pair layer *rest"]:
-    """Stack all layers, on one device even if the model is spread over several."""
-    return torch.stack([one.to(layers[0].device) for one in layers], dim=1)
+    statistic = MeanScores([attribution._scorer for attribution in attributions])
+    return run_pass(attributions[0].head, pairs, statistic, work=work, progress=progress)

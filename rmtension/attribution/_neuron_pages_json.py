@@ -12,12 +12,12 @@ from rmtension.errors import StorageError
 from rmtension.store._records import read_numbers, read_objects, read_table
 
 _KIND, _FORMAT = "NeuronPages", 1
-_PLACE = ("layer", "neuron")
+_INDEX = ("layer", "neuron")
 # Frame -> columns that it must have.
 _FRAMES = {
-    "table": ("set", *_PLACE),
-    "scatter": _PLACE,
-    "distribution": (*_PLACE, "objective", "side", "low", "high", "texts"),
+    "table": ("set", *_INDEX),
+    "scatter": _INDEX,
+    "distribution": (*_INDEX, "objective", "side", "low", "high", "texts"),
 }
 _ABOUT = {
     "model": str,
@@ -52,7 +52,7 @@ def read_pages(path: Path) -> tuple[dict[str, pd.DataFrame], list[dict[str, Any]
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise StorageError(f"{path}: no neuron pages can be read from it ({error}). Check the path.") from error
+        raise StorageError(f"{path}: cannot read neuron pages from this file ({error}). Check the path.") from error
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"not valid JSON: {error}") from error
     if not isinstance(content, dict) or content.get("kind") != _KIND:
@@ -68,7 +68,7 @@ def read_pages(path: Path) -> tuple[dict[str, pd.DataFrame], list[dict[str, Any]
         raise _damaged(path, f"sign should be 1 or -1, got {about['sign']!r:.80}")
     objectives = list(about["pairs"])
     read_numbers(path, int, about["pairs"], objectives)
-    if list(about["digests"]) != objectives or not all(isinstance(one, str) for one in about["digests"].values()):
+    if list(about["digests"]) != objectives or not all(isinstance(digest, str) for digest in about["digests"].values()):
         raise _damaged(path, "expected one digest per objective")
     numbers = [f"{name}_{end}" for name in objectives for end in ("score", "effect", "effect_low", "effect_high", "n")]
     for frame, columns in (("table", numbers), ("scatter", objectives)):
@@ -76,8 +76,8 @@ def read_pages(path: Path) -> tuple[dict[str, pd.DataFrame], list[dict[str, Any]
             raise _damaged(path, f"expected the columns {columns} in {frame}")
         frames[frame][columns] = _as_numbers(path, frames[frame][columns])
     for name in _FRAMES:
-        frames[name][[*_PLACE]] = _as_numbers(path, frames[name][[*_PLACE]])
-    examples = [_example(path, one) for one in read_objects(path, content.get("examples"))]
+        frames[name][[*_INDEX]] = _as_numbers(path, frames[name][[*_INDEX]])
+    examples = [_example(path, fields) for fields in read_objects(path, content.get("examples"))]
     return frames, examples, about
 
 
@@ -94,11 +94,11 @@ def _example(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     for side in ("chosen", "rejected"):
         text = _fields(path, example[side], _TEXT)
         tokens, activations = text["tokens"], text["activations"]
-        if len(tokens) != len(activations) or not all(isinstance(one, str) for one in tokens):
+        if len(tokens) != len(activations) or not all(isinstance(token, str) for token in tokens):
             raise _damaged(path, "expected one activation per token, and strings for tokens")
-        if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in activations):
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in activations):
             raise _damaged(path, "expected numbers for activations")
-        if not all(math.isfinite(one) for one in activations):
+        if not all(math.isfinite(value) for value in activations):
             raise _damaged(path, "expected finite activations")
         example[side] = text | {"tokens": tuple(tokens), "activations": tuple(map(float, activations))}
     return example

@@ -17,7 +17,9 @@ from rmtension.data._pair import PreferencePair
 from rmtension.data._tokens import TokenBatch, margins
 from rmtension.errors import OptionError
 from rmtension.interventions._ablation import check_set
-from rmtension.interventions._replacements import Replacement, Zero, check_replacement
+from rmtension.interventions._check_replacement import check_replacement
+from rmtension.interventions._replacement import Replacement
+from rmtension.interventions._replacements import Zero
 from rmtension.models._replay import Replay
 from rmtension.models._residual_writes import moving, written_weights
 from rmtension.models._reward_model import RewardModel
@@ -181,10 +183,10 @@ def _changes(
         base = replay.read(last)
         at_a_time = max(1, _AT_A_TIME // last.numel())
         for start in range(0, len(wanted), at_a_time):
-            some = wanted[start : start + at_a_time]
-            moves = torch.einsum("xnc,ncd->nxd", last_steps[:, some], weights[some])
+            numbers = wanted[start : start + at_a_time]
+            moves = torch.einsum("xnc,ncd->nxd", last_steps[:, numbers], weights[numbers])
             rewards = replay.read((last + moves).flatten(0, 1))
-            yield from rewards.view(len(some), -1) - base
+            yield from rewards.view(len(numbers), -1) - base
         return
     base = replay.rewards_from(layer + 1)
     for number in wanted:

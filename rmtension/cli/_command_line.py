@@ -58,9 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> ArgumentParser:
     """The parser of all commands."""
-    made = Parser(prog="rmtension", description=__doc__, epilog=_EPILOG, formatter_class=RawDescriptionHelpFormatter)
-    made.add_argument("--version", action="version", version=f"rmtension {version('rmtension')}")
-    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command_line = Parser(
+        prog="rmtension", description=__doc__, epilog=_EPILOG, formatter_class=RawDescriptionHelpFormatter
+    )
+    command_line.add_argument("--version", action="version", version=f"rmtension {version('rmtension')}")
+    commands = command_line.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in _COMMANDS.items():
         command = commands.add_parser(
             name,
@@ -72,4 +74,4 @@ def parser() -> ArgumentParser:
         module.add_options(command)
         command.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
         command.add_argument("--quiet", action="store_true", help="show no progress bars")
-    return made
+    return command_line

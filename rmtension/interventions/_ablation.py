@@ -8,7 +8,9 @@ from rmtension._arguments import require_arguments
 from rmtension._sites import check_positions
 from rmtension.data._tokens import TokenBatch, running_batch
 from rmtension.errors import OptionError, ProvenanceError
-from rmtension.interventions._replacements import Replacement, Zero, check_replacement
+from rmtension.interventions._check_replacement import check_replacement
+from rmtension.interventions._replacement import Replacement, SingleTextReplacement
+from rmtension.interventions._replacements import Zero
 from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._neuron_set import NeuronSet
 
@@ -48,7 +50,7 @@ class AblationContext:
         check_positions(positions)
         check_set(head, neurons)
         check_replacement(replacement, head, neurons.site)
-        if not replacement.ablates:
+        if not isinstance(replacement, SingleTextReplacement):
             raise OptionError(
                 f"replacement: {replacement!r} needs both texts of a pair, but an AblationContext sees one text at a "
                 "time. Use Zero(), Mean(statistics), Resample(sample) or Scale(alpha) here; NeuronAttribution and "
@@ -60,9 +62,9 @@ class AblationContext:
         self._positions = positions
         per_neuron = head.n_channels(neurons.site) // head.n_neurons(neurons.site)
         columns = repeat(neurons.mask, "layer neuron -> layer (neuron channel)", channel=per_neuron)
-        # layer -> the channels of the set's neurons in the input of its projection; layers without any are left out.
+        # layer -> the channels of the set's neurons in the input of its projection, for layers with neurons.
         self.columns = {layer: row.nonzero()[:, 0].to(head.device) for layer, row in enumerate(columns) if row.any()}
-        # A constant or a factor at all tokens needs no knowledge of which tokens there are.
+        # A factor and a constant at all tokens can be applied without knowing the tokens.
         self._needs_batch = positions != "all" or replacement.factor is None
         self._hooks = head.hooks(neurons.site, self.ablated, self.columns, any_tokens=not self._needs_batch)
 

@@ -12,7 +12,8 @@ from rmtension.errors import OptionError
 from rmtension.evaluation._effects import effect_beyond_random
 from rmtension.evaluation._intervals import check_level
 from rmtension.evaluation._pair_rewards import PairRewards
-from rmtension.interventions._replacements import Replacement, Zero
+from rmtension.interventions._replacement import Replacement
+from rmtension.interventions._replacements import Zero
 from rmtension.interventions._sweep import score_without
 from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._matched_sets import matched_sets

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from rmtension._sites import find_site
 from rmtension.errors import ModelError, OptionError
 from rmtension.interventions._ablation import AblationContext
-from rmtension.interventions._replacements import Replacement, Zero
+from rmtension.interventions._replacement import Replacement
+from rmtension.interventions._replacements import Zero
 from rmtension.models._classifiers import current_checkpoint, require_same_stream, run_eagerly
 from rmtension.models._lens_models import copy_model, is_own_model
 from rmtension.models._native_weights import plain_copy

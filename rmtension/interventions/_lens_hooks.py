@@ -9,7 +9,8 @@ from torch import Tensor
 from rmtension._sites import find_site
 from rmtension.errors import OptionError
 from rmtension.interventions._ablation import AblationContext
-from rmtension.interventions._replacements import Replacement, Zero
+from rmtension.interventions._replacement import Replacement
+from rmtension.interventions._replacements import Zero
 from rmtension.models._bodies import BridgeBody
 from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._neuron_set import NeuronSet

@@ -1,89 +1,27 @@
-"""Replacements: what activations of neurons are replaced by, in ablation, attribution, single effects and export."""
+"""The five replacements: what activations of neurons are replaced by, in ablation, attribution and export."""
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rmtension.data._tokens import TokenBatch
-from rmtension.errors import OptionError, ProvenanceError
+from rmtension.errors import OptionError
 from rmtension.interventions._donors import draw_donors
-from rmtension.models._reward_model import RewardModel
+from rmtension.interventions._replacement import Columns, Replacement, SingleTextReplacement
 from rmtension.neurons._neuron_set import check_seed
-from rmtension.passes._activations import ActivationSample, ActivationStatistics
+from rmtension.passes._activation_sample import ActivationSample
+from rmtension.passes._activation_statistics import ActivationStatistics
 from rmtension.store._provenance import Provenance
 
-# Some channels of a layer, or `slice(None)` for all of them.
-Columns = Int[Tensor, "channel"] | slice
-
 
 @dataclass(frozen=True)
-class Replacement(ABC):
-    """What an activation a(t) is replaced by, a_ref(t): `Zero`, `Mean`, `Resample`, `Scale` or `OtherResponse`.
-
-    - `name` is the kind of replacement.
-    - `shares_tokens` says whether a token that two texts share gets the same a_ref in both, so that the texts may share
-      a row (`docs/performance.md`).
-    - `ablates` says whether an `AblationContext` can compute a_ref while the model runs.
-    """
-
-    name: ClassVar[str]
-    shares_tokens: ClassVar[bool] = True
-    ablates: ClassVar[bool] = True
-
-    @property
-    def label(self) -> str:
-        """The name in results (`Provenance.replacement`), with the factor of `Scale`."""
-        return self.name
-
-    @property
-    def key(self) -> str:
-        """A text that differs whenever the values differ; work folders compare it."""
-        return self.label
-
-    @property
-    def source(self) -> Provenance | None:
-        """The provenance of the activations that it writes; None for a replacement without collected activations."""
-        return None
-
-    @property
-    def factor(self) -> float | None:
-        """The f of a_ref(t) = f a(t) + `constant`; None if a_ref depends on the token in another way."""
-        return None
-
-    def constant(self, layer: int) -> Float[Tensor, "channel"] | None:
-        """The constant of a_ref(t) = f a(t) + constant, per channel of a layer; None for 0."""
-        return None
-
-    @abstractmethod
-    def values(
-        self, layer: int, columns: Columns, activation: Float[Tensor, "*token channel"], batch: TokenBatch | None
-    ) -> Float[Tensor, "*token channel"]:
-        """a_ref(t) for some channels of a layer, given their activations at the tokens of a batch.
-
-        A replacement with a `factor` needs no batch.
-        """
-
-    def step(
-        self,
-        layer: int,
-        activation: Float[Tensor, "row token channel"],
-        select: Bool[Tensor, "row token"],
-        batch: TokenBatch,
-    ) -> Float[Tensor, "row token channel"]:
-        """a_ref(t) - a(t) at the selected tokens of a batch, 0 at the others."""
-        weights = select.to(activation)
-        return (self.values(layer, slice(None), activation, batch) - activation) * weights[..., None]
-
-
-@dataclass(frozen=True)
-class Zero(Replacement):
+class Zero(SingleTextReplacement):
     """Replace activations by 0: a_ref(t) = 0.
 
     Examples:
@@ -97,7 +35,7 @@ class Zero(Replacement):
 
     @property
     def factor(self) -> float:
-        """0: nothing of the activation is left."""
+        """0, because no part of the activation remains."""
         return 0.0
 
     def values(
@@ -108,7 +46,7 @@ class Zero(Replacement):
 
 
 @dataclass(frozen=True)
-class Mean(Replacement):
+class Mean(SingleTextReplacement):
     """Replace activations by means: a_ref(t) is the mean of each channel in `statistics`.
 
     The statistics must be collected from the same model at the same site.
@@ -138,7 +76,7 @@ class Mean(Replacement):
 
     @property
     def factor(self) -> float:
-        """0: nothing of the activation is left."""
+        """0, because no part of the activation remains."""
         return 0.0
 
     def constant(self, layer: int) -> Float[Tensor, "channel"]:
@@ -153,7 +91,7 @@ class Mean(Replacement):
 
 
 @dataclass(frozen=True)
-class Resample(Replacement):
+class Resample(SingleTextReplacement):
     """Replace activations by those of other prompts: a_ref(t) is the activation at a token drawn from `sample`.
 
     The donor of a token is drawn by a hash of (seed, prompt, position in the text). So all layers get the same donor,
@@ -194,7 +132,7 @@ class Resample(Replacement):
 
 
 @dataclass(frozen=True)
-class Scale(Replacement):
+class Scale(SingleTextReplacement):
     """Multiply activations by a factor: a_ref(t) = alpha a(t).
 
     Examples:
@@ -258,13 +196,6 @@ class OtherResponse(Replacement):
 
     name: ClassVar[str] = "other_response"
     shares_tokens: ClassVar[bool] = False
-    ablates: ClassVar[bool] = False
-
-    def values(
-        self, layer: int, columns: Columns, activation: Float[Tensor, "*token channel"], batch: TokenBatch | None
-    ) -> Float[Tensor, "*token channel"]:
-        """Not defined for a single text: see `step`."""
-        raise NotImplementedError
 
     def step(
         self,
@@ -281,47 +212,6 @@ class OtherResponse(Replacement):
         other = rearrange(means, "(side pair) channel -> side pair channel", side=2).flip(0)
         target = repeat(other, "side pair channel -> (side pair) token channel", token=activation.shape[1])
         return (target - activation) * weights[..., None]
-
-
-# What is often passed instead of a replacement, and the replacement to suggest.
-_MEANT = {
-    "zero": "Zero()",
-    "mean": "Mean(statistics)",
-    "resample": "Resample(sample)",
-    "scale": "Scale(alpha)",
-    "other": "OtherResponse()",
-    "other_response": "OtherResponse()",
-}
-
-
-def check_replacement(replacement: object, head: RewardModel, site: str) -> None:
-    """Raise `OptionError` for what is not a replacement, `ProvenanceError` for activations of another model or site."""
-    if not isinstance(replacement, Replacement):
-        got = repr(replacement) if isinstance(replacement, str | type) else type(replacement).__name__
-        raise OptionError(
-            f"replacement: expected a replacement such as Zero(), got {got:.80}. Write {_meant(replacement)}."
-        )
-    if (source := replacement.source) is None:
-        return
-    if source.model != head.fingerprint:
-        raise ProvenanceError(
-            f"replacement: its activations are those of model {source.model}, expected those of the ablated model "
-            f"{head.fingerprint}. Collect them with ActivationCollector(head)."
-        )
-    if source.site != site:
-        raise ProvenanceError(
-            f"replacement: its activations are those of site {source.site!r}, the neurons are of {site!r}. Collect "
-            f"them with ActivationCollector(head, site={site!r})."
-        )
-
-
-def _meant(given: object) -> str:
-    if isinstance(given, ActivationStatistics):
-        return _MEANT["mean"]
-    if isinstance(given, ActivationSample):
-        return _MEANT["resample"]
-    # A name, or a class that was passed without being called.
-    return _MEANT.get(str(getattr(given, "name", given)), "Zero(), Mean(statistics), Resample(sample) or Scale(alpha)")
 
 
 def _require_collected(owner: str, name: str, given: object, wanted: type, call: str) -> None:

@@ -1,4 +1,4 @@
-"""Many ablations of a model on the same pairs, each for less than a pass."""
+"""Score the same pairs under many ablations, each for less than a whole pass."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +13,8 @@ from rmtension.data._tokens import TokenBatch, running
 from rmtension.errors import OptionError
 from rmtension.evaluation._pair_rewards import PairRewards
 from rmtension.interventions._ablation import AblationContext
-from rmtension.interventions._replacements import Replacement, Zero
+from rmtension.interventions._replacement import Replacement
+from rmtension.interventions._replacements import Zero
 from rmtension.models._replay import Replay
 from rmtension.models._residual_writes import written_weights
 from rmtension.models._reward_model import RewardModel

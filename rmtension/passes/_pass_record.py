@@ -82,8 +82,10 @@ class PassRecord:
     def provenance(self, model: RewardModel, *, site: str, positions: str, method: str) -> Provenance:
         """The provenance of a result that `model` computed from these pairs."""
         n_tokens = self.n_tokens(positions)
-        found = model.provenance(self.digest, self.n_pairs, n_tokens, site=site, positions=positions, method=method)
-        return replace(found, skipped=tuple(self.skipped.values()))
+        provenance = model.provenance(
+            self.digest, self.n_pairs, n_tokens, site=site, positions=positions, method=method
+        )
+        return replace(provenance, skipped=tuple(self.skipped.values()))
 
     # -- updated by the pass ---------------------------------------------------------------------------------------
 
@@ -116,9 +118,12 @@ class PassRecord:
         skipped, kinds = values.get("skipped_pairs"), [int, str, str, int, int]
         try:
             if not isinstance(skipped, list) or not all(isinstance(pair, list) for pair in skipped):
-                raise StorageError(f"{work}: damaged: expected a list of skipped pairs, found {skipped!r:.80}.")
+                raise StorageError(f"{work}: damaged: expected a list of skipped pairs, got {skipped!r:.80}.")
             if not all(list(map(type, pair)) == kinds for pair in skipped):
-                raise StorageError(f"{work}: damaged: expected skipped pairs, found {skipped!r:.80}.")
+                raise StorageError(
+                    f"{work}: damaged: expected the number, id, digest and token counts of every skipped pair, got "
+                    f"{skipped!r:.80}."
+                )
             # JSON has no tuples.
             return read_record(work, cls, {**values, "skipped_pairs": [tuple(pair) for pair in skipped]})
         except StorageError as error:

@@ -7,9 +7,9 @@
 | bridge | rewards through the TransformerBridge with transformers' modules | hooks inside attention |
 | batch equals single | rewards in one batch with rewards alone | other batch sizes |
 | padding | rewards with 0 to 40 pad tokens on either side with rewards without | more padding |
-| last token | that another last token changes what is read | that it is the one you want to read |
+| last token | that another last token changes what is read | that it is the token you want to read |
 | hooks, per site | that each layer's hook fires once and changes no earlier layer | what the activation means |
-| zeroing, per site | what is read with the site at 0 with what is read otherwise | single neurons |
+| zeroing, per site | the stream that is read, with the site set to 0 and without | single neurons |
 | direct contributions | their sum with the reward | indirect effects |
 | layers | what neurons and biases write with what each layer adds to the residual stream | the same |
 """
@@ -62,6 +62,8 @@ def check_head(head: RewardModel, pairs: PreferencePairs | None = None, referenc
 
 
 class _Checker:
+    """Runs the checks of one head; `rows` collects their results."""
+
     def __init__(self, head: RewardModel, probes: list[Probe]) -> None:
         self.head = head
         self.probes = probes
@@ -84,8 +86,8 @@ class _Checker:
             try:
                 check()
             except Exception as error:  # a check that cannot run has failed, and the other checks still run
-                nothing = float("nan")
-                self.rows.append((name, 0, nothing, nothing, False, f"{type(error).__name__}: {error}"))
+                undefined = float("nan")
+                self.rows.append((name, 0, undefined, undefined, False, f"{type(error).__name__}: {error}"))
 
     def _batched(self) -> None:
         self._compare("batch equals single", self._score(self.ids), half=5e-2)
@@ -107,8 +109,8 @@ class _Checker:
         model: Any = reload_classifier(self.head) if reference is None else reference
         # Transformers' classifiers have no bias, so a bias of the head is added to their logits.
         constant = 0.0 if checkpoint is None or checkpoint.head is None else checkpoint.head.bias
-        has_place = getattr(getattr(model, "score", None), "bias", None) is not None
-        if has_place or (checkpoint is not None and checkpoint.reads_tokens):
+        adds_bias = getattr(getattr(model, "score", None), "bias", None) is not None
+        if adds_bias or (checkpoint is not None and checkpoint.reads_tokens):
             constant = 0.0
         if model is not None:
             let_run_in_float64(model)
@@ -128,7 +130,7 @@ class _Checker:
             for probe in self.probes:
                 ids = torch.tensor([self._own_ids(probe)], device=device)
                 logits = model(input_ids=ids, use_cache=False).logits[0].to(self.alone)
-                # A language model has logits at every token, a classifier at the one it pools.
+                # A language model has logits at every token, a classifier only at the token that it pools.
                 rewards.append(pick(logits if logits.ndim == 1 else logits[-1], self._rows(logits.shape[-1])))
         return torch.stack(rewards)
 
@@ -190,7 +192,7 @@ class _Checker:
             free = (i for i in range(self.head.body.n_embeddings) if i not in (self.head.pad_token_id, ids[-1]))
             changed += [[*ids[:-1], other] for other in [next(free, None)] if other is not None]
         if len(changed) < len(self.ids):
-            return  # a vocabulary of one or two tokens has no other
+            return  # a vocabulary of one or two tokens has no other token
         # Compares the residual stream, because the head may give both tokens the same reward.
         same = (self._read(changed) == self._read(self.ids)).all(dim=1)
         note = "texts whose residual stream, where it is read, did not change with another last token"

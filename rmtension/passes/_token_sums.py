@@ -15,7 +15,7 @@ _ON_CPU, _ELSEWHERE = 1 << 17, 1 << 26
 
 
 class TokenWeights:
-    """How often every token of a batch counts; the same for the activations of all layers."""
+    """The weight of every token of a batch, which is the same for the activations of all layers."""
 
     def __init__(self, weights: Float[Tensor, "row token"]) -> None:
         self._all = weights.flatten()

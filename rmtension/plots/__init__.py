@@ -1,12 +1,13 @@
 """Figures of a study's tables. Every function returns a matplotlib `Figure`, and draws into `ax` if it is given.
 
-The first argument is a `StudyResult` or one of its tables, also a hand-made one, in which the columns `family` and
+The first argument is a `StudyResult` or one of its tables. In a table that you make yourself, the columns `family` and
 `seed` may be missing. Several seeds are averaged, with the intervals of `evaluation.over_seeds`; single seeds are drawn
 faintly. `family` selects one of several families. `level` is the level of the intervals in a table without a column
-`level` (default 0.95). Functions that draw several panels draw one of them into a given `ax`; their arguments select
-which. `conflict_scatter` takes a `ConflictReport` instead, `faithfulness_scatter` and `faithfulness_sets` take a
-`Faithfulness`, and `effects_by_group` takes the table of `ablation_effects`. Needs matplotlib
-(`pip install "rmtension[viz]"`); no figure is shown or kept open by pyplot.
+`level` (default 0.95). A given `ax` holds one panel; the arguments of a figure with several panels select it.
+`conflict_scatter` takes a `ConflictReport` instead, `faithfulness_scatter` and `faithfulness_sets` take a
+`Faithfulness`, and `effects_by_group` takes the table of `ablation_effects`. The functions need matplotlib
+(`pip install "rmtension[viz]"`). Pyplot neither shows the figures nor
+keeps them open.
 """
 
 from rmtension.plots._ablations import collapse, curves, equal_size, matrix

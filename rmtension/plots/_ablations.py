@@ -77,8 +77,8 @@ def curves(
         ax, len(shown), height=2.3, columns=len(models), share_x=True, share_y=shared, choose="model= and objective="
     )
     names = []
-    for number, (axes, (on, one)) in enumerate(zip(canvas.panels, shown, strict=True)):
-        part = rows.frame[(rows.frame["model"] == one) & (rows.frame["objective"] == on)]
+    for number, (axes, (on, name)) in enumerate(zip(canvas.panels, shown, strict=True)):
+        part = rows.frame[(rows.frame["model"] == name) & (rows.frame["objective"] == on)]
         for score in scores:
             _curve(axes, part[part["score"] == score], quantity, score, scores)
         axes.axhline(_whole(part, quantity), color="black", linewidth=0.8, linestyle=":", label="whole model")
@@ -90,7 +90,7 @@ def curves(
         if canvas.bottom(number):
             axes.set_xlabel("neurons ablated (%)")
         n = (int(part["n"].min()), int(part["n"].max())) if "n" in part and len(part) else None
-        names.append(sized(f"{one} on {on}", n))
+        names.append(sized(f"{name} on {on}", n))
     several = int(rows.frame.groupby("score")["draw"].nunique().max()) > 1
     draws = "band: lowest to highest draw" if several and rows.n_seeds == 1 else ""
     seeds = "mean of {} seeds; bands: lowest to highest of seeds" + (" and draws" if several else "")
@@ -108,7 +108,7 @@ def _curve(axes: "Axes", frame: pd.DataFrame, quantity: str, score: str, scores:
     mean = per_seed.groupby(level="fraction").mean()
     ends = frame.groupby("fraction")[quantity].agg(["min", "max"])
     # Random draws come last, so that the markers of scores do not depend on them.
-    style = looks([*(one for one in scores if one != "random"), "random"])[score]
+    style = looks([*(name for name in scores if name != "random"), "random"])[score]
     zorder = 2 if score == "random" else 3
     axes.plot(mean.index, mean, **style, markersize=3.5, linewidth=1.4, label=readable(score), zorder=zorder)
     if len(frame.groupby(["seed", "draw"])) > 1:
@@ -180,12 +180,14 @@ def matrix(
         part = rows.where(objective=on)
         shifts = offsets(1 + len(controls))
         effects = part.means(("set",), "effect")
-        dots(axes, effects, _places(effects, sets) + shifts[0], label=f"set on {on}", color=colours(objectives)[on])
+        dots(
+            axes, effects, _row_numbers(effects, sets) + shifts[0], label=f"set on {on}", color=colours(objectives)[on]
+        )
         for control, shift in zip(controls, shifts[1:], strict=True):
             means = _random(part.where(control=control))
             marker, label = _CONTROLS.get(control, ("^", f"random, {control}"))
-            places = _places(means, sets) + shift
-            dots(axes, means, places, label=label, color=GREY, marker=marker, hollow=control != "layer")
+            y = _row_numbers(means, sets) + shift
+            dots(axes, means, y, label=label, color=GREY, marker=marker, hollow=control != "layer")
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xlabel(_EFFECTS.get(quantity, readable(quantity)))
         names.append(sized(f"{on} pairs", effects["n"].iloc[0]))
@@ -229,7 +231,7 @@ def equal_size(
     columns = ("set", "objective", "quantity", "size", "effect", "low", "high")
     rows = Rows.of(table, "equal_size", columns, family=family, level=level).where(quantity=quantity)
     frame = rows.frame
-    per_neuron = {one: 1000 * frame[one] / frame["size"] for one in ("effect", "low", "high")}
+    per_neuron = {column: 1000 * frame[column] / frame["size"] for column in ("effect", "low", "high")}
     each = Rows(frame.assign(**per_neuron), rows.level, rows.name)
     means = each.means(("set", "objective"), "effect")
     canvas = Canvas.of(ax, height=row_height(means["set"].nunique(), means["objective"].nunique()))
@@ -265,10 +267,10 @@ def collapse(
         'harmless margin retained (share)'
     """
     first, second = "helpful", "harmless"
-    ends = {one: (f"retained_{one}", f"retained_{one}_low", f"retained_{one}_high") for one in (first, second)}
+    ends = {name: (f"retained_{name}", f"retained_{name}_low", f"retained_{name}_high") for name in (first, second)}
     columns = ("set", "size", "quantity", *ends[first], *ends[second])
     rows = Rows.of(table, "collapse", columns, family=family, level=level).where(quantity=quantity)
-    y, x = (rows.means(("set",), *ends[one]) for one in (first, second))
+    y, x = (rows.means(("set",), *ends[name]) for name in (first, second))
     sets = rows.names("set")
     sizes = rows.frame.groupby("set")["size"].agg(["min", "max"]).astype(int)
     canvas = Canvas.of(ax, height=4.4)
@@ -289,11 +291,12 @@ def collapse(
 def _limits(x: pd.DataFrame, y: pd.DataFrame) -> tuple[float, float]:
     """Limits of both axes that include every point, its interval, and the whole model at 1."""
     each = [np.array(values) for frame in (x, y) for values in frame["each"]]
-    ends = np.concatenate([*each, *(frame[one].to_numpy() for frame in (x, y) for one in ("low", "high")), [1.0]])
+    ends = np.concatenate([*each, *(frame[end].to_numpy() for frame in (x, y) for end in ("low", "high")), [1.0]])
     low, high = float(np.nanmin(ends)), float(np.nanmax(ends))
     room = max(0.05 * (high - low), 0.005)
     return low - room, high + room
 
 
-def _places(means: pd.DataFrame, sets: list[str]) -> np.ndarray:
+def _row_numbers(means: pd.DataFrame, sets: list[str]) -> np.ndarray:
+    """The row of each mean in a panel that lists `sets` from top to bottom."""
     return np.array([sets.index(name) for name in means["set"]], dtype=float)

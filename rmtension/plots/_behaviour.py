@@ -38,7 +38,7 @@ def accuracy(
 ) -> "Figure":
     """The accuracy of every model by objective and measure (share of items). Draws `StudyResult.accuracy`.
 
-    Raises `OptionError` for a table without these columns or without a measure besides "margin".
+    Raises `OptionError` for a table without these columns or without any measure except "margin".
 
     Examples:
         >>> from rmtension import StudyOptions, TensionStudy
@@ -51,7 +51,7 @@ def accuracy(
     means = rows.means(("model", "objective", "measure"))
     means = means[means["measure"] != "margin"]
     if means.empty:
-        raise OptionError("table: expected a measure besides 'margin', which is not a share of items.")
+        raise OptionError("table: expected a measure that is a share of items, such as 'accuracy', got only 'margin'.")
     groups = means[["objective", "measure"]].drop_duplicates()
     canvas = Canvas.of(ax, height=row_height(len(groups), means["model"].nunique()))
     axes = canvas.panels[0]
@@ -166,7 +166,7 @@ def refuse_respond(
     rows = Rows.of(table, "accuracy", ("model", "objective", "measure", *INTERVAL), family=family, level=level)
     means = rows.where(objective=objective).means(("model", "objective", "measure"))
     up, across = (
-        means[means["measure"] == one].set_index(["objective", "model"]) for one in ("refusing", "responding")
+        means[means["measure"] == measure].set_index(["objective", "model"]) for measure in ("refusing", "responding")
     )
     shared = [key for key in across.index if key in up.index]
     if not shared:
@@ -190,10 +190,10 @@ def refuse_respond(
         axes.set_xlabel("accuracy where responding is right (share)")
         axes.set_ylabel("accuracy where refusing is right (share)")
         axes.grid(color="#EAEAEA", linewidth=0.6)
-    sizes = [(up.loc[(one,), "n"].iloc[0], across.loc[(one,), "n"].iloc[0]) for one in objectives]
+    sizes = [(up.loc[(on,), "n"].iloc[0], across.loc[(on,), "n"].iloc[0]) for on in objectives]
     names = [
-        f"{one} pairs\n{sized('refusing', refuse)}, {sized('responding', respond)}"
-        for one, (refuse, respond) in zip(objectives, sizes, strict=True)
+        f"{on} pairs\n{sized('refusing', refuse)}, {sized('responding', respond)}"
+        for on, (refuse, respond) in zip(objectives, sizes, strict=True)
     ]
     return canvas.finish(rows.title("Accuracy where refusing, and where responding, is right"), names)
 
@@ -252,9 +252,9 @@ def transferability(
     canvas = Canvas.of(ax, height=row_height(means["quantity"].nunique(), means["objective"].nunique()))
     axes = canvas.panels[0]
     sizes = means.drop_duplicates("objective").set_index("objective")["n"]
-    labels = {str(one): sized(f"on {one} pairs", n) for one, n in sizes.items()}
+    labels = {str(on): sized(f"on {on} pairs", n) for on, n in sizes.items()}
     shown = series(axes, means, ("quantity",), "objective", labels)
-    name_rows(axes, [_QUANTITIES.get(one, readable(one)) for one in shown["quantity"]])
+    name_rows(axes, [_QUANTITIES.get(quantity, readable(quantity)) for quantity in shown["quantity"]])
     axes.axvline(0, color="black", linewidth=0.8)
     keep_within(axes, -1.0, 1.0)
     axes.set_xlabel("share of items")

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The colour tells whether a neuron moves both margins alike, in opposite directions, or one alone; the marker points
-# in the direction of the effect.
+# The colour tells whether a neuron moves both margins in the same direction, both in opposite directions, or only one;
+# the marker points in the direction of the effect.
 _LOOKS = {
     (1, 1): ("#009E73", "^"),
     (-1, -1): ("#009E73", "v"),
@@ -43,8 +43,8 @@ def conflict_scatter(report: ConflictReport, ax: "Axes | None" = None) -> "Figur
     canvas = Canvas.of(ax, height=4.6)
     axes = canvas.panels[0]
     reach = {
-        one: stats.t.ppf((1 + report.cosine.level) / 2, report.n_prompts[one] - 1) * report.table[f"{one}_stderr"]
-        for one in report.names
+        name: stats.t.ppf((1 + report.cosine.level) / 2, report.n_prompts[name] - 1) * report.table[f"{name}_stderr"]
+        for name in report.names
     }
     counts = report.counts()
     for signs, name in classes(report.names).items():
@@ -52,20 +52,20 @@ def conflict_scatter(report: ConflictReport, ax: "Axes | None" = None) -> "Figur
         if not in_class.any():
             continue
         color, marker = _LOOKS[signs]
-        x, y = (report.table.loc[in_class, one].to_numpy() for one in report.names)
+        x, y = (report.table.loc[in_class, on].to_numpy() for on in report.names)
         style: dict[str, Any] = {"linestyle": "", "marker": marker, "color": color, "label": f"{name} ({counts[name]})"}
         if name == "none":
             # There can be tens of thousands of points, so they are drawn as pixels even in a vector file.
             axes.errorbar(x, y, markersize=2.5, alpha=0.5, markeredgewidth=0, zorder=1, rasterized=True, **style)
         else:
-            x_reach, y_reach = (reach[one][in_class].to_numpy() for one in report.names)
+            x_reach, y_reach = (reach[on][in_class].to_numpy() for on in report.names)
             axes.errorbar(x, y, xerr=x_reach, yerr=y_reach, markersize=5, elinewidth=0.7, zorder=3, **style)
     for line in (axes.axhline, axes.axvline):
         line(0, color="black", linewidth=0.8, zorder=2)
     x_label, y_label = (
-        f"mean contribution to {one} margins (supports them \N{RIGHTWARDS ARROW})\n"
-        f"(reward units; {report.n_pairs[one]} pairs of {report.n_prompts[one]} prompts)"
-        for one in report.names
+        f"mean contribution to {on} margins (supports them \N{RIGHTWARDS ARROW})\n"
+        f"(reward units; {report.n_pairs[on]} pairs of {report.n_prompts[on]} prompts)"
+        for on in report.names
     )
     axes.set(xlabel=x_label, ylabel=y_label)
     where, cosine = report.provenance[report.names[0]], report.cosine

@@ -88,7 +88,9 @@ class Canvas:
         """`n` panels of `height` inches in rows of `columns`, or the axis that was given."""
         if ax is not None:
             if n != 1:
-                raise OptionError(f"ax: one axis holds one panel, and there are {n}; choose one with {choose}.")
+                raise OptionError(
+                    f"ax: an axis holds one panel, and this figure has {n}. Select a panel with {choose}."
+                )
             if polar != (ax.name == "polar"):
                 kind = "a polar axis (projection='polar')" if polar else "an axis with straight coordinates"
                 raise OptionError(f"ax: expected {kind}, got a {ax.name} axis.")
@@ -133,9 +135,9 @@ class Canvas:
             marks |= {label: handle for label, handle in zip(labels, handles, strict=True) if label not in marks}
         if self.own:
             self._head(title, names)
-            place: dict[str, Any] = {"loc": "outside lower center"}
+            location: dict[str, Any] = {"loc": "outside lower center"}
             if marks:
-                self.figure.legend(list(marks.values()), list(marks), **place, **_legend(marks, WIDTH, legend))
+                self.figure.legend(list(marks.values()), list(marks), **location, **_legend(marks, WIDTH, legend))
         else:
             self._head_given(title, names)
             if marks:
@@ -161,9 +163,9 @@ class Canvas:
 
         axes = self.panels[0]
         below = axes.transAxes + ScaledTranslation(0, -34 / 72, self.figure.dpi_scale_trans)
-        place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below}
+        location: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below}
         width = axes.get_window_extent().width / self.figure.dpi
-        axes.legend(list(marks.values()), list(marks), **place, **_legend(marks, width, legend))
+        axes.legend(list(marks.values()), list(marks), **location, **_legend(marks, width, legend))
 
 
 def _legend(marks: Mapping[str, Any], width: float, title: str | None) -> dict[str, Any]:
@@ -215,27 +217,27 @@ def series(
     names = list(dict.fromkeys(means[by]))
     for name, shift in zip(names, offsets(len(names)), strict=True):
         part = means[means[by] == name]
-        places = np.array([order.index(tuple(row)) for row in part[list(keys)].to_numpy()]) + shift
-        dots(axes, part, places, label=name if labels is None else labels[name], **looks(names)[name])
+        y = np.array([order.index(tuple(row)) for row in part[list(keys)].to_numpy()]) + shift
+        dots(axes, part, y, label=name if labels is None else labels[name], **looks(names)[name])
     return rows
 
 
 def dots(
     axes: "Axes",
     means: pd.DataFrame,
-    places: np.ndarray,
+    y: np.ndarray,
     *,
     color: str,
     marker: str = "o",
     label: str | None = None,
     hollow: bool = False,
 ) -> None:
-    """Draw the estimates of `Rows.means` in rows at `places`, with intervals; single seeds are faint."""
-    for place, each in zip(places, means["each"], strict=True):
+    """Draw the estimates of `Rows.means` at the heights `y`, with intervals; single seeds are faint."""
+    for height, each in zip(y, means["each"], strict=True):
         if len(each) > 1:
-            _faint(axes, each, [place] * len(each), color=color, marker=marker)
+            _faint(axes, each, [height] * len(each), color=color, marker=marker)
     axes.errorbar(
-        means["value"], places, xerr=_reach(means), linestyle="", marker=marker, color=color, markersize=5,
+        means["value"], y, xerr=_reach(means), linestyle="", marker=marker, color=color, markersize=5,
         markerfacecolor="white" if hollow else color, capsize=2.5, elinewidth=1.1, label=label, zorder=3,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from rmtension.attribution._effect_prediction import Faithfulness
+from rmtension.attribution._faithfulness_result import Faithfulness
 from rmtension.errors import OptionError
 from rmtension.evaluation._intervals import with_interval
 from rmtension.plots._drawing import GREY, Canvas, readable
@@ -217,16 +217,16 @@ def _powers(transform: Any, low: float, high: float, linear: float, apart: float
     """Zero and positive and negative powers of ten, at least a share `apart` of the scale apart."""
     first, last = round(log10(linear)), floor(log10(max(-low, high)))
     powers = np.array([0.0, *(10.0**power for power in range(min(first, last), last + 1))])
-    places = transform.transform(powers)
-    kept = _apart(powers, places, apart * float(np.ptp(transform.transform(np.array([low, high])))))
-    return [each for each in sorted({*kept, *(-power for power in kept)}) if low <= each <= high]
+    positions = transform.transform(powers)
+    kept = _apart(powers, positions, apart * float(np.ptp(transform.transform(np.array([low, high])))))
+    return [power for power in sorted({*kept, *(-power for power in kept)}) if low <= power <= high]
 
 
-def _apart(values: np.ndarray, places: np.ndarray, least: float) -> list[float]:
-    """The first of ascending values, and each value whose place is at least `least` from the last kept value."""
+def _apart(values: np.ndarray, positions: np.ndarray, least: float) -> list[float]:
+    """The first of ascending values, and each value at least `least` above the position of the last kept value."""
     kept = [0]
     for number in range(1, len(values)):
-        if places[number] - places[kept[-1]] >= least:
+        if positions[number] - positions[kept[-1]] >= least:
             kept.append(number)
     return [float(values[number]) for number in kept]
 
@@ -242,5 +242,5 @@ def _by_layer(layers: pd.Series) -> dict[int, Any]:
 
 def _some(layers: list[int]) -> list[int]:
     """Layers for the legend, evenly spaced from the first to the last."""
-    places = np.linspace(0, len(layers) - 1, min(len(layers), _LAYERS_IN_LEGEND)).round().astype(int)
-    return [layers[place] for place in places]
+    indices = np.linspace(0, len(layers) - 1, min(len(layers), _LAYERS_IN_LEGEND)).round().astype(int)
+    return [layers[index] for index in indices]

@@ -83,15 +83,17 @@ def distributions(
     rows = Rows.of(table, "rewards", columns, family=family).where(model=model, objective=objective)
     frame = rows.frame if pairs == "all" else rows.frame[rows.frame["all_correct"].astype(bool)]
     if frame.empty:
-        raise OptionError("pairs: no pair is left that all models rank correctly. Use pairs='all'.")
+        raise OptionError(
+            "pairs: expected at least one pair that all models rank correctly, got none. Use pairs='all'."
+        )
     models, objectives = rows.names("model"), rows.names("objective")
     shown = list(product(objectives, models))
     canvas = Canvas.of(ax, len(shown), height=2.2, columns=len(models), choose="model= and objective=")
     names = []
-    for number, (axes, (on, one)) in enumerate(zip(canvas.panels, shown, strict=True)):
+    for number, (axes, (on, name)) in enumerate(zip(canvas.panels, shown, strict=True)):
         # One scale per model, because each model has its own reward units.
-        whole = rows.frame.loc[rows.frame["model"] == one, list(_RESPONSES)].to_numpy()
-        part = frame[(frame["model"] == one) & (frame["objective"] == on)]
+        whole = rows.frame.loc[rows.frame["model"] == name, list(_RESPONSES)].to_numpy()
+        part = frame[(frame["model"] == name) & (frame["objective"] == on)]
         _histograms(axes, part, np.linspace(whole.min(), whole.max() + 1e-9, _BINS + 1))
         axes.axvline(0, color="black", linewidth=0.7, linestyle=":")
         if canvas.left(number):
@@ -99,7 +101,7 @@ def distributions(
         if canvas.bottom(number):
             axes.set_xlabel("centred reward (model's units)")
         sizes = part.groupby("seed").size()
-        names.append(sized(f"{one} on {on}", (int(sizes.min()), int(sizes.max())) if len(sizes) else (0, 0)))
+        names.append(sized(f"{name} on {on}", (int(sizes.min()), int(sizes.max())) if len(sizes) else (0, 0)))
     what = "all pairs" if pairs == "all" else "pairs that all models rank correctly"
     title = rows.title(
         f"Centred rewards of chosen and rejected responses, {what}",

@@ -58,13 +58,13 @@ class Rows:
         level = known or level or _LEVEL
         check_level(level)
         # A frame made outside a study is taken as one family with one seed.
-        frame = frame.assign(**{one: 0 for one in ("family", "seed") if one not in frame})
+        frame = frame.assign(**{column: 0 for column in ("family", "seed") if column not in frame})
         if "subset" in frame:
             # Pandas reads the name "None" from a CSV as a missing value.
             frame["subset"] = frame["subset"].fillna("None")
         names = list(dict.fromkeys(frame["family"]))
         if len(names) > 1 and family is None:
-            raise OptionError(f"family: this table has several families; choose one of {names}.")
+            raise OptionError(f"family: this table has several families. Select one with family=..., out of {names}.")
         rows = cls(frame, level).where(family=family)
         return replace(rows, name=str(rows.frame["family"].iloc[0])) if len(names) > 1 else rows
 
@@ -102,11 +102,11 @@ class Rows:
         columns = list(dict.fromkeys([value, low, high, *extra]))
         # A seed has several rows only for draws.
         whole = self.frame.groupby([*keys, "seed"], sort=False, dropna=False)[columns].mean().reset_index()
-        groups = (one.groupby(list(keys), sort=False, dropna=False) for one in (self.frame, whole))
+        groups = (frame.groupby(list(keys), sort=False, dropna=False) for frame in (self.frame, whole))
         rows = []
         for (names, part), (_, per_seed) in zip(*groups, strict=True):
             mean = per_seed[columns].mean()
-            row = dict(zip(keys, names, strict=True)) | {one: float(mean[one]) for one in extra}
+            row = dict(zip(keys, names, strict=True)) | {column: float(mean[column]) for column in extra}
             if self.plain:
                 row |= {"value": float(mean[value]), "low": float(mean[low]), "high": float(mean[high])}
             else:

@@ -27,15 +27,15 @@ def depth(table: Source, ax: "Axes | None" = None, *, score: str | None = None, 
     Examples:
         >>> from rmtension.neurons import depth_thirds
         >>> sets = {"helpful": neurons, "shared": organism.truth["shared"]}
-        >>> rows = [{"score": "true", "set": name, "size": len(one), **depth_thirds(one)} for name, one in sets.items()]
+        >>> rows = [{"score": "true", "set": name, "size": len(top), **depth_thirds(top)} for name, top in sets.items()]
         >>> [label.get_text() for label in depth(pd.DataFrame(rows)).axes[0].get_yticklabels()]
         ['helpful', 'shared']
     """
     rows = Rows.of(table, "depth", ("score", "set", "size", *_THIRDS), family=family).where(score=score)
     scores, sets = rows.names("score"), rows.names("set")
     canvas = Canvas.of(ax, len(scores), height=0.9 + 0.24 * len(sets), share_x=True, share_y=True, choose="score=")
-    for number, (axes, one) in enumerate(zip(canvas.panels, scores, strict=True)):
-        frame = rows.where(score=one).frame
+    for number, (axes, by_score) in enumerate(zip(canvas.panels, scores, strict=True)):
+        frame = rows.where(score=by_score).frame
         shares = frame.groupby(["set", "seed"], sort=False)[list(_THIRDS)].mean()
         mean = shares.groupby(level="set", sort=False).mean().reindex(sets)
         left = np.zeros(len(sets))
@@ -61,7 +61,7 @@ def depth(table: Source, ax: "Axes | None" = None, *, score: str | None = None, 
             axes.set_xlabel("share of the set")
     marks = ["numbers: neurons"] + (["dots: single seeds"] if rows.n_seeds > 1 else [])
     title = rows.title("Top sets by third of the model's layers", *marks, seeds="mean of {} seeds", intervals="")
-    return canvas.finish(title, [readable(one) for one in scores], legend="third of the layers")
+    return canvas.finish(title, [readable(name) for name in scores], legend="third of the layers")
 
 
 def overlap(
@@ -93,39 +93,39 @@ def overlap(
     )
     rows = Rows.of(table, "overlap", columns, family=family, level=level).where(score=score)
     scores = rows.names("score")
-    tables = {one: _compared(rows.where(score=one)) for one in scores}
+    tables = {name: _compared(rows.where(score=name)) for name in scores}
     names = list(dict.fromkeys(name for frame in tables.values() for name in frame["name"]))
     canvas = Canvas.of(ax, len(scores), height=1.0 + 0.42 * len(names), share_x=True, share_y=True, choose="score=")
-    for number, (axes, one) in enumerate(zip(canvas.panels, scores, strict=True)):
+    for number, (axes, by_score) in enumerate(zip(canvas.panels, scores, strict=True)):
         name_rows(axes, names)
-        both = bool(tables[one]["without_base"].any())
-        for without, part in tables[one].groupby("without_base"):
-            places = np.array([names.index(name) for name in part["name"]], dtype=float)
+        both = bool(tables[by_score]["without_base"].any())
+        for without, part in tables[by_score].groupby("without_base"):
+            y = np.array([names.index(name) for name in part["name"]], dtype=float)
             if both:
-                places += 0.19 if without else -0.19
+                y += 0.19 if without else -0.19
             color, marker, label = _LOOKS[bool(without)]
             band: dict[str, Any] = {"color": "#C4C4C4", "linewidth": 7, "zorder": 1}
-            axes.hlines(places, part["chance_low"], part["chance_high"], **band, label="chance within layers (95%)")
-            axes.vlines(part["chance"], places - 0.13, places + 0.13, color="black", linewidth=1.2, zorder=2)
-            dots(axes, part, places, color=color, marker=marker, label=label)
-            _star(axes, part, places)
+            axes.hlines(y, part["chance_low"], part["chance_high"], **band, label="chance within layers (95%)")
+            axes.vlines(part["chance"], y - 0.13, y + 0.13, color="black", linewidth=1.2, zorder=2)
+            dots(axes, part, y, color=color, marker=marker, label=label)
+            _star(axes, part, y)
         if canvas.bottom(number):
             axes.set_xlabel("Jaccard index")
     for axes in canvas.panels:
         axes.margins(x=0.1)
         axes.set_xlim(left=0)
     title = rows.title("Overlap of top sets", "*: 95% interval beyond chance excludes 0")
-    return canvas.finish(title, [readable(one) for one in scores])
+    return canvas.finish(title, [readable(name) for name in scores])
 
 
-def _star(axes: "Axes", means: pd.DataFrame, places: np.ndarray) -> None:
+def _star(axes: "Axes", means: pd.DataFrame, y: np.ndarray) -> None:
     """Draw a star to the right of every row whose interval beyond chance excludes 0."""
     beyond = ((means["beyond_low"] > 0) | (means["beyond_high"] < 0)).to_numpy()
     ends = means[["value", "high", "chance_high"]].max(axis=1).to_numpy()
     ends = np.maximum(ends, [max(each) for each in means["each"]])
     style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 11, "annotation_clip": False}
-    for x, y in zip(ends[beyond], places[beyond], strict=True):
-        axes.annotate("*", (x, y), xytext=(4, -2.5), **style)
+    for end, height in zip(ends[beyond], y[beyond], strict=True):
+        axes.annotate("*", (end, height), xytext=(4, -2.5), **style)
 
 
 def split_ceiling(rows: Rows) -> list[Rows]:

@@ -38,11 +38,11 @@ def write_report(result: StudyResult, folder: str | Path, *, neurons: NeuronPage
     if not current().is_first:
         return folder / HTML
     pictures = draw_pictures(result)
-    with filled_whole(folder, "report", seal=HTML, replaced=(NEURONS,)) as place:
+    with filled_whole(folder, "report", seal=HTML, replaced=(NEURONS,)) as written:
         for picture in (picture for of_table in (pictures or {}).values() for picture in of_table):
-            (place / picture.name).write_bytes(picture.png)
-        (place / MARKDOWN).write_text(to_markdown(result, pictures), encoding="utf-8")
+            (written / picture.name).write_bytes(picture.png)
+        (written / MARKDOWN).write_text(to_markdown(result, pictures), encoding="utf-8")
         if neurons is not None:
-            neurons.save(place / NEURONS)
-        (place / HTML).write_text(to_html(result, pictures, neurons=neurons), encoding="utf-8")
+            neurons.save(written / NEURONS)
+        (written / HTML).write_text(to_html(result, pictures, neurons=neurons), encoding="utf-8")
     return folder / HTML

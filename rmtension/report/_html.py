@@ -42,7 +42,7 @@ def to_html(result: StudyResult, pictures: Pictures, *, neurons: NeuronPages | N
         style_hash=_hash(style),
         script_hash=_hash(script),
         reading=f"Every number has a {100 * level:g}% interval, a control and a sample size n. If the interval "
-        "includes the value of no difference, the data do not show a direction: it is open.",
+        "contains the value of no difference, the data do not show a direction, which is then called open.",
         glance=_frame(_glance(listed, several=len({finding.family for finding in listed}) > 1)),
         unconcluded=unconcluded(result, listed),
         notes=notes(result),
@@ -69,8 +69,15 @@ def _frame(frame: pd.DataFrame) -> dict[str, Any]:
 def _glance(listed: list[Any], *, several: bool) -> pd.DataFrame:
     columns = ["question", "number", "value [interval]", "compared with", "n", "direction"]
     rows = [
-        [each.question, each.quantity, each.estimate, each.control, each.n, "open" if each.is_open else _side(each)]
-        for each in listed
+        [
+            finding.question,
+            finding.quantity,
+            finding.estimate,
+            finding.control,
+            finding.n,
+            "open" if finding.is_open else _side(finding),
+        ]
+        for finding in listed
     ]
     frame = pd.DataFrame(rows, columns=columns)
     if several:
@@ -89,7 +96,7 @@ def _section(
     return {
         "title": section.title,
         "note": " ".join(filter(None, (section.note, NO_FIGURES if pictures is None else ""))),
-        "figures": [] if pictures is None else [_figure(one) for one in pictures.get(section.table, ())],
+        "figures": [] if pictures is None else [_figure(picture) for picture in pictures.get(section.table, ())],
         "table": None if table is None else _frame(table),
         "elsewhere": elsewhere(result, section),
     }
@@ -105,9 +112,9 @@ def _figure(picture: Picture) -> dict[str, Any]:
 def _models(result: StudyResult) -> pd.DataFrame:
     columns = ("architecture", "model", "dtype")
     rows = [
-        [family, name, *(one[column] for column in columns)]
+        [family, name, *(model[column] for column in columns)]
         for family, models in result.summary["models"].items()
-        for name, one in models.items()
+        for name, model in models.items()
     ]
     return pd.DataFrame(rows, columns=["family and seed", "model", "architecture", "fingerprint", "dtype"])
 
@@ -116,9 +123,9 @@ def _code(result: StudyResult, neurons: NeuronPages | None) -> str:
     """The code that makes this report again, with placeholders for the names of files."""
     options = ",\n".join(f"    {name}={_literal(value)}" for name, value in result.summary["options"].items())
     families = []
-    for one in result.summary["families"]:
-        name, seed = one["family"], one["seed"]
-        paths = [f'"helpful-{seed}", "harmless-{seed}", "mixed-{seed}"', '"base"' if one["base"] else "None"]
+    for family in result.summary["families"]:
+        name, seed = family["family"], family["seed"]
+        paths = [f'"helpful-{seed}", "harmless-{seed}", "mixed-{seed}"', '"base"' if family["base"] else "None"]
         families.append(f"    ModelFamily({', '.join(paths)}, name={name!r}, seed={seed}),")
     pairs = [
         f'    "{name}": PreferencePairs.read("{name}.jsonl"),  # {part["scoring"]} + {part["evaluating"]} pairs'

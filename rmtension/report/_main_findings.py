@@ -62,14 +62,19 @@ def unconcluded(result: StudyResult, listed: list[Finding]) -> list[str]:
         if finding.is_open
     ]
     if result.n_seeds == 1:
-        lines.append("One seed: intervals are over prompts and leave out how much another training would differ.")
-    if not all(one["base"] for one in result.summary["families"]):
-        lines.append("There is no base model: overlap that the models inherit from their base cannot be separated.")
+        lines.append(
+            "There is one seed: the intervals are over prompts, and do not include the differences between trainings."
+        )
+    if not all(family["base"] for family in result.summary["families"]):
+        lines.append("There is no base model, so overlap that is inherited from the base cannot be separated.")
     left = [name for name in _ANALYSES if name not in result.summary["options"]["analyses"]]
     if left:
-        lines.append(f"Analyses that were not run: {', '.join(left)}.")
+        lines.append(f"These analyses were not run: {', '.join(left)}.")
     if "accuracy" in result.tables and "refusing" not in set(result.tables["accuracy"]["measure"]):
-        lines.append("No subset is named for refusing or responding, so refusing cannot be told from ranking.")
+        lines.append(
+            "No subset is named as one to refuse or to respond to, so refusing more often cannot be told from ranking "
+            "better."
+        )
     lines.append(
         "Scores and ablations show what a neuron does on these pairs in this model, not what it means. Sets of two "
         "models can be compared neuron by neuron only if both models come from the same base."
@@ -83,9 +88,10 @@ _ANALYSES = ("accuracy", "transferability", "confidence", "overlap", "curves", "
 
 
 def _of_family(result: StudyResult, family: str) -> Iterator[Finding]:
-    def one(
+    def number(
         question: str, quantity: str, table: str, where: dict[str, Any], columns: tuple[str, str, str], *extra: str
     ) -> tuple[dict[str, Any], Any] | None:
+        """The fields of a finding and its row; None if the study has no such row."""
         row = _row(result, family, table, where, columns, extra)
         if row is None:
             return None
@@ -95,58 +101,58 @@ def _of_family(result: StudyResult, family: str) -> Iterator[Finding]:
     for objective in ("helpful", "harmless"):
         where = {"first": "mixed", "second": objective, "objective": objective, "subset": "all"}
         question = f"Does mixed training cost accuracy on {objective} pairs?"
-        found = one(
+        answer = number(
             question, f"accuracy of mixed minus {objective}-only", "comparisons", where, ("difference", "low", "high")
         )
-        if found:
-            yield Finding(**found[0], control="the specialist, on the same pairs")
+        if answer:
+            yield Finding(**answer[0], control="the specialist, on the same pairs")
     for objective in ("helpful", "harmless"):
         where = {"model": "mixed", "objective": objective, "measure": "accuracy, length matched"}
-        found = one(
+        answer = number(
             f"Does the mixed model rank {objective} pairs of similar length?",
             "accuracy on pairs matched in length", "accuracy", where, ("value", "low", "high"),
         )  # fmt: skip
-        if found:
+        if answer:
             alone = _row(
                 result, family, "accuracy",
                 {"model": "length only", "objective": objective, "measure": "accuracy"}, ("value", "low", "high"), (),
             )  # fmt: skip
             control = "chance, 0.5" + ("" if alone is None else f"; the longer response alone: {alone['value']:.3f}")
-            yield Finding(**found[0], control=control, none=0.5)
+            yield Finding(**answer[0], control=control, none=0.5)
     for score in result.summary["options"]["scores"]:
         where = {"score": score, "kind": "models", "a": "helpful", "b": "harmless", "without_base": "False"}
-        found = one(
+        answer = number(
             "Do the helpful and the harmless model share neurons?", f"Jaccard of top sets by {score} beyond chance",
             "overlap", where, ("beyond_chance", "beyond_low", "beyond_high"), "jaccard", "layer_expected_jaccard",
             "size_a", "size_b", "n_neurons",
         )  # fmt: skip
-        if found:
-            row = found[1]
+        if answer:
+            row = answer[1]
             control = f"chance in each layer, {row['layer_expected_jaccard']:.3f}; Jaccard {row['jaccard']:.3f}"
             n = f"{row['size_a']:.0f} and {row['size_b']:.0f} of {row['n_neurons']:.0f} neurons"
-            yield Finding(**found[0] | {"n": n}, control=control)
+            yield Finding(**answer[0] | {"n": n}, control=control)
     for objective in ("helpful", "harmless"):
         for control in ("layer", "magnitude"):
             where = {"set": "shared", "objective": objective, "quantity": "margin", "control": control}
-            found = one(
+            answer = number(
                 f"Do shared neurons carry the {objective} margin?", f"change of the margin beyond random ({control})",
                 "ablation", where, ("beyond_random", "beyond_low", "beyond_high"), "random_effect", "effect",
             )  # fmt: skip
-            if found:
-                row = found[1]
+            if answer:
+                row = answer[1]
                 yield Finding(
-                    **found[0], control=f"without them {row['effect']:+.3f}, random sets {row['random_effect']:+.3f}"
+                    **answer[0], control=f"without them {row['effect']:+.3f}, random sets {row['random_effect']:+.3f}"
                 )
     where = {"set": "shared", "quantity": "margin"}
-    found = one(
+    answer = number(
         "Does ablating shared neurons cost one objective more?", "retained share of the margin, helpful - harmless",
         "collapse", where, ("difference", "difference_low", "difference_high"), "retained_helpful", "retained_harmless",
     )  # fmt: skip
-    if found:
-        row = found[1]
+    if answer:
+        row = answer[1]
         control = f"retained: helpful {row['retained_helpful']:.3f}, harmless {row['retained_harmless']:.3f}"
         n = " and ".join(str(part["evaluating"]) for part in result.summary["pairs"].values())
-        yield Finding(**found[0] | {"n": n}, control=control)
+        yield Finding(**answer[0] | {"n": n}, control=control)
 
 
 def _row(

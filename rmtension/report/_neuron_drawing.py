@@ -35,8 +35,9 @@ def neuron_section(pages: NeuronPages) -> dict[str, Any]:
         "layers": layers,
         "columns": ["neuron", *(f"{what}, {name}" for what in ("score", "effect") for name in pages.objectives)],
         "rows": [_row(pages, row) for _, row in asked.iterrows()],
-        "texts_note": "Texts come from the data and may be offensive; they are shown when you open them. Orange is "
-        "positive activation, blue is negative, in proportion to the largest in the pair. Grey is the prompt.",
+        "texts_note": "Texts come from the data and may be offensive; they are shown when you open them. Orange "
+        "tokens have a positive activation and blue tokens a negative one; the strength of the colour is its magnitude "
+        "divided by the largest in the pair. The prompt is grey.",
         "texts": _texts(pages),
     }
 
@@ -62,7 +63,7 @@ def _control(pages: NeuronPages) -> str:
         ]
         parts.append(f"{name} ({'; '.join(shown)})")
     return (
-        "Control: magnitudes of effects of the neurons asked for, and of random neurons of the same layers: "
+        "Control: the magnitudes of the effects of the neurons asked for, and of random neurons in the same layers: "
         f"{', '.join(parts)}."
     )
 
@@ -98,8 +99,8 @@ def _row(pages: NeuronPages, row: "pd.Series[Any]") -> dict[str, Any]:
 def _texts(pages: NeuronPages) -> str:
     """The examples as JSON that is safe inside an HTML element, which no text can end."""
     examples: dict[str, list[dict[str, Any]]] = {}
-    for one in pages.examples:
-        examples.setdefault(f"{one.layer}.{one.neuron}", []).append(asdict(one))
+    for example in pages.examples:
+        examples.setdefault(f"{example.layer}.{example.neuron}", []).append(asdict(example))
     return json.dumps(examples, separators=(",", ":")).replace("&", "\\u0026").replace("<", "\\u003c")
 
 
@@ -112,8 +113,8 @@ def _scatter(pages: NeuronPages) -> dict[str, Any]:
         f"M{x_axis['at'](x):.1f} {y_axis['at'](y):.1f}h0" for x, y in zip(scatter[across], scatter[up], strict=True)
     ]
     points = []
-    places = zip(scatter["layer"], scatter["neuron"], scatter[across], scatter[up], strict=True)
-    at = {(layer, neuron): (x, y) for layer, neuron, x, y in places}
+    points_of_all = zip(scatter["layer"], scatter["neuron"], scatter[across], scatter[up], strict=True)
+    at = {(layer, neuron): (x, y) for layer, neuron, x, y in points_of_all}
     for layer, neuron in pages.neurons:
         x, y = at[layer, neuron]
         label = f"layer {layer}, neuron {neuron}: {across} {x:+.4f}, {up} {y:+.4f}"
@@ -149,7 +150,7 @@ def _axis(values: "pd.Series[Any]", start: int, end: int) -> dict[str, Any]:
 
     step = _round_step((high - low) / 6)
     numbers = np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
-    return {"at": at, "ticks": [{"at": round(at(one), 1), "text": f"{one:.3g}"} for one in numbers]}
+    return {"at": at, "ticks": [{"at": round(at(number), 1), "text": f"{number:.3g}"} for number in numbers]}
 
 
 def _round_step(step: float) -> float:

@@ -2,8 +2,9 @@
 
 import torch
 
+from rmtension.attribution._examine import examine
 from rmtension.attribution._neuron_attribution import NeuronAttribution
-from rmtension.attribution._neuron_pages import NeuronPages, examine
+from rmtension.attribution._neuron_pages import NeuronPages
 from rmtension.errors import OptionError
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.reward_head import RewardHead
@@ -29,9 +30,9 @@ def study_neurons(study: TensionStudy, *, n: int = 16, progress: bool | None = N
     mixed, options = study.families[0].mixed, study.options
     head = mixed if isinstance(mixed, RewardHead) else RewardHead.from_pretrained(mixed)
     attribution = NeuronAttribution(head, "gradient_x_activation", site=options.site, positions=options.positions)
-    sizes = [attribution.score(some, progress=progress).values.abs() for some in study.scoring.values()]
-    height = torch.stack([size / size.max().clamp(min=1e-30) for size in sizes]).amax(dim=0)
-    mask = torch.zeros(height.shape, dtype=torch.bool)
-    mask.view(-1)[height.flatten().argsort(descending=True, stable=True)[:n]] = True
+    sizes = [attribution.score(part, progress=progress).values.abs() for part in study.scoring.values()]
+    largest = torch.stack([size / size.max().clamp(min=1e-30) for size in sizes]).amax(dim=0)
+    mask = torch.zeros(largest.shape, dtype=torch.bool)
+    mask.view(-1)[largest.flatten().argsort(descending=True, stable=True)[:n]] = True
     neurons = NeuronSet(mask, options.site, head.architecture)
     return examine(head, study.evaluating, neurons, positions=options.positions, level=options.level, progress=progress)

@@ -49,7 +49,7 @@ SECTIONS = (
         "Accuracy", "accuracy", {"model": "model", "objective": "evaluated on", "measure": "measure"},
         (_Number("value [interval]", "value", _ENDS), _N),
         "'refusing' and 'responding' are accuracies where that is right, 'balanced' is their mean: a model that "
-        "always refuses has 1, 0 and 0.5. 'margin' is in the model's reward units; 'length only' prefers the longer "
+        "always refuses gets 1, 0 and 0.5. 'margin' is in the model's reward units; 'length only' prefers the longer "
         "response.",
     ),
     Section(
@@ -86,7 +86,7 @@ SECTIONS = (
         "Top sets", "sets", {"score": "score", "model": "model"},
         (
             _SIZE, _Number("score at the cut", "cut", form=".3g", how="range"),
-            _Number("tied there", "n_tied", how="count"), _Number("pairs", "n_pairs", how="count"),
+            _Number("neurons tied at the cut", "n_tied", how="count"), _Number("pairs", "n_pairs", how="count"),
         ),
     ),
     Section(
@@ -98,13 +98,15 @@ SECTIONS = (
     ),
     Section(
         "Overlap of top sets", "overlap",
-        {"score": "score", "kind": "kind", "a": "set", "b": "and", "without_base": "without the base's"},
+        {"score": "score", "kind": "kind", "a": "set", "b": "and", "without_base": "without the base's top set"},
         (
-            _Number("in one", "size_a", how="count"), _Number("in the other", "size_b", how="count"),
-            _Number("in both", "intersection", how="count"),
+            _Number("neurons in the first", "size_a", how="count"),
+            _Number("neurons in the second", "size_b", how="count"),
+            _Number("neurons in both", "intersection", how="count"),
             _Number("Jaccard [interval]", "jaccard", ("jaccard_low", "jaccard_high")),
-            _Number("by chance", "expected_jaccard"), _Number("in each layer", "layer_expected_jaccard"),
-            _Number("beyond that [interval]", "beyond_chance", ("beyond_low", "beyond_high"), "+.3f"),
+            _Number("by chance", "expected_jaccard"),
+            _Number("by chance in each layer", "layer_expected_jaccard"),
+            _Number("beyond chance in each layer [interval]", "beyond_chance", ("beyond_low", "beyond_high"), "+.3f"),
         ),
         "Chance is computed over the whole model and in each layer. Floor: the base model's own top set is left out of "
         "both sets and of chance. Ceiling: rows of kind 'seeds' compare two seeds of one objective; they are means "
@@ -134,10 +136,11 @@ SECTIONS = (
         "Effect of sets on the mixed model", "ablation",
         {"set": "without", "objective": "evaluated on", "quantity": "quantity", "control": "random sets by"},
         (
-            _SIZE, _Number("its magnitude", "set_magnitude", form=".3f", how="range"),
-            _Number("theirs", "random_magnitude", form=".3f", how="range"),
+            _SIZE, _Number("mean magnitude of the set", "set_magnitude", form=".3f", how="range"),
+            _Number("mean magnitude of random sets", "random_magnitude", form=".3f", how="range"),
             _Number("before", "before"), _Number("change [interval]", "effect", _ENDS, "+.3f"),
-            _Number("of random sets", "random_effect", form="+.3f"), _Number("their sd", "random_sd"),
+            _Number("change by random sets", "random_effect", form="+.3f"),
+            _Number("sd of random sets", "random_sd"),
             _Number("beyond random [interval]", "beyond_random", ("beyond_low", "beyond_high"), "+.3f"), _N,
         ),
         "Random sets have the same number of neurons in every layer ('layer'), or also the nearest magnitudes outside "
@@ -149,7 +152,7 @@ SECTIONS = (
         (
             _SIZE, _Number("change [interval]", "effect", _ENDS, "+.4f"),
             _Number("per neuron", "per_neuron", form="+.1e"),
-            _Number("minus that of 'against' [interval]", "difference", ("difference_low", "difference_high"), "+.4f"),
+            _Number("minus 'against' [interval]", "difference", ("difference_low", "difference_high"), "+.4f"),
             _N,
         ),
         "Random subsamples of every set, of the size of the smallest set.",
@@ -159,8 +162,8 @@ SECTIONS = (
         (
             _SIZE,
             *(
-                _Number(f"{one} [interval]", f"retained_{one}", (f"retained_{one}_low", f"retained_{one}_high"))
-                for one in ("helpful", "harmless")
+                _Number(f"{name} [interval]", f"retained_{name}", (f"retained_{name}_low", f"retained_{name}_high"))
+                for name in ("helpful", "harmless")
             ),
             _Number("helpful - harmless [interval]", "difference", ("difference_low", "difference_high"), "+.3f"),
         ),
@@ -191,7 +194,7 @@ def readable_tables(result: StudyResult) -> dict[str, pd.DataFrame]:
 
 def families_of(result: StudyResult) -> list[str]:
     """The names of the families, in order."""
-    return list(dict.fromkeys(str(one["family"]) for one in result.summary["families"]))
+    return list(dict.fromkeys(str(family["family"]) for family in result.summary["families"]))
 
 
 def rows_of_family(result: StudyResult, table: str, family: str) -> pd.DataFrame:
@@ -207,10 +210,10 @@ def _parts(result: StudyResult, section: Section) -> list[pd.DataFrame]:
     for family in families:
         if rows_of_family(result, section.table, family).empty:
             continue
-        columns = [one for number in section.numbers for one in (number.column, *(number.ends or ()))]
+        columns = [name for number in section.numbers for name in (number.column, *(number.ends or ()))]
         rows = Rows.of(result, section.table, (*section.keys, *columns), family=family)
         split = split_ceiling(rows) if section.table == "overlap" else [rows]
-        part = pd.concat([_readable(one, section) for one in split], ignore_index=True)
+        part = pd.concat([_readable(part, section) for part in split], ignore_index=True)
         if len(split) > 1:
             # Put ceilings next to the rows of the same score, in the order of the scores.
             part = part.sort_values("score", key=lambda names: pd.factorize(names)[0], kind="stable")

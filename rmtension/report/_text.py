@@ -33,14 +33,14 @@ def to_text(result: StudyResult) -> str:
 def to_markdown(result: StudyResult, pictures: Pictures) -> str:
     """The Markdown page of a study, with links to its pictures in the same folder."""
     readable = readable_tables(result)
-    done = "\n".join(f"- {escaped(one)}" for one in [*notes(result), *([NO_FIGURES] if pictures is None else [])])
-    parts = ["# A study of helpful, harmless and mixed reward models", done]
+    settings = "\n".join(f"- {escaped(note)}" for note in [*notes(result), *([NO_FIGURES] if pictures is None else [])])
+    parts = ["# A study of helpful, harmless and mixed reward models", settings]
     for section in _present(result):
         parts.append(f"## {section.title}")
         if section.note:
             parts.append(section.note)
         drawn = () if pictures is None else pictures.get(section.table, ())
-        parts += [f"![{escaped(one.caption)}]({one.name})" for one in drawn]
+        parts += [f"![{escaped(picture.caption)}]({picture.name})" for picture in drawn]
         table = readable.get(section.title)
         parts.append(elsewhere(result, section) if table is None else _markdown(table))
     return "\n\n".join(parts) + "\n"

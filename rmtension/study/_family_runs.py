@@ -8,11 +8,13 @@ from typing import Any
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import ProvenanceError
 from rmtension.evaluation._pair_rewards import PairRewards
-from rmtension.interventions._replacements import Mean, Replacement, Zero
+from rmtension.interventions._replacement import Replacement
+from rmtension.interventions._replacements import Mean, Zero
 from rmtension.neurons._neuron_scores import NeuronScores, top_size
 from rmtension.neurons._neuron_set import NeuronSet
-from rmtension.passes._profiles import SCORES as ACTIVATION_SCORES
-from rmtension.passes._profiles import ActivationProfile, selectivity
+from rmtension.passes._activation_profile import SCORES as ACTIVATION_SCORES
+from rmtension.passes._activation_profile import ActivationProfile
+from rmtension.passes._selectivity import selectivity
 from rmtension.reward_head import RewardHead
 from rmtension.study._causality import Ablations, Advance
 from rmtension.study._model_runs import ModelRuns

@@ -17,12 +17,15 @@ from rmtension.data._pairs import PreferencePairs
 from rmtension.distributed import current
 from rmtension.errors import OptionError
 from rmtension.evaluation._pair_rewards import PairRewards
-from rmtension.interventions._replacements import Replacement, Zero
+from rmtension.interventions._replacement import Replacement
+from rmtension.interventions._replacements import Zero
 from rmtension.interventions._sweep import score_without
 from rmtension.neurons._neuron_scores import NeuronScores
 from rmtension.neurons._neuron_set import NeuronSet
-from rmtension.passes._activations import ActivationCollector, ActivationStatistics
-from rmtension.passes._profiles import ActivationProfile, collect_profiles
+from rmtension.passes._activation_collector import ActivationCollector
+from rmtension.passes._activation_profile import ActivationProfile
+from rmtension.passes._activation_statistics import ActivationStatistics
+from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.reward_head import RewardHead
 from rmtension.store._provenance import Provenance, digest_of, digest_of_folder
 from rmtension.store._storage import read_result, write_result

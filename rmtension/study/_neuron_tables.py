@@ -10,7 +10,7 @@ import pandas as pd
 from rmtension.neurons._neuron_scores import NeuronScores
 from rmtension.neurons._overlap import Overlap, depth_thirds, jaccard_intervals
 from rmtension.neurons._signs import ranked
-from rmtension.passes._profiles import SCORES as ACTIVATION_SCORES
+from rmtension.passes._activation_profile import SCORES as ACTIVATION_SCORES
 from rmtension.study._family_runs import MODELS, FamilyRuns
 from rmtension.study._options import base_has
 from rmtension.study._result import Tables

@@ -12,7 +12,7 @@ from rmtension.evaluation._metrics import REFUSE_SUBSETS, RESPOND_SUBSETS
 from rmtension.interventions._replacements import Mean, Zero
 from rmtension.neurons._neuron_set import check_seed
 from rmtension.neurons._signs import RANK_BY, check_rank_by
-from rmtension.passes._profiles import SCORES as ACTIVATION_SCORES
+from rmtension.passes._activation_profile import SCORES as ACTIVATION_SCORES
 
 ANALYSES = (
     "accuracy", "transferability", "confidence", "scores", "sets", "depth", "overlap", "curves", "cross_objective",

@@ -34,6 +34,7 @@ from rmtension.attribution._batch_run import BatchRun, _BlockGates
 from rmtension.attribution._methods import METHODS
 from rmtension.attribution._neuron_attribution import score_together
 from rmtension.errors import DataError, ModelError, OptionError, ProvenanceError
+from rmtension.interventions._replacement import SingleTextReplacement
 from rmtension.models._direct_path import direct_contributions
 from rmtension.neurons._pair_attributions import PairAttributions
 
@@ -57,7 +58,7 @@ def few():
 @pytest.mark.parametrize("site", grid(SITES))
 @pytest.mark.parametrize("positions", grid(POSITIONS))
 @pytest.mark.parametrize("name", NAMES)
-def test_attribution_patching(both, few, site, positions, name):
+def test_attribution_patching_is_the_step_times_the_gradient(both, few, site, positions, name):
     head, reference = both
     replacement = replacement_of(head, site, few, name)
     targets = targets_of(head, reference, site, few, positions, replacement)
@@ -74,12 +75,12 @@ def test_attribution_patching(both, few, site, positions, name):
     attribution = NeuronAttribution(
         head, "attribution_patching", replacement=replacement, site=site, positions=positions
     )
-    assert float(expected.abs().max()) > 1e-3, "the scores must not vanish for this test to mean anything"
-    found = attribution.per_pair(few)
-    assert torch.allclose(found.values, expected, **close_to(head))
+    assert float(expected.abs().max()) > 1e-3, "if the scores were 0, this test would show nothing"
+    by_pair = attribution.per_pair(few)
+    assert torch.allclose(by_pair.values, expected, **close_to(head))
     scores = attribution.score(few)
     assert torch.allclose(scores.values, expected.mean(0), **close_to(head))
-    assert torch.allclose(found.mean(), scores.values, **close_to(head))
+    assert torch.allclose(by_pair.mean(), scores.values, **close_to(head))
     # Swapping chosen and rejected negates; another layer's activation is seen by the same check.
     assert torch.allclose(attribution.score(few.swapped()).values, -scores.values, **close_to(head))
     assert not torch.allclose(scores.values.roll(1, 0), expected.mean(0), atol=1e-4)
@@ -220,9 +221,9 @@ def test_integrated_gradients_are_captums(both, few, site, name):
         expected.append(parts[0] - parts[1])
     expected = torch.stack(expected).detach()
     attribution = NeuronAttribution(head, "integrated_gradients", replacement=replacement, site=site, steps=steps)
-    found = attribution.per_pair(few).values
+    scores = attribution.per_pair(few).values
     assert float(expected.abs().max()) > 1e-3
-    assert torch.allclose(found, expected, atol=1e-6, rtol=0)
+    assert torch.allclose(scores, expected, atol=1e-6, rtol=0)
     # Negative control: another number of nodes is another integral.
     attribution.steps = 2
     assert not torch.allclose(attribution.per_pair(few).values, expected, atol=1e-6, rtol=0)
@@ -232,8 +233,8 @@ def reward_with(reference, site, layer, ids):
     """activation [1, token, channel] of one layer -> reward [1], on transformers' model."""
 
     def reward(activation):
-        def put(number, found):
-            return activation.reshape(found.shape) if number == layer else None
+        def put(number, current):
+            return activation.reshape(current.shape) if number == layer else None
 
         with reference.hooked(site, put):
             return reference.reward(ids)[None]
@@ -250,14 +251,14 @@ def test_gradient_x_activation_is_captums(both, few):
         for ids, _ in pair:
             layers = [reference.projection("mlp", layer) for layer in range(head.n_layers)]
             method = captum.attr.LayerGradientXActivation(
-                lambda one: reference.model(input_ids=one).logits[:, 0], layers
+                lambda tokens: reference.model(input_ids=tokens).logits[:, 0], layers
             )
-            found = method.attribute(ids.to(DEVICE), attribute_to_layer_input=True)
-            parts.append(torch.stack([one.reshape(ids.shape[1], -1).sum(0).cpu() for one in found]))
+            products = method.attribute(ids.to(DEVICE), attribute_to_layer_input=True)
+            parts.append(torch.stack([product.reshape(ids.shape[1], -1).sum(0).cpu() for product in products]))
         expected.append(parts[0] - parts[1])
-    found = NeuronAttribution(head, method="gradient_x_activation").per_pair(few).values
-    assert torch.allclose(found, torch.stack(expected).detach(), atol=1e-6, rtol=0)
-    assert not torch.allclose(found.roll(1, 1), torch.stack(expected).detach(), atol=1e-4, rtol=0)
+    scores = NeuronAttribution(head, method="gradient_x_activation").per_pair(few).values
+    assert torch.allclose(scores, torch.stack(expected).detach(), atol=1e-6, rtol=0)
+    assert not torch.allclose(scores.roll(1, 1), torch.stack(expected).detach(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,7 @@ def test_integrated_gradients_are_complete(gpt2, few, site, name):
     assert gaps[-1] <= 1e-3
     # Down to rounding, which is where a smooth model is long before 64 nodes.
     assert all(later <= max(earlier, 1e-9) for earlier, later in pairwise(gaps))
-    if not replacement.ablates:
+    if not isinstance(replacement, SingleTextReplacement):
         return
     base = head.score_pairs(few).margin
     for layer in range(head.n_layers):
@@ -299,8 +300,8 @@ def test_integrated_gradients_are_complete(gpt2, few, site, name):
 
 
 @pytest.mark.parametrize("name", ["mean", "resample", "scale"])
-def test_integrated_gradients_at_some_positions(gpt2, few, name):
-    """Completeness at the response and the last token: what is replaced is only there."""
+def test_integrated_gradients_are_complete_at_the_selected_positions(gpt2, few, name):
+    """Scores add up to the change of the margin when activations are replaced at these positions only."""
     head, _ = gpt2
     replacement = replacement_of(head, "mlp", few, name)
     base = head.score_pairs(few).margin
@@ -323,7 +324,7 @@ def test_integrated_gradients_at_some_positions(gpt2, few, name):
 
 
 def test_direct_effects_and_other_paths_sum_to_the_margin(both, few):
-    """Neurons of both sites, biases and the embedding: all there is, in float64 to 1e-9."""
+    """Neurons of both sites, biases and the embedding add up to the reward, in float64 to 1e-9."""
     head, _ = both
     for batch in batches_of(head, few):
         parts = direct_contributions(head, batch)
@@ -350,7 +351,7 @@ def test_direct_effect_refuses_the_gate_site(gpt2, few):
 # -- GradDrop ------------------------------------------------------------------------------------------------------
 
 
-def test_graddrop(gpt2, few):
+def test_graddrop_averages_magnitudes_over_dropped_blocks(gpt2, few):
     """Against transformers run again for every dropped block, with what that block adds detached."""
     head, reference = gpt2
     site = "mlp"
@@ -371,13 +372,15 @@ def test_graddrop(gpt2, few):
         [NeuronAttribution(head, **options), NeuronAttribution(head, graddrop=True, **options)], few
     )
     assert torch.allclose(dropped.values, expected.mean(0), **CLOSE)
-    # Negative control: without dropping, the numbers are others; beside it, they are as ever.
+    # Negative control: plain scores differ from dropped scores, and scoring both together does not change them.
     assert not torch.allclose(plain.values, dropped.values, atol=1e-3)
     assert torch.allclose(plain.values, NeuronAttribution(head, **options).score(few).values, **CLOSE)
 
 
 @contextmanager
 def without_gradient(block):
+    """Within this context, no gradient passes through what `block` adds to the stream."""
+
     def detach(_module, inputs, output):
         hidden = output[0] if isinstance(output, tuple) else output
         changed = inputs[0] + (hidden - inputs[0]).detach()
@@ -392,7 +395,7 @@ def without_gradient(block):
 
 
 def test_graddrop_finds_effects_that_cancel(tokenizer, few):
-    """A neuron whose direct effect a later block undoes: the gradient says nothing, GradDrop does."""
+    """If a later block cancels a direct effect, the plain score is 0 to rounding, but the GradDrop score is not."""
 
     def undo(model):
         blocks, direction = model.transformer.h, model.score.weight[0].clone()
@@ -446,40 +449,40 @@ def test_a_constant_added_to_the_reward_changes_nothing_and_swapping_negates(bot
     finally:
         head.bias = bias
     swapped = score_together(every_method(head, few, site), few.swapped())
-    for one, other, turned, attribution in zip(before, after, swapped, attributions, strict=True):
-        assert torch.allclose(one.values, other.values, atol=1e-12, rtol=0)
+    for plain, shifted, turned, attribution in zip(before, after, swapped, attributions, strict=True):
+        assert torch.allclose(plain.values, shifted.values, atol=1e-12, rtol=0)
         sign = 1 if attribution.graddrop else -1
-        assert torch.allclose(turned.values, sign * one.values, **close_to(head))
-        assert float(one.values.abs().max()) > 1e-3
+        assert torch.allclose(turned.values, sign * plain.values, **close_to(head))
+        assert float(plain.values.abs().max()) > 1e-3
 
 
 def test_score_together_equals_separate_scores(gpt2, few):
     head, _ = gpt2
     asked = [*every_method(head, few), *every_method(head, few, "attn_head")]
     asked.append(NeuronAttribution(head, method="gradient_x_activation", positions="last", aggregate="absolute"))
-    for one, found in zip(asked, score_together(asked, few), strict=True):
-        alone = one.score(few)
-        assert torch.allclose(found.values, alone.values, **CLOSE)
-        assert found.provenance == alone.provenance
-        assert found.provenance.method == one.method
-    names = {(one.provenance.label, one.provenance.site) for one in score_together(asked, few)}
+    for attribution, scores in zip(asked, score_together(asked, few), strict=True):
+        alone = attribution.score(few)
+        assert torch.allclose(scores.values, alone.values, **CLOSE)
+        assert scores.provenance == alone.provenance
+        assert scores.provenance.method == attribution.method
+    names = {(scores.provenance.label, scores.provenance.site) for scores in score_together(asked, few)}
     assert len(names) == len(asked)
 
 
 def test_tokens_sum_to_the_pair_and_pairs_average_to_the_score(both, few):
     head, reference = both
-    for one in [*every_method(head, few), NeuronAttribution(head, "mean_difference", positions="response")]:
-        if one.graddrop:
+    for attribution in [*every_method(head, few), NeuronAttribution(head, "mean_difference", positions="response")]:
+        if attribution.graddrop:
             continue
-        by_pair = one.per_pair(few)
+        by_pair = attribution.per_pair(few)
         assert isinstance(by_pair, PairAttributions)
-        assert torch.allclose(by_pair.mean(), one.score(few).values, **close_to(head))
-        for row, tokens in enumerate(one.per_token(few)):
+        assert torch.allclose(by_pair.mean(), attribution.score(few).values, **close_to(head))
+        for row, tokens in enumerate(attribution.per_token(few)):
             assert torch.allclose(tokens.chosen.sum(0) - tokens.rejected.sum(0), by_pair.values[row], **close_to(head))
             assert tokens.id == few[row].id
             ids, n_prompt = reference.tokens(few[row], "chosen")
             assert tokens.chosen_tokens == tuple(reference.tokenizer.convert_ids_to_tokens(ids[0].tolist()))
-            if one.positions == "response":
+            if attribution.positions == "response":
                 assert float(tokens.chosen[:n_prompt].abs().max()) == 0.0
                 assert float(tokens.chosen[n_prompt:].abs().min(0).values.max()) > 0.0
 
@@ -505,13 +508,13 @@ def test_the_callers_grad_mode_changes_nothing(gpt2, few, mode):
     head, _ = gpt2
     expected = score_together(every_method(head, few), few)
     with mode():
-        found = score_together(every_method(head, few), few)
+        scores = score_together(every_method(head, few), few)
         pair = NeuronAttribution(head, method="gradient_x_activation").per_pair(few)
         tokens = next(NeuronAttribution(head, method="gradient_x_activation").per_token(few))
         assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
         assert not torch.is_grad_enabled()
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one.values, other.values)
+    for inside, outside in zip(scores, expected, strict=True):
+        assert torch.equal(inside.values, outside.values)
     assert torch.allclose(pair.values[0], tokens.chosen.sum(0) - tokens.rejected.sum(0), **CLOSE)
 
 
@@ -523,7 +526,7 @@ def test_no_tensor_of_a_batch_is_kept(gpt2, few, monkeypatch):
 
         def watched(self, *args, _init=owner.__init__, _seen=seen, **options):
             if _seen is runs:
-                alive.append(sum(one() is not None for one in runs))
+                alive.append(sum(reference() is not None for reference in runs))
             _seen.append(weakref.ref(self))
             _init(self, *args, **options)
 
@@ -533,7 +536,7 @@ def test_no_tensor_of_a_batch_is_kept(gpt2, few, monkeypatch):
     assert len(runs) == len(gates) > 2
     assert alive == [0] * len(runs)
     gc.collect()
-    assert not any(one() for one in gates)
+    assert not any(reference() for reference in gates)
 
 
 @contextmanager
@@ -613,7 +616,7 @@ def test_scores_and_their_gap_are_saved(gpt2, few, tmp_path):
 
 
 class TestWrongArguments:
-    def test_options(self, gpt2, few):
+    def test_wrong_options_are_refused(self, gpt2, few):
         head, _ = gpt2
         statistics = ActivationCollector(head, site="attn_head").collect(few)
         for options, message in [
@@ -632,13 +635,13 @@ class TestWrongArguments:
         with pytest.raises(TypeError, match="method"):
             NeuronAttribution(head)
 
-    def test_replacement_of_another_model(self, gpt2, head, few):
+    def test_replacements_of_another_model_are_refused(self, gpt2, head, few):
         exact, _ = gpt2
         statistics = ActivationCollector(exact).collect(few)
         with pytest.raises(ProvenanceError, match="replacement: its activations are those of model"):
             NeuronAttribution(head, "attribution_patching", replacement=Mean(statistics))
 
-    def test_pairs(self, gpt2, head, few):
+    def test_wrong_pairs_and_attributions_are_refused(self, gpt2, head, few):
         exact, _ = gpt2
         with pytest.raises(DataError, match="at least one preference pair"):
             NeuronAttribution(exact, "mean_difference").score(few[:0])
@@ -672,7 +675,7 @@ class TestWrongArguments:
 
 
 def test_repr_names_method_and_site(gpt2, few):
-    """In a line: what, of what, from how much."""
+    """Each repr is one line with the method, the site and the number of pairs."""
     head, _ = gpt2
     attribution = NeuronAttribution(head, method="gradient_x_activation", positions="response")
     scores, pairs, tokens = attribution.score(few), attribution.per_pair(few), next(attribution.per_token(few))

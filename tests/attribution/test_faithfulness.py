@@ -19,7 +19,8 @@ from rmtension import (
     OtherResponse,
     RewardHead,
 )
-from rmtension.attribution._effect_prediction import Faithfulness, faithfulness, sample_neurons
+from rmtension.attribution._faithfulness import faithfulness, sample_neurons
+from rmtension.attribution._faithfulness_result import Faithfulness
 from rmtension.attribution._neuron_attribution import score_together
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.errors import DataError, ModelError, OptionError, ProvenanceError
@@ -45,7 +46,7 @@ def few():
 @pytest.mark.parametrize("site", grid(SITES))
 @pytest.mark.parametrize("positions", grid(["all", "response", "last"]))
 @pytest.mark.parametrize("name", NAMES)
-def test_single_effects(both, few, site, positions, name):
+def test_single_effects_equal_hooks_on_transformers(both, few, site, positions, name):
     """Against transformers with a plain hook for every neuron, one text at a time, in float64."""
     head, reference = both
     texts = sides(reference, few)
@@ -54,7 +55,7 @@ def test_single_effects(both, few, site, positions, name):
     neurons = some(head, site)
     per_neuron = head.n_channels(site) // head.n_neurons(site)
     options = {"site": site, "positions": positions, "neurons": neurons}
-    found = single_neuron_effects(head, few, replacement=replacement, **options)
+    effects = single_neuron_effects(head, few, replacement=replacement, **options)
 
     def reward(ids, n_prompt, target, layer, neuron):
         def replace(number, activation):
@@ -80,13 +81,13 @@ def test_single_effects(both, few, site, positions, name):
                 )
                 margins.append(chosen - rejected)
             changes.append(margins[0] - margins[1])
-        assert float(found.values[layer, neuron]) == pytest.approx(np.mean(changes), abs=1e-9)
-        assert float(found.stderr[layer, neuron]) == pytest.approx(stats.sem(changes), abs=1e-9)
-    # Outside the set nothing is said, and what is said is not nothing, nor the same in another layer.
-    assert found.values.isnan().equal(~neurons.mask)
-    assert float(found.values[neurons.mask].abs().max()) > 1e-4
-    assert not torch.allclose(found.values[neurons.mask].roll(1), found.values[neurons.mask], atol=1e-5)
-    where = found.provenance
+        assert float(effects.values[layer, neuron]) == pytest.approx(np.mean(changes), abs=1e-9)
+        assert float(effects.stderr[layer, neuron]) == pytest.approx(stats.sem(changes), abs=1e-9)
+    # Neurons outside the set have no effect; effects are not 0, and differ between neurons.
+    assert effects.values.isnan().equal(~neurons.mask)
+    assert float(effects.values[neurons.mask].abs().max()) > 1e-4
+    assert not torch.allclose(effects.values[neurons.mask].roll(1), effects.values[neurons.mask], atol=1e-5)
+    where = effects.provenance
     assert (where.method, where.replacement) == ("effect of ablation", replacement.label)
     assert where.label == f"effect of ablation to {replacement.label}"
 
@@ -96,17 +97,17 @@ def test_single_effects(both, few, site, positions, name):
 def test_single_effects_are_those_of_a_context_of_each_neuron(gpt2, few, name, positions):
     replacement = replacement_of(gpt2, "mlp", few, name)
     neurons = sample_of(gpt2, [(0, 3), (1, 7), (2, 11)])
-    found = single_neuron_effects(gpt2, few, replacement=replacement, positions=positions, neurons=neurons)
+    effects = single_neuron_effects(gpt2, few, replacement=replacement, positions=positions, neurons=neurons)
     base, changes = gpt2.score_pairs(few).margin, []
-    for place in neurons:
-        with AblationContext(gpt2, sample_of(gpt2, [place]), replacement, positions=positions):
+    for index in neurons:
+        with AblationContext(gpt2, sample_of(gpt2, [index]), replacement, positions=positions):
             changes.append(float((gpt2.score_pairs(few).margin - base).mean()))
-        assert float(found.values[place]) == pytest.approx(changes[-1], abs=1e-9)
-    # Negative control: the neurons' effects differ, and are not nothing.
+        assert float(effects.values[index]) == pytest.approx(changes[-1], abs=1e-9)
+    # Negative control: the neurons' effects differ from each other and from 0.
     assert len({round(change, 6) for change in changes} | {0.0}) == 4
 
 
-def test_single_effects_cost(gpt2, few):
+def test_single_effects_cost_the_documented_blocks(gpt2, few):
     """Blocks run: three for the batch; above layer l, 2 - l for each of the 64 neurons and for what they start from.
 
     Every layer's block runs once more, to see whether the stream takes the projection's output as it is.
@@ -118,7 +119,7 @@ def test_single_effects_cost(gpt2, few):
         single_neuron_effects(gpt2, few)
         assert len(calls) == 3 + 3 + (64 + 1) * (2 + 1 + 0)
         calls.clear()
-        # Heads stand before an MLP: their own block runs too.
+        # An MLP follows the heads in their block, so that block runs too.
         single_neuron_effects(gpt2, few, site="attn_head")
         assert len(calls) == 3 + 3 + (4 + 1) * (3 + 2 + 1)
         calls.clear()
@@ -130,12 +131,12 @@ def test_single_effects_cost(gpt2, few):
             handle.remove()
 
 
-def sample_of(head, places):
+def sample_of(head, indices):
     shape = (head.n_layers, head.n_neurons("mlp"))
-    return NeuronSet.from_indices(places, shape=shape, site="mlp", architecture=head.architecture)
+    return NeuronSet.from_indices(indices, shape=shape, site="mlp", architecture=head.architecture)
 
 
-def test_single_effects_where_blocks_do_not_run_one_by_one(gpt2, few):
+def test_single_effects_run_the_whole_model_under_user_hooks(gpt2, few):
     """With a hook of the user's on the bridge, the whole model runs for every neuron, hook included."""
     neurons = some(gpt2, "mlp")
     plain = single_neuron_effects(gpt2, few, neurons=neurons)
@@ -202,46 +203,46 @@ def test_measures_agree_with_scipy_and_brute_force():
     predicted = 0.5 * truth + 0.4 * rng.normal(size=truth.shape)
     # Ties and zeros, as models with ReLU have.
     truth[0, :10], predicted[0, :8] = 0.0, 0.0
-    found = measures(made_scores(predicted), made_scores(truth), top=0.2)
+    result = measures(made_scores(predicted), made_scores(truth), top=0.2)
     a, b = predicted.flatten(), truth.flatten()
-    assert found["spearman"] == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
-    assert found["slope"] == pytest.approx(stats.linregress(a, b).slope, abs=1e-12)
+    assert result["spearman"] == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
+    assert result["slope"] == pytest.approx(stats.linregress(a, b).slope, abs=1e-12)
     moves = (a != 0) & (b != 0)
-    assert found["sign_agreement"] == pytest.approx(np.mean(np.sign(a[moves]) == np.sign(b[moves])))
+    assert result["sign_agreement"] == pytest.approx(np.mean(np.sign(a[moves]) == np.sign(b[moves])))
     tops = [set(sorted(range(120), key=lambda i, each=each: -abs(each[i]))[:24]) for each in (a, b)]
-    assert found["top_precision"] == pytest.approx(len(tops[0] & tops[1]) / 24)
+    assert result["top_precision"] == pytest.approx(len(tops[0] & tops[1]) / 24)
     # Contributions predict effects with their sign turned.
     turned = measures(made_scores(-predicted, sign=1), made_scores(truth), top=0.2)
-    assert turned == pytest.approx(found)
+    assert turned == pytest.approx(result)
     # Magnitudes are compared with magnitudes.
     size = measures(made_scores(np.abs(predicted), sign=None), made_scores(truth), top=0.2)
     assert size["spearman"] == pytest.approx(stats.spearmanr(np.abs(a), np.abs(b)).statistic, abs=1e-12)
     assert np.isnan(size["sign_agreement"])
-    assert size["top_precision"] == found["top_precision"]
+    assert size["top_precision"] == result["top_precision"]
 
 
 def test_without_other_prompts_there_is_no_interval():
-    """All prompts in one block: nothing is left without it."""
+    """If one block holds all prompts, no pairs remain without that block."""
     rng = np.random.default_rng(0)
     values = rng.normal(size=(2, 30))
     known, unknown = made_scores(values), made_scores(values + 0.1 * rng.normal(size=values.shape))
     without = known.without_block.clone()
     without[3] = torch.nan
-    found = measures(NeuronScores(known.values, known.stderr, known.provenance, without), unknown)
+    result = measures(NeuronScores(known.values, known.stderr, known.provenance, without), unknown)
     for name in MEASURES:
-        assert np.isfinite(found[name])
-        assert np.isnan([found[f"{name}_low"], found[f"{name}_high"]]).all()
+        assert np.isfinite(result[name])
+        assert np.isnan([result[f"{name}_low"], result[f"{name}_high"]]).all()
     assert np.isfinite(list(measures(known, unknown).values())).all()
 
 
 def test_intervals_contain_the_observed_value():
-    """Few neurons, of which shares move in steps."""
+    """With few neurons, shares change in steps."""
     rng = np.random.default_rng(4)
     for _ in range(40):
         blocks = rng.normal(size=(2, N_BLOCKS, 3, 4)) + rng.normal(size=(2, 1, 3, 4))
-        found = measures(*(made_scores(one.mean(0), one) for one in blocks), top=0.2)
+        result = measures(*(made_scores(each.mean(0), each) for each in blocks), top=0.2)
         for name in MEASURES:
-            assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
+            assert result[f"{name}_low"] <= result[name] <= result[f"{name}_high"]
 
 
 @pytest.mark.parametrize("sizes", [[5, 9], [2, 2, 2], [1, 1, 6]])
@@ -259,7 +260,7 @@ def test_resampled_neurons_vary_as_samples_do(sizes):
         assert np.isin(part, own).all()
 
 
-def test_perfect_and_meaningless_scores():
+def test_perfect_scores_agree_and_shuffled_scores_do_not():
     rng = np.random.default_rng(1)
     truth = made_scores(rng.normal(size=(4, 500)))
     perfect = measures(truth, truth)
@@ -274,17 +275,17 @@ def test_perfect_and_meaningless_scores():
 
 @pytest.mark.grid
 @pytest.mark.parametrize("sampled", [False, True])
-def test_intervals_cover(sampled):
-    """Data sets of one population: 95% intervals of the rank correlation hold what such data sets have on average.
+def test_intervals_cover_the_population_value(sampled):
+    """95% intervals of the rank correlation contain its mean over data sets of one population.
 
-    100 data sets: a share of .95 is seen between .88 and 1 with 99% probability.
+    Of 100 data sets, between 88 and 100 do so with 99% probability if the true share is .95.
     """
     rng = np.random.default_rng(2)
     population = rng.normal(size=(2, 300))
     effects = population + 0.6 * rng.normal(size=population.shape)
-    found = []
+    results = []
     for _ in range(100):
-        # Every block of prompts has some noise of its own, part of it common to scores and truth.
+        # Every block of prompts has its own noise, and scores and truth share part of it.
         noise = rng.normal(size=(3, N_BLOCKS, *population.shape))
         blocks = population + noise[0] + noise[2], effects + noise[1] + noise[2]
         scores, truth = (made_scores(each.mean(0), each) for each in blocks)
@@ -293,16 +294,18 @@ def test_intervals_cover(sampled):
             measured = torch.zeros(2, 300, dtype=torch.bool)
             for layer in range(2):
                 measured[layer, torch.from_numpy(rng.permutation(300)[:60])] = True
-        found.append(agreement(scores, truth, measured, top=0.1, level=0.95, seed=0))
-    target = np.mean([one["spearman"] for one in found])
-    covered = [one["spearman_low"] <= target <= one["spearman_high"] for one in found]
+        results.append(agreement(scores, truth, measured, top=0.1, level=0.95, seed=0))
+    target = np.mean([result["spearman"] for result in results])
+    covered = [result["spearman_low"] <= target <= result["spearman_high"] for result in results]
     assert np.mean(covered) >= 0.88
     # Negative control: intervals of half the width cover less.
-    narrow = [abs(one["spearman"] - target) <= (one["spearman_high"] - one["spearman_low"]) / 4 for one in found]
+    narrow = [
+        abs(result["spearman"] - target) <= (result["spearman_high"] - result["spearman_low"]) / 4 for result in results
+    ]
     assert np.mean(narrow) < 0.88
 
 
-def test_faithfulness_of_a_model(gpt2, few):
+def test_faithfulness_agrees_with_scipy_and_single_ablations(gpt2, few):
     statistics = ActivationCollector(gpt2).collect(few)
     patching, difference = score_together(
         [
@@ -314,18 +317,18 @@ def test_faithfulness_of_a_model(gpt2, few):
     named = {"patching": patching, "difference": difference}
     truth = single_neuron_effects(gpt2, few, replacement=Mean(statistics))
     options = {"replacement": Mean(statistics), "set_fractions": (0.05, 0.2), "n_random": 2}
-    found = faithfulness(gpt2, few, named, true_effects=truth, **options)
-    summary = found.summary.set_index("method")
+    result = faithfulness(gpt2, few, named, true_effects=truth, **options)
+    summary = result.summary.set_index("method")
     for name, scores in named.items():
         expected = stats.spearmanr(scores.as_effects().flatten(), truth.values.flatten()).statistic
         assert summary.loc[name, "spearman"] == pytest.approx(expected, abs=1e-12)
         assert summary.loc[name, "spearman_low"] <= expected <= summary.loc[name, "spearman_high"]
     assert summary.loc["patching", "spearman"] > 0.9 > summary.loc["difference", "spearman"]
-    assert list(found.neurons) == ["layer", "neuron", "effect", "stderr", "patching", "difference"]
-    assert len(found.neurons) == truth.values.numel()
+    assert list(result.neurons) == ["layer", "neuron", "effect", "stderr", "patching", "difference"]
+    assert len(result.neurons) == truth.values.numel()
     # Sets: the effect of the whole set together, and the sum that was predicted.
     base = gpt2.score_pairs(few).margin
-    for row in found.sets.to_dict("records"):
+    for row in result.sets.to_dict("records"):
         top = named[row["method"]].top(row["fraction"])
         with AblationContext(gpt2, top, Mean(statistics)):
             change = float((gpt2.score_pairs(few).margin - base).mean())
@@ -335,8 +338,8 @@ def test_faithfulness_of_a_model(gpt2, few):
         assert row["random_min"] <= row["random"] <= row["random_max"]
         assert row["low"] <= row["effect"] <= row["high"]
         assert row["match"] == ("layer" if max(top.n_per_layer) <= 32 else "model")
-    assert len(found.sets) == 4
-    # The truth is computed where it is not given; a single method needs no name.
+    assert len(result.sets) == 4
+    # True effects are computed unless they are given; a single method needs no name.
     alone = faithfulness(gpt2, few, patching, replacement=Mean(statistics), set_fractions=())
     assert alone.sets.empty
     row = alone.summary.iloc[0]
@@ -344,24 +347,24 @@ def test_faithfulness_of_a_model(gpt2, few):
     assert row["spearman"] == summary.loc["patching", "spearman"]
 
 
-def test_a_sample_of_neurons(gpt2, few, tmp_path):
+def test_a_sample_is_spread_evenly_over_layers(gpt2, few, tmp_path):
     scores = NeuronAttribution(gpt2, method="attribution_patching").score(few)
     chosen = sample_neurons(gpt2, "mlp", 20, seed=3)
     assert sorted(chosen.n_per_layer) == [6, 7, 7]
     assert chosen == sample_neurons(gpt2, "mlp", 20, seed=3)
     assert chosen != sample_neurons(gpt2, "mlp", 20, seed=4)
-    found = faithfulness(gpt2, few, scores, sample=20, seed=3, set_fractions=(0.1,), n_random=1)
-    assert list(zip(found.neurons["layer"], found.neurons["neuron"], strict=True)) == list(chosen)
-    assert found.summary["n"].tolist() == [20]
-    assert found.summary["top"].tolist() == [2]
-    assert "n = 20" in repr(found)
-    assert "spearman" in repr(found)
-    found.save(tmp_path / "found.safetensors")
-    back = Faithfulness.load(tmp_path / "found.safetensors")
-    assert repr(back) == repr(found)
+    result = faithfulness(gpt2, few, scores, sample=20, seed=3, set_fractions=(0.1,), n_random=1)
+    assert list(zip(result.neurons["layer"], result.neurons["neuron"], strict=True)) == list(chosen)
+    assert result.summary["n"].tolist() == [20]
+    assert result.summary["top"].tolist() == [2]
+    assert "n = 20" in repr(result)
+    assert "spearman" in repr(result)
+    result.save(tmp_path / "result.safetensors")
+    back = Faithfulness.load(tmp_path / "result.safetensors")
+    assert repr(back) == repr(result)
     for name in ("summary", "neurons", "sets"):
-        assert getattr(back, name).equals(getattr(found, name))
-    assert back.to_frame().equals(found.summary)
+        assert getattr(back, name).equals(getattr(result, name))
+    assert back.to_frame().equals(result.summary)
 
 
 def test_responses_that_do_not_fit_are_cut_everywhere(gpt2, few, monkeypatch):
@@ -380,40 +383,40 @@ def test_responses_that_do_not_fit_are_cut_everywhere(gpt2, few, monkeypatch):
 
 def test_activations_are_replaced_at_the_positions_of_the_scores(gpt2, few):
     scores = NeuronAttribution(gpt2, method="gradient_x_activation", positions="last").score(few)
-    found = faithfulness(gpt2, few, scores, sample=6, set_fractions=())
-    assert found.provenance.positions == "last"
+    result = faithfulness(gpt2, few, scores, sample=6, set_fractions=())
+    assert result.provenance.positions == "last"
     elsewhere = faithfulness(gpt2, few, scores, sample=6, set_fractions=(), positions="all")
     assert elsewhere.provenance.positions == "all"
-    assert not found.neurons["effect"].equals(elsewhere.neurons["effect"])
+    assert not result.neurons["effect"].equals(elsewhere.neurons["effect"])
 
 
 def test_other_responses_ablate_no_sets(gpt2, few):
     scores = NeuronAttribution(gpt2, method="attribution_patching", replacement=OtherResponse()).score(few)
-    found = faithfulness(gpt2, few, scores, replacement=OtherResponse())
-    assert found.sets.empty
-    assert found.summary["spearman"].item() > 0.9
+    result = faithfulness(gpt2, few, scores, replacement=OtherResponse())
+    assert result.sets.empty
+    assert result.summary["spearman"].item() > 0.9
 
 
 @pytest.mark.parametrize("name", ["resample", "scale"])
 def test_sets_are_ablated_by_every_replacement_that_a_context_takes(gpt2, few, name):
     replacement = replacement_of(gpt2, "mlp", few, name)
     scores = NeuronAttribution(gpt2, "attribution_patching", replacement=replacement).score(few)
-    found = faithfulness(gpt2, few, scores, replacement=replacement, set_fractions=(0.1,), n_random=1)
-    assert found.summary["spearman"].item() > 0.9
-    assert found.provenance.replacement == replacement.label
+    result = faithfulness(gpt2, few, scores, replacement=replacement, set_fractions=(0.1,), n_random=1)
+    assert result.summary["spearman"].item() > 0.9
+    assert result.provenance.replacement == replacement.label
     with AblationContext(gpt2, scores.top(0.1), replacement):
         without = gpt2.score_pairs(few).margin
-    assert found.sets["effect"].item() == pytest.approx(float((without - gpt2.score_pairs(few).margin).mean()))
+    assert result.sets["effect"].item() == pytest.approx(float((without - gpt2.score_pairs(few).margin).mean()))
 
 
 class TestWrongArguments:
     def test_sets_that_cannot_be_drawn_stop_before_anything_runs(self, gpt2, few, monkeypatch):
         scores = NeuronAttribution(gpt2, "mean_difference").score(few)
-        monkeypatch.setattr("rmtension.attribution._effect_prediction.single_neuron_effects", None)
+        monkeypatch.setattr("rmtension.attribution._faithfulness.single_neuron_effects", None)
         with pytest.raises(OptionError, match="matched_random: "):
             faithfulness(gpt2, few, scores, set_fractions=(0.9,))
 
-    def test_options(self, gpt2, few):
+    def test_wrong_options_are_refused(self, gpt2, few):
         scores = NeuronAttribution(gpt2, "mean_difference").score(few)
         for options, message in [
             ({"sample": 0}, "sample: expected 1 to 192"),
@@ -436,7 +439,7 @@ class TestWrongArguments:
         with pytest.raises(OptionError, match="keep no blocks of prompts"):
             faithfulness(gpt2, few, bare)
 
-    def test_scores_of_another_model(self, gpt2, head, few):
+    def test_scores_of_another_model_are_refused(self, gpt2, head, few):
         with pytest.raises(ProvenanceError, match=r"(model|architecture) differs"):
             faithfulness(gpt2, few, NeuronAttribution(head, "mean_difference").score(few), sample=3)
 
@@ -454,7 +457,7 @@ class TestWrongArguments:
         right = single_neuron_effects(gpt2, few, neurons=neurons)
         assert faithfulness(gpt2, few, scores, true_effects=right, set_fractions=()).neurons["effect"].notna().all()
 
-    def test_single_effects(self, gpt2, checkpoints, few):
+    def test_wrong_arguments_of_single_effects_are_refused(self, gpt2, checkpoints, few):
         heads = NeuronSet(torch.ones(3, 4, dtype=torch.bool), "attn_head", gpt2.architecture)
         with pytest.raises(OptionError, match=r"neurons: expected a set of \(3, 64\) at site 'mlp'"):
             single_neuron_effects(gpt2, few, neurons=heads)

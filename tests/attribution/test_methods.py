@@ -1,4 +1,4 @@
-"""The table of attribution methods says all there is, and nothing else tells methods apart by their names."""
+"""The table of attribution methods holds everything that depends on the method; no other code compares their names."""
 
 import ast
 import inspect
@@ -13,13 +13,21 @@ PACKAGE = Path(rmtension.__file__).parent
 
 def compared_names(source):
     """Names of methods that a comparison or a match in some code looks for."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Compare | ast.MatchValue):
-            found |= {one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and one.value in METHODS}
+            names |= {
+                constant.value
+                for constant in ast.walk(node)
+                if isinstance(constant, ast.Constant) and constant.value in METHODS
+            }
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("startswith", "endswith", "removeprefix"):
-            found |= {one.value for one in node.args if isinstance(one, ast.Constant) and one.value in METHODS}
-    return found
+            names |= {
+                constant.value
+                for constant in node.args
+                if isinstance(constant, ast.Constant) and constant.value in METHODS
+            }
+    return names
 
 
 def test_no_code_compares_names_of_methods():
@@ -27,7 +35,7 @@ def test_no_code_compares_names_of_methods():
         assert compared_names(path.read_text()) == set(), path.name
 
 
-def test_a_comparison_would_be_seen():
+def test_comparisons_with_names_are_detected():
     assert compared_names('x = method == "direct_effect"') == {"direct_effect"}
     assert compared_names('x = method in ("integrated_gradients", "y")') == {"integrated_gradients"}
     assert compared_names('x = name.startswith("attribution_patching")') == {"attribution_patching"}

@@ -10,11 +10,12 @@ from scipy import stats
 from tiny_models import FAMILIES, close_to, grid, make_pairs
 
 from rmtension import AblationContext, NeuronAttribution, NeuronSet, RewardHead
-from rmtension.attribution._neuron_pages import NeuronPages, examine
+from rmtension.attribution._examine import examine
+from rmtension.attribution._neuron_pages import NeuronPages
 from rmtension.errors import OptionError, ProvenanceError, StorageError
 from rmtension.neurons._neuron_scores import N_BLOCKS, block_of
 
-PLACES = {"mlp": [(0, 3), (0, 5), (2, 1)], "attn_head": [(0, 1), (2, 3)]}
+NEURONS = {"mlp": [(0, 3), (0, 5), (2, 1)], "attn_head": [(0, 1), (2, 3)]}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def pairs():
 
 def chosen(head, site):
     shape = (head.n_layers, head.n_neurons(site))
-    return NeuronSet.from_indices(PLACES[site], shape=shape, site=site, architecture=head.architecture)
+    return NeuronSet.from_indices(NEURONS[site], shape=shape, site=site, architecture=head.architecture)
 
 
 @pytest.fixture(scope="module", params=grid([("gpt2", "mlp"), ("llama", "mlp"), ("gpt_neox", "attn_head")]))
@@ -40,22 +41,22 @@ def rows_of(pages, name):
     return pages.table[pages.table["set"] == name].set_index(["layer", "neuron"])
 
 
-def test_scores_and_effects(both, pairs):
+def test_scores_and_effects_are_those_of_attribution_and_ablation(both, pairs):
     pages, head, _ = both
     site = pages.about["site"]
     asked = rows_of(pages, "asked for")
-    assert list(asked.index) == pages.neurons == PLACES[site]
+    assert list(asked.index) == pages.neurons == NEURONS[site]
     for name, some in pairs.items():
         scores = NeuronAttribution(head, method="gradient_x_activation", site=site, positions="response").score(some)
         base = head.score_pairs(some).margin
         blocks = block_of(torch.tensor([text.key for text in head.encode(some).chosen])).numpy()
         shape = (head.n_layers, head.n_neurons(site))
-        for place in pages.neurons:
-            row = asked.loc[place]
-            assert row[f"{name}_score"] == pytest.approx(float(scores.values[place]), abs=1e-9)
-            assert row[f"{name}_score_stderr"] == pytest.approx(float(scores.stderr[place]), abs=1e-9)
-            one = NeuronSet.from_indices([place], shape=shape, site=site, architecture=head.architecture)
-            with AblationContext(head, one):
+        for index in pages.neurons:
+            row = asked.loc[index]
+            assert row[f"{name}_score"] == pytest.approx(float(scores.values[index]), abs=1e-9)
+            assert row[f"{name}_score_stderr"] == pytest.approx(float(scores.stderr[index]), abs=1e-9)
+            alone = NeuronSet.from_indices([index], shape=shape, site=site, architecture=head.architecture)
+            with AblationContext(head, alone):
                 changes = (head.score_pairs(some).margin - base).numpy()
             tolerance = close_to(head)["atol"]
             assert row[f"{name}_effect"] == pytest.approx(changes.mean(), abs=tolerance)
@@ -66,7 +67,7 @@ def test_scores_and_effects(both, pairs):
             assert row[f"{name}_effect_high"] - row[f"{name}_effect"] == pytest.approx(half, abs=10 * tolerance)
             assert row[f"{name}_effect"] - row[f"{name}_effect_low"] == pytest.approx(half, abs=10 * tolerance)
             assert row[f"{name}_n"] == len(some)
-            assert abs(changes.mean()) > 100 * tolerance, "an effect of nothing would show nothing"
+            assert abs(changes.mean()) > 100 * tolerance, "an effect of 0 would show nothing"
 
 
 def test_the_control_is_random_neurons_of_the_same_layers(both):
@@ -74,34 +75,36 @@ def test_the_control_is_random_neurons_of_the_same_layers(both):
     random = rows_of(pages, "random").index
     asked = rows_of(pages, "asked for").index
     assert not set(random) & set(asked)
-    count = {layer: sum(one == layer for one, _ in asked) for layer in range(head.n_layers)}
-    assert {layer: sum(one == layer for one, _ in random) for layer in range(head.n_layers)} == count
+    count = {layer: sum(own == layer for own, _ in asked) for layer in range(head.n_layers)}
+    assert {layer: sum(own == layer for own, _ in random) for layer in range(head.n_layers)} == count
     assert rows_of(pages, "random").notna().all().all()
 
 
-def of_response(reference, site, pair, place):
+def of_response(reference, site, pair, index):
     """The activation of one neuron at every token of both texts; and where the responses begin."""
-    found, starts = [], []
+    activations, starts = [], []
     for side in ("chosen", "rejected"):
         ids, n_prompt = reference.tokens(pair, side)
-        layer, neuron = place
-        found.append(reference.per_neuron(reference.activations(site, ids), site, "norm")[layer, :, neuron].numpy())
+        layer, neuron = index
+        activations.append(
+            reference.per_neuron(reference.activations(site, ids), site, "norm")[layer, :, neuron].numpy()
+        )
         starts.append(n_prompt)
-    return found, starts
+    return activations, starts
 
 
-def test_activations(both, pairs):
-    """Counts of texts, which pairs are shown, and what is shown of them."""
+def test_histograms_and_examples_show_the_largest_activations(both, pairs):
+    """The counts of texts, the pairs that are shown, and their tokens and activations."""
     pages, _, reference = both
     site = pages.about["site"]
     for name, some in pairs.items():
-        for place in pages.neurons:
-            seen = [of_response(reference, site, pair, place) for pair in some]
+        for index in pages.neurons:
+            seen = [of_response(reference, site, pair, index) for pair in some]
             largest = np.array(
-                [[run[n:][np.abs(run[n:]).argmax()] for run, n in zip(*one, strict=True)] for one in seen]
+                [[run[n:][np.abs(run[n:]).argmax()] for run, n in zip(*texts, strict=True)] for texts in seen]
             )
             counts = pages.distribution
-            layer, neuron = place
+            layer, neuron = index
             counts = counts[(counts["layer"] == layer) & (counts["neuron"] == neuron) & (counts["objective"] == name)]
             edges = np.histogram_bin_edges(largest, bins=len(counts) // 2)
             for column, side in enumerate(("chosen", "rejected")):
@@ -111,9 +114,13 @@ def test_activations(both, pairs):
                 near = np.abs(largest[:, column, None] - edges[None, 1:-1]).min() < 1e-9
                 assert near or part["texts"].tolist() == np.histogram(largest[:, column], bins=edges)[0].tolist()
                 assert part["texts"].sum() == len(some)
-            examples = [one for one in pages.examples if (one.layer, one.neuron) == place and one.objective == name]
+            examples = [
+                example
+                for example in pages.examples
+                if (example.layer, example.neuron) == index and example.objective == name
+            ]
             order = np.abs(largest).max(axis=1).argsort(kind="stable")[::-1][:3]
-            assert [one.pair for one in examples] == [some[int(number)].id for number in order]
+            assert [example.pair for example in examples] == [some[int(number)].id for number in order]
             for example, number in zip(examples, order, strict=True):
                 runs, starts = seen[number]
                 pair = some[int(number)]
@@ -122,24 +129,24 @@ def test_activations(both, pairs):
                     np.testing.assert_allclose(text.activations, run, rtol=1e-3, atol=1e-9)
                     assert (text.first, text.response_start, text.n_tokens) == (0, n, len(run))
                     assert "".join(text.tokens) == pair.text(side)
-            # Negative control: another neuron's activations are others.
+            # Negative control: the activations of another text differ.
             assert not np.allclose(examples[0].chosen.activations, seen[order[-1]][0][0][:1].repeat(1), rtol=1e-3)
 
 
 def test_long_texts_are_shown_around_their_peak(checkpoints):
-    from rmtension.attribution._neuron_pages import _active_text
+    from rmtension.attribution._top_texts import _active_text
     from rmtension.data._encoding import EncodedText
 
     values = torch.zeros(500)
     values[300] = -2.0
-    shown = _active_text(EncodedText(tuple(range(500)), 10, 0), [str(one) for one in range(500)], values)
+    shown = _active_text(EncodedText(tuple(range(500)), 10, 0), [str(number) for number in range(500)], values)
     assert (shown.first, len(shown.tokens), shown.tokens[120], shown.activations[120]) == (180, 160, "300", -2.0)
     values[499] = 3.0
     assert _active_text(EncodedText(tuple(range(500)), 10, 0), [""] * 500, values).first == 340
 
 
-def test_pieces_of_characters_of_several_tokens(tokenizer):
-    from rmtension.attribution._neuron_pages import _pieces
+def test_pieces_of_tokens_join_to_the_text(tokenizer):
+    from rmtension.attribution._top_texts import _pieces
 
     text = " bake a cake 🎂 日本 and é"
     ids = tokenizer(text)["input_ids"]
@@ -156,10 +163,10 @@ def test_saved_pages_load_equal(both, tmp_path):
     assert read.examples == pages.examples
     assert read.about == pages.about
     for name in ("table", "scatter", "distribution"):
-        one, other = getattr(read, name), getattr(pages, name)
-        assert list(one) == list(other)
-        for column in one:
-            assert one[column].tolist() == other[column].tolist()
+        loaded, saved = getattr(read, name), getattr(pages, name)
+        assert list(loaded) == list(saved)
+        for column in loaded:
+            assert loaded[column].tolist() == saved[column].tolist()
     assert repr(read) == repr(pages)
 
 
@@ -174,7 +181,7 @@ DAMAGES = {
     "no scatter": lambda v: without(v, "scatter"),
     "a newer format": lambda v: v.update(format=2),
     "another kind": lambda v: v.update(kind="NeuronSet"),
-    "a token that is none": lambda v: v["examples"][0]["chosen"]["tokens"].__setitem__(0, 5),
+    "a token that is a number": lambda v: v["examples"][0]["chosen"]["tokens"].__setitem__(0, 5),
     "one activation less": lambda v: v["examples"][0]["chosen"]["activations"].pop(),
     "an activation that is a text": lambda v: v["examples"][0]["rejected"]["activations"].__setitem__(0, "1"),
     "an infinite activation": lambda v: v["examples"][0]["rejected"]["activations"].__setitem__(0, float("inf")),
@@ -200,11 +207,11 @@ def test_other_files_are_refused(text, tmp_path):
     (tmp_path / "x.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(StorageError, match=r"x\.json"):
         NeuronPages.load(tmp_path / "x.json")
-    with pytest.raises(StorageError, match="no neuron pages can be read"):
+    with pytest.raises(StorageError, match="cannot read neuron pages from this file"):
         NeuronPages.load(tmp_path / "missing.json")
 
 
-def test_wrong_arguments(head, pairs):
+def test_wrong_arguments_are_refused(head, pairs):
     neurons = chosen(head, "mlp")
     with pytest.raises(OptionError, match="at least one neuron"):
         examine(head, pairs, neurons - neurons)

@@ -48,9 +48,9 @@ def files(tmp_path, pairs, monkeypatch):
 def run(capsys, *words):
     """Status, stdout and stderr of a command."""
     status = main([str(word) for word in words])
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    return status, said.out, said.err
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return status, captured.out, captured.err
 
 
 class TestScore:
@@ -70,7 +70,9 @@ class TestScore:
         lines = out.splitlines()
         assert lines[0] == "24 pairs scored."
         for line, part in zip(
-            lines[2:], (expected, *(expected.filter(objective=one) for one in ("harmless", "helpful"))), strict=False
+            lines[2:],
+            (expected, *(expected.filter(objective=objective) for objective in ("harmless", "helpful"))),
+            strict=False,
         ):
             assert line.split()[1] == str(len(part))
             assert line.index(str(accuracy(part))) < line.index(str(mean_margin(part)))
@@ -78,32 +80,34 @@ class TestScore:
 
     def test_an_objective_may_be_named_all(self, files, model, pairs, capsys):
         (pairs[:6] + PreferencePairs(replace(pair, objective="all") for pair in pairs[6:8])).to_jsonl("named.jsonl")
-        found = json.loads(run(capsys, "score", model, "named.jsonl", "--json")[1])
-        assert (found["n"], found["by_objective"]["all"]["n"]) == (8, 2)
+        summary = json.loads(run(capsys, "score", model, "named.jsonl", "--json")[1])
+        assert (summary["n"], summary["by_objective"]["all"]["n"]) == (8, 2)
 
     def test_json_output_is_the_only_text_on_stdout(self, files, model, pairs, capsys):
         expected = RewardHead.from_pretrained(model, dtype=torch.float64, max_length=64).score_pairs(pairs)
         words = ("score", model, "pairs.jsonl", "--json", "--quiet", "--dtype", "float64", "--max-length", 64)
         status, out, _ = run(capsys, *words, "--out", "rewards.jsonl.gz")
-        found = json.loads(out)
+        summary = json.loads(out)
         assert status == 0
-        assert found["accuracy"] == accuracy(expected).to_dict()
-        assert found["by_objective"]["helpful"]["margin"] == mean_margin(expected.filter(objective="helpful")).to_dict()
-        assert found["provenance"] == json.loads(json.dumps(expected.provenance.to_dict()))
-        lines = gzip.decompress(Path(found["out"]).read_bytes()).decode().splitlines()
+        assert summary["accuracy"] == accuracy(expected).to_dict()
+        assert (
+            summary["by_objective"]["helpful"]["margin"] == mean_margin(expected.filter(objective="helpful")).to_dict()
+        )
+        assert summary["provenance"] == json.loads(json.dumps(expected.provenance.to_dict()))
+        lines = gzip.decompress(Path(summary["out"]).read_bytes()).decode().splitlines()
         assert json.loads(lines[-1])["margin"] == expected.margin[-1].item()
 
     def test_skipped_rows_are_counted(self, files, model, capsys):
         status, out, _ = run(capsys, "score", model, "bad.jsonl", "--on-invalid", "skip")
         assert status == 0
         assert out.startswith("2 pairs scored, 2 skipped.\n  1 skipped: field 'rejected' is missing")
-        found = json.loads(run(capsys, "score", model, "bad.jsonl", "--on-invalid", "skip", "--json")[1])
-        assert (found["n"], sorted(found["skipped"].values())) == (2, [1, 1])
+        summary = json.loads(run(capsys, "score", model, "bad.jsonl", "--on-invalid", "skip", "--json")[1])
+        assert (summary["n"], sorted(summary["skipped"].values())) == (2, [1, 1])
 
     def test_one_prompt_has_no_interval(self, files, model, capsys):
         PreferencePairs(make_pairs(1)).to_jsonl("one.jsonl")
-        found = json.loads(run(capsys, "score", model, "one.jsonl", "--json")[1])
-        assert found["margin"]["low"] is None, "NaN is no JSON"
+        summary = json.loads(run(capsys, "score", model, "one.jsonl", "--json")[1])
+        assert summary["margin"]["low"] is None, "JSON has no NaN"
 
     def test_pairs_with_infinite_rewards_stop_or_are_skipped(self, files, tokenizer, capsys):
         folder = save_classifier(files / "broken", "gpt2", tokenizer)
@@ -132,7 +136,7 @@ class TestScore:
         assert "a run with other settings" in err
 
     @pytest.mark.parametrize(
-        ("words", "said"),
+        ("words", "message"),
         [
             (["MODEL", "bad.jsonl"], "bad.jsonl, line 2: field 'rejected' is missing"),
             (["MODEL", "cut.jsonl.gz"], "damaged or cut short"),
@@ -149,19 +153,19 @@ class TestScore:
             (["MODEL", "pairs.jsonl", "--pad-token", "<none>"], "pad_token: '<none>' is not in the vocabulary"),
         ],
     )
-    def test_bad_input(self, words, said, files, model, capsys):
+    def test_wrong_options_and_files_return_status_2(self, words, message, files, model, capsys):
         status, out, err = run(capsys, "score", *(model if word == "MODEL" else word for word in words))
         assert (status, out) == (2, "")
         assert err.startswith("rmtension: error: ")
-        assert said in err
+        assert message in err
         assert Path("there.jsonl").read_text() == "something"
 
-    def test_overwrite(self, files, model, capsys):
+    def test_overwrite_replaces_the_file(self, files, model, capsys):
         assert run(capsys, "score", model, "pairs.jsonl", "--out", "there.jsonl", "--overwrite")[0] == 0
         assert len(Path("there.jsonl").read_text().splitlines()) == 24
 
     def test_the_process_returns_the_status_and_keeps_stdout_free(self, files, model):
-        """The status is the process's, and stdout stays free; of a missing file, because opening a model takes long."""
+        """With a missing file, because opening a model takes long."""
         words = [sys.executable, "-m", "rmtension.cli", "score", str(model), "none.jsonl", "--json"]
         ran = subprocess.run(words, capture_output=True, text=True)
         assert (ran.returncode, ran.stdout) == (2, "")
@@ -172,10 +176,10 @@ class TestScore:
 class TestCheck:
     def test_a_sound_model_passes(self, files, model, capsys):
         status, out, err = run(capsys, "check", model, "--pairs", "pairs.jsonl", "--json")
-        found = json.loads(out)
-        assert (status, err, found["passed"]) == (0, "", True)
-        assert {"tokens", "equal to transformers", "hooks, mlp"} <= {one["check"] for one in found["checks"]}
-        assert all(one["passed"] and one["value"] <= one["limit"] for one in found["checks"])
+        result = json.loads(out)
+        assert (status, err, result["passed"]) == (0, "", True)
+        assert {"tokens", "equal to transformers", "hooks, mlp"} <= {check["check"] for check in result["checks"]}
+        assert all(check["passed"] and check["value"] <= check["limit"] for check in result["checks"])
 
     def test_a_failed_check_returns_status_1(self, files, model, checkpoints, tokenizer, capsys, monkeypatch):
         """The checkpoint that transformers reads again is another."""
@@ -188,7 +192,7 @@ class TestCheck:
         assert [line.split("  ")[0] for line in lines if " NO " in line] == ["equal to transformers"]
         assert lines[-1] == f"1 of {len(lines) - 2} checks did not pass."
 
-    def test_bad_input(self, files, capsys):
+    def test_a_missing_model_returns_status_2(self, files, capsys):
         assert run(capsys, "check", "./none")[0] == 2
 
 
@@ -197,7 +201,7 @@ class TestCheck:
 
 @pytest.fixture
 def study(files, tokenizer, tmp_path):
-    """A folder with models, pairs and a file that says what to study."""
+    """A folder with models, pairs and a configuration of a study."""
     for number, name in enumerate(("helpful", "harmless", "mixed")):
         save_classifier(tmp_path / "models" / name, "gpt2", tokenizer, seed=number)
     both = make_pairs(16)
@@ -298,7 +302,7 @@ class TestStudy:
         assert config.out == study / "x"
 
     @pytest.mark.parametrize(
-        ("words", "said"),
+        ("words", "message"),
         [
             (["none.yaml"], "none.yaml: cannot be read"),
             ([], "expected a YAML file, or --helpful"),
@@ -313,10 +317,10 @@ class TestStudy:
             (["--pairs", "both.jsonl", "--helpful-pairs", "both.jsonl"], "got both"),
         ],
     )
-    def test_bad_input(self, words, said, study, capsys):
+    def test_wrong_flags_and_configs_return_status_2(self, words, message, study, capsys):
         status, out, err = run(capsys, "study", *words)
         assert (status, out) == (2, "")
-        assert said in err
+        assert message in err
 
     def test_a_folder_without_a_study_has_no_report(self, files, capsys):
         status, _, err = run(capsys, "report", "none")
@@ -336,10 +340,10 @@ class TestConfig:
     def values(self, study):
         return read_yaml(study / "study.yaml")
 
-    def test_several_families_and_one_file_for_both(self, study):
-        one = self.values(study)["models"]
+    def test_configs_may_have_several_families_and_one_file_of_pairs(self, study):
+        models = self.values(study)["models"]
         values = self.values(study) | {
-            "models": [one, one | {"seed": 1, "base": "org/base"}],
+            "models": [models, models | {"seed": 1, "base": "org/base"}],
             "pairs": "both.jsonl",
             "scoring_pairs": ["both.jsonl", "both.jsonl"],
         }
@@ -357,12 +361,12 @@ class TestConfig:
             "columns": {"prompt": "q", "id": None},
             "chat": True,
         }
-        found = make_config(values, folder=study, where="here").pairs["helpful"]
-        assert [pair.prompt for pair in found] == [pair.prompt for pair in make_pairs(8).as_chat()]
-        assert found.objectives == ["helpful"]
+        helpful = make_config(values, folder=study, where="here").pairs["helpful"]
+        assert [pair.prompt for pair in helpful] == [pair.prompt for pair in make_pairs(8).as_chat()]
+        assert helpful.objectives == ["helpful"]
 
     @pytest.mark.parametrize(
-        ("change", "error", "said"),
+        ("change", "error", "message"),
         [
             ({"modles": 1}, OptionError, "here: unknown key 'modles'; expected some of ['models'"),
             ({1: 1}, OptionError, "here: unknown key 1"),
@@ -399,7 +403,7 @@ class TestConfig:
             ({"out": False}, OptionError, "here: out: expected text, got False"),
         ],
     )
-    def test_errors_name_the_key(self, change, error, said, study):
+    def test_errors_name_the_key(self, change, error, message, study):
         values = self.values(study)
         for key, value in change.items():
             outer, _, inner = str(key).partition(".")
@@ -409,7 +413,7 @@ class TestConfig:
                 values[key] = value
         with pytest.raises(error) as caught:
             make_config(values, folder=study, where="here").study()
-        assert said in str(caught.value)
+        assert message in str(caught.value)
 
     @pytest.mark.parametrize(
         "text", ["a: [", "!!python/object/apply:os.system [ls]", "a: 2024-13-45", "\x00", "[" * 1500]
@@ -451,7 +455,7 @@ class TestAll:
         assert len(config.pairs["harmless"]) == 8
         assert config.options.analyses == ("accuracy", "overlap")
 
-    def test_demo_says_what_it_wrote(self, files, capsys, monkeypatch):
+    def test_demo_names_the_files_that_it_wrote(self, files, capsys, monkeypatch):
         from hand_made import hand_made
 
         from rmtension.cli._demo import DemoRun

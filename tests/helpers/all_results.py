@@ -9,12 +9,12 @@ from rmtension import (
     PairRewards,
     PreferencePairs,
 )
-from rmtension.attribution._effect_prediction import Faithfulness
+from rmtension.attribution._faithfulness_result import Faithfulness
 from rmtension.neurons._conflict import conflict
 from rmtension.neurons._pair_attributions import PairAttributions
 from rmtension.neurons._shared_neurons import SharedNeuronAnalyzer
-from rmtension.passes._activations import ActivationSample
-from rmtension.passes._profiles import ActivationProfile
+from rmtension.passes._activation_profile import ActivationProfile
+from rmtension.passes._activation_sample import ActivationSample
 from rmtension.store._provenance import Provenance
 
 WHERE = Provenance("toy", "0f", "mlp", "all", "direct_effect", "float32", "00", 4, 64, "0", skipped=("pair-1",), sign=1)

@@ -49,7 +49,7 @@ def test_exception_inside_a_collector_or_an_attribution_leaves_no_hook(head, pai
     def fail(*_):
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr("rmtension.passes._activations.weighted_sums", fail)
+    monkeypatch.setattr("rmtension.passes._activation_collector.weighted_sums", fail)
     with pytest.raises(RuntimeError, match="stopped"):
         collector.update(pairs)
     monkeypatch.undo()
@@ -79,13 +79,13 @@ def test_failed_entry_installs_nothing(head, monkeypatch):
 
 
 def test_reentry_is_refused_and_contexts_nest(head, pairs):
-    one, two = neurons_of(head, seed=1), neurons_of(head, seed=2)
-    context = AblationContext(head, one)
+    first, second = neurons_of(head, seed=1), neurons_of(head, seed=2)
+    context = AblationContext(head, first)
     with context, pytest.raises(OptionError, match="already entered"):
         context.__enter__()
-    with AblationContext(head, one), AblationContext(head, two):
+    with AblationContext(head, first), AblationContext(head, second):
         nested = head.score_pairs(pairs).margin
-    with AblationContext(head, one | two):
+    with AblationContext(head, first | second):
         together = head.score_pairs(pairs).margin
     assert torch.allclose(nested, together, atol=1e-6)
 
@@ -141,15 +141,15 @@ class TestDonors:
         assert not (keys[donors[1]] == 8).any()
         alone = draw_donors(self.batch((40, 7)), keys, seed=3)
         assert torch.equal(alone[0], donors[0, :40])
-        # Neighbouring seeds are no shifts of one another.
+        # The draws of neighbouring seeds are not shifted copies of each other.
         many = torch.arange(100, 1000)
         streams = [draw_donors(self.batch((90, 7)), many, seed=seed)[0] for seed in range(3)]
-        for one, other in ((0, 1), (1, 2), (0, 2)):
+        for first, second in ((0, 1), (1, 2), (0, 2)):
             for shift in range(4):
-                assert (streams[one][shift : 60 + shift] == streams[other][:60]).float().mean() < 0.1
+                assert (streams[first][shift : 60 + shift] == streams[second][:60]).float().mean() < 0.1
 
     def test_equal_prefixes_get_equal_donors(self):
-        """Chosen and rejected of a pair share the prompt's donors, so that the margin holds no noise from it."""
+        """Chosen and rejected of a pair share the prompt's donors, so that it adds no noise to the margin."""
         donors = draw_donors(self.batch((30, 7), (50, 7)), torch.arange(100, 160), seed=0)
         assert torch.equal(donors[0, :30], donors[1, :30])
 
@@ -159,7 +159,7 @@ class TestDonors:
         counts = torch.bincount(draw_donors(batch, torch.arange(20), seed=0).flatten(), minlength=20)
         assert stats.chisquare(counts.numpy()).pvalue > 0.01
 
-    def test_donors_of_only_the_own_prompt_are_refused(self):
+    def test_donors_from_the_scored_prompt_alone_are_refused(self):
         with pytest.raises(DataError, match="more prompts"):
             draw_donors(self.batch((5, 7)), torch.tensor([7, 7]), seed=0)
 

@@ -15,10 +15,10 @@ PAIRS = make_pairs(8)
 TEXTS = [pair.text("chosen") for pair in PAIRS]
 
 
-def some_neurons(head, site, places=((0, 1), (2, 0))):
+def some_neurons(head, site, indices=((0, 1), (2, 0))):
     mask = torch.zeros(head.n_layers, head.n_neurons(site), dtype=torch.bool)
-    for place in places:
-        mask[place] = True
+    for index in indices:
+        mask[index] = True
     return NeuronSet(mask, site, head.architecture)
 
 
@@ -43,13 +43,13 @@ def train(model, tokenizer, folder, callbacks):
 
 
 def columns(model, head, neurons):
-    """The weights by which the neurons write, as they are in `model`."""
-    found = []
-    for layer, places in AblationContext(head, neurons).columns.items():
+    """The weights with which the neurons write to the residual stream of `model`."""
+    weights = []
+    for layer, channels in AblationContext(head, neurons).columns.items():
         name = head.body.projection_names[neurons.site, layer]
         weight = model.base_model.get_submodule(name).weight
-        found.append(weight[places] if "gpt2" in head.architecture else weight[:, places])
-    return torch.cat([one.flatten() for one in found])
+        weights.append(weight[channels] if "gpt2" in head.architecture else weight[:, channels])
+    return torch.cat([weight.flatten() for weight in weights])
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,11 @@ def test_hooks_equal_the_context(exact_head, site, kind):
         return
     hooks = head.fwd_hooks(neurons, replacement)
     assert [name.split(".")[1] for name, _ in hooks] == ["0", "2"], "layers without neurons have no hook"
-    found = rewards_with(head, ids, hooks)
+    rewards = rewards_with(head, ids, hooks)
     with AblationContext(head, neurons, replacement):
         expected = head.score_tokens(ids)
     tolerance = 1e-6 if "llama" in head.architecture else 1e-9
-    assert float((found - expected).abs().max()) < tolerance
+    assert float((rewards - expected).abs().max()) < tolerance
     # Controls: without the hooks, and with those of other neurons, the rewards are others.
     assert float((head.score_tokens(ids) - expected).abs().min()) > 1e-4
     other = some_neurons(head, site, seed=1)
@@ -65,7 +65,7 @@ def test_hooks_equal_the_context(exact_head, site, kind):
 
 
 @pytest.mark.parametrize("family", grid(FAMILIES))
-def test_left_padding_changes_nothing(family, checkpoints):
+def test_left_padding_changes_no_reward(family, checkpoints):
     """TransformerLens masks it, and nothing of it reaches a real token.
 
     In float32: in float64 a Llama bridge gives NaN for a text padded on the left, without any hook of ours too.
@@ -75,19 +75,19 @@ def test_left_padding_changes_nothing(family, checkpoints):
     ids = torch.randint(2, 300, (3, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     ids[0, :4], mask[0, :4] = 1, 0
-    found = rewards_with(head, ids, head.fwd_hooks(neurons), attention_mask=mask)
+    rewards = rewards_with(head, ids, head.fwd_hooks(neurons), attention_mask=mask)
     with AblationContext(head, neurons):
         expected = head.score_tokens(ids, mask)
-    assert float((found - expected).abs().max()) < 1e-5
+    assert float((rewards - expected).abs().max()) < 1e-5
 
 
 def test_hooks_work_inside_calls_of_the_head(head, pairs):
     neurons = some_neurons(head, "mlp")
     with head.model.hooks(fwd_hooks=head.fwd_hooks(neurons)):
-        found = head.score_pairs(pairs)
+        scored = head.score_pairs(pairs)
     with AblationContext(head, neurons):
         expected = head.score_pairs(pairs)
-    assert torch.allclose(found.margin, expected.margin, atol=1e-5)
+    assert torch.allclose(scored.margin, expected.margin, atol=1e-5)
 
 
 def test_replacements_that_depend_on_the_text_are_refused(head, pairs):
@@ -121,12 +121,12 @@ class TestDict:
         empty = neurons - neurons
         assert NeuronSet.from_dict(empty.to_dict()) == empty
 
-    def test_layers_as_numbers(self):
+    def test_layers_may_be_numbers(self):
         values = {"site": "mlp", "architecture": "toy", "shape": (2, 3), "neurons": {1: (0, 2)}}
         assert list(NeuronSet.from_dict(values)) == [(1, 0), (1, 2)]
 
     @pytest.mark.parametrize(
-        ("change", "said"),
+        ("change", "message"),
         [
             ({"more": 1}, "exactly the keys"),
             ({"site": 3}, "site: expected a text"),
@@ -141,10 +141,10 @@ class TestDict:
             ({"neurons": {"1": [3]}}, "outside a model with 2 layers of 3 neurons"),
         ],
     )
-    def test_errors(self, change, said, monkeypatch):
+    def test_wrong_dicts_are_refused(self, change, message, monkeypatch):
         monkeypatch.setattr(NeuronSet, "from_indices", classmethod(unchecked(NeuronSet.from_indices.__func__)))
         values = {"site": "mlp", "architecture": "toy", "shape": [2, 3], "neurons": {"1": [0, 2]}} | change
-        with pytest.raises(OptionError, match=said):
+        with pytest.raises(OptionError, match=message):
             unchecked(NeuronSet.from_dict.__func__)(NeuronSet, values)
 
 

@@ -1,4 +1,4 @@
-"""Replacement objects by themselves: what they write against closed forms, and what cannot be made."""
+"""Replacements: their values against closed forms, and the arguments that they refuse."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from tiny_models import batches_of, make_pairs, unchecked
 
 from rmtension import ActivationCollector, Mean, OtherResponse, Resample, Scale, Zero
 from rmtension.errors import OptionError
-from rmtension.interventions._replacements import Replacement
+from rmtension.interventions._replacement import Replacement, SingleTextReplacement
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def few():
 @pytest.fixture(scope="module")
 def batch(head, few):
     """One text per row."""
-    (found,) = batches_of(head, few, sharing="none")
-    return found
+    (batch,) = batches_of(head, few, sharing="none")
+    return batch
 
 
 @pytest.fixture(scope="module")
@@ -37,53 +37,54 @@ def activation(head, batch):
 
 
 def test_values_are_factor_times_activation_plus_constant(every, activation, head):
-    """Whatever has a factor needs no batch; exports write the same as weights."""
+    """A replacement with a factor needs no batch; exports write the same values as weights."""
     columns = torch.tensor([3, 0, 7])
     for replacement in every[:2] + every[3:4]:
         for layer in range(head.n_layers):
             constant = replacement.constant(layer)
             expected = replacement.factor * activation + (0 if constant is None else constant)
             for some in (slice(None), columns):
-                found = replacement.values(layer, some, activation[..., some], None)
-                assert torch.allclose(found, expected[..., some], atol=1e-12)
-    assert [one.factor is None for one in every] == [False, False, True, False, True]
-    assert [one.constant(0) is None for one in every] == [True, False, True, True, True]
+                values = replacement.values(layer, some, activation[..., some], None)
+                assert torch.allclose(values, expected[..., some], atol=1e-12)
+    assert [replacement.factor is None for replacement in every] == [False, False, True, False, True]
+    assert [replacement.constant(0) is None for replacement in every] == [True, False, True, True, True]
 
 
 @pytest.mark.parametrize("positions", ["all", "response"])
 def test_a_step_is_replacement_minus_activation(every, activation, batch, positions):
     select = batch.position_mask(positions)
     for replacement in every[:4]:
-        found = replacement.step(1, activation, select, batch)
+        step = replacement.step(1, activation, select, batch)
         target = replacement.values(1, slice(None), activation, batch)
-        assert torch.allclose(activation[select] + found[select], target[select], atol=1e-12)
-        assert (found[~select] == 0).all()
+        assert torch.allclose(activation[select] + step[select], target[select], atol=1e-12)
+        assert (step[~select] == 0).all()
     assert not select.all()
-    found = every[4].step(1, activation, select, batch)
+    step = every[4].step(1, activation, select, batch)
     n = batch.n_pairs
     for row in range(2 * n):
         other = (row + n) % (2 * n)
         mean = activation[other][select[other]].mean(0)
         assert torch.allclose(
-            activation[row][select[row]] + found[row][select[row]], mean.expand(int(select[row].sum()), -1)
+            activation[row][select[row]] + step[row][select[row]], mean.expand(int(select[row].sum()), -1)
         )
 
 
 def test_a_scale_near_one_loses_no_digits(activation, batch):
-    """(alpha - 1) a, where alpha a - a would keep three digits of float32."""
+    """The step is (alpha - 1) a; alpha a - a would keep only three digits of float32."""
     alpha = 1 + 2.0**-14
-    found = Scale(alpha).step(0, activation.float(), batch.position_mask("all"), batch)
+    step = Scale(alpha).step(0, activation.float(), batch.position_mask("all"), batch)
     expected = activation.float() * 2.0**-14 * batch.position_mask("all")[..., None]
-    assert torch.allclose(found, expected, rtol=1e-6, atol=0)
+    assert torch.allclose(step, expected, rtol=1e-6, atol=0)
     difference = activation.float() * alpha - activation.float()
     assert not torch.allclose(difference * batch.position_mask("all")[..., None], expected, rtol=1e-6, atol=0)
 
 
-def test_names_keys_and_sharing(every, head, few):
-    assert [one.name for one in every] == ["zero", "mean", "resample", "scale", "other_response"]
-    assert [one.label for one in every] == ["zero", "mean", "resample", "scale 0.3", "other_response"]
-    assert [one.shares_tokens for one in every] == [one.ablates for one in every] == [True] * 4 + [False]
-    # Different values, different keys; equal values, equal keys.
+def test_keys_are_equal_exactly_if_values_are(every, head, few):
+    assert [replacement.name for replacement in every] == ["zero", "mean", "resample", "scale", "other_response"]
+    assert [replacement.label for replacement in every] == ["zero", "mean", "resample", "scale 0.3", "other_response"]
+    assert [replacement.shares_tokens for replacement in every] == [True] * 4 + [False]
+    assert [isinstance(replacement, SingleTextReplacement) for replacement in every] == [True] * 4 + [False]
+    # Different values have different keys, and equal values have equal keys.
     collector = ActivationCollector(head)
     others = [
         Mean(collector.collect(few[:2])),
@@ -91,10 +92,10 @@ def test_names_keys_and_sharing(every, head, few):
         Resample(collector.sample(few, n=8)),
         Scale(0.31),
     ]
-    keys = [one.key for one in (*every, *others)]
+    keys = [replacement.key for replacement in (*every, *others)]
     assert len(set(keys)) == len(keys)
     again = Zero(), Mean(collector.collect(few)), Resample(collector.sample(few, n=9)), Scale(np.float64(0.3))
-    assert [one.key for one in again] == keys[:4]
+    assert [replacement.key for replacement in again] == keys[:4]
 
 
 def test_replacements_compare_by_value():
@@ -111,18 +112,18 @@ def test_replacements_compare_by_value():
 
 
 def test_the_repr_is_short(every):
-    for one in every:
-        assert repr(one).startswith(f"{type(one).__name__}(")
-        assert len(repr(one)) < 150
+    for replacement in every:
+        assert repr(replacement).startswith(f"{type(replacement).__name__}(")
+        assert len(repr(replacement)) < 150
 
 
 def made(kind, **given):
-    """One made without the type checker that the suite runs under, as users make it."""
-    one = object.__new__(kind)
+    """A replacement made without the type checker of the suite, as users make it."""
+    replacement = object.__new__(kind)
     for name, value in given.items():
-        object.__setattr__(one, name, value)
-    unchecked(kind.__post_init__)(one)
-    return one
+        object.__setattr__(replacement, name, value)
+    unchecked(kind.__post_init__)(replacement)
+    return replacement
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), "half", None, True, 1j, torch.tensor(0.5)])
@@ -133,9 +134,9 @@ def test_a_scale_is_a_finite_number(wrong):
 
 @pytest.mark.parametrize("right", [2, np.int64(2), np.float32(2)])
 def test_a_scale_may_be_any_real_number(right):
-    found = made(Scale, alpha=right)
-    assert found == Scale(2.0)
-    assert type(found.alpha) is float
+    scale = made(Scale, alpha=right)
+    assert scale == Scale(2.0)
+    assert type(scale.alpha) is float
 
 
 def test_arguments_of_the_wrong_type_are_refused(every, head, few):

@@ -38,13 +38,13 @@ def test_a_sweep_equals_single_ablations(checkpoints, few, family, site):
     for positions in ("all", "response", "last"):
         for replacement in replacements if positions == "all" else replacements[1:3]:
             expected = one_by_one(head, few, sets, replacement, positions=positions)
-            found = score_without(head, few, sets, replacement, positions=positions)
-            for one, other in zip(found, expected, strict=True):
-                assert torch.allclose(one.chosen, other.chosen, atol=room, rtol=0)
-                assert torch.allclose(one.rejected, other.rejected, atol=room, rtol=0)
-                assert one.provenance == other.provenance
-            assert float((found[0].margin - found[-1].margin).abs().max()) > 1e-3
-    assert torch.allclose(found[-1].margin, head.score_pairs(few).margin, atol=room, rtol=0)
+            rewards = score_without(head, few, sets, replacement, positions=positions)
+            for swept, single in zip(rewards, expected, strict=True):
+                assert torch.allclose(swept.chosen, single.chosen, atol=room, rtol=0)
+                assert torch.allclose(swept.rejected, single.rejected, atol=room, rtol=0)
+                assert swept.provenance == single.provenance
+            assert float((rewards[0].margin - rewards[-1].margin).abs().max()) > 1e-3
+    assert torch.allclose(rewards[-1].margin, head.score_pairs(few).margin, atol=room, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def n_blocks(head, run):
 
 
 def test_cost_is_as_documented(checkpoints, few):
-    """Calls of blocks for one batch: a whole run, one of a layer to see that it can be left out, and what is above."""
+    """Calls of blocks for a batch: a whole run, a test of each lowest layer, and the layers above it."""
     head = RewardHead.from_pretrained(checkpoints["gpt2"])
     whole, middle, _, last, empty = some_sets(head)
     assert len(batches_of(head, few)) == 1
@@ -81,12 +81,12 @@ def test_cost_is_as_documented(checkpoints, few):
 
     assert cost() == [0, 0, 0]
     assert cost(empty) == cost(empty, empty) == cost(whole) == [1, 1, 1]
-    # Two runs of the block that both begin in: as it was, and to see that it can be left out.
+    # The block that all sets begin in runs twice more: without ablation, and to test whether it can be left out.
     assert cost(whole, whole, whole) == [3, 3, 3]
     assert cost(whole, middle) == [2, 2, 2]
     assert cost(last, last) == [1, 1, 3]
     assert cost(whole, empty, last) == [3, 3, 3]
-    # Behind a head its own block's MLP runs again.
+    # The MLP of a head's own block runs again, because it follows the head.
     whole, middle, *_ = some_sets(head, "attn_head")
     assert cost(whole, middle) == [3, 2, 2]
 
@@ -97,32 +97,32 @@ def test_models_without_replay_run_as_a_whole(checkpoints, few):
     plain = score_without(head, few, sets)
     with head.model.hooks(fwd_hooks=[("blocks.1.hook_resid_mid", lambda value, hook: value)]):
         bridged = score_without(head, few, sets)
-    for one, other in zip(bridged, plain, strict=True):
-        assert torch.allclose(one.margin, other.margin, atol=1e-5)  # the bridge's attention is rounded to float32
+    for swept, single in zip(bridged, plain, strict=True):
+        assert torch.allclose(swept.margin, single.margin, atol=1e-5)  # the bridge's attention is rounded to float32
 
 
-def test_a_sweep_inside_an_ablation(checkpoints, few):
-    """What is ablated already stays so, at the tokens it was."""
+def test_a_sweep_adds_to_an_ablation_around_it(checkpoints, few):
+    """Neurons that are ablated already stay ablated, at the same tokens."""
     head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64)
     whole, middle, _, last, _ = some_sets(head)
     statistics = ActivationCollector(head).collect(few)
     outer = AblationContext(head, middle, Mean(statistics), positions="response")
     with outer:
-        found = score_without(head, few, [whole, last, last])
+        rewards = score_without(head, few, [whole, last, last])
         expected = one_by_one(head, few, [whole, last, last])
-    for one, other in zip(found, expected, strict=True):
-        assert torch.allclose(one.margin, other.margin, atol=1e-9)
-    assert not torch.allclose(found[1].margin, score_without(head, few, [last])[0].margin)
+    for swept, single in zip(rewards, expected, strict=True):
+        assert torch.allclose(swept.margin, single.margin, atol=1e-9)
+    assert not torch.allclose(rewards[1].margin, score_without(head, few, [last])[0].margin)
 
 
-def test_half_precision(checkpoints, few):
+def test_a_sweep_in_half_precision_agrees_to_rounding(checkpoints, few):
     head = RewardHead.from_pretrained(checkpoints["llama"], dtype=torch.bfloat16)
     sets = some_sets(head)
-    for one, other in zip(score_without(head, few, sets), one_by_one(head, few, sets), strict=True):
-        assert torch.allclose(one.margin, other.margin, atol=0.05)
+    for swept, single in zip(score_without(head, few, sets), one_by_one(head, few, sets), strict=True):
+        assert torch.allclose(swept.margin, single.margin, atol=0.05)
 
 
-def test_wrong_arguments(checkpoints, few):
+def test_wrong_arguments_are_refused(checkpoints, few):
     head = RewardHead.from_pretrained(checkpoints["gpt2"])
     sets = some_sets(head)
     with pytest.raises(OptionError, match=r"sets: expected sets of the same site, got \['attn_head', 'mlp'\]"):
@@ -139,21 +139,23 @@ def test_wrong_arguments(checkpoints, few):
 
 
 def test_study_runs_reuse_results_of_a_sweep(checkpoints, few, tmp_path):
-    """Each set is run once, alone or with others, in this process or an earlier one."""
+    """Each set runs once, alone or in a sweep, in this process or an earlier one."""
     head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64)
     sets = some_sets(head)
     runs = ModelRuns(head, folder=tmp_path)
     first = runs.rewards(few, without=sets[1])
     assert runs.n_run == 1
     runs.prepare(few, sets)
-    assert runs.n_run == 4, "an empty set takes nothing away: the whole model is not run for it"
-    found = [runs.rewards(few, without=one) for one in sets]
+    assert runs.n_run == 4, "an empty set needs no run of its own"
+    rewards = [runs.rewards(few, without=neurons) for neurons in sets]
     assert (runs.n_run, runs.n_read) == (5, 0)
-    assert torch.equal(found[1].chosen, first.chosen)
-    assert torch.equal(found[-1].chosen, runs.rewards(few).chosen), "without nothing is the whole model"
-    for one, other in zip(found, one_by_one(head, few, sets), strict=True):
-        assert torch.allclose(one.margin, other.margin, atol=1e-9)
+    assert torch.equal(rewards[1].chosen, first.chosen)
+    assert torch.equal(rewards[-1].chosen, runs.rewards(few).chosen), "an empty set changes nothing"
+    for swept, single in zip(rewards, one_by_one(head, few, sets), strict=True):
+        assert torch.allclose(swept.margin, single.margin, atol=1e-9)
     again = ModelRuns(head, folder=tmp_path)
     again.prepare(few, sets)
-    assert [again.rewards(few, without=one).chosen.tolist() for one in sets] == [one.chosen.tolist() for one in found]
+    assert [again.rewards(few, without=neurons).chosen.tolist() for neurons in sets] == [
+        swept.chosen.tolist() for swept in rewards
+    ]
     assert (again.n_run, again.n_read) == (0, 5)

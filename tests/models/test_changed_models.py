@@ -14,7 +14,7 @@ from rmtension.attribution._methods import METHODS
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.errors import ModelError
 from rmtension.interventions._sweep import score_without
-from rmtension.passes._profiles import collect_profiles
+from rmtension.passes._collect_profiles import collect_profiles
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch, peft and transformers deprecate much of what is tried here
 

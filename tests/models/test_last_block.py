@@ -22,7 +22,7 @@ from rmtension import (
 )
 from rmtension.models._hooks import eager_eval
 from rmtension.models._site_widths import measure_sites
-from rmtension.passes._profiles import collect_profiles
+from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.synthetic.check_matrix import make_classifier
 
 

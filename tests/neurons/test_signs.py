@@ -13,7 +13,8 @@ from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.errors import OptionError, ProvenanceError, RMTensionWarning
 from rmtension.neurons._overlap import jaccard_intervals
 from rmtension.neurons._signs import RANK_BY
-from rmtension.passes._profiles import SCORES, collect_profiles
+from rmtension.passes._activation_profile import SCORES
+from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.store._provenance import Provenance
 from rmtension.study._options import sign_of
 from rmtension.synthetic._organisms import make_organism

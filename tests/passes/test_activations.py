@@ -1,4 +1,4 @@
-"""The collector apart from its statistics: options, counts, merging and errors."""
+"""The activation collector: options, counts, merging, donors and errors."""
 
 import pytest
 import torch
@@ -15,13 +15,13 @@ def pairs():
 
 
 def long_pair(n_words):
-    """One whose rejected response has so many words, which are as many tokens."""
+    """A pair whose rejected response has `n_words` words of one token each."""
     row = {"prompt": "\n\nHuman: help\n\nAssistant:", "chosen": " sure", "rejected": " please" * n_words}
     return PreferencePairs.from_records([row])
 
 
 def test_provenance_counts_pairs_and_tokens(head, pairs):
-    """Over updates and merges: pairs, tokens, fingerprints and dtype are those of one pass."""
+    """Provenance after updates and merges equals that of one pass."""
     whole = ActivationCollector(head, positions="response").collect(pairs).provenance
     parts = ActivationCollector(head, positions="response").update(pairs[:2]).update(pairs[2:3])
     rest = ActivationCollector(head, positions="response").update(pairs[3:])
@@ -32,7 +32,7 @@ def test_provenance_counts_pairs_and_tokens(head, pairs):
     encoded = head.encode(pairs)
     texts = [*encoded.chosen, *encoded.rejected]
     assert whole.n_tokens == sum(len(text) - text.response_start for text in texts)
-    assert rest.compute().provenance.n_pairs == 3, "what is merged is not changed"
+    assert rest.compute().provenance.n_pairs == 3, "the merged collector is not changed"
 
 
 def test_collectors_of_different_runs_do_not_merge(head, pairs, checkpoints):
@@ -58,7 +58,7 @@ def test_collectors_of_different_runs_do_not_merge(head, pairs, checkpoints):
 
 
 def test_long_responses_are_refused_or_cut(head, checkpoints):
-    """By every way in, and not by default."""
+    """By every call that reads pairs; responses are not cut by default."""
     cutting = RewardHead.from_pretrained(checkpoints["gpt2"], truncate_response=True)
     calls = {
         "collect": lambda head: ActivationCollector(head).collect(long_pair(200)),
@@ -86,19 +86,19 @@ def test_progress_is_shown_when_asked_for(head, pairs, monkeypatch):
 
 
 def test_frames_have_one_row_per_neuron(head, pairs):
-    found = ActivationCollector(head).collect(pairs)
-    frame = found.to_frame()
+    statistics = ActivationCollector(head).collect(pairs)
+    frame = statistics.to_frame()
     assert list(frame) == ["layer", "neuron", "mean", "abs_mean", "rms", "frequency"]
     assert len(frame) == head.n_layers * head.n_neurons("mlp")
     row = frame.set_index(["layer", "neuron"]).loc[(1, 5)]
-    assert row["rms"] == found.rms[1, 5]
-    assert row["frequency"] == found.frequency[1, 5]
-    assert found.n_tokens == found.provenance.n_tokens
+    assert row["rms"] == statistics.rms[1, 5]
+    assert row["frequency"] == statistics.frequency[1, 5]
+    assert statistics.n_tokens == statistics.provenance.n_tokens
 
 
 @pytest.mark.parametrize("positions", ["all", "response", "last"])
 def test_donors_are_selected_tokens(positions, head, pairs):
-    """All of them, when as many are asked for as there are; each from the text that its key names."""
+    """If as many donors are asked for as there are selected tokens, the donors are all of them."""
     encoded = head.encode(pairs)
     texts = [*encoded.chosen, *encoded.rejected]
     n_each = {"all": len, "response": lambda text: len(text) - text.response_start, "last": lambda _: 1}[positions]
@@ -106,7 +106,7 @@ def test_donors_are_selected_tokens(positions, head, pairs):
     sample = ActivationCollector(head, positions=positions).sample(pairs, n=10_000)
     assert len(sample) == n == sample.provenance.n_tokens
     assert torch.bincount(sample.keys.unique(return_inverse=True)[1]).sum() == n
-    # As many numbers in the mean as in that of the statistics, whose tokens are counted text by text.
+    # The mean over donors is that of the statistics, which use the same tokens.
     statistics = ActivationCollector(head, positions=positions).collect(pairs)
     torch.testing.assert_close(sample.values.double().mean(0), statistics.mean, atol=1e-5, rtol=1e-5)
     where = sample.provenance
@@ -115,10 +115,10 @@ def test_donors_are_selected_tokens(positions, head, pairs):
 
 def test_draws_are_seeded(head, pairs):
     collector = ActivationCollector(head)
-    one = collector.sample(pairs)
-    assert len(one) == len(collector.sample(pairs, n=256, seed=0)) == 256
-    assert one.digest == collector.sample(pairs, n=256, seed=0).digest
-    assert one.digest != collector.sample(pairs, seed=1).digest
+    sample = collector.sample(pairs)
+    assert len(sample) == len(collector.sample(pairs, n=256, seed=0)) == 256
+    assert sample.digest == collector.sample(pairs, n=256, seed=0).digest
+    assert sample.digest != collector.sample(pairs, seed=1).digest
     assert len(collector.sample(pairs, n=1)) == 1
     with pytest.raises(OptionError, match=r"^n: expected a positive number of donors, got 0\.$"):
         collector.sample(pairs, n=0)
@@ -134,7 +134,7 @@ def test_digests_differ_between_references(head, pairs):
 
 
 def test_collector_merge_equals_one_pass(exact_head):
-    """Any partition and order, an empty part and a part of one pair; equal to 1e-12, the rounding of float64."""
+    """For parts in another order, an empty part and a part of one pair; to 1e-12, the rounding of float64."""
     pairs = make_pairs(17, seed=4)
     whole = ActivationCollector(exact_head).collect(pairs)
     parts = [pairs[5:16], pairs[:0], pairs[16:17], pairs[:5]]

@@ -1,4 +1,4 @@
-"""Numbers that are none: where they came from is said, and pairs that give them can be left out and counted."""
+"""NaN and infinity: errors name where the values come from; pairs that produce them can be skipped and counted."""
 
 import warnings
 
@@ -11,8 +11,8 @@ from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning
 from rmtension.interventions._sweep import score_without
+from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.passes._nonfinite import are_finite, where_not_finite
-from rmtension.passes._profiles import collect_profiles
 
 BAD = " kill"
 
@@ -27,7 +27,7 @@ def is_bad(pair):
 
 
 def broken(checkpoints, family="gpt2", dtype=torch.float64, **options):
-    """A model that answers every text with the word by NaN: its embedding of that token is not finite."""
+    """A model whose embedding of one token is infinite, so that every text with this token gets a NaN reward."""
     head = RewardHead.from_pretrained(checkpoints[family], dtype=dtype, **options)
     (token,) = head.tokenizer(BAD, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
@@ -56,8 +56,8 @@ RUNS = {
 }
 
 
-def tensors_of(found):
-    return {name: value for name, value in vars(found).items() if isinstance(value, torch.Tensor)}
+def tensors_of(result):
+    return {name: value for name, value in vars(result).items() if isinstance(value, torch.Tensor)}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -69,7 +69,9 @@ def test_the_pair_and_the_layer_are_named(name, family, checkpoints, pairs):
         RUNS[name](head, pairs)
     message = str(caught.value)
     assert any(
-        f"pair {one!r} (number {number})" in message for number, one in enumerate(p.id for p in pairs) if one in first
+        f"pair {pair_id!r} (number {number})" in message
+        for number, pair_id in enumerate(p.id for p in pairs)
+        if pair_id in first
     )
     assert "layer 0 of 3" in message
     assert "weights in" in message
@@ -79,27 +81,27 @@ def test_the_pair_and_the_layer_are_named(name, family, checkpoints, pairs):
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("family", grid(["gpt2", "llama"]))
 def test_skipping_equals_leaving_the_pairs_out(name, family, checkpoints, pairs):
-    """To rounding, because they are batched differently; the skipped ones are counted and named."""
+    """Equal up to rounding, because the batches differ; provenance has the ids of the skipped pairs."""
     head = broken(checkpoints, family, on_nonfinite="skip")
     good = PreferencePairs(pair for pair in pairs if not is_bad(pair))
     bad = tuple(pair.id for pair in pairs if is_bad(pair))
     assert len(bad) >= 5
     assert len(good) >= 5
     with pytest.warns(RMTensionWarning, match=f"{len(bad)} of {len(pairs)} pairs produced NaN or infinite values"):
-        found = RUNS[name](head, pairs)
+        result = RUNS[name](head, pairs)
     expected = RUNS[name](head, good)
-    assert found.provenance.skipped == bad
+    assert result.provenance.skipped == bad
     assert expected.provenance.skipped == ()
     for field in ("n_pairs", "n_tokens", "data"):
-        assert getattr(found.provenance, field) == getattr(expected.provenance, field)
-    for one, value in tensors_of(expected).items():
-        torch.testing.assert_close(tensors_of(found)[one], value, atol=1e-6, rtol=1e-6, equal_nan=True)
-    if hasattr(found, "pairs"):
-        assert found.pairs == good
+        assert getattr(result.provenance, field) == getattr(expected.provenance, field)
+    for tensor_name, value in tensors_of(expected).items():
+        torch.testing.assert_close(tensors_of(result)[tensor_name], value, atol=1e-6, rtol=1e-6, equal_nan=True)
+    if hasattr(result, "pairs"):
+        assert result.pairs == good
 
 
 def test_skipping_resumes_after_an_interruption(checkpoints, pairs, tmp_path, monkeypatch):
-    """Pairs that were skipped before and after it are counted together."""
+    """Pairs that were skipped before and after the interruption are counted together."""
     monkeypatch.setattr("rmtension.store._work_folder.EVERY", 0.0)
     monkeypatch.setattr("rmtension.store._work_folder._SHARE", float("inf"))
     monkeypatch.setattr("rmtension.passes._pair_pass._PAIRS_PER_CHUNK", 4)
@@ -112,18 +114,18 @@ def test_skipping_resumes_after_an_interruption(checkpoints, pairs, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         ActivationCollector(head).collect(cut_short(), work=tmp_path)
     with pytest.warns(RMTensionWarning):
-        found = ActivationCollector(head).collect(iter(pairs), work=tmp_path)
-    assert found.provenance.skipped == tuple(pair.id for pair in pairs if is_bad(pair))
-    assert 0 < sum(map(is_bad, pairs[:12])) < len(found.provenance.skipped)
+        result = ActivationCollector(head).collect(iter(pairs), work=tmp_path)
+    assert result.provenance.skipped == tuple(pair.id for pair in pairs if is_bad(pair))
+    assert 0 < sum(map(is_bad, pairs[:12])) < len(result.provenance.skipped)
 
 
 def test_a_good_model_skips_nothing(head, checkpoints, pairs):
     skipping = RewardHead.from_pretrained(checkpoints["gpt2"], on_nonfinite="skip")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = skipping.score_pairs(pairs)
-    assert found.provenance == head.score_pairs(pairs).provenance
-    assert len(found) == len(pairs)
+        result = skipping.score_pairs(pairs)
+    assert result.provenance == head.score_pairs(pairs).provenance
+    assert len(result) == len(pairs)
 
 
 def test_an_error_is_raised_if_all_pairs_are_skipped(checkpoints, pairs):
@@ -146,7 +148,7 @@ def test_texts_and_tokens_are_named(checkpoints):
 
 
 def test_overflow_of_half_precision_is_named_as_such(tmp_path, tokenizer, pairs):
-    """The weights are finite, and in float32 so is everything else."""
+    """The weights are finite, and in float32 the activations are finite too."""
     folder = save_classifier(tmp_path, "gpt2", tokenizer)
     head = RewardHead.from_pretrained(folder)
     with torch.no_grad():
@@ -161,7 +163,7 @@ def test_overflow_of_half_precision_is_named_as_such(tmp_path, tokenizer, pairs)
 
 
 def test_gradients_and_rewards_of_finite_activations_are_named(head, pairs):
-    """A gradient that overflows, and a reward: told apart by what is not finite."""
+    """The error tells a gradient that overflows from a reward that does."""
     batch = TokenBatch.from_texts([*head.encode(pairs[:1]).chosen], [0], pad_token_id=1, device=head.device)
     values = torch.zeros(1, 3, 64)
     values[0, 1, 5] = float("nan")
@@ -181,7 +183,7 @@ def test_finite_numbers_with_an_infinite_sum_are_finite():
 
 
 def test_unselected_tokens_may_be_nonfinite(checkpoints):
-    """The response's statistics of a text whose prompt overflows nowhere it looks: last tokens, one token a text."""
+    """Activations at a token of weight 0 may be infinite; at a token that counts, they make the sums infinite."""
     from rmtension.passes._token_sums import TokenWeights, weighted_sums
 
     activations = torch.randn(1, 6, 4, dtype=torch.float64)
@@ -189,8 +191,8 @@ def test_unselected_tokens_may_be_nonfinite(checkpoints):
     expected = weighted_sums(activations, weights, "mlp", 4)
     spoiled = activations.clone()
     spoiled[0, 4] = float("inf")
-    found = weighted_sums(spoiled, weights, "mlp", 4)
+    result = weighted_sums(spoiled, weights, "mlp", 4)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-12, rtol=0.0)
+        torch.testing.assert_close(result[name], value, atol=1e-12, rtol=0.0)
     spoiled[0, 3] = float("inf")
     assert not weighted_sums(spoiled, weights, "mlp", 4)["square"].isfinite().any()

@@ -21,8 +21,8 @@ from rmtension import (
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.data._pair import PreferencePair
 from rmtension.errors import DataError
+from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.passes._pair_pass import run_pass
-from rmtension.passes._profiles import collect_profiles
 
 
 @pytest.fixture(scope="module")
@@ -42,43 +42,43 @@ def one_neuron(head):
 
 
 def everything(head, pairs):
-    """What takes an iterable; `pairs` makes one."""
+    """The results of all calls that take an iterable of pairs; `pairs` makes the iterable."""
     neurons = one_neuron(head)
     return {
-        "statistics": (found := ActivationCollector(head).collect(pairs())).mean,
-        "statistics from": found.provenance,
-        "profile": (found := collect_profiles(head, pairs(), positions=("response",))["mlp", "response"]).sums,
-        "profile from": found.provenance,
-        "attribution": (found := NeuronAttribution(head, method="gradient_x_activation").score(pairs())).values,
-        "attribution stderr": found.stderr,
-        "attribution blocks": found.without_block,
-        "attribution from": found.provenance,
+        "statistics": (result := ActivationCollector(head).collect(pairs())).mean,
+        "statistics from": result.provenance,
+        "profile": (result := collect_profiles(head, pairs(), positions=("response",))["mlp", "response"]).sums,
+        "profile from": result.provenance,
+        "attribution": (result := NeuronAttribution(head, method="gradient_x_activation").score(pairs())).values,
+        "attribution stderr": result.stderr,
+        "attribution blocks": result.without_block,
+        "attribution from": result.provenance,
         "gap": NeuronAttribution(head, method="integrated_gradients", steps=2).score(pairs()).completeness_gap,
-        "effects": (found := single_neuron_effects(head, pairs(), neurons=neurons)).values[neurons.mask],
-        "effects from": found.provenance,
-        "rewards": (found := head.score_pairs(pairs())).chosen,
-        "rewards from": found.provenance,
+        "effects": (result := single_neuron_effects(head, pairs(), neurons=neurons)).values[neurons.mask],
+        "effects from": result.provenance,
+        "rewards": (result := head.score_pairs(pairs())).chosen,
+        "rewards from": result.provenance,
         "per pair": NeuronAttribution(head, method="gradient_x_activation").per_pair(pairs()).values,
     }
 
 
-def same(found, expected):
+def same(results, expected):
     return all(
-        torch.allclose(found[name], value, atol=1e-12, equal_nan=True)
+        torch.allclose(results[name], value, atol=1e-12, equal_nan=True)
         if isinstance(value, torch.Tensor)
-        else found[name] == value
+        else results[name] == value
         for name, value in expected.items()
     )
 
 
 @pytest.fixture(scope="module")
 def whole(head, pairs):
-    """Of pairs, all at once."""
+    """The results for `PreferencePairs` in a single chunk."""
     return everything(head, lambda: pairs[:10])
 
 
 def test_a_generator_equals_a_list(head, pairs, whole, three_at_a_time):
-    """Values to 1e-12, in float64, and everything the provenance says."""
+    """Values to 1e-12 in float64, and all fields of provenance."""
     assert same(everything(head, lambda: (pair for pair in pairs[:10])), whole)
     assert not same(everything(head, lambda: iter(pairs[:9])), whole)
 
@@ -89,7 +89,7 @@ def test_chunk_size_changes_nothing(head, pairs, whole, monkeypatch):
 
 
 def test_an_iterable_is_read_lazily(head, pairs, three_at_a_time):
-    """It may be endless."""
+    """The iterable may be endless."""
     n_read = count(1)
     n_taken = 0
 
@@ -110,7 +110,7 @@ def test_an_iterable_is_read_lazily(head, pairs, three_at_a_time):
     assert 100 < n_taken <= 105
 
 
-def test_errors_count_from_the_first_pair(head, pairs, three_at_a_time):
+def test_errors_number_pairs_from_the_first(head, pairs, three_at_a_time):
     broken = [*pairs[:4], PreferencePair("Q", "yes", "  ")]
     collector = ActivationCollector(head).update(pairs[:2])
     before = collector.compute()
@@ -131,7 +131,7 @@ def test_an_empty_iterable_is_refused(head, run):
             run(head, empty)
 
 
-def test_jsonl_one_line_at_a_time(pairs, tmp_path):
+def test_jsonl_is_read_one_line_at_a_time(pairs, tmp_path):
     path = tmp_path / "pairs.jsonl.gz"
     pairs.to_jsonl(path)
     assert list(PreferencePairs.iter_jsonl(path)) == list(pairs)
@@ -157,7 +157,7 @@ def best_of():
         for item in (0, 1)
         for rejected in ("bake a python", "help", "sorry i can not")
     ]
-    records += [{"prompt": prompts[2], "chosen": one, "rejected": "help"} for one in ("the bread", "help")]
+    records += [{"prompt": prompts[2], "chosen": response, "rejected": "help"} for response in ("the bread", "help")]
     records += [{"prompt": prompts[3], "chosen": "sure", "rejected": "sorry"}]
     return PreferencePairs.from_records(records)
 
@@ -167,11 +167,11 @@ def n_tokens_run(head, pairs, sharing="prompt"):
 
 
 def test_a_shared_prompt_runs_once(head, best_of):
-    """Prompt and chosen response of an item run once: by hand, tokens of a row are the prompt's and the rests'."""
+    """The prompt and the chosen response of an item run once; the tokens of a row are counted by hand."""
     encoded = head.encode(best_of)
     by_hand = 0
-    for places in ([0, 1, 2], [3, 4, 5], [6, 7], [8]):
-        texts = {text.ids for place in places for text in (encoded.chosen[place], encoded.rejected[place])}
+    for numbers in ([0, 1, 2], [3, 4, 5], [6, 7], [8]):
+        texts = {text.ids for number in numbers for text in (encoded.chosen[number], encoded.rejected[number])}
         most = min(len(ids) - 1 for ids in texts)
         shared = next((n for n in range(most) if len({ids[n] for ids in texts}) > 1), most)
         by_hand += shared + sum(len(ids) - shared for ids in texts)
@@ -183,7 +183,7 @@ def test_a_shared_prompt_runs_once(head, best_of):
 
 
 def test_sharing_a_prompt_changes_no_number(checkpoints, best_of, monkeypatch):
-    """Those of every text alone, to 1e-12 in float64."""
+    """Every number equals that of texts that run alone, to 1e-12 in float64."""
 
     def numbers(head):
         scored = head.score_pairs(best_of)
@@ -191,13 +191,13 @@ def test_sharing_a_prompt_changes_no_number(checkpoints, best_of, monkeypatch):
         sample = ActivationCollector(head).sample(best_of, n=8)
         profile = collect_profiles(head, best_of, positions=("response",))["mlp", "response"]
         neurons = one_neuron(head)
-        found = [scored.chosen, scored.rejected, statistics.mean, statistics.frequency, profile.sums, profile.weights]
-        found += [single_neuron_effects(head, best_of, neurons=neurons).values[neurons.mask]]
+        values = [scored.chosen, scored.rejected, statistics.mean, statistics.frequency, profile.sums, profile.weights]
+        values += [single_neuron_effects(head, best_of, neurons=neurons).values[neurons.mask]]
         for positions in ("all", "response", "last"):
             for replacement in (Mean(statistics), Resample(sample)):
                 with AblationContext(head, neurons, replacement, positions=positions):
-                    found.append(head.score_pairs(best_of).margin)
-        return found
+                    values.append(head.score_pairs(best_of).margin)
+        return values
 
     for family in ("gpt2", "llama"):
         head = RewardHead.from_pretrained(checkpoints[family], dtype=torch.float64)
@@ -206,7 +206,9 @@ def test_sharing_a_prompt_changes_no_number(checkpoints, best_of, monkeypatch):
             patched.setattr("rmtension.models._bodies.BridgeBody.pack_up_to", 0)
             alone = numbers(head)
         room = 1e-12 if family == "gpt2" else 1e-6  # Llama's norms are float32 in every model
-        assert all(torch.allclose(one, other, atol=room, rtol=0) for one, other in zip(shared, alone, strict=True))
+        assert all(
+            torch.allclose(together, single, atol=room, rtol=0) for together, single in zip(shared, alone, strict=True)
+        )
         assert not torch.allclose(shared[0], shared[1])
         assert shared[0][7] == shared[1][7], "one text on both sides is one text"
 
@@ -238,15 +240,17 @@ def test_prompts_cut_differently_share_no_row(checkpoints):
     neurons = one_neuron(head)
     with AblationContext(head, neurons, positions="response"):
         together = head.score_pairs(both).margin
-        alone = torch.cat([head.score_pairs(both[place : place + 1]).margin for place in range(2)])
+        alone = torch.cat([head.score_pairs(both[number : number + 1]).margin for number in range(2)])
     assert torch.allclose(together, alone, atol=1e-12)
 
 
 def test_a_gradient_belongs_to_a_single_pair(head, best_of):
-    """Pairs of one prompt do not share a row where gradients are taken: each has its own, that of the pair alone."""
+    """Pairs of one prompt share no row for gradients, so every pair gets the scores that it gets alone."""
     attribution = NeuronAttribution(head, method="gradient_x_activation")
     together = attribution.per_pair(best_of).values
-    for place in range(len(best_of)):
-        assert torch.allclose(attribution.per_pair(best_of[place : place + 1]).values[0], together[place], atol=1e-12)
-    assert together[7].abs().max() == 0, "identical responses: exactly nothing"
+    for number in range(len(best_of)):
+        assert torch.allclose(
+            attribution.per_pair(best_of[number : number + 1]).values[0], together[number], atol=1e-12
+        )
+    assert together[7].abs().max() == 0, "identical responses have a gradient of exactly 0"
     assert float(together[0].abs().max()) > 1e-3

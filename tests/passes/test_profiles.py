@@ -12,7 +12,9 @@ from transformers import AutoModelForSequenceClassification
 from rmtension import NeuronAttribution, PreferencePairs, RewardHead
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.neurons._neuron_scores import N_BLOCKS, block_of, jackknife_stderr
-from rmtension.passes._profiles import SCORES, ActivationProfile, collect_profiles, selectivity
+from rmtension.passes._activation_profile import SCORES, ActivationProfile
+from rmtension.passes._collect_profiles import collect_profiles
+from rmtension.passes._selectivity import selectivity
 
 POSITIONS = ("all", "response", "last")
 
@@ -49,7 +51,7 @@ def raw(folders, heads, pairs):
     One text at a time, read where GPT-2 computes them: the input of `mlp.c_proj` and of `attn.c_proj`.
     """
     encoded = heads[0].encode(pairs)
-    found = {}
+    activations = {}
     for number, folder in enumerate(folders):
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64).eval()
         kept = {"mlp": [], "attn_head": []}
@@ -60,7 +62,7 @@ def raw(folders, heads, pairs):
                     module.register_forward_pre_hook(lambda _, inputs, part=kept[site]: part.append(inputs[0][0]))
                 )
         for site in kept:
-            found[number, site] = ([], [])
+            activations[number, site] = ([], [])
         for side, texts in enumerate((encoded.chosen, encoded.rejected)):
             for text in texts:
                 for part in kept.values():
@@ -68,10 +70,10 @@ def raw(folders, heads, pairs):
                 with torch.no_grad():
                     model(input_ids=torch.tensor([text.ids]))
                 for site, part in kept.items():
-                    found[number, site][side].append(torch.stack(part))
+                    activations[number, site][side].append(torch.stack(part))
         for hook in hooks:
             hook.remove()
-    return found, encoded
+    return activations, encoded
 
 
 def selected(activation, text, positions):
@@ -89,13 +91,13 @@ def neurons_of(activation, site, n_heads=4):
 
 def expected_sides(raw, site, positions, method, pool):
     """The mean of a method's statistic on each side, by loops over texts."""
-    found, encoded = raw
+    activations, encoded = raw
     sides = []
     for side, texts in enumerate((encoded.chosen, encoded.rejected)):
         per_text, weights = [], []
-        for text, one, base in zip(texts, found[0, site][side], found[1, site][side], strict=True):
-            a = neurons_of(selected(one, text, positions), site)
-            moved = neurons_of(selected(one - base, text, positions), site)
+        for text, own, base in zip(texts, activations[0, site][side], activations[1, site][side], strict=True):
+            a = neurons_of(selected(own, text, positions), site)
+            moved = neurons_of(selected(own - base, text, positions), site)
             per_token = {
                 "magnitude": a,
                 "mean_difference": a,
@@ -116,7 +118,7 @@ def expected_sides(raw, site, positions, method, pool):
 @pytest.mark.parametrize("positions", grid(POSITIONS))
 @pytest.mark.parametrize("method", SCORES)
 def test_scores_are_those_of_the_raw_classifier(profiles, raw, site, positions, method):
-    """float64: what is left is the order of sums (1e-12)."""
+    """In float64; only the order of sums differs (1e-12)."""
     chosen, rejected = expected_sides(raw, site, positions, method, pool=False)
     expected = chosen - rejected if method == "mean_difference" else (chosen + rejected) / 2
     scores = profiles[site, positions].scores(method)
@@ -132,13 +134,17 @@ def test_pooled_tokens_weight_texts_by_length(heads, pairs, raw, profiles):
         chosen, rejected = expected_sides(raw, "mlp", "response", method, pool=True)
         assert torch.allclose(pooled.scores(method).values, (chosen + rejected) / 2, rtol=1e-12, atol=1e-12)
         assert not torch.allclose(pooled.scores(method).values, profiles["mlp", "response"].scores(method).values)
-    found = pooled.scores("magnitude").provenance
-    assert (found.method, found.pool_tokens, found.label) == ("magnitude", True, "magnitude, tokens pooled")
+    provenance = pooled.scores("magnitude").provenance
+    assert (provenance.method, provenance.pool_tokens, provenance.label) == (
+        "magnitude",
+        True,
+        "magnitude, tokens pooled",
+    )
     assert pooled.weights.sum() == pooled.provenance.n_tokens == profiles["mlp", "response"].provenance.n_tokens
 
 
 def test_leaving_out_a_block_equals_collecting_without_it(heads, pairs, profiles):
-    """Every block of prompts, by collecting again from the pairs outside it."""
+    """For several blocks of prompts, by collecting again from the pairs outside the block."""
     encoded = heads[0].encode(pairs)
     blocks = block_of(torch.tensor([text.key for text in encoded.chosen])).tolist()
     assert blocks[0] == blocks[-1], "one prompt, one block"
@@ -158,7 +164,7 @@ def test_mean_difference_equals_that_of_neuron_attribution(heads, pairs, profile
     scores = profiles["mlp", "response"].scores("mean_difference")
     assert torch.allclose(scores.values, attribution.values, atol=1e-14)
     assert torch.allclose(scores.without_block, attribution.without_block, atol=1e-13)
-    # Blocks of prompts against single pairs: two estimates of one error, from 21 pairs.
+    # A jackknife over blocks and a standard error over pairs estimate the same error, from 21 pairs.
     ratio = (scores.stderr / attribution.stderr).median()
     assert ratio == pytest.approx(1, abs=0.15)
 
@@ -168,8 +174,8 @@ def test_jackknife_of_equal_blocks_is_the_standard_error_of_a_mean():
     values = torch.randn(32, 2, 3, generator=torch.Generator().manual_seed(0)).double()
     without = (values.sum(0) - values) / 31
     assert torch.allclose(jackknife_stderr(without), values.std(dim=0) / math.sqrt(32))
-    found = stats.bootstrap((values[:, 0, 0].numpy(),), np.mean, n_resamples=4000, rng=np.random.default_rng(0))
-    assert found.standard_error == pytest.approx(float(values[:, 0, 0].std()) / math.sqrt(32), rel=0.1)
+    bootstrap = stats.bootstrap((values[:, 0, 0].numpy(),), np.mean, n_resamples=4000, rng=np.random.default_rng(0))
+    assert bootstrap.standard_error == pytest.approx(float(values[:, 0, 0].std()) / math.sqrt(32), rel=0.1)
 
 
 def test_resampled_scores_are_means_over_the_drawn_blocks(profiles):
@@ -204,18 +210,18 @@ class TestSelectivity:
             name: collect_profiles(heads[0], pairs.filter(objective=name))["mlp", "all"]
             for name in ("helpful", "harmless")
         }
-        found = selectivity(parts, quantile=0.5)
+        scores = selectivity(parts, quantile=0.5)
         frequencies = torch.stack([part.scores("frequency").values for part in parts.values()]).numpy()
         entropy = stats.entropy(frequencies, axis=0)
         expected = np.where(np.isnan(entropy), 0, math.log(2) - entropy)
         eligible = frequencies.max(axis=0) > np.quantile(frequencies, 0.5)
         assert 0 < eligible.sum() < eligible.size
-        assert found.values.numpy() == pytest.approx(np.where(eligible, expected, 0), abs=1e-12)
-        assert found.n == 21
-        assert (found.stderr[torch.from_numpy(eligible)] > 0).any()
+        assert scores.values.numpy() == pytest.approx(np.where(eligible, expected, 0), abs=1e-12)
+        assert scores.n == 21
+        assert (scores.stderr[torch.from_numpy(eligible)] > 0).any()
 
-    def test_extremes(self, profiles):
-        """Equal frequencies score 0; a neuron that is on for one objective only scores log 2."""
+    def test_selectivity_is_0_for_equal_frequencies_and_log_2_for_a_single_objective(self, profiles):
+        """The two extremes of the score for two objectives."""
         profile = profiles["mlp", "all"]
         assert selectivity({"a": profile, "b": profile}, quantile=0.0).values.abs().max() == 0
         silent = ActivationProfile(profile.sums * 0, profile.weights, profile.base, profile.provenance)
@@ -223,7 +229,7 @@ class TestSelectivity:
         on = profile.scores("frequency").values > 0
         assert torch.allclose(only[on], torch.full_like(only[on], math.log(2)))
 
-    def test_wrong_arguments(self, profiles):
+    def test_wrong_arguments_are_refused(self, profiles):
         profile = profiles["mlp", "all"]
         with pytest.raises(OptionError, match="at least two objectives"):
             selectivity({"a": profile})

@@ -13,7 +13,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from rmtension import plots
-from rmtension.attribution._effect_prediction import Faithfulness
+from rmtension.attribution._faithfulness_result import Faithfulness
 from rmtension.errors import OptionError
 from rmtension.store._provenance import Provenance
 
@@ -73,7 +73,7 @@ def in_order(points):
 
 class TestScatter:
     @pytest.mark.parametrize("decades", [1, 4])
-    def test_a_dot_for_every_neuron_in_the_colour_of_its_layer(self, decades):
+    def test_every_neuron_is_a_dot_in_the_colour_of_its_layer(self, decades):
         result = hand_made(decades=decades)
         figure = plots.faithfulness_scatter(result)
         assert len(panels(figure)) == len(METHODS)
@@ -85,19 +85,19 @@ class TestScatter:
             assert in_order(drawn) == pytest.approx(in_order(expected), abs=0)
             marks = labelled(axes)
             layers = dict(zip(map(tuple, expected), result.neurons["layer"], strict=True))
-            for place, colour in zip(drawn, dots.get_facecolors(), strict=True):
-                assert same_color(colour[:3], to_rgba(marks[f"layer {layers[tuple(place)]}"].get_color())[:3])
+            for dot, colour in zip(drawn, dots.get_facecolors(), strict=True):
+                assert same_color(colour[:3], to_rgba(marks[f"layer {layers[tuple(dot)]}"].get_color())[:3])
             line = marks["predicted = true"]
             assert line.get_xdata() == pytest.approx(line.get_ydata())
             assert line.get_linestyle() == "--"
-            # All within view; the line crosses all of it.
+            # All dots are in view, and the line crosses the whole panel.
             (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
             assert left < drawn[:, 0].min() < drawn[:, 0].max() < right
             assert low < drawn[:, 1].min() < drawn[:, 1].max() < high
             assert min(line.get_xdata()) == min(left, low)
             assert max(line.get_xdata()) == max(right, high)
 
-    def test_titles(self):
+    def test_titles_have_measures_and_settings(self):
         result = hand_made(level=0.9)
         figure = plots.faithfulness_scatter(result)
         for row, axes in zip(result.summary.to_dict("records"), panels(figure), strict=True):
@@ -112,8 +112,8 @@ class TestScatter:
         shown = [text.get_text() for text in figure.legends[0].get_texts()]
         assert shown == [*(f"layer {layer}" for layer in range(N_LAYERS)), "predicted = true"]
 
-    def test_scales(self):
-        """Symmetric logarithms where magnitudes span decades, and a label that says so."""
+    def test_scales_are_logarithmic_if_magnitudes_span_decades(self):
+        """Axes are symmetric-logarithmic if magnitudes span decades, and the label says so."""
         narrow, wide = (panels(plots.faithfulness_scatter(hand_made(decades=decades))) for decades in (1, 4))
         for axes in narrow:
             assert axes.get_xscale() == axes.get_yscale() == "linear"
@@ -128,28 +128,28 @@ class TestScatter:
         assert wide[0].get_ylabel() == "true effect (reward units)\nboth symmetric log beyond $\\pm10^{-5}$"
         assert len(wide[0].get_xticks()) < len(wide[0].get_yticks())
 
-    def test_labels_where_panels_differ(self):
-        """The second row holds the unsigned scores, below signed ones: both say what they show."""
+    def test_panels_of_different_quantities_have_their_own_labels(self):
+        """The second row has unsigned scores below signed scores, so both have labels."""
         axes = panels(plots.faithfulness_scatter(hand_made()))
-        assert [one.get_xlabel() for one in axes] == [
+        assert [panel.get_xlabel() for panel in axes] == [
             "predicted effect (reward units)",
             "predicted effect (reward units)",
             "predicted effect (reward units)",
             "predicted |effect| (reward units)",
         ]
         effects = ["true effect (reward units)", "", "", "true |effect| (reward units)"]
-        assert [one.get_ylabel() for one in axes] == effects
-        beside = panels(plots.faithfulness_scatter(hand_made(), methods=METHODS[2:]))
-        assert [one.get_ylabel() for one in beside] == [effects[0], effects[3]]
+        assert [panel.get_ylabel() for panel in axes] == effects
+        last_two = panels(plots.faithfulness_scatter(hand_made(), methods=METHODS[2:]))
+        assert [panel.get_ylabel() for panel in last_two] == [effects[0], effects[3]]
 
-    def test_layers_of_a_deep_model(self):
+    def test_the_legend_of_a_deep_model_has_seven_layers(self):
         (axes,) = panels(plots.faithfulness_scatter(hand_made(layers=32, methods=METHODS[:1])))
         names = [name for name in labelled(axes) if name.startswith("layer")]
         assert (names[0], names[-1], len(names)) == ("layer 0", "layer 31", 7)
         assert len(np.unique(axes.collections[0].get_facecolors(), axis=0)) == 32
 
     @pytest.mark.parametrize("size", [0.0, 1e-9])
-    def test_predictions_that_are_next_to_nothing(self, size, tmp_path):
+    def test_predictions_near_0_are_drawn_with_ticks(self, size, tmp_path):
         result = hand_made(decades=4)
         result.neurons[METHODS[0]] = size * np.sign(result.neurons[METHODS[0]])
         figure = plots.faithfulness_scatter(result)
@@ -160,45 +160,47 @@ class TestScatter:
 
 
 class TestSets:
-    def test_effects_sums_and_random_sets(self):
+    def test_sets_show_effects_sums_and_random_sets(self):
         result = hand_made()
         figure = plots.faithfulness_sets(result)
         assert len(panels(figure)) == len(METHODS)
         for method, axes in zip(METHODS, panels(figure), strict=True):
-            mine = result.sets[result.sets["method"] == method]
+            of_method = result.sets[result.sets["method"] == method]
             drawn, ranges = sorted(
-                (one for one in axes.containers if isinstance(one, ErrorbarContainer)),
-                key=lambda one: one.get_label() == "_random ranges",
+                (container for container in axes.containers if isinstance(container, ErrorbarContainer)),
+                key=lambda container: container.get_label() == "_random ranges",
             )
             assert np.array(ranges.lines[2][0].get_segments())[:, :, 1] == pytest.approx(
-                mine[["random_min", "random_max"]].to_numpy()
+                of_method[["random_min", "random_max"]].to_numpy()
             )
             line, _, (bars,) = drawn.lines
-            assert np.array(line.get_data()) == pytest.approx(mine[["size", "effect"]].to_numpy().T)
+            assert np.array(line.get_data()) == pytest.approx(of_method[["size", "effect"]].to_numpy().T)
             ends = np.array(bars.get_segments())
-            assert ends[:, :, 1] == pytest.approx(mine[["low", "high"]].to_numpy())
-            assert (ends[:, :, 0] == mine[["size"]].to_numpy()).all()
+            assert ends[:, :, 1] == pytest.approx(of_method[["low", "high"]].to_numpy())
+            assert (ends[:, :, 0] == of_method[["size"]].to_numpy()).all()
             marks = labelled(axes)
             dashed = marks["sum of predicted effects"]
-            assert np.array(dashed.get_data()) == pytest.approx(mine[["size", "predicted"]].to_numpy().T)
+            assert np.array(dashed.get_data()) == pytest.approx(of_method[["size", "predicted"]].to_numpy().T)
             assert dashed.get_linestyle() == "--"
             assert same_color(dashed.get_color(), line.get_color())
-            # Magnitudes say how much, and not which way.
+            # Scores without a sign are drawn with both signs.
             assert ("_turned" in marks) == (method == UNSIGNED)
             assert ("no direction: ± sum of magnitudes" in axes.get_title()) == (method == UNSIGNED)
             if method == UNSIGNED:
-                assert marks["_turned"].get_ydata() == pytest.approx(-mine["predicted"].to_numpy())
-            assert np.array(marks["_random"].get_data()) == pytest.approx(mine[["size", "random"]].to_numpy().T)
-            band = next(one for one in axes.collections if str(one.get_label()).startswith("random sets"))
+                assert marks["_turned"].get_ydata() == pytest.approx(-of_method["predicted"].to_numpy())
+            assert np.array(marks["_random"].get_data()) == pytest.approx(of_method[["size", "random"]].to_numpy().T)
+            band = next(
+                collection for collection in axes.collections if str(collection.get_label()).startswith("random sets")
+            )
             assert band.get_label() == "random sets: mean, smallest and largest of 3"
             assert same_color(band.get_facecolor()[0][:3], marks["_random"].get_color())
             corners = band.get_paths()[0].vertices
-            for row in mine.to_dict("records"):
+            for row in of_method.to_dict("records"):
                 at = corners[corners[:, 0] == row["size"], 1]
                 assert (at.min(), at.max()) == pytest.approx((row["random_min"], row["random_max"]))
             assert axes.get_xscale() == "log"
             assert axes.get_xticks().tolist() == [50, 100, 300]
-            # The first panel has another below it.
+            # The first panel has no tick labels, because there is a panel below it.
             names = [label.get_text() for label in axes.get_xticklabels()]
             assert names == ([] if method == METHODS[0] else ["50", "100", "300"])
             assert "(n = 24)" in axes.get_title()
@@ -206,7 +208,7 @@ class TestSets:
         assert first == "Effect of ablating top sets: mlp"
         assert second == "Effect of ablation to mean, 24 pairs; 95% intervals over prompts"
 
-    def test_without_random_sets(self):
+    def test_figures_without_random_sets_have_no_legend_of_them(self):
         figure = plots.faithfulness_sets(hand_made(n_random=0))
         shown = [text.get_text() for text in figure.legends[0].get_texts()]
         assert sorted(shown) == ["sum of predicted effects", "true effect"]
@@ -217,12 +219,12 @@ class TestSets:
         assert ticks[0] == 10
         assert (ticks[1:] / ticks[:-1] >= 100**0.149).all()
 
-    def test_one_size(self, tmp_path):
+    def test_sets_of_a_single_size_are_drawn(self, tmp_path):
         figure = plots.faithfulness_sets(hand_made(fractions=(0.1,)))
         assert panels(figure)[0].get_xticks().tolist() == [100]
         figure.savefig(tmp_path / "one.png", dpi=40)
 
-    def test_no_sets(self):
+    def test_results_without_sets_are_refused(self):
         result = replace(hand_made(), sets=pd.DataFrame())
         with pytest.raises(OptionError, match=r"result: expected sets.*other than OtherResponse\(\).*set_fractions="):
             plots.faithfulness_sets(result)
@@ -231,7 +233,7 @@ class TestSets:
 
 @pytest.mark.parametrize("draw", [plots.faithfulness_scatter, plots.faithfulness_sets])
 class TestBoth:
-    def test_methods(self, draw):
+    def test_methods_select_panels_and_their_order(self, draw):
         result = hand_made()
         chosen = [METHODS[2], METHODS[0], METHODS[2]]
         titles = [axes.get_title().split(" (")[0] for axes in panels(draw(result, methods=chosen))]
@@ -245,14 +247,14 @@ class TestBoth:
         with pytest.raises(OptionError, match=r"methods: expected some of .* got \[\]"):
             draw(result, methods=[])
 
-    def test_into_a_given_axis(self, draw):
+    def test_a_given_axis_gets_one_panel(self, draw):
         figure = Figure()
         axis = figure.add_subplot()
         assert draw(hand_made(), axis, methods=METHODS[0]) is figure
         assert figure.axes == [axis]
         assert axis.get_title()
         with pytest.raises(
-            OptionError, match="ax: one axis holds one panel, and there are 4; choose one with methods="
+            OptionError, match=r"ax: an axis holds one panel, and this figure has 4\. Select a panel with methods="
         ):
             draw(hand_made(), Figure().add_subplot())
         with pytest.raises(OptionError, match="ax: expected an axis with straight coordinates"):
@@ -272,11 +274,11 @@ class TestBoth:
         gc.collect()
         assert gone() is None
 
-    def test_after_saving_and_loading(self, draw, tmp_path):
-        """A missing sign agreement is still missing, and tells magnitudes apart."""
-        hand_made().save(tmp_path / "found.safetensors")
-        back = Faithfulness.load(tmp_path / "found.safetensors")
-        titles = [[axes.get_title() for axes in panels(draw(one))] for one in (back, hand_made())]
+    def test_loaded_results_draw_the_same_figure(self, draw, tmp_path):
+        """A missing sign agreement, which marks scores without a sign, stays missing."""
+        hand_made().save(tmp_path / "result.safetensors")
+        back = Faithfulness.load(tmp_path / "result.safetensors")
+        titles = [[axes.get_title() for axes in panels(draw(result))] for result in (back, hand_made())]
         assert titles[0] == titles[1]
         assert [axes.get_ylabel() for axes in panels(draw(back))][-1] in (
             "true |effect| (reward units)",

@@ -1,4 +1,4 @@
-"""Figures: what they show is what the tables say, computed again here; what cannot be drawn is refused."""
+"""Figures show the numbers of the tables, which are computed again here, and refuse what they cannot draw."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def single():
     return hand_made(seeds=(0,))
 
 
-# Every figure, with what picks one panel of it, and a column that it cannot do without.
+# Every figure, with the arguments that select one panel, and a column that it needs.
 DRAWN = {
     "accuracy": (plots.accuracy, {}, "measure"),
     "radar": (plots.radar, {}, "chance"),
@@ -52,18 +52,19 @@ def table_of(study, name):
 
 
 def shown(axes, upright=False):
-    """(value, low, high, place) of every dot with an interval, by the series' name in the legend."""
-    found = {}
-    for one in axes.containers:
-        if isinstance(one, ErrorbarContainer):
-            line, _, bars = one.lines
-            values, places = (line.get_ydata(), line.get_xdata()) if upright else (line.get_xdata(), line.get_ydata())
+    """(value, low, high, row) of every dot with an interval, by the name of its series in the legend."""
+    estimates = {}
+    for container in axes.containers:
+        if isinstance(container, ErrorbarContainer):
+            line, _, bars = container.lines
+            values, rows = (line.get_ydata(), line.get_xdata()) if upright else (line.get_xdata(), line.get_ydata())
             # A dot without an interval has a segment without points.
             segments = [
-                one[:, int(upright)] if len(one) else [np.nan, np.nan] for one in bars[int(upright)].get_segments()
+                segment[:, int(upright)] if len(segment) else [np.nan, np.nan]
+                for segment in bars[int(upright)].get_segments()
             ]
-            found[one.get_label()] = np.column_stack([values, np.array(segments), places]).astype(float)
-    return found
+            estimates[container.get_label()] = np.column_stack([values, np.array(segments), rows]).astype(float)
+    return estimates
 
 
 def faint(axes):
@@ -90,7 +91,7 @@ class TestEveryFigure:
         assert isinstance(own, Figure)
         assert own.get_suptitle()
         assert own.get_figwidth() == 8
-        # A notebook shows it as a picture, also without pyplot.
+        # A notebook shows the figure as a picture, even without pyplot.
         assert own._repr_png_().startswith(b"\x89PNG")
 
     @pytest.mark.parametrize("name", DRAWN)
@@ -105,11 +106,11 @@ class TestEveryFigure:
             draw(StudyResult({}, study.summary), **panel)
 
     @pytest.mark.parametrize("name", DRAWN)
-    def test_several_families(self, study, name):
+    def test_one_of_several_families_must_be_selected(self, study, name):
         draw, panel, _ = DRAWN[name]
         table = table_of(study, name)
         both = pd.concat([table.assign(family=7), table])
-        with pytest.raises(OptionError, match=r"family: .* choose one of"):
+        with pytest.raises(OptionError, match=r"family: .* Select one with family"):
             draw(both, **panel)
         with pytest.raises(OptionError, match=r"family: expected one of \['7', 'tiny'\], got 'other'"):
             draw(both, family="other", **panel)
@@ -118,9 +119,9 @@ class TestEveryFigure:
         assert axis.get_title().startswith("7: ")
 
     @pytest.mark.parametrize("name", [name for name, (_, panel, _) in DRAWN.items() if panel])
-    def test_one_axis_holds_one_panel(self, study, name):
+    def test_an_axis_holds_one_panel(self, study, name):
         draw, panel, _ = DRAWN[name]
-        with pytest.raises(OptionError, match=f"ax: one axis holds one panel.*{next(iter(panel))}="):
+        with pytest.raises(OptionError, match=f"ax: an axis holds one panel.*{next(iter(panel))}="):
             draw(study, Figure().add_subplot())
         wrong = {next(iter(panel)): "nothing"}
         with pytest.raises(OptionError, match=r"expected one of .* got 'nothing'"):
@@ -138,47 +139,47 @@ class TestEveryFigure:
         with pytest.raises(OptionError, match="level"):
             plots.comparisons(study.comparisons, level=2.0)
 
-    def test_shapes_of_axes(self, study):
+    def test_axes_of_the_wrong_projection_are_refused(self, study):
         with pytest.raises(OptionError, match="ax: expected a polar axis"):
             plots.radar(study, Figure().add_subplot())
         with pytest.raises(OptionError, match="ax: expected an axis with straight coordinates"):
             plots.accuracy(study, Figure().add_subplot(projection="polar"))
 
     def test_figures_average_over_seeds_as_the_study_does(self, study):
-        """`Rows.means` and `StudyResult.over_seeds` are two pieces of code for one rule."""
+        """`Rows.means` and `StudyResult.over_seeds` implement the same rule."""
         from rmtension.plots._rows import Rows
 
         for table in ("accuracy", "subsets", "comparisons", "confidence", "curves", "ablation"):
             keys, (columns, *_) = POOLED[table]
-            found = Rows.of(study, table, ()).means(keys, *columns)
-            theirs = study.over_seeds(table)
-            assert found[["value", "low", "high"]].to_numpy() == pytest.approx(theirs[list(columns)].to_numpy())
-            assert found[list(keys)].equals(theirs[list(keys)])
+            means = Rows.of(study, table, ()).means(keys, *columns)
+            pooled = study.over_seeds(table)
+            assert means[["value", "low", "high"]].to_numpy() == pytest.approx(pooled[list(columns)].to_numpy())
+            assert means[list(keys)].equals(pooled[list(keys)])
 
-    def test_figures_can_be_written(self, study, tmp_path):
+    def test_figures_can_be_saved(self, study, tmp_path):
         for name in ("radar", "transferability"):
             DRAWN[name][0](study).savefig(tmp_path / f"{name}.png", dpi=50)
             assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
     @pytest.mark.grid
-    def test_without_the_suites_type_checks(self):
-        """Matplotlib waits for the first figure, and what is no table is refused with a word on what is."""
+    def test_plots_import_no_matplotlib_and_refuse_paths(self):
+        """In a process without the type checks of the suite."""
         code = "import sys, rmtension.plots as p; assert 'matplotlib' not in sys.modules; p.accuracy('folder')"
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "OptionError: table: expected a StudyResult or its table 'accuracy', got str" in ran.stderr
 
-    def test_colours(self):
+    def test_every_name_has_its_own_colour(self):
         names = ["helpful", "other", "third"]
-        found = colours(names)
-        assert found["helpful"] == colours([])["helpful"]
-        assert len({found[name] for name in names}) == 3
+        palette = colours(names)
+        assert palette["helpful"] == colours([])["helpful"]
+        assert len({palette[name] for name in names}) == 3
 
 
 class TestDots:
-    """Figures of estimates in rows: every dot and bar against the formula, every seed."""
+    """Figures of estimates in rows: dots, intervals and single seeds are compared with the formula."""
 
     @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
-    def test_accuracy(self, seeds):
+    def test_accuracy_draws_the_means_over_seeds(self, seeds):
         study = hand_made(seeds)
         (axes,) = plots.accuracy(study).axes
         table = study.accuracy.query("measure != 'margin'")
@@ -187,8 +188,8 @@ class TestDots:
         assert list(series) == [*MODELS, "length only"]
         assert sum(map(len, series.values())) == len(table) / len(seeds)
         for (model, on, measure), interval in expected(table, ("model", "objective", "measure"), share=True).items():
-            place = names.index(f"{on}: {measure} (n = 90)")
-            (dot,) = [one for one in series[model] if round(one[3]) == place]
+            row = names.index(f"{on}: {measure} (n = 90)")
+            (dot,) = [dot for dot in series[model] if round(dot[3]) == row]
             assert dot[:3] == pytest.approx(interval)
         assert faint(axes) == pytest.approx(sorted(table["value"]) if len(seeds) > 1 else [])
 
@@ -196,18 +197,18 @@ class TestDots:
         with pytest.raises(OptionError, match="margin"):
             plots.accuracy(study.accuracy.query("measure == 'margin'"))
 
-    def test_comparisons(self, study):
+    def test_comparisons_draw_the_differences(self, study):
         (axes,) = plots.comparisons(study).axes
         series = shown(axes)
         names = row_names(axes)
         table = study.comparisons
         for (second, on, subset), interval in expected(table, ("second", "objective", "subset"), "difference").items():
-            place = names.index(f"{on}: {subset.replace('_', ' ')} (n = 45)")
-            (dot,) = [one for one in series[f"mixed - {second}"] if round(one[3]) == place]
+            row = names.index(f"{on}: {subset.replace('_', ' ')} (n = 45)")
+            (dot,) = [dot for dot in series[f"mixed - {second}"] if round(dot[3]) == row]
             assert dot[:3] == pytest.approx(interval)
         assert faint(axes) == pytest.approx(sorted(table["difference"]))
-        (one,) = plots.comparisons(study, objective="harmless").axes
-        assert len(row_names(one)) == 3
+        (axes,) = plots.comparisons(study, objective="harmless").axes
+        assert len(row_names(axes)) == 3
 
     def test_a_subset_called_none_survives_a_csv(self, study, tmp_path):
         table = study.comparisons.replace("chat", "None")
@@ -215,21 +216,21 @@ class TestDots:
         (axes,) = plots.comparisons(pd.read_csv(tmp_path / "table.csv")).axes
         assert "helpful: None (n = 45)" in row_names(axes)
 
-    def test_transferability(self, study):
+    def test_transferability_draws_all_quantities(self, study):
         (axes,) = plots.transferability(study).axes
         series = shown(axes)
         assert row_names(axes)[:3] == ["transferability T", "accuracy of mixed", "T - accuracy"]
         for on in OBJECTIVES:
             part = study.transferability.query("objective == @on")
-            found = [
+            estimates = [
                 *expected(part.query("quantity != 'beyond accuracy'"), ("quantity",), share=True).values(),
                 *expected(part.query("quantity == 'beyond accuracy'"), ("quantity",)).values(),
             ]
-            found.insert(2, found.pop())
-            assert series[f"on {on} pairs (n = 90)"][:, :3] == pytest.approx(np.array(found))
+            estimates.insert(2, estimates.pop())
+            assert series[f"on {on} pairs (n = 90)"][:, :3] == pytest.approx(np.array(estimates))
 
     @pytest.mark.parametrize("quantity", ["margin", "margin_in_spreads", "probability"])
-    def test_confidence(self, study, quantity):
+    def test_confidence_draws_every_model(self, study, quantity):
         (axes,) = plots.confidence(study, quantity=quantity).axes
         table = study.confidence.query("quantity == @quantity")
         names = row_names(axes)
@@ -237,12 +238,12 @@ class TestDots:
         assert "harmless: all pairs (n = 90)" in names
         for model in MODELS:
             part, share = table.query("model == @model"), quantity == "probability"
-            found = list(expected(part, ("objective", "pairs"), share=share).values())
-            assert shown(axes)[model][:, :3] == pytest.approx(np.array(found))
+            estimates = list(expected(part, ("objective", "pairs"), share=share).values())
+            assert shown(axes)[model][:, :3] == pytest.approx(np.array(estimates))
         with pytest.raises(OptionError, match="quantity: expected one of"):
             plots.confidence(study, quantity="reward")
 
-    def test_confidence_where_no_pair_is_left(self, single):
+    def test_confidence_is_drawn_if_no_pair_is_left(self, single):
         table = single.confidence.copy()
         table.loc[table["pairs"] != "all", ["value", "low", "high"]] = np.nan
         table.loc[table["pairs"] != "all", "n"] = 0
@@ -255,12 +256,12 @@ class TestDots:
         for column in ("effect", "low", "high"):
             table[column] *= 1000 / table["size"]
         for on in OBJECTIVES:
-            found = list(expected(table.query("objective == @on"), ("set",), "effect").values())
-            assert shown(axes)[f"on {on} pairs (n = 90)"][:, :3] == pytest.approx(np.array(found))
+            estimates = list(expected(table.query("objective == @on"), ("set",), "effect").values())
+            assert shown(axes)[f"on {on} pairs (n = 90)"][:, :3] == pytest.approx(np.array(estimates))
         assert "7-9 neurons of each set" in plots.equal_size(study).get_suptitle()
 
     @pytest.mark.parametrize("quantity", ["margin", "accuracy"])
-    def test_matrix(self, study, quantity):
+    def test_the_matrix_draws_effects_and_both_controls(self, study, quantity):
         figure = plots.matrix(study, quantity=quantity)
         table = study.ablation.query("quantity == @quantity")
         for on, axes in zip(OBJECTIVES, figure.axes, strict=True):
@@ -274,8 +275,10 @@ class TestDots:
             for control, label in (("layer", "random, by layer"), ("magnitude", "random, by layer and magnitude")):
                 random = part[part["control"] == control].groupby("set", sort=False)
                 mean = random[["random_effect", "random_sd"]].mean()
-                found = np.column_stack([mean["random_effect"] + sign * 2 * mean["random_sd"] for sign in (0, -1, 1)])
-                assert series[label][:, :3] == pytest.approx(found)
+                estimates = np.column_stack(
+                    [mean["random_effect"] + sign * 2 * mean["random_sd"] for sign in (0, -1, 1)]
+                )
+                assert series[label][:, :3] == pytest.approx(estimates)
         assert row_names(figure.axes[0])[0] == "helpful only\n(30-32)"
         with pytest.raises(OptionError, match="quantity: expected one of"):
             plots.matrix(study, quantity="reward")
@@ -290,7 +293,7 @@ class TestDots:
 
 
 class TestPlanes:
-    def test_refuse_respond(self, study):
+    def test_refuse_respond_draws_both_accuracies(self, study):
         (axes,) = plots.refuse_respond(study).axes
         table = study.accuracy.query("objective == 'harmless'")
         for model in MODELS:
@@ -307,14 +310,14 @@ class TestPlanes:
         with pytest.raises(OptionError, match="expected the measures 'refusing' and 'responding'"):
             plots.refuse_respond(table)
 
-    def test_refuse_respond_by_objective(self, study):
+    def test_refuse_respond_has_a_panel_per_objective(self, study):
         both = pd.concat([study.accuracy, study.accuracy.query("objective == 'harmless'").assign(objective="other")])
         assert len(plots.refuse_respond(both).axes) == 2
         with pytest.raises(OptionError, match="objective="):
             plots.refuse_respond(both, Figure().add_subplot())
 
     @pytest.mark.parametrize("quantity", ["margin", "accuracy"])
-    def test_collapse(self, study, quantity):
+    def test_collapse_draws_the_retained_shares(self, study, quantity):
         (axes,) = plots.collapse(study, quantity=quantity).axes
         table = study.collapse.query("quantity == @quantity")
         for name, size in SETS.items():
@@ -329,7 +332,7 @@ class TestPlanes:
         assert low < table[["retained_helpful_low", "retained_harmless_low"]].to_numpy().min()
         assert high > 1, "the whole model is in view"
 
-    def test_collapse_of_an_accuracy_at_chance(self, single):
+    def test_undefined_retained_shares_leave_finite_axes(self, single):
         table = single.collapse.copy()
         table.loc[:, [column for column in table if column.startswith("retained")]] = np.nan
         (axes,) = plots.collapse(table).axes
@@ -337,20 +340,20 @@ class TestPlanes:
 
 
 class TestRadar:
-    def test_polygons(self, study):
+    def test_polygons_and_bands_are_accuracies_with_intervals(self, study):
         (axes,) = plots.radar(study).axes
         lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
         order = [(on, subset) for on in OBJECTIVES for subset in SUBSETS[on]]
-        bands = [one for one in axes.collections if len(one.get_paths())]
+        bands = [collection for collection in axes.collections if len(collection.get_paths())]
         for model, band in zip(MODELS, bands, strict=True):
             part = study.subsets.query("model == @model")
-            found = expected(part, ("objective", "subset"), "accuracy", share=True)
-            values = [found[one][0] for one in order]
+            estimates = expected(part, ("objective", "subset"), "accuracy", share=True)
+            values = [estimates[spoke][0] for spoke in order]
             assert lines[model] == pytest.approx([*values, values[0]])
             corners = band.get_paths()[0].vertices[:, 1]
-            for place in (1, 2):
-                for one in order:
-                    assert np.isclose(corners, found[one][place]).any()
+            for end in (1, 2):
+                for spoke in order:
+                    assert np.isclose(corners, estimates[spoke][end]).any()
         assert set(lines["chance"]) == {0.5}
         names = [text.get_text() for text in axes.texts]
         assert names == [subset.replace("_", " ") for _, subset in order]
@@ -363,18 +366,20 @@ class TestRadar:
         sides = [next(on for on in OBJECTIVES if name.replace(" ", "_") in SUBSETS[on]) for name in names]
         assert sides in (sorted(sides), sorted(sides, reverse=True))
 
-    def test_too_few_subsets(self, study):
+    def test_fewer_than_three_subsets_are_refused(self, study):
         with pytest.raises(OptionError, match="at least 3 subsets"):
             plots.radar(study, objective="helpful")
 
 
 class TestDepthAndOverlap:
-    def test_depth(self, study):
+    def test_depth_stacks_the_thirds(self, study):
         figure = plots.depth(study)
         for score, axes in zip(SCORES, figure.axes, strict=True):
             assert axes.get_title() == score
             mean = study.depth.query("score == @score").groupby("set", sort=False)[["early", "middle", "late"]].mean()
-            bars = {one.get_label(): one for one in axes.containers if isinstance(one, BarContainer)}
+            bars = {
+                container.get_label(): container for container in axes.containers if isinstance(container, BarContainer)
+            }
             left = np.zeros(len(mean))
             for third in ("early", "middle", "late"):
                 assert [bar.get_width() for bar in bars[third]] == pytest.approx(mean[third].tolist())
@@ -385,29 +390,33 @@ class TestDepthAndOverlap:
             assert faint(axes) == pytest.approx(sorted([*divided["early"], *(divided["early"] + divided["middle"])]))
         assert row_names(figure.axes[0]) == [*MODELS, "shared"]
 
-    def test_a_set_that_a_score_lacks(self, single):
+    def test_a_set_that_a_score_lacks_has_no_size(self, single):
         table = single.depth.query("score != 'change' or set != 'shared'")
         texts = [text.get_text() for text in plots.depth(table).axes[1].texts]
         assert texts == ["40", "40", "40", "none"]
 
-    def test_overlap(self, study):
+    def test_overlap_draws_indices_ceilings_and_stars(self, study):
         figure = plots.overlap(study)
         for score, axes in zip(SCORES, figure.axes, strict=True):
             table = study.overlap[study.overlap["score"] == score]
             names = row_names(figure.axes[0])
             assert names[:3] == ["helpful / harmless", "helpful / mixed", "helpful or\nharmless / mixed"]
             series = shown(axes)
-            ticks = [one.get_segments()[0] for one in axes.collections if isinstance(one, LineCollection)]
+            ticks = [
+                collection.get_segments()[0]
+                for collection in axes.collections
+                if isinstance(collection, LineCollection)
+            ]
             assert ticks
             stars = {round(float(text.xy[1]), 2) for text in axes.texts}
             for without, label in ((False, "top sets"), (True, "without the base's own top set")):
                 dots = {round(dot[3] + (-0.19 if without else 0.19)): dot for dot in series[label]}
                 for (a, b), part in table.query("without_base == @without and kind != 'seeds'").groupby(["a", "b"]):
-                    place = names.index(f"{a} / {b}".replace(" or ", " or\n"))
+                    row = names.index(f"{a} / {b}".replace(" or ", " or\n"))
                     (interval,) = expected(part, ("a",), "jaccard", "jaccard_low", "jaccard_high", share=True).values()
-                    assert dots[place][:3] == pytest.approx(interval, nan_ok=True)
+                    assert dots[row][:3] == pytest.approx(interval, nan_ok=True)
                     (beyond,) = expected(part, ("a",), "beyond_chance", "beyond_low", "beyond_high").values()
-                    starred = round(float(dots[place][3]), 2) in stars
+                    starred = round(float(dots[row][3]), 2) in stars
                     assert starred == (beyond[1] > 0 or beyond[2] < 0)
                 ceiling = table.query("without_base == @without and kind == 'seeds'")
                 for model in MODELS:
@@ -417,25 +426,25 @@ class TestDepthAndOverlap:
                     assert dot[:3] == pytest.approx(part[["jaccard", "jaccard_low", "jaccard_high"]].mean().to_numpy())
             assert faint(axes) == pytest.approx(sorted(table["jaccard"]))
 
-    def test_chance_of_an_overlap(self, single):
-        """Ticks at the mean that chance gives within layers, on the range that the interval beyond chance leaves."""
+    def test_overlap_draws_chance_with_its_range(self, single):
+        """Ticks show the mean of chance within layers, and bars its range, from the interval beyond chance."""
         table = single.overlap.query("kind == 'models' and score == 'magnitude' and not without_base")
         (axes,) = plots.overlap(table).axes
-        lines = [one for one in axes.collections if isinstance(one, LineCollection)]
-        (bands,) = [np.array(one.get_segments()) for one in lines if one.get_label() == "chance within layers (95%)"]
-        (ticks,) = [np.array(one.get_segments()) for one in lines if same_color(one.get_color()[0], "black")]
+        lines = [collection for collection in axes.collections if isinstance(collection, LineCollection)]
+        (bands,) = [np.array(line.get_segments()) for line in lines if line.get_label() == "chance within layers (95%)"]
+        (ticks,) = [np.array(line.get_segments()) for line in lines if same_color(line.get_color()[0], "black")]
         assert bands[:, 0, 0] == pytest.approx((table["jaccard"] - table["beyond_high"]).tolist())
         assert bands[:, 1, 0] == pytest.approx((table["jaccard"] - table["beyond_low"]).tolist())
         assert ticks[:, 0, 0] == pytest.approx(table["layer_expected_jaccard"].tolist())
 
-    def test_overlap_of_ceilings_alone(self, study):
+    def test_ceilings_can_be_drawn_alone(self, study):
         (axes,) = plots.overlap(study.overlap.query("kind == 'seeds'"), score="change").axes
         assert row_names(axes) == [f"{model}, 2 seeds" for model in MODELS]
 
 
 class TestCurves:
     @pytest.mark.parametrize("quantity", ["accuracy", "change", "drop", "normalised", "margin", "margin_change"])
-    def test_lines_and_bands(self, study, quantity):
+    def test_lines_are_means_and_bands_are_ranges(self, study, quantity):
         (axes,) = plots.curves(study, quantity=quantity, model="mixed", objective="harmless").axes
         assert axes.get_title() == "mixed on harmless (n = 90)"
         table = study.curves.query("model == 'mixed' and objective == 'harmless'")
@@ -453,16 +462,16 @@ class TestCurves:
         start["margin"] = (table["margin"] - table["margin_change"]).groupby(table["seed"]).mean().mean()
         assert lines["whole model"].get_ydata()[0] == pytest.approx(start.get(quantity, 0.0))
 
-    def test_a_panel_for_every_model_and_objective(self, study):
+    def test_every_model_and_objective_has_a_panel(self, study):
         titles = [f"{model} on {on} (n = 90)" for on in OBJECTIVES for model in MODELS]
         assert [axes.get_title() for axes in plots.curves(study).axes] == titles
 
-    def test_one_seed_has_bands_of_random_draws_alone(self, single):
+    def test_with_one_seed_only_random_draws_have_bands(self, single):
         figure = plots.curves(single, model="mixed")
         assert [len(axes.collections) for axes in figure.axes] == [1, 1]
         assert figure.get_suptitle().endswith("Band: lowest to highest draw")
 
-    def test_quantity(self, study):
+    def test_unknown_quantities_are_refused(self, study):
         with pytest.raises(OptionError, match="quantity: expected one of"):
             plots.curves(study, quantity="reward")
 
@@ -479,7 +488,7 @@ class TestCurves:
 
 class TestDistributions:
     @pytest.mark.parametrize("pairs", ["all", "all models correct"])
-    def test_shares(self, study, pairs):
+    def test_bars_are_shares_of_responses(self, study, pairs):
         figure = plots.distributions(study, pairs=pairs)
         table = study.rewards if pairs == "all" else study.rewards[study.rewards["all_correct"]]
         axes = figure.axes[2]
@@ -494,16 +503,16 @@ class TestDistributions:
             assert sum(bar.get_height() for bar in bars[kind]) == pytest.approx(1)
             assert (edges[0], edges[-1]) == pytest.approx((scale.min(), scale.max()))
         outlines = [patch for patch in axes.patches if patch.get_label() == "_chosen of a seed"]
-        assert len(outlines) == 3, "one a seed"
+        assert len(outlines) == 3, "one outline per seed"
 
     def test_one_seed_has_no_outlines(self, single):
         axes = plots.distributions(single).axes[0]
         assert not [patch for patch in axes.patches if str(patch.get_label()).endswith("of a seed")]
 
-    def test_choices(self, study):
+    def test_wrong_pairs_are_refused(self, study):
         with pytest.raises(OptionError, match="pairs: expected one of"):
             plots.distributions(study, pairs="some")
-        with pytest.raises(OptionError, match="no pair is left"):
+        with pytest.raises(OptionError, match="pairs: expected at least one pair that all models rank correctly"):
             plots.distributions(study.rewards.assign(all_correct=False), pairs="all models correct")
         with pytest.raises(OptionError, match="'all_correct'"):
             plots.distributions(study.rewards.drop(columns="all_correct"), pairs="all models correct")

@@ -17,10 +17,10 @@ from pathlib import Path
 import pandas as pd
 
 from rmtension import ActivationCollector, Mean, NeuronAttribution, NeuronScores, PreferencePairs, RewardHead, Zero
-from rmtension.attribution._effect_prediction import faithfulness
+from rmtension.attribution._faithfulness import faithfulness
 from rmtension.attribution._neuron_attribution import score_together
 from rmtension.data._encoding import encode_pairs
-from rmtension.interventions._replacements import Replacement
+from rmtension.interventions._replacement import Replacement
 from rmtension.synthetic._world import preference_world
 
 OBJECTIVES = ("helpful", "harmless")

@@ -30,7 +30,7 @@ from rmtension import (
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.distributed import current, sharded
 from rmtension.errors import ShardError
-from rmtension.passes._profiles import collect_profiles
+from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.study._model_runs import ModelRuns
 
 

@@ -36,7 +36,7 @@ from rmtension import (
     RewardHead,
 )
 from rmtension.interventions._sweep import score_without
-from rmtension.passes._profiles import collect_profiles
+from rmtension.passes._collect_profiles import collect_profiles
 
 
 def cycle(model: Path, pairs, folder: Path, tokenizer=None) -> None:

@@ -13,7 +13,8 @@ from hand_made import hand_made_study
 from tiny_models import make_pairs
 
 from rmtension import NeuronSet, PreferencePairs, StudyResult
-from rmtension.attribution._neuron_pages import NeuronPages, examine
+from rmtension.attribution._examine import examine
+from rmtension.attribution._neuron_pages import NeuronPages
 from rmtension.report._every_format import write_report
 from rmtension.report._figures import draw_pictures
 from rmtension.report._html import to_html
@@ -61,7 +62,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def result():
-    found = hand_made_study()
+    study = hand_made_study()
     summary = {
         "version": "0.1.0",
         "options": {
@@ -76,7 +77,7 @@ def result():
             for name in ("helpful", "harmless")
         },
     }  # fmt: skip
-    tables = {name: frame.assign(family=HOSTILE) for name, frame in found.tables.items()}
+    tables = {name: frame.assign(family=HOSTILE) for name, frame in study.tables.items()}
     return StudyResult(tables=tables, summary=summary)
 
 
@@ -95,7 +96,7 @@ def neurons(head):
 
 @pytest.fixture(scope="module")
 def page(result, neurons):
-    """Its figures are small: what they show is no part of what is tested."""
+    """The page, with figures at low resolution to save time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rmtension.report._figures._DPI", 40)
         return to_html(result, draw_pictures(result), neurons=neurons)
@@ -103,11 +104,11 @@ def page(result, neurons):
 
 def test_the_page_loads_nothing_and_runs_only_its_own_script(page):
     parsed = Page(page)
-    (policy,) = (one["content"] for one in parsed.of("meta") if one.get("http-equiv"))
+    (policy,) = (attributes["content"] for attributes in parsed.of("meta") if attributes.get("http-equiv"))
     assert policy.startswith("default-src 'none'; img-src data:;")
     data, script = parsed.of("script")
     assert (data, script) == ({"type": "application/json", "id": "neuron-texts"}, {})
-    # The policy names the one script and the one style that stand there, byte for byte.
+    # The policy has the hashes of the only script and the only style of the page.
     for kind, text in (("script", parsed.text["script"][-1]), ("style", parsed.text["style"][-1])):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert f"{kind}-src 'sha256-{digest}'" in policy
@@ -117,28 +118,28 @@ def test_the_page_loads_nothing_and_runs_only_its_own_script(page):
             assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,")), (tag, attributes[name])
     assert not parsed.of("link")
     assert not re.search(r"@import|url\(", parsed.text["style"][-1])
-    assert len(parsed.of("img")) >= 10, "the figures, and none that the data asks for"
-    assert all(len(one["alt"]) > 20 for one in parsed.of("img"))
+    assert len(parsed.of("img")) >= 10, "the page has the figures, and no image from the data"
+    assert all(len(attributes["alt"]) > 20 for attributes in parsed.of("img"))
     assert len(page) < 5_000_000
 
 
-def test_texts_of_the_data_are_text(page, neurons):
-    found = json.loads(Page(page).text["script"][0])
-    assert {name: len(some) for name, some in found.items()} == {"0.7": 4, "2.5": 4, "2.9": 4}
+def test_texts_of_the_data_never_become_markup(page, neurons):
+    examples = json.loads(Page(page).text["script"][0])
+    assert {name: len(of_neuron) for name, of_neuron in examples.items()} == {"0.7": 4, "2.5": 4, "2.9": 4}
     for example in neurons.examples:
         (kept,) = (
-            one
-            for one in found[f"{example.layer}.{example.neuron}"]
-            if (one["objective"], one["pair"]) == (example.objective, example.pair)
+            shown
+            for shown in examples[f"{example.layer}.{example.neuron}"]
+            if (shown["objective"], shown["pair"]) == (example.objective, example.pair)
         )
         assert tuple(kept["chosen"]["tokens"]) == example.chosen.tokens
         assert "".join(kept["chosen"]["tokens"]).endswith(HOSTILE)
         assert tuple(kept["chosen"]["activations"]) == example.chosen.activations
     assert "alert(1)</script>" not in page
-    assert "<img src=x onerror=alert(2)>" in "".join(Page(page).text["code"]), "as text it is there"
+    assert "<img src=x onerror=alert(2)>" in "".join(Page(page).text["code"]), "the text itself is shown"
 
 
-def test_the_table_of_neurons(page, neurons):
+def test_every_neuron_has_a_row_a_point_and_a_page(page, neurons):
     parsed = Page(page)
     rows = {cells[0]: cells for cells in parsed.rows if re.fullmatch(r"\d+\.\d+", cells[0])}
     asked = neurons.table[neurons.table["set"] == "asked for"]
@@ -150,33 +151,33 @@ def test_the_table_of_neurons(page, neurons):
             f"{row[f'{name}_effect']:+.4f} [{row[f'{name}_effect_low']:+.4f}, {row[f'{name}_effect_high']:+.4f}]"
             for name in ("helpful", "harmless")
         ]
-    # Every one has a point, a row and a page of its name.
-    pages = [one["id"] for one in parsed.of("article")]
-    links = [one["href"] for one in parsed.of("a") if one["href"].startswith("#neuron-")]
+    # Every examined neuron has a page, and a link to it in the table and in the scatter.
+    pages = [attributes["id"] for attributes in parsed.of("article")]
+    links = [attributes["href"] for attributes in parsed.of("a") if attributes["href"].startswith("#neuron-")]
     assert pages == ["neuron-0-7", "neuron-2-5", "neuron-2-9"]
-    assert sorted(links) == sorted(2 * [f"#{one}" for one in pages])
+    assert sorted(links) == sorted(2 * [f"#{page_id}" for page_id in pages])
 
 
 def test_the_scatter_is_to_scale(page, neurons):
     parsed = Page(page)
-    circles = [(float(one["cx"]), float(one["cy"])) for one in parsed.of("circle")]
+    circles = [(float(attributes["cx"]), float(attributes["cy"])) for attributes in parsed.of("circle")]
     frame = neurons.scatter.set_index(["layer", "neuron"])
     points = frame.loc[neurons.neurons][["helpful", "harmless"]].to_numpy()
     for axis, pixels in enumerate(zip(*circles, strict=True)):
         slope, start = np.polyfit(points[:, axis], pixels, 1)
         np.testing.assert_allclose(slope * points[:, axis] + start, pixels, atol=0.1)
         assert (slope > 0) == (axis == 0), "upwards is less in a picture's rows"
-    (cloud,) = (one["d"] for one in parsed.of("path") if one["class"] == "cloud")
+    (cloud,) = (attributes["d"] for attributes in parsed.of("path") if attributes["class"] == "cloud")
     assert cloud.count("M") == len(frame) == 3 * 64
 
 
 @pytest.fixture
 def bare(monkeypatch):
-    """No matplotlib: drawing is most of the time."""
+    """Draw no figures, to save time."""
     monkeypatch.setattr("rmtension.report._figures.can_draw_figures", lambda: False)
 
 
-def test_without_neurons_and_figures(result, bare):
+def test_a_page_without_neurons_and_figures_is_complete(result, bare):
     text = to_html(result, draw_pictures(result))
     parsed = Page(text)
     assert len(parsed.of("script")) == 1
@@ -186,24 +187,24 @@ def test_without_neurons_and_figures(result, bare):
 
 
 def test_findings_are_the_tables_numbers(result, page):
-    found = findings(result)
-    assert len(found) == 7
+    listed = findings(result)
+    assert len(listed) == 7
     pooled = result.over_seeds("comparisons")
-    for one in found[:2]:
-        objective = one.quantity.split()[-1].removesuffix("-only")
+    for finding in listed[:2]:
+        objective = finding.quantity.split()[-1].removesuffix("-only")
         same = {"first": "mixed", "second": objective, "objective": objective, "subset": "all"}
         (row,) = (row for _, row in pooled.iterrows() if all(row[name] == value for name, value in same.items()))
-        assert (one.value, one.low, one.high) == pytest.approx((row["difference"], row["low"], row["high"]))
-    beyond = [one for one in found if "beyond random (layer)" in one.quantity]
+        assert (finding.value, finding.low, finding.high) == pytest.approx((row["difference"], row["low"], row["high"]))
+    beyond = [finding for finding in listed if "beyond random (layer)" in finding.quantity]
     pooled = result.over_seeds("ablation")
-    for one, objective in zip(beyond, ("helpful", "harmless"), strict=True):
+    for finding, objective in zip(beyond, ("helpful", "harmless"), strict=True):
         rows = pooled[(pooled["set"] == "shared") & (pooled["objective"] == objective)]
         (row,) = (row for _, row in rows.iterrows() if (row["quantity"], row["control"]) == ("margin", "layer"))
-        assert (one.value, one.low) == pytest.approx((row["beyond_random"], row["beyond_low"]))
+        assert (finding.value, finding.low) == pytest.approx((row["beyond_random"], row["beyond_low"]))
     shown = [
         cells for cells in Page(page).rows if cells[-1] in ("open", "above 0", "below 0", "above 0.5", "below 0.5")
     ]
-    assert [cells[2] for cells in shown] == [one.estimate for one in found]
+    assert [cells[2] for cells in shown] == [finding.estimate for finding in listed]
 
 
 @pytest.mark.parametrize(
@@ -211,27 +212,29 @@ def test_findings_are_the_tables_numbers(result, page):
     [(0.1, 0.2, 0.0, False), (-0.2, -0.1, 0.0, False), (-0.1, 0.1, 0.0, True), (0.0, 0.1, 0.0, True),
      (0.4, 0.6, 0.5, True), (0.51, 0.6, 0.5, False), (float("nan"), float("nan"), 0.0, True)],
 )  # fmt: skip
-def test_an_interval_with_the_null_value_is_open(low, high, none, is_open):
+def test_a_finding_is_open_if_its_interval_contains_no_difference(low, high, none, is_open):
     assert Finding("f", "q", "x", 0.15, low, high, "c", "9", none).is_open == is_open
 
 
 def test_open_questions_are_listed(result):
-    found = findings(result)
-    lines = unconcluded(result, found)
-    assert sum("does not exclude" in line for line in lines) == sum(one.is_open for one in found)
-    assert any(line.startswith("Analyses that were not run: transferability") for line in lines)
+    listed = findings(result)
+    lines = unconcluded(result, listed)
+    assert sum("does not exclude" in line for line in lines) == sum(finding.is_open for finding in listed)
+    assert any(line.startswith("These analyses were not run: transferability") for line in lines)
     one_seed = StudyResult(
         tables={name: frame[frame["seed"] == 0] for name, frame in result.tables.items()},
         summary=result.summary | {"families": [{"family": HOSTILE, "seed": 0, "base": False}]},
     )
     lines = unconcluded(one_seed, findings(one_seed))
-    assert any(line.startswith("One seed") for line in lines)
+    assert any(line.startswith("There is one seed") for line in lines)
     assert any(line.startswith("There is no base model") for line in lines)
-    assert not any(line.startswith(("One seed", "There is no base model")) for line in unconcluded(result, found))
+    assert not any(
+        line.startswith(("There is one seed", "There is no base model")) for line in unconcluded(result, listed)
+    )
 
 
 def test_the_code_of_the_page_compiles(result, page):
-    """What the page says to run compiles; its options are those of the study."""
+    """The code on the page compiles, and its options are those of the study."""
     code = "".join(Page(page).text["code"]).partition('{\n  "')[0]
     names = {}
     line = next(part for part in code.split("\n\n") if "options = " in part)
@@ -244,7 +247,7 @@ def test_the_code_of_the_page_compiles(result, page):
 
 
 def test_a_report_is_written_whole_or_not_at_all(result, neurons, bare, tmp_path):
-    """Both pages, and the neurons that they show: the next report has them only if it is given them."""
+    """A later report has neuron pages only if it gets them as an argument."""
     path = write_report(result, tmp_path, neurons=neurons)
     assert path == tmp_path / "report.html"
     assert path.read_text() == to_html(result, None, neurons=neurons)
@@ -253,4 +256,4 @@ def test_a_report_is_written_whole_or_not_at_all(result, neurons, bare, tmp_path
     write_report(result, tmp_path / "again", neurons=kept)
     assert (tmp_path / "again" / "report.html").read_text() == path.read_text()
     write_report(result, tmp_path / "again")
-    assert sorted(one.name for one in (tmp_path / "again").iterdir()) == ["report.html", "report.md"]
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["report.html", "report.md"]

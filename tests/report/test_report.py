@@ -42,7 +42,7 @@ def study():
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Figures that are drawn but not rendered: rendering is most of the time, and no part of what is tested."""
+    """Draw figures without rendering them, to save time."""
 
     monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: None)
 
@@ -61,14 +61,14 @@ def markdown(result):
 
 def pictures(result):
     drawn = draw_pictures(result)
-    return sorted(one.name.removesuffix(".png") for some in drawn.values() for one in some)
+    return sorted(picture.name.removesuffix(".png") for of_table in drawn.values() for picture in of_table)
 
 
 def test_every_table_of_a_study_has_a_section():
     assert sorted(section.table for section in SECTIONS) == sorted(TABLES)
 
 
-def test_the_page_of_a_whole_study(study, tmp_path, fast):
+def test_the_page_of_a_study_has_all_sections_and_figures(study, tmp_path, fast):
     assert write_report(study, tmp_path) == tmp_path / "report.html"
     text = (tmp_path / "report.md").read_text()
     assert headings(text) == [section.title for section in SECTIONS]
@@ -81,18 +81,18 @@ def test_the_page_of_a_whole_study(study, tmp_path, fast):
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_a_study_of_one_table_has_that_alone(study, table, fast):
+def test_a_study_of_one_table_has_only_its_section(study, table, fast):
     text = markdown(only(study, table))
     (section,) = [section for section in SECTIONS if section.table == table]
     assert headings(text) == [section.title]
     assert pictures(only(study, table)) == sorted(FIGURES.get(table, []))
-    said = to_text(only(study, table))
+    text_page = to_text(only(study, table))
     for other in SECTIONS:
-        assert (f"\n{other.title}\n" in said) == (other is section)
+        assert (f"\n{other.title}\n" in text_page) == (other is section)
 
 
-def test_the_page_is_written_alike_every_time(study, tmp_path):
-    """Figures too: nothing in them depends on when or where they were drawn."""
+def test_writing_a_report_again_gives_the_same_bytes(study, tmp_path):
+    """Figures too do not depend on when or where they are drawn."""
     small = only(study, "transferability", "drift")
     for name in ("one", "two"):
         write_report(small, tmp_path / name)
@@ -110,7 +110,7 @@ class TestReadableTables:
         assert row["q"] == f"{raw['q_value'].max():.2g}"
         assert row["n"] == "45"
 
-    def test_one_seed_is_as_in_the_table(self):
+    def test_estimates_of_one_seed_are_those_of_the_table(self):
         single = hand_made(seeds=(4,))
         first = single.accuracy.iloc[0]
         row = readable_tables(only(single, "accuracy"))["Accuracy"].iloc[0]
@@ -125,21 +125,21 @@ class TestReadableTables:
         row = table.query("without == 'shared' and `evaluated on` == 'helpful' and quantity == 'margin'").iloc[1]
         assert row["random sets by"] == "magnitude"
         assert row["neurons"] == "7-9"
-        assert row["of random sets"] == f"{raw['random_effect'].mean():+.3f}"
+        assert row["change by random sets"] == f"{raw['random_effect'].mean():+.3f}"
         ((value, low, high),) = expected(raw, ("set",), "beyond_random", "beyond_low", "beyond_high").values()
         assert row["beyond random [interval]"] == f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
 
-    def test_overlap_with_its_floor_and_ceiling(self, study):
+    def test_overlap_is_shown_with_its_floor_and_ceiling(self, study):
         table = readable_tables(only(study, "overlap"))["Overlap of top sets"]
         ceiling = table.query(
-            "score == 'change' and kind == 'seeds' and set == 'mixed' and `without the base's` == 'yes'"
+            "score == 'change' and kind == 'seeds' and set == 'mixed' and `without the base's top set` == 'yes'"
         )
         raw = study.overlap.query("score == 'change' and kind == 'seeds' and without_base")
         raw = raw[raw["a"].str.startswith("mixed")]
         value, low, high = raw[["jaccard", "jaccard_low", "jaccard_high"]].mean().clip(0, 1)
         assert ceiling["Jaccard [interval]"].tolist() == [f"{value:.3f} [{low:.3f}, {high:.3f}]"]
         either = table.query("kind == 'three-way'")["Jaccard [interval]"]
-        assert not either.str.contains(r"\[").any(), "there is no interval of these"
+        assert not either.str.contains(r"\[").any(), "three-way indices have no interval"
         assert table["score"].tolist() == sorted(table["score"], key=["magnitude", "change"].index)
 
     def test_numbers_without_intervals_show_their_range(self, study):
@@ -150,18 +150,18 @@ class TestReadableTables:
 
     def test_long_tables_are_replaced_by_their_file_name(self, study, fast):
         long = only(study, "neurons", "rewards", "curves")
-        page, said = markdown(long), to_text(long)
+        page, text = markdown(long), to_text(long)
         for name in long.tables:
             line = f"{len(study.tables[name])} rows: `{name}.csv`, as `StudyResult.save` writes it."
             assert line in page
-            assert line in said
+            assert line in text
         many = pd.concat([study.subsets.assign(subset=study.subsets["subset"] + str(copy)) for copy in range(6)])
         result = StudyResult({"subsets": many}, study.summary)
         assert not readable_tables(result)
         assert f"{len(many)} rows: `subsets.csv`" in to_text(result)
 
-    def test_tables_without_rows(self, study):
-        """Equal sizes of sets that share nothing, for instance."""
+    def test_tables_without_rows_say_so(self, study):
+        """For example, effects at equal size if the sets share no neuron."""
         result = StudyResult({"equal_size": study.equal_size.iloc[:0]}, study.summary)
         assert "No rows." in markdown(result)
         assert pictures(result) == []
@@ -190,14 +190,14 @@ def test_pipes_and_line_breaks_stay_in_their_cells(study, fast):
     assert {row.replace(r"\|", "").count("|") for row in rows} == {5}
 
 
-def test_several_families(study, fast):
-    """Each has figures of its own, whose names cannot meet."""
+def test_every_family_has_its_own_figures(study, fast):
+    """The file names of the families' figures differ, even if the names differ only in punctuation."""
     names = ["org/one", "org one", "[two]"]
     tables = {
         name: pd.concat([study.tables[name].assign(family=family) for family in names])
         for name in ("comparisons", "equal_size", "curves")
     }
-    # One of them has nothing at equal size.
+    # The second family has no rows at equal size.
     tables["equal_size"] = tables["equal_size"].query("family != 'org one'")
     families = [{"family": family, "seed": seed, "base": family != "[two]"} for family in names for seed in range(3)]
     result = StudyResult(tables, study.summary | {"families": families})
@@ -210,21 +210,23 @@ def test_several_families(study, fast):
     table = readable_tables(result)["Mixed model minus specialists"]
     assert table["family"].value_counts().tolist() == [12, 12, 12]
     assert len(readable_tables(only(study, "comparisons"))["Mixed model minus specialists"]) == 12
-    said = notes(result)
-    assert said[1] == "Family org one: seeds 0, 1, 2; with the base model."
-    assert said[2] == "Family [two]: seeds 0, 1, 2; without the base model."
+    settings = notes(result)
+    assert settings[1] == "Family org one: seeds 0, 1, 2; with the base model."
+    assert settings[2] == "Family [two]: seeds 0, 1, 2; without the base model."
 
 
-def test_notes(study):
-    said = "\n".join(notes(study))
-    assert "Pairs, harmless: 90 score neurons, 90 others evaluate (0 with identical responses, 0 prompts cut)." in said
-    assert "top 10% by magnitude, change (ranked by magnitude) at mlp, response tokens, rule 'exact'" in said
-    assert "Intervals: 95%, bootstrap over prompts; of means over seeds, widened" in said
+def test_notes_name_the_settings(study):
+    settings = "\n".join(notes(study))
+    assert (
+        "Pairs, harmless: 90 score neurons, 90 others evaluate (0 with identical responses, 0 prompts cut)." in settings
+    )
+    assert "top 10% by magnitude, change (ranked by magnitude) at mlp, response tokens, rule 'exact'" in settings
+    assert "Intervals: 95%, bootstrap over prompts; of means over seeds, widened" in settings
     assert to_text(only(study, "drift")).startswith(notes(study)[0])
     assert "widened" not in "\n".join(notes(hand_made(seeds=(0,))))
 
 
-def test_a_folder_that_cannot_be_written_is_an_error(study, tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused(study, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="could not be written"):
         write_report(only(study, "drift"), tmp_path / "file")
@@ -238,7 +240,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(study, tmp_path):
     ],
 )
 def test_text_of_the_data_is_escaped(text, study, fast):
-    """Names of subsets and families come from files: rendered, they read as they are."""
+    """Names of subsets and families come from files. The rendered page shows them as they are."""
     tables = {"comparisons": study.tables["comparisons"].assign(family=text, subset=text)}
     families = [{"family": text, "seed": seed, "base": True} for seed in range(3)]
     page = markdown(StudyResult(tables, study.summary | {"families": families}))

@@ -10,8 +10,9 @@ from rmtension import Mean, NeuronAttribution, NeuronScores, Scale, SharedNeuron
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.errors import ProvenanceError
 from rmtension.neurons._pair_attributions import PairAttributions
-from rmtension.passes._activations import ActivationCollector
-from rmtension.passes._profiles import collect_profiles, selectivity
+from rmtension.passes._activation_collector import ActivationCollector
+from rmtension.passes._collect_profiles import collect_profiles
+from rmtension.passes._selectivity import selectivity
 from rmtension.store._provenance import METHOD_FIELDS, Provenance
 
 PLAIN = Provenance("toy", "m", "mlp", "all", "probe", "float64", "d", 4, 40, "0")

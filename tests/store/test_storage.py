@@ -14,7 +14,7 @@ from rmtension import (
     SharedNeuronReport,
     StudyResult,
 )
-from rmtension.attribution._effect_prediction import Faithfulness
+from rmtension.attribution._faithfulness_result import Faithfulness
 from rmtension.errors import RMTensionError, StorageError
 from rmtension.neurons._conflict_report import ConflictReport
 from rmtension.store._provenance import Provenance

@@ -14,7 +14,7 @@ from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.errors import ModelError, OptionError, StorageError
 from rmtension.interventions._sweep import score_without
 from rmtension.passes import _pair_pass as pair_pass
-from rmtension.passes._profiles import collect_profiles
+from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.store._work_folder import claim, locked
 from rmtension.study._model_runs import ModelRuns
 

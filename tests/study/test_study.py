@@ -28,7 +28,7 @@ from rmtension import (
 from rmtension.errors import OptionError, ProvenanceError, StorageError
 from rmtension.evaluation import _metrics as evaluation
 from rmtension.evaluation._intervals import Estimate, over_seeds
-from rmtension.passes._profiles import collect_profiles
+from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.study._family_runs import FamilyRuns, ModelFamily
 from rmtension.study._options import ANALYSES
 from rmtension.study._result import POOLED, TABLES

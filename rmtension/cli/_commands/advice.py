@@ -50,7 +50,7 @@ def _flag(name: str, text: str) -> str:
         columns = (f"{field}={'' if column is None else _word(column, 'COLUMN')}" for field, column in value.items())
         return " ".join([flag, *map(shlex.quote, columns)])
     values = value if isinstance(value, tuple) else (value,)
-    return " ".join(f"{flag} {shlex.quote(_word(one, name.upper()))}" for one in values)
+    return " ".join(f"{flag} {shlex.quote(_word(part, name.upper()))}" for part in values)
 
 
 def _word(value: Any, what: str) -> str:

@@ -74,5 +74,5 @@ def _example(options: Namespace) -> str:
 
 def _output(given: list[str] | None) -> object:
     """The argument `output` of `from_pretrained`: one output or a pair, with numbers as int."""
-    outputs = [int(one) if one.isdecimal() else one for one in given or []]
+    outputs = [int(output) if output.isdecimal() else output for output in given or []]
     return outputs[0] if len(outputs) == 1 else outputs or None

@@ -28,16 +28,22 @@ def run(options: Namespace) -> Outcome:
 
     result = StudyResult.load(options.folder)
     try:
-        kept = options.folder / NEURONS
-        neurons = NeuronPages.load(kept) if kept.exists() else None
-        html, done = write_report(result, options.folder, neurons=neurons), notes(result)
+        saved = options.folder / NEURONS
+        neurons = NeuronPages.load(saved) if saved.exists() else None
+        html, settings = write_report(result, options.folder, neurons=neurons), notes(result)
     except RMTensionError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise StorageError(
-            f"{options.folder}: expected the tables of a study, got others ({type(error).__name__}: {error}). Run the "
-            "study again; its passes are kept."
+            f"{options.folder}: expected the tables of a study, got other tables ({type(error).__name__}: {error}). "
+            "Run the study again; its passes are kept."
         ) from error
     page = options.folder / MARKDOWN
-    data = {"folder": options.folder, "report": html, "markdown": page, "tables": list(result.tables), "notes": done}
-    return Outcome("\n".join([*done, f"Written to {html} and {page}."]), data)
+    data = {
+        "folder": options.folder,
+        "report": html,
+        "markdown": page,
+        "tables": list(result.tables),
+        "notes": settings,
+    }
+    return Outcome("\n".join([*settings, f"Written to {html} and {page}."]), data)

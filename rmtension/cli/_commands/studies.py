@@ -11,7 +11,7 @@ from rmtension.study._result import StudyResult
 
 def study_outcome(result: StudyResult, out: Path, seconds: Mapping[str, float], *, n_run: int, n_read: int) -> Outcome:
     """The readable tables and the paths of all files; `seconds` maps steps to their durations."""
-    took = ", ".join(f"{name} {one:.0f} s" for name, one in seconds.items())
+    took = ", ".join(f"{name} {duration:.0f} s" for name, duration in seconds.items())
     written = f"Written to {out}: {took}; {n_run} passes over models run, {n_read} read from {out / 'runs'}."
     data = {
         "out": out,

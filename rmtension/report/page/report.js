@@ -6,19 +6,19 @@
   const examples = JSON.parse(data.textContent);
   const rows = () => [...table.tBodies[0].rows];
 
-  // Sorting: a heading's button sorts its column, and turns it round when pressed again.
+  // Sorting: the button of a heading sorts by its column, and reverses the order when it is pressed again.
   for (const heading of table.tHead.rows[0].cells) {
     heading.querySelector("button")?.addEventListener("click", () => {
       const up = heading.getAttribute("aria-sort") === "descending";
       for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
       heading.setAttribute("aria-sort", up ? "ascending" : "descending");
       const value = (row) => Number(row.cells[heading.cellIndex].dataset.value);
-      const sorted = rows().sort((one, other) => (up ? 1 : -1) * (value(one) - value(other)));
+      const sorted = rows().sort((first, second) => (up ? 1 : -1) * (value(first) - value(second)));
       table.tBodies[0].append(...sorted);
     });
   }
 
-  // Filtering.
+  // Filtering: hide the rows that do not fit the form.
   const form = document.getElementById("filter");
   const count = document.getElementById("count");
   const filter = () => {
@@ -37,12 +37,12 @@
   form.addEventListener("submit", (event) => event.preventDefault());
   filter();
 
-  // The page of a neuron: its examples are built when it is opened, from text and never from markup.
+  // The page of a neuron: its examples are built when it is opened, as text nodes, so that no text becomes markup.
   const element = (name, className, ...children) => {
-    const made = document.createElement(name);
-    if (className) made.className = className;
-    made.append(...children);
-    return made;
+    const node = document.createElement(name);
+    if (className) node.className = className;
+    node.append(...children);
+    return node;
   };
   const coloured = (side, largest) => {
     const text = element("p", "text");
@@ -58,24 +58,24 @@
     if (side.first + side.tokens.length < side.n_tokens) text.append(" …");
     return text;
   };
-  const fill = (place) => {
-    for (const example of examples[place.dataset.neuron] ?? []) {
+  const fill = (container) => {
+    for (const example of examples[container.dataset.neuron] ?? []) {
       const all = [...example.chosen.activations, ...example.rejected.activations].map(Math.abs);
       const largest = Math.max(...all, Number.MIN_VALUE);
       const sides = ["chosen", "rejected"].map((side) =>
         element("div", "", element("h4", "", side), coloured(example[side], largest)));
-      const summary = element("summary", "", `${example.objective} pair ${example.pair}, up to ${largest.toPrecision(3)}`);
-      place.append(element("details", "", summary, element("div", "pair", ...sides)));
+      const summary = element("summary", "", `${example.objective} pair ${example.pair}, largest activation ${largest.toPrecision(3)}`);
+      container.append(element("details", "", summary, element("div", "pair", ...sides)));
     }
-    place.dataset.filled = "yes";
+    container.dataset.filled = "yes";
   };
   const open = () => {
     const wanted = decodeURIComponent(location.hash.slice(1));
     for (const article of document.querySelectorAll("article")) {
       article.hidden = article.id !== wanted;
       if (article.hidden) continue;
-      const place = article.querySelector(".examples");
-      if (!place.dataset.filled) fill(place);
+      const container = article.querySelector(".examples");
+      if (!container.dataset.filled) fill(container);
       article.scrollIntoView();
       article.querySelector("h3").focus({ preventScroll: true });
     }

@@ -1,4 +1,4 @@
-"""Activation statistics of every neuron over preference pairs, in one streaming pass."""
+"""Collect activation statistics of every neuron over preference pairs, in one streaming pass."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from rmtension._arguments import require_arguments
-from rmtension._repr_html import N_ROWS, html_table
 from rmtension._sites import check_positions, find_site
 from rmtension.data._encoding import EncodedText
 from rmtension.data._pair import PreferencePair
@@ -22,122 +20,13 @@ from rmtension.data._tokens import TokenBatch, text_batches
 from rmtension.distributed import current
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.models._reward_model import RewardModel
+from rmtension.passes._activation_sample import ActivationSample
+from rmtension.passes._activation_statistics import ActivationStatistics
 from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._pair_statistic import PairStatistic
 from rmtension.passes._pass_record import PassRecord
 from rmtension.passes._token_sums import TokenWeights, weighted_sums
-from rmtension.store._provenance import Provenance, digest_of
-from rmtension.store._storage import read_result, write_result
-
-_STATISTICS = ("mean", "abs_mean", "rms", "frequency")
-
-
-@dataclass(frozen=True, eq=False)
-class ActivationStatistics:
-    """Activation statistics of every neuron over the selected tokens of both texts of all pairs, in float64.
-
-    `mean` is signed, `abs_mean` is the mean of |a|, `rms` the root of the mean square, `frequency` the share of tokens
-    with a > 0. The activation of an attention head is the L2 norm of its output. `channel_mean` is the mean of every
-    channel, which mean ablation writes; for `mlp` it equals `mean`.
-
-    Examples:
-        >>> means.to_frame().round(2).head(2)
-           layer  neuron  mean  abs_mean   rms  frequency
-        0      0       0  0.45      0.45  1.14        0.4
-        1      0       1  0.00      0.00  0.00        0.0
-        >>> means.save("means.safetensors")
-        >>> ActivationStatistics.load("means.safetensors").provenance == means.provenance
-        True
-    """
-
-    mean: Float[Tensor, "layer neuron"]
-    abs_mean: Float[Tensor, "layer neuron"]
-    rms: Float[Tensor, "layer neuron"]
-    frequency: Float[Tensor, "layer neuron"]
-    channel_mean: Float[Tensor, "layer channel"]
-    provenance: Provenance
-
-    @property
-    def n_tokens(self) -> int:
-        """The number of tokens that the statistics are computed from."""
-        return self.provenance.n_tokens
-
-    @property
-    def digest(self) -> str:
-        """32 hexadecimal digits over the means that ablation writes."""
-        return digest_of(self.channel_mean)
-
-    def __repr__(self) -> str:
-        layers, neurons = self.mean.shape
-        where = self.provenance
-        return (
-            f"ActivationStatistics({layers} x {neurons} {where.site} neurons; {where.n_pairs} pairs, {self.n_tokens} "
-            f"tokens ({where.positions}), {where.architecture})"
-        )
-
-    def _repr_html_(self) -> str:
-        """A table of the neurons with the largest `abs_mean`."""
-        frame = self.to_frame()
-        return html_table(f"{self!r}; largest abs_mean:", frame.nlargest(N_ROWS, "abs_mean"), n_of=len(frame))
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per neuron: layer, neuron and the four statistics."""
-        layers, neurons = self.mean.shape
-        columns = {"layer": np.repeat(np.arange(layers), neurons), "neuron": np.tile(np.arange(neurons), layers)}
-        return pd.DataFrame(columns | {name: getattr(self, name).flatten().numpy() for name in _STATISTICS})
-
-    def save(self, path: str | Path) -> None:
-        """Write statistics and provenance to one safetensors file."""
-        tensors = {name: getattr(self, name) for name in (*_STATISTICS, "channel_mean")}
-        write_result(path, "ActivationStatistics", tensors, {"provenance": self.provenance.to_dict()})
-
-    @classmethod
-    def load(cls, path: str | Path) -> "ActivationStatistics":
-        """Read what `save` wrote."""
-        shapes = dict.fromkeys(_STATISTICS, "float layer neuron") | {"channel_mean": "float layer channel"}
-        tensors, values = read_result(path, "ActivationStatistics", tensors=shapes, values={"provenance": dict})
-        return cls(**tensors, provenance=Provenance.from_dict(values["provenance"]))
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class ActivationSample:
-    """Activations of all layers at tokens drawn at random from the pairs: the donors of resample ablation.
-
-    `keys` identify the prompts of the donors, so that no text gets activations of its own prompt.
-
-    Examples:
-        >>> donors = ActivationCollector(head).sample(pairs["helpful"], n=16, seed=0)
-        >>> len(donors), donors.values.shape
-        (16, torch.Size([16, 2, 24]))
-    """
-
-    values: Float[Tensor, "donor layer channel"]
-    keys: Int[Tensor, "donor"]
-    provenance: Provenance
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __repr__(self) -> str:
-        where = self.provenance
-        return f"ActivationSample({len(self)} tokens at {where.site} ({where.positions}), {where.architecture})"
-
-    @property
-    def digest(self) -> str:
-        """64 hexadecimal digits over the donors."""
-        return digest_of(self.values) + digest_of(self.keys)
-
-    def save(self, path: str | Path) -> None:
-        """Write the sample and its provenance to one safetensors file."""
-        tensors = {"values": self.values, "keys": self.keys}
-        write_result(path, "ActivationSample", tensors, {"provenance": self.provenance.to_dict()})
-
-    @classmethod
-    def load(cls, path: str | Path) -> "ActivationSample":
-        """Read what `save` wrote."""
-        shapes = {"values": "float donor layer channel", "keys": "int donor"}
-        tensors, values = read_result(path, "ActivationSample", tensors=shapes, values={"provenance": dict})
-        return cls(tensors["values"], tensors["keys"], Provenance.from_dict(values["provenance"]))
+from rmtension.store._provenance import Provenance
 
 
 class ActivationCollector:
@@ -175,7 +64,7 @@ class ActivationCollector:
 
     def reset(self) -> "ActivationCollector":
         """Forget everything collected so far."""
-        self._seen = _ActivationSums(self.head, self.site, self.positions).seen()
+        self._collected = _ActivationSums(self.head, self.site, self.positions).collected()
         self._model = self.head.fingerprint
         return self
 
@@ -195,7 +84,7 @@ class ActivationCollector:
         if self.head.fingerprint != self._model:
             raise ProvenanceError("update: the model's weights changed since the last reset. Call reset() first.")
         statistic = _ActivationSums(self.head, self.site, self.positions)
-        self._seen += run_pass(self.head, pairs, statistic, work=work, progress=progress)
+        self._collected += run_pass(self.head, pairs, statistic, work=work, progress=progress)
         return self
 
     def merge(self, other: "ActivationCollector") -> "ActivationCollector":
@@ -205,14 +94,14 @@ class ActivationCollector:
         self._provenance().require_same(
             other._provenance(), ("architecture", "model", "site", "positions", "dtype"), what="merge"
         )
-        self._seen += other._seen
+        self._collected += other._collected
         return self
 
     def compute(self) -> ActivationStatistics:
         """The statistics of everything collected; raises `DataError` if nothing was collected."""
-        if not self._seen.n_tokens:
+        if not self._collected.n_tokens:
             raise DataError("compute: nothing was collected yet. Call update(pairs) with at least one pair first.")
-        means = {name: total / self._seen.n_tokens for name, total in self._seen.sums.items()}
+        means = {name: total / self._collected.n_tokens for name, total in self._collected.sums.items()}
         return ActivationStatistics(
             mean=means["value"],
             abs_mean=means["absolute"],
@@ -286,20 +175,20 @@ class ActivationCollector:
         return {"all": len(text), "response": len(text) - text.response_start, "last": 1}[self.positions]
 
     def _provenance(self) -> Provenance:
-        seen = self._seen
+        collected = self._collected
         now = self.head.provenance(
-            f"{seen.digest % 2**256:064x}",
-            seen.n_pairs,
-            seen.n_tokens,
+            f"{collected.digest % 2**256:064x}",
+            collected.n_pairs,
+            collected.n_tokens,
             site=self.site,
             positions=self.positions,
             method="statistics",
         )
-        return replace(now, model=self._model, skipped=seen.skipped)
+        return replace(now, model=self._model, skipped=collected.skipped)
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Collected:
     """Sums over everything that was collected; replaced as a whole, so that no update is ever added in part."""
 
     sums: Mapping[str, Float[Tensor, "layer channel"]]
@@ -308,8 +197,8 @@ class _Seen:
     digest: int = 0
     skipped: tuple[str, ...] = ()
 
-    def __add__(self, other: "_Seen") -> "_Seen":
-        return _Seen(
+    def __add__(self, other: "_Collected") -> "_Collected":
+        return _Collected(
             {name: total + other.sums[name] for name, total in self.sums.items()},
             self.n_tokens + other.n_tokens,
             self.n_pairs + other.n_pairs,
@@ -318,7 +207,7 @@ class _Seen:
         )
 
 
-class _ActivationSums(PairStatistic[_Seen]):
+class _ActivationSums(PairStatistic[_Collected]):
     """Sums over the selected tokens: of every neuron's value, magnitude, square and sign, and of every channel."""
 
     name = "collect"
@@ -358,12 +247,14 @@ class _ActivationSums(PairStatistic[_Seen]):
         for total, batch_sum in zip(self._sums.values(), observed, strict=True):
             total += batch_sum
 
-    def compute(self, record: PassRecord) -> _Seen:
+    def compute(self, record: PassRecord) -> _Collected:
         skipped = tuple(record.skipped.values())
-        return self.seen(record.n_tokens(self._positions), record.n_pairs, int(record.digest, 16), skipped)
+        return self.collected(record.n_tokens(self._positions), record.n_pairs, int(record.digest, 16), skipped)
 
-    def seen(self, n_tokens: int = 0, n_pairs: int = 0, digest: int = 0, skipped: tuple[str, ...] = ()) -> _Seen:
-        return _Seen(self._sums, n_tokens, n_pairs, digest, skipped)
+    def collected(
+        self, n_tokens: int = 0, n_pairs: int = 0, digest: int = 0, skipped: tuple[str, ...] = ()
+    ) -> _Collected:
+        return _Collected(self._sums, n_tokens, n_pairs, digest, skipped)
 
 
 def _keep(
