@@ -109,7 +109,6 @@ def test_what_there_is_and_what_is_not_run():
 
 
 NOT_RUN = [
-    ("docs/embedded_world.md", "trains for minutes"),
     ("docs/large_models.md", "needs four GPUs"),
     ("docs/large_models.md", "needs two GPUs"),
 ]
