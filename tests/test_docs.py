@@ -109,7 +109,6 @@ def test_skipped_blocks_are_listed():
 
 
 NOT_RUN = [
-    ("docs/embedded_world.md", "trains for minutes"),
     ("docs/large_models.md", "needs four GPUs"),
     ("docs/large_models.md", "needs two GPUs"),
 ]
