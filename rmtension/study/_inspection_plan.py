@@ -25,7 +25,7 @@ MOST = {"n_draws": 8, "n_neurons": 96, "n_faithful_pairs": 48, "n_dashboards": 1
 LEAST = {"n_draws": 2, "n_neurons": 12, "n_faithful_pairs": 8, "n_dashboards": 2}
 # Fewer pairs per group, over both halves, say too little.
 LEAST_PAIRS = 24
-# The shares of neurons whose sets `faithfulness` ablates, and the random sets beside each.
+# The shares of neurons whose sets `faithfulness` ablates, and the number of random sets for each.
 FAITHFUL_FRACTIONS = (0.01, 0.05)
 FAITHFUL_RANDOM = 4
 _UNITS = {"": 1.0, "s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}

@@ -18,7 +18,7 @@ from rmtension.passes._collect_profiles import collect_profiles
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch, peft and transformers deprecate much of what is tried here
 
-# Ways in which nothing can be read or edited exactly, and the words that say so.
+# Changes after which a model cannot be read or edited exactly, and part of the error message.
 REFUSED = {
     "mlp.forward replaced, does not call its modules": ("forward", OPERATIONS[1:]),
     "the same, after opening": ("del module.forward", OPERATIONS[1:]),
