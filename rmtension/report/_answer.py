@@ -7,7 +7,7 @@ from typing import Any
 from rmtension.evaluation._intervals import with_interval
 from rmtension.plots._rows import count
 from rmtension.report._main_findings import family_fingerprints, mean_row
-from rmtension.report._tables import families_of
+from rmtension.report._tables import families_of, rows_of_family
 from rmtension.study._result import StudyResult
 
 _OBJECTIVES = ("helpful", "harmless")
@@ -25,7 +25,7 @@ def answer_sentences(result: StudyResult) -> list[str]:
         >>> models = dict.fromkeys(("helpful", "harmless", "mixed"), head)
         >>> study = TensionStudy(models, pairs, options=StudyOptions(analyses=("accuracy",)))
         >>> print(answer_sentences(study.run(progress=False))[0])
-        The mixed model is the same model as the helpful and the harmless one, so all three give the same rewards.
+        The helpful, the harmless and the mixed model are the same model, so all three give the same rewards.
     """
     family = families_of(result)[0]
     return [text for make in (_own, _shared, _cost, _overlap, _retained) for text in make(result, family)]
@@ -36,8 +36,11 @@ def answer_note(result: StudyResult) -> str:
     families, level = families_of(result), result.summary["options"]["level"]
     seeds = sum(str(entry["family"]) == families[0] for entry in result.summary["families"])
     over = "Intervals" if seeds == 1 else f"Means of {seeds} seeds; intervals"
-    sets = f"Top sets are by {str(result.summary['options']['scores'][0]).replace('_', ' ')}; random sets are matched per layer."
-    note = f"{over} are {100 * level:g}% over prompts{', widened by the spread of the seeds' if seeds > 1 else ''}. {sets}"
+    score = str(result.summary["options"]["scores"][0]).replace("_", " ")
+    sets = f"Top sets are by {score}; random sets are matched per layer."
+    note = (
+        f"{over} are {100 * level:g}% over prompts{', widened by the spread of the seeds' if seeds > 1 else ''}. {sets}"
+    )
     if len(families) > 1:
         note += f" The sentences and the figure are about the family {families[0]}; the table has all {len(families)}."
     return note
@@ -64,7 +67,7 @@ def _shared(result: StudyResult, family: str) -> Iterator[str]:
     if rows[0]["size"][1] == 0:
         yield "No neuron is in the top sets of both specialists, so there are no shared neurons to ablate."
         return
-    effects = " and ".join(f"{row['value']:+.{_decimals(row, 'low', 'high')}f}" for row in rows)
+    effects = " and ".join(f"{row['value']:+z.{_decimals(row, 'low', 'high')}f}" for row in rows)
     yield (
         f"Without the {_size(rows[0])} that the helpful and the harmless model share, it changes by {effects}; "
         f"{_random(rows)}"
@@ -74,7 +77,7 @@ def _shared(result: StudyResult, family: str) -> Iterator[str]:
 def _cost(result: StudyResult, family: str) -> Iterator[str]:
     prints = family_fingerprints(result, family)
     if prints and all(len(set(models.values())) == 1 for models in prints):
-        yield "The mixed model is the same model as the helpful and the harmless one, so all three give the same rewards."
+        yield "The helpful, the harmless and the mixed model are the same model, so all three give the same rewards."
         return
     parts = []
     for objective in _OBJECTIVES:
@@ -93,7 +96,7 @@ def _cost(result: StudyResult, family: str) -> Iterator[str]:
         mixed, specialist = (f"{100 * float(row['value']):.1f}%" for row in both)
         parts.append(
             f"{mixed} of {count(*gap['n'])} {objective} pairs correctly and the {objective} model {specialist} "
-            f"({with_interval(*ends, form='+.1f')} points)"
+            f"({with_interval(*ends, form="+z.1f")} points)"
         )
     yield f"The mixed model ranks {parts[0]}; it ranks {parts[1]}."
 
@@ -122,7 +125,7 @@ def _retained(result: StudyResult, family: str) -> Iterator[str]:
     yield (
         f"Without its own top neurons the mixed model retains {100 * row['retained_helpful']:.0f}% of its helpful and "
         f"{100 * row['retained_harmless']:.0f}% of its harmless margin (difference: "
-        f"{with_interval(*ends, form='+.1f')} points)."
+        f"{with_interval(*ends, form="+z.1f")} points)."
     )
 
 
@@ -136,10 +139,10 @@ def _effects(result: StudyResult, family: str, name: str) -> list[Any] | None:
         if row is None:
             return None
         beyond = mean_row(result, family, "ablation", where, _BEYOND, ())
-        sizes = result.tables["ablation"]
-        sizes = sizes[(sizes["family"].astype(str) == family) & (sizes["set"] == name)]["size"]
+        table = rows_of_family(result, "ablation", family)
+        sizes = table.loc[table["set"] == name, "size"].astype(int)
         values = {end: beyond[key] for end, key in zip(_BEYOND, ("value", "low", "high"), strict=True)}
-        rows.append({**row, **values, "size": (int(sizes.min()), int(sizes.max()))})
+        rows.append({**row, **values, "size": (min(sizes), max(sizes))})
     return rows
 
 
@@ -152,7 +155,7 @@ def _random(rows: list[Any]) -> str:
     """What random sets did, the effect beyond them, and whether the intervals contain 0; the end of a sentence."""
     if any(math.isnan(row["random_effect"]) for row in rows):
         return "too few neurons are left for random sets of this size, so there is no control."
-    first, second = (f"{row['random_effect']:+.{_decimals(row, *_BEYOND[1:])}f}" for row in rows)
+    first, second = (f"{row['random_effect']:+z.{_decimals(row, *_BEYOND[1:])}f}" for row in rows)
     beyond = " and ".join(_estimate(row, *_BEYOND) for row in rows)
     text = f"random sets of that size change it by {first} and {second} (beyond random: {beyond}"
     inside = [row["beyond_low"] <= 0 <= row["beyond_high"] for row in rows]
@@ -164,7 +167,7 @@ def _random(rows: list[Any]) -> str:
 
 
 def _estimate(row: Any, value: str, low: str, high: str) -> str:
-    return with_interval(row[value], row[low], row[high], form=f"+.{_decimals(row, low, high)}f")
+    return with_interval(row[value], row[low], row[high], form=f"+z.{_decimals(row, low, high)}f")
 
 
 def _decimals(row: Any, low: str, high: str) -> int:

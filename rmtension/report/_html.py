@@ -126,7 +126,9 @@ def _section(
     at_top = leading is not None and leading in (pictures or {}).get(section.table, ())
     notes_of = (
         section.note,
-        f"The figure \u201c{leading.caption}\u201d is at the top of the page." if at_top and leading is not None else "",
+        f"The figure \u201c{leading.caption}\u201d is at the top of the page."
+        if at_top and leading is not None
+        else "",
         NO_FIGURES if pictures is None else "",
         "" if table is not None else elsewhere(result, section),
     )

@@ -21,6 +21,16 @@
   addEventListener("scroll", mark, { passive: true });
   mark();
 
+  // A figure that is wider than the window scrolls, also by the keyboard.
+  const reach = () => {
+    for (const box of document.querySelectorAll(".picture > div")) {
+      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+      else box.removeAttribute("tabindex");
+    }
+  };
+  addEventListener("resize", reach);
+  reach();
+
   // Printing shows the folded tables too, and folds them again.
   let folded = [];
   addEventListener("beforeprint", () => {
