@@ -104,7 +104,7 @@ class InspectionRun:
             "faithfulness_sets": agreement.sets,
             "checks": checks,
         }
-        return ModelInspection(tables, scores, maps, dashboards, self._summary())
+        return ModelInspection(tables, scores, maps, agreement, dashboards, self._summary())
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 

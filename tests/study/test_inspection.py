@@ -246,7 +246,7 @@ class TestResult:
     def test_failed_checks_come_first(self, inspection):
         checks = inspection.to_frame("checks").assign(passed=True)
         tables = dict(inspection.tables) | {"checks": checks}
-        right = ModelInspection(tables, inspection.scores, inspection.maps, None, inspection.summary)
+        right = ModelInspection(tables, inspection.scores, inspection.maps, None, None, inspection.summary)
         checks.loc[1, "passed"] = False
         assert right.findings()[0].startswith("1 of ")
         checks["passed"] = True
