@@ -146,7 +146,6 @@ def inspect_model(
     Cost: `ModelInspector(...).plan` says it.
 
     Examples:
-        >>> from rmtension.study import inspect_model
         >>> inspection = inspect_model(head, pairs["helpful"] + pairs["harmless"], by="objective", progress=False)
         >>> effects = inspection.to_frame("effects").query("quantity == 'margin' and group != 'all pairs'")
         >>> effects[["set", "group", "effect"]].round(1).head(2)

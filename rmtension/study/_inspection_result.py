@@ -42,7 +42,6 @@ class ModelInspection:
     predicted and measured time of every step.
 
     Examples:
-        >>> from rmtension.study import inspect_model
         >>> inspection = inspect_model(head, pairs["helpful"] + pairs["harmless"], by="objective", progress=False)
         >>> inspection
         ModelInspection(gpt2-2x24-heads2x12-d24; 24 helpful, 24 harmless pairs; 7 tables)
