@@ -96,7 +96,7 @@ def _cost(result: StudyResult, family: str) -> Iterator[str]:
         mixed, specialist = (f"{100 * float(row['value']):.1f}%" for row in both)
         parts.append(
             f"{mixed} of {count(*gap['n'])} {objective} pairs correctly and the {objective} model {specialist} "
-            f"({with_interval(*ends, form="+z.1f")} points)"
+            f"({with_interval(*ends, form='+z.1f')} points)"
         )
     yield f"The mixed model ranks {parts[0]}; it ranks {parts[1]}."
 
@@ -125,7 +125,7 @@ def _retained(result: StudyResult, family: str) -> Iterator[str]:
     yield (
         f"Without its own top neurons the mixed model retains {100 * row['retained_helpful']:.0f}% of its helpful and "
         f"{100 * row['retained_harmless']:.0f}% of its harmless margin (difference: "
-        f"{with_interval(*ends, form="+z.1f")} points)."
+        f"{with_interval(*ends, form='+z.1f')} points)."
     )
 
 

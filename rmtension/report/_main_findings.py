@@ -30,7 +30,7 @@ class Finding:
     @property
     def is_same(self) -> bool:
         """Whether nothing can differ: two models are identical, or the difference is exactly none in every pair."""
-        return self.identical or self.value == self.low == self.high == self.none
+        return self.identical or bool(self.value == self.low == self.high == self.none)
 
     @property
     def is_open(self) -> bool:
