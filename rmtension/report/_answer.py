@@ -69,8 +69,8 @@ def _shared(result: StudyResult, family: str) -> Iterator[str]:
         return
     effects = " and ".join(f"{row['value']:+z.{_decimals(row, 'low', 'high')}f}" for row in rows)
     yield (
-        f"Without the {_size(rows[0])} that the helpful and the harmless model share, it changes by {effects}; "
-        f"{_random(rows)}"
+        f"Without the {_size(rows[0])} that the helpful and the harmless model share, the mixed model's margin "
+        f"changes by {effects}; {_random(rows)}"
     )
 
 
