@@ -54,7 +54,7 @@ def study_page(result: StudyResult, pictures: Pictures, *, neurons: NeuronPages 
             PageSection("Data and models", lines=notes(result)),
         ],
         question=_QUESTION,
-        dashboards=None if neurons is None else _dashboards(neurons),
+        dashboards=None if neurons is None else dashboards_section(neurons),
         provenance=Reproduction(
             "This code writes the report again. Replace the names with those of your checkpoints and pairs; the "
             "fingerprints and digests below identify the models and pairs of this report.",
@@ -97,7 +97,8 @@ def _undecided(listed: Sequence[Finding]) -> str:
     return f"Not decided by these data: {n_open} of {len(listed)} comparisons, and the limits of the study"
 
 
-def _dashboards(neurons: NeuronPages) -> Dashboards:
+def dashboards_section(neurons: NeuronPages) -> Dashboards:
+    """The section of single neurons."""
     html = render_part("neurons.html", neurons=neuron_section(neurons))
     return Dashboards(html, style=read_part("neurons.css"), script=read_part("neurons.js"))
 
