@@ -175,6 +175,18 @@ def test_an_interval_of_one_objective_that_contains_0_is_named(study):
     assert sentence.endswith("; the harmless interval contains 0).")
 
 
+def test_several_seeds_are_counted_one_by_one():
+    """The mean over seeds has a wide interval if they differ, also if every seed alone excludes 0."""
+    result = with_own_top(hand_made_study())
+    table = result.ablation.copy()
+    for seed, helpful, harmless in ((0, -3.0, 0.1), (1, -1.8, -2.0), (2, -0.5, 0.1)):
+        for objective, value in (("helpful", helpful), ("harmless", harmless)):
+            rows = table["set"].eq("mixed top") & table["seed"].eq(seed) & table["objective"].eq(objective)
+            table.loc[rows, ["beyond_random", "beyond_low", "beyond_high"]] = (value, value - 0.2, value + 0.2)
+    sentence = answer_sentences(StudyResult(result.tables | {"ablation": table}, result.summary))[0]
+    assert sentence.endswith("; both intervals contain 0; within single seeds it excludes 0 in 3 and 1 of 3).")
+
+
 def test_a_set_without_control_or_without_neurons_is_said(study):
     table = study.ablation.copy()
     table.loc[table["set"] == "mixed top", "random_effect"] = np.nan
