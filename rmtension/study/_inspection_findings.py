@@ -92,7 +92,8 @@ def _maps(maps: pd.DataFrame) -> list[str]:
     row = maps.iloc[int(maps["cosine"].abs().to_numpy().argmax())].to_dict()
     against = row["first_against_second"] + row["second_against_first"]
     counts = (
-        f"{_counted(row['support_both'])} support both, {row['oppose_both']} oppose both, and {against} support one "
+        f"{_counted(row['support_both'])} {'supports' if row['support_both'] == 1 else 'support'} both, "
+        f"{row['oppose_both']} oppose both, and {against} support one "
         "and oppose the other"
     )
     cosine = _interval(row, "cosine")
