@@ -34,7 +34,7 @@ def run(options: Namespace) -> Outcome:
     from rmtension.cli._commands.studies import study_outcome
     from rmtension.cli._demo import run_demo
 
-    with quiet_libraries():
+    with quiet_libraries(options):
         done = run_demo(
             options.out,
             seeds=options.seeds,

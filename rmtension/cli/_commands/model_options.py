@@ -43,7 +43,7 @@ def refuse_swapped(options: Namespace) -> None:
 def open_model(options: Namespace) -> "RewardHead":
     """Open the head that the options name; errors are those of `RewardHead.from_pretrained`."""
     if Path(options.model).is_file():
-        pairs = "the second argument" if options.command == "score" else "--pairs"
+        pairs = "the second argument" if options.flags["pairs"] == "PAIRS" else "--pairs"
         raise OptionError(
             f"MODEL: {options.model} is a file; MODEL is the folder of a checkpoint, or a hub name. A file of pairs "
             f"goes to {pairs}: `{_example(options)}`."
@@ -56,7 +56,7 @@ def open_model(options: Namespace) -> "RewardHead":
         options.model,
         output=_output(options.output),
         max_length=options.max_length,
-        # Only `score` has these options.
+        # Some commands do not have these options.
         truncate_response=getattr(options, "truncate_response", False),
         on_nonfinite=getattr(options, "on_nonfinite", "raise"),
         dtype=getattr(torch, options.dtype),
@@ -68,7 +68,7 @@ def open_model(options: Namespace) -> "RewardHead":
 
 
 def _example(options: Namespace) -> str:
-    flag = "" if options.command == "score" else "--pairs "
+    flag = "" if options.flags["pairs"] == "PAIRS" else "--pairs "
     return f"rmtension {options.command} FOLDER {flag}{options.model}"
 
 
