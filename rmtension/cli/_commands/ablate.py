@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rmtension.cli._commands.model_options import add_model_options, open_model, refuse_swapped
+from rmtension.cli._commands.model_options import add_model_options, add_run_options, open_model, refuse_swapped
 from rmtension.cli._commands.neuron_options import (
     add_replacement_options,
     add_top_options,
@@ -50,6 +50,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--neurons", metavar="FILE", type=Path, required=True, help="the neurons; formats are below")
     add_pair_options(parser)
     add_group_options(parser, has_by=True)
+    add_run_options(parser, nonfinite=None)
     add_top_options(parser)
     add_replacement_options(parser, default="zero")
     parser.add_argument("--draws", type=int, default=8, metavar="N", help="number of random sets; 0: no control (8)")

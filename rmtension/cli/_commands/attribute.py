@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rmtension.cli._commands.model_options import add_model_options, open_model, refuse_swapped
+from rmtension.cli._commands.model_options import add_model_options, add_run_options, open_model, refuse_swapped
 from rmtension.cli._commands.neuron_options import (
     add_replacement_options,
     add_top_options,
@@ -57,6 +57,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("pairs", metavar="PAIRS", type=Path, help="a file of pairs, as score reads it")
     add_pair_options(parser)
     add_group_options(parser, has_by=False)
+    add_run_options(parser, nonfinite="scores")
     parser.add_argument("--method", choices=_METHODS, default=_METHODS[0], help="default: %(default)s")
     add_replacement_options(parser, default="mean")
     parser.add_argument("--site", choices=_SITES, default="mlp", help="what counts as a neuron (default: mlp)")

@@ -31,6 +31,18 @@ def add_model_options(parser: ArgumentParser) -> None:
     parser.add_argument("--pad-token", metavar="TOKEN", help="pad token, if the checkpoint names none")
 
 
+def add_run_options(parser: ArgumentParser, *, nonfinite: str | None) -> None:
+    """Add what happens to responses that do not fit and, if the command skips such pairs, to `nonfinite` numbers."""
+    parser.add_argument("--truncate-response", action="store_true", help="cut responses longer than the context")
+    if nonfinite is not None:
+        parser.add_argument(
+            "--on-nonfinite",
+            choices=("raise", "skip"),
+            default="raise",
+            help=f"NaN or infinite {nonfinite}: stop, or skip and count",
+        )
+
+
 def refuse_swapped(options: Namespace) -> None:
     """Raise `OptionError` if the file of pairs is named before the model."""
     if Path(options.model).is_file() and not options.pairs.is_file():

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rmtension.cli._commands.model_options import add_model_options, open_model, refuse_swapped
+from rmtension.cli._commands.model_options import add_model_options, add_run_options, open_model, refuse_swapped
 from rmtension.cli._commands.outcome import Outcome
 from rmtension.cli._commands.pair_options import add_group_options, add_pair_options, read_group_pairs, skipped_lines
 from rmtension.cli._commands.quiet import quiet_libraries
@@ -39,13 +39,7 @@ def add_options(parser: ArgumentParser) -> None:
     add_group_options(parser, has_by=True)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rewards there; compressed if .gz")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file of --out")
-    parser.add_argument(
-        "--on-nonfinite",
-        choices=("raise", "skip"),
-        default="raise",
-        help="NaN or infinite rewards: stop, or skip and count",
-    )
-    parser.add_argument("--truncate-response", action="store_true", help="cut responses longer than the context")
+    add_run_options(parser, nonfinite="rewards")
     parser.add_argument(
         "--work", type=Path, metavar="FOLDER", help="keep finished parts here, to resume after an interruption"
     )
