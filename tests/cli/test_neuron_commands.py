@@ -76,10 +76,9 @@ class TestAttribute:
         status, out, err = run(capsys, "attribute", "model", "pairs.csv", *COLUMNS, "--k", 8)
         assert (status, err) == (0, "")
         written = NeuronScores.load("scores.safetensors")
-        assert written.values.equal(expected.values)
-        assert written.stderr.equal(expected.stderr)
+        pd.testing.assert_frame_equal(written.to_frame(), expected.to_frame(), check_exact=True)
         assert written.provenance == expected.provenance
-        assert len(set(expected.values[expected.values != 0].tolist())) > 6, "equal scores would show nothing"
+        assert expected.to_frame()["score"].nunique() > 6, "equal scores would show nothing"
 
         table = pd.read_csv("scores.csv")
         assert set(zip(table["layer"], table["neuron"], strict=True)) == set(expected.top(k=8))
@@ -173,51 +172,141 @@ class TestAblate:
         assert (found["n_pairs"], {row["group"] for row in found["effects"]}) == (12, {"all pairs"})
 
 
-TOP = ("--neurons", "scores.safetensors")
+SHORT = {
+    "ABLATE": "ablate model pairs.csv COLUMNS --neurons scores.safetensors",
+    "ATTRIBUTE": "attribute model pairs.csv COLUMNS --out",
+    "COLUMNS": " ".join(COLUMNS),
+}
 
 
 class TestErrors:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (("ablate", "model", "pairs.csv", *COLUMNS, *TOP, "--by", "categry"), "--by: no pair has a label 'categry'. Did you mean 'category'?"),
-            (("ablate", "model", "pairs.csv", *COLUMNS, *TOP, "--only", "category=helpfull"), "Did you mean 'helpful'? Its labels are 'helpful', 'harmless'."),
-            (("ablate", "model", "pairs.csv", *COLUMNS, *TOP, "--only", "categories=x"), "--only: no pair has a label 'categories'. Did you mean 'category'?"),
-            (("ablate", "model", "pairs.csv", *COLUMNS, *TOP, "--only", "category"), "--only: expected COLUMN=LABEL"),
-            (("ablate", "model", "pairs.csv", *COLUMNS, *TOP, "--draws", 1), "--draws: expected at least 2"),
-            (("ablate", "model", "pairs.csv", *COLUMNS, *TOP, "--seed", -1), "--seed: expected a whole number"),
-            (("ablate", "model", "pairs.csv", *COLUMNS, *TOP, "--k", 1000), "--k: expected 1 to 48 neurons, got 1000."),
-            (("ablate", "model", "pairs.csv", *COLUMNS, *TOP, "--fraction", 2), "--fraction: expected a number in (0, 1]"),
-            (("ablate", "model", "pairs.csv", *COLUMNS, *TOP, "--figure", "x.gif"), "--figure: expected a name that ends in .svg"),
-            (("ablate", "model", "pairs.csv", *COLUMNS, *TOP, "--save", "model"), "--save: model exists already"),
-            (("ablate", "model", "pairs.csv", *COLUMNS, *TOP, "--table", "pairs.csv"), "--table: pairs.csv exists already"),
-            (("ablate", "model", "pairs.csv", *COLUMNS, *TOP, "--save", "x", "--positions", "last"), "--save, --positions: a saved model"),
-            (("ablate", "model", "pairs.csv", *COLUMNS, "--neurons", "none.safetensors"), "none.safetensors: there is no such file"),
-            (("ablate", "model", "pairs.csv", *COLUMNS, "--neurons", "model/model.safetensors"), "not a result of rmtension"),
-            (("ablate", "model", "pairs.csv", *COLUMNS, "--neurons", "pairs.csv"), "with the columns layer and neuron, got 24 rows"),
-            (("ablate", "model", "pairs.csv", *COLUMNS, "--neurons", "high.csv"), "--neurons: high.csv: (0, 99) is outside a model with 2 layers of 24"),
-            (("ablate", "model", "pairs.csv", *COLUMNS, "--neurons", "high.csv", "--k", 3), "but high.csv holds a set of neurons"),
-            (("ablate", "pairs.csv", "model", *TOP), "they are swapped"),
-            (("attribute", "model", "pairs.csv", "--out", "x.safetensors"), "name it: --columns "),
-            (("attribute", "model", "pairs.csv", "--columns", "prompt=qestion", "chosen=good", "rejected=bad", "--out", "x.safetensors"), "name it: --columns prompt=question."),
-            (("attribute", "model", "pairs.csv", *COLUMNS, "--max-length", 8, "--out", "x.safetensors"), "or pass --truncate-response"),
-            (("attribute", "model", "pairs.csv", *COLUMNS, "--out", "scores.npz"), "--out: expected a name that ends in .safetensors"),
-            (("attribute", "model", "pairs.csv", *COLUMNS), "--out: scores.safetensors exists already"),
-            (("attribute", "model", "empty.csv", "--out", "x.safetensors"), "empty.csv: expected at least one preference pair"),
-            (("attribute", "model", "header.csv", "--out", "x.safetensors"), "header.csv: expected at least one preference pair"),
-            (("attribute", "untold", "pairs.csv", *COLUMNS, "--out", "x.safetensors"), "tokenizer"),
-            (("ablate", "model", "pairs.csv", *COLUMNS, *TOP, "--max-length", 8), "or pass --truncate-response"),
-            (("attribute", "model", "pairs.csv", *COLUMNS, "--out", "x.safetensors", "--method", "mean_difference", "--rank-by", "score"), "invalid choice"),
+            (
+                "ABLATE --by categry",
+                "--by: no pair has a label 'categry'. Did you mean 'category'?",
+            ),
+            (
+                "ABLATE --only category=helpfull",
+                "Did you mean 'helpful'? Its labels are 'helpful', 'harmless'.",
+            ),
+            (
+                "ABLATE --only categories=x",
+                "--only: no pair has a label 'categories'. Did you mean 'category'?",
+            ),
+            (
+                "ABLATE --only category",
+                "--only: expected COLUMN=LABEL",
+            ),
+            (
+                "ABLATE --draws 1",
+                "--draws: expected at least 2",
+            ),
+            (
+                "ABLATE --seed -1",
+                "--seed: expected a whole number",
+            ),
+            (
+                "ABLATE --k 1000",
+                "--k: expected 1 to 48 neurons, got 1000.",
+            ),
+            (
+                "ABLATE --fraction 2",
+                "--fraction: expected a number in (0, 1]",
+            ),
+            (
+                "ABLATE --figure x.gif",
+                "--figure: expected a name that ends in .svg",
+            ),
+            (
+                "ABLATE --save model",
+                "--save: model exists already",
+            ),
+            (
+                "ABLATE --table pairs.csv",
+                "--table: pairs.csv exists already",
+            ),
+            (
+                "ABLATE --save x --positions last",
+                "--save, --positions: a saved model",
+            ),
+            (
+                "ABLATE --max-length 8",
+                "or pass --truncate-response",
+            ),
+            (
+                "ABLATE --neurons none.safetensors",
+                "none.safetensors: there is no such file",
+            ),
+            (
+                "ABLATE --neurons model/model.safetensors",
+                "not a result of rmtension",
+            ),
+            (
+                "ABLATE --neurons pairs.csv",
+                "with the columns layer and neuron, got 24 rows",
+            ),
+            (
+                "ABLATE --neurons high.csv",
+                "--neurons: high.csv: (0, 99) is outside a model with 2 layers of 24",
+            ),
+            (
+                "ABLATE --neurons high.csv --k 3",
+                "but high.csv holds a set of neurons",
+            ),
+            (
+                "ablate pairs.csv model --neurons scores.safetensors",
+                "they are swapped",
+            ),
+            (
+                "attribute model pairs.csv --out x.safetensors",
+                "name it: --columns ",
+            ),
+            (
+                "attribute model pairs.csv --columns prompt=qestion chosen=good rejected=bad --out x.safetensors",
+                "name it: --columns prompt=question.",
+            ),
+            (
+                "ATTRIBUTE x.safetensors --max-length 8",
+                "or pass --truncate-response",
+            ),
+            (
+                "ATTRIBUTE scores.npz",
+                "--out: expected a name that ends in .safetensors",
+            ),
+            (
+                "ATTRIBUTE scores.safetensors",
+                "--out: scores.safetensors exists already",
+            ),
+            (
+                "attribute model empty.csv --out x.safetensors",
+                "empty.csv: expected at least one preference pair",
+            ),
+            (
+                "attribute model header.csv --out x.safetensors",
+                "header.csv: expected at least one preference pair",
+            ),
+            (
+                "attribute untold pairs.csv COLUMNS --out x.safetensors",
+                "tokenizer",
+            ),
+            (
+                "ATTRIBUTE x.safetensors --method mean_diference",
+                "Did you mean 'mean_difference'?",
+            ),
         ],
-    )  # fmt: skip
+    )
     def test_bad_input_returns_status_2_and_writes_nothing(self, words, message, scored, capsys):
         Path("high.csv").write_text("layer,neuron\n0,99\n")
         Path("empty.csv").write_text("")
         Path("header.csv").write_text("prompt,chosen,rejected\n")
         shutil.copytree("model", "untold", ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
         before = files()
+        for short, whole in SHORT.items():
+            words = words.replace(short, whole)
         try:
-            status, out, err = run(capsys, *words)
+            status, out, err = run(capsys, *words.split())
         except SystemExit as end:
             status, (out, err) = end.code, capsys.readouterr()
         assert (status, out) == (2, "")
@@ -234,7 +323,7 @@ class TestErrors:
         """The same error without the command line: flags are put in there, not in the library."""
         pairs = PreferencePairs.read("pairs.csv", columns=MAPPED)
         head = RewardHead.from_pretrained("model")
-        with pytest.raises(OptionError, match="^by: no pair has a label 'categry'"):
+        with pytest.raises(OptionError, match=r"^by: no pair has a label 'categry'"):
             ablation_effects(head, here.truth["helpful"], pairs, by="categry")
 
 
@@ -259,7 +348,7 @@ def test_every_format_is_read(suffix, scored, capsys):
         frame.to_parquet(name)
     else:
         frame.to_json(name, orient="records", lines="jsonl" in suffix)
-    words = (*COLUMNS, *TOP, "--by", "category", "--draws", 0, "--json")
+    words = (*COLUMNS, "--neurons", "scores.safetensors", "--by", "category", "--draws", 0, "--json")
     first, other = (json.loads(run(capsys, "ablate", "model", file, *words)[1]) for file in ("pairs.csv", name))
     assert first.pop("pairs") != other.pop("pairs")
     assert first == other
