@@ -396,7 +396,7 @@ class TestArguments:
 
 @pytest.mark.grid
 def test_where_there_is_nothing_to_find():
-    """A small part of `tests/programs/null_control.py` (docs/controls.md has the whole): 2 studies, coins for labels.
+    """A small part of `tests/programs/null_control.py` (docs/controls.md has the whole): 2 studies with random labels.
 
     The bounds leave room for few and dependent intervals, and fail if one kind excluded 0 in most cases.
     """

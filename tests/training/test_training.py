@@ -275,7 +275,7 @@ def test_a_validation_prompt_may_not_be_a_training_prompt(world, base, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-# -- what comes out ----------------------------------------------------------------------------------------------------
+# -- trained models ---------------------------------------------------------------------------------------------------
 
 
 def test_the_folder_holds_only_a_reward_model(world, base, bpe, tmp_path):
@@ -523,7 +523,7 @@ TEMPLATE = (
 
 
 class TestTokensOfTRL:
-    """What TRL's own `RewardTrainer` makes of our data sets, beside the tokens that scoring reads."""
+    """The tokens of TRL's own `RewardTrainer` on our data sets equal those that scoring reads."""
 
     @pytest.fixture
     def ids_of_trl(self, tokenizer, tmp_path):
