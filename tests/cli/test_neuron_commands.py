@@ -86,7 +86,7 @@ class TestAttribute:
         # The strongest are printed, in that order and with their standard errors.
         lines = out.splitlines()
         for line, row in zip(lines[2:10], table.itertuples(), strict=True):
-            shown = [f"L{row.layer}", f"N{row.neuron}", f"{row.score:.3g}", f"{row.stderr:.2g}", row.direction]
+            shown = [f"L{row.layer}", f"N{row.neuron}", f"{row.score:#.3g}", f"{row.stderr:#.2g}", row.direction]
             assert line.split() == shown
         assert lines[10] == "Scores written to scores.safetensors, the 8 top neurons to scores.csv."
 

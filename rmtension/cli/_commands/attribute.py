@@ -136,8 +136,8 @@ def _text(data: dict[str, Any], ranked: "pd.DataFrame") -> str:
     shown = ranked.head(_N_PRINTED)
     columns = {
         "neuron": [f"L{layer} N{neuron}" for layer, neuron in zip(shown["layer"], shown["neuron"], strict=True)],
-        "score": shown["score"].map("{:.3g}".format).tolist(),
-        "standard error": shown["stderr"].map("{:.2g}".format).tolist(),
+        "score": shown["score"].map("{:#.3g}".format).tolist(),
+        "standard error": shown["stderr"].map("{:#.2g}".format).tolist(),
     }
     if "direction" in shown:
         columns["direction"] = shown["direction"].astype(str).tolist()
