@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
 
-from rmtension.cli._commands import ablate, attribute, check, demo, report, score, study
+from rmtension.cli._commands import ablate, attribute, check, demo, inspect, report, score, study
 from rmtension.cli._commands.advice import Parser, flags_of, with_flags
 from rmtension.cli._commands.outcome import Outcome, plain
 from rmtension.errors import RMTensionError
 
 _COMMANDS = {
     "demo": demo,
+    "inspect": inspect,
     "score": score,
     "attribute": attribute,
     "ablate": ablate,
@@ -23,6 +24,7 @@ _COMMANDS = {
 }
 _EPILOG = """examples:
   rmtension demo                                     train small models and study them, in about two minutes
+  rmtension inspect ./my-reward-model pairs.csv --by category    one model: its neurons and a page
   rmtension score ./my-reward-model pairs.csv        rewards and accuracy
   rmtension attribute ./my-reward-model pairs.csv    the neurons that drive the margin
   rmtension ablate ./my-reward-model pairs.csv --neurons scores.safetensors   what changes without them

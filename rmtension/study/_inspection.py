@@ -50,7 +50,7 @@ class ModelInspector:
         *,
         by: GroupBy | None = None,
         fraction: float = 0.02,
-        budget: float | str | None = None,
+        budget: int | float | str | None = None,
         seed: int = 0,
     ) -> None:
         require_arguments("inspect_model(head, pairs)", head=(head, RewardHead), pairs=(pairs, PreferencePairs))
@@ -130,7 +130,7 @@ def inspect_model(
     *,
     by: GroupBy | None = None,
     fraction: float = 0.02,
-    budget: float | str | None = None,
+    budget: int | float | str | None = None,
     folder: str | Path | None = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -146,12 +146,12 @@ def inspect_model(
     Cost: `ModelInspector(...).plan` says it.
 
     Examples:
-        >>> from rmtension.study import inspect_model
         >>> inspection = inspect_model(head, pairs["helpful"] + pairs["harmless"], by="objective", progress=False)
         >>> effects = inspection.to_frame("effects").query("quantity == 'margin' and group != 'all pairs'")
-        >>> effects[["set", "group", "effect", "random_effect"]].round(1).head(2)
-               set     group  effect  random_effect
-        1  helpful   helpful    -1.2            0.0
+        >>> effects[["set", "group", "effect"]].round(1).head(2)
+               set     group  effect
+        3  helpful   helpful    -0.6
+        5  helpful  harmless     0.0
     """
     inspector = ModelInspector(head, pairs, by=by, fraction=fraction, budget=budget, seed=seed)
     return inspector.run(folder=folder, progress=progress)

@@ -53,6 +53,12 @@ class InspectionPlan:
 
     `pairs` counts the pairs of every group that are used, and `available` those that there are. `steps` has one row per
     step: what it does, its cost in passes over the pairs that are used (both texts), and its predicted seconds.
+
+    Examples:
+        >>> from rmtension.study import ModelInspector
+        >>> plan = ModelInspector(head, pairs["helpful"], budget="10min").plan
+        >>> plan.pairs, plan.seconds < 600, list(plan.to_frame()["step"])
+        ({'all pairs': 24}, True, ['rewards', 'means', 'attribution', 'ablations', 'faithfulness', 'neurons'])
     """
 
     pairs: Mapping[str, int]
@@ -88,14 +94,14 @@ class InspectionPlan:
         return "\n".join(lines)
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """A time as a reader says it: "40 s", "12 min", "1.5 h"."""
     if seconds < 99.5:
         return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
 
 
-def parse_budget(budget: float | str | None) -> float | None:
+def parse_budget(budget: int | float | str | None) -> float | None:
     """Seconds of a budget: a number of seconds, or a text such as "20min"; raises `OptionError` for anything else."""
     if budget is None:
         return None
@@ -139,7 +145,7 @@ def choose_plan(
     speed: Speed,
     groups: Mapping[str, PreferencePairs],
     *,
-    budget: float | None,
+    budget: int | float | None,
     n_all_neurons: int,
     most_pairs: int,
 ) -> InspectionPlan:

@@ -9,14 +9,16 @@ from typing import Any
 import pandas as pd
 
 from rmtension._repr_html import html_table
+from rmtension.attribution._faithfulness_result import Faithfulness
 from rmtension.attribution._neuron_pages import NeuronPages
 from rmtension.distributed import current
 from rmtension.errors import OptionError, StorageError
 from rmtension.neurons._conflict_report import ConflictReport
 from rmtension.neurons._neuron_scores import NeuronScores
 from rmtension.store._files import filled_whole
+from rmtension.study._inspection_findings import findings, undecided
 
-_SUMMARY = "inspection.json"
+_SUMMARY, _AGREEMENT, _DASHBOARDS = "inspection.json", "faithfulness.safetensors", "dashboards.json"
 TABLES = ("groups", "neurons", "maps", "faithfulness", "faithfulness_sets", "effects", "checks")
 
 
@@ -35,23 +37,24 @@ class ModelInspection:
     - `faithfulness`, `faithfulness_sets`: how far the scores predict true ablations of this model;
     - `checks`: whether rewards and hooks are right on this model (`RewardHead.check`).
 
-    `scores` has the scores of every group, `maps` a `ConflictReport` per pair of groups, `dashboards` the neurons that
-    matter. `summary` names the model, the pairs, the settings, and the predicted and measured time of every step.
+    `scores` has the scores of every group, `maps` a `ConflictReport` per pair of groups, `agreement` the `Faithfulness`
+    of the scores, `dashboards` the neurons that matter. `summary` names the model, the pairs, the settings, and the
+    predicted and measured time of every step.
 
     Examples:
-        >>> from rmtension.study import inspect_model
         >>> inspection = inspect_model(head, pairs["helpful"] + pairs["harmless"], by="objective", progress=False)
         >>> inspection
         ModelInspection(gpt2-2x24-heads2x12-d24; 24 helpful, 24 harmless pairs; 7 tables)
         >>> inspection.save("inspection").name
         'inspection'
-        >>> ModelInspection.load("inspection").to_frame("groups").equals(inspection.to_frame("groups"))
+        >>> ModelInspection.load("inspection").to_frame("effects").shape == inspection.to_frame("effects").shape
         True
     """
 
     tables: Mapping[str, pd.DataFrame]
     scores: Mapping[str, NeuronScores]
     maps: Mapping[tuple[str, str], ConflictReport]
+    agreement: Faithfulness | None
     dashboards: NeuronPages | None
     summary: Mapping[str, Any]
 
@@ -60,6 +63,14 @@ class ModelInspection:
         if table not in self.tables:
             raise OptionError(f"table: expected one of {list(self.tables)}, got {table!r}.")
         return self.tables[table].copy()
+
+    def findings(self) -> list[str]:
+        """The answer in sentences, with intervals and controls; a model whose checks fail comes first."""
+        return findings(self.tables)
+
+    def undecided(self) -> list[str]:
+        """What these pairs do not show, in sentences."""
+        return undecided(self.tables)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{n:,} {name}" for name, n in self.summary["plan"]["pairs"].items())
@@ -85,12 +96,15 @@ class ModelInspection:
                 scores.save(filling / f"scores-{number}.safetensors")
             for number, report in enumerate(self.maps.values()):
                 report.save(filling / f"map-{number}.safetensors")
+            if self.agreement is not None:
+                self.agreement.save(filling / _AGREEMENT)
             if self.dashboards is not None:
-                self.dashboards.save(filling / "dashboards.json")
+                self.dashboards.save(filling / _DASHBOARDS)
             listed = {
                 "tables": list(self.tables),
                 "scores": list(self.scores),
                 "maps": [list(names) for names in self.maps],
+                "agreement": self.agreement is not None,
                 "dashboards": self.dashboards is not None,
             }
             text = json.dumps({"summary": dict(self.summary), **listed}, indent=2)
@@ -108,6 +122,7 @@ class ModelInspection:
                 for name in TABLES
                 if name in listed["tables"]
             }
+            tables["groups"]["note"] = tables["groups"]["note"].astype(object).fillna("")
             scores = {
                 name: NeuronScores.load(folder / f"scores-{number}.safetensors")
                 for number, name in enumerate(listed["scores"])
@@ -116,8 +131,9 @@ class ModelInspection:
                 (first, second): ConflictReport.load(folder / f"map-{number}.safetensors")
                 for number, (first, second) in enumerate(listed["maps"])
             }
-            dashboards = NeuronPages.load(folder / "dashboards.json") if listed["dashboards"] else None
-            return cls(tables, scores, maps, dashboards, listed["summary"])
+            agreement = Faithfulness.load(folder / _AGREEMENT) if listed["agreement"] else None
+            dashboards = NeuronPages.load(folder / _DASHBOARDS) if listed["dashboards"] else None
+            return cls(tables, scores, maps, agreement, dashboards, listed["summary"])
         except StorageError:
             raise
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

@@ -24,7 +24,7 @@ from rmtension.interventions._ablation_effects import ablation_effects
 from rmtension.interventions._replacements import Mean
 from rmtension.neurons._conflict import conflict
 from rmtension.neurons._conflict_report import ConflictReport
-from rmtension.neurons._neuron_scores import NeuronScores
+from rmtension.neurons._neuron_scores import NeuronScores, top_size
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.neurons._pair_attributions import PairAttributions
 from rmtension.passes._activation_collector import ActivationCollector
@@ -91,7 +91,7 @@ class InspectionRun:
             groups = step("rewards", self._rewards)
             replacement = step("means", self._means)
             scores, maps = step("attribution", lambda: self._attribution(replacement))
-            sets = {name: of_group.top(self._fraction, rank_by="supports") for name, of_group in scores.items()}
+            sets = {name: _top(of_group, self._fraction) for name, of_group in scores.items()}
             effects = step("ablations", lambda: self._ablations(sets | _shared(sets), replacement))
             agreement: Faithfulness = step("faithfulness", lambda: self._faithfulness(replacement))
             dashboards = step("neurons", lambda: self._dashboards(scores))
@@ -104,7 +104,7 @@ class InspectionRun:
             "faithfulness_sets": agreement.sets,
             "checks": checks,
         }
-        return ModelInspection(tables, scores, maps, dashboards, self._summary())
+        return ModelInspection(tables, scores, maps, agreement, dashboards, self._summary())
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -224,6 +224,14 @@ class InspectionRun:
 def joined(groups: Groups) -> PreferencePairs:
     """The pairs of all groups, one group after the other."""
     return PreferencePairs(pair for part in groups.values() for pair in part)
+
+
+def _top(scores: NeuronScores, fraction: float) -> NeuronSet:
+    """The share of neurons that support the margin most, without neurons that do not support it."""
+    n_supporting = int((scores.as_effects() < 0).sum())
+    size = min(top_size(fraction, scores.stderr.numel()), n_supporting)
+    top = scores.top(k=max(1, size), rank_by="supports")
+    return top if size else top & ~top
 
 
 def _shared(sets: Mapping[str, NeuronSet]) -> dict[str, NeuronSet]:
