@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import pandas as pd
+
 from rmtension.evaluation._intervals import with_interval
 from rmtension.plots._rows import count
 from rmtension.report._main_findings import family_fingerprints, mean_row
@@ -69,8 +71,8 @@ def _shared(result: StudyResult, family: str) -> Iterator[str]:
         return
     effects = " and ".join(f"{row['value']:+z.{_decimals(row, 'low', 'high')}f}" for row in rows)
     yield (
-        f"Without the {_size(rows[0])} that the helpful and the harmless model share, it changes by {effects}; "
-        f"{_random(rows)}"
+        f"Without the {_size(rows[0])} that the helpful and the harmless model share, the mixed model's margin "
+        f"changes by {effects}; {_random(rows)}"
     )
 
 
@@ -141,8 +143,10 @@ def _effects(result: StudyResult, family: str, name: str) -> list[Any] | None:
         beyond = mean_row(result, family, "ablation", where, _BEYOND, ())
         table = rows_of_family(result, "ablation", family)
         sizes = table.loc[table["set"] == name, "size"].astype(int)
+        seeds = table[(table[list(where)] == pd.Series(where)).all(axis=1)]
+        alone = int(((seeds["beyond_low"] > 0) | (seeds["beyond_high"] < 0)).sum())
         values = {end: beyond[key] for end, key in zip(_BEYOND, ("value", "low", "high"), strict=True)}
-        rows.append({**row, **values, "size": (min(sizes), max(sizes))})
+        rows.append({**row, **values, "size": (min(sizes), max(sizes)), "alone": alone, "n_seeds": len(seeds)})
     return rows
 
 
@@ -160,9 +164,14 @@ def _random(rows: list[Any]) -> str:
     text = f"random sets of that size change it by {first} and {second} (beyond random: {beyond}"
     inside = [row["beyond_low"] <= 0 <= row["beyond_high"] for row in rows]
     if all(inside):
-        return f"{text}; both intervals contain 0)."
-    if any(inside):
-        return f"{text}; the {_OBJECTIVES[inside.index(True)]} interval contains 0)."
+        text += "; both intervals contain 0"
+    elif any(inside):
+        text += f"; the {_OBJECTIVES[inside.index(True)]} interval contains 0"
+    if rows[0]["n_seeds"] > 1:
+        # With few seeds, the spread between them makes the interval of their mean wide.
+        text += (
+            f"; within single seeds it excludes 0 in {rows[0]['alone']} and {rows[1]['alone']} of {rows[0]['n_seeds']}"
+        )
     return f"{text})."
 
 

@@ -30,7 +30,7 @@ class Finding:
     @property
     def is_same(self) -> bool:
         """Whether nothing can differ: two models are identical, or the difference is exactly none in every pair."""
-        return self.identical or self.value == self.low == self.high == self.none
+        return self.identical or bool(self.value == self.low == self.high == self.none)
 
     @property
     def is_open(self) -> bool:
@@ -73,7 +73,7 @@ def unconcluded(result: StudyResult, listed: list[Finding]) -> list[str]:
     several = len(families_of(result)) > 1
     lines = [
         f"{f'{finding.family}: ' if several else ''}{finding.question} {finding.quantity}: {finding.estimate}, "
-        f"n = {finding.n}. The interval does not exclude {finding.none:g}, so these pairs do not show a direction."
+        f"n = {finding.n}. The interval does not exclude {finding.none:g}."
         for finding in listed
         if finding.is_open
     ]
@@ -140,7 +140,8 @@ def _of_family(result: StudyResult, family: str) -> Iterator[Finding]:
     for score in result.summary["options"]["scores"]:
         where = {"score": score, "kind": "models", "a": "helpful", "b": "harmless", "without_base": "False"}
         answer = number(
-            "Do the helpful and the harmless model share neurons?", f"Jaccard of top sets by {score} beyond chance",
+            "Do the helpful and the harmless model share neurons?",
+            f"Jaccard of top sets by {score.replace('_', ' ')} beyond chance",
             "overlap", where, ("beyond_chance", "beyond_low", "beyond_high"), "jaccard", "layer_expected_jaccard",
             "size_a", "size_b", "n_neurons",
         )  # fmt: skip

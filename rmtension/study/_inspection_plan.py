@@ -25,6 +25,10 @@ MOST = {"n_draws": 8, "n_neurons": 96, "n_faithful_pairs": 48, "n_dashboards": 1
 LEAST = {"n_draws": 2, "n_neurons": 12, "n_faithful_pairs": 8, "n_dashboards": 2}
 # Fewer pairs per group, over both halves, say too little.
 LEAST_PAIRS = 24
+# A model that runs a batch faster than this, in seconds, is timed on several batches, because one says less.
+_FAST, _BATCHES = 0.5, 4
+# The forward passes of `RewardHead.check`, over at most this many pairs.
+_CHECKS, _PAIRS_CHECKED = 30, 8
 # The shares of neurons whose sets `faithfulness` ablates, and the number of random sets for each.
 FAITHFUL_FRACTIONS = (0.01, 0.05)
 FAITHFUL_RANDOM = 4
@@ -58,7 +62,7 @@ class InspectionPlan:
         >>> from rmtension.study import ModelInspector
         >>> plan = ModelInspector(head, pairs["helpful"], budget="10min").plan
         >>> plan.pairs, plan.seconds < 600, list(plan.to_frame()["step"])
-        ({'all pairs': 24}, True, ['rewards', 'means', 'attribution', 'ablations', 'faithfulness', 'neurons'])
+        ({'all pairs': 24}, True, ['checks', 'rewards', 'means', 'attribution', 'ablations', 'faithfulness', 'neurons'])
     """
 
     pairs: Mapping[str, int]
@@ -117,13 +121,17 @@ def parse_budget(budget: int | float | str | None) -> float | None:
 
 
 def measure_speed(head: RewardHead, pairs: PreferencePairs, *, site: str, fraction: float, seed: int) -> Speed:
-    """Time one batch of pairs in every way that an inspection runs the model."""
-    few = pairs.sample(max(4, _pairs_per_batch(head, pairs)), seed=seed)
+    """Time one batch of pairs in every way that an inspection runs the model; a few batches of a fast model."""
+    n = _pairs_per_batch(head, pairs)
+    few = pairs.sample(n, seed=seed)
+    head.score_pairs(few, progress=False)  # the first run of a model allocates and compiles
+    forward = _seconds(lambda: head.score_pairs(few, progress=False))
+    if forward < _FAST and len(pairs) > n:
+        few = pairs.sample(min(len(pairs), _BATCHES * n), seed=seed)
+        forward = _seconds(lambda: head.score_pairs(few, progress=False))
     size = sum(map(n_read, few))
     one = few[:1]
-    head.score_pairs(one, progress=False)  # the first run compiles and allocates
     fixed = _seconds(lambda: head.score_pairs(one, progress=False))
-    forward = _seconds(lambda: head.score_pairs(few, progress=False))
     attribution = NeuronAttribution(head, "gradient_x_activation", site=site)
     gradient = _seconds(lambda: attribution.per_pair(few, progress=False))
     random = [_random_set(head, site, fraction, seed + number) for number in range(4)]
@@ -200,7 +208,9 @@ def _steps(speed: Speed, groups: Mapping[str, PreferencePairs], plan: Inspection
     n_shown = 2 * plan.n_dashboards
     neurons = "neuron" if plan.n_neurons == 1 else "neurons"
     # What it does, and seconds without and with a batch of its own.
+    checked = _CHECKS * _PAIRS_CHECKED * per_pair
     rows = [
+        ("checks", "rewards and hooks of this model", checked * speed.forward, _CHECKS),
         ("rewards", f"rewards of {sum(plan.pairs.values()):,} pairs", used * speed.forward, 1),
         ("means", "mean activations, which replace ablated ones", half * speed.forward, 1),
         ("attribution", "a score per neuron and pair, on one half of the prompts", half * speed.gradient, 1),

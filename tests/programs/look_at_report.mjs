@@ -3,9 +3,10 @@
 //     npm install playwright-core
 //     node tests/programs/look_at_report.mjs report.html pictures/ /usr/bin/chromium
 //
-// It checks, at desktop and phone width, light and dark: errors in the console, requests to a network, first paint,
-// sorting, filtering, opening a neuron by pointer and by keyboard, and that texts of the data do not become markup. It
-// exits with 1 if a check fails. The examples of a neuron must contain a pair with "<script>" in it.
+// It checks, at desktop and phone width, light and dark: the answer on the first screen, errors in the console, requests
+// to a network, first paint, folded tables, cards on a phone, sorting, filtering, opening a neuron by pointer and by
+// keyboard, and that texts of the data do not become markup. It exits with 1 if a check fails. The examples of a neuron
+// must contain a pair with "<script>" in it.
 import { chromium } from "playwright-core";
 import { mkdirSync, statSync } from "node:fs";
 import { resolve } from "node:path";
@@ -21,7 +22,7 @@ const require = (passed, what, seen) => {
 
 const browser = await chromium.launch({ executablePath: browserPath });
 require(statSync(report).size <= 5e6, "size", `${(statSync(report).size / 1e6).toFixed(2)} MB`);
-for (const [device, width, height] of [["desktop", 1280, 900], ["phone", 390, 844]]) {
+for (const [device, width, height] of [["desktop", 1280, 800], ["phone", 390, 844]]) {
   for (const colorScheme of ["light", "dark"]) {
     const name = `${device}, ${colorScheme}`;
     const page = await browser.newPage({ viewport: { width, height }, colorScheme });
@@ -40,6 +41,27 @@ for (const [device, width, height] of [["desktop", 1280, 900], ["phone", 390, 84
     const alts = await page.evaluate(() => [...document.images].filter((image) => image.alt.length < 10).length);
     require(alts === 0, `${name}: pictures without a text`, alts);
     await page.screenshot({ path: `${pictures}/${device}-${colorScheme}-top.png` });
+
+    // The answer is read without scrolling: its sentences on a phone, and its figure too on a desktop.
+    const last = device === "desktop" ? ".answer img" : ".sentences";
+    const bottom = await page.$eval(last, (one) => one.getBoundingClientRect().bottom);
+    require(bottom <= height, `${name}: the answer without scrolling`, `ends at ${bottom.toFixed(0)} of ${height} pixels`);
+    const isOpen = await page.$eval("#contents", (one) => one.open);
+    require(isOpen === (device === "desktop"), `${name}: contents`, isOpen ? "at the side" : "folded");
+    require((await page.$$eval("details.fold[open]", (found) => found.length)) === 0, `${name}: tables`, "folded");
+    // The keyboard opens a table; on a phone its rows are cards that fit.
+    await page.locator("details.fold > summary").first().focus();
+    await page.keyboard.press("Enter");
+    const tables = await page.$$eval("details.fold", (folds) => {
+      for (const fold of folds) fold.open = true;
+      return folds.length;
+    });
+    const shown = await page.$eval("table.cards td", (one) => getComputedStyle(one).display);
+    require((shown === "grid") === (device === "phone"), `${name}: rows of ${tables} folded parts`, shown);
+    const widest = await page.evaluate(() => document.documentElement.scrollWidth);
+    require(widest <= width, `${name}: nothing wider with all tables open`, `${widest} of ${width} pixels`);
+    await page.screenshot({ path: `${pictures}/${device}-${colorScheme}-tables.png`, fullPage: true });
+    await page.$$eval("details.fold", (folds) => { for (const fold of folds) fold.open = false; });
 
     const column = (at) => page.$$eval("#neurons tbody tr:not([hidden])", (rows, at) =>
       rows.map((row) => Number(row.cells[at].dataset.value)), at);
@@ -69,12 +91,14 @@ for (const [device, width, height] of [["desktop", 1280, 900], ["phone", 390, 84
     const point = page.locator("svg a").first();
     const wanted = (await point.getAttribute("href")).slice(1);
     await point.click();
+    await page.waitForSelector("article:not([hidden])");
     const opened = () => page.$$eval("article:not([hidden])", (articles) => articles.map((article) => article.id));
     require(String(await opened()) === wanted, `${name}: a click on a point`, `opens ${await opened()}`);
     const other = page.locator("svg a").nth(1);
     await other.focus();
     await page.keyboard.press("Enter");
     const next = (await other.getAttribute("href")).slice(1);
+    await page.waitForSelector(`article[id="${next}"]:not([hidden])`, { timeout: 5000 }).catch(() => {});
     require(String(await opened()) === next, `${name}: Enter on a point`, `opens ${await opened()}`);
     require((await page.$$eval("article:not([hidden]) details[open]", (texts) => texts.length)) === 0,
       `${name}: texts`, "folded at first");

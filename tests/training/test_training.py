@@ -21,7 +21,7 @@ from rmtension.data._pair import join_prompt
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError, ModelError, OptionError, StorageError
 from rmtension.synthetic._world import preference_world
-from rmtension.training._family import FamilySettings, train_family
+from rmtension.training._family import FamilySettings, train_family, train_seeds
 from rmtension.training._select_pairs import select_pairs
 from rmtension.training._train_base_model import train_base_model
 from rmtension.training._train_reward_model import train_reward_model
@@ -505,6 +505,21 @@ def test_family_has_four_models_with_one_start(world, tmp_path):
     assert all(identical(models[name], weights(rest[name])) for name in ("helpful", "harmless", "mixed"))
     with pytest.raises(StorageError, match="base is not empty"):
         train_family(world.train, tmp_path, settings=settings)
+
+
+def test_stages_are_named_before_every_training(world, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("rmtension.training._family._train_family_base", lambda *_: lines.append("base trained"))
+    monkeypatch.setattr("rmtension.training._family.train_reward_model", lambda *_, **__: lines.append("trained"))
+    train_seeds(world.train, tmp_path, [4, 7], on_stage=lines.append)
+    models = ("helpful", "harmless", "mixed")
+    told = [f"training reward model {number} of 6: {models[(number - 1) % 3]}" for number in range(1, 7)]
+    seeds = [f"{line}, seed {seed}" for line, seed in zip(told, (4, 4, 4, 7, 7, 7), strict=True)]
+    expected = ["training the base model, seed 4", "base trained"]
+    assert lines == expected + [line for stage in seeds for line in (stage, "trained")]
+    lines.clear()
+    train_seeds(world.train, tmp_path / "one", [0], on_stage=lines.append)
+    assert [line for line in lines if "of" in line][1] == "training reward model 2 of 3: harmless"
 
 
 def test_family_needs_objectives_and_sizes_that_fit(world, tmp_path):
