@@ -183,118 +183,37 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (
-                "ABLATE --by categry",
-                "--by: no pair has a label 'categry'. Did you mean 'category'?",
-            ),
-            (
-                "ABLATE --only category=helpfull",
-                "Did you mean 'helpful'? Its labels are 'helpful', 'harmless'.",
-            ),
-            (
-                "ABLATE --only categories=x",
-                "--only: no pair has a label 'categories'. Did you mean 'category'?",
-            ),
-            (
-                "ABLATE --only category",
-                "--only: expected COLUMN=LABEL",
-            ),
-            (
-                "ABLATE --draws 1",
-                "--draws: expected at least 2",
-            ),
-            (
-                "ABLATE --seed -1",
-                "--seed: expected a whole number",
-            ),
-            (
-                "ABLATE --k 1000",
-                "--k: expected 1 to 48 neurons, got 1000.",
-            ),
-            (
-                "ABLATE --fraction 2",
-                "--fraction: expected a number in (0, 1]",
-            ),
-            (
-                "ABLATE --figure x.gif",
-                "--figure: expected a name that ends in .svg",
-            ),
-            (
-                "ABLATE --save model",
-                "--save: model exists already",
-            ),
-            (
-                "ABLATE --table pairs.csv",
-                "--table: pairs.csv exists already",
-            ),
-            (
-                "ABLATE --save x --positions last",
-                "--save, --positions: a saved model",
-            ),
-            (
-                "ABLATE --max-length 8",
-                "or pass --truncate-response",
-            ),
-            (
-                "ABLATE --neurons none.safetensors",
-                "none.safetensors: there is no such file",
-            ),
-            (
-                "ABLATE --neurons model/model.safetensors",
-                "not a result of rmtension",
-            ),
-            (
-                "ABLATE --neurons pairs.csv",
-                "with the columns layer and neuron, got 24 rows",
-            ),
-            (
-                "ABLATE --neurons high.csv",
-                "--neurons: high.csv: (0, 99) is outside a model with 2 layers of 24",
-            ),
-            (
-                "ABLATE --neurons high.csv --k 3",
-                "but high.csv holds a set of neurons",
-            ),
-            (
-                "ablate pairs.csv model --neurons scores.safetensors",
-                "they are swapped",
-            ),
-            (
-                "attribute model pairs.csv --out x.safetensors",
-                "name it: --columns ",
-            ),
+            ("ABLATE --by categry", "--by: no pair has a label 'categry'. Did you mean 'category'?"),
+            ("ABLATE --only category=helpfull", "Did you mean 'helpful'? Its labels are 'helpful', 'harmless'."),
+            ("ABLATE --only categories=x", "--only: no pair has a label 'categories'. Did you mean 'category'?"),
+            ("ABLATE --only category", "--only: expected COLUMN=LABEL"),
+            ("ABLATE --draws 1", "--draws: expected at least 2"),
+            ("ABLATE --seed -1", "--seed: expected a whole number"),
+            ("ABLATE --k 1000", "--k: expected 1 to 48 neurons, got 1000."),
+            ("ABLATE --fraction 2", "--fraction: expected a number in (0, 1]"),
+            ("ABLATE --figure x.gif", "--figure: expected a name that ends in .svg"),
+            ("ABLATE --save model", "--save: model exists already"),
+            ("ABLATE --table pairs.csv", "--table: pairs.csv exists already"),
+            ("ABLATE --save x --positions last", "--save, --positions: a saved model"),
+            ("ABLATE --max-length 8", "or pass --truncate-response"),
+            ("ABLATE --neurons none.safetensors", "none.safetensors: there is no such file"),
+            ("ABLATE --neurons model/model.safetensors", "not a result of rmtension"),
+            ("ABLATE --neurons pairs.csv", "with the columns layer and neuron, got 24 rows"),
+            ("ABLATE --neurons high.csv", "--neurons: high.csv: (0, 99) is outside a model with 2 layers of 24"),
+            ("ABLATE --neurons high.csv --k 3", "but high.csv holds a set of neurons"),
+            ("ablate pairs.csv model --neurons scores.safetensors", "they are swapped"),
+            ("attribute model pairs.csv --out x.safetensors", "name it: --columns "),
             (
                 "attribute model pairs.csv --columns prompt=qestion chosen=good rejected=bad --out x.safetensors",
                 "name it: --columns prompt=question.",
             ),
-            (
-                "ATTRIBUTE x.safetensors --max-length 8",
-                "or pass --truncate-response",
-            ),
-            (
-                "ATTRIBUTE scores.npz",
-                "--out: expected a name that ends in .safetensors",
-            ),
-            (
-                "ATTRIBUTE scores.safetensors",
-                "--out: scores.safetensors exists already",
-            ),
-            (
-                "attribute model empty.csv --out x.safetensors",
-                "empty.csv: expected at least one preference pair",
-            ),
-            (
-                "attribute model header.csv --out x.safetensors",
-                "header.csv: expected at least one preference pair",
-            ),
-            (
-                "attribute untold pairs.csv COLUMNS --out x.safetensors",
-                "tokenizer",
-            ),
-            (
-                "ATTRIBUTE x.safetensors --method mean_diference",
-                "Did you mean 'mean_difference'?",
-            ),
+            ("ATTRIBUTE x.safetensors --max-length 8", "or pass --truncate-response"),
+            ("ATTRIBUTE scores.npz", "--out: expected a name that ends in .safetensors"),
+            ("ATTRIBUTE scores.safetensors", "--out: scores.safetensors exists already"),
+            ("attribute model empty.csv --out x.safetensors", "empty.csv: expected at least one preference pair"),
+            ("attribute model header.csv --out x.safetensors", "header.csv: expected at least one preference pair"),
+            ("attribute untold pairs.csv COLUMNS --out x.safetensors", "tokenizer"),
+            ("ATTRIBUTE x.safetensors --method mean_diference", "Did you mean 'mean_difference'?"),
         ],
     )
     def test_bad_input_returns_status_2_and_writes_nothing(self, words, message, scored, capsys):
