@@ -1,4 +1,4 @@
-"""The command `rmtension`: study, score and check reward models from a shell."""
+"""The command `rmtension`: score reward models, find and ablate their neurons, and study them, from a shell."""
 
 import json
 import sys
@@ -7,18 +7,29 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
 
-from rmtension.cli._commands import check, demo, inspect, report, score, study
-from rmtension.cli._commands.advice import Parser, with_flags
+from rmtension.cli._commands import ablate, attribute, check, demo, inspect, report, score, study
+from rmtension.cli._commands.advice import Parser, flags_of, with_flags
 from rmtension.cli._commands.outcome import Outcome, plain
 from rmtension.errors import RMTensionError
 
-_COMMANDS = {"demo": demo, "inspect": inspect, "study": study, "score": score, "check": check, "report": report}
+_COMMANDS = {
+    "demo": demo,
+    "inspect": inspect,
+    "score": score,
+    "attribute": attribute,
+    "ablate": ablate,
+    "check": check,
+    "study": study,
+    "report": report,
+}
 _EPILOG = """examples:
   rmtension demo                                     train small models and study them, in about two minutes
   rmtension inspect ./my-reward-model pairs.csv --by category    one model: its neurons and a page
-  rmtension study study.yaml                         run the same analyses on your own models and pairs
-  rmtension score ./my-reward-model pairs.jsonl      rewards and accuracy
+  rmtension score ./my-reward-model pairs.csv        rewards and accuracy
+  rmtension attribute ./my-reward-model pairs.csv    the neurons that drive the margin
+  rmtension ablate ./my-reward-model pairs.csv --neurons scores.safetensors   what changes without them
   rmtension check ./my-reward-model                  check that rewards agree with transformers
+  rmtension study study.yaml                         compare helpful, harmless and mixed models
   rmtension report study                             write the report of a saved study again
   rmtension COMMAND --help                           options, formats and more examples
 
@@ -73,6 +84,7 @@ def parser() -> ArgumentParser:
             formatter_class=RawDescriptionHelpFormatter,
         )
         module.add_options(command)
+        command.set_defaults(flags=flags_of(command, getattr(module, "ARGUMENTS", {})))
         command.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
         command.add_argument("--quiet", action="store_true", help="show no progress bars")
     return command_line

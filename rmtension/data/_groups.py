@@ -61,9 +61,7 @@ def _named(pairs: PreferencePairs, by: str) -> list[str | None]:
     if not any(values):
         known = [name for name in ("objective", "subset") if any(getattr(pair, name) for pair in pairs)]
         known += sorted({name for pair in pairs for name in pair.labels})
-        listed = ", ".join(map(repr, known)) or "none"
-        raise OptionError(
-            f"by: no pair has a label {by!r}.{nearest(by, known)} Labels of these pairs: {listed}. A sequence with one "
-            "label per pair, or a function from a pair to its label, also groups them."
-        )
+        listed = ", ".join(map(repr, known))
+        has = f"Labels of these pairs: {listed}." if known else "No pair has any label: name a column of short texts."
+        raise OptionError(f"by: no pair has a label {by!r}.{nearest(by, known)} {has}")
     return values

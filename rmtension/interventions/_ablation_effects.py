@@ -17,7 +17,7 @@ from rmtension.interventions._replacements import Zero
 from rmtension.interventions._sweep import score_without
 from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._matched_sets import matched_sets
-from rmtension.neurons._neuron_set import NeuronSet
+from rmtension.neurons._neuron_set import NeuronSet, check_seed
 
 QUANTITIES = ("accuracy", "margin")
 
@@ -89,6 +89,7 @@ def ablation_effects(
         pairs=(pairs, PreferencePairs),
     )
     check_level(level)
+    check_seed(seed)
     if n_draws < 0 or n_draws == 1:
         raise OptionError(f"n_draws: expected at least 2 random sets, to measure their spread, or 0, got {n_draws}.")
     if not len(pairs):

@@ -91,6 +91,26 @@ def read_result(
         raise StorageError(f"{path}: not a result of rmtension, or damaged ({error}).") from error
 
 
+def kind_of(path: str | Path) -> str:
+    """The kind of a saved result, such as "NeuronScores"; raises `StorageError` if the file is not a result.
+
+    Examples:
+        >>> scores.save("scores.safetensors")
+        >>> kind_of("scores.safetensors")
+        'NeuronScores'
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _read_header(path, (file.metadata() or {}).get(_HEADER))[0]
+    except FileNotFoundError as error:
+        raise StorageError(f"{path}: there is no such file. Check the path.") from error
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"{path}: not a result of rmtension, or damaged ({error}).") from error
+
+
 def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on the CPU; none of them share memory, as safetensors requires."""
     copies: dict[str, Tensor] = {}
@@ -104,6 +124,16 @@ def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _header(path: Path, kind: str, text: str | None) -> dict[str, Any]:
+    written_kind, header = _read_header(path, text)
+    if written_kind != kind:
+        raise StorageError(
+            f"{path}: expected a {kind}, got a {written_kind:.40}. Load it with the class that saved it."
+        )
+    return header
+
+
+def _read_header(path: Path, text: str | None) -> tuple[str, dict[str, Any]]:
+    """The kind of a result and the other values of its header."""
     if text is None:
         raise StorageError(f"{path}: not a result of rmtension: its header has no entry {_HEADER!r}.")
     try:
@@ -118,12 +148,7 @@ def _header(path: Path, kind: str, text: str | None) -> dict[str, Any]:
             f"{path}: written by a newer version of rmtension (format {written!r}; this one reads up to {FORMAT}). "
             "Upgrade: pip install -U rmtension."
         )
-    written_kind = header.pop("kind", None)
-    if written_kind != kind:
-        raise StorageError(
-            f"{path}: expected a {kind}, got a {written_kind!s:.40}. Load it with the class that saved it."
-        )
-    return header
+    return str(header.pop("kind", None)), header
 
 
 def _check_shapes(

@@ -148,9 +148,12 @@ class TestScore:
             (["MODEL", "pairs.jsonl", "--out", "there.jsonl"], "there.jsonl exists already"),
             (["MODEL", "pairs.jsonl", "--out", ".", "--overwrite"], "is a folder"),
             (["MODEL", "pairs.jsonl", "--out", "there.jsonl/x"], "could not be written"),
-            (["MODEL", "pairs.jsonl", "--max-length", "97"], "max_length: expected 1 to 96"),
-            (["MODEL", "pairs.jsonl", "--device", "abacus"], "device: 'abacus' is not available"),
-            (["MODEL", "pairs.jsonl", "--pad-token", "<none>"], "pad_token: '<none>' is not in the vocabulary"),
+            (["MODEL", "pairs.jsonl", "--max-length", "97"], "error: --max-length: expected 1 to 96"),
+            (["MODEL", "pairs.jsonl", "--device", "abacus"], "error: --device: 'abacus' is not available"),
+            (
+                ["MODEL", "pairs.jsonl", "--pad-token", "<none>"],
+                "error: --pad-token: '<none>' is not in the vocabulary",
+            ),
         ],
     )
     def test_wrong_options_and_files_return_status_2(self, words, message, files, model, capsys):
@@ -433,7 +436,7 @@ class TestConfig:
 
 class TestAll:
     def test_every_command_has_examples_and_help(self, capsys):
-        for command in ("demo", "study", "score", "check", "report"):
+        for command in ("demo", "study", "score", "attribute", "ablate", "check", "report"):
             with pytest.raises(SystemExit, match="0"):
                 main([command, "--help"])
             text = capsys.readouterr().out

@@ -129,6 +129,7 @@ def test_too_few_neurons_for_a_control_warn(model, labelled, chosen):
         ),
         ({"by": ["a"]}, "by: expected one label per pair \\(24\\), got 1"),
         ({"by": lambda pair: None}, "by: no pair has a label"),
+        ({"seed": -1}, "seed: expected a whole number from 0 on, got -1"),
         ({"n_draws": 1}, "n_draws: expected at least 2 random sets, to measure their spread, or 0, got 1"),
     ],
 )

@@ -2,9 +2,11 @@
 
     python tests/programs/built_site.py site
 
-exits with 1 and names every page that would fetch a script, a style sheet, a font or a picture from another site.
+ends with 1 and names every page that would fetch a script, a style sheet, a font or a picture from elsewhere, and every
+word that the search would not find.
 """
 
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -21,6 +23,8 @@ LOADED = {
     "link": "href",
 }
 NOT_FETCHED = {"canonical", "prev", "next", "edit", "alternate"}
+# What users type into the search box.
+WORDS = ("category", "caption", "CSV", "ablate", "notebook", "caching", "resume", "LoRA", "GPU", "figure", "install")
 
 
 class Loads(HTMLParser):
@@ -46,6 +50,12 @@ def fetched(text, *, style=False):
     return page.addresses
 
 
+def sections_with(word, index):
+    """The addresses of the sections in the search index that hold a word which begins with `word`, in any case."""
+    wanted = re.compile(rf"(?<![^\W_]){re.escape(word)}", re.IGNORECASE)
+    return [entry["location"] for entry in index["docs"] if wanted.search(f"{entry['title']} {entry['text']}")]
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     pages, styles = sorted(folder.rglob("*.html")), sorted(folder.rglob("*.css"))
@@ -56,4 +66,8 @@ if __name__ == "__main__":
     if not pages:
         wrong.append("no page")
     print(f"{len(pages)} pages and {len(styles)} style sheets; {len(wrong)} loads from other sites")
+    index = json.loads((folder / "search" / "search_index.json").read_text())
+    found = {word: len(sections_with(word, index)) for word in WORDS}
+    print("Sections that the search finds:", ", ".join(f"{word} {number}" for word, number in found.items()))
+    wrong += [word for word, number in found.items() if not number]
     sys.exit(bool(wrong))

@@ -18,7 +18,7 @@ from rmtension.attribution._faithfulness_result import Faithfulness
 from rmtension.errors import RMTensionError, StorageError
 from rmtension.neurons._conflict_report import ConflictReport
 from rmtension.store._provenance import Provenance
-from rmtension.store._storage import FORMAT, read_result, write_result
+from rmtension.store._storage import FORMAT, kind_of, read_result, write_result
 
 
 @pytest.fixture(params=results(), ids=lambda result: type(result).__name__)
@@ -62,6 +62,16 @@ def same(first, other):
 def test_what_is_saved_loads_again(result, saved):
     loaded = type(result).load(saved)
     assert all(same(value, vars(loaded)[name]) for name, value in vars(result).items())
+
+
+def test_the_kind_is_read_without_the_rest(result, saved, tmp_path):
+    assert kind_of(saved) == type(result).__name__
+    other = tmp_path / "other.safetensors"
+    save_file({"mask": torch.ones(2)}, other)
+    with pytest.raises(StorageError, match="not a result of rmtension"):
+        kind_of(other)
+    with pytest.raises(StorageError, match="there is no such file"):
+        kind_of(tmp_path / "none")
 
 
 def test_the_same_result_has_the_same_bytes(result, saved, tmp_path):

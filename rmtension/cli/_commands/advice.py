@@ -1,18 +1,21 @@
-"""Advice in error messages for the command line: flags for arguments of the library, and the nearest choice."""
+"""Error messages for the command line: its flags in place of the library's arguments, and the nearest choice."""
 
 import ast
 import re
 import shlex
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from rmtension._arguments import nearest
 
-_ARGUMENTS = (
-    *("output", "columns", "base", "pad_token", "max_length", "revision", "dtype"),
-    *("truncate_response", "on_invalid", "on_nonfinite", "chat"),
+# name=value in the middle of a message; the value is written as in Python, or as "...".
+_ARGUMENT = re.compile(
+    r"\b([a-z]\w*)=(\{[^}]*\}|\([^)]*\)|\[[^\]]*\]|\"[^\"]*\"|'[^']*'|torch\.\w+|-?\d+\.\d+|\w+|\.\.\.)"
 )
-_ADVICE = re.compile(rf"\b({'|'.join(_ARGUMENTS)})=(\{{[^}}]*\}}|\([^)]*\)|\"[^\"]*\"|'[^']*'|torch\.\w+|\w+|\.\.\.)")
+# What a message begins with: the arguments that are wrong.
+_SUBJECT = re.compile(r"([a-z]\w*(?:, [a-z]\w*)*)(?=: )")
+_OPEN_CALL = re.compile(r"\w\([^()]*\Z")
 _CHOICE = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)")
 
 
@@ -25,21 +28,62 @@ class Parser(ArgumentParser):
         super().error(message + (nearest(wrong[1], re.findall(r"[\w.-]+", wrong[2])) if wrong else ""))
 
 
-def with_flags(message: str, options: Namespace) -> str:
-    """The message, followed by the command's flags for the arguments that it names.
+def flags_of(parser: ArgumentParser, arguments: Mapping[str, str | None]) -> dict[str, str]:
+    """The flag, or the capital name of a positional argument, of every argument of the library.
+
+    An option stands for the argument of its own name. `arguments` maps further arguments to the options that stand for
+    them, and to None those that a flag of the same name does not stand for.
 
     Examples:
-        >>> with_flags("Say output=(1, 0).", Namespace(command="score", output=None))
-        'Say output=(1, 0). (On the command line: --output 1 --output 0)'
+        >>> parser = ArgumentParser(add_help=False)
+        >>> _ = parser.add_argument("--draws"), parser.add_argument("pairs", metavar="PAIRS")
+        >>> flags_of(parser, {"n_draws": "draws"})
+        {'draws': '--draws', 'pairs': 'PAIRS', 'n_draws': '--draws'}
     """
-    # In `study`, --base is the model that the others were trained from, not the base of an adapter.
-    known = set(vars(options)) - ({"base"} if options.command == "study" else set())
-    flags = dict.fromkeys(_flag(*match) for match in _ADVICE.findall(message) if match[0] in known)
-    return f"{message} (On the command line: {', or '.join(flags)})" if flags else message
+    own = {
+        action.dest: action.option_strings[-1] if action.option_strings else str(action.metavar)
+        for action in parser._actions
+    }
+    others = {name: own[option] for name, option in arguments.items() if option is not None}
+    return {name: flag for name, flag in (own | others).items() if arguments.get(name, "") is not None}
 
 
-def _flag(name: str, text: str) -> str:
-    flag = "--" + name.replace("_", "-")
+def with_flags(message: str, options: Namespace) -> str:
+    """The message with the command's flags in place of the arguments of the library that it names.
+
+    Arguments that the command has no flag for are left as they are. A call that the message shows is left whole; the
+    flags for its arguments follow at the end.
+
+    Examples:
+        >>> options = Namespace(flags={"by": "--by", "output": "--output"})
+        >>> with_flags("by: no pair has a label 'kind'.", options)
+        "--by: no pair has a label 'kind'."
+        >>> with_flags("Pass output=(1, 0), or head=...", options)
+        'Pass --output 1 --output 0, or head=...'
+        >>> with_flags("Call open(path, output=2).", options)
+        'Call open(path, output=2). (On the command line: --output 2)'
+    """
+    flags: Mapping[str, str] = options.flags
+    if subject := _SUBJECT.match(message):
+        named = ", ".join(flags.get(name, name) for name in subject[0].split(", "))
+        message = named + message[subject.end() :]
+    of_calls: dict[str, None] = {}
+
+    def replace(found: re.Match[str]) -> str:
+        flag = flags.get(found[1], "")
+        if not flag.startswith("-"):
+            return found[0]
+        written = _with_value(flag, found[1], found[2])
+        if not _OPEN_CALL.search(message[: found.start()]):
+            return written
+        of_calls[written] = None
+        return found[0]
+
+    changed = _ARGUMENT.sub(replace, message)
+    return f"{changed} (On the command line: {', or '.join(of_calls)})" if of_calls else changed
+
+
+def _with_value(flag: str, name: str, text: str) -> str:
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -49,7 +93,7 @@ def _flag(name: str, text: str) -> str:
     if isinstance(value, dict):
         columns = (f"{field}={'' if column is None else _word(column, 'COLUMN')}" for field, column in value.items())
         return " ".join([flag, *map(shlex.quote, columns)])
-    values = value if isinstance(value, tuple) else (value,)
+    values = value if isinstance(value, tuple | list) else (value,)
     return " ".join(f"{flag} {shlex.quote(_word(part, name.upper()))}" for part in values)
 
 

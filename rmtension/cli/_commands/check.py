@@ -32,7 +32,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Outcome:
     """Run every check that applies."""
-    with quiet_libraries():
+    with quiet_libraries(options):
         pairs = None if options.pairs is None else read_pairs(options.pairs, options)
         try:
             table = open_model(options).check(pairs)

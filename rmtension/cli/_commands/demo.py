@@ -45,7 +45,7 @@ def run(options: Namespace) -> Outcome:
         # tqdm.write prints above a progress bar instead of into it.
         tqdm.write(line, file=sys.stderr)
 
-    with quiet_libraries():
+    with quiet_libraries(options):
         done = run_demo(
             options.out,
             seeds=options.seeds,

@@ -52,7 +52,7 @@ def run(options: Namespace) -> Outcome:
     refuse_swapped(options)
     if (options.out / "inspection.json").exists() and not (options.overwrite or options.plan):
         raise StorageError(f"--out: {options.out} holds an inspection. Name another folder, or pass --overwrite.")
-    with quiet_libraries():
+    with quiet_libraries(options):
         return _run(options)
 
 

@@ -31,6 +31,18 @@ def add_model_options(parser: ArgumentParser) -> None:
     parser.add_argument("--pad-token", metavar="TOKEN", help="pad token, if the checkpoint names none")
 
 
+def add_run_options(parser: ArgumentParser, *, nonfinite: str | None) -> None:
+    """Add what happens to responses that do not fit and, if the command skips such pairs, to `nonfinite` numbers."""
+    parser.add_argument("--truncate-response", action="store_true", help="cut responses longer than the context")
+    if nonfinite is not None:
+        parser.add_argument(
+            "--on-nonfinite",
+            choices=("raise", "skip"),
+            default="raise",
+            help=f"NaN or infinite {nonfinite}: stop, or skip and count",
+        )
+
+
 def refuse_swapped(options: Namespace) -> None:
     """Raise `OptionError` if the file of pairs is named before the model."""
     if Path(options.model).is_file() and not options.pairs.is_file():
@@ -43,7 +55,7 @@ def refuse_swapped(options: Namespace) -> None:
 def open_model(options: Namespace) -> "RewardHead":
     """Open the head that the options name; errors are those of `RewardHead.from_pretrained`."""
     if Path(options.model).is_file():
-        pairs = "the second argument" if options.command == "score" else "--pairs"
+        pairs = "the second argument" if options.flags["pairs"] == "PAIRS" else "--pairs"
         raise OptionError(
             f"MODEL: {options.model} is a file; MODEL is the folder of a checkpoint, or a hub name. A file of pairs "
             f"goes to {pairs}: `{_example(options)}`."
@@ -56,7 +68,7 @@ def open_model(options: Namespace) -> "RewardHead":
         options.model,
         output=_output(options.output),
         max_length=options.max_length,
-        # Only `score` has these options.
+        # Some commands do not have these options.
         truncate_response=getattr(options, "truncate_response", False),
         on_nonfinite=getattr(options, "on_nonfinite", "raise"),
         dtype=getattr(torch, options.dtype),
@@ -68,7 +80,7 @@ def open_model(options: Namespace) -> "RewardHead":
 
 
 def _example(options: Namespace) -> str:
-    flag = "" if options.command == "score" else "--pairs "
+    flag = "" if options.flags["pairs"] == "PAIRS" else "--pairs "
     return f"rmtension {options.command} FOLDER {flag}{options.model}"
 
 

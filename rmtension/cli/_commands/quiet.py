@@ -3,19 +3,29 @@
 import logging
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from rmtension.cli._commands.advice import with_flags
 from rmtension.errors import RMTensionWarning
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Show only warnings of this library, one line each on stderr; restore all settings on exit."""
+def quiet_libraries(options: Namespace | None = None) -> Iterator[None]:
+    """Show only warnings of this library, one line each on stderr; restore all settings on exit.
+
+    With the `options` of a command, warnings name its flags.
+    """
     import transformers
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        text = str(message) if options is None else with_flags(str(message), options)
+        # tqdm.write prints above a progress bar instead of into it.
+        tqdm.write(f"rmtension: warning: {text}", file=sys.stderr)
 
     level = logging.root.manager.disable
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
@@ -26,15 +36,10 @@ def quiet_libraries() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", category=RMTensionWarning)
-            warnings.showwarning = _show
+            warnings.showwarning = show
             yield
     finally:
         logging.disable(level)
         transformers.logging.set_verbosity(verbosity)
         if bars:
             transformers.logging.enable_progress_bar()
-
-
-def _show(message: Warning | str, *_: Any, **__: Any) -> None:
-    # tqdm.write prints above a progress bar instead of into it.
-    tqdm.write(f"rmtension: warning: {message}", file=sys.stderr)

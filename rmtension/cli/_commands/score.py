@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rmtension.cli._commands.model_options import add_model_options, open_model, refuse_swapped
+from rmtension.cli._commands.model_options import add_model_options, add_run_options, open_model, refuse_swapped
 from rmtension.cli._commands.outcome import Outcome
-from rmtension.cli._commands.pair_options import add_pair_options, read_pairs
+from rmtension.cli._commands.pair_options import add_group_options, add_pair_options, read_group_pairs, skipped_lines
 from rmtension.cli._commands.quiet import quiet_libraries
 from rmtension.errors import DataError, StorageError
 
@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 HELP = "score preference pairs with a reward model"
 EXAMPLES = """examples:
   rmtension score ./my-reward-model pairs.jsonl.gz
+  rmtension score ./my-reward-model pairs.csv --by category                          accuracy and margin per category
   rmtension score ./my-reward-model pairs.jsonl --out rewards.jsonl --work scoring   resumes after an interruption
   rmtension score ./my-chat-model pairs.csv --chat --columns prompt=question chosen=better rejected=worse
   rmtension score my-name/my-reward-model pairs.jsonl --dtype bfloat16 --device cuda --json > summary.json
 
 PAIRS is a file of JSON lines, a JSON array, CSV, TSV or Parquet; plain, .gz or .zst. A row has "prompt", "chosen",
 "rejected" and optionally "objective", "subset", "id", "item", "tools", "system"; --columns maps columns with other
-names. Prompts and responses are texts, or messages for the model's chat template; --chat turns plain prompts into
-messages. Without "prompt", chosen and rejected are whole conversations, or whole transcripts of "\\n\\nHuman:" and
-"\\n\\nAssistant:" turns. --out has one line per pair: id, reward_chosen, reward_rejected, margin.
+names. Other columns with short texts are labels, by which --by groups the pairs. Prompts and responses are texts, or
+messages for the model's chat template; --chat turns plain prompts into messages. Without "prompt", chosen and rejected
+are whole conversations, or whole transcripts of "\\n\\nHuman:" and "\\n\\nAssistant:" turns. --out has one line per
+pair: id, reward_chosen, reward_rejected, margin.
 """
 
 
@@ -34,16 +36,10 @@ def add_options(parser: ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("pairs", metavar="PAIRS", type=Path, help="a file of pairs; formats are below")
     add_pair_options(parser)
+    add_group_options(parser, has_by=True)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rewards there; compressed if .gz")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file of --out")
-    for name, what in (("invalid", "invalid rows"), ("nonfinite", "NaN or infinite rewards")):
-        parser.add_argument(
-            f"--on-{name}",
-            choices=("raise", "skip"),
-            default="raise",
-            help=f"{what}: stop, or skip and count",
-        )
-    parser.add_argument("--truncate-response", action="store_true", help="cut responses longer than the context")
+    add_run_options(parser, nonfinite="rewards")
     parser.add_argument(
         "--work", type=Path, metavar="FOLDER", help="keep finished parts here, to resume after an interruption"
     )
@@ -57,16 +53,14 @@ def run(options: Namespace) -> Outcome:
         raise StorageError(f"--out: {options.out} exists already. Name another file, or pass --overwrite.")
     if options.out is not None and options.out.is_dir():
         raise StorageError(f"--out: {options.out} is a folder. Name a file in it.")
-    with quiet_libraries():
+    with quiet_libraries(options):
         return _run(options)
 
 
 def _run(options: Namespace) -> Outcome:
     from rmtension.store._files import write_json_lines
 
-    pairs = read_pairs(options.pairs, options, on_invalid=options.on_invalid)
-    if not len(pairs):
-        raise DataError(f"{options.pairs}: expected at least one preference pair, got none{_left_out(pairs.skipped)}.")
+    pairs = read_group_pairs(options)
     scored = open_model(options).score_pairs(pairs, work=options.work, progress=not options.quiet)
     if not len(scored):
         raise DataError(
@@ -93,11 +87,16 @@ def _judged(scored: "PairRewards") -> dict[str, Any]:
 
 
 def _data(options: Namespace, skipped: Mapping[str, int], scored: "PairRewards") -> dict[str, Any]:
+    from rmtension.data._groups import group_rows
+
+    groups = {} if options.by is None else group_rows(scored.pairs, options.by)
     return {
         "model": options.model,
         "pairs": options.pairs,
         **_judged(scored),
+        "by": options.by,
         "by_objective": {name: _judged(scored.filter(objective=name)) for name in scored.pairs.objectives},
+        "by_group": {name: _judged(scored.take(rows)) for name, rows in groups.items()},
         "skipped": dict(skipped),
         "not_finite": scored.provenance.skipped,
         "n_ties": scored.pairs.n_ties,
@@ -120,7 +119,7 @@ def _text(options: Namespace, data: Mapping[str, Any]) -> str:
     counts += [f"{data['n_ties']} with identical responses"] if data["n_ties"] else []
     counts += [f"{data['n_prompts_cut']} prompts cut"] if data["n_prompts_cut"] else []
     counts += [f"{data['n_responses_cut']} responses cut"] if data["n_responses_cut"] else []
-    reasons = [f"  {n} skipped: {reason}" for reason, n in data["skipped"].items()]
+    groups = data["by_objective"] if data["by"] is None else data["by_group"]
     rows = [
         {
             "pairs": name,
@@ -128,11 +127,7 @@ def _text(options: Namespace, data: Mapping[str, Any]) -> str:
             "accuracy [95% interval]": str(Estimate(**part["accuracy"])),
             "mean margin [95% interval]": str(Estimate(**part["margin"])),
         }
-        for name, part in [("all", data), *data["by_objective"].items()]
+        for name, part in [("all", data), *groups.items()]
     ]
-    lines = [", ".join(counts) + ".", *reasons, pd.DataFrame(rows).to_string(index=False)]
+    lines = [", ".join(counts) + ".", *skipped_lines(data["skipped"]), pd.DataFrame(rows).to_string(index=False)]
     return "\n".join(lines if options.out is None else [*lines, f"Rewards written to {options.out}."])
-
-
-def _left_out(skipped: Mapping[str, int]) -> str:
-    return "".join(f"; {n} skipped: {reason.rstrip('.')}" for reason, n in skipped.items())

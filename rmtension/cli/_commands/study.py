@@ -10,6 +10,8 @@ from rmtension.cli._commands.pair_options import add_pair_options, read_columns
 from rmtension.cli._commands.quiet import quiet_libraries
 from rmtension.errors import OptionError
 
+# --base is the model that the others were trained from, not the base of an adapter.
+ARGUMENTS = {"base": None}
 HELP = "study helpful, harmless and mixed reward models"
 EXAMPLES = """examples:
   rmtension study study.yaml
@@ -64,7 +66,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Outcome:
     """Read the configuration, run the study, and write the results."""
-    with quiet_libraries():
+    with quiet_libraries(options):
         from rmtension.cli._commands.studies import study_outcome
         from rmtension.report._every_format import write_report
         from rmtension.report._neurons_of_study import study_neurons
