@@ -7,9 +7,9 @@ from typing import Any
 
 from rmtension.cli._commands.model_options import add_model_options, open_model, refuse_swapped
 from rmtension.cli._commands.outcome import Outcome
-from rmtension.cli._commands.pair_options import add_pair_options, read_pairs
+from rmtension.cli._commands.pair_options import add_group_options, add_pair_options, read_group_pairs
 from rmtension.cli._commands.quiet import quiet_libraries
-from rmtension.errors import DataError, StorageError
+from rmtension.errors import StorageError
 
 HELP = "inspect one reward model: its neurons, their conflict and their ablation, per group of pairs"
 EXAMPLES = """examples:
@@ -28,9 +28,7 @@ def add_options(parser: ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("pairs", metavar="PAIRS", type=Path, help="a file of pairs; formats are below")
     add_pair_options(parser)
-    parser.add_argument(
-        "--by", metavar="COLUMN", help="column of the groups (default: objective, or subset, if there are several)"
-    )
+    add_group_options(parser, has_by=True)
     parser.add_argument("--budget", metavar="TIME", help="the longest time the run may take, for example 90s or 20min")
     parser.add_argument(
         "--fraction", type=float, default=0.02, metavar="SHARE", help="share of neurons per top set (default: 0.02)"
@@ -60,9 +58,7 @@ def _run(options: Namespace) -> Outcome:
     from rmtension.report import write_report
     from rmtension.study._inspection import ModelInspector
 
-    pairs = read_pairs(options.pairs, options)
-    if not len(pairs):
-        raise DataError(f"{options.pairs}: expected at least one preference pair, got none.")
+    pairs = read_group_pairs(options)
     inspector = ModelInspector(
         open_model(options),
         pairs,
