@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rmtension.attribution._neuron_pages import NeuronPages
+from rmtension.attribution._neuron_dashboards import NeuronDashboards
 from rmtension.distributed import current
 from rmtension.report._figures import draw_pictures
 from rmtension.report._html import to_html
@@ -13,13 +13,13 @@ from rmtension.study._result import StudyResult
 HTML, MARKDOWN, NEURONS = "report.html", "report.md", "neurons.json"
 
 
-def write_report(result: StudyResult, folder: str | Path, *, neurons: NeuronPages | None = None) -> Path:
+def write_report(result: StudyResult, folder: str | Path, *, neurons: NeuronDashboards | None = None) -> Path:
     """Write the report of a study into `folder`, all files or none; returns the path of `report.html`.
 
     - `report.html` needs no other file. It shows findings with intervals and controls, open questions, figures, tables,
-      provenance and, with `neurons` (from `attribution.examine` or `report.study_neurons`), a page per neuron. Texts of
-      the data are escaped, and hidden until the reader opens them. A Content-Security-Policy prevents the page from
-      loading anything and from running other scripts than its own.
+      provenance and, with `neurons` (from `attribution.neuron_dashboards` or `report.study_neurons`), a card per
+      neuron. Texts of the data are escaped, and shown when the reader opens a neuron. A Content-Security-Policy
+      prevents the page from loading anything and from running other scripts than its own.
     - `report.md` has the same tables as Markdown and shows the figures, which are written as one PNG file each.
     - `neurons.json` keeps `neurons`, so that `rmtension report` can write the page again. Without `neurons`, the file
       of an earlier report is removed.

@@ -1,7 +1,6 @@
 """A study as one HTML file that loads nothing: findings, figures, tables, single neurons and provenance."""
 
 import base64
-import hashlib
 import json
 from importlib.resources import files
 from typing import Any
@@ -9,10 +8,10 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from rmtension.attribution._neuron_pages import NeuronPages
+from rmtension.attribution._dashboard_page import neuron_section, page_part, policy_hash
+from rmtension.attribution._neuron_dashboards import NeuronDashboards
 from rmtension.report._figures import NO_FIGURES, Picture, Pictures
 from rmtension.report._main_findings import findings, unconcluded
-from rmtension.report._neuron_drawing import neuron_section
 from rmtension.report._tables import SECTIONS, Section, readable_tables
 from rmtension.report._text import elsewhere, notes
 from rmtension.study._result import StudyResult
@@ -26,10 +25,11 @@ _QUESTION = (
 )
 
 
-def to_html(result: StudyResult, pictures: Pictures, *, neurons: NeuronPages | None = None) -> str:
+def to_html(result: StudyResult, pictures: Pictures, *, neurons: NeuronDashboards | None = None) -> str:
     """The text of the page."""
     here = files("rmtension.report") / "page"
-    style, script, page = ((here / f"report.{end}").read_text(encoding="utf-8") for end in ("css", "js", "html"))
+    style, page = ((here / f"report.{end}").read_text(encoding="utf-8") for end in ("css", "html"))
+    style, script = page_part("neurons.css") + style, page_part("neurons.js")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     listed = findings(result)
     readable = readable_tables(result)
@@ -39,8 +39,8 @@ def to_html(result: StudyResult, pictures: Pictures, *, neurons: NeuronPages | N
         question=_QUESTION,
         style=style,
         script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        style_hash=policy_hash(style),
+        script_hash=policy_hash(script),
         reading=f"Every number has a {100 * level:g}% interval, a control and a sample size n. If the interval "
         "contains the value of no difference, the data do not show a direction, which is then called open.",
         glance=_frame(_glance(listed, several=len({finding.family for finding in listed}) > 1)),
@@ -55,11 +55,6 @@ def to_html(result: StudyResult, pictures: Pictures, *, neurons: NeuronPages | N
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
-
-
-def _hash(text: str) -> str:
-    """The hash by which the page's security policy allows its own script or style."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _frame(frame: pd.DataFrame) -> dict[str, Any]:
@@ -119,7 +114,7 @@ def _models(result: StudyResult) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["family and seed", "model", "architecture", "fingerprint", "dtype"])
 
 
-def _code(result: StudyResult, neurons: NeuronPages | None) -> str:
+def _code(result: StudyResult, neurons: NeuronDashboards | None) -> str:
     """The code that makes this report again, with placeholders for the names of files."""
     options = ",\n".join(f"    {name}={_literal(value)}" for name, value in result.summary["options"].items())
     families = []
@@ -152,9 +147,9 @@ def _code(result: StudyResult, neurons: NeuronPages | None) -> str:
         lines += [
             "from rmtension.report import study_neurons",
             "",
-            f"pages = study_neurons(study, n={len(neurons.neurons)})",
+            f"dashboards = study_neurons(study, n={len(neurons.neurons)})",
         ]
-    lines.append(f'write_report(result, "study"{", neurons=pages" if neurons is not None else ""})')
+    lines.append(f'write_report(result, "study"{", neurons=dashboards" if neurons is not None else ""})')
     return "\n".join(lines)
 
 
