@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from numpy import ndarray
 
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._tokens import TokenBatch
-from rmtension.models._direct_weights import direct_weights, token_weights, unembedding
+from rmtension.models._direct_weights import ROUNDING, direct_weights, token_weights, unembedding
 from rmtension.models._reward_model import RewardModel
 
 # Tokens listed of each kind.
@@ -31,14 +30,12 @@ def written(
     reasons = {"no_weights": weights.reason, "no_tokens": weights.reason}
     listed: list[tuple[int, int, str, str, float]] = []
     if rows is None:
-        reasons["no_tokens"] = (
-            "this model has no unembedding: it is not a language model, and its embeddings are not tied"
-        )
+        reasons["no_tokens"] = "this model has no unembedding: it is no language model, and its embeddings are not tied"
     elif weights.read is not None:
         rows = rows[: len(head.tokenizer)]
         sizes = weights.read.norm(dim=1) * float(rows.norm(dim=1).max())
         # Smaller weights are rounding: the neuron writes at right angles to every row.
-        rooms = 4 * torch.finfo(head.dtype).eps * sizes
+        rooms = ROUNDING * sizes
         for (layer, neuron), room, of_neuron in zip(wanted, rooms, token_weights(weights.read, rows), strict=True):
             order = of_neuron.argsort(descending=True, stable=True)
             for kind, sign, ids in (("promoted", 1, order), ("suppressed", -1, order.flip(0))):

@@ -12,9 +12,14 @@ from rmtension._sites import find_site
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
 from rmtension.models._direct_path import DirectPaths
+from rmtension.models._head_files import stored_tensor
 from rmtension.models._hooks import InstalledHooks
+from rmtension.models._loading import find_checkpoint
 from rmtension.models._norms import NormLayer, read_norm
 from rmtension.models._reward_model import RewardModel
+
+# A product of two vectors below this share of their lengths is rounding of float32: they are at right angles.
+ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +28,8 @@ class DirectWeights:
 
     The output column w of a neuron (its column of the down projection) passes the final norm as
     z = gain * (w - mean(w)) for a layer norm and z = gain * w for an RMS norm. `read` has z, and `on_reward` has
-    z @ (row of the reward head). At the token that the reward is read from, the neuron adds
-    activation * weight / sigma to the reward directly, where sigma is what the final norm divides by
+    z @ (row of the reward head), or 0 where that is rounding. At the token that the reward is read from, the neuron
+    adds activation * weight / sigma to the reward directly, where sigma is what the final norm divides by
     (`direct_contributions`). Effects through later blocks are not part of it.
     """
 
@@ -77,24 +82,38 @@ def direct_weights(head: RewardModel, batch: TokenBatch, site: str, wanted: Sequ
         columns = [wanted[number][1] for number in rows]
         on_reward[rows] = slope[columns].double().cpu()
         read[rows] = _read_vectors(head, site, layer, columns, norm, activation.device)
-    return DirectWeights(on_reward, read)
+    rounding = ROUNDING * read.norm(dim=1) * float(row.double().norm())
+    return DirectWeights(torch.where(on_reward.abs() <= rounding, 0.0, on_reward), read)
 
 
 def unembedding(head: RewardModel) -> Float[Tensor, "token d_model"] | None:
-    """The unembedding of the model, [token, d_model]; None for a model without one.
+    """The unembedding, [token, d_model], of the model with the final norm that `head` has; None if there is none.
 
-    That of a language model, or, in a classifier whose config says that a language model with these weights ties its
-    embeddings (`tie_word_embeddings`), the embedding.
+    That of a language model, in memory or in the files that it was opened from; or, in a classifier whose config says
+    that a language model with these weights ties its embeddings (`tie_word_embeddings`), the embedding.
     """
     model: Any = head.model
     source: Any = getattr(model, "original_model", None)
-    if hasattr(source, "get_output_embeddings"):
-        module = source.get_output_embeddings()
-        if module is None and getattr(source.config.get_text_config(), "tie_word_embeddings", False):
-            module = source.get_input_embeddings()
-        return None if module is None else module.weight.detach()
-    weight = getattr(getattr(model, "unembed", None), "W_U", None)
-    return None if weight is None else weight.detach().T
+    if not hasattr(source, "get_output_embeddings"):
+        weight = getattr(getattr(model, "unembed", None), "W_U", None)
+        return _unless_zero(None if weight is None else weight.detach().T)
+    if head.body.final_norm_folded:
+        return None
+    if getattr(source.config.get_text_config(), "tie_word_embeddings", False):
+        return _unless_zero(source.get_input_embeddings().weight.detach())
+    module = source.get_output_embeddings()
+    weight = _unless_zero(None if module is None else module.weight.detach())
+    if weight is None and head.checkpoint is not None and head.checkpoint.source is not None:
+        opened_from = head.checkpoint.source
+        location = find_checkpoint(opened_from.name, opened_from.options, local_files_only=True)
+        stored = None if location.adapters else stored_tensor(location.weights, ("lm_head.weight", "embed_out.weight"))
+        weight = stored if stored is not None and tuple(stored.shape[1:]) == (head.d_model,) else None
+    return weight
+
+
+def _unless_zero(weight: Tensor | None) -> Tensor | None:
+    """The weight; None for the zeros that a bridge around a classifier has as its unembedding."""
+    return None if weight is None or not bool(weight.any()) else weight
 
 
 def token_weights(

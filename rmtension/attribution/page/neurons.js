@@ -53,7 +53,8 @@
     if (side.first + number < side.response_start) classes.push("prompt");
     if (side.special.includes(number)) classes.push("special");
     if (number === side.peak) classes.push("peak");
-    if (strength > 0.4) classes.push("strong");
+    if (strength > 0.58) classes.push("strong");
+    else if (strength > 0.1) classes.push("lit");
     const span = element("span", classes.join(" "));
     for (const part of side.tokens[number].split(MARKS)) {
       if (part) span.append(MARKS.test(part) ? element("span", "mark", part) : part);
