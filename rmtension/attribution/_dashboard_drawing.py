@@ -270,9 +270,9 @@ def _chart(data: DashboardData, layer: int, neuron: int, group: str) -> dict[str
                 up = sign * n / most * (middle - 2)
                 bars[kind] += f"M{place * width:.1f} {middle:.1f}h{width - 1:.1f}v{up:.1f}h{1 - width:.1f}z"
     return {
-        "width": _CHART_WIDTH,
+        "width": _CHART_WIDTH + 60,
         "height": _CHART_HEIGHT,
-        "label_at": _CHART_WIDTH - 4,
+        "label_at": _CHART_WIDTH + 6,
         **bars,
         "axis": f"M0 {middle:.1f}H{_CHART_WIDTH}",
         "ticks": _ends(low, high),

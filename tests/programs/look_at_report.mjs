@@ -1,7 +1,7 @@
-// Opens a report in Chromium, uses it as a reader would, and says what happened.
+// Opens a report, or a page of neuron dashboards, in Chromium, uses it as a reader would, and says what happened.
 //
 //     npm install playwright-core
-//     node tests/look_at_report.mjs report.html pictures/ /usr/bin/chromium
+//     node tests/programs/look_at_report.mjs report.html pictures/ /usr/bin/chromium
 //
 // At desktop and phone width, light and dark: errors in the console, requests to a network, first paint, sorting,
 // filtering, opening a neuron by the pointer and by the keyboard, text of the data that would be markup. Exits with 1
@@ -76,15 +76,27 @@ for (const [device, width, height] of [["desktop", 1280, 900], ["phone", 390, 84
     await page.keyboard.press("Enter");
     const next = (await other.getAttribute("href")).slice(1);
     require(String(await opened()) === next, `${name}: Enter on a point`, `opens ${await opened()}`);
-    require((await page.$$eval("article:not([hidden]) details[open]", (found) => found.length)) === 0,
-      `${name}: texts`, "folded at first");
-    await page.locator("article:not([hidden]) summary").first().click();
+    const folds = () => page.$$eval("article:not([hidden]) .fold", (found) => found.length);
+    const before = await folds();
+    if (before) await page.locator("article:not([hidden]) .fold").first().click();
+    require(!before || (await folds()) === before - 1, `${name}: a click on a fold`, `${before} folds`);
     await page.screenshot({ path: `${pictures}/${device}-${colorScheme}-neuron.png` });
 
     // Every page is opened once; what the data says is text.
     for (const id of await page.$$eval("article", (found) => found.map((one) => one.id)))
       await page.evaluate((id) => { location.hash = id; }, id);
     await page.waitForTimeout(200);
+    // In every example of every card, the most active token of both texts takes room on the screen.
+    let seen = 0, listed = 0;
+    for (const id of await page.$$eval("article", (found) => found.map((one) => one.id))) {
+      await page.evaluate((id) => { location.hash = id; }, id);
+      await page.waitForSelector(`#${id}:not([hidden])`);
+      const peaks = await page.$$eval(`#${id} .example`, (found) => found.map((one) => [...one.querySelectorAll(".peak")]
+        .filter((peak) => peak.checkVisibility() && peak.getBoundingClientRect().width > 2 && peak.textContent.trim()).length));
+      listed += peaks.length;
+      seen += peaks.filter((number) => number === 2).length;
+    }
+    require(seen === listed, `${name}: the most active tokens are visible`, `in ${seen} of ${listed} examples`);
     const hostile = await page.evaluate(() => ({
       shown: [...document.querySelectorAll(".text")].filter((one) => one.textContent.includes("<script>")).length,
       markup: document.querySelectorAll(".text script, .text img, summary script").length,

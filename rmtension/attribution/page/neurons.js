@@ -61,7 +61,8 @@
     }
     span.style.backgroundColor = `rgba(var(${activation > 0 ? "--positive" : "--negative"}), ${strength})`;
     span.title = `activation ${activation}`;
-    return span;
+    // A line may break before a space.
+    return side.tokens[number].startsWith("·") ? [document.createElement("wbr"), span] : [span];
   };
   // Tokens outside the window around the most active token are folded; a button shows them.
   const folded = (side, start, end, further, where, largest) => {
@@ -71,14 +72,14 @@
     button.type = "button";
     const rest = element("span", "");
     rest.hidden = true;
-    for (let number = start; number < end; number += 1) rest.append(token(side, number, largest));
+    for (let number = start; number < end; number += 1) rest.append(...token(side, number, largest));
     button.addEventListener("click", () => { rest.hidden = false; button.remove(); });
     return where === "before" ? [button, rest] : [rest, button];
   };
   const coloured = (side, largest) => {
     const [start, end] = side.window;
     const text = element("p", "text", ...folded(side, 0, start, side.first, "before", largest));
-    for (let number = start; number < end; number += 1) text.append(token(side, number, largest));
+    for (let number = start; number < end; number += 1) text.append(...token(side, number, largest));
     const stored = side.tokens.length;
     text.append(...folded(side, end, stored, side.n_tokens - side.first - stored, "after", largest));
     return text;
