@@ -69,21 +69,23 @@ def direct_weights(head: RewardModel, batch: TokenBatch, site: str, wanted: Sequ
     sigma = norm.to(last_in).sigma(last_in, last_out)
     row = head.require_weight()
     direction = norm.to(row).pull_back(row, torch.ones_like(row[0]))
+    # Where no neuron contributes anything, the rounding of the reward is left.
+    rounding = float(((last_in * direction.to(last_in)).abs().sum(dim=1) / sigma).max()) * ROUNDING
+    room = max(1e-4, torch.finfo(head.dtype).eps ** 0.5) * float(parts.abs().max()) + rounding
     on_reward = torch.full((len(wanted),), torch.nan, dtype=torch.float64)
     read = torch.zeros(len(wanted), head.d_model, dtype=torch.float64)
     for layer in sorted({layer for layer, _ in wanted}):
         activation = paths.seen[head.body.projection(site, layer).read]
         slope = _slope(head, site, layer, direction.to(activation.device))
         computed = (activation * slope.to(activation) / sigma[:, None].to(activation)).cpu()
-        room = max(1e-4, torch.finfo(head.dtype).eps ** 0.5) * float(parts[:, layer].abs().max())
         if not float((computed - parts[:, layer]).abs().max()) <= room:
             return _without(wanted, "a block normalises or scales what its neurons write, by another factor per text")
         rows = [number for number, (own, _) in enumerate(wanted) if own == layer]
         columns = [wanted[number][1] for number in rows]
         on_reward[rows] = slope[columns].double().cpu()
         read[rows] = _read_vectors(head, site, layer, columns, norm, activation.device)
-    rounding = ROUNDING * read.norm(dim=1) * float(row.double().norm())
-    return DirectWeights(torch.where(on_reward.abs() <= rounding, 0.0, on_reward), read)
+    at_right_angles = on_reward.abs() <= ROUNDING * read.norm(dim=1) * float(row.double().norm())
+    return DirectWeights(torch.where(at_right_angles, 0.0, on_reward), read)
 
 
 def unembedding(head: RewardModel) -> Float[Tensor, "token d_model"] | None:

@@ -85,7 +85,8 @@ def stored_tensor(files: CheckpointFiles, names: tuple[str, ...]) -> Tensor | No
             if path is not None:
                 with safe_open(path, framework="pt") as opened:
                     if name in opened.keys():  # noqa: SIM118 - it is no mapping
-                        return opened.get_tensor(name)
+                        tensor: Tensor = opened.get_tensor(name)
+                        return tensor
     return None
 
 

@@ -159,3 +159,17 @@ def test_a_wrong_weight_would_be_seen(head, monkeypatch):
     assert direct_weights(head, batch, "mlp", WANTED).reason == ""
     monkeypatch.setattr(_direct_weights, "read_norm", wrong)
     assert direct_weights(head, batch, "mlp", WANTED).on_reward.isnan().all()
+
+
+def test_silent_layers_do_not_hide_the_weights(tmp_path):
+    """On a text without any planted word, the neurons of an organism contribute nothing but rounding."""
+    from rmtension.synthetic import make_organism
+
+    organism = make_organism(tmp_path, depth=2, width=24, per_kind=2, n_pairs=8)
+    planted = organism.head()
+    tokens = planted.tokenizer(["Human: a"], return_tensors="pt")
+    batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+    wanted = list(organism.truth["helpful"])
+    found = direct_weights(planted, batch, "mlp", wanted)
+    assert (found.on_reward > 0).all()
+    assert (direct_weights(planted, batch, "mlp", list(organism.truth["decoy"])).on_reward == 0).all()
