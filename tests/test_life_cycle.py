@@ -334,6 +334,9 @@ THE_SAME = {
         "attribution._neuron_attribution.NeuronAttribution.per_pair"
     ),
     "attribution._top_texts.LargestActivations.observe": "attribution._make_dashboards.neuron_dashboards",
+    "attribution._describe.describe_neurons": "attribution._make_dashboards.neuron_dashboards",
+    "attribution._written.written": "attribution._make_dashboards.neuron_dashboards",
+    "interventions._ablation_effects.ablation_effects": "interventions._sweep.score_without",
     "attribution._correlated.CorrelationSums.observe": "attribution._make_dashboards.neuron_dashboards",
     "attribution._top_texts.active_texts": "attribution._make_dashboards.neuron_dashboards",
     "attribution._top_texts.find_examples": "attribution._make_dashboards.neuron_dashboards",
@@ -376,6 +379,10 @@ ONLY_LOOKS = [
     "attribution._batch_scores.BatchScorer.method_fields",
     "attribution._batch_scores.BatchScorer.provenance",
     "attribution._batch_scores.BatchScorer.settings",
+    *(
+        f"attribution._correlated.CorrelationSums.{name}"
+        for name in ("__init__", "compute", "settings", "state", "update")
+    ),
     "attribution._top_texts.LargestActivations.__init__",
     "attribution._top_texts.LargestActivations.compute",
     "attribution._top_texts.LargestActivations.state",
@@ -383,6 +390,8 @@ ONLY_LOOKS = [
     "interventions._ablation.check_set",
     "models._bodies.BridgeBody.projection",
     "models._bodies.BridgeBody.stable_up_to",
+    "models._direct_path.DirectPaths.final_norm_seen",
+    "models._direct_weights.unembedding",
     "models._bodies.BootNativeBody.n_embeddings",
     "models._bodies.BootNativeBody.hook_sites",
     "models._bodies.BootNativeBody.weights",

@@ -172,7 +172,7 @@ def test_saved_pages_load_equal(both, tmp_path):
         loaded, saved = getattr(read, name), getattr(dashboards, name)
         assert list(loaded) == list(saved)
         for column in loaded:
-            assert loaded[column].tolist() == saved[column].tolist()
+            assert loaded[column].map(repr).tolist() == saved[column].map(repr).tolist()
     assert repr(read) == repr(dashboards)
 
 
