@@ -5,7 +5,7 @@
 Each line of a file is a JSON object with "prompt", "chosen" and "rejected". Pairs without a response, and pairs with a
 response longer than the context, are left out and counted. A fifth of the prompts is kept for testing. The base is a
 small GPT-2-shaped model trained from scratch on the text of the training pairs; every seed trains three reward models
-from it. Sizes, steps and seeds are options. Run again, it trains and runs only what `--out` does not hold yet.
+from it. Sizes, steps and seeds are options. A second run trains and runs only what is missing in `--out`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ OBJECTIVES = ("helpful", "harmless")
 
 
 def read(paths: list[Path], objective: str) -> PreferencePairs:
-    """All pairs of some files, without those that lack a response, and without repetitions."""
+    """All pairs of some files, without repetitions and without pairs that lack a response."""
     pairs = PreferencePairs([])
     for path in paths:
         pairs = pairs + PreferencePairs.read(path, on_invalid="skip", objective=objective)
@@ -39,7 +39,7 @@ def read(paths: list[Path], objective: str) -> PreferencePairs:
 
 
 def fitting(pairs: PreferencePairs, tokenizer: object, max_length: int) -> PreferencePairs:
-    """The pairs whose responses both fit the context by themselves: a response that was cut is another response."""
+    """The pairs whose responses both fit the context, because a response that is cut is another response."""
     whole = encode_pairs(tokenizer, pairs, max_length=sys.maxsize)
     longest = [
         max(len(text) - text.response_start for text in both) for both in zip(whole.chosen, whole.rejected, strict=True)
@@ -58,7 +58,7 @@ def divide(
 
 
 def train_base(texts: list[str], tokenizer: object, folder: Path, options: argparse.Namespace) -> Path:
-    """A small GPT-2-shaped language model, from scratch, on the preferred texts of both objectives."""
+    """Train a small GPT-2-shaped language model from scratch on the preferred texts of both objectives."""
     config = transformers.GPT2Config(
         vocab_size=options.vocab_size,
         n_positions=options.max_length,
@@ -82,11 +82,16 @@ def train_base(texts: list[str], tokenizer: object, folder: Path, options: argpa
 def settings_of(options: argparse.Namespace) -> StudyOptions:
     """The study's options that the command line sets."""
     fractions = tuple(options.curve_fractions)
-    return StudyOptions(n_draws=options.draws, n_subsamples=options.subsamples, curve_fractions=fractions)
+    return StudyOptions(
+        n_draws=options.draws,
+        n_subsamples=options.subsamples,
+        curve_fractions=fractions,
+        positions=options.positions,
+    )
 
 
 def main() -> None:
-    """Read, train, study, write."""
+    """Read the pairs, train the models, run the study and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--helpful", type=Path, nargs="+", required=True)
     parser.add_argument("--harmless", type=Path, nargs="+", required=True)
@@ -98,8 +103,8 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--train-pairs", type=int, default=2000, help="at most so many per objective")
-    parser.add_argument("--test-pairs", type=int, default=600, help="at most so many per objective")
+    parser.add_argument("--train-pairs", type=int, default=2000, help="largest number per objective")
+    parser.add_argument("--test-pairs", type=int, default=600, help="largest number per objective")
     parser.add_argument("--base-epochs", type=float, default=0.5)
     parser.add_argument("--reward-epochs", type=float, default=2.0)
     parser.add_argument("--base-learning-rate", type=float, default=1e-3)
@@ -107,6 +112,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8, help="random control sets")
     parser.add_argument("--subsamples", type=int, default=8, help="subsamples of each set at equal size")
     parser.add_argument("--curve-fractions", type=float, nargs="+", default=[0.05, 0.1, 0.3], help="of the neurons")
+    parser.add_argument("--positions", choices=("all", "response", "last"), default="all", help="tokens for the scores")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rmtension.neurons import NeuronScores, NeuronSet, SharedNeuronAnalyzer, SharedNeuronReport
     from rmtension.passes import ActivationCollector, ActivationSample, ActivationStatistics
     from rmtension.reward_head import RewardHead
-    from rmtension.study import StudyOptions, StudyResult, TensionStudy
+    from rmtension.study import StudyOptions, StudyResult, TensionStudy, inspect_model
 
 _MODULE_OF = {
     "AblationContext": "interventions",
@@ -43,6 +43,7 @@ _MODULE_OF = {
     "TensionStudy": "study",
     "Zero": "interventions",
     "ablation_effects": "interventions",
+    "inspect_model": "study",
 }
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "Zero",
     "__version__",
     "ablation_effects",
+    "inspect_model",
 ]
 
 

@@ -58,7 +58,7 @@ def two_models_of_the_hub():
     return {}
 
 
-# What stands in a page's folder, and the names it takes for granted.
+# The files in a page's folder, and the names that its blocks use.
 BEFORE = {"docs/families.md": small_chat_model, "docs/compare_two.md": two_models_of_the_hub}
 # Pages that another test runs, because what they need is made there.
 ELSEWHERE = {"docs/paper.md": "tests/study/test_study.py"}
@@ -109,7 +109,6 @@ def test_skipped_blocks_are_listed():
 
 
 NOT_RUN = [
-    ("docs/embedded_world.md", "trains for minutes"),
     ("docs/large_models.md", "needs four GPUs"),
     ("docs/large_models.md", "needs two GPUs"),
 ]
@@ -149,7 +148,7 @@ def mistake(words, monkeypatch):
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return "" if set(rest) <= set(targets) else "no such target"
     for index, word in enumerate(words):
-        # A program of this repository has the options that stand behind it.
+        # A program of this repository has the options that the page passes.
         if re.fullmatch(r"(examples|tests)/\S+\.py", word):
             if not (ROOT / word).is_file():
                 return f"no file {word}"

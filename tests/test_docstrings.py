@@ -76,7 +76,7 @@ def documented_names():
 
 def test_the_reference_has_what_the_readme_names():
     listed = documented_names()
-    assert len(set(listed)) == len(listed), "nothing stands there twice"
+    assert len(set(listed)) == len(listed), "no name is listed twice"
     assert set(rmtension.__all__) - {"__version__", "RMTensionError"} <= set(listed)
     parts = re.findall(r"^\| `(?:rmtension\.)?([\w.]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(parts) >= 15

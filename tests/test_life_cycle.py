@@ -564,7 +564,7 @@ def test_calls_leave_the_model_as_it_was(name, setup):
 
 @pytest.mark.parametrize("name", ONLY_LOOKS)
 def test_what_only_looks_installs_nothing(name):
-    """Read from its own code: what it names is none of what changes a model."""
+    """Read from the test's own code: it names nothing that changes a model."""
     known = dict(modules())
     module = max((entry for entry in known if name.startswith(f"{entry}.")), key=len)
     member = known[module]

@@ -52,7 +52,7 @@ def kept(cell, kind):
 
 
 def heads(html):
-    """What stands at the heads of a table's columns and rows: the same on every machine."""
+    """The headers of a table's columns and rows, which are the same on every machine."""
     return None if html is None else re.findall(r"<th>(.*?)</th>", html)
 
 
@@ -79,7 +79,7 @@ def faults(notebook, size=0):
     for output in outputs:
         picture = output.get("data", {}).get("image/png")
         if picture and not base64.b64decode(text_of(picture)).startswith(PNG):
-            faults.append("a picture that is none")
+            faults.append("a damaged picture")
     return faults
 
 
@@ -109,7 +109,7 @@ def test_every_cell_runs_and_shows_what_was_kept(name, tmp_path, monkeypatch):
 def test_kept_outputs_have_no_faults(name):
     notebook = read(name)
     assert faults(notebook, (ROOT / "examples" / name).stat().st_size) == []
-    # What the numbers say stands between the cells, and the notebook begins with its title.
+    # Text between the cells explains the numbers, and the notebook begins with its title.
     assert text_of(notebook["cells"][0]["source"]).startswith("# ")
     words = [cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
     assert len(words) >= 4
@@ -139,7 +139,7 @@ def broken(change):
         ),
         (lambda book, cell: cell.update(source=["open('/home/me/x')"]), "an absolute path"),
         (lambda book, cell: book["metadata"].update(path="C:\\Users"), "an absolute path"),
-        (lambda book, cell: cell["outputs"][0]["data"].update({"image/png": "YWJj"}), "a picture that is none"),
+        (lambda book, cell: cell["outputs"][0]["data"].update({"image/png": "YWJj"}), "a damaged picture"),
         (lambda book, cell: [cell.update(outputs=[]) for cell in code_cells(book)], "no table kept"),
     ],
 )

@@ -217,7 +217,7 @@ PAGE_OF = {"distributed": "running", "errors": "running", "reward_head": "models
 
 
 def test_every_public_name_is_in_the_reference():
-    """On the page of its package, and by its shortest path; a module stands for its names."""
+    """On the page of its package, and by its shortest path."""
     names = signatures.public_names()
     found = {}
     for page in (ROOT / "docs" / "api").glob("*.md"):

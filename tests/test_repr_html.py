@@ -115,7 +115,7 @@ def test_scores_show_their_highest_neurons(scores):
     order = np.argsort(-frame["score"].abs().to_numpy(), kind="stable")[:N_ROWS]
     same_values(scores._repr_html_(), frame.iloc[order])
     assert parsed(scores._repr_html_())[0].startswith(repr(scores))
-    # Where there is no standard error, and a score that is none: an empty cell, and the last place.
+    # A missing standard error is an empty cell, and a NaN score comes last.
     values = scores.values.clone()  # noqa: PD011 - a tensor
     values[0, 0] = torch.nan
     broken = replace(scores, values=values, stderr=torch.full_like(values, torch.nan))

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
 
-from rmtension.cli._commands import check, demo, report, score, study
+from rmtension.cli._commands import check, demo, inspect, report, score, study
 from rmtension.cli._commands.advice import Parser, with_flags
 from rmtension.cli._commands.outcome import Outcome, plain
 from rmtension.errors import RMTensionError
 
-_COMMANDS = {"demo": demo, "study": study, "score": score, "check": check, "report": report}
+_COMMANDS = {"demo": demo, "inspect": inspect, "study": study, "score": score, "check": check, "report": report}
 _EPILOG = """examples:
   rmtension demo                                     train small models and study them, in about two minutes
+  rmtension inspect ./my-reward-model pairs.csv --by category    one model: its neurons and a page
   rmtension study study.yaml                         run the same analyses on your own models and pairs
   rmtension score ./my-reward-model pairs.jsonl      rewards and accuracy
   rmtension check ./my-reward-model                  check that rewards agree with transformers

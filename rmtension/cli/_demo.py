@@ -1,7 +1,7 @@
 """The demonstration: train a base and reward models offline on an embedded world, and study them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +34,12 @@ def run_demo(
     neurons: int = 16,
     overwrite: bool = False,
     progress: bool | None = None,
+    on_stage: Callable[[str], object] = lambda line: None,
 ) -> DemoRun:
     """Train a base and three reward models per seed, study them, and write everything below `out`.
 
     Models and passes of an earlier run in `out` are used again unless `overwrite` is True. `report.html` gets pages of
-    `neurons` neurons of the first mixed model; 0 leaves them out.
+    `neurons` neurons of the first mixed model; 0 leaves them out. `on_stage` is called with a line before every stage.
     """
     if seeds < 1:
         raise OptionError(f"--seeds: expected 1 or more, got {seeds}.")
@@ -50,11 +51,23 @@ def run_demo(
     start = time.monotonic()
     world = preference_world(0)
     families = train_seeds(
-        world.train, out / "models", range(seeds), name="world", progress=progress, overwrite=overwrite
+        world.train,
+        out / "models",
+        range(seeds),
+        name="world",
+        progress=progress,
+        overwrite=overwrite,
+        on_stage=on_stage,
     )
     trained = time.monotonic()
     study = TensionStudy(families, world.test, options=options)
+    on_stage(f"running {len(options.analyses)} analyses on {sum(map(len, study.evaluating.values()))} test pairs")
     result = study.run(folder=out, progress=progress)
     result.save(out, overwrite=True)
-    write_report(result, out, neurons=study_neurons(study, n=neurons, progress=progress) if neurons else None)
+    pages = None
+    if neurons:
+        on_stage(f"ablating {neurons} neurons of the mixed model, one at a time")
+        pages = study_neurons(study, n=neurons, progress=progress)
+    on_stage("writing the report")
+    write_report(result, out, neurons=pages)
     return DemoRun(result, trained - start, time.monotonic() - trained, study.n_run, study.n_read)

@@ -1,4 +1,4 @@
-"""What ablating neurons changes in each group of pairs, beside random sets: one table."""
+"""What ablating neurons changes in each group of pairs, compared with random sets: one table."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -60,7 +60,7 @@ def read_norm(norm: nn.Module, width: int) -> NormLayer:
 
     For such v, norm(v) = gain * v + bias and norm(-v) = bias - gain * v, both for layer norm and for RMS norm. An input
     with another mean then shows whether the norm subtracts the mean. An identity has `divides=False`. Raises
-    `ModelError` if the norm is none of these.
+    `ModelError` for any other norm.
     """
     parameter = next(norm.parameters(), torch.empty(0))
     with torch.no_grad():

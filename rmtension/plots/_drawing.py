@@ -29,6 +29,7 @@ _COLOURS = {
     "helpful only": "#0072B2",
     "harmless only": "#D55E00",
     "shared": "#CC79A7",
+    "mixed top": "#009E73",
     "base top": GREY,
     "length only": GREY,
     "random": GREY,

@@ -1,4 +1,4 @@
-"""The effect of ablating neuron sets on every group of pairs, beside random sets."""
+"""The effect of ablating neuron sets on every group of pairs, compared with random sets."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any

@@ -66,6 +66,15 @@ def can_draw_figures() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def as_picture(figure: Any, name: str) -> Picture:
+    """A matplotlib figure as PNG; the lines of its title become the caption and the rest."""
+    first, *others = str(figure.get_suptitle()).split("\n")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    width, height = figure.get_size_inches()
+    return Picture(name, re.sub(r"[\[\]]", "", first), " ".join(others), buffer.getvalue(), (width, height))
+
+
 def _pictures(result: StudyResult, table: str) -> Iterator[Picture]:
     families = families_of(result)
     for number, family in enumerate(families, start=1):
@@ -74,13 +83,7 @@ def _pictures(result: StudyResult, table: str) -> Iterator[Picture]:
             if _can_draw(name, frame):
                 # The number distinguishes families whose names differ only in characters that file names cannot hold.
                 suffix = f"-{number}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', family)}" if len(families) > 1 else ""
-                figure = draw(result, family=family, **options)
-                first, *others = str(figure.get_suptitle()).split("\n")
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format="png", dpi=_DPI)
-                width, height = figure.get_size_inches()
-                caption = re.sub(r"[\[\]]", "", first)
-                yield Picture(f"{name}{suffix}.png", caption, " ".join(others), buffer.getvalue(), (width, height))
+                yield as_picture(draw(result, family=family, **options), f"{name}{suffix}.png")
 
 
 def _can_draw(figure: str, frame: pd.DataFrame) -> bool:

@@ -1,77 +1,109 @@
-"""A study as one HTML file that loads nothing: findings, figures, tables, single neurons and provenance."""
+"""A study as one HTML page: its answer, figures, tables, single neurons and provenance."""
 
-import base64
 import json
-from importlib.resources import files
+from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 import pandas as pd
 
-from rmtension.attribution._dashboard_page import neuron_section, page_part, policy_hash
+from rmtension.attribution._dashboard_page import neuron_section, page_part
 from rmtension.attribution._neuron_dashboards import NeuronDashboards
+from rmtension.report._answer import answer_note, answer_sentences
 from rmtension.report._figures import NO_FIGURES, Picture, Pictures
-from rmtension.report._main_findings import findings, unconcluded
+from rmtension.report._main_findings import Finding, findings, unconcluded
+from rmtension.report._page import (
+    Answer,
+    Dashboards,
+    Folded,
+    Page,
+    PageSection,
+    Reproduction,
+    render_page,
+)
 from rmtension.report._tables import SECTIONS, Section, readable_tables
 from rmtension.report._text import elsewhere, notes
 from rmtension.study._result import StudyResult
 
-# The size of figures on the page, in pixels per inch.
-_SHOWN = 110
 _TITLE = "A study of helpful, harmless and mixed reward models"
 _QUESTION = (
-    "Which neurons of reward models drive judgments of helpfulness and harmlessness, which are shared, and what does "
-    "each objective lose when they are ablated?"
+    "Which neurons drive judgments of helpfulness and harmlessness, which are shared, and what is lost without them?"
 )
+# The number of sentences that a page opens with; the command line prints all.
+_N_SENTENCES = 3
+# Table -> the figure of the page's answer. The first that the study has is shown at the top.
+_LEADING = {"ablation": "matrix_margin", "comparisons": "comparisons", "overlap": "overlap", "accuracy": "accuracy"}
 
 
 def to_html(result: StudyResult, pictures: Pictures, *, neurons: NeuronDashboards | None = None) -> str:
     """The text of the page."""
-    here = files("rmtension.report") / "page"
-    style, page = ((here / f"report.{end}").read_text(encoding="utf-8") for end in ("css", "html"))
-    style, script = page_part("neurons.css") + style, page_part("neurons.js")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    listed = findings(result)
+    return render_page(study_page(result, pictures, neurons=neurons))
+
+
+def study_page(result: StudyResult, pictures: Pictures, *, neurons: NeuronDashboards | None = None) -> Page:
+    """All that the page of a study shows."""
     readable = readable_tables(result)
-    level = result.summary["options"]["level"]
-    return environment.from_string(page).render(
-        title=_TITLE,
+    leading = _leading_picture(pictures)
+    parts = [part for part in SECTIONS if part.table in result.tables]
+    return Page(
+        _TITLE,
+        _answer(result, leading),
+        [
+            *(_section(result, part, readable, pictures, leading) for part in parts),
+            PageSection("Data and models", lines=notes(result)),
+        ],
         question=_QUESTION,
-        style=style,
-        script=script,
-        style_hash=policy_hash(style),
-        script_hash=policy_hash(script),
-        reading=f"Every number has a {100 * level:g}% interval, a control and a sample size n. If the interval "
-        "contains the value of no difference, the data do not show a direction, which is then called open.",
-        glance=_frame(_glance(listed, several=len({finding.family for finding in listed}) > 1)),
-        unconcluded=unconcluded(result, listed),
-        notes=notes(result),
-        sections=[_section(result, part, readable, pictures) for part in SECTIONS if part.table in result.tables],
-        neurons=None if neurons is None else neuron_section(neurons),
-        code=_code(result, neurons),
-        models=_frame(_models(result)),
-        summary=json.dumps(result.summary, indent=2),
+        dashboards=None if neurons is None else dashboards_section(neurons),
+        provenance=Reproduction(
+            "This code writes the report again. Replace the names with those of your checkpoints and pairs; the "
+            "fingerprints and digests below identify the models and pairs of this report.",
+            _code(result, neurons),
+            json.dumps(result.summary, indent=2),
+            _models(result),
+        ),
     )
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
-def _frame(frame: pd.DataFrame) -> dict[str, Any]:
-    return {"columns": list(frame.columns), "rows": [[str(cell) for cell in row] for row in frame.to_numpy().tolist()]}
+def _leading_picture(pictures: Pictures) -> Picture | None:
+    """The figure at the top; of several families, that of the first."""
+    for table, name in _LEADING.items():
+        found = [picture for picture in (pictures or {}).get(table, ()) if picture.name.startswith(name)]
+        if found:
+            return found[0]
+    return None
 
 
-def _glance(listed: list[Any], *, several: bool) -> pd.DataFrame:
+def _answer(result: StudyResult, leading: Picture | None) -> Answer:
+    listed = findings(result)
+    sentences = answer_sentences(result)[:_N_SENTENCES]
+    return Answer(
+        sentences or ["This study has tables without a summary; see the sections below."],
+        leading,
+        note=answer_note(result),
+        table=_glance(listed, several=len({finding.family for finding in listed}) > 1) if listed else None,
+        table_summary=f"All {len(listed)} comparisons, with intervals, controls and sample sizes",
+        folds=[Folded(_undecided(listed), unconcluded(result, listed))],
+    )
+
+
+def _undecided(listed: Sequence[Finding]) -> str:
+    n_open = sum(finding.is_open for finding in listed)
+    if not n_open:
+        return "What these data do not say"
+    return f"Not decided by these data: {n_open} of {len(listed)} comparisons, and the limits of the study"
+
+
+def dashboards_section(neurons: NeuronDashboards) -> Dashboards:
+    """The section of single neurons."""
+    return Dashboards(neuron_section(neurons), style=page_part("neurons.css"), script=page_part("neurons.js"))
+
+
+def _glance(listed: Sequence[Finding], *, several: bool) -> pd.DataFrame:
     columns = ["question", "number", "value [interval]", "compared with", "n", "direction"]
     rows = [
-        [
-            finding.question,
-            finding.quantity,
-            finding.estimate,
-            finding.control,
-            finding.n,
-            "open" if finding.is_open else _side(finding),
-        ]
+        [finding.question, finding.quantity, finding.estimate, finding.control, finding.n, finding.direction]
         for finding in listed
     ]
     frame = pd.DataFrame(rows, columns=columns)
@@ -80,28 +112,25 @@ def _glance(listed: list[Any], *, several: bool) -> pd.DataFrame:
     return frame
 
 
-def _side(finding: Any) -> str:
-    return f"{'above' if finding.low > finding.none else 'below'} {finding.none:g}"
-
-
 def _section(
-    result: StudyResult, section: Section, readable: dict[str, pd.DataFrame], pictures: Pictures
-) -> dict[str, Any]:
+    result: StudyResult,
+    section: Section,
+    readable: dict[str, pd.DataFrame],
+    pictures: Pictures,
+    leading: Picture | None,
+) -> PageSection:
     table = readable.get(section.title)
-    return {
-        "title": section.title,
-        "note": " ".join(filter(None, (section.note, NO_FIGURES if pictures is None else ""))),
-        "figures": [] if pictures is None else [_figure(picture) for picture in pictures.get(section.table, ())],
-        "table": None if table is None else _frame(table),
-        "elsewhere": elsewhere(result, section),
-    }
-
-
-def _figure(picture: Picture) -> dict[str, Any]:
-    width, height = (round(_SHOWN * inches) for inches in picture.inches)
-    png = base64.b64encode(picture.png).decode()
-    alt = f"{picture.caption}. {picture.rest} The table below has its numbers."
-    return {"png": png, "width": width, "height": height, "alt": alt, "caption": picture.caption}
+    drawn = [] if pictures is None else [one for one in pictures.get(section.table, ()) if one is not leading]
+    at_top = leading is not None and leading in (pictures or {}).get(section.table, ())
+    notes_of = (
+        section.note,
+        f"The figure \u201c{leading.caption}\u201d is at the top of the page."
+        if at_top and leading is not None
+        else "",
+        NO_FIGURES if pictures is None else "",
+        "" if table is not None else elsewhere(result, section),
+    )
+    return PageSection(section.title, note=" ".join(filter(None, notes_of)), pictures=drawn, table=table)
 
 
 def _models(result: StudyResult) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from rmtension.errors import OptionError
@@ -24,11 +25,26 @@ class Finding:
     control: str
     n: str
     none: float = 0.0
+    identical: bool = False
+
+    @property
+    def is_same(self) -> bool:
+        """Whether nothing can differ: two models are identical, or the difference is exactly none in every pair."""
+        return self.identical or bool(self.value == self.low == self.high == self.none)
 
     @property
     def is_open(self) -> bool:
         """Whether the direction is open: the interval contains the value of no difference, or there is no interval."""
-        return not (self.low > self.none or self.high < self.none)
+        return not (self.is_same or self.low > self.none or self.high < self.none)
+
+    @property
+    def direction(self) -> str:
+        """Which side of no difference the interval is on, in words."""
+        if self.identical:
+            return "identical models, the same rewards"
+        if self.is_same:
+            return "no difference in any pair"
+        return "not decided" if self.is_open else f"{'above' if self.low > self.none else 'below'} {self.none:g}"
 
     @property
     def estimate(self) -> str:
@@ -46,8 +62,8 @@ def findings(result: StudyResult) -> list[Finding]:
         >>> models = dict.fromkeys(("helpful", "harmless", "mixed"), head)
         >>> study = TensionStudy(models, pairs, options=StudyOptions(analyses=("accuracy",)))
         >>> first = findings(study.run(progress=False))[0]
-        >>> first.question, first.n, first.is_open
-        ('Does mixed training cost accuracy on helpful pairs?', '12', True)
+        >>> first.question, first.n, first.direction
+        ('Does mixed training cost accuracy on helpful pairs?', '12', 'identical models, the same rewards')
     """
     return [finding for family in families_of(result) for finding in _of_family(result, family)]
 
@@ -57,7 +73,7 @@ def unconcluded(result: StudyResult, listed: list[Finding]) -> list[str]:
     several = len(families_of(result)) > 1
     lines = [
         f"{f'{finding.family}: ' if several else ''}{finding.question} {finding.quantity}: {finding.estimate}, "
-        f"n = {finding.n}. The interval does not exclude {finding.none:g}, so these pairs do not show a direction."
+        f"n = {finding.n}. The interval does not exclude {finding.none:g}."
         for finding in listed
         if finding.is_open
     ]
@@ -92,7 +108,7 @@ def _of_family(result: StudyResult, family: str) -> Iterator[Finding]:
         question: str, quantity: str, table: str, where: dict[str, Any], columns: tuple[str, str, str], *extra: str
     ) -> tuple[dict[str, Any], Any] | None:
         """The fields of a finding and its row; None if the study has no such row."""
-        row = _row(result, family, table, where, columns, extra)
+        row = mean_row(result, family, table, where, columns, extra)
         if row is None:
             return None
         given = {"family": family, "question": question, "quantity": quantity, "n": _n(row)}
@@ -105,7 +121,9 @@ def _of_family(result: StudyResult, family: str) -> Iterator[Finding]:
             question, f"accuracy of mixed minus {objective}-only", "comparisons", where, ("difference", "low", "high")
         )
         if answer:
-            yield Finding(**answer[0], control="the specialist, on the same pairs")
+            models = family_fingerprints(result, family)
+            same = bool(models) and all(one["mixed"] == one[objective] for one in models)
+            yield Finding(**answer[0], control="the specialist, on the same pairs", identical=same)
     for objective in ("helpful", "harmless"):
         where = {"model": "mixed", "objective": objective, "measure": "accuracy, length matched"}
         answer = number(
@@ -113,7 +131,7 @@ def _of_family(result: StudyResult, family: str) -> Iterator[Finding]:
             "accuracy on pairs matched in length", "accuracy", where, ("value", "low", "high"),
         )  # fmt: skip
         if answer:
-            alone = _row(
+            alone = mean_row(
                 result, family, "accuracy",
                 {"model": "length only", "objective": objective, "measure": "accuracy"}, ("value", "low", "high"), (),
             )  # fmt: skip
@@ -122,7 +140,8 @@ def _of_family(result: StudyResult, family: str) -> Iterator[Finding]:
     for score in result.summary["options"]["scores"]:
         where = {"score": score, "kind": "models", "a": "helpful", "b": "harmless", "without_base": "False"}
         answer = number(
-            "Do the helpful and the harmless model share neurons?", f"Jaccard of top sets by {score} beyond chance",
+            "Do the helpful and the harmless model share neurons?",
+            f"Jaccard of top sets by {score.replace('_', ' ')} beyond chance",
             "overlap", where, ("beyond_chance", "beyond_low", "beyond_high"), "jaccard", "layer_expected_jaccard",
             "size_a", "size_b", "n_neurons",
         )  # fmt: skip
@@ -131,18 +150,20 @@ def _of_family(result: StudyResult, family: str) -> Iterator[Finding]:
             control = f"chance in each layer, {row['layer_expected_jaccard']:.3f}; Jaccard {row['jaccard']:.3f}"
             n = f"{row['size_a']:.0f} and {row['size_b']:.0f} of {row['n_neurons']:.0f} neurons"
             yield Finding(**answer[0] | {"n": n}, control=control)
-    for objective in ("helpful", "harmless"):
-        for control in ("layer", "magnitude"):
-            where = {"set": "shared", "objective": objective, "quantity": "margin", "control": control}
+    for name, question in (
+        ("mixed top", "Do the mixed model's own top neurons carry the {} margin?"),
+        ("shared", "Do shared neurons carry the {} margin?"),
+    ):
+        for objective, control in product(("helpful", "harmless"), ("layer", "magnitude")):
+            where = {"set": name, "objective": objective, "quantity": "margin", "control": control}
             answer = number(
-                f"Do shared neurons carry the {objective} margin?", f"change of the margin beyond random ({control})",
+                question.format(objective), f"change of the margin beyond random ({control})",
                 "ablation", where, ("beyond_random", "beyond_low", "beyond_high"), "random_effect", "effect",
             )  # fmt: skip
             if answer:
                 row = answer[1]
-                yield Finding(
-                    **answer[0], control=f"without them {row['effect']:+.3f}, random sets {row['random_effect']:+.3f}"
-                )
+                compared = f"without them {row['effect']:+.3f}, random sets {row['random_effect']:+.3f}"
+                yield Finding(**answer[0], control=compared)
     where = {"set": "shared", "quantity": "margin"}
     answer = number(
         "Does ablating shared neurons cost one objective more?", "retained share of the margin, helpful - harmless",
@@ -155,7 +176,7 @@ def _of_family(result: StudyResult, family: str) -> Iterator[Finding]:
         yield Finding(**answer[0] | {"n": n}, control=control)
 
 
-def _row(
+def mean_row(
     result: StudyResult,
     family: str,
     table: str,
@@ -171,6 +192,16 @@ def _row(
     except OptionError:
         return None
     return rows.means(list(where), *columns, extra=extra).iloc[0]
+
+
+def family_fingerprints(result: StudyResult, family: str) -> list[dict[str, str]]:
+    """The fingerprints of the three reward models of every seed that recorded all three."""
+    found = []
+    for entry in result.summary["families"]:
+        known = result.summary.get("models", {}).get(f"{entry['family']} {entry['seed']}", {})
+        if str(entry["family"]) == family and {"helpful", "harmless", "mixed"} <= set(known):
+            found.append({name: known[name]["model"] for name in ("helpful", "harmless", "mixed")})
+    return found
 
 
 def _n(row: Any) -> str:

@@ -60,8 +60,8 @@ def filled_whole(folder: Path, what: str, *, seal: str, replaced: Iterable[str] 
     """A temporary empty folder: when the block ends, its files move into `folder` and replace files of the same names.
 
     When the block fails, `folder` is unchanged. The old file `seal` is removed first and the new one arrives last, so
-    that a folder that has it is complete, even after a kill. Files named in `replaced` are removed as well. Raises
-    `StorageError` as `written_whole` does.
+    that a folder that has it is complete, even if the process was killed. Files named in `replaced` are removed as
+    well. Raises `StorageError` as `written_whole` does.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{threading.get_ident()}{SUFFIX}")
     try:

@@ -44,7 +44,7 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], values: 
     # Only the top level is sorted: chat templates print the keys of messages in their order.
     header = {_HEADER: json.dumps(dict(sorted({"kind": kind, "format": FORMAT, **values}.items())))}
     with written_whole(path, kind) as partial:
-        # Not with safetensors' own writer, whose temporary file would be left behind after a kill.
+        # Not with safetensors' own writer, which leaves a temporary file if the process is killed.
         partial.write_bytes(save(_without_aliases(tensors), header))
 
 

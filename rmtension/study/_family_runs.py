@@ -147,10 +147,15 @@ class FamilyRuns:
         return profiles
 
     def ablated_sets(self) -> dict[str, NeuronSet]:
-        """The sets of the causal analyses, by the first score: each specialist's own, shared, the base's top set."""
+        """The sets of the causal analyses, by the first score.
+
+        Each specialist's own neurons, the shared ones, and the top sets of the mixed model, which shows what ablating
+        as many neurons can do, and of the base.
+        """
         score = self.options.scores[0]
         base = self.base_scores(score)
-        return self.shared_sets(score) | ({} if base is None else {"base top": self.top(base)})
+        sets = self.shared_sets(score) | {"mixed top": self.top(self.scores_of(score, "mixed"))}
+        return sets | ({} if base is None else {"base top": self.top(base)})
 
     def shared_sets(self, score: str) -> dict[str, NeuronSet]:
         """The neurons in only one specialist's top set, and those in both."""

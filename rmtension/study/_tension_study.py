@@ -92,7 +92,7 @@ class TensionStudy:
         `n_read` count the passes over a data set that were run and those that were read from the folder.
 
         Cost per family, in passes over the evaluation pairs (both texts; a shared prompt runs once): 3; for "curves"
-        3 x fractions x (scores + 3) more, for "cross_objective" 3 x scores, for "causality" 4 sets x (1 + 2 draws +
+        3 x fractions x (scores + 3) more, for "cross_objective" 3 x scores, for "causality" 5 sets x (1 + 2 draws +
         subsamples). Over the scoring pairs: 4 profiles, and for `replacement="mean"` the means of 3 models.
         """
         if folder is None:
@@ -153,7 +153,7 @@ class TensionStudy:
 
     def _n_steps(self) -> int:
         options = self.options
-        n_sets = 3 + all(family.base is not None for family in self.families)
+        n_sets = 4 + all(family.base is not None for family in self.families)
         steps = {
             "curves": 3 * (1 + len(options.curve_fractions) * (len(options.scores) + 3)),
             "cross_objective": 3 * 2 * len(options.scores),

@@ -1,14 +1,15 @@
 """Training of families: a base model and the reward models trained from it, which a study compares."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
 from rmtension.store._provenance import digest_of_folder
-from rmtension.study._family_runs import OBJECTIVES, ModelFamily
+from rmtension.study._family_runs import MODELS, OBJECTIVES, ModelFamily
 from rmtension.training._select_pairs import select_pairs
 from rmtension.training._train_base_model import train_base_model
 from rmtension.training._train_reward_model import train_reward_model
@@ -63,6 +64,7 @@ def train_family(
     progress: bool | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    on_stage: Callable[[str], object] | None = None,
 ) -> dict[str, Path]:
     """Train a base model, one reward model per objective, and one on all objectives in equal parts.
 
@@ -71,7 +73,8 @@ def train_family(
     texts of all objectives, so that the base has seen which prompts are refused, as an instruction-tuned model has.
     With `base`, `settings` apply to the reward models only. With `resume`, finished models of a run with the same
     pairs, base, seed and schedule are kept, and only the missing ones are trained; a model of a different run raises
-    `StorageError`. Raises `OptionError` for fewer than two objectives; other errors are those of `train_reward_model`.
+    `StorageError`. `on_stage` is called with the name of every model before it is trained. Raises `OptionError` for
+    fewer than two objectives; other errors are those of `train_reward_model`.
 
     Examples:
         >>> settings = FamilySettings(reward_epochs=1.0, reward_batch_size=24, max_length=64)  # a step per model
@@ -80,6 +83,7 @@ def train_family(
         (['base', 'harmless', 'helpful', 'mixed'], 2)
     """
     chosen = settings or FamilySettings()
+    tell = on_stage or (lambda name: None)
     if len(pairs) < 2 or {"base", "mixed"} & set(pairs):
         raise OptionError(
             f"pairs: expected two objectives or more, none called 'base' or 'mixed', got {sorted(pairs)}. For a single "
@@ -117,10 +121,12 @@ def train_family(
     if base is None and "base" not in finished:
         # With rejected texts too, the base could not learn which responses go with which prompts. The reward models
         # would have to learn it: on preference_world, harmlessness then takes twice as long.
+        tell("base")
         _train_family_base(texts, folders["base"], chosen, seed, progress, overwrite)
     for name, mixture in mixtures.items():
         if name in finished:
             continue
+        tell(name)
         train_reward_model(
             pairs,
             start,
@@ -150,13 +156,14 @@ def train_seeds(
     progress: bool | None = None,
     overwrite: bool = False,
     resume: bool = True,
+    on_stage: Callable[[str], object] | None = None,
 ) -> list[ModelFamily]:
     """Train a helpful, a harmless and a mixed reward model per seed, all from one base, ready for `TensionStudy`.
 
     `pairs` maps "helpful" and "harmless" to training pairs. Without `base`, the first seed trains the base of all
     seeds. Finished models of an earlier run are kept unless `resume` is False or `overwrite` is True. The folders are
-    `output_dir/seed-0/helpful` and so on. Raises `OptionError` for other objectives; other errors are those of
-    `train_family`.
+    `output_dir/seed-0/helpful` and so on. `on_stage` is called with a line before every training, such as "training
+    reward model 2 of 3: harmless". Raises `OptionError` for other objectives; other errors are those of `train_family`.
 
     Examples:
         >>> settings = FamilySettings(reward_epochs=1.0, reward_batch_size=24, max_length=64)  # a step per model
@@ -169,7 +176,8 @@ def train_seeds(
     if set(pairs) != set(OBJECTIVES):
         raise OptionError(f"pairs: expected exactly {list(OBJECTIVES)}, got {sorted(pairs)}.")
     families: list[ModelFamily] = []
-    for seed in seeds:
+    for number, seed in enumerate(seeds):
+        named = None if on_stage is None else partial(_stage, on_stage, number=number, seed=seed, n_seeds=len(seeds))
         folders = train_family(
             pairs,
             Path(output_dir) / f"seed-{seed}",
@@ -179,10 +187,19 @@ def train_seeds(
             progress=progress,
             overwrite=overwrite,
             resume=resume,
+            on_stage=named,
         )
         base = folders["base"]
         families.append(ModelFamily(**folders, name=name, seed=seed))
     return families
+
+
+def _stage(tell: Callable[[str], object], model: str, *, number: int, seed: int, n_seeds: int) -> None:
+    """Tell which model of which seed is trained next."""
+    which = "the base model"
+    if model != "base":
+        which = f"reward model {number * len(MODELS) + MODELS.index(model) + 1} of {n_seeds * len(MODELS)}: {model}"
+    tell(f"training {which}{f', seed {seed}' if n_seeds > 1 else ''}")
 
 
 def _train_family_base(

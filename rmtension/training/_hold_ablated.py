@@ -47,8 +47,9 @@ class HoldAblated(TrainerCallback):  # type: ignore[misc]
         for weight, is_row, columns in held:
             if _part(weight, is_row, columns).any():
                 raise OptionError(
-                    "neurons: their weights in this model are not 0, so there is nothing to hold. Train a checkpoint "
-                    "that head.with_ablation(neurons) wrote, or head.with_ablation(neurons, Mean(statistics))."
+                    "neurons: their weights in this model are not 0, so HoldAblated cannot hold them. Train a "
+                    "checkpoint that head.with_ablation(neurons) wrote, or "
+                    "head.with_ablation(neurons, Mean(statistics))."
                 )
         self._held = held
         for weight, is_row, columns in held:

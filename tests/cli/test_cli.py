@@ -464,8 +464,9 @@ class TestAll:
         result = StudyResult({"accuracy": whole.accuracy}, whole.summary)
         seen = {}
 
-        def stub(out, **options):
+        def stub(out, *, on_stage, **options):
             seen.update(options, out=out)
+            on_stage("training reward model 2 of 3: harmless")
             print("from a library")
             return DemoRun(result, 1.0, 2.0, 5, 6)
 
@@ -474,9 +475,33 @@ class TestAll:
         assert status == 0
         assert err == "from a library\n"
         assert "from a library" not in out
-        assert out.endswith("Written to x: models 1 s, study 2 s; 5 passes over models run, 6 read from x/runs.\n")
+        written, report, command = out.splitlines()[-3:]
+        assert written == "Written to x: models 1 s, study 2 s; 5 passes over models run, 6 read from x/runs."
+        page = Path("x/report.html").resolve()
+        assert report == f"Report: {page}"
+        assert command.startswith("Open it: ")
+        assert command.endswith(f" -m webbrowser -t {page.as_uri()}")
         assert (seen["seeds"], seen["progress"], str(seen["out"])) == (2, False, "x")
         assert json.loads(run(capsys, "demo", "--json")[1])["seconds"] == {"models": 1.0, "study": 2.0}
+        assert "training reward model 2 of 3: harmless\n" in run(capsys, "demo")[2], "stages are named"
+
+    def test_demo_prints_findings_and_tables_if_asked(self, files, capsys, monkeypatch):
+        from hand_made import hand_made_study
+
+        from rmtension.cli._demo import DemoRun
+        from rmtension.report._answer import answer_sentences
+
+        result = hand_made_study()
+        monkeypatch.setattr("rmtension.cli._demo.run_demo", lambda *_, **__: DemoRun(result, 1.0, 2.0, 5, 6))
+        short, long = (run(capsys, "demo", "--quiet", *more)[1] for more in ([], ["--verbose"]))
+        sentences = answer_sentences(result)
+        assert short.splitlines()[: len(sentences)] == [f"- {sentence}" for sentence in sentences]
+        assert len(sentences) >= 3
+        assert len(short.splitlines()) <= 10
+        for heading in ("Overlap of top sets", "What is retained"):
+            assert heading in long
+            assert heading not in short
+        assert json.loads(run(capsys, "demo", "--json", "--quiet")[1])["findings"] == sentences
 
     def test_an_interruption_returns_status_130(self, files, model, capsys, monkeypatch):
         def interrupt(*_, **__):

@@ -101,10 +101,10 @@ SHAPES = {
     "prompt and lists of one message": {"prompt": TALK, "chosen": [GOOD], "rejected": [BAD]},
     "prompt and single messages": {"prompt": TALK, "chosen": GOOD, "rejected": BAD},
     "whole conversations": {"chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]},
-    "whole beside their prompt": {"prompt": TALK, "chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]},
-    "whole beside the last question": {"prompt": TALK[-1:], "chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]},
-    "whole beside a text prompt": {"prompt": " do i  bake\n", "chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]},
-    "whole beside a prompt that is missing": {"prompt": None, "chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]},
+    "whole, with their prompt": {"prompt": TALK, "chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]},
+    "whole, with the last question": {"prompt": TALK[-1:], "chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]},
+    "whole, with a text prompt": {"prompt": " do i  bake\n", "chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]},
+    "whole, with a prompt that is missing": {"prompt": None, "chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]},
     "ShareGPT": {"conversations": sharegpt(TALK), "chosen": sharegpt([GOOD])[0], "rejected": sharegpt([BAD])[0]},
     "ShareGPT, whole": {"chosen": sharegpt([*TALK, GOOD]), "rejected": sharegpt([*TALK, BAD])},
     "ShareGPT and a system column": {
@@ -189,7 +189,7 @@ class TestSeveralMessages:
 
 
 class TestFields:
-    """Whatever a message has beside role and content reaches the template and is kept."""
+    """Every field of a message besides role and content reaches the template and is kept."""
 
     @pytest.mark.parametrize(
         ("chosen", "rejected"),
@@ -295,7 +295,7 @@ class TestTextsOnChatModels:
         head, _ = model
         tokenizer = make_tokenizer(tmp_path)
         pairs = PreferencePairs.from_records(self.rows)
-        # Without a template there is nothing to say.
+        # Without a template no warning is due.
         encode_pairs(tokenizer, pairs, max_length=400)
         tokenizer.chat_template = TEMPLATE
         with pytest.warns(

@@ -1,16 +1,12 @@
-"""Single ablations, which sweeps are compared with."""
+"""Ablations of one set at a time, which sweeps are compared with."""
 
 import torch
 
-from rmtension import (
-    AblationContext,
-    NeuronSet,
-    Zero,
-)
+from rmtension import AblationContext, NeuronSet, Zero
 
 
 def some_sets(head, site="mlp"):
-    """In the first layer and all others, the middle one, the last two, the last; and an empty one."""
+    """Sets in all layers, in the middle layer, in the middle and last layer, in the last layer; and an empty set."""
     random = torch.rand(head.n_layers, head.n_neurons(site), generator=torch.Generator().manual_seed(0)) < 0.3
     random[:, 0] = True
     sets = []
@@ -22,8 +18,8 @@ def some_sets(head, site="mlp"):
 
 
 def one_by_one(head, pairs, sets, replacement=Zero(), **options):
-    found = []
-    for one in sets:
-        with AblationContext(head, one, replacement, **options):
-            found.append(head.score_pairs(pairs))
-    return found
+    scored = []
+    for neurons in sets:
+        with AblationContext(head, neurons, replacement, **options):
+            scored.append(head.score_pairs(pairs))
+    return scored

@@ -2,13 +2,7 @@
 
 import torch
 
-from rmtension import (
-    ActivationStatistics,
-    NeuronScores,
-    NeuronSet,
-    PairRewards,
-    PreferencePairs,
-)
+from rmtension import ActivationStatistics, NeuronScores, NeuronSet, PairRewards, PreferencePairs
 from rmtension.attribution._faithfulness_result import Faithfulness
 from rmtension.neurons._conflict import conflict
 from rmtension.neurons._pair_attributions import PairAttributions
@@ -20,11 +14,11 @@ from rmtension.store._provenance import Provenance
 WHERE = Provenance("toy", "0f", "mlp", "all", "direct_effect", "float32", "00", 4, 64, "0", skipped=("pair-1",), sign=1)
 
 
-PAIRS = PreferencePairs.from_records([{"prompt": one, "chosen": "yes", "rejected": "no"} for one in "abcd"])
+PAIRS = PreferencePairs.from_records([{"prompt": letter, "chosen": "yes", "rejected": "no"} for letter in "abcd"])
 
 
 def results():
-    """One of every kind that is kept in one file."""
+    """One result of every kind that is saved as one file."""
     numbers = torch.Generator().manual_seed(0)
     values = torch.randn(2, 3, dtype=torch.float64, generator=numbers)
     scores = NeuronScores(values, values.abs(), WHERE, torch.stack([values] * 32), values[:, 0])

@@ -22,7 +22,7 @@ FRACTIONS = (0.02, 0.1, 0.3, 1.0)
 
 
 def hand_made(seeds=(0, 1, 2), family="tiny", level=0.95):
-    """A study's tables with numbers from a generator: a figure should show whatever is in them."""
+    """The tables of a study with random numbers, which figures should show."""
     rng = np.random.default_rng(7)
     rows = {}
 
@@ -80,7 +80,7 @@ def hand_made(seeds=(0, 1, 2), family="tiny", level=0.95):
                         beyond = ("beyond_random", "beyond_low", "beyond_high")
                         numbers = {"random_effect": rng.normal(), "random_sd": rng.uniform(), "before": 0.8, "n": 90}
                         known = {"control": control, "size": size + seed}
-                        # One effect, and two controls.
+                        # The effect is the same for both controls.
                         add("ablation", {**names, **known, **ends}, beyond, **numbers)
                     gap = ("difference", "difference_low", "difference_high")
                     numbers = {"size": 7 + seed, "per_neuron": rng.normal(), "n": 90, "against": "shared"}
@@ -125,12 +125,12 @@ def hand_made(seeds=(0, 1, 2), family="tiny", level=0.95):
             on: {"scoring": 90, "evaluating": 90, "identical_responses": 0, "prompts_cut": 0} for on in OBJECTIVES
         },
     }  # fmt: skip
-    return StudyResult({name: pd.DataFrame(found) for name, found in rows.items()}, summary)
+    return StudyResult({name: pd.DataFrame(some) for name, some in rows.items()}, summary)
 
 
 def expected(frame, keys, value="value", low="low", high="high", level=0.95, share=False):
-    """The mean over seeds and its interval by the documented formula, by key; that of a share ends at 0 and 1."""
-    found = {}
+    """By key, the mean over seeds and its interval by the documented formula; a share's is clipped to [0, 1]."""
+    intervals = {}
     for names, part in frame.groupby(list(keys), sort=False):
         n = len(part)
         half = 0.0
@@ -139,14 +139,14 @@ def expected(frame, keys, value="value", low="low", high="high", level=0.95, sha
         centre = part[value].mean()
         below, above = (part[value] - part[low]).mean(), (part[high] - part[value]).mean()
         low_end, high_end = centre - np.hypot(below, half), centre + np.hypot(above, half)
-        found[names] = (centre, *np.clip([low_end, high_end], *((0, 1) if share else (-np.inf, np.inf))))
-    return found
+        intervals[names] = (centre, *np.clip([low_end, high_end], *((0, 1) if share else (-np.inf, np.inf))))
+    return intervals
 
 
 def hand_made_study():
-    """Every table that a study can have."""
-    found = hand_made()
-    effects = found.subsets.rename(columns={"accuracy": "before"}).assign(change=-0.1, low=-0.2, high=-0.05)
+    """A study with every table that a study can have."""
+    study = hand_made()
+    effects = study.subsets.rename(columns={"accuracy": "before"}).assign(change=-0.1, low=-0.2, high=-0.05)
     effects["score"] = "magnitude"
     rows = [
         {
@@ -165,13 +165,13 @@ def hand_made_study():
     ]
     tops = pd.DataFrame(rows)[["family", "seed", "score", "model"]].assign(size=9, cut=0.25, n_tied=1, n_pairs=90)
     neurons = pd.DataFrame({"family": "tiny", "seed": 0, "layer": 0, "neuron": range(100)})
-    without = found.transferability.assign(set="shared", size=9)
+    without = study.transferability.assign(set="shared", size=9)
     tables = {
         "cross_objective": effects,
         "drift": pd.DataFrame(rows),
         "sets": tops,
         "neurons": neurons,
-        "ablation": found.ablation.assign(set_magnitude=0.3, random_magnitude=0.2),
+        "ablation": study.ablation.assign(set_magnitude=0.3, random_magnitude=0.2),
         "ablated_transferability": without,
     }
-    return StudyResult(found.tables | tables, found.summary)
+    return StudyResult(study.tables | tables, study.summary)

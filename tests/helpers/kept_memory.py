@@ -1,4 +1,4 @@
-"""How much memory hooks keep."""
+"""How much memory a run keeps for gradients."""
 
 import torch
 
@@ -6,7 +6,7 @@ from rmtension.attribution._batch_run import BatchRun
 
 
 def kept_bytes(head, batch):
-    """The storages that autograd keeps of a run for its gradients, and the gradients themselves."""
+    """Bytes of what autograd keeps of a run for its gradients, and of the gradients themselves."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in head.body.module.parameters()}
     kept = {}
 
@@ -18,5 +18,5 @@ def kept_bytes(head, batch):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run = BatchRun(head, batch, ["mlp"], gradients=True)
-    gradients = {one.data_ptr(): one.untyped_storage() for one in run.gradients.values()}
+    gradients = {gradient.data_ptr(): gradient.untyped_storage() for gradient in run.gradients.values()}
     return sum(storage.nbytes() for storage in [*kept.values(), *gradients.values()])

@@ -49,7 +49,7 @@ def ragged_ids(pad=0):
 
 
 def alone(model, ids):
-    """Every text's logits at its last token, by a run of its own."""
+    """The logits of every text at its last token; each text runs alone."""
     with torch.no_grad():
         return torch.stack([model(row[None, :length])[0, -1] for row, length in zip(ids, LENGTHS, strict=True)])
 
@@ -58,7 +58,7 @@ def unembedding(kind, model):
     """The columns of the unembedding, [d_model, d_vocab], and its bias."""
     if kind == "hooked":
         return model.W_U.detach(), model.b_U.detach()
-    # TransformerLens 3.9 gives the native head a bias that trains.
+    # In TransformerLens 3.9, the native head has a trainable bias.
     head = model.unembed.original_component
     bias = torch.zeros(13, dtype=torch.float64) if head.bias is None else head.bias.detach()
     return head.weight.detach().T, bias

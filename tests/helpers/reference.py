@@ -1,8 +1,8 @@
 """The same numbers computed without this library: transformers, plain PyTorch hooks on its modules, and autograd.
 
-One text at a time, unpadded, in float64. Nothing here imports rmtension. Models run on the device the library takes:
-what they compute in float32 whatever the dtype (norms, rotary angles) has other last digits on a GPU. What goes in and
-comes out is on the CPU.
+Each text runs alone, unpadded, in float64. This module does not import rmtension. Models run on the device that the
+library uses, because norms and rotary angles are computed in float32 at any dtype, and their last digits differ on a
+GPU. Arguments and results are on the CPU.
 """
 
 from contextlib import contextmanager
@@ -70,7 +70,7 @@ class Reference:
                 handle.remove()
 
     def tokens(self, pair, side):
-        """Ids of one text, and how many of its first tokens belong to the prompt."""
+        """The ids of one text, and how many of its first tokens belong to the prompt."""
         text = f"{pair.prompt} {getattr(pair, side)}"
         ids = self.tokenizer(text, return_tensors="pt")["input_ids"]
         prompt = self.tokenizer(pair.prompt)["input_ids"]
@@ -81,11 +81,11 @@ class Reference:
         return self.model(input_ids=ids.to(DEVICE)).logits[0, 0].cpu()
 
     def activations(self, site, ids, *, gradients=False, unused=False):
-        """Activation of every layer [layer, token, channel], and dr/da if asked; 0 where `unused` ones are allowed.
+        """Activations [layer, token, channel], and dr/da with `gradients`. With `unused`, a layer may not affect r (0).
 
-        Many tests read the same texts at different positions: what the bare model gives is kept.
+        Activations of the bare model are kept, because many tests read the same texts at different positions.
         """
-        if unused:  # by a model with hooks of the caller's
+        if unused:  # the model has hooks of the caller
             return self._run(site, ids, gradients, unused)
         key = site, tuple(ids[0].tolist()), gradients
         if key not in self._known:
@@ -118,7 +118,7 @@ class Reference:
         }[positions]
 
     def per_neuron(self, channels, site, how):
-        """[layer, channel] or [layer, token, channel] to one number a neuron: a head's norm, or its sum."""
+        """[layer, channel] or [layer, token, channel] to one number per neuron: a head's norm, or its sum."""
         if site == "mlp":
             return channels
         heads = channels.unflatten(-1, (self.n_heads, -1))
@@ -126,7 +126,7 @@ class Reference:
 
 
 def transformers_rewards(folder, texts, *, dtype=torch.float32):
-    """One text at a time, unpadded: the reference that batching must not change."""
+    """Rewards of texts one at a time and unpadded, which batching must not change."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval().to(DEVICE)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():

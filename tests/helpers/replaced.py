@@ -1,4 +1,4 @@
-"""The replacement of every token's activation, computed with transformers and plain hooks, one text at a time."""
+"""Replacements of activations, computed with transformers and plain hooks, one text at a time."""
 
 import torch
 
@@ -11,7 +11,7 @@ ALPHA = -0.5
 
 
 def replacement_of(head, site, pairs, name):
-    """The library's replacement of that name, made from the pairs."""
+    """The library's replacement with this name, made from the pairs."""
     collector = ActivationCollector(head, site=site)
     return {
         "zero": Zero,
@@ -23,12 +23,12 @@ def replacement_of(head, site, pairs, name):
 
 
 def sides(reference, pairs):
-    """(ids, prompt length) of chosen and rejected, pair by pair."""
+    """(ids, prompt length) of the chosen and the rejected text of every pair."""
     return [[reference.tokens(pair, side) for side in ("chosen", "rejected")] for pair in pairs]
 
 
 def targets_of(head, reference, site, pairs, positions, replacement):
-    """[layer, token, channel] for chosen and rejected, pair by pair; one token where it is the same for all."""
+    """The replacement [layer, token, channel] for both texts of every pair; one token if all tokens get the same."""
     texts = sides(reference, pairs)
     runs = [[reference.activations(site, ids) for ids, _ in pair] for pair in texts]
     if replacement.name == "zero":
@@ -44,31 +44,31 @@ def targets_of(head, reference, site, pairs, positions, replacement):
             [donors_of(head, text, replacement) for text in pair]
             for pair in zip(encoded.chosen, encoded.rejected, strict=True)
         ]
-        return [[donors[one].transpose(0, 1) for one in pair] for pair in drawn]
-    found = []
+        return [[donors[numbers].transpose(0, 1) for numbers in pair] for pair in drawn]
+    targets = []
     for pair, both in zip(runs, texts, strict=True):
         means = [
             run[:, reference.selected(run.shape[1], n_prompt, positions)].mean(1, keepdim=True)
             for run, (_, n_prompt) in zip(pair, both, strict=True)
         ]
-        found.append(means[::-1])
-    return found
+        targets.append(means[::-1])
+    return targets
 
 
 def reference_donors(reference, site, pairs, sample):
-    """The sample's activations found again among the reference's own, token by token: [donor, layer, channel]."""
+    """The reference's activations at the tokens of the sample, [donor, layer, channel]."""
     everything = torch.cat(
         [reference.activations(site, ids) for pair in sides(reference, pairs) for ids, _ in pair], dim=1
     )
-    found = []
+    donors = []
     for donor in sample.values:
         distance = (everything - donor[:, None]).abs().amax(dim=(0, 2))
-        assert float(distance.min()) < 1e-9, "a donor is no token of the reference pairs"
-        found.append(everything[:, int(distance.argmin())])
-    return torch.stack(found)
+        assert float(distance.min()) < 1e-9, "a donor has to be a token of the reference pairs"
+        donors.append(everything[:, int(distance.argmin())])
+    return torch.stack(donors)
 
 
 def donors_of(head, text, replacement):
-    """Donor of every token of one encoded text, drawn for that text alone."""
+    """The donor of every token of one encoded text, drawn for this text alone."""
     batches = text_batches([text], tokens_per_batch=4096, pad_token_id=head.pad_token_id, device="cpu")
     return draw_donors(next(iter(batches)), replacement.sample.keys, replacement.seed)[0]

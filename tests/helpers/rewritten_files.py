@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 
 def with_tensors(source, folder, tensors, n_shards=1):
-    """The checkpoint of `source` in `folder`, with more tensors, in one file or in shards with an index."""
+    """Write the checkpoint of `source` to `folder` with more tensors, in one file or in shards with an index."""
     weights = load_file(source / "model.safetensors") | tensors
     folder.mkdir(exist_ok=True)
     for path in source.iterdir():

@@ -2,9 +2,7 @@
 
 import torch
 
-from rmtension import (
-    NeuronSet,
-)
+from rmtension import NeuronSet
 
 
 def some(head, site):

@@ -2,10 +2,10 @@
 
 import os
 
-# Before transformers is imported: nothing in this suite may ask a hub for anything.
+# Set before transformers is imported, so that no test contacts a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Before torch is: where a test asks for two threads while other workers keep all cores busy, threads that wait for each
-# other by spinning take the cores from those they wait for.
+# Set before torch is imported: if a test uses two threads while other workers keep all cores busy, threads that wait by
+# spinning take the cores from the threads that they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
@@ -15,7 +15,7 @@ from types import MethodType
 import pytest
 import torch
 import transformers
-import type_checks  # noqa: F401 - before rmtension is
+import type_checks  # noqa: F401 - imported before rmtension
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from rmtension import PreferencePairs
@@ -26,7 +26,7 @@ transformers.utils.logging.disable_progress_bar()
 # Two threads on models this small spend their time waiting for each other, and equal bits are only promised at one
 # number of threads, whatever OMP_NUM_THREADS says.
 torch.set_num_threads(1)
-# What outlasts a power failure is not tested, and every file that is written would wait for the disk.
+# No test is about power failures, and otherwise every written file would wait for the disk.
 os.fsync = lambda descriptor: None
 
 EOS, PAD = "<eos>", "<pad>"
@@ -41,7 +41,7 @@ FAMILIES = ("gpt2", "llama", "gpt_neox")
 def grid(values, *, keep=None, unpack=False):
     """Values of one parameter of a test or fixture, of which `keep` (default: the first) are tested in the fast lane.
 
-    The others carry the marker `grid`: `make test` leaves them out, `make test-all` and `.ci/run` have all. With
+    The others have the marker `grid`: `make test` leaves them out, `make test-all` and `.ci/run` run all. With
     `unpack`, each value is a tuple that holds the values of several parameters.
     """
     values = list(values)
@@ -55,7 +55,7 @@ def grid(values, *, keep=None, unpack=False):
 
 
 def put_bos_first(tokenizer):
-    """Make a tokenizer put its BOS token before every text by itself."""
+    """Change a tokenizer so that it adds its BOS token to every text."""
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos[0]} $A", special_tokens=[bos]
@@ -64,7 +64,7 @@ def put_bos_first(tokenizer):
 
 
 def make_tokenizer(folder, *, pad=PAD, bos=None):
-    """A byte-level BPE tokenizer over a few English words, saved and loaded again as a user's would be."""
+    """A byte-level BPE tokenizer over a few English words, saved and loaded again."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -105,7 +105,7 @@ def save_classifier(folder, family, tokenizer, *, seed=0, **changes):
         config = make_config(family, len(tokenizer), **changes)
         model = transformers.AutoModelForSequenceClassification.from_config(config)
         for parameter in model.parameters():
-            # The default initialisation (0.02) makes everything nearly linear; a test needs curvature.
+            # With the default initialisation (0.02) a model is nearly linear; a test needs curvature.
             parameter.data += 0.1 * torch.randn_like(parameter)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -115,8 +115,8 @@ def save_classifier(folder, family, tokenizer, *, seed=0, **changes):
 def close_to(head):
     """The tolerance of sums of float64 gradients: 1e-9, but 1e-7 for Llama.
 
-    Its norms are float32 in every model. In a packed pair the gradient of the margin is rounded there, in two texts
-    alone that of each reward.
+    Llama's norms are float32 in every model. In a packed pair they round the gradient of the margin; in two separate
+    texts, they round the gradient of each reward.
     """
     return {"atol": 1e-7 if "llama" in head.architecture else 1e-9, "rtol": 0.0}
 
@@ -141,7 +141,7 @@ def make_pairs(n, *, seed=0, longest=12):
 
 
 def unchecked(function):
-    """A function without the type checker that the suite runs under: what it says about wrong types by itself."""
+    """A function without the suite's type checker, to test its own errors about wrong types."""
     if isinstance(function, MethodType):
         return partial(unchecked(function.__func__), function.__self__)
     is_checked = "jaxtyping" in function.__code__.co_filename or "beartype" in function.__code__.co_filename
@@ -149,7 +149,7 @@ def unchecked(function):
 
 
 class Batches(PairStatistic):
-    """Keeps the batches of a pass, and runs no model."""
+    """Collects the batches of a pass without running the model."""
 
     name, state = "batches", {}
 

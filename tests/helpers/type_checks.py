@@ -1,8 +1,8 @@
 """The type checks that the suite runs under, in a third of jaxtyping's time.
 
-`--jaxtyping-packages=rmtension,beartype.beartype` puts `jaxtyping.jaxtyped` on every function of the library. It binds
-all arguments, remembers their shapes, and checks them in two more functions. Where no annotation has a shape, the type
-checker by itself checks the same.
+`--jaxtyping-packages=rmtension,beartype.beartype` decorates every function of the library with `jaxtyping.jaxtyped`,
+which binds all arguments, records their shapes, and checks them in two more functions. If no annotation of a function
+has a shape, the type checker alone checks the same.
 """
 
 import inspect
@@ -14,13 +14,13 @@ _jaxtyped = jaxtyping.jaxtyped
 
 
 def _checked(*, typechecker):
-    def decorate(found):
-        notes = getattr(found, "__annotations__", {}).values()
-        # Shapes are in quotes, and so are names of what is defined later, of which jaxtyping takes care too.
+    def decorate(decorated):
+        notes = getattr(decorated, "__annotations__", {}).values()
+        # Shapes are in quotes. So are names that are defined later, which jaxtyping also resolves.
         has_quotes = any("'" in inspect.formatannotation(note) for note in notes)
-        if isinstance(found, FunctionType) and not has_quotes:
-            return typechecker(found)
-        return _jaxtyped(found, typechecker=typechecker)
+        if isinstance(decorated, FunctionType) and not has_quotes:
+            return typechecker(decorated)
+        return _jaxtyped(decorated, typechecker=typechecker)
 
     return decorate
 

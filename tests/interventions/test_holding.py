@@ -127,7 +127,7 @@ def test_refused_models_name_the_reason(checkpoints, tokenizer):
     neurons = some_neurons(head, "mlp")
     with pytest.raises(OptionError, match="neurons: expected one NeuronSet or several"):
         HoldAblated()
-    with pytest.raises(OptionError, match=r"not 0, so there is nothing to hold.*with_ablation\(neurons\) wrote"):
+    with pytest.raises(OptionError, match=r"not 0, so HoldAblated cannot hold them.*with_ablation\(neurons\) wrote"):
         begin(HoldAblated(neurons), build_classifier(head), tokenizer)
     other = RewardHead.from_pretrained(checkpoints["gpt2"])
     with pytest.raises(ProvenanceError):

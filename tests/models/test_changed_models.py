@@ -18,9 +18,9 @@ from rmtension.passes._collect_profiles import collect_profiles
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch, peft and transformers deprecate much of what is tried here
 
-# Ways in which nothing can be read or edited exactly, and the words that say so.
+# Changes after which a model cannot be read or edited exactly, and part of the error message.
 REFUSED = {
-    "mlp.forward replaced, calls none of them": ("forward", OPERATIONS[1:]),
+    "mlp.forward replaced, does not call its modules": ("forward", OPERATIONS[1:]),
     "the same, after opening": ("del module.forward", OPERATIONS[1:]),
     "utils.weight_norm": ("remove_weight_norm", OPERATIONS),
     "utils.spectral_norm": ("remove_spectral_norm", OPERATIONS),
@@ -35,7 +35,9 @@ REFUSED = {
 # Compiling is the same for every family; weights are stored in another layout in GPT-2.
 CASES = [("llama", name) for name in WAYS] + [("gpt2", name) for name in WAYS if "compile" not in name]
 # One way of each kind; what is refused takes no time.
-FAST = [("llama", name) for name in ("none", "torch.compile(model)", "LoRA", "parametrizations.weight_norm", *REFUSED)]
+FAST = [
+    ("llama", name) for name in ("unchanged", "torch.compile(model)", "LoRA", "parametrizations.weight_norm", *REFUSED)
+]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_chance_is_the_mean_over_every_possible_set(size_a, size_b):
 
 
 def test_chance_in_each_layer_is_the_mean_over_every_possible_set():
-    """Layers of 4 and 3 neurons (a NeuronSet has equal layers: the fourth of layer 1 is taken out by `outside`)."""
+    """Layers of 4 and 3 neurons (a NeuronSet has equal layers: `exclude` removes the fourth of layer 1)."""
 
     def two_layers(*neurons):
         return NeuronSet.from_indices(neurons, shape=(2, 4), site="mlp", architecture="toy")

@@ -1,8 +1,8 @@
-"""Whether a built site can be read without a network: what its pages load, and from where.
+"""Whether a built site can be read without a network.
 
     python tests/programs/built_site.py site
 
-ends with 1 and names every page that would fetch a script, a style sheet, a font or a picture from elsewhere.
+exits with 1 and names every page that would fetch a script, a style sheet, a font or a picture from another site.
 """
 
 import re
@@ -10,7 +10,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-# What a browser fetches by itself; links that a reader follows are no such thing.
+# What a browser fetches without a click.
 LOADED = {
     "script": "src",
     "img": "src",
@@ -28,13 +28,13 @@ class Loads(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.addresses = []
 
     def handle_starttag(self, tag, attrs):
         known = dict(attrs)
         address = known.get(LOADED.get(tag, "")) or ""
         if re.match(r"(https?:)?//", address) and known.get("rel") not in NOT_FETCHED:
-            self.found.append(address)
+            self.addresses.append(address)
 
 
 def fetched(text, *, style=False):
@@ -43,17 +43,17 @@ def fetched(text, *, style=False):
         return re.findall(r"url\(\s*[\"']?((?:https?:)?//[^)\"']+)|@import\s+[\"']((?:https?:)?//[^\"']+)", text)
     page = Loads()
     page.feed(text)
-    return page.found
+    return page.addresses
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     pages, styles = sorted(folder.rglob("*.html")), sorted(folder.rglob("*.css"))
-    wrong = [(path, one) for path in pages for one in fetched(path.read_text())]
-    wrong += [(path, one) for path in styles for one in fetched(path.read_text(), style=True)]
-    for path, one in wrong:
-        print(f"{path} loads {one}")
+    wrong = [(path, address) for path in pages for address in fetched(path.read_text())]
+    wrong += [(path, address) for path in styles for address in fetched(path.read_text(), style=True)]
+    for path, address in wrong:
+        print(f"{path} loads {address}")
     if not pages:
         wrong.append("no page")
-    print(f"{len(pages)} pages and {len(styles)} style sheets; {len(wrong)} load from elsewhere")
+    print(f"{len(pages)} pages and {len(styles)} style sheets; {len(wrong)} loads from other sites")
     sys.exit(bool(wrong))

@@ -1,10 +1,10 @@
-"""Ways in which users change a model, and what this library then says of it: exact, or refused with which words.
+"""Whether this library is exact on models that users changed, or refuses them with an error.
 
     python tests/programs/changed_models.py
 
-prints a table: way of changing a model x what is done with it. Right values are those of the changed model itself, run
-by transformers one text at a time, with plain PyTorch hooks on its projections. tests/models/test_changed_models.py
-looks at every cell.
+prints a table with one row per way of changing a model and one column per operation. The right values are those of the
+changed model itself, run by transformers one text at a time, with plain PyTorch hooks on its projections.
+tests/models/test_changed_models.py checks every cell.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from rmtension.errors import RMTensionError
 
 PAIRS = make_pairs(4, longest=6)
 TEXTS = [pair.text(side) for side in ("chosen", "rejected") for pair in PAIRS]
-OPERATIONS = ("score", "collect", "sample", "attribute", "ablate", "ablate for good", "save")
+OPERATIONS = ("score", "collect", "sample", "attribute", "ablate", "permanent ablation", "save")
 # float32 sums in another order.
 LIMIT = 2e-5
 
@@ -100,13 +100,13 @@ def compile_forward(model, block):
 
 
 def replace_forward(model, block):
-    """As fused kernels do it: another forward, which still calls the projection as a module."""
+    """Another forward that still calls the projection as a module, as fused kernels have."""
     original = type(block.mlp).forward
     block.mlp.forward = types.MethodType(lambda self, x: 2 * original(self, x), block.mlp)
 
 
 def inline_mlp(model, block):
-    """A forward that computes the whole MLP from its weights: no module inside it runs."""
+    """A forward that computes the whole MLP from its weights, so that no module inside it runs."""
     mlp = block.mlp
 
     def llama(self, x):
@@ -123,7 +123,7 @@ def inline_mlp(model, block):
 
 
 def adapter(config: Callable[[list[str], list[str]], Any]) -> Callable[[Any], Any]:
-    """Adapter layers in the model itself, on attention and on the down projection, with weights that do something."""
+    """Adapter layers inside the model, on attention and on the down projection, with weights that have an effect."""
 
     def apply(model):
         is_gpt2 = hasattr(model, "transformer")
@@ -178,7 +178,7 @@ def quantised(model):
 
 
 def packed_parameter(model, block):
-    """Weights in 8 bits, as quantisers keep them."""
+    """Weights in 8 bits, as quantisers store them."""
     projection = down(model, block)
     projection.weight = nn.Parameter((100 * projection.weight.detach()).to(torch.int8), requires_grad=False)
 
@@ -195,7 +195,7 @@ def checkpointing(model):
     return model.train()
 
 
-def hook_that_looks(model, block):
+def hook_that_reads(model, block):
     block.mlp.register_forward_hook(lambda module, args, output: None)
 
 
@@ -207,8 +207,8 @@ def hook_that_changes(model, block):
 class Way:
     """A change of a model.
 
-    `is_late`: it comes after opening. `is_another`: it changes what the model computes. `is_readable`: hooks see the
-    inputs of the down projections at all; where they do not, only refusals are right, but for plain scores.
+    `is_late`: the change comes after opening. `is_another`: it changes what the model computes. `is_readable`: hooks
+    see the inputs of the down projections; if they do not, every operation except plain scores has to be refused.
     """
 
     change: Callable[[Any], Any]
@@ -217,7 +217,7 @@ class Way:
     is_readable: bool = True
 
 
-def nothing(model):
+def unchanged(model):
     return model
 
 
@@ -232,12 +232,12 @@ _COMPILES = {
     "mlp.forward = torch.compile(mlp.forward)": each(compile_forward),
 }
 WAYS = {
-    "none": Way(nothing, is_another=False),
+    "unchanged": Way(unchanged, is_another=False),
     "torch.compile(model)": Way(compiled, is_another=False),
     **{name: Way(change, is_another=False) for name, change in _COMPILES.items()},
     **{f"{name}, after opening": Way(change, True, is_another=False) for name, change in _COMPILES.items()},
     "mlp.forward replaced, calls its modules": Way(each(replace_forward)),
-    "mlp.forward replaced, calls none of them": Way(each(inline_mlp), is_readable=False),
+    "mlp.forward replaced, does not call its modules": Way(each(inline_mlp), is_readable=False),
     "the same, after opening": Way(each(inline_mlp), True, is_readable=False),
     "LoRA": Way(adapter(lora)),
     "DoRA": Way(adapter(dora)),
@@ -250,7 +250,7 @@ WAYS = {
     "int8 parameters": Way(each(packed_parameter), is_readable=False),
     "DistributedDataParallel": Way(distributed, is_another=False),
     "gradient checkpointing, train mode": Way(checkpointing, is_another=False),
-    "user's hook that looks": Way(each(hook_that_looks), is_another=False),
+    "user's hook that reads": Way(each(hook_that_reads), is_another=False),
     "user's hook that changes": Way(each(hook_that_changes)),
 }
 
@@ -259,7 +259,7 @@ WAYS = {
 
 
 def fresh(family: str, tokenizer: Any) -> Any:
-    """A classifier whose weights are large enough that nothing is linear, nor any two rewards alike."""
+    """A classifier whose weights are so large that it is far from linear and all rewards differ."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.AutoModelForSequenceClassification.from_config(make_config(family, len(tokenizer)))
@@ -270,7 +270,7 @@ def fresh(family: str, tokenizer: Any) -> Any:
 
 @contextlib.contextmanager
 def hooked(model, see):
-    """`see(layer, input)` on the input of every down projection; what it returns takes its place."""
+    """`see(layer, input)` gets the input of every down projection; a tensor that it returns replaces the input."""
     with contextlib.ExitStack() as stack:
         for layer, block in enumerate(blocks_of(model)):
             handle = down(model, block).register_forward_pre_hook(
@@ -285,13 +285,13 @@ def rewards(model: Any, tokenizer: Any) -> torch.Tensor:
 
 
 def right_values(model: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
-    """What transformers and plain hooks say of a model; under "mask" the neurons that are ablated."""
+    """What transformers and plain hooks compute on a model, and under "mask" the neurons that are ablated."""
     n_layers, n_pairs = len(blocks_of(model)), len(PAIRS)
     activations: list[list[torch.Tensor]] = [[] for _ in range(n_layers)]
     with hooked(model, lambda layer, value: activations[layer].append(value)):
-        found = rewards(model, tokenizer)
-    margin = (found[:n_pairs] - found[n_pairs:]).sum() / n_pairs
-    gradients = torch.autograd.grad(margin, [one for layer in activations for one in layer])
+        scored = rewards(model, tokenizer)
+    margin = (scored[:n_pairs] - scored[n_pairs:]).sum() / n_pairs
+    gradients = torch.autograd.grad(margin, [activation for layer in activations for activation in layer])
     by_layer = [gradients[layer * len(TEXTS) : (layer + 1) * len(TEXTS)] for layer in range(n_layers)]
     attributed = torch.stack(
         [
@@ -303,13 +303,13 @@ def right_values(model: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
     mask.view(-1)[attributed.abs().flatten().argsort(descending=True)[:12]] = True
     with torch.no_grad(), hooked(model, lambda layer, value: value.masked_fill(mask[layer], 0.0)):
         without = rewards(model, tokenizer)
-    means = torch.stack([torch.cat([one[0] for one in layer]).mean(0).detach() for layer in activations])
-    right = {"score": found.detach(), "attribute": attributed, "mask": mask}
+    means = torch.stack([torch.cat([text[0] for text in layer]).mean(0).detach() for layer in activations])
+    right = {"score": scored.detach(), "attribute": attributed, "mask": mask}
     right |= dict.fromkeys(("collect", "sample"), means)
-    return right | dict.fromkeys(("ablate", "ablate for good", "save"), without)
+    return right | dict.fromkeys(("ablate", "permanent ablation", "save"), without)
 
 
-# -- what the library says ---------------------------------------------------------------------------------------------
+# -- what the library computes -----------------------------------------------------------------------------------------
 
 
 def operate(head: RewardHead, operation: str, mask: torch.Tensor, tokenizer: Any) -> torch.Tensor:
@@ -318,7 +318,7 @@ def operate(head: RewardHead, operation: str, mask: torch.Tensor, tokenizer: Any
         return head.score(TEXTS)
     if operation == "collect":
         return ActivationCollector(head).collect(PAIRS).mean
-    if operation == "sample":  # all tokens, and so their mean
+    if operation == "sample":  # the sample holds all tokens, so its mean is theirs
         return ActivationCollector(head).sample(PAIRS, n=100_000).values.double().mean(0)
     if operation == "attribute":
         return NeuronAttribution(head, method="gradient_x_activation").score(PAIRS).values
@@ -326,7 +326,7 @@ def operate(head: RewardHead, operation: str, mask: torch.Tensor, tokenizer: Any
         with AblationContext(head, neurons):
             return head.score(TEXTS)
     ablated = head.with_ablation(neurons)
-    if operation == "ablate for good":
+    if operation == "permanent ablation":
         return ablated.score(TEXTS)
     with tempfile.TemporaryDirectory() as folder:
         ablated.save_pretrained(Path(folder) / "saved")
@@ -337,19 +337,19 @@ def operate(head: RewardHead, operation: str, mask: torch.Tensor, tokenizer: Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far the library was from the right values, or the words with which it refused."""
+    """The largest difference from the right values, or the message of the refusal."""
 
     difference: float | None
     refusal: str | None
 
     @property
     def is_right(self) -> bool:
-        """Exact, or refused."""
+        """Whether the outcome is exact or a refusal."""
         return self.refusal is not None or (self.difference is not None and self.difference <= LIMIT)
 
 
 def outcomes(way: Way, family: str, tokenizer: Any) -> dict[str, Outcome]:
-    """Operation -> what the library says, one after the other of one head of a model that was changed in this way."""
+    """The outcome of every operation, in order, on one head of a model that was changed in this way."""
     torch._dynamo.reset()
     try:
         return _outcomes(way, family, tokenizer)
@@ -370,18 +370,18 @@ def _outcomes(way: Way, family: str, tokenizer: Any) -> dict[str, Outcome]:
             head = RewardHead.from_classifier(way.change(model), tokenizer=tokenizer)
     except RMTensionError as error:
         return dict.fromkeys(OPERATIONS, Outcome(None, str(error)))
-    found = {}
+    by_operation = {}
     for operation in OPERATIONS:
         try:
             values = operate(head, operation, right["mask"], tokenizer)
-            found[operation] = Outcome(float((values - right[operation]).abs().max()), None)
+            by_operation[operation] = Outcome(float((values - right[operation]).abs().max()), None)
         except RMTensionError as error:
-            found[operation] = Outcome(None, str(error))
-    return found
+            by_operation[operation] = Outcome(None, str(error))
+    return by_operation
 
 
 def main() -> None:
-    """Print the table for the families that are given, or for a Llama and a GPT-2."""
+    """Print the table for the families that the command line names, by default a Llama and a GPT-2."""
     families = sys.argv[1:] or ["llama", "gpt2"]
     refusals: dict[str, int] = {}
     n_wrong = 0
@@ -391,17 +391,17 @@ def main() -> None:
         for family in families:
             print(f"\n## {family}\n\n| way | {' | '.join(OPERATIONS)} |\n|---|{'---|' * len(OPERATIONS)}")
             for name, way in WAYS.items():
-                found = outcomes(way, family, tokenizer).values()
-                n_wrong += sum(not one.is_right for one in found)
+                row = outcomes(way, family, tokenizer).values()
+                n_wrong += sum(not outcome.is_right for outcome in row)
                 cells = [
-                    f"{one.difference:.0e}"
-                    if one.refusal is None
-                    else f"refused ({refusals.setdefault(one.refusal, len(refusals) + 1)})"
-                    for one in found
+                    f"{outcome.difference:.0e}"
+                    if outcome.refusal is None
+                    else f"refused ({refusals.setdefault(outcome.refusal, len(refusals) + 1)})"
+                    for outcome in row
                 ]
                 print(f"| {name} | {' | '.join(cells)} |", flush=True)
-    print(*(f"\n({number}) {words}" for words, number in refusals.items()), sep="\n")
-    print(f"\n{n_wrong} cells are neither within {LIMIT:.0e} of the right values nor refused")
+    print(*(f"\n({number}) {message}" for message, number in refusals.items()), sep="\n")
+    print(f"\n{n_wrong} cells are wrong: neither within {LIMIT:.0e} of the right values nor refused")
     sys.exit(n_wrong > 0)
 
 

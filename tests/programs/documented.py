@@ -1,8 +1,8 @@
-"""What the documentation says runs: blocks of pages, examples of docstrings, commands; found in the files, and counted.
+"""Finds and counts the code of the documentation: blocks of pages, examples of docstrings, commands, notebook cells.
 
     python tests/programs/documented.py
 
-prints how many there are and which are not run; `tests/test_docs.py` and `tests/test_docstrings.py` run them.
+prints how many there are and which are not run. `tests/test_docs.py` and `tests/test_docstrings.py` run them.
 """
 
 import ast
@@ -19,17 +19,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# Right above a block that cannot run here, with what it needs.
+# The line above a block that cannot run here; it says what the block needs.
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\n\Z")
 DECIMAL = re.compile(r"(-?\d+\.\d+)")
-# Blocks that are read, not run.
+# Kinds of blocks that readers see and nothing runs.
 SHOWN = {"sh", "json", "toml", "yaml"}
 PARSER = doctest.DocTestParser()
 
 
 @dataclass(frozen=True)
 class Block:
-    """A python block: the line above its first, its code, what the text block below says it prints."""
+    """A Python block: the line above its first line, its code, and the output stated in the text block below."""
 
     line: int
     code: str
@@ -38,56 +38,56 @@ class Block:
 
 
 def pages():
-    """Every page that is documentation, README first."""
+    """All pages of the documentation, the README first."""
     return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page):
-    """The python blocks of a page's text; a text block says what the block right above prints."""
-    found, before = [], None
+    """The Python blocks of a page's text; a text block states the output of the block directly above."""
+    python_blocks, before = [], None
     for fence in FENCE.finditer(page):
         kind = fence[1]
         assert kind in {"python", "text", *SHOWN}, f"a block of kind {kind!r}"
         if kind == "python":
             reason = NOT_RUN.search(page[: fence.start()])
-            found.append(Block(page.count("\n", 0, fence.start(2)), fence[2], "", reason and reason[1]))
+            python_blocks.append(Block(page.count("\n", 0, fence.start(2)), fence[2], "", reason and reason[1]))
         elif kind == "text":
-            assert before is not None, "a text block stands before all other blocks"
+            assert before is not None, "a text block comes before all other blocks"
             assert before[1] != "text", "a text block follows another"
-            assert not page[before.end() : fence.start()].strip(), "a text block has no block right above"
+            assert not page[before.end() : fence.start()].strip(), "a text block has no block directly above"
             if before[1] == "python":
-                last = found.pop()
-                found.append(Block(last.line, last.code, fence[2], last.not_run))
+                last = python_blocks.pop()
+                python_blocks.append(Block(last.line, last.code, fence[2], last.not_run))
         before = fence
-    return found
+    return python_blocks
 
 
 def same(printed, stated):
-    """Whether two texts are equal, but that a decimal may differ by one in its last place, and in spaces behind a line.
+    """Whether two texts are equal, except for spaces at the end of a line and 1 in the last place of a decimal.
 
-    One in the last place: float32 sums come in another order on another machine, and what they round to may change.
+    Another machine adds float32 numbers in another order, which may change the last place after rounding.
     """
-    one, other = (DECIMAL.split("\n".join(map(str.rstrip, text.splitlines()))) for text in (printed, stated))
-    return one[::2] == other[::2] and all(map(_close, one[1::2], other[1::2]))
+    first, second = (DECIMAL.split("\n".join(map(str.rstrip, text.splitlines()))) for text in (printed, stated))
+    return first[::2] == second[::2] and all(map(_close, first[1::2], second[1::2]))
 
 
-def _close(one, other):
-    one, other = Decimal(one), Decimal(other)
-    places = one.as_tuple().exponent
-    return places == other.as_tuple().exponent and abs(one - other) <= Decimal(1).scaleb(places)
+def _close(first, second):
+    first, second = Decimal(first), Decimal(second)
+    places = first.as_tuple().exponent
+    return places == second.as_tuple().exponent and abs(first - second) <= Decimal(1).scaleb(places)
 
 
 def run(page, name, names=None):
-    """Run the page's blocks in one namespace; (line, printed, stated) of those that print something else."""
+    """Run the page's blocks in one namespace; return (line, printed, stated) of those whose output is another."""
     names = {} if names is None else names
     wrong = []
     for block in blocks(page):
         if block.not_run:
-            # Python at least.
+            # The block is not run, but has to be Python.
             compile(block.code, name, "exec")
             continue
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            # Line breaks first, so that a traceback names the page's line.
+            # The line breaks make a traceback name the page's line.
             exec(compile("\n" * block.line + block.code, name, "exec"), names)
         if not same(printed.getvalue(), block.stated):
             wrong.append((block.line, printed.getvalue(), block.stated))
@@ -96,7 +96,7 @@ def run(page, name, names=None):
 
 @contextlib.contextmanager
 def limited(seconds, what, error=TimeoutError):
-    """Raise `error` inside when it takes longer."""
+    """Raise `error` in the block if it takes longer."""
 
     def late(_number, _frame):
         raise error(f"{what} takes longer than {seconds} s")
@@ -111,9 +111,9 @@ def limited(seconds, what, error=TimeoutError):
 
 
 def docstrings():
-    """(module, name, docstring, line) of everything in the package that has examples, private or not.
+    """(module, name, docstring, line) of all objects in the package that have examples, private objects too.
 
-    Read from the files: what wraps a function hides it from `doctest.DocTestFinder`.
+    Docstrings are read from the files, because a decorator hides a function from `doctest.DocTestFinder`.
     """
     for path in sorted((ROOT / "rmtension").rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -130,17 +130,17 @@ def _with_examples(node, module, name):
 
 
 def commands(page):
-    """(line, words) of every command in the shell blocks of a page's text; lines that end in a backslash go on."""
+    """(line, words) of every command in the shell blocks of a page; a backslash joins a line to the next."""
     for fence in FENCE.finditer(page):
         if fence[1] != "sh":
             continue
         line = page.count("\n", 0, fence.start(2))
-        for one in re.findall(r"(?:.*\\\n)*.*\n", fence[2]):
+        for command in re.findall(r"(?:.*\\\n)*.*\n", fence[2]):
             line += 1
-            words = shlex.split(one.replace("\\\n", " "), comments=True)
+            words = shlex.split(command.replace("\\\n", " "), comments=True)
             if words:
                 yield line, words
-            line += one.count("\n") - 1
+            line += command.count("\n") - 1
 
 
 def cells():
@@ -150,14 +150,14 @@ def cells():
 
 
 def counted():
-    """What there is: {kind: number}, and (page, line, reason) of every block that is not run."""
-    found = {page.relative_to(ROOT).as_posix(): blocks(page.read_text()) for page in pages()}
-    left = [(name, one.line, one.not_run) for name, all_ in found.items() for one in all_ if one.not_run]
+    """How many examples of each kind there are, and (page, line, reason) of every block that is not run."""
+    by_page = {page.relative_to(ROOT).as_posix(): blocks(page.read_text()) for page in pages()}
+    left = [(name, block.line, block.not_run) for name, some in by_page.items() for block in some if block.not_run]
     examples = [len(PARSER.get_examples(text)) for _, _, text, _ in docstrings()]
     numbers = {
-        "blocks": sum(map(len, found.values())),
+        "blocks": sum(map(len, by_page.values())),
         "blocks not run": len(left),
-        "pages with blocks": sum(map(bool, found.values())),
+        "pages with blocks": sum(map(bool, by_page.values())),
         "docstrings with examples": len(examples),
         "docstring examples": sum(examples),
         "commands": sum(len(list(commands(page.read_text()))) for page in pages()),

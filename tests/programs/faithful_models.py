@@ -4,10 +4,10 @@
     python tests/programs/faithful_models.py --models runs/models --out runs/faithfulness
     python tests/programs/faithful_models.py --model my-mixed-rm --pairs a.jsonl.gz b.jsonl.gz --out runs/faithfulness
 
-Of the embedded world, every model is measured on test pairs of its own objective, the mixed one on both. For mean and
-zero ablation of every MLP neuron and every head, each method is compared with the true effect; top sets of growing
-size follow for mean ablation of MLP neurons. Tables go to `--out` as CSV files, one a model, ablation and site, and
-results as `Faithfulness` files; what is there is not computed again.
+Models of the embedded world are measured on test pairs of their own objective, the mixed model on pairs of both. For
+mean and zero ablation of every MLP neuron and every head, each method is compared with the true effect; for mean
+ablation of MLP neurons, also for top sets of growing size. `--out` gets one CSV file and one `Faithfulness` file per
+model, ablation and site. A file that exists is not computed again.
 """
 
 import argparse
@@ -29,7 +29,7 @@ OBJECTIVES = ("helpful", "harmless")
 def all_scores(
     head: RewardHead, pairs: PreferencePairs, replacement: Replacement, site: str, steps: int
 ) -> dict[str, NeuronScores]:
-    """Every method's scores."""
+    """The scores of every method."""
     asked = {
         "attribution_patching": {"method": "attribution_patching", "replacement": replacement},
         "gradient_x_activation": {"method": "gradient_x_activation"},
@@ -65,7 +65,7 @@ def measure(
             start = time.monotonic()
             replacement = Mean(ActivationCollector(head, site=site).collect(pairs)) if kind is Mean else Zero()
             scores = all_scores(head, pairs, replacement, site, steps)
-            found = faithfulness(
+            report = faithfulness(
                 head,
                 pairs,
                 scores,
@@ -74,18 +74,18 @@ def measure(
                 n_random=4,
                 progress=progress,
             )
-            found.save(out / f"{name} {site} {kind.name}.safetensors")
-            if len(found.sets):
-                found.sets.to_csv(out / f"{name} {site} {kind.name} sets.csv", index=False)
+            report.save(out / f"{name} {site} {kind.name}.safetensors")
+            if len(report.sets):
+                report.sets.to_csv(out / f"{name} {site} {kind.name} sets.csv", index=False)
             labels = {"model": name, "site": site, "replacement": kind.name, "n_pairs": len(pairs)}
-            found.summary.assign(**labels).to_csv(path, index=False)
+            report.summary.assign(**labels).to_csv(path, index=False)
             gap = float(scores["integrated_gradients"].completeness_gap.max())
             print(f"{name}, {site}, {kind.name}: {time.monotonic() - start:.0f} s, largest completeness gap {gap:.1e}")
-            print(found, flush=True)
+            print(report, flush=True)
 
 
 def take(pairs: PreferencePairs, n: int, head: RewardHead) -> PreferencePairs:
-    """`n` of the pairs that fit the context whole, in an order that has nothing to do with that of the file."""
+    """`n` of the pairs that fit the context without cuts, in the order of their digests."""
     encoded = encode_pairs(head.tokenizer, pairs, max_length=10**9)
     fits = [
         pair
@@ -128,13 +128,13 @@ def main() -> None:
 
 
 def print_tables(table: pd.DataFrame) -> None:
-    """In Markdown: for one model its intervals, for several the mean over models and their range."""
+    """Print Markdown tables: the intervals of one model, or the mean and range over several models."""
     names = ["spearman", "sign_agreement", "top_precision", "slope"]
     for (site, replacement), part in table.groupby(["site", "replacement"]):
         models = part["model"].unique()
         print(
             f"\n{site}, {replacement}: {len(models)} models, {part['n'].min()} neurons, "
-            f"{part['n_pairs'].min()} pairs each\n"
+            f"{part['n_pairs'].min()} pairs per model\n"
         )
         print(f"| method | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
         for method, rows in part.groupby("method", sort=False):

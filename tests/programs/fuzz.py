@@ -1,12 +1,12 @@
-"""Random, cut and changed inputs to everything that reads what others wrote: a documented error or a right result.
+"""Whether random, cut and changed inputs end in a documented error or a right result.
 
     python tests/programs/fuzz.py --n 50000 --seed 0 [--surface jsonl ...] [--keep FOLDER]
 
-Four surfaces get `--n` inputs each: the JSON-lines reader, the loaders of all ten kinds of result, `NeuronSet` made
-from indices and drawn from, and options (`StudyOptions`, the command line). An input fails if it raises anything but
-an error of this library, takes longer than five seconds, or reads as something that does not write and read again as
-itself. Memory is bounded for all together. Inputs that fail are written to `--keep`; `tests/test_fuzz.py` runs those
-that once did, and a few of each surface.
+Four surfaces get `--n` inputs each: the JSON-lines reader, the loaders of all ten kinds of result, `NeuronSet` (made
+from indices, and drawn from), and options (`StudyOptions`, the command line). An input fails if it raises an error from
+outside this library, takes longer than five seconds, or is read as a value that is not the same after it is written and
+read again. Memory is bounded per surface. Inputs that fail are written to `--keep`. `tests/test_fuzz.py` runs the
+inputs that failed before, and a few of each surface.
 """
 
 import argparse
@@ -60,15 +60,15 @@ LINES = [
 ]
 
 
-class TooLong(BaseException):  # not an Exception: nobody may take it for an error of a file
-    """An input that takes longer than it may."""
+class TooLong(BaseException):  # not an Exception, so that no reader takes it for an error of a file
+    """An input takes longer than the limit."""
 
 
 # -- making inputs --------------------------------------------------------------------------------------------------
 
 
 def changed(draw: random.Random, content: bytes) -> bytes:
-    """Some bytes, after one to four changes."""
+    """The content after one to four random changes."""
     for _ in range(draw.randint(1, 4)):
         place = draw.randint(0, len(content))
         end = min(len(content), place + draw.choice([1, 1, 2, 8, 64]))
@@ -91,21 +91,21 @@ def changed(draw: random.Random, content: bytes) -> bytes:
 
 
 def any_value(draw: random.Random, depth: int = 0) -> Any:
-    """A value as JSON has them."""
+    """A random JSON value."""
     plain = [None, True, False, 0, 1, -1, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), ""]
     plain += ["mlp", "all", "absolute", "exact", "\x00", "\ud800", "x" * 300, "../../etc/passwd", "<script>", "1"]
     if depth < 3 and draw.random() < 0.3:
         parts = [any_value(draw, depth + 1) for _ in range(draw.randint(0, 3))]
-        return parts if draw.random() < 0.5 else {str(any_value(draw, 3)): one for one in parts}
+        return parts if draw.random() < 0.5 else {str(any_value(draw, 3)): part for part in parts}
     return draw.choice(plain)
 
 
 def changed_value(draw: random.Random, value: Any) -> Any:
-    """A value with one part of it replaced, left out or added."""
+    """The value with one of its parts replaced, left out or added."""
     if isinstance(value, dict) and value and draw.random() < 0.9:
         key = draw.choice(list(value))
         if draw.random() < 0.15:
-            return {name: one for name, one in value.items() if name != key}
+            return {name: part for name, part in value.items() if name != key}
         return {**value, key: changed_value(draw, value[key])}
     if isinstance(value, list) and value and draw.random() < 0.7:
         place = draw.randrange(len(value))
@@ -114,7 +114,7 @@ def changed_value(draw: random.Random, value: Any) -> Any:
 
 
 def changed_result(draw: random.Random, content: bytes) -> bytes:
-    """A safetensors file changed as bytes, in the table of its tensors, or in what the library wrote in its header."""
+    """A safetensors file with changed bytes, a changed table of tensors, or changed metadata of this library."""
     if draw.random() < 0.3:
         return changed(draw, content)
     size = struct.unpack("<Q", content[:8])[0]
@@ -163,10 +163,10 @@ class Jsonl:
 
     def read(self, content: bytes) -> None:
         self.path.write_bytes(content)
-        kept = PreferencePairs.from_jsonl(self.path, on_invalid="skip")
-        self.require_itself(kept)
+        valid = PreferencePairs.from_jsonl(self.path, on_invalid="skip")
+        self.require_itself(valid)
         pairs = PreferencePairs.from_jsonl(self.path)
-        assert pairs == kept
+        assert pairs == valid
         assert list(PreferencePairs.iter_jsonl(self.path)) == list(pairs)
 
     def require_itself(self, pairs: PreferencePairs) -> None:
@@ -182,9 +182,9 @@ class Results:
 
         self.path = folder / "result.safetensors"
         self.seeds = {}
-        for one in results():
-            one.save(self.path)
-            self.seeds[type(one).__name__] = (type(one), self.path.read_bytes())
+        for result in results():
+            result.save(self.path)
+            self.seeds[type(result).__name__] = (type(result), self.path.read_bytes())
 
     def make(self, draw: random.Random) -> bytes:
         name = draw.choice(list(self.seeds))
@@ -203,7 +203,7 @@ class Results:
 
 
 class Neurons:
-    """Sets of neurons made from any indices, and drawn from by any numbers."""
+    """Sets of neurons from random indices, and random draws from them."""
 
     def __init__(self, folder: Path) -> None:
         pass
@@ -288,26 +288,26 @@ class Options:
         if "arguments" in call:
             self.command(call["arguments"])
             return
-        options = {key: tuple(one) if isinstance(one, list) else one for key, one in call["options"].items()}
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in call["options"].items()}
         made = StudyOptions.of(call["rules"], **options)
         assert StudyOptions(**{key: getattr(made, key) for key in StudyOptions.__dataclass_fields__}) == made
 
     def command(self, arguments: list[str]) -> None:
-        """As the command line runs it, but for the demonstration itself."""
+        """Run the command line, with a demonstration that does nothing."""
         from rmtension.cli._command_line import main
         from rmtension.cli._commands import demo
         from rmtension.cli._commands.outcome import Outcome
 
         run, demo.run = demo.run, lambda options: self.ran.append(options) or Outcome("", {})
         try:
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as stderr:
                 try:
                     status = main(arguments)
                 except SystemExit as end:
                     status = end.code
         finally:
             demo.run = run
-        assert status == 0 or (status == 2 and "error:" in said.getvalue())
+        assert status == 0 or (status == 2 and "error:" in stderr.getvalue())
 
 
 SURFACES: dict[str, Callable[[Path], Any]] = {
@@ -318,7 +318,7 @@ SURFACES: dict[str, Callable[[Path], Any]] = {
 }
 
 
-# Surface -> inputs that once were an error from elsewhere, a hang, or read as something else.
+# Surface -> inputs that raised an error from outside this library, hung, or were read as another value.
 ONCE_FAILED: dict[str, list[bytes]] = {
     "jsonl": [
         b'{"prompt": "p", "chosen": "a", "rejected": "b", "id": ' + b"9" * 5000 + b"}",
@@ -361,7 +361,7 @@ ONCE_FAILED: dict[str, list[bytes]] = {
 
 
 def outcome(surface: Any, content: bytes) -> str:
-    """ "read", or the name of the library's error; anything else is raised."""
+    """ "read", or the name of the library's error; other errors are raised."""
     with warnings.catch_warnings(), limited(SECONDS, "an input", TooLong):
         warnings.simplefilter("ignore")
         try:
@@ -372,7 +372,7 @@ def outcome(surface: Any, content: bytes) -> str:
 
 
 def fuzz(name: str, n: int, seed: int, keep: Path | None = None) -> tuple[Counter[str], list[bytes]]:
-    """Outcomes of n inputs, and the inputs that failed."""
+    """How often `n` inputs had each outcome, and the inputs that failed."""
     draw = random.Random(f"{name} {seed}")
     counts: Counter[str] = Counter()
     failed = []
@@ -394,26 +394,26 @@ def fuzz(name: str, n: int, seed: int, keep: Path | None = None) -> tuple[Counte
 
 
 def run_again(names: list[str]) -> int:
-    """Print and return how many of the inputs that once failed fail now."""
+    """Print and return how many of the inputs that failed before fail now."""
     bad = []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             surface = SURFACES[name](Path(folder))
             for content in ONCE_FAILED[name]:
                 try:
-                    # All of them are wrong in some way.
+                    # All these inputs are invalid.
                     if outcome(surface, content) == "read":
                         bad.append(content)
                 except (Exception, TooLong) as error:
                     print(f"  {name}: {error!r:.200}")
                     bad.append(content)
-    print(f"of inputs that once failed, {len(bad)} fail now: {bad}")
+    print(f"inputs that failed before and fail now: {len(bad)} {bad}")
     return len(bad)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=50_000, help="inputs a surface")
+    parser.add_argument("--n", type=int, default=50_000, help="inputs per surface")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--surface", nargs="+", choices=SURFACES, default=list(SURFACES))
     parser.add_argument("--keep", type=Path, help="folder for inputs that fail")

@@ -1,10 +1,10 @@
-"""Which module imports which, and which package which: floors, and circles.
+"""The imports between modules and between packages, their floors and their circles.
 
     python tests/programs/import_graph.py [--root PATH] [--modules]
 
 prints how many modules and packages a checkout has, the imports between packages, the floors, and the circles.
-Every import counts: at the top of a module, inside a function, under `TYPE_CHECKING`. `tests/test_package.py` holds
-what this prints of the library: no circle of modules, and no package that imports from its own floor or from above.
+Imports at the top of a module, inside a function and under `TYPE_CHECKING` all count. `tests/test_package.py` checks
+that modules do not import each other in a circle, and that packages import only from lower floors.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 NAME = "rmtension"
 
-# What is at the top of the library, by floors. A package imports only from lower floors.
+# The packages and modules at the top of the library, by floor. A package imports only from lower floors.
 FLOORS = [
     ["_repr_html", "errors"],
     ["_arguments", "distributed"],
@@ -43,25 +43,25 @@ class Graph:
     arrows: dict[str, set[str]]
 
     def by_package(self) -> "Graph":
-        """The same between packages; a module at the top stands for itself."""
-        place = {module: module.partition(".")[0] for module in self.lines}
-        lines = dict.fromkeys(place.values(), 0)
+        """The graph of the packages; a module at the top counts as a package."""
+        package_of = {module: module.partition(".")[0] for module in self.lines}
+        lines = dict.fromkeys(package_of.values(), 0)
         arrows: dict[str, set[str]] = {package: set() for package in lines}
-        for module, package in place.items():
+        for module, package in package_of.items():
             lines[package] += self.lines[module]
-            arrows[package] |= {place[target] for target in self.arrows[module]} - {package}
+            arrows[package] |= {package_of[target] for target in self.arrows[module]} - {package}
         return Graph(lines, arrows)
 
 
 def read_graph(folder: Path) -> Graph:
-    """The graph of the package in `folder`: modules by their names in it, its own `__init__` by the folder's name."""
+    """The graph of the package in `folder`; its own `__init__` has the folder's name."""
     files = {_name_of(path.relative_to(folder)) or folder.name: path for path in sorted(folder.rglob("*.py"))}
     texts = {module: path.read_text(encoding="utf-8") for module, path in files.items()}
     arrows = {}
     for module, text in texts.items():
         inside = [folder.name, *files[module].relative_to(folder).parts[:-1]]
         names = {name for node in ast.walk(ast.parse(text)) for name in _imported(node, inside)}
-        arrows[module] = {found for name in names if (found := _module(name, folder.name, files))} - {module}
+        arrows[module] = {target for name in names if (target := _module(name, folder.name, files))} - {module}
     return Graph({module: text.count("\n") for module, text in texts.items()}, arrows)
 
 
@@ -70,7 +70,7 @@ def circles(arrows: Mapping[str, Iterable[str]]) -> list[list[str]]:
     number: dict[str, int] = {}
     lowest: dict[str, int] = {}
     stack: list[str] = []
-    found = []
+    components = []
 
     def visit(node: str) -> None:
         number[node] = lowest[node] = len(number)
@@ -84,17 +84,17 @@ def circles(arrows: Mapping[str, Iterable[str]]) -> list[list[str]]:
         if lowest[node] == number[node]:
             start = stack.index(node)
             if len(stack) - start > 1:
-                found.append(sorted(stack[start:]))
+                components.append(sorted(stack[start:]))
             del stack[start:]
 
     for node in sorted(arrows):
         if node not in number:
             visit(node)
-    return sorted(found, key=lambda circle: (-len(circle), circle))
+    return sorted(components, key=lambda circle: (-len(circle), circle))
 
 
 def floors(arrows: Mapping[str, Iterable[str]]) -> list[list[str]]:
-    """Nodes by the longest way down from them; those of a circle stand together."""
+    """Nodes by the length of their longest path down; the nodes of a circle are on one floor."""
     circle_of = {node: tuple(circle) for circle in circles(arrows) for node in circle}
     height: dict[tuple[str, ...], int] = {}
 
@@ -104,14 +104,14 @@ def floors(arrows: Mapping[str, Iterable[str]]) -> list[list[str]]:
             height[members] = 1 + max(map(measure, below), default=-1)
         return height[members]
 
-    found: dict[int, list[str]] = {}
+    nodes_at: dict[int, list[str]] = {}
     for node in sorted(arrows):
-        found.setdefault(measure(circle_of.get(node, (node,))), []).append(node)
-    return [found[floor] for floor in sorted(found)]
+        nodes_at.setdefault(measure(circle_of.get(node, (node,))), []).append(node)
+    return [nodes_at[floor] for floor in sorted(nodes_at)]
 
 
 def not_downward(arrows: Mapping[str, Iterable[str]], given: Iterable[Iterable[str]]) -> list[str]:
-    """The arrows that do not lead to a lower one of the `given` floors, and the nodes that are on no floor."""
+    """The imports that do not lead to a lower one of the `given` floors, and the nodes that have no floor."""
     floor_of = {node: floor for floor, nodes in enumerate(given) for node in nodes}
     missing = [f"{node} is on no floor" for node in sorted(arrows) if node not in floor_of]
     return missing + [
@@ -144,31 +144,31 @@ def _module(name: str, package: str, modules: Iterable[str]) -> str | None:
     if parts[0] != package:
         return None
     inside = (".".join(parts[1:end]) for end in range(len(parts), 1, -1))
-    return next((one for one in inside if one in modules), package)
+    return next((module for module in inside if module in modules), package)
 
 
 def describe(graph: Graph, *, each_module: bool = False) -> str:
-    """All of it as text."""
+    """The graph as text."""
     packages = graph.by_package()
-    said = [f"{sum(graph.lines.values())} lines"]
-    for what, one in (("modules", graph), ("packages", packages)):
-        n_arrows, levels, found = sum(map(len, one.arrows.values())), floors(one.arrows), circles(one.arrows)
-        said.append(f"{len(one.lines)} {what}, {n_arrows} arrows between them, floors: {len(levels)}")
-        said.append(f"circles of {what}: {len(found)}")
-        said += [f"  of {len(circle)}: {' '.join(circle)}" for circle in found]
-    for what, one in (("package", packages), *([("module", graph)] if each_module else [])):
-        width = max(map(len, one.lines))
-        said.append(f"floor, {what}, lines -> what it imports")
-        for number, level in enumerate(floors(one.arrows), 1):
+    lines = [f"{sum(graph.lines.values())} lines"]
+    for kind, part in (("modules", graph), ("packages", packages)):
+        n_arrows, levels, in_circles = sum(map(len, part.arrows.values())), floors(part.arrows), circles(part.arrows)
+        lines.append(f"{len(part.lines)} {kind}, {n_arrows} arrows between them, floors: {len(levels)}")
+        lines.append(f"circles of {kind}: {len(in_circles)}")
+        lines += [f"  of {len(circle)}: {' '.join(circle)}" for circle in in_circles]
+    for kind, part in (("package", packages), *([("module", graph)] if each_module else [])):
+        width = max(map(len, part.lines))
+        lines.append(f"floor, {kind}, lines -> what it imports")
+        for number, level in enumerate(floors(part.arrows), 1):
             for name in level:
-                below = " ".join(sorted(one.arrows[name])) or "-"
-                said.append(f"{number:3} {name:{width}} {one.lines[name]:6} -> {below}")
-    return "\n".join(said)
+                below = " ".join(sorted(part.arrows[name])) or "-"
+                lines.append(f"{number:3} {name:{width}} {part.lines[name]:6} -> {below}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=ROOT, help="a checkout (default: this one)")
-    parser.add_argument("--modules", action="store_true", help="every module too")
+    parser.add_argument("--root", type=Path, default=ROOT, help="a checkout (default: the checkout of this file)")
+    parser.add_argument("--modules", action="store_true", help="print every module too")
     options = parser.parse_args()
     print(describe(read_graph(options.root / NAME), each_module=options.modules))

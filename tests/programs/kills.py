@@ -1,11 +1,11 @@
-"""Runs that are killed at random moments and started again: are the results those of one that is not, byte by byte?
+"""Whether runs that are killed at random moments and started again give the same bytes as an uninterrupted run.
 
     python tests/programs/kills.py --trials 50 [--runs collect study] [--seed 0]
 
-Each trial starts a run in a process of its own, kills it (SIGKILL) after a random share of the time that an
-uninterrupted run takes, and again if it should still run at a second random moment, then lets it end. Results, and the
-names of all files that are left, are compared with those of the uninterrupted run. Progress is kept every twentieth of
-a second here, so that a run of seconds has as many moments to resume from as one of hours has.
+Each trial starts a run in its own process, kills it (SIGKILL) after a random share of the time that an uninterrupted
+run takes, starts it again and kills it again at a second random moment, and then lets it end. Results, and the names of
+all remaining files, are compared with those of the uninterrupted run. Progress is saved every twentieth of a second
+here, so that a run of seconds has as many moments to resume from as a run of hours.
 """
 
 import argparse
@@ -49,7 +49,7 @@ RUNS: dict[str, Callable[[dict[str, Path], Path], None]] = {"collect": collect, 
 
 
 def start(run: Callable[[], None]) -> int:
-    """A process that does `run` and ends; everything is imported already, so that it begins at once."""
+    """Start a process that calls `run` and ends. It begins at once, because everything is already imported."""
     child = os.fork()
     if child:
         return child
@@ -64,7 +64,7 @@ def start(run: Callable[[], None]) -> int:
 
 
 def ended(child: int, seconds: float) -> bool:
-    """Whether a process ends by itself within some time."""
+    """Whether a process ends within `seconds`."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if os.waitpid(child, os.WNOHANG)[0]:
@@ -78,23 +78,23 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def is_progress(name: str) -> bool:
-    """What belongs to a work folder, and may hold when it was written."""
+    """Whether a file belongs to a work folder, whose content may depend on the time of writing."""
     return ".lock" in name or Path(name).name.startswith("progress-")
 
 
 def try_run(name: str, models: dict[str, Path], trials: int, draw: random.Random) -> int:
-    """Print how many trials ended as the uninterrupted run did; returns how many did not."""
-    with tempfile.TemporaryDirectory() as place:
+    """Print how many trials ended like the uninterrupted run, and return how many trials and files differ."""
+    with tempfile.TemporaryDirectory() as root:
 
         def out(number: object) -> Path:
-            return Path(place) / str(number)
+            return Path(root) / str(number)
 
         before = time.monotonic()
         child = start(lambda: RUNS[name](models, out("whole")))
         assert os.waitpid(child, 0)[1] == 0
         seconds = time.monotonic() - before
         expected = files(out("whole"))
-        whole = {one: content for one, content in expected.items() if not is_progress(one)}
+        whole = {file: content for file, content in expected.items() if not is_progress(file)}
         n_killed = n_begun = n_same = n_left = 0
         for trial in range(trials):
             folder = out(trial)
@@ -105,20 +105,20 @@ def try_run(name: str, models: dict[str, Path], trials: int, draw: random.Random
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 n_killed += 1
-                n_begun += any("progress-" in one or one.startswith("runs/") for one in files(folder))
+                n_begun += any("progress-" in file or file.startswith("runs/") for file in files(folder))
             child = start(lambda folder=folder: RUNS[name](models, folder))
             status = os.waitpid(child, 0)[1]
-            found = files(folder)
-            results = {one: content for one, content in found.items() if not is_progress(one)}
-            differing = [one for one in whole | results if whole.get(one) != results.get(one)]
-            left = sorted(set(found) - set(expected))
+            written = files(folder)
+            results = {file: content for file, content in written.items() if not is_progress(file)}
+            differing = [file for file in whole | results if whole.get(file) != results.get(file)]
+            left = sorted(set(written) - set(expected))
             same = status == 0 and not differing
             n_same += same
             n_left += len(left)
             if not same or left:
                 print(f"  trial {trial}: status {status}, other content: {differing}, left: {left}")
         print(
-            f"{name}: {trials} trials of {seconds:.1f} s, {n_killed} kills, {n_begun} of them with something kept; "
+            f"{name}: {trials} trials of {seconds:.1f} s, {n_killed} kills, {n_begun} of them after a save; "
             f"{n_same} of {trials} ended with the same bytes; {n_left} stray files",
             flush=True,
         )
@@ -138,7 +138,7 @@ def main() -> int:
             name: save_classifier(Path(folder) / name, "gpt2", tokenizer, seed=seed)
             for seed, name in enumerate(("helpful", "harmless", "mixed", "base"))
         }
-        # Threads of libraries that start at the first run would not come along into a child.
+        # A fork has only one thread: threads that libraries start at the first run would be missing in a child.
         draw = random.Random(options.seed)
         return 1 if sum(try_run(name, models, options.trials, draw) for name in options.runs) else 0
 

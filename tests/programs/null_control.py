@@ -1,10 +1,12 @@
-"""What a study says where there is nothing to find: `python tests/programs/null_control.py --studies 200`.
+"""What a study reports on data without an effect.
 
-Three independent random models share no neurons and know no preference. "labels by a coin" draws for every pair which
-objective it belongs to and which response is preferred, so that no two models differ in accuracy either; "the world's
-labels" keeps them. Then 95% intervals should exclude 0 in one case of twenty: of accuracy differences, of overlap
-beyond chance within layers, and of the effect of the shared neurons beyond matched random ones. The test suite runs a
-small part of it.
+    python tests/programs/null_control.py --studies 200 [--labels random] [--positions response]
+
+Three independent random models share no neurons and know no preference. With random labels, the objective and the
+preferred response of every pair are drawn at random, so that no two models differ in accuracy either; the world's
+labels are kept otherwise. 95% intervals should then exclude 0 in one case of twenty: of accuracy differences, of
+overlap beyond chance within layers, and of the effect of the shared neurons beyond matched random neurons. The test
+suite runs a few of these studies.
 """
 
 import argparse
@@ -40,7 +42,9 @@ def random_head(seed: int, tokenizer) -> RewardHead:
     return RewardHead.from_classifier(model.eval(), tokenizer=tokenizer)
 
 
-def untrained_study(seed: int, *, shuffle: bool = False, n_test: int = 96, n_draws: int = 8) -> StudyResult:
+def untrained_study(
+    seed: int, *, shuffle: bool = False, n_test: int = 96, n_draws: int = 8, positions: str = "all"
+) -> StudyResult:
     """A study of three random models on the embedded world, with labels shuffled or not."""
     world = preference_world(seed, n_train=48, n_test=n_test)
     tokenizer = train_tokenizer(world.texts, 512)
@@ -48,19 +52,25 @@ def untrained_study(seed: int, *, shuffle: bool = False, n_test: int = 96, n_dra
     pairs = shuffled(world.test, seed) if shuffle else world.test
     # A fifth of the neurons: sets of a tenth of 384 share 4 by chance, too few for shares of intervals.
     options = StudyOptions(
-        seed=seed, n_draws=n_draws, n_subsamples=2, fraction=0.2, scores=("mean_difference",), analyses=ANALYSES
+        seed=seed,
+        n_draws=n_draws,
+        n_subsamples=2,
+        fraction=0.2,
+        scores=("mean_difference",),
+        analyses=ANALYSES,
+        positions=positions,
     )
     return TensionStudy(heads, pairs, options=options).run(progress=False)
 
 
 def shuffled(pairs: dict[str, PreferencePairs], seed: int) -> dict[str, PreferencePairs]:
-    """Every pair's objective, and which of its responses is preferred, drawn by a coin."""
+    """The pairs with the objective and the preferred response of each drawn at random."""
     rng = np.random.default_rng(seed)
     everything = [pair for part in pairs.values() for pair in part]
-    turned = [pair.swapped() if rng.random() < 0.5 else pair for pair in everything]
-    order = rng.permutation(len(turned))
+    swapped = [pair.swapped() if rng.random() < 0.5 else pair for pair in everything]
+    order = rng.permutation(len(swapped))
     return {
-        name: PreferencePairs(turned[i] for i in half)
+        name: PreferencePairs(swapped[i] for i in half)
         for name, half in zip(OBJECTIVES, np.array_split(order, 2), strict=True)
     }
 
@@ -71,7 +81,7 @@ def excluding(frame: pd.DataFrame, low: str, high: str) -> pd.Series:
 
 
 def shares(results: list[StudyResult]) -> pd.DataFrame:
-    """Share of 95% intervals that exclude 0, by quantity, with the number of intervals; one column a quantity."""
+    """Share of 95% intervals that exclude 0, with the number of intervals; one row per quantity."""
 
     def joined(table: str) -> pd.DataFrame:
         return pd.concat([result.to_frame(table) for result in results])
@@ -97,17 +107,19 @@ def shares(results: list[StudyResult]) -> pd.DataFrame:
 
 
 def main() -> None:
-    """Print the shares for both kinds of labels."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print the shares for each kind of labels."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="seed of the first study")
+    parser.add_argument("--labels", nargs="+", choices=("random", "world"), default=["random", "world"])
+    parser.add_argument("--positions", choices=("all", "response", "last"), default="all", help="tokens for the scores")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for shuffle, title in ((True, "labels by a coin"), (False, "the world's labels")):
-        results = [
-            untrained_study(seed, shuffle=shuffle) for seed in range(options.first, options.first + options.studies)
-        ]
-        print(f"{title}, {options.studies} studies\n{shares(results).to_string()}\n", flush=True)
+    seeds = range(options.first, options.first + options.studies)
+    for labels in options.labels:
+        results = [untrained_study(seed, shuffle=labels == "random", positions=options.positions) for seed in seeds]
+        print(f"{labels} labels, {options.studies} studies, positions {options.positions}")
+        print(f"{shares(results).to_string()}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Does RewardBench's own command score exports as this library does? `make exports`
+"""Whether RewardBench's own command scores exports as this library does (`make exports`).
 
     .venv/bin/python tests/programs/on_rewardbench.py write FOLDER              # models, pairs, this library's rewards
     .venv-rewardbench/bin/python tests/programs/on_rewardbench.py score FOLDER  # RewardBench, with transformers 4.51
 
-It exits with 1 where an accuracy differs, or a reward by more than 1e-5, one text at a time.
+It exits with 1 if an accuracy differs, or a reward by more than 1e-5, at one text per batch.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from other_major import BASE, TEMPLATE, TOLERANCE, run_step, some_neurons
 
 
 def write(folder):
-    """Pairs as RewardBench reads them, and two reward models with and without an ablation."""
+    """Write pairs in RewardBench's format, and two reward models with and without an ablation."""
     from rmtension import ActivationCollector, Mean, RewardHead
     from rmtension.synthetic._world import preference_world
     from rmtension.synthetic.check_matrix import make_classifier
@@ -34,7 +34,7 @@ def write(folder):
         sides = {"chosen": pair.chosen, "rejected": pair.rejected}
         rows.append({side: [*prompt, {"role": "assistant", "content": text}] for side, text in sides.items()})
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = []
+    rows = []
     for family in ("gpt2", "llama"):
         rope = {} if family == "gpt2" else {"rope_parameters": {"rope_type": "default", "rope_theta": BASE}}
         model = make_classifier(family, len(tokenizer) + 8, max_position_embeddings=512, **rope)
@@ -46,12 +46,12 @@ def write(folder):
             opened.save_pretrained(folder / "models" / f"{family}-{name}")
             scored = opened.score_pairs(pairs)
             row = {"model": f"{family}-{name}", "accuracy": scored.accuracy()}
-            found.append(row | {side: getattr(scored, side).tolist() for side in ("chosen", "rejected")})
-    (folder / "expected.json").write_text(json.dumps(found))
+            rows.append(row | {side: getattr(scored, side).tolist() for side in ("chosen", "rejected")})
+    (folder / "expected.json").write_text(json.dumps(rows))
 
 
 def score(folder):
-    """Its command on our pairs: accuracies, and the largest difference of rewards; how many models differ."""
+    """Print accuracies and the largest difference of rewards from RewardBench's command; return how many differ."""
     os.environ["HF_DATASETS_CACHE"] = str((folder / "cache").resolve())
     expected = json.loads((folder / "expected.json").read_text())
     print(f"RewardBench's command, transformers {transformers.__version__}, {len(expected[0]['chosen'])} pairs.\n")
@@ -61,11 +61,11 @@ def score(folder):
     os.chdir(folder)
     for row in expected:
         for size in (1, 8):
-            found, accuracy = scored_by_rewardbench(row["model"], size)
-            sides = [(found[side], row[side]) for side in ("chosen", "rejected")]
+            rewards, accuracy = scored_by_rewardbench(row["model"], size)
+            sides = [(rewards[side], row[side]) for side in ("chosen", "rejected")]
             off = max(abs(first - second) for pair in sides for first, second in zip(*pair, strict=True))
             equal = accuracy == row["accuracy"] and off <= TOLERANCE * max(1.0, *map(abs, row["chosen"]))
-            # It pads on the left and hands over no positions, which GPT-2 counts from the first pad token.
+            # RewardBench pads on the left and passes no positions, so GPT-2 counts them from the first pad token.
             wrong += not equal and (size == 1 or not row["model"].startswith("gpt2"))
             print(f"| {row['model']} | {size} | {row['accuracy']:.4f} | {accuracy:.4f} | {off:.1e} |", flush=True)
     return wrong
@@ -73,7 +73,7 @@ def score(folder):
 
 @contextlib.contextmanager
 def to_a_file(name):
-    """Send what a command says, at the level of info, to a file."""
+    """Redirect stdout and stderr of a command to a file."""
     streams = [os.dup(number) for number in (1, 2)]
     with Path(name).open("a") as file:
         try:
@@ -91,7 +91,7 @@ def scored_by_rewardbench(model, batch_size):
     import rewardbench.rewardbench as command
 
     if not torch.cuda.is_available():
-        # Its pipeline says .to("cuda"), without asking.
+        # RewardBench's pipeline always calls .to("cuda").
         moved = transformers.BatchEncoding.to
         transformers.BatchEncoding.to = lambda self, device, **more: moved(self, "cpu", **more)
     options = {"dataset": "pairs.jsonl", "load_json": True, "not_quantized": True, "torch_dtype": "float32"}

@@ -1,11 +1,11 @@
-"""Does transformers 4 read what this library exports as transformers 5 does? `make exports`
+"""Whether transformers 4 reads this library's exports as transformers 5 does (`make exports`).
 
     .venv/bin/python tests/programs/other_major.py write FOLDER                # transformers 5: exports and rewards
     .venv-tf4/bin/python tests/programs/other_major.py compare FOLDER          # transformers 4.57: rewards and tokens
     .venv-rewardbench/bin/python tests/programs/other_major.py compare FOLDER  # the version that RewardBench pins
 
-It exits with 1 where a reward is further than 1e-5 off, or a token another one, without a warning on export. The
-row `control` is Llama without what this library adds for transformers 4: there the comparison has to fail.
+It exits with 1 if a reward differs by more than 1e-5, or a token differs, without a warning on export. The row
+`control` is a Llama without the fields that this library adds for transformers 4: there the comparison has to fail.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import transformers
 TOLERANCE = 1e-5
 BASE = 500000.0
 _LENGTHS = {"original_max_position_embeddings": 24, "factor": 4.0}  # of 96
-# What is written to `rope_parameters`. The texts have up to 60 tokens.
+# Values of `rope_parameters`. The texts have up to 60 tokens.
 ROPES = {
     "as made": {},
     "theta": {"rope_type": "default"},
@@ -42,7 +42,7 @@ ROPES = {
 }
 COLUMNS = [*ROPES, "ablated"]
 UNKNOWN = "no classifier"
-# Families that rotate a part of each head; here half of its 8 channels, which is two frequencies.
+# Families that rotate a part of each head; here half of its 8 channels, which are two frequencies.
 _PARTIAL = {"gpt_neox", "stablelm", "qwen3_next", "glm", "glm4", "nemotron", "phi"}
 _CHANGES = {"deepseek_v3": {"num_key_value_heads": 4}, "mixtral": {"head_dim": 8}}
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|endoftext|>{% endfor %}"
@@ -66,18 +66,18 @@ def write(folder):
             rows += write_family(folder, family, rope, tokenizer, texts)
         print(family, flush=True)
     rows.append(control(folder, next(row for row in rows if (row["family"], row["cell"]) == ("llama", "theta"))))
-    found = {"families": rows, "tokenizers": write_tokenizers(folder, world.texts, texts)}
-    (folder / "expected.json").write_text(json.dumps(found))
+    expected = {"families": rows, "tokenizers": write_tokenizers(folder, world.texts, texts)}
+    (folder / "expected.json").write_text(json.dumps(expected))
 
 
 def rotary(family, name):
-    """Changes to the config of `family` for the rope `name`; None where it takes none of the kind."""
+    """Changes to the config of `family` for the rope `name`; None if the family does not have this rope."""
     config = transformers.AutoConfig.for_model(family.partition(",")[0])
     changes = dict(_CHANGES.get(family, {}))
     if name == "as made":
         return changes
     if not hasattr(config, "rope_parameters") or family in ("ministral3", "modernbert-decoder", "bert"):
-        return None  # Ministral-3 scales the queries too, by parameters of its own
+        return None  # Ministral-3 also scales the queries, with its own parameters
     if family == "phi3" and name not in ("theta", "longrope"):
         return None
     rope = copy.deepcopy(ROPES[name]) | {"rope_theta": BASE}
@@ -126,42 +126,43 @@ def some_neurons(head):
 
 
 def one_row(folder, family, cell, head, texts):
-    place = folder / f"{family}--{cell}".replace(", ", "-").replace(" ", "-")
+    checkpoint = folder / f"{family}--{cell}".replace(", ", "-").replace(" ", "-")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        head.save_pretrained(place)
-    said = [str(entry.message) for entry in caught if "transformers 4" in str(entry.message)]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        head.save_pretrained(checkpoint)
+    messages = [str(entry.message) for entry in caught if "transformers 4" in str(entry.message)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     ids = [tokenizer(text)["input_ids"] for text in texts]
-    found = rewards(place, ids)
-    head.max_length = 96  # dynamic bases go beyond it, where this library cuts
+    loaded = rewards(checkpoint, ids)
+    head.max_length = 96  # texts exceed the context of dynamic ropes, and this library would cut them
     inside = [float(head.score_tokens(torch.tensor([row]))[0]) for row in ids]
-    off = max(abs(first - second) for first, second in zip(found, inside, strict=True))
-    assert off <= TOLERANCE * max(1.0, *map(abs, found)), f"{place}: transformers 5 itself is {off:.1e} off"
-    row = {"family": family, "cell": cell, "folder": place.name, "texts": texts}
-    return row | {"ids": ids, "rewards": found, "said": said}
+    off = max(abs(first - second) for first, second in zip(loaded, inside, strict=True))
+    assert off <= TOLERANCE * max(1.0, *map(abs, loaded)), f"{checkpoint}: transformers 5 itself differs by {off:.1e}"
+    row = {"family": family, "cell": cell, "folder": checkpoint.name, "texts": texts}
+    return row | {"ids": ids, "rewards": loaded, "warnings": messages}
 
 
 def control(folder, row):
     """The same export without the names of transformers 4, as transformers 5 writes it: the comparison must fail."""
-    place = folder / "control"
-    shutil.copytree(folder / row["folder"], place)
-    config = json.loads((place / "config.json").read_text())
+    checkpoint = folder / "control"
+    shutil.copytree(folder / row["folder"], checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
     for name in ("rope_theta", "rope_scaling"):
         del config[name]
-    (place / "config.json").write_text(json.dumps(config))
+    (checkpoint / "config.json").write_text(json.dumps(config))
     return row | {"family": "control", "folder": "control"}
 
 
-def rewards(place, ids):
-    """transformers' own, one text at a time."""
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(place, torch_dtype=torch.float32).eval()
+def rewards(checkpoint, ids):
+    """Rewards by transformers, one text at a time."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint, torch_dtype=torch.float32)
+    model.eval()
     with torch.no_grad():
         return [float(model(torch.tensor([row])).logits[0, 0]) for row in ids]
 
 
 def write_tokenizers(folder, corpus, texts):
-    """Tokenizers of several kinds with one model, and what transformers 5 makes of texts with each."""
+    """Write tokenizers of several kinds with one model, and the tokens that transformers 5 gives with each."""
     from rmtension import RewardHead
     from rmtension.synthetic.check_matrix import make_classifier
 
@@ -172,7 +173,7 @@ def write_tokenizers(folder, corpus, texts):
         inside = [tokenizer(text)["input_ids"] for text in texts]
         again = transformers.AutoTokenizer.from_pretrained(folder / name.replace(" ", "-"))
         row = {"name": name, "folder": name.replace(" ", "-"), "texts": texts} | tokenized(again, texts)
-        assert row["ids"] == inside, f"{name}: transformers 5 itself reads other tokens"
+        assert row["ids"] == inside, f"{name}: transformers 5 itself gives other tokens"
         rows.append(row)
     return rows
 
@@ -218,9 +219,9 @@ def tokenizers(corpus):
 
 
 def tokenized(tokenizer, texts):
-    """What a tokenizer does, in numbers and words."""
+    """The tokens, names and texts that a tokenizer gives."""
     batch = tokenizer(texts, padding=True, truncation=True, max_length=24)
-    found = {
+    outputs = {
         "ids": [tokenizer(text)["input_ids"] for text in texts],
         "added": tokenizer("a breadmaker <|user|> baked<s> it")["input_ids"],
         "batch": {name: list(map(list, values)) for name, values in batch.items()},
@@ -229,15 +230,15 @@ def tokenized(tokenizer, texts):
         "decoded": tokenizer.decode(tokenizer(texts[0])["input_ids"], skip_special_tokens=True),
     }
     if tokenizer.chat_template:
-        found["chat"] = tokenizer.apply_chat_template(CHAT, tokenize=False)
-    return found
+        outputs["chat"] = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    return outputs
 
 
 # -- transformers 4 ----------------------------------------------------------------------------------------------------
 
 
 def compare(folder):
-    """A table of the largest |difference| by family and rope, one of tokenizers; the number of those that are wrong."""
+    """Print the largest |difference| by family and rope, and a table of tokenizers; return the number of failures."""
     expected = json.loads((folder / "expected.json").read_text())
     print(
         f"Largest |difference| of rewards, transformers {transformers.__version__} to 5, one text at a time, float32.\n"
@@ -259,37 +260,37 @@ def compare(folder):
     print("\n| tokenizer | differs in |\n|---|---|")
     for row in expected["tokenizers"]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / row["folder"])
-        found = tokenized(tokenizer, row["texts"])
-        differs = [name for name in found if found[name] != row[name]]
+        outputs = tokenized(tokenizer, row["texts"])
+        differs = [name for name in outputs if outputs[name] != row[name]]
         wrong += bool(differs)
         print(f"| {row['name']} | {', '.join(differs) or 'nothing'} |")
     print(f"\n{wrong} wrong of {n} exports that have a classifier here and {len(expected['tokenizers'])} tokenizers")
     return wrong
 
 
-def difference(place, row, reasons):
+def difference(checkpoint, row, reasons):
     """A cell of the table, and whether it is wrong without a warning."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
         tokens = [tokenizer(text)["input_ids"] for text in row["texts"]] == row["ids"]
-        found = rewards(place, row["ids"])
+        loaded = rewards(checkpoint, row["ids"])
     except (ValueError, KeyError) as error:
         if any(words in str(error) for words in ("does not recognize", "Unrecognized configuration class")):
             return UNKNOWN, False
-        reason = f"refused; on export: {said(row)}"
-        return f"({reasons.setdefault(reason, len(reasons) + 1)})", not row["said"]
-    off = max(abs(first - second) for first, second in zip(found, row["rewards"], strict=True))
-    good = tokens and off <= TOLERANCE * max(1.0, *map(abs, found))
-    mark = f" ({reasons.setdefault(f'on export: {said(row)}', len(reasons) + 1)})" if row["said"] else ""
-    return f"{off:.1e}{'' if tokens else ', other tokens'}{mark}", not (good or row["said"])
+        reason = f"refused; on export: {warned(row)}"
+        return f"({reasons.setdefault(reason, len(reasons) + 1)})", not row["warnings"]
+    off = max(abs(first - second) for first, second in zip(loaded, row["rewards"], strict=True))
+    good = tokens and off <= TOLERANCE * max(1.0, *map(abs, loaded))
+    mark = f" ({reasons.setdefault(f'on export: {warned(row)}', len(reasons) + 1)})" if row["warnings"] else ""
+    return f"{off:.1e}{'' if tokens else ', other tokens'}{mark}", not (good or row["warnings"])
 
 
-def said(row):
-    return "; ".join(row["said"]).partition(": ")[2] or "nothing"
+def warned(row):
+    return "; ".join(row["warnings"]).partition(": ")[2] or "no warning"
 
 
 def run_step(description, **steps):
-    """Run the step and the folder that the command line names; 1 if the step returns something true."""
+    """Run the step that the command line names on its folder; returns 1 if the step reports failures."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=steps)
     parser.add_argument("folder", type=Path)

@@ -1,8 +1,9 @@
-"""Is a shared set found where one was planted? `python tests/programs/planted.py --runs 100`.
+"""How often the study finds a planted shared set: `python tests/programs/planted.py --runs 100`.
 
-Every run makes three reward models with random weights in which chosen neurons of the first two layers answer to the
-last word of a response: some to the word that helpful pairs prefer, some to the word of harmless pairs, some to both.
-The study then has to find and measure the shared ones, and a matched random set in their place has to show nothing.
+Every run makes three reward models with random weights, in which chosen neurons of the first two layers respond to the
+last word of a response: some to the word that helpful pairs prefer, some to the word that harmless pairs prefer, and
+some to both. The study has to find the shared neurons and measure their effect. A random set that is matched to them
+has to show no effect.
 """
 
 import argparse
@@ -31,7 +32,7 @@ LAYERS = (0, 1)
 
 
 def planted_pairs(seed: int, n: int) -> dict[str, PreferencePairs]:
-    """Pairs whose responses differ in nothing but their last word and random words before it."""
+    """Pairs whose responses consist of random words and a last word that says which response is preferred."""
     draw = random.Random(seed)
 
     def response(last: str) -> str:
@@ -51,21 +52,21 @@ def planted_pairs(seed: int, n: int) -> dict[str, PreferencePairs]:
     }
 
 
-def planted_places(seed: int) -> dict[str, list[tuple[int, int]]]:
-    """Where the planted neurons are."""
+def planted_neurons(seed: int) -> dict[str, list[tuple[int, int]]]:
+    """The planted neurons as (layer, index), by kind."""
     order = np.random.default_rng(seed).permutation(len(LAYERS) * 128)
-    places = [(LAYERS[place // 128], int(place % 128)) for place in order[: N_SHARED + 2 * N_SPECIFIC]]
+    neurons = [(LAYERS[number // 128], int(number % 128)) for number in order[: N_SHARED + 2 * N_SPECIFIC]]
     return {
-        "shared": places[:N_SHARED],
-        "helpful": places[N_SHARED : N_SHARED + N_SPECIFIC],
-        "harmless": places[N_SHARED + N_SPECIFIC :],
+        "shared": neurons[:N_SHARED],
+        "helpful": neurons[N_SHARED : N_SHARED + N_SPECIFIC],
+        "harmless": neurons[N_SHARED + N_SPECIFIC :],
     }
 
 
 def planted_head(
-    seed: int, name: str, tokenizer, places: dict[str, list[tuple[int, int]]], strength: float, background: float
+    seed: int, name: str, tokenizer, neurons: dict[str, list[tuple[int, int]]], strength: float, background: float
 ):
-    """A random GPT-2-shaped classifier with the neurons that `name` has: shared ones, and its own or both."""
+    """A random GPT-2-shaped classifier with the shared neurons and those of objective `name` ("mixed": of both)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = make_config("gpt2", len(tokenizer), n_inner=128, n_head=1)
@@ -85,7 +86,7 @@ def planted_head(
         kinds = ["shared", *(OBJECTIVES if name == "mixed" else [name])]
         row = model.score.weight.data[0]
         for kind in kinds:
-            for layer, neuron in places[kind]:
+            for layer, neuron in neurons[kind]:
                 mlp = model.transformer.h[layer].mlp
                 mlp.c_fc.weight.data[:, neuron] = reads[kind]
                 mlp.c_fc.bias.data[neuron] = 0
@@ -94,35 +95,44 @@ def planted_head(
 
 
 def planted_run(
-    seed: int, tokenizer, *, n_pairs: int = 120, strength: float = 0.15, background: float = 0.03
+    seed: int,
+    tokenizer,
+    *,
+    n_pairs: int = 120,
+    strength: float = 0.15,
+    background: float = 0.03,
+    n_draws: int = 16,
+    positions: str = "all",
 ) -> dict[str, object]:
-    """One run: what the study finds of the planted set, and the intervals of known, found and random sets."""
-    places = planted_places(seed)
+    """Precision and recall of the study's shared set; whether the intervals of three sets exclude 0."""
+    neurons = planted_neurons(seed)
     heads = {
-        name: planted_head(3 * seed + number, name, tokenizer, places, strength, background)
+        name: planted_head(3 * seed + number, name, tokenizer, neurons, strength, background)
         for number, name in enumerate((*OBJECTIVES, "mixed"))
     }
-    options = StudyOptions(seed=seed, scores=("mean_difference",), fraction=0.06, analyses=("scores",))
+    options = StudyOptions(
+        seed=seed, scores=("mean_difference",), fraction=0.06, analyses=("scores",), positions=positions
+    )
     study = TensionStudy(heads, planted_pairs(seed, n_pairs), options=options)
-    neurons = study.run(progress=False).neurons
+    table = study.run(progress=False).neurons
     mixed = heads["mixed"]
-    place = {"shape": (3, 128), "site": "mlp", "architecture": mixed.architecture}
-    known = NeuronSet.from_indices(places["shared"], **place)
-    planted = NeuronSet.from_indices([one for kind in places.values() for one in kind], **place)
-    found = torch.tensor(neurons["in_shared"].to_numpy(dtype=bool)).view(3, 128)
+    model = {"shape": (3, 128), "site": "mlp", "architecture": mixed.architecture}
+    known = NeuronSet.from_indices(neurons["shared"], **model)
+    planted = NeuronSet.from_indices([neuron for kind in neurons.values() for neuron in kind], **model)
+    is_shared = torch.tensor(table["in_shared"].to_numpy(dtype=bool)).view(3, 128)
     sets = {
         "known": known,
-        "found": NeuronSet(found, "mlp", mixed.architecture),
+        "found": NeuronSet(is_shared, "mlp", mixed.architecture),
         "random": known.matched_random(seed=10_000 + seed, exclude=planted),
     }
     runs = ModelRuns(mixed)
     means = runs.statistics(study.scoring["helpful"] + study.scoring["harmless"])
     ablations = Ablations(runs, study.evaluating, replacement=Mean(means), seed=seed)
-    table = ablation_matrix(ablations, sets, n_draws=16, exclude=planted | sets["random"]).query("quantity == 'margin'")
-    hits = int((found & known.mask).sum())
-    row: dict[str, object] = {"precision": hits / max(1, int(found.sum())), "recall": hits / N_SHARED}
-    for one in table.itertuples():
-        row[f"{one.set} {one.objective}"] = bool(one.beyond_low > 0 or one.beyond_high < 0)
+    matrix = ablation_matrix(ablations, sets, n_draws=n_draws, exclude=planted | sets["random"])
+    hits = int((is_shared & known.mask).sum())
+    row: dict[str, object] = {"precision": hits / max(1, int(is_shared.sum())), "recall": hits / N_SHARED}
+    for effect in matrix.query("quantity == 'margin'").itertuples():
+        row[f"{effect.set} {effect.objective}"] = bool(effect.beyond_low > 0 or effect.beyond_high < 0)
     return row
 
 
@@ -132,17 +142,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--strength", type=float, default=0.15, help="length of what a planted neuron writes")
     parser.add_argument("--background", type=float, default=0.03, help="spread of the other weights beyond GPT-2's .02")
+    parser.add_argument("--draws", type=int, default=16, help="random sets of the control")
+    parser.add_argument("--positions", choices=("all", "response", "last"), default="all", help="tokens for the scores")
     options = parser.parse_args()
+    design = {"strength": options.strength, "background": options.background, "n_draws": options.draws}
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer(folder)
-        table = pd.DataFrame(
-            [
-                planted_run(seed, tokenizer, strength=options.strength, background=options.background)
-                for seed in range(options.runs)
-            ]
-        )
-    print(f"{options.runs} runs, strength {options.strength}, background {options.background}: mean over runs")
+        runs = [planted_run(seed, tokenizer, positions=options.positions, **design) for seed in range(options.runs)]
+    table = pd.DataFrame(runs)
+    print(f"{options.runs} runs, {design}, positions {options.positions}: mean over runs")
     print(table.mean().round(3).to_string())
 
 

@@ -1,10 +1,11 @@
-"""What each method finds of planted neurons: `python tests/programs/recovery.py --seeds 8`.
+"""Which planted neurons each method finds: `python tests/programs/recovery.py --seeds 8`.
 
-Organisms with hand-set weights (`rmtension.synthetic.make_organism`), without and with redundancy, superposition and
-noise. Every method scores all neurons on helpful and on harmless margins, `conflict` sorts them into classes, and the
-classes are compared with the truth: a neuron that carries helpfulness should raise helpful margins only, a shared one
-both, a conflict one helpful margins at the cost of harmless ones. "true single effects" sorts by the exact effect of
-zeroing each neuron alone, with the same floor: what a method that predicts single ablations should find.
+The models are organisms with hand-set weights (`rmtension.synthetic.make_organism`), without and with redundancy,
+superposition and noise. Every method scores all neurons on helpful and on harmless margins, `conflict` sorts them into
+classes, and the classes are compared with the truth: a helpful neuron should raise helpful margins only, a shared
+neuron both margins, and a conflict neuron should raise helpful margins and lower harmless margins. "true single
+effects" sorts by the exact effect of zeroing each neuron alone, with the same threshold: the result of a method that
+predicts single ablations exactly.
 """
 
 import argparse
@@ -40,7 +41,7 @@ LEAST = 0.05
 
 
 def found_sets(organism: Organism, steps: int = 32) -> dict[str, dict[str, NeuronSet]]:
-    """Method -> class -> neurons; integrated gradients at so many nodes."""
+    """The neurons of each class by each method; integrated gradients use `steps` nodes."""
     head = organism.head()
     everything = PreferencePairs([*organism.pairs["helpful"], *organism.pairs["harmless"]])
     statistics = ActivationCollector(head).collect(everything)
@@ -52,30 +53,31 @@ def found_sets(organism: Organism, steps: int = 32) -> dict[str, dict[str, Neuro
         "direct_effect": {"method": "direct_effect"},
         "mean_difference": {"method": "mean_difference"},
     }
-    found = {}
+    by_method = {}
     for name, options in asked.items():
-        scores = {one: NeuronAttribution(head, **options).per_pair(pairs) for one, pairs in organism.pairs.items()}
-        found[name] = conflict(scores["helpful"], scores["harmless"], min_share=LEAST).sets
+        attribution = NeuronAttribution(head, **options)
+        scores = {objective: attribution.per_pair(pairs) for objective, pairs in organism.pairs.items()}
+        by_method[name] = conflict(scores["helpful"], scores["harmless"], min_share=LEAST).sets
     effects = [single_neuron_effects(head, organism.pairs[name]) for name in ("helpful", "harmless")]
-    added = [-one.as_effects() for one in effects]
-    signs = [torch.where(one.abs() >= LEAST * one.abs().max(), one.sign(), 0) for one in added]
-    found["true single effects"] = {
+    added = [-effect.as_effects() for effect in effects]
+    signs = [torch.where(values.abs() >= LEAST * values.abs().max(), values.sign(), 0) for values in added]
+    by_method["true single effects"] = {
         name: NeuronSet((signs[0] == a) & (signs[1] == b), "mlp", head.architecture) for (a, b), name in CLASSES.items()
     }
-    return found
+    return by_method
 
 
 def recovery(organism: Organism, **options: int) -> dict[str, dict[str, int]]:
-    """Method -> its hits (neurons in the class of their kind), finds, the truth, and decoys put into any class."""
+    """Per method: neurons in the class of their kind, in any class, in the truth; and decoys in any class."""
     rows = {}
     decoys = organism.truth["decoy"] | organism.truth["loud"]
     for method, sets in found_sets(organism, **options).items():
-        classes = {name: one for name, one in sets.items() if name != "none"}
+        classes = {name: neurons for name, neurons in sets.items() if name != "none"}
         rows[method] = {
-            "hits": sum(len(classes[one] & organism.truth[kind]) for one, kind in KIND_OF.items()),
+            "hits": sum(len(classes[name] & organism.truth[kind]) for name, kind in KIND_OF.items()),
             "found": sum(map(len, classes.values())),
             "truth": sum(len(organism.truth[kind]) for kind in KIND_OF.values()),
-            "decoys": sum(len(one & decoys) for one in classes.values()),
+            "decoys": sum(len(neurons & decoys) for neurons in classes.values()),
         }
     return rows
 
@@ -89,13 +91,13 @@ def main() -> None:
     for design, arguments in DESIGNS.items():
         for seed in range(options.seeds):
             with tempfile.TemporaryDirectory() as folder:
-                found = recovery(make_organism(folder, seed=seed, **arguments))
-            rows += [{"design": design, "method": method, **row} for method, row in found.items()]
+                by_method = recovery(make_organism(folder, seed=seed, **arguments))
+            rows += [{"design": design, "method": method, **row} for method, row in by_method.items()]
             print(f"{design}: seed {seed} done", file=sys.stderr)
     sums = pd.DataFrame(rows).groupby(["design", "method"], sort=False)[["hits", "found", "truth", "decoys"]].sum()
     sums["precision"], sums["recall"] = sums["hits"] / sums["found"], sums["hits"] / sums["truth"]
     sums["F1"] = 2 * sums["hits"] / (sums["found"] + sums["truth"])
-    print(f"{options.seeds} seeds; decoys: how many were put into a class, all seeds together")
+    print(f"{options.seeds} seeds; decoys: how many are in a class, summed over seeds")
     print(sums[["precision", "recall", "F1", "decoys"]].round(2).to_string())
 
 

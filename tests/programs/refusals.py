@@ -1,10 +1,10 @@
-"""What the file system refuses, and what the library says: disk full, read-only, no permission, inputs that vanish.
+"""What the library does on a full disk, a read-only disk, without permission, and if inputs vanish.
 
     python tests/programs/refusals.py
 
-Prints every message. A full disk and a read-only one are small tmpfs mounts, which needs root (the script says where
-it has to leave them out); permissions are tried as an ordinary user, in a process of its own where this one is root's.
-Each case says whether what was there before is there after.
+prints every message, and whether the old files are unchanged. The full disk and the read-only disk are small tmpfs
+mounts, which need root; without it, the script says that it leaves them out. Permissions are tested as an ordinary
+user, in a separate process if the script runs as root.
 """
 
 import os
@@ -34,7 +34,7 @@ NOBODY = 65534
 
 @contextmanager
 def mounted(folder: Path, *options: str) -> Iterator[bool]:
-    """A tmpfs of two megabytes; False where it cannot be mounted."""
+    """Mount a tmpfs of two megabytes; yields False if that fails."""
     folder.mkdir(exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", ",".join(["size=2m", *options]), "tmpfs", str(folder)]
     try:
@@ -49,13 +49,13 @@ def mounted(folder: Path, *options: str) -> Iterator[bool]:
 
 
 def kept(folder: Path) -> dict[str, bytes]:
-    """All files but those of a work folder, which may have begun."""
+    """All files except those of a work folder, which a failed run may have written."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in files.items() if not name.startswith("work/")}
 
 
 def say(case: str, what: str, call: Callable[[], object], folder: Path) -> bool:
-    """Print what a call says; returns whether that was an error of this library, and the folder stayed as it was."""
+    """Print the message of a call; returns whether it was an error of this library and the folder is unchanged."""
     before = kept(folder)
     try:
         call()
@@ -65,14 +65,14 @@ def say(case: str, what: str, call: Callable[[], object], folder: Path) -> bool:
     except Exception as error:
         message, good = f"ANOTHER ERROR, {type(error).__name__}: {error}", False
     same = kept(folder) == before
-    print(f"{case}, {what}: {message}\n    {'as it was' if same else 'CHANGED: ' + ', '.join(kept(folder))}")
+    print(f"{case}, {what}: {message}\n    {'unchanged' if same else 'CHANGED: ' + ', '.join(kept(folder))}")
     return good and same
 
 
 def writes(
     head: RewardHead, pairs: PreferencePairs, study: StudyResult, folder: Path
 ) -> dict[str, Callable[[], object]]:
-    """Everything that writes, with more than fits on the small disk."""
+    """Calls that write more than fits on the small disk."""
     large = NeuronSet(torch.zeros(3000, 1000, dtype=torch.bool), "mlp", "toy")
     return {
         "a result": lambda: large.save(folder / "set.safetensors"),
@@ -85,19 +85,19 @@ def writes(
 
 
 def prepare(folder: Path, pairs: PreferencePairs) -> None:
-    """What was there before."""
+    """Write the old files."""
     NeuronSet(torch.zeros(2, 3, dtype=torch.bool), "mlp", "toy").save(folder / "set.safetensors")
     pairs[:2].to_jsonl(folder / "pairs.jsonl")
 
 
 def say_all(case: str, calls: Mapping[str, Callable[[], object]], folder: Path) -> bool:
-    """`say` of each call; whether all were as they should be."""
+    """`say` of each call; returns whether all passed."""
     good = [say(case, what, call, folder) for what, call in calls.items()]
     return all(good)
 
 
 def as_nobody(call: Callable[[], bool]) -> bool:
-    """The call in a process without root's permissions."""
+    """Run the call in a process without root's permissions."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -129,8 +129,8 @@ def vanished(head: RewardHead, model: Path, folder: Path) -> dict[str, Callable[
 def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as place:
-        root = Path(place)
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
         root.chmod(0o755)
         tokenizer = make_tokenizer(root / "tokenizer")
         models = {
@@ -164,7 +164,7 @@ def main() -> int:
         calls = writes(head, pairs, study, closed)
         good.append(as_nobody(lambda: say_all("no permission", calls, closed)))
         good += [say("vanished", what, call, closed) for what, call in vanished(head, models["mixed"], root).items()]
-    print(f"{sum(good)} of {len(good)} as they should be")
+    print(f"{sum(good)} of {len(good)} passed")
     return 0 if all(good) else 1
 
 

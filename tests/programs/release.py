@@ -1,9 +1,9 @@
-"""Whether one version stands everywhere that a release names it.
+"""Whether all files that name the version of a release agree.
 
     python tests/programs/release.py v0.2.0
 
-compares the tag (left out: the one that the checked-out commit carries) with `pyproject.toml`, `CITATION.cff` and the
-newest entry of `CHANGELOG.md`, which has to be dated; ends with 1 and says what differs.
+compares the tag (by default, that of the checked-out commit) with `pyproject.toml`, `CITATION.cff` and the newest entry
+of `CHANGELOG.md`, which must have a date. It prints what differs, and then exits with 1.
 """
 
 import re
@@ -16,24 +16,24 @@ ROOT = Path(__file__).parents[2]
 
 
 def versions(root):
-    """The version by each file, and what stands behind the newest one of the changelog."""
+    """The version in each file, and the text in brackets after the newest version of the changelog."""
     changelog = re.search(r"^## (\S+) \((.+)\)$", (root / "CHANGELOG.md").read_text(), re.MULTILINE)
     citation = re.search(r"^version: (\S+)$", (root / "CITATION.cff").read_text(), re.MULTILINE)
-    found = {
+    by_file = {
         "pyproject.toml": tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"],
         "CITATION.cff": citation and citation[1],
         "CHANGELOG.md": changelog and changelog[1],
     }
-    return found, changelog and changelog[2]
+    return by_file, changelog and changelog[2]
 
 
 def problems(root, tag):
-    """What keeps this from being released as `tag`, in words."""
-    found, when = versions(root)
-    said = [f"{name} has {version}, the tag is {tag}" for name, version in found.items() if f"v{version}" != tag]
+    """Messages about what prevents a release as `tag`."""
+    by_file, when = versions(root)
+    messages = [f"{name} has {version}, the tag is {tag}" for name, version in by_file.items() if f"v{version}" != tag]
     if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", when or ""):
-        said.append(f"CHANGELOG.md has ({when}) where the date of its newest version stands")
-    return said
+        messages.append(f"CHANGELOG.md: expected the date of its newest version, got ({when})")
+    return messages
 
 
 def tag_here():
@@ -44,6 +44,6 @@ def tag_here():
 
 if __name__ == "__main__":
     tag = sys.argv[1] if len(sys.argv) > 1 else tag_here()
-    wrong = ["no tag: the commit carries none"] if tag is None else problems(ROOT, tag)
-    print("\n".join(wrong) or f"{tag}: one version everywhere")
+    wrong = ["tag: the commit has no tag. Pass the tag, or create it with git."] if tag is None else problems(ROOT, tag)
+    print("\n".join(wrong) or f"{tag}: all files have this version")
     sys.exit(bool(wrong))

@@ -1,10 +1,10 @@
-"""What several processes compute together, against what one computes.
+"""Whether several processes together compute the same as one process.
 
     torchrun --nproc-per-node 2 tests/programs/shards.py MODEL PAIRS OUT [--die RANK]
 
-In float64 and in float32, every process computes everything alone first, then with the others, and prints the largest
-relative difference of all numbers. A run is broken off and resumed. Then process 1 gets fewer pairs, or in another
-order, which has to be an error in all. With `--die` that process ends itself, without a word, at its first batch.
+In float64 and in float32, every process first computes everything alone, then together with the others, and prints the
+largest relative difference of all numbers. A run is interrupted and resumed. Then process 1 gets fewer pairs, or pairs
+in another order, which has to be an error in all processes. With `--die`, that process kills itself at its first batch.
 """
 
 import argparse
@@ -35,25 +35,25 @@ from rmtension.study._model_runs import ModelRuns
 
 
 def numbers(head: RewardHead, pairs: PreferencePairs, folder: Path | None = None) -> dict[str, torch.Tensor]:
-    """One of everything that runs over pairs."""
+    """Results of everything that runs over pairs."""
     mask = torch.zeros(head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
     mask[0, 3] = mask[-1, 5] = True
     neurons = NeuronSet(mask, "mlp", head.architecture)
     statistics = ActivationCollector(head).collect(pairs)
     sample = ActivationCollector(head).sample(pairs, n=16)
-    found = {
+    results = {
         "texts": head.score([pair.text("chosen") for pair in pairs]),
         "sample": sample.values,
         "iterable": ActivationCollector(head).collect(iter(pairs)).rms,
         "effects": single_neuron_effects(head, pairs, neurons=neurons).values[mask],
-        # Twice, where only the first process's folder holds the result of the first time.
+        # Computed twice; only the folder of the first process has the result of the first time.
         "runs": [ModelRuns(head, folder=folder).rewards(pairs, without=neurons).margin for _ in range(2)][1],
     }
-    found |= {name: getattr(statistics, name) for name in ("mean", "abs_mean", "rms", "frequency", "channel_mean")}
-    found["n tokens"] = torch.tensor([statistics.n_tokens])
+    results |= {name: getattr(statistics, name) for name in ("mean", "abs_mean", "rms", "frequency", "channel_mean")}
+    results["n tokens"] = torch.tensor([statistics.n_tokens])
     for replacement in (Zero(), Mean(statistics), Resample(sample)):
         with AblationContext(head, neurons, replacement):
-            found[f"without neurons, {replacement.name}"] = head.score_pairs(pairs).margin
+            results[f"without neurons, {replacement.name}"] = head.score_pairs(pairs).margin
     for method, more in {
         "mean_difference": {},
         "gradient_x_activation": {"aggregate": "absolute"},
@@ -61,19 +61,19 @@ def numbers(head: RewardHead, pairs: PreferencePairs, folder: Path | None = None
         "integrated_gradients": {"steps": 2, "replacement": Mean(statistics)},
     }.items():
         scores = NeuronAttribution(head, method=method, **more).score(pairs)
-        found |= {f"{method} {name}": getattr(scores, name) for name in ("values", "stderr", "without_block")}
+        results |= {f"{method} {name}": getattr(scores, name) for name in ("values", "stderr", "without_block")}
         if scores.completeness_gap is not None:
-            found[f"{method} gap"] = scores.completeness_gap
-    found["per pair"] = NeuronAttribution(head, method="gradient_x_activation").per_pair(pairs).values
+            results[f"{method} gap"] = scores.completeness_gap
+    results["per pair"] = NeuronAttribution(head, method="gradient_x_activation").per_pair(pairs).values
     profile = collect_profiles(head, pairs, positions=("response",))["mlp", "response"]
-    return found | {"profile": profile.sums, "profile weights": profile.weights}
+    return results | {"profile": profile.sums, "profile weights": profile.weights}
 
 
 def resumed(head: RewardHead, pairs: PreferencePairs, work: Path) -> torch.Tensor:
-    """Statistics from a run that every process breaks off at a batch of its own, and that all resume together."""
+    """Statistics from a run that each process interrupts at another batch, and that all resume together."""
     seen, observe = 0, head.observe
 
-    def breaking(*arguments):
+    def interrupted(*arguments):
         nonlocal seen
         seen += 1
         if seen > 1 + current().rank:
@@ -81,25 +81,25 @@ def resumed(head: RewardHead, pairs: PreferencePairs, work: Path) -> torch.Tenso
         observe(*arguments)
 
     rmtension.store._work_folder.EVERY, rmtension.store._work_folder._SHARE = 0.0, float("inf")
-    head.observe = breaking
+    head.observe = interrupted
     try:
         ActivationCollector(head).collect(pairs, work=work)
-        raise AssertionError("it was not broken off")
+        raise AssertionError("the run was not interrupted")
     except InterruptedError:
         head.observe = observe
     assert (work / f"progress-{current().rank}.safetensors").exists()
     return ActivationCollector(head).collect(pairs, work=work).mean
 
 
-def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest, relative to the largest number; NaN has to stand where NaN does."""
-    assert torch.equal(one.isnan(), other.isnan())
-    one, other = (values.nan_to_num().double() for values in (one, other))
-    return float((one - other).abs().max() / one.abs().max().clamp(min=1e-300))
+def difference(first: torch.Tensor, second: torch.Tensor) -> float:
+    """The largest difference, relative to the largest number; both have to be NaN at the same entries."""
+    assert torch.equal(first.isnan(), second.isnan())
+    first, second = (values.nan_to_num().double() for values in (first, second))
+    return float((first - second).abs().max() / first.abs().max().clamp(min=1e-300))
 
 
 def share(head: RewardHead, pairs: PreferencePairs, out: Path, die: int | None) -> None:
-    """Everything together; the result of the first call is written to `out`."""
+    """Compute everything together, and write the rewards to `out`."""
     alone = {} if die is not None else numbers(head, pairs)
     forward, n_run = head.forward, 0
 
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="a folder")
     parser.add_argument("--die", type=int)
     options = parser.parse_args()
-    # As the suite that reads the results: the last digits of float32 depend on it.
+    # The suite that reads the results runs with one thread, and the last digits of float32 depend on it.
     torch.set_num_threads(1)
     pairs = PreferencePairs.from_jsonl(options.pairs)
     for dtype in (torch.float64, torch.float32):

@@ -2,8 +2,8 @@
 
     python tests/programs/signatures.py [--write]
 
-prints the table, or writes the page. `tests/test_package.py` holds that the page is current, that every public name is
-in the reference and has an example, and that no call takes more keyword-only parameters than it should.
+prints the table, or writes the page. `tests/test_package.py` checks that the page is current, that every public name is
+in the reference and has an example, and that no call takes too many keyword-only parameters.
 
 A public name is in `rmtension.__all__`, or in the `__all__` of a package or module whose name has no underscore. Its
 path is the shortest one.
@@ -45,55 +45,57 @@ class Call:
     @property
     def keyword_only(self) -> list[inspect.Parameter]:
         """The parameters after the star."""
-        return [one for one in self.parameters if one.kind is KINDS.KEYWORD_ONLY]
+        return [parameter for parameter in self.parameters if parameter.kind is KINDS.KEYWORD_ONLY]
 
     @property
     def row(self) -> str:
         """The line of the table."""
-        before = [one for one in self.parameters if one.kind not in (KINDS.KEYWORD_ONLY, KINDS.VAR_KEYWORD)]
-        first = [_text(one) for one in before]
-        if n_positional := sum(one.kind is KINDS.POSITIONAL_ONLY for one in before):
+        after_star = (KINDS.KEYWORD_ONLY, KINDS.VAR_KEYWORD)
+        before = [parameter for parameter in self.parameters if parameter.kind not in after_star]
+        first = [_text(parameter) for parameter in before]
+        if n_positional := sum(parameter.kind is KINDS.POSITIONAL_ONLY for parameter in before):
             first.insert(n_positional, "/")
-        last = [_text(one) for one in self.keyword_only]
-        last += [f"**{self.options or one.name}" for one in self.parameters if one.kind is KINDS.VAR_KEYWORD]
+        last = [_text(parameter) for parameter in self.keyword_only]
+        stars = [parameter for parameter in self.parameters if parameter.kind is KINDS.VAR_KEYWORD]
+        last += [f"**{self.options or parameter.name}" for parameter in stars]
         return f"| `{self.path}` | {_code(first)} | {_code(last)} |"
 
 
 def modules() -> dict[str, ModuleType]:
     """Every public package and module by its path below `rmtension`, which is "" itself; each has an `__all__`."""
-    found = {"": importlib.import_module("rmtension")}
+    by_path = {"": importlib.import_module("rmtension")}
     for path in sorted((ROOT / "rmtension").rglob("*.py")):
         parts = path.relative_to(ROOT / "rmtension").with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         if name and not any(part.startswith("_") for part in name.split(".")):
-            found[name] = importlib.import_module(f"rmtension.{name}")
-    return found
+            by_path[name] = importlib.import_module(f"rmtension.{name}")
+    return by_path
 
 
 def public_names() -> dict[str, tuple[str, Any]]:
     """The shortest path of every public name below `rmtension` -> (the package or module it belongs to, the object)."""
-    found: dict[str, tuple[str, Any]] = {}
+    by_path: dict[str, tuple[str, Any]] = {}
     for module, loaded in modules().items():
         for name in loaded.__all__:
             value = getattr(loaded, name)
             if name == "__version__" or isinstance(value, ModuleType):
                 continue
-            is_at_top = name in found and found[name][1] is value
-            found[name if is_at_top else f"{module}.{name}".lstrip(".")] = (module, value)
-    return found
+            is_at_top = name in by_path and by_path[name][1] is value
+            by_path[name if is_at_top else f"{module}.{name}".lstrip(".")] = (module, value)
+    return by_path
 
 
 def calls() -> dict[str, list[Call]]:
     """Package or module -> its public calls, classes followed by their methods."""
     names = public_names()
     classes = [value for _, value in names.values() if inspect.isclass(value)]
-    found: dict[str, list[Call]] = {}
+    by_module: dict[str, list[Call]] = {}
     for path, (module, value) in sorted(names.items(), key=lambda item: (item[1][0], _order(item[0]))):
         if inspect.isclass(value):
-            found.setdefault(module, []).extend(_calls_of(path, value, classes))
+            by_module.setdefault(module, []).extend(_calls_of(path, value, classes))
         elif callable(value):
-            found.setdefault(module, []).append(_call(path, value))
-    return found
+            by_module.setdefault(module, []).append(_call(path, value))
+    return by_module
 
 
 def _calls_of(path: str, owner: type, classes: list[type]) -> Iterator[Call]:
@@ -101,7 +103,7 @@ def _calls_of(path: str, owner: type, classes: list[type]) -> Iterator[Call]:
         keys = tuple(KINDS(name, KINDS.KEYWORD_ONLY) for name in owner.__annotations__)
         yield Call(path, keys, is_dictionary=True)
         return
-    if "__init__" in {name for one in _own(owner, classes) for name in vars(one)}:
+    if "__init__" in {name for base in _own(owner, classes) for name in vars(base)}:
         yield _call(path, owner)
     seen: set[str] = set()
     for base in _own(owner, classes):
@@ -124,7 +126,7 @@ def _own(owner: type, classes: list[type]) -> list[type]:
 
 def _call(path: str, function: Any, *, is_method: bool = False) -> Call:
     parameters = tuple(inspect.signature(function).parameters.values())[is_method:]
-    star = [one for one in parameters if one.kind is KINDS.VAR_KEYWORD]
+    star = [parameter for parameter in parameters if parameter.kind is KINDS.VAR_KEYWORD]
     inside = typing.get_args(star[0].annotation) if star else ()
     return Call(path, parameters, getattr(inside[0], "__name__", None) if inside else None)
 
@@ -152,9 +154,9 @@ def _code(texts: list[str]) -> str:
 def page() -> str:
     """The text of `docs/api/signatures.md`."""
     parts = [HEADER]
-    for module, found in calls().items():
+    for module, some in calls().items():
         parts.append(f"## `rmtension{'.' * bool(module)}{module}`\n")
-        rows = "\n".join(one.row for one in found)
+        rows = "\n".join(call.row for call in some)
         parts.append(f"| call | positional or keyword | keyword-only |\n|---|---|---|\n{rows}\n")
     return "\n".join(parts)
 

@@ -1,12 +1,12 @@
-"""Load, score, attribute, ablate, save, over and over in one process: does anything stay behind?
+"""Whether memory, files, hooks or threads remain after many cycles in one process.
 
     python tests/programs/soak.py --cycles 2000 [--seconds 3600] [--one-tokenizer]
 
-Every cycle opens a checkpoint, runs everything over some pairs, saves results and reads them again, and lets go. Memory
-(resident, after a collection), open files, hooks on all modules that are alive, and threads are printed at tenths; they
-are compared between the first tenth, which warms caches up, and the end. A tokenizer of `tokenizers` 0.23 that is
-loaded, used and dropped leaves some ten kilobytes behind, with transformers alone; with `--one-tokenizer` all cycles
-share one, and what is left is this library's.
+Every cycle opens a checkpoint, scores, attributes and ablates, saves results and reads them again, and drops all
+objects. Memory (resident, after a collection), open files, hooks on all modules in memory, and threads are printed
+after every tenth of the cycles. The end is compared with the first tenth, which fills caches. A tokenizer of
+`tokenizers` 0.23 that is loaded, used and dropped leaves about ten kilobytes, with transformers alone. With
+`--one-tokenizer`, all cycles share one tokenizer, and the rest of the growth is this library's.
 """
 
 import argparse
@@ -64,12 +64,12 @@ def cycle(model: Path, pairs, folder: Path, tokenizer=None) -> None:
 
 
 def n_hooks() -> int:
-    """Hooks on all modules that are alive."""
+    """The number of hooks on all modules in memory."""
     return sum(
         len(hooks)
-        for one in gc.get_objects()
-        if isinstance(one, torch.nn.Module)
-        for hooks in (one._forward_hooks, one._forward_pre_hooks, one._backward_hooks)
+        for module in gc.get_objects()
+        if isinstance(module, torch.nn.Module)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
     )
 
 
@@ -83,14 +83,14 @@ def measure() -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", type=int, default=2000)
-    parser.add_argument("--seconds", type=float, default=3600, help="at most so long")
+    parser.add_argument("--seconds", type=float, default=3600, help="the longest time")
     parser.add_argument("--one-tokenizer", action="store_true", help="load the tokenizer once for all cycles")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     start, first, n = time.monotonic(), None, 0
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         model = save_classifier(folder / "model", "gpt2", make_tokenizer(folder / "tokenizer"))
         pairs = make_pairs(8)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model) if options.one_tokenizer else None

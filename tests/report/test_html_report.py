@@ -9,12 +9,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from hand_made import hand_made_study
+from hand_made import MODELS, hand_made_study
 from tiny_models import make_pairs
 
 from rmtension import NeuronSet, PreferencePairs, StudyResult
 from rmtension.attribution import NeuronDashboards, neuron_dashboards
 from rmtension.attribution._dashboard_words import number, number_with_interval, shown_token
+from rmtension.report._answer import answer_sentences
 from rmtension.report._every_format import write_report
 from rmtension.report._figures import draw_pictures
 from rmtension.report._html import to_html
@@ -81,6 +82,12 @@ def result():
     return StudyResult(tables=tables, summary=summary)
 
 
+@pytest.fixture
+def bare(monkeypatch):
+    """Draw no figures, to save time."""
+    monkeypatch.setattr("rmtension.report._figures.can_draw_figures", lambda: False)
+
+
 @pytest.fixture(scope="module")
 def neurons(head):
     rows = [
@@ -106,18 +113,20 @@ def test_the_page_loads_nothing_and_runs_only_its_own_script(page):
     parsed = Page(page)
     (policy,) = (attributes["content"] for attributes in parsed.of("meta") if attributes.get("http-equiv"))
     assert policy.startswith("default-src 'none'; img-src data:;")
-    data, script = parsed.of("script")
-    assert (data, script) == ({"type": "application/json", "id": "neuron-texts"}, {})
-    # The policy has the hashes of the only script and the only style of the page.
-    for kind, text in (("script", parsed.text["script"][-1]), ("style", parsed.text["style"][-1])):
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assert f"{kind}-src 'sha256-{digest}'" in policy
+    data, *scripts = parsed.of("script")
+    assert (data, scripts) == ({"type": "application/json", "id": "neuron-texts"}, [{}, {}])
+    # The policy has the hashes of the page's own scripts and styles, and nothing else.
+    for kind, texts in (("script", parsed.text["script"][1:]), ("style", parsed.text["style"])):
+        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+        assert len(digests) == 2
+        allowed = re.search(rf"{kind}-src ([^;]*)", policy)[1].split()
+        assert allowed == [f"'sha256-{digest}'" for digest in digests]
     for tag, attributes in parsed.elements:
         assert not [name for name in attributes if name.startswith("on") or name == "style"], tag
         for name in ("src", "href", "action", "data", "srcset"):
             assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,")), (tag, attributes[name])
     assert not parsed.of("link")
-    assert not re.search(r"@import|url\(", parsed.text["style"][-1])
+    assert not re.search(r"@import|url\(", "".join(parsed.text["style"]))
     assert len(parsed.of("img")) >= 10, "the page has the figures, and no image from the data"
     assert all(len(attributes["alt"]) > 20 for attributes in parsed.of("img"))
     assert len(page) < 5_000_000
@@ -172,16 +181,11 @@ def test_the_scatter_is_to_scale(page, neurons):
     assert cloud.count("M") == len(frame) == 3 * 64
 
 
-@pytest.fixture
-def bare(monkeypatch):
-    """Draw no figures, to save time."""
-    monkeypatch.setattr("rmtension.report._figures.can_draw_figures", lambda: False)
-
-
 def test_a_page_without_neurons_and_figures_is_complete(result, bare):
     text = to_html(result, draw_pictures(result))
     parsed = Page(text)
     assert len(parsed.of("script")) == 1
+    assert text.count("sha256-") == 2
     assert not parsed.of("article")
     assert not parsed.of("img")
     assert "No figures: matplotlib is not installed" in text
@@ -202,9 +206,8 @@ def test_findings_are_the_tables_numbers(result, page):
         rows = pooled[(pooled["set"] == "shared") & (pooled["objective"] == objective)]
         (row,) = (row for _, row in rows.iterrows() if (row["quantity"], row["control"]) == ("margin", "layer"))
         assert (finding.value, finding.low) == pytest.approx((row["beyond_random"], row["beyond_low"]))
-    shown = [
-        cells for cells in Page(page).rows if cells[-1] in ("open", "above 0", "below 0", "above 0.5", "below 0.5")
-    ]
+    directions = ("not decided", "above 0", "below 0", "above 0.5", "below 0.5")
+    shown = [cells for cells in Page(page).rows if cells[-1] in directions]
     assert [cells[2] for cells in shown] == [finding.estimate for finding in listed]
 
 
@@ -214,7 +217,32 @@ def test_findings_are_the_tables_numbers(result, page):
      (0.4, 0.6, 0.5, True), (0.51, 0.6, 0.5, False), (float("nan"), float("nan"), 0.0, True)],
 )  # fmt: skip
 def test_a_finding_is_open_if_its_interval_contains_no_difference(low, high, none, is_open):
-    assert Finding("f", "q", "x", 0.15, low, high, "c", "9", none).is_open == is_open
+    finding = Finding("f", "q", "x", 0.15, low, high, "c", "9", none)
+    assert finding.is_open == is_open
+    assert (finding.direction == "not decided") == is_open
+
+
+def test_identical_models_are_not_an_open_question():
+    """Their difference is 0 with a zero width, which contains 0 but leaves nothing to decide."""
+    same = Finding("f", "q", "x", 0.0, 0.0, 0.0, "c", "9", identical=True)
+    assert (same.is_open, same.direction) == (False, "identical models, the same rewards")
+    exact = Finding("f", "q", "x", 0.0, 0.0, 0.0, "c", "9")
+    assert (exact.is_open, exact.direction) == (False, "no difference in any pair")
+    # Other models whose difference is 0 on average are not the same.
+    assert Finding("f", "q", "x", 0.0, -0.1, 0.1, "c", "9").direction == "not decided"
+
+
+def test_a_study_of_one_model_three_times_says_so(result, bare):
+    one = {"architecture": "toy", "model": "01", "dtype": "float32"}
+    models = {f"{HOSTILE} {seed}": dict.fromkeys(MODELS, one) for seed in range(3)}
+    rows = result.tables["comparisons"].assign(difference=0.0, low=0.0, high=0.0)
+    same = StudyResult(result.tables | {"comparisons": rows}, result.summary | {"models": models})
+    text = to_html(same, None)
+    assert sum(cells[-1] == "identical models, the same rewards" for cells in Page(text).rows) == 2
+    assert "are the same model, so all three give the same rewards" in " ".join(answer_sentences(same))
+    # One seed with another mixed model is enough to compare.
+    other = models | {f"{HOSTILE} 1": models[f"{HOSTILE} 1"] | {"mixed": one | {"model": "02"}}}
+    assert "the same rewards" not in to_html(StudyResult(same.tables, same.summary | {"models": other}), None)
 
 
 def test_open_questions_are_listed(result):

@@ -26,7 +26,7 @@ SHAPE = (3, 40)
 
 
 class LinearRuns(ModelRuns):
-    """Stands for `ModelRuns`: the reward is the sum of what each neuron adds, so that ablating takes it away."""
+    """Replaces `ModelRuns`: the reward is the sum of what each neuron adds, so that ablating takes it away."""
 
     def __init__(self, pairs, seed=0, weights=None):
         rng = np.random.default_rng(seed)
@@ -269,7 +269,7 @@ class TestCollapse:
 
 
 class CoinRuns(ModelRuns):
-    """Rewards by a coin, other coins with every set; or first by the subset, then by a coin."""
+    """Random rewards, drawn anew for every set; or by the subset before an ablation and at random after it."""
 
     def __init__(self, seed, drifting=False):
         self.seed, self.drifting = seed, drifting

@@ -150,12 +150,12 @@ class TestTables:
         row = rows.loc[("helpful only", "harmless", "margin", "layer")]
         assert row["effect"] == pytest.approx(float((after.margin - before.margin).double().mean()), abs=1e-6)
         assert row["size"] == len(helpful_only)
-        assert set(rows.reset_index()["set"]) == {"helpful only", "harmless only", "shared", "base top"}
+        assert set(rows.reset_index()["set"]) == {"helpful only", "harmless only", "shared", "mixed top", "base top"}
         table = result.ablated_transferability.query("seed == 0 and objective == 'harmless'")
         whole = result.transferability.query("seed == 0 and objective == 'harmless'").set_index("quantity")["value"]
         nothing = table.query("set == 'nothing'").set_index("quantity")["value"]
         assert nothing["transferability"] == whole["transferability"]
-        assert set(table["set"]) == {"nothing", "helpful only", "harmless only", "shared", "base top"}
+        assert set(table["set"]) == {"nothing", "helpful only", "harmless only", "shared", "mixed top", "base top"}
         own = result.cross_objective.query("seed == 0 and model == 'mixed' and score == 'magnitude'")
         assert set(own["subset"]) == {"informative", "compliance", "should_refuse", "should_respond"}
 
@@ -396,7 +396,7 @@ class TestArguments:
 
 @pytest.mark.grid
 def test_where_there_is_nothing_to_find():
-    """A small part of `tests/programs/null_control.py` (docs/controls.md has the whole): 2 studies, coins for labels.
+    """A small part of `tests/programs/null_control.py` (docs/controls.md has the whole): 2 studies with random labels.
 
     The bounds leave room for few and dependent intervals, and fail if one kind excluded 0 in most cases.
     """

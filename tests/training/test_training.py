@@ -21,7 +21,7 @@ from rmtension.data._pair import join_prompt
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError, ModelError, OptionError, StorageError
 from rmtension.synthetic._world import preference_world
-from rmtension.training._family import FamilySettings, train_family
+from rmtension.training._family import FamilySettings, train_family, train_seeds
 from rmtension.training._select_pairs import select_pairs
 from rmtension.training._train_base_model import train_base_model
 from rmtension.training._train_reward_model import train_reward_model
@@ -275,7 +275,7 @@ def test_a_validation_prompt_may_not_be_a_training_prompt(world, base, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-# -- what comes out ----------------------------------------------------------------------------------------------------
+# -- trained models ---------------------------------------------------------------------------------------------------
 
 
 def test_the_folder_holds_only_a_reward_model(world, base, bpe, tmp_path):
@@ -507,6 +507,21 @@ def test_family_has_four_models_with_one_start(world, tmp_path):
         train_family(world.train, tmp_path, settings=settings)
 
 
+def test_stages_are_named_before_every_training(world, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("rmtension.training._family._train_family_base", lambda *_: lines.append("base trained"))
+    monkeypatch.setattr("rmtension.training._family.train_reward_model", lambda *_, **__: lines.append("trained"))
+    train_seeds(world.train, tmp_path, [4, 7], on_stage=lines.append)
+    models = ("helpful", "harmless", "mixed")
+    told = [f"training reward model {number} of 6: {models[(number - 1) % 3]}" for number in range(1, 7)]
+    seeds = [f"{line}, seed {seed}" for line, seed in zip(told, (4, 4, 4, 7, 7, 7), strict=True)]
+    expected = ["training the base model, seed 4", "base trained"]
+    assert lines == expected + [line for stage in seeds for line in (stage, "trained")]
+    lines.clear()
+    train_seeds(world.train, tmp_path / "one", [0], on_stage=lines.append)
+    assert [line for line in lines if "of" in line][1] == "training reward model 2 of 3: harmless"
+
+
 def test_family_needs_objectives_and_sizes_that_fit(world, tmp_path):
     with pytest.raises(OptionError, match="two objectives"):
         train_family({"helpful": world.train["helpful"]}, tmp_path)
@@ -523,7 +538,7 @@ TEMPLATE = (
 
 
 class TestTokensOfTRL:
-    """What TRL's own `RewardTrainer` makes of our data sets, beside the tokens that scoring reads."""
+    """The tokens of TRL's own `RewardTrainer` on our data sets equal those that scoring reads."""
 
     @pytest.fixture
     def ids_of_trl(self, tokenizer, tmp_path):

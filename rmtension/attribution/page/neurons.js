@@ -68,7 +68,7 @@
   const folded = (side, start, end, further, where, largest) => {
     if (start === end && !further) return [];
     const more = further ? `, and ${further} that this page does not have` : "";
-    const button = element("button", "fold", `… ${end - start} tokens ${where}${more}`);
+    const button = element("button", "unfold", `… ${end - start} tokens ${where}${more}`);
     button.type = "button";
     const rest = element("span", "");
     rest.hidden = true;

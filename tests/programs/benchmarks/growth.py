@@ -1,8 +1,8 @@
 """How time and memory grow: `python tests/programs/benchmarks/growth.py --pairs hh_harmless_test.jsonl.gz`.
 
-Every case is a process of its own that opens a GPT-2-shaped model of width 192, collects statistics of all MLP neurons
-and scores them by gradient x activation, and prints seconds and the largest resident memory. Exponents are slopes of
-log time on log tokens, and on log layers, by least squares.
+Each case runs in its own process. It opens a GPT-2-shaped model of width 192, collects statistics of all MLP neurons,
+scores them by gradient x activation, and prints seconds and the largest resident memory. Exponents are slopes of log
+time on log tokens, and on log layers, by least squares.
 """
 
 import argparse
@@ -71,13 +71,13 @@ def main() -> None:
     rows = {}
     for n, layers in [
         *((n, options.layers[0]) for n in options.n),
-        *((options.n[0], one) for one in options.layers[1:]),
+        *((options.n[0], layers) for layers in options.layers[1:]),
     ]:
         rows[n, layers] = run(options.pairs, n, layers)
         tokens, seconds, peak = rows[n, layers]
         print(f"| {n} | {layers} | {tokens:,.0f} | {seconds:.1f} | {peak:.0f} |", flush=True)
     by_n = [rows[n, options.layers[0]] for n in options.n]
-    by_layers = [rows[options.n[0], one] for one in options.layers]
+    by_layers = [rows[options.n[0], layers] for layers in options.layers]
     print(f"\ntime ~ tokens^{exponent([r[0] for r in by_n], [r[1] for r in by_n]):.2f}")
     print(f"time ~ layers^{exponent(options.layers, [r[1] for r in by_layers]):.2f}")
     print(f"peak memory, {options.n[-1]} pairs over {options.n[0]}: {by_n[-1][2] / by_n[0][2] - 1:+.1%}")

@@ -1,18 +1,18 @@
-"""How long things take that run over pairs, relative to running every text once, plainly.
+"""How long passes over pairs take, relative to a plain run of every text.
 
     python tests/programs/benchmarks/passes.py --pairs hh_harmless_test.jsonl.gz --n 200 --n-slow 48 --runs 5
     python tests/programs/benchmarks/passes.py --pairs hh_harmless_test.jsonl.gz --n 0 --share-out --n-slow 48 --runs 5
 
 A plain run (= 1) is transformers' own model without the vocabulary projection, over batches of texts of similar
-length, under `no_grad`. Beside it, each on the same texts, tokenising included: this library's passes over all pairs,
-and on `--n-slow` of them, evenly spread over all lengths, also TransformerLens' `run_with_cache`, captum's layer
-gradient x activation, and the procedure of arXiv 2606.13209 (everything padded to 1,024 tokens, 32 texts a batch, a
-hook on every activation function). Then ablations one by one and as a sweep, and best-of-four.
+length, under `no_grad`. The program measures, on the same texts and with tokenising: this library's passes over all
+pairs; on `--n-slow` of them, evenly spread over all lengths, also TransformerLens' `run_with_cache`, captum's layer
+gradient x activation, and the procedure of arXiv 2606.13209 (all texts padded to 1,024 tokens, 32 texts per batch, a
+hook on every activation function); then ablations one by one and as a sweep, and best-of-four.
 
-Models have random weights: GPT-2- and Llama-shaped, 6 layers, width 384 unless `--layers` and `--width` say otherwise.
-In every round each candidate runs once; its ratio is to the round's plain run. With `--share-out` every round has its
-own part of all pairs. The tables have the median of the ratios, the smallest and the largest, and tokens a second. On a
-GPU (`--device cuda`) they have also the share of the rate that a large matrix product reaches there.
+Models have random weights: GPT-2- and Llama-shaped, 6 layers, width 384 unless `--layers` and `--width` set other
+sizes. Each candidate runs once in every round, and is compared with the plain run of that round. With `--share-out`,
+every round has its own part of all pairs. The tables have the median of the ratios, the smallest and the largest, and
+tokens per second. On a GPU (`--device cuda`) they also have the share of the rate that a large matrix product reaches.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def open_head(shape: str, tokenizer, options: argparse.Namespace) -> RewardHead:
 
 
 def single_texts(head: RewardHead, pairs: PreferencePairs):
-    """All texts in buckets of similar length, one a row."""
+    """All texts in batches of similar length, one text per row."""
     encoded = head.encode(pairs)
     return text_batches(
         [*encoded.chosen, *encoded.rejected],
@@ -86,7 +86,7 @@ def plain(head: RewardHead, pairs: PreferencePairs) -> None:
 
 
 def run_with_cache(head: RewardHead, pairs: PreferencePairs) -> None:
-    """Mean activation of every MLP neuron with TransformerLens, the unembedding left out by stopping before it."""
+    """Mean activation of every MLP neuron with TransformerLens, which stops before the unembedding."""
     sums = [0.0] * head.n_layers
     names = [f"blocks.{layer}.mlp.hook_post" for layer in range(head.n_layers)]
     with torch.no_grad():
@@ -100,11 +100,12 @@ def run_with_cache(head: RewardHead, pairs: PreferencePairs) -> None:
 
 def captum_gradient(head: RewardHead, pairs: PreferencePairs) -> None:
     """Gradient x activation of every MLP neuron with captum, in batches of single texts."""
-    layers = [head.body.native.get_submodule(head.body.projection_names["mlp", one]) for one in range(head.n_layers)]
+    names = [head.body.projection_names["mlp", layer] for layer in range(head.n_layers)]
+    layers = [head.body.native.get_submodule(name) for name in names]
     for batch in single_texts(head, pairs):
         method = captum.attr.LayerGradientXActivation(lambda ids, batch=batch: reward(head, ids, batch), layers)
-        found = method.attribute(batch.input_ids, attribute_to_layer_input=True)
-        _ = [one.detach().sum(1) for one in found]
+        by_layer = method.attribute(batch.input_ids, attribute_to_layer_input=True)
+        _ = [values.detach().sum(1) for values in by_layer]
 
 
 def reward(head: RewardHead, ids: torch.Tensor, batch) -> torch.Tensor:
@@ -112,10 +113,11 @@ def reward(head: RewardHead, ids: torch.Tensor, batch) -> torch.Tensor:
 
 
 def papers_procedure(head: RewardHead, pairs: PreferencePairs) -> None:
-    """Everything padded to 1,024 tokens, 32 texts a batch in the order of the data, sums by hooks."""
+    """All texts padded to 1,024 tokens, 32 texts per batch in the order of the data, sums by hooks."""
     encoded = encode_pairs(head.tokenizer, pairs, max_length=1024)
-    texts = [text.ids for one in zip(encoded.chosen, encoded.rejected, strict=True) for text in one]
-    layers = [head.body.native.get_submodule(head.body.projection_names["mlp", one]) for one in range(head.n_layers)]
+    texts = [text.ids for pair in zip(encoded.chosen, encoded.rejected, strict=True) for text in pair]
+    names = [head.body.projection_names["mlp", layer] for layer in range(head.n_layers)]
+    layers = [head.body.native.get_submodule(name) for name in names]
     sums = {}
     handles = []
     for layer in layers:
@@ -130,8 +132,8 @@ def papers_procedure(head: RewardHead, pairs: PreferencePairs) -> None:
                 some = texts[start : start + 32]
                 ids = torch.zeros(len(some), 1024, dtype=torch.long)
                 mask = torch.zeros_like(ids)
-                for row, one in enumerate(some):
-                    ids[row, : len(one)], mask[row, : len(one)] = torch.tensor(one), 1
+                for row, text in enumerate(some):
+                    ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
                 ids, mask = ids.to(head.device), mask.to(head.device)
                 head.body.native(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
@@ -170,7 +172,7 @@ def seconds(head: RewardHead, run: Callable, pairs: PreferencePairs) -> float:
 def compare(
     head: RewardHead, cases: dict[str, Callable], rounds: list[PreferencePairs], base: Callable = plain
 ) -> dict[str, tuple[list[float], float]]:
-    """For every case: its ratios to the base run of the same round, and tokens a second. All cases in every round."""
+    """For every case: its ratios to the base run of the same round, and tokens per second."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     bases = []
     for pairs in rounds:
@@ -179,28 +181,29 @@ def compare(
             times[name].append(seconds(head, run, pairs))
     n_tokens = statistics.mean(head.encode(pairs).n_tokens for pairs in rounds)
     return {
-        name: ([one / base for one, base in zip(some, bases, strict=True)], n_tokens / statistics.median(some))
+        name: ([time / base for time, base in zip(some, bases, strict=True)], n_tokens / statistics.median(some))
         for name, some in times.items()
     }
 
 
 def by_length(head: RewardHead, pairs: PreferencePairs) -> list[int]:
-    """Numbers of the pairs, from the shortest to the longest."""
+    """Indices of the pairs, from the shortest to the longest."""
     encoded = head.encode(pairs)
-    lengths = [len(one) + len(other) for one, other in zip(encoded.chosen, encoded.rejected, strict=True)]
+    both = zip(encoded.chosen, encoded.rejected, strict=True)
+    lengths = [len(chosen) + len(rejected) for chosen, rejected in both]
     return sorted(range(len(pairs)), key=lengths.__getitem__)
 
 
 def evenly_long(head: RewardHead, pairs: PreferencePairs, n: int) -> PreferencePairs:
-    """`n` pairs at even ranks of their length, so that they stand for all: padding costs short texts most."""
+    """`n` pairs at even ranks of length, because the cost of padding depends on the lengths."""
     order = by_length(head, pairs)
     return PreferencePairs(pairs[order[(2 * rank + 1) * len(order) // (2 * n)]] for rank in range(n))
 
 
 def shared_out(head: RewardHead, pairs: PreferencePairs, n: int) -> list[PreferencePairs]:
-    """The pairs in `n` parts, every n-th by length in each."""
+    """The pairs in `n` parts; each part has every n-th pair by length."""
     order = by_length(head, pairs)
-    return [PreferencePairs(pairs[one] for one in order[start::n]) for start in range(n)]
+    return [PreferencePairs(pairs[index] for index in order[start::n]) for start in range(n)]
 
 
 def sets_of_a_tenth(head: RewardHead, n: int) -> list[NeuronSet]:
@@ -216,7 +219,7 @@ def ablate_one_by_one(head: RewardHead, pairs: PreferencePairs) -> None:
 
 
 def best_of_four(pairs: PreferencePairs) -> PreferencePairs:
-    """Every prompt with its own two responses, and as third and fourth those of the next pair: three pairs an item."""
+    """Every prompt with its own two responses and the two of the next pair: three pairs per item."""
     made = []
     for number, pair in enumerate(pairs):
         other = pairs[(number + 1) % len(pairs)]
@@ -237,7 +240,7 @@ def plain_of_distinct(head: RewardHead, pairs: PreferencePairs) -> None:
 
 
 def matrix_product_rate(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large product."""
+    """Floating-point operations per second of a large product."""
     a = torch.randn(8192, 8192, device=device, dtype=dtype)
     a @ a
     torch.cuda.synchronize()
@@ -249,8 +252,8 @@ def matrix_product_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def print_table(found: dict[str, tuple[list[float], float]], each: int = 1, work: float = 0.0) -> None:
-    """Rows of a table; `work` is the share of a product's rate that a token a second takes."""
-    print("| what runs | time, plain run = 1 | smallest to largest of runs | tokens a second |")
+    """Print a table; `work` is the share of a product's rate that one token per second takes."""
+    print("| what runs | time, plain run = 1 | smallest to largest of runs | tokens per second |")
     print("|---|---|---|---|")
     for name, (ratios, rate) in found.items():
         low, middle, high = (pick(ratios) / each for pick in (min, statistics.median, max))
@@ -262,13 +265,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--n", type=int, default=200, help="how many pairs; 0 takes all")
-    parser.add_argument("--n-slow", type=int, default=48, help="how many for what takes longer than a plain run")
+    parser.add_argument("--n-slow", type=int, default=48, help="how many pairs for the slow procedures")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--share-out", action="store_true", help="each run of the first table takes its part of --n")
+    parser.add_argument("--share-out", action="store_true", help="each run of the first table uses its own part of --n")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=384, help="of the stream; heads have 64 channels")
+    parser.add_argument("--width", type=int, default=384, help="of the residual stream; heads have 64 channels")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     options = parser.parse_args()
     everything = PreferencePairs.from_jsonl(options.pairs, on_invalid="skip")
@@ -279,13 +282,13 @@ def main() -> None:
     for shape in options.shapes:
         head = open_head(shape, tokenizer, options)
         blocks = [head.body.block(layer) for layer in range(head.n_layers)]
-        n_parameters = sum(one.numel() for block in blocks for one in block.parameters())
+        n_parameters = sum(parameter.numel() for block in blocks for parameter in block.parameters())
         work = 2 * n_parameters / ceiling if ceiling else 0.0
         few = evenly_long(head, pairs, options.n_slow)
         parts = shared_out(head, pairs, options.runs) if options.share_out else [pairs] * options.runs
         for some, rounds, cases in ((pairs, parts, OURS), (few, [few] * options.runs, SLOW)):
             tokens = head.encode(some).n_tokens
-            print(f"\n{shape}: {len(some)} pairs, {tokens / 2 / len(some):.0f} tokens a text\n")
+            print(f"\n{shape}: {len(some)} pairs, {tokens / 2 / len(some):.0f} tokens per text\n")
             plain(head, few)
             found = compare(head, cases, rounds)
             print_table(found, work=work)

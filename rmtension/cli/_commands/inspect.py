@@ -1,0 +1,87 @@
+"""`rmtension inspect`: open one reward model, and write one page about it."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from rmtension.cli._commands.model_options import add_model_options, open_model, refuse_swapped
+from rmtension.cli._commands.outcome import Outcome
+from rmtension.cli._commands.pair_options import add_pair_options, read_pairs
+from rmtension.cli._commands.quiet import quiet_libraries
+from rmtension.errors import DataError, StorageError
+
+HELP = "inspect one reward model: its neurons, their conflict and their ablation, per group of pairs"
+EXAMPLES = """examples:
+  rmtension inspect ./my-reward-model pairs.csv --by category
+  rmtension inspect ./my-reward-model pairs.csv --by category --budget 20min --out inspection
+  rmtension inspect ./my-reward-model pairs.jsonl --plan         print what would run, and how long it takes
+
+PAIRS is a file as for `rmtension score`. --by names the column with the groups: objectives, categories, subsets. The
+plan is printed first; its times come from one timed batch. --budget chooses how many pairs, random sets and neurons
+are used. The same command resumes after an interruption.
+"""
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """The options of the command."""
+    add_model_options(parser)
+    parser.add_argument("pairs", metavar="PAIRS", type=Path, help="a file of pairs; formats are below")
+    add_pair_options(parser)
+    parser.add_argument(
+        "--by", metavar="COLUMN", help="column of the groups (default: objective, or subset, if there are several)"
+    )
+    parser.add_argument("--budget", metavar="TIME", help="the longest time the run may take, for example 90s or 20min")
+    parser.add_argument(
+        "--fraction", type=float, default=0.02, metavar="SHARE", help="share of neurons per top set (default: 0.02)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default: 0)")
+    parser.add_argument("--plan", action="store_true", help="print the plan and stop")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("inspection"),
+        metavar="FOLDER",
+        help="folder of the page (default: inspection)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an inspection in the folder")
+
+
+def run(options: Namespace) -> Outcome:
+    """Make the plan, run it and write the page."""
+    refuse_swapped(options)
+    if (options.out / "inspection.json").exists() and not (options.overwrite or options.plan):
+        raise StorageError(f"--out: {options.out} holds an inspection. Name another folder, or pass --overwrite.")
+    with quiet_libraries():
+        return _run(options)
+
+
+def _run(options: Namespace) -> Outcome:
+    from rmtension.report import write_report
+    from rmtension.study._inspection import ModelInspector
+
+    pairs = read_pairs(options.pairs, options)
+    if not len(pairs):
+        raise DataError(f"{options.pairs}: expected at least one preference pair, got none.")
+    inspector = ModelInspector(
+        open_model(options),
+        pairs,
+        by=options.by,
+        fraction=options.fraction,
+        budget=options.budget,
+        seed=options.seed,
+    )
+    if options.plan:
+        return Outcome(repr(inspector.plan), inspector.plan.to_dict())
+    if not options.quiet:
+        sys.stderr.write(f"{inspector.plan}\n")
+    inspection = inspector.run(folder=options.out, progress=not options.quiet)
+    inspection.save(options.out, overwrite=True)
+    page = write_report(inspection, options.out)
+    data: dict[str, Any] = {"summary": dict(inspection.summary), "page": page}
+    lines = [
+        *inspection.findings(),
+        f"Page: {page}",
+        f"Open it: {sys.executable} -m webbrowser {page.resolve().as_uri()}",
+    ]
+    return Outcome("\n".join(lines), data)

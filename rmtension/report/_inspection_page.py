@@ -1,0 +1,249 @@
+"""The page of one inspected model: what ablation changes first, then groups, conflict, faithfulness and neurons."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+from rmtension import plots
+from rmtension.data._groups import ALL
+from rmtension.evaluation._intervals import with_interval
+from rmtension.report._figures import NO_FIGURES, Picture, as_picture, can_draw_figures
+from rmtension.report._html import dashboards_section
+from rmtension.report._page import Answer, Folded, Page, PageSection, Reproduction
+from rmtension.study._inspection_findings import own_effects
+from rmtension.study._inspection_plan import duration
+from rmtension.study._inspection_result import ModelInspection
+
+_N_SENTENCES = 3
+# The figure at the top shows the sets with the largest effects.
+_MOST_SETS = 4
+_MEASURES = ("accuracy", "margin", "longer response", "refusing", "responding", "balanced")
+
+
+def inspection_page(inspection: ModelInspection) -> Page:
+    """All that the page of an inspection shows."""
+    summary = inspection.summary
+    sentences = inspection.findings()
+    failed = sentences[:1] if not inspection.tables["checks"]["passed"].astype(bool).all() else []
+    sentences = sentences[len(failed) :]
+    undecided = inspection.undecided()
+    return Page(
+        f"One reward model: {summary['architecture']}",
+        Answer(
+            sentences[:_N_SENTENCES],
+            _leading_picture(inspection),
+            note=_note(summary),
+            table=_effects(inspection.to_frame("effects")),
+            table_summary="The effect of every set on every group, with intervals and random sets",
+            folds=[
+                *([Folded("More findings", sentences[_N_SENTENCES:])] if sentences[_N_SENTENCES:] else []),
+                Folded("What these pairs do not decide, and limits", undecided),
+            ],
+        ),
+        list(_sections(inspection)),
+        question="Which neurons make this model prefer what it prefers, and what happens without them?",
+        warnings=failed,
+        dashboards=None if inspection.dashboards is None else dashboards_section(inspection.dashboards),
+        provenance=Reproduction(
+            "This code writes the page again. Replace the names with those of your checkpoint and pairs; the "
+            "fingerprint and digest below identify the model and pairs of this page.",
+            _code(inspection),
+            json.dumps(dict(summary), indent=2),
+        ),
+    )
+
+
+def _note(summary: Mapping[str, Any]) -> str:
+    return (
+        f"Intervals are {100 * summary['level']:g}% over prompts. A top set is the {100 * summary['fraction']:g}% of "
+        "neurons that support a group's margin most, scored on one half of the prompts; effects are measured on the "
+        "other half. Ablated neurons are replaced by their mean activation."
+    )
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _leading_picture(inspection: ModelInspection) -> Picture | None:
+    if not can_draw_figures():
+        return None
+    effects = inspection.to_frame("effects")
+    sets = own_effects(effects)["set"].tolist()[:_MOST_SETS]
+    shown = effects[effects["set"].isin(sets)]
+    if not len(shown):
+        return None
+    groups = shown["group"].unique()
+    # Without groups there is one row, which needs no second name.
+    named = shown[shown["group"] != ALL] if len(groups) > 1 else shown
+    size = inspection.tables["effects"]["size"].max()
+    title = (
+        f"Effect of ablating each group's top set (at most {size:,} neurons)\n"
+        "Mean change per group with its interval; grey: random sets of the same size per layer"
+    )
+    return as_picture(plots.effects_by_group(named, title=title), "effects.png")
+
+
+def _sections(inspection: ModelInspection) -> Iterator[PageSection]:
+    drawn = can_draw_figures()
+    without = "" if drawn else NO_FIGURES
+    groups = inspection.to_frame("groups")
+    yield PageSection(
+        "Groups of pairs",
+        "How well the model ranks each group, compared with preferring the longer response.",
+        table=_groups(groups),
+        is_open=len(groups["group"].unique()) <= _MOST_SETS,
+    )
+    if inspection.maps:
+        maps = inspection.to_frame("maps")
+        strongest = maps.iloc[int(maps["cosine"].abs().to_numpy().argmax())]
+        report = inspection.maps[strongest["first"], strongest["second"]]
+        yield PageSection(
+            "Support and conflict",
+            "What every neuron does to the margins of two groups: in the upper right it supports both, in the lower "
+            "left it opposes both, elsewhere it supports one against the other. The figure shows the two groups whose "
+            f"attributions are most alike or most opposed. {without}".strip(),
+            pictures=[as_picture(plots.conflict_scatter(report), "conflict.png")] if drawn else [],
+            table=_maps(maps),
+        )
+    if (agreement := inspection.agreement) is not None:
+        yield PageSection(
+            "How far the scores can be trusted",
+            "Scores predict the effect of an ablation; the figure compares them with true ablations of random "
+            f"neurons. For sets of neurons the error is often larger. {without}".strip(),
+            pictures=[as_picture(plots.faithfulness_scatter(agreement), "faithfulness.png")] if drawn else [],
+            table=_trust(inspection),
+        )
+    yield PageSection(
+        "Checks of this model",
+        "Whether rewards and hooks are right on this model; docs/guarantees.md explains each check.",
+        table=_rounded(inspection.to_frame("checks")),
+    )
+    yield PageSection(
+        "Pairs and times",
+        lines=_pairs(inspection),
+        table=_times(inspection),
+        note="Predicted and measured on one machine.",
+    )
+
+
+def _groups(groups: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for name in groups["group"].drop_duplicates():
+        measures = {row["measure"]: row for row in groups[groups["group"] == name].to_dict("records")}
+        row: dict[str, Any] = {"group": name, "n": str(measures["accuracy"]["n"])}
+        row |= {
+            measure: with_interval(*(measures[measure][end] for end in ("value", "low", "high")))
+            for measure in _MEASURES
+            if measure in measures
+        }
+        rows.append(row | {"note": measures["accuracy"]["note"]})
+    frame = pd.DataFrame(rows).fillna("")
+    return frame if frame["note"].astype(bool).any() else frame.drop(columns="note")
+
+
+def _effects(effects: pd.DataFrame) -> pd.DataFrame:
+    rows = [
+        {
+            "set": f"{row['set']} ({row['size']:,})",
+            "group": row["group"],
+            "of": row["quantity"],
+            "before": f"{row['before']:.3g}",
+            "after": f"{row['after']:.3g}",
+            "effect": with_interval(row["effect"], row["low"], row["high"], form="+.3g"),
+            "random sets": _text(row["random_effect"]),
+            "beyond random": with_interval(row["beyond_random"], row["beyond_low"], row["beyond_high"], form="+.3g"),
+            "n": str(row["n"]),
+        }
+        for row in effects.to_dict("records")
+    ]
+    return pd.DataFrame(rows)
+
+
+def _maps(maps: pd.DataFrame) -> pd.DataFrame:
+    rows = [
+        {
+            "groups": f"{row['first']} and {row['second']}",
+            "cosine": with_interval(row["cosine"], row["low"], row["high"], form=".2f"),
+            "with random signs": f"{row['random_signs_low']:.2f} to {row['random_signs_high']:.2f}",
+            "if both used the same neurons": f"at least {row['same_neurons_low']:.2f}",
+            "support both": str(row["support_both"]),
+            "oppose both": str(row["oppose_both"]),
+            "support the first against the second": str(row["first_against_second"]),
+            "support the second against the first": str(row["second_against_first"]),
+        }
+        for row in maps.to_dict("records")
+    ]
+    return pd.DataFrame(rows)
+
+
+def _trust(inspection: ModelInspection) -> pd.DataFrame:
+    sets = inspection.to_frame("faithfulness_sets")
+    rows = [
+        {
+            "top set": f"{100 * row['fraction']:g}% ({row['size']:,} neurons)",
+            "predicted change of the margin": _text(row["predicted"]),
+            "true change": with_interval(row["effect"], row["low"], row["high"], form="+.3g"),
+            "random sets": _text(row["random"]),
+        }
+        for row in sets.to_dict("records")
+    ]
+    return pd.DataFrame(rows)
+
+
+def _pairs(inspection: ModelInspection) -> list[str]:
+    summary = inspection.summary
+    available = summary["plan"]["available"]
+    return [
+        f"{name}: {summary['scoring'].get(name, 0):,} pairs score neurons, {summary['evaluating'].get(name, 0):,} "
+        f"measure effects; {used:,} of {available[name]:,} pairs were used."
+        for name, used in summary["plan"]["pairs"].items()
+    ]
+
+
+def _times(inspection: ModelInspection) -> pd.DataFrame:
+    measured = inspection.summary["seconds"]
+    rows = [
+        {
+            "step": step["step"],
+            "what": step["what"],
+            "passes": f"{step['passes']:.1f}",
+            "predicted": duration(step["seconds"]),
+            "measured": duration(measured[step["step"]]) if step["step"] in measured else "",
+        }
+        for step in inspection.summary["plan"]["steps"]
+    ]
+    return pd.DataFrame(rows)
+
+
+def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
+    rows = [
+        {name: f"{cell:.3g}" if isinstance(cell, float) else str(cell) for name, cell in row.items()}
+        for row in frame.to_dict("records")
+    ]
+    return pd.DataFrame(rows)
+
+
+def _text(value: float) -> str:
+    return "" if math.isnan(value) else f"{value + 0.0:+.3g}"
+
+
+def _code(inspection: ModelInspection) -> str:
+    summary = inspection.summary
+    return "\n".join(
+        [
+            f"# pip install rmtension=={summary['version']}",
+            "from rmtension import PreferencePairs, RewardHead",
+            "from rmtension.report import write_report",
+            "from rmtension.study import inspect_model",
+            "",
+            'head = RewardHead.from_pretrained("model")',
+            'pairs = PreferencePairs.read("pairs.csv")',
+            f"options = {{'fraction': {summary['fraction']}, 'seed': {summary['seed']}}}",
+            'inspection = inspect_model(head, pairs, by="category", **options)',
+            'inspection.save("inspection")',
+            'write_report(inspection, "inspection")',
+        ]
+    )
