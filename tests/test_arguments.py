@@ -107,7 +107,7 @@ class TestSwapped:
             from rmtension.neurons import conflict
             from rmtension import RMTensionError
             from rmtension.attribution import faithfulness
-            from rmtension.attribution import examine
+            from rmtension.attribution import neuron_dashboards
             from rmtension.passes import collect_profiles
             from rmtension.attribution import single_neuron_effects
             from rmtension.interventions import score_without
@@ -122,7 +122,7 @@ class TestSwapped:
                 lambda: single_neuron_effects(pairs, head),
                 lambda: collect_profiles(pairs, head),
                 lambda: faithfulness(pairs, head, scores),
-                lambda: examine(head, neurons, both),
+                lambda: neuron_dashboards(head, pairs, neurons),
                 lambda: AblationContext(head, scores),
                 lambda: head.with_ablation(neurons.mask),
                 lambda: score_without(head, pairs, both),
@@ -151,7 +151,11 @@ class TestSwapped:
                 "NeuronAttribution(head, method)",
                 "single_neuron_effects(head, pairs)",
             ),
-            *("collect_profiles(head, pairs)", "faithfulness(head, pairs, scores)", "examine(head, pairs, neurons)"),
+            *(
+                "collect_profiles(head, pairs)",
+                "faithfulness(head, pairs, scores)",
+                "neuron_dashboards(head, neurons, pairs)",
+            ),
         )
         lines = ran.stdout.splitlines()
         for line, call in zip(lines, swapped, strict=False):

@@ -23,8 +23,8 @@ from tiny_models import make_pairs, save_classifier
 import rmtension
 from rmtension import AblationContext, ActivationCollector, Mean, NeuronAttribution, NeuronSet, RewardHead, TensionStudy
 from rmtension.attribution._batch_run import BatchRun, _BlockGates
-from rmtension.attribution._examine import examine
 from rmtension.attribution._faithfulness import faithfulness
+from rmtension.attribution._make_dashboards import neuron_dashboards
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.data._tokens import TokenBatch, running, running_batch
 from rmtension.distributed import current, sharded
@@ -32,6 +32,7 @@ from rmtension.errors import OptionError, RMTensionError
 from rmtension.interventions._sweep import score_without
 from rmtension.models._classifiers import build_classifier
 from rmtension.models._direct_path import direct_contributions
+from rmtension.models._direct_weights import direct_weights
 from rmtension.models._hooks import (
     HookSite,
     InstalledHooks,
@@ -261,6 +262,7 @@ CALLS = {
     ).replay.rewards_from(1),
     "models._bodies.BridgeBody.residual": lambda s: in_eval(s, lambda: s.head.body.residual(s.batch)),
     "models._direct_path.direct_contributions": lambda s: direct_contributions(s.head, s.batch),
+    "models._direct_weights.direct_weights": lambda s: direct_weights(s.head, s.batch, "mlp", [(0, 1)]),
     "models._classifiers.build_classifier": lambda s: build_classifier(s.head),
     "models._classifiers.save_classifier": lambda s: s.head.save_pretrained(s.folder / "saved"),
     "attribution._faithfulness.faithfulness": lambda s: faithfulness(
@@ -279,8 +281,8 @@ CALLS = {
     "models._hooks.copy_without_hooks": lambda s: copy_without_hooks(s.head.body.native),
     # What a bridge's own run leaves is TransformerLens'.
     "interventions._lens_hooks.fwd_hooks": lambda s: s.head.fwd_hooks(s.neurons, Mean(s.statistics)),
-    "attribution._examine.examine": lambda s: examine(
-        s.head, {"helpful": s.pairs[:2]}, s.neurons.subsample(1, seed=0), n_examples=1
+    "attribution._make_dashboards.neuron_dashboards": lambda s: neuron_dashboards(
+        s.head, s.neurons.subsample(1, seed=0), {"helpful": s.pairs[:2]}, n_examples=1
     ),
     "passes._nonfinite.require_finite": lambda s: require_finite(s.head, torch.zeros(3), lambda row: s.batch),
     "passes._nonfinite.where_not_finite": lambda s: where_not_finite(
@@ -331,8 +333,13 @@ THE_SAME = {
     "attribution._batch_scores.BatchScorer.signed_of_pairs": (
         "attribution._neuron_attribution.NeuronAttribution.per_pair"
     ),
-    "attribution._top_texts.LargestActivations.observe": "attribution._examine.examine",
-    "attribution._top_texts.find_examples": "attribution._examine.examine",
+    "attribution._top_texts.LargestActivations.observe": "attribution._make_dashboards.neuron_dashboards",
+    "attribution._describe.describe_neurons": "attribution._make_dashboards.neuron_dashboards",
+    "attribution._written.written": "attribution._make_dashboards.neuron_dashboards",
+    "interventions._ablation_effects.ablation_effects": "interventions._sweep.score_without",
+    "attribution._correlated.CorrelationSums.observe": "attribution._make_dashboards.neuron_dashboards",
+    "attribution._top_texts.active_texts": "attribution._make_dashboards.neuron_dashboards",
+    "attribution._top_texts.find_examples": "attribution._make_dashboards.neuron_dashboards",
     "interventions._export.ablate_weights": "reward_head.RewardHead.with_ablation",
     "models._classifiers.reload_classifier": "passes._selfcheck.check_head",
     "reward_head.RewardHead.fwd_hooks": "interventions._lens_hooks.fwd_hooks",
@@ -372,6 +379,10 @@ ONLY_LOOKS = [
     "attribution._batch_scores.BatchScorer.method_fields",
     "attribution._batch_scores.BatchScorer.provenance",
     "attribution._batch_scores.BatchScorer.settings",
+    *(
+        f"attribution._correlated.CorrelationSums.{name}"
+        for name in ("__init__", "compute", "settings", "state", "update")
+    ),
     "attribution._top_texts.LargestActivations.__init__",
     "attribution._top_texts.LargestActivations.compute",
     "attribution._top_texts.LargestActivations.state",
@@ -379,6 +390,8 @@ ONLY_LOOKS = [
     "interventions._ablation.check_set",
     "models._bodies.BridgeBody.projection",
     "models._bodies.BridgeBody.stable_up_to",
+    "models._direct_path.DirectPaths.final_norm_seen",
+    "models._direct_weights.unembedding",
     "models._bodies.BootNativeBody.n_embeddings",
     "models._bodies.BootNativeBody.hook_sites",
     "models._bodies.BootNativeBody.weights",

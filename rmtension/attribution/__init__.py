@@ -1,18 +1,18 @@
 """Score every neuron for its part in the reward margin, and compare the scores with the effects of ablation."""
 
-from rmtension.attribution._examine import examine
 from rmtension.attribution._faithfulness import faithfulness, sample_neurons
 from rmtension.attribution._faithfulness_result import Faithfulness
+from rmtension.attribution._make_dashboards import neuron_dashboards
 from rmtension.attribution._neuron_attribution import NeuronAttribution, score_together
-from rmtension.attribution._neuron_pages import NeuronPages
+from rmtension.attribution._neuron_dashboards import NeuronDashboards
 from rmtension.attribution._single_effects import single_neuron_effects
 
 __all__ = [
     "Faithfulness",
     "NeuronAttribution",
-    "NeuronPages",
-    "examine",
+    "NeuronDashboards",
     "faithfulness",
+    "neuron_dashboards",
     "sample_neurons",
     "score_together",
     "single_neuron_effects",

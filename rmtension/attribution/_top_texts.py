@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rmtension._sites import neuron_activations
-from rmtension.attribution._neuron_pages import ActiveText, NeuronExample
+from rmtension.attribution._dashboard_data import ActiveText, NeuronExample
 from rmtension.data._encoding import EncodedText
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._tokens import TokenBatch
@@ -79,14 +79,14 @@ class LargestActivations(PairStatistic[tuple[Tensor, int]]):
         return self._largest, len(set(block_of(self._keys).tolist()))
 
 
-def count_largest(neurons: NeuronSet, objective: str, largest: Float[Tensor, "pair 2 wanted"]) -> pd.DataFrame:
+def count_largest(neurons: NeuronSet, group: str, largest: Float[Tensor, "pair 2 wanted"]) -> pd.DataFrame:
     """Histograms of each neuron's largest activation per text, by side."""
     parts = []
     for (layer, neuron), column in zip(neurons, largest.double().unbind(2), strict=True):
         edges = np.histogram_bin_edges(column.numpy(), bins=_BINS)
         for side, values in zip(("chosen", "rejected"), column.T, strict=True):
             n = np.histogram(values.numpy(), bins=edges)[0]
-            keys = {"layer": layer, "neuron": neuron, "objective": objective, "side": side}
+            keys = {"layer": layer, "neuron": neuron, "group": group, "side": side}
             parts.append(pd.DataFrame({**keys, "low": edges[:-1], "high": edges[1:], "texts": n}))
     return pd.concat(parts, ignore_index=True)
 
@@ -95,8 +95,9 @@ def find_examples(
     head: RewardModel,
     pairs: PreferencePairs,
     neurons: NeuronSet,
-    objective: str,
+    group: str,
     largest: Float[Tensor, "pair 2 wanted"],
+    positions: str,
     n: int,
 ) -> list[NeuronExample]:
     """The `n` pairs with the largest activation of every neuron; each pair runs once, for all neurons that show it."""
@@ -108,22 +109,38 @@ def find_examples(
     indices = list(neurons)
     examples: dict[tuple[int, int], NeuronExample] = {}
     for index, columns in shown.items():
-        encoded = head.encode(pairs[index : index + 1])
-        texts = [*encoded.chosen, *encoded.rejected]
-        batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=head.pad_token_id, device=head.device)
-        activations = _activations(head, batch, neurons).cpu()
-        pieces = [_pieces(head.tokenizer, text.ids) for text in texts]
-        for column in columns:
-            sides = [
-                _active_text(text, piece, values[: len(text), column])
-                for text, piece, values in zip(texts, pieces, activations, strict=True)
-            ]
+        both = active_texts(head, pairs[index : index + 1], neurons, positions, columns)
+        for column, (chosen, rejected) in zip(columns, both, strict=True):
             layer, neuron = indices[column]
-            examples[column, index] = NeuronExample(layer, neuron, objective, pairs[index].id, sides[0], sides[1])
+            examples[column, index] = NeuronExample(layer, neuron, group, pairs[index].id, chosen, rejected)
     return [examples[column, index] for column in range(len(neurons)) for index in order[:, column].tolist()]
 
 
-def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def active_texts(
+    head: RewardModel, pair: PreferencePairs, neurons: NeuronSet, positions: str, columns: Sequence[int]
+) -> list[tuple[ActiveText, ActiveText]]:
+    """The chosen and the rejected text of one pair with the activations of some neurons, by their columns in the set.
+
+    Cost: one forward pass over the pair.
+    """
+    encoded = head.encode(pair)
+    texts = [*encoded.chosen, *encoded.rejected]
+    batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=head.pad_token_id, device=head.device)
+    activations = _activations(head, batch, neurons).cpu()
+    select = batch.select(positions).cpu()
+    pieces = [token_pieces(head.tokenizer, text.ids) for text in texts]
+    special = set(getattr(head.tokenizer, "all_special_ids", ()))
+    found = []
+    for column in columns:
+        chosen, rejected = (
+            _active_text(text, piece, values[: len(text), column], chosen_tokens[: len(text)], special)
+            for text, piece, values, chosen_tokens in zip(texts, pieces, activations, select, strict=True)
+        )
+        found.append((chosen, rejected))
+    return found
+
+
+def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The piece of text that each token adds; together they are the decoded text.
 
     A character that takes several tokens belongs to the last of them.
@@ -140,10 +157,17 @@ def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return pieces
 
 
-def _active_text(text: EncodedText, pieces: list[str], values: Float[Tensor, "token"]) -> ActiveText:
-    """The part of a text around its largest activation."""
-    peak = int(values.abs().argmax())
+def _active_text(
+    text: EncodedText,
+    pieces: list[str],
+    values: Float[Tensor, "token"],
+    selected: Bool[Tensor, "token"],
+    special: set[int],
+) -> ActiveText:
+    """The part of a text around its largest activation at a selected token."""
+    peak = int(values.abs().masked_fill(~selected, -1).argmax())
     first = max(0, min(peak - _BEFORE, len(text) - _SHOWN))
     shown = slice(first, first + _SHOWN)
     rounded = tuple(float(f"{value:.4g}") for value in values[shown].tolist())
-    return ActiveText(tuple(pieces[shown]), rounded, first, text.response_start, len(text))
+    marked = tuple(number for number, token in enumerate(text.ids[shown]) if token in special)
+    return ActiveText(tuple(pieces[shown]), rounded, marked, first, peak - first, text.response_start, len(text))

@@ -118,11 +118,17 @@ class DirectPaths:
                 hook_sites += [replace(projection.read, place=(site, layer)), projection.written]
         return [(hook_site, partial(self._keep, hook_site)) for hook_site in dict.fromkeys(hook_sites)]
 
+    @property
+    def final_norm_seen(self) -> tuple[Float[Tensor, "text d_model"], Float[Tensor, "text d_model"]]:
+        """The input and the output of the final norm in the run that was recorded."""
+        norm = self._head.body.final_norm
+        return self.seen[HookSite(norm, "input")], self.seen[HookSite(norm, "output")]
+
     @torch.no_grad()
     def contributions(self) -> DirectContributions:
         """The parts of the rewards of the run that was recorded."""
         head, body = self._head, self._head.body
-        last_in, last_out = (self.seen[HookSite(body.final_norm, side)] for side in ("input", "output"))
+        last_in, last_out = self.final_norm_seen
         norm = read_norm(body.final_norm, head.d_model).to(last_in)
         weight = head.require_weight().to(last_in)
         direction = norm.pull_back(weight.expand_as(last_in), norm.sigma(last_in, last_out))

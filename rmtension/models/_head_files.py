@@ -71,6 +71,25 @@ def stored_heads(files: CheckpointFiles, width: int | None) -> StoredHeads:
         return StoredHeads(_linear_heads(files, outer, width), tuple(layered_heads(weight_map)))
 
 
+def stored_tensor(files: CheckpointFiles, names: tuple[str, ...]) -> Tensor | None:
+    """The first tensor with one of these names in a model's safetensors files; None if there is none."""
+    index, single = files.find("model.safetensors.index.json"), files.find("model.safetensors")
+    with _damage_named(files.name):
+        weight_map: Mapping[str, str] = (
+            {} if index is None else json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        )
+        for name in names:
+            path = (
+                files.find(weight_map[name]) if Path(weight_map.get(name, "/")).name == weight_map.get(name) else single
+            )
+            if path is not None:
+                with safe_open(path, framework="pt") as opened:
+                    if name in opened.keys():  # noqa: SIM118 - it is no mapping
+                        tensor: Tensor = opened.get_tensor(name)
+                        return tensor
+    return None
+
+
 def separate_head(files: CheckpointFiles) -> dict[str, Tensor]:
     """The tensors of `value_head.safetensors` in the folder of a model; empty if there is no such file."""
     path = files.find(VALUE_HEAD)

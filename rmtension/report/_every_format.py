@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rmtension.attribution._neuron_pages import NeuronPages
+from rmtension.attribution._neuron_dashboards import NeuronDashboards
 from rmtension.distributed import current
 from rmtension.report._figures import draw_pictures
 from rmtension.report._html import to_html
@@ -17,14 +17,14 @@ HTML, MARKDOWN, NEURONS = "report.html", "report.md", "neurons.json"
 
 
 def write_report(
-    result: StudyResult | ModelInspection, folder: str | Path, *, neurons: NeuronPages | None = None
+    result: StudyResult | ModelInspection, folder: str | Path, *, neurons: NeuronDashboards | None = None
 ) -> Path:
     """Write the report of a study or of an inspection into `folder`, all files or none; returns `report.html`.
 
     - `report.html` needs no other file. It shows findings with intervals and controls, open questions, figures, tables,
-      provenance and, with `neurons` (from `attribution.examine` or `report.study_neurons`), a page per neuron. Texts of
-      the data are escaped, and hidden until the reader opens them. A Content-Security-Policy prevents the page from
-      loading anything and from running other scripts than its own.
+      provenance and, with `neurons` (from `attribution.neuron_dashboards` or `report.study_neurons`), a card per
+      neuron. Texts of the data are escaped, and shown when the reader opens a neuron. A Content-Security-Policy
+      prevents the page from loading anything and from running other scripts than its own.
     - `report.md` has the same tables as Markdown and shows the figures, which are written as one PNG file each.
     - the report of an inspection (`inspect_model`) is `report.html` alone; its neurons are in it already.
     - `neurons.json` keeps `neurons`, so that `rmtension report` can write the page again. Without `neurons`, the file

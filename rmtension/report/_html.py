@@ -6,11 +6,11 @@ from typing import Any
 
 import pandas as pd
 
-from rmtension.attribution._neuron_pages import NeuronPages
+from rmtension.attribution._dashboard_page import neuron_section, page_part
+from rmtension.attribution._neuron_dashboards import NeuronDashboards
 from rmtension.report._answer import answer_note, answer_sentences
 from rmtension.report._figures import NO_FIGURES, Picture, Pictures
 from rmtension.report._main_findings import Finding, findings, unconcluded
-from rmtension.report._neuron_drawing import neuron_section
 from rmtension.report._page import (
     Answer,
     Dashboards,
@@ -18,9 +18,7 @@ from rmtension.report._page import (
     Page,
     PageSection,
     Reproduction,
-    read_part,
     render_page,
-    render_part,
 )
 from rmtension.report._tables import SECTIONS, Section, readable_tables
 from rmtension.report._text import elsewhere, notes
@@ -36,12 +34,12 @@ _N_SENTENCES = 3
 _LEADING = {"ablation": "matrix_margin", "comparisons": "comparisons", "overlap": "overlap", "accuracy": "accuracy"}
 
 
-def to_html(result: StudyResult, pictures: Pictures, *, neurons: NeuronPages | None = None) -> str:
+def to_html(result: StudyResult, pictures: Pictures, *, neurons: NeuronDashboards | None = None) -> str:
     """The text of the page."""
     return render_page(study_page(result, pictures, neurons=neurons))
 
 
-def study_page(result: StudyResult, pictures: Pictures, *, neurons: NeuronPages | None = None) -> Page:
+def study_page(result: StudyResult, pictures: Pictures, *, neurons: NeuronDashboards | None = None) -> Page:
     """All that the page of a study shows."""
     readable = readable_tables(result)
     leading = _leading_picture(pictures)
@@ -97,10 +95,9 @@ def _undecided(listed: Sequence[Finding]) -> str:
     return f"Not decided by these data: {n_open} of {len(listed)} comparisons, and the limits of the study"
 
 
-def dashboards_section(neurons: NeuronPages) -> Dashboards:
+def dashboards_section(neurons: NeuronDashboards) -> Dashboards:
     """The section of single neurons."""
-    html = render_part("neurons.html", neurons=neuron_section(neurons))
-    return Dashboards(html, style=read_part("neurons.css"), script=read_part("neurons.js"))
+    return Dashboards(neuron_section(neurons), style=page_part("neurons.css"), script=page_part("neurons.js"))
 
 
 def _glance(listed: Sequence[Finding], *, several: bool) -> pd.DataFrame:
@@ -146,7 +143,7 @@ def _models(result: StudyResult) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["family and seed", "model", "architecture", "fingerprint", "dtype"])
 
 
-def _code(result: StudyResult, neurons: NeuronPages | None) -> str:
+def _code(result: StudyResult, neurons: NeuronDashboards | None) -> str:
     """The code that makes this report again, with placeholders for the names of files."""
     options = ",\n".join(f"    {name}={_literal(value)}" for name, value in result.summary["options"].items())
     families = []
@@ -179,9 +176,9 @@ def _code(result: StudyResult, neurons: NeuronPages | None) -> str:
         lines += [
             "from rmtension.report import study_neurons",
             "",
-            f"pages = study_neurons(study, n={len(neurons.neurons)})",
+            f"dashboards = study_neurons(study, n={len(neurons.neurons)})",
         ]
-    lines.append(f'write_report(result, "study"{", neurons=pages" if neurons is not None else ""})')
+    lines.append(f'write_report(result, "study"{", neurons=dashboards" if neurons is not None else ""})')
     return "\n".join(lines)
 
 

@@ -1,29 +1,29 @@
-"""Single neurons of a study's mixed model, selected on its scoring pairs and examined on its evaluation pairs."""
+"""Single neurons of a study's mixed model, selected on its scoring pairs and shown on its evaluation pairs."""
 
 import torch
 
-from rmtension.attribution._examine import examine
+from rmtension.attribution._make_dashboards import neuron_dashboards
 from rmtension.attribution._neuron_attribution import NeuronAttribution
-from rmtension.attribution._neuron_pages import NeuronPages
+from rmtension.attribution._neuron_dashboards import NeuronDashboards
 from rmtension.errors import OptionError
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.reward_head import RewardHead
 from rmtension.study._tension_study import TensionStudy
 
 
-def study_neurons(study: TensionStudy, *, n: int = 16, progress: bool | None = None) -> NeuronPages:
-    """Examine the `n` neurons of the first family's mixed model that score highest on either objective.
+def study_neurons(study: TensionStudy, *, n: int = 16, progress: bool | None = None) -> NeuronDashboards:
+    """Make dashboards of the `n` neurons of the first family's mixed model that score highest on either objective.
 
     The neurons are selected by gradient x activation on the scoring pairs, with each objective's scores divided by its
-    largest. They are examined (`attribution.examine`) on the evaluation pairs, so that no effect is measured on pairs
-    that selected the neuron. Raises `OptionError` for `n` below 1. Cost: that of `examine`, plus a forward and a
-    backward pass over the scoring pairs.
+    largest. Their dashboards (`attribution.neuron_dashboards`) are of the evaluation pairs, so that no effect is
+    measured on pairs that selected the neuron. Raises `OptionError` for `n` below 1. Cost: that of
+    `neuron_dashboards`, plus a forward and a backward pass over the scoring pairs.
 
     Examples:
         >>> from rmtension import TensionStudy
         >>> study = TensionStudy(dict.fromkeys(("helpful", "harmless", "mixed"), head), pairs)
         >>> study_neurons(study, n=2, progress=False)
-        NeuronPages(2 mlp neurons of gpt2-2x24-heads2x12-d24; 12 helpful, 12 harmless)
+        NeuronDashboards(2 mlp neurons of gpt2-2x24-heads2x12-d24; 12 helpful, 12 harmless)
     """
     if n < 1:
         raise OptionError(f"n: expected at least one neuron, got {n}.")
@@ -35,4 +35,6 @@ def study_neurons(study: TensionStudy, *, n: int = 16, progress: bool | None = N
     mask = torch.zeros(largest.shape, dtype=torch.bool)
     mask.view(-1)[largest.flatten().argsort(descending=True, stable=True)[:n]] = True
     neurons = NeuronSet(mask, options.site, head.architecture)
-    return examine(head, study.evaluating, neurons, positions=options.positions, level=options.level, progress=progress)
+    return neuron_dashboards(
+        head, neurons, study.evaluating, positions=options.positions, level=options.level, progress=progress
+    )

@@ -10,7 +10,7 @@ import pandas as pd
 
 from rmtension._repr_html import html_table
 from rmtension.attribution._faithfulness_result import Faithfulness
-from rmtension.attribution._neuron_pages import NeuronPages
+from rmtension.attribution._neuron_dashboards import NeuronDashboards
 from rmtension.distributed import current
 from rmtension.errors import OptionError, StorageError
 from rmtension.neurons._conflict_report import ConflictReport
@@ -55,7 +55,7 @@ class ModelInspection:
     scores: Mapping[str, NeuronScores]
     maps: Mapping[tuple[str, str], ConflictReport]
     agreement: Faithfulness | None
-    dashboards: NeuronPages | None
+    dashboards: NeuronDashboards | None
     summary: Mapping[str, Any]
 
     def to_frame(self, table: str = "effects") -> pd.DataFrame:
@@ -132,7 +132,7 @@ class ModelInspection:
                 for number, (first, second) in enumerate(listed["maps"])
             }
             agreement = Faithfulness.load(folder / _AGREEMENT) if listed["agreement"] else None
-            dashboards = NeuronPages.load(folder / _DASHBOARDS) if listed["dashboards"] else None
+            dashboards = NeuronDashboards.load(folder / _DASHBOARDS) if listed["dashboards"] else None
             return cls(tables, scores, maps, agreement, dashboards, listed["summary"])
         except StorageError:
             raise

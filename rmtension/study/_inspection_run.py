@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 
 from rmtension._progress import progress_bar
-from rmtension.attribution._examine import examine
 from rmtension.attribution._faithfulness import faithfulness
 from rmtension.attribution._faithfulness_result import Faithfulness
+from rmtension.attribution._make_dashboards import neuron_dashboards
 from rmtension.attribution._neuron_attribution import NeuronAttribution
-from rmtension.attribution._neuron_pages import NeuronPages
+from rmtension.attribution._neuron_dashboards import NeuronDashboards
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import CheckError, DataError
 from rmtension.interventions._ablation_effects import ablation_effects
@@ -185,9 +185,9 @@ class InspectionRun:
             progress=self._progress,
         )
 
-    def _dashboards(self, scores: Mapping[str, NeuronScores]) -> NeuronPages:
+    def _dashboards(self, scores: Mapping[str, NeuronScores]) -> NeuronDashboards:
         neurons = _strongest(scores, self._plan.n_dashboards, self._head.architecture)
-        return examine(self._head, self._evaluating, neurons, seed=self._seed, progress=self._progress)
+        return neuron_dashboards(self._head, neurons, self._evaluating, seed=self._seed, progress=self._progress)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

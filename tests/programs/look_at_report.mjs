@@ -100,15 +100,27 @@ for (const [device, width, height] of [["desktop", 1280, 800], ["phone", 390, 84
     const next = (await other.getAttribute("href")).slice(1);
     await page.waitForSelector(`article[id="${next}"]:not([hidden])`, { timeout: 5000 }).catch(() => {});
     require(String(await opened()) === next, `${name}: Enter on a point`, `opens ${await opened()}`);
-    require((await page.$$eval("article:not([hidden]) details[open]", (texts) => texts.length)) === 0,
-      `${name}: texts`, "folded at first");
-    await page.locator("article:not([hidden]) summary").first().click();
+    const folds = () => page.$$eval("article:not([hidden]) .unfold", (found) => found.length);
+    const before = await folds();
+    if (before) await page.locator("article:not([hidden]) .unfold").first().click();
+    require(!before || (await folds()) === before - 1, `${name}: a click on a fold`, `${before} folds`);
     await page.screenshot({ path: `${pictures}/${device}-${colorScheme}-neuron.png` });
 
     // Every neuron is opened once; the data must appear as text.
     for (const id of await page.$$eval("article", (articles) => articles.map((article) => article.id)))
       await page.evaluate((id) => { location.hash = id; }, id);
     await page.waitForTimeout(200);
+    // In every example of every card, the most active token of both texts takes room on the screen.
+    let seen = 0, listed = 0;
+    for (const id of await page.$$eval("article", (found) => found.map((one) => one.id))) {
+      await page.evaluate((id) => { location.hash = id; }, id);
+      await page.waitForSelector(`#${id}:not([hidden])`);
+      const peaks = await page.$$eval(`#${id} .example`, (found) => found.map((one) => [...one.querySelectorAll(".peak")]
+        .filter((peak) => peak.checkVisibility() && peak.getBoundingClientRect().width > 2 && peak.textContent.trim()).length));
+      listed += peaks.length;
+      seen += peaks.filter((number) => number === 2).length;
+    }
+    require(seen === listed, `${name}: the most active tokens are visible`, `in ${seen} of ${listed} examples`);
     const hostile = await page.evaluate(() => ({
       shown: [...document.querySelectorAll(".text")].filter((text) => text.textContent.includes("<script>")).length,
       markup: document.querySelectorAll(".text script, .text img, summary script").length,

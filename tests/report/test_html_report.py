@@ -13,8 +13,8 @@ from hand_made import MODELS, hand_made_study
 from tiny_models import make_pairs
 
 from rmtension import NeuronSet, PreferencePairs, StudyResult
-from rmtension.attribution._examine import examine
-from rmtension.attribution._neuron_pages import NeuronPages
+from rmtension.attribution import NeuronDashboards, neuron_dashboards
+from rmtension.attribution._dashboard_words import number, number_with_interval, shown_token
 from rmtension.report._answer import answer_sentences
 from rmtension.report._every_format import write_report
 from rmtension.report._figures import draw_pictures
@@ -98,7 +98,7 @@ def neurons(head):
     mask = torch.zeros(3, 64, dtype=torch.bool)
     mask[0, 7] = mask[2, 5] = mask[2, 9] = True
     some = NeuronSet(mask, "mlp", head.architecture)
-    return examine(head, {"helpful": pairs, "harmless": pairs[:8]}, some, n_examples=2)
+    return neuron_dashboards(head, some, {"helpful": pairs, "harmless": pairs[:8]}, n_examples=2)
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +134,15 @@ def test_the_page_loads_nothing_and_runs_only_its_own_script(page):
 
 def test_texts_of_the_data_never_become_markup(page, neurons):
     examples = json.loads(Page(page).text["script"][0])
-    assert {name: len(of_neuron) for name, of_neuron in examples.items()} == {"0.7": 4, "2.5": 4, "2.9": 4}
+    assert {name: len(of_neuron) for name, of_neuron in examples.items()} == {"L0 N7": 4, "L2 N5": 4, "L2 N9": 4}
     for example in neurons.examples:
         (kept,) = (
             shown
-            for shown in examples[f"{example.layer}.{example.neuron}"]
-            if (shown["objective"], shown["pair"]) == (example.objective, example.pair)
+            for shown in examples[f"L{example.layer} N{example.neuron}"]
+            if (shown["group"], shown["pair"]) == (example.group, example.pair)
         )
-        assert tuple(kept["chosen"]["tokens"]) == example.chosen.tokens
-        assert "".join(kept["chosen"]["tokens"]).endswith(HOSTILE)
+        assert "".join(example.chosen.tokens).endswith(HOSTILE)
+        assert kept["chosen"]["tokens"] == [shown_token(token) for token in example.chosen.tokens]
         assert tuple(kept["chosen"]["activations"]) == example.chosen.activations
     assert "alert(1)</script>" not in page
     assert "<img src=x onerror=alert(2)>" in "".join(Page(page).text["code"]), "the text itself is shown"
@@ -150,28 +150,29 @@ def test_texts_of_the_data_never_become_markup(page, neurons):
 
 def test_every_neuron_has_a_row_a_point_and_a_page(page, neurons):
     parsed = Page(page)
-    rows = {cells[0]: cells for cells in parsed.rows if re.fullmatch(r"\d+\.\d+", cells[0])}
+    rows = {cells[0]: cells for cells in parsed.rows if re.fullmatch(r"L\d+ N\d+", cells[0])}
     asked = neurons.table[neurons.table["set"] == "asked for"]
-    assert list(rows) == ["0.7", "2.5", "2.9"]
+    assert list(rows)[:3] == ["L0 N7", "L2 N5", "L2 N9"]
     for _, row in asked.iterrows():
-        cells = rows[f"{row['layer']}.{row['neuron']}"]
-        assert cells[1:3] == [f"{row[f'{name}_score']:+.4f}" for name in ("helpful", "harmless")]
-        assert cells[3:] == [
-            f"{row[f'{name}_effect']:+.4f} [{row[f'{name}_effect_low']:+.4f}, {row[f'{name}_effect_high']:+.4f}]"
+        cells = rows[f"L{row['layer']} N{row['neuron']}"]
+        assert cells[1:3] == [number(row[f"{name}_score"]) for name in ("helpful", "harmless")]
+        assert cells[3:5] == [
+            number_with_interval(*(row[f"{name}_{end}"] for end in ("effect", "effect_low", "effect_high")))
             for name in ("helpful", "harmless")
         ]
+        assert cells[5] == number(row["direct_weight"])
     # Every examined neuron has a page, and a link to it in the table and in the scatter.
     pages = [attributes["id"] for attributes in parsed.of("article")]
-    links = [attributes["href"] for attributes in parsed.of("a") if attributes["href"].startswith("#neuron-")]
+    links = {attributes["href"] for attributes in parsed.of("a") if attributes["href"].startswith("#neuron-")}
     assert pages == ["neuron-0-7", "neuron-2-5", "neuron-2-9"]
-    assert sorted(links) == sorted(2 * [f"#{page_id}" for page_id in pages])
+    assert links == {f"#{page_id}" for page_id in pages}
 
 
 def test_the_scatter_is_to_scale(page, neurons):
     parsed = Page(page)
     circles = [(float(attributes["cx"]), float(attributes["cy"])) for attributes in parsed.of("circle")]
     frame = neurons.scatter.set_index(["layer", "neuron"])
-    points = frame.loc[neurons.neurons][["helpful", "harmless"]].to_numpy()
+    points = frame.loc[neurons.neurons][["helpful_score", "harmless_score"]].to_numpy()
     for axis, pixels in enumerate(zip(*circles, strict=True)):
         slope, start = np.polyfit(points[:, axis], pixels, 1)
         np.testing.assert_allclose(slope * points[:, axis] + start, pixels, atol=0.1)
@@ -275,12 +276,12 @@ def test_the_code_of_the_page_compiles(result, page):
 
 
 def test_a_report_is_written_whole_or_not_at_all(result, neurons, bare, tmp_path):
-    """A later report has neuron pages only if it gets them as an argument."""
+    """A later report has neurons only if it gets them as an argument."""
     path = write_report(result, tmp_path, neurons=neurons)
     assert path == tmp_path / "report.html"
     assert path.read_text() == to_html(result, None, neurons=neurons)
     assert (tmp_path / "report.md").read_text() == to_markdown(result, None)
-    kept = NeuronPages.load(tmp_path / "neurons.json")
+    kept = NeuronDashboards.load(tmp_path / "neurons.json")
     write_report(result, tmp_path / "again", neurons=kept)
     assert (tmp_path / "again" / "report.html").read_text() == path.read_text()
     write_report(result, tmp_path / "again")

@@ -103,7 +103,7 @@ def test_a_page_of_an_answer_alone_is_complete():
 
 def test_an_unknown_value_of_a_part_is_an_error():
     with pytest.raises(Exception, match="undefined"):
-        render_part("neurons.html")
+        render_part("page.html")
 
 
 # -- the answer of a study ---------------------------------------------------------------------------------------------

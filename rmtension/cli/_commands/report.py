@@ -21,7 +21,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Outcome:
     """Read the tables and write the report."""
-    from rmtension.attribution._neuron_pages import NeuronPages
+    from rmtension.attribution._neuron_dashboards import NeuronDashboards
     from rmtension.report._every_format import MARKDOWN, NEURONS, write_report
     from rmtension.report._text import notes
     from rmtension.study._result import StudyResult
@@ -29,7 +29,7 @@ def run(options: Namespace) -> Outcome:
     result = StudyResult.load(options.folder)
     try:
         saved = options.folder / NEURONS
-        neurons = NeuronPages.load(saved) if saved.exists() else None
+        neurons = NeuronDashboards.load(saved) if saved.exists() else None
         html, settings = write_report(result, options.folder, neurons=neurons), notes(result)
     except RMTensionError:
         raise

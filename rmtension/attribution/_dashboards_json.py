@@ -1,4 +1,4 @@
-"""Neuron pages as one JSON file; reading checks every field."""
+"""Neuron dashboards as one JSON file; reading checks every field."""
 
 import json
 import math
@@ -11,13 +11,24 @@ import pandas as pd
 from rmtension.errors import StorageError
 from rmtension.store._records import read_numbers, read_objects, read_table
 
-_KIND, _FORMAT = "NeuronPages", 1
+_KIND, _FORMAT = "NeuronDashboards", 1
 _INDEX = ("layer", "neuron")
+_ENDS = ("score", "score_stderr", "effect", "effect_low", "effect_high", "n")
 # Frame -> columns that it must have.
 _FRAMES = {
     "table": ("set", *_INDEX),
     "scatter": _INDEX,
-    "distribution": (*_INDEX, "objective", "side", "low", "high", "texts"),
+    "distribution": (*_INDEX, "group", "side", "low", "high", "texts"),
+    "correlated": (*_INDEX, *(f"other_{name}" for name in _INDEX), "correlation"),
+    "tokens": (*_INDEX, "kind", "token", "weight"),
+    "descriptions": (*_INDEX, "description", "reason"),
+}
+# Frame -> columns of numbers besides those of the groups.
+_NUMBERS = {
+    "correlated": ("other_layer", "other_neuron", "correlation"),
+    "tokens": ("weight",),
+    "descriptions": ("auroc", "low", "high", "shuffled", "shuffled_low", "shuffled_high", "n_active", "n_inactive"),
+    "distribution": ("low", "high", "texts"),
 }
 _ABOUT = {
     "model": str,
@@ -28,12 +39,17 @@ _ABOUT = {
     "sign": int,
     "level": float,
     "seed": int,
+    "n_tokens": int,
+    "no_weights": str,
+    "no_tokens": str,
 }
-_TEXT = {"tokens": list, "activations": list, "first": int, "response_start": int, "n_tokens": int}
-_EXAMPLE = {"layer": int, "neuron": int, "objective": str, "pair": str, "chosen": dict, "rejected": dict}
+_TEXT = dict.fromkeys(("tokens", "activations", "special"), list) | dict.fromkeys(
+    ("first", "peak", "response_start", "n_tokens"), int
+)
+_EXAMPLE = {"layer": int, "neuron": int, "group": str, "pair": str, "chosen": dict, "rejected": dict}
 
 
-def pages_to_json(
+def dashboards_to_json(
     frames: Mapping[str, pd.DataFrame], examples: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
 ) -> str:
     """The text of the file; NaN is written as null."""
@@ -47,34 +63,43 @@ def pages_to_json(
     return json.dumps({"kind": _KIND, "format": _FORMAT, **tables, "examples": list(examples), "about": dict(about)})
 
 
-def read_pages(path: Path) -> tuple[dict[str, pd.DataFrame], list[dict[str, Any]], dict[str, Any]]:
+def read_dashboards(path: Path) -> tuple[dict[str, pd.DataFrame], list[dict[str, Any]], dict[str, Any]]:
     """The frames, the examples and `about`; raises `StorageError` for any other file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise StorageError(f"{path}: cannot read neuron pages from this file ({error}). Check the path.") from error
+        raise StorageError(
+            f"{path}: cannot read neuron dashboards from this file ({error}). Check the path."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"not valid JSON: {error}") from error
     if not isinstance(content, dict) or content.get("kind") != _KIND:
-        raise StorageError(f"{path}: expected a file that NeuronPages.save wrote, got another kind of file.")
+        raise StorageError(f"{path}: expected a file that NeuronDashboards.save wrote, got another kind of file.")
     if content.get("format") != _FORMAT:
         raise StorageError(
             f"{path}: expected format {_FORMAT}, got {content.get('format')!r:.80}. Install the version of rmtension "
-            "that wrote the file, or save the pages again."
+            "that wrote the file, or save the dashboards again."
         )
     frames = {name: read_table(path, content.get(name), columns) for name, columns in _FRAMES.items()}
     about = _fields(path, content.get("about"), {**_ABOUT, "n_neurons": int, "pairs": dict, "digests": dict})
     if about["sign"] not in (1, -1):
         raise _damaged(path, f"sign should be 1 or -1, got {about['sign']!r:.80}")
-    objectives = list(about["pairs"])
-    read_numbers(path, int, about["pairs"], objectives)
-    if list(about["digests"]) != objectives or not all(isinstance(digest, str) for digest in about["digests"].values()):
-        raise _damaged(path, "expected one digest per objective")
-    numbers = [f"{name}_{end}" for name in objectives for end in ("score", "effect", "effect_low", "effect_high", "n")]
-    for frame, columns in (("table", numbers), ("scatter", objectives)):
+    groups = list(about["pairs"])
+    read_numbers(path, int, about["pairs"], groups)
+    if list(about["digests"]) != groups or not all(isinstance(digest, str) for digest in about["digests"].values()):
+        raise _damaged(path, "expected one digest per group")
+    numbers = [f"{name}_{end}" for name in groups for end in _ENDS]
+    for frame, columns in (("table", ["direct_weight", *numbers]), ("scatter", [f"{name}_score" for name in groups])):
         if not {*columns, *_FRAMES[frame]} <= set(frames[frame].columns):
             raise _damaged(path, f"expected the columns {columns} in {frame}")
         frames[frame][columns] = _as_numbers(path, frames[frame][columns])
+    for name, of_numbers in _NUMBERS.items():
+        if not {*of_numbers, *_FRAMES[name]} <= set(frames[name].columns):
+            raise _damaged(path, f"expected the columns {list(of_numbers)} in {name}")
+        frames[name][[*of_numbers]] = _as_numbers(path, frames[name][[*of_numbers]])
+    for frame, column in (("tokens", "token"), ("descriptions", "description"), ("descriptions", "reason")):
+        if not all(isinstance(text, str) for text in frames[frame][column]):
+            raise _damaged(path, f"expected texts as {column} in {frame}")
     for name in _FRAMES:
         frames[name][[*_INDEX]] = _as_numbers(path, frames[name][[*_INDEX]])
     examples = [_example(path, fields) for fields in read_objects(path, content.get("examples"))]
@@ -100,7 +125,13 @@ def _example(path: Path, values: dict[str, Any]) -> dict[str, Any]:
             raise _damaged(path, "expected numbers for activations")
         if not all(math.isfinite(value) for value in activations):
             raise _damaged(path, "expected finite activations")
-        example[side] = text | {"tokens": tuple(tokens), "activations": tuple(map(float, activations))}
+        if not 0 <= text["peak"] < len(tokens) or not set(text["special"]) <= set(range(len(tokens))):
+            raise _damaged(path, "expected the most active token and special tokens among the tokens")
+        example[side] = text | {
+            "special": tuple(text["special"]),
+            "tokens": tuple(tokens),
+            "activations": tuple(map(float, activations)),
+        }
     return example
 
 
@@ -115,4 +146,4 @@ def _fields(path: Path, values: Any, types: Mapping[str, type]) -> dict[str, Any
 
 
 def _damaged(path: Path, what: str) -> StorageError:
-    return StorageError(f"{path}: damaged: {what}. Save the neuron pages again.")
+    return StorageError(f"{path}: damaged: {what}. Save the neuron dashboards again.")

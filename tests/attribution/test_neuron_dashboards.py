@@ -1,4 +1,4 @@
-"""Pages of single neurons: every number against transformers with hooks, ablations one by one, and NumPy."""
+"""Dashboards of single neurons: every number against transformers with hooks, ablations one by one, and NumPy."""
 
 import json
 
@@ -10,8 +10,7 @@ from scipy import stats
 from tiny_models import FAMILIES, close_to, grid, make_pairs
 
 from rmtension import AblationContext, NeuronAttribution, NeuronSet, RewardHead
-from rmtension.attribution._examine import examine
-from rmtension.attribution._neuron_pages import NeuronPages
+from rmtension.attribution import NeuronDashboards, neuron_dashboards
 from rmtension.errors import OptionError, ProvenanceError, StorageError
 from rmtension.neurons._neuron_scores import N_BLOCKS, block_of
 
@@ -33,25 +32,25 @@ def both(request, checkpoints, pairs):
     family, site = request.param
     assert family in FAMILIES
     head = RewardHead.from_pretrained(checkpoints[family], dtype=torch.float64)
-    pages = examine(head, pairs, chosen(head, site), n_examples=3, positions="response")
-    return pages, head, Reference(checkpoints[family])
+    dashboards = neuron_dashboards(head, chosen(head, site), pairs, n_examples=3, positions="response")
+    return dashboards, head, Reference(checkpoints[family])
 
 
-def rows_of(pages, name):
-    return pages.table[pages.table["set"] == name].set_index(["layer", "neuron"])
+def rows_of(dashboards, name):
+    return dashboards.table[dashboards.table["set"] == name].set_index(["layer", "neuron"])
 
 
 def test_scores_and_effects_are_those_of_attribution_and_ablation(both, pairs):
-    pages, head, _ = both
-    site = pages.about["site"]
-    asked = rows_of(pages, "asked for")
-    assert list(asked.index) == pages.neurons == NEURONS[site]
+    dashboards, head, _ = both
+    site = dashboards.about["site"]
+    asked = rows_of(dashboards, "asked for")
+    assert list(asked.index) == dashboards.neurons == NEURONS[site]
     for name, some in pairs.items():
         scores = NeuronAttribution(head, method="gradient_x_activation", site=site, positions="response").score(some)
         base = head.score_pairs(some).margin
         blocks = block_of(torch.tensor([text.key for text in head.encode(some).chosen])).numpy()
         shape = (head.n_layers, head.n_neurons(site))
-        for index in pages.neurons:
+        for index in dashboards.neurons:
             row = asked.loc[index]
             assert row[f"{name}_score"] == pytest.approx(float(scores.values[index]), abs=1e-9)
             assert row[f"{name}_score_stderr"] == pytest.approx(float(scores.stderr[index]), abs=1e-9)
@@ -71,13 +70,14 @@ def test_scores_and_effects_are_those_of_attribution_and_ablation(both, pairs):
 
 
 def test_the_control_is_random_neurons_of_the_same_layers(both):
-    pages, head, _ = both
-    random = rows_of(pages, "random").index
-    asked = rows_of(pages, "asked for").index
+    dashboards, head, _ = both
+    random = rows_of(dashboards, "random").index
+    asked = rows_of(dashboards, "asked for").index
     assert not set(random) & set(asked)
     count = {layer: sum(own == layer for own, _ in asked) for layer in range(head.n_layers)}
     assert {layer: sum(own == layer for own, _ in random) for layer in range(head.n_layers)} == count
-    assert rows_of(pages, "random").notna().all().all()
+    known = rows_of(dashboards, "random").drop(columns="direct_weight" if dashboards.about["no_weights"] else [])
+    assert known.notna().all().all()
 
 
 def of_response(reference, site, pair, index):
@@ -95,17 +95,17 @@ def of_response(reference, site, pair, index):
 
 def test_histograms_and_examples_show_the_largest_activations(both, pairs):
     """The counts of texts, the pairs that are shown, and their tokens and activations."""
-    pages, _, reference = both
-    site = pages.about["site"]
+    dashboards, _, reference = both
+    site = dashboards.about["site"]
     for name, some in pairs.items():
-        for index in pages.neurons:
+        for index in dashboards.neurons:
             seen = [of_response(reference, site, pair, index) for pair in some]
             largest = np.array(
                 [[run[n:][np.abs(run[n:]).argmax()] for run, n in zip(*texts, strict=True)] for texts in seen]
             )
-            counts = pages.distribution
+            counts = dashboards.distribution
             layer, neuron = index
-            counts = counts[(counts["layer"] == layer) & (counts["neuron"] == neuron) & (counts["objective"] == name)]
+            counts = counts[(counts["layer"] == layer) & (counts["neuron"] == neuron) & (counts["group"] == name)]
             edges = np.histogram_bin_edges(largest, bins=len(counts) // 2)
             for column, side in enumerate(("chosen", "rejected")):
                 part = counts[counts["side"] == side]
@@ -116,8 +116,8 @@ def test_histograms_and_examples_show_the_largest_activations(both, pairs):
                 assert part["texts"].sum() == len(some)
             examples = [
                 example
-                for example in pages.examples
-                if (example.layer, example.neuron) == index and example.objective == name
+                for example in dashboards.examples
+                if (example.layer, example.neuron) == index and example.group == name
             ]
             order = np.abs(largest).max(axis=1).argsort(kind="stable")[::-1][:3]
             assert [example.pair for example in examples] == [some[int(number)].id for number in order]
@@ -139,35 +139,41 @@ def test_long_texts_are_shown_around_their_peak(checkpoints):
 
     values = torch.zeros(500)
     values[300] = -2.0
-    shown = _active_text(EncodedText(tuple(range(500)), 10, 0), [str(number) for number in range(500)], values)
+    text, everywhere = EncodedText(tuple(range(500)), 10, 0), torch.ones(500, dtype=torch.bool)
+    shown = _active_text(text, [str(number) for number in range(500)], values, everywhere, {299})
     assert (shown.first, len(shown.tokens), shown.tokens[120], shown.activations[120]) == (180, 160, "300", -2.0)
+    assert (shown.peak, shown.special) == (120, (119,))
     values[499] = 3.0
-    assert _active_text(EncodedText(tuple(range(500)), 10, 0), [""] * 500, values).first == 340
+    shown = _active_text(text, [""] * 500, values, everywhere, set())
+    assert (shown.first, shown.peak) == (340, 159)
+    # Only tokens that scores are computed at can be the most active one.
+    everywhere[400:] = False
+    assert _active_text(text, [""] * 500, values, everywhere, set()).peak == 120
 
 
 def test_pieces_of_tokens_join_to_the_text(tokenizer):
-    from rmtension.attribution._top_texts import _pieces
+    from rmtension.attribution._top_texts import token_pieces
 
     text = " bake a cake 🎂 日本 and é"
     ids = tokenizer(text)["input_ids"]
-    pieces = _pieces(tokenizer, ids)
+    pieces = token_pieces(tokenizer, ids)
     assert len(pieces) == len(ids)
     assert "".join(pieces) == text
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
 
 
 def test_saved_pages_load_equal(both, tmp_path):
-    pages = both[0]
-    pages.save(tmp_path / "neurons.json")
-    read = NeuronPages.load(tmp_path / "neurons.json")
-    assert read.examples == pages.examples
-    assert read.about == pages.about
-    for name in ("table", "scatter", "distribution"):
-        loaded, saved = getattr(read, name), getattr(pages, name)
+    dashboards = both[0]
+    dashboards.save(tmp_path / "neurons.json")
+    read = NeuronDashboards.load(tmp_path / "neurons.json")
+    assert read.examples == dashboards.examples
+    assert read.about == dashboards.about
+    for name in ("table", "scatter", "distribution", "correlated", "tokens", "descriptions"):
+        loaded, saved = getattr(read, name), getattr(dashboards, name)
         assert list(loaded) == list(saved)
         for column in loaded:
-            assert loaded[column].tolist() == saved[column].tolist()
-    assert repr(read) == repr(pages)
+            assert loaded[column].map(repr).tolist() == saved[column].map(repr).tolist()
+    assert repr(read) == repr(dashboards)
 
 
 def without(values, *keys):
@@ -177,7 +183,7 @@ def without(values, *keys):
 
 
 DAMAGES = {
-    "no objective's column": lambda v: v["table"]["columns"].__setitem__(3, "x"),
+    "no group's column": lambda v: v["table"]["columns"].__setitem__(3, "x"),
     "no scatter": lambda v: without(v, "scatter"),
     "a newer format": lambda v: v.update(format=2),
     "another kind": lambda v: v.update(kind="NeuronSet"),
@@ -188,6 +194,10 @@ DAMAGES = {
     "no pair": lambda v: without(v, "examples", 0, "pair"),
     "a layer that is a text": lambda v: v["scatter"]["data"][0].__setitem__(0, "zero"),
     "no digests": lambda v: v["about"].update(digests={}),
+    "a peak outside": lambda v: v["examples"][0]["chosen"].update(peak=999),
+    "no direct weight": lambda v: v["table"]["columns"].__setitem__(v["table"]["columns"].index("direct_weight"), "x"),
+    "a token without text": lambda v: v["tokens"]["data"].append([0, 1, "promoted", None, 0.5]),
+    "a description without its score": lambda v: v["descriptions"]["columns"].__setitem__(4, "x"),
     "a list": lambda v: v.update(examples={}),
 }
 
@@ -199,33 +209,33 @@ def test_damaged_files_are_refused(both, damage, tmp_path):
     DAMAGES[damage](values)
     (tmp_path / "neurons.json").write_text(json.dumps(values))
     with pytest.raises(StorageError, match=r"neurons\.json"):
-        NeuronPages.load(tmp_path / "neurons.json")
+        NeuronDashboards.load(tmp_path / "neurons.json")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "null", '{"kind": "NeuronPages"}', "\ud83d"])
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "null", '{"kind": "NeuronDashboards"}', "\ud83d"])
 def test_other_files_are_refused(text, tmp_path):
     (tmp_path / "x.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(StorageError, match=r"x\.json"):
-        NeuronPages.load(tmp_path / "x.json")
-    with pytest.raises(StorageError, match="cannot read neuron pages from this file"):
-        NeuronPages.load(tmp_path / "missing.json")
+        NeuronDashboards.load(tmp_path / "x.json")
+    with pytest.raises(StorageError, match="cannot read neuron dashboards from this file"):
+        NeuronDashboards.load(tmp_path / "missing.json")
 
 
 def test_wrong_arguments_are_refused(head, pairs):
     neurons = chosen(head, "mlp")
     with pytest.raises(OptionError, match="at least one neuron"):
-        examine(head, pairs, neurons - neurons)
+        neuron_dashboards(head, neurons - neurons, pairs)
     with pytest.raises(OptionError, match="at least one pair each"):
-        examine(head, {}, neurons)
+        neuron_dashboards(head, neurons, {})
     with pytest.raises(OptionError, match="n_examples: expected 0 or more"):
-        examine(head, pairs, neurons, n_examples=-1)
+        neuron_dashboards(head, neurons, pairs, n_examples=-1)
     with pytest.raises(ProvenanceError, match="indexes neurons of 'toy'"):
-        examine(head, pairs, NeuronSet(neurons.mask, "mlp", "toy"))
+        neuron_dashboards(head, NeuronSet(neurons.mask, "mlp", "toy"), pairs)
 
 
 def test_random_neurons_are_limited_to_those_left(head, pairs):
     everything = NeuronSet(torch.ones(3, 4, dtype=torch.bool), "attn_head", head.architecture)
-    pages = examine(head, {"helpful": pairs["helpful"][:4]}, everything, n_examples=0)
-    assert rows_of(pages, "random").empty
-    assert pages.examples == ()
-    assert len(pages.scatter) == 12
+    dashboards = neuron_dashboards(head, everything, {"helpful": pairs["helpful"][:4]}, n_examples=0)
+    assert rows_of(dashboards, "random").empty
+    assert dashboards.examples == ()
+    assert len(dashboards.scatter) == 12
