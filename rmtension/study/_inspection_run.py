@@ -1,8 +1,7 @@
 """The steps of an inspection, in order, each timed."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import combinations
@@ -82,8 +81,9 @@ class InspectionRun:
 
             def step(name: str, run: Callable[[], Any]) -> Any:
                 bar.set_description(f"inspect: {name}")
-                with self._timed(name):
-                    outcome = run()
+                start = time.perf_counter()
+                outcome = run()
+                self._seconds[name] = time.perf_counter() - start
                 bar.update()
                 return outcome
 
@@ -213,12 +213,6 @@ class InspectionRun:
 
     def _folder(self, step: str) -> Path | None:
         return None if self._work is None else self._work / step
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds[name] = time.perf_counter() - start
 
 
 def joined(groups: Groups) -> PreferencePairs:

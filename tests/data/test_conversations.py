@@ -318,7 +318,7 @@ class TestTextsOnChatModels:
         expected = RewardHead.from_pretrained(model).score_pairs(PreferencePairs.from_records(self.rows, chat=True))
         assert outputs[True] == (pytest.approx(float(expected.margin.mean()), abs=1e-6), "")
         assert outputs[False][1].startswith(
-            "rmtension: warning: pairs: this model's tokenizer has a chat template, but 2 of 2"
+            "rmtension: warning: PAIRS: this model's tokenizer has a chat template, but 2 of 2"
         )
         assert outputs[False][0] != outputs[True][0]
 

@@ -18,7 +18,7 @@ import torch
 from rmtension import ActivationCollector, Mean, NeuronAttribution, NeuronSet, PreferencePairs
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.neurons._conflict import conflict
-from rmtension.neurons._conflict_report import CLASSES
+from rmtension.neurons._conflict_report import classes
 from rmtension.synthetic._organisms import Organism, make_organism
 
 KIND_OF = {
@@ -62,7 +62,8 @@ def found_sets(organism: Organism, steps: int = 32) -> dict[str, dict[str, Neuro
     added = [-effect.as_effects() for effect in effects]
     signs = [torch.where(values.abs() >= LEAST * values.abs().max(), values.sign(), 0) for values in added]
     by_method["true single effects"] = {
-        name: NeuronSet((signs[0] == a) & (signs[1] == b), "mlp", head.architecture) for (a, b), name in CLASSES.items()
+        name: NeuronSet((signs[0] == a) & (signs[1] == b), "mlp", head.architecture)
+        for (a, b), name in classes(("helpful", "harmless")).items()
     }
     return by_method
 

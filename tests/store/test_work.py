@@ -273,7 +273,7 @@ def test_progress_that_was_changed_by_hand_is_an_error(change, begun, head, base
         header = json.loads(file.metadata()["rmtension"])
     CHANGES[change](header["place"])
     save_file(load_file(path), path, metadata={"rmtension": json.dumps(header)})
-    with pytest.raises(StorageError, match=r"was edited after it was saved .*(PassRecord|skipped pairs)"):
+    with pytest.raises(StorageError, match=r"was edited after it was saved .*(PassRecord|skipped pair)"):
         collected(head, pairs, base, begun)
 
 

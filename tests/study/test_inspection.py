@@ -32,7 +32,7 @@ from rmtension.synthetic import make_organism
 
 @pytest.fixture(scope="module")
 def organism(tmp_path_factory):
-    return make_organism(tmp_path_factory.mktemp("organism") / "model", n_pairs=40)
+    return make_organism(tmp_path_factory.mktemp("organism") / "model", n_pairs=24)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ class TestPlan:
         for plan, share in zip(plans, (1.0, 0.8, 0.6), strict=True):
             assert plan.seconds <= share * whole.seconds
             assert plan.n_draws >= 2
-        assert sum(least.pairs.values()) == 48, "24 pairs per group"
+        assert sum(least.pairs.values()) == 48, "all 24 pairs per group"
 
     def test_an_impossible_budget_says_the_least(self, both):
         with pytest.raises(OptionError, match=r"Give at least (\d+) seconds") as error:
@@ -193,7 +193,7 @@ class TestPlan:
 
     def test_the_plan_prints_its_steps_and_times(self, inspector):
         text = repr(inspector.plan)
-        assert text.startswith("Inspection of 80 pairs in 2 groups, about ")
+        assert text.startswith("Inspection of 48 pairs in 2 groups, about ")
         assert [line.split()[0] for line in text.splitlines()[1:]] == list(inspector.plan.to_frame()["step"])
         assert isinstance(inspector.plan, InspectionPlan)
 
