@@ -87,7 +87,7 @@ def _control(data: DashboardData) -> str:
             for label, row in sizes.agg(["count", "median", "max"]).iterrows()
         ]
         parts.append(f"{name} ({'; '.join(shown)})")
-    return f"Size of the effects beside random neurons of the same layers: {', '.join(parts)}."
+    return f"Size of the effects, compared with random neurons of the same layers: {', '.join(parts)}."
 
 
 def _cells(data: DashboardData, row: "pd.Series[Any]") -> tuple[list[dict[str, Any]], bool]:

@@ -90,7 +90,7 @@ def neuron_dashboards(
     `describe`.
 
     Raises `OptionError` for an empty set, a group without pairs, or an unknown label, `ProvenanceError` for a set of
-    another model, and `DataError` for an answer of `describe` that is no number from 0 to 10, yes or no.
+    another model, and `DataError` for an answer of `describe` other than a number from 0 to 10, yes or no.
 
     Examples:
         >>> from rmtension.attribution import neuron_dashboards

@@ -1,4 +1,4 @@
-"""The answer of a study in sentences: effects with intervals, beside random sets, also when there is no effect."""
+"""The answer of a study in sentences: effects with intervals and random sets, also when nothing changes."""
 
 import math
 from collections.abc import Iterator

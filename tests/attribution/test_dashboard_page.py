@@ -83,7 +83,7 @@ def test_in_100_of_100_examples_the_most_active_token_is_shown(dashboards, page)
             peak = activations.index(max(activations))
             assert activations[text.peak] == activations[peak], "the page outlines the most active token"
             assert start <= on_page["peak"] < end, "it is outside what is folded"
-            # Something is visible in its place, also for a token without any character.
+            # Every token shows something, also one without any character.
             assert on_page["tokens"][text.peak].strip()
             folded += start > 0 or end < len(text.tokens)
         seen += 1

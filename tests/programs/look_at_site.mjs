@@ -1,11 +1,11 @@
-// Uses the search of the built site in Chromium, as a reader would, and says what happened.
+// Uses the search of the built site in Chromium, as a reader would, and prints the result of every check.
 //
 //     npm install playwright-core
 //     python -m http.server --directory site 8000 &
 //     node tests/programs/look_at_site.mjs site http://localhost:8000 /usr/bin/chromium pictures/
 //
 // Every word must have results, from a server and from a folder (file://). Where the worker cannot run in a frame, the
-// page must say how to serve the site. Exits with 1 if anything is not as it should be.
+// page must say how to serve the site. Exits with 1 if a check fails.
 import { chromium } from "playwright-core";
 import { resolve } from "node:path";
 
@@ -53,5 +53,5 @@ const told = await page.evaluate(() => document.querySelector("#search-needs-ser
 require(told.includes("python -m http.server"), "a folder where no worker runs", told);
 if (pictures) await page.screenshot({ path: `${pictures}/search-none.png` });
 await browser.close();
-console.log(failed.length ? `${failed.length} not as they should be` : "all as it should be");
+console.log(failed.length ? `${failed.length} checks failed` : "all checks passed");
 process.exit(failed.length ? 1 : 0);

@@ -1,4 +1,4 @@
-"""`rmtension ablate`: what ablating neurons changes in each group of pairs, beside random sets of neurons."""
+"""`rmtension ablate`: what ablating neurons changes in each group of pairs, compared with random sets."""
 
 import importlib.util
 from argparse import ArgumentParser, Namespace

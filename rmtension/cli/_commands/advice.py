@@ -31,8 +31,8 @@ class Parser(ArgumentParser):
 def flags_of(parser: ArgumentParser, arguments: Mapping[str, str | None]) -> dict[str, str]:
     """The flag, or the capital name of a positional argument, of every argument of the library.
 
-    An option stands for the argument of its own name. `arguments` maps further arguments to the options that stand for
-    them, and to None those that a flag of the same name does not stand for.
+    An option sets the argument of its own name. `arguments` maps further arguments to the options that set them, and to
+    None an argument that the flag of the same name does not set.
 
     Examples:
         >>> parser = ArgumentParser(add_help=False)
