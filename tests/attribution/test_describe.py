@@ -22,7 +22,7 @@ def organism(tmp_path_factory):
 
 
 class Knowing:
-    """A fake language model, which describes a neuron by the word that all shown texts share and looks for that word."""
+    """A fake language model: it describes a neuron by the word that all shown texts share, and looks for it."""
 
     def __init__(self, reply=lambda is_there: "10" if is_there else "0"):
         self.reply, self.described, self.asked = reply, [], []
