@@ -116,7 +116,11 @@ def grouped(pairs: PreferencePairs, by: GroupBy | None) -> dict[str, list[int]]:
     """The rows of every group, all pairs first; the default groups if `by` is None."""
     if by is None:
         by = "objective" if len(pairs.objectives) > 1 else "subset" if len(pairs.subsets) > 1 else None
-    return {ALL: list(range(len(pairs)))} | ({} if by is None else group_rows(pairs, by))
+    groups = {} if by is None else group_rows(pairs, by)
+    # A label that is the name of all pairs would replace their group.
+    return {ALL: list(range(len(pairs)))} | {
+        f"{name} (label)" if name == ALL else name: groups[name] for name in groups
+    }
 
 
 def _rows(

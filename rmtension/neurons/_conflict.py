@@ -12,7 +12,7 @@ from torch import Tensor
 from rmtension._arguments import require_arguments
 from rmtension.errors import DataError, OptionError
 from rmtension.evaluation._intervals import Estimate, adjusted_p_values, check_level, percentile_interval
-from rmtension.neurons._conflict_report import ConflictReport, Null, classified, columns
+from rmtension.neurons._conflict_report import ConflictReport, Null, classified, columns, have_columns
 from rmtension.neurons._pair_attributions import PairAttributions
 from rmtension.neurons._prompt_cells import PromptCells
 from rmtension.store._provenance import METHOD_FIELDS

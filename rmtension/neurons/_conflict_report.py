@@ -35,6 +35,12 @@ def columns(names: Sequence[str]) -> tuple[str, ...]:
     return ("layer", "neuron", *(name + number for name in names for number in _NUMBERS))
 
 
+def have_columns(names: Sequence[str]) -> bool:
+    """Whether a table can have these names: no two columns are called alike, and none like a class column."""
+    listed = [*columns(names), "class"]
+    return len(set(listed)) == len(listed)
+
+
 @dataclass(frozen=True)
 class Null:
     """The null distribution of a cosine: mean and central `level` of its draws, and the observed cosine's p-value.

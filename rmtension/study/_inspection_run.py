@@ -22,7 +22,7 @@ from rmtension.errors import CheckError, DataError
 from rmtension.interventions._ablation_effects import ablation_effects
 from rmtension.interventions._replacements import Mean
 from rmtension.neurons._conflict import conflict
-from rmtension.neurons._conflict_report import ConflictReport
+from rmtension.neurons._conflict_report import ConflictReport, have_columns
 from rmtension.neurons._neuron_scores import NeuronScores, top_size
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.neurons._pair_attributions import PairAttributions
@@ -148,8 +148,8 @@ class InspectionRun:
         largest = sorted(of_group, key=lambda name: -len(of_group[name]))[:_MOST_MAPPED]
         maps = {}
         for first, second in combinations([name for name in of_group if name in largest], 2):
+            names = (first, second) if have_columns((first, second)) else (f"group {first}", f"second group {second}")
             try:
-                names = (first, second)
                 maps[names] = conflict(of_group[first], of_group[second], names=names, level=LEVEL, seed=self._seed)
             except DataError:
                 continue  # every score is 0, so that there is no direction to compare

@@ -178,3 +178,10 @@ class TestFigure:
             effects_by_group(table.drop(columns="random_sd"))
         with pytest.raises(OptionError, match="quantity: expected 'accuracy' or 'margin', got 'reward'"):
             effects_by_group(table, quantity="reward")
+
+
+def test_a_label_called_all_pairs_is_a_group_of_its_own(model, pairs, chosen):
+    labels = ["all pairs" if row < 6 else "rest" for row in range(24)]
+    table = ablation_effects(model, chosen, pairs, by=labels, n_draws=0, progress=False)
+    sizes = table[table["quantity"] == "margin"].set_index("group")["n"].to_dict()
+    assert sizes == {"all pairs": 24, "all pairs (label)": 6, "rest": 18}

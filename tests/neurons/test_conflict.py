@@ -135,9 +135,9 @@ class TestNames:
         assert loaded.table.equals(renamed.table)
         assert loaded.names == ("law", "art")
 
-    @pytest.mark.parametrize("names", [("a", "a"), ("layer", "b")])
+    @pytest.mark.parametrize("names", [("a", "a"), ("layer", "b"), ("a", "a_stderr"), ("class", "b")])
     def test_names_that_are_no_two_columns_are_refused(self, names):
-        with pytest.raises(OptionError, match="names: expected two different names"):
+        with pytest.raises(OptionError, match="names: expected two names whose columns differ"):
             conflict(*noisy(), names=names)
 
 
