@@ -19,12 +19,11 @@ from rmtension.attribution._neuron_dashboards import NeuronDashboards
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.attribution._top_texts import LargestActivations, count_largest, find_examples
 from rmtension.attribution._written import written
-from rmtension.data._groups import ALL, GroupBy
+from rmtension.data._groups import ALL, GroupBy, named_groups
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
 from rmtension.evaluation._intervals import check_level
 from rmtension.interventions._ablation import check_set
-from rmtension.interventions._ablation_effects import grouped
 from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._neuron_scores import NeuronScores, jackknife_stderr
 from rmtension.neurons._neuron_set import NeuronSet
@@ -125,13 +124,14 @@ def neuron_dashboards(
     examples: list[NeuronExample] = []
     largest: dict[str, Float[Tensor, "pair 2 wanted"]] = {}
     of_tokens, n_tokens = no_sums(both)
-    for group, of_group in groups.items():
+    for group, of_group in list(groups.items()):
         attribution = NeuronAttribution(head, method, site=neurons.site, positions=positions)
         scores[group] = attribution.score(of_group, progress=progress).to_frame().set_index(list(_INDEX))
         effects = single_neuron_effects(head, of_group, site=neurons.site, neurons=both, progress=progress)
         effect = effects.to_frame().set_index(list(_INDEX))["score"].loc[rows].to_numpy()
         statistic = LargestActivations(head, len(of_group), neurons, positions)
-        largest[group], n_blocks = run_pass(head, of_group, statistic, progress=progress)
+        largest[group], n_blocks, kept = run_pass(head, of_group, statistic, progress=progress)
+        of_group = groups[group] = PreferencePairs(of_group[row] for row in kept)
         more, n_more = run_pass(head, of_group, CorrelationSums(head, both), progress=progress)
         of_tokens, n_tokens = of_tokens + more, n_tokens + n_more
         half = _half_width(effects, n_blocks, level)[
@@ -191,9 +191,9 @@ def _groups(pairs: PreferencePairs | Mapping[str, PreferencePairs], by: GroupBy 
         return dict(pairs)
     if not len(pairs):
         raise OptionError("pairs: expected at least one pair, got none.")
-    rows = grouped(pairs, by)
-    if len(rows) > 1:
-        del rows[ALL]
+    rows = named_groups(pairs, by)
+    if not rows:
+        return {ALL: pairs}
     return {name: PreferencePairs([pairs[row] for row in members]) for name, members in rows.items()}
 
 

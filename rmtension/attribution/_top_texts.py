@@ -41,10 +41,11 @@ def _activations(head: RewardModel, batch: TokenBatch, neurons: NeuronSet) -> Fl
     return torch.cat([layers[layer] for layer in sorted(layers)], dim=2)
 
 
-class LargestActivations(PairStatistic[tuple[Tensor, int]]):
+class LargestActivations(PairStatistic[tuple[Tensor, int, list[int]]]):
     """Each neuron's activation of largest magnitude in both texts of every pair.
 
-    Computes these activations, [pair, 2, neuron], and the number of blocks of prompts in the pairs.
+    Computes these activations, [pair, 2, neuron], the number of blocks of prompts, and the indices of the pairs: those
+    that were not skipped because they produce NaN or infinity.
     """
 
     name = "activations"
@@ -74,9 +75,11 @@ class LargestActivations(PairStatistic[tuple[Tensor, int]]):
         self._largest[numbers] = observed[0].cpu().view(2, batch.n_pairs, -1).transpose(0, 1)
         self._keys[numbers] = batch.keys[: batch.n_pairs].cpu()
 
-    def compute(self, record: PassRecord) -> tuple[Tensor, int]:
-        """The largest activations of all pairs, and the number of blocks."""
-        return self._largest, len(set(block_of(self._keys).tolist()))
+    def compute(self, record: PassRecord) -> tuple[Tensor, int, list[int]]:
+        """The largest activations of the pairs that were kept, the number of blocks, and the pairs' indices."""
+        record.require_pairs()
+        kept = record.kept(len(self._largest))
+        return self._largest[kept], len(set(block_of(self._keys[kept]).tolist())), kept
 
 
 def count_largest(neurons: NeuronSet, group: str, largest: Float[Tensor, "pair 2 wanted"]) -> pd.DataFrame:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
+import pandas as pd
+
 from rmtension.data._chat import Chat, Message, parse_messages, prompt_chat, prompt_text
 from rmtension.errors import DataError
 
@@ -55,6 +57,13 @@ class PreferencePair:
             object.__setattr__(self, name, getattr(self, name) or None)
         if not self.id:
             object.__setattr__(self, "id", self.digest()[:16])
+        for name, label in self.labels.items():
+            if not isinstance(name, str) or not isinstance(label, str) or not can_be_label(name):
+                raise DataError(
+                    f"labels: expected texts by name, with other names than the fields of a pair, got {name!r:.80}: "
+                    f"{label!r:.80}."
+                )
+        object.__setattr__(self, "labels", dict(self.labels))
 
     @property
     def is_tie(self) -> bool:
@@ -112,8 +121,24 @@ class PreferencePair:
             if isinstance(fields[name], tuple):
                 fields[name] = [message.to_dict() for message in fields[name]]
         tools, labels = fields.pop("tools"), fields.pop("labels")
-        fields |= {name: label for name, label in labels.items() if name not in fields}
+        fields |= labels
         return fields if tools is None else {**fields, "tools": json.loads(tools)}
+
+
+# The fields of a pair that are part of the JSON-lines format; each label is an entry of its own.
+PAIR_FIELDS = tuple(name for name in PreferencePair.__dataclass_fields__ if name != "labels")
+# Names with a meaning of their own when a row is read.
+_RESERVED = (*PAIR_FIELDS, "labels", "system", "conversations")
+
+
+def can_be_label(name: str) -> bool:
+    """Whether a label can have this name: no field of a pair, no other column with a meaning of its own."""
+    return name not in _RESERVED and not name.startswith("__")
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value is None, or the NaN, NaT or NA that pandas has instead."""
+    return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
 
 
 def join_prompt(prompt: str, response: str) -> str:
@@ -171,7 +196,7 @@ def require_responses(pair: PreferencePair, where: str) -> None:
                 f"{where}: field {name!r} is empty; a reward model needs a response to score. Remove the pair, or "
                 'load with on_invalid="skip".'
             )
-    for name in (name for name in PreferencePair.__dataclass_fields__ if name != "labels"):
+    for name in PAIR_FIELDS:
         value = getattr(pair, name)
         text = prompt_text(value) if name in ("prompt", "chosen", "rejected") else value or ""
         try:

@@ -11,6 +11,7 @@ the format:
 In every source, a text that is the JSON of messages is read as messages.
 """
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -18,21 +19,28 @@ from difflib import get_close_matches
 from numbers import Number
 from typing import Any
 
-import pandas as pd
-
 from rmtension._arguments import nearest
 from rmtension.data._chat import Message, is_messages, is_transcript, json_text, parse_messages, read_chat, split_turns
 from rmtension.data._conversations import after_prompt, require_contained, shared_messages
 from rmtension.data._data_files import parse_json
-from rmtension.data._pair import PreferencePair, join_prompt, require_responses, split_transcripts
+from rmtension.data._pair import (
+    PAIR_FIELDS,
+    PreferencePair,
+    can_be_label,
+    is_missing,
+    join_prompt,
+    require_responses,
+    split_transcripts,
+)
 from rmtension.errors import DataError, OptionError, RMTensionWarning
 
 SIDES = ("chosen", "rejected")
 # The fields of a pair, and the text of a system message, which becomes a part of the prompt.
-FIELDS = (*(name for name in PreferencePair.__dataclass_fields__ if name != "labels"), "system")
+FIELDS = (*PAIR_FIELDS, "system")
 _LABELS = ("objective", "subset", "id", "item")
 # Longer texts, such as a second response, are content and not labels.
 _LONGEST_LABEL = 80
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 # ShareGPT's name for the messages before the responses.
 _CONVERSATIONS = "conversations"
 _SKIP = 'Correct the row, or load with on_invalid="skip".'
@@ -42,7 +50,7 @@ class RowReader:
     """Reads the rows of one source as pairs.
 
     `columns` maps a field of the pair to its column, or to None if no column holds it; other fields are read from the
-    columns of the same names. Other columns with short texts, whole numbers or true and false become `labels`.
+    columns of the same names. Other columns with short texts, numbers or true and false become `labels`.
     `objective` and `subset` are set in every pair. `chat=True` converts plain prompts to messages. After the last
     row, `finish` raises `OptionError` if a named column was in no row.
     """
@@ -157,16 +165,16 @@ class RowReader:
                 missing = f"field {name!r} is missing"
             message = f"{where}: {missing}; fields present: {sorted(map(str, row))}."
             raise DataError(message + self._other_column(name, map(str, row)))
-        return {name: value for name, value in fields.items() if name in ("prompt", *SIDES) or not _is_missing(value)}
+        return {name: value for name, value in fields.items() if name in ("prompt", *SIDES) or not is_missing(value)}
 
     def _other_labels(self, row: Mapping[str, Any]) -> dict[str, str]:
         """The labels in columns that hold no field of the pair."""
-        used = {*self._columns.values(), *FIELDS, _CONVERSATIONS}
+        used = set(self._columns.values())
         others = {str(name): value for name, value in row.items() if name not in used}
         return {
             name: label
             for name, value in others.items()
-            if not name.startswith("__") and (label := _other_label(value)) is not None
+            if can_be_label(name) and (label := _other_label(value)) is not None
         }
 
     def _other_column(self, field: str, present: Iterable[str]) -> str:
@@ -188,11 +196,11 @@ class RowReader:
                 value = parse_messages(fields[name], where_field)
                 given[name] = read_chat(value, where_field) if is_messages(value) else value
         has_chats = any(isinstance(value, tuple) for value in given.values())
-        if _is_missing(given.get("prompt")) and (has_chats or _are_transcripts(given)):
+        if is_missing(given.get("prompt")) and (has_chats or _are_transcripts(given)):
             given.pop("prompt", None)
         for name, value in given.items():
             if not isinstance(value, str | tuple):
-                is_number = isinstance(value, Number) and not _is_missing(value)
+                is_number = isinstance(value, Number) and not is_missing(value)
                 column = self._columns.get(name, name)
                 raise DataError(
                     f"{where}: field {name!r} should be text or messages, got {type(value).__name__}."
@@ -273,11 +281,6 @@ _EXAMPLE = ' columns maps a field to the column that it is in, for example {"pro
 _NOT_WHOLE = "'chosen' and 'rejected' have no common first messages that could be the prompt."
 
 
-def _is_missing(value: Any) -> bool:
-    """Whether a value is None, or the NaN, NaT or NA that pandas has instead."""
-    return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
-
-
 def _are_transcripts(given: Mapping[str, Any]) -> bool:
     return all(isinstance(given[name], str) and is_transcript(given[name]) for name in SIDES)
 
@@ -292,12 +295,10 @@ def _label(value: Any) -> str | None:
 
 
 def _other_label(value: Any) -> str | None:
-    """A label of a column that is no field: a short text on one line, a whole number, or true or false."""
+    """A label of a column that is no field: a short text on one line, a number, or true or false."""
     if isinstance(value, str):
-        return value if 0 < len(value) <= _LONGEST_LABEL and "\n" not in value and value.isprintable() else None
-    if isinstance(value, float) and not value.is_integer():
-        return None
-    return _label(value) if isinstance(value, Number) and not _is_missing(value) else None
+        return value if 0 < len(value) <= _LONGEST_LABEL and not _CONTROL.search(value) else None
+    return _label(value) if isinstance(value, Number) and not is_missing(value) else None
 
 
 def _tools(value: Any, where: str) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from rmtension._arguments import require_arguments
-from rmtension.data._groups import ALL, GroupBy, group_rows
+from rmtension.data._groups import ALL, GroupBy, named_groups
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
 from rmtension.evaluation._effects import effect_beyond_random
@@ -44,7 +44,8 @@ def ablation_effects(
 
     - `set`, `size`, `group`, `quantity` ("accuracy" or "margin"), `n` (items in the group);
     - `before`, `after` and `effect`, their paired difference, with its bootstrap interval over prompts (`low`, `high`);
-    - `random_effect`, `random_sd`: the mean effect of the random sets, and its standard deviation between sets;
+    - `random_effect`, `random_sd`, `n_draws`: the mean effect of the random sets, its standard deviation between sets,
+      and the number of sets;
     - `beyond_random`: the effect minus the mean random effect, with an interval over prompts and draws (`beyond_low`,
       `beyond_high`). If the set is itself a random draw, this interval covers 0 with the probability `level`.
 
@@ -88,13 +89,17 @@ def ablation_effects(
         neurons=(named, Mapping),
         pairs=(pairs, PreferencePairs),
     )
+    if not named:
+        raise OptionError("neurons: expected at least one set, got none.")
+    for name, chosen in named.items():
+        require_arguments("ablation_effects(head, neurons, pairs)", **{f"neurons[{name!r}]": (chosen, NeuronSet)})
     check_level(level)
     check_seed(seed)
     if n_draws < 0 or n_draws == 1:
         raise OptionError(f"n_draws: expected at least 2 random sets, to measure their spread, or 0, got {n_draws}.")
     if not len(pairs):
         raise OptionError("pairs: expected at least one pair, got none.")
-    groups = grouped(pairs, by)
+    groups = named_groups(pairs, by)
     draws = {
         name: matched_sets(chosen, n_draws, exclude=exclude, seed=seed) if n_draws else []
         for name, chosen in named.items()
@@ -106,21 +111,23 @@ def ablation_effects(
     )
     rows = []
     results = iter(after)
+    groups = {ALL: list(range(len(before.pairs)))} | kept_rows(groups, pairs, before.pairs)
     for name, chosen in named.items():
         ablated, *random = (next(results) for _ in range(1 + len(draws[name])))
         rows += _rows(name, chosen, groups, before, ablated, random, level, seed)
     return pd.DataFrame(rows)
 
 
-def grouped(pairs: PreferencePairs, by: GroupBy | None) -> dict[str, list[int]]:
-    """The rows of every group, all pairs first; the default groups if `by` is None."""
-    if by is None:
-        by = "objective" if len(pairs.objectives) > 1 else "subset" if len(pairs.subsets) > 1 else None
-    groups = {} if by is None else group_rows(pairs, by)
-    # A label that is the name of all pairs would replace their group.
-    return {ALL: list(range(len(pairs)))} | {
-        f"{name} (label)" if name == ALL else name: groups[name] for name in groups
-    }
+def kept_rows(groups: Mapping[str, list[int]], pairs: PreferencePairs, kept: PreferencePairs) -> dict[str, list[int]]:
+    """The rows of the groups among the pairs that a pass kept, which skips pairs that produce NaN or infinity."""
+    if len(kept) == len(pairs):
+        return dict(groups)
+    new_rows: dict[int, int] = {}
+    for row, pair in enumerate(pairs):
+        if len(new_rows) < len(kept) and pair is kept[len(new_rows)]:
+            new_rows[row] = len(new_rows)
+    left = {name: [new_rows[row] for row in members if row in new_rows] for name, members in groups.items()}
+    return {name: rows for name, rows in left.items() if rows}
 
 
 def _rows(

@@ -72,9 +72,10 @@ def conflict(
         -0.280 [-0.280, -0.280] [(0, 1)]
     """
     require_arguments("conflict(first, second)", first=(first, PairAttributions), second=(second, PairAttributions))
-    if len(names) != 2 or names[0] == names[1] or {*names} & {"layer", "neuron", "class"}:
+    if len(names) != 2 or not have_columns(names):
         raise OptionError(
-            f"names: expected two different names, other than 'layer', 'neuron' and 'class', got {names}."
+            f"names: expected two names whose columns differ from each other and from 'layer', 'neuron' and 'class', "
+            f"got {names}."
         )
     if not 0 <= min_share < 1:
         raise OptionError(f"min_share: expected a share of the largest contribution in [0, 1), got {min_share}.")

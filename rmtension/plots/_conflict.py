@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from scipy import stats
 
 from rmtension.neurons._conflict_report import ConflictReport, classes
-from rmtension.plots._drawing import GREY, Canvas, readable
+from rmtension.plots._drawing import GREY, Canvas, as_text, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +53,12 @@ def conflict_scatter(report: ConflictReport, ax: "Axes | None" = None) -> "Figur
             continue
         color, marker = _LOOKS[signs]
         x, y = (report.table.loc[in_class, on].to_numpy() for on in report.names)
-        style: dict[str, Any] = {"linestyle": "", "marker": marker, "color": color, "label": f"{name} ({counts[name]})"}
+        style: dict[str, Any] = {
+            "linestyle": "",
+            "marker": marker,
+            "color": color,
+            "label": as_text(f"{name} ({counts[name]})"),
+        }
         if name == "none":
             # There can be tens of thousands of points, so they are drawn as pixels even in a vector file.
             axes.errorbar(x, y, markersize=2.5, alpha=0.5, markeredgewidth=0, zorder=1, rasterized=True, **style)
@@ -63,14 +68,15 @@ def conflict_scatter(report: ConflictReport, ax: "Axes | None" = None) -> "Figur
     for line in (axes.axhline, axes.axvline):
         line(0, color="black", linewidth=0.8, zorder=2)
     x_label, y_label = (
-        f"mean contribution to {on} margins (supports them \N{RIGHTWARDS ARROW})\n"
+        f"mean contribution to {as_text(on)} margins (supports them \N{RIGHTWARDS ARROW})\n"
         f"(reward units; {report.n_pairs[on]} pairs of {report.n_prompts[on]} prompts)"
         for on in report.names
     )
     axes.set(xlabel=x_label, ylabel=y_label)
     where, cosine = report.provenance[report.names[0]], report.cosine
+    names = as_text(" and ".join(report.names))
     title = (
-        f"Contributions to {' and '.join(report.names)} margins: {readable(where.site)}, {readable(where.label)}\n"
+        f"Contributions to {names} margins: {readable(where.site)}, {readable(where.label)}\n"
         f"Cosine {cosine}; {100 * cosine.level:g}% intervals over prompts"
     )
     return canvas.finish(title)

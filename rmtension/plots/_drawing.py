@@ -59,6 +59,12 @@ def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
+def as_text(name: object) -> str:
+    """A text of the data for matplotlib, which reads dollar signs as formulas and hides labels that begin with "_"."""
+    text = str(name).replace("$", r"\$")
+    return f"\N{ZERO WIDTH SPACE}{text}" if text.startswith("_") else text
+
+
 def readable(name: object) -> str:
     """The name of a column or score, with spaces for underscores."""
     return str(name).replace("_", " ")

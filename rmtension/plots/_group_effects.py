@@ -8,7 +8,7 @@ import pandas as pd
 
 from rmtension.errors import OptionError
 from rmtension.evaluation._metrics import check_quantity
-from rmtension.plots._drawing import GREY, Canvas, looks, name_rows, offsets, row_height
+from rmtension.plots._drawing import GREY, Canvas, as_text, looks, name_rows, offsets, row_height
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +71,7 @@ def _panel(axes: "Axes", rows: pd.DataFrame, groups: Sequence[str], sets: Sequen
         )  # fmt: skip
         reach = np.array([part["effect"] - part["low"], part["high"] - part["effect"]]).clip(min=0)
         size = int(part["size"].iloc[0])
-        label = f"{name} ({size:,} neurons)" if name != "neurons" else f"ablated ({size:,} neurons)"
+        label = as_text(f"{'ablated' if name == 'neurons' else name} ({_counted(size)})")
         axes.errorbar(
             part["effect"], heights, xerr=reach, linestyle="", markersize=5, capsize=2.5, elinewidth=1.1, zorder=3,
             label=label, **styles[name],
@@ -89,7 +89,7 @@ def _widen(axes: "Axes", rows: pd.DataFrame) -> None:
 
 def _labels(rows: pd.DataFrame, groups: Sequence[str]) -> list[str]:
     n = dict(zip(rows["group"], rows["n"].tolist(), strict=True))
-    return [f"{group}  (n = {n[group]:,})" for group in groups]
+    return [as_text(f"{group}  (n = {n[group]:,})") for group in groups]
 
 
 def _title(table: pd.DataFrame, sets: Sequence[str]) -> str:
@@ -97,5 +97,10 @@ def _title(table: pd.DataFrame, sets: Sequence[str]) -> str:
     if len(sets) > 1:
         what = f"Effect of ablating {len(sets)} sets of neurons"
     else:
-        what = f"Effect of ablating {sizes[sets[0]]:,} neurons" + ("" if sets[0] == "neurons" else f" ({sets[0]})")
+        name = "" if sets[0] == "neurons" else as_text(f" ({sets[0]})")
+        what = f"Effect of ablating {_counted(int(sizes[sets[0]]))}{name}"
     return f"{what}\nMean change per group with its interval; grey: random sets of the same size per layer"
+
+
+def _counted(n: int) -> str:
+    return f"{n:,} neuron" if n == 1 else f"{n:,} neurons"

@@ -48,7 +48,7 @@ def inspection_page(inspection: ModelInspection) -> Page:
         warnings=failed,
         dashboards=None if inspection.dashboards is None else dashboards_section(inspection.dashboards),
         provenance=Reproduction(
-            "This code writes the page again. Replace the names with those of your checkpoint and pairs; the "
+            "This code writes such a page again. Replace the names with those of your checkpoint and pairs; the "
             "fingerprint and digest below identify the model and pairs of this page.",
             _code(inspection),
             json.dumps(dict(summary), indent=2),
@@ -78,9 +78,15 @@ def _leading_picture(inspection: ModelInspection) -> Picture | None:
     groups = shown["group"].unique()
     # Without groups there is one row, which needs no second name.
     named = shown[shown["group"] != ALL] if len(groups) > 1 else shown
-    size = inspection.tables["effects"]["size"].max()
+    size = shown["size"].max()
+    n_sets = inspection.tables["effects"]["set"].nunique()
+    which = (
+        "each group's top set"
+        if len(sets) == n_sets
+        else f"{len(sets)} of {n_sets} sets, those with the largest effects"
+    )
     title = (
-        f"Effect of ablating each group's top set (at most {size:,} neurons)\n"
+        f"Effect of ablating {which} (at most {size:,} neurons)\n"
         "Mean change per group with its interval; grey: random sets of the same size per layer"
     )
     return as_picture(plots.effects_by_group(named, title=title), "effects.png")
@@ -230,6 +236,10 @@ def _text(value: float) -> str:
     return "" if math.isnan(value) else f"{value + 0.0:+.3g}"
 
 
+def _by(by: str | None) -> str:
+    return "labels" if by == "custom" else repr(by)
+
+
 def _code(inspection: ModelInspection) -> str:
     summary = inspection.summary
     return "\n".join(
@@ -241,8 +251,8 @@ def _code(inspection: ModelInspection) -> str:
             "",
             'head = RewardHead.from_pretrained("model")',
             'pairs = PreferencePairs.read("pairs.csv")',
-            f"options = {{'fraction': {summary['fraction']}, 'seed': {summary['seed']}}}",
-            'inspection = inspect_model(head, pairs, by="category", **options)',
+            f"options = { {name: summary[name] for name in ('fraction', 'seed', 'budget')} }",
+            f"inspection = inspect_model(head, pairs, by={_by(summary['by'])}, **options)",
             'inspection.save("inspection")',
             'write_report(inspection, "inspection")',
         ]

@@ -26,7 +26,7 @@ def undecided(tables: Mapping[str, pd.DataFrame]) -> list[str]:
         f"{_interval(row, 'beyond_random', abs(row['before']), 'beyond_low', 'beyond_high')} beyond random sets "
         f"(n = {row['n']}), so these pairs do not show a direction."
         for row in own.to_dict("records")
-        if not (row["beyond_low"] > 0 or row["beyond_high"] < 0)
+        if row["size"] and not (row["beyond_low"] > 0 or row["beyond_high"] < 0)
     ]
     notes = tables["groups"].drop_duplicates("group")
     sentences += [
@@ -67,20 +67,22 @@ def _effects(effects: pd.DataFrame) -> list[str]:
     sentences = []
     margins = effects[effects["quantity"] == "margin"]
     for row in own_effects(effects).head(_MOST_NAMED).to_dict("records"):
+        if not row["size"]:
+            sentences.append(f"No neuron supports {row['group']} in the half of the pairs that scores neurons.")
+            continue
         scale = abs(row["before"])
         which = "neuron that supports" if row["size"] == 1 else f"{row['size']:,} neurons that support"
         sentence = (
             f"Ablating the {which} {row['group']} most changes its mean margin from {_number(row['before'], scale)} to "
-            f"{_number(row['after'], scale)} ({_interval(row, 'effect', scale)}); "
-            f"{_random(row, scale)}."
+            f"{_number(row['after'], scale)} ({_interval(row, 'effect', _scale(row))}); {_random(row, _scale(row))}."
         )
         others = margins[(margins["set"] == row["set"]) & ~margins["group"].isin([row["group"], ALL])]
         if len(others):
             other = others.iloc[int(others["effect"].abs().to_numpy().argmax())].to_dict()
-            most = "" if len(others) == 1 else ", the group that changes most,"
+            most = "" if len(others) == 1 else ", the other group that changes most,"
             sentence += (
-                f" The margin of {other['group']}{most} changes by {_interval(other, 'effect', abs(other['before']))}; "
-                f"{_random(other, abs(other['before']))}."
+                f" The margin of {other['group']}{most} changes by {_interval(other, 'effect', _scale(other))}; "
+                f"{_random(other, _scale(other))}."
             )
         sentences.append(sentence)
     return sentences
@@ -108,6 +110,8 @@ def _trust(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     if summary.empty:
         return []
     row = summary.iloc[0].to_dict()
+    if pd.isna(row["spearman"]):
+        return []
     interval = with_interval(row["spearman"], row["spearman_low"], row["spearman_high"], form=".2f")
     sentence = (
         f"On {row['n']} neurons ablated one by one, scores and true effects have a Spearman correlation of {interval}"
@@ -117,8 +121,8 @@ def _trust(tables: Mapping[str, pd.DataFrame]) -> list[str]:
         scale = abs(largest["effect"])
         predicted, effect = (_number(largest[name], scale, sign=True) for name in ("predicted", "effect"))
         sentence += (
-            f"; for a top set of {_counted(largest['size'])} the scores predict {predicted}, and its ablation changes "
-            f"the margin by {effect}"
+            f"; for the top {_counted(largest['size'])} of these pairs the scores predict {predicted}, and their "
+            f"ablation changes the margin by {effect}"
         )
     return [sentence + "."]
 
@@ -129,8 +133,15 @@ def _random(row: Mapping[Any, Any], scale: float) -> str:
     return f"random sets of this size change it by {_number(row['random_effect'], scale, sign=True)}"
 
 
+def _scale(row: Mapping[Any, Any]) -> float:
+    """The size that an effect is shown by: its own, but not less than a hundredth of the margin's."""
+    return float(max(abs(row["effect"]), abs(row["before"]) / 100))
+
+
 def _interval(row: Mapping[Any, Any], value: str, scale: float = 1.0, low: str = "low", high: str = "high") -> str:
     shown, *ends = (_number(row[name], scale, sign=True) for name in (value, low, high))
+    if pd.isna(row[low]):
+        return f"{shown} (no interval: too few prompts)"
     return f"{shown} [{', '.join(ends)}]"
 
 

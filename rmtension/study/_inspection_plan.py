@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -86,6 +86,12 @@ class InspectionPlan:
         """A plain dict, for JSON."""
         values = {name: getattr(self, name) for name in ("pairs", "available", *MOST)}
         return values | {"steps": self.steps.to_dict("records"), "seconds": self.seconds}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "InspectionPlan":
+        """The plan that `to_dict` described."""
+        sizes = {name: int(values[name]) for name in MOST}
+        return cls(dict(values["pairs"]), dict(values["available"]), **sizes, steps=pd.DataFrame(values["steps"]))
 
     def __repr__(self) -> str:
         used, there = sum(self.pairs.values()), sum(self.available.values())
@@ -258,8 +264,3 @@ def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def settings_of(plan: InspectionPlan) -> dict[str, Any]:
-    """The plan without its times, which differ from run to run."""
-    return {name: value for name, value in asdict(plan).items() if name != "steps"}

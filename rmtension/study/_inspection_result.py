@@ -19,6 +19,8 @@ from rmtension.store._files import filled_whole
 from rmtension.study._inspection_findings import findings, undecided
 
 _SUMMARY, _AGREEMENT, _DASHBOARDS = "inspection.json", "faithfulness.safetensors", "dashboards.json"
+# Labels are text, also "1" and "True".
+_TEXTS = dict.fromkeys(("set", "group", "first", "second", "measure", "quantity", "note", "check", "method"), str)
 TABLES = ("groups", "neurons", "maps", "faithfulness", "faithfulness_sets", "effects", "checks")
 
 
@@ -118,7 +120,7 @@ class ModelInspection:
         try:
             listed = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
             tables = {
-                name: pd.read_csv(folder / f"{name}.csv", keep_default_na=False, na_values=[""])
+                name: pd.read_csv(folder / f"{name}.csv", keep_default_na=False, na_values=[""], dtype=_TEXTS)
                 for name in TABLES
                 if name in listed["tables"]
             }

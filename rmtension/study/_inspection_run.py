@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from rmtension.attribution._faithfulness_result import Faithfulness
 from rmtension.attribution._make_dashboards import neuron_dashboards
 from rmtension.attribution._neuron_attribution import NeuronAttribution
 from rmtension.attribution._neuron_dashboards import NeuronDashboards
+from rmtension.data._groups import ALL
 from rmtension.data._pairs import PreferencePairs
-from rmtension.errors import CheckError, DataError
+from rmtension.errors import CheckError
 from rmtension.interventions._ablation_effects import ablation_effects
 from rmtension.interventions._replacements import Mean
 from rmtension.neurons._conflict import conflict
@@ -75,8 +76,8 @@ class InspectionRun:
         self._work, self._progress = work, progress
         self._seconds: dict[str, float] = {}
 
-    def result(self) -> ModelInspection:
-        """Run all steps."""
+    def result(self, *, asked: Mapping[str, Any]) -> ModelInspection:
+        """Run all steps; `asked` has what the user asked for and the summary keeps: `by` and `budget`."""
         with progress_bar(progress=self._progress, total=7, desc="inspect", unit="step") as bar:
 
             def step(name: str, run: Callable[[], Any]) -> Any:
@@ -104,13 +105,13 @@ class InspectionRun:
             "faithfulness_sets": agreement.sets,
             "checks": checks,
         }
-        return ModelInspection(tables, scores, maps, agreement, dashboards, self._summary())
+        return ModelInspection(tables, scores, maps, agreement, dashboards, {**self._summary(), **asked})
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def _check(self) -> pd.DataFrame:
         try:
-            return self._head.check(joined({name: part[:4] for name, part in self._used.items()})[:8])
+            return self._head.check(_few_of_each(self._used, 8))
         except CheckError as error:
             return error.table
 
@@ -149,10 +150,9 @@ class InspectionRun:
         maps = {}
         for first, second in combinations([name for name in of_group if name in largest], 2):
             names = (first, second) if have_columns((first, second)) else (f"group {first}", f"second group {second}")
-            try:
-                maps[names] = conflict(of_group[first], of_group[second], names=names, level=LEVEL, seed=self._seed)
-            except DataError:
+            if not all(of_group[name].mean().any() for name in (first, second)):
                 continue  # every score is 0, so that there is no direction to compare
+            maps[names] = conflict(of_group[first], of_group[second], names=names, level=LEVEL, seed=self._seed)
         return maps
 
     def _ablations(self, sets: Mapping[str, NeuronSet], replacement: Mean) -> pd.DataFrame:
@@ -161,7 +161,7 @@ class InspectionRun:
             sets,
             joined(self._evaluating),
             replacement,
-            by=[name for name, part in self._evaluating.items() for _ in part],
+            by=None if list(self._evaluating) == [ALL] else _labels(self._evaluating),
             n_draws=self._plan.n_draws,
             level=LEVEL,
             seed=self._seed,
@@ -218,6 +218,16 @@ class InspectionRun:
 def joined(groups: Groups) -> PreferencePairs:
     """The pairs of all groups, one group after the other."""
     return PreferencePairs(pair for part in groups.values() for pair in part)
+
+
+def _few_of_each(groups: Groups, n: int) -> PreferencePairs:
+    """The first pairs of every group in turn, `n` in all."""
+    in_turn = (part[row] for row in range(n) for part in groups.values() if row < len(part))
+    return PreferencePairs(islice(in_turn, n))
+
+
+def _labels(groups: Groups) -> list[str]:
+    return [name for name, part in groups.items() for _ in part]
 
 
 def _top(scores: NeuronScores, fraction: float) -> NeuronSet:

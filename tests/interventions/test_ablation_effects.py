@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from tiny_models import grid
+from tiny_models import grid, unchecked
 
 from rmtension import (
     AblationContext,
@@ -23,6 +23,8 @@ from rmtension.neurons._matched_sets import matched_sets
 from rmtension.plots import effects_by_group
 
 GROUPS = ("short", "long")
+# The last pair of `labelled` has no label.
+pytestmark = pytest.mark.filterwarnings("ignore:by. 1 of 24 pairs have no label")
 
 
 def set_of(model, *indices):
@@ -180,8 +182,28 @@ class TestFigure:
             effects_by_group(table, quantity="reward")
 
 
-def test_a_label_called_all_pairs_is_a_group_of_its_own(model, pairs, chosen):
-    labels = ["all pairs" if row < 6 else "rest" for row in range(24)]
-    table = ablation_effects(model, chosen, pairs, by=labels, n_draws=0, progress=False)
+def test_skipped_pairs_are_in_no_group(checkpoints, pairs):
+    """A pair that produces NaN is left out of the groups as it is of the rewards."""
+    model = RewardHead.from_pretrained(checkpoints["gpt2"], on_nonfinite="skip")
+    labels = [GROUPS[row % 2] for row in range(24)]
+    # A word of a few pairs; where it is read, the model gives NaN.
+    texts = [{*model.tokenizer(pair.text("chosen"))["input_ids"]} for pair in pairs]
+    token = min(set().union(*texts), key=lambda token: (sum(token in text for text in texts), token))
+    embedding = model.body.native.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding[token] = torch.nan
+    with pytest.warns(RMTensionWarning, match="skipped"):
+        table = ablation_effects(model, set_of(model, (0, 1)), pairs, by=labels, n_draws=0, progress=False)
+    with pytest.warns(RMTensionWarning, match="skipped"):
+        kept = model.score_pairs(pairs)
+    ids = {pair.id for pair in kept.pairs}
+    expected = {group: sum(pair.id in ids for pair in pairs[n::2]) for n, group in enumerate(GROUPS)}
+    assert 0 < len(ids) < 24
     sizes = table[table["quantity"] == "margin"].set_index("group")["n"].to_dict()
-    assert sizes == {"all pairs": 24, "all pairs (label)": 6, "rest": 18}
+    assert sizes == {"all pairs": len(ids), **expected}
+
+
+@pytest.mark.parametrize("neurons", [{}, {"a": [(0, 1)]}])
+def test_other_things_than_sets_are_refused(model, pairs, neurons):
+    with pytest.raises(OptionError, match="neurons"):
+        unchecked(ablation_effects)(model, neurons, pairs)

@@ -1,6 +1,7 @@
 """Inspection of one model: its tables equal the library's single calls, and its plan keeps to the budget."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from rmtension import (
 )
 from rmtension.errors import OptionError, StorageError
 from rmtension.evaluation import accuracy, length_baseline, mean_margin
+from rmtension.report import write_report
+from rmtension.store._work_folder import claim
 from rmtension.study import (
     InspectionPlan,
     ModelInspection,
@@ -55,10 +58,10 @@ def inspection(inspector):
     return inspector.run(progress=False)
 
 
-def halves(both):
-    """The halves by prompt, as `PreferencePairs.split` makes them of all pairs together."""
-    scoring, evaluating = both.split(0.5, seed=0)
-    return scoring, evaluating
+@pytest.fixture(scope="module")
+def halves(inspector):
+    """The pairs that score neurons and those that measure effects, by group."""
+    return inspector._halves(inspector._used(inspector.plan))
 
 
 class TestTables:
@@ -77,9 +80,8 @@ class TestTables:
                     (estimate.value, estimate.low, estimate.high, estimate.n), abs=1e-9
                 )
 
-    def test_scores_and_standard_errors_are_those_of_attribution_on_the_scoring_half(self, model, both, inspection):
-        scoring, _ = halves(both)
-        groups = [scoring.filter(objective=name) for name in ("helpful", "harmless")]
+    def test_scores_and_standard_errors_are_those_of_attribution_on_the_scoring_half(self, model, halves, inspection):
+        groups = [halves[0][name] for name in ("helpful", "harmless")]
         means = Mean(ActivationCollector(model).collect(groups[0] + groups[1]))
         attribution = NeuronAttribution(model, "attribution_patching", replacement=means)
         for name, part in zip(("helpful", "harmless"), groups, strict=True):
@@ -89,10 +91,8 @@ class TestTables:
             assert torch.allclose(found.stderr, expected.stderr, atol=1e-9)
             assert found.provenance.n_pairs == len(part)
 
-    def test_effects_are_those_of_ablation_effects_on_the_other_half(self, model, both, inspection):
-        scoring, evaluating = halves(both)
-        ordered = evaluating.filter(objective="helpful") + evaluating.filter(objective="harmless")
-        joined = scoring.filter(objective="helpful") + scoring.filter(objective="harmless")
+    def test_effects_are_those_of_ablation_effects_on_the_other_half(self, model, halves, inspection):
+        joined, ordered = (half["helpful"] + half["harmless"] for half in halves)
         sets = {name: _top(scores, 0.06) for name, scores in inspection.scores.items()}
         means = Mean(ActivationCollector(model).collect(joined))
         expected = ablation_effects(model, sets, ordered, means, by="objective", n_draws=8, progress=False)
@@ -102,20 +102,28 @@ class TestTables:
         numbers = expected.select_dtypes("number").columns
         assert np.allclose(found[numbers], expected[numbers], atol=1e-9, equal_nan=True)
 
-    def test_no_prompt_scores_neurons_and_measures_effects(self, inspector, monkeypatch):
-        seen = {}
-
-        class Recorded(_inspection.InspectionRun):
-            def result(self):
-                seen["scoring"], seen["evaluating"] = self._scoring, self._evaluating
-                return super().result()
-
-        monkeypatch.setattr(_inspection, "InspectionRun", Recorded)
-        inspector.run(progress=False)
-        prompts = [{pair.prompt for part in seen[side].values() for pair in part} for side in ("scoring", "evaluating")]
-        assert prompts[0]
-        assert prompts[1]
+    @pytest.mark.parametrize("seed", range(5))
+    def test_halves_share_no_prompt_and_are_even_in_every_group(self, model, both, seed):
+        """Also in a small group, and for a prompt of two groups."""
+        labels = ["small" if row < 9 else "large" for row in range(len(both))]
+        twice = both + PreferencePairs(replace(pair, id="", chosen=f"{pair.chosen} end") for pair in both[:9])
+        inspector = ModelInspector(model, twice, by=[*labels, *["copy"] * 9], seed=seed)
+        scoring, evaluating = inspector._halves(inspector._used(inspector.plan))
+        prompts = [{pair.prompt for part in side.values() for pair in part} for side in (scoring, evaluating)]
         assert not prompts[0] & prompts[1]
+        assert list(scoring) == ["small", "large", "copy"]
+        for name in scoring:
+            assert abs(len(scoring[name].prompts) - len(evaluating[name].prompts)) <= 1
+
+    def test_items_are_used_whole(self, both):
+        """An item of which the budget left out some pairs would be easier."""
+        items = PreferencePairs(
+            replace(pair, prompt=both[row // 3 * 3].prompt, item=f"item {row // 3}", id="")
+            for row, pair in enumerate(both)
+        )
+        used = _inspection._sampled(items, 10, seed=0)
+        assert {len(rows) for rows in used.items} == {3}
+        assert len(used) == 12
 
     def test_the_top_sets_hold_planted_neurons_and_random_sets_do_less(self, organism, inspection):
         """Helpfulness neurons support helpful pairs only: their ablation leaves the other margin as it is."""
@@ -146,7 +154,7 @@ class TestGroups:
 
     def test_groups_that_are_all_too_small_are_refused(self, model, both):
         labels = [str(row) for row in range(len(both))]
-        with pytest.raises(OptionError, match="by: every group has fewer than 8 prompts"):
+        with pytest.raises(OptionError, match="by: no group has at least 4 prompts in either half"):
             ModelInspector(model, both, by=labels)
 
     @pytest.mark.parametrize(
@@ -223,11 +231,30 @@ class TestResult:
             inspection.save(folder)
         inspection.save(folder, overwrite=True)
 
+    @pytest.mark.parametrize("names", [("1", "2"), ("True", "False"), ("<b>", "a/b $x$ _y")])
+    def test_any_labels_survive_saving(self, model, both, names, tmp_path):
+        """Also those that a CSV reader takes for numbers; the figures of the page are drawn."""
+        labels = [names[row % 2] for row in range(len(both))]
+        result = inspect_model(model, both, by=labels, progress=False)
+        loaded = ModelInspection.load(result.save(tmp_path / "saved"))
+        assert loaded.findings() == result.findings()
+        assert loaded.undecided() == result.undecided()
+        assert write_report(loaded, tmp_path / "page").stat().st_size > 10_000
+
+    def test_a_folder_of_another_run_is_refused(self, model, both, inspector, tmp_path):
+        (tmp_path / "work").mkdir()
+        claim(tmp_path / "work", inspector._inputs())
+        other = ModelInspector(model, both, by="objective", fraction=0.1)
+        with pytest.raises(StorageError, match="fraction"):
+            other.run(folder=tmp_path)
+
     def test_another_folder_is_refused(self, tmp_path):
         with pytest.raises(StorageError, match="has no finished inspection"):
             ModelInspection.load(tmp_path)
 
-    def test_an_interrupted_run_resumes_with_the_same_numbers(self, inspector, inspection, tmp_path, monkeypatch):
+    def test_an_interrupted_run_resumes_with_the_same_numbers(
+        self, model, both, inspector, inspection, tmp_path, monkeypatch
+    ):
         """Stopped in the faithfulness step: the passes before are not run again."""
 
         def stop(*_, **__):
@@ -238,8 +265,11 @@ class TestResult:
             with pytest.raises(KeyboardInterrupt):
                 inspector.run(folder=tmp_path, progress=False)
         kept = sorted(path.name for path in (tmp_path / "work").iterdir())
-        assert kept == ["ablations", "attribution", "means", "rewards"]
-        resumed = inspector.run(folder=tmp_path, progress=False)
+        assert kept == ["ablations", "attribution", "inputs.json", "means", "plan.json", "rewards"]
+        # A later call that times the model anew, and would choose another plan, follows the first one.
+        again = ModelInspector(model, both, by="objective", fraction=0.06)
+        again.plan = replace(again.plan, n_draws=2)
+        resumed = again.run(folder=tmp_path, progress=False)
         assert resumed.findings() == inspection.findings()
         assert not (tmp_path / "work").exists()
 

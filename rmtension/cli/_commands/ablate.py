@@ -20,6 +20,7 @@ from rmtension.cli._commands.pair_options import (
     add_group_options,
     add_pair_options,
     read_group_pairs,
+    refuse_inputs,
     skipped_lines,
 )
 from rmtension.cli._commands.quiet import quiet_libraries
@@ -79,6 +80,7 @@ def _check_outputs(options: Namespace) -> None:
         path: Path | None = getattr(options, name)
         if path is None:
             continue
+        refuse_inputs(options, name, (path,))
         if path.exists() and not options.overwrite:
             raise StorageError(f"--{name}: {path} exists already. Name another, or pass --overwrite.")
         if path.is_dir() != (name == "save") and path.exists():

@@ -18,6 +18,7 @@ from rmtension.cli._commands.pair_options import (
     add_group_options,
     add_pair_options,
     read_group_pairs,
+    refuse_inputs,
     skipped_lines,
 )
 from rmtension.cli._commands.quiet import quiet_libraries
@@ -79,6 +80,7 @@ def run(options: Namespace) -> Outcome:
     if options.out.suffix != ".safetensors":
         raise StorageError(f"--out: expected a name that ends in .safetensors, got {options.out}.")
     table = options.out.with_suffix(".csv")
+    refuse_inputs(options, "out", (options.out, table))
     for path in (options.out, table):
         if path.exists() and not options.overwrite:
             raise StorageError(f"--out: {path} exists already. Name another file, or pass --overwrite.")

@@ -34,6 +34,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--fraction", type=float, default=0.02, metavar="SHARE", help="share of neurons per top set (default: 0.02)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every random choice (default: 0)")
+    parser.add_argument("--truncate-response", action="store_true", help="cut responses longer than the context")
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")
     parser.add_argument(
         "--out",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmtension._arguments import nearest
-from rmtension.errors import DataError, OptionError
+from rmtension.errors import DataError, OptionError, StorageError
 
 if TYPE_CHECKING:
     from rmtension.data._pairs import PreferencePairs
@@ -97,6 +97,15 @@ def read_group_pairs(options: Namespace) -> "PreferencePairs":
     if getattr(options, "by", None) is not None:
         group_rows(pairs, options.by)
     return pairs
+
+
+def refuse_inputs(options: Namespace, flag: str, outputs: Iterable[Path]) -> None:
+    """Raise `StorageError` if an output of a flag is a file or folder that the command reads."""
+    given = (getattr(options, name, None) for name in ("pairs", "neurons", "model"))
+    inputs = {Path(path).resolve() for path in given if path is not None}
+    for path in outputs:
+        if path.resolve() in inputs:
+            raise StorageError(f"--{flag}: {path} is read by this command and would be replaced. Name another.")
 
 
 def skipped_lines(skipped: Mapping[str, int]) -> list[str]:
