@@ -87,9 +87,10 @@ def _leading_picture(inspection: ModelInspection) -> Picture | None:
     )
     title = (
         f"Effect of ablating {which} (at most {size:,} neurons)\n"
-        "Mean change per group with its interval; grey: random sets of the same size per layer"
+        "Mean change of the margin with its interval; grey: random sets of the same size per layer"
     )
-    return as_picture(plots.effects_by_group(named, title=title), "effects.png")
+    figure = plots.effects_by_group(named, quantity="margin", title=title)
+    return as_picture(figure, "effects.png")
 
 
 def _sections(inspection: ModelInspection) -> Iterator[PageSection]:

@@ -230,7 +230,7 @@ def inspect_model(
         >>> effects = inspection.to_frame("effects").query("quantity == 'margin' and group != 'all pairs'")
         >>> effects[["set", "group", "effect"]].round(1).head(2)
                set     group  effect
-        3  helpful   helpful    -0.6
+        3  helpful   helpful    -0.8
         5  helpful  harmless     0.0
     """
     inspector = ModelInspector(head, pairs, by=by, fraction=fraction, budget=budget, seed=seed)

@@ -101,6 +101,7 @@ def test_dashboards_pool_the_tokens_of_all_groups(checkpoints):
         (["layer", "neuron", "layer", "set", None, "neuron"], ["layer", "neuron", "set"]),
     ],
 )
+@pytest.mark.filterwarnings("ignore:by. 1 of 6 pairs have no label")
 def test_groups_have_any_names_and_any_number(head, by, names):
     pairs = make_pairs(6)
     neurons = NeuronSet.from_indices([(1, 3)], shape=(3, 64), site="mlp", architecture=head.architecture)

@@ -16,6 +16,8 @@ _ARGUMENT = re.compile(
 # What a message begins with: the arguments that are wrong.
 _SUBJECT = re.compile(r"([a-z]\w*(?:, [a-z]\w*)*)(?=: )")
 _OPEN_CALL = re.compile(r"\w\([^()]*\Z")
+# Arguments of the library that every command with MODEL sets by it.
+_OF_MODELS = {"name_or_path": "model"}
 _CHOICE = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)")
 
 
@@ -44,7 +46,7 @@ def flags_of(parser: ArgumentParser, arguments: Mapping[str, str | None]) -> dic
         action.dest: action.option_strings[-1] if action.option_strings else str(action.metavar)
         for action in parser._actions
     }
-    others = {name: own[option] for name, option in arguments.items() if option is not None}
+    others = {name: own[option] for name, option in (_OF_MODELS | dict(arguments)).items() if option in own}
     return {name: flag for name, flag in (own | others).items() if arguments.get(name, "") is not None}
 
 
