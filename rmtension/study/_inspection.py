@@ -88,7 +88,8 @@ class ModelInspector:
         self.plan: InspectionPlan = choose_plan(
             speed,
             self._groups,
-            budget=None if seconds is None else max(seconds - (time.perf_counter() - start), 1e-3),
+            budget=seconds,
+            spent=time.perf_counter() - start,
             n_all_neurons=n_all,
             most_pairs=2 * _MOST_BYTES // (n_all * head.reward_dtype.itemsize),
         )

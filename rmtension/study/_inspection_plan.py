@@ -29,6 +29,8 @@ LEAST_PAIRS = 24
 _FAST, _BATCHES = 0.5, 4
 # The forward passes of `RewardHead.check`, over at most this many pairs.
 _CHECKS, _PAIRS_CHECKED = 30, 8
+# Calls per group that the dashboards make: five passes and about as many short ones for texts and tables.
+_DASHBOARD_CALLS = 12
 # The shares of neurons whose sets `faithfulness` ablates, and the number of random sets for each.
 FAITHFUL_FRACTIONS = (0.01, 0.05)
 FAITHFUL_RANDOM = 4
@@ -162,21 +164,22 @@ def choose_plan(
     budget: int | float | None,
     n_all_neurons: int,
     most_pairs: int,
+    spent: float = 0.0,
 ) -> InspectionPlan:
     """The largest inspection within the budget; everything that there is without one.
 
     `most_pairs` is the number of pairs whose scores fit into memory. Raises `OptionError` if the smallest inspection
-    takes longer than the budget, and says how long that is.
+    takes longer than the budget without the `spent` seconds, and says how long that is.
     """
     plans = (_plan(speed, groups, share, n_all_neurons, most_pairs) for share in _SHARES)
     plan = next(plans)
-    while budget is not None and plan.seconds > budget:
+    while budget is not None and plan.seconds + spent > budget:
         smaller = next(plans, None)
         if smaller is None:
             raise OptionError(
-                f"budget: the smallest inspection of these pairs takes about {duration(plan.seconds)} on this machine "
-                f"({sum(plan.pairs.values())} pairs), got {duration(budget)}. Give at least "
-                f"{math.ceil(plan.seconds)} seconds, fewer groups, or a smaller model."
+                f"budget: the smallest inspection of these pairs takes about {duration(plan.seconds + spent)} on this "
+                f"machine ({sum(plan.pairs.values())} pairs), got {duration(budget)}. Give at least "
+                f"{math.ceil(plan.seconds + 1.2 * spent)} seconds, fewer groups, or a smaller model."
             )
         plan = smaller
     return plan
@@ -224,7 +227,7 @@ def _steps(speed: Speed, groups: Mapping[str, PreferencePairs], plan: Inspection
             "ablations",
             f"{n_sets} sets and {n_sets * plan.n_draws} random sets, on the other half",
             half * (speed.forward + sweep * speed.ablation),
-            1,
+            1 + sweep // 2,
         ),
         (
             "faithfulness",
@@ -235,8 +238,8 @@ def _steps(speed: Speed, groups: Mapping[str, PreferencePairs], plan: Inspection
         (
             "neurons",
             f"{plan.n_dashboards} neurons one by one, with texts",
-            half * (speed.gradient + 2 * speed.forward + n_shown * speed.neuron),
-            4 * len(groups),
+            half * (speed.gradient + 3 * speed.forward + n_shown * speed.neuron),
+            _DASHBOARD_CALLS * len(groups),
         ),
     ]
     whole = used * speed.forward
