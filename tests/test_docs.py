@@ -66,8 +66,11 @@ WITH_BLOCKS = {
     name: page for page in pages() if blocks(page.read_text()) and (name := page.relative_to(ROOT).as_posix())
 }
 HERE = [name for name in WITH_BLOCKS if name not in ELSEWHERE]
-# Pages whose blocks train, start processes, or take every effect of a model.
-LONG = [f"docs/{name}.md" for name in ("attribution", "command_line", "during_training", "large_models", "report")]
+# Pages whose blocks train, start processes, or take every effect of a model; the home page has the README's blocks.
+LONG = [
+    f"docs/{name}.md"
+    for name in ("attribution", "command_line", "during_training", "index", "inspect", "large_models", "report")
+]
 
 
 @pytest.mark.parametrize("name", grid(HERE, keep=[name for name in HERE if name not in LONG]))

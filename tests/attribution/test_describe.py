@@ -89,6 +89,7 @@ def test_shown_texts_are_held_out_and_the_rest_is_balanced(planted, organism):
         assert [word in text.split() for text in asked] == [True] * 20 + [False] * 20
 
 
+@pytest.mark.grid
 def test_answers_that_say_nothing_score_a_half(organism):
     draw = np.random.default_rng(0)
     neurons = organism.truth["helpful"]
@@ -133,6 +134,7 @@ def test_other_answers_are_refused_with_the_neurons_name(answer):
         read_answer(answer, "L0 N1")
 
 
+@pytest.mark.grid
 def test_an_unreadable_answer_names_the_neuron(organism):
     def unclear(prompt):
         return "a word" if "have in common" in prompt else "It depends."

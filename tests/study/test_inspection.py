@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny_models import grid
 
 from rmtension import (
     ActivationCollector,
@@ -102,7 +103,7 @@ class TestTables:
         numbers = expected.select_dtypes("number").columns
         assert np.allclose(found[numbers], expected[numbers], atol=1e-9, equal_nan=True)
 
-    @pytest.mark.parametrize("seed", range(5))
+    @pytest.mark.parametrize("seed", grid(range(5)))
     def test_halves_share_no_prompt_and_are_even_in_every_group(self, model, both, seed):
         """Also in a small group, and for a prompt of two groups."""
         labels = ["small" if row < 9 else "large" for row in range(len(both))]
@@ -231,7 +232,7 @@ class TestResult:
             inspection.save(folder)
         inspection.save(folder, overwrite=True)
 
-    @pytest.mark.parametrize("names", [("1", "2"), ("True", "False"), ("<b>", "a/b $x$ _y")])
+    @pytest.mark.parametrize("names", grid([("True", "False"), ("1", "2"), ("<b>", "a/b $x$ _y")]))
     def test_any_labels_survive_saving(self, model, both, names, tmp_path):
         """Also those that a CSV reader takes for numbers; the figures of the page are drawn."""
         labels = [names[row % 2] for row in range(len(both))]
