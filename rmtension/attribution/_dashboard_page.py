@@ -23,15 +23,21 @@ def policy_hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
+def template_of(text: str) -> jinja2.Template:
+    """A template that escapes all values and refuses names without one."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(text)
+
+
 def neuron_section(data: DashboardData) -> Markup:
     """The section on single neurons, for a page that has `neurons.css` and `neurons.js`."""
-    return Markup(_template("neurons.html").render(neurons=section_values(data)))  # noqa: S704 - Jinja escapes the data
+    return Markup(template_of(page_part("neurons.html")).render(neurons=section_values(data)))  # noqa: S704 - Jinja escapes the data
 
 
 def page_html(data: DashboardData) -> str:
     """The text of the page."""
     style, script = (page_part(f"neurons.{end}") for end in ("css", "js"))
-    return _template("page.html").render(
+    return template_of(page_part("page.html")).render(
         title=f"{len(data.neurons)} {data.about['site']} neurons of {data.about['architecture']}",
         style=style,
         script=script,
@@ -43,11 +49,6 @@ def page_html(data: DashboardData) -> str:
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
-
-
-def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(page_part(name))
 
 
 def _about(data: DashboardData) -> list[tuple[str, str]]:

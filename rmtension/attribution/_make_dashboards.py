@@ -113,7 +113,7 @@ def neuron_dashboards(
         raise OptionError(f"n_examples: expected 0 or more pairs per neuron and group, got {n_examples}.")
     check_level(level)
     check_set(head, neurons)
-    random = _control(neurons, len(neurons), seed)
+    random = _control(neurons, seed)
     both = neurons | random
     table = _listed(neurons, "asked for")
     if len(random):
@@ -197,13 +197,13 @@ def _groups(pairs: PreferencePairs | Mapping[str, PreferencePairs], by: GroupBy 
     return {name: PreferencePairs([pairs[row] for row in members]) for name, members in rows.items()}
 
 
-def _control(neurons: NeuronSet, n: int, seed: int) -> NeuronSet:
-    """About `n` other neurons, in each layer in proportion to `neurons`, or as many as the layer has left."""
+def _control(neurons: NeuronSet, seed: int) -> NeuronSet:
+    """As many other neurons in each layer as `neurons` has there, or as many as the layer has left."""
     rng = np.random.default_rng(seed)
     mask = torch.zeros_like(neurons.mask)
     for layer, taken in enumerate(neurons.mask):
         free = (~taken).nonzero()[:, 0].numpy()
-        wanted = min(len(free), round(n * int(taken.sum()) / len(neurons)))
+        wanted = min(len(free), int(taken.sum()))
         mask[layer, torch.from_numpy(rng.choice(free, size=wanted, replace=False))] = True
     return NeuronSet(mask, neurons.site, neurons.architecture)
 

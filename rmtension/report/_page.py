@@ -1,16 +1,15 @@
 """One page for studies and for single models: an answer, sections, dashboards and provenance, in one HTML file."""
 
 import base64
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-import jinja2
 import pandas as pd
 
+from rmtension.attribution._dashboard_page import policy_hash, template_of
 from rmtension.report._figures import Picture
 
 # The size of figures on the page, in pixels per inch.
@@ -120,7 +119,7 @@ def render_page(page: Page) -> str:
         title=page.title,
         question=page.question,
         warnings=page.warnings,
-        policy=policy.format(*(" ".join(map(_hash, texts)) for texts in (styles, scripts))),
+        policy=policy.format(*(" ".join(f"'{policy_hash(text)}'" for text in texts) for texts in (styles, scripts))),
         styles=styles,
         scripts=scripts,
         contents=contents,
@@ -133,8 +132,7 @@ def render_page(page: Page) -> str:
 
 def render_part(name: str, **values: Any) -> str:
     """The text of one template of the folder `page`, with all values escaped."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(read_part(name)).render(**values)
+    return template_of(read_part(name)).render(**values)
 
 
 def read_part(name: str) -> str:
@@ -143,11 +141,6 @@ def read_part(name: str) -> str:
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
-
-
-def _hash(text: str) -> str:
-    """The hash by which the page's security policy allows its own script or style."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _answer(answer: Answer) -> dict[str, Any]:
