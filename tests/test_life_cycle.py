@@ -622,6 +622,7 @@ ELSEWHERE = {
     "distributed.sharded": "test_distributed",
     "store._files.filled_whole": "test_files",
     "store._compression._ZstdFile": "test_reading",
+    "store._storage._opened": "test_storage",
     "models._hooked_transformer_body.HookedTransformerBody._fresh_alibi": "test_hooked_transformer",
     "store._files.written_whole": "test_files",
     "_progress.without_unseen_bars": "test_progress",

@@ -6,7 +6,8 @@ do not fill the file exactly.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -66,29 +67,22 @@ def read_result(
     Raises `StorageError` if the file is missing, damaged, of another kind, or written by a newer version.
     """
     path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = _header(path, kind, (file.metadata() or {}).get(_HEADER))
-            for name, expected in values.items():
-                value = header.get(name)
-                # JSON does not distinguish integers from floats: 1 may mean 1.0.
-                fits = isinstance(value, expected) or (expected is float and isinstance(value, int))
-                if not fits or (isinstance(value, bool) and expected is not bool):
-                    raise StorageError(
-                        f"{path}: damaged: {name!r} should be {expected.__name__}, got {type(value).__name__}. "
-                        "Save the result again."
-                    )
-            names = list(file.keys())
-            slices = {name: file.get_slice(name) for name in names}
-            shapes = {name: (str(part.get_dtype()), list(part.get_shape())) for name, part in slices.items()}
-            _check_shapes(path, shapes, tensors, optional or {})
-            return {name: file.get_tensor(name) for name in names}, header
-    except FileNotFoundError as error:
-        raise StorageError(f"{path}: there is no such file. Check the path.") from error
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"{path}: not a result of rmtension, or damaged ({error}).") from error
+    with _opened(path) as file:
+        header = _header(path, kind, (file.metadata() or {}).get(_HEADER))
+        for name, expected in values.items():
+            value = header.get(name)
+            # JSON does not distinguish integers from floats: 1 may mean 1.0.
+            fits = isinstance(value, expected) or (expected is float and isinstance(value, int))
+            if not fits or (isinstance(value, bool) and expected is not bool):
+                raise StorageError(
+                    f"{path}: damaged: {name!r} should be {expected.__name__}, got {type(value).__name__}. "
+                    "Save the result again."
+                )
+        names = list(file.keys())
+        slices = {name: file.get_slice(name) for name in names}
+        shapes = {name: (str(part.get_dtype()), list(part.get_shape())) for name, part in slices.items()}
+        _check_shapes(path, shapes, tensors, optional or {})
+        return {name: file.get_tensor(name) for name in names}, header
 
 
 def kind_of(path: str | Path) -> str:
@@ -100,9 +94,16 @@ def kind_of(path: str | Path) -> str:
         'NeuronScores'
     """
     path = Path(path)
+    with _opened(path) as file:
+        return _read_header(path, (file.metadata() or {}).get(_HEADER))[0]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file; raises `StorageError` if it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            return _read_header(path, (file.metadata() or {}).get(_HEADER))[0]
+            yield file
     except FileNotFoundError as error:
         raise StorageError(f"{path}: there is no such file. Check the path.") from error
     except (OSError, SafetensorError) as error:
