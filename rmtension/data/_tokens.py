@@ -16,6 +16,37 @@ from rmtension.errors import DataError, OptionError
 
 
 @dataclass(frozen=True)
+class TokenPlaces:
+    """Where some tokens of a batch's texts are: the text of each token, the row that the text is in, and the column."""
+
+    texts: Int[Tensor, "token"]
+    rows: Int[Tensor, "token"]
+    columns: Int[Tensor, "token"]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def and_also(self, other: "TokenPlaces") -> "TokenPlaces":
+        """These tokens, then those of `other`."""
+        return TokenPlaces(
+            torch.cat([self.texts, other.texts]),
+            torch.cat([self.rows, other.rows]),
+            torch.cat([self.columns, other.columns]),
+        )
+
+    @property
+    def distinct(self) -> "TokenPlaces":
+        """Every token once, with the first of the texts that share it."""
+        codes = self.rows * (int(self.columns.max()) + 1 if len(self) else 1) + self.columns
+        found, which = torch.unique(codes, return_inverse=True)
+        if len(found) == len(self):
+            return self
+        numbers = torch.arange(len(self), device=codes.device)
+        first = numbers.new_full((len(found),), len(self)).scatter_reduce(0, which, numbers, "amin").sort().values
+        return TokenPlaces(self.texts[first], self.rows[first], self.columns[first])
+
+
+@dataclass(frozen=True)
 class TokenBatch:
     """Texts as right-padded rows of tokens: one row per text, or one row for several texts that share a prefix.
 
@@ -111,9 +142,33 @@ class TokenBatch:
         # In a model split over several devices, the residual stream ends on the last device.
         return values[self.rows.to(values.device), self.last.to(values.device)]
 
-    def scatter_last(self, values: Float[Tensor, "text channel"]) -> Float[Tensor, "row token channel"]:
-        """The inverse of `gather_last`: zeros at all other tokens. Identical texts share a token, which is set once."""
-        indices = self.rows.to(values.device), self.last.to(values.device)
+    @cached_property
+    def last_places(self) -> TokenPlaces:
+        """The token that each text's reward is read from, in the order of the texts."""
+        return TokenPlaces(torch.arange(len(self.last), device=self.last.device), self.rows, self.last)
+
+    def places(self, selected: Bool[Tensor, "text token"]) -> TokenPlaces:
+        """The tokens that `selected` marks, text by text, in the order of the tokens."""
+        texts, columns = selected.nonzero(as_tuple=True)
+        return TokenPlaces(texts, self.rows[texts], columns)
+
+    def before(self, selected: Bool[Tensor, "text token"]) -> TokenPlaces:
+        """The token before each token that `selected` marks, in the same text; the first token of a text has none."""
+        columns = torch.arange(self.mask.shape[1], device=self.mask.device)
+        latest = torch.where(self.mask, columns, -1).cummax(dim=1).values
+        earlier = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], dim=1)
+        texts, at = (selected & (earlier >= 0)).nonzero(as_tuple=True)
+        return TokenPlaces(texts, self.rows[texts], earlier[texts, at])
+
+    def gather(self, places: TokenPlaces, values: Float[Tensor, "row token *rest"]) -> Float[Tensor, "place *rest"]:
+        """`values` at some tokens, on the device of `values`."""
+        return values[places.rows.to(values.device), places.columns.to(values.device)]
+
+    def scatter(
+        self, places: TokenPlaces, values: Float[Tensor, "place channel"]
+    ) -> Float[Tensor, "row token channel"]:
+        """The inverse of `gather` for distinct places: zeros at all other tokens."""
+        indices = places.rows.to(values.device), places.columns.to(values.device)
         return values.new_zeros(*self.input_ids.shape, values.shape[1]).index_put(indices, values)
 
     def scatter_to_rows(self, per_text: Float[Tensor, "text token"]) -> Float[Tensor, "row slot token"]:

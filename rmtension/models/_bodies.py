@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension._sites import SITES, find_site
-from rmtension.data._tokens import TokenBatch
+from rmtension.data._tokens import TokenBatch, TokenPlaces
 from rmtension.errors import ModelError
 from rmtension.models._gate_search import GATE_ROWS, find_gates
 from rmtension.models._hooked_transformer_body import HookedTransformerBody
@@ -91,11 +91,11 @@ class BridgeBody:
         """The longest row that two texts may share; 0 if texts may not share rows."""
         return self._pack_up_to if self.runs_native else 0
 
-    def last_mlp_at_last_tokens(self, batch: TokenBatch) -> AbstractContextManager[bool]:
-        """`LastMLP.at_last_tokens` if the model can run that way, otherwise a context that does nothing."""
+    def last_mlp_only_at(self, batch: TokenBatch, places: TokenPlaces) -> AbstractContextManager[TokenPlaces | None]:
+        """`LastMLP.only_at` if the model can run that way, otherwise a context that does nothing."""
         if self._last_mlp is None or not self.runs_native:
-            return nullcontext(False)
-        return self._last_mlp.at_last_tokens(batch)
+            return nullcontext(None)
+        return self._last_mlp.only_at(batch, places)
 
     @property
     def is_hooked(self) -> bool:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension._sites import find_site
-from rmtension.data._tokens import TokenBatch
+from rmtension.data._tokens import TokenBatch, TokenPlaces
 from rmtension.errors import ModelError
 from rmtension.models._hooks import Hook, HookSite, InstalledHooks, count_foreign_hooks, has_own_hooks, modules_of
 from rmtension.models._projections import Projection
@@ -81,9 +81,9 @@ class HookedTransformerBody:
         """Every module that may run."""
         return modules_of(self.module, self._no_norm)
 
-    def last_mlp_at_last_tokens(self, batch: TokenBatch) -> AbstractContextManager[bool]:
+    def last_mlp_only_at(self, batch: TokenBatch, places: TokenPlaces) -> AbstractContextManager[TokenPlaces | None]:
         """A context that does nothing: the whole MLP runs."""
-        return nullcontext(False)
+        return nullcontext(None)
 
     @property
     def is_hooked(self) -> bool:

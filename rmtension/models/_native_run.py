@@ -118,7 +118,7 @@ def find_last_mlp(base: Any, path: str | None, block: nn.Module, n_embeddings: i
     try:
         with torch.no_grad(), eager_eval(base.modules()):
             expected = batch.gather_last(run_base(base, batch)).double().cpu()
-            with last_mlp.at_last_tokens(batch):
+            with last_mlp.only_at(batch, batch.last_places):
                 output = batch.gather_last(run_base(base, batch)).double().cpu()
     except Exception:  # an MLP that is called in another way may raise anything
         return None

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rmtension.data._tokens import TokenBatch, running
+from rmtension.data._tokens import TokenBatch, TokenPlaces, running
 from rmtension.errors import ModelError
 from rmtension.models._hooks import Call, Hook, HookSite, InstalledHooks, all_fire, eager_eval, recorded_calls
 from rmtension.models._reward_model import RewardModel
@@ -80,11 +80,11 @@ class Replay:
             running(self.batch),
             eager_eval(modules),
             all_fire(modules, layers),
-            body.last_mlp_at_last_tokens(self.batch),
+            self.head.last_mlp_where_read(self.batch),
         ):
             for number in layers:
                 state = self._run_block(number, state)
-            return self.read(self.batch.gather_last(state))
+            return self.read(self.batch.gather(self.places, state))
 
     def run_block(self, layer: int, stream: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"]:
         """The output of the block of `layer` for the input `stream`."""
@@ -93,10 +93,23 @@ class Replay:
         with running(self.batch), eager_eval(modules), all_fire(modules, range(layer, layer + 1)):
             return self._run_block(layer, stream)
 
-    def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
-        """The rewards from the residual stream after the last block, at the last token: final norm and head."""
+    @property
+    def places(self) -> TokenPlaces:
+        """The tokens that the head reads."""
+        return self.head.require_head().tokens(self.batch)
+
+    def read(self, states: Float[Tensor, "token d_model"]) -> Float[Tensor, "text"]:
+        """The rewards from the residual stream after the last block, at `places`: final norm and head."""
         self._require_partial()
-        return self.head.read(self.head.body.final_norm(last[:, None])[:, 0])
+        return self.head.read(self.head.body.final_norm(states[:, None])[:, 0], self.places, self.batch)
+
+    def read_many(self, states: Float[Tensor, "n token d_model"]) -> Float[Tensor, "n text"]:
+        """`read` of several streams; all at once if the head reads the last token only."""
+        self._require_partial()
+        if not self.head.require_head().reads_last_only:
+            return torch.stack([self.read(each) for each in states])
+        flat = self.head.body.final_norm(states.flatten(0, 1)[:, None])[:, 0]
+        return self.head.read_last(flat).view(len(states), -1)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

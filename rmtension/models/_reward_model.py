@@ -4,10 +4,11 @@
 takes this class.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any, Unpack
@@ -20,13 +21,13 @@ from rmtension._sites import find_site
 from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.data._encoding import EncodedPairs, encode_pairs
 from rmtension.data._pairs import PreferencePairs
-from rmtension.data._tokens import TokenBatch, running
+from rmtension.data._tokens import TokenBatch, TokenPlaces, running
 from rmtension.distributed import current
 from rmtension.errors import ModelError
 from rmtension.models._adapters import active_head
 from rmtension.models._bodies import Body
 from rmtension.models._checkpoints import Checkpoint
-from rmtension.models._heads import LinearHead
+from rmtension.models._head import Head, LinearHead
 from rmtension.models._hooks import (
     AllSeen,
     InstalledHooks,
@@ -42,14 +43,16 @@ from rmtension.store._provenance import Provenance, fingerprint
 
 
 class RewardModel:
-    """The base class of `RewardHead`: a transformer with a tokenizer, a linear head, and hooks on its neurons.
+    """The base class of `RewardHead`: a transformer with a tokenizer, a head, and hooks on its neurons.
 
-    The reward of a text is `weight @ h + bias`, where h is the residual stream after the final norm at the last token.
-    The model is not changed, and always runs in eval mode. Users open one with `RewardHead`.
+    The reward of a text is one output of the head, or the difference of two, for the residual stream after the final
+    norm: for a linear head, `weight @ h + bias` at the last token. The model is not changed, and always runs in eval
+    mode. Users open one with `RewardHead`.
 
     Args:
         body: the transformer, which also says where its neurons are.
-        head: the linear head; None for a language model without a reward.
+        head: the head; None for a language model without a reward.
+        choice: the number of the output that is the reward, or two numbers for a difference; None if none is chosen.
         tokenizer: None for a model that is only run on token ids.
         pad_token_id: tokens with this id are skipped at the end of a text; None skips nothing.
         checkpoint: the checkpoint that the model was made from; None for a model that the user built.
@@ -71,8 +74,9 @@ class RewardModel:
     def __init__(
         self,
         body: Body,
-        head: LinearHead | None,
+        head: Head | None,
         *,
+        choice: tuple[int, ...] | None,
         tokenizer: Any,
         pad_token_id: int | None,
         checkpoint: Checkpoint | None = None,
@@ -101,14 +105,10 @@ class RewardModel:
             )
         with eager_eval(self.body.modules()):
             self._widths, self._missing, self._runs_once = measure_sites(self.body, self.n_layers, self.device)
-        self.weight: Float[Tensor, "d_model"] | None = None
-        self.bias = 0.0
-        if head is not None:
-            # Arrays and lists come in float64, which some devices do not support and rewards do not need.
-            dtype = self.reward_dtype if head.weight.dtype == torch.float64 else head.weight.dtype
-            self.weight, self.bias = head.weight.to(self.device, dtype, copy=True), head.bias
+        self.head = None if head is None else self._own_copy(head)
         self._fingerprint: tuple[object, str] | None = None
         self._head_state: object = None
+        self._choose(choice)
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -161,10 +161,11 @@ class RewardModel:
         A change through `parameter.data` goes unnoticed, because PyTorch does not count it: edit weights under
         `torch.no_grad()`.
         """
-        parameters = [*self.body.module.parameters(), *([] if self.weight is None else [self.weight])]
-        state = (self.bias, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
+        parameters = [*self.body.module.parameters(), *self._head_tensors]
+        what = self.bias if self.weight is not None or self.head is None else self._head_description
+        state = (what, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
         if self._fingerprint is None or self._fingerprint[0] != state:
-            self._fingerprint = (state, fingerprint(parameters, self.architecture, self.bias))
+            self._fingerprint = (state, fingerprint(parameters, self.architecture, what))
         return self._fingerprint[1]
 
     def provenance(
@@ -214,26 +215,76 @@ class RewardModel:
     @torch.no_grad()
     def rewards(self, batch: TokenBatch) -> Float[Tensor, "text"]:
         """The rewards of one batch on its device, without gradients; the last MLP runs only where a reward is read."""
-        with self.body.last_mlp_at_last_tokens(batch):
+        with self.last_mlp_where_read(batch):
             return self.forward(batch)
 
     def forward(self, batch: TokenBatch) -> Float[Tensor, "text"]:
         """The rewards of one batch on its device, with gradients unless the caller disabled them."""
         self._require_same_head()
-        return self.read(batch.gather_last(self.residual(batch)))
+        places = self.require_head().tokens(batch)
+        return self.read(batch.gather(places, self.residual(batch)), places, batch)
 
-    def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
-        """The rewards that the head reads from the residual stream after the final norm, at the last token."""
+    def read(
+        self, states: Float[Tensor, "token d_model"], places: TokenPlaces, batch: TokenBatch
+    ) -> Float[Tensor, "text"]:
+        """The rewards of a batch from the residual stream after the final norm, at the tokens that the head reads."""
+        if self.weight is not None:
+            return self.read_last(states)
+        outputs = self.require_head().read_tokens(states.to(self.reward_dtype), places, batch)
+        chosen = [outputs[:, number] for number in self.require_choice()]
+        return chosen[0] if len(chosen) == 1 else chosen[0] - chosen[1]
+
+    def read_last(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
+        """The rewards from the last token alone, for a head with `reads_last_only`, of any number of texts."""
         exact = last.to(self.reward_dtype)
-        # A matrix product may round equal rows differently, and identical responses would get different rewards.
-        return (exact * self.require_weight().to(exact)).sum(dim=-1) + self.bias
+        if self.weight is not None:
+            # A matrix product may round equal rows differently, and identical responses would get different rewards.
+            return (exact * self.weight.to(exact)).sum(dim=-1) + self.bias
+        outputs = self.require_head().read(exact, None)
+        chosen = [outputs[:, number] for number in self.require_choice()]
+        return chosen[0] if len(chosen) == 1 else chosen[0] - chosen[1]
 
-    def require_weight(self) -> Float[Tensor, "d_model"]:
-        """The head's row; raises `ModelError` for a head without a reward."""
-        if self.weight is None:
+    @torch.no_grad()
+    def all_outputs(self, batch: TokenBatch) -> Float[Tensor, "text output"]:
+        """Every output of the head for the texts of a batch. Cost: that of `rewards`."""
+        self._require_same_head()
+        head = self.require_head()
+        places = head.tokens(batch)
+        with self.last_mlp_where_read(batch):
+            states = batch.gather(places, self.residual(batch)).to(self.reward_dtype)
+        return head.read_tokens(states, places, batch)
+
+    def last_mlp_where_read(self, batch: TokenBatch) -> AbstractContextManager[TokenPlaces | None]:
+        """A context in which the last MLP may run only at the tokens that the head reads; yields those tokens."""
+        return self.body.last_mlp_only_at(batch, self.require_head().tokens(batch))
+
+    def require_head(self) -> Head:
+        """The head; raises `ModelError` for a model without a reward."""
+        if self.head is None:
             raise ModelError(
                 "This model was opened as a language model and has no reward. Open a reward model with "
                 "RewardHead.from_pretrained."
+            )
+        return self.head
+
+    def require_choice(self) -> tuple[int, ...]:
+        """The number of the output that is the reward, or two for a difference; `ModelError` if none is chosen."""
+        head = self.require_head()
+        if self.choice is None:
+            names = list(head.outputs)
+            raise ModelError(
+                f"This model has {len(names)} outputs and none was chosen as the reward. Choose one with "
+                f"head.output({names[0]!r}), score all with head.score_outputs(pairs); the outputs are {names[:20]}."
+            )
+        return self.choice
+
+    def require_weight(self) -> Float[Tensor, "d_model"]:
+        """The row of a linear head; raises `ModelError` for a head without a reward, or one that is not linear."""
+        self.require_choice()
+        if self.weight is None:
+            raise ModelError(
+                f"This needs a linear head, whose reward is weight @ h + bias; the head is a "
+                f"{type(self.head).__name__}. Use a method that runs the whole head, such as attribution_patching."
             )
         return self.weight
 
@@ -310,6 +361,34 @@ class RewardModel:
         return current().least(enough)
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _own_copy(self, head: Head) -> Head:
+        """The head on the model's device, in the dtype of rewards, without gradients."""
+        own = copy.deepcopy(head).eval().requires_grad_(False)
+        if isinstance(own, LinearHead) and own.weight.dtype != torch.float64:
+            return own.to(self.device)
+        # Arrays and lists come in float64, which some devices do not support and rewards do not need.
+        return own.to(self.device, self.reward_dtype)
+
+    def _choose(self, choice: tuple[int, ...] | None) -> None:
+        """Make one output, or the difference of two, the reward."""
+        self.choice = choice
+        self.weight: Float[Tensor, "d_model"] | None = None
+        self.bias = 0.0
+        if isinstance(self.head, LinearHead) and choice is not None:
+            self.weight, self.bias = self.head.row(choice)
+        self._fingerprint = None
+
+    @property
+    def _head_tensors(self) -> list[Tensor]:
+        if self.weight is not None:
+            return [self.weight]
+        return [] if self.head is None else [*self.head.parameters(), *self.head.buffers()]
+
+    @property
+    def _head_description(self) -> str:
+        head = self.require_head()
+        return f"{type(head).__name__} {self.choice} {list(head.outputs)} {sorted(head.settings.items())}"
 
     def _require_same_head(self) -> None:
         """Call `Checkpoint.require_same_head` if a parameter of the score layer may have changed."""

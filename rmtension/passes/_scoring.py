@@ -28,7 +28,8 @@ def score_texts(
             f"texts: expected a list of texts, got {type(texts).__name__}. Score preference pairs with "
             "score_pairs(pairs), or the pairs of one objective with score_pairs(pairs.filter(objective='helpful'))."
         )
-    model.require_weight()
+    model.require_choice()
+    _require_no_prompt(model)
     encoded = encode_texts(model.tokenizer, texts, max_length=model.max_length, truncate=truncate)
     rewards = torch.zeros(len(encoded), dtype=model.reward_dtype)
     batches = text_batches(
@@ -50,7 +51,8 @@ def score_tokens(
     model: RewardModel, input_ids: Int[Tensor, "text token"], attention_mask: Tensor | None = None
 ) -> Float[Tensor, "text"]:
     """The reward of every row of token ids. `attention_mask` is 0 at padding, which may be on either side."""
-    model.require_weight()
+    model.require_choice()
+    _require_no_prompt(model)
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     check_ids(input_ids, mask, max_length=model.max_length, n_embeddings=model.body.n_embeddings)
     # Masked positions may hold any id, and the embedding still looks them up.
@@ -61,6 +63,14 @@ def score_tokens(
 
     rewards = model.rewards(batch_of(ids, mask)).cpu()
     return require_finite(model, rewards, lambda row: batch_of(ids[[row]], mask[[row]]))
+
+
+def _require_no_prompt(model: RewardModel) -> None:
+    if model.require_head().needs_prompt:
+        raise OptionError(
+            f"texts: a {type(model.head).__name__} reads the last token of the prompt, and a text by itself does not "
+            "say where its prompt ends. Score preference pairs: head.score_pairs(pairs)."
+        )
 
 
 def one_text(model: RewardModel, text: EncodedText) -> TokenBatch:

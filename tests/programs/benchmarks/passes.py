@@ -109,7 +109,7 @@ def captum_gradient(head: RewardHead, pairs: PreferencePairs) -> None:
 
 
 def reward(head: RewardHead, ids: torch.Tensor, batch) -> torch.Tensor:
-    return head.read(batch.gather_last(head.body.native(input_ids=ids, use_cache=False)[0]))
+    return head.read_last(batch.gather_last(head.body.native(input_ids=ids, use_cache=False)[0]))
 
 
 def papers_procedure(head: RewardHead, pairs: PreferencePairs) -> None:
