@@ -210,7 +210,7 @@ class DirectPaths:
 
 def written_by(head: RewardModel) -> set[str]:
     """The sites whose neurons and biases together write all that a block adds: attention, and the MLP if present."""
-    attention_alone = getattr(head.model.cfg, "attn_only", False)
+    attention_alone = getattr(head.body.cfg, "attn_only", False)
     return {"attn_head"} if attention_alone else {"attn_head", "mlp"}
 
 

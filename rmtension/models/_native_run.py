@@ -37,14 +37,19 @@ def probe_batch(n_tokens: int, device: torch.device, n_texts: int = 1) -> TokenB
     return TokenBatch(ids, real, real, ids[:, -1], ids[:, 0], tuple(range(n_texts)))
 
 
-def run_base(base: Any, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
-    """The last hidden state of a base model of transformers, bridged or not."""
+def run_base(base: Any, batch: TokenBatch, *, hides_padding: bool = False) -> Float[Tensor, "row token d_model"]:
+    """The last hidden state of a base model of transformers, bridged or not.
+
+    `hides_padding` passes a mask that hides padding from attention, which a model with bidirectional attention needs.
+    """
     # No attention mask: with causal attention no token sees the padding on its right. With a mask, padding beyond a
     # sliding window sees nothing, which is NaN in Gemma-2 in float64, and 0 * NaN then reaches every token.
     more = {}
     if batch.position_ids is not None:
         mask = attention_mask(batch, next(base.parameters()).dtype)
         more = {"attention_mask": mask, "position_ids": batch.position_ids}
+    elif hides_padding:
+        more = {"attention_mask": batch.position_mask("all").long()}
     output: Tensor = base(input_ids=batch.input_ids, use_cache=False, **more)[0]
     return output
 
@@ -105,7 +110,9 @@ def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
     )
 
 
-def find_last_mlp(base: Any, path: str | None, block: nn.Module, n_embeddings: int) -> LastMLP | None:
+def find_last_mlp(
+    base: Any, path: str | None, block: nn.Module, n_embeddings: int, *, hides_padding: bool = False
+) -> LastMLP | None:
     """The module that contains the last block's projection at `path`, if a trial run shows it works token by token."""
     parent = None if path is None else base.get_submodule(path.rpartition(".")[0])
     if parent is None or parent is block or parent not in list(block.modules()):
@@ -117,9 +124,9 @@ def find_last_mlp(base: Any, path: str | None, block: nn.Module, n_embeddings: i
     last_mlp = LastMLP(parent)
     try:
         with torch.no_grad(), eager_eval(base.modules()):
-            expected = batch.gather_last(run_base(base, batch)).double().cpu()
+            expected = batch.gather_last(run_base(base, batch, hides_padding=hides_padding)).double().cpu()
             with last_mlp.at_last_tokens(batch):
-                output = batch.gather_last(run_base(base, batch)).double().cpu()
+                output = batch.gather_last(run_base(base, batch, hides_padding=hides_padding)).double().cpu()
     except Exception:  # an MLP that is called in another way may raise anything
         return None
     tolerance = _PACKING_TOLERANCE.get(parameter.dtype, 1e-5)

@@ -173,5 +173,4 @@ def _make(
 
 
 def _width(body: Body) -> int:
-    cfg: Any = body.model.cfg
-    return int(cfg.d_model)
+    return int(body.cfg.d_model)

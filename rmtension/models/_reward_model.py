@@ -85,7 +85,7 @@ class RewardModel:
         self.checkpoint = checkpoint
         parameter = next(self.body.module.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        cfg: Any = self.model.cfg
+        cfg = body.cfg
         self.n_layers, self.n_heads, self.d_model = int(cfg.n_layers), int(cfg.n_heads), int(cfg.d_model)
         check_run_options(options)
         context = int(cfg.n_ctx)
@@ -146,9 +146,10 @@ class RewardModel:
     @property
     def architecture(self) -> str:
         """Family, layers and widths; neuron (l, j) of two models is comparable if their architectures are equal."""
-        cfg: Any = self.model.cfg
-        config = getattr(getattr(self.model, "original_model", None), "config", None)
-        family = getattr(config, "model_type", None) or str(getattr(cfg, "original_architecture", "") or "transformer")
+        config = self.body.config
+        family = getattr(config, "model_type", None) or str(
+            getattr(self.body.cfg, "original_architecture", "") or "transformer"
+        )
         for suffix in ("lmheadmodel", "forcausallm", "_"):
             family = family.lower().replace(suffix, "")
         mlp, heads = (self._widths.get(site, 0) for site in ("mlp", "attn_head"))
@@ -188,7 +189,7 @@ class RewardModel:
     def setup_digest(self) -> str:
         """32 hexadecimal digits over what rewards depend on besides the weights: tokenizer, config and limits."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        config = getattr(getattr(self.model, "original_model", None), "config", None)
+        config = self.body.config
         parts = [
             str(self.dtype),
             self.device.type,
@@ -196,7 +197,7 @@ class RewardModel:
             self.pad_token_id,
             None if backend is None else backend.to_str(),
             str(getattr(self.tokenizer, "chat_template", None)),
-            str(self.model.cfg) if config is None else config.to_json_string(),
+            str(self.body.cfg) if config is None else config.to_json_string(),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -166,8 +166,8 @@ class _Checker:
         return torch.stack(rewards)
 
     def _bridge(self) -> None:
-        if self.head.body.native is None:
-            return
+        if self.head.body.native in (None, self.head.model):
+            return  # no bridge
         bridge: Any = self.head.model
         # With a hook that is not this library's, the bridge runs instead of transformers' modules.
         with bridge.hooks(fwd_hooks=[(next(iter(bridge.hook_dict)), lambda value, hook: value)]):
