@@ -26,7 +26,7 @@ from rmtension.attribution._batch_run import BatchRun, _BlockGates
 from rmtension.attribution._faithfulness import faithfulness
 from rmtension.attribution._make_dashboards import neuron_dashboards
 from rmtension.attribution._single_effects import single_neuron_effects
-from rmtension.data._tokens import TokenBatch, running, running_batch
+from rmtension.data._tokens import ReadAt, TokenBatch, running, running_batch
 from rmtension.distributed import current, sharded
 from rmtension.errors import OptionError, RMTensionError
 from rmtension.interventions._sweep import score_without
@@ -88,7 +88,7 @@ def make_setup(folder, checkpoint, other):
     head, base = RewardHead.from_pretrained(checkpoint), RewardHead.from_pretrained(other)
     pairs = make_pairs(4, seed=1)
     encoded = head.encode(pairs)
-    batch = TokenBatch.from_texts([*encoded.chosen, *encoded.rejected], range(8), pad_token_id=1, device=head.device)
+    batch = TokenBatch.from_texts([*encoded.chosen, *encoded.rejected], range(8), read_at=ReadAt(1), device=head.device)
     masks = torch.zeros(2, head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
     masks[0, 1, 3] = masks[1, 2, 4] = True
     sets = [NeuronSet(mask, "mlp", head.architecture) for mask in masks]

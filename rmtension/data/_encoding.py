@@ -22,11 +22,15 @@ TextOrChat = str | Sequence[Mapping[str, Any]] | Chat
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Token ids of one text, the index of its first response token, and a hash of its prompt (`key`)."""
+    """Token ids of one text, the index of its first response token, and a hash of its prompt (`key`).
+
+    `has_types` says that the response has the token type 1, as the second segment of an encoder, and the prompt 0.
+    """
 
     ids: tuple[int, ...]
     response_start: int
     key: int
+    has_types: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -35,7 +35,7 @@ class DirectContributions:
         >>> from rmtension.models import direct_contributions
         >>> from rmtension.data._tokens import TokenBatch
         >>> tokens = head.tokenizer(["Human: a Assistant: helpful-0 end"], return_tensors="pt")
-        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool())
         >>> parts = direct_contributions(head, batch)
         >>> parts.blocks.shape, parts.neurons["mlp"].shape
         (torch.Size([1, 2]), torch.Size([1, 2, 24]))
@@ -65,7 +65,7 @@ def direct_contributions(head: RewardModel, batch: TokenBatch) -> DirectContribu
     Examples:
         >>> from rmtension.data._tokens import TokenBatch
         >>> tokens = head.tokenizer(["Human: a Assistant: helpful-0 end"], return_tensors="pt")
-        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool())
         >>> parts = direct_contributions(head, batch)
         >>> layer, neuron = divmod(int(parts.neurons["mlp"][0].argmax()), head.n_neurons("mlp"))
         >>> bool(neurons.mask[layer, neuron])  # the neuron that adds most is one of the helpfulness neurons

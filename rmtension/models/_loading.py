@@ -132,6 +132,9 @@ def load_model(location: CheckpointLocation, auto_class: str, *, merge: bool = T
     )
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     missing = sorted((set(info["missing_keys"]) | mismatched) - saved)
+    if auto_class == "AutoModel" and missing and all(name.startswith("pooler.") for name in missing):
+        # Classifiers such as RoBERTa's have no pooler; the bare model has one, which no residual stream depends on.
+        loaded.pooler, missing = None, []
     if missing:
         raise ModelError(
             f"{location.files.name}: the checkpoint lacks {missing[:4]}{' and more' if len(missing) > 4 else ''}, "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rmtension.data._encoding import EncodedPairs, EncodedText
 from rmtension.data._packing import attention_mask, pack
 from rmtension.data._tokens import TokenBatch
-from rmtension.models._hooks import eager_eval
+from rmtension.models._hooks import eager_eval, unwrapped
 from rmtension.models._last_block import LastMLP
 
 # The largest difference of a packed row, relative to the residual stream, or as a multiple of the rounding that a mask
@@ -44,14 +44,21 @@ def run_base(base: Any, batch: TokenBatch, *, hides_padding: bool = False) -> Fl
     """
     # No attention mask: with causal attention no token sees the padding on its right. With a mask, padding beyond a
     # sliding window sees nothing, which is NaN in Gemma-2 in float64, and 0 * NaN then reaches every token.
-    more = {}
+    more: dict[str, Tensor] = {}
     if batch.position_ids is not None:
         mask = attention_mask(batch, next(base.parameters()).dtype)
         more = {"attention_mask": mask, "position_ids": batch.position_ids}
     elif hides_padding:
         more = {"attention_mask": batch.position_mask("all").long()}
+    if batch.token_types is not None and _has_types(base):
+        more["token_type_ids"] = batch.token_types
     output: Tensor = base(input_ids=batch.input_ids, use_cache=False, **more)[0]
     return output
+
+
+def _has_types(base: Any) -> bool:
+    """Whether a model adds an embedding of the token's type, as BERT does and RoBERTa and DeBERTa-v3 do not."""
+    return getattr(unwrapped(base).config, "type_vocab_size", 0) > 1
 
 
 def stream_difference(actual: Float[Tensor, "*rest"], expected: Float[Tensor, "*rest"]) -> float:
@@ -87,8 +94,8 @@ def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
     n_shared, n_one, _ = _PROBE
     rests = ids[n_shared : n_shared + n_one], ids[n_shared + n_one :]
     texts = [EncodedText((*ids[:n_shared], *rest), n_shared, 0) for rest in rests]
-    alone = TokenBatch.from_texts(texts, (0, 0), pad_token_id=None, device=parameter.device)
-    packed = pack(EncodedPairs((texts[0],), (texts[1],), 0, 0), None).to(parameter.device)
+    alone = TokenBatch.from_texts(texts, (0, 0), device=parameter.device)
+    packed = pack(EncodedPairs((texts[0],), (texts[1],), 0, 0)).to(parameter.device)
     if packed.input_ids.shape[1] > longest:
         return 0
     try:
@@ -120,7 +127,7 @@ def find_last_mlp(
     parameter = next(base.parameters())
     ids = [number % n_embeddings for number in range(sum(_PROBE))]
     texts = [EncodedText(tuple(some), 0, 0) for some in (ids[: _PROBE[0]], ids[_PROBE[0] :])]
-    batch = TokenBatch.from_texts(texts, (0, 1), pad_token_id=None, device=parameter.device)
+    batch = TokenBatch.from_texts(texts, (0, 1), device=parameter.device)
     last_mlp = LastMLP(parent)
     try:
         with torch.no_grad(), eager_eval(base.modules()):

@@ -20,7 +20,7 @@ from rmtension._sites import find_site
 from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.data._encoding import EncodedPairs, encode_pairs
 from rmtension.data._pairs import PreferencePairs
-from rmtension.data._tokens import TokenBatch, running
+from rmtension.data._tokens import ReadAt, TokenBatch, running
 from rmtension.distributed import current
 from rmtension.errors import ModelError
 from rmtension.models._adapters import active_head
@@ -62,7 +62,7 @@ class RewardModel:
         ('gpt2-2x24-heads2x12-d24', ['attn_head', 'mlp', 'mlp_gate'], 24)
         >>> from rmtension.data._tokens import TokenBatch
         >>> tokens = head.tokenizer(["Human: a Assistant: helpful-0 end"], return_tensors="pt")
-        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool())
         >>> with head.hooks("mlp", lambda layer, activation: torch.zeros_like(activation), layers=[0]):
         ...     head.rewards(batch).shape
         torch.Size([1])
@@ -81,6 +81,8 @@ class RewardModel:
         self.model = body.model
         self.tokenizer = tokenizer
         self.pad_token_id = pad_token_id
+        # An encoder's head says that it reads the first token.
+        self.reads_first: bool = getattr(head, "reads_first", False)
         self.body = body
         self.checkpoint = checkpoint
         parameter = next(self.body.module.parameters())
@@ -121,6 +123,11 @@ class RewardModel:
             "truncate_response": self.truncate_response,
             "on_nonfinite": self.on_nonfinite,
         }
+
+    @property
+    def read_at(self) -> ReadAt:
+        """Which token of a text the reward is read from, and `positions="last"` selects."""
+        return ReadAt(self.pad_token_id, first=self.reads_first)
 
     @property
     def sites(self) -> list[str]:

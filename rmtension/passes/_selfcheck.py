@@ -278,9 +278,7 @@ class _Checker:
 
     def _batch(self, texts: list[list[int]]) -> TokenBatch:
         encoded = [EncodedText(tuple(ids), 0, 0) for ids in texts]
-        return TokenBatch.from_texts(
-            encoded, range(len(texts)), pad_token_id=self.head.pad_token_id, device=self.head.device
-        )
+        return TokenBatch.from_texts(encoded, range(len(texts)), read_at=self.head.read_at, device=self.head.device)
 
     def _score(self, texts: list[list[int]]) -> Float[Tensor, "text"]:
         with torch.no_grad():

@@ -40,6 +40,7 @@ def make_native(family, vocab_size, *, seed=0, **changes):
         torch.manual_seed(seed)
         model = transformers.AutoModelForSequenceClassification.from_config(config)
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
+            for name, parameter in model.named_parameters():
+                size = 0.1 if name.startswith(model.base_model_prefix) else 0.5
+                parameter += size * torch.randn_like(parameter)
     return model.eval()

@@ -1,0 +1,219 @@
+"""Encoders: attention in both directions, padding hidden by a mask, rewards read at the first token, their heads."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from native_families import ENCODERS, make_native
+from tiny_models import EOS, grid, make_pairs
+
+from rmtension import AblationContext, NeuronSet, RewardHead
+from rmtension.data._encoding import encode_texts
+from rmtension.data._tokens import ReadAt, TokenBatch
+from rmtension.errors import ModelError
+from rmtension.models._encoder_heads import PooledHead, encoder_head
+from rmtension.models._native_body import NativeBody
+from rmtension.passes._scoring import score_tokens
+
+# Family -> the names of its list of blocks, and in a block of the projections of the MLP and of attention.
+NAMES = {
+    "deberta-v2": ("encoder.layer", "output.dense", "attention.output.dense"),
+    "modernbert": ("layers", "mlp.Wo", "attn.Wo"),
+    "bert": ("encoder.layer", "output.dense", "attention.output.dense"),
+    "roberta": ("encoder.layer", "output.dense", "attention.output.dense"),
+    "electra": ("encoder.layer", "output.dense", "attention.output.dense"),
+    "distilbert": ("transformer.layer", "ffn.lin2", "attention.out_lin"),
+    "eurobert": ("layers", "mlp.down_proj", "self_attn.o_proj"),
+}
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [pair.text(side) for pair in make_pairs(4) for side in ("chosen", "rejected")]
+
+
+@pytest.fixture
+def folder(request, tmp_path, plain_tokenizer):
+    make_native(request.param, len(plain_tokenizer)).save_pretrained(tmp_path)
+    plain_tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def opened(folder, dtype):
+    """The body as a language model that reads the first token, transformers' classifier, and its head."""
+    model = RewardHead.from_language_model(folder, dtype=dtype)
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
+    head = encoder_head("model", classifier)
+    model.reads_first = head.reads_first
+    return model, classifier, head
+
+
+def batch_of(model, texts):
+    encoded = encode_texts(model.tokenizer, texts, max_length=model.max_length)
+    return TokenBatch.from_texts(encoded, range(len(texts)), read_at=model.read_at, device=model.device)
+
+
+def rewards_of(model, head, texts):
+    """The rewards in one batch, of texts of different lengths."""
+    batch = batch_of(model, texts)
+    if head.pooling == "first":
+        with model.body.last_mlp_at_last_tokens(batch):
+            return head.read(batch.gather_last(model.residual(batch)))[:, 0]
+    states = model.residual(batch)
+    rows, columns = batch.mask.nonzero(as_tuple=True)
+    return head.read_tokens(states[rows, columns], SimpleNamespace(texts=rows), batch)[:, 0]
+
+
+def logits_of(classifier, model, texts):
+    return torch.stack([classifier(**model.tokenizer(text, return_tensors="pt")).logits[0, 0] for text in texts])
+
+
+def projections(classifier, site):
+    blocks, mlp, attention = NAMES[classifier.config.model_type]
+    return [
+        block.get_submodule(mlp if site == "mlp" else attention)
+        for block in classifier.base_model.get_submodule(blocks)
+    ]
+
+
+@pytest.mark.parametrize("dtype", grid([torch.float64, torch.float32]))
+@pytest.mark.parametrize("folder", grid(ENCODERS, keep=["deberta-v2"]), indirect=True)
+def test_rewards_gradients_and_ablations_of_padded_texts(folder, texts, dtype):
+    model, classifier, head = opened(folder, dtype)
+    atol = 1e-6 if dtype == torch.float64 else 1e-5
+    body = model.body
+    assert isinstance(body, NativeBody)
+    assert not body.is_causal
+    assert body.pack_up_to == 0
+    assert model.sites == ["attn_head", "mlp", "mlp_gate"]
+    with torch.no_grad():
+        expected = logits_of(classifier, model, texts)
+        assert expected.std() > 0.01, "the rewards must differ for this test to mean anything"
+        assert torch.allclose(rewards_of(model, head, texts), expected, atol=atol, rtol=0)
+        ending = [texts[0] + EOS, texts[1]]
+        assert torch.allclose(rewards_of(model, head, ending), logits_of(classifier, model, ending), atol=atol, rtol=0)
+    for site in ("mlp", "attn_head"):
+        modules = projections(classifier, site)
+        mask = torch.rand(3, model.n_neurons(site), generator=torch.Generator().manual_seed(0)) < 0.5
+        columns = mask.repeat_interleave(model.n_channels(site) // model.n_neurons(site), dim=1)
+        handles = [
+            module.register_forward_pre_hook(lambda _, inputs, own=own: (torch.where(own, 0.0, inputs[0]), *inputs[1:]))
+            for module, own in zip(modules, columns, strict=True)
+        ]
+        with torch.no_grad():
+            ablated = logits_of(classifier, model, texts)
+            for handle in handles:
+                handle.remove()
+            with AblationContext(model, NeuronSet(mask, site, model.architecture)):
+                assert torch.allclose(rewards_of(model, head, texts), ablated, atol=atol, rtol=0)
+        assert not torch.allclose(ablated, expected, atol=1e-3), "the ablation must do something"
+        # The gradient of each reward in a padded batch, and that of transformers' logit of the text alone.
+        seen = {}
+
+        def keep(layer, activation, seen=seen):
+            seen[layer] = activation.detach().requires_grad_()
+            return seen[layer]
+
+        with model.hooks(site, keep):
+            rewards = rewards_of(model, head, texts)
+        slopes = torch.autograd.grad(rewards.sum(), [seen[layer] for layer in range(3)])
+        for number, text in enumerate(texts[:3]):
+            kept = []
+            handles = [
+                module.register_forward_pre_hook(
+                    lambda _, inputs, kept=kept: (
+                        kept.append(inputs[0].detach().requires_grad_()) or (kept[-1], *inputs[1:])
+                    )
+                )
+                for module in modules
+            ]
+            logit = logits_of(classifier, model, [text])[0]
+            for handle in handles:
+                handle.remove()
+            alone = torch.autograd.grad(logit, kept)
+            for ours, own in zip(slopes, alone, strict=True):
+                n_tokens = own.shape[1]
+                assert torch.allclose(ours[number, :n_tokens], own[0], atol=10 * atol, rtol=0)
+                assert not ours[number, n_tokens:].any(), "padding has no effect"
+
+
+@pytest.mark.parametrize("folder", ["deberta-v2"], indirect=True)
+def test_padding_is_hidden_and_the_first_token_is_last(folder, texts):
+    model, _, _ = opened(folder, torch.float64)
+    batch = batch_of(model, texts)
+    assert batch.last.tolist() == [0] * len(texts)
+    assert batch.select("last").sum(dim=1).tolist() == [1] * len(texts)
+    assert batch.select("last")[:, 0].all()
+    # Negative control: without the mask, padding changes the stream.
+    states = model.residual(batch)
+    model.body.is_causal = True
+    shown = model.residual(batch)
+    shortest = int(batch.mask.sum(dim=1).argmin())
+    assert (shown[shortest, 0] - states[shortest, 0]).abs().max() > 1e-4
+    longest = int(batch.mask.sum(dim=1).argmax())
+    assert torch.allclose(shown[longest], states[longest])
+
+
+def test_what_is_read_first_is_never_in_a_shared_prefix(tokenizer):
+    assert ReadAt(1, first=True).index((5, 6, 1)) == 0
+    assert ReadAt(1).index((5, 6, 1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "pooling"),
+    [
+        *((family, {}, "late" if family == "eurobert" else "first") for family in ENCODERS),
+        ("modernbert", {"classifier_pooling": "mean"}, "mean"),
+        ("eurobert", {"classifier_pooling": "mean"}, "mean"),
+    ],
+)
+def test_every_pooling_equals_the_classifier(family, changes, pooling, plain_tokenizer):
+    classifier = make_native(family, len(plain_tokenizer), num_labels=3, **changes).double()
+    head = encoder_head("model", classifier)
+    assert (head.pooling, head.reads_first) == (pooling, pooling == "first")
+    assert head.outputs == ("LABEL_0", "LABEL_1", "LABEL_2")
+    ids = torch.arange(2, 22).reshape(2, 10)
+    with torch.no_grad():
+        states = classifier.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+        places = SimpleNamespace(texts=torch.arange(2).repeat_interleave(10))
+        if pooling == "first":
+            outputs = head.read(states[:, 0])
+        else:
+            outputs = head.read_tokens(states.flatten(0, 1), places, SimpleNamespace(last=torch.zeros(2)))
+        logits = classifier(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        assert torch.allclose(outputs, logits, atol=1e-12, rtol=0)
+        # It is a copy, and the classifier can be put together again.
+        classifier.classifier.requires_grad_(False)
+        again = head.classifier_with(classifier.base_model)
+        assert torch.equal(again(input_ids=ids).logits, classifier(input_ids=ids).logits)
+        assert not any(parameter.requires_grad for parameter in head.parameters())
+
+
+def test_another_kind_of_head_is_refused(plain_tokenizer):
+    classifier = make_native("bert", len(plain_tokenizer))
+    handle = classifier.register_forward_hook(lambda module, inputs, output: output.__class__(logits=output.logits + 1))
+    with pytest.raises(ModelError, match=r"model: BertForSequenceClassification .*not supported \(its modules after"):
+        encoder_head("model", classifier)
+    handle.remove()
+    assert isinstance(encoder_head("model", classifier), PooledHead)
+
+
+@pytest.mark.parametrize("folder", grid(["roberta", "deberta-v2"]), indirect=True)
+def test_the_longest_text_and_either_side_of_padding(folder):
+    """RoBERTa's table of positions has rows before position 0; all tokens of the context are usable."""
+    model, classifier, head = opened(folder, torch.float64)
+    assert model.max_length == (94 if classifier.config.model_type == "roberta" else 96)
+    ids = torch.arange(model.max_length)[None] % 200 + 2
+    with torch.no_grad():
+        states = model.residual(TokenBatch.from_rows(ids, torch.ones_like(ids).bool(), read_at=model.read_at))
+        assert torch.allclose(head.read(states[:, 0]), classifier(input_ids=ids).logits, atol=1e-6, rtol=0)
+        # A linear head on the same body is read at its first token, whatever the padding.
+        linear = RewardHead.from_pretrained(folder, head=torch.ones(32), dtype=torch.float64)
+        linear.reads_first = True
+        short = ids[:, :7]
+        mask = torch.tensor([[0] * 3 + [1] * 7 + [0] * 5])
+        padded = torch.full((1, 15), 5)
+        padded[mask.bool()] = short[0]
+        expected = classifier.base_model(input_ids=short)[0][:, 0].sum(dim=1)
+        assert torch.allclose(score_tokens(linear, padded, mask), expected, atol=1e-6, rtol=0)
