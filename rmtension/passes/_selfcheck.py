@@ -161,7 +161,8 @@ class _Checker:
             while again.pad_token_id is not None and len(ids) > 1 and ids[-1] == again.pad_token_id:
                 ids = ids[:-1]
             with torch.no_grad():
-                state = base(input_ids=torch.tensor([ids], device=self.head.device), use_cache=False)[0][0, -1]
+                states = base(input_ids=torch.tensor([ids], device=self.head.device), use_cache=False)[0]
+            state = states[0, 0 if self.head.reads_first else -1]
             rewards.append(state.to(self.alone) @ again.head.weight.to(self.alone) + again.head.bias)
         return torch.stack(rewards)
 

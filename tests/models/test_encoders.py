@@ -6,12 +6,15 @@ import pytest
 import torch
 import transformers
 from native_families import ENCODERS, make_native
-from tiny_models import EOS, grid, make_pairs
+from some_neurons import some
+from tiny_models import EOS, batches_of, grid, make_pairs
 
-from rmtension import AblationContext, NeuronSet, RewardHead
+from rmtension import AblationContext, NeuronAttribution, NeuronSet, RewardHead
+from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.data._encoding import encode_texts
 from rmtension.data._tokens import ReadAt, TokenBatch
 from rmtension.errors import ModelError
+from rmtension.interventions._sweep import score_without
 from rmtension.models._encoder_heads import PooledHead, encoder_head
 from rmtension.models._native_body import NativeBody
 from rmtension.passes._scoring import score_tokens
@@ -217,3 +220,34 @@ def test_the_longest_text_and_either_side_of_padding(folder):
         padded[mask.bool()] = short[0]
         expected = classifier.base_model(input_ids=short)[0][:, 0].sum(dim=1)
         assert torch.allclose(score_tokens(linear, padded, mask), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", grid(["bert", "modernbert"]))
+@pytest.mark.parametrize("site", grid(["mlp", "attn_head"]))
+def test_passes_over_pairs_of_an_encoder(family, site, tokenizer, tmp_path):
+    """With a linear head: sweeps, single effects and attribution patching, whose texts do not share rows."""
+    make_native(family, len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    head = RewardHead.from_pretrained(tmp_path, head=torch.randn(32), dtype=torch.float64)
+    head.reads_first = True
+    few = make_pairs(3)
+    assert head.check(few)["passed"].all()
+    assert all(batch.position_ids is None for batch in batches_of(head, few))
+    neurons = some(head, site)
+    base = head.score_pairs(few).margin
+    effects = single_neuron_effects(head, few, site=site, neurons=neurons).values
+    about = {"shape": tuple(neurons.mask.shape), "site": site, "architecture": head.architecture}
+    singles = [NeuronSet.from_indices([index], **about) for index in neurons]
+    swept = score_without(head, few, singles)
+    for index, single, rewards in zip(neurons, singles, swept, strict=True):
+        with AblationContext(head, single):
+            margin = head.score_pairs(few).margin
+        assert torch.allclose(rewards.margin, margin, atol=1e-6, rtol=0)
+        assert torch.allclose(effects[index], (margin - base).mean().double(), atol=1e-6, rtol=0)
+    scores = NeuronAttribution(head, "integrated_gradients", site=site, steps=24).score(few).values
+    for layer in range(head.n_layers):
+        mask = torch.zeros_like(neurons.mask)
+        mask[layer] = True
+        with AblationContext(head, NeuronSet(mask, site, head.architecture)):
+            change = (head.score_pairs(few).margin - base).mean()
+        assert torch.allclose(scores[layer].sum().double(), -change.double(), atol=1e-3 * float(base.abs().max()))
