@@ -21,8 +21,8 @@ from rmtension.models._run_options import RunOptions
 class LoadOptions(RunOptions, total=False):
     """Options of `RewardHead.from_pretrained` and `from_language_model`: how to load a checkpoint and how to run it.
 
-    They are passed as keywords. `max_length`, `tokens_per_batch`, `truncate_response` and `on_nonfinite` are described
-    in `RunOptions`.
+    They are passed as keywords. `max_length`, `tokens_per_batch`, `truncate_response`, `on_nonfinite` and
+    `two_segments` are described in `RunOptions`.
 
     Attributes:
         base: for an adapter: the folder or hub name of its base model, if its config names a wrong one.

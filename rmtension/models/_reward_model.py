@@ -20,6 +20,7 @@ from rmtension._sites import find_site
 from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.data._encoding import EncodedPairs, encode_pairs
 from rmtension.data._pairs import PreferencePairs
+from rmtension.data._segments import encode_segments
 from rmtension.data._tokens import ReadAt, TokenBatch, running
 from rmtension.distributed import current
 from rmtension.errors import ModelError
@@ -95,6 +96,7 @@ class RewardModel:
         self.tokens_per_batch = options.get("tokens_per_batch")
         self.truncate_response = options.get("truncate_response", False)
         self.on_nonfinite = options.get("on_nonfinite", "raise")
+        self.two_segments = options.get("two_segments", False)
         if tokenizer is not None and len(tokenizer) > self.body.n_embeddings:
             raise ModelError(
                 f"tokenizer: it has {len(tokenizer)} tokens, the model's embedding has {self.body.n_embeddings} rows. "
@@ -122,6 +124,7 @@ class RewardModel:
             "tokens_per_batch": self.tokens_per_batch,
             "truncate_response": self.truncate_response,
             "on_nonfinite": self.on_nonfinite,
+            "two_segments": self.two_segments,
         }
 
     @property
@@ -202,6 +205,7 @@ class RewardModel:
             self.device.type,
             self.max_length,
             self.pad_token_id,
+            self.two_segments,
             None if backend is None else backend.to_str(),
             str(getattr(self.tokenizer, "chat_template", None)),
             str(self.body.cfg) if config is None else config.to_json_string(),
@@ -295,7 +299,8 @@ class RewardModel:
 
     def encode(self, pairs: PreferencePairs) -> EncodedPairs:
         """The token ids of both texts of every pair, within `max_length`."""
-        return encode_pairs(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
+        encode = encode_segments if self.two_segments else encode_pairs
+        return encode(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
 
     def tokens_together(self, *, keeps_layers: bool = False) -> int:
         """How many tokens to run together: `tokens_per_batch`, or as many as are efficient and fit into memory.
