@@ -201,7 +201,7 @@ def test_direct_parts_are_first_order_and_sum_to_the_reward(opened):
     """Of a neuron in the last block: its activation times the gradient with the final norm's scale held fixed."""
     head, plain, encoded, _, close = opened
     text = encoded.chosen[0]
-    batch = TokenBatch.from_texts([text], [0], pad_token_id=head.pad_token_id, device="cpu")
+    batch = TokenBatch.from_texts([text], [0], read_at=head.read_at, device="cpu")
     parts = direct_contributions(head, batch)
     assert (parts.reward - plain.reward(text)).abs() < close
     norm = plain.base.norm if hasattr(plain.base, "norm") else plain.base.ln_f
