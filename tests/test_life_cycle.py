@@ -264,7 +264,7 @@ CALLS = {
     "models._direct_path.direct_contributions": lambda s: direct_contributions(s.head, s.batch),
     "models._direct_weights.direct_weights": lambda s: direct_weights(s.head, s.batch, "mlp", [(0, 1)]),
     "models._classifiers.build_classifier": lambda s: build_classifier(s.head),
-    "models._classifiers.save_classifier": lambda s: s.head.save_pretrained(s.folder / "saved"),
+    "models._saving.save_model": lambda s: s.head.save_pretrained(s.folder / "saved"),
     "attribution._faithfulness.faithfulness": lambda s: faithfulness(
         s.head,
         s.pairs,
@@ -358,12 +358,12 @@ THE_SAME = {
     "models._classifiers.reload_classifier": "passes._selfcheck.check_head",
     "reward_head.RewardHead.fwd_hooks": "interventions._lens_hooks.fwd_hooks",
     "reward_head.RewardHead.check": "passes._selfcheck.check_head",
-    "reward_head.RewardHead.save_pretrained": "models._classifiers.save_classifier",
+    "reward_head.RewardHead.save_pretrained": "models._saving.save_model",
     "passes._scoring.score_texts": "reward_head.RewardHead.score",
     "models._reward_model.RewardModel.all_outputs": "reward_head.RewardHead.score_outputs",
     "passes._scoring.score_tokens": "reward_head.RewardHead.score_tokens",
     "passes._probes.find_probes": "passes._selfcheck.check_head",
-    "models._classifiers.current_checkpoint": "models._classifiers.save_classifier",
+    "models._classifiers.current_checkpoint": "models._saving.save_model",
     "models._classifiers.require_same_stream": "models._classifiers.build_classifier",
     "models._classifiers.run_eagerly": "models._classifiers.build_classifier",
 }

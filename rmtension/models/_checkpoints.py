@@ -1,5 +1,6 @@
 """Opening the checkpoint of a reward model: transformers loads it from safetensors, and its scalar head is kept."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.models._adapters import active_head, inside_peft
 from rmtension.models._head import Head, LinearHead
-from rmtension.models._head_files import StoredHeads, pickled_head, read_head_file, separate_head, stored_heads
+from rmtension.models._head_files import (
+    HeadTensors,
+    StoredHeads,
+    pickled_head,
+    read_head_file,
+    separate_head,
+    stored_heads,
+)
+from rmtension.models._head_kinds import KnownHead, known_head
 from rmtension.models._heads import read_head
 from rmtension.models._hooks import unwrapped
 from rmtension.models._loading import (
@@ -27,10 +36,14 @@ from rmtension.models._loading import (
 )
 from rmtension.models._native_weights import refuse_packed_weights
 from rmtension.models._outputs import ALL, choose_outputs, choose_rows, choose_tokens
+from rmtension.models._own_format import OwnFormat
 from rmtension.models._unembedding import token_head
+from rmtension.models._unknown_heads import unknown_head
 
 _CLASSIFIER, _LANGUAGE_MODEL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 _TOKENS = "TOKEN_CLS"  # peft's name of the task
+# The head of a classifier of transformers that is no decoder.
+_IS_CLASSIFIER = re.compile(r"classifier\.").match
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,7 @@ class Checkpoint:
     `pools` says that the reward is read where transformers' classifiers read it. `logits` says which logits of
     transformers the reward is; None if transformers does not compute it. `base` is None if it was converted, and can be
     read again from `source`. `classifier` is the model in memory whose score layer `head` was read from.
+    `own` is the format of the checkpoint if its head is no score layer of a classifier.
     """
 
     base: nn.Module | None
@@ -71,6 +85,7 @@ class Checkpoint:
     logits: Logits | None
     source: Source | None
     classifier: Any = None
+    own: OwnFormat | None = None
 
     def require_same_head(self) -> None:
         """Raise `ModelError` if the score layer of the model in memory has changed since the model was opened."""
@@ -111,11 +126,17 @@ def open_checkpoint(
     placement_of(options)  # raises for a wrong device before anything is read
     stored = stored_heads(location.weights, _width(location.config))
     classifies = _is_classifier(location)
-    if (classifies or location.task == _TOKENS) and (location.adapters or (reward and head is None)):
+    given = read_head_file(head) if isinstance(head, str | Path) else head
+    known: KnownHead | None = None
+    if reward and given is None and not location.adapters:
+        known = known_head(stored.outside, location.config)
+    elif reward and isinstance(given, Mapping):
+        known = known_head(HeadTensors.of({str(key): value for key, value in given.items()}), location.config)
+    given = given if known is None else known.head
+    if (classifies or location.task == _TOKENS) and (location.adapters or (reward and given is None)):
         _set_outputs(location, stored)
     names: Mapping[int, str] = location.config.id2label
     tokenizer = options.get("tokenizer")
-    given = read_head_file(head) if isinstance(head, str | Path) else head
     auto_class = _auto_class(location, classifies)
     tokens: tuple[int, ...] = ()
     if reward and given is None and classifies:
@@ -146,10 +167,14 @@ def open_checkpoint(
         read = read_head(layer if given is None else given, _width(base.config), names)
         choice = choose_outputs(output, read, "head")
     tokenizer = load_tokenizer(location) if tokenizer is None else tokenizer
-    pools = reward and classifies
+    # A head that the user passed is read where the checkpoint's own class reads it.
+    pools = reward and (known.skips_pad if known is not None and head is None else classifies)
     pad_token_id = _pad_token_id(name, base.config, tokenizer, options.get("pad_token"), pools, read is None)
     source = Source(str(name), head, output, options)
-    return Checkpoint(base, read, choice, tokenizer, pad_token_id, str(name), pools, logits, source)
+    own: OwnFormat | None = None
+    if reward and head is None and logits is None and not location.adapters:
+        own = OwnFormat.of(location.files, location.config, separate_head(location.files))
+    return Checkpoint(base, read, choice, tokenizer, pad_token_id, str(name), pools, logits, source, own=own)
 
 
 def reload_model(source: Source, logits: Logits, dtype: torch.dtype) -> Any:
@@ -230,7 +255,7 @@ def _set_outputs(location: CheckpointLocation, stored: StoredHeads) -> None:
             f"{location.files.name}: neither the adapter nor its base model holds a score head. Train the adapter with "
             "task_type='SEQ_CLS' or modules_to_save=['score'], so that it is saved with one."
         )
-    elif stored.layers:
+    elif stored.layers or (stored.outside.shapes and not any(map(_IS_CLASSIFIER, stored.outside.shapes))):
         raise ModelError(_no_head(location, stored))
 
 
@@ -254,14 +279,11 @@ def _value_head(location: CheckpointLocation, stored: StoredHeads) -> Mapping[st
 def _no_head(location: CheckpointLocation, stored: StoredHeads) -> str:
     """An error message: why the checkpoint has no reward, and what to do."""
     name = location.files.name
-    if stored.layers:
-        return (
-            f"{name}: expected a head that is one linear map, got a head of several layers "
-            f"({list(stored.layers)[:4]}). To read activations only, use RewardHead.from_language_model."
-        )
     pickled = pickled_head(location.files, is_adapter=bool(location.adapters))
     if pickled:
         return f"{name}: its safetensors files contain no head.{pickled}"
+    if stored.outside.shapes:
+        return unknown_head(name, stored.outside, _width(location.config))
     return (
         f"{name}: expected a checkpoint of a sequence classifier, got {location.config.architectures}, which has no "
         "score head. Pass a head with head=(weight, bias), or the tokens whose logits are the reward with "
