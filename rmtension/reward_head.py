@@ -374,8 +374,9 @@ class RewardHead(RewardModel):
 
         A classifier, a head that you passed and the logits of tokens are written as a classifier that
         `AutoModelForSequenceClassification` loads; a checkpoint with its own class is written with its own names,
-        config and code, which is copied and not run. A checkpoint that is already in the folder is replaced. A `HookedTransformer` or a `boot_native` bridge, for
-        which transformers has no class, is written as its state dict, config and head. `from_pretrained` opens both.
+        config and code, which is copied and not run. A checkpoint that is already in the folder is replaced. A
+        `HookedTransformer` or a `boot_native` bridge, for which transformers has no class, is written as its state
+        dict, config and head. `from_pretrained` opens all of them.
 
         Examples:
             >>> head.with_ablation(neurons).save_pretrained("without-helpful")

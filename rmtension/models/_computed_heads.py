@@ -39,6 +39,9 @@ class LayeredHead(Head):
 class Weights(nn.Module):
     """The weights of objectives: layers, then optionally softmax(x / temperature), a factor and a matrix."""
 
+    scale: Tensor | None
+    transform: Float[Tensor, "objective weight"] | None
+
     def __init__(
         self,
         layers: Layers,
@@ -63,6 +66,8 @@ class Weights(nn.Module):
 
 class ExpectedBins(nn.Module):
     """The expected value of distributions over bins: layers give the logits of every objective's bins."""
+
+    values: Float[Tensor, "bin"]
 
     def __init__(self, layers: Layers, n_objectives: int, values: Float[Tensor, "bin"]) -> None:
         super().__init__()

@@ -141,9 +141,8 @@ def names_outside(names: Iterable[str], *, unembedding: bool = False) -> list[st
     """The names of the tensors outside the body, without towers for images."""
     names = list(names)
     prefix = body_prefix(names)
-    inside = (
-        {prefix.removesuffix(".")} if prefix else _BODY | {n.partition(".")[0] for n in names if _EMBEDDING.match(n)}
-    )
+    unnamed = _BODY | {name.partition(".")[0] for name in names if _EMBEDDING.match(name)}
+    inside = {prefix.removesuffix(".")} if prefix else unnamed
     inside = inside | _TOWERS | (set() if unembedding else _UNEMBEDDINGS)
     return sorted(name for name in names if name.partition(".")[0] not in inside)
 

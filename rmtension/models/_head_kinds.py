@@ -1,4 +1,4 @@
-"""Rules that read a head from the tensors of a checkpoint, by their names and shapes and by its config, without its code.
+"""Rules that read a head from the tensors of a checkpoint, by their names and shapes and its config, without its code.
 
 The formulas are those of the published models that each rule names. Heads that are one linear map of the last token are
 read by `_heads`.
@@ -85,7 +85,7 @@ def _gated(tensors: HeadTensors, config: Any) -> KnownHead | None:
             f"gate, got {len(rows)} rows. Open a checkpoint whose head is complete."
         )
     # The reward of an objective is the mean of its quantiles (QRM), of which ArmoRM has one.
-    rows = rows.unflatten(0, (n_objectives, -1))
+    rows = rows.reshape(n_objectives, -1, rows.shape[1])
     n_quantiles, rows = rows.shape[1], rows.mean(dim=1)
     matrix = tensor.get("reward_transform_matrix")
     transform = None
@@ -114,8 +114,8 @@ def _weighted(tensors: HeadTensors, config: Any) -> KnownHead | None:
     rows = tensors.read(["score.weight"])["score.weight"][::2]
     if len(rows) != weights.layers.n_outputs:
         raise ModelError(
-            f"score.weight: expected two rows, a mean and a spread, for each of the {weights.layers.n_outputs} weights, "
-            f"got shape {shape}. Open a checkpoint whose head is complete."
+            f"score.weight: expected two rows, a mean and a spread, for each of {weights.layers.n_outputs} weights, got "
+            f" shape {shape}. Open a checkpoint whose head is complete."
         )
     return KnownHead(WeightedHead(_rows(rows), weights, _names(len(rows), config)), skips_pad=True)
 

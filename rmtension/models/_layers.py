@@ -14,12 +14,12 @@ _BATCH_NORM_EPS = 1e-5
 
 
 class Layers(nn.Module):
-    """Linear layers and batch norms in the order of their numbers; an activation follows all linear layers but the last.
+    """Linear layers and batch norms in the order of their numbers, with an activation after all linear layers but one.
 
     Args:
         tensors: "0.weight", "0.bias", "2.weight", ...: a matrix is a linear layer, and a number with a "running_mean"
             a batch norm in eval mode. Numbers without tensors are activations and dropout.
-        activation: what follows every linear layer but the last.
+        activation: what follows every linear layer except the last.
         what: the name of the layers in error messages.
     """
 

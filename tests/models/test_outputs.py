@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import EOS, grid, make_config, make_tokenizer, save_classifier
 
 from rmtension import AblationContext, NeuronSet, RewardHead
-from rmtension.errors import CheckError, ModelError, OptionError
+from rmtension.errors import CheckError, ModelError, OptionError, RMTensionWarning
 from rmtension.models._heads import read_head
 from rmtension.models._outputs import choose_rows
 from rmtension.synthetic.check_matrix import make_classifier
@@ -362,24 +362,14 @@ class TestStoredHeads:
         ):
             RewardHead.from_pretrained(folder, head="nothing")
 
-    @pytest.mark.parametrize(
-        ("name", "is_classifier"), [("v_head.summary", False), ("score", True), ("value_head.layers", False)]
-    )
-    def test_heads_of_several_layers_are_refused_by_name(
-        self, checkpoints, language_models, tmp_path, name, is_classifier
-    ):
-        """GRM's Linear-ReLU-Linear, and INF-ORM's in a class that calls itself a classifier."""
-        folder = with_tensors(
-            language_models["llama"],
-            tmp_path,
-            {f"{name}.0.weight": torch.ones(64, 32), f"{name}.2.weight": torch.ones(1, 64)},
-        )
-        if is_classifier:
-            config = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(
-                json.dumps(config | {"architectures": ["INFORMForSequenceClassification"]})
-            )
-        with pytest.raises(ModelError, match=rf"several layers \(\['{name}.0.weight'.*from_language_model") as caught:
-            RewardHead.from_pretrained(folder)
-        assert "train" not in str(caught.value)
-        assert RewardHead.from_language_model(folder).n_layers > 1
+    def test_layers_without_a_known_activation_are_read_with_a_warning(self, language_models, tmp_path):
+        """Linear-ReLU-Linear is the usual head of several layers, but the file does not say that it is ReLU."""
+        generator = torch.Generator().manual_seed(0)
+        first, second = torch.randn(64, 32, generator=generator), torch.randn(1, 64, generator=generator)
+        tensors = {"value_head.layers.0.weight": first, "value_head.layers.2.weight": second}
+        folder = with_tensors(language_models["llama"], tmp_path, tensors)
+        with pytest.warns(RMTensionWarning, match=r"value_head.layers.\* was read as linear layers with a ReLU"):
+            head = RewardHead.from_pretrained(folder)
+        states = torch.randn(3, 32, generator=generator)
+        expected = torch.relu(states @ first.T) @ second.T
+        assert torch.allclose(head.head.read(states, None), expected, atol=1e-5)
