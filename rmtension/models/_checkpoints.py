@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.models._adapters import active_head, inside_peft
+from rmtension.models._configs import stored_fields
 from rmtension.models._head import Head, LinearHead
 from rmtension.models._head_files import (
     HeadTensors,
     StoredHeads,
     pickled_head,
     read_head_file,
+    refuse_pickled_parts,
     separate_head,
     stored_heads,
 )
@@ -34,6 +36,7 @@ from rmtension.models._loading import (
     refuse_offloaded,
     refuse_quantised,
 )
+from rmtension.models._models_in_memory import head_in_memory
 from rmtension.models._native_weights import refuse_packed_weights
 from rmtension.models._outputs import ALL, choose_outputs, choose_rows, choose_tokens
 from rmtension.models._own_format import OwnFormat
@@ -42,7 +45,8 @@ from rmtension.models._unknown_heads import unknown_head
 
 _CLASSIFIER, _LANGUAGE_MODEL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 _TOKENS = "TOKEN_CLS"  # peft's name of the task
-# The head of a classifier of transformers that is no decoder.
+# The head of a classifier of transformers, and of one that is no decoder.
+_IS_SCORE = re.compile(r"(score|classifier)\.").match
 _IS_CLASSIFIER = re.compile(r"classifier\.").match
 
 
@@ -125,13 +129,14 @@ def open_checkpoint(
     location = find_checkpoint(name, options)
     placement_of(options)  # raises for a wrong device before anything is read
     stored = stored_heads(location.weights, _width(location.config))
-    classifies = _is_classifier(location)
+    classifies = _is_classifier(location, stored)
     given = read_head_file(head) if isinstance(head, str | Path) else head
     known: KnownHead | None = None
     if reward and given is None and not location.adapters:
-        known = known_head(stored.outside, location.config)
+        refuse_pickled_parts(location.files)
+        known = known_head(stored.outside, stored_fields(location.weights))
     elif reward and isinstance(given, Mapping):
-        known = known_head(HeadTensors.of({str(key): value for key, value in given.items()}), location.config)
+        known = known_head(HeadTensors.of(given), stored_fields(location.weights))
     given = given if known is None else known.head
     if (classifies or location.task == _TOKENS) and (location.adapters or (reward and given is None)):
         _set_outputs(location, stored)
@@ -172,7 +177,9 @@ def open_checkpoint(
     pad_token_id = _pad_token_id(name, base.config, tokenizer, options.get("pad_token"), pools, read is None)
     source = Source(str(name), head, output, options)
     own: OwnFormat | None = None
-    if reward and head is None and logits is None and not location.adapters:
+    # A language model's logits are saved as rows of a classifier, if they are linear.
+    keeps_format = logits is None or (bool(tokens) and not isinstance(read, LinearHead))
+    if reward and head is None and keeps_format and not location.adapters:
         own = OwnFormat.of(location.files, location.config, separate_head(location.files))
     return Checkpoint(base, read, choice, tokenizer, pad_token_id, str(name), pools, logits, source, own=own)
 
@@ -192,7 +199,11 @@ def checkpoint_of(
     """The checkpoint of a transformers classifier in memory, with its modules and weights, which are not copied."""
     classifier = inside_peft(unwrapped(classifier))
     name = type(classifier).__name__
-    if not name.endswith("ForSequenceClassification"):
+    is_standard = name.endswith("ForSequenceClassification")
+    known: KnownHead | None = None
+    if head is None and not type(classifier).__module__.startswith("transformers."):
+        known = head_in_memory(classifier)
+    if known is None and not is_standard and (head is None or not hasattr(classifier, "base_model")):
         raise ModelError(
             f"model: expected a ...ForSequenceClassification of transformers, got {name}. Open a hooked model with "
             "RewardHead(model, weight)."
@@ -201,8 +212,11 @@ def checkpoint_of(
     refuse_quantised(name, classifier.config)
     refuse_offloaded(name, classifier)
     logits: Logits | None = None
-    if head is None:
-        read: Head = _score_head(name, classifier, StoredHeads({}))
+    if known is not None:
+        read = known.head
+        choice = choose_outputs(output, read, name)
+    elif head is None:
+        read = _score_head(name, classifier, StoredHeads({}))
         choice = choose_outputs(output, read, name)
         logits = Logits(_CLASSIFIER, choice)
     else:
@@ -210,15 +224,22 @@ def checkpoint_of(
         read = read_head(given, _width(classifier.config), classifier.config.id2label)
         choice = choose_outputs(output, read, "head")
     base = unwrapped(classifier.base_model)
-    pad_token_id = _pad_token_id(name, base.config, tokenizer, pad_token, pools=True, is_headless=False)
-    live = classifier if head is None else None
-    return Checkpoint(base, read, choice, tokenizer, pad_token_id, name, True, logits, source=None, classifier=live)
+    pools = is_standard if known is None else known.skips_pad
+    pad_token_id = _pad_token_id(name, base.config, tokenizer, pad_token, pools, is_headless=False)
+    live = classifier if head is None and known is None else None
+    return Checkpoint(base, read, choice, tokenizer, pad_token_id, name, pools, logits, source=None, classifier=live)
 
 
-def _is_classifier(location: CheckpointLocation) -> bool:
+def _is_classifier(location: CheckpointLocation, stored: StoredHeads) -> bool:
     """Whether transformers reads the checkpoint as a sequence classifier, and so chooses the token to read."""
     if location.task == _TOKENS:
         return False
+    if (
+        stored.linear
+        and not location.adapters
+        and not any(name.startswith(("score.", "classifier.")) for name in stored.linear)
+    ):
+        return False  # an own class, whatever its name (Starling's v_head)
     return (
         location.is_for("ForSequenceClassification")
         or location.task == "SEQ_CLS"

@@ -86,7 +86,7 @@ def reload_classifier(head: RewardModel) -> Any:
     if checkpoint is None or (checkpoint.source is not None and checkpoint.logits is None):
         return None
     if checkpoint.source is None or checkpoint.logits is None:
-        return build_classifier(head) if checkpoint.pools else None
+        return build_classifier(head) if checkpoint.pools and head.weight is not None else None
     model = reload_model(checkpoint.source, checkpoint.logits, head.dtype)
     config = model.config.get_text_config()
     if config.pad_token_id is None:

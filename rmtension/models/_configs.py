@@ -10,6 +10,18 @@ from rmtension.models._head_files import CheckpointFiles
 _SUFFIX = re.compile(r"[-_](rm|reward|reward_model|rewardmodel|for_reward)$")
 
 
+def stored_fields(files: CheckpointFiles) -> dict[str, Any]:
+    """The fields of config.json, also those that transformers drops, such as a temperature; empty without that file."""
+    path = files.find("config.json")
+    if path is None:
+        return {}
+    try:
+        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}  # transformers reports it
+    return fields if isinstance(fields, dict) else {}
+
+
 def standard_config(files: CheckpointFiles) -> Any:
     """The config of the standard body of a model type that transformers does not know; None if there is no such body.
 
@@ -17,14 +29,8 @@ def standard_config(files: CheckpointFiles) -> Any:
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    path = files.find("config.json")
-    if path is None:
-        return None
-    try:
-        fields: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None  # transformers reports it
-    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    fields = stored_fields(files)
+    model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type in CONFIG_MAPPING:
         return None
     body = _SUFFIX.sub("", model_type)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -53,8 +54,9 @@ class HeadTensors:
     held: Mapping[str, Tensor | Path]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> "HeadTensors":
-        """Tensors in memory."""
+    def of(cls, given: Mapping[Any, Any]) -> "HeadTensors":
+        """The tensors of a state dict in memory."""
+        tensors = {str(name): tensor for name, tensor in given.items() if isinstance(tensor, Tensor)}
         return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -195,6 +197,26 @@ def pickled_head(files: CheckpointFiles, *, is_adapter: bool) -> str:
         return ""
     path = Path(files.name) / pickled.name if Path(files.name).is_dir() else pickled
     return f" {refused_pickle(path, VALUE_HEAD)} Then open it again, with head={str(path.with_name(VALUE_HEAD))!r}."
+
+
+def refuse_pickled_parts(files: CheckpointFiles) -> None:
+    """Raise `ModelError` for a head in two pickled files (LDL), with the line of Python that converts them.
+
+    The model's own files may hold untrained tensors of the same names.
+    """
+    parts = ("regression_layer", "gating_layer")
+    paths = [files.find(f"{part}.pt") for part in parts]
+    if None in paths:
+        return
+    folder = Path(files.name) if Path(files.name).is_dir() else Path()
+    target = str(folder / "own_head.safetensors")
+    loaded = ", ".join(f"({part!r}, {str(path)!r})" for part, path in zip(parts, paths, strict=True))
+    raise ModelError(
+        f"{files.name}: its head is in pickled files, {parts[0]}.pt and {parts[1]}.pt, which can run code, so they are "
+        "not read. If you trust them, convert them once: `import torch; from safetensors.torch import save_file; "
+        "save_file({f'{part}.{name}': tensor for part, file in [" + loaded + "] for name, tensor in "
+        f"torch.load(file, weights_only=True).items()}}, {target!r})`. Then pass head={target!r}."
+    )
 
 
 def refused_pickle(path: Path, target: str | None = None) -> str:

@@ -49,6 +49,10 @@ _NUMBERED = re.compile(r"(.+\.)\d+\.(weight|bias)$")
 _LDL = ("regression_layer.network.", "gating_layer.network.")
 
 
+# The fields of config.json.
+Fields = Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class KnownHead:
     """A head that a rule read; `skips_pad` says that its code reads the last token that is no pad token."""
@@ -57,19 +61,19 @@ class KnownHead:
     skips_pad: bool = False
 
 
-def known_head(tensors: HeadTensors, config: Any) -> KnownHead | None:
+def known_head(tensors: HeadTensors, fields: Fields) -> KnownHead | None:
     """The head that the rules read from the tensors outside a body; None if no rule knows it.
 
     Raises `ModelError` for a head whose outputs are no rewards of single texts.
     """
     for rule in _RULES:
-        found = rule(tensors, config)
+        found = rule(tensors, fields)
         if found is not None:
             return found
     return None
 
 
-def _gated(tensors: HeadTensors, config: Any) -> KnownHead | None:
+def _gated(tensors: HeadTensors, fields: Fields) -> KnownHead | None:
     """ArmoRM and QRM: objectives of the last token times weights of the prompt, which a softmax makes."""
     if "regression_layer.weight" not in tensors.shapes or "gating.layers.0.weight" not in tensors.shapes:
         return None
@@ -93,19 +97,19 @@ def _gated(tensors: HeadTensors, config: Any) -> KnownHead | None:
         rows = matrix.double().T @ rows  # QRM reports the transformed objectives
     elif matrix is not None:
         transform = matrix.double()  # ArmoRM reports them before
-    temperature = getattr(config, "gating_temperature", None) or (1.0 if matrix is None else 10.0)
+    temperature = fields.get("gating_temperature") or (1.0 if matrix is None else 10.0)
     weights = Weights(gate, temperature=float(temperature), scale=tensor.get("gating.logit_scale"), transform=transform)
-    pattern = _HEADERS.get(_model_type(config))
+    pattern = _HEADERS.get(_model_type(fields))
     if pattern is None:
         raise ModelError(
             f"head: its weights are read at the header of an assistant turn, and the token ids of this header are "
-            f"known for {sorted(_HEADERS)}, not for {_model_type(config)!r}. Pass a Head with a `tokens` method."
+            f"known for {sorted(_HEADERS)}, not for {_model_type(fields)!r}. Pass a Head with a `tokens` method."
         )
-    names = _names(n_objectives, config)
+    names = _names(n_objectives, fields)
     return KnownHead(PromptWeightedHead(_rows(rows), weights, names, pattern), skips_pad=True)
 
 
-def _weighted(tensors: HeadTensors, config: Any) -> KnownHead | None:
+def _weighted(tensors: HeadTensors, fields: Fields) -> KnownHead | None:
     """URM: ten outputs, of which every second one is a mean, and weights of the same token without a softmax."""
     shape = tensors.shapes.get("score.weight")
     if shape is None or "weights.fc.0.weight" not in tensors.shapes:
@@ -114,13 +118,13 @@ def _weighted(tensors: HeadTensors, config: Any) -> KnownHead | None:
     rows = tensors.read(["score.weight"])["score.weight"][::2]
     if len(rows) != weights.layers.n_outputs:
         raise ModelError(
-            f"score.weight: expected two rows, a mean and a spread, for each of {weights.layers.n_outputs} weights, got "
-            f" shape {shape}. Open a checkpoint whose head is complete."
+            "score.weight: expected two rows, a mean and a spread, for each output of weights.fc, got "
+            f"shape {shape}. Open a checkpoint whose head is complete."
         )
-    return KnownHead(WeightedHead(_rows(rows), weights, _names(len(rows), config)), skips_pad=True)
+    return KnownHead(WeightedHead(_rows(rows), weights, _names(len(rows), fields)), skips_pad=True)
 
 
-def _distributions(tensors: HeadTensors, config: Any) -> KnownHead | None:
+def _distributions(tensors: HeadTensors, fields: Fields) -> KnownHead | None:
     """LDL: a distribution over bins from 0 to 1 per objective, and weights of the same token."""
     if not all(f"{part}0.weight" in tensors.shapes for part in _LDL):
         return None
@@ -128,14 +132,14 @@ def _distributions(tensors: HeadTensors, config: Any) -> KnownHead | None:
     n_objectives = gate.n_outputs
     n_bins = bins.n_outputs // n_objectives
     objectives = ExpectedBins(bins, n_objectives, torch.linspace(0, 1, n_bins, dtype=torch.float64))
-    temperature = float(getattr(config, "temperature", None) or 1.0)
-    weights = Weights(gate, temperature=temperature if getattr(config, "softmax", False) else None)
-    return KnownHead(WeightedHead(objectives, weights, _names(n_objectives, config)), skips_pad=True)
+    temperature = float(fields.get("temperature") or 1.0)
+    weights = Weights(gate, temperature=temperature if fields.get("softmax", False) else None)
+    return KnownHead(WeightedHead(objectives, weights, _names(n_objectives, fields)), skips_pad=True)
 
 
-def _layered(tensors: HeadTensors, config: Any) -> KnownHead | None:
+def _layered(tensors: HeadTensors, fields: Fields) -> KnownHead | None:
     """GRM, INF-ORM, WorldPM, Qwen2.5-Math-RM: Linear-ReLU-...-Linear."""
-    if _reads_steps(config):
+    if _reads_steps(fields):
         return None
     prefixes = {match[1] for name in tensors.shapes if (match := _NUMBERED.match(name))}
     known = [prefix for prefix in _RELU if prefix in prefixes]
@@ -146,8 +150,6 @@ def _layered(tensors: HeadTensors, config: Any) -> KnownHead | None:
         layers = Layers(tensors.under(prefix), torch.relu, prefix[:-1])
     except ModelError:
         return None
-    if layers.n_inputs != config.get_text_config().hidden_size:
-        return None
     if not known:
         warnings.warn(
             f"head: {prefix}* was read as linear layers with a ReLU between them, because the checkpoint does not say "
@@ -155,15 +157,15 @@ def _layered(tensors: HeadTensors, config: Any) -> KnownHead | None:
             RMTensionWarning,
             stacklevel=5,
         )
-    names = ("reward",) if layers.n_outputs == 1 else _names(layers.n_outputs, config)
-    return KnownHead(LayeredHead(layers, names), skips_pad=prefix == "score." and _is_classifier(config))
+    names = ("reward",) if layers.n_outputs == 1 else _names(layers.n_outputs, fields)
+    return KnownHead(LayeredHead(layers, names), skips_pad=prefix == "score." and _is_classifier(fields))
 
 
-def _normalised(tensors: HeadTensors, config: Any) -> KnownHead | None:
+def _normalised(tensors: HeadTensors, fields: Fields) -> KnownHead | None:
     """Beaver: a score head whose score is divided by its running standard deviation if the config says so."""
-    if "score_head.weight" not in tensors.shapes or not getattr(config, "do_normalize", False):
+    if "score_head.weight" not in tensors.shapes or not fields.get("do_normalize", False):
         return None
-    kind = getattr(config, "score_type", "reward")
+    kind = fields.get("score_type", "reward")
     state = tensors.under("normalizer.")
     if kind not in ("reward", "cost") or not {"mean", "var"} <= set(state):
         return None
@@ -174,45 +176,47 @@ def _normalised(tensors: HeadTensors, config: Any) -> KnownHead | None:
     return KnownHead(LinearHead(head["weight"].double() / deviation[:, None], (bias - mean) / deviation))
 
 
-def _standardised(tensors: HeadTensors, config: Any) -> KnownHead | None:
+def _standardised(tensors: HeadTensors, fields: Fields) -> KnownHead | None:
     """OpenRLHF: a linear head, less a mean and divided by a standard deviation if the config says so."""
     name = next((name for name in ("value_head", "score") if f"{name}.weight" in tensors.shapes), None)
-    mean, deviation = (getattr(config, key, None) for key in ("mean", "std"))
-    if name is None or not getattr(config, "normalize_reward", False) or mean is None or not deviation:
+    mean, deviation = (fields.get(key) for key in ("mean", "std"))
+    if name is None or not fields.get("normalize_reward", False) or mean is None or not deviation:
         return None
     weight = tensors.read([f"{name}.weight"])[f"{name}.weight"].double()
     return KnownHead(LinearHead(weight / deviation, -mean / deviation))
 
 
-def _averaged(tensors: HeadTensors, config: Any) -> KnownHead | None:
+def _averaged(tensors: HeadTensors, fields: Fields) -> KnownHead | None:
     """Ziya: the mean of as many rows as the model was trained on devices."""
     n_rows, *_ = tensors.shapes.get("value_head.weight", (1,))
-    is_ziya = "LlamaRewardModel" in (config.architectures or []) and n_rows == getattr(config, "model_parallel_size", 4)
+    is_ziya = "LlamaRewardModel" in (fields.get("architectures") or []) and n_rows == fields.get(
+        "model_parallel_size", 4
+    )
     if n_rows == 1 or not is_ziya:
         return None
     weight = tensors.read(["value_head.weight"])["value_head.weight"]
     return KnownHead(LinearHead(weight.double().mean(dim=0)))
 
 
-def _pooled(tensors: HeadTensors, config: Any) -> KnownHead | None:
+def _pooled(tensors: HeadTensors, fields: Fields) -> KnownHead | None:
     """OpenAssistant's GPT-NeoX with pooling "mean": a linear map of the mean over all tokens."""
-    if "out_proj.weight" not in tensors.shapes or getattr(config, "pooling", "last") != "mean":
+    if "out_proj.weight" not in tensors.shapes or fields.get("pooling", "last") != "mean":
         return None
     head = tensors.under("out_proj.")
     return KnownHead(MeanHead(LinearHead(head["weight"], head.get("bias", 0.0))))
 
 
-def _attributes(tensors: HeadTensors, config: Any) -> KnownHead | None:
+def _attributes(tensors: HeadTensors, fields: Fields) -> KnownHead | None:
     """RewardModel-Mistral-7B-for-DPA: ten attributes of a Mistral, whose config does not name them."""
     shape = tensors.shapes.get("score.weight")
-    has_code = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
-    if shape is None or shape[0] != len(_DPA) or _model_type(config) != "mistral" or not has_code:
+    has_code = "AutoModelForSequenceClassification" in (fields.get("auto_map") or {})
+    if shape is None or shape[0] != len(_DPA) or _model_type(fields) != "mistral" or not has_code:
         return None
     head = tensors.under("score.")
     return KnownHead(LinearHead(head["weight"], head.get("bias", 0.0), _DPA), skips_pad=True)
 
 
-def _preference_vector(tensors: HeadTensors, config: Any) -> KnownHead | None:
+def _preference_vector(tensors: HeadTensors, fields: Fields) -> KnownHead | None:
     """General preference models embed a response; only two embeddings give a preference."""
     if "prompt_head.weight" in tensors.shapes and "value_head.weight" in tensors.shapes:
         raise ModelError(
@@ -222,7 +226,7 @@ def _preference_vector(tensors: HeadTensors, config: Any) -> KnownHead | None:
     return None
 
 
-_Rule = Callable[[HeadTensors, Any], KnownHead | None]
+_Rule = Callable[[HeadTensors, Fields], KnownHead | None]
 _RULES: Sequence[_Rule] = (
     *(_preference_vector, _gated, _weighted, _distributions, _normalised, _standardised, _averaged, _pooled),
     *(_attributes, _layered),
@@ -233,23 +237,24 @@ def _rows(rows: Tensor) -> Layers:
     return Layers({"0.weight": rows})
 
 
-def _names(number: int, config: Any) -> tuple[str, ...]:
+def _names(number: int, fields: Fields) -> tuple[str, ...]:
     """The names of objectives: those of the config, of the published models, or numbers."""
-    named: Mapping[int, str] = getattr(config, "id2label", None) or {}
-    if len(named) == number and not all(str(name).startswith("LABEL_") for name in named.values()):
+    named: Mapping[int, str] = {int(key): str(name) for key, name in (fields.get("id2label") or {}).items()}
+    if len(named) == number and not all(name.startswith("LABEL_") for name in named.values()):
         return tuple(named[key] for key in sorted(named))
     published = {len(names): names for names in (_ARMORM, _HELPSTEER)}
     return published.get(number, tuple(map(str, range(number))))
 
 
-def _model_type(config: Any) -> str:
-    return str(getattr(config.get_text_config(), "model_type", ""))
+def _model_type(fields: Fields) -> str:
+    text: Mapping[str, Any] = fields.get("text_config") or fields
+    return str(text.get("model_type") or "")
 
 
-def _is_classifier(config: Any) -> bool:
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+def _is_classifier(fields: Fields) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in fields.get("architectures") or [])
 
 
-def _reads_steps(config: Any) -> bool:
+def _reads_steps(fields: Fields) -> bool:
     """Whether this is a process reward model, which reads a reward at several tokens."""
-    return any(re.search(r"Process|Prm|PRM", name) for name in config.architectures or [])
+    return any(re.search(r"Process|Prm|PRM", name) for name in fields.get("architectures") or [])

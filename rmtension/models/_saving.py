@@ -82,6 +82,14 @@ def _save_in_own_format(head: RewardModel, own: OwnFormat, tokenizer: Any, base:
             tokenizer.save_pretrained(temporary)
     outputs = head.require_head().outputs
     chosen = None if head.choice is None else [outputs[number] for number in head.choice]
+    if head.checkpoint is not None and head.checkpoint.reads_tokens:
+        warnings.warn(
+            "save_pretrained: the model was saved as a language model, whose files do not say which logits are the "
+            "reward. Open it again with the output=... that it was opened with.",
+            RMTensionWarning,
+            stacklevel=4,
+        )
+        return
     default = head.require_head().default or (outputs[0] if len(outputs) == 1 else None)
     if chosen is not None and chosen != [default]:
         warnings.warn(

@@ -24,13 +24,16 @@ def _code(name: str, shapes: Mapping[str, tuple[int, ...]], held: Mapping[str, o
     matrices = [key for key, shape in shapes.items() if len(shape) == 2 and shape[1] == width]
     key = (matrices or list(shapes))[0]
     path = held[key]
-    file = str(path) if isinstance(path, Path) else "<the file>"
+    if isinstance(path, Path):
+        tensor, again = f"safe_open({str(path)!r}, 'pt').get_tensor({key!r})", f"from_pretrained({name!r}"
+    else:
+        tensor, again = f"model.state_dict()[{key!r}].clone()", "from_classifier(model"
     return (
         "import torch; from safetensors import safe_open\n"
         "from rmtension import RewardHead; from rmtension.models import Head\n"
         "class OwnHead(Head):\n"
         "    def __init__(self): super().__init__(); "
-        f"self.w = torch.nn.Buffer(safe_open({file!r}, 'pt').get_tensor({key!r}))\n"
+        f"self.w = torch.nn.Buffer({tensor})\n"
         "    def read(self, last, prompt_last): return (last @ self.w.T)[:, :1]\n"
-        f"head = RewardHead.from_pretrained({name!r}, head=OwnHead())"
+        f"head = RewardHead.{again}, head=OwnHead())"
     )
