@@ -25,6 +25,7 @@ from rmtension.models._loading import (
     refuse_offloaded,
     refuse_quantised,
 )
+from rmtension.models._log_ratio_head import LogRatioHead
 from rmtension.models._native_weights import refuse_packed_weights
 from rmtension.models._outputs import ALL, choose_outputs, choose_rows, choose_tokens
 from rmtension.models._unembedding import token_head
@@ -109,6 +110,7 @@ def open_checkpoint(
     """
     location = find_checkpoint(name, options)
     placement_of(options)  # raises for a wrong device before anything is read
+    is_labelled = location.task == _TOKENS or location.is_for("ForTokenClassification")
     stored = stored_heads(location.weights, _width(location.config))
     classifies = _is_classifier(location)
     if (classifies or location.task == _TOKENS) and (location.adapters or (reward and head is None)):
@@ -118,13 +120,19 @@ def open_checkpoint(
     given = read_head_file(head) if isinstance(head, str | Path) else head
     auto_class = _auto_class(location, classifies)
     tokens: tuple[int, ...] = ()
-    if reward and given is None and classifies:
+    if reward and isinstance(given, LogRatioHead):
+        if classifies or is_labelled:
+            raise ModelError(
+                f"{name}: expected a causal language model for a LogRatioHead, got {location.config.architectures}. "
+                "Leave out head=... to use the checkpoint's own head, or open the language model it was trained from."
+            )
+        auto_class = _LANGUAGE_MODEL
+    elif reward and given is None and classifies:
         auto_class = _CLASSIFIER
         if output != ALL and ("score.weight" in stored.linear or location.n_saved_outputs is not None):
             choose_rows(output, len(names), names, str(name))  # raises before the weights are read
     elif reward and given is None:
         given = _value_head(location, stored)
-        is_labelled = location.task == _TOKENS or location.is_for("ForTokenClassification")
         if output is not None and not is_labelled and (given is None or _has_text(output)):
             tokenizer = load_tokenizer(location) if tokenizer is None else tokenizer
             auto_class, tokens = _LANGUAGE_MODEL, choose_tokens(output, tokenizer)
@@ -135,7 +143,9 @@ def open_checkpoint(
     read: Head | None = None
     logits: Logits | None = None
     choice: tuple[int, ...] | None = None
-    if tokens:
+    if reward and isinstance(given, LogRatioHead):
+        read, choice, logits = given.on(str(name), model), (0,), Logits(_LANGUAGE_MODEL, None)
+    elif tokens:
         read, choice, logits = token_head(str(name), model, tokens), (0,), Logits(_LANGUAGE_MODEL, tokens)
     elif reward and given is None and classifies:
         read = _score_head(str(name), model, stored)

@@ -74,6 +74,16 @@ class Head(nn.Module):
         return {}
 
     @property
+    def shared_tensors(self) -> Sequence[Tensor]:
+        """The tensors that the head shares with the model, so that it is copied without them."""
+        return ()
+
+    @property
+    def reads_at(self) -> str:
+        """Where the reward is read, for a result's provenance: "last", "response", or another word of the head's."""
+        return "last"
+
+    @property
     def reads_last_only(self) -> bool:
         """Whether the outputs depend on the residual stream at the last token only, as `read` without a prompt does."""
         same = type(self).tokens is Head.tokens and type(self).read_tokens is Head.read_tokens
@@ -148,6 +158,26 @@ class _AfterGain(Head):
         self.register_buffer("gain", norm.gain.clone())
         self.register_buffer("shift", norm.bias.clone())
         self.outputs, self.default, self.reads_prompt = head.outputs, head.default, head.reads_prompt
+
+    @property
+    def uses_prompt(self) -> bool:
+        """Whether the outputs depend on where the prompt ends."""
+        return self.head.uses_prompt
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """The settings of the head."""
+        return self.head.settings
+
+    @property
+    def shared_tensors(self) -> Sequence[Tensor]:
+        """The tensors that the head shares with the model."""
+        return self.head.shared_tensors
+
+    @property
+    def reads_at(self) -> str:
+        """Where the reward is read."""
+        return self.head.reads_at
 
     def tokens(self, batch: TokenBatch) -> TokenPlaces:
         """The tokens that the head reads."""

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack, cast
 
 import torch
 from torch import nn
@@ -13,18 +13,22 @@ from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError, OptionError
 from rmtension.models._bodies import Body, find_body
 from rmtension.models._bridges import wrap
-from rmtension.models._checkpoints import Checkpoint
+from rmtension.models._checkpoint_names import require_name
+from rmtension.models._checkpoints import Checkpoint, open_checkpoint
 from rmtension.models._head import Head
 from rmtension.models._heads import read_head
 from rmtension.models._hooks import eager_eval
 from rmtension.models._lens_models import read_model
 from rmtension.models._loading import LoadOptions
+from rmtension.models._log_ratio_head import LogRatioHead, require_same_tokens
 from rmtension.models._native_run import probe_batch, run_base, stream_difference, stream_tolerance
 from rmtension.models._norms import read_norm
 from rmtension.models._outputs import choose_outputs
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions, run_options_of
 
+# The options of a model that its reference is opened with too.
+_OF_REFERENCE = ("dtype", "device", "device_map", "n_devices", "trust_remote_code")
 # The class to make: `RewardHead`, or the class of the model that the new model is made from.
 _Model = TypeVar("_Model", bound=RewardModel)
 
@@ -42,6 +46,7 @@ def open_model(
     Raises `ModelError` if a converted model gives another reward than transformers on a short text, and for a model
     whose attention is not causal.
     """
+    opened = _with_reference(opened)
     code = opened.trust_remote_code
     body = wrap(
         opened.name,
@@ -56,6 +61,7 @@ def open_model(
         # transformers' norm, from an unprocessed bridge.
         norm = wrap(opened.name, opened.base, None, trust_remote_code=code).final_norm
     head = head_on(body, opened.head, final_norm=norm)
+    options = _within_reference(body, head, options)
     model = _make(kind, body, head, opened.choice, opened.tokenizer, opened.pad_token_id, options, opened)
     if body.native is None:
         _require_same_rewards(model, opened)
@@ -134,6 +140,38 @@ def require_hidden_padding(model: RewardModel) -> None:
             f"its size, so a text would get another reward in a batch than alone. {type(model.body.module).__name__} "
             "attends in both directions, as an encoder does. Use a model with causal attention."
         )
+
+
+def _with_reference(opened: Checkpoint) -> Checkpoint:
+    """The checkpoint with the reference of its `LogRatioHead` opened, which may be a name, on the same device."""
+    head = opened.head
+    if not isinstance(head, LogRatioHead) or head.reference is None:
+        return opened
+    reference: Any = head.reference
+    if isinstance(reference, str | Path):
+        require_name(reference)
+        options: LoadOptions = {} if opened.source is None else opened.source.options
+        same = {name: value for name, value in options.items() if name in _OF_REFERENCE}
+        checkpoint = open_checkpoint(reference, reward=True, head=LogRatioHead(), options=cast(LoadOptions, same))
+        reference = open_model(RewardModel, checkpoint)
+    if not isinstance(reference, RewardModel) or not isinstance(reference.head, LogRatioHead):
+        got = type(reference).__name__ if not isinstance(reference, RewardModel) else f"a head {reference.head!r:.40}"
+        raise ModelError(
+            f"reference: expected the folder of a language model, or one that was opened with a LogRatioHead, got "
+            f"{got}. Pass RewardHead.from_pretrained('path/to/reference', head=LogRatioHead())."
+        )
+    require_same_tokens(opened.tokenizer, reference.tokenizer)
+    return replace(opened, head=head.compared_with(reference))
+
+
+def _within_reference(body: Body, head: Head | None, options: RunOptions) -> RunOptions:
+    """The options with a `max_length` that the reference can run too."""
+    reference = head.opened_reference if isinstance(head, LogRatioHead) else None
+    if reference is None:
+        return options
+    cfg: Any = body.model.cfg
+    longest = options.get("max_length") or int(cfg.n_ctx)
+    return {**options, "max_length": min(longest, reference.max_length)}
 
 
 def _require_same_rewards(model: RewardModel, opened: Checkpoint) -> None:

@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension._sites import find_site
+from rmtension._sites import check_positions, find_site
 from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.data._encoding import EncodedPairs, encode_pairs
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._tokens import TokenBatch, TokenPlaces, running
 from rmtension.distributed import current
-from rmtension.errors import ModelError
+from rmtension.errors import ModelError, OptionError
 from rmtension.models._adapters import active_head
 from rmtension.models._bodies import Body
 from rmtension.models._checkpoints import Checkpoint
@@ -278,6 +278,16 @@ class RewardModel:
             )
         return self.choice
 
+    def require_positions(self, positions: str) -> None:
+        """Raise `OptionError` for positions at which no activation changes the reward, or that do not exist."""
+        check_positions(positions)
+        head = self.head
+        if positions == "last" and head is not None and head.reads_at != "last":
+            raise OptionError(
+                f"positions: the reward of a {type(head).__name__} is not read at the last token, so activations there "
+                "do not change it. Use positions='all', or 'response' for the tokens of the response."
+            )
+
     def require_weight(self) -> Float[Tensor, "d_model"]:
         """The row of a linear head; raises `ModelError` for a head without a reward, or one that is not linear."""
         self.require_choice()
@@ -383,7 +393,9 @@ class RewardModel:
     def _head_tensors(self) -> list[Tensor]:
         if self.weight is not None:
             return [self.weight]
-        return [] if self.head is None else [*self.head.parameters(), *self.head.buffers()]
+        if self.head is None:
+            return []
+        return [*self.head.parameters(), *self.head.buffers(), *self.head.shared_tensors]
 
     @property
     def _head_description(self) -> str:

@@ -33,6 +33,7 @@ from rmtension.models._checkpoints import Source, open_checkpoint
 from rmtension.models._classifiers import reload_classifier
 from rmtension.models._direct_path import direct_contributions, written_by
 from rmtension.models._hooks import HookSite, InstalledHooks, eager_eval
+from rmtension.models._log_ratio_head import LogRatioHead
 from rmtension.models._native_run import let_run_in_float64
 from rmtension.models._reward_model import RewardModel
 from rmtension.passes._probes import Probe, find_probes
@@ -115,7 +116,8 @@ class _Checker:
             constant = 0.0
         if model is not None:
             let_run_in_float64(model)
-            expected = self._by_logits(model) + constant
+            by_tokens = isinstance(self.head.head, LogRatioHead)
+            expected = self._by_log_probs(model, reference) if by_tokens else self._by_logits(model) + constant
         elif checkpoint is not None and checkpoint.source is not None:
             expected = self._by_hidden_state(checkpoint.source)
         else:
@@ -136,6 +138,34 @@ class _Checker:
                 rows = self._rows(logits.shape[-1])
                 rewards.append(logits[rows[0]] if len(rows) == 1 else logits[rows[0]] - logits[rows[1]])
         return torch.stack(rewards)
+
+    def _by_log_probs(self, model: Any, reference: Any) -> Float[Tensor, "text"]:
+        """The rewards by transformers alone: the log-softmax of its logits at each token before one of the response."""
+        head = self.head.head
+        assert isinstance(head, LogRatioHead)
+        sums, counts = self._log_likelihoods(model)
+        other = head.opened_reference
+        if other is not None:
+            read = reload_classifier(other) if reference is None else None
+            # A reference that cannot be read again is subtracted as it is, so that the model itself is still checked.
+            of_reference = read if read is not None else other.checkpoint and other.checkpoint.base
+            sums = sums - self._log_likelihoods(of_reference)[0]
+        return head.beta * (sums / counts.clamp(min=1) if head.average else sums)
+
+    def _log_likelihoods(self, model: Any) -> tuple[Float[Tensor, "text"], Float[Tensor, "text"]]:
+        """The log-likelihood of each text's response under a language model of transformers, and its tokens."""
+        let_run_in_float64(model)
+        device = next(model.parameters()).device
+        sums, counts = [], []
+        with torch.no_grad(), eager_eval(model.modules()):
+            for probe in self.probes:
+                ids = torch.tensor(self._own_ids(probe), device=device)
+                logits = model(input_ids=ids[None], use_cache=False).logits[0].to(self.alone)
+                first = max(1, probe.encoded.response_start)
+                chosen = logits[:-1].log_softmax(dim=1).gather(1, ids[1:, None].to(logits.device))[first - 1 :]
+                sums.append(chosen.sum().cpu())
+                counts.append(float(len(chosen)))
+        return torch.stack(sums), torch.tensor(counts).to(self.alone)
 
     def _rows(self, n_logits: int) -> tuple[int, ...]:
         """The indices of the logits that the reward is computed from."""
