@@ -27,10 +27,13 @@ from rmtension.models._classifiers import save_classifier
 from rmtension.models._hooks import copy_without_hooks
 from rmtension.models._lens_models import is_saved_model
 from rmtension.models._loading import LoadOptions
+from rmtension.models._log_ratio_head import LogRatioHead
 from rmtension.models._opening import head_on, open_model, open_saved_model, require_hidden_padding
 from rmtension.models._outputs import choose_outputs
+from rmtension.models._process_head import ProcessHead
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions, check_run_options, run_options_of
+from rmtension.models._token_models import save_token_model
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._rewards_of_pairs import RewardsOfPairs
@@ -380,4 +383,7 @@ class RewardHead(RewardModel):
             >>> RewardHead.from_pretrained("without-helpful").score_pairs(pairs["harmless"]).accuracy()
             1.0
         """
-        save_classifier(self, folder)
+        if isinstance(self.head, LogRatioHead | ProcessHead):
+            save_token_model(self, folder)
+        else:
+            save_classifier(self, folder)

@@ -4,6 +4,7 @@ from rmtension.models._direct_path import DirectContributions, direct_contributi
 from rmtension.models._head import Head, LinearHead
 from rmtension.models._loading import LoadOptions
 from rmtension.models._log_ratio_head import LogRatioHead
+from rmtension.models._process_head import ProcessHead
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions
 
@@ -13,6 +14,7 @@ __all__ = [
     "LinearHead",
     "LoadOptions",
     "LogRatioHead",
+    "ProcessHead",
     "RewardModel",
     "RunOptions",
     "direct_contributions",

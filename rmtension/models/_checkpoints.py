@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.models._adapters import active_head, inside_peft
 from rmtension.models._head import Head, LinearHead
-from rmtension.models._head_files import StoredHeads, pickled_head, read_head_file, separate_head, stored_heads
+from rmtension.models._head_files import (
+    StoredHeads,
+    pickled_head,
+    read_head_file,
+    separate_head,
+    stored_heads,
+    stored_tensor,
+)
 from rmtension.models._heads import read_head
 from rmtension.models._hooks import unwrapped
 from rmtension.models._loading import (
@@ -28,9 +35,11 @@ from rmtension.models._loading import (
 from rmtension.models._log_ratio_head import LogRatioHead
 from rmtension.models._native_weights import refuse_packed_weights
 from rmtension.models._outputs import ALL, choose_outputs, choose_rows, choose_tokens
+from rmtension.models._process_head import ProcessHead, StepLayers
 from rmtension.models._unembedding import token_head
 
 _CLASSIFIER, _LANGUAGE_MODEL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
+_TOKEN_CLASSIFIER = "AutoModelForTokenClassification"
 _TOKENS = "TOKEN_CLS"  # peft's name of the task
 
 
@@ -127,6 +136,8 @@ def open_checkpoint(
                 "Leave out head=... to use the checkpoint's own head, or open the language model it was trained from."
             )
         auto_class = _LANGUAGE_MODEL
+    elif reward and isinstance(given, ProcessHead):
+        auto_class = _TOKEN_CLASSIFIER if is_labelled and given.step is None else auto_class
     elif reward and given is None and classifies:
         auto_class = _CLASSIFIER
         if output != ALL and ("score.weight" in stored.linear or location.n_saved_outputs is not None):
@@ -145,6 +156,11 @@ def open_checkpoint(
     choice: tuple[int, ...] | None = None
     if reward and isinstance(given, LogRatioHead):
         read, choice, logits = given.on(str(name), model), (0,), Logits(_LANGUAGE_MODEL, None)
+    elif reward and isinstance(given, ProcessHead):
+        tokenizer = load_tokenizer(location) if tokenizer is None else tokenizer
+        read = given.on(_step_head(given, location, stored, model), tokenizer)
+        choice = choose_outputs(output, read, str(name))
+        logits = Logits(_TOKEN_CLASSIFIER, None) if auto_class == _TOKEN_CLASSIFIER else None
     elif tokens:
         read, choice, logits = token_head(str(name), model, tokens), (0,), Logits(_LANGUAGE_MODEL, tokens)
     elif reward and given is None and classifies:
@@ -216,7 +232,7 @@ def _auto_class(location: CheckpointLocation, classifies: bool) -> str:
     if not location.adapters or location.task == "FEATURE_EXTRACTION":
         return "AutoModel"
     if location.task == _TOKENS:
-        return "AutoModelForTokenClassification"
+        return _TOKEN_CLASSIFIER
     return _CLASSIFIER if classifies else _LANGUAGE_MODEL
 
 
@@ -259,6 +275,32 @@ def _value_head(location: CheckpointLocation, stored: StoredHeads) -> Mapping[st
             "value_head.safetensors. Pass the right one: head=... accepts the path of a file, or the tensors."
         )
     return separate or linear or None
+
+
+def _step_head(given: ProcessHead, location: CheckpointLocation, stored: StoredHeads, model: Any) -> Head:
+    """The head of a step: the one that was passed, the token classifier's, or the one in the checkpoint's files."""
+    width, names = _width(location.config), location.config.id2label
+    if given.step is not None:
+        step = read_head_file(given.step) if isinstance(given.step, str | Path) else given.step
+        return read_head(step, width, names)
+    layer = getattr(model, "score", None) or getattr(model, "classifier", None)
+    if layer is not None:
+        return read_head(layer, width, names)
+    weights = [name for name in stored.layers if name.endswith(".weight")]
+    if weights:
+        by_number = sorted(weights, key=lambda name: int(name.split(".")[-2]))
+        found = [
+            (stored_tensor(location.weights, (name,)), stored_tensor(location.weights, (name[:-6] + "bias",)))
+            for name in by_number
+        ]
+        return StepLayers([(weight, bias) for weight, bias in found if weight is not None])
+    head = _value_head(location, stored)
+    if head is None:
+        raise ModelError(
+            f"{location.files.name}: expected a token classifier or a head of its own for the steps, got "
+            f"{location.config.architectures}. Pass it: head=ProcessHead(marker, step=(weight, bias))."
+        )
+    return read_head(head, width, names)
 
 
 def _no_head(location: CheckpointLocation, stored: StoredHeads) -> str:

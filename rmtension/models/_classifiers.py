@@ -56,29 +56,12 @@ def save_classifier(head: RewardModel, folder: str | Path) -> None:
     checkpoint, _ = current_checkpoint(head, "save_pretrained")
     if not current().is_first:
         return
-    folder = Path(folder)
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"folder: expected a folder without an adapter, but {folder} has an adapter_config.json, which "
-            "transformers would attach to the saved model. Use another folder."
-        )
     classifier = build_classifier(head)
     state = classifier.state_dict()
     biases = _biases(head)
     if biases.any():
         state["score.bias"] = biases.float()
-    with filled_whole(folder, "checkpoint", seal="config.json", replaced=(*_OTHERS, CONFIG_FILE)) as temporary:
-        try:
-            with without_unseen_bars():
-                classifier.save_pretrained(temporary, state_dict=state)
-        except SafetensorError as error:
-            # safetensors reports the error of the file system only as text: "... (os error 28)".
-            code = re.search(r"\(os error (\d+)\)", str(error))
-            raise OSError(int(code[1]) if code else 0, str(error)) from error
-        if checkpoint.tokenizer is not None:
-            checkpoint.tokenizer.save_pretrained(temporary)
-        differences = make_portable(temporary, checkpoint.tokenizer)
-    warn_of(differences, "save_pretrained")
+    write_checkpoint(classifier, state, checkpoint.tokenizer, Path(folder))
     if head.pad_token_id is None:
         warnings.warn(
             "save_pretrained: the checkpoint has no pad token, because this head reads the last token of every text. "
@@ -96,6 +79,27 @@ def save_classifier(head: RewardModel, folder: str | Path) -> None:
             RMTensionWarning,
             stacklevel=3,
         )
+
+
+def write_checkpoint(model: Any, state: dict[str, Tensor], tokenizer: Any, folder: Path) -> None:
+    """Write a model of transformers with the parameters `state`, and its tokenizer, in place of a checkpoint."""
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"folder: expected a folder without an adapter, but {folder} has an adapter_config.json, which "
+            "transformers would attach to the saved model. Use another folder."
+        )
+    with filled_whole(folder, "checkpoint", seal="config.json", replaced=(*_OTHERS, CONFIG_FILE)) as temporary:
+        try:
+            with without_unseen_bars():
+                model.save_pretrained(temporary, state_dict=state)
+        except SafetensorError as error:
+            # safetensors reports the error of the file system only as text: "... (os error 28)".
+            code = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(code[1]) if code else 0, str(error)) from error
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        differences = make_portable(temporary, tokenizer)
+    warn_of(differences, "save_pretrained")
 
 
 def build_classifier(head: RewardModel) -> Any:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rmtension.data._encoding import EncodedText
 from rmtension.data._tokens import TokenBatch, TokenPlaces
 from rmtension.errors import DataError
 from rmtension.models._norms import NormLayer
@@ -82,6 +83,19 @@ class Head(nn.Module):
     def reads_at(self) -> str:
         """Where the reward is read, for a result's provenance: "last", "response", or another word of the head's."""
         return "last"
+
+    @property
+    def ending(self) -> str:
+        """What a text must end with so that the head can read it, for probe texts."""
+        return ""
+
+    @property
+    def ending_ids(self) -> tuple[int, ...]:
+        """The tokens of `ending`."""
+        return ()
+
+    def require_text(self, text: EncodedText, what: str) -> None:
+        """Raise `DataError`, which begins with `what`, for a text that the head cannot read."""
 
     @property
     def reads_last_only(self) -> bool:

@@ -348,7 +348,14 @@ class RewardModel:
 
     def encode(self, pairs: PreferencePairs) -> EncodedPairs:
         """The token ids of both texts of every pair, within `max_length`."""
-        return encode_pairs(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
+        encoded = encode_pairs(
+            self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response
+        )
+        if self.head is not None:
+            for pair, chosen, rejected in zip(pairs, encoded.chosen, encoded.rejected, strict=True):
+                self.head.require_text(chosen, f"pair {pair.id!r}, chosen")
+                self.head.require_text(rejected, f"pair {pair.id!r}, rejected")
+        return encoded
 
     def tokens_together(self, *, keeps_layers: bool = False) -> int:
         """How many tokens to run together: `tokens_per_batch`, or as many as are efficient and fit into memory.

@@ -35,6 +35,7 @@ from rmtension.models._direct_path import direct_contributions, written_by
 from rmtension.models._hooks import HookSite, InstalledHooks, eager_eval
 from rmtension.models._log_ratio_head import LogRatioHead
 from rmtension.models._native_run import let_run_in_float64
+from rmtension.models._process_head import ProcessHead
 from rmtension.models._reward_model import RewardModel
 from rmtension.passes._probes import Probe, find_probes
 from rmtension.passes._scoring import score_tokens
@@ -116,8 +117,12 @@ class _Checker:
             constant = 0.0
         if model is not None:
             let_run_in_float64(model)
-            by_tokens = isinstance(self.head.head, LogRatioHead)
-            expected = self._by_log_probs(model, reference) if by_tokens else self._by_logits(model) + constant
+            if isinstance(self.head.head, LogRatioHead):
+                expected = self._by_log_probs(model, reference)
+            elif isinstance(self.head.head, ProcessHead):
+                expected = self._by_steps(model)
+            else:
+                expected = self._by_logits(model) + constant
         elif checkpoint is not None and checkpoint.source is not None:
             expected = self._by_hidden_state(checkpoint.source)
         else:
@@ -138,6 +143,20 @@ class _Checker:
                 rows = self._rows(logits.shape[-1])
                 rewards.append(logits[rows[0]] if len(rows) == 1 else logits[rows[0]] - logits[rows[1]])
         return torch.stack(rewards)
+
+    def _by_steps(self, model: Any) -> Float[Tensor, "text"]:
+        """The rewards from the logits of a token classifier of transformers at the markers."""
+        head = self.head.head
+        assert isinstance(head, ProcessHead)
+        (chosen, *other), rewards = self.head.require_choice(), []
+        with torch.no_grad(), eager_eval(model.modules()):
+            for probe in self.probes:
+                batch = self._batch([replace(probe.encoded, ids=tuple(self._own_ids(probe)))])
+                places = head.tokens(batch)
+                logits = batch.gather(places, model(input_ids=batch.input_ids).logits).to(self.alone)
+                outputs = head.combined(logits, places, 1)[0]
+                rewards.append(outputs[chosen] - outputs[other[0]] if other else outputs[chosen])
+        return torch.stack(rewards).cpu()
 
     def _by_log_probs(self, model: Any, reference: Any) -> Float[Tensor, "text"]:
         """The rewards by transformers alone: the log-softmax of its logits at each token before one of the response."""
