@@ -39,7 +39,7 @@ from rmtension.models._process_head import ProcessHead, StepLayers
 from rmtension.models._unembedding import token_head
 
 _CLASSIFIER, _LANGUAGE_MODEL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
-_TOKEN_CLASSIFIER = "AutoModelForTokenClassification"
+_CLASSIFIES_TOKENS = "AutoModelForTokenClassification"
 _TOKENS = "TOKEN_CLS"  # peft's name of the task
 
 
@@ -137,7 +137,7 @@ def open_checkpoint(
             )
         auto_class = _LANGUAGE_MODEL
     elif reward and isinstance(given, ProcessHead):
-        auto_class = _TOKEN_CLASSIFIER if is_labelled and given.step is None else auto_class
+        auto_class = _CLASSIFIES_TOKENS if is_labelled and given.step is None else auto_class
     elif reward and given is None and classifies:
         auto_class = _CLASSIFIER
         if output != ALL and ("score.weight" in stored.linear or location.n_saved_outputs is not None):
@@ -160,7 +160,7 @@ def open_checkpoint(
         tokenizer = load_tokenizer(location) if tokenizer is None else tokenizer
         read = given.on(_step_head(given, location, stored, model), tokenizer)
         choice = choose_outputs(output, read, str(name))
-        logits = Logits(_TOKEN_CLASSIFIER, None) if auto_class == _TOKEN_CLASSIFIER else None
+        logits = Logits(_CLASSIFIES_TOKENS, None) if auto_class == _CLASSIFIES_TOKENS else None
     elif tokens:
         read, choice, logits = token_head(str(name), model, tokens), (0,), Logits(_LANGUAGE_MODEL, tokens)
     elif reward and given is None and classifies:
@@ -193,9 +193,12 @@ def checkpoint_of(
     """The checkpoint of a transformers classifier in memory, with its modules and weights, which are not copied."""
     classifier = inside_peft(unwrapped(classifier))
     name = type(classifier).__name__
+    if isinstance(head, LogRatioHead | ProcessHead):
+        return _with_token_head(name, classifier, tokenizer, head, output)
     if not name.endswith("ForSequenceClassification"):
         raise ModelError(
-            f"model: expected a ...ForSequenceClassification of transformers, got {name}. Open a hooked model with "
+            f"model: expected a ...ForSequenceClassification of transformers, got {name}. Open a language model with "
+            "head=LogRatioHead(...), a token classifier with head=ProcessHead(marker), and a hooked model with "
             "RewardHead(model, weight)."
         )
     refuse_packed_weights(name, classifier)
@@ -216,6 +219,27 @@ def checkpoint_of(
     return Checkpoint(base, read, choice, tokenizer, pad_token_id, name, True, logits, source=None, classifier=live)
 
 
+def _with_token_head(
+    name: str, model: Any, tokenizer: Any, head: LogRatioHead | ProcessHead, output: object
+) -> Checkpoint:
+    """The checkpoint of a language model or token classifier in memory, for a head that reads several tokens."""
+    refuse_packed_weights(name, model)
+    refuse_quantised(name, model.config)
+    refuse_offloaded(name, model)
+    base = unwrapped(model.base_model)
+    if isinstance(head, LogRatioHead):
+        own: Head = head.on(name, model)
+        logits: Logits | None = Logits(_LANGUAGE_MODEL, None)
+    else:
+        layer = getattr(model, "score", None) or getattr(model, "classifier", None)
+        step = head.step if head.step is not None else active_head(layer)
+        own, logits = head.on(read_head(step, _width(model.config), model.config.id2label), tokenizer), None
+        if head.step is None and name.endswith("ForTokenClassification"):
+            logits = Logits(_CLASSIFIES_TOKENS, None)
+    choice = choose_outputs(output, own, name)
+    return Checkpoint(base, own, choice, tokenizer, None, name, False, logits, source=None)
+
+
 def _is_classifier(location: CheckpointLocation) -> bool:
     """Whether transformers reads the checkpoint as a sequence classifier, and so chooses the token to read."""
     if location.task == _TOKENS:
@@ -232,7 +256,7 @@ def _auto_class(location: CheckpointLocation, classifies: bool) -> str:
     if not location.adapters or location.task == "FEATURE_EXTRACTION":
         return "AutoModel"
     if location.task == _TOKENS:
-        return _TOKEN_CLASSIFIER
+        return _CLASSIFIES_TOKENS
     return _CLASSIFIER if classifies else _LANGUAGE_MODEL
 
 

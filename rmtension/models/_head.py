@@ -85,6 +85,11 @@ class Head(nn.Module):
         return "last"
 
     @property
+    def reads_last(self) -> bool:
+        """Whether the stream at the last token of a text may change the outputs."""
+        return True
+
+    @property
     def ending(self) -> str:
         """What a text must end with so that the head can read it, for probe texts."""
         return ""

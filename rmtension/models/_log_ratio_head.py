@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rmtension.data._encoding import EncodedText
 from rmtension.data._tokens import TokenBatch, TokenPlaces, compact
 from rmtension.errors import DataError, ModelError
 from rmtension.models._head import Head
@@ -86,6 +87,11 @@ class LogRatioHead(Head):
         return "response"
 
     @property
+    def reads_last(self) -> bool:
+        """False: no token of the text follows the last one."""
+        return False
+
+    @property
     def shared_tensors(self) -> Sequence[Tensor]:
         """The unembedding, which the model owns."""
         return [] if self.unembedding is None else self.unembedding.tensors
@@ -96,6 +102,14 @@ class LogRatioHead(Head):
         scale, cap = (1.0, None) if self.unembedding is None else (self.unembedding.scale, self.unembedding.cap)
         reference = None if self._reference is None else self._reference.model.fingerprint
         return {"beta": self.beta, "average": self.average, "scale": scale, "cap": cap, "reference": reference}
+
+    def require_text(self, text: EncodedText, what: str) -> None:
+        """Raise `DataError` for a text without a token that follows another, whose log-probability is not defined."""
+        if len(text) < 2:
+            raise DataError(
+                f"{what}: it is a single token, and a language model gives the first token no probability. Put a "
+                "prompt before it."
+            )
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -109,7 +123,7 @@ class LogRatioHead(Head):
         """The reward of each text of a batch."""
         sums = self.log_likelihoods(states, places, batch)
         if self._reference is not None:
-            sums = sums - self._reference.log_likelihoods(batch).to(sums)
+            sums = sums - self.reference_likelihoods(batch).to(sums)
         if self.average:
             sums = sums / torch.bincount(places.texts, minlength=len(sums)).clamp(min=1).to(sums)
         return self.beta * sums[:, None]
@@ -132,6 +146,11 @@ class LogRatioHead(Head):
         first = numbers.new_full((len(distinct),), len(ids)).scatter_reduce(0, which, numbers, "amin")
         each = log_probs(states[first.to(states.device)], self.unembedding, ids[first])[which.to(states.device)]
         return _sum_by_text(each, places.texts.to(each.device), len(batch.last))
+
+    def reference_likelihoods(self, batch: TokenBatch) -> Float[Tensor, "text"]:
+        """The log-likelihood of each text's response under the reference. Cost: its forward pass, once per batch."""
+        assert self._reference is not None
+        return self._reference.log_likelihoods(batch)
 
 
 class _Reference:

@@ -106,8 +106,8 @@ class ProcessHead(Head):
         merged = [number for number in ids[first:] if number in self._hidden]
         if merged:
             raise DataError(
-                f"{what}: the tokenizer joins the marker {self.marker!r} with the text around it: it is inside of token "
-                f"{merged[0]}, which is not the marker's own token {self.marker_ids[-1]}, so the step that it ends "
+                f"{what}: the tokenizer joins the marker {self.marker!r} with the text around it: it is inside of "
+                f"token {merged[0]}, which is not the marker's own token {self.marker_ids[-1]}, so the step that it ends "
                 "would be missed. Separate the marker from the text, for example by a space, as in training."
             )
         if not found:

@@ -282,10 +282,11 @@ class RewardModel:
         """Raise `OptionError` for positions at which no activation changes the reward, or that do not exist."""
         check_positions(positions)
         head = self.head
-        if positions == "last" and head is not None and head.reads_at != "last":
+        if positions == "last" and head is not None and not head.reads_last:
             raise OptionError(
-                f"positions: the reward of a {type(head).__name__} is not read at the last token, so activations there "
-                "do not change it. Use positions='all', or 'response' for the tokens of the response."
+                f"positions: a {type(head).__name__} reads the tokens before those of the response, so activations at "
+                "the last token do not change the reward. Use positions='all', or 'response' for the tokens of the "
+                "response, the last of which does not count."
             )
 
     def require_weight(self) -> Float[Tensor, "d_model"]:

@@ -44,7 +44,8 @@ def build_language_model(head: RewardModel) -> Any:
     """The causal language model of transformers whose log-probabilities are the reward; it shares the weights."""
     from transformers import AutoModelForCausalLM
 
-    assert isinstance(head.head, LogRatioHead) and head.head.unembedding is not None
+    assert isinstance(head.head, LogRatioHead)
+    assert head.head.unembedding is not None
     model, expected = _around(head, AutoModelForCausalLM, {})
     unembedding, layer = head.head.unembedding, model.get_output_embeddings()
     if model.config.get_text_config().tie_word_embeddings:
@@ -69,13 +70,14 @@ def build_token_classifier(head: RewardModel) -> Any:
         )
     names = dict(enumerate(step.outputs))
     model, expected = _around(head, AutoModelForTokenClassification, names)
-    layer = getattr(model, "score", None) or getattr(model, "classifier", None)
+    layer: Any = getattr(model, "score", None) or getattr(model, "classifier", None)
     if not isinstance(layer, nn.Linear):
         raise ModelError(f"save_pretrained: {type(model).__name__} has no linear layer 'score' or 'classifier'.")
-    if layer.bias is None and step.bias.any():
+    bias: Any = layer.bias
+    if bias is None and step.bias.any():
         raise ModelError(f"save_pretrained: the head has a bias, but {type(model).__name__} has none.")
     layer.weight = nn.Parameter(step.weight.detach().to(head.dtype, copy=True), requires_grad=False)
-    if layer.bias is not None:
+    if bias is not None:
         layer.bias = nn.Parameter(step.bias.to(head.device, head.dtype), requires_grad=False)
     return _complete(head, model, expected)
 
@@ -93,7 +95,9 @@ def _around(head: RewardModel, auto_class: Any, names: dict[int, str]) -> tuple[
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model = auto_class.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
     except ValueError as error:
-        raise ModelError(f"{checkpoint.name}: transformers has no {auto_class.__name__[9:]} for it ({error}).") from error
+        raise ModelError(
+            f"{checkpoint.name}: transformers has no {auto_class.__name__[9:]} for it ({error})."
+        ) from error
     expected = set(model.state_dict())
     setattr(model, model.base_model_prefix, base)
     return model.eval(), expected

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens under a language model, from its residual stream, without logits of all tokens at once."""
+"""Log-probabilities of tokens under a language model, from its residual stream, with few logits in memory at once."""
 
 from typing import Any
 
@@ -120,9 +120,9 @@ class _LogProbs(torch.autograd.Function):
         return (chosen - totals).to(states.device)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """d log p(y) / d logits = one_hot(y) - p, through the cap and the product."""
+        """The gradient: d log p(y) / d logits = one_hot(y) - p, through the cap and the product."""
         states, targets, totals = ctx.saved_tensors
         unembedding: Unembedding = ctx.unembedding
         moved, gradient = states.to(unembedding.weight.device), gradient.to(totals)

@@ -118,7 +118,7 @@ class _Checker:
         if model is not None:
             let_run_in_float64(model)
             if isinstance(self.head.head, LogRatioHead):
-                expected = self._by_log_probs(model, reference)
+                expected = self._by_log_probs(model)
             elif isinstance(self.head.head, ProcessHead):
                 expected = self._by_steps(model)
             else:
@@ -158,17 +158,19 @@ class _Checker:
                 rewards.append(outputs[chosen] - outputs[other[0]] if other else outputs[chosen])
         return torch.stack(rewards).cpu()
 
-    def _by_log_probs(self, model: Any, reference: Any) -> Float[Tensor, "text"]:
+    def _by_log_probs(self, model: Any) -> Float[Tensor, "text"]:
         """The rewards by transformers alone: the log-softmax of its logits at each token before one of the response."""
         head = self.head.head
         assert isinstance(head, LogRatioHead)
         sums, counts = self._log_likelihoods(model)
-        other = head.opened_reference
-        if other is not None:
-            read = reload_classifier(other) if reference is None else None
-            # A reference that cannot be read again is subtracted as it is, so that the model itself is still checked.
-            of_reference = read if read is not None else other.checkpoint and other.checkpoint.base
-            sums = sums - self._log_likelihoods(of_reference)[0]
+        if head.opened_reference is not None:
+            again = reload_classifier(head.opened_reference)
+            if again is None:  # it is in memory only
+                batches = [self._batch([probe.encoded]) for probe in self.probes]
+                of_reference = torch.cat([head.reference_likelihoods(batch).cpu() for batch in batches])
+            else:
+                of_reference, _ = self._log_likelihoods(again)
+            sums = sums - of_reference.to(sums)
         return head.beta * (sums / counts.clamp(min=1) if head.average else sums)
 
     def _log_likelihoods(self, model: Any) -> tuple[Float[Tensor, "text"], Float[Tensor, "text"]]:
