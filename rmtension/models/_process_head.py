@@ -59,7 +59,10 @@ class ProcessHead(Head):
         own = copy.deepcopy(self)
         if len(step.outputs) > 1:
             names = dict(enumerate(step.outputs))
-            (own.label,) = choose_rows(self.label, len(names), names, "label")
+            try:
+                (own.label,) = choose_rows(self.label, len(names), names, "label")
+            except OptionError as error:
+                raise OptionError(f"label: {str(error).removeprefix('output: ')}") from error
         own.step = step
         own.marker_ids = _marker_ids(self.marker, tokenizer)
         own._hidden = _merged_tokens(self.marker, own.marker_ids, tokenizer)
@@ -107,7 +110,7 @@ class ProcessHead(Head):
         if merged:
             raise DataError(
                 f"{what}: the tokenizer joins the marker {self.marker!r} with the text around it: it is inside of "
-                f"token {merged[0]}, which is not the marker's own token {self.marker_ids[-1]}, so the step that it ends "
+                f"token {merged[0]}, not the marker's own token {self.marker_ids[-1]}, so the step that it ends "
                 "would be missed. Separate the marker from the text, for example by a space, as in training."
             )
         if not found:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from reference import DEVICE
-from tiny_models import EOS, grid, make_config, make_pairs, make_tokenizer, put_bos_first, unchecked
+from tiny_models import EOS, grid, make_config, make_pairs, make_tokenizer, put_bos_first
 
 from rmtension import AblationContext, Mean, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
 from rmtension.attribution._single_effects import single_neuron_effects
@@ -24,7 +24,7 @@ SCALED = {
     "cohere": (transformers.CohereConfig, {"logit_scale": 0.25}),
     "granite": (transformers.GraniteConfig, {"logits_scaling": 4.0}),
     "phi": (transformers.PhiConfig, {}),
-    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "olmo2": (transformers.Olmo2Config, {"tie_word_embeddings": True}),
     "mistral": (transformers.MistralConfig, {"sliding_window": None}),
 }
 
@@ -110,7 +110,7 @@ def test_log_probs_equal_log_softmax_and_their_gradients_autograds(monkeypatch):
         assert torch.allclose(own, slope, atol=1e-13)
         # Negative control: without the scale or the cap they differ.
         other = log_probs(inputs, Unembedding(weight, shift, 1.1 * scale, None), targets)
-        assert float((other - expected).abs().max()) > 1e-3
+        assert float((other - expected).detach().abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("family", grid(["gpt2", "llama", "gpt_neox", *SCALED]))
@@ -127,16 +127,19 @@ def test_rewards_equal_those_from_transformers_logits(family, average, tmp_path,
         # Norms and the cap are float32 in some families, whatever the dtype.
         expected = 0.1 * (of_policy - of_reference)
         assert torch.allclose(getattr(scored, side), expected, atol=2e-6 if family in SCALED else 1e-8), family
-    # Negative control: the logits of the token itself, one too late, give other numbers.
-    late = 0.1 * (log_likelihoods(folder, both(pairs, "rejected"), shift=-1) if False else of_policy)
-    assert float((late - scored.rejected).abs().max()) > 1e-2
+    # Negative control: logits of one token earlier give other numbers.
+    early = 0.1 * log_likelihoods(folder, both(pairs, "rejected"), average=average, shift=1) - 0.1 * of_reference
+    assert float((early - scored.rejected).abs().max()) > 1e-3
     assert scored.provenance.positions == "response"
 
 
 def test_the_first_read_token_is_the_last_of_the_prompt(policy):
     """One response token: the margin is the difference of two next-token logits, whatever the normalisation."""
     pairs = PreferencePairs.from_records(
-        [{"prompt": "first bake a", "chosen": "cake", "rejected": "python"}, {"prompt": "how do", "chosen": "i", "rejected": "a"}]
+        [
+            {"prompt": "first bake a", "chosen": "cake", "rejected": "python"},
+            {"prompt": "how do", "chosen": "i", "rejected": "a"},
+        ]
     )
     scored = RewardHead.from_pretrained(policy, head=LogRatioHead(), dtype=torch.float64).score_pairs(pairs)
     model = transformers.AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float64).eval().to(DEVICE)
@@ -153,7 +156,9 @@ def test_attribution_and_ablation_equal_autograd_and_plain_hooks(policy, referen
     pairs = make_pairs(4)
     model = RewardHead.from_pretrained(policy, head=LogRatioHead(reference, beta=0.5), dtype=torch.float64)
     scores = NeuronAttribution(model, "gradient_x_activation").score(pairs).values
-    neurons = NeuronSet(torch.rand(scores.shape, generator=torch.Generator().manual_seed(0)) < 0.2, "mlp", model.architecture)
+    neurons = NeuronSet(
+        torch.rand(scores.shape, generator=torch.Generator().manual_seed(0)) < 0.2, "mlp", model.architecture
+    )
     with AblationContext(model, neurons):
         ablated = model.score_pairs(pairs)
     plain = transformers.AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float64).eval().to(DEVICE)
@@ -216,7 +221,7 @@ def test_sweeps_single_effects_and_exports_equal_the_ablation(policy, reference,
     few[1, :3] = True
     single = single_neuron_effects(model, pairs, neurons=NeuronSet(few, "mlp", model.architecture))
     with AblationContext(model, NeuronSet(few & (torch.arange(shape[1]) == 1), "mlp", model.architecture)):
-        one = model.score_pairs(pairs).margin - model.score_pairs(pairs).margin if False else model.score_pairs(pairs).margin
+        one = model.score_pairs(pairs).margin
     effect = (one - model.score_pairs(pairs).margin).mean()
     assert float(single.values[1, 1] - effect) == pytest.approx(0, abs=1e-10)
     edited = model.with_ablation(sets[0])
@@ -227,7 +232,6 @@ def test_sweeps_single_effects_and_exports_equal_the_ablation(policy, reference,
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
     assert type(loaded).__name__ == "GPT2LMHeadModel"
     again = RewardHead.from_pretrained(tmp_path / "edited", head=LogRatioHead(reference), dtype=torch.float64)
-    # Both were saved in float32? No: in the model's dtype, float64, so nothing is rounded.
     assert torch.allclose(again.score_pairs(pairs).margin, inside[0], atol=1e-10)
 
 
@@ -251,6 +255,7 @@ def test_checks_pass_and_saved_models_score_the_same(family, tmp_path, tokenizer
         assert torch.allclose(plain(ids).logits, original(ids).logits, atol=1e-6)
 
 
+@pytest.mark.grid
 def test_the_unembedding_is_shared_and_its_logits_stay_few(policy, reference, monkeypatch):
     model = RewardHead.from_pretrained(policy, head=LogRatioHead(reference))
     own = model.head.unembedding.weight
@@ -272,6 +277,7 @@ def test_the_unembedding_is_shared_and_its_logits_stay_few(policy, reference, mo
     assert max(seen) <= encoded.n_response_tokens
 
 
+@pytest.mark.grid
 def test_the_reference_runs_once_per_batch_and_is_never_ablated(policy, reference, monkeypatch):
     model = RewardHead.from_pretrained(policy, head=LogRatioHead(reference), tokens_per_batch=10_000)
     other = model.head.opened_reference
@@ -307,11 +313,13 @@ def test_a_reference_with_other_tokens_is_refused(policy, reference, tmp_path, t
     added.add_tokens(["<extra>"])
     module.require_same_tokens(added, tokenizer)
     module.require_same_tokens(tokenizer, added)
-    with pytest.raises(ModelError, match=r"reference: expected the folder.*got a model without a head.*LogRatioHead\(\)"):
-        base = RewardHead.from_language_model(reference)
+    base = RewardHead.from_language_model(reference)
+    with pytest.raises(ModelError, match=r"reference: expected the folder.*model without a head.*LogRatioHead\(\)"):
         RewardHead.from_pretrained(policy, head=LogRatioHead(base))
+    wrong = LogRatioHead()
+    wrong.reference = 3
     with pytest.raises(ModelError, match="got a int"):
-        RewardHead.from_pretrained(policy, head=unchecked(LogRatioHead)(3))
+        RewardHead.from_pretrained(policy, head=wrong)
     with pytest.raises(ModelError, match=r"no-such-folder"):
         RewardHead.from_pretrained(policy, head=LogRatioHead("./no-such-folder"))
 
@@ -353,12 +361,13 @@ def test_models_in_memory_and_bridges(policy, reference, tokenizer):
     for options in ({"process_weights": True}, {"model_class": "HookedTransformer"}):
         try:
             converted = RewardHead.from_pretrained(policy, head=LogRatioHead(reference), **options)
-        except OptionError:  # TransformerLens 4 has no HookedTransformer
+        except ModelError:  # TransformerLens 4 has no HookedTransformer
             continue
         assert torch.allclose(converted.score_pairs(pairs).margin, expected, atol=1e-4), options
 
 
 @pytest.mark.grid
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapter_on_its_reference(policy, tokenizer, tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -376,7 +385,9 @@ def test_an_adapter_on_its_reference(policy, tokenizer, tmp_path):
     merged = adapted.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     tokenizer.save_pretrained(tmp_path / "merged")
-    expected = log_likelihoods(tmp_path / "merged", both(pairs, "chosen")) - log_likelihoods(policy, both(pairs, "chosen"))
+    expected = log_likelihoods(tmp_path / "merged", both(pairs, "chosen")) - log_likelihoods(
+        policy, both(pairs, "chosen")
+    )
     assert float(expected.abs().max()) > 0.1
     assert torch.allclose(model.score_pairs(pairs).chosen, 0.1 * expected, atol=1e-5)
     assert model.check(pairs)["passed"].all()
