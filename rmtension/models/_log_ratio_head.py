@@ -38,12 +38,18 @@ class LogRatioHead(Head):
         average: whether the sum is divided by the number of the response's tokens.
 
     Examples:
-        >>> policy = RewardHead.from_pretrained("policy", head=LogRatioHead("reference", beta=0.1))
-        >>> policy.score_pairs(pairs["helpful"])
-        PairRewards(n=24, accuracy=..., ties=0)
-        >>> likelihood = RewardHead.from_pretrained("policy", head=LogRatioHead())
+        >>> from transformers import AutoConfig, AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("organism"))
+        >>> likelihood = RewardHead.from_classifier(model, head=LogRatioHead(), tokenizer=head.tokenizer)
         >>> bool(likelihood.score(["Human: a Assistant: helpful-0 end"]) < 0)
         True
+        >>> likelihood.save_pretrained("policy")
+
+        A policy that is its own reference has no reward:
+
+        >>> policy = RewardHead.from_pretrained("policy", head=LogRatioHead("policy", beta=0.1))
+        >>> float(policy.score_pairs(pairs["helpful"]).margin.abs().max())
+        0.0
     """
 
     def __init__(

@@ -34,7 +34,11 @@ class ProcessHead(Head):
         label: the class that means a right step, by name or index, if there are several.
 
     Examples:
-        >>> model = RewardHead.from_pretrained("process", head=ProcessHead(" end"), output="min")
+        >>> from transformers import AutoConfig, AutoModelForTokenClassification
+        >>> config = AutoConfig.from_pretrained("organism", num_labels=2)
+        >>> AutoModelForTokenClassification.from_config(config).save_pretrained("process")
+        >>> options = {"head": ProcessHead("end"), "tokenizer": head.tokenizer}
+        >>> model = RewardHead.from_pretrained("process", output="min", **options)
         >>> model.outputs
         ['min', 'mean', 'last', 'product']
         >>> rewards = model.score(["Human: a Assistant: helpful-0 end helpful-1 end"])
