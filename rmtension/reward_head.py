@@ -26,7 +26,14 @@ from rmtension.models._checkpoints import checkpoint_of, open_checkpoint
 from rmtension.models._hooks import copy_without_hooks
 from rmtension.models._lens_models import is_saved_model
 from rmtension.models._loading import LoadOptions
-from rmtension.models._opening import head_on, open_model, open_saved_model, require_hidden_padding
+from rmtension.models._opening import (
+    bound_head,
+    head_on,
+    open_model,
+    open_saved_model,
+    require_hidden_padding,
+    within_reference,
+)
 from rmtension.models._outputs import choose_outputs
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions, check_run_options, run_options_of
@@ -86,8 +93,9 @@ class RewardHead(RewardModel):
     ) -> None:
         check_run_options(options)
         body = find_body(model)
-        head = head_on(body, weight, final_norm=final_norm)
+        head = head_on(body, bound_head(body, weight, tokenizer), final_norm=final_norm)
         choice = None if head is None else choose_outputs(output, head, "weight")
+        options = within_reference(body, head, options)
         super().__init__(body, head, choice=choice, tokenizer=tokenizer, pad_token_id=pad_token_id, **options)
         require_hidden_padding(self)
 

@@ -363,12 +363,18 @@ THE_SAME = {
     "models._reward_model.RewardModel.all_outputs": "reward_head.RewardHead.score_outputs",
     "passes._scoring.score_tokens": "reward_head.RewardHead.score_tokens",
     "passes._probes.find_probes": "passes._selfcheck.check_head",
+    **{
+        f"models._token_models.{name}": "models._saving.save_model"
+        for name in ("build_language_model", "build_token_classifier", "save_token_model")
+    },
     "models._classifiers.current_checkpoint": "models._saving.save_model",
     "models._classifiers.require_same_stream": "models._classifiers.build_classifier",
     "models._classifiers.run_eagerly": "models._classifiers.build_classifier",
 }
 # What opens or builds a model of its own, or looks at one without running it: nothing of a user's could be changed.
 OWN_MODEL = [
+    "models._opening.bound_head",
+    "models._opening.within_reference",
     "models._bodies.BridgeBody.__init__",
     "models._bodies.find_body",
     "models._reward_model.RewardModel.__init__",
@@ -396,6 +402,7 @@ OWN_MODEL = [
     "models._native_sites.find_native_sites",
 ]
 ONLY_LOOKS = [
+    "models._reward_model.RewardModel.require_positions",
     "models._classifiers.rows_to_save",
     *(f"models._computed_heads.PromptWeightedHead.{name}" for name in ("read_tokens", "settings", "tokens")),
     *(f"models._computed_heads.WeightedHead.{name}" for name in ("read", "settings")),
@@ -660,7 +667,7 @@ ELSEWHERE = {
     "_progress.without_unseen_bars": "test_progress",
     "study._model_runs.ModelRuns._work": "test_work",
     "models._head_files._damage_named": "test_heads",
-    "models._saving._filled": "test_files",
+    "models._checkpoint_folder.checkpoint_folder": "test_files",
     "training._trainer_run.isolated": "test_training",
     "training._trainer_run.new_folder": "test_training",
     "store._work_folder.locked": "test_work",

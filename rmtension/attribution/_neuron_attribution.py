@@ -109,6 +109,7 @@ class NeuronAttribution:
             raise OptionError(f"steps: expected a positive number of nodes, got {steps}.")
         if self._method.needs_reward:
             head.require_choice()
+            head.require_positions(positions)
         if graddrop and (self._method.by_layer_dropped is None or aggregate != "absolute"):
             droppable = [name for name, known in METHODS.items() if known.by_layer_dropped is not None]
             raise OptionError(

@@ -23,6 +23,7 @@ from rmtension.models._head_files import (
     refuse_pickled_parts,
     separate_head,
     stored_heads,
+    stored_tensor,
 )
 from rmtension.models._head_kinds import KnownHead, known_head
 from rmtension.models._heads import read_head
@@ -37,14 +38,17 @@ from rmtension.models._loading import (
     refuse_offloaded,
     refuse_quantised,
 )
+from rmtension.models._log_ratio_head import LogRatioHead
 from rmtension.models._models_in_memory import head_in_memory
 from rmtension.models._native_weights import refuse_packed_weights
 from rmtension.models._outputs import ALL, choose_outputs, choose_rows, choose_tokens
 from rmtension.models._own_format import OwnFormat
+from rmtension.models._process_head import ProcessHead, StepLayers
 from rmtension.models._unembedding import token_head
 from rmtension.models._unknown_heads import unknown_head
 
 _CLASSIFIER, _LANGUAGE_MODEL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
+_CLASSIFIES_TOKENS = "AutoModelForTokenClassification"
 _TOKENS = "TOKEN_CLS"  # peft's name of the task
 # The head of a classifier of transformers, and of one that is no decoder.
 _IS_SCORE = re.compile(r"(score|classifier)\.").match
@@ -140,6 +144,7 @@ def open_checkpoint(
     """
     location = find_checkpoint(name, options)
     placement_of(options)  # raises for a wrong device before anything is read
+    is_labelled = location.task == _TOKENS or location.is_for("ForTokenClassification")
     stored = stored_heads(location.weights, _width(location.config))
     classifies = _is_classifier(location, stored)
     given = read_head_file(head) if isinstance(head, str | Path) else head
@@ -156,13 +161,21 @@ def open_checkpoint(
     tokenizer = options.get("tokenizer")
     auto_class = _auto_class(location, classifies)
     tokens: tuple[int, ...] = ()
-    if reward and given is None and classifies:
+    if reward and isinstance(given, LogRatioHead):
+        if classifies or is_labelled:
+            raise ModelError(
+                f"{name}: expected a causal language model for a LogRatioHead, got {location.config.architectures}. "
+                "Leave out head=... to use the checkpoint's own head, or open the language model it was trained from."
+            )
+        auto_class = _LANGUAGE_MODEL
+    elif reward and isinstance(given, ProcessHead):
+        auto_class = _CLASSIFIES_TOKENS if is_labelled and given.step is None else auto_class
+    elif reward and given is None and classifies:
         auto_class = _CLASSIFIER
         if output != ALL and ("score.weight" in stored.linear or location.n_saved_outputs is not None):
             choose_rows(output, len(names), names, str(name))  # raises before the weights are read
     elif reward and given is None:
         given = _value_head(location, stored)
-        is_labelled = location.task == _TOKENS or location.is_for("ForTokenClassification")
         if output is not None and not is_labelled and (given is None or _has_text(output)):
             tokenizer = load_tokenizer(location) if tokenizer is None else tokenizer
             auto_class, tokens = _LANGUAGE_MODEL, choose_tokens(output, tokenizer)
@@ -173,7 +186,14 @@ def open_checkpoint(
     read: Head | None = None
     logits: Logits | None = None
     choice: tuple[int, ...] | None = None
-    if tokens:
+    if reward and isinstance(given, LogRatioHead):
+        read, choice, logits = given.on(str(name), model), (0,), Logits(_LANGUAGE_MODEL, None)
+    elif reward and isinstance(given, ProcessHead):
+        tokenizer = load_tokenizer(location) if tokenizer is None else tokenizer
+        read = given.on(_step_head(given, location, stored, model), tokenizer)
+        choice = choose_outputs(output, read, str(name))
+        logits = Logits(_CLASSIFIES_TOKENS, None) if auto_class == _CLASSIFIES_TOKENS else None
+    elif tokens:
         read, choice, logits = token_head(str(name), model, tokens), (0,), Logits(_LANGUAGE_MODEL, tokens)
     elif reward and given is None and classifies:
         read = _score_head(str(name), model, stored)
@@ -211,13 +231,16 @@ def checkpoint_of(
     """The checkpoint of a transformers classifier in memory, with its modules and weights, which are not copied."""
     classifier = inside_peft(unwrapped(classifier))
     name = type(classifier).__name__
+    if isinstance(head, LogRatioHead | ProcessHead):
+        return _with_token_head(name, classifier, tokenizer, head, output)
     is_standard = name.endswith("ForSequenceClassification")
     known: KnownHead | None = None
     if head is None and not type(classifier).__module__.startswith("transformers."):
         known = head_in_memory(classifier)
     if known is None and not is_standard and (head is None or not hasattr(classifier, "base_model")):
         raise ModelError(
-            f"model: expected a ...ForSequenceClassification of transformers, got {name}. Open a hooked model with "
+            f"model: expected a ...ForSequenceClassification of transformers, got {name}. Open a language model with "
+            "head=LogRatioHead(...), a token classifier with head=ProcessHead(marker), and a hooked model with "
             "RewardHead(model, weight)."
         )
     refuse_packed_weights(name, classifier)
@@ -242,6 +265,27 @@ def checkpoint_of(
     return Checkpoint(base, read, choice, tokenizer, pad_token_id, name, pools, logits, source=None, classifier=live)
 
 
+def _with_token_head(
+    name: str, model: Any, tokenizer: Any, head: LogRatioHead | ProcessHead, output: object
+) -> Checkpoint:
+    """The checkpoint of a language model or token classifier in memory, for a head that reads several tokens."""
+    refuse_packed_weights(name, model)
+    refuse_quantised(name, model.config)
+    refuse_offloaded(name, model)
+    base = unwrapped(model.base_model)
+    if isinstance(head, LogRatioHead):
+        own: Head = head.on(name, model)
+        logits: Logits | None = Logits(_LANGUAGE_MODEL, None)
+    else:
+        layer = getattr(model, "score", None) or getattr(model, "classifier", None)
+        step = head.step if head.step is not None else active_head(layer)
+        own, logits = head.on(read_head(step, _width(model.config), model.config.id2label), tokenizer), None
+        if head.step is None and name.endswith("ForTokenClassification"):
+            logits = Logits(_CLASSIFIES_TOKENS, None)
+    choice = choose_outputs(output, own, name)
+    return Checkpoint(base, own, choice, tokenizer, None, name, False, logits, source=None)
+
+
 def _is_classifier(location: CheckpointLocation, stored: StoredHeads) -> bool:
     """Whether transformers reads the checkpoint as a sequence classifier, and so chooses the token to read."""
     if location.task == _TOKENS:
@@ -264,7 +308,7 @@ def _auto_class(location: CheckpointLocation, classifies: bool) -> str:
     if not location.adapters or location.task == "FEATURE_EXTRACTION":
         return "AutoModel"
     if location.task == _TOKENS:
-        return "AutoModelForTokenClassification"
+        return _CLASSIFIES_TOKENS
     return _CLASSIFIER if classifies else _LANGUAGE_MODEL
 
 
@@ -307,6 +351,32 @@ def _value_head(location: CheckpointLocation, stored: StoredHeads) -> Mapping[st
             "value_head.safetensors. Pass the right one: head=... accepts the path of a file, or the tensors."
         )
     return separate or linear or None
+
+
+def _step_head(given: ProcessHead, location: CheckpointLocation, stored: StoredHeads, model: Any) -> Head:
+    """The head of a step: the one that was passed, the token classifier's, or the one in the checkpoint's files."""
+    width, names = _width(location.config), location.config.id2label
+    if given.step is not None:
+        step = read_head_file(given.step) if isinstance(given.step, str | Path) else given.step
+        return read_head(step, width, names)
+    layer = getattr(model, "score", None) or getattr(model, "classifier", None)
+    if layer is not None:
+        return read_head(layer, width, names)
+    weights = [name for name in stored.layers if name.endswith(".weight")]
+    if weights:
+        by_number = sorted(weights, key=lambda name: int(name.split(".")[-2]))
+        found = [
+            (stored_tensor(location.weights, (name,)), stored_tensor(location.weights, (name[:-6] + "bias",)))
+            for name in by_number
+        ]
+        return StepLayers([(weight, bias) for weight, bias in found if weight is not None])
+    head = _value_head(location, stored)
+    if head is None:
+        raise ModelError(
+            f"{location.files.name}: expected a token classifier or a head of its own for the steps, got "
+            f"{location.config.architectures}. Pass it: head=ProcessHead(marker, step=(weight, bias))."
+        )
+    return read_head(head, width, names)
 
 
 def _no_head(location: CheckpointLocation, stored: StoredHeads) -> str:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rmtension.data._encoding import EncodedText
 from rmtension.data._tokens import TokenBatch, TokenPlaces
 from rmtension.errors import DataError
 from rmtension.models._norms import NormLayer
@@ -75,6 +76,34 @@ class Head(nn.Module):
     def settings(self) -> Mapping[str, object]:
         """What the outputs depend on besides tensors, for example a factor; a part of the model's fingerprint."""
         return {}
+
+    @property
+    def shared_tensors(self) -> Sequence[Tensor]:
+        """The tensors that the head shares with the model, so that it is copied without them."""
+        return ()
+
+    @property
+    def reads_at(self) -> str:
+        """Where the reward is read, for a result's provenance: "last", "response", or another word of the head's."""
+        return "last"
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether the stream at the last token of a text may change the outputs."""
+        return True
+
+    @property
+    def ending(self) -> str:
+        """What a text must end with so that the head can read it, for probe texts."""
+        return ""
+
+    @property
+    def ending_ids(self) -> tuple[int, ...]:
+        """The tokens of `ending`."""
+        return ()
+
+    def require_text(self, text: EncodedText, what: str) -> None:
+        """Raise `DataError`, which begins with `what`, for a text that the head cannot read."""
 
     @property
     def reads_last_only(self) -> bool:
@@ -152,6 +181,26 @@ class _AfterGain(Head):
         self.register_buffer("shift", norm.bias.clone())
         self.outputs, self.default = head.outputs, head.default
         self.reads_prompt, self.reads_first = head.reads_prompt, head.reads_first
+
+    @property
+    def uses_prompt(self) -> bool:
+        """Whether the outputs depend on where the prompt ends."""
+        return self.head.uses_prompt
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """The settings of the head."""
+        return self.head.settings
+
+    @property
+    def shared_tensors(self) -> Sequence[Tensor]:
+        """The tensors that the head shares with the model."""
+        return self.head.shared_tensors
+
+    @property
+    def reads_at(self) -> str:
+        """Where the reward is read."""
+        return self.head.reads_at
 
     def tokens(self, batch: TokenBatch) -> TokenPlaces:
         """The tokens that the head reads."""

@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension._sites import find_site
+from rmtension._sites import check_positions, find_site
 from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.data._encoding import EncodedPairs, encode_pairs
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._segments import encode_segments
 from rmtension.data._tokens import ReadAt, TokenBatch, TokenPlaces, running
 from rmtension.distributed import current
-from rmtension.errors import ModelError
+from rmtension.errors import ModelError, OptionError
 from rmtension.models._bodies import Body
 from rmtension.models._checkpoints import Checkpoint
 from rmtension.models._head import Head, LinearHead
@@ -297,6 +297,17 @@ class RewardModel:
             )
         return self.choice
 
+    def require_positions(self, positions: str) -> None:
+        """Raise `OptionError` for positions at which no activation changes the reward, or that do not exist."""
+        check_positions(positions)
+        head = self.head
+        if positions == "last" and head is not None and not head.reads_last:
+            raise OptionError(
+                f"positions: a {type(head).__name__} reads the tokens before those of the response, so activations at "
+                "the last token do not change the reward. Use positions='all', or 'response' for the tokens of the "
+                "response, the last of which does not count."
+            )
+
     def require_weight(self) -> Float[Tensor, "d_model"]:
         """The row of a linear head; raises `ModelError` for a head without a reward, or one that is not linear."""
         self.require_choice()
@@ -358,7 +369,12 @@ class RewardModel:
     def encode(self, pairs: PreferencePairs) -> EncodedPairs:
         """The token ids of both texts of every pair, within `max_length`."""
         encode = encode_segments if self.two_segments else encode_pairs
-        return encode(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
+        encoded = encode(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
+        if self.head is not None:
+            for pair, chosen, rejected in zip(pairs, encoded.chosen, encoded.rejected, strict=True):
+                self.head.require_text(chosen, f"pair {pair.id!r}, chosen")
+                self.head.require_text(rejected, f"pair {pair.id!r}, rejected")
+        return encoded
 
     def tokens_together(self, *, keeps_layers: bool = False) -> int:
         """How many tokens to run together: `tokens_per_batch`, or as many as are efficient and fit into memory.
@@ -403,7 +419,9 @@ class RewardModel:
     def _head_tensors(self) -> list[Tensor]:
         if self.weight is not None:
             return [self.weight]
-        return [] if self.head is None else [*self.head.parameters(), *self.head.buffers()]
+        if self.head is None:
+            return []
+        return [*self.head.parameters(), *self.head.buffers(), *self.head.shared_tensors]
 
     @property
     def _head_description(self) -> str:

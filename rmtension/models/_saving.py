@@ -1,20 +1,17 @@
 """Saving a model: in the format it was read from, as a sequence classifier, or as a model of TransformerLens."""
 
-import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from rmtension._progress import without_unseen_bars
 from rmtension.distributed import current
-from rmtension.errors import ModelError, RMTensionWarning
+from rmtension.errors import RMTensionWarning
+from rmtension.models._checkpoint_folder import checkpoint_folder, require_no_adapter, write_checkpoint
 from rmtension.models._checkpoints import Checkpoint
 from rmtension.models._classifiers import (
     build_classifier,
@@ -24,19 +21,13 @@ from rmtension.models._classifiers import (
     run_eagerly,
 )
 from rmtension.models._encoder_heads import PooledHead
-from rmtension.models._head_files import VALUE_HEAD
-from rmtension.models._lens_models import CONFIG_FILE, is_own_model, write_model
+from rmtension.models._lens_models import is_own_model, write_model
+from rmtension.models._log_ratio_head import LogRatioHead
 from rmtension.models._native_weights import plain_copy
 from rmtension.models._own_format import OwnFormat, same_tensors
-from rmtension.models._portable import make_portable, warn_of
+from rmtension.models._process_head import ProcessHead
 from rmtension.models._reward_model import RewardModel
-from rmtension.store._files import filled_whole
-
-# Files of an earlier checkpoint in the folder, which would be read instead of the new ones.
-_OTHERS = (
-    *("model.safetensors", "model.safetensors.index.json", VALUE_HEAD),
-    *("chat_template.jinja", "special_tokens_map.json", "added_tokens.json"),
-)
+from rmtension.models._token_models import save_token_model
 
 
 def save_model(head: RewardModel, folder: str | Path) -> None:
@@ -55,11 +46,10 @@ def save_model(head: RewardModel, folder: str | Path) -> None:
     if not current().is_first:
         return
     folder = Path(folder)
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"folder: expected a folder without an adapter, but {folder} has an adapter_config.json, which "
-            "transformers would attach to the saved model. Use another folder."
-        )
+    require_no_adapter(folder)
+    if isinstance(head.head, LogRatioHead | ProcessHead):
+        save_token_model(head, folder)
+        return
     own = _own_format(head)
     if own is None:
         _save_classifier(head, checkpoint, folder)
@@ -78,7 +68,7 @@ def _own_format(head: RewardModel) -> OwnFormat | None:
 def _save_in_own_format(head: RewardModel, own: OwnFormat, tokenizer: Any, base: nn.Module, folder: Path) -> None:
     base = plain_copy(base)
     require_same_stream(head, nullcontext(), partial(run_eagerly, base), "save_pretrained")
-    with _filled(folder) as temporary:
+    with checkpoint_folder(folder) as temporary:
         own.write(base, temporary, head.dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -115,12 +105,7 @@ def _save_classifier(head: RewardModel, checkpoint: Checkpoint, folder: Path) ->
     biases = torch.zeros(1) if isinstance(head.head, PooledHead) else rows_to_save(head)[1]
     if biases.any():
         state["score.bias"] = biases.float()
-    with _filled(folder) as temporary:
-        classifier.save_pretrained(temporary, state_dict=state)
-        if checkpoint.tokenizer is not None:
-            checkpoint.tokenizer.save_pretrained(temporary)
-        differences = make_portable(temporary, checkpoint.tokenizer)
-    warn_of(differences, "save_pretrained")
+    write_checkpoint(classifier, state, checkpoint.tokenizer, folder)
     if head.pad_token_id is None:
         warnings.warn(
             "save_pretrained: the checkpoint has no pad token, because this head reads the last token of every text. "
@@ -138,16 +123,3 @@ def _save_classifier(head: RewardModel, checkpoint: Checkpoint, folder: Path) ->
             RMTensionWarning,
             stacklevel=4,
         )
-
-
-@contextmanager
-def _filled(folder: Path) -> Iterator[Path]:
-    """`filled_whole` for a checkpoint, in which errors of the file system that safetensors reports are `OSError`s."""
-    with filled_whole(folder, "checkpoint", seal="config.json", replaced=(*_OTHERS, CONFIG_FILE)) as temporary:
-        try:
-            with without_unseen_bars():
-                yield temporary
-        except SafetensorError as error:
-            # safetensors reports the error of the file system only as text: "... (os error 28)".
-            code = re.search(r"\(os error (\d+)\)", str(error))
-            raise OSError(int(code[1]) if code else 0, str(error)) from error
