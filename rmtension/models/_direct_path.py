@@ -28,8 +28,8 @@ class DirectContributions:
 
     `constant` is what the biases of the final norm and of the head add. `neurons` maps each site to the parts of its
     neurons, and `biases` has the parts of the biases of their output projections: in every layer, both sum to `blocks`.
-    `mlp_gate` is left out, because its neurons are those of `mlp`. A site that some layers lack (`mlp` in a mixture of
-    experts) is not in `neurons`; only `blocks` has its part.
+    `mlp_gate` is left out, because its neurons are those of `mlp`. A site that some layers lack, and `expert`, whose
+    neurons write with a routing weight per token, are not in `neurons`; only `blocks` has their part.
 
     Examples:
         >>> from rmtension.models import direct_contributions
@@ -85,7 +85,8 @@ def _projections(head: RewardModel) -> dict[str, list[Projection]]:
             "of transformers' modules, whose activations are needed here. Remove those hooks first."
         )
     # The neurons of a factor are those of the product, and go through its projection.
-    sites = [site for site in head.sites if find_site(site).factor_of is None]
+    # What a neuron of an expert writes depends on the token's routing weight.
+    sites = [site for site in head.sites if find_site(site).factor_of is None and site != "expert"]
     return {site: [head.body.projection(site, layer) for layer in range(head.n_layers)] for site in sites}
 
 
