@@ -83,22 +83,35 @@ SITES: dict[str, Site] = {
 _EXPERTS = re.compile(r"-\d+x(\d+)x(\d+)-heads")
 
 
-def expert_columns(
-    site: str, architecture: str, neurons: Int[np.ndarray, "neuron"]
+def neuron_columns(
+    site: str, architecture: str, layer: Int[np.ndarray, "neuron"], neuron: Int[np.ndarray, "neuron"]
 ) -> dict[str, Int[np.ndarray, "neuron"]]:
-    """The expert of every neuron and its index in the expert, for tables; no columns at other sites.
+    """The columns of a table that say which neurons its rows are; at the site `expert` also expert and index in it.
 
     Examples:
-        >>> expert_columns("expert", "mixtral-2x4x16-heads4x8-d32", np.array([3, 35]))
-        {'expert': array([0, 2]), 'index': array([3, 3])}
-        >>> expert_columns("mlp", "gpt2-2x24-heads2x12-d24", np.array([3]))
-        {}
+        >>> neuron_columns("expert", "mixtral-2x4x16-heads4x8-d32", np.array([0, 1]), np.array([3, 35]))
+        {'layer': array([0, 1]), 'neuron': array([ 3, 35]), 'expert': array([0, 2]), 'index': array([3, 3])}
+        >>> neuron_columns("mlp", "gpt2-2x24-heads2x12-d24", np.array([1]), np.array([3]))
+        {'layer': array([1]), 'neuron': array([3])}
     """
+    columns = {"layer": layer, "neuron": neuron}
     shape = _EXPERTS.search(architecture) if site == "expert" else None
-    if shape is None:
-        return {}
-    expert, index = np.divmod(neurons, int(shape[2]))
-    return {"expert": expert, "index": index}
+    if shape is not None:
+        columns["expert"], columns["index"] = np.divmod(neuron, int(shape[2]))
+    return columns
+
+
+def all_neuron_columns(site: str, architecture: str, shape: tuple[int, int]) -> dict[str, Int[np.ndarray, "neuron"]]:
+    """`neuron_columns` of all neurons of a model with `shape` (layers, neurons per layer), in order.
+
+    Examples:
+        >>> all_neuron_columns("mlp", "gpt2-2x2-heads2x12-d24", (2, 2))
+        {'layer': array([0, 0, 1, 1]), 'neuron': array([0, 1, 0, 1])}
+    """
+    layers, neurons = shape
+    return neuron_columns(
+        site, architecture, np.repeat(np.arange(layers), neurons), np.tile(np.arange(neurons), layers)
+    )
 
 
 def neuron_name(site: str, layer: int, neuron: int, architecture: str) -> str:
@@ -108,8 +121,8 @@ def neuron_name(site: str, layer: int, neuron: int, architecture: str) -> str:
         >>> neuron_name("expert", 1, 35, "mixtral-2x4x16-heads4x8-d32")
         'L1 E2 N3'
     """
-    place = expert_columns(site, architecture, np.array([neuron]))
-    if place:
+    place = neuron_columns(site, architecture, np.array([layer]), np.array([neuron]))
+    if "expert" in place:
         return f"L{layer} E{place['expert'][0]} N{place['index'][0]}"
     return f"L{layer} {'H' if site == 'attn_head' else 'N'}{neuron}"
 

@@ -5,10 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-
-def neuron_name(site: str, layer: int, neuron: int) -> str:
-    """The name of a neuron, such as "L2 N48", or "L2 H3" for an attention head."""
-    return f"L{layer} {'H' if site == 'attn_head' else 'N'}{neuron}"
+from rmtension._sites import neuron_name
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,10 @@ class DashboardData:
         """The neurons asked for as (layer, neuron), without the random controls."""
         rows = self.table[self.table["set"] == "asked for"]
         return list(zip(rows["layer"].tolist(), rows["neuron"].tolist(), strict=True))
+
+    def name(self, layer: int, neuron: int) -> str:
+        """The name of a neuron, such as "L2 N48"."""
+        return neuron_name(self.about["site"], layer, neuron, self.about["architecture"])
 
     def of(self, name: str, layer: int, neuron: int) -> pd.DataFrame:
         """The rows of one neuron in the table called `name`."""

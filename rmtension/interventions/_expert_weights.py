@@ -14,7 +14,7 @@ from rmtension.errors import ModelError
 def ablate_experts(
     base: nn.Module,
     names: list[str],
-    columns: Mapping[int, Int[Tensor, "channel"]],
+    columns: Mapping[int, Int[Tensor, "ablated"]],
     factor: float,
     constants: Mapping[int, Float[Tensor, "channel"]],
 ) -> None:

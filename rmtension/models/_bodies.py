@@ -140,9 +140,10 @@ class BridgeBody:
 
     def expert_name(self, layer: int) -> str:
         """The name of the module of experts of `layer` in `native`."""
-        experts = self._experts[layer][0].experts
         assert self.native is not None
-        return next(name for name, module in self.native.named_modules() if module is experts)
+        names = {module: name for name, module in self.native.named_modules()}
+        experts: nn.Module = self._experts[layer][0].experts
+        return names[experts]
 
     def projection(self, site: str, layer: int) -> Projection:
         """The map from the neurons of `site` in `layer` into the residual stream, in the model that runs."""

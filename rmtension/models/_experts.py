@@ -82,7 +82,7 @@ class ExpertPoint(nn.Module):
         routed_rows = torch.cat(rows)
         seen = self._hooked(len(tokens), torch.cat(neurons), routed_rows)
         output = torch.zeros_like(tokens)
-        for (expert, token, slot), values in zip(parts, seen.split([len(row) for row in rows[1:]]), strict=True):
+        for (expert, token, slot), values in zip(parts, torch.split(seen, [len(row) for row in rows[1:]]), strict=True):
             written = self._written(experts, expert, values) * weights[token, slot, None]
             output = output.index_add(0, token, written.to(output.dtype))
         return output.reshape(hidden.shape)

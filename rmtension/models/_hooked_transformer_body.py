@@ -116,6 +116,11 @@ class HookedTransformerBody:
             )
         return [HookSite(find_site(site).hook_point(self.module, layer), "output", (site, layer))]
 
+    @property
+    def n_experts(self) -> int:
+        """0, because this class has no site `expert`."""
+        return 0
+
     def projection(self, site: str, layer: int) -> Projection:
         """The map from the neurons of `site` in `layer` into the residual stream: W_out with b_out, W_O with b_O."""
         (read,) = self.hook_sites(site, layer)
