@@ -62,11 +62,12 @@ class DashboardData:
         rows = self.table[self.table["set"] == "asked for"]
         return list(zip(rows["layer"].tolist(), rows["neuron"].tolist(), strict=True))
 
-    def name(self, layer: int, neuron: int) -> str:
-        """The name of a neuron, such as "L2 N48"."""
-        return neuron_name(self.about["site"], layer, neuron, self.about["architecture"])
-
     def of(self, name: str, layer: int, neuron: int) -> pd.DataFrame:
         """The rows of one neuron in the table called `name`."""
         frame: pd.DataFrame = getattr(self, name)
         return frame[(frame["layer"] == layer) & (frame["neuron"] == neuron)]
+
+
+def name_in(data: DashboardData, layer: int, neuron: int) -> str:
+    """The name of a neuron on the page, such as "L2 N48"."""
+    return neuron_name(data.about["site"], layer, neuron, data.about["architecture"])

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rmtension.errors import ModelError
+from rmtension.models._reward_model import RewardModel
 
 
 @torch.no_grad()
@@ -42,3 +43,11 @@ def ablate_experts(
             # In float64, because the sum over neurons is rounded only once.
             bias += torch.zeros_like(bias, dtype=torch.float64).index_add(0, expert, written).to(bias.dtype)
         weight[expert, index] *= factor
+
+
+def expert_names(head: RewardModel) -> list[str]:
+    """The name of the module of experts of every layer, in the modules of transformers that run."""
+    assert head.body.native is not None
+    names = {module: name for name, module in head.body.native.named_modules()}
+    # The point of the native modules comes before that of the bridge.
+    return [names[points[0].experts] for points in head.body.experts]

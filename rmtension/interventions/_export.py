@@ -15,10 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from rmtension._sites import find_site
 from rmtension.errors import ModelError, OptionError
 from rmtension.interventions._ablation import AblationContext
-from rmtension.interventions._expert_weights import ablate_experts
+from rmtension.interventions._expert_weights import ablate_experts, expert_names
 from rmtension.interventions._replacement import Replacement
 from rmtension.interventions._replacements import Zero
-from rmtension.models._bodies import BridgeBody
 from rmtension.models._classifiers import current_checkpoint, require_same_stream, run_eagerly
 from rmtension.models._lens_models import copy_model, is_own_model
 from rmtension.models._native_weights import plain_copy
@@ -71,8 +70,7 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
         return _ablate_own(head, context, factor, constants)
     base = plain_copy(base, share=False)
     if neurons.site == "expert":
-        assert isinstance(head.body, BridgeBody)
-        names = [_COPIES.sub("", head.body.expert_name(layer)) for layer in range(head.n_layers)]
+        names = [_COPIES.sub("", name) for name in expert_names(head)]
         ablate_experts(base, names, context.columns, factor, constants)
     else:
         base = _ablate_projections(head, base, context, factor, constants)

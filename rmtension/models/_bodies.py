@@ -129,21 +129,9 @@ class BridgeBody:
     def hook_sites(self, site: str, layer: int) -> list[HookSite]:
         """The hook sites of the activation of `site` in `layer`, in the bridge and in transformers' modules."""
         if site == "expert":
-            return [HookSite(point, "output", (site, layer)) for point in self._experts[layer]]
+            return [HookSite(point, "output", (site, layer)) for point in self.experts[layer]]
         hook_sites = self._gates[layer] if find_site(site).factor_of else self._projected(site, layer)
         return [replace(hook_site, place=(site, layer)) for hook_site in hook_sites]
-
-    @property
-    def n_experts(self) -> int:
-        """The experts of each layer at the site `expert`."""
-        return self._experts[0][0].n_experts
-
-    def expert_name(self, layer: int) -> str:
-        """The name of the module of experts of `layer` in `native`."""
-        assert self.native is not None
-        names = {module: name for name, module in self.native.named_modules()}
-        experts: nn.Module = self._experts[layer][0].experts
-        return names[experts]
 
     def projection(self, site: str, layer: int) -> Projection:
         """The map from the neurons of `site` in `layer` into the residual stream, in the model that runs."""
@@ -176,18 +164,14 @@ class BridgeBody:
         return [point, HookSite(self.native.get_submodule(name), "input")]
 
     @cached_property
-    def _experts(self) -> list[list[ExpertPoint]]:
-        """The hook points of `expert` in every layer, in the native modules and in the bridge."""
-        bridge: Any = self.bridge
-        layers = range(int(bridge.cfg.n_layers))
-        # The block of a bridge holds transformers' block, whose experts it runs.
-        bases = [
-            [bridge.blocks[layer]] if self.native is None else [self.block(layer), bridge.blocks[layer]]
-            for layer in layers
-        ]
-        with eager_eval(modules_of(self.module, bridge, bridge.original_model)):
+    def experts(self) -> list[list[ExpertPoint]]:
+        """The hook points of `expert` in every layer: in the native modules, if they exist, and in the bridge."""
+        blocks: Any = self.bridge.blocks
+        native = [] if self.native is None else [[self.block(layer) for layer in range(len(blocks))]]
+        with eager_eval(modules_of(self.module, self.bridge)):
             return [
-                [expert_point(block, layer) for block in blocks] for layer, blocks in zip(layers, bases, strict=True)
+                [expert_point(block, layer) for block in both]
+                for layer, both in enumerate(zip(*native, blocks, strict=True))
             ]
 
     @cached_property
@@ -235,7 +219,7 @@ class BridgeBody:
         """Every module that may run. A bridge does not list transformers' model among its submodules."""
         bridge: Any = self.bridge
         # Hook points that no module has as a submodule, if they were needed so far.
-        points: list[list[ExpertPoint]] = vars(self).get("_experts", [])
+        points: list[list[ExpertPoint]] = vars(self).get("experts", [])
         return chain(modules_of(self.module, bridge, bridge.original_model), chain.from_iterable(points))
 
     def _base(self) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rmtension._sites import find_site
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
+from rmtension.models._experts import ExpertPoint
 from rmtension.models._hooks import Hook, HookSite, InstalledHooks, count_foreign_hooks, has_own_hooks, modules_of
 from rmtension.models._projections import Projection
 
@@ -28,6 +29,7 @@ class HookedTransformerBody:
     def __init__(self, model: nn.Module) -> None:
         self.module = self.model = model
         self.projection_names: dict[tuple[str, int], str] = {}
+        self.experts: list[list[ExpertPoint]] = []  # this class has no site `expert`
         self._no_norm = nn.Identity()
         cfg: Any = model.cfg
         if getattr(cfg, "load_in_4bit", False):
@@ -115,11 +117,6 @@ class HookedTransformerBody:
                 "same, or open the model without model_class."
             )
         return [HookSite(find_site(site).hook_point(self.module, layer), "output", (site, layer))]
-
-    @property
-    def n_experts(self) -> int:
-        """0, because this class has no site `expert`."""
-        return 0
 
     def projection(self, site: str, layer: int) -> Projection:
         """The map from the neurons of `site` in `layer` into the residual stream: W_out with b_out, W_O with b_O."""

@@ -152,7 +152,7 @@ class RewardModel:
         for suffix in ("lmheadmodel", "forcausallm", "_"):
             family = family.lower().replace(suffix, "")
         width, heads, experts = (self._widths.get(site, 0) for site in ("mlp", "attn_head", "expert"))
-        n_experts = self.body.n_experts if experts else 0
+        n_experts = self.body.experts[0][0].n_experts if experts else 0
         mlp = f"{n_experts}x{experts // n_experts}" if n_experts else str(width)
         return f"{family}-{self.n_layers}x{mlp}-heads{self.n_heads}x{heads // self.n_heads}-d{self.d_model}"
 

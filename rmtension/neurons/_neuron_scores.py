@@ -179,8 +179,9 @@ class NeuronScores:
     def to_frame(self) -> pd.DataFrame:
         """One row per neuron: layer, neuron, score, stderr, and its direction.
 
-        At the site `expert` it also has the neuron's expert and its index in the expert. `direction` says whether the neuron "supports" the margin, "opposes" it, or does "neither" (0 or NaN). Scores
-        without a direction have no such column.
+        `direction` says whether the neuron "supports" the margin, "opposes" it, or does "neither" (0 or NaN). Scores
+        without a direction have no such column. At the site `expert` there are columns for the neuron's expert and its
+        index in the expert.
         """
         where, shape = self.provenance, self.values.shape
         frame = pd.DataFrame(
