@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rmtension._sites import find_site
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
+from rmtension.models._experts import ExpertPoint
 from rmtension.models._hooks import Hook, HookSite, InstalledHooks
 from rmtension.models._norms import read_norm
 from rmtension.models._projections import Projection
@@ -28,8 +29,8 @@ class DirectContributions:
 
     `constant` is what the biases of the final norm and of the head add. `neurons` maps each site to the parts of its
     neurons, and `biases` has the parts of the biases of their output projections: in every layer, both sum to `blocks`.
-    `mlp_gate` is left out, because its neurons are those of `mlp`. A site that some layers lack, and `expert`, whose
-    neurons write with a routing weight per token, are not in `neurons`; only `blocks` has their part.
+    `mlp_gate` is left out, because its neurons are those of `mlp`. A site that some layers lack is not in `neurons`,
+    nor is `expert` if the layers add more than their experts write (shared experts); only `blocks` has that part.
 
     Examples:
         >>> from rmtension.models import direct_contributions
@@ -85,7 +86,6 @@ def _projections(head: RewardModel) -> dict[str, list[Projection]]:
             "of transformers' modules, whose activations are needed here. Remove those hooks first."
         )
     # The neurons of a factor are those of the product, and go through its projection.
-    # What a neuron of an expert writes depends on the token's routing weight.
     sites = [site for site in head.sites if find_site(site).factor_of is None and site != "expert"]
     return {site: [head.body.projection(site, layer) for layer in range(head.n_layers)] for site in sites}
 
@@ -100,6 +100,9 @@ class DirectPaths:
         self._head = head
         self._batch = batch
         self._inside = _projections(head)
+        self._routing: dict[HookSite, Float[Tensor, "text expert"]] = {}
+        if "expert" in head.sites:
+            self._inside["expert"] = [self._of_experts(points[0]) for points in head.body.experts]
         self.seen: dict[HookSite, Float[Tensor, "text channel"]] = {}
 
     @property
@@ -137,16 +140,22 @@ class DirectPaths:
         parts = torch.stack([(state.to(direction) * direction).sum(dim=-1) for state in stream], dim=1).cpu()
         neurons: dict[str, list[Tensor]] = {site: [] for site in self._inside}
         biases = torch.zeros(len(last_in), head.n_layers, dtype=last_in.dtype)
+        constants = {site: torch.zeros_like(biases) for site in self._inside}
         for site, projections in self._inside.items():
             for layer, projection in enumerate(projections):
                 per_channel, constant = self._through(projection, body.block(layer), direction)
                 shape = "text (neuron channel) -> text neuron"
                 neurons[site].append(reduce(per_channel, shape, "sum", neuron=head.n_neurons(site)).cpu())
-                biases[:, layer] += constant.cpu()
+                constants[site][:, layer] = constant.cpu()
         blocks = parts.diff(dim=1)
-        if set(neurons) == written_by(head):
-            inside = sum(torch.stack(layers, dim=1).sum(dim=2) for layers in neurons.values()) + biases
+        inside = sum((torch.stack(layers, dim=1).sum(dim=2) for layers in neurons.values()), torch.zeros_like(biases))
+        inside = sum(constants.values(), inside)
+        is_whole = set(neurons) == written_by(head)
+        if is_whole and "expert" not in neurons:
             self._require_close("what its neurons write", inside, blocks, "its blocks add", parts)
+        elif "expert" in neurons and not (is_whole and self._off(inside, blocks, parts) is None):
+            del neurons["expert"], constants["expert"]
+        biases = sum(constants.values(), biases)
         return DirectContributions(
             embedding=parts[:, 0],
             blocks=blocks,
@@ -159,17 +168,32 @@ class DirectPaths:
         n_rows, n_tokens = self._batch.input_ids.shape
         if value.numel() % (n_rows * n_tokens) or value.shape[0] not in (n_rows, n_rows * n_tokens):
             return  # a norm of single heads, which is not on the residual stream
+        if isinstance(hook_site.module, ExpertPoint) and hook_site.module.routing is not None:
+            routing = hook_site.module.routing.reshape(n_rows, n_tokens, -1)
+            self._routing[hook_site] = self._batch.gather_last(routing)
         rows = value.detach().reshape(n_rows, n_tokens, -1)
         self.seen[hook_site] = self._batch.gather_last(rows).to(self._head.reward_dtype)
 
-    def _require_close(
-        self, name: str, computed: Tensor, expected: Tensor, expected_name: str, summed: Tensor | None = None
-    ) -> None:
+    def _of_experts(self, point: ExpertPoint) -> Projection:
+        """The map from the neurons of experts to the residual stream, with the routing weights of the recorded run."""
+        read, written = HookSite(point, "output"), HookSite(point.experts, "output")
+        dtype = next(point.experts.parameters()).dtype
+        return Projection(read, written, lambda channels: point.write(channels, self._routing[read]), dtype)
+
+    def _off(self, computed: Tensor, expected: Tensor, summed: Tensor | None = None) -> Tensor | None:
+        """How far two parts of the reward are from being equal; None if rounding explains the difference."""
         # Rounding grows with the size of the summands (norms may be float32 in a float64 model); an unknown factor is
         # off by a share of the sum.
         share = max(1e-4, torch.finfo(self._head.dtype).eps ** 0.5)
         lost, size = (computed - expected).abs().max(), expected.abs().max()
-        if not lost <= share * (size if summed is None else summed.abs().max()):
+        return None if lost <= share * (size if summed is None else summed.abs().max()) else lost
+
+    def _require_close(
+        self, name: str, computed: Tensor, expected: Tensor, expected_name: str, summed: Tensor | None = None
+    ) -> None:
+        lost = self._off(computed, expected, summed)
+        if lost is not None:
+            size = expected.abs().max()
             raise ModelError(
                 f"direct path of {self._head.architecture}: {name} is not what {expected_name} (off by "
                 f"{float(lost):.2g}, of {float(size):.2g}), so this architecture scales or normalises it in an unknown "
@@ -211,8 +235,9 @@ class DirectPaths:
 
 def written_by(head: RewardModel) -> set[str]:
     """The sites whose neurons and biases together write all that a block adds: attention, and the MLP if present."""
-    attention_alone = getattr(head.model.cfg, "attn_only", False)
-    return {"attn_head"} if attention_alone else {"attn_head", "mlp"}
+    if getattr(head.model.cfg, "attn_only", False):
+        return {"attn_head"}
+    return {"attn_head", "expert" if "expert" in head.sites else "mlp"}
 
 
 def _is_norm(module: nn.Module) -> bool:

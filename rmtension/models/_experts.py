@@ -39,6 +39,8 @@ class ExpertPoint(nn.Module):
         self._is_transposed = bool(getattr(experts, "is_transposed", False))
         self.n_experts = int(down.shape[0])
         self.d_expert = int(down.shape[1] if self._is_transposed else down.shape[2])
+        # The routing weight of every expert for every token, 0 if it is not routed there, while hooks run.
+        self.routing: Float[Tensor, "token expert"] | None = None
         self._restore: Callable[[], None] | None = None
 
     @property
@@ -80,12 +82,28 @@ class ExpertPoint(nn.Module):
             rows.append(token * self.n_experts + expert)
             parts.append((expert, token, slot))
         routed_rows = torch.cat(rows)
-        seen = self._hooked(len(tokens), torch.cat(neurons), routed_rows)
+        every = weights.new_zeros(len(tokens) * self.n_experts)
+        given = [weights[token, slot] for _, token, slot in parts]
+        self.routing = (
+            every.index_copy(0, routed_rows, torch.cat([every[:0], *given])).view(-1, self.n_experts).detach()
+        )
+        try:
+            seen = self._hooked(len(tokens), torch.cat(neurons), routed_rows)
+        finally:
+            self.routing = None
         output = torch.zeros_like(tokens)
         for (expert, token, slot), values in zip(parts, torch.split(seen, [len(row) for row in rows[1:]]), strict=True):
             written = self._written(experts, expert, values) * weights[token, slot, None]
             output = output.index_add(0, token, written.to(output.dtype))
         return output.reshape(hidden.shape)
+
+    def write(
+        self, neurons: Float[Tensor, "token neuron"], routing: Float[Tensor, "token expert"]
+    ) -> Float[Tensor, "token d_model"]:
+        """What the experts write for given neurons and routing weights."""
+        by_expert = rearrange(neurons, "token (expert index) -> expert token index", expert=self.n_experts)
+        written = [self._written(self.experts, expert, values) for expert, values in enumerate(by_expert)]
+        return torch.einsum("etd,te->td", torch.stack(written), routing.to(neurons))
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -203,11 +221,10 @@ def _require_same(point: ExpertPoint, experts: Any, layer: int) -> None:
     """Raise `ModelError` unless `routed` computes what the module computes, on random tokens, experts and weights."""
     inside = experts._parameters.get("gate_up_proj", experts._parameters.get("up_proj"))
     d_model = inside.shape[1] if getattr(experts, "is_transposed", False) else inside.shape[2]
-    device = torch.device("cpu") if inside.device.type == "meta" else inside.device
     random = torch.Generator().manual_seed(0)
-    hidden = torch.randn(_N_TRIAL, d_model, generator=random).to(device, inside.dtype)
+    hidden = torch.randn(_N_TRIAL, d_model, generator=random).to(inside)
     top = torch.rand(_N_TRIAL, point.n_experts, generator=random).topk(min(2, point.n_experts))
-    weights, index = top.values.to(device, inside.dtype), top.indices.to(device)
+    weights, index = top.values.to(inside), top.indices.to(inside.device)
     try:
         expected = experts.forward(hidden, index, weights)
         handle = point.register_forward_hook(lambda module, inputs, output: None)

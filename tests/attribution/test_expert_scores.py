@@ -174,8 +174,36 @@ def test_other_methods_and_pairs(head, reference, few):
     assert torch.allclose(by_pair.mean(), products, **TOLERANCE)
     assert list(by_pair.to_frame().columns)[:5] == ["id", "layer", "neuron", "expert", "index"]
     assert list(conflict(by_pair, by_pair).to_frame().columns)[:4] == ["layer", "neuron", "expert", "index"]
-    with pytest.raises(ModelError, match=r"direct_effect: cannot score site 'expert'.*routing weight"):
-        NeuronAttribution(head, "direct_effect", site="expert").score(few)
+
+
+def test_direct_effects_are_those_of_the_down_projections(head, reference, few):
+    """At the last token: activation x routing weight x output column, through the final norm with its scale frozen."""
+    attribution = NeuronAttribution(head, "direct_effect", site="expert")
+    if head.architecture.startswith("qwen2moe"):
+        with pytest.raises(ModelError, match=r"direct_effect: cannot score site 'expert'.*shared experts"):
+            attribution.score(few)
+        return
+    norm, expected = reference.model.base_model.norm, 0.0
+    gain = norm.weight.detach() * reference.model.score.weight.detach()[0]
+    handle = norm.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0][0, -1].detach()))
+    for ids, _, side in texts_of(reference, few):
+        streams, seen = [], {}
+        keep = seen.__setitem__
+        with torch.no_grad(), reference.hooked("expert", lambda layer, values, keep=keep: keep(layer, values[0, -1])):
+            reference.reward(ids)
+        sigma = (streams[0].square().mean() + norm.variance_epsilon).sqrt()
+        for layer, experts in enumerate(reference.experts):
+            down = experts.down_proj.detach()
+            written = (down if "GptOss" in type(experts).__name__ else down.mT) @ (gain / sigma)
+            seen[layer] = seen[layer] * (written * reference.share[layer][-1][:, None]).flatten().cpu()
+        sign = 1 if side == "chosen" else -1
+        expected = expected + sign * torch.stack([seen[layer] for layer in range(2)]).detach() / len(few)
+    handle.remove()
+    scores = attribution.score(few).values
+    assert torch.allclose(scores, expected, **TOLERANCE)
+    assert scores.abs().max() > 1e-3
+    assert not torch.allclose(scores, scores.roll(reference.d_expert, 1), atol=1e-4)
+    assert {"layers", "direct contributions"} <= set(head.check()["check"])
 
 
 @pytest.mark.grid

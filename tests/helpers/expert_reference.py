@@ -20,7 +20,7 @@ class ExpertReference(Reference):
         self.experts = [block.mlp.experts for block in self.blocks]
         self.n_experts = self.experts[0].num_experts
         self.d_expert = self.experts[0].down_proj.numel() // self.n_experts // self.model.config.hidden_size
-        self.routed = {}
+        self.routed, self.share = {}, {}
 
     @contextmanager
     def hooked(self, site, function):
@@ -54,7 +54,7 @@ class ExpertReference(Reference):
                 neurons = torch.nn.functional.silu(inside[..., :half]) * inside[..., half:]
                 down, bias = experts.down_proj.transpose(1, 2), 0.0
             neurons = neurons * routed[..., None]
-            self.routed[layer] = routed.bool()
+            self.routed[layer], self.share[layer] = routed.bool(), share.detach()
             changed = function(layer, neurons.flatten(1)[None].cpu())
             if changed is not None:
                 neurons = changed[0].to(DEVICE).view(neurons.shape)

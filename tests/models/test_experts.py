@@ -1,5 +1,6 @@
 """The site `expert`: what its hooks see and change, that nothing is left of them, and which models are refused."""
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -248,3 +249,37 @@ def test_other_mixtures_are_refused(family, match, plain_tokenizer):
     assert "expert" not in head.sites
     with pytest.raises(ModelError, match=match):
         ActivationCollector(head, site="expert")
+
+
+def test_experts_of_transformers_4_are_named():
+    """There, every expert is a module of its own."""
+    block = torch.nn.Module()
+    block.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    with pytest.raises(ModelError, match=r"layer 3 are single modules, as in transformers 4.*Install transformers 5"):
+        _experts.expert_point(block, 3)
+
+
+@pytest.mark.grid
+def test_experts_that_accelerate_wraps(folder):
+    """A `device_map` wraps `forward`; the wrapper stays as it is."""
+    head = RewardHead.from_pretrained(folder, dtype=torch.float32)
+    neurons = NeuronSet(torch.rand(2, head.n_neurons("expert")) < 0.5, "expert", head.architecture)
+    again = RewardHead.from_pretrained(folder, dtype=torch.float32)
+    experts = modules_of_experts(again)
+    calls = []
+
+    class Counting(accelerate.hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    for module in experts:
+        accelerate.hooks.add_hook_to_module(module, Counting())
+    kept = [module._old_forward for module in experts]
+    with AblationContext(head, neurons), AblationContext(again, neurons):
+        expected = head.score(TEXTS)
+        assert torch.equal(again.score(TEXTS), expected)
+    assert {id(module) for module in calls} <= {id(module) for module in experts}
+    assert calls
+    assert [module._old_forward for module in experts] == kept
+    assert (head.score(TEXTS) - expected).abs().max() > 1e-3
