@@ -1,5 +1,6 @@
 """Ablate neurons of experts permanently, in the down projections that a module of experts holds as one parameter."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 from rmtension.errors import ModelError
 from rmtension.models._reward_model import RewardModel
+
+# Modules that peft wrapped, once for each parameter with an adapter.
+_WRAPPED = re.compile(r"(\.base_layer)+$")
 
 
 @torch.no_grad()
@@ -46,8 +50,8 @@ def ablate_experts(
 
 
 def expert_names(head: RewardModel) -> list[str]:
-    """The name of the module of experts of every layer, in the modules of transformers that run."""
+    """The name of the module of experts of every layer, in the modules of transformers once adapters are merged."""
     assert head.body.native is not None
     names = {module: name for name, module in head.body.native.named_modules()}
     # The point of the native modules comes before that of the bridge.
-    return [names[points[0].experts] for points in head.body.experts]
+    return [_WRAPPED.sub("", names[points[0].experts]) for points in head.body.experts]

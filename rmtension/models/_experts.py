@@ -117,7 +117,7 @@ class ExpertPoint(nn.Module):
 
     def _neurons(self, experts: Any, expert: int, tokens: Tensor) -> Tensor:
         """act(gate) * up of one expert, or act(up) without a gate."""
-        gated = "gate_up_proj" in experts._parameters
+        gated = hasattr(experts, "gate_up_proj")
         inside = self._project(experts, "gate_up_proj" if gated else "up_proj", expert, tokens)
         if not gated:
             act: Tensor = experts.act_fn(inside)
@@ -137,8 +137,8 @@ class ExpertPoint(nn.Module):
         return written
 
     def _project(self, experts: Any, name: str, expert: int, values: Tensor) -> Tensor:
-        weight = experts._parameters[name][expert]
-        bias = experts._parameters.get(f"{name}_bias")
+        # By attribute, because adapters of peft compute the weights while the module runs.
+        weight, bias = getattr(experts, name)[expert], getattr(experts, f"{name}_bias", None)
         weight = weight.T if self._is_transposed else weight
         return functional.linear(values, weight, None if bias is None else bias[expert])
 

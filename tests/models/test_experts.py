@@ -1,6 +1,7 @@
 """The site `expert`: what its hooks see and change, that nothing is left of them, and which models are refused."""
 
 import accelerate
+import peft
 import pytest
 import torch
 import transformers
@@ -283,3 +284,28 @@ def test_experts_that_accelerate_wraps(folder):
     assert calls
     assert [module._old_forward for module in experts] == kept
     assert (head.score(TEXTS) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.grid
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft
+def test_adapters_on_experts(plain_tokenizer):
+    """peft computes adapted parameters while their module runs, and wraps the module once for each parameter."""
+    adapted = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], target_parameters=adapted, task_type="SEQ_CLS", init_lora_weights=False
+    )
+    classifier = make_classifier("mixtral", len(plain_tokenizer) + 8, **SMALL)
+    model = peft.get_peft_model(classifier, config).eval()
+    with torch.no_grad():
+        expected = torch.stack([model(**plain_tokenizer(text, return_tensors="pt")).logits[0, 0] for text in TEXTS])
+        with model.disable_adapter():
+            before = model(**plain_tokenizer(TEXTS[0], return_tensors="pt")).logits[0, 0]
+    assert (expected[0] - before).abs() > 1e-2
+    head = RewardHead.from_classifier(model, tokenizer=plain_tokenizer)
+    with head.hooks("expert", lambda layer, values: None):
+        assert torch.allclose(head.score(TEXTS), expected, atol=1e-5)
+    neurons = NeuronSet(torch.rand(2, 96) < 0.5, "expert", head.architecture)
+    with AblationContext(head, neurons):
+        ablated = head.score(TEXTS)
+    assert torch.allclose(head.with_ablation(neurons).score(TEXTS), ablated, atol=1e-5)
+    assert (ablated - expected).abs().max() > 1e-3
