@@ -1,5 +1,6 @@
 """A reward model with hooks: a scalar head on a TransformerBridge or a HookedTransformer."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from rmtension.models._hooks import copy_without_hooks
 from rmtension.models._lens_models import is_saved_model
 from rmtension.models._loading import LoadOptions
 from rmtension.models._opening import head_on, open_model, open_saved_model, require_hidden_padding
+from rmtension.models._outputs import choose_outputs
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions, check_run_options, run_options_of
 from rmtension.neurons._neuron_set import NeuronSet
@@ -47,10 +49,10 @@ class RewardHead(RewardModel):
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
         weight: the linear head: `d_model` numbers (a tensor, an array or a list), a matrix with one row per output, a
-            (weight, bias) pair, an `nn.Linear`, or a state dict with such a layer. None opens a language model without
-            a reward, for its activations.
-        output: which row of `weight` is the reward, if it has several: an index, or a pair of indices (i, j) for row i
-            minus row j.
+            (weight, bias) pair, an `nn.Linear`, or a state dict with such a layer; or any other `Head`. None opens a
+            language model without a reward, for its activations.
+        output: which output of the head is the reward, if it has several: a name or an index, a pair (a, b) for output
+            a minus output b, or "all" to choose later with `output`.
         final_norm: the final norm before weight processing. Required if TransformerLens folded its gain into the
             unembedding (a `HookedTransformer` with default processing, a bridge in compatibility mode): the gain is
             then folded into the head. Such a model raises `ModelError` without it.
@@ -58,7 +60,7 @@ class RewardHead(RewardModel):
             prepend a BOS token.
         pad_token_id: tokens with this id are skipped at the end of a text, as in transformers' classifiers; None skips
             nothing.
-        **options: `max_length`, `tokens_per_batch`, `truncate_response` and `on_nonfinite`; see
+        **options: `max_length`, `tokens_per_batch`, `truncate_response`, `on_nonfinite` and `two_segments`; see
             `rmtension.models.RunOptions`. All constructors take them, and they become attributes of the head.
 
     Examples:
@@ -84,8 +86,9 @@ class RewardHead(RewardModel):
     ) -> None:
         check_run_options(options)
         body = find_body(model)
-        head = head_on(body, weight, output=output, final_norm=final_norm)
-        super().__init__(body, head, tokenizer=tokenizer, pad_token_id=pad_token_id, **options)
+        head = head_on(body, weight, final_norm=final_norm)
+        choice = None if head is None else choose_outputs(output, head, "weight")
+        super().__init__(body, head, choice=choice, tokenizer=tokenizer, pad_token_id=pad_token_id, **options)
         require_hidden_padding(self)
 
     @classmethod
@@ -198,6 +201,46 @@ class RewardHead(RewardModel):
             opened = replace(opened, base=copy_without_hooks(opened.base).to(dtype))
         return open_model(cls, opened, model_class=model_class, process_weights=process_weights, **options)
 
+    # -- outputs ---------------------------------------------------------------------------------------------------
+
+    @property
+    def outputs(self) -> list[str]:
+        """The names of the head's outputs, for example the labels of a classifier.
+
+        Examples:
+            >>> head.outputs
+            ['reward']
+        """
+        return list(self.require_head().outputs)
+
+    def output(self, output: object) -> "RewardHead":
+        """The same model with another output as its reward; weights are shared, nothing is copied.
+
+        `output` is the name or the index of an output, or a pair (a, b) for output a minus output b. Every function
+        that takes a model takes the result, so two outputs of one model can be compared as two models are.
+
+        Raises `OptionError` for an output that the head does not have, with the nearest name.
+
+        Examples:
+            >>> from rmtension.models import LinearHead
+            >>> rows = torch.stack([head.weight, -head.weight])
+            >>> both = LinearHead(rows, names=["helpfulness", "harm"])
+            >>> model = RewardHead(head.model, both, output="all", tokenizer=head.tokenizer)
+            >>> model.output("helpfulness").score_pairs(pairs["helpful"]).accuracy()
+            1.0
+            >>> model.output(("harm", "helpfulness")).score_pairs(pairs["helpful"]).accuracy()
+            0.0
+        """
+        choice = choose_outputs(output, self.require_head(), "output")
+        other = copy.copy(self)
+        other._choose(choice)
+        if self.checkpoint is not None:
+            logits = self.checkpoint.logits
+            if logits is not None and not self.checkpoint.reads_tokens:
+                logits = replace(logits, rows=choice)
+            other.checkpoint = replace(self.checkpoint, choice=choice, logits=logits)
+        return other
+
     # -- scoring ---------------------------------------------------------------------------------------------------
 
     def score(
@@ -236,11 +279,36 @@ class RewardHead(RewardModel):
             >>> rewards, rewards.chosen.shape
             (PairRewards(n=24, accuracy=1.000, ties=0), torch.Size([24]))
         """
-        self.require_weight()
+        self.require_choice()
         pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
         statistic = RewardsOfPairs(self, pairs, lambda batch: [self.rewards(batch)])
         (scored,) = run_pass(self, pairs, statistic, work=work, progress=progress)
         return scored
+
+    def score_outputs(
+        self,
+        pairs: Iterable[PreferencePair],
+        *,
+        work: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> dict[str, PairRewards]:
+        """The rewards of both responses of every pair by each output of the head, by the output's name.
+
+        Cost: that of `score_pairs`, for all outputs together. `work` and `progress` are those of `run_pass`.
+
+        Examples:
+            >>> from rmtension.models import LinearHead
+            >>> rows = torch.stack([head.weight, -head.weight])
+            >>> both = LinearHead(rows, names=["helpfulness", "harm"])
+            >>> model = RewardHead(head.model, both, output="all", tokenizer=head.tokenizer)
+            >>> {name: rewards.accuracy() for name, rewards in model.score_outputs(pairs["helpful"]).items()}
+            {'helpfulness': 1.0, 'harm': 0.0}
+        """
+        names = list(self.require_head().outputs)
+        pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
+        statistic = RewardsOfPairs(self, pairs, lambda batch: list(self.all_outputs(batch).unbind(1)), n=len(names))
+        scored = run_pass(self, pairs, statistic, work=work, progress=progress)
+        return dict(zip(names, scored, strict=True))
 
     def score_tokens(
         self, input_ids: Int[Tensor, "text token"], attention_mask: Tensor | None = None

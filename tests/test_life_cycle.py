@@ -26,7 +26,7 @@ from rmtension.attribution._batch_run import BatchRun, _BlockGates
 from rmtension.attribution._faithfulness import faithfulness
 from rmtension.attribution._make_dashboards import neuron_dashboards
 from rmtension.attribution._single_effects import single_neuron_effects
-from rmtension.data._tokens import TokenBatch, running, running_batch
+from rmtension.data._tokens import ReadAt, TokenBatch, running, running_batch
 from rmtension.distributed import current, sharded
 from rmtension.errors import OptionError, RMTensionError
 from rmtension.interventions._sweep import score_without
@@ -88,7 +88,7 @@ def make_setup(folder, checkpoint, other):
     head, base = RewardHead.from_pretrained(checkpoint), RewardHead.from_pretrained(other)
     pairs = make_pairs(4, seed=1)
     encoded = head.encode(pairs)
-    batch = TokenBatch.from_texts([*encoded.chosen, *encoded.rejected], range(8), pad_token_id=1, device=head.device)
+    batch = TokenBatch.from_texts([*encoded.chosen, *encoded.rejected], range(8), read_at=ReadAt(1), device=head.device)
     masks = torch.zeros(2, head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
     masks[0, 1, 3] = masks[1, 2, 4] = True
     sets = [NeuronSet(mask, "mlp", head.architecture) for mask in masks]
@@ -302,6 +302,7 @@ CALLS = {
     ),
     "reward_head.RewardHead.score": lambda s: s.head.score(["help", "sorry"]),
     "reward_head.RewardHead.score_pairs": lambda s: s.head.score_pairs(s.pairs, work=s.folder / "work"),
+    "reward_head.RewardHead.score_outputs": lambda s: s.head.score_outputs(s.pairs),
     "reward_head.RewardHead.score_tokens": lambda s: s.head.score_tokens(s.batch.input_ids),
     "reward_head.RewardHead.with_ablation": lambda s: s.head.with_ablation(s.neurons, Mean(s.statistics)),
     "study._model_runs.ModelRuns.attribution": lambda s: ModelRuns(s.head).attribution(s.pairs, method="direct_effect"),
@@ -359,6 +360,7 @@ THE_SAME = {
     "reward_head.RewardHead.check": "passes._selfcheck.check_head",
     "reward_head.RewardHead.save_pretrained": "models._classifiers.save_classifier",
     "passes._scoring.score_texts": "reward_head.RewardHead.score",
+    "models._reward_model.RewardModel.all_outputs": "reward_head.RewardHead.score_outputs",
     "passes._scoring.score_tokens": "reward_head.RewardHead.score_tokens",
     "passes._probes.find_probes": "passes._selfcheck.check_head",
     "models._classifiers.current_checkpoint": "models._classifiers.save_classifier",
@@ -386,8 +388,24 @@ OWN_MODEL = [
     "models._lens_models.copy_model",
     "models._lens_models.write_model",
     "models._checkpoints.Checkpoint.__init__",
+    "models._encoder_heads.PooledHead.classifier_with",
+    "models._native_body.NativeBody.__init__",
+    "models._native_sites.attends_both_ways",
+    "models._native_sites.find_native_sites",
 ]
 ONLY_LOOKS = [
+    "models._checkpoints.Checkpoint.live_head",
+    "models._bodies.BridgeBody.cfg",
+    "models._bodies.BridgeBody.config",
+    "models._hooked_transformer_body.HookedTransformerBody.cfg",
+    *(
+        f"models._native_body.NativeBody.{name}"
+        for name in (
+            *("block", "config", "final_norm", "hook_sites", "is_hooked", "last_mlp_only_at", "modules"),
+            *("n_embeddings", "pack_up_to", "projection", "residual"),
+        )
+    ),
+    "models._reward_model.RewardModel.read_at",
     "attribution._batch_scores.BatchScorer.__init__",
     "attribution._batch_scores.BatchScorer.method_fields",
     "attribution._batch_scores.BatchScorer.provenance",
@@ -429,7 +447,7 @@ ONLY_LOOKS = [
     "models._bodies.BridgeBody.final_norm",
     "models._bodies.BridgeBody.final_norm_folded",
     "models._bodies.BridgeBody.is_hooked",
-    "models._bodies.BridgeBody.last_mlp_at_last_tokens",
+    "models._bodies.BridgeBody.last_mlp_only_at",
     "models._bodies.BridgeBody.model",
     "models._bodies.BridgeBody.modules",
     "models._bodies.BridgeBody.n_embeddings",
@@ -460,7 +478,7 @@ ONLY_LOOKS = [
     "models._hooked_transformer_body.HookedTransformerBody.final_norm",
     "models._hooked_transformer_body.HookedTransformerBody.final_norm_folded",
     "models._hooked_transformer_body.HookedTransformerBody.is_hooked",
-    "models._hooked_transformer_body.HookedTransformerBody.last_mlp_at_last_tokens",
+    "models._hooked_transformer_body.HookedTransformerBody.last_mlp_only_at",
     "models._hooked_transformer_body.HookedTransformerBody.modules",
     "models._hooked_transformer_body.HookedTransformerBody.n_embeddings",
     "models._hooked_transformer_body.HookedTransformerBody.hook_sites",
@@ -479,12 +497,20 @@ ONLY_LOOKS = [
     "passes._rewards_of_pairs.RewardsOfPairs.update",
     "passes._pass_record.PassRecord.provenance",
     "interventions._check_replacement.check_replacement",
+    "models._replay.Replay.places",
     "models._replay.Replay.read",
+    "models._replay.Replay.read_many",
     "models._replay.Replay.stream",
     "models._reward_model.RewardModel.fingerprint",
     "models._reward_model.RewardModel.provenance",
     "models._reward_model.RewardModel.read",
+    "models._reward_model.RewardModel.last_mlp_where_read",
+    "models._reward_model.RewardModel.read_places",
+    "models._reward_model.RewardModel.require_choice",
+    "models._reward_model.RewardModel.require_head",
     "models._reward_model.RewardModel.require_weight",
+    "reward_head.RewardHead.output",
+    "reward_head.RewardHead.outputs",
     "study._model_runs.ModelRuns.__init__",
     "study._model_runs.ModelRuns.close",
     "study._model_runs.ModelRuns.head",
@@ -613,7 +639,7 @@ CONTEXTS = {
     "models._hooks.frozen": lambda s: frozen(s.head.body.modules()),
     "models._hooks.eager_eval": lambda s: eager_eval(s.head.body.modules()),
     "models._hooks.recorded_calls": lambda s: recorded_calls([s.mlp, s.head.body.block(0)]),
-    "models._last_block.LastMLP.at_last_tokens": lambda s: s.head.body.last_mlp_at_last_tokens(s.batch),
+    "models._last_block.LastMLP.only_at": lambda s: s.head.body.last_mlp_only_at(s.batch, s.batch.last_places),
     "data._tokens.running": lambda s: running(s.batch),
 }
 # Those that do not, with the tests that look after them.

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension.data._tokens import TokenBatch, margins
+from rmtension.data._tokens import TokenBatch, TokenPlaces, margins
 from rmtension.errors import ModelError
 from rmtension.models._direct_path import DirectContributions, DirectPaths
 from rmtension.models._hooks import Hook, HookSite, InstalledHooks, frozen
@@ -55,7 +55,7 @@ class BatchRun:
         self.dropped: list[dict[SiteLayer, Float[Tensor, "row token channel"]]] = []
         self._seen: dict[SiteLayer, Tensor] = {}
         self._differentiated = gradients or drops
-        self._only_last = False
+        self._only_at: TokenPlaces | None = None
         paths = DirectPaths(head, batch) if direct else None
         gates = _BlockGates(head) if drops else None
         hooks: list[tuple[HookSite, Hook]] = [
@@ -75,7 +75,7 @@ class BatchRun:
         with torch.set_grad_enabled(self._differentiated):
             with (
                 frozen(head.body.modules()),
-                nullcontext(False) if all_tokens else head.body.last_mlp_at_last_tokens(batch) as self._only_last,
+                nullcontext() if all_tokens else head.last_mlp_where_read(batch) as self._only_at,
                 InstalledHooks(hooks + (gates.hooks if gates else [])),
                 InstalledHooks(paths.hooks if paths else []),
                 gates.running() if gates else nullcontext(),
@@ -120,8 +120,8 @@ class BatchRun:
 
     def _shaped(self, key: SiteLayer, values: Tensor) -> Tensor:
         site, layer = key
-        if self._only_last and layer == self.head.n_layers - 1 and site != "attn_head":
-            return self.batch.scatter_last(values.reshape(len(self.batch.last), -1))
+        if self._only_at is not None and layer == self.head.n_layers - 1 and site != "attn_head":
+            return self.batch.scatter(self._only_at, values.reshape(len(self._only_at), -1))
         return values.reshape(*self.batch.input_ids.shape, -1)
 
 

@@ -108,7 +108,7 @@ class NeuronAttribution:
         if steps < 1:
             raise OptionError(f"steps: expected a positive number of nodes, got {steps}.")
         if self._method.needs_reward:
-            head.require_weight()
+            head.require_choice()
         if graddrop and (self._method.by_layer_dropped is None or aggregate != "absolute"):
             droppable = [name for name, known in METHODS.items() if known.by_layer_dropped is not None]
             raise OptionError(
@@ -197,7 +197,7 @@ class NeuronAttribution:
 
     @torch.inference_mode(False)
     def _by_token(self, pair: PreferencePair, texts: list[EncodedText]) -> TokenScores:
-        batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=self.head.pad_token_id, device=self.head.device)
+        batch = TokenBatch.from_texts(texts, (0, 0), read_at=self.head.read_at, device=self.head.device)
         scorer = self._scorer
         values = scorer.of_tokens(run_batch([scorer], batch)).cpu()
         # The values of rejected texts carry the minus sign of the pair's score; this removes it.

@@ -77,7 +77,7 @@ def single_neuron_effects(
     check_positions(positions)
     site = find_site(site).name
     check_replacement(replacement, head, site)
-    head.require_weight()
+    head.require_choice()
     shape = (head.n_layers, head.n_neurons(site))
     if neurons is None:
         neurons = NeuronSet(torch.ones(shape, dtype=torch.bool), site, head.architecture)
@@ -179,14 +179,14 @@ def _changes(
     weights = rearrange(written, "(neuron channel) d_model -> neuron channel d_model", neuron=head.n_neurons(site))
     above = replay.stream(layer + 1)
     if layer == head.n_layers - 1:
-        last, last_steps = replay.batch.gather_last(above), replay.batch.gather_last(steps)
-        base = replay.read(last)
-        at_a_time = max(1, _AT_A_TIME // last.numel())
+        places = replay.places
+        read, read_steps = replay.batch.gather(places, above), replay.batch.gather(places, steps)
+        base = replay.read(read)
+        at_a_time = max(1, _AT_A_TIME // read.numel())
         for start in range(0, len(wanted), at_a_time):
             numbers = wanted[start : start + at_a_time]
-            moves = torch.einsum("xnc,ncd->nxd", last_steps[:, numbers], weights[numbers])
-            rewards = replay.read((last + moves).flatten(0, 1))
-            yield from rewards.view(len(numbers), -1) - base
+            moves = torch.einsum("xnc,ncd->nxd", read_steps[:, numbers], weights[numbers])
+            yield from replay.read_many(read + moves) - base
         return
     base = replay.rewards_from(layer + 1)
     for number in wanted:

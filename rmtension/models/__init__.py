@@ -1,9 +1,17 @@
 """Reward models as they run: loading, heads, hooks, exact batches, and the direct path to the reward."""
 
 from rmtension.models._direct_path import DirectContributions, direct_contributions
-from rmtension.models._heads import LinearHead
+from rmtension.models._head import Head, LinearHead
 from rmtension.models._loading import LoadOptions
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions
 
-__all__ = ["DirectContributions", "LinearHead", "LoadOptions", "RewardModel", "RunOptions", "direct_contributions"]
+__all__ = [
+    "DirectContributions",
+    "Head",
+    "LinearHead",
+    "LoadOptions",
+    "RewardModel",
+    "RunOptions",
+    "direct_contributions",
+]

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension._sites import SITES, find_site
-from rmtension.data._tokens import TokenBatch
+from rmtension.data._tokens import TokenBatch, TokenPlaces
 from rmtension.errors import ModelError
 from rmtension.models._experts import ExpertPoint, expert_point
 from rmtension.models._gate_search import GATE_ROWS, find_gates
@@ -26,6 +26,7 @@ from rmtension.models._hooks import (
     modules_of,
     unwrapped,
 )
+from rmtension.models._native_body import NativeBody
 from rmtension.models._native_run import find_last_mlp, measure_packing, probe_batch, run_base, stream_difference
 from rmtension.models._native_weights import has_adapters, refuse_packed_weights, refuse_recomputed
 from rmtension.models._norms import read_norm
@@ -46,6 +47,9 @@ class BridgeBody:
     those hooks take effect.
     """
 
+    # Whether a linear head reads the first token of a text, as in encoders.
+    reads_first = False
+
     def __init__(self, bridge: nn.Module, native: nn.Module | None = None, names: dict[int, str] | None = None) -> None:
         self.bridge = bridge
         self.module: nn.Module = self._base() if native is None else native
@@ -63,6 +67,17 @@ class BridgeBody:
             last = int(cfg.n_layers) - 1
             path = self.projection_names.get(("mlp", last))
             self._last_mlp = find_last_mlp(native, path, self.block(last), self.n_embeddings)
+
+    @property
+    def cfg(self) -> Any:
+        """TransformerLens' config: n_layers, n_heads, d_model, n_ctx, ..."""
+        bridge: Any = self.bridge
+        return bridge.cfg
+
+    @property
+    def config(self) -> Any:
+        """Transformers' config of the model; None for a model of `boot_native`."""
+        return getattr(self.bridge.original_model, "config", None)
 
     @property
     def final_norm_folded(self) -> bool:
@@ -93,11 +108,11 @@ class BridgeBody:
         """The longest row that two texts may share; 0 if texts may not share rows."""
         return self._pack_up_to if self.runs_native else 0
 
-    def last_mlp_at_last_tokens(self, batch: TokenBatch) -> AbstractContextManager[bool]:
-        """`LastMLP.at_last_tokens` if the model can run that way, otherwise a context that does nothing."""
+    def last_mlp_only_at(self, batch: TokenBatch, places: TokenPlaces) -> AbstractContextManager[TokenPlaces | None]:
+        """`LastMLP.only_at` if the model can run that way, otherwise a context that does nothing."""
         if self._last_mlp is None or not self.runs_native:
-            return nullcontext(False)
-        return self._last_mlp.at_last_tokens(batch)
+            return nullcontext(None)
+        return self._last_mlp.only_at(batch, places)
 
     @property
     def is_hooked(self) -> bool:
@@ -286,7 +301,7 @@ class BootNativeBody(BridgeBody):
 
 
 # The transformer of a reward model: `module` owns the parameters, `residual` runs it, `hook_sites` finds its neurons.
-Body = BridgeBody | HookedTransformerBody
+Body = BridgeBody | HookedTransformerBody | NativeBody
 
 
 def find_body(model: nn.Module) -> Body:

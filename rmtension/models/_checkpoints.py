@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.models._adapters import active_head, inside_peft
+from rmtension.models._encoder_heads import PooledHead, encoder_head
+from rmtension.models._head import Head, LinearHead
 from rmtension.models._head_files import StoredHeads, pickled_head, read_head_file, separate_head, stored_heads
-from rmtension.models._heads import LinearHead, read_head
+from rmtension.models._heads import read_head
 from rmtension.models._hooks import unwrapped
 from rmtension.models._loading import (
     CheckpointLocation,
@@ -25,7 +27,7 @@ from rmtension.models._loading import (
     refuse_quantised,
 )
 from rmtension.models._native_weights import refuse_packed_weights
-from rmtension.models._outputs import choose_rows, choose_tokens, pick
+from rmtension.models._outputs import ALL, choose_outputs, choose_rows, choose_tokens
 from rmtension.models._unembedding import token_head
 
 _CLASSIFIER, _LANGUAGE_MODEL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
@@ -44,23 +46,25 @@ class Source:
 
 @dataclass(frozen=True)
 class Logits:
-    """The reward as logits of a transformers class: the logit of one row, or that of the first minus the second."""
+    """The reward as logits of a transformers class: that of one row, of the first minus the second, or not chosen."""
 
     auto_class: str
-    rows: tuple[int, ...]
+    rows: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A base model of transformers with what a reward head needs; `head` is None for activations only.
 
+    `choice` is the number of the output that is the reward, two numbers for a difference, or None for no choice.
     `pools` says that the reward is read where transformers' classifiers read it. `logits` says which logits of
     transformers the reward is; None if transformers does not compute it. `base` is None if it was converted, and can be
     read again from `source`. `classifier` is the model in memory whose score layer `head` was read from.
     """
 
     base: nn.Module | None
-    head: LinearHead | None
+    head: Head | None
+    choice: tuple[int, ...] | None
     tokenizer: Any
     pad_token_id: int | None
     name: str
@@ -73,14 +77,27 @@ class Checkpoint:
         """Raise `ModelError` if the score layer of the model in memory has changed since the model was opened."""
         if self.classifier is None or self.head is None or self.logits is None:
             return
-        rows = self.logits.rows
-        now = read_head(active_head(self.classifier.score), output=rows if len(rows) == 2 else rows[0])
-        if now.bias != self.head.bias or not torch.equal(now.weight, self.head.weight):
+        read = dict(self.head.named_parameters()) | dict(self.head.named_buffers())
+        if isinstance(self.head, LinearHead):
+            read["bias"] = self.head.bias
+        if any(
+            not torch.equal(tensor.to(read[name]), read[name].view_as(tensor))
+            for name, tensor in self.live_head.items()
+        ):
             raise ModelError(
                 f"{self.name}: its score layer changed after the model was opened (it was trained, or another adapter "
                 "was activated), but the head is a copy of the old score layer. Open the model again with "
                 "RewardHead.from_classifier."
             )
+
+    @property
+    def live_head(self) -> dict[str, Tensor]:
+        """The tensors of the model in memory that the head has copies of, by their names in the head."""
+        if self.classifier is None or self.logits is None:
+            return {}
+        if isinstance(self.head, PooledHead):
+            return self.head.tensors_of(self.classifier)
+        return dict(active_head(self.classifier.score).named_parameters())
 
     @property
     def reads_tokens(self) -> bool:
@@ -115,7 +132,7 @@ def open_checkpoint(
     tokens: tuple[int, ...] = ()
     if reward and given is None and classifies:
         auto_class = _CLASSIFIER
-        if "score.weight" in stored.linear or location.n_saved_outputs is not None:
+        if output != ALL and ("score.weight" in stored.linear or location.n_saved_outputs is not None):
             choose_rows(output, len(names), names, str(name))  # raises before the weights are read
     elif reward and given is None:
         given = _value_head(location, stored)
@@ -127,21 +144,24 @@ def open_checkpoint(
             raise ModelError(_no_head(location, stored))
     model = load_model(location, auto_class)
     base = model.base_model
-    linear_head: LinearHead | None = None
+    read: Head | None = None
     logits: Logits | None = None
+    choice: tuple[int, ...] | None = None
     if tokens:
-        linear_head, logits = token_head(str(name), model, tokens), Logits(_LANGUAGE_MODEL, tokens)
+        read, choice, logits = token_head(str(name), model, tokens), (0,), Logits(_LANGUAGE_MODEL, tokens)
     elif reward and given is None and classifies:
-        linear_head, rows = _score_head(str(name), model, stored, output)
-        logits = Logits(_CLASSIFIER, rows)
+        read = _score_head(str(name), model, stored)
+        choice = choose_outputs(output, read, str(name))
+        logits = Logits(_CLASSIFIER, choice)
     elif reward:
         layer = getattr(model, "score", None) or getattr(model, "classifier", None)
-        linear_head = read_head(layer if given is None else given, _width(base.config), output, names)
+        read = read_head(layer if given is None else given, _width(base.config), names)
+        choice = choose_outputs(output, read, "head")
     tokenizer = load_tokenizer(location) if tokenizer is None else tokenizer
     pools = reward and classifies
-    pad_token_id = _pad_token_id(name, base.config, tokenizer, options.get("pad_token"), pools, linear_head is None)
+    pad_token_id = _pad_token_id(name, base.config, tokenizer, options.get("pad_token"), pools, read is None)
     source = Source(str(name), head, output, options)
-    return Checkpoint(base, linear_head, tokenizer, pad_token_id, str(name), pools, logits, source)
+    return Checkpoint(base, read, choice, tokenizer, pad_token_id, str(name), pools, logits, source)
 
 
 def reload_model(source: Source, logits: Logits, dtype: torch.dtype) -> Any:
@@ -169,15 +189,17 @@ def checkpoint_of(
     refuse_offloaded(name, classifier)
     logits: Logits | None = None
     if head is None:
-        linear_head, rows = _score_head(name, classifier, StoredHeads({}), output)
-        logits = Logits(_CLASSIFIER, rows)
+        read: Head = _score_head(name, classifier, StoredHeads({}))
+        choice = choose_outputs(output, read, name)
+        logits = Logits(_CLASSIFIER, choice)
     else:
         given = read_head_file(head) if isinstance(head, str | Path) else head
-        linear_head = read_head(given, _width(classifier.config), output, classifier.config.id2label)
+        read = read_head(given, _width(classifier.config), classifier.config.id2label)
+        choice = choose_outputs(output, read, "head")
     base = unwrapped(classifier.base_model)
     pad_token_id = _pad_token_id(name, base.config, tokenizer, pad_token, pools=True, is_headless=False)
     live = classifier if head is None else None
-    return Checkpoint(base, linear_head, tokenizer, pad_token_id, name, True, logits, source=None, classifier=live)
+    return Checkpoint(base, read, choice, tokenizer, pad_token_id, name, True, logits, source=None, classifier=live)
 
 
 def _is_classifier(location: CheckpointLocation) -> bool:
@@ -259,8 +281,8 @@ def _no_head(location: CheckpointLocation, stored: StoredHeads) -> str:
     )
 
 
-def _score_head(name: str, classifier: Any, stored: StoredHeads, output: object) -> tuple[LinearHead, tuple[int, ...]]:
-    """The head of a transformers classifier, and the rows of its score layer that the head is made of."""
+def _score_head(name: str, classifier: Any, stored: StoredHeads) -> Head:
+    """The head of a transformers classifier."""
     score = active_head(getattr(classifier, "score", None))
     if hasattr(score, "base_layer"):
         raise ModelError(
@@ -268,24 +290,20 @@ def _score_head(name: str, classifier: Any, stored: StoredHeads, output: object)
             "model.merge_and_unload()."
         )
     if not isinstance(score, nn.Linear):
-        raise ModelError(
-            f"{name}: expected a linear layer called 'score', got {score}. {type(classifier).__name__} computes its "
-            "reward in a way that is not supported; to read activations only, use RewardHead.from_language_model."
-        )
-    names = classifier.config.id2label
-    rows = choose_rows(output, score.out_features, names if len(names) == score.out_features else None, name)
-    head = read_head(score, output=rows if len(rows) == 2 else rows[0])
+        return encoder_head(name, classifier)
+    head = read_head(score, names=classifier.config.id2label)
     bias = stored.linear.get("score.bias")
     if getattr(score, "bias", None) is None and bias is not None:
-        constant = float(pick(bias.double().reshape(score.out_features), rows))
+        assert isinstance(head, LinearHead)
+        head = LinearHead(head.weight, bias.reshape(score.out_features), head.outputs)
+        constant = ", ".join(f"{float(number):.4g}" for number in head.bias[:3])
         warnings.warn(
-            f"{name}: the checkpoint has a score.bias of {constant:.4g}, which transformers ignores. It is added here, "
+            f"{name}: the checkpoint has a score.bias of {constant}, which transformers ignores. It is added here, "
             "so rewards differ from transformers' by this constant; margins are equal.",
             RMTensionWarning,
             stacklevel=4,
         )
-        head = LinearHead(head.weight, constant)
-    return head, rows
+    return head
 
 
 def _width(config: Any) -> int | None:

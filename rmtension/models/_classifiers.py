@@ -3,7 +3,7 @@
 import copy
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,8 @@ from rmtension.data._tokens import TokenBatch
 from rmtension.distributed import current
 from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.models._checkpoints import Checkpoint, reload_model
-from rmtension.models._heads import LinearHead
+from rmtension.models._encoder_heads import PooledHead
+from rmtension.models._head import LinearHead
 from rmtension.models._hooks import eager_eval, own_hooks_paused
 from rmtension.models._lens_models import CONFIG_FILE, is_own_model, write_model
 from rmtension.models._native_run import probe_batch, run_base, stream_difference, stream_tolerance
@@ -50,8 +51,8 @@ def save_classifier(head: RewardModel, folder: str | Path) -> None:
     """
     if is_own_model(head.body):
         if current().is_first:
-            linear = LinearHead(head.require_weight(), head.bias)
-            write_model(head.body, linear, head.pad_token_id, head.tokenizer, Path(folder))
+            row = head.require_weight(), head.bias
+            write_model(head.body, row, head.pad_token_id, head.tokenizer, Path(folder))
         return
     checkpoint, _ = current_checkpoint(head, "save_pretrained")
     if not current().is_first:
@@ -64,8 +65,9 @@ def save_classifier(head: RewardModel, folder: str | Path) -> None:
         )
     classifier = build_classifier(head)
     state = classifier.state_dict()
-    if head.bias:
-        state["score.bias"] = torch.tensor([head.bias], dtype=torch.float32)
+    biases = _biases(head)
+    if biases.any():
+        state["score.bias"] = biases.float()
     with filled_whole(folder, "checkpoint", seal="config.json", replaced=(*_OTHERS, CONFIG_FILE)) as temporary:
         try:
             with without_unseen_bars():
@@ -86,9 +88,10 @@ def save_classifier(head: RewardModel, folder: str | Path) -> None:
             RMTensionWarning,
             stacklevel=3,
         )
-    if head.bias:
+    if biases.any():
+        constants = ", ".join(f"{float(bias):.4g}" for bias in biases[:3])
         warnings.warn(
-            f"save_pretrained: the head has a bias of {head.bias:.4g}, which transformers' classifiers ignore. It is "
+            f"save_pretrained: the head has a bias of {constants}, which transformers' classifiers ignore. It is "
             "saved as 'score.bias'; without it, the rewards of transformers are smaller by that constant, and margins "
             "are the same.",
             RMTensionWarning,
@@ -107,8 +110,14 @@ def build_classifier(head: RewardModel) -> Any:
     checkpoint, base = current_checkpoint(head, "build_classifier")
     base = plain_copy(base)
     require_same_stream(head, nullcontext(), partial(run_eagerly, base), "save_pretrained")
+    if isinstance(head.head, PooledHead):
+        return head.head.classifier_with(base)
     config: Any = copy.deepcopy(base.config)
-    config.num_labels = 1
+    rows, names = _rows(head)
+    config.num_labels = len(rows)
+    if len(rows) > 1:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
     config.get_text_config().pad_token_id = head.pad_token_id
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -118,8 +127,8 @@ def build_classifier(head: RewardModel) -> Any:
         raise ModelError(f"{checkpoint.name}: transformers has no sequence classifier for it ({error}).") from error
     expected = set(classifier.state_dict())
     setattr(classifier, classifier.base_model_prefix, base)
-    classifier.score = nn.Linear(head.d_model, 1, bias=False, device="meta")
-    classifier.score.weight = nn.Parameter(head.require_weight()[None].to(head.dtype, copy=True), requires_grad=False)
+    classifier.score = nn.Linear(head.d_model, len(rows), bias=False, device="meta")
+    classifier.score.weight = nn.Parameter(rows.to(head.dtype, copy=True), requires_grad=False)
     other = sorted((set(classifier.state_dict()) ^ expected) - _SCORE)
     if other:
         raise ModelError(
@@ -127,6 +136,21 @@ def build_classifier(head: RewardModel) -> Any:
             f"{other[:3]}. Modules inside the model were replaced or wrapped; undo that, then save."
         )
     return classifier
+
+
+def _rows(head: RewardModel) -> tuple[Float[Tensor, "output d_model"], Sequence[str]]:
+    """The rows of the score layer: the row of the chosen output, or without a choice those of all outputs."""
+    if head.choice is None and isinstance(head.head, LinearHead):
+        return head.head.weight, head.head.outputs
+    return head.require_weight()[None], ()
+
+
+def _biases(head: RewardModel) -> Float[Tensor, "output"]:
+    if head.choice is None and isinstance(head.head, LinearHead):
+        return head.head.bias
+    if head.weight is None:
+        return torch.zeros(1, dtype=torch.float64)
+    return torch.tensor([head.bias], dtype=torch.float64)
 
 
 def reload_classifier(head: RewardModel) -> Any:
@@ -154,7 +178,8 @@ def current_checkpoint(head: RewardModel, what: str) -> tuple[Checkpoint, nn.Mod
         )
     updated = replace(
         checkpoint,
-        head=LinearHead(head.require_weight(), head.bias),
+        head=head.head,
+        choice=head.choice,
         pad_token_id=head.pad_token_id,
         tokenizer=head.tokenizer,
     )

@@ -18,7 +18,7 @@ from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
 from rmtension.models._experts import ExpertPoint
 from rmtension.models._hooks import Hook, HookSite, InstalledHooks
-from rmtension.models._norms import read_norm
+from rmtension.models._norms import NormLayer, read_norm
 from rmtension.models._projections import Projection
 from rmtension.models._reward_model import RewardModel
 
@@ -27,7 +27,9 @@ from rmtension.models._reward_model import RewardModel
 class DirectContributions:
     """The parts of the reward of each text: `embedding + blocks.sum(1) + constant` is the reward.
 
-    `constant` is what the biases of the final norm and of the head add. `neurons` maps each site to the parts of its
+    `constant` is what the biases of the final norm and of the head add. The parts are exact for a linear head. Another
+    head is replaced by its gradient at the tokens that it reads, so its parts are first-order effects, and `constant`
+    includes what the gradient leaves. `neurons` maps each site to the parts of its
     neurons, and `biases` has the parts of the biases of their output projections: in every layer, both sum to `blocks`.
     `mlp_gate` is left out, because its neurons are those of `mlp`. A site that some layers lack is not in `neurons`,
     nor is `expert` if the layers add more than their experts write (shared experts); only `blocks` has that part.
@@ -36,7 +38,7 @@ class DirectContributions:
         >>> from rmtension.models import direct_contributions
         >>> from rmtension.data._tokens import TokenBatch
         >>> tokens = head.tokenizer(["Human: a Assistant: helpful-0 end"], return_tensors="pt")
-        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool())
         >>> parts = direct_contributions(head, batch)
         >>> parts.blocks.shape, parts.neurons["mlp"].shape
         (torch.Size([1, 2]), torch.Size([1, 2, 24]))
@@ -46,7 +48,7 @@ class DirectContributions:
 
     embedding: Float[Tensor, "text"]
     blocks: Float[Tensor, "text layer"]
-    constant: float
+    constant: Float[Tensor, "text"]
     neurons: dict[str, Float[Tensor, "text layer neuron"]]
     biases: Float[Tensor, "text layer"]
 
@@ -66,7 +68,7 @@ def direct_contributions(head: RewardModel, batch: TokenBatch) -> DirectContribu
     Examples:
         >>> from rmtension.data._tokens import TokenBatch
         >>> tokens = head.tokenizer(["Human: a Assistant: helpful-0 end"], return_tensors="pt")
-        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool())
         >>> parts = direct_contributions(head, batch)
         >>> layer, neuron = divmod(int(parts.neurons["mlp"][0].argmax()), head.n_neurons("mlp"))
         >>> bool(neurons.mask[layer, neuron])  # the neuron that adds most is one of the helpfulness neurons
@@ -93,17 +95,18 @@ def _projections(head: RewardModel) -> dict[str, list[Projection]]:
 class DirectPaths:
     """Records a run of `batch` and computes its direct paths: install `hooks`, run, then call `contributions`.
 
-    Keeps inputs and outputs of modules at the token that the reward is read from, in the dtype of rewards.
+    Keeps inputs and outputs of modules at the tokens that the head reads, in the dtype of rewards.
     """
 
     def __init__(self, head: RewardModel, batch: TokenBatch) -> None:
         self._head = head
         self._batch = batch
         self._inside = _projections(head)
-        self._routing: dict[HookSite, Float[Tensor, "text expert"]] = {}
+        self._places = head.require_head().tokens(batch)
+        self._routing: dict[HookSite, Float[Tensor, "token expert"]] = {}
         if "expert" in head.sites:
             self._inside["expert"] = [self._of_experts(points[0]) for points in head.body.experts]
-        self.seen: dict[HookSite, Float[Tensor, "text channel"]] = {}
+        self.seen: dict[HookSite, Float[Tensor, "token channel"]] = {}
 
     @property
     def hooks(self) -> list[tuple[HookSite, Hook]]:
@@ -123,7 +126,7 @@ class DirectPaths:
         return [(hook_site, partial(self._keep, hook_site)) for hook_site in dict.fromkeys(hook_sites)]
 
     @property
-    def final_norm_seen(self) -> tuple[Float[Tensor, "text d_model"], Float[Tensor, "text d_model"]]:
+    def final_norm_seen(self) -> tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_model"]]:
         """The input and the output of the final norm in the run that was recorded."""
         norm = self._head.body.final_norm
         return self.seen[HookSite(norm, "input")], self.seen[HookSite(norm, "output")]
@@ -134,35 +137,60 @@ class DirectPaths:
         head, body = self._head, self._head.body
         last_in, last_out = self.final_norm_seen
         norm = read_norm(body.final_norm, head.d_model).to(last_in)
-        weight = head.require_weight().to(last_in)
-        direction = norm.pull_back(weight.expand_as(last_in), norm.sigma(last_in, last_out))
+        slope, constant = self._slope(last_out, norm)
+        direction = norm.pull_back(slope, norm.sigma(last_in, last_out))
         stream = [self.seen[HookSite(body.block(layer), "input")] for layer in range(head.n_layers)] + [last_in]
-        parts = torch.stack([(state.to(direction) * direction).sum(dim=-1) for state in stream], dim=1).cpu()
+        parts = self._per_text(
+            torch.stack([(state.to(direction) * direction).sum(dim=-1) for state in stream], dim=1)
+        ).cpu()
         neurons: dict[str, list[Tensor]] = {site: [] for site in self._inside}
-        biases = torch.zeros(len(last_in), head.n_layers, dtype=last_in.dtype)
-        constants = {site: torch.zeros_like(biases) for site in self._inside}
+        biases = torch.zeros(len(parts), head.n_layers, dtype=last_in.dtype)
+        bias_of = {site: torch.zeros_like(biases) for site in self._inside}
         for site, projections in self._inside.items():
             for layer, projection in enumerate(projections):
-                per_channel, constant = self._through(projection, body.block(layer), direction)
-                shape = "text (neuron channel) -> text neuron"
-                neurons[site].append(reduce(per_channel, shape, "sum", neuron=head.n_neurons(site)).cpu())
-                constants[site][:, layer] = constant.cpu()
+                per_channel, bias = self._through(projection, body.block(layer), direction)
+                shape = "token (neuron channel) -> token neuron"
+                per_neuron = reduce(per_channel, shape, "sum", neuron=head.n_neurons(site))
+                neurons[site].append(self._per_text(per_neuron).cpu())
+                bias_of[site][:, layer] = self._per_text(bias).cpu()
         blocks = parts.diff(dim=1)
         inside = sum((torch.stack(layers, dim=1).sum(dim=2) for layers in neurons.values()), torch.zeros_like(biases))
-        inside = sum(constants.values(), inside)
+        inside = sum(bias_of.values(), inside)
         is_whole = set(neurons) == written_by(head)
         if is_whole and "expert" not in neurons:
             self._require_close("what its neurons write", inside, blocks, "its blocks add", parts)
         elif "expert" in neurons and not (is_whole and self._off(inside, blocks, parts) is None):
-            del neurons["expert"], constants["expert"]
-        biases = sum(constants.values(), biases)
+            del neurons["expert"], bias_of["expert"]
+        biases = sum(bias_of.values(), biases)
         return DirectContributions(
             embedding=parts[:, 0],
             blocks=blocks,
-            constant=float(weight @ norm.bias) + head.bias,
+            constant=constant.cpu(),
             neurons={site: torch.stack(layers, dim=1) for site, layers in neurons.items()},
             biases=biases,
         )
+
+    def _slope(
+        self, states: Float[Tensor, "token d_model"], norm: NormLayer
+    ) -> tuple[Float[Tensor, "token d_model"], Float[Tensor, "text"]]:
+        """The gradient of the rewards at the tokens that the head reads, and what it leaves of the rewards."""
+        head = self._head
+        if head.weight is not None:
+            weight = head.weight.to(states)
+            return weight.expand_as(states), (weight @ norm.bias + head.bias).expand(len(states))
+        with torch.enable_grad():
+            inputs = states.detach().clone().requires_grad_(True)
+            rewards = head.read_places(inputs, self._places, self._batch)
+            (slope,) = torch.autograd.grad(rewards.sum(), inputs)
+        explained = self._per_text(((states - norm.bias) * slope).sum(dim=-1))
+        return slope, rewards.detach() - explained
+
+    def _per_text(self, values: Float[Tensor, "token *rest"]) -> Float[Tensor, "text *rest"]:
+        """The sum over the tokens of each text."""
+        if self._head.weight is not None:
+            return values
+        texts = self._places.texts.to(values.device)
+        return values.new_zeros(len(self._batch.last), *values.shape[1:]).index_add(0, texts, values)
 
     def _keep(self, hook_site: HookSite, value: Tensor) -> None:
         n_rows, n_tokens = self._batch.input_ids.shape
@@ -170,9 +198,9 @@ class DirectPaths:
             return  # a norm of single heads, which is not on the residual stream
         if isinstance(hook_site.module, ExpertPoint) and hook_site.module.routing is not None:
             routing = hook_site.module.routing.reshape(n_rows, n_tokens, -1)
-            self._routing[hook_site] = self._batch.gather_last(routing)
+            self._routing[hook_site] = self._batch.gather(self._places, routing)
         rows = value.detach().reshape(n_rows, n_tokens, -1)
-        self.seen[hook_site] = self._batch.gather_last(rows).to(self._head.reward_dtype)
+        self.seen[hook_site] = self._batch.gather(self._places, rows).to(self._head.reward_dtype)
 
     def _of_experts(self, point: ExpertPoint) -> Projection:
         """The map from the neurons of experts to the residual stream, with the routing weights of the recorded run."""
@@ -201,8 +229,8 @@ class DirectPaths:
             )
 
     def _through(
-        self, projection: Projection, block: nn.Module, direction: Float[Tensor, "text d_model"]
-    ) -> tuple[Float[Tensor, "text channel"], Float[Tensor, "text"]]:
+        self, projection: Projection, block: nn.Module, direction: Float[Tensor, "token d_model"]
+    ) -> tuple[Float[Tensor, "token channel"], Float[Tensor, "token"]]:
         """What every input of `projection` adds along `direction`, and what its bias adds.
 
         Some families (Gemma-2, OLMo-2) apply a norm to the output of the projection before they add it to the stream.
@@ -235,7 +263,7 @@ class DirectPaths:
 
 def written_by(head: RewardModel) -> set[str]:
     """The sites whose neurons and biases together write all that a block adds: attention, and the MLP if present."""
-    if getattr(head.model.cfg, "attn_only", False):
+    if getattr(head.body.cfg, "attn_only", False):
         return {"attn_head"}
     return {"attn_head", "expert" if "expert" in head.sites else "mlp"}
 

@@ -49,7 +49,7 @@ def direct_weights(head: RewardModel, batch: TokenBatch, site: str, wanted: Sequ
     Examples:
         >>> from rmtension.data._tokens import TokenBatch
         >>> tokens = head.tokenizer(["Human: a Assistant: helpful-0 end"], return_tensors="pt")
-        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool())
         >>> bool((direct_weights(head, batch, "mlp", list(neurons)).on_reward > 0).all())
         True
     """
@@ -60,6 +60,7 @@ def direct_weights(head: RewardModel, batch: TokenBatch, site: str, wanted: Sequ
     if find_site(site).factor_of is not None:
         return _without(wanted, f"an activation at site {site!r} is one factor of what the neuron writes; use 'mlp'")
     try:
+        row = head.require_weight()
         paths = DirectPaths(head, batch)
         with InstalledHooks(paths.hooks), torch.no_grad():
             head.residual(batch)
@@ -69,7 +70,6 @@ def direct_weights(head: RewardModel, batch: TokenBatch, site: str, wanted: Sequ
         return _without(wanted, str(error))
     last_in, last_out = paths.final_norm_seen
     sigma = norm.to(last_in).sigma(last_in, last_out)
-    row = head.require_weight()
     direction = norm.to(row).pull_back(row, torch.ones_like(row[0]))
     # Where no neuron contributes anything, the rounding of the reward is left.
     rounding = float(((last_in * direction.to(last_in)).abs().sum(dim=1) / sigma).max()) * ROUNDING

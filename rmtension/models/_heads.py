@@ -2,18 +2,15 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Number
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension.errors import ModelError
-from rmtension.models._norms import NormLayer
-from rmtension.models._outputs import choose_rows, pick
+from rmtension.models._head import Head, LinearHead
 
 # How checkpoints name a head: "score" (transformers, OpenRLHF), "v_head.summary" (trl), and other names.
 _NAMED = "(score|score_head|v_head|value_head|reward_head|rm_head|regression_head|regression_layer|classifier)"
@@ -21,39 +18,18 @@ _LINEAR = re.compile(rf"(^|\.){_NAMED}(\.[A-Za-z_]\w*)*\.(weight|bias)$")
 _LAYERED = re.compile(rf"(^|\.){_NAMED}(\.\w+)*\.\d+(\.\w+)*\.(weight|bias)$")
 
 
-@dataclass(frozen=True)
-class LinearHead:
-    """The linear map from the last residual stream h to the reward: reward = weight @ h + bias.
+def read_head(given: object, width: int | None = None, names: Mapping[int, str] | None = None) -> Head:
+    """Read a linear head from a vector, matrix, (weight, bias) pair, `nn.Linear` or state dict; a `Head` is kept.
 
-    Examples:
-        >>> linear = LinearHead(torch.ones(head.d_model), bias=0.5)
-        >>> RewardHead(head.model, linear, tokenizer=head.tokenizer).bias
-        0.5
+    `names` are the names of several rows. Raises `ModelError` for a width other than `width`, and for a state dict
+    without a head.
     """
-
-    weight: Float[Tensor, "d_model"]
-    bias: float = 0.0
-
-    def after_folding(self, norm: NormLayer) -> "LinearHead":
-        """The head for a final norm without its gain and bias: both are folded into the head."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        weight, gain, bias = (t.to(self.weight.device, dtype) for t in (self.weight, norm.gain, norm.bias))
-        return LinearHead(weight * gain, self.bias + float(weight @ bias))
-
-
-def read_head(
-    given: object, width: int | None = None, output: object = None, names: Mapping[int, str] | None = None
-) -> LinearHead:
-    """Read a linear head from a vector, a matrix, a (weight, bias) pair, an `nn.Linear` or a state dict.
-
-    If there are several rows, `output` selects the row that is the reward, or two rows whose difference it is; `names`
-    are the names of the rows. Raises `ModelError` for several rows without `output`, for a width other than `width`,
-    and for a state dict without a head.
-    """
-    head = given if isinstance(given, LinearHead) else _head(*_weight_and_bias(_as_tensors(given)), output, names)
-    if width is not None and len(head.weight) != width:
+    if isinstance(given, type) and issubclass(given, Head):
+        raise ModelError(f"head: expected a head, got the class {given.__name__}. Pass {given.__name__}(...).")
+    head = given if isinstance(given, Head) else _head(*_weight_and_bias(_as_tensors(given)), names)
+    if width is not None and isinstance(head, LinearHead) and head.weight.shape[1] != width:
         raise ModelError(
-            f"weight: expected {width} numbers, the width of the residual stream, got {len(head.weight)}. Pass the "
+            f"weight: expected {width} numbers, the width of the residual stream, got {head.weight.shape[1]}. Pass the "
             "head that was trained with this model."
         )
     return head
@@ -117,7 +93,7 @@ def _of_state_dict(state: Mapping[str, Any]) -> tuple[Any, Any]:
     return state[weights[0]], state.get(weights[0].removesuffix("weight") + "bias")
 
 
-def _head(weight: Any, bias: Any, output: object, names: Mapping[int, str] | None) -> LinearHead:
+def _head(weight: Any, bias: Any, names: Mapping[int, str] | None) -> LinearHead:
     if not isinstance(weight, Tensor):
         raise ModelError(f"weight: expected a tensor, got {type(weight).__name__}.")
     rows = weight.detach()
@@ -127,8 +103,6 @@ def _head(weight: Any, bias: Any, output: object, names: Mapping[int, str] | Non
             f"weight: expected shape (d_model,) or (outputs, d_model), got {tuple(weight.shape)}. Reshape it, with "
             "one row per output."
         )
-    if names is not None and len(names) != len(rows):
-        names = None
     try:
         constants = torch.as_tensor(0.0 if bias is None else bias, dtype=torch.float64).detach().flatten()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -138,8 +112,8 @@ def _head(weight: Any, bias: Any, output: object, names: Mapping[int, str] | Non
             f"bias: expected one number{f' for each of {len(rows)} outputs' if len(rows) > 1 else ''}, got shape "
             f"{tuple(torch.as_tensor(bias).shape)}. Pass the bias of the same layer as the weight."
         )
-    chosen = choose_rows(output, len(rows), names, f"weight of shape {tuple(weight.shape)}")
-    return LinearHead(pick(rows, chosen).clone(), float(pick(constants.expand(len(rows)), chosen)))
+    fit = names is not None and len(names) == len(rows) > 1
+    return LinearHead(rows, constants, [names[row] for row in sorted(names)] if fit and names is not None else None)
 
 
 def _as_tensors(given: Any) -> Any:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension._sites import find_site
-from rmtension.data._tokens import TokenBatch
+from rmtension.data._tokens import TokenBatch, TokenPlaces
 from rmtension.errors import ModelError
 from rmtension.models._experts import ExpertPoint
 from rmtension.models._hooks import Hook, HookSite, InstalledHooks, count_foreign_hooks, has_own_hooks, modules_of
@@ -24,6 +24,9 @@ class HookedTransformerBody:
 
     native: nn.Module | None = None
     runs_native = False
+    reads_first = False
+    # Transformers' config, which this model has not.
+    config: Any = None
     pack_up_to = 0
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,6 +49,11 @@ class HookedTransformerBody:
                 f"{' and '.join(sorted(map(str, dtypes)))} and a config of {cfg.dtype}, to which norms would round. "
                 f"Convert the whole model: model.to({widest})."
             )
+
+    @property
+    def cfg(self) -> Any:
+        """TransformerLens' config: n_layers, n_heads, d_model, n_ctx, ..."""
+        return self.module.cfg
 
     @property
     def final_norm_folded(self) -> bool:
@@ -83,9 +91,9 @@ class HookedTransformerBody:
         """Every module that may run."""
         return modules_of(self.module, self._no_norm)
 
-    def last_mlp_at_last_tokens(self, batch: TokenBatch) -> AbstractContextManager[bool]:
+    def last_mlp_only_at(self, batch: TokenBatch, places: TokenPlaces) -> AbstractContextManager[TokenPlaces | None]:
         """A context that does nothing: the whole MLP runs."""
-        return nullcontext(False)
+        return nullcontext(None)
 
     @property
     def is_hooked(self) -> bool:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from rmtension.data._tokens import TokenBatch
+from rmtension.data._tokens import TokenBatch, TokenPlaces
 from rmtension.models._hooks import HookSite, InstalledHooks, count_foreign_hooks, has_own_hooks
 
 
@@ -16,25 +16,28 @@ class LastMLP:
         self._module = module
 
     @contextmanager
-    def at_last_tokens(self, batch: TokenBatch) -> Iterator[bool]:
+    def only_at(self, batch: TokenBatch, places: TokenPlaces) -> Iterator[TokenPlaces | None]:
         """Skip all other tokens while the model runs on `batch`: there the MLP adds nothing.
 
-        Yields False, and skips nothing, if hooks inside the MLP may need all tokens.
+        Yields the tokens at which it runs, each once. Yields None, and skips nothing, if hooks inside the MLP may need
+        all tokens.
         """
         if has_own_hooks(self._module.modules(), minding_tokens=True) or count_foreign_hooks(self._module):
-            yield False
+            yield None
             return
+        # A token that two texts share would get its gradient twice.
+        distinct = places.distinct
 
-        def only_last(values: Tensor) -> Tensor:
+        def only_these(values: Tensor) -> Tensor:
             if values.shape[:2] != batch.input_ids.shape:
                 raise ValueError(f"expected {tuple(batch.input_ids.shape)} tokens, got {tuple(values.shape)}")
-            return batch.gather_last(values)[:, None]
+            return batch.gather(distinct, values)[:, None]
 
         def back(values: Tensor) -> Tensor:
-            if values.shape[:2] != (len(batch.last), 1):
-                raise ValueError(f"expected {len(batch.last)} tokens, got {tuple(values.shape)}")
-            return batch.scatter_last(values[:, 0])
+            if values.shape[:2] != (len(distinct), 1):
+                raise ValueError(f"expected {len(distinct)} tokens, got {tuple(values.shape)}")
+            return batch.scatter(distinct, values[:, 0])
 
-        hook_sites = [(HookSite(self._module, "input"), only_last), (HookSite(self._module, "output"), back)]
+        hook_sites = [(HookSite(self._module, "input"), only_these), (HookSite(self._module, "output"), back)]
         with InstalledHooks(hook_sites):
-            yield True
+            yield distinct

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rmtension.errors import ModelError
 from rmtension.models._bodies import BootNativeBody, BridgeBody, find_body
 from rmtension.models._bridges import check_model_class
-from rmtension.models._heads import LinearHead
+from rmtension.models._head import Head, LinearHead
 from rmtension.models._hooked_transformer_body import HookedTransformerBody
 from rmtension.models._hooks import eager_eval
 from rmtension.models._native_run import probe_batch, stream_difference, stream_tolerance
@@ -35,7 +35,7 @@ class SavedModel:
     """A model that was read from a folder, with its head; `tokenizer` is None if it was saved without a tokenizer."""
 
     model: nn.Module
-    head: LinearHead
+    head: Head
     pad_token_id: int | None
     tokenizer: Any
 
@@ -75,7 +75,7 @@ def copy_model(body: HookedTransformerBody | BridgeBody) -> nn.Module:
 
 def write_model(
     body: HookedTransformerBody | BridgeBody,
-    head: LinearHead,
+    row: tuple[Float[Tensor, "d_model"], float],
     pad_token_id: int | None,
     tokenizer: Any,
     folder: Path,
@@ -83,14 +83,14 @@ def write_model(
     """Write config, weights, head and tokenizer, which `read_model` reads."""
     model: Any = body.model
     tensors = {f"model.{name}": tensor for name, tensor in _state_of(model).items()}
-    tensors[_HEAD] = head.weight
+    tensors[_HEAD], bias = row
     about = {
         "class": _class_of(body),
         "transformer_lens": version("transformer-lens"),
         "rmtension": version("rmtension"),
         "dtype": str(next(body.module.parameters()).dtype).removeprefix("torch."),
         "config": _config_of(model),
-        "bias": head.bias,
+        "bias": bias,
         "pad_token_id": pad_token_id,
         # The model's residual stream on a few tokens, which is compared when the model is read.
         "probe": _stream(body).flatten().tolist(),

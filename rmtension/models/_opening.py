@@ -1,5 +1,6 @@
 """Makes a `RewardModel` from a checkpoint, a saved model or a model in memory, and checks it."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
@@ -13,12 +14,14 @@ from rmtension.errors import ModelError, OptionError
 from rmtension.models._bodies import Body, find_body
 from rmtension.models._bridges import wrap
 from rmtension.models._checkpoints import Checkpoint
-from rmtension.models._heads import LinearHead, read_head
+from rmtension.models._head import Head
+from rmtension.models._heads import read_head
 from rmtension.models._hooks import eager_eval
 from rmtension.models._lens_models import read_model
 from rmtension.models._loading import LoadOptions
 from rmtension.models._native_run import probe_batch, run_base, stream_difference, stream_tolerance
 from rmtension.models._norms import read_norm
+from rmtension.models._outputs import choose_outputs
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions, run_options_of
 
@@ -53,7 +56,7 @@ def open_model(
         # transformers' norm, from an unprocessed bridge.
         norm = wrap(opened.name, opened.base, None, trust_remote_code=code).final_norm
     head = head_on(body, opened.head, final_norm=norm)
-    model = _make(kind, body, head, opened.tokenizer, opened.pad_token_id, options, opened)
+    model = _make(kind, body, head, opened.choice, opened.tokenizer, opened.pad_token_id, options, opened)
     if body.native is None:
         _require_same_rewards(model, opened)
         if opened.source is not None:
@@ -75,8 +78,9 @@ def open_saved_model(kind: type[_Model], folder: Path, head: object, options: Lo
     saved = read_model(folder, options.get("dtype", torch.float32), device)
     body = find_body(saved.model)
     tokenizer = saved.tokenizer if options.get("tokenizer") is None else options["tokenizer"]
-    linear = saved.head if head is None else read_head(head, _width(body))
-    return _make(kind, body, linear, tokenizer, saved.pad_token_id, run_options)
+    read = saved.head if head is None else read_head(head, _width(body))
+    choice = choose_outputs(None, read, "head")
+    return _make(kind, body, read, choice, tokenizer, saved.pad_token_id, run_options)
 
 
 def with_checkpoint(model: _Model, changed: Checkpoint) -> _Model:
@@ -86,13 +90,11 @@ def with_checkpoint(model: _Model, changed: Checkpoint) -> _Model:
 
 def with_lens_model(model: _Model, changed: nn.Module) -> _Model:
     """Put the head, tokenizer and options of `model` on another TransformerLens model of the same shape."""
-    head = LinearHead(model.require_weight(), model.bias)
-    return _make(type(model), find_body(changed), head, model.tokenizer, model.pad_token_id, model.run_options)
+    body = find_body(changed)
+    return _make(type(model), body, model.head, model.choice, model.tokenizer, model.pad_token_id, model.run_options)
 
 
-def head_on(
-    body: Body, weight: object, *, output: object = None, final_norm: nn.Module | None = None
-) -> LinearHead | None:
+def head_on(body: Body, weight: object, *, final_norm: nn.Module | None = None) -> Head | None:
     """Read the head of a body from `weight`; None for None.
 
     If weight processing folded the final norm's gain into the unembedding, the gain of `final_norm` is folded into the
@@ -101,7 +103,7 @@ def head_on(
     if weight is None:
         return None
     width = _width(body)
-    head = read_head(weight, width, output)
+    head = read_head(weight, width)
     if not body.final_norm_folded:
         return head
     if final_norm is None:
@@ -122,7 +124,7 @@ def require_hidden_padding(model: RewardModel) -> None:
     texts = [EncodedText(tuple(ids[:length]), 0, 0) for length in (max(1, longest // 2), longest)]
     streams = []
     for some in (texts[:1], texts):
-        batch = TokenBatch.from_texts(some, range(len(some)), pad_token_id=None, device=model.device)
+        batch = TokenBatch.from_texts(some, range(len(some)), device=model.device)
         streams.append(batch.gather_last(model.residual(batch))[0].double())
     alone, in_a_batch = streams
     off = stream_difference(in_a_batch, alone)
@@ -140,11 +142,13 @@ def _require_same_rewards(model: RewardModel, opened: Checkpoint) -> None:
     batch = probe_batch(min(12, model.max_length, model.body.n_embeddings), model.device)
     base: Any = opened.base
     with torch.no_grad(), eager_eval(base.modules()):
-        residual = run_base(base, batch)[0, -1].to(model.reward_dtype)
-        expected = float(residual @ opened.head.weight.to(residual) + opened.head.bias)
-        difference = abs(float(model.forward(batch)[0]) - expected)
+        states = batch.gather(opened.head.tokens(batch), run_base(base, batch)).to(model.reward_dtype)
+        plain = copy.deepcopy(opened.head).to(states)
+        expected = plain.read_tokens(states, plain.tokens(batch), batch)[0]
+        difference = float((model.all_outputs(batch)[0] - expected).abs().max())
     # Half precision rounds every layer to 3 or 2 digits, in another order after a conversion.
-    tolerance = (1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2) * max(1.0, abs(expected))
+    size = max(1.0, float(expected.abs().max()))
+    tolerance = (1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2) * size
     if not difference <= tolerance:
         raise ModelError(
             f"{opened.name}: the rewards of the converted {type(model.model).__name__} differ from transformers' by "
@@ -156,7 +160,8 @@ def _require_same_rewards(model: RewardModel, opened: Checkpoint) -> None:
 def _make(
     kind: type[_Model],
     body: Body,
-    head: LinearHead | None,
+    head: Head | None,
+    choice: tuple[int, ...] | None,
     tokenizer: Any,
     pad_token_id: int | None,
     options: RunOptions,
@@ -165,7 +170,14 @@ def _make(
     # Not `kind(...)`, because the constructor of `RewardHead` has other arguments.
     model = kind.__new__(kind)
     RewardModel.__init__(
-        model, body, head, tokenizer=tokenizer, pad_token_id=pad_token_id, checkpoint=checkpoint, **options
+        model,
+        body,
+        head,
+        choice=choice,
+        tokenizer=tokenizer,
+        pad_token_id=pad_token_id,
+        checkpoint=checkpoint,
+        **options,
     )
     if checkpoint is None:
         require_hidden_padding(model)
@@ -173,5 +185,4 @@ def _make(
 
 
 def _width(body: Body) -> int:
-    cfg: Any = body.model.cfg
-    return int(cfg.d_model)
+    return int(body.cfg.d_model)

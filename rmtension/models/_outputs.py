@@ -1,17 +1,30 @@
-"""Selects the output that is the reward: a row of the model's last linear map, or the difference of two rows."""
+"""Selects the output that is the reward: one output of the head, or the difference of two."""
 
 import difflib
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
+from rmtension._arguments import nearest
 from rmtension.errors import ModelError, OptionError
+from rmtension.models._head import Head
 
 _SHOWN = 12
+# What `output` is to open a head with several outputs without choosing one.
+ALL = "all"
+
+
+def choose_outputs(output: object, head: Head, what: str) -> tuple[int, ...] | None:
+    """The outputs of a head that `output` selects, as `choose_rows` does; None takes the head's default if it has one.
+
+    Returns None for "all" if there are several, so that one is chosen later.
+    """
+    names = dict(enumerate(head.outputs))
+    if output is None and head.default is not None:
+        output = head.default
+    if output == ALL and ALL not in head.outputs:
+        return (0,) if len(names) == 1 else None
+    return choose_rows(output, len(names), names, what)
 
 
 def choose_rows(output: object, n_rows: int, names: Mapping[int, str] | None, what: str) -> tuple[int, ...]:
@@ -25,7 +38,8 @@ def choose_rows(output: object, n_rows: int, names: Mapping[int, str] | None, wh
             return (0,)
         raise ModelError(
             f"{what}: expected a head with one output, got {n_rows}: {_listed(n_rows, names)}. Pass the output that is "
-            f"the reward: output={n_rows - 1}, or output=({n_rows - 1}, 0) for a difference of two."
+            f"the reward: output={n_rows - 1}, or output=({n_rows - 1}, 0) for a difference of two; output='all' opens "
+            "the model without choosing."
         )
     return _one_or_two(output, lambda row: _row(row, n_rows, names))
 
@@ -39,16 +53,6 @@ def choose_tokens(output: object, tokenizer: Any) -> tuple[int, ...]:
     if tokenizer is None:
         raise OptionError("output: expected a model with a tokenizer, which finds the tokens. Pass tokenizer=...")
     return _one_or_two(output, lambda token: _token(token, tokenizer))
-
-
-def pick(values: Float[Tensor, "row *rest"], rows: tuple[int, ...]) -> Float[Tensor, "*rest"]:
-    """The chosen row, or the first minus the second, in float32 at least, so that the difference is not rounded."""
-    if len(rows) == 1:
-        only: Tensor = values[rows[0]]
-        return only
-    first, second = values[list(rows)].to(torch.promote_types(values.dtype, torch.float32))
-    difference: Tensor = first - second
-    return difference
 
 
 def _one_or_two(output: object, find: Any) -> tuple[int, ...]:
@@ -70,7 +74,10 @@ def _row(output: object, n_rows: int, names: Mapping[int, str] | None) -> int:
         if len(rows) == 1:
             return rows[0]
         problem = "more than one output has this name" if rows else "no output has this name"
-        raise OptionError(f"output: {output!r}: {problem}. Expected one of {_listed(n_rows, names)}.")
+        known = (names or {}).values()
+        raise OptionError(
+            f"output: {output!r}: {problem}. Expected one of {_listed(n_rows, names)}.{nearest(output, known)}"
+        )
     try:
         row = operator.index(output)  # type: ignore[arg-type]
     except TypeError:

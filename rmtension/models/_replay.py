@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rmtension.data._tokens import TokenBatch, running
+from rmtension.data._tokens import TokenBatch, TokenPlaces, running
 from rmtension.errors import ModelError
 from rmtension.models._hooks import Call, Hook, HookSite, InstalledHooks, all_fire, eager_eval, recorded_calls
 from rmtension.models._reward_model import RewardModel
@@ -21,8 +21,9 @@ class Replay:
     hooks. Memory: the residual stream before every block, and the activations of `sites`.
 
     Only transformers' own modules can run one by one. `is_partial` is False if other modules run (a HookedTransformer,
-    a bridge that the user hooked), if a block runs more than once, or if blocks exchange values through a shared
-    argument (Gemma-4's keys and values). Then `rewards_from` runs the whole model, and accepts no other stream.
+    a bridge that the user hooked), if a block runs more than once, if blocks exchange values through a shared argument
+    (Gemma-4's keys and values), or if there is no final norm. Then `rewards_from` runs the whole model, and accepts no
+    other stream.
 
     Args:
         head: the model.
@@ -44,9 +45,13 @@ class Replay:
             for layer in range(head.n_layers)
             for hook_site in head.body.hook_sites(site, layer)
         ]
-        if self.is_partial:
+        try:
+            final_norm = head.body.final_norm if self.is_partial else None
+        except ModelError:  # there is none that is known, so nothing can be read from a stream
+            self.is_partial, final_norm = False, None
+        if final_norm is not None:
             self._blocks = [head.body.block(layer) for layer in range(head.n_layers)]
-            stream = [*self._blocks, head.body.final_norm]
+            stream = [*self._blocks, final_norm]
             hooks += [
                 (HookSite(module, "input"), partial(self._keep_stream, number, n_runs))
                 for number, module in enumerate(stream)
@@ -80,11 +85,11 @@ class Replay:
             running(self.batch),
             eager_eval(modules),
             all_fire(modules, layers),
-            body.last_mlp_at_last_tokens(self.batch),
+            self.head.last_mlp_where_read(self.batch),
         ):
             for number in layers:
                 state = self._run_block(number, state)
-            return self.read(self.batch.gather_last(state))
+            return self.read(self.batch.gather(self.places, state))
 
     def run_block(self, layer: int, stream: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"]:
         """The output of the block of `layer` for the input `stream`."""
@@ -93,10 +98,23 @@ class Replay:
         with running(self.batch), eager_eval(modules), all_fire(modules, range(layer, layer + 1)):
             return self._run_block(layer, stream)
 
-    def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
-        """The rewards from the residual stream after the last block, at the last token: final norm and head."""
+    @property
+    def places(self) -> TokenPlaces:
+        """The tokens that the head reads."""
+        return self.head.require_head().tokens(self.batch)
+
+    def read(self, states: Float[Tensor, "token d_model"]) -> Float[Tensor, "text"]:
+        """The rewards from the residual stream after the last block, at `places`: final norm and head."""
         self._require_partial()
-        return self.head.read(self.head.body.final_norm(last[:, None])[:, 0])
+        return self.head.read_places(self.head.body.final_norm(states[:, None])[:, 0], self.places, self.batch)
+
+    def read_many(self, states: Float[Tensor, "n token d_model"]) -> Float[Tensor, "n text"]:
+        """`read` of several streams; all at once if the head reads the last token only."""
+        self._require_partial()
+        if not self.head.require_head().reads_last_only:
+            return torch.stack([self.read(each) for each in states])
+        flat = self.head.body.final_norm(states.flatten(0, 1)[:, None])[:, 0]
+        return self.head.read(flat).view(len(states), -1)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

@@ -4,10 +4,11 @@
 takes this class.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any, Unpack
@@ -20,13 +21,13 @@ from rmtension._sites import find_site
 from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.data._encoding import EncodedPairs, encode_pairs
 from rmtension.data._pairs import PreferencePairs
-from rmtension.data._tokens import TokenBatch, running
+from rmtension.data._segments import encode_segments
+from rmtension.data._tokens import ReadAt, TokenBatch, TokenPlaces, running
 from rmtension.distributed import current
 from rmtension.errors import ModelError
-from rmtension.models._adapters import active_head
 from rmtension.models._bodies import Body
 from rmtension.models._checkpoints import Checkpoint
-from rmtension.models._heads import LinearHead
+from rmtension.models._head import Head, LinearHead
 from rmtension.models._hooks import (
     AllSeen,
     InstalledHooks,
@@ -42,14 +43,16 @@ from rmtension.store._provenance import Provenance, fingerprint
 
 
 class RewardModel:
-    """The base class of `RewardHead`: a transformer with a tokenizer, a linear head, and hooks on its neurons.
+    """The base class of `RewardHead`: a transformer with a tokenizer, a head, and hooks on its neurons.
 
-    The reward of a text is `weight @ h + bias`, where h is the residual stream after the final norm at the last token.
-    The model is not changed, and always runs in eval mode. Users open one with `RewardHead`.
+    The reward of a text is one output of the head, or the difference of two, for the residual stream after the final
+    norm: for a linear head, `weight @ h + bias` at the last token. The model is not changed, and always runs in eval
+    mode. Users open one with `RewardHead`.
 
     Args:
         body: the transformer, which also says where its neurons are.
-        head: the linear head; None for a language model without a reward.
+        head: the head; None for a language model without a reward.
+        choice: the number of the output that is the reward, or two numbers for a difference; None if none is chosen.
         tokenizer: None for a model that is only run on token ids.
         pad_token_id: tokens with this id are skipped at the end of a text; None skips nothing.
         checkpoint: the checkpoint that the model was made from; None for a model that the user built.
@@ -62,7 +65,7 @@ class RewardModel:
         ('gpt2-2x24-heads2x12-d24', ['attn_head', 'mlp', 'mlp_gate'], 24)
         >>> from rmtension.data._tokens import TokenBatch
         >>> tokens = head.tokenizer(["Human: a Assistant: helpful-0 end"], return_tensors="pt")
-        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool())
         >>> with head.hooks("mlp", lambda layer, activation: torch.zeros_like(activation), layers=[0]):
         ...     head.rewards(batch).shape
         torch.Size([1])
@@ -71,8 +74,9 @@ class RewardModel:
     def __init__(
         self,
         body: Body,
-        head: LinearHead | None,
+        head: Head | None,
         *,
+        choice: tuple[int, ...] | None,
         tokenizer: Any,
         pad_token_id: int | None,
         checkpoint: Checkpoint | None = None,
@@ -81,11 +85,12 @@ class RewardModel:
         self.model = body.model
         self.tokenizer = tokenizer
         self.pad_token_id = pad_token_id
+        # An encoder's head says that it reads the first token.
         self.body = body
         self.checkpoint = checkpoint
         parameter = next(self.body.module.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        cfg: Any = self.model.cfg
+        cfg = body.cfg
         self.n_layers, self.n_heads, self.d_model = int(cfg.n_layers), int(cfg.n_heads), int(cfg.d_model)
         check_run_options(options)
         context = int(cfg.n_ctx)
@@ -93,6 +98,7 @@ class RewardModel:
         self.tokens_per_batch = options.get("tokens_per_batch")
         self.truncate_response = options.get("truncate_response", False)
         self.on_nonfinite = options.get("on_nonfinite", "raise")
+        self.two_segments = options.get("two_segments", False)
         if tokenizer is not None and len(tokenizer) > self.body.n_embeddings:
             raise ModelError(
                 f"tokenizer: it has {len(tokenizer)} tokens, the model's embedding has {self.body.n_embeddings} rows. "
@@ -101,14 +107,10 @@ class RewardModel:
             )
         with eager_eval(self.body.modules()):
             self._widths, self._missing, self._runs_once = measure_sites(self.body, self.n_layers, self.device)
-        self.weight: Float[Tensor, "d_model"] | None = None
-        self.bias = 0.0
-        if head is not None:
-            # Arrays and lists come in float64, which some devices do not support and rewards do not need.
-            dtype = self.reward_dtype if head.weight.dtype == torch.float64 else head.weight.dtype
-            self.weight, self.bias = head.weight.to(self.device, dtype, copy=True), head.bias
+        self.head = None if head is None else self._own_copy(head)
         self._fingerprint: tuple[object, str] | None = None
         self._head_state: object = None
+        self._choose(choice)
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -120,7 +122,14 @@ class RewardModel:
             "tokens_per_batch": self.tokens_per_batch,
             "truncate_response": self.truncate_response,
             "on_nonfinite": self.on_nonfinite,
+            "two_segments": self.two_segments,
         }
+
+    @property
+    def read_at(self) -> ReadAt:
+        """Which token of a text the reward is read from, and `positions="last"` selects."""
+        first = None if self.head is None else self.head.reads_first
+        return ReadAt(self.pad_token_id, first=self.body.reads_first if first is None else first)
 
     @property
     def sites(self) -> list[str]:
@@ -146,9 +155,10 @@ class RewardModel:
     @property
     def architecture(self) -> str:
         """Family, layers and widths; neuron (l, j) of two models is comparable if their architectures are equal."""
-        cfg: Any = self.model.cfg
-        config = getattr(getattr(self.model, "original_model", None), "config", None)
-        family = getattr(config, "model_type", None) or str(getattr(cfg, "original_architecture", "") or "transformer")
+        config = self.body.config
+        family = getattr(config, "model_type", None) or str(
+            getattr(self.body.cfg, "original_architecture", "") or "transformer"
+        )
         for suffix in ("lmheadmodel", "forcausallm", "_"):
             family = family.lower().replace(suffix, "")
         width, heads, experts = (self._widths.get(site, 0) for site in ("mlp", "attn_head", "expert"))
@@ -163,10 +173,11 @@ class RewardModel:
         A change through `parameter.data` goes unnoticed, because PyTorch does not count it: edit weights under
         `torch.no_grad()`.
         """
-        parameters = [*self.body.module.parameters(), *([] if self.weight is None else [self.weight])]
-        state = (self.bias, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
+        parameters = [*self.body.module.parameters(), *self._head_tensors]
+        what = self.bias if self.weight is not None or self.head is None else self._head_description
+        state = (what, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
         if self._fingerprint is None or self._fingerprint[0] != state:
-            self._fingerprint = (state, fingerprint(parameters, self.architecture, self.bias))
+            self._fingerprint = (state, fingerprint(parameters, self.architecture, what))
         return self._fingerprint[1]
 
     def provenance(
@@ -190,15 +201,16 @@ class RewardModel:
     def setup_digest(self) -> str:
         """32 hexadecimal digits over what rewards depend on besides the weights: tokenizer, config and limits."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        config = getattr(getattr(self.model, "original_model", None), "config", None)
+        config = self.body.config
         parts = [
             str(self.dtype),
             self.device.type,
             self.max_length,
             self.pad_token_id,
+            self.two_segments,
             None if backend is None else backend.to_str(),
             str(getattr(self.tokenizer, "chat_template", None)),
-            str(self.model.cfg) if config is None else config.to_json_string(),
+            str(self.body.cfg) if config is None else config.to_json_string(),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -216,26 +228,84 @@ class RewardModel:
     @torch.no_grad()
     def rewards(self, batch: TokenBatch) -> Float[Tensor, "text"]:
         """The rewards of one batch on its device, without gradients; the last MLP runs only where a reward is read."""
-        with self.body.last_mlp_at_last_tokens(batch):
+        with self.last_mlp_where_read(batch):
             return self.forward(batch)
 
     def forward(self, batch: TokenBatch) -> Float[Tensor, "text"]:
         """The rewards of one batch on its device, with gradients unless the caller disabled them."""
         self._require_same_head()
-        return self.read(batch.gather_last(self.residual(batch)))
+        places = self.require_head().tokens(batch)
+        return self.read_places(batch.gather(places, self.residual(batch)), places, batch)
+
+    def read_places(
+        self, states: Float[Tensor, "token d_model"], places: TokenPlaces, batch: TokenBatch
+    ) -> Float[Tensor, "text"]:
+        """The rewards of a batch from the residual stream after the final norm, at the tokens that the head reads."""
+        if self.weight is not None:
+            return self.read(states)
+        outputs = self.require_head().read_tokens(states.to(self.reward_dtype), places, batch)
+        chosen = [outputs[:, number] for number in self.require_choice()]
+        return chosen[0] if len(chosen) == 1 else chosen[0] - chosen[1]
 
     def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
-        """The rewards that the head reads from the residual stream after the final norm, at the last token."""
-        exact = last.to(self.reward_dtype)
-        # A matrix product may round equal rows differently, and identical responses would get different rewards.
-        return (exact * self.require_weight().to(exact)).sum(dim=-1) + self.bias
+        """The rewards from the residual stream after the final norm at the last token, of any number of texts.
 
-    def require_weight(self) -> Float[Tensor, "d_model"]:
-        """The head's row; raises `ModelError` for a head without a reward."""
-        if self.weight is None:
+        Raises `ModelError` for a head that reads other tokens too.
+        """
+        exact = last.to(self.reward_dtype)
+        if self.weight is not None:
+            # A matrix product may round equal rows differently, and identical responses would get different rewards.
+            return (exact * self.weight.to(exact)).sum(dim=-1) + self.bias
+        if not self.require_head().reads_last_only:
+            raise ModelError(
+                f"read: a {type(self.head).__name__} reads more than the last token of a text. Use head.score_pairs, "
+                "or head.forward on a batch."
+            )
+        outputs = self.require_head().read(exact, None)
+        chosen = [outputs[:, number] for number in self.require_choice()]
+        return chosen[0] if len(chosen) == 1 else chosen[0] - chosen[1]
+
+    @torch.no_grad()
+    def all_outputs(self, batch: TokenBatch) -> Float[Tensor, "text output"]:
+        """Every output of the head for the texts of a batch. Cost: that of `rewards`."""
+        self._require_same_head()
+        head = self.require_head()
+        places = head.tokens(batch)
+        with self.last_mlp_where_read(batch):
+            states = batch.gather(places, self.residual(batch)).to(self.reward_dtype)
+        return head.read_tokens(states, places, batch)
+
+    def last_mlp_where_read(self, batch: TokenBatch) -> AbstractContextManager[TokenPlaces | None]:
+        """A context in which the last MLP may run only at the tokens that the head reads; yields those tokens."""
+        return self.body.last_mlp_only_at(batch, self.require_head().tokens(batch))
+
+    def require_head(self) -> Head:
+        """The head; raises `ModelError` for a model without a reward."""
+        if self.head is None:
             raise ModelError(
                 "This model was opened as a language model and has no reward. Open a reward model with "
                 "RewardHead.from_pretrained."
+            )
+        return self.head
+
+    def require_choice(self) -> tuple[int, ...]:
+        """The number of the output that is the reward, or two for a difference; `ModelError` if none is chosen."""
+        head = self.require_head()
+        if self.choice is None:
+            names = list(head.outputs)
+            raise ModelError(
+                f"This model has {len(names)} outputs and none was chosen as the reward. Choose one with "
+                f"head.output({names[0]!r}), score all with head.score_outputs(pairs); the outputs are {names[:20]}."
+            )
+        return self.choice
+
+    def require_weight(self) -> Float[Tensor, "d_model"]:
+        """The row of a linear head; raises `ModelError` for a head without a reward, or one that is not linear."""
+        self.require_choice()
+        if self.weight is None:
+            raise ModelError(
+                f"This needs a linear head, whose reward is weight @ h + bias; the head is a "
+                f"{type(self.head).__name__}. Use a method that runs the whole head, such as attribution_patching."
             )
         return self.weight
 
@@ -289,7 +359,8 @@ class RewardModel:
 
     def encode(self, pairs: PreferencePairs) -> EncodedPairs:
         """The token ids of both texts of every pair, within `max_length`."""
-        return encode_pairs(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
+        encode = encode_segments if self.two_segments else encode_pairs
+        return encode(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
 
     def tokens_together(self, *, keeps_layers: bool = False) -> int:
         """How many tokens to run together: `tokens_per_batch`, or as many as are efficient and fit into memory.
@@ -313,14 +384,41 @@ class RewardModel:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
+    def _own_copy(self, head: Head) -> Head:
+        """The head on the model's device, in the dtype of rewards, without gradients."""
+        own = copy.deepcopy(head).eval().requires_grad_(False)
+        if isinstance(own, LinearHead) and own.weight.dtype != torch.float64:
+            return own.to(self.device)
+        # Arrays and lists come in float64, which some devices do not support and rewards do not need.
+        return own.to(self.device, self.reward_dtype)
+
+    def _choose(self, choice: tuple[int, ...] | None) -> None:
+        """Make one output, or the difference of two, the reward."""
+        self.choice = choice
+        self.weight: Float[Tensor, "d_model"] | None = None
+        self.bias = 0.0
+        if isinstance(self.head, LinearHead) and choice is not None:
+            self.weight, self.bias = self.head.row(choice)
+        self._fingerprint = None
+
+    @property
+    def _head_tensors(self) -> list[Tensor]:
+        if self.weight is not None:
+            return [self.weight]
+        return [] if self.head is None else [*self.head.parameters(), *self.head.buffers()]
+
+    @property
+    def _head_description(self) -> str:
+        head = self.require_head()
+        return f"{type(head).__name__} {self.choice} {list(head.outputs)} {sorted(head.settings.items())}"
+
     def _require_same_head(self) -> None:
         """Call `Checkpoint.require_same_head` if a parameter of the score layer may have changed."""
         classifier = None if self.checkpoint is None else self.checkpoint.classifier
         if classifier is None:
             return
-        parameters = active_head(classifier.score).parameters()
-        state = tuple((id(parameter), parameter._version) for parameter in parameters)
+        assert self.checkpoint is not None
+        state = tuple((id(tensor), tensor._version) for tensor in self.checkpoint.live_head.values())
         if state != self._head_state:
-            assert self.checkpoint is not None
             self.checkpoint.require_same_head()
             self._head_state = state

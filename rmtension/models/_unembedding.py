@@ -5,10 +5,9 @@ from typing import Any
 import torch
 
 from rmtension.errors import ModelError
-from rmtension.models._heads import LinearHead
+from rmtension.models._head import LinearHead
 from rmtension.models._hooks import eager_eval
 from rmtension.models._native_run import probe_batch, run_base
-from rmtension.models._outputs import pick
 
 # The difference of logits and unembedding that rounding explains, relative to the largest logit.
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -39,5 +38,6 @@ def token_head(name: str, model: Any, rows: tuple[int, ...]) -> LinearHead:
             f"the unembedding (if it is tied to the embedding: {weight})."
         )
     bias = getattr(unembedding, "bias", None)
-    constant = 0.0 if bias is None else scale * float(pick(bias.detach(), rows))
-    return LinearHead(scale * pick(unembedding.weight.detach(), rows), constant)
+    both = LinearHead(unembedding.weight[list(rows)], 0.0 if bias is None else bias[list(rows)])
+    row, constant = both.row(range(len(rows)))
+    return LinearHead(scale * row, scale * constant)

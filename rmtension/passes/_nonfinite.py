@@ -62,7 +62,8 @@ def _first_activation(head: RewardModel, batch: TokenBatch) -> str | None:
 
 def _first_weight(head: RewardModel) -> str | None:
     weights: list[tuple[str, Tensor]] = [*head.body.module.named_parameters()]
-    weights += [("the reward head", head.weight)] if head.weight is not None else []
+    if head.head is not None:
+        weights += [("the reward head", tensor) for tensor in (*head.head.parameters(), *head.head.buffers())]
     for name, parameter in weights:
         bad = int((~parameter.isfinite()).sum())
         if bad:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rmtension.data._encoding import encode_pairs, encode_texts
+from rmtension.data._encoding import EncodedText, encode_pairs, encode_texts
 from rmtension.data._packing import pair_batches
 from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
@@ -28,11 +28,16 @@ _TEXTS = (
 
 @dataclass(frozen=True)
 class Probe:
-    """A text, its token ids and its reward alone; the text is None for a chat, a cut text or without a tokenizer."""
+    """A text, its tokens and its reward alone; the text is None for a chat, a cut text or without a tokenizer."""
 
     text: str | None
-    ids: list[int]
+    encoded: EncodedText
     reward: float
+
+    @property
+    def ids(self) -> list[int]:
+        """The token ids."""
+        return list(self.encoded.ids)
 
 
 def find_probes(head: RewardModel, pairs: PreferencePairs | None) -> list[Probe]:
@@ -52,7 +57,7 @@ def _probes_of_pair(head: RewardModel, pair: PreferencePair) -> list[Probe]:
     (batch,) = pair_batches(
         encoded,
         tokens_per_batch=head.tokens_together(),
-        pad_token_id=head.pad_token_id,
+        read_at=head.read_at,
         device=head.device,
         pack_up_to=head.body.pack_up_to,
     )
@@ -61,7 +66,7 @@ def _probes_of_pair(head: RewardModel, pair: PreferencePair) -> list[Probe]:
     # A pair that does not fit is cut, so its ids differ from the tokenizer's ids of the whole text.
     is_whole = encoded.n_prompts_cut + encoded.n_responses_cut == 0 and isinstance(pair.prompt, str)
     texts = [pair.text(side) if is_whole else None for side in ("chosen", "rejected")]
-    return [Probe(text, list(ids.ids), reward) for text, ids, reward in zip(texts, both, rewards, strict=True)]
+    return [Probe(text, encoded, reward) for text, encoded, reward in zip(texts, both, rewards, strict=True)]
 
 
 def _built_in_probes(head: RewardModel) -> list[Probe]:
@@ -72,7 +77,7 @@ def _built_in_probes(head: RewardModel) -> list[Probe]:
             (encoded,) = encode_texts(head.tokenizer, [text], max_length=head.max_length, truncate=True)
         except DataError:
             continue
-        probes.append(Probe(text, list(encoded.ids), float(score_texts(head, [text], truncate=True)[0])))
+        probes.append(Probe(text, encoded, float(score_texts(head, [text], truncate=True)[0])))
     return probes
 
 
@@ -80,4 +85,6 @@ def _drawn_probes(head: RewardModel) -> list[Probe]:
     generator = torch.Generator().manual_seed(0)
     lengths = sorted({min(length, head.max_length) for length in (1, 2, 3, 5, 8, 13)})
     drawn = [torch.randint(head.body.n_embeddings, (length,), generator=generator) for length in lengths]
-    return [Probe(None, ids.tolist(), float(score_tokens(head, ids[None])[0])) for ids in drawn]
+    return [
+        Probe(None, EncodedText(tuple(ids.tolist()), 0, 0), float(score_tokens(head, ids[None])[0])) for ids in drawn
+    ]

@@ -28,11 +28,12 @@ def score_texts(
             f"texts: expected a list of texts, got {type(texts).__name__}. Score preference pairs with "
             "score_pairs(pairs), or the pairs of one objective with score_pairs(pairs.filter(objective='helpful'))."
         )
-    model.require_weight()
+    model.require_choice()
+    _require_no_prompt(model)
     encoded = encode_texts(model.tokenizer, texts, max_length=model.max_length, truncate=truncate)
     rewards = torch.zeros(len(encoded), dtype=model.reward_dtype)
     batches = text_batches(
-        encoded, tokens_per_batch=model.tokens_together(), pad_token_id=model.pad_token_id, device=model.device
+        encoded, tokens_per_batch=model.tokens_together(), read_at=model.read_at, device=model.device
     )
     shard = current()
     with progress_bar(progress=progress, total=len(encoded), desc="score", unit="text") as bar:
@@ -50,19 +51,28 @@ def score_tokens(
     model: RewardModel, input_ids: Int[Tensor, "text token"], attention_mask: Tensor | None = None
 ) -> Float[Tensor, "text"]:
     """The reward of every row of token ids. `attention_mask` is 0 at padding, which may be on either side."""
-    model.require_weight()
+    model.require_choice()
+    _require_no_prompt(model)
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     check_ids(input_ids, mask, max_length=model.max_length, n_embeddings=model.body.n_embeddings)
     # Masked positions may hold any id, and the embedding still looks them up.
     ids, mask = compact(input_ids.masked_fill(~mask, 0).to(model.device), mask.to(model.device))
 
     def batch_of(ids: Int[Tensor, "text token"], mask: Tensor) -> TokenBatch:
-        return TokenBatch.from_rows(ids, mask, pad_token_id=model.pad_token_id)
+        return TokenBatch.from_rows(ids, mask, read_at=model.read_at)
 
     rewards = model.rewards(batch_of(ids, mask)).cpu()
     return require_finite(model, rewards, lambda row: batch_of(ids[[row]], mask[[row]]))
 
 
+def _require_no_prompt(model: RewardModel) -> None:
+    if model.require_head().needs_prompt:
+        raise OptionError(
+            f"texts: a {type(model.head).__name__} reads the last token of the prompt, and a text by itself does not "
+            "say where its prompt ends. Score preference pairs: head.score_pairs(pairs)."
+        )
+
+
 def one_text(model: RewardModel, text: EncodedText) -> TokenBatch:
     """A batch of one text."""
-    return TokenBatch.from_texts([text], [0], pad_token_id=model.pad_token_id, device=model.device)
+    return TokenBatch.from_texts([text], [0], read_at=model.read_at, device=model.device)

@@ -14,7 +14,9 @@
 | layers | what neurons and biases write with what each layer adds to the residual stream | the same |
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,9 +32,9 @@ from rmtension.errors import CheckError, ModelError, OptionError
 from rmtension.models._checkpoints import Source, open_checkpoint
 from rmtension.models._classifiers import reload_classifier
 from rmtension.models._direct_path import direct_contributions, written_by
+from rmtension.models._head import LinearHead
 from rmtension.models._hooks import HookSite, InstalledHooks, eager_eval
 from rmtension.models._native_run import let_run_in_float64
-from rmtension.models._outputs import pick
 from rmtension.models._reward_model import RewardModel
 from rmtension.passes._probes import Probe, find_probes
 from rmtension.passes._scoring import score_tokens
@@ -48,7 +50,7 @@ def check_head(head: RewardModel, pairs: PreferencePairs | None = None, referenc
 
     Raises `CheckError` with the names of the checks that failed; its `table` attribute has the rows.
     """
-    head.require_weight()
+    head.require_choice()
     checker = _Checker(head, find_probes(head, pairs))
     checker.run(reference)
     table = pd.DataFrame(checker.rows, columns=["check", "n", "value", "limit", "passed", "note"])
@@ -67,7 +69,7 @@ class _Checker:
     def __init__(self, head: RewardModel, probes: list[Probe]) -> None:
         self.head = head
         self.probes = probes
-        self.ids = [probe.ids for probe in probes]
+        self.texts = [probe.encoded for probe in probes]
         self.alone = torch.tensor([probe.reward for probe in probes], dtype=head.reward_dtype)
         self.rows: list[tuple[str, int, float, float, bool, str]] = []
 
@@ -90,7 +92,7 @@ class _Checker:
                 self.rows.append((name, 0, undefined, undefined, False, f"{type(error).__name__}: {error}"))
 
     def _batched(self) -> None:
-        self._compare("batch equals single", self._score(self.ids), half=5e-2)
+        self._compare("batch equals single", self._score(self.texts), half=5e-2)
 
     def _tokens(self) -> None:
         if self.head.tokenizer is None:
@@ -108,7 +110,9 @@ class _Checker:
             return  # a converted model in memory, which was compared with the original when it was converted
         model: Any = reload_classifier(self.head) if reference is None else reference
         # Transformers' classifiers have no bias, so a bias of the head is added to their logits.
-        constant = 0.0 if checkpoint is None or checkpoint.head is None else checkpoint.head.bias
+        constant = 0.0
+        if checkpoint is not None and isinstance(checkpoint.head, LinearHead):
+            constant = checkpoint.head.row(self.head.require_choice())[1]
         adds_bias = getattr(getattr(model, "score", None), "bias", None) is not None
         if adds_bias or (checkpoint is not None and checkpoint.reads_tokens):
             constant = 0.0
@@ -131,7 +135,9 @@ class _Checker:
                 ids = torch.tensor([self._own_ids(probe)], device=device)
                 logits = model(input_ids=ids, use_cache=False).logits[0].to(self.alone)
                 # A language model has logits at every token, a classifier only at the token that it pools.
-                rewards.append(pick(logits if logits.ndim == 1 else logits[-1], self._rows(logits.shape[-1])))
+                logits = logits if logits.ndim == 1 else logits[-1]
+                rows = self._rows(logits.shape[-1])
+                rewards.append(logits[rows[0]] if len(rows) == 1 else logits[rows[0]] - logits[rows[1]])
         return torch.stack(rewards)
 
     def _rows(self, n_logits: int) -> tuple[int, ...]:
@@ -148,53 +154,58 @@ class _Checker:
         return rows
 
     def _by_hidden_state(self, source: Source) -> Float[Tensor, "text"]:
-        """For a head that transformers cannot load: read the checkpoint again, and multiply its last hidden state."""
+        """For a head that transformers cannot load: read the checkpoint again, and its head from the hidden states."""
         again = open_checkpoint(
             source.name, reward=True, head=source.head, output=source.output, options=source.options
         )
         base: Any = again.base
         let_run_in_float64(base)
         assert again.head is not None
+        plain = copy.deepcopy(again.head).to(self.head.device, self.alone.dtype)
+        choice = self.head.require_choice()
         rewards = []
         for probe in self.probes:
-            ids = self._own_ids(probe)
-            while again.pad_token_id is not None and len(ids) > 1 and ids[-1] == again.pad_token_id:
-                ids = ids[:-1]
+            batch = self._batch([replace(probe.encoded, ids=tuple(self._own_ids(probe)))])
             with torch.no_grad():
-                state = base(input_ids=torch.tensor([ids], device=self.head.device), use_cache=False)[0][0, -1]
-            rewards.append(state.to(self.alone) @ again.head.weight.to(self.alone) + again.head.bias)
+                stream = base(input_ids=batch.input_ids, use_cache=False)[0]
+                places = plain.tokens(batch)
+                outputs = plain.read_tokens(batch.gather(places, stream).to(self.alone), places, batch)[0].cpu()
+            rewards.append(outputs[choice[0]] if len(choice) == 1 else outputs[choice[0]] - outputs[choice[1]])
         return torch.stack(rewards)
 
     def _bridge(self) -> None:
-        if self.head.body.native is None:
-            return
+        if self.head.body.native in (None, self.head.model):
+            return  # no bridge
         bridge: Any = self.head.model
         # With a hook that is not this library's, the bridge runs instead of transformers' modules.
         with bridge.hooks(fwd_hooks=[(next(iter(bridge.hook_dict)), lambda value, hook: value)]):
-            rewards = self._score(self.ids)
+            rewards = self._score(self.texts)
         self._compare("bridge", rewards, half=5e-2)
 
     def _padding(self) -> None:
+        if self.head.require_head().uses_prompt:
+            return  # padded rows of token ids do not say where the prompt ends
         worst = 0.0
         for left, right in ((0, 3), (40, 0), (7, 40)):
-            width = max(map(len, self.ids)) + left + right
-            ids = torch.full((len(self.ids), width), self.head.pad_token_id or 0)
+            width = max(map(len, self.texts)) + left + right
+            ids = torch.full((len(self.texts), width), self.head.pad_token_id or 0)
             mask = torch.zeros_like(ids)
-            for row, tokens in enumerate(self.ids):
-                columns = slice(width - right - len(tokens), width - right) if left else slice(0, len(tokens))
-                ids[row, columns], mask[row, columns] = torch.tensor(tokens), 1
+            for row, text in enumerate(self.texts):
+                columns = slice(width - right - len(text), width - right) if left else slice(0, len(text))
+                ids[row, columns], mask[row, columns] = torch.tensor(text.ids), 1
             worst = max(worst, float((score_tokens(self.head, ids, mask) - self.alone).abs().max()))
-        self._add("padding", len(self.ids), worst, self._limit(half=5e-2), "max |difference|, either side")
+        self._add("padding", len(self.texts), worst, self._limit(half=5e-2), "max |difference|, either side")
 
     def _last_token(self) -> None:
         changed = []
-        for ids in self.ids:
-            free = (i for i in range(self.head.body.n_embeddings) if i not in (self.head.pad_token_id, ids[-1]))
-            changed += [[*ids[:-1], other] for other in [next(free, None)] if other is not None]
-        if len(changed) < len(self.ids):
+        for text in self.texts:
+            taken = (self.head.pad_token_id, text.ids[-1])
+            other = next((i for i in range(self.head.body.n_embeddings) if i not in taken), None)
+            changed += [] if other is None else [replace(text, ids=(*text.ids[:-1], other))]
+        if len(changed) < len(self.texts):
             return  # a vocabulary of one or two tokens has no other token
         # Compares the residual stream, because the head may give both tokens the same reward.
-        same = (self._read(changed) == self._read(self.ids)).all(dim=1)
+        same = (self._read(changed) == self._read(self.texts)).all(dim=1)
         note = "texts whose residual stream, where it is read, did not change with another last token"
         self._add("last token", len(changed), int(same.sum()), 0, note)
 
@@ -205,7 +216,7 @@ class _Checker:
             seen[layer].append(activation)
 
         with self.head.hooks(site, keep):
-            self._score(self.ids)
+            self._score(self.texts)
         # Two hooks on the same module would see the same tensor.
         distinct = {id(activations[0]) for activations in seen if len(activations) == 1}
         wrong = self.head.n_layers - len(distinct)
@@ -216,8 +227,8 @@ class _Checker:
                 wrong += not torch.equal(self._streams()[layer], before[layer])
         note = "layers whose hook did not fire exactly once, or changed an earlier layer"
         self._add(f"hooks, {site}", len(seen), wrong, 0, note)
-        batch = self._batch(self.ids)
-        active = torch.zeros(len(self.ids), dtype=torch.bool, device=self.head.device)
+        batch = self._batch(self.texts)
+        active = torch.zeros(len(self.texts), dtype=torch.bool, device=self.head.device)
 
         def note_active(_layer: int, activation: Tensor) -> None:
             if activation.numel() % batch.input_ids.numel():
@@ -227,9 +238,9 @@ class _Checker:
                 active.logical_or_((values.to(active.device) & batch.mask).any(dim=1))
 
         with self.head.hooks(site, note_active):
-            as_is = self._read(self.ids)
+            as_is = self._read(self.texts)
         with self.head.hooks(site, lambda layer, activation: torch.zeros_like(activation)):
-            same = (self._read(self.ids) == as_is).all(dim=1)
+            same = (self._read(self.texts) == as_is).all(dim=1)
         # In a small ReLU model, a text may activate no neuron.
         active = active.cpu()
         self._add(
@@ -245,7 +256,7 @@ class _Checker:
             _ = self.head.body.final_norm
         except ModelError:
             return  # without a known final norm, the reward cannot be split
-        parts = direct_contributions(self.head, self._batch(self.ids))
+        parts = direct_contributions(self.head, self._batch(self.texts))
         self._compare("direct contributions", parts.reward, half=2e-1)
         if set(parts.neurons) == written_by(self.head):
             written = parts.biases + sum(part.sum(dim=2) for part in parts.neurons.values())
@@ -259,10 +270,10 @@ class _Checker:
         kept: list[Tensor] = []
         blocks = map(self.head.body.block, range(self.head.n_layers))
         with InstalledHooks([(HookSite(block, "input"), kept.append) for block in blocks]):
-            self._score([min(self.ids, key=len)])
+            self._score([min(self.texts, key=len)])
         return kept
 
-    def _read(self, texts: list[list[int]]) -> Float[Tensor, "text d_model"]:
+    def _read(self, texts: Sequence[EncodedText]) -> Float[Tensor, "text d_model"]:
         """The residual stream where the reward of each text is read."""
         batch = self._batch(texts)
         with torch.no_grad():
@@ -276,13 +287,10 @@ class _Checker:
         own: list[int] = tokenizer(probe.text, verbose=False)["input_ids"]
         return own if len(own) <= self.head.max_length else probe.ids
 
-    def _batch(self, texts: list[list[int]]) -> TokenBatch:
-        encoded = [EncodedText(tuple(ids), 0, 0) for ids in texts]
-        return TokenBatch.from_texts(
-            encoded, range(len(texts)), pad_token_id=self.head.pad_token_id, device=self.head.device
-        )
+    def _batch(self, texts: Sequence[EncodedText]) -> TokenBatch:
+        return TokenBatch.from_texts(texts, range(len(texts)), read_at=self.head.read_at, device=self.head.device)
 
-    def _score(self, texts: list[list[int]]) -> Float[Tensor, "text"]:
+    def _score(self, texts: Sequence[EncodedText]) -> Float[Tensor, "text"]:
         with torch.no_grad():
             return self.head.forward(self._batch(texts)).cpu()
 

@@ -64,7 +64,7 @@ class ModelInspector:
         seed: int = 0,
     ) -> None:
         require_arguments("inspect_model(head, pairs)", head=(head, RewardHead), pairs=(pairs, PreferencePairs))
-        head.require_weight()
+        head.require_choice()
         if head.on_nonfinite == "skip":
             raise OptionError(
                 "head: expected a model that raises an error for NaN and infinity, got one that skips such pairs. Open "

@@ -15,6 +15,7 @@ from rmtension import RewardHead
 from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning
 from rmtension.models._heads import read_head
 from rmtension.models._norms import read_norm
+from rmtension.models._outputs import choose_outputs
 
 
 @pytest.fixture(scope="module")
@@ -273,9 +274,9 @@ class TestBadHeads:
     def test_several_rows_without_output_are_refused(self):
         with pytest.raises(
             ModelError,
-            match=r"weight of shape \(2, 4\): expected a head with one output, got 2.*output=1, or output=\(1, 0\)",
+            match=r"weight: expected a head with one output, got 2.*output=1, or output=\(1, 0\)",
         ):
-            read_head(torch.ones(2, 4))
+            choose_outputs(None, read_head(torch.ones(2, 4)), "weight")
 
     def test_invalid_biases_are_refused(self):
         with pytest.raises(ModelError, match=r"bias: expected one number, got shape \(2,\)"):
@@ -412,7 +413,7 @@ def test_arrays_and_lists_are_weights(head, ragged_texts):
     for given in (rows, rows.tolist(), [rows.tolist()], tuple(rows.tolist())):
         opened = RewardHead(head.model, given, tokenizer=head.tokenizer)
         assert torch.allclose(opened.score(ragged_texts[:4]), expected - 0.5, atol=1e-6)
-    assert read_head([1, 2]).weight.tolist() == [1.0, 2.0]  # two numbers are no (weight, bias) pair
+    assert read_head([1, 2]).weight.tolist() == [[1.0, 2.0]]  # two numbers are no (weight, bias) pair
 
 
 @pytest.mark.parametrize("given", [["a", "b"], ["a"] * 32, np.array([None] * 32), [[1.0, 2.0], [3.0, 4.0]]])
