@@ -80,7 +80,7 @@ SITES: dict[str, Site] = {
 
 
 # The part of `RewardModel.architecture` that has layers, experts per layer and neurons per expert.
-_EXPERTS = re.compile(r"-\d+x(\d+)x(\d+)-heads")
+_EXPERTS = re.compile(r"-\d+x(\d+)x(\d+)-")
 
 
 def neuron_columns(

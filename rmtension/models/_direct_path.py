@@ -265,7 +265,8 @@ def written_by(head: RewardModel) -> set[str]:
     """The sites whose neurons and biases together write all that a block adds: attention, and the MLP if present."""
     if getattr(head.body.cfg, "attn_only", False):
         return {"attn_head"}
-    return {"attn_head", "expert" if "expert" in head.sites else "mlp"}
+    # A mixture of experts may have a shared MLP besides.
+    return {"attn_head", *({"mlp", "expert"}.intersection(head.sites) or {"mlp"})}
 
 
 def _is_norm(module: nn.Module) -> bool:

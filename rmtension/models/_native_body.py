@@ -153,7 +153,7 @@ class NativeBody:
         if name is None:
             raise ModelError(
                 f"site {site!r}: this {type(unwrapped(self.module)).__name__} has no output projection that every "
-                f"neuron goes through: {self._sites.missing[site]}. Use another site ('expert' in a mixture of experts)."
+                f"neuron goes through: {self._sites.missing[site]}. Use another site (experts: 'expert')."
             )
         return HookSite(self.module.get_submodule(name), "input")
 

@@ -163,7 +163,7 @@ class RewardModel:
             family = family.lower().replace(suffix, "")
         width, heads, experts = (self._widths.get(site, 0) for site in ("mlp", "attn_head", "expert"))
         n_experts = self.body.experts[0][0].n_experts if experts else 0
-        mlp = f"{n_experts}x{experts // n_experts}" if n_experts else str(width)
+        mlp = f"{n_experts}x{experts // n_experts}" + (f"-mlp{width}" if width else "") if n_experts else str(width)
         return f"{family}-{self.n_layers}x{mlp}-heads{self.n_heads}x{heads // self.n_heads}-d{self.d_model}"
 
     @property
@@ -376,7 +376,7 @@ class RewardModel:
                 free,
                 n_layers=self.n_layers if keeps_layers else 1,
                 d_model=self.d_model,
-                d_mlp=self._widths.get("mlp", self._widths.get("expert", 4 * self.d_model)),
+                d_mlp=sum(self._widths.get(site, 0) for site in ("mlp", "expert")) or 4 * self.d_model,
                 itemsize=self.dtype.itemsize,
             )
             enough = min(enough, fitting)

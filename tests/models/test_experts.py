@@ -309,3 +309,39 @@ def test_adapters_on_experts(plain_tokenizer):
         ablated = head.score(TEXTS)
     assert torch.allclose(head.with_ablation(neurons).score(TEXTS), ablated, atol=1e-5)
     assert (ablated - expected).abs().max() > 1e-3
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [
+        ("phimoe", "phimoe-2x4x24-heads4x8-d32"),
+        # Its layers have a shared MLP besides, which is the site `mlp`.
+        ("hunyuan_v1_moe", "hunyuanv1moe-2x4x24-mlp24-heads4x8-d32"),
+    ],
+)
+def test_families_without_a_bridge(family, architecture, plain_tokenizer):
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=len(plain_tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, intermediate_size=24, num_labels=1, pad_token_id=1, bos_token_id=0,
+        eos_token_id=0, max_position_embeddings=96, num_experts=4, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    classifier = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        rows = [plain_tokenizer(text, return_tensors="pt")["input_ids"] for text in TEXTS]
+        expected = torch.stack([classifier(input_ids=row, use_cache=False).logits[0, 0] for row in rows])
+    head = RewardHead.from_classifier(classifier, tokenizer=plain_tokenizer)
+    assert head.architecture == architecture
+    with head.hooks("expert", lambda layer, values: None):
+        assert torch.allclose(head.score(TEXTS), expected, atol=1e-5)
+    table = head.check()
+    assert {"layers", "hooks, expert"} <= set(table["check"])
+    neurons = NeuronSet(torch.rand(2, 96) < 0.5, "expert", head.architecture)
+    assert list(neurons.to_frame().columns) == ["layer", "neuron", "expert", "index"]
+    with AblationContext(head, neurons):
+        ablated = head.score(TEXTS)
+    assert torch.allclose(head.with_ablation(neurons).score(TEXTS), ablated, atol=1e-5)
+    assert (ablated - expected).abs().max() > 1e-3
