@@ -67,7 +67,7 @@ class NeuronAttribution:
     Args:
         head: the model to score.
         method: one of the above.
-        site: "mlp", "mlp_gate" or "attn_head".
+        site: "mlp", "mlp_gate", "attn_head" or "expert".
         positions: "all", "response" or "last": the tokens that scores average, sum over, or replace activations at.
         aggregate: "signed" averages the values of the pairs, "absolute" their magnitudes.
         replacement: what replaces activations in `attribution_patching` and `integrated_gradients`: `Zero()`,

@@ -133,16 +133,16 @@ class RewardModel:
 
     @property
     def sites(self) -> list[str]:
-        """The sites that the model has in every layer; a mixture of experts has no `mlp`."""
+        """The sites that the model has in every layer; a mixture of experts has `expert` in place of `mlp`."""
         return sorted(self._widths)
 
     def n_neurons(self, site: str) -> int:
-        """Neurons per layer at `site`: hidden units of the MLP, or attention heads."""
+        """Neurons per layer at `site`: hidden units of the MLP or of all experts, or attention heads."""
         channels = self.n_channels(site)
         return self.n_heads if site == "attn_head" else channels
 
     def n_channels(self, site: str) -> int:
-        """Columns per layer at `site`: one per neuron for `mlp` and `mlp_gate`, `d_head` per head for `attn_head`."""
+        """Columns per layer at `site`: `d_head` per head for `attn_head`, one per neuron for other sites."""
         if find_site(site).name in self._missing:
             raise self._missing[site]
         return self._widths[site]
@@ -161,7 +161,9 @@ class RewardModel:
         )
         for suffix in ("lmheadmodel", "forcausallm", "_"):
             family = family.lower().replace(suffix, "")
-        mlp, heads = (self._widths.get(site, 0) for site in ("mlp", "attn_head"))
+        width, heads, experts = (self._widths.get(site, 0) for site in ("mlp", "attn_head", "expert"))
+        n_experts = self.body.experts[0][0].n_experts if experts else 0
+        mlp = f"{n_experts}x{experts // n_experts}" + (f"-mlp{width}" if width else "") if n_experts else str(width)
         return f"{family}-{self.n_layers}x{mlp}-heads{self.n_heads}x{heads // self.n_heads}-d{self.d_model}"
 
     @property
@@ -390,7 +392,7 @@ class RewardModel:
                 free,
                 n_layers=self.n_layers if keeps_layers else 1,
                 d_model=self.d_model,
-                d_mlp=self._widths.get("mlp", 4 * self.d_model),
+                d_mlp=sum(self._widths.get(site, 0) for site in ("mlp", "expert")) or 4 * self.d_model,
                 itemsize=self.dtype.itemsize,
             )
             enough = min(enough, fitting)
