@@ -35,6 +35,7 @@ from rmtension.models._direct_path import direct_contributions, written_by
 from rmtension.models._hooks import HookSite, InstalledHooks, eager_eval
 from rmtension.models._native_run import let_run_in_float64
 from rmtension.models._reward_model import RewardModel
+from rmtension.models._weighted_sum import with_weighted_sum
 from rmtension.passes._probes import Probe, find_probes
 from rmtension.passes._scoring import score_tokens
 
@@ -159,6 +160,8 @@ class _Checker:
         let_run_in_float64(base)
         assert again.head is not None
         plain = copy.deepcopy(again.head).to(self.head.device, self.alone.dtype)
+        for weights in self.head.weighted_sums:
+            plain, _ = with_weighted_sum(plain, weights)
         choice = self.head.require_choice()
         rewards = []
         for probe in self.probes:
