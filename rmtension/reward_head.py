@@ -239,7 +239,9 @@ class RewardHead(RewardModel):
         if isinstance(output, Mapping):
             other.head, number = with_weighted_sum(self.require_head(), output)
             other._choose((number,))
-            other.weighted_sums = (*self.weighted_sums, dict(output))
+            names = self.outputs
+            terms = {name if isinstance(name, str) else names[name]: weight for name, weight in output.items()}
+            other.weighted_sums = (*self.weighted_sums, terms)
             if self.checkpoint is not None:
                 other.checkpoint = replace(self.checkpoint, choice=(number,), logits=None)  # transformers has no sums
             return other

@@ -111,7 +111,7 @@ class RewardModel:
         self._body_fingerprint: list[tuple[object, str]] = []
         self._head_state: object = None
         # The weighted sums that were added to the outputs of the checkpoint's head.
-        self.weighted_sums: tuple[Mapping[Any, float], ...] = ()
+        self.weighted_sums: tuple[Mapping[str, float], ...] = ()
         self._choose(choice)
 
     # -- what it is ------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def with_weighted_sum(head: Head, weights: Mapping[Any, Any]) -> tuple[Head, int
             f"output: expected weights of outputs that are not all 0, got {dict(weights)!r:.80}. Pass one weight per "
             f"output, for example {{{head.outputs[0]!r}: 1.0}}."
         )
-    label = _label({head.outputs[number]: weight for number, weight in terms.items()})
+    label = sum_label({head.outputs[number]: weight for number, weight in terms.items()})
     if label in head.outputs:
         return head, list(head.outputs).index(label)
     if not isinstance(head, LinearHead):
@@ -97,7 +97,7 @@ class _WeightedSum(Head):
         return torch.cat([outputs, torch.stack(terms).sum(dim=0)[:, None]], dim=1)
 
 
-def _label(weights: Mapping[str, float]) -> str:
+def sum_label(weights: Mapping[str, float]) -> str:
     """The sum as text: "helpful - 0.5 verbose"."""
     text = ""
     for name, weight in weights.items():
