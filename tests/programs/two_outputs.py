@@ -2,12 +2,13 @@
 
 Every run makes an organism with the outputs "helpful" and "harmless", scores each output on the pairs of its objective,
 and compares the neurons found as shared, specific and conflicting with those that were planted. Controls: the same
-comparison with one output in the place of both, with a model that has one output, and random sets of the same sizes.
+comparison with one output in the place of both, with the outputs swapped, and random sets of the same sizes.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,7 +18,7 @@ from rmtension.attribution import NeuronAttribution
 from rmtension.neurons import conflict
 from rmtension.passes import ActivationCollector
 from rmtension.reward_head import RewardHead
-from rmtension.synthetic import Organism, make_organism, make_two_output_organism
+from rmtension.synthetic import Organism, make_two_output_organism
 
 OBJECTIVES = ("helpful", "harmless")
 # What `conflict` calls the planted kinds.
@@ -53,14 +54,12 @@ def scored(found: dict[str, NeuronSet], organism: Organism) -> dict[str, float]:
     return {kind: f1(neurons, organism.truth[kind]) for kind, neurons in found.items()}
 
 
-def one_run(folder: Path, seed: int, *, noise: float = 0.0, superposition: float = 0.0) -> dict[str, dict[str, float]]:
+def one_run(folder: Path, seed: int, **design: Any) -> dict[str, dict[str, float]]:
     """F1 by kind, for the two outputs and for the controls."""
-    design = {"seed": seed, "noise": noise, "superposition": superposition}
-    two = make_two_output_organism(folder / "two", **design)
+    two = make_two_output_organism(folder, seed=seed, **design)
     model = two.head(output="all")
     outputs = {name: model.output(name) for name in OBJECTIVES}
     found = found_sets(outputs, two)
-    one = make_organism(folder / "one", **design)
     return {
         "two outputs, own pairs": scored(found, two),
         "two outputs, all pairs": scored(found_sets(outputs, two, pairs="all"), two),
@@ -69,7 +68,6 @@ def one_run(folder: Path, seed: int, *, noise: float = 0.0, superposition: float
         "random sets": {
             kind: f1(neurons.matched_random(seed=seed), two.truth[kind]) for kind, neurons in found.items()
         },
-        "a model with one output": scored(found_sets(dict.fromkeys(OBJECTIVES, one.head()), one), one),
     }
 
 

@@ -10,8 +10,9 @@ from rmtension.cli._commands.pair_options import add_pair_options, read_columns
 from rmtension.cli._commands.quiet import quiet_libraries
 from rmtension.errors import OptionError
 
-# --base is the model that the others were trained from, not the base of an adapter.
-ARGUMENTS = {"base": None}
+# --base is the model that the others were trained from, not the base of an adapter. The objectives are names in
+# messages about --outputs too.
+ARGUMENTS = {"base": None, "helpful": None, "harmless": None, "mixed": None}
 HELP = "study helpful, harmless and mixed reward models"
 EXAMPLES = """examples:
   rmtension study study.yaml
@@ -176,7 +177,7 @@ def _outputs(options: Namespace, models: dict[str, Any]) -> dict[str, Any]:
         outputs[name] = int(output) if output.isdecimal() else output
     for name in ("helpful", "harmless"):
         if name not in outputs:
-            raise OptionError(f"--outputs: {name}=OUTPUT is missing. Add it.")
+            raise OptionError(f"--outputs: no output is named for {name!r}. Add it, or pass three models.")
     outputs.setdefault("mixed", {outputs["helpful"]: 1.0, outputs["harmless"]: 1.0})
     return {name: {"model": options.model, "output": output} for name, output in outputs.items()}
 
