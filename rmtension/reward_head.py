@@ -61,7 +61,7 @@ class RewardHead(RewardModel):
             prepend a BOS token.
         pad_token_id: tokens with this id are skipped at the end of a text, as in transformers' classifiers; None skips
             nothing.
-        **options: `max_length`, `tokens_per_batch`, `truncate_response` and `on_nonfinite`; see
+        **options: `max_length`, `tokens_per_batch`, `truncate_response`, `on_nonfinite` and `two_segments`; see
             `rmtension.models.RunOptions`. All constructors take them, and they become attributes of the head.
 
     Examples:

@@ -26,7 +26,7 @@ from rmtension.attribution._batch_run import BatchRun, _BlockGates
 from rmtension.attribution._faithfulness import faithfulness
 from rmtension.attribution._make_dashboards import neuron_dashboards
 from rmtension.attribution._single_effects import single_neuron_effects
-from rmtension.data._tokens import TokenBatch, running, running_batch
+from rmtension.data._tokens import ReadAt, TokenBatch, running, running_batch
 from rmtension.distributed import current, sharded
 from rmtension.errors import OptionError, RMTensionError
 from rmtension.interventions._sweep import score_without
@@ -88,7 +88,7 @@ def make_setup(folder, checkpoint, other):
     head, base = RewardHead.from_pretrained(checkpoint), RewardHead.from_pretrained(other)
     pairs = make_pairs(4, seed=1)
     encoded = head.encode(pairs)
-    batch = TokenBatch.from_texts([*encoded.chosen, *encoded.rejected], range(8), pad_token_id=1, device=head.device)
+    batch = TokenBatch.from_texts([*encoded.chosen, *encoded.rejected], range(8), read_at=ReadAt(1), device=head.device)
     masks = torch.zeros(2, head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
     masks[0, 1, 3] = masks[1, 2, 4] = True
     sets = [NeuronSet(mask, "mlp", head.architecture) for mask in masks]
@@ -388,8 +388,24 @@ OWN_MODEL = [
     "models._lens_models.copy_model",
     "models._lens_models.write_model",
     "models._checkpoints.Checkpoint.__init__",
+    "models._encoder_heads.PooledHead.classifier_with",
+    "models._native_body.NativeBody.__init__",
+    "models._native_sites.attends_both_ways",
+    "models._native_sites.find_native_sites",
 ]
 ONLY_LOOKS = [
+    "models._checkpoints.Checkpoint.live_head",
+    "models._bodies.BridgeBody.cfg",
+    "models._bodies.BridgeBody.config",
+    "models._hooked_transformer_body.HookedTransformerBody.cfg",
+    *(
+        f"models._native_body.NativeBody.{name}"
+        for name in (
+            *("block", "config", "final_norm", "hook_sites", "is_hooked", "last_mlp_only_at", "modules"),
+            *("n_embeddings", "pack_up_to", "projection", "residual"),
+        )
+    ),
+    "models._reward_model.RewardModel.read_at",
     "attribution._batch_scores.BatchScorer.__init__",
     "attribution._batch_scores.BatchScorer.method_fields",
     "attribution._batch_scores.BatchScorer.provenance",
@@ -489,7 +505,7 @@ ONLY_LOOKS = [
     "models._reward_model.RewardModel.provenance",
     "models._reward_model.RewardModel.read",
     "models._reward_model.RewardModel.last_mlp_where_read",
-    "models._reward_model.RewardModel.read_last",
+    "models._reward_model.RewardModel.read_places",
     "models._reward_model.RewardModel.require_choice",
     "models._reward_model.RewardModel.require_head",
     "models._reward_model.RewardModel.require_weight",

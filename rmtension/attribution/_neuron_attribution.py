@@ -197,7 +197,7 @@ class NeuronAttribution:
 
     @torch.inference_mode(False)
     def _by_token(self, pair: PreferencePair, texts: list[EncodedText]) -> TokenScores:
-        batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=self.head.pad_token_id, device=self.head.device)
+        batch = TokenBatch.from_texts(texts, (0, 0), read_at=self.head.read_at, device=self.head.device)
         scorer = self._scorer
         values = scorer.of_tokens(run_batch([scorer], batch)).cpu()
         # The values of rejected texts carry the minus sign of the pair's score; this removes it.

@@ -98,6 +98,7 @@ def _ablate_own(
 ) -> _Model:
     """The same for a model of a TransformerLens class: its W_out or W_O, and b_out or b_O."""
     site = context.neurons.site
+    assert is_own_model(head.body)
     ablated = with_lens_model(head, copy_model(head.body))
     body = ablated.body
     assert is_own_model(body)

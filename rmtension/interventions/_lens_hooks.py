@@ -12,6 +12,7 @@ from rmtension.interventions._ablation import AblationContext
 from rmtension.interventions._replacement import Replacement
 from rmtension.interventions._replacements import Zero
 from rmtension.models._bodies import BridgeBody
+from rmtension.models._native_body import NativeBody
 from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._neuron_set import NeuronSet
 
@@ -30,6 +31,11 @@ def fwd_hooks(head: RewardModel, neurons: NeuronSet, replacement: Replacement = 
     of `AblationContext`.
     """
     context = AblationContext(head, neurons, replacement)
+    if isinstance(head.body, NativeBody):
+        raise OptionError(
+            f"fwd_hooks: expected a model with TransformerLens' hook points, but TransformerLens cannot wrap this "
+            f"{type(head.model).__name__}. Use AblationContext, or head.hooks(site, visit) for hooks of your own."
+        )
     if replacement.factor is None:
         raise OptionError(
             f"replacement: expected Zero(), Mean(statistics) or Scale(alpha), got {type(replacement).__name__}, which "

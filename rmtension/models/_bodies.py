@@ -24,6 +24,7 @@ from rmtension.models._hooks import (
     modules_of,
     unwrapped,
 )
+from rmtension.models._native_body import NativeBody
 from rmtension.models._native_run import find_last_mlp, measure_packing, probe_batch, run_base, stream_difference
 from rmtension.models._native_weights import has_adapters, refuse_packed_weights, refuse_recomputed
 from rmtension.models._norms import read_norm
@@ -44,6 +45,9 @@ class BridgeBody:
     those hooks take effect.
     """
 
+    # Whether a linear head reads the first token of a text, as in encoders.
+    reads_first = False
+
     def __init__(self, bridge: nn.Module, native: nn.Module | None = None, names: dict[int, str] | None = None) -> None:
         self.bridge = bridge
         self.module: nn.Module = self._base() if native is None else native
@@ -61,6 +65,17 @@ class BridgeBody:
             last = int(cfg.n_layers) - 1
             path = self.projection_names.get(("mlp", last))
             self._last_mlp = find_last_mlp(native, path, self.block(last), self.n_embeddings)
+
+    @property
+    def cfg(self) -> Any:
+        """TransformerLens' config: n_layers, n_heads, d_model, n_ctx, ..."""
+        bridge: Any = self.bridge
+        return bridge.cfg
+
+    @property
+    def config(self) -> Any:
+        """Transformers' config of the model; None for a model of `boot_native`."""
+        return getattr(self.bridge.original_model, "config", None)
 
     @property
     def final_norm_folded(self) -> bool:
@@ -268,7 +283,7 @@ class BootNativeBody(BridgeBody):
 
 
 # The transformer of a reward model: `module` owns the parameters, `residual` runs it, `hook_sites` finds its neurons.
-Body = BridgeBody | HookedTransformerBody
+Body = BridgeBody | HookedTransformerBody | NativeBody
 
 
 def find_body(model: nn.Module) -> Body:

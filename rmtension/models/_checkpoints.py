@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.models._adapters import active_head, inside_peft
+from rmtension.models._encoder_heads import PooledHead, encoder_head
 from rmtension.models._head import Head, LinearHead
 from rmtension.models._head_files import StoredHeads, pickled_head, read_head_file, separate_head, stored_heads
 from rmtension.models._heads import read_head
@@ -76,16 +77,27 @@ class Checkpoint:
         """Raise `ModelError` if the score layer of the model in memory has changed since the model was opened."""
         if self.classifier is None or self.head is None or self.logits is None:
             return
-        if not isinstance(self.head, LinearHead):
-            return
-        now = read_head(active_head(self.classifier.score))
-        assert isinstance(now, LinearHead)
-        if not torch.equal(now.bias, self.head.bias) or not torch.equal(now.weight, self.head.weight):
+        read = dict(self.head.named_parameters()) | dict(self.head.named_buffers())
+        if isinstance(self.head, LinearHead):
+            read["bias"] = self.head.bias
+        if any(
+            not torch.equal(tensor.to(read[name]), read[name].view_as(tensor))
+            for name, tensor in self.live_head.items()
+        ):
             raise ModelError(
                 f"{self.name}: its score layer changed after the model was opened (it was trained, or another adapter "
                 "was activated), but the head is a copy of the old score layer. Open the model again with "
                 "RewardHead.from_classifier."
             )
+
+    @property
+    def live_head(self) -> dict[str, Tensor]:
+        """The tensors of the model in memory that the head has copies of, by their names in the head."""
+        if self.classifier is None or self.logits is None:
+            return {}
+        if isinstance(self.head, PooledHead):
+            return self.head.tensors_of(self.classifier)
+        return dict(active_head(self.classifier.score).named_parameters())
 
     @property
     def reads_tokens(self) -> bool:
@@ -278,10 +290,7 @@ def _score_head(name: str, classifier: Any, stored: StoredHeads) -> Head:
             "model.merge_and_unload()."
         )
     if not isinstance(score, nn.Linear):
-        raise ModelError(
-            f"{name}: expected a linear layer called 'score', got {score}. {type(classifier).__name__} computes its "
-            "reward in a way that is not supported; to read activations only, use RewardHead.from_language_model."
-        )
+        return encoder_head(name, classifier)
     head = read_head(score, names=classifier.config.id2label)
     bias = stored.linear.get("score.bias")
     if getattr(score, "bias", None) is None and bias is not None:

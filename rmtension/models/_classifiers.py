@@ -20,6 +20,7 @@ from rmtension.data._tokens import TokenBatch
 from rmtension.distributed import current
 from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.models._checkpoints import Checkpoint, reload_model
+from rmtension.models._encoder_heads import PooledHead
 from rmtension.models._head import LinearHead
 from rmtension.models._hooks import eager_eval, own_hooks_paused
 from rmtension.models._lens_models import CONFIG_FILE, is_own_model, write_model
@@ -109,6 +110,8 @@ def build_classifier(head: RewardModel) -> Any:
     checkpoint, base = current_checkpoint(head, "build_classifier")
     base = plain_copy(base)
     require_same_stream(head, nullcontext(), partial(run_eagerly, base), "save_pretrained")
+    if isinstance(head.head, PooledHead):
+        return head.head.classifier_with(base)
     config: Any = copy.deepcopy(base.config)
     rows, names = _rows(head)
     config.num_labels = len(rows)
@@ -145,6 +148,8 @@ def _rows(head: RewardModel) -> tuple[Float[Tensor, "output d_model"], Sequence[
 def _biases(head: RewardModel) -> Float[Tensor, "output"]:
     if head.choice is None and isinstance(head.head, LinearHead):
         return head.head.bias
+    if head.weight is None:
+        return torch.zeros(1, dtype=torch.float64)
     return torch.tensor([head.bias], dtype=torch.float64)
 
 

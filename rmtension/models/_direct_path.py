@@ -37,7 +37,7 @@ class DirectContributions:
         >>> from rmtension.models import direct_contributions
         >>> from rmtension.data._tokens import TokenBatch
         >>> tokens = head.tokenizer(["Human: a Assistant: helpful-0 end"], return_tensors="pt")
-        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool())
         >>> parts = direct_contributions(head, batch)
         >>> parts.blocks.shape, parts.neurons["mlp"].shape
         (torch.Size([1, 2]), torch.Size([1, 2, 24]))
@@ -67,7 +67,7 @@ def direct_contributions(head: RewardModel, batch: TokenBatch) -> DirectContribu
     Examples:
         >>> from rmtension.data._tokens import TokenBatch
         >>> tokens = head.tokenizer(["Human: a Assistant: helpful-0 end"], return_tensors="pt")
-        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool())
         >>> parts = direct_contributions(head, batch)
         >>> layer, neuron = divmod(int(parts.neurons["mlp"][0].argmax()), head.n_neurons("mlp"))
         >>> bool(neurons.mask[layer, neuron])  # the neuron that adds most is one of the helpfulness neurons
@@ -170,7 +170,7 @@ class DirectPaths:
             return weight.expand_as(states), (weight @ norm.bias + head.bias).expand(len(states))
         with torch.enable_grad():
             inputs = states.detach().clone().requires_grad_(True)
-            rewards = head.read(inputs, self._places, self._batch)
+            rewards = head.read_places(inputs, self._places, self._batch)
             (slope,) = torch.autograd.grad(rewards.sum(), inputs)
         explained = self._per_text(((states - norm.bias) * slope).sum(dim=-1))
         return slope, rewards.detach() - explained
@@ -238,7 +238,7 @@ class DirectPaths:
 
 def written_by(head: RewardModel) -> set[str]:
     """The sites whose neurons and biases together write all that a block adds: attention, and the MLP if present."""
-    attention_alone = getattr(head.model.cfg, "attn_only", False)
+    attention_alone = getattr(head.body.cfg, "attn_only", False)
     return {"attn_head"} if attention_alone else {"attn_head", "mlp"}
 
 

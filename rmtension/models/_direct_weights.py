@@ -49,7 +49,7 @@ def direct_weights(head: RewardModel, batch: TokenBatch, site: str, wanted: Sequ
     Examples:
         >>> from rmtension.data._tokens import TokenBatch
         >>> tokens = head.tokenizer(["Human: a Assistant: helpful-0 end"], return_tensors="pt")
-        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool())
         >>> bool((direct_weights(head, batch, "mlp", list(neurons)).on_reward > 0).all())
         True
     """

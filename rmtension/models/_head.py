@@ -25,6 +25,8 @@ class Head(nn.Module):
         default: the output that is the reward if the user chooses none; None if the user must choose. A single output
             needs no choice.
         reads_prompt: whether `read` gets the stream at the prompt's last token.
+        reads_first: whether the token that `read` calls `last` is the first one of a text. None, the default, follows
+            the model: the first token ([CLS]) of an encoder, the last of a model with causal attention.
 
     Examples:
         >>> class Squared(Head):
@@ -38,6 +40,7 @@ class Head(nn.Module):
     outputs: Sequence[str] = ("reward",)
     default: str | None = None
     reads_prompt: bool = False
+    reads_first: bool | None = None
 
     def read(
         self, last: Float[Tensor, "text d_model"], prompt_last: Float[Tensor, "text d_model"] | None
@@ -147,7 +150,8 @@ class _AfterGain(Head):
         self.head = head
         self.register_buffer("gain", norm.gain.clone())
         self.register_buffer("shift", norm.bias.clone())
-        self.outputs, self.default, self.reads_prompt = head.outputs, head.default, head.reads_prompt
+        self.outputs, self.default = head.outputs, head.default
+        self.reads_prompt, self.reads_first = head.reads_prompt, head.reads_first
 
     def tokens(self, batch: TokenBatch) -> TokenPlaces:
         """The tokens that the head reads."""

@@ -23,6 +23,9 @@ class HookedTransformerBody:
 
     native: nn.Module | None = None
     runs_native = False
+    reads_first = False
+    # Transformers' config, which this model has not.
+    config: Any = None
     pack_up_to = 0
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,6 +47,11 @@ class HookedTransformerBody:
                 f"{' and '.join(sorted(map(str, dtypes)))} and a config of {cfg.dtype}, to which norms would round. "
                 f"Convert the whole model: model.to({widest})."
             )
+
+    @property
+    def cfg(self) -> Any:
+        """TransformerLens' config: n_layers, n_heads, d_model, n_ctx, ..."""
+        return self.module.cfg
 
     @property
     def final_norm_folded(self) -> bool:

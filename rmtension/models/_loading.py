@@ -21,8 +21,8 @@ from rmtension.models._run_options import RunOptions
 class LoadOptions(RunOptions, total=False):
     """Options of `RewardHead.from_pretrained` and `from_language_model`: how to load a checkpoint and how to run it.
 
-    They are passed as keywords. `max_length`, `tokens_per_batch`, `truncate_response` and `on_nonfinite` are described
-    in `RunOptions`.
+    They are passed as keywords. `max_length`, `tokens_per_batch`, `truncate_response`, `on_nonfinite` and
+    `two_segments` are described in `RunOptions`.
 
     Attributes:
         base: for an adapter: the folder or hub name of its base model, if its config names a wrong one.
@@ -132,6 +132,9 @@ def load_model(location: CheckpointLocation, auto_class: str, *, merge: bool = T
     )
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     missing = sorted((set(info["missing_keys"]) | mismatched) - saved)
+    if auto_class == "AutoModel" and missing and all(name.startswith("pooler.") for name in missing):
+        # Classifiers such as RoBERTa's have no pooler; the bare model has one, which no residual stream depends on.
+        loaded.pooler, missing = None, []
     if missing:
         raise ModelError(
             f"{location.files.name}: the checkpoint lacks {missing[:4]}{' and more' if len(missing) > 4 else ''}, "

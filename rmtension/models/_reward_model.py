@@ -21,10 +21,10 @@ from rmtension._sites import find_site
 from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.data._encoding import EncodedPairs, encode_pairs
 from rmtension.data._pairs import PreferencePairs
-from rmtension.data._tokens import TokenBatch, TokenPlaces, running
+from rmtension.data._segments import encode_segments
+from rmtension.data._tokens import ReadAt, TokenBatch, TokenPlaces, running
 from rmtension.distributed import current
 from rmtension.errors import ModelError
-from rmtension.models._adapters import active_head
 from rmtension.models._bodies import Body
 from rmtension.models._checkpoints import Checkpoint
 from rmtension.models._head import Head, LinearHead
@@ -65,7 +65,7 @@ class RewardModel:
         ('gpt2-2x24-heads2x12-d24', ['attn_head', 'mlp', 'mlp_gate'], 24)
         >>> from rmtension.data._tokens import TokenBatch
         >>> tokens = head.tokenizer(["Human: a Assistant: helpful-0 end"], return_tensors="pt")
-        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool())
         >>> with head.hooks("mlp", lambda layer, activation: torch.zeros_like(activation), layers=[0]):
         ...     head.rewards(batch).shape
         torch.Size([1])
@@ -85,11 +85,12 @@ class RewardModel:
         self.model = body.model
         self.tokenizer = tokenizer
         self.pad_token_id = pad_token_id
+        # An encoder's head says that it reads the first token.
         self.body = body
         self.checkpoint = checkpoint
         parameter = next(self.body.module.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        cfg: Any = self.model.cfg
+        cfg = body.cfg
         self.n_layers, self.n_heads, self.d_model = int(cfg.n_layers), int(cfg.n_heads), int(cfg.d_model)
         check_run_options(options)
         context = int(cfg.n_ctx)
@@ -97,6 +98,7 @@ class RewardModel:
         self.tokens_per_batch = options.get("tokens_per_batch")
         self.truncate_response = options.get("truncate_response", False)
         self.on_nonfinite = options.get("on_nonfinite", "raise")
+        self.two_segments = options.get("two_segments", False)
         if tokenizer is not None and len(tokenizer) > self.body.n_embeddings:
             raise ModelError(
                 f"tokenizer: it has {len(tokenizer)} tokens, the model's embedding has {self.body.n_embeddings} rows. "
@@ -124,7 +126,14 @@ class RewardModel:
             "tokens_per_batch": self.tokens_per_batch,
             "truncate_response": self.truncate_response,
             "on_nonfinite": self.on_nonfinite,
+            "two_segments": self.two_segments,
         }
+
+    @property
+    def read_at(self) -> ReadAt:
+        """Which token of a text the reward is read from, and `positions="last"` selects."""
+        first = None if self.head is None else self.head.reads_first
+        return ReadAt(self.pad_token_id, first=self.body.reads_first if first is None else first)
 
     @property
     def sites(self) -> list[str]:
@@ -150,9 +159,10 @@ class RewardModel:
     @property
     def architecture(self) -> str:
         """Family, layers and widths; neuron (l, j) of two models is comparable if their architectures are equal."""
-        cfg: Any = self.model.cfg
-        config = getattr(getattr(self.model, "original_model", None), "config", None)
-        family = getattr(config, "model_type", None) or str(getattr(cfg, "original_architecture", "") or "transformer")
+        config = self.body.config
+        family = getattr(config, "model_type", None) or str(
+            getattr(self.body.cfg, "original_architecture", "") or "transformer"
+        )
         for suffix in ("lmheadmodel", "forcausallm", "_"):
             family = family.lower().replace(suffix, "")
         mlp, heads = (self._widths.get(site, 0) for site in ("mlp", "attn_head"))
@@ -211,15 +221,16 @@ class RewardModel:
     def setup_digest(self) -> str:
         """32 hexadecimal digits over what rewards depend on besides the weights: tokenizer, config and limits."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        config = getattr(getattr(self.model, "original_model", None), "config", None)
+        config = self.body.config
         parts = [
             str(self.dtype),
             self.device.type,
             self.max_length,
             self.pad_token_id,
+            self.two_segments,
             None if backend is None else backend.to_str(),
             str(getattr(self.tokenizer, "chat_template", None)),
-            str(self.model.cfg) if config is None else config.to_json_string(),
+            str(self.body.cfg) if config is None else config.to_json_string(),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -244,24 +255,32 @@ class RewardModel:
         """The rewards of one batch on its device, with gradients unless the caller disabled them."""
         self._require_same_head()
         places = self.require_head().tokens(batch)
-        return self.read(batch.gather(places, self.residual(batch)), places, batch)
+        return self.read_places(batch.gather(places, self.residual(batch)), places, batch)
 
-    def read(
+    def read_places(
         self, states: Float[Tensor, "token d_model"], places: TokenPlaces, batch: TokenBatch
     ) -> Float[Tensor, "text"]:
         """The rewards of a batch from the residual stream after the final norm, at the tokens that the head reads."""
         if self.weight is not None:
-            return self.read_last(states)
+            return self.read(states)
         outputs = self.require_head().read_tokens(states.to(self.reward_dtype), places, batch)
         chosen = [outputs[:, number] for number in self.require_choice()]
         return chosen[0] if len(chosen) == 1 else chosen[0] - chosen[1]
 
-    def read_last(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
-        """The rewards from the last token alone, for a head with `reads_last_only`, of any number of texts."""
+    def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
+        """The rewards from the residual stream after the final norm at the last token, of any number of texts.
+
+        Raises `ModelError` for a head that reads other tokens too.
+        """
         exact = last.to(self.reward_dtype)
         if self.weight is not None:
             # A matrix product may round equal rows differently, and identical responses would get different rewards.
             return (exact * self.weight.to(exact)).sum(dim=-1) + self.bias
+        if not self.require_head().reads_last_only:
+            raise ModelError(
+                f"read: a {type(self.head).__name__} reads more than the last token of a text. Use head.score_pairs, "
+                "or head.forward on a batch."
+            )
         outputs = self.require_head().read(exact, None)
         chosen = [outputs[:, number] for number in self.require_choice()]
         return chosen[0] if len(chosen) == 1 else chosen[0] - chosen[1]
@@ -360,7 +379,8 @@ class RewardModel:
 
     def encode(self, pairs: PreferencePairs) -> EncodedPairs:
         """The token ids of both texts of every pair, within `max_length`."""
-        return encode_pairs(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
+        encode = encode_segments if self.two_segments else encode_pairs
+        return encode(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
 
     def tokens_together(self, *, keeps_layers: bool = False) -> int:
         """How many tokens to run together: `tokens_per_batch`, or as many as are efficient and fit into memory.
@@ -417,10 +437,9 @@ class RewardModel:
         classifier = None if self.checkpoint is None else self.checkpoint.classifier
         if classifier is None:
             return
-        parameters = active_head(classifier.score).parameters()
-        state = tuple((id(parameter), parameter._version) for parameter in parameters)
+        assert self.checkpoint is not None
+        state = tuple((id(tensor), tensor._version) for tensor in self.checkpoint.live_head.values())
         if state != self._head_state:
-            assert self.checkpoint is not None
             self.checkpoint.require_same_head()
             self._head_state = state
 

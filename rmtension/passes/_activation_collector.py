@@ -145,7 +145,7 @@ class ActivationCollector:
         batches = text_batches(
             [texts[owner] for owner in used],
             tokens_per_batch=self.head.tokens_together(),
-            pad_token_id=self.head.pad_token_id,
+            read_at=self.head.read_at,
             device=self.head.device,
         )
         shard = current()

@@ -322,15 +322,21 @@ class TestStoredHeads:
         all_logits = logits(model, tokenizer)
         assert torch.allclose(head.score(TEXTS), all_logits[:, 1] - all_logits[:, 0], atol=1e-5)
 
-    def test_an_encoder_is_refused(self, tokenizer, tmp_path):
-        """Its last hidden state depends on the padding behind it."""
+    def test_a_head_on_an_encoder_reads_the_last_token(self, tokenizer, tmp_path):
+        """Its last hidden state would depend on padding behind it, which a mask hides."""
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
         config = transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=96, pad_token_id=1, **sizes)
-        transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+        torch.manual_seed(0)
+        encoder = transformers.BertModel(config).eval()
+        encoder.save_pretrained(tmp_path / "bert")
         tokenizer.save_pretrained(tmp_path / "bert")
         folder = with_tensors(tmp_path / "bert", tmp_path / "head", {"v_head.weight": torch.ones(1, 32)})
-        with pytest.raises(ModelError, match=r"expected causal attention.*as an encoder does"):
-            RewardHead.from_pretrained(folder)
+        head = RewardHead.from_pretrained(folder)
+        with torch.no_grad():
+            states = [encoder(**tokenizer(text, return_tensors="pt"))[0][0, -1] for text in TEXTS]
+        assert torch.allclose(head.score(TEXTS), torch.stack(states).sum(dim=1), atol=1e-5)
+        with pytest.raises(ModelError, match=r"expected causal attention for model_class and process_weights"):
+            RewardHead.from_pretrained(folder, process_weights=True)
 
     def test_two_different_heads_are_refused(self, language_models, tmp_path):
         stored = {"v_head.summary.weight": torch.ones(1, 32)}

@@ -137,5 +137,6 @@ def test_architectures_unknown_to_transformer_lens_are_refused(folders, monkeypa
         raise KeyError("no adapter for this architecture")
 
     monkeypatch.setattr(wrapping, "_boot", fail)
-    with pytest.raises(ModelError, match=r"could not wrap a LlamaModel.*KeyError.*no adapter.*docs/families.md"):
+    monkeypatch.setattr(wrapping, "NativeBody", fail)
+    with pytest.raises(ModelError, match=r"could not wrap a LlamaModel.*KeyError.*no adapter.*alone cannot be used"):
         RewardHead.from_pretrained(folders["llama"])
