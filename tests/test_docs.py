@@ -69,7 +69,16 @@ HERE = [name for name in WITH_BLOCKS if name not in ELSEWHERE]
 # Pages whose blocks train, start processes, or take every effect of a model; the home page has the README's blocks.
 LONG = [
     f"docs/{name}.md"
-    for name in ("attribution", "command_line", "during_training", "index", "inspect", "large_models", "report")
+    for name in (
+        "attribution",
+        "command_line",
+        "during_training",
+        "index",
+        "inspect",
+        "large_models",
+        "outputs",
+        "report",
+    )
 ]
 
 

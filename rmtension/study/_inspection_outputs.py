@@ -115,7 +115,7 @@ def _rewards(heads: Sequence[RewardHead], batch: TokenBatch) -> list[Float[Tenso
     places = first.require_head().tokens(batch)
     with first.last_mlp_where_read(batch):
         states = batch.gather(places, first.residual(batch))
-    return [head.read(states, places, batch) for head in heads]
+    return [head.read_places(states, places, batch) for head in heads]
 
 
 def _below(work: Path | None, name: str) -> Path | None:

@@ -36,14 +36,14 @@ study.yaml (relative paths are relative to this file; only models and pairs are 
   options: {fraction: 0.05}          # fields of StudyOptions
   out: study                         # default
 
-Outputs of one model: {model: ./rm, output: helpfulness} in the place of a folder; an output is a name, a number, a list
-of two for their difference, or a mapping of outputs to weights. With --outputs, the output for mixed is the sum of the
-other two unless it is named: mixed=OUTPUT. Neurons are then scored by attribution patching.
-
 Several seeds or bases: `models` as a list of such mappings, each with a `seed`, and a `name` for each base. One file
 for both objectives: `pairs: both.jsonl`, whose rows have "objective": "helpful" or "harmless". `scoring_pairs` (like
 pairs) are pairs to score neurons on; without them one half of the prompts scores neurons, and the other evaluates.
 `on_invalid: skip` leaves out invalid rows.
+
+Outputs of one model: {model: ./rm, output: helpfulness} in the place of a folder; an output is a name, a number, a list
+of two for their difference, or a mapping of outputs to weights. With --outputs, the output for mixed is the sum of the
+other two unless it is named: mixed=OUTPUT. Neurons are then scored by attribution patching.
 
 Writes into --out: every pass over a model (runs), one CSV file per table, figures if matplotlib is installed,
 report.md, and report.html, which needs no other file. After an interruption the same command resumes, and runs only
@@ -103,7 +103,7 @@ def _config(options: Namespace) -> Any:
     if options.config is None:
         if "models" not in values:
             raise OptionError(
-                "study: expected a YAML file; or --helpful, --harmless and --mixed; or --model and --outputs. See "
+                "study: expected a YAML file, or --helpful, --harmless and --mixed, or --model and --outputs. See "
                 "--help."
             )
         return make_config(values, folder=Path(), where="command line")
