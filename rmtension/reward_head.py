@@ -1,7 +1,7 @@
 """A reward model with hooks: a scalar head on a TransformerBridge or a HookedTransformer."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -38,6 +38,7 @@ from rmtension.models._outputs import choose_outputs
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions, check_run_options, run_options_of
 from rmtension.models._saving import save_model
+from rmtension.models._weighted_sum import with_weighted_sum
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._rewards_of_pairs import RewardsOfPairs
@@ -224,8 +225,9 @@ class RewardHead(RewardModel):
     def output(self, output: object) -> "RewardHead":
         """The same model with another output as its reward; weights are shared, nothing is copied.
 
-        `output` is the name or the index of an output, or a pair (a, b) for output a minus output b. Every function
-        that takes a model takes the result, so two outputs of one model can be compared as two models are.
+        `output` is the name or the index of an output, a pair (a, b) for output a minus output b, or a mapping from
+        outputs to weights for their weighted sum. Every function that takes a model takes the result, so two outputs of
+        one model can be compared as two models are (`docs/outputs.md`).
 
         Raises `OptionError` for an output that the head does not have, with the nearest name.
 
@@ -238,9 +240,20 @@ class RewardHead(RewardModel):
             1.0
             >>> model.output(("harm", "helpfulness")).score_pairs(pairs["helpful"]).accuracy()
             0.0
+            >>> model.output({"helpfulness": 1.0, "harm": -0.5}).outputs
+            ['helpfulness', 'harm', 'helpfulness - 0.5 harm']
         """
-        choice = choose_outputs(output, self.require_head(), "output")
         other = copy.copy(self)
+        if isinstance(output, Mapping):
+            other.head, number = with_weighted_sum(self.require_head(), output)
+            other._choose((number,))
+            names = self.outputs
+            terms = {name if isinstance(name, str) else names[name]: weight for name, weight in output.items()}
+            other.weighted_sums = (*self.weighted_sums, terms)
+            if self.checkpoint is not None:
+                other.checkpoint = replace(self.checkpoint, choice=(number,), logits=None)  # transformers has no sums
+            return other
+        choice = choose_outputs(output, self.require_head(), "output")
         other._choose(choice)
         if self.checkpoint is not None:
             logits = self.checkpoint.logits

@@ -76,6 +76,7 @@ LONG = [
         "index",
         "inspect",
         "large_models",
+        "outputs",
         "report",
         "sums_over_tokens",
     )

@@ -367,12 +367,18 @@ THE_SAME = {
         f"models._token_models.{name}": "models._saving.save_model"
         for name in ("build_language_model", "build_token_classifier", "save_token_model")
     },
+    "interventions._expert_weights.ablate_experts": "reward_head.RewardHead.with_ablation",
+    "models._experts.ExpertPoint.register_forward_hook": "passes._activation_collector.ActivationCollector.collect",
     "models._classifiers.current_checkpoint": "models._saving.save_model",
     "models._classifiers.require_same_stream": "models._classifiers.build_classifier",
     "models._classifiers.run_eagerly": "models._classifiers.build_classifier",
 }
 # What opens or builds a model of its own, or looks at one without running it: nothing of a user's could be changed.
 OWN_MODEL = [
+    "models._bodies.BridgeBody.experts",
+    "models._native_body.NativeBody.experts",
+    "models._experts.ExpertPoint.__init__",
+    "models._experts.expert_point",
     "models._opening.bound_head",
     "models._opening.within_reference",
     "models._bodies.BridgeBody.__init__",
@@ -402,6 +408,14 @@ OWN_MODEL = [
     "models._native_sites.find_native_sites",
 ]
 ONLY_LOOKS = [
+    "interventions._expert_weights.expert_names",
+    *(f"models._experts.ExpertPoint.{name}" for name in ("experts", "forward", "restore", "routed", "write")),
+    "models._experts.is_experts",
+    "models._reward_model.RewardModel.body_fingerprint",
+    "models._reward_model.RewardModel.output_name",
+    "study._family_runs.ModelFamily.outputs",
+    "study._inspection_outputs.chosen_outputs",
+    "study._inspection_outputs.compare_outputs",
     "models._reward_model.RewardModel.require_positions",
     "models._classifiers.rows_to_save",
     *(f"models._computed_heads.PromptWeightedHead.{name}" for name in ("read_tokens", "settings", "tokens")),
@@ -815,6 +829,7 @@ def test_only_these_modules_touch_hooks_and_flags():
                 if getattr(target, "attr", "") in ("training", "requires_grad")
             }
     assert touching == {
+        ("_experts", "register_forward_hook"),  # its own, with which it replaces the forward of the experts
         ("_hooks", "register_forward_hook"),
         ("_hooks", "register_forward_pre_hook"),
         ("_hooks", "training"),

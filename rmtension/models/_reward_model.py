@@ -7,7 +7,7 @@ takes this class.
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -109,7 +109,11 @@ class RewardModel:
             self._widths, self._missing, self._runs_once = measure_sites(self.body, self.n_layers, self.device)
         self.head = None if head is None else self._own_copy(head)
         self._fingerprint: tuple[object, str] | None = None
+        # Shared with the other outputs of this model, so that the weights are read once.
+        self._body_fingerprint: list[tuple[object, str]] = []
         self._head_state: object = None
+        # The weighted sums that were added to the outputs of the checkpoint's head.
+        self.weighted_sums: tuple[Mapping[str, float], ...] = ()
         self._choose(choice)
 
     # -- what it is ------------------------------------------------------------------------------------------------
@@ -173,12 +177,28 @@ class RewardModel:
         A change through `parameter.data` goes unnoticed, because PyTorch does not count it: edit weights under
         `torch.no_grad()`.
         """
-        parameters = [*self.body.module.parameters(), *self._head_tensors]
         what = self.bias if self.weight is not None or self.head is None else self._head_description
-        state = (what, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
+        tensors, body = self._head_tensors, self.body_fingerprint
+        state = (what, body, _state(tensors))
         if self._fingerprint is None or self._fingerprint[0] != state:
-            self._fingerprint = (state, fingerprint(parameters, self.architecture, what))
+            self._fingerprint = (state, fingerprint(tensors, body, what))
         return self._fingerprint[1]
+
+    @property
+    def body_fingerprint(self) -> str:
+        """The same over the weights without the head: all outputs of a model have this in common."""
+        parameters = list(self.body.module.parameters())
+        state = _state(parameters)
+        if not self._body_fingerprint or self._body_fingerprint[0][0] != state:
+            self._body_fingerprint[:] = [(state, fingerprint(parameters, self.architecture))]
+        return self._body_fingerprint[0][1]
+
+    @property
+    def output_name(self) -> str | None:
+        """The name of the output that is the reward; None if the head has one output, or none was chosen."""
+        if self.head is None or self.choice is None or len(self.head.outputs) == 1:
+            return None
+        return " - ".join(self.head.outputs[number] for number in self.choice)
 
     def provenance(
         self, digest: str, n_pairs: int, n_tokens: int, *, site: str, positions: str, method: str
@@ -195,6 +215,8 @@ class RewardModel:
             n_pairs=n_pairs,
             n_tokens=n_tokens,
             version=version("rmtension"),
+            body=self.body_fingerprint,
+            output=self.output_name,
         )
 
     @cached_property
@@ -440,3 +462,8 @@ class RewardModel:
         if state != self._head_state:
             self.checkpoint.require_same_head()
             self._head_state = state
+
+
+def _state(tensors: Sequence[Tensor]) -> tuple[object, ...]:
+    """What changes when PyTorch changes one of some tensors."""
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)

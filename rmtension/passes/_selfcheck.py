@@ -38,6 +38,7 @@ from rmtension.models._log_ratio_head import LogRatioHead
 from rmtension.models._native_run import let_run_in_float64
 from rmtension.models._process_head import ProcessHead
 from rmtension.models._reward_model import RewardModel
+from rmtension.models._weighted_sum import with_weighted_sum
 from rmtension.passes._probes import Probe, find_probes
 from rmtension.passes._scoring import score_tokens
 
@@ -113,7 +114,7 @@ class _Checker:
         model: Any = reload_classifier(self.head) if reference is None else reference
         # Transformers' classifiers have no bias, so a bias of the head is added to their logits.
         constant = 0.0
-        if checkpoint is not None and isinstance(checkpoint.head, LinearHead):
+        if model is not None and checkpoint is not None and isinstance(checkpoint.head, LinearHead):
             constant = checkpoint.head.row(self.head.require_choice())[1]
         adds_bias = getattr(getattr(model, "score", None), "bias", None) is not None
         if adds_bias or (checkpoint is not None and checkpoint.reads_tokens):
@@ -213,6 +214,8 @@ class _Checker:
         let_run_in_float64(base)
         assert again.head is not None
         plain = copy.deepcopy(again.head).to(self.head.device, self.alone.dtype)
+        for weights in self.head.weighted_sums:
+            plain, _ = with_weighted_sum(plain, weights)
         choice = self.head.require_choice()
         rewards = []
         for probe in self.probes:
