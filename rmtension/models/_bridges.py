@@ -1,8 +1,11 @@
 """Hooked versions of a transformers model: a bridge, a bridge with processed weights, or a HookedTransformer."""
 
 import copy
+import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -109,13 +112,33 @@ def _boot(name: str, base: Any, tokenizer: Any, trust_remote_code: bool, *, writ
     from transformer_lens.model_bridge import TransformerBridge
 
     parameter = next(base.parameters())
-    return TransformerBridge.boot_transformers(
-        name,
-        hf_model=_language_model(base, trust_remote_code, writable=writable),
-        dtype=parameter.dtype,
-        device=parameter.device,
-        tokenizer=_spare(tokenizer),
-    )
+    with _without_installing():
+        return TransformerBridge.boot_transformers(
+            name,
+            hf_model=_language_model(base, trust_remote_code, writable=writable),
+            dtype=parameter.dtype,
+            device=parameter.device,
+            tokenizer=_spare(tokenizer),
+        )
+
+
+@contextmanager
+def _without_installing() -> Iterator[None]:
+    """Keep TransformerLens from running `pip install torchvision`, which it does for a model that reads images.
+
+    It accepts that this fails, and the processor of images that it then lacks is not used here.
+    """
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no package is installed while a model is opened")
+
+    module: Any = subprocess
+    original = module.check_call
+    module.check_call = refuse
+    try:
+        yield
+    finally:
+        module.check_call = original
 
 
 def _spare(tokenizer: Any) -> Any:

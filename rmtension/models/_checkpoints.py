@@ -26,6 +26,8 @@ from rmtension.models._loading import (
 )
 from rmtension.models._native_weights import refuse_packed_weights
 from rmtension.models._outputs import choose_rows, choose_tokens, pick
+from rmtension.models._refused_kinds import refuse_other_kinds
+from rmtension.models._text_models import media_tokens, text_model
 from rmtension.models._unembedding import token_head
 
 _CLASSIFIER, _LANGUAGE_MODEL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
@@ -57,6 +59,7 @@ class Checkpoint:
     `pools` says that the reward is read where transformers' classifiers read it. `logits` says which logits of
     transformers the reward is; None if transformers does not compute it. `base` is None if it was converted, and can be
     read again from `source`. `classifier` is the model in memory whose score layer `head` was read from.
+    `media_tokens` are the ids of tokens that stand for parts of images, which no text may have.
     """
 
     base: nn.Module | None
@@ -68,6 +71,7 @@ class Checkpoint:
     logits: Logits | None
     source: Source | None
     classifier: Any = None
+    media_tokens: frozenset[int] = frozenset()
 
     def require_same_head(self) -> None:
         """Raise `ModelError` if the score layer of the model in memory has changed since the model was opened."""
@@ -103,6 +107,7 @@ def open_checkpoint(
     base. Memory: the weights once.
     """
     location = find_checkpoint(name, options)
+    refuse_other_kinds(str(name), location.config)
     placement_of(options)  # raises for a wrong device before anything is read
     stored = stored_heads(location.weights, _width(location.config))
     classifies = _is_classifier(location)
@@ -127,6 +132,9 @@ def open_checkpoint(
             raise ModelError(_no_head(location, stored))
     model = load_model(location, auto_class)
     base = model.base_model
+    media = media_tokens(base.config)
+    if not classifies and not tokens:
+        base = text_model(base)
     linear_head: LinearHead | None = None
     logits: Logits | None = None
     if tokens:
@@ -141,7 +149,7 @@ def open_checkpoint(
     pools = reward and classifies
     pad_token_id = _pad_token_id(name, base.config, tokenizer, options.get("pad_token"), pools, linear_head is None)
     source = Source(str(name), head, output, options)
-    return Checkpoint(base, linear_head, tokenizer, pad_token_id, str(name), pools, logits, source)
+    return Checkpoint(base, linear_head, tokenizer, pad_token_id, str(name), pools, logits, source, media_tokens=media)
 
 
 def reload_model(source: Source, logits: Logits, dtype: torch.dtype) -> Any:
@@ -166,6 +174,7 @@ def checkpoint_of(
         )
     refuse_packed_weights(name, classifier)
     refuse_quantised(name, classifier.config)
+    refuse_other_kinds(name, classifier.config)
     refuse_offloaded(name, classifier)
     logits: Logits | None = None
     if head is None:

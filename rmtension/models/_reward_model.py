@@ -23,7 +23,7 @@ from rmtension.data._pairs import PreferencePairs
 from rmtension.data._segments import encode_segments
 from rmtension.data._tokens import ReadAt, TokenBatch, running
 from rmtension.distributed import current
-from rmtension.errors import ModelError
+from rmtension.errors import DataError, ModelError
 from rmtension.models._adapters import active_head
 from rmtension.models._bodies import Body
 from rmtension.models._checkpoints import Checkpoint
@@ -300,7 +300,20 @@ class RewardModel:
     def encode(self, pairs: PreferencePairs) -> EncodedPairs:
         """The token ids of both texts of every pair, within `max_length`."""
         encode = encode_segments if self.two_segments else encode_pairs
-        return encode(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
+        encoded = encode(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
+        self.require_text([text.ids for text in (*encoded.chosen, *encoded.rejected)])
+        return encoded
+
+    def require_text(self, texts: Iterable[Sequence[int]]) -> None:
+        """Raise `DataError` for token ids that stand for a part of an image, which this library does not read."""
+        media = frozenset() if self.checkpoint is None else self.checkpoint.media_tokens
+        for number, ids in enumerate(texts if media else ()):
+            found = media.intersection(ids)
+            if found:
+                raise DataError(
+                    f"texts: text {number} has the tokens {sorted(found)}, which stand for images, videos or sounds. "
+                    "Only the language model of this model runs, on text alone: remove the images and their tokens."
+                )
 
     def tokens_together(self, *, keeps_layers: bool = False) -> int:
         """How many tokens to run together: `tokens_per_batch`, or as many as are efficient and fit into memory.

@@ -30,6 +30,7 @@ def score_texts(
         )
     model.require_weight()
     encoded = encode_texts(model.tokenizer, texts, max_length=model.max_length, truncate=truncate)
+    model.require_text(text.ids for text in encoded)
     rewards = torch.zeros(len(encoded), dtype=model.reward_dtype)
     batches = text_batches(
         encoded, tokens_per_batch=model.tokens_together(), read_at=model.read_at, device=model.device
@@ -53,6 +54,7 @@ def score_tokens(
     model.require_weight()
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     check_ids(input_ids, mask, max_length=model.max_length, n_embeddings=model.body.n_embeddings)
+    model.require_text(row[real].tolist() for row, real in zip(input_ids, mask, strict=True))
     # Masked positions may hold any id, and the embedding still looks them up.
     ids, mask = compact(input_ids.masked_fill(~mask, 0).to(model.device), mask.to(model.device))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from native_families import ENCODERS, make_native
+from reference import kept_inputs, zeroed_inputs
 from some_neurons import some
 from tiny_models import EOS, batches_of, grid, make_pairs
 
@@ -100,14 +101,9 @@ def test_rewards_gradients_and_ablations_of_padded_texts(folder, texts, dtype):
         modules = projections(classifier, site)
         mask = torch.rand(3, model.n_neurons(site), generator=torch.Generator().manual_seed(0)) < 0.5
         columns = mask.repeat_interleave(model.n_channels(site) // model.n_neurons(site), dim=1)
-        handles = [
-            module.register_forward_pre_hook(lambda _, inputs, own=own: (torch.where(own, 0.0, inputs[0]), *inputs[1:]))
-            for module, own in zip(modules, columns, strict=True)
-        ]
         with torch.no_grad():
-            ablated = logits_of(classifier, model, texts)
-            for handle in handles:
-                handle.remove()
+            with zeroed_inputs(modules, columns):
+                ablated = logits_of(classifier, model, texts)
             with AblationContext(model, NeuronSet(mask, site, model.architecture)):
                 assert torch.allclose(rewards_of(model, head, texts), ablated, atol=atol, rtol=0)
         assert not torch.allclose(ablated, expected, atol=1e-3), "the ablation must do something"
@@ -115,25 +111,15 @@ def test_rewards_gradients_and_ablations_of_padded_texts(folder, texts, dtype):
         seen = {}
 
         def keep(layer, activation, seen=seen):
-            seen[layer] = activation.detach().requires_grad_()
+            seen[layer] = activation if activation.requires_grad else activation.detach().requires_grad_()
             return seen[layer]
 
         with model.hooks(site, keep):
             rewards = rewards_of(model, head, texts)
         slopes = torch.autograd.grad(rewards.sum(), [seen[layer] for layer in range(3)])
         for number, text in enumerate(texts[:3]):
-            kept = []
-            handles = [
-                module.register_forward_pre_hook(
-                    lambda _, inputs, kept=kept: (
-                        kept.append(inputs[0].detach().requires_grad_()) or (kept[-1], *inputs[1:])
-                    )
-                )
-                for module in modules
-            ]
-            logit = logits_of(classifier, model, [text])[0]
-            for handle in handles:
-                handle.remove()
+            with kept_inputs(modules) as kept:
+                logit = logits_of(classifier, model, [text])[0]
             alone = torch.autograd.grad(logit, kept)
             for ours, own in zip(slopes, alone, strict=True):
                 n_tokens = own.shape[1]
