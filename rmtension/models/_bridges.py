@@ -51,7 +51,7 @@ def wrap(
                 f"{name}: expected causal attention for model_class and process_weights, but {type(plain).__name__} "
                 "attends in both directions, as an encoder does. Open it without model_class and process_weights."
             )
-        return NativeBody(plain, is_causal=False)
+        return NativeBody(plain, is_causal=False, reason="it is an encoder, which attends in both directions")
     try:
         # Building a model draws initial weights; the user's random state stays as it was.
         with torch.random.fork_rng(devices=[]):
@@ -71,7 +71,7 @@ def wrap(
         if converts:
             raise ModelError(f"{reason}. {remedy}") from error
         try:
-            return NativeBody(plain)
+            return NativeBody(plain, reason=reason.removeprefix(f"{name}: "))
         except Exception as native_error:  # modules that do not run may raise anything
             why = str(native_error).removeprefix("model: ").removesuffix(".")
             raise ModelError(f"{reason}, and transformers' modules alone cannot be used: {why}. {remedy}") from error

@@ -71,7 +71,9 @@ def attends_both_ways(base: nn.Module) -> bool:
             (gradient,) = torch.autograd.grad((first * weights).sum(), kept)
     except Exception:  # what does not run, or has no gradient, is left to the checks that follow
         return False
-    return bool(gradient[0, 1:].ne(0).any())
+    # Where the model overflows, the gradient is NaN everywhere and says nothing.
+    later = gradient[0, 1:]
+    return bool(later.isfinite().all() and later.ne(0).any())
 
 
 def find_native_sites(base: nn.Module) -> NativeSites:

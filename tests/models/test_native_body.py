@@ -94,7 +94,7 @@ def test_checks_export_and_reload(folder, texts, tmp_path):
 @pytest.mark.parametrize("folder", ["persimmon"], indirect=True)
 def test_what_needs_hook_points_names_the_alternative(folder, texts):
     head = RewardHead.from_pretrained(folder)
-    with pytest.raises(OptionError, match=r"fwd_hooks: .*cannot wrap this PersimmonModel.*head\.hooks\(site, visit\)"):
+    with pytest.raises(OptionError, match=r"got a PersimmonModel without.*could not wrap.*head\.hooks\(site, visit\)"):
         head.fwd_hooks(some_neurons(head, "mlp"))
     with pytest.raises(ModelError, match=r"could not wrap a PersimmonModel as a TransformerBridge with processed"):
         RewardHead.from_pretrained(folder, process_weights=True)
