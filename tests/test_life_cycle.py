@@ -44,10 +44,13 @@ from rmtension.models._hooks import (
     own_hooks_paused,
     recorded_calls,
 )
+from rmtension.models._native_body import NativeBody
+from rmtension.models._native_sites import attends_both_ways, find_native_sites
 from rmtension.models._native_weights import plain_copy
 from rmtension.models._opening import require_hidden_padding
 from rmtension.models._replay import Replay
 from rmtension.models._site_widths import measure_sites
+from rmtension.models._text_models import text_model
 from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.passes._nonfinite import require_finite, where_not_finite
 from rmtension.passes._pair_pass import run_pass
@@ -260,6 +263,13 @@ CALLS = {
     "attribution._batch_run.BatchRun.replay": lambda s: BatchRun(
         s.head, s.batch, ["mlp"], forward=False
     ).replay.rewards_from(1),
+    "models._native_sites.attends_both_ways": lambda s: attends_both_ways(s.head.body.module),
+    "models._native_sites.find_native_sites": lambda s: find_native_sites(s.head.body.module),
+    "models._text_models.text_model": lambda s: text_model(s.head.body.module),
+    "models._native_body.NativeBody.__init__": lambda s: NativeBody(s.head.body.module),
+    "models._native_body.NativeBody.residual": lambda s: in_eval(
+        s, lambda: NativeBody(s.head.body.module).residual(s.batch)
+    ),
     "models._bodies.BridgeBody.residual": lambda s: in_eval(s, lambda: s.head.body.residual(s.batch)),
     "models._direct_path.direct_contributions": lambda s: direct_contributions(s.head, s.batch),
     "models._direct_weights.direct_weights": lambda s: direct_weights(s.head, s.batch, "mlp", [(0, 1)]),
@@ -471,6 +481,17 @@ ONLY_LOOKS = [
     "passes._activation_collector.ActivationCollector.reset",
     "attribution._neuron_attribution.NeuronAttribution.__init__",
     "models._bodies.BridgeBody.block",
+    "models._bodies.BridgeBody.cfg",
+    "models._bodies.BridgeBody.config",
+    "models._encoder_heads.PooledHead.classifier_with",
+    *(
+        f"models._native_body.NativeBody.{name}"
+        for name in ("block", "config", "final_norm", "hook_sites", "is_hooked", "last_mlp_at_last_tokens", "modules")
+    ),
+    *(f"models._native_body.NativeBody.{name}" for name in ("n_embeddings", "pack_up_to", "projection")),
+    "models._reward_model.RewardModel.read_at",
+    "models._reward_model.RewardModel.require_text",
+    "models._hooked_transformer_body.HookedTransformerBody.cfg",
     "models._bodies.BridgeBody.final_norm",
     "models._bodies.BridgeBody.final_norm_folded",
     "models._bodies.BridgeBody.is_hooked",
@@ -680,6 +701,7 @@ ELSEWHERE = {
     "store._files.written_whole": "test_files",
     "_progress.without_unseen_bars": "test_progress",
     "study._model_runs.ModelRuns._work": "test_work",
+    "models._bridges._without_installing": "test_text_models",
     "models._head_files._damage_named": "test_heads",
     "models._checkpoint_folder.checkpoint_folder": "test_files",
     "training._trainer_run.isolated": "test_training",

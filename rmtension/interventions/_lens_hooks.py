@@ -33,8 +33,9 @@ def fwd_hooks(head: RewardModel, neurons: NeuronSet, replacement: Replacement = 
     context = AblationContext(head, neurons, replacement)
     if isinstance(head.body, NativeBody):
         raise OptionError(
-            f"fwd_hooks: expected a model with TransformerLens' hook points, but TransformerLens cannot wrap this "
-            f"{type(head.model).__name__}. Use AblationContext, or head.hooks(site, visit) for hooks of your own."
+            f"fwd_hooks: expected a model with TransformerLens' hook points, got a {type(head.model).__name__} without "
+            f"a TransformerBridge ({head.body.reason}). Use AblationContext, or head.hooks(site, visit) for hooks of "
+            "your own."
         )
     if replacement.factor is None:
         raise OptionError(

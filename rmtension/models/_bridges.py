@@ -1,8 +1,11 @@
 """Hooked versions of a transformers model: a bridge, a bridge with processed weights, or a HookedTransformer."""
 
 import copy
+import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -48,7 +51,7 @@ def wrap(
                 f"{name}: expected causal attention for model_class and process_weights, but {type(plain).__name__} "
                 "attends in both directions, as an encoder does. Open it without model_class and process_weights."
             )
-        return NativeBody(plain, is_causal=False)
+        return NativeBody(plain, is_causal=False, reason="it is an encoder, which attends in both directions")
     try:
         # Building a model draws initial weights; the user's random state stays as it was.
         with torch.random.fork_rng(devices=[]):
@@ -68,7 +71,7 @@ def wrap(
         if converts:
             raise ModelError(f"{reason}. {remedy}") from error
         try:
-            return NativeBody(plain)
+            return NativeBody(plain, reason=reason.removeprefix(f"{name}: "))
         except Exception as native_error:  # modules that do not run may raise anything
             why = str(native_error).removeprefix("model: ").removesuffix(".")
             raise ModelError(f"{reason}, and transformers' modules alone cannot be used: {why}. {remedy}") from error
@@ -109,13 +112,33 @@ def _boot(name: str, base: Any, tokenizer: Any, trust_remote_code: bool, *, writ
     from transformer_lens.model_bridge import TransformerBridge
 
     parameter = next(base.parameters())
-    return TransformerBridge.boot_transformers(
-        name,
-        hf_model=_language_model(base, trust_remote_code, writable=writable),
-        dtype=parameter.dtype,
-        device=parameter.device,
-        tokenizer=_spare(tokenizer),
-    )
+    with _without_installing():
+        return TransformerBridge.boot_transformers(
+            name,
+            hf_model=_language_model(base, trust_remote_code, writable=writable),
+            dtype=parameter.dtype,
+            device=parameter.device,
+            tokenizer=_spare(tokenizer),
+        )
+
+
+@contextmanager
+def _without_installing() -> Iterator[None]:
+    """Keep TransformerLens from running `pip install torchvision`, which it does for a model that reads images.
+
+    It accepts that this fails, and the processor of images that it then lacks is not used here.
+    """
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no package is installed while a model is opened")
+
+    module: Any = subprocess
+    original = module.check_call
+    module.check_call = refuse
+    try:
+        yield
+    finally:
+        module.check_call = original
 
 
 def _spare(tokenizer: Any) -> Any:

@@ -44,6 +44,8 @@ from rmtension.models._native_weights import refuse_packed_weights
 from rmtension.models._outputs import ALL, choose_outputs, choose_rows, choose_tokens
 from rmtension.models._own_format import OwnFormat
 from rmtension.models._process_head import ProcessHead, StepLayers
+from rmtension.models._refused_kinds import refuse_other_kinds
+from rmtension.models._text_models import media_tokens, text_model
 from rmtension.models._unembedding import token_head
 from rmtension.models._unknown_heads import unknown_head
 
@@ -82,6 +84,7 @@ class Checkpoint:
     transformers the reward is; None if transformers does not compute it. `base` is None if it was converted, and can be
     read again from `source`. `classifier` is the model in memory whose score layer `head` was read from.
     `own` is the format of the checkpoint if its head is no score layer of a classifier.
+    `media_tokens` are the ids of tokens that stand for parts of images, which no text may have.
     """
 
     base: nn.Module | None
@@ -95,6 +98,7 @@ class Checkpoint:
     source: Source | None
     classifier: Any = None
     own: OwnFormat | None = None
+    media_tokens: frozenset[int] = frozenset()
 
     def require_same_head(self) -> None:
         """Raise `ModelError` if the score layer of the model in memory has changed since the model was opened."""
@@ -143,6 +147,7 @@ def open_checkpoint(
     base. Memory: the weights once.
     """
     location = find_checkpoint(name, options)
+    refuse_other_kinds(str(name), location.config)
     placement_of(options)  # raises for a wrong device before anything is read
     is_labelled = location.task == _TOKENS or location.is_for("ForTokenClassification")
     stored = stored_heads(location.weights, _width(location.config))
@@ -183,6 +188,9 @@ def open_checkpoint(
             raise ModelError(_no_head(location, stored))
     model = load_model(location, auto_class)
     base = model.base_model
+    media = media_tokens(base.config)
+    if not classifies and not tokens and not isinstance(given, LogRatioHead):
+        base = text_model(base)
     read: Head | None = None
     logits: Logits | None = None
     choice: tuple[int, ...] | None = None
@@ -213,7 +221,9 @@ def open_checkpoint(
     keeps_format = logits is None or (bool(tokens) and not isinstance(read, LinearHead))
     if reward and head is None and keeps_format and not location.adapters:
         own = OwnFormat.of(location.files, location.config, separate_head(location.files))
-    return Checkpoint(base, read, choice, tokenizer, pad_token_id, str(name), pools, logits, source, own=own)
+    return Checkpoint(
+        base, read, choice, tokenizer, pad_token_id, str(name), pools, logits, source, own=own, media_tokens=media
+    )
 
 
 def reload_model(source: Source, logits: Logits, dtype: torch.dtype) -> Any:
@@ -245,6 +255,7 @@ def checkpoint_of(
         )
     refuse_packed_weights(name, classifier)
     refuse_quantised(name, classifier.config)
+    refuse_other_kinds(name, classifier.config)
     refuse_offloaded(name, classifier)
     logits: Logits | None = None
     if known is not None:

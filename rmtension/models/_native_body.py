@@ -53,13 +53,15 @@ class NativeBody:
     final_norm_folded = False
     stable_up_to: int | None = None
 
-    def __init__(self, base: nn.Module, *, is_causal: bool = True) -> None:
+    def __init__(self, base: nn.Module, *, is_causal: bool = True, reason: str = "") -> None:
         self.module: nn.Module = base
         self.model: nn.Module = base
         self.native: nn.Module = base
         self.is_causal = is_causal
         # A linear head reads the first token of an encoder's text.
         self.reads_first = not is_causal
+        # Why there is no TransformerBridge.
+        self.reason = reason
         sites = find_native_sites(base)
         self._sites = sites
         self.projection_names = sites.projections

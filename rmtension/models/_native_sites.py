@@ -7,7 +7,7 @@ that they are what they seem:
    final norm maps the output of the last block to the output of the model.
 2. Every block gets the same stream in all rows, but another first token in the second row. A projection of attention is
    the first one whose input changes at the last token: what comes before attention works token by token.
-3. In one row the input of the attention's projection is set to 0 at one token, in another row that of the MLP's. The
+3. In one row the input of the attention's projection is replaced at one token, in another row that of the MLP's. The
    output of the block must change at that token, and at no other.
 """
 
@@ -27,8 +27,10 @@ from rmtension.models._native_run import probe_batch, run_base
 # How configs name the width of the MLP.
 _MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "dff", "hidden_dim")
 _PROBE_TOKENS = 5
-# The token whose activations are set to 0: neither the first nor the last.
+# The token whose activations are replaced: neither the first nor the last.
 _TOKEN = 2
+# The size of the replacement: large enough that half precision does not round away what it adds to the stream.
+_REPLACED = 8.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ def attends_both_ways(base: nn.Module) -> bool:
             (gradient,) = torch.autograd.grad((first * weights).sum(), kept)
     except Exception:  # what does not run, or has no gradient, is left to the checks that follow
         return False
-    return bool(gradient[0, 1:].ne(0).any())
+    # Where the model overflows, the gradient is NaN everywhere and says nothing.
+    later = gradient[0, 1:]
+    return bool(later.isfinite().all() and later.ne(0).any())
 
 
 def find_native_sites(base: nn.Module) -> NativeSites:
@@ -246,21 +250,22 @@ class _SiteSearch:
         return "no linear map of what attention gathered from other tokens to the stream"
 
     def _unproved(self, chosen: dict[tuple[str, int], nn.Module], run: Callable[[], Tensor]) -> dict[str, str]:
-        """Site -> why its projections are not what they seem, by setting their inputs to 0 at one token."""
+        """Site -> why its projections are not what they seem, by replacing their inputs at one token."""
         rows = {"attn_head": 1, "mlp": 2}
         problems: dict[str, str] = {}
         outputs: dict[int, Tensor] = {}
 
-        def zero(row: int, value: Tensor) -> Tensor:
+        def replace(row: int, value: Tensor) -> Tensor:
             rows_of = value.reshape(*self._shape, value.shape[-1]).clone()
-            rows_of[row, _TOKEN] = 0
+            draw = torch.randn(value.shape[-1], generator=torch.Generator().manual_seed(row))
+            rows_of[row, _TOKEN] = _REPLACED * draw.to(value)
             return rows_of.reshape(value.shape)
 
         def check(layer: int, block_output: Any) -> None:
             outputs[layer] = block_output[0] if isinstance(block_output, tuple) else block_output
 
         hooks: list[tuple[HookSite, Hook]] = self._same_streams(other_first=False)
-        hooks += [(HookSite(module, "input"), partial(zero, rows[site])) for (site, _), module in chosen.items()]
+        hooks += [(HookSite(module, "input"), partial(replace, rows[site])) for (site, _), module in chosen.items()]
         hooks += [(HookSite(block, "output"), partial(check, layer)) for layer, block in enumerate(self._blocks)]
         with InstalledHooks(hooks):
             run()

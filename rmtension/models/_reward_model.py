@@ -19,12 +19,12 @@ from torch import Tensor
 
 from rmtension._sites import check_positions, find_site
 from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
-from rmtension.data._encoding import EncodedPairs, encode_pairs
+from rmtension.data._encoding import EncodedPairs, EncodedText, encode_pairs
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._segments import encode_segments
 from rmtension.data._tokens import ReadAt, TokenBatch, TokenPlaces, running
 from rmtension.distributed import current
-from rmtension.errors import ModelError, OptionError
+from rmtension.errors import DataError, ModelError, OptionError
 from rmtension.models._bodies import Body
 from rmtension.models._checkpoints import Checkpoint
 from rmtension.models._head import Head, LinearHead
@@ -394,11 +394,22 @@ class RewardModel:
         """The token ids of both texts of every pair, within `max_length`."""
         encode = encode_segments if self.two_segments else encode_pairs
         encoded = encode(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
-        if self.head is not None:
-            for pair, chosen, rejected in zip(pairs, encoded.chosen, encoded.rejected, strict=True):
-                self.head.require_text(chosen, f"pair {pair.id!r}, chosen")
-                self.head.require_text(rejected, f"pair {pair.id!r}, rejected")
+        for pair, *sides in zip(pairs, encoded.chosen, encoded.rejected, strict=True):
+            for side, text in zip(("chosen", "rejected"), sides, strict=True):
+                self.require_text(text, f"pair {pair.id!r}, {side}")
         return encoded
+
+    def require_text(self, text: EncodedText, what: str) -> None:
+        """Raise `DataError`, which begins with `what`, for a text that the model or its head cannot read."""
+        media = frozenset() if self.checkpoint is None else self.checkpoint.media_tokens
+        found = media.intersection(text.ids) if media else ()
+        if found:
+            raise DataError(
+                f"{what}: it has the tokens {sorted(found)}, which stand for images, videos or sounds. Only the "
+                "language model of this model runs, on text alone: remove the images and their tokens."
+            )
+        if self.head is not None:
+            self.head.require_text(text, what)
 
     def tokens_together(self, *, keeps_layers: bool = False) -> int:
         """How many tokens to run together: `tokens_per_batch`, or as many as are efficient and fit into memory.

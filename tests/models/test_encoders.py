@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from native_families import ENCODERS, make_native
+from reference import kept_inputs, zeroed_inputs
 from some_neurons import some
 from tiny_models import EOS, batches_of, grid, make_pairs
 
@@ -93,14 +94,9 @@ def test_rewards_gradients_and_ablations_of_padded_texts(folder, texts, dtype):
         modules = projections(classifier, site)
         mask = torch.rand(3, model.n_neurons(site), generator=torch.Generator().manual_seed(0)) < 0.5
         columns = mask.repeat_interleave(model.n_channels(site) // model.n_neurons(site), dim=1)
-        handles = [
-            module.register_forward_pre_hook(lambda _, inputs, own=own: (torch.where(own, 0.0, inputs[0]), *inputs[1:]))
-            for module, own in zip(modules, columns, strict=True)
-        ]
         with torch.no_grad():
-            ablated = logits_of(classifier, model, texts)
-            for handle in handles:
-                handle.remove()
+            with zeroed_inputs(modules, columns):
+                ablated = logits_of(classifier, model, texts)
             with AblationContext(model, NeuronSet(mask, site, model.architecture)):
                 assert torch.allclose(rewards_of(model, texts), ablated, atol=atol, rtol=0)
         assert not torch.allclose(ablated, expected, atol=1e-3), "the ablation must do something"
@@ -108,25 +104,15 @@ def test_rewards_gradients_and_ablations_of_padded_texts(folder, texts, dtype):
         seen = {}
 
         def keep(layer, activation, seen=seen):
-            seen[layer] = activation.detach().requires_grad_()
+            seen[layer] = activation if activation.requires_grad else activation.detach().requires_grad_()
             return seen[layer]
 
         with model.hooks(site, keep):
             rewards = rewards_of(model, texts)
         slopes = torch.autograd.grad(rewards.sum(), [seen[layer] for layer in range(3)])
         for number, text in enumerate(texts[:3]):
-            kept = []
-            handles = [
-                module.register_forward_pre_hook(
-                    lambda _, inputs, kept=kept: (
-                        kept.append(inputs[0].detach().requires_grad_()) or (kept[-1], *inputs[1:])
-                    )
-                )
-                for module in modules
-            ]
-            logit = logits_of(classifier, model, [text])[0]
-            for handle in handles:
-                handle.remove()
+            with kept_inputs(modules) as kept:
+                logit = logits_of(classifier, model, [text])[0]
             alone = torch.autograd.grad(logit, kept)
             for ours, own in zip(slopes, alone, strict=True):
                 n_tokens = own.shape[1]
@@ -158,11 +144,14 @@ def test_what_is_read_first_is_never_in_a_shared_prefix(tokenizer):
 
 @pytest.mark.parametrize(
     ("family", "changes", "pooling"),
-    [
-        *((family, {}, "late" if family == "eurobert" else "first") for family in ENCODERS),
-        ("modernbert", {"classifier_pooling": "mean"}, "mean"),
-        ("eurobert", {"classifier_pooling": "mean"}, "mean"),
-    ],
+    grid(
+        [
+            *((family, {}, "late" if family == "eurobert" else "first") for family in ENCODERS),
+            ("modernbert", {"classifier_pooling": "mean"}, "mean"),
+            ("eurobert", {"classifier_pooling": "mean"}, "mean"),
+        ],
+        unpack=True,
+    ),
 )
 def test_every_pooling_equals_the_classifier(family, changes, pooling, plain_tokenizer):
     classifier = make_native(family, len(plain_tokenizer), num_labels=3, **changes).double()
@@ -211,8 +200,8 @@ def test_the_longest_text_and_either_side_of_padding(folder):
         assert torch.allclose(score_tokens(linear, padded, mask), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("family", grid(["bert", "modernbert"]))
-@pytest.mark.parametrize("site", grid(["mlp", "attn_head"]))
+@pytest.mark.parametrize("family", grid(["bert", "modernbert"], keep=[]))
+@pytest.mark.parametrize("site", ["mlp", "attn_head"])
 def test_passes_over_pairs_of_an_encoder(family, site, tokenizer, tmp_path):
     """With a linear head: sweeps, single effects and attribution patching, whose texts do not share rows."""
     make_native(family, len(tokenizer)).save_pretrained(tmp_path)
