@@ -449,3 +449,26 @@ TOKENS = [
 ]
 ALL = [*PLAIN, *LAYERED, *GATED, *TOKENS]
 assert len({replica.kind for replica in ALL}) == len(ALL)
+REFUSED = [
+    Replica(
+        "vector of a preference",
+        "GPM (general preference models)",
+        _linear("value_head", bias=False),
+        lambda draw: {"value_head.weight": draw(6, D), "prompt_head.weight": draw(3, D)},
+        fields={"architectures": ["GPM"]},
+    ),
+    Replica(
+        "head that no rule knows",
+        "",
+        _linear("mix", bias=False),
+        lambda draw: {"mix.first.w": draw(16, D), "mix.second.w": draw(1, 16)},
+        fields={"architectures": ["MixModel"]},
+    ),
+    Replica(
+        "body that transformers does not have",
+        "internlm2-*-reward",
+        _linear("v_head", bias=False),
+        _row("v_head", bias=False),
+        fields={"model_type": "internlm2", "architectures": ["InternLM2ForRewardModel"]},
+    ),
+]
