@@ -62,9 +62,12 @@ SHARES = (
     Share(
         "linear value head",
         10,
-        7,
-        ("linear head of an own class", "body under another name", "output projection, last token", "mean of rows"),
-        "internlm2 (3): its body is not in transformers",
+        10,
+        (
+            *("linear head of an own class", "body under another name", "output projection, last token"),
+            *("mean of rows", "body in another layout"),
+        ),
+        "pickled files must be converted once; the tokenizer of internlm2 must be passed",
     ),
     Share(
         "several outputs, gated or weighted",
