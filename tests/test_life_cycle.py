@@ -486,7 +486,7 @@ ONLY_LOOKS = [
     "models._encoder_heads.PooledHead.classifier_with",
     *(
         f"models._native_body.NativeBody.{name}"
-        for name in ("block", "config", "final_norm", "hook_sites", "is_hooked", "last_mlp_at_last_tokens", "modules")
+        for name in ("block", "config", "final_norm", "hook_sites", "is_hooked", "last_mlp_only_at", "modules")
     ),
     *(f"models._native_body.NativeBody.{name}" for name in ("n_embeddings", "pack_up_to", "projection")),
     "models._reward_model.RewardModel.read_at",

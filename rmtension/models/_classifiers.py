@@ -76,7 +76,7 @@ def rows_to_save(
         return linear.weight, linear.bias, linear.outputs
     if head.weight is None and linear is not None:
         raise ModelError(
-            f"save_pretrained: transformers has no class that computes a {type(linear).__name__}, and this head was "
+            f"save_pretrained: transformers has no class for the head {type(linear).__name__}, and this head was "
             "not read from the files of the checkpoint, which could be written again. Save the body with "
             "head.body.native.save_pretrained(folder), and pass the head again when you open it: head=..."
         )

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from rmtension.models._head_files import CheckpointFiles
+from rmtension.models._internlm2 import is_internlm2, llama_fields
 
 # What own classes append to the model type of their body: gpt_neox_reward_model, qwen2_rm.
 _SUFFIX = re.compile(r"[-_](rm|reward|reward_model|rewardmodel|for_reward)$")
@@ -33,6 +34,8 @@ def standard_config(files: CheckpointFiles) -> Any:
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type in CONFIG_MAPPING:
         return None
+    if is_internlm2(fields):
+        return AutoConfig.for_model("llama", **llama_fields(fields))
     body = _SUFFIX.sub("", model_type)
     if body not in CONFIG_MAPPING:
         return None

@@ -132,6 +132,21 @@ def outside_body(files: CheckpointFiles, weight_map: Mapping[str, str], *, unemb
     return HeadTensors(shapes, {name: paths[weight_map[name]] for name in shapes})
 
 
+def read_body(files: CheckpointFiles) -> dict[str, Tensor]:
+    """The tensors of the body by their names without its prefix. Memory: the weights once."""
+    weight_map = weight_files(files)
+    prefix = body_prefix(weight_map)
+    outside = set(names_outside(weight_map, unembedding=True))
+    body: dict[str, Tensor] = {}
+    for file in sorted(set(weight_map.values())):
+        path = files.find(file)
+        with _damage_named(files.name), safe_open(str(path), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                if name not in outside:
+                    body[name.removeprefix(prefix)] = opened.get_tensor(name)
+    return body
+
+
 def body_prefix(names: Iterable[str]) -> str:
     """What the names of the body's tensors begin with, such as "model.": the first part of the embedding's name."""
     embeddings = [name for name in names if _EMBEDDING.search(name)]

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from rmtension._arguments import nearest
 from rmtension._progress import without_unseen_bars
 from rmtension.errors import ModelError, OptionError
 from rmtension.models._adapters import Adapter, find_adapters, merge_adapters, put_on
 from rmtension.models._checkpoint_names import find_local
-from rmtension.models._configs import standard_config
-from rmtension.models._head_files import CheckpointFiles, body_prefix, weight_files
+from rmtension.models._configs import standard_config, stored_fields
+from rmtension.models._head_files import CheckpointFiles, body_prefix, read_body, weight_files
+from rmtension.models._internlm2 import is_internlm2, to_llama
 from rmtension.models._run_options import RunOptions
 
 
@@ -122,15 +123,17 @@ def load_model(location: CheckpointLocation, auto_class: str, *, merge: bool = T
     import transformers
 
     placement, device = placement_of(location.options)
+    own_body = _converted(location)
     saved = {name for adapter in location.adapters for name in adapter.shapes}
     loaded, info = load(
         "weights",
         location.weights.name,
-        getattr(transformers, auto_class).from_pretrained,
+        _loader(getattr(transformers, auto_class), location.config, from_memory=own_body is not None),
+        state_dict=own_body,
         config=location.config,
         dtype=location.options.get("dtype", torch.float32),
         use_safetensors=True,
-        key_mapping=_renamed(location, auto_class),
+        key_mapping=None if own_body is not None else _renamed(location, auto_class),
         output_loading_info=True,
         ignore_mismatched_sizes=bool(saved),
         **location.origin,
@@ -172,6 +175,27 @@ def _renamed(location: CheckpointLocation, auto_class: str) -> dict[str, str] | 
     if not prefix or not own or prefix == f"{own}.":
         return None
     return {f"^{re.escape(prefix)}": f"{own}."}
+
+
+def _loader(auto_class: Any, config: Any, *, from_memory: bool) -> Any:
+    """`from_pretrained` of an auto class; with `from_memory`, that of the config's own class for a `state_dict`."""
+    if not from_memory:
+        return auto_class.from_pretrained
+    kind: Any = auto_class._model_mapping[type(config)]
+
+    def load_from_memory(_name: str, **options: Any) -> Any:
+        return kind.from_pretrained(None, **options)
+
+    return load_from_memory
+
+
+def _converted(location: CheckpointLocation) -> dict[str, Tensor] | None:
+    """The body's tensors for transformers' own class, if they were saved in the layout of another class; or None."""
+    if location.options.get("trust_remote_code", False) or not is_internlm2(stored_fields(location.weights)):
+        return None
+    if location.adapters:
+        raise ModelError(f"{location.files.name}: adapters of InternLM2 are not supported. Merge the adapter first.")
+    return to_llama(read_body(location.weights), location.config)
 
 
 def put_all_on(model: Any, adapters: Sequence[Adapter]) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rmtension.errors import ModelError
 from rmtension.models._head_files import VALUE_HEAD, CheckpointFiles, body_prefix, outside_body, weight_files
+from rmtension.models._internlm2 import from_llama, is_internlm2
 
 _UNKNOWN: Any = object()
 
@@ -58,7 +59,9 @@ class OwnFormat:
         unembedding = outside_body(self.files, weight_map, unembedding=True)
         rest = unembedding.read(unembedding.shapes.keys() - self.tensors.keys())
         prefix = body_prefix(weight_map)
-        body = {f"{prefix}{name}": tensor for name, tensor in base.state_dict().items()}
+        state = base.state_dict()
+        state = from_llama(state, base.config) if is_internlm2(self.fields) else state
+        body = {f"{prefix}{name}": tensor for name, tensor in state.items()}
         base.save_pretrained(folder, state_dict={**body, **rest, **self.tensors})
         if self.separate:
             save_file(dict(self.separate), folder / VALUE_HEAD, {"format": "pt"})
@@ -70,6 +73,8 @@ class OwnFormat:
         """The fields of config.json, with what changed since they were read, such as the biases of an ablation."""
         now = base.config.to_dict()
         changed = {key: value for key, value in now.items() if self.read.get(key, _UNKNOWN) != value}
+        if is_internlm2(self.fields) and "attention_bias" in changed:
+            changed["bias"] = changed.pop("attention_bias")
         for key in ("architectures", "transformers_version", "dtype", "torch_dtype", "model_type"):
             changed.pop(key, None)
         name = str(dtype).removeprefix("torch.")

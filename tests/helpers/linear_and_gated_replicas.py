@@ -1,12 +1,18 @@
 """Replicas of the kinds that read a head from the last token, or from a prompt's header too."""
 
 import torch
-from replicas import Replica
+from replicas import Replica, internlm2_layout
 from torch.nn import functional
 
 D = 32
 _CLASSIFIER = {"architectures": ["LlamaForSequenceClassification"]}
-_CODE = {"auto_map": {"AutoModelForSequenceClassification": "modeling_custom.Model"}}
+_CODE = {
+    "auto_map": {
+        "AutoConfig": "modeling_custom.Config",
+        "AutoModel": "modeling_custom.Model",
+        "AutoModelForSequenceClassification": "modeling_custom.Model",
+    }
+}
 
 
 def _linear(name, bias=True):
@@ -262,6 +268,14 @@ PLAIN = [
         prefix="transformer.",
     ),
     Replica(
+        "body in another layout",
+        "internlm2-1_8b-reward, -7b, -20b",
+        _linear("v_head", bias=False),
+        _row("v_head", bias=False),
+        fields={"model_type": "internlm2", "architectures": ["InternLM2ForRewardModel"], "bias": False} | _CODE,
+        layout=internlm2_layout,
+    ),
+    Replica(
         "score head",
         "beaver-*-reward",
         _linear("score_head"),
@@ -449,3 +463,19 @@ TOKENS = [
 ]
 ALL = [*PLAIN, *LAYERED, *GATED, *TOKENS]
 assert len({replica.kind for replica in ALL}) == len(ALL)
+REFUSED = [
+    Replica(
+        "vector of a preference",
+        "GPM (general preference models)",
+        _linear("value_head", bias=False),
+        lambda draw: {"value_head.weight": draw(6, D), "prompt_head.weight": draw(3, D)},
+        fields={"architectures": ["GPM"]},
+    ),
+    Replica(
+        "head that no rule knows",
+        "",
+        _linear("mix", bias=False),
+        lambda draw: {"mix.first.w": draw(16, D), "mix.second.w": draw(1, 16)},
+        fields={"architectures": ["MixModel"]},
+    ),
+]

@@ -64,6 +64,7 @@ class Replica:
         unembedding: whether the checkpoint has an unembedding of its own.
         reopened: how it is opened after it was saved; by default with `options`.
         as_classifier: whether it is saved as a classifier of transformers.
+        layout: the body's tensors as they are stored (True), or as transformers names them (False).
         header: whether texts have the header of an assistant turn, so that the vocabulary has its ids.
     """
 
@@ -83,6 +84,7 @@ class Replica:
     reopened: dict[str, Any] | None = None
     as_classifier: bool = False
     header: bool = False
+    layout: Callable[[dict[str, torch.Tensor], bool], dict[str, torch.Tensor]] = lambda body, stored: body
 
     def config(self) -> Any:
         """The config of the body, as transformers knows it."""
@@ -106,7 +108,8 @@ class Replica:
             body = transformers.AutoModel.from_config(config)
             for parameter in body.parameters():
                 parameter.data += 0.1 * torch.randn_like(parameter)
-        state = {f"{self.prefix}{name}": tensor for name, tensor in body.state_dict().items()}
+        stored = self.layout(dict(body.state_dict()), True)
+        state = {f"{self.prefix}{name}": tensor for name, tensor in stored.items()}
         if self.unembedding:
             state["lm_head.weight"] = draw(config.vocab_size, config.hidden_size)
         head = self.tensors(draw)
@@ -127,6 +130,29 @@ class Replica:
         if self.head is not None:
             return {**self.options, "head": self.head(load_file(folder / "model.safetensors"))}
         return {**self.options, **({"head": folder / "passed_head.safetensors"} if self.passed else {})}
+
+
+def internlm2_layout(body: dict[str, torch.Tensor], stored: bool) -> dict[str, torch.Tensor]:
+    """Llama's tensors as InternLM2 stores them, or back: two groups of two queries, a key and a value of width 8."""
+    names = {"embed_tokens": "tok_embeddings", "o_proj": "wo", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    names |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "norm": "norm"}
+    names |= {"self_attn": "attention", "mlp": "feed_forward"}
+    if not stored:
+        names = {new: old for old, new in names.items()}
+    result = {}
+    for name, tensor in body.items():
+        new = ".".join(names.get(part, part) for part in name.split("."))
+        if "q_proj" in name:
+            q, k, v = (body[name.replace("q_proj", f"{part}_proj")] for part in "qkv")
+            groups = [torch.cat([q[16 * g : 16 * g + 16], k[8 * g : 8 * g + 8], v[8 * g : 8 * g + 8]]) for g in (0, 1)]
+            result[new.replace("q_proj", "wqkv")] = torch.cat(groups)
+        elif "wqkv" in name:
+            first, second = tensor.chunk(2)
+            for part, rows in {"q": slice(0, 16), "k": slice(16, 24), "v": slice(24, 32)}.items():
+                result[new.replace("wqkv", f"{part}_proj")] = torch.cat([first[rows], second[rows]])
+        elif not {"k_proj", "v_proj"} & set(name.split(".")):
+            result[new] = tensor
+    return result
 
 
 def vocabulary(replica: Replica) -> dict[str, int]:
@@ -176,14 +202,15 @@ class Reference:
                 setattr(config, key, True)
         self.body = transformers.AutoModel.from_config(config)
         inside = {name for name in state if not replica.prefix or name.startswith(replica.prefix)}
-        self.body.load_state_dict({name.removeprefix(replica.prefix): state[name] for name in inside})
+        stored = {name.removeprefix(replica.prefix): state[name] for name in inside}
+        self.body.load_state_dict(replica.layout(stored, False))
         self.body = self.body.to(dtype).eval()
         head = {name: state[name] for name in state if name not in inside}
         file = "passed_head.safetensors" if replica.passed else replica.separate
         if file:
             head |= load_file((head_from or folder) / file)
         self.head = {name: tensor.to(dtype) for name, tensor in head.items()}
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
 
     def projections(self) -> list[torch.nn.Module]:
         """The module of every layer whose input is the site mlp."""

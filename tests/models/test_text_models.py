@@ -77,7 +77,7 @@ def test_images_are_refused(whole, tmp_path, plain_tokenizer):
     head = RewardHead.from_pretrained(tmp_path)
     assert media_tokens(whole.config) == {320, 321, 322, 323}
     ids = torch.tensor([[5, 6, 320, 7]])
-    with pytest.raises(DataError, match=r"text 0: it has the tokens \[320\], which stand for images"):
+    with pytest.raises(DataError, match=r"row 0: it has the tokens \[320\], which stand for images"):
         head.score_tokens(ids)
     assert head.score_tokens(ids, torch.tensor([[1, 1, 0, 1]])).isfinite().all()
     with pytest.raises(DataError, match="image"):
