@@ -69,10 +69,21 @@ HERE = [name for name in WITH_BLOCKS if name not in ELSEWHERE]
 # Pages whose blocks train, start processes, or take every effect of a model; the home page has the README's blocks.
 LONG = [
     f"docs/{name}.md"
-    for name in ("attribution", "command_line", "during_training", "index", "inspect", "large_models", "report", "sums_over_tokens")
+    for name in (
+        "attribution",
+        "command_line",
+        "during_training",
+        "index",
+        "inspect",
+        "large_models",
+        "report",
+        "sums_over_tokens",
+    )
 ]
 
 
+# TRL calls transformers by names that it has deprecated.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", grid(HERE, keep=[name for name in HERE if name not in LONG]))
 def test_blocks_print_what_the_page_says(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
