@@ -86,16 +86,22 @@ class Checkpoint:
         """Raise `ModelError` if the score layer of the model in memory has changed since the model was opened."""
         if self.classifier is None or self.head is None or self.logits is None:
             return
-        if not isinstance(self.head, LinearHead):
+        known = self.head.step if isinstance(self.head, ProcessHead) else self.head
+        if not isinstance(known, LinearHead):
             return
-        now = read_head(active_head(self.classifier.score))
+        now = read_head(self.score_layer)
         assert isinstance(now, LinearHead)
-        if not torch.equal(now.bias, self.head.bias) or not torch.equal(now.weight, self.head.weight):
+        if not torch.equal(now.bias, known.bias) or not torch.equal(now.weight, known.weight):
             raise ModelError(
                 f"{self.name}: its score layer changed after the model was opened (it was trained, or another adapter "
                 "was activated), but the head is a copy of the old score layer. Open the model again with "
                 "RewardHead.from_classifier."
             )
+
+    @property
+    def score_layer(self) -> Any:
+        """The layer of the model in memory that `head` was read from."""
+        return active_head(_score_layer(self.classifier))
 
     @property
     def reads_tokens(self) -> bool:
@@ -168,7 +174,7 @@ def open_checkpoint(
         choice = choose_outputs(output, read, str(name))
         logits = Logits(_CLASSIFIER, choice)
     elif reward:
-        layer = getattr(model, "score", None) or getattr(model, "classifier", None)
+        layer = _score_layer(model)
         read = read_head(layer if given is None else given, _width(base.config), names)
         choice = choose_outputs(output, read, "head")
     tokenizer = load_tokenizer(location) if tokenizer is None else tokenizer
@@ -231,13 +237,18 @@ def _with_token_head(
         own: Head = head.on(name, model)
         logits: Logits | None = Logits(_LANGUAGE_MODEL, None)
     else:
-        layer = getattr(model, "score", None) or getattr(model, "classifier", None)
-        step = head.step if head.step is not None else active_head(layer)
+        step = head.step if head.step is not None else active_head(_score_layer(model))
         own, logits = head.on(read_head(step, _width(model.config), model.config.id2label), tokenizer), None
         if head.step is None and name.endswith("ForTokenClassification"):
             logits = Logits(_CLASSIFIES_TOKENS, None)
     choice = choose_outputs(output, own, name)
-    return Checkpoint(base, own, choice, tokenizer, None, name, False, logits, source=None)
+    live = model if isinstance(own, ProcessHead) and logits is not None else None
+    return Checkpoint(base, own, choice, tokenizer, None, name, False, logits, source=None, classifier=live)
+
+
+def _score_layer(model: Any) -> Any:
+    """The layer with the classes of a classifier of sequences or tokens."""
+    return getattr(model, "score", None) or getattr(model, "classifier", None)
 
 
 def _is_classifier(location: CheckpointLocation) -> bool:
@@ -307,7 +318,7 @@ def _step_head(given: ProcessHead, location: CheckpointLocation, stored: StoredH
     if given.step is not None:
         step = read_head_file(given.step) if isinstance(given.step, str | Path) else given.step
         return read_head(step, width, names)
-    layer = getattr(model, "score", None) or getattr(model, "classifier", None)
+    layer = _score_layer(model)
     if layer is not None:
         return read_head(layer, width, names)
     weights = [name for name in stored.layers if name.endswith(".weight")]

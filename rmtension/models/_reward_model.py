@@ -24,7 +24,6 @@ from rmtension.data._pairs import PreferencePairs
 from rmtension.data._tokens import TokenBatch, TokenPlaces, running
 from rmtension.distributed import current
 from rmtension.errors import ModelError, OptionError
-from rmtension.models._adapters import active_head
 from rmtension.models._bodies import Body
 from rmtension.models._checkpoints import Checkpoint
 from rmtension.models._head import Head, LinearHead
@@ -415,9 +414,9 @@ class RewardModel:
         classifier = None if self.checkpoint is None else self.checkpoint.classifier
         if classifier is None:
             return
-        parameters = active_head(classifier.score).parameters()
+        assert self.checkpoint is not None
+        parameters = self.checkpoint.score_layer.parameters()
         state = tuple((id(parameter), parameter._version) for parameter in parameters)
         if state != self._head_state:
-            assert self.checkpoint is not None
             self.checkpoint.require_same_head()
             self._head_state = state
