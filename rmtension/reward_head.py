@@ -123,7 +123,8 @@ class RewardHead(RewardModel):
             name_or_path: a folder or a hub name. A missing path raises an error before the hub is contacted; with
                 `revision` the name is always a hub name.
             head: replaces the checkpoint's head: anything that `weight` accepts above, or the path of a safetensors
-                file.
+                file. `LogRatioHead(reference, beta=...)` reads the language model's own log-probabilities (DPO), and
+                `ProcessHead(marker)` the checkpoint's classes at the end of each step.
             output: which output is the reward, if there are several: an index, a name in `config.id2label`, or for a
                 language model a token (`"ĠYes"` or `" Yes"`). A pair is a difference: `output=("Yes", "No")`.
             model_class: "TransformerBridge", or "HookedTransformer" (TransformerLens 3.x), which converts the weights.
@@ -185,7 +186,8 @@ class RewardHead(RewardModel):
         The weights are shared, not copied, so further training changes the rewards; a `HookedTransformer`, processed
         weights and another `dtype` are copies. The score layer is always copied: if it is trained further, scoring
         raises `ModelError` and asks to open the model again. A `PeftModel` runs with its adapter layers unmerged.
-        `head`, `output`, `model_class` and `process_weights` are those of `from_pretrained`.
+        `head`, `output`, `model_class` and `process_weights` are those of `from_pretrained`; with a `LogRatioHead` the
+        model is a causal language model, with a `ProcessHead` a token classifier.
 
         Examples:
             >>> from transformers import AutoModelForSequenceClassification

@@ -99,6 +99,8 @@ LONG = [
 ]
 
 
+# TRL calls transformers by names that it has deprecated.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", grid(HERE, keep=[name for name in HERE if name not in LONG]))
 def test_blocks_print_what_the_page_says(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

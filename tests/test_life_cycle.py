@@ -379,6 +379,7 @@ THE_SAME = {
     },
     "interventions._expert_weights.ablate_experts": "reward_head.RewardHead.with_ablation",
     "models._experts.ExpertPoint.register_forward_hook": "passes._activation_collector.ActivationCollector.collect",
+    "passes._token_rewards.rewards_of_tokens": "passes._selfcheck.check_head",
     "models._classifiers.current_checkpoint": "models._saving.save_model",
     "models._classifiers.require_same_stream": "models._classifiers.build_classifier",
     "models._classifiers.run_eagerly": "models._classifiers.build_classifier",
@@ -413,9 +414,6 @@ OWN_MODEL = [
     "models._computed_heads.PromptWeightedHead.__init__",
     "models._computed_heads.WeightedHead.__init__",
     "models._encoder_heads.PooledHead.classifier_with",
-    "models._native_body.NativeBody.__init__",
-    "models._native_sites.attends_both_ways",
-    "models._native_sites.find_native_sites",
 ]
 ONLY_LOOKS = [
     "interventions._expert_weights.expert_names",
@@ -427,6 +425,7 @@ ONLY_LOOKS = [
     "study._inspection_outputs.chosen_outputs",
     "study._inspection_outputs.compare_outputs",
     "models._reward_model.RewardModel.require_positions",
+    "models._reward_model.RewardModel.require_text",
     "models._classifiers.rows_to_save",
     *(f"models._computed_heads.PromptWeightedHead.{name}" for name in ("read_tokens", "settings", "tokens")),
     *(f"models._computed_heads.WeightedHead.{name}" for name in ("read", "settings")),
@@ -439,7 +438,7 @@ ONLY_LOOKS = [
         f"models._native_body.NativeBody.{name}"
         for name in (
             *("block", "config", "final_norm", "hook_sites", "is_hooked", "last_mlp_only_at", "modules"),
-            *("n_embeddings", "pack_up_to", "projection", "residual"),
+            *("n_embeddings", "pack_up_to", "projection"),
         )
     ),
     "models._reward_model.RewardModel.read_at",
@@ -481,17 +480,6 @@ ONLY_LOOKS = [
     "passes._activation_collector.ActivationCollector.reset",
     "attribution._neuron_attribution.NeuronAttribution.__init__",
     "models._bodies.BridgeBody.block",
-    "models._bodies.BridgeBody.cfg",
-    "models._bodies.BridgeBody.config",
-    "models._encoder_heads.PooledHead.classifier_with",
-    *(
-        f"models._native_body.NativeBody.{name}"
-        for name in ("block", "config", "final_norm", "hook_sites", "is_hooked", "last_mlp_only_at", "modules")
-    ),
-    *(f"models._native_body.NativeBody.{name}" for name in ("n_embeddings", "pack_up_to", "projection")),
-    "models._reward_model.RewardModel.read_at",
-    "models._reward_model.RewardModel.require_text",
-    "models._hooked_transformer_body.HookedTransformerBody.cfg",
     "models._bodies.BridgeBody.final_norm",
     "models._bodies.BridgeBody.final_norm_folded",
     "models._bodies.BridgeBody.is_hooked",

@@ -42,7 +42,7 @@ from rmtension.models._log_ratio_head import LogRatioHead
 from rmtension.models._models_in_memory import head_in_memory
 from rmtension.models._native_weights import refuse_packed_weights
 from rmtension.models._outputs import ALL, choose_outputs, choose_rows, choose_tokens
-from rmtension.models._own_format import OwnFormat
+from rmtension.models._own_format import OwnFormat, same_tensors
 from rmtension.models._process_head import ProcessHead, StepLayers
 from rmtension.models._refused_kinds import refuse_other_kinds
 from rmtension.models._text_models import media_tokens, text_model
@@ -101,16 +101,21 @@ class Checkpoint:
     media_tokens: frozenset[int] = frozenset()
 
     def require_same_head(self) -> None:
-        """Raise `ModelError` if the score layer of the model in memory has changed since the model was opened."""
-        if self.classifier is None or self.head is None or self.logits is None:
+        """Raise `ModelError` if the head of the model in memory has changed since the model was opened."""
+        if not self.live_head or self.head is None:
             return
-        read = dict(self.head.named_parameters()) | dict(self.head.named_buffers())
-        if isinstance(self.head, LinearHead):
-            read["bias"] = self.head.bias
-        if any(
-            not torch.equal(tensor.to(read[name]), read[name].view_as(tensor))
-            for name, tensor in self.live_head.items()
-        ):
+        if self.logits is None:
+            now = head_in_memory(self.classifier)
+            is_same = now is not None and same_tensors(now.head, self.head)
+        else:
+            copied = self.head.step if isinstance(self.head, ProcessHead) else self.head
+            assert isinstance(copied, Head)
+            read = {**dict(copied.named_parameters()), **dict(copied.named_buffers())}
+            if isinstance(copied, LinearHead):
+                read["bias"] = copied.bias
+            live = self.live_head.items()
+            is_same = all(torch.equal(tensor.to(read[name]), read[name].view_as(tensor)) for name, tensor in live)
+        if not is_same:
             raise ModelError(
                 f"{self.name}: its score layer changed after the model was opened (it was trained, or another adapter "
                 "was activated), but the head is a copy of the old score layer. Open the model again with "
@@ -119,12 +124,19 @@ class Checkpoint:
 
     @property
     def live_head(self) -> dict[str, Tensor]:
-        """The tensors of the model in memory that the head has copies of, by their names in the head."""
-        if self.classifier is None or self.logits is None:
+        """The tensors of the model in memory that the head has copies of, by their names in the head.
+
+        For a head of an own class, all tensors outside the base model, by their names in the model.
+        """
+        if self.classifier is None:
             return {}
+        if self.logits is None:
+            inside = {id(parameter) for parameter in self.classifier.base_model.parameters()}
+            outside = self.classifier.named_parameters()
+            return {name: parameter for name, parameter in outside if id(parameter) not in inside}
         if isinstance(self.head, PooledHead):
             return self.head.tensors_of(self.classifier)
-        return dict(active_head(self.classifier.score).named_parameters())
+        return dict(active_head(_score_layer(self.classifier)).named_parameters())
 
     @property
     def reads_tokens(self) -> bool:
@@ -208,7 +220,7 @@ def open_checkpoint(
         choice = choose_outputs(output, read, str(name))
         logits = Logits(_CLASSIFIER, choice)
     elif reward:
-        layer = getattr(model, "score", None) or getattr(model, "classifier", None)
+        layer = _score_layer(model)
         read = read_head(layer if given is None else given, _width(base.config), names)
         choice = choose_outputs(output, read, "head")
     tokenizer = load_tokenizer(location) if tokenizer is None else tokenizer
@@ -272,7 +284,7 @@ def checkpoint_of(
     base = unwrapped(classifier.base_model)
     pools = is_standard if known is None else known.skips_pad
     pad_token_id = _pad_token_id(name, base.config, tokenizer, pad_token, pools, is_headless=False)
-    live = classifier if head is None and known is None else None
+    live = classifier if head is None else None
     return Checkpoint(base, read, choice, tokenizer, pad_token_id, name, pools, logits, source=None, classifier=live)
 
 
@@ -288,13 +300,18 @@ def _with_token_head(
         own: Head = head.on(name, model)
         logits: Logits | None = Logits(_LANGUAGE_MODEL, None)
     else:
-        layer = getattr(model, "score", None) or getattr(model, "classifier", None)
-        step = head.step if head.step is not None else active_head(layer)
+        step = head.step if head.step is not None else active_head(_score_layer(model))
         own, logits = head.on(read_head(step, _width(model.config), model.config.id2label), tokenizer), None
         if head.step is None and name.endswith("ForTokenClassification"):
             logits = Logits(_CLASSIFIES_TOKENS, None)
     choice = choose_outputs(output, own, name)
-    return Checkpoint(base, own, choice, tokenizer, None, name, False, logits, source=None)
+    live = model if isinstance(own, ProcessHead) and logits is not None else None
+    return Checkpoint(base, own, choice, tokenizer, None, name, False, logits, source=None, classifier=live)
+
+
+def _score_layer(model: Any) -> Any:
+    """The layer with the classes of a classifier of sequences or tokens."""
+    return getattr(model, "score", None) or getattr(model, "classifier", None)
 
 
 def _is_classifier(location: CheckpointLocation, stored: StoredHeads) -> bool:
@@ -370,7 +387,7 @@ def _step_head(given: ProcessHead, location: CheckpointLocation, stored: StoredH
     if given.step is not None:
         step = read_head_file(given.step) if isinstance(given.step, str | Path) else given.step
         return read_head(step, width, names)
-    layer = getattr(model, "score", None) or getattr(model, "classifier", None)
+    layer = _score_layer(model)
     if layer is not None:
         return read_head(layer, width, names)
     weights = [name for name in stored.layers if name.endswith(".weight")]

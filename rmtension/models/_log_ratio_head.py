@@ -164,7 +164,7 @@ class _Reference:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._last: tuple[TokenBatch, Tensor] | None = None
+        self._last: tuple[TokenBatch, object, Tensor] | None = None
 
     def __deepcopy__(self, _memo: object) -> "_Reference":
         return self
@@ -172,8 +172,11 @@ class _Reference:
     @torch.no_grad()
     def log_likelihoods(self, batch: TokenBatch) -> Float[Tensor, "text"]:
         """The log-likelihoods of the responses of a batch. Cost: one forward pass, or none for the last batch."""
-        if self._last is not None and not self.model.body.is_hooked and _are_same(self._last[0], batch):
-            return self._last[1]
+        weights = self._weights
+        if self._last is not None and not self.model.body.is_hooked:
+            before, of_weights, known_values = self._last
+            if of_weights == weights and _are_same(before, batch):
+                return known_values
         known = self.model.body.n_embeddings
         if int(batch.input_ids.max()) >= known:
             raise DataError(
@@ -189,8 +192,14 @@ class _Reference:
             states = rows.gather(places, self.model.residual(rows)).to(self.model.reward_dtype)
         values: Tensor = head.log_likelihoods(states, places, rows)
         if not self.model.body.is_hooked:
-            self._last = (batch, values)
+            self._last = (batch, weights, values)
         return values
+
+    @property
+    def _weights(self) -> object:
+        """What changes when a weight of the reference does."""
+        tensors = [*self.model.body.module.parameters(), *self.model.require_head().shared_tensors]
+        return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
 
 
 def require_same_tokens(tokenizer: Any, reference: Any) -> None:

@@ -296,8 +296,9 @@ def test_the_reference_runs_once_per_batch_and_is_never_ablated(policy, referenc
     # The fingerprint covers the reference, whose weights the reward depends on.
     before = model.fingerprint
     with torch.no_grad():
-        next(other.body.module.parameters()).view(-1)[0] += 1.0
+        next(other.body.module.parameters()).add_(torch.randn(1))
     assert model.fingerprint != before
+    assert not torch.equal(model.score_pairs(pairs).margin, first.margin)
 
 
 def test_a_reference_with_other_tokens_is_refused(policy, reference, tmp_path, tokenizer):

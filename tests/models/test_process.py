@@ -136,6 +136,10 @@ def test_checks_pass_and_saved_models_score_the_same(process, steps, tmp_path):
     assert kind.config.num_labels == 2
     memory = RewardHead.from_classifier(kind, head=ProcessHead(MARKER), output=output, tokenizer=model.tokenizer)
     assert torch.allclose(memory.score_pairs(steps).margin, model.score_pairs(steps).margin, atol=1e-7)
+    with torch.no_grad():
+        kind.classifier.weight += 0.1
+    with pytest.raises(ModelError, match="its score layer changed after the model was opened"):
+        memory.score_pairs(steps)
 
 
 @pytest.mark.grid
