@@ -1,7 +1,7 @@
 """A reward model with hooks: a scalar head on a TransformerBridge or a HookedTransformer."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -23,11 +23,9 @@ from rmtension.models._bodies import find_body
 from rmtension.models._bridges import check_model_class
 from rmtension.models._checkpoint_names import require_name
 from rmtension.models._checkpoints import checkpoint_of, open_checkpoint
-from rmtension.models._classifiers import save_classifier
 from rmtension.models._hooks import copy_without_hooks
 from rmtension.models._lens_models import is_saved_model
 from rmtension.models._loading import LoadOptions
-from rmtension.models._log_ratio_head import LogRatioHead
 from rmtension.models._opening import (
     bound_head,
     head_on,
@@ -37,10 +35,10 @@ from rmtension.models._opening import (
     within_reference,
 )
 from rmtension.models._outputs import choose_outputs
-from rmtension.models._process_head import ProcessHead
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions, check_run_options, run_options_of
-from rmtension.models._token_models import save_token_model
+from rmtension.models._saving import save_model
+from rmtension.models._weighted_sum import with_weighted_sum
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._rewards_of_pairs import RewardsOfPairs
@@ -70,7 +68,7 @@ class RewardHead(RewardModel):
             prepend a BOS token.
         pad_token_id: tokens with this id are skipped at the end of a text, as in transformers' classifiers; None skips
             nothing.
-        **options: `max_length`, `tokens_per_batch`, `truncate_response` and `on_nonfinite`; see
+        **options: `max_length`, `tokens_per_batch`, `truncate_response`, `on_nonfinite` and `two_segments`; see
             `rmtension.models.RunOptions`. All constructors take them, and they become attributes of the head.
 
     Examples:
@@ -229,8 +227,9 @@ class RewardHead(RewardModel):
     def output(self, output: object) -> "RewardHead":
         """The same model with another output as its reward; weights are shared, nothing is copied.
 
-        `output` is the name or the index of an output, or a pair (a, b) for output a minus output b. Every function
-        that takes a model takes the result, so two outputs of one model can be compared as two models are.
+        `output` is the name or the index of an output, a pair (a, b) for output a minus output b, or a mapping from
+        outputs to weights for their weighted sum. Every function that takes a model takes the result, so two outputs of
+        one model can be compared as two models are (`docs/outputs.md`).
 
         Raises `OptionError` for an output that the head does not have, with the nearest name.
 
@@ -243,9 +242,20 @@ class RewardHead(RewardModel):
             1.0
             >>> model.output(("harm", "helpfulness")).score_pairs(pairs["helpful"]).accuracy()
             0.0
+            >>> model.output({"helpfulness": 1.0, "harm": -0.5}).outputs
+            ['helpfulness', 'harm', 'helpfulness - 0.5 harm']
         """
-        choice = choose_outputs(output, self.require_head(), "output")
         other = copy.copy(self)
+        if isinstance(output, Mapping):
+            other.head, number = with_weighted_sum(self.require_head(), output)
+            other._choose((number,))
+            names = self.outputs
+            terms = {name if isinstance(name, str) else names[name]: weight for name, weight in output.items()}
+            other.weighted_sums = (*self.weighted_sums, terms)
+            if self.checkpoint is not None:
+                other.checkpoint = replace(self.checkpoint, choice=(number,), logits=None)  # transformers has no sums
+            return other
+        choice = choose_outputs(output, self.require_head(), "output")
         other._choose(choice)
         if self.checkpoint is not None:
             logits = self.checkpoint.logits
@@ -383,17 +393,17 @@ class RewardHead(RewardModel):
         return fwd_hooks(self, neurons, replacement)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a checkpoint that `AutoModelForSequenceClassification` loads, with the tokenizer.
+        """Write a checkpoint of the kind that the model was read from, with the tokenizer.
 
-        A checkpoint that is already in the folder is replaced. A `HookedTransformer` or a `boot_native` bridge, for
-        which transformers has no class, is written as its state dict, config and head. `from_pretrained` opens both.
+        A classifier, a head that you passed and the logits of tokens are written as a classifier that
+        `AutoModelForSequenceClassification` loads; a checkpoint with its own class is written with its own names,
+        config and code, which is copied and not run. A checkpoint that is already in the folder is replaced. A
+        `HookedTransformer` or a `boot_native` bridge, for which transformers has no class, is written as its state
+        dict, config and head. `from_pretrained` opens all of them.
 
         Examples:
             >>> head.with_ablation(neurons).save_pretrained("without-helpful")
             >>> RewardHead.from_pretrained("without-helpful").score_pairs(pairs["harmless"]).accuracy()
             1.0
         """
-        if isinstance(self.head, LogRatioHead | ProcessHead):
-            save_token_model(self, folder)
-        else:
-            save_classifier(self, folder)
+        save_model(self, folder)

@@ -58,8 +58,24 @@ def two_models_of_the_hub():
     return {}
 
 
+def replicas_of_the_hub():
+    """For the page of kinds: under the names of the hub, folders of replicas."""
+    from linear_and_gated_replicas import ALL
+    from replicas import make_pairs
+
+    kinds = {replica.kind: replica for replica in ALL}
+    armo = kinds["objectives, gated by the prompt"]
+    armo.make(Path("RLHFlow", "ArmoRM-Llama3-8B-v0.1"))
+    kinds["attributes with fixed weights"].make(Path("LxzGordon", "URM-LLaMa-3-8B"))
+    return {"pairs": make_pairs(armo)}
+
+
 # The files in a page's folder, and the names that its blocks use.
-BEFORE = {"docs/families.md": small_chat_model, "docs/compare_two.md": two_models_of_the_hub}
+BEFORE = {
+    "docs/families.md": small_chat_model,
+    "docs/compare_two.md": two_models_of_the_hub,
+    "docs/kinds.md": replicas_of_the_hub,
+}
 # Pages that another test runs, because what they need is made there.
 ELSEWHERE = {"docs/paper.md": "tests/study/test_study.py"}
 WITH_BLOCKS = {
@@ -76,6 +92,7 @@ LONG = [
         "index",
         "inspect",
         "large_models",
+        "outputs",
         "report",
         "sums_over_tokens",
     )

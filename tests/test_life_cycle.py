@@ -26,7 +26,7 @@ from rmtension.attribution._batch_run import BatchRun, _BlockGates
 from rmtension.attribution._faithfulness import faithfulness
 from rmtension.attribution._make_dashboards import neuron_dashboards
 from rmtension.attribution._single_effects import single_neuron_effects
-from rmtension.data._tokens import TokenBatch, running, running_batch
+from rmtension.data._tokens import ReadAt, TokenBatch, running, running_batch
 from rmtension.distributed import current, sharded
 from rmtension.errors import OptionError, RMTensionError
 from rmtension.interventions._sweep import score_without
@@ -44,10 +44,13 @@ from rmtension.models._hooks import (
     own_hooks_paused,
     recorded_calls,
 )
+from rmtension.models._native_body import NativeBody
+from rmtension.models._native_sites import attends_both_ways, find_native_sites
 from rmtension.models._native_weights import plain_copy
 from rmtension.models._opening import require_hidden_padding
 from rmtension.models._replay import Replay
 from rmtension.models._site_widths import measure_sites
+from rmtension.models._text_models import text_model
 from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.passes._nonfinite import require_finite, where_not_finite
 from rmtension.passes._pair_pass import run_pass
@@ -88,7 +91,7 @@ def make_setup(folder, checkpoint, other):
     head, base = RewardHead.from_pretrained(checkpoint), RewardHead.from_pretrained(other)
     pairs = make_pairs(4, seed=1)
     encoded = head.encode(pairs)
-    batch = TokenBatch.from_texts([*encoded.chosen, *encoded.rejected], range(8), pad_token_id=1, device=head.device)
+    batch = TokenBatch.from_texts([*encoded.chosen, *encoded.rejected], range(8), read_at=ReadAt(1), device=head.device)
     masks = torch.zeros(2, head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
     masks[0, 1, 3] = masks[1, 2, 4] = True
     sets = [NeuronSet(mask, "mlp", head.architecture) for mask in masks]
@@ -260,11 +263,18 @@ CALLS = {
     "attribution._batch_run.BatchRun.replay": lambda s: BatchRun(
         s.head, s.batch, ["mlp"], forward=False
     ).replay.rewards_from(1),
+    "models._native_sites.attends_both_ways": lambda s: attends_both_ways(s.head.body.module),
+    "models._native_sites.find_native_sites": lambda s: find_native_sites(s.head.body.module),
+    "models._text_models.text_model": lambda s: text_model(s.head.body.module),
+    "models._native_body.NativeBody.__init__": lambda s: NativeBody(s.head.body.module),
+    "models._native_body.NativeBody.residual": lambda s: in_eval(
+        s, lambda: NativeBody(s.head.body.module).residual(s.batch)
+    ),
     "models._bodies.BridgeBody.residual": lambda s: in_eval(s, lambda: s.head.body.residual(s.batch)),
     "models._direct_path.direct_contributions": lambda s: direct_contributions(s.head, s.batch),
     "models._direct_weights.direct_weights": lambda s: direct_weights(s.head, s.batch, "mlp", [(0, 1)]),
     "models._classifiers.build_classifier": lambda s: build_classifier(s.head),
-    "models._classifiers.save_classifier": lambda s: s.head.save_pretrained(s.folder / "saved"),
+    "models._saving.save_model": lambda s: s.head.save_pretrained(s.folder / "saved"),
     "attribution._faithfulness.faithfulness": lambda s: faithfulness(
         s.head,
         s.pairs,
@@ -358,17 +368,29 @@ THE_SAME = {
     "models._classifiers.reload_classifier": "passes._selfcheck.check_head",
     "reward_head.RewardHead.fwd_hooks": "interventions._lens_hooks.fwd_hooks",
     "reward_head.RewardHead.check": "passes._selfcheck.check_head",
-    "reward_head.RewardHead.save_pretrained": "models._classifiers.save_classifier",
+    "reward_head.RewardHead.save_pretrained": "models._saving.save_model",
     "passes._scoring.score_texts": "reward_head.RewardHead.score",
     "models._reward_model.RewardModel.all_outputs": "reward_head.RewardHead.score_outputs",
     "passes._scoring.score_tokens": "reward_head.RewardHead.score_tokens",
     "passes._probes.find_probes": "passes._selfcheck.check_head",
-    "models._classifiers.current_checkpoint": "models._classifiers.save_classifier",
+    **{
+        f"models._token_models.{name}": "models._saving.save_model"
+        for name in ("build_language_model", "build_token_classifier", "save_token_model")
+    },
+    "interventions._expert_weights.ablate_experts": "reward_head.RewardHead.with_ablation",
+    "models._experts.ExpertPoint.register_forward_hook": "passes._activation_collector.ActivationCollector.collect",
+    "models._classifiers.current_checkpoint": "models._saving.save_model",
     "models._classifiers.require_same_stream": "models._classifiers.build_classifier",
     "models._classifiers.run_eagerly": "models._classifiers.build_classifier",
 }
 # What opens or builds a model of its own, or looks at one without running it: nothing of a user's could be changed.
 OWN_MODEL = [
+    "models._bodies.BridgeBody.experts",
+    "models._native_body.NativeBody.experts",
+    "models._experts.ExpertPoint.__init__",
+    "models._experts.expert_point",
+    "models._opening.bound_head",
+    "models._opening.within_reference",
     "models._bodies.BridgeBody.__init__",
     "models._bodies.find_body",
     "models._reward_model.RewardModel.__init__",
@@ -388,8 +410,39 @@ OWN_MODEL = [
     "models._lens_models.copy_model",
     "models._lens_models.write_model",
     "models._checkpoints.Checkpoint.__init__",
+    "models._computed_heads.PromptWeightedHead.__init__",
+    "models._computed_heads.WeightedHead.__init__",
+    "models._encoder_heads.PooledHead.classifier_with",
+    "models._native_body.NativeBody.__init__",
+    "models._native_sites.attends_both_ways",
+    "models._native_sites.find_native_sites",
 ]
 ONLY_LOOKS = [
+    "interventions._expert_weights.expert_names",
+    *(f"models._experts.ExpertPoint.{name}" for name in ("experts", "forward", "restore", "routed", "write")),
+    "models._experts.is_experts",
+    "models._reward_model.RewardModel.body_fingerprint",
+    "models._reward_model.RewardModel.output_name",
+    "study._family_runs.ModelFamily.outputs",
+    "study._inspection_outputs.chosen_outputs",
+    "study._inspection_outputs.compare_outputs",
+    "models._reward_model.RewardModel.require_positions",
+    "models._classifiers.rows_to_save",
+    *(f"models._computed_heads.PromptWeightedHead.{name}" for name in ("read_tokens", "settings", "tokens")),
+    *(f"models._computed_heads.WeightedHead.{name}" for name in ("read", "settings")),
+    "models._own_format.same_tensors",
+    "models._checkpoints.Checkpoint.live_head",
+    "models._bodies.BridgeBody.cfg",
+    "models._bodies.BridgeBody.config",
+    "models._hooked_transformer_body.HookedTransformerBody.cfg",
+    *(
+        f"models._native_body.NativeBody.{name}"
+        for name in (
+            *("block", "config", "final_norm", "hook_sites", "is_hooked", "last_mlp_only_at", "modules"),
+            *("n_embeddings", "pack_up_to", "projection", "residual"),
+        )
+    ),
+    "models._reward_model.RewardModel.read_at",
     "attribution._batch_scores.BatchScorer.__init__",
     "attribution._batch_scores.BatchScorer.method_fields",
     "attribution._batch_scores.BatchScorer.provenance",
@@ -428,6 +481,17 @@ ONLY_LOOKS = [
     "passes._activation_collector.ActivationCollector.reset",
     "attribution._neuron_attribution.NeuronAttribution.__init__",
     "models._bodies.BridgeBody.block",
+    "models._bodies.BridgeBody.cfg",
+    "models._bodies.BridgeBody.config",
+    "models._encoder_heads.PooledHead.classifier_with",
+    *(
+        f"models._native_body.NativeBody.{name}"
+        for name in ("block", "config", "final_norm", "hook_sites", "is_hooked", "last_mlp_only_at", "modules")
+    ),
+    *(f"models._native_body.NativeBody.{name}" for name in ("n_embeddings", "pack_up_to", "projection")),
+    "models._reward_model.RewardModel.read_at",
+    "models._reward_model.RewardModel.require_text",
+    "models._hooked_transformer_body.HookedTransformerBody.cfg",
     "models._bodies.BridgeBody.final_norm",
     "models._bodies.BridgeBody.final_norm_folded",
     "models._bodies.BridgeBody.is_hooked",
@@ -489,7 +553,7 @@ ONLY_LOOKS = [
     "models._reward_model.RewardModel.provenance",
     "models._reward_model.RewardModel.read",
     "models._reward_model.RewardModel.last_mlp_where_read",
-    "models._reward_model.RewardModel.read_last",
+    "models._reward_model.RewardModel.read_places",
     "models._reward_model.RewardModel.require_choice",
     "models._reward_model.RewardModel.require_head",
     "models._reward_model.RewardModel.require_weight",
@@ -637,7 +701,9 @@ ELSEWHERE = {
     "store._files.written_whole": "test_files",
     "_progress.without_unseen_bars": "test_progress",
     "study._model_runs.ModelRuns._work": "test_work",
+    "models._bridges._without_installing": "test_text_models",
     "models._head_files._damage_named": "test_heads",
+    "models._checkpoint_folder.checkpoint_folder": "test_files",
     "training._trainer_run.isolated": "test_training",
     "training._trainer_run.new_folder": "test_training",
     "store._work_folder.locked": "test_work",
@@ -785,6 +851,7 @@ def test_only_these_modules_touch_hooks_and_flags():
                 if getattr(target, "attr", "") in ("training", "requires_grad")
             }
     assert touching == {
+        ("_experts", "register_forward_hook"),  # its own, with which it replaces the forward of the experts
         ("_hooks", "register_forward_hook"),
         ("_hooks", "register_forward_pre_hook"),
         ("_hooks", "training"),

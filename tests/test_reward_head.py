@@ -213,7 +213,13 @@ class TestBadCheckpoints:
 class TestRunOptions:
     """Run options: every constructor takes them, and copies of a head keep them."""
 
-    SAID = {"max_length": 40, "tokens_per_batch": 100, "truncate_response": True, "on_nonfinite": "skip"}
+    SAID = {
+        "max_length": 40,
+        "tokens_per_batch": 100,
+        "truncate_response": True,
+        "on_nonfinite": "skip",
+        "two_segments": True,
+    }
 
     def of(self, head):
         return {name: getattr(head, name) for name in self.SAID}
@@ -231,7 +237,12 @@ class TestRunOptions:
         assert [self.of(head) for head in opened] == [self.SAID] * len(opened)
 
     def test_run_options_have_their_defaults(self, head):
-        defaults = {"tokens_per_batch": None, "truncate_response": False, "on_nonfinite": "raise"}
+        defaults = {
+            "tokens_per_batch": None,
+            "truncate_response": False,
+            "on_nonfinite": "raise",
+            "two_segments": False,
+        }
         assert self.of(head) == {"max_length": CONTEXT, **defaults}
 
     @pytest.mark.parametrize(

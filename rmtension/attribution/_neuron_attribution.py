@@ -67,7 +67,7 @@ class NeuronAttribution:
     Args:
         head: the model to score.
         method: one of the above.
-        site: "mlp", "mlp_gate" or "attn_head".
+        site: "mlp", "mlp_gate", "attn_head" or "expert".
         positions: "all", "response" or "last": the tokens that scores average, sum over, or replace activations at.
         aggregate: "signed" averages the values of the pairs, "absolute" their magnitudes.
         replacement: what replaces activations in `attribution_patching` and `integrated_gradients`: `Zero()`,
@@ -198,7 +198,7 @@ class NeuronAttribution:
 
     @torch.inference_mode(False)
     def _by_token(self, pair: PreferencePair, texts: list[EncodedText]) -> TokenScores:
-        batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=self.head.pad_token_id, device=self.head.device)
+        batch = TokenBatch.from_texts(texts, (0, 0), read_at=self.head.read_at, device=self.head.device)
         scorer = self._scorer
         values = scorer.of_tokens(run_batch([scorer], batch)).cpu()
         # The values of rejected texts carry the minus sign of the pair's score; this removes it.

@@ -128,7 +128,7 @@ def active_texts(
     """
     encoded = head.encode(pair)
     texts = [*encoded.chosen, *encoded.rejected]
-    batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=head.pad_token_id, device=head.device)
+    batch = TokenBatch.from_texts(texts, (0, 0), read_at=head.read_at, device=head.device)
     activations = _activations(head, batch, neurons).cpu()
     select = batch.select(positions).cpu()
     pieces = [token_pieces(head.tokenizer, text.ids) for text in texts]

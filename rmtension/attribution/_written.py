@@ -24,7 +24,7 @@ def written(
     """
     encoded = head.encode(pair)
     texts = [*encoded.chosen, *encoded.rejected]
-    batch = TokenBatch.from_texts(texts, (0, 0), pad_token_id=head.pad_token_id, device=head.device)
+    batch = TokenBatch.from_texts(texts, (0, 0), read_at=head.read_at, device=head.device)
     weights = direct_weights(head, batch, site, wanted)
     rows = unembedding(head)
     reasons = {"no_weights": weights.reason, "no_tokens": weights.reason}

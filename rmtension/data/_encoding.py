@@ -13,7 +13,7 @@ from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning
 
 # Texts per call of the tokenizer: with offsets, its output takes ten times the memory of the ids.
-_AT_A_TIME = 64
+AT_A_TIME = 64
 # Tokenizers for which the warning about plain prompts was already shown.
 _WARNED: WeakSet[Any] = WeakSet()
 # A text for `RewardHead.score`: the text itself, or the messages of a chat.
@@ -22,11 +22,15 @@ TextOrChat = str | Sequence[Mapping[str, Any]] | Chat
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Token ids of one text, the index of its first response token, and a hash of its prompt (`key`)."""
+    """Token ids of one text, the index of its first response token, and a hash of its prompt (`key`).
+
+    `has_types` says that the response has the token type 1, as the second segment of an encoder, and the prompt 0.
+    """
 
     ids: tuple[int, ...]
     response_start: int
     key: int
+    has_types: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,7 +77,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[Any], *, max_length: int, trunc
             )
         _require_room(lead, max_length)
         kept = response[max(0, length - max_length) :]
-        encoded.append(EncodedText(tuple(lead + kept), len(lead), _key(text.text)))
+        encoded.append(EncodedText(tuple(lead + kept), len(lead), key_of(text.text)))
     return encoded
 
 
@@ -94,7 +98,7 @@ def encode_pairs(
         >>> len(encoded.chosen), encoded.n_prompts_cut
         (24, 0)
     """
-    _require_tokenizer(tokenizer)
+    require_tokenizer(tokenizer)
     _warn_of_texts(tokenizer, pairs)
     rendered = [_render_side(tokenizer, pair, side) for pair in pairs for side in ("chosen", "rejected")]
     parts = _parts(tokenizer, rendered)
@@ -116,7 +120,7 @@ def encode_pairs(
             before = lead + prompt[max(0, len(prompt) - room) :]
             after = response[: max_length - len(lead)]
             side.append(
-                EncodedText(tuple(before + after), len(before), _key(prompt_text(pair.prompt) + (pair.tools or "")))
+                EncodedText(tuple(before + after), len(before), key_of(prompt_text(pair.prompt) + (pair.tools or "")))
             )
     return EncodedPairs(tuple(chosen), tuple(rejected), n_prompts_cut, n_responses_cut)
 
@@ -160,19 +164,19 @@ def _render(tokenizer: Any, text: Any, where: str) -> RenderedText:
             f"{where}: expected a text or a list of messages, got {type(text).__name__}. "
             "Score a single chat with score([messages])."
         )
-    _require_tokenizer(tokenizer)
+    require_tokenizer(tokenizer)
     return render(tokenizer, read_chat(text, where))
 
 
 def _parts(tokenizer: Any, texts: Sequence[RenderedText]) -> list[tuple[list[int], list[int], list[int]]]:
     """Every text's ids as (leading special tokens, prompt, response)."""
-    _require_tokenizer(tokenizer)
+    require_tokenizer(tokenizer)
     parts: list[tuple[list[int], list[int], list[int]]] = [([], [], [])] * len(texts)
     # A chat template writes all special tokens itself.
     for is_chat in (False, True):
         numbers = [number for number, text in enumerate(texts) if text.is_chat == is_chat]
-        for start in range(0, len(numbers), _AT_A_TIME):
-            block = numbers[start : start + _AT_A_TIME]
+        for start in range(0, len(numbers), AT_A_TIME):
+            block = numbers[start : start + AT_A_TIME]
             encoded = _encoded(tokenizer, [texts[number] for number in block], is_chat)
             for number, part in zip(block, encoded, strict=True):
                 if not part[2]:
@@ -226,7 +230,8 @@ def _tokens(tokenizer: Any, texts: list[str], is_chat: bool) -> Any:
         ) from error
 
 
-def _require_tokenizer(tokenizer: Any) -> None:
+def require_tokenizer(tokenizer: Any) -> None:
+    """Raise `ModelError` unless there is a tokenizer that maps tokens to characters."""
     if tokenizer is None:
         raise ModelError(
             "tokenizer: this reward model has no tokenizer. Pass tokenizer=... to RewardHead to score texts."
@@ -239,5 +244,6 @@ def _require_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def _key(text: str) -> int:
+def key_of(text: str) -> int:
+    """The hash of a prompt."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()) >> 1

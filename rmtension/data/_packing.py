@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.data._encoding import EncodedPairs, EncodedText
-from rmtension.data._tokens import TokenBatch, last_token, length_buckets
+from rmtension.data._tokens import READ_LAST, ReadAt, TokenBatch, length_buckets, token_types_of
 
 # Which texts share a row: none (one text per row, in order); those of one pair, so that a row's gradient belongs to
 # that pair; or those of one prompt.
@@ -60,7 +60,7 @@ def pair_batches(
     pairs: EncodedPairs,
     *,
     tokens_per_batch: int,
-    pad_token_id: int | None,
+    read_at: ReadAt = READ_LAST,
     device: torch.device | str,
     pack_up_to: int = 0,
     group_up_to: int = 0,
@@ -76,24 +76,24 @@ def pair_batches(
         lengths = [max(map(len, both)) for both in zip(pairs.chosen, pairs.rejected, strict=True)]
         for indices in length_buckets(lengths, max(1, tokens_per_batch // 2)):
             texts = [side[index] for side in (pairs.chosen, pairs.rejected) for index in indices]
-            yield TokenBatch.from_texts(texts, indices * 2, pad_token_id=pad_token_id, device=device)
+            yield TokenBatch.from_texts(texts, indices * 2, read_at=read_at, device=device)
         return
-    groups = list(_packed_groups(pairs, sharing == "prompt", pad_token_id, pack_up_to, min(group_up_to, pack_up_to)))
+    groups = list(_packed_groups(pairs, sharing == "prompt", read_at, pack_up_to, min(group_up_to, pack_up_to)))
     for is_packed in (False, True):
         some = [group for group in groups if group.is_packed == is_packed]
         # A pair that is not packed takes two rows.
         budget = tokens_per_batch if is_packed else max(1, tokens_per_batch // 2)
         for numbers in length_buckets([group.width for group in some], budget):
-            yield _batch(pairs, [some[number] for number in numbers], pad_token_id).to(device)
+            yield _batch(pairs, [some[number] for number in numbers], read_at).to(device)
 
 
-def pack(pairs: EncodedPairs, pad_token_id: int | None) -> TokenBatch:
+def pack(pairs: EncodedPairs, read_at: ReadAt = READ_LAST) -> TokenBatch:
     """Pack every pair into one row, whether or not that saves tokens."""
     groups = [
-        _PackedGroup((index,), (_row(texts, pad_token_id),))
+        _PackedGroup((index,), (_row(texts, read_at),))
         for index, texts in enumerate(zip(pairs.chosen, pairs.rejected, strict=True))
     ]
-    return _batch(pairs, groups, pad_token_id)
+    return _batch(pairs, groups, read_at)
 
 
 def attention_mask(batch: TokenBatch, dtype: torch.dtype) -> Float[Tensor, "row 1 query key"]:
@@ -112,7 +112,7 @@ def attention_mask(batch: TokenBatch, dtype: torch.dtype) -> Float[Tensor, "row 
 
 
 def _packed_groups(
-    pairs: EncodedPairs, by_prompt: bool, pad_token_id: int | None, pack_up_to: int, group_up_to: int
+    pairs: EncodedPairs, by_prompt: bool, read_at: ReadAt, pack_up_to: int, group_up_to: int
 ) -> Iterator[_PackedGroup]:
     both = list(zip(pairs.chosen, pairs.rejected, strict=True))
     groups: dict[object, list[int]] = {}
@@ -124,20 +124,20 @@ def _packed_groups(
         taken: list[int] = []
         row: _Row | None = None
         for index in indices:
-            longer = _row([*(row.texts if row else ()), *both[index]], pad_token_id)
+            longer = _row([*(row.texts if row else ()), *both[index]], read_at)
             if row is not None and longer.length > group_up_to:
-                yield from _packed_or_alone(both, taken, row, pad_token_id, pack_up_to)
-                taken, longer = [], _row(both[index], pad_token_id)
+                yield from _packed_or_alone(both, taken, row, read_at, pack_up_to)
+                taken, longer = [], _row(both[index], read_at)
             taken, row = [*taken, index], longer
         assert row is not None
-        yield from _packed_or_alone(both, taken, row, pad_token_id, pack_up_to)
+        yield from _packed_or_alone(both, taken, row, read_at, pack_up_to)
 
 
 def _packed_or_alone(
     both: Sequence[tuple[EncodedText, EncodedText]],
     indices: Sequence[int],
     row: _Row,
-    pad_token_id: int | None,
+    read_at: ReadAt,
     pack_up_to: int,
 ) -> Iterator[_PackedGroup]:
     """One packed row if that saves tokens; otherwise one row per pair, and if that saves nothing, one row per text."""
@@ -145,12 +145,12 @@ def _packed_or_alone(
         yield _PackedGroup(tuple(indices), (row,))
     elif len(indices) > 1:
         for index in indices:
-            yield from _packed_or_alone(both, [index], _row(both[index], pad_token_id), pad_token_id, pack_up_to)
+            yield from _packed_or_alone(both, [index], _row(both[index], read_at), read_at, pack_up_to)
     else:
         yield _PackedGroup(tuple(indices), tuple(_Row((text,), 0) for text in row.texts))
 
 
-def _row(texts: Sequence[EncodedText], pad_token_id: int | None) -> _Row:
+def _row(texts: Sequence[EncodedText], read_at: ReadAt) -> _Row:
     """The distinct texts as one row.
 
     Their order depends on the texts alone: a pair with chosen and rejected swapped gives the same row, so its scores
@@ -160,13 +160,13 @@ def _row(texts: Sequence[EncodedText], pad_token_id: int | None) -> _Row:
     if len(distinct) == 1:
         return _Row(tuple(distinct), 0)
     # The token that a reward is read from is never shared, so that an edit of it affects one text only.
-    most = min(_last(text, pad_token_id) for text in distinct)
+    most = min(read_at.index(text.ids) for text in distinct)
     # In sorted order, the prefix that the first and the last text share is shared by all.
     columns = zip(distinct[0].ids[:most], distinct[-1].ids[:most], strict=True)
     return _Row(tuple(distinct), next((column for column, (a, b) in enumerate(columns) if a != b), most))
 
 
-def _batch(pairs: EncodedPairs, groups: Sequence[_PackedGroup], pad_token_id: int | None) -> TokenBatch:
+def _batch(pairs: EncodedPairs, groups: Sequence[_PackedGroup], read_at: ReadAt) -> TokenBatch:
     """The pairs of some groups as one batch; the row of each text determines the columns of its tokens."""
     rows = [row for group in groups for row in group.rows]
     width = max(row.length for row in rows)
@@ -200,22 +200,22 @@ def _batch(pairs: EncodedPairs, groups: Sequence[_PackedGroup], pad_token_id: in
     position = torch.where(columns < n_shared[:, None], columns, columns - shift)
     own = (columns >= starts_at[:, None]) & (position < lengths[:, None])
     mask = (columns < n_shared[:, None]) | own
-    last = torch.tensor([_last(text, pad_token_id) for text in texts])
+    response = mask & (position >= torch.tensor([text.response_start for text in texts])[:, None])
+    of_texts = token_types_of(texts, response)
+    token_types = None
+    if of_texts is not None:  # such texts have a row of their own: encoders do not pack
+        token_types = torch.zeros_like(input_ids)
+        token_types[row_index] = of_texts
+    last = torch.tensor([read_at.index(text.ids) for text in texts])
     return TokenBatch(
         input_ids=input_ids,
         mask=mask,
-        response=mask & (position >= torch.tensor([text.response_start for text in texts])[:, None]),
+        response=response,
         # The last token is never in the shared prefix.
         last=last + shift[:, 0],
         keys=torch.tensor([text.key for text in texts]),
         indices=tuple(index for group in groups for index in group.indices) * 2,
         row_index=row_index,
         position_ids=position_ids if any(group.is_packed for group in groups) else None,
+        token_types=token_types,
     )
-
-
-def _last(text: EncodedText, pad_token_id: int | None) -> int:
-    if text.ids[-1] != pad_token_id:
-        return len(text) - 1
-    ids = torch.tensor([text.ids])
-    return int(last_token(ids, torch.ones_like(ids, dtype=torch.bool), pad_token_id)[0])

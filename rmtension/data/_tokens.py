@@ -16,6 +16,37 @@ from rmtension.errors import DataError, OptionError
 
 
 @dataclass(frozen=True)
+class ReadAt:
+    """Which token of a text its reward is read from: the `first`, or the last that is not `pad_token_id`.
+
+    Classifiers with causal attention read the last token, encoders the first ([CLS]). Transformers' sequence
+    classifiers skip trailing pad tokens, so a text that ends in eos is read one token earlier if pad and eos are the
+    same token; None skips nothing. As in transformers, a text of pad tokens only is read at its first column.
+    """
+
+    pad_token_id: int | None = None
+    first: bool = False
+
+    def columns(self, input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "text token"]) -> Int[Tensor, "text"]:
+        """The column of the token that each text's reward is read from."""
+        if self.first:
+            return mask.int().argmax(dim=1)
+        wanted = mask if self.pad_token_id is None else mask & (input_ids != self.pad_token_id)
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        return (columns * wanted).argmax(dim=1)
+
+    def index(self, ids: Sequence[int]) -> int:
+        """The index of that token among the ids of one text."""
+        if self.first:
+            return 0
+        return next((i for i in reversed(range(len(ids))) if ids[i] != self.pad_token_id), 0)
+
+
+# The last token, whichever it is.
+READ_LAST = ReadAt()
+
+
+@dataclass(frozen=True)
 class TokenPlaces:
     """Where some tokens of a batch's texts are: the text of each token, the row that the text is in, and the column."""
 
@@ -54,7 +85,7 @@ class TokenBatch:
     is the column that its reward is read from, `keys` a hash of its prompt, and `indices` its index in the list that
     was batched. In a batch of pairs, the chosen texts come first, then the rejected ones. `row_index` is the row that
     a text is in; if it is None, text i is row i. `position_ids` are set if rows are packed: each token's position in
-    its own text.
+    its own text. `token_types` are set for texts of two segments: 0 for the prompt, 1 for the response.
     """
 
     input_ids: Int[Tensor, "row token"]
@@ -65,6 +96,7 @@ class TokenBatch:
     indices: tuple[int, ...]
     row_index: Int[Tensor, "text"] | None = None
     position_ids: Int[Tensor, "row token"] | None = None
+    token_types: Int[Tensor, "row token"] | None = None
 
     @classmethod
     def from_texts(
@@ -72,10 +104,10 @@ class TokenBatch:
         texts: Sequence[EncodedText],
         indices: Sequence[int],
         *,
-        pad_token_id: int | None,
+        read_at: ReadAt = READ_LAST,
         device: torch.device | str,
     ) -> "TokenBatch":
-        """Pad `texts` on the right. `pad_token_id` is skipped at the end of a text, as in `last_token`."""
+        """Pad `texts` on the right."""
         width = max(map(len, texts))
         # Any id works for padding; 0 is in every vocabulary, while a config's pad token may not be.
         input_ids = torch.tensor([[*text.ids, *[0] * (width - len(text))] for text in texts])
@@ -83,26 +115,28 @@ class TokenBatch:
         starts = torch.tensor([text.response_start for text in texts])
         columns = torch.arange(width)
         mask = columns < lengths[:, None]
+        response = mask & (columns >= starts[:, None])
         batch = cls(
             input_ids=input_ids,
             mask=mask,
-            response=mask & (columns >= starts[:, None]),
-            last=last_token(input_ids, mask, pad_token_id),
+            response=response,
+            last=read_at.columns(input_ids, mask),
             keys=torch.tensor([text.key for text in texts]),
             indices=tuple(indices),
+            token_types=token_types_of(texts, response),
         )
         return batch.to(device)
 
     @classmethod
     def from_rows(
-        cls, input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "text token"], *, pad_token_id: int | None
+        cls, input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "text token"], *, read_at: ReadAt = READ_LAST
     ) -> "TokenBatch":
         """Given rows of tokens, one text per row; all tokens of a text count as its response."""
         return cls(
             input_ids=input_ids,
             mask=mask,
             response=mask,
-            last=last_token(input_ids, mask, pad_token_id),
+            last=read_at.columns(input_ids, mask),
             keys=torch.arange(len(input_ids), device=input_ids.device),
             indices=tuple(range(len(input_ids))),
         )
@@ -118,6 +152,7 @@ class TokenBatch:
             indices=self.indices,
             row_index=None if self.row_index is None else self.row_index.to(device),
             position_ids=None if self.position_ids is None else self.position_ids.to(device),
+            token_types=None if self.token_types is None else self.token_types.to(device),
         )
 
     @property
@@ -229,17 +264,12 @@ def margins(of_texts: Float[Tensor, "text *rest"]) -> Float[Tensor, "pair *rest"
     return chosen - rejected
 
 
-def last_token(
-    input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "text token"], pad_token_id: int | None
-) -> Int[Tensor, "text"]:
-    """The column that the reward is read from: the last real token, skipping trailing tokens equal to `pad_token_id`.
-
-    Transformers' sequence classifiers skip them too, so a text that ends in eos is read one token earlier if pad and
-    eos are the same token. As in transformers, a text of pad tokens only is read at its first column.
-    """
-    wanted = mask if pad_token_id is None else mask & (input_ids != pad_token_id)
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    return (columns * wanted).argmax(dim=1)
+def token_types_of(
+    texts: Sequence[EncodedText], response: Bool[Tensor, "text token"]
+) -> Int[Tensor, "text token"] | None:
+    """The token types of texts, one per row: 1 in the response of a text of two segments; None if no text has types."""
+    has_types = torch.tensor([text.has_types for text in texts])
+    return (response & has_types[:, None]).long() if has_types.any() else None
 
 
 def check_ids(
@@ -319,9 +349,9 @@ def running_batch() -> TokenBatch | None:
 
 
 def text_batches(
-    texts: Sequence[EncodedText], *, tokens_per_batch: int, pad_token_id: int | None, device: torch.device | str
+    texts: Sequence[EncodedText], *, tokens_per_batch: int, read_at: ReadAt = READ_LAST, device: torch.device | str
 ) -> Iterator[TokenBatch]:
     """Batches of texts of similar length; `indices` index `texts`."""
     for indices in length_buckets([len(text) for text in texts], tokens_per_batch):
         batch = [texts[index] for index in indices]
-        yield TokenBatch.from_texts(batch, indices, pad_token_id=pad_token_id, device=device)
+        yield TokenBatch.from_texts(batch, indices, read_at=read_at, device=device)

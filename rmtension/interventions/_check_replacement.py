@@ -26,7 +26,9 @@ def check_replacement(replacement: object, head: RewardModel, site: str) -> None
         )
     if (source := replacement.source) is None:
         return
-    if source.model != head.fingerprint:
+    # Activations do not depend on the output: those of one output replace those of another.
+    is_same = source.model == head.fingerprint if source.body is None else source.body == head.body_fingerprint
+    if not is_same:
         raise ProvenanceError(
             f"replacement: its activations are those of model {source.model}, expected those of the ablated model "
             f"{head.fingerprint}. Collect them with ActivationCollector(head)."

@@ -12,6 +12,7 @@ from rmtension.interventions._ablation import AblationContext
 from rmtension.interventions._replacement import Replacement
 from rmtension.interventions._replacements import Zero
 from rmtension.models._bodies import BridgeBody
+from rmtension.models._native_body import NativeBody
 from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._neuron_set import NeuronSet
 
@@ -30,6 +31,12 @@ def fwd_hooks(head: RewardModel, neurons: NeuronSet, replacement: Replacement = 
     of `AblationContext`.
     """
     context = AblationContext(head, neurons, replacement)
+    if isinstance(head.body, NativeBody):
+        raise OptionError(
+            f"fwd_hooks: expected a model with TransformerLens' hook points, got a {type(head.model).__name__} without "
+            f"a TransformerBridge ({head.body.reason}). Use AblationContext, or head.hooks(site, visit) for hooks of "
+            "your own."
+        )
     if replacement.factor is None:
         raise OptionError(
             f"replacement: expected Zero(), Mean(statistics) or Scale(alpha), got {type(replacement).__name__}, which "
@@ -37,6 +44,11 @@ def fwd_hooks(head: RewardModel, neurons: NeuronSet, replacement: Replacement = 
             "head.score_pairs."
         )
     site = find_site(neurons.site)
+    if site.name == "expert":
+        raise OptionError(
+            "neurons: TransformerLens has no hook point on the neurons of experts (site 'expert'). Use AblationContext "
+            "with head.score_pairs."
+        )
     hook_sites = head.body.hook_sites
     product = site.factor_of
     if product is not None and any(

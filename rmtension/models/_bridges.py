@@ -1,8 +1,11 @@
 """Hooked versions of a transformers model: a bridge, a bridge with processed weights, or a HookedTransformer."""
 
 import copy
+import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -13,7 +16,9 @@ from rmtension.errors import ModelError, OptionError
 from rmtension.models._bodies import Body, BridgeBody
 from rmtension.models._hooked_transformer_body import HookedTransformerBody
 from rmtension.models._hooks import copy_without_hooks
+from rmtension.models._native_body import NativeBody
 from rmtension.models._native_run import let_run_in_float64
+from rmtension.models._native_sites import attends_both_ways
 from rmtension.models._native_weights import has_adapters, refuse_packed_weights, refuse_recomputed
 
 MODEL_CLASSES = ("TransformerBridge", "HookedTransformer")
@@ -31,30 +36,45 @@ def wrap(
     """A hooked model of `plain`, a base model of transformers.
 
     A TransformerBridge without processing shares every tensor with `plain`, which is not changed; the other kinds copy
-    the weights. Raises `ModelError` if TransformerLens does not support the architecture, or has no
-    `HookedTransformer`.
+    the weights. If TransformerLens cannot wrap the architecture, or it is an encoder, transformers' own modules run
+    alone. Raises `ModelError` if their sites are not found either, or for an architecture that TransformerLens should
+    convert and cannot.
     """
     check_model_class(model_class)
     refuse_packed_weights(name, plain)
     refuse_recomputed(name, plain)
     let_run_in_float64(plain)
+    converts = model_class != "TransformerBridge" or process_weights
+    if attends_both_ways(plain):
+        if converts:
+            raise ModelError(
+                f"{name}: expected causal attention for model_class and process_weights, but {type(plain).__name__} "
+                "attends in both directions, as an encoder does. Open it without model_class and process_weights."
+            )
+        return NativeBody(plain, is_causal=False, reason="it is an encoder, which attends in both directions")
     try:
         # Building a model draws initial weights; the user's random state stays as it was.
         with torch.random.fork_rng(devices=[]):
             return _wrap(name, plain, tokenizer, model_class, process_weights, trust_remote_code)
     except Exception as error:  # every adapter of TransformerLens fails with its own errors
-        text = " ".join(str(error).split())
-        raise ModelError(
+        reason = (
             f"{name}: TransformerLens {version('transformer-lens')} could not wrap a {type(plain).__name__} as a "
             f"{model_class}{' with processed weights' if process_weights else ''} ({type(error).__name__}: "
-            f"{text[:300]}). "
-            + (
-                "Merge its adapter first (peft: model.merge_and_unload())."
-                if has_adapters(plain)
-                else "docs/families.md lists the families that work; RewardHead(model, weight) accepts a model that "
-                "you hooked yourself."
-            )
-        ) from error
+            f"{' '.join(str(error).split())[:300]})"
+        )
+        remedy = (
+            "Merge its adapter first (peft: model.merge_and_unload())."
+            if has_adapters(plain)
+            else "docs/families.md lists the families that work; RewardHead(model, weight) accepts a model that you "
+            "hooked yourself."
+        )
+        if converts:
+            raise ModelError(f"{reason}. {remedy}") from error
+        try:
+            return NativeBody(plain, reason=reason.removeprefix(f"{name}: "))
+        except Exception as native_error:  # modules that do not run may raise anything
+            why = str(native_error).removeprefix("model: ").removesuffix(".")
+            raise ModelError(f"{reason}, and transformers' modules alone cannot be used: {why}. {remedy}") from error
 
 
 def _wrap(
@@ -92,13 +112,33 @@ def _boot(name: str, base: Any, tokenizer: Any, trust_remote_code: bool, *, writ
     from transformer_lens.model_bridge import TransformerBridge
 
     parameter = next(base.parameters())
-    return TransformerBridge.boot_transformers(
-        name,
-        hf_model=_language_model(base, trust_remote_code, writable=writable),
-        dtype=parameter.dtype,
-        device=parameter.device,
-        tokenizer=_spare(tokenizer),
-    )
+    with _without_installing():
+        return TransformerBridge.boot_transformers(
+            name,
+            hf_model=_language_model(base, trust_remote_code, writable=writable),
+            dtype=parameter.dtype,
+            device=parameter.device,
+            tokenizer=_spare(tokenizer),
+        )
+
+
+@contextmanager
+def _without_installing() -> Iterator[None]:
+    """Keep TransformerLens from running `pip install torchvision`, which it does for a model that reads images.
+
+    It accepts that this fails, and the processor of images that it then lacks is not used here.
+    """
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no package is installed while a model is opened")
+
+    module: Any = subprocess
+    original = module.check_call
+    module.check_call = refuse
+    try:
+        yield
+    finally:
+        module.check_call = original
 
 
 def _spare(tokenizer: Any) -> Any:

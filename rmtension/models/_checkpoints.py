@@ -1,5 +1,6 @@
 """Opening the checkpoint of a reward model: transformers loads it from safetensors, and its scalar head is kept."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,17 +12,23 @@ from torch import Tensor, nn
 
 from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.models._adapters import active_head, inside_peft
+from rmtension.models._computed_heads import LayeredHead
+from rmtension.models._configs import stored_fields
+from rmtension.models._encoder_heads import PooledHead, encoder_head
 from rmtension.models._head import Head, LinearHead
 from rmtension.models._head_files import (
+    HeadTensors,
     StoredHeads,
     pickled_head,
     read_head_file,
+    refuse_pickled_parts,
     separate_head,
     stored_heads,
-    stored_tensor,
 )
+from rmtension.models._head_kinds import KnownHead, known_head
 from rmtension.models._heads import read_head
 from rmtension.models._hooks import unwrapped
+from rmtension.models._layers import Layers
 from rmtension.models._loading import (
     CheckpointLocation,
     LoadOptions,
@@ -33,14 +40,22 @@ from rmtension.models._loading import (
     refuse_quantised,
 )
 from rmtension.models._log_ratio_head import LogRatioHead
+from rmtension.models._models_in_memory import head_in_memory
 from rmtension.models._native_weights import refuse_packed_weights
 from rmtension.models._outputs import ALL, choose_outputs, choose_rows, choose_tokens
-from rmtension.models._process_head import ProcessHead, StepLayers
+from rmtension.models._own_format import OwnFormat
+from rmtension.models._process_head import ProcessHead
+from rmtension.models._refused_kinds import refuse_other_kinds
+from rmtension.models._text_models import media_tokens, text_model
 from rmtension.models._unembedding import token_head
+from rmtension.models._unknown_heads import unknown_head
 
 _CLASSIFIER, _LANGUAGE_MODEL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 _CLASSIFIES_TOKENS = "AutoModelForTokenClassification"
 _TOKENS = "TOKEN_CLS"  # peft's name of the task
+# The head of a classifier of transformers, and of one that is no decoder.
+_IS_SCORE = re.compile(r"(score|classifier)\.").match
+_IS_CLASSIFIER = re.compile(r"classifier\.").match
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,8 @@ class Checkpoint:
     `pools` says that the reward is read where transformers' classifiers read it. `logits` says which logits of
     transformers the reward is; None if transformers does not compute it. `base` is None if it was converted, and can be
     read again from `source`. `classifier` is the model in memory whose score layer `head` was read from.
+    `own` is the format of the checkpoint if its head is no score layer of a classifier.
+    `media_tokens` are the ids of tokens that stand for parts of images, which no text may have.
     """
 
     base: nn.Module | None
@@ -81,17 +98,22 @@ class Checkpoint:
     logits: Logits | None
     source: Source | None
     classifier: Any = None
+    own: OwnFormat | None = None
+    media_tokens: frozenset[int] = frozenset()
 
     def require_same_head(self) -> None:
         """Raise `ModelError` if the score layer of the model in memory has changed since the model was opened."""
         if self.classifier is None or self.head is None or self.logits is None:
             return
-        known = self.head.step if isinstance(self.head, ProcessHead) else self.head
-        if not isinstance(known, LinearHead):
-            return
-        now = read_head(self.score_layer)
-        assert isinstance(now, LinearHead)
-        if not torch.equal(now.bias, known.bias) or not torch.equal(now.weight, known.weight):
+        read = dict(self.head.named_parameters()) | dict(self.head.named_buffers())
+        if isinstance(self.head, LinearHead):
+            read["bias"] = self.head.bias
+        if isinstance(self.head, ProcessHead) and isinstance(self.head.step, LinearHead):
+            read["step.bias"] = self.head.step.bias
+        if any(
+            not torch.equal(tensor.to(read[name]), read[name].view_as(tensor))
+            for name, tensor in self.live_head.items()
+        ):
             raise ModelError(
                 f"{self.name}: its score layer changed after the model was opened (it was trained, or another adapter "
                 "was activated), but the head is a copy of the old score layer. Open the model again with "
@@ -99,9 +121,15 @@ class Checkpoint:
             )
 
     @property
-    def score_layer(self) -> Any:
-        """The layer of the model in memory that `head` was read from."""
-        return active_head(_score_layer(self.classifier))
+    def live_head(self) -> dict[str, Tensor]:
+        """The tensors of the model in memory that the head has copies of, by their names in the head."""
+        if self.classifier is None or self.logits is None:
+            return {}
+        if isinstance(self.head, PooledHead):
+            return self.head.tensors_of(self.classifier)
+        prefix = "step." if isinstance(self.head, ProcessHead) else ""
+        layer = active_head(_score_layer(self.classifier))
+        return {prefix + name: tensor for name, tensor in layer.named_parameters()}
 
     @property
     def reads_tokens(self) -> bool:
@@ -124,15 +152,23 @@ def open_checkpoint(
     base. Memory: the weights once.
     """
     location = find_checkpoint(name, options)
+    refuse_other_kinds(str(name), location.config)
     placement_of(options)  # raises for a wrong device before anything is read
     is_labelled = location.task == _TOKENS or location.is_for("ForTokenClassification")
     stored = stored_heads(location.weights, _width(location.config))
-    classifies = _is_classifier(location)
-    if (classifies or location.task == _TOKENS) and (location.adapters or (reward and head is None)):
+    classifies = _is_classifier(location, stored)
+    given = read_head_file(head) if isinstance(head, str | Path) else head
+    known: KnownHead | None = None
+    if reward and given is None and not location.adapters:
+        refuse_pickled_parts(location.files)
+        known = known_head(stored.outside, stored_fields(location.weights))
+    elif reward and isinstance(given, Mapping):
+        known = known_head(HeadTensors.of(given), stored_fields(location.weights))
+    given = given if known is None else known.head
+    if (classifies or location.task == _TOKENS) and (location.adapters or (reward and given is None)):
         _set_outputs(location, stored)
     names: Mapping[int, str] = location.config.id2label
     tokenizer = options.get("tokenizer")
-    given = read_head_file(head) if isinstance(head, str | Path) else head
     auto_class = _auto_class(location, classifies)
     tokens: tuple[int, ...] = ()
     if reward and isinstance(given, LogRatioHead):
@@ -157,6 +193,9 @@ def open_checkpoint(
             raise ModelError(_no_head(location, stored))
     model = load_model(location, auto_class)
     base = model.base_model
+    media = media_tokens(base.config)
+    if not classifies and not tokens and not isinstance(given, LogRatioHead):
+        base = text_model(base)
     read: Head | None = None
     logits: Logits | None = None
     choice: tuple[int, ...] | None = None
@@ -178,10 +217,18 @@ def open_checkpoint(
         read = read_head(layer if given is None else given, _width(base.config), names)
         choice = choose_outputs(output, read, "head")
     tokenizer = load_tokenizer(location) if tokenizer is None else tokenizer
-    pools = reward and classifies
+    # A head that the user passed is read where the checkpoint's own class reads it.
+    pools = reward and (known.skips_pad if known is not None and head is None else classifies)
     pad_token_id = _pad_token_id(name, base.config, tokenizer, options.get("pad_token"), pools, read is None)
     source = Source(str(name), head, output, options)
-    return Checkpoint(base, read, choice, tokenizer, pad_token_id, str(name), pools, logits, source)
+    own: OwnFormat | None = None
+    # A language model's logits are saved as rows of a classifier, if they are linear.
+    keeps_format = logits is None or (bool(tokens) and not isinstance(read, LinearHead))
+    if reward and head is None and keeps_format and not location.adapters:
+        own = OwnFormat.of(location.files, location.config, separate_head(location.files))
+    return Checkpoint(
+        base, read, choice, tokenizer, pad_token_id, str(name), pools, logits, source, own=own, media_tokens=media
+    )
 
 
 def reload_model(source: Source, logits: Logits, dtype: torch.dtype) -> Any:
@@ -201,7 +248,11 @@ def checkpoint_of(
     name = type(classifier).__name__
     if isinstance(head, LogRatioHead | ProcessHead):
         return _with_token_head(name, classifier, tokenizer, head, output)
-    if not name.endswith("ForSequenceClassification"):
+    is_standard = name.endswith("ForSequenceClassification")
+    known: KnownHead | None = None
+    if head is None and not type(classifier).__module__.startswith("transformers."):
+        known = head_in_memory(classifier)
+    if known is None and not is_standard and (head is None or not hasattr(classifier, "base_model")):
         raise ModelError(
             f"model: expected a ...ForSequenceClassification of transformers, got {name}. Open a language model with "
             "head=LogRatioHead(...), a token classifier with head=ProcessHead(marker), and a hooked model with "
@@ -209,10 +260,14 @@ def checkpoint_of(
         )
     refuse_packed_weights(name, classifier)
     refuse_quantised(name, classifier.config)
+    refuse_other_kinds(name, classifier.config)
     refuse_offloaded(name, classifier)
     logits: Logits | None = None
-    if head is None:
-        read: Head = _score_head(name, classifier, StoredHeads({}))
+    if known is not None:
+        read = known.head
+        choice = choose_outputs(output, read, name)
+    elif head is None:
+        read = _score_head(name, classifier, StoredHeads({}))
         choice = choose_outputs(output, read, name)
         logits = Logits(_CLASSIFIER, choice)
     else:
@@ -220,9 +275,10 @@ def checkpoint_of(
         read = read_head(given, _width(classifier.config), classifier.config.id2label)
         choice = choose_outputs(output, read, "head")
     base = unwrapped(classifier.base_model)
-    pad_token_id = _pad_token_id(name, base.config, tokenizer, pad_token, pools=True, is_headless=False)
-    live = classifier if head is None else None
-    return Checkpoint(base, read, choice, tokenizer, pad_token_id, name, True, logits, source=None, classifier=live)
+    pools = is_standard if known is None else known.skips_pad
+    pad_token_id = _pad_token_id(name, base.config, tokenizer, pad_token, pools, is_headless=False)
+    live = classifier if head is None and known is None else None
+    return Checkpoint(base, read, choice, tokenizer, pad_token_id, name, pools, logits, source=None, classifier=live)
 
 
 def _with_token_head(
@@ -251,10 +307,16 @@ def _score_layer(model: Any) -> Any:
     return getattr(model, "score", None) or getattr(model, "classifier", None)
 
 
-def _is_classifier(location: CheckpointLocation) -> bool:
+def _is_classifier(location: CheckpointLocation, stored: StoredHeads) -> bool:
     """Whether transformers reads the checkpoint as a sequence classifier, and so chooses the token to read."""
     if location.task == _TOKENS:
         return False
+    if (
+        stored.linear
+        and not location.adapters
+        and not any(name.startswith(("score.", "classifier.")) for name in stored.linear)
+    ):
+        return False  # an own class, whatever its name (Starling's v_head)
     return (
         location.is_for("ForSequenceClassification")
         or location.task == "SEQ_CLS"
@@ -291,7 +353,7 @@ def _set_outputs(location: CheckpointLocation, stored: StoredHeads) -> None:
             f"{location.files.name}: neither the adapter nor its base model holds a score head. Train the adapter with "
             "task_type='SEQ_CLS' or modules_to_save=['score'], so that it is saved with one."
         )
-    elif stored.layers:
+    elif stored.layers or (stored.outside.shapes and not any(map(_IS_CLASSIFIER, stored.outside.shapes))):
         raise ModelError(_no_head(location, stored))
 
 
@@ -323,12 +385,9 @@ def _step_head(given: ProcessHead, location: CheckpointLocation, stored: StoredH
         return read_head(layer, width, names)
     weights = [name for name in stored.layers if name.endswith(".weight")]
     if weights:
-        by_number = sorted(weights, key=lambda name: int(name.split(".")[-2]))
-        found = [
-            (stored_tensor(location.weights, (name,)), stored_tensor(location.weights, (name[:-6] + "bias",)))
-            for name in by_number
-        ]
-        return StepLayers([(weight, bias) for weight, bias in found if weight is not None])
+        prefix = weights[0].rsplit(".", 2)[0] + "."
+        layers = Layers(stored.outside.under(prefix), what=prefix[:-1])
+        return LayeredHead(layers, tuple(map(str, range(layers.n_outputs))))
     head = _value_head(location, stored)
     if head is None:
         raise ModelError(
@@ -341,14 +400,11 @@ def _step_head(given: ProcessHead, location: CheckpointLocation, stored: StoredH
 def _no_head(location: CheckpointLocation, stored: StoredHeads) -> str:
     """An error message: why the checkpoint has no reward, and what to do."""
     name = location.files.name
-    if stored.layers:
-        return (
-            f"{name}: expected a head that is one linear map, got a head of several layers "
-            f"({list(stored.layers)[:4]}). To read activations only, use RewardHead.from_language_model."
-        )
     pickled = pickled_head(location.files, is_adapter=bool(location.adapters))
     if pickled:
         return f"{name}: its safetensors files contain no head.{pickled}"
+    if stored.outside.shapes:
+        return unknown_head(name, stored.outside, _width(location.config))
     return (
         f"{name}: expected a checkpoint of a sequence classifier, got {location.config.architectures}, which has no "
         "score head. Pass a head with head=(weight, bias), or the tokens whose logits are the reward with "
@@ -365,10 +421,7 @@ def _score_head(name: str, classifier: Any, stored: StoredHeads) -> Head:
             "model.merge_and_unload()."
         )
     if not isinstance(score, nn.Linear):
-        raise ModelError(
-            f"{name}: expected a linear layer called 'score', got {score}. {type(classifier).__name__} computes its "
-            "reward in a way that is not supported; to read activations only, use RewardHead.from_language_model."
-        )
+        return encoder_head(name, classifier)
     head = read_head(score, names=classifier.config.id2label)
     bias = stored.linear.get("score.bias")
     if getattr(score, "bias", None) is None and bias is not None:

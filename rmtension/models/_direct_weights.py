@@ -49,12 +49,14 @@ def direct_weights(head: RewardModel, batch: TokenBatch, site: str, wanted: Sequ
     Examples:
         >>> from rmtension.data._tokens import TokenBatch
         >>> tokens = head.tokenizer(["Human: a Assistant: helpful-0 end"], return_tensors="pt")
-        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool())
         >>> bool((direct_weights(head, batch, "mlp", list(neurons)).on_reward > 0).all())
         True
     """
     if find_site(site).name == "attn_head":
         return _without(wanted, "an attention head writes one direction for each of its channels, not a single one")
+    if site == "expert":
+        return _without(wanted, "what a neuron of an expert writes is multiplied by the routing weight of each token")
     if find_site(site).factor_of is not None:
         return _without(wanted, f"an activation at site {site!r} is one factor of what the neuron writes; use 'mlp'")
     try:

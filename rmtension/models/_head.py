@@ -26,6 +26,8 @@ class Head(nn.Module):
         default: the output that is the reward if the user chooses none; None if the user must choose. A single output
             needs no choice.
         reads_prompt: whether `read` gets the stream at the prompt's last token.
+        reads_first: whether the token that `read` calls `last` is the first one of a text. None, the default, follows
+            the model: the first token ([CLS]) of an encoder, the last of a model with causal attention.
 
     Examples:
         >>> class Squared(Head):
@@ -39,6 +41,7 @@ class Head(nn.Module):
     outputs: Sequence[str] = ("reward",)
     default: str | None = None
     reads_prompt: bool = False
+    reads_first: bool | None = None
 
     def read(
         self, last: Float[Tensor, "text d_model"], prompt_last: Float[Tensor, "text d_model"] | None
@@ -168,46 +171,92 @@ class LinearHead(Head):
         return LinearHead(weight * gain, self.bias + (weight @ bias).double(), self.outputs)
 
 
-class _AfterGain(Head):
-    """A head that applies the gain and the bias of the final norm before it reads."""
+class HeadAround(Head):
+    """A head that computes something else from what another head reads: it says of itself what the other head says."""
 
-    def __init__(self, head: Head, norm: NormLayer) -> None:
+    def __init__(self, head: Head) -> None:
         super().__init__()
         self.head = head
-        self.register_buffer("gain", norm.gain.clone())
-        self.register_buffer("shift", norm.bias.clone())
-        self.outputs, self.default, self.reads_prompt = head.outputs, head.default, head.reads_prompt
-
-    @property
-    def uses_prompt(self) -> bool:
-        """Whether the outputs depend on where the prompt ends."""
-        return self.head.uses_prompt
-
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """The settings of the head."""
-        return self.head.settings
-
-    @property
-    def shared_tensors(self) -> Sequence[Tensor]:
-        """The tensors that the head shares with the model."""
-        return self.head.shared_tensors
-
-    @property
-    def reads_at(self) -> str:
-        """Where the reward is read."""
-        return self.head.reads_at
+        self.outputs, self.default = head.outputs, head.default
+        self.reads_prompt, self.reads_first = head.reads_prompt, head.reads_first
 
     def tokens(self, batch: TokenBatch) -> TokenPlaces:
         """The tokens that the head reads."""
         return self.head.tokens(batch)
 
+    def require_text(self, text: EncodedText, what: str) -> None:
+        """Raise `DataError`, which begins with `what`, for a text that the head cannot read."""
+        self.head.require_text(text, what)
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """The settings of the head, and its class."""
+        return {**self.head.settings, "around": type(self.head).__name__}
+
+    @property
+    def needs_prompt(self) -> bool:
+        """As the head says."""
+        return self.head.needs_prompt
+
+    @property
+    def uses_prompt(self) -> bool:
+        """As the head says."""
+        return self.head.uses_prompt
+
+    @property
+    def shared_tensors(self) -> Sequence[Tensor]:
+        """As the head says."""
+        return self.head.shared_tensors
+
+    @property
+    def reads_at(self) -> str:
+        """As the head says."""
+        return self.head.reads_at
+
+    @property
+    def reads_last(self) -> bool:
+        """As the head says."""
+        return self.head.reads_last
+
+    @property
+    def reads_last_only(self) -> bool:
+        """As the head says."""
+        return self.head.reads_last_only
+
+    @property
+    def ending(self) -> str:
+        """As the head says."""
+        return self.head.ending
+
+    @property
+    def ending_ids(self) -> tuple[int, ...]:
+        """As the head says."""
+        return self.head.ending_ids
+
+
+class _AfterGain(HeadAround):
+    """A head that applies the gain and the bias of the final norm before it reads."""
+
+    def __init__(self, head: Head, norm: NormLayer) -> None:
+        super().__init__(head)
+        self.register_buffer("gain", norm.gain.clone())
+        self.register_buffer("shift", norm.bias.clone())
+
+    def read(
+        self, last: Float[Tensor, "text d_model"], prompt_last: Float[Tensor, "text d_model"] | None = None
+    ) -> Float[Tensor, "text output"]:
+        """The outputs of the head for the stream with gain and bias."""
+        return self.head.read(self._whole(last), None if prompt_last is None else self._whole(prompt_last))
+
     def read_tokens(
         self, states: Float[Tensor, "token d_model"], places: TokenPlaces, batch: TokenBatch
     ) -> Float[Tensor, "text output"]:
         """The outputs of the head for the stream with gain and bias."""
-        gain, shift = (getattr(self, name).to(states) for name in ("gain", "shift"))
-        return self.head.read_tokens(states * gain + shift, places, batch)
+        return self.head.read_tokens(self._whole(states), places, batch)
+
+    def _whole(self, states: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+        gain, shift = self.get_buffer("gain"), self.get_buffer("shift")
+        return states * gain.to(states) + shift.to(states)
 
 
 def prompt_places(batch: TokenBatch) -> TokenPlaces:

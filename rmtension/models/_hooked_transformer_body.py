@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rmtension._sites import find_site
 from rmtension.data._tokens import TokenBatch, TokenPlaces
 from rmtension.errors import ModelError
+from rmtension.models._experts import ExpertPoint
 from rmtension.models._hooks import Hook, HookSite, InstalledHooks, count_foreign_hooks, has_own_hooks, modules_of
 from rmtension.models._projections import Projection
 
@@ -23,11 +24,15 @@ class HookedTransformerBody:
 
     native: nn.Module | None = None
     runs_native = False
+    reads_first = False
+    # Transformers' config, which this model has not.
+    config: Any = None
     pack_up_to = 0
 
     def __init__(self, model: nn.Module) -> None:
         self.module = self.model = model
         self.projection_names: dict[tuple[str, int], str] = {}
+        self.experts: list[list[ExpertPoint]] = []  # this class has no site `expert`
         self._no_norm = nn.Identity()
         cfg: Any = model.cfg
         if getattr(cfg, "load_in_4bit", False):
@@ -44,6 +49,11 @@ class HookedTransformerBody:
                 f"{' and '.join(sorted(map(str, dtypes)))} and a config of {cfg.dtype}, to which norms would round. "
                 f"Convert the whole model: model.to({widest})."
             )
+
+    @property
+    def cfg(self) -> Any:
+        """TransformerLens' config: n_layers, n_heads, d_model, n_ctx, ..."""
+        return self.module.cfg
 
     @property
     def final_norm_folded(self) -> bool:

@@ -1,5 +1,6 @@
 """Loading with transformers: options, devices, unsupported weights, and models with their adapters merged."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,22 +8,24 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from rmtension._arguments import nearest
 from rmtension._progress import without_unseen_bars
 from rmtension.errors import ModelError, OptionError
 from rmtension.models._adapters import Adapter, find_adapters, merge_adapters, put_on
 from rmtension.models._checkpoint_names import find_local
-from rmtension.models._head_files import CheckpointFiles
+from rmtension.models._configs import standard_config, stored_fields
+from rmtension.models._head_files import CheckpointFiles, body_prefix, read_body, weight_files
+from rmtension.models._internlm2 import is_internlm2, to_llama
 from rmtension.models._run_options import RunOptions
 
 
 class LoadOptions(RunOptions, total=False):
     """Options of `RewardHead.from_pretrained` and `from_language_model`: how to load a checkpoint and how to run it.
 
-    They are passed as keywords. `max_length`, `tokens_per_batch`, `truncate_response` and `on_nonfinite` are described
-    in `RunOptions`.
+    They are passed as keywords. `max_length`, `tokens_per_batch`, `truncate_response`, `on_nonfinite` and
+    `two_segments` are described in `RunOptions`.
 
     Attributes:
         base: for an adapter: the folder or hub name of its base model, if its config names a wrong one.
@@ -97,7 +100,10 @@ def find_checkpoint(name: str | Path, options: LoadOptions, *, local_files_only:
     files = CheckpointFiles(find_local(name, revision), revision, local_files_only)
     adapters, weights = find_adapters(files, options.get("base"))
     try:
-        config = load("config", weights.name, AutoConfig.from_pretrained, **_origin(weights, options))
+        own_code = options.get("trust_remote_code", False)
+        config = None if own_code else load("config", weights.name, lambda _: standard_config(weights))
+        if config is None:
+            config = load("config", weights.name, AutoConfig.from_pretrained, **_origin(weights, options))
     except ModelError as error:
         if adapters:
             raise ModelError(
@@ -117,14 +123,17 @@ def load_model(location: CheckpointLocation, auto_class: str, *, merge: bool = T
     import transformers
 
     placement, device = placement_of(location.options)
+    own_body = _converted(location)
     saved = {name for adapter in location.adapters for name in adapter.shapes}
     loaded, info = load(
         "weights",
         location.weights.name,
-        getattr(transformers, auto_class).from_pretrained,
+        _loader(getattr(transformers, auto_class), location.config, from_memory=own_body is not None),
+        state_dict=own_body,
         config=location.config,
         dtype=location.options.get("dtype", torch.float32),
         use_safetensors=True,
+        key_mapping=None if own_body is not None else _renamed(location, auto_class),
         output_loading_info=True,
         ignore_mismatched_sizes=bool(saved),
         **location.origin,
@@ -132,6 +141,9 @@ def load_model(location: CheckpointLocation, auto_class: str, *, merge: bool = T
     )
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     missing = sorted((set(info["missing_keys"]) | mismatched) - saved)
+    if auto_class == "AutoModel" and missing and all(name.startswith("pooler.") for name in missing):
+        # Classifiers such as RoBERTa's have no pooler; the bare model has one, which no residual stream depends on.
+        loaded.pooler, missing = None, []
     if missing:
         raise ModelError(
             f"{location.files.name}: the checkpoint lacks {missing[:4]}{' and more' if len(missing) > 4 else ''}, "
@@ -149,6 +161,41 @@ def load_model(location: CheckpointLocation, auto_class: str, *, merge: bool = T
         if merge:
             return merge_adapters(loaded, location.adapters).eval().requires_grad_(False)
         return put_all_on(loaded, location.adapters)
+
+
+def _renamed(location: CheckpointLocation, auto_class: str) -> dict[str, str] | None:
+    """What to rename in the names of a body that was saved under another name than its class has (Starling)."""
+    import transformers
+
+    if location.adapters:
+        return None
+    prefix = body_prefix(weight_files(location.weights))
+    kind: Any = getattr(transformers, auto_class)._model_mapping.get(type(location.config), None)
+    own = getattr(kind, "base_model_prefix", "")
+    if not prefix or not own or prefix == f"{own}.":
+        return None
+    return {f"^{re.escape(prefix)}": f"{own}."}
+
+
+def _loader(auto_class: Any, config: Any, *, from_memory: bool) -> Any:
+    """`from_pretrained` of an auto class; with `from_memory`, that of the config's own class for a `state_dict`."""
+    if not from_memory:
+        return auto_class.from_pretrained
+    kind: Any = auto_class._model_mapping[type(config)]
+
+    def load_from_memory(_name: str, **options: Any) -> Any:
+        return kind.from_pretrained(None, **options)
+
+    return load_from_memory
+
+
+def _converted(location: CheckpointLocation) -> dict[str, Tensor] | None:
+    """The body's tensors for transformers' own class, if they were saved in the layout of another class; or None."""
+    if location.options.get("trust_remote_code", False) or not is_internlm2(stored_fields(location.weights)):
+        return None
+    if location.adapters:
+        raise ModelError(f"{location.files.name}: adapters of InternLM2 are not supported. Merge the adapter first.")
+    return to_llama(read_body(location.weights), location.config)
 
 
 def put_all_on(model: Any, adapters: Sequence[Adapter]) -> Any:

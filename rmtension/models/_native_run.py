@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rmtension.data._encoding import EncodedPairs, EncodedText
 from rmtension.data._packing import attention_mask, pack
 from rmtension.data._tokens import TokenBatch
-from rmtension.models._hooks import eager_eval
+from rmtension.models._hooks import eager_eval, unwrapped
 from rmtension.models._last_block import LastMLP
 
 # The largest difference of a packed row, relative to the residual stream, or as a multiple of the rounding that a mask
@@ -37,16 +37,28 @@ def probe_batch(n_tokens: int, device: torch.device, n_texts: int = 1) -> TokenB
     return TokenBatch(ids, real, real, ids[:, -1], ids[:, 0], tuple(range(n_texts)))
 
 
-def run_base(base: Any, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
-    """The last hidden state of a base model of transformers, bridged or not."""
+def run_base(base: Any, batch: TokenBatch, *, hides_padding: bool = False) -> Float[Tensor, "row token d_model"]:
+    """The last hidden state of a base model of transformers, bridged or not.
+
+    `hides_padding` passes a mask that hides padding from attention, which a model with bidirectional attention needs.
+    """
     # No attention mask: with causal attention no token sees the padding on its right. With a mask, padding beyond a
     # sliding window sees nothing, which is NaN in Gemma-2 in float64, and 0 * NaN then reaches every token.
-    more = {}
+    more: dict[str, Tensor] = {}
     if batch.position_ids is not None:
         mask = attention_mask(batch, next(base.parameters()).dtype)
         more = {"attention_mask": mask, "position_ids": batch.position_ids}
+    elif hides_padding:
+        more = {"attention_mask": batch.position_mask("all").long()}
+    if batch.token_types is not None and _has_types(base):
+        more["token_type_ids"] = batch.token_types
     output: Tensor = base(input_ids=batch.input_ids, use_cache=False, **more)[0]
     return output
+
+
+def _has_types(base: Any) -> bool:
+    """Whether a model adds an embedding of the token's type, as BERT does and RoBERTa and DeBERTa-v3 do not."""
+    return getattr(unwrapped(base).config, "type_vocab_size", 0) > 1
 
 
 def stream_difference(actual: Float[Tensor, "*rest"], expected: Float[Tensor, "*rest"]) -> float:
@@ -82,8 +94,8 @@ def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
     n_shared, n_one, _ = _PROBE
     rests = ids[n_shared : n_shared + n_one], ids[n_shared + n_one :]
     texts = [EncodedText((*ids[:n_shared], *rest), n_shared, 0) for rest in rests]
-    alone = TokenBatch.from_texts(texts, (0, 0), pad_token_id=None, device=parameter.device)
-    packed = pack(EncodedPairs((texts[0],), (texts[1],), 0, 0), None).to(parameter.device)
+    alone = TokenBatch.from_texts(texts, (0, 0), device=parameter.device)
+    packed = pack(EncodedPairs((texts[0],), (texts[1],), 0, 0)).to(parameter.device)
     if packed.input_ids.shape[1] > longest:
         return 0
     try:
@@ -105,7 +117,9 @@ def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
     )
 
 
-def find_last_mlp(base: Any, path: str | None, block: nn.Module, n_embeddings: int) -> LastMLP | None:
+def find_last_mlp(
+    base: Any, path: str | None, block: nn.Module, n_embeddings: int, *, hides_padding: bool = False
+) -> LastMLP | None:
     """The module that contains the last block's projection at `path`, if a trial run shows it works token by token."""
     parent = None if path is None else base.get_submodule(path.rpartition(".")[0])
     if parent is None or parent is block or parent not in list(block.modules()):
@@ -113,13 +127,13 @@ def find_last_mlp(base: Any, path: str | None, block: nn.Module, n_embeddings: i
     parameter = next(base.parameters())
     ids = [number % n_embeddings for number in range(sum(_PROBE))]
     texts = [EncodedText(tuple(some), 0, 0) for some in (ids[: _PROBE[0]], ids[_PROBE[0] :])]
-    batch = TokenBatch.from_texts(texts, (0, 1), pad_token_id=None, device=parameter.device)
+    batch = TokenBatch.from_texts(texts, (0, 1), device=parameter.device)
     last_mlp = LastMLP(parent)
     try:
         with torch.no_grad(), eager_eval(base.modules()):
-            expected = batch.gather_last(run_base(base, batch)).double().cpu()
+            expected = batch.gather_last(run_base(base, batch, hides_padding=hides_padding)).double().cpu()
             with last_mlp.only_at(batch, batch.last_places):
-                output = batch.gather_last(run_base(base, batch)).double().cpu()
+                output = batch.gather_last(run_base(base, batch, hides_padding=hides_padding)).double().cpu()
     except Exception:  # an MLP that is called in another way may raise anything
         return None
     tolerance = _PACKING_TOLERANCE.get(parameter.dtype, 1e-5)

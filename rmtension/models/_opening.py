@@ -132,7 +132,7 @@ def require_hidden_padding(model: RewardModel) -> None:
     texts = [EncodedText(tuple(ids[:length]), 0, 0) for length in (max(1, longest // 2), longest)]
     streams = []
     for some in (texts[:1], texts):
-        batch = TokenBatch.from_texts(some, range(len(some)), pad_token_id=None, device=model.device)
+        batch = TokenBatch.from_texts(some, range(len(some)), device=model.device)
         streams.append(batch.gather_last(model.residual(batch))[0].double())
     alone, in_a_batch = streams
     off = stream_difference(in_a_batch, alone)
@@ -244,5 +244,4 @@ def _make(
 
 
 def _width(body: Body) -> int:
-    cfg: Any = body.model.cfg
-    return int(cfg.d_model)
+    return int(body.cfg.d_model)

@@ -21,8 +21,9 @@ class Replay:
     hooks. Memory: the residual stream before every block, and the activations of `sites`.
 
     Only transformers' own modules can run one by one. `is_partial` is False if other modules run (a HookedTransformer,
-    a bridge that the user hooked), if a block runs more than once, or if blocks exchange values through a shared
-    argument (Gemma-4's keys and values). Then `rewards_from` runs the whole model, and accepts no other stream.
+    a bridge that the user hooked), if a block runs more than once, if blocks exchange values through a shared argument
+    (Gemma-4's keys and values), or if there is no final norm. Then `rewards_from` runs the whole model, and accepts no
+    other stream.
 
     Args:
         head: the model.
@@ -44,9 +45,13 @@ class Replay:
             for layer in range(head.n_layers)
             for hook_site in head.body.hook_sites(site, layer)
         ]
-        if self.is_partial:
+        try:
+            final_norm = head.body.final_norm if self.is_partial else None
+        except ModelError:  # there is none that is known, so nothing can be read from a stream
+            self.is_partial, final_norm = False, None
+        if final_norm is not None:
             self._blocks = [head.body.block(layer) for layer in range(head.n_layers)]
-            stream = [*self._blocks, head.body.final_norm]
+            stream = [*self._blocks, final_norm]
             hooks += [
                 (HookSite(module, "input"), partial(self._keep_stream, number, n_runs))
                 for number, module in enumerate(stream)
@@ -101,7 +106,7 @@ class Replay:
     def read(self, states: Float[Tensor, "token d_model"]) -> Float[Tensor, "text"]:
         """The rewards from the residual stream after the last block, at `places`: final norm and head."""
         self._require_partial()
-        return self.head.read(self.head.body.final_norm(states[:, None])[:, 0], self.places, self.batch)
+        return self.head.read_places(self.head.body.final_norm(states[:, None])[:, 0], self.places, self.batch)
 
     def read_many(self, states: Float[Tensor, "n token d_model"]) -> Float[Tensor, "n text"]:
         """`read` of several streams; all at once if the head reads the last token only."""
@@ -109,7 +114,7 @@ class Replay:
         if not self.head.require_head().reads_last_only:
             return torch.stack([self.read(each) for each in states])
         flat = self.head.body.final_norm(states.flatten(0, 1)[:, None])[:, 0]
-        return self.head.read_last(flat).view(len(states), -1)
+        return self.head.read(flat).view(len(states), -1)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ takes this class.
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from rmtension._sites import check_positions, find_site
 from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
-from rmtension.data._encoding import EncodedPairs, encode_pairs
+from rmtension.data._encoding import EncodedPairs, EncodedText, encode_pairs
 from rmtension.data._pairs import PreferencePairs
-from rmtension.data._tokens import TokenBatch, TokenPlaces, running
+from rmtension.data._segments import encode_segments
+from rmtension.data._tokens import ReadAt, TokenBatch, TokenPlaces, running
 from rmtension.distributed import current
-from rmtension.errors import ModelError, OptionError
+from rmtension.errors import DataError, ModelError, OptionError
 from rmtension.models._bodies import Body
 from rmtension.models._checkpoints import Checkpoint
 from rmtension.models._head import Head, LinearHead
@@ -64,7 +65,7 @@ class RewardModel:
         ('gpt2-2x24-heads2x12-d24', ['attn_head', 'mlp', 'mlp_gate'], 24)
         >>> from rmtension.data._tokens import TokenBatch
         >>> tokens = head.tokenizer(["Human: a Assistant: helpful-0 end"], return_tensors="pt")
-        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+        >>> batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool())
         >>> with head.hooks("mlp", lambda layer, activation: torch.zeros_like(activation), layers=[0]):
         ...     head.rewards(batch).shape
         torch.Size([1])
@@ -84,11 +85,12 @@ class RewardModel:
         self.model = body.model
         self.tokenizer = tokenizer
         self.pad_token_id = pad_token_id
+        # An encoder's head says that it reads the first token.
         self.body = body
         self.checkpoint = checkpoint
         parameter = next(self.body.module.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        cfg: Any = self.model.cfg
+        cfg = body.cfg
         self.n_layers, self.n_heads, self.d_model = int(cfg.n_layers), int(cfg.n_heads), int(cfg.d_model)
         check_run_options(options)
         context = int(cfg.n_ctx)
@@ -96,6 +98,7 @@ class RewardModel:
         self.tokens_per_batch = options.get("tokens_per_batch")
         self.truncate_response = options.get("truncate_response", False)
         self.on_nonfinite = options.get("on_nonfinite", "raise")
+        self.two_segments = options.get("two_segments", False)
         if tokenizer is not None and len(tokenizer) > self.body.n_embeddings:
             raise ModelError(
                 f"tokenizer: it has {len(tokenizer)} tokens, the model's embedding has {self.body.n_embeddings} rows. "
@@ -106,7 +109,11 @@ class RewardModel:
             self._widths, self._missing, self._runs_once = measure_sites(self.body, self.n_layers, self.device)
         self.head = None if head is None else self._own_copy(head)
         self._fingerprint: tuple[object, str] | None = None
+        # Shared with the other outputs of this model, so that the weights are read once.
+        self._body_fingerprint: list[tuple[object, str]] = []
         self._head_state: object = None
+        # The weighted sums that were added to the outputs of the checkpoint's head.
+        self.weighted_sums: tuple[Mapping[str, float], ...] = ()
         self._choose(choice)
 
     # -- what it is ------------------------------------------------------------------------------------------------
@@ -119,20 +126,27 @@ class RewardModel:
             "tokens_per_batch": self.tokens_per_batch,
             "truncate_response": self.truncate_response,
             "on_nonfinite": self.on_nonfinite,
+            "two_segments": self.two_segments,
         }
 
     @property
+    def read_at(self) -> ReadAt:
+        """Which token of a text the reward is read from, and `positions="last"` selects."""
+        first = None if self.head is None else self.head.reads_first
+        return ReadAt(self.pad_token_id, first=self.body.reads_first if first is None else first)
+
+    @property
     def sites(self) -> list[str]:
-        """The sites that the model has in every layer; a mixture of experts has no `mlp`."""
+        """The sites that the model has in every layer; a mixture of experts has `expert` in place of `mlp`."""
         return sorted(self._widths)
 
     def n_neurons(self, site: str) -> int:
-        """Neurons per layer at `site`: hidden units of the MLP, or attention heads."""
+        """Neurons per layer at `site`: hidden units of the MLP or of all experts, or attention heads."""
         channels = self.n_channels(site)
         return self.n_heads if site == "attn_head" else channels
 
     def n_channels(self, site: str) -> int:
-        """Columns per layer at `site`: one per neuron for `mlp` and `mlp_gate`, `d_head` per head for `attn_head`."""
+        """Columns per layer at `site`: `d_head` per head for `attn_head`, one per neuron for other sites."""
         if find_site(site).name in self._missing:
             raise self._missing[site]
         return self._widths[site]
@@ -145,12 +159,15 @@ class RewardModel:
     @property
     def architecture(self) -> str:
         """Family, layers and widths; neuron (l, j) of two models is comparable if their architectures are equal."""
-        cfg: Any = self.model.cfg
-        config = getattr(getattr(self.model, "original_model", None), "config", None)
-        family = getattr(config, "model_type", None) or str(getattr(cfg, "original_architecture", "") or "transformer")
+        config = self.body.config
+        family = getattr(config, "model_type", None) or str(
+            getattr(self.body.cfg, "original_architecture", "") or "transformer"
+        )
         for suffix in ("lmheadmodel", "forcausallm", "_"):
             family = family.lower().replace(suffix, "")
-        mlp, heads = (self._widths.get(site, 0) for site in ("mlp", "attn_head"))
+        width, heads, experts = (self._widths.get(site, 0) for site in ("mlp", "attn_head", "expert"))
+        n_experts = self.body.experts[0][0].n_experts if experts else 0
+        mlp = f"{n_experts}x{experts // n_experts}" + (f"-mlp{width}" if width else "") if n_experts else str(width)
         return f"{family}-{self.n_layers}x{mlp}-heads{self.n_heads}x{heads // self.n_heads}-d{self.d_model}"
 
     @property
@@ -160,12 +177,28 @@ class RewardModel:
         A change through `parameter.data` goes unnoticed, because PyTorch does not count it: edit weights under
         `torch.no_grad()`.
         """
-        parameters = [*self.body.module.parameters(), *self._head_tensors]
         what = self.bias if self.weight is not None or self.head is None else self._head_description
-        state = (what, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
+        tensors, body = self._head_tensors, self.body_fingerprint
+        state = (what, body, _state(tensors))
         if self._fingerprint is None or self._fingerprint[0] != state:
-            self._fingerprint = (state, fingerprint(parameters, self.architecture, what))
+            self._fingerprint = (state, fingerprint(tensors, body, what))
         return self._fingerprint[1]
+
+    @property
+    def body_fingerprint(self) -> str:
+        """The same over the weights without the head: all outputs of a model have this in common."""
+        parameters = list(self.body.module.parameters())
+        state = _state(parameters)
+        if not self._body_fingerprint or self._body_fingerprint[0][0] != state:
+            self._body_fingerprint[:] = [(state, fingerprint(parameters, self.architecture))]
+        return self._body_fingerprint[0][1]
+
+    @property
+    def output_name(self) -> str | None:
+        """The name of the output that is the reward; None if the head has one output, or none was chosen."""
+        if self.head is None or self.choice is None or len(self.head.outputs) == 1:
+            return None
+        return " - ".join(self.head.outputs[number] for number in self.choice)
 
     def provenance(
         self, digest: str, n_pairs: int, n_tokens: int, *, site: str, positions: str, method: str
@@ -182,21 +215,24 @@ class RewardModel:
             n_pairs=n_pairs,
             n_tokens=n_tokens,
             version=version("rmtension"),
+            body=self.body_fingerprint,
+            output=self.output_name,
         )
 
     @cached_property
     def setup_digest(self) -> str:
         """32 hexadecimal digits over what rewards depend on besides the weights: tokenizer, config and limits."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        config = getattr(getattr(self.model, "original_model", None), "config", None)
+        config = self.body.config
         parts = [
             str(self.dtype),
             self.device.type,
             self.max_length,
             self.pad_token_id,
+            self.two_segments,
             None if backend is None else backend.to_str(),
             str(getattr(self.tokenizer, "chat_template", None)),
-            str(self.model.cfg) if config is None else config.to_json_string(),
+            str(self.body.cfg) if config is None else config.to_json_string(),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -221,24 +257,32 @@ class RewardModel:
         """The rewards of one batch on its device, with gradients unless the caller disabled them."""
         self._require_same_head()
         places = self.require_head().tokens(batch)
-        return self.read(batch.gather(places, self.residual(batch)), places, batch)
+        return self.read_places(batch.gather(places, self.residual(batch)), places, batch)
 
-    def read(
+    def read_places(
         self, states: Float[Tensor, "token d_model"], places: TokenPlaces, batch: TokenBatch
     ) -> Float[Tensor, "text"]:
         """The rewards of a batch from the residual stream after the final norm, at the tokens that the head reads."""
         if self.weight is not None:
-            return self.read_last(states)
+            return self.read(states)
         outputs = self.require_head().read_tokens(states.to(self.reward_dtype), places, batch)
         chosen = [outputs[:, number] for number in self.require_choice()]
         return chosen[0] if len(chosen) == 1 else chosen[0] - chosen[1]
 
-    def read_last(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
-        """The rewards from the last token alone, for a head with `reads_last_only`, of any number of texts."""
+    def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
+        """The rewards from the residual stream after the final norm at the last token, of any number of texts.
+
+        Raises `ModelError` for a head that reads other tokens too.
+        """
         exact = last.to(self.reward_dtype)
         if self.weight is not None:
             # A matrix product may round equal rows differently, and identical responses would get different rewards.
             return (exact * self.weight.to(exact)).sum(dim=-1) + self.bias
+        if not self.require_head().reads_last_only:
+            raise ModelError(
+                f"read: a {type(self.head).__name__} reads more than the last token of a text. Use head.score_pairs, "
+                "or head.forward on a batch."
+            )
         outputs = self.require_head().read(exact, None)
         chosen = [outputs[:, number] for number in self.require_choice()]
         return chosen[0] if len(chosen) == 1 else chosen[0] - chosen[1]
@@ -348,14 +392,24 @@ class RewardModel:
 
     def encode(self, pairs: PreferencePairs) -> EncodedPairs:
         """The token ids of both texts of every pair, within `max_length`."""
-        encoded = encode_pairs(
-            self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response
-        )
-        if self.head is not None:
-            for pair, chosen, rejected in zip(pairs, encoded.chosen, encoded.rejected, strict=True):
-                self.head.require_text(chosen, f"pair {pair.id!r}, chosen")
-                self.head.require_text(rejected, f"pair {pair.id!r}, rejected")
+        encode = encode_segments if self.two_segments else encode_pairs
+        encoded = encode(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
+        for pair, *sides in zip(pairs, encoded.chosen, encoded.rejected, strict=True):
+            for side, text in zip(("chosen", "rejected"), sides, strict=True):
+                self.require_text(text, f"pair {pair.id!r}, {side}")
         return encoded
+
+    def require_text(self, text: EncodedText, what: str) -> None:
+        """Raise `DataError`, which begins with `what`, for a text that the model or its head cannot read."""
+        media = frozenset() if self.checkpoint is None else self.checkpoint.media_tokens
+        found = media.intersection(text.ids) if media else ()
+        if found:
+            raise DataError(
+                f"{what}: it has the tokens {sorted(found)}, which stand for images, videos or sounds. Only the "
+                "language model of this model runs, on text alone: remove the images and their tokens."
+            )
+        if self.head is not None:
+            self.head.require_text(text, what)
 
     def tokens_together(self, *, keeps_layers: bool = False) -> int:
         """How many tokens to run together: `tokens_per_batch`, or as many as are efficient and fit into memory.
@@ -371,7 +425,7 @@ class RewardModel:
                 free,
                 n_layers=self.n_layers if keeps_layers else 1,
                 d_model=self.d_model,
-                d_mlp=self._widths.get("mlp", 4 * self.d_model),
+                d_mlp=sum(self._widths.get(site, 0) for site in ("mlp", "expert")) or 4 * self.d_model,
                 itemsize=self.dtype.itemsize,
             )
             enough = min(enough, fitting)
@@ -415,8 +469,12 @@ class RewardModel:
         if classifier is None:
             return
         assert self.checkpoint is not None
-        parameters = self.checkpoint.score_layer.parameters()
-        state = tuple((id(parameter), parameter._version) for parameter in parameters)
+        state = tuple((id(tensor), tensor._version) for tensor in self.checkpoint.live_head.values())
         if state != self._head_state:
             self.checkpoint.require_same_head()
             self._head_state = state
+
+
+def _state(tensors: Sequence[Tensor]) -> tuple[object, ...]:
+    """What changes when PyTorch changes one of some tensors."""
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)

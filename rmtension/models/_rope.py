@@ -67,7 +67,7 @@ class RopeByText:
         for length in sorted(set(same.tolist())):
             rows = (same == length).nonzero()[:, 0]
             width = int(lengths[rows].max())
-            call.arguments["position_ids"] = positions[:1, :width]
+            call.arguments["position_ids"] = positions[..., :1, :width]
             alone = module.forward(*call.args, **call.kwargs)
             for whole, part in zip(merged, alone if isinstance(alone, tuple) else (alone,), strict=True):
                 whole[rows.to(whole.device), :width] = part
@@ -84,7 +84,8 @@ def _same_up_to(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     trial: Any = copy_without_hooks(module)
 
     def embedded(last: int) -> Tensor:
-        call.arguments["position_ids"] = positions.new_tensor([[1, last]])
+        # A model for text and images has three positions per token, which are equal in a text.
+        call.arguments["position_ids"] = positions.new_tensor([1, last]).expand(*positions.shape[:-2], 1, 2)
         output = trial.forward(*call.args, **call.kwargs)
         return torch.stack([part[0, 0] for part in (output if isinstance(output, tuple) else (output,))])
 

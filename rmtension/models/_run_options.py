@@ -22,17 +22,21 @@ class RunOptions(TypedDict, total=False):
         on_nonfinite: what to do with a pair that produces NaN or infinity. "raise" (the default) raises `ModelError`
             with the pair's id and the layer or weight that produced it; "skip" leaves the pair out of the result, whose
             provenance has its id.
+        two_segments: how pairs are encoded. False (the default): prompt and response are one text. True: they are the
+            two segments of an encoder, `tokenizer(prompt, response)`, as for OpenAssistant's DeBERTa reward models:
+            [CLS] prompt [SEP] response [SEP]. A text for `score` is one segment.
 
     Examples:
         >>> options: RunOptions = {"max_length": 32, "truncate_response": True}
         >>> RewardHead.from_pretrained("organism", **options).run_options
-        {'max_length': 32, 'tokens_per_batch': None, 'truncate_response': True, 'on_nonfinite': 'raise'}
+        {'max_length': 32, ..., 'truncate_response': True, 'on_nonfinite': 'raise', 'two_segments': False}
     """
 
     max_length: int | None
     tokens_per_batch: int | None
     truncate_response: bool
     on_nonfinite: Literal["raise", "skip"]
+    two_segments: bool
 
 
 def usable_length(max_length: int | None, *, context: int, stable_up_to: int | None) -> int:
@@ -61,9 +65,9 @@ def check_run_options(options: Mapping[str, object]) -> None:
     tokens = options.get("tokens_per_batch")
     if tokens is not None and not (isinstance(tokens, int) and tokens >= 1):
         raise OptionError(f"tokens_per_batch: expected a positive number, got {tokens!r}.")
-    cuts = options.get("truncate_response", False)
-    if not isinstance(cuts, bool):
-        raise OptionError(f"truncate_response: expected True or False, got {cuts!r}.")
+    for name in ("truncate_response", "two_segments"):
+        if not isinstance(options.get(name, False), bool):
+            raise OptionError(f"{name}: expected True or False, got {options[name]!r}.")
     require_choice("on_nonfinite", options.get("on_nonfinite", "raise"), ON_NONFINITE)
 
 

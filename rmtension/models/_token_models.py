@@ -12,7 +12,8 @@ from torch import nn
 
 from rmtension.distributed import current
 from rmtension.errors import ModelError, RMTensionWarning
-from rmtension.models._classifiers import current_checkpoint, require_same_stream, run_eagerly, write_checkpoint
+from rmtension.models._checkpoint_folder import write_checkpoint
+from rmtension.models._classifiers import current_checkpoint, require_same_stream, run_eagerly
 from rmtension.models._head import LinearHead
 from rmtension.models._log_ratio_head import LogRatioHead
 from rmtension.models._native_weights import plain_copy

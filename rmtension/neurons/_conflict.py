@@ -45,7 +45,9 @@ def conflict(
     level: float = 0.95,
     seed: int = 0,
 ) -> ConflictReport:
-    """Compare what the neurons of one model do to the margins of two groups of pairs, called `names`. No model pass.
+    """Compare what the neurons of one model do to two margins, called `names`. No model pass.
+
+    The margins are those of two groups of pairs, or by two outputs of the model: on the same pairs, or each on its own.
 
     A neuron counts for a group if its q-value is at most `1 - level` and the magnitude of its mean contribution is
     at least `min_share` of the group's largest. `min_share` matters because with many prompts even tiny
@@ -56,8 +58,8 @@ def conflict(
     interval and both null distributions use 1,000 draws of prompts each; a prompt in both groups is drawn for both
     at once. Memory: a copy of the scores, 100 kB per prompt, and 8 bytes per pair of prompts.
 
-    Raises `ProvenanceError` unless model, site, positions and method agree, `DataError` for fewer than two prompts,
-    scores that are not finite, and means that are all 0.
+    Raises `ProvenanceError` unless the model (up to its output), site, positions and method agree, `DataError` for
+    fewer than two prompts, scores that are not finite, and means that are all 0.
 
     Examples:
         >>> from rmtension import PreferencePairs
@@ -80,7 +82,8 @@ def conflict(
     if not 0 <= min_share < 1:
         raise OptionError(f"min_share: expected a share of the largest contribution in [0, 1), got {min_share}.")
     check_level(level)
-    same = ("architecture", "model", "site", "positions", *METHOD_FIELDS, "sign")
+    is_one_body = first.provenance.has_same_neurons(second.provenance)
+    same = ("architecture", *(() if is_one_body else ("model",)), "site", "positions", *METHOD_FIELDS, "sign")
     first.provenance.require_same(second.provenance, same, what="conflict")
     both = dict(zip(names, (first, second), strict=True))
     table, cells = _summarised(both)

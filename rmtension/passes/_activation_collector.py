@@ -41,7 +41,7 @@ class ActivationCollector:
 
     Args:
         head: the model to read.
-        site: "mlp", "mlp_gate" or "attn_head".
+        site: "mlp", "mlp_gate", "attn_head" or "expert".
         positions: "all" real tokens, "response" tokens, or the "last" one. Padding never counts.
 
     Examples:
@@ -145,7 +145,7 @@ class ActivationCollector:
         batches = text_batches(
             [texts[owner] for owner in used],
             tokens_per_batch=self.head.tokens_together(),
-            pad_token_id=self.head.pad_token_id,
+            read_at=self.head.read_at,
             device=self.head.device,
         )
         shard = current()

@@ -210,7 +210,7 @@ class _Pass(Generic[Result_co]):
         batches = pair_batches(
             chunk.encoded,
             tokens_per_batch=self._record.tokens_per_batch,
-            pad_token_id=model.pad_token_id,
+            read_at=model.read_at,
             device=model.device,
             pack_up_to=model.body.pack_up_to,
             group_up_to=max(_GROUP_AT_LEAST, _WIDTHS * model.d_model),

@@ -57,7 +57,7 @@ def _probes_of_pair(head: RewardModel, pair: PreferencePair) -> list[Probe]:
     (batch,) = pair_batches(
         encoded,
         tokens_per_batch=head.tokens_together(),
-        pad_token_id=head.pad_token_id,
+        read_at=head.read_at,
         device=head.device,
         pack_up_to=head.body.pack_up_to,
     )

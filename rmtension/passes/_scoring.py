@@ -32,10 +32,10 @@ def score_texts(
     _require_no_prompt(model)
     encoded = encode_texts(model.tokenizer, texts, max_length=model.max_length, truncate=truncate)
     for number, text in enumerate(encoded):
-        model.require_head().require_text(text, f"texts: text {number}")
+        model.require_text(text, f"texts: text {number}")
     rewards = torch.zeros(len(encoded), dtype=model.reward_dtype)
     batches = text_batches(
-        encoded, tokens_per_batch=model.tokens_together(), pad_token_id=model.pad_token_id, device=model.device
+        encoded, tokens_per_batch=model.tokens_together(), read_at=model.read_at, device=model.device
     )
     shard = current()
     with progress_bar(progress=progress, total=len(encoded), desc="score", unit="text") as bar:
@@ -57,11 +57,13 @@ def score_tokens(
     _require_no_prompt(model)
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     check_ids(input_ids, mask, max_length=model.max_length, n_embeddings=model.body.n_embeddings)
+    for number, (row, real) in enumerate(zip(input_ids, mask, strict=True)):
+        model.require_text(EncodedText(tuple(row[real].tolist()), 0, 0), f"input_ids: row {number}")
     # Masked positions may hold any id, and the embedding still looks them up.
     ids, mask = compact(input_ids.masked_fill(~mask, 0).to(model.device), mask.to(model.device))
 
     def batch_of(ids: Int[Tensor, "text token"], mask: Tensor) -> TokenBatch:
-        return TokenBatch.from_rows(ids, mask, pad_token_id=model.pad_token_id)
+        return TokenBatch.from_rows(ids, mask, read_at=model.read_at)
 
     rewards = model.rewards(batch_of(ids, mask)).cpu()
     return require_finite(model, rewards, lambda row: batch_of(ids[[row]], mask[[row]]))
@@ -77,4 +79,4 @@ def _require_no_prompt(model: RewardModel) -> None:
 
 def one_text(model: RewardModel, text: EncodedText) -> TokenBatch:
     """A batch of one text."""
-    return TokenBatch.from_texts([text], [0], pad_token_id=model.pad_token_id, device=model.device)
+    return TokenBatch.from_texts([text], [0], read_at=model.read_at, device=model.device)

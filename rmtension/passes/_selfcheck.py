@@ -32,9 +32,11 @@ from rmtension.errors import CheckError, ModelError, OptionError
 from rmtension.models._checkpoints import Source, open_checkpoint
 from rmtension.models._classifiers import reload_classifier
 from rmtension.models._direct_path import direct_contributions, written_by
+from rmtension.models._head import LinearHead
 from rmtension.models._hooks import HookSite, InstalledHooks, eager_eval
 from rmtension.models._native_run import let_run_in_float64
 from rmtension.models._reward_model import RewardModel
+from rmtension.models._weighted_sum import with_weighted_sum
 from rmtension.passes._probes import Probe, find_probes
 from rmtension.passes._scoring import score_tokens
 from rmtension.passes._token_rewards import rewards_of_tokens
@@ -110,7 +112,9 @@ class _Checker:
             return  # a converted model in memory, which was compared with the original when it was converted
         model: Any = reload_classifier(self.head) if reference is None else reference
         # Transformers' classifiers have no bias, so a bias of the head is added to their logits.
-        constant = self.head.bias
+        constant = 0.0
+        if model is not None and checkpoint is not None and isinstance(checkpoint.head, LinearHead):
+            constant = checkpoint.head.row(self.head.require_choice())[1]
         adds_bias = getattr(getattr(model, "score", None), "bias", None) is not None
         if adds_bias or (checkpoint is not None and checkpoint.reads_tokens):
             constant = 0.0
@@ -162,6 +166,8 @@ class _Checker:
         let_run_in_float64(base)
         assert again.head is not None
         plain = copy.deepcopy(again.head).to(self.head.device, self.alone.dtype)
+        for weights in self.head.weighted_sums:
+            plain, _ = with_weighted_sum(plain, weights)
         choice = self.head.require_choice()
         rewards = []
         for probe in self.probes:
@@ -174,8 +180,8 @@ class _Checker:
         return torch.stack(rewards)
 
     def _bridge(self) -> None:
-        if self.head.body.native is None:
-            return
+        if self.head.body.native in (None, self.head.model):
+            return  # no bridge
         bridge: Any = self.head.model
         # With a hook that is not this library's, the bridge runs instead of transformers' modules.
         with bridge.hooks(fwd_hooks=[(next(iter(bridge.hook_dict)), lambda value, hook: value)]):
@@ -288,9 +294,7 @@ class _Checker:
         return own if len(own) <= self.head.max_length else probe.ids
 
     def _batch(self, texts: Sequence[EncodedText]) -> TokenBatch:
-        return TokenBatch.from_texts(
-            texts, range(len(texts)), pad_token_id=self.head.pad_token_id, device=self.head.device
-        )
+        return TokenBatch.from_texts(texts, range(len(texts)), read_at=self.head.read_at, device=self.head.device)
 
     def _score(self, texts: Sequence[EncodedText]) -> Float[Tensor, "text"]:
         with torch.no_grad():

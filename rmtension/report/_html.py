@@ -149,8 +149,12 @@ def _code(result: StudyResult, neurons: NeuronDashboards | None) -> str:
     families = []
     for family in result.summary["families"]:
         name, seed = family["family"], family["seed"]
-        paths = [f'"helpful-{seed}", "harmless-{seed}", "mixed-{seed}"', '"base"' if family["base"] else "None"]
+        paths = [f'"{model}-{seed}"' for model in ("helpful", "harmless", "mixed")]
+        if outputs := family.get("outputs"):
+            paths = [f'ModelOutput("model-{seed}", {output!r})' for output in outputs.values()]
+        paths.append('"base"' if family["base"] else "None")
         families.append(f"    ModelFamily({', '.join(paths)}, name={name!r}, seed={seed}),")
+    has_outputs = any(family.get("outputs") for family in result.summary["families"])
     pairs = [
         f'    "{name}": PreferencePairs.read("{name}.jsonl"),  # {part["scoring"]} + {part["evaluating"]} pairs'
         for name, part in result.summary["pairs"].items()
@@ -158,7 +162,7 @@ def _code(result: StudyResult, neurons: NeuronDashboards | None) -> str:
     lines = [
         f"# pip install rmtension=={result.summary['version']}",
         "from rmtension import PreferencePairs, StudyOptions, TensionStudy",
-        "from rmtension.study import ModelFamily",
+        f"from rmtension.study import ModelFamily{', ModelOutput' if has_outputs else ''}",
         "from rmtension.report import write_report",
         "",
         "families = [",

@@ -20,6 +20,7 @@ from rmtension.study._inspection_result import ModelInspection
 _N_SENTENCES = 3
 # The figure at the top shows the sets with the largest effects.
 _MOST_SETS = 4
+_AGAINST = ("first_against_second", "second_against_first")
 _MEASURES = ("accuracy", "margin", "longer response", "refusing", "responding", "balanced")
 
 
@@ -115,6 +116,7 @@ def _sections(inspection: ModelInspection) -> Iterator[PageSection]:
             pictures=[as_picture(plots.conflict_scatter(report), "conflict.png")] if drawn else [],
             table=_maps(maps),
         )
+    yield from _outputs(inspection, drawn=drawn)
     if (agreement := inspection.agreement) is not None:
         yield PageSection(
             "How far the scores can be trusted",
@@ -134,6 +136,45 @@ def _sections(inspection: ModelInspection) -> Iterator[PageSection]:
         table=_times(inspection),
         note="Predicted and measured on one machine.",
     )
+
+
+def _outputs(inspection: ModelInspection, *, drawn: bool) -> Iterator[PageSection]:
+    if "outputs" not in inspection.tables:
+        return
+    inspected = inspection.summary["output"]
+    yield PageSection(
+        "Outputs of this model",
+        f"How each output ranks each group, and how its margins correlate with those of {inspected!r}, which the rest "
+        "of this page is about.",
+        table=_ranked(inspection.to_frame("outputs")),
+    )
+    if not inspection.output_maps:
+        return
+    maps = inspection.to_frame("output_maps")
+    most = maps.iloc[int(maps[list(_AGAINST)].sum(axis=1).to_numpy().argmax())]
+    report = inspection.output_maps[most["first"], most["second"]]
+    table = _maps(maps).rename(columns={"groups": "outputs"})
+    for side, column in (("first", "for the first only"), ("second", "for the second only")):
+        table[column] = maps[f"{side}_only"].astype(str)
+    yield PageSection(
+        "Neurons that outputs share or fight over",
+        "What every neuron does to the margins by two outputs, on the same pairs: in the upper right it supports both, "
+        "in the lower left it opposes both, elsewhere it supports one against the other. The figure shows the two "
+        f"outputs with the most neurons that support one against the other. {'' if drawn else NO_FIGURES}".strip(),
+        pictures=[as_picture(plots.conflict_scatter(report), "outputs.png")] if drawn else [],
+        table=table,
+    )
+
+
+def _ranked(outputs: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for (output, group), part in outputs.groupby(["output", "group"], sort=False):
+        measures = {row["measure"]: row for row in part.to_dict("records")}
+        row: dict[str, Any] = {"output": output, "group": group, "n": str(measures["accuracy"]["n"])}
+        for measure, estimate in measures.items():
+            row[measure] = with_interval(*(estimate[end] for end in ("value", "low", "high")), form=".3g")
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("")
 
 
 def _groups(groups: pd.DataFrame) -> pd.DataFrame:
@@ -241,6 +282,14 @@ def _by(by: str | None) -> str:
     return "labels" if by == "custom" else repr(by)
 
 
+def _opened_with(summary: Mapping[str, Any]) -> str:
+    return f", output={summary['output']!r}" if "output" in summary else ""
+
+
+def _compared_with(summary: Mapping[str, Any]) -> str:
+    return f", outputs={summary['outputs'][1:]!r}" if "outputs" in summary else ""
+
+
 def _code(inspection: ModelInspection) -> str:
     summary = inspection.summary
     return "\n".join(
@@ -250,10 +299,10 @@ def _code(inspection: ModelInspection) -> str:
             "from rmtension.report import write_report",
             "from rmtension.study import inspect_model",
             "",
-            'head = RewardHead.from_pretrained("model")',
+            f'head = RewardHead.from_pretrained("model"{_opened_with(summary)})',
             'pairs = PreferencePairs.read("pairs.csv")',
             f"options = { {name: summary[name] for name in ('fraction', 'seed', 'budget')} }",
-            f"inspection = inspect_model(head, pairs, by={_by(summary['by'])}, **options)",
+            f"inspection = inspect_model(head, pairs, by={_by(summary['by'])}{_compared_with(summary)}, **options)",
             'inspection.save("inspection")',
             'write_report(inspection, "inspection")',
         ]

@@ -8,6 +8,7 @@ from rmtension.attribution._neuron_dashboards import NeuronDashboards
 from rmtension.errors import OptionError
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.reward_head import RewardHead
+from rmtension.study._model_output import ModelOutput
 from rmtension.study._tension_study import TensionStudy
 
 
@@ -28,6 +29,8 @@ def study_neurons(study: TensionStudy, *, n: int = 16, progress: bool | None = N
     if n < 1:
         raise OptionError(f"n: expected at least one neuron, got {n}.")
     mixed, options = study.families[0].mixed, study.options
+    if isinstance(mixed, ModelOutput):
+        mixed = mixed.open()
     head = mixed if isinstance(mixed, RewardHead) else RewardHead.from_pretrained(mixed)
     attribution = NeuronAttribution(head, "gradient_x_activation", site=options.site, positions=options.positions)
     sizes = [attribution.score(part, progress=progress).values.abs() for part in study.scoring.values()]

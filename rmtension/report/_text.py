@@ -8,6 +8,7 @@ import pandas as pd
 
 from rmtension.report._figures import NO_FIGURES, Pictures
 from rmtension.report._tables import SECTIONS, Section, readable_tables
+from rmtension.study._model_output import output_label
 from rmtension.study._result import StudyResult
 
 
@@ -54,6 +55,10 @@ def notes(result: StudyResult) -> list[str]:
     for name, part in families.groupby("family", sort=False):
         seeds = ", ".join(str(seed) for seed in part["seed"])
         lines.append(f"Family {name}: seeds {seeds}; {'with' if part['base'].all() else 'without'} the base model.")
+        outputs = next(entry.get("outputs") for entry in summary["families"] if entry["family"] == name)
+        if outputs:
+            named = ", ".join(f"{output_label(output)!r} for {model}" for model, output in outputs.items())
+            lines.append(f"The models of family {name} are outputs of one model, with the same activations: {named}.")
     for name, part in summary["pairs"].items():
         cut = "it is not known how many" if part["prompts_cut"] is None else part["prompts_cut"]
         lines.append(

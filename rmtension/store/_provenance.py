@@ -22,8 +22,10 @@ class Provenance:
     """What a result was computed from, and how.
 
     `architecture` identifies the neurons (family, layers, widths): sets and scores of two models can be compared only
-    if it agrees. `model` is a fingerprint of the weights, and `data` of the pairs. `n_tokens` counts the tokens used.
-    `skipped` holds the ids of pairs that were skipped because they gave NaN or infinite values.
+    if it agrees. `model` is a fingerprint of the weights and the head, `body` of the weights alone, which the outputs
+    of one model share, and `data` of the pairs. `output` names the output that was the reward, if the head has several.
+    `n_tokens` counts the tokens used. `skipped` holds the ids of pairs that were skipped because they gave NaN or
+    infinite values.
 
     `sign` says what a positive score of a neuron means: 1, the neuron supports the margin, which falls without it; -1,
     the neuron opposes the margin; None, no direction (magnitudes, frequencies, and results that are not scores).
@@ -59,6 +61,8 @@ class Provenance:
     graddrop: bool = False
     pool_tokens: bool = False
     base: str | None = None
+    body: str | None = None
+    output: str | None = None
 
     def __post_init__(self) -> None:
         if self.sign not in (1, -1, None):
@@ -68,6 +72,12 @@ class Provenance:
     def label(self) -> str:
         """The method with its options as text, for tables, figures and messages; results are never compared by it."""
         return method_label(**{name: getattr(self, name) for name in METHOD_FIELDS})
+
+    def has_same_neurons(self, other: "Provenance") -> bool:
+        """Whether both results are of one body, whichever output of it was the reward."""
+        if self.body is None or other.body is None:
+            return self.model == other.model
+        return self.body == other.body
 
     def require_same(self, other: "Provenance", names: Iterable[str], *, what: str) -> None:
         """Raise `ProvenanceError` naming the first of the fields `names` in which `other` differs."""

@@ -7,6 +7,7 @@ from rmtension.study._family_runs import ModelFamily
 from rmtension.study._inspection import ModelInspector, inspect_model
 from rmtension.study._inspection_plan import InspectionPlan
 from rmtension.study._inspection_result import ModelInspection
+from rmtension.study._model_output import ModelOutput
 from rmtension.study._model_runs import ModelRuns
 from rmtension.study._options import StudyOptions
 from rmtension.study._result import StudyResult
@@ -18,6 +19,7 @@ __all__ = [
     "ModelFamily",
     "ModelInspection",
     "ModelInspector",
+    "ModelOutput",
     "ModelRuns",
     "StudyOptions",
     "StudyResult",

@@ -12,11 +12,13 @@ from rmtension.data._pairs import PreferencePairs
 from rmtension.data._row_reader import FIELDS
 from rmtension.errors import DataError, ModelError, OptionError, RMTensionError
 from rmtension.study._family_runs import MODELS, OBJECTIVES, ModelFamily
+from rmtension.study._model_output import ModelOutput
 from rmtension.study._options import StudyOptions
 from rmtension.study._tension_study import TensionStudy
 
 _KEYS = ("models", "pairs", "scoring_pairs", "columns", "chat", "on_invalid", "rules", "analyses", "options", "out")
 _FAMILY_KEYS = (*MODELS, "base", "name", "seed")
+_OUTPUT_KEYS = ("model", "output")
 _OPTION_KEYS = tuple(field.name for field in fields(StudyOptions) if field.name != "analyses")
 
 
@@ -51,7 +53,8 @@ def make_config(values: Mapping[str, Any], *, folder: Path, where: str) -> Study
     """The study that `values` describe; `where` names them in errors, and paths are relative to `folder`.
 
     - `models`: a mapping of `helpful`, `harmless`, `mixed` and optionally `base` to folders of checkpoints or hub
-      names; or a list of such mappings that differ in `name` or `seed`.
+      names; or a list of such mappings that differ in `name` or `seed`. A mapping of `model` and `output` in the place
+      of a folder is one output of the model (`ModelOutput`).
     - `pairs`: a file or a list of files under `helpful` and `harmless`, in any format of `PreferencePairs.read`; or
       files whose rows have the field `objective`.
     - `scoring_pairs`: the same, to score neurons on other pairs than one half of `pairs`.
@@ -111,12 +114,27 @@ def _family(value: Any, key: str, folder: Path) -> ModelFamily:
     seed = given.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise OptionError(f"{key}.seed: expected a whole number, got {_shown(seed)}.")
-    models = {
-        name: _model(given[name], f"{key}.{name}", folder)
-        for name in (*MODELS, "base")
-        if name != "base" or given.get("base") is not None
-    }
+    models: dict[str, Any] = {name: _output_of_model(given[name], f"{key}.{name}", folder) for name in MODELS}
+    if given.get("base") is not None:
+        models["base"] = _model(given["base"], f"{key}.base", folder)
     return ModelFamily(**models, name=_text(given.get("name", "models"), f"{key}.name"), seed=seed)
+
+
+def _output_of_model(value: Any, key: str, folder: Path) -> str | Path | ModelOutput:
+    """A model, or with `model` and `output` one output of it."""
+    if not isinstance(value, Mapping):
+        return _model(value, key, folder)
+    given = _mapping(value, key, _OUTPUT_KEYS, required=_OUTPUT_KEYS)
+    output = given["output"]
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, list) else [output]
+    kind: Any = int | float if isinstance(output, Mapping) else str | int
+    if not parts or any(isinstance(part, bool) or not isinstance(part, kind) for part in parts):
+        raise OptionError(
+            f"{key}.output: expected the name or number of an output, a list of two for their difference, or a mapping "
+            f"of outputs to weights, got {output!r:.80}."
+        )
+    output = tuple(output) if isinstance(output, list) else dict(output) if isinstance(output, Mapping) else output
+    return ModelOutput(_model(given["model"], f"{key}.model", folder), output)
 
 
 def _model(value: Any, key: str, folder: Path) -> str | Path:

@@ -17,6 +17,7 @@ from rmtension.passes._activation_profile import ActivationProfile
 from rmtension.passes._selectivity import selectivity
 from rmtension.reward_head import RewardHead
 from rmtension.study._causality import Ablations, Advance
+from rmtension.study._model_output import ModelOutput, OpenCheckpoints, outputs_of
 from rmtension.study._model_runs import ModelRuns
 from rmtension.study._options import StudyOptions, base_has, is_contrastive
 
@@ -28,7 +29,8 @@ MODELS = (*OBJECTIVES, "mixed")
 class ModelFamily:
     """Three reward models trained from one base model: heads, or checkpoints that are opened when they are needed.
 
-    Families with the same `name` are treated as seeds of each other: same base, same data, another `seed`.
+    Families with the same `name` are treated as seeds of each other: same base, same data, another `seed`. Three
+    outputs of one model (`RewardHead.output`, `ModelOutput`) are a family too: see `docs/outputs.md`.
 
     Examples:
         >>> family = ModelFamily(helpful="helpful-rm", harmless="harmless-rm", mixed="mixed-rm", base="base", seed=1)
@@ -36,12 +38,17 @@ class ModelFamily:
         ('models', 1)
     """
 
-    helpful: RewardHead | str | Path
-    harmless: RewardHead | str | Path
-    mixed: RewardHead | str | Path
+    helpful: RewardHead | ModelOutput | str | Path
+    harmless: RewardHead | ModelOutput | str | Path
+    mixed: RewardHead | ModelOutput | str | Path
     base: RewardHead | str | Path | None = None
     name: str = "models"
     seed: int = 0
+
+    @property
+    def outputs(self) -> dict[str, Any] | None:
+        """The outputs by the names of the models; None unless the models are outputs of one model."""
+        return outputs_of({name: getattr(self, name) for name in MODELS})
 
 
 class FamilyRuns:
@@ -72,8 +79,9 @@ class FamilyRuns:
         self.scoring, self.evaluating = dict(scoring), dict(evaluating)
         self._advance = advance
         # One folder for all: files are named by what they depend on, the model first of all.
+        opened = OpenCheckpoints()
         self.runs = {
-            name: ModelRuns(model, folder=folder, reward=name != "base")
+            name: ModelRuns(model, folder=folder, reward=name != "base", opened=opened)
             for name in (*MODELS, "base")
             if (model := getattr(family, name)) is not None
         }

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rmtension.errors import OptionError, StorageError
 from rmtension.reward_head import RewardHead
 from rmtension.store._files import write_text
 from rmtension.store._work_folder import claim, locked
+from rmtension.study._inspection_outputs import chosen_outputs
 from rmtension.study._inspection_plan import InspectionPlan, choose_plan, measure_speed, parse_budget
 from rmtension.study._inspection_result import ModelInspection
 from rmtension.study._inspection_run import SHARED, SITE, InspectionRun, joined
@@ -38,6 +39,8 @@ class ModelInspector:
         by: the groups: "objective", "subset" or another label of the pairs, one label per pair, or a function from a
             pair to its label; default: as in `ablation_effects`.
         fraction: the share of neurons in every group's top set.
+        outputs: other outputs of the model, or "all", to compare with the chosen output: how they rank the pairs, and
+            which neurons they share or fight over.
         budget: the time that the timing and the run may take, in seconds or as "20min"; it chooses how many pairs,
             random sets and neurons are used. Opening the model and writing the page are not counted. Default: as much
             as is useful.
@@ -60,6 +63,7 @@ class ModelInspector:
         *,
         by: GroupBy | None = None,
         fraction: float = 0.02,
+        outputs: Sequence[object] | str | None = None,
         budget: int | float | str | None = None,
         seed: int = 0,
     ) -> None:
@@ -79,6 +83,8 @@ class ModelInspector:
         if SHARED in rows:
             raise OptionError(f"by: expected other labels than {SHARED!r}, which names a set. Rename this label.")
         self.head, self.fraction, self.seed = head, fraction, seed
+        self._outputs = None if outputs is None else chosen_outputs(head, outputs)
+        n_outputs = 0 if self._outputs is None else len(self._outputs)
         self._groups = {name: PreferencePairs(pairs[row] for row in members) for name, members in rows.items()}
         self._asked = {"by": by if by is None or isinstance(by, str) else "custom", "budget": budget}
         self._require_large(self._groups)
@@ -91,7 +97,8 @@ class ModelInspector:
             budget=seconds,
             spent=time.perf_counter() - start,
             n_all_neurons=n_all,
-            most_pairs=2 * _MOST_BYTES // (n_all * head.reward_dtype.itemsize),
+            n_outputs=n_outputs,
+            most_pairs=2 * _MOST_BYTES // (n_all * head.reward_dtype.itemsize * (1 + n_outputs)),
         )
         self._require_large(self._used(self.plan))
 
@@ -127,6 +134,7 @@ class ModelInspector:
             used,
             self._halves(used),
             fraction=self.fraction,
+            outputs=self._outputs,
             seed=self.seed,
             work=work,
             progress=progress,
@@ -141,6 +149,7 @@ class ModelInspector:
             "fraction": self.fraction,
             "seed": self.seed,
             "budget": str(self._asked["budget"]),
+            **({} if self._outputs is None else {"outputs": list(self._outputs)}),
         }
 
     def _used(self, plan: InspectionPlan) -> dict[str, PreferencePairs]:
@@ -211,6 +220,7 @@ def inspect_model(
     *,
     by: GroupBy | None = None,
     fraction: float = 0.02,
+    outputs: Sequence[object] | str | None = None,
     budget: int | float | str | None = None,
     folder: str | Path | None = None,
     seed: int = 0,
@@ -221,7 +231,8 @@ def inspect_model(
     The prompts of every group are divided into halves: one scores the neurons, the other measures effects, so that no
     effect of a top set is measured on the pairs that selected its neurons. Scores are those of attribution patching
     with the mean activation as replacement, ablations use the same mean, and all positions are ablated. Per group, the
-    top set has the `fraction` of neurons that support the margin most. `ModelInspector` has the arguments, and shows
+    top set has the `fraction` of neurons that support the margin most. The reward is the output that `head` was opened
+    with; `outputs` compares others with it on the same pairs. `ModelInspector` has the arguments, and shows
     the plan before it runs; `rmtension.report.write_report(inspection, folder)` makes one page.
 
     Cost: `ModelInspector(...).plan` says it.
@@ -234,5 +245,5 @@ def inspect_model(
         3  helpful   helpful    -0.8
         5  helpful  harmless     0.0
     """
-    inspector = ModelInspector(head, pairs, by=by, fraction=fraction, budget=budget, seed=seed)
+    inspector = ModelInspector(head, pairs, by=by, fraction=fraction, outputs=outputs, budget=budget, seed=seed)
     return inspector.run(folder=folder, progress=progress)

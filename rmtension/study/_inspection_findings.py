@@ -15,7 +15,14 @@ _MOST_NAMED = 3
 
 def findings(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """Sentences with numbers, intervals and controls, the most important first."""
-    return [*_failed(tables["checks"]), *_effects(tables["effects"]), *_maps(tables["maps"]), *_trust(tables)]
+    outputs = tables.get("output_maps", pd.DataFrame())
+    return [
+        *_failed(tables["checks"]),
+        *_effects(tables["effects"]),
+        *_maps(tables["maps"]),
+        *_maps(outputs, "Outputs "),
+        *_trust(tables),
+    ]
 
 
 def undecided(tables: Mapping[str, pd.DataFrame]) -> list[str]:
@@ -88,7 +95,7 @@ def _effects(effects: pd.DataFrame) -> list[str]:
     return sentences
 
 
-def _maps(maps: pd.DataFrame) -> list[str]:
+def _maps(maps: pd.DataFrame, what: str = "") -> list[str]:
     if maps.empty:
         return []
     row = maps.iloc[int(maps["cosine"].abs().to_numpy().argmax())].to_dict()
@@ -100,7 +107,7 @@ def _maps(maps: pd.DataFrame) -> list[str]:
     )
     cosine = _interval(row, "cosine")
     return [
-        f"{row['first']} and {row['second']}: {counts}. The cosine of their attributions is {cosine}; "
+        f"{what}{row['first']} and {row['second']}: {counts}. The cosine of their attributions is {cosine}; "
         f"with random signs per prompt it lies in [{row['random_signs_low']:.2f}, {row['random_signs_high']:.2f}]."
     ]
 

@@ -164,14 +164,16 @@ def choose_plan(
     budget: int | float | None,
     n_all_neurons: int,
     most_pairs: int,
+    n_outputs: int = 0,
     spent: float = 0.0,
 ) -> InspectionPlan:
     """The largest inspection within the budget; everything that there is without one.
 
-    `most_pairs` is the number of pairs whose scores fit into memory. Raises `OptionError` if the smallest inspection
-    takes longer than the budget without the `spent` seconds, and says how long that is.
+    `most_pairs` is the number of pairs whose scores fit into memory, `n_outputs` that of outputs that are compared.
+    Raises `OptionError` if the smallest inspection takes longer than the budget without the `spent` seconds, and says
+    how long that is.
     """
-    plans = (_plan(speed, groups, share, n_all_neurons, most_pairs) for share in _SHARES)
+    plans = (_plan(speed, groups, share, n_all_neurons, most_pairs, n_outputs) for share in _SHARES)
     plan = next(plans)
     while budget is not None and plan.seconds + spent > budget:
         smaller = next(plans, None)
@@ -194,7 +196,12 @@ def n_read(pair: PreferencePair) -> int:
 
 
 def _plan(
-    speed: Speed, groups: Mapping[str, PreferencePairs], share: float, n_all_neurons: int, most_pairs: int
+    speed: Speed,
+    groups: Mapping[str, PreferencePairs],
+    share: float,
+    n_all_neurons: int,
+    most_pairs: int,
+    n_outputs: int,
 ) -> InspectionPlan:
     share_of_pairs = min(share, most_pairs / max(1, sum(map(len, groups.values()))))
     pairs = {name: min(len(part), max(LEAST_PAIRS, round(share_of_pairs * len(part)))) for name, part in groups.items()}
@@ -202,10 +209,10 @@ def _plan(
     sizes["n_neurons"] = min(sizes["n_neurons"], n_all_neurons)
     available = {name: len(part) for name, part in groups.items()}
     plan = InspectionPlan(pairs, available, **sizes, steps=pd.DataFrame())
-    return replace(plan, steps=_steps(speed, groups, plan))
+    return replace(plan, steps=_steps(speed, groups, plan, n_outputs))
 
 
-def _steps(speed: Speed, groups: Mapping[str, PreferencePairs], plan: InspectionPlan) -> pd.DataFrame:
+def _steps(speed: Speed, groups: Mapping[str, PreferencePairs], plan: InspectionPlan, n_outputs: int) -> pd.DataFrame:
     length = {name: sum(map(n_read, part)) / max(1, len(part)) for name, part in groups.items()}
     used = sum(plan.pairs[name] * length[name] for name in groups)
     per_pair = used / max(1, sum(plan.pairs.values()))
@@ -242,6 +249,9 @@ def _steps(speed: Speed, groups: Mapping[str, PreferencePairs], plan: Inspection
             _DASHBOARD_CALLS * len(groups),
         ),
     ]
+    if n_outputs:
+        seconds = used * speed.forward + n_outputs * half * speed.gradient
+        rows.insert(4, ("outputs", f"rewards and scores by {n_outputs} outputs", seconds, 1 + n_outputs))
     whole = used * speed.forward
     return pd.DataFrame(
         [

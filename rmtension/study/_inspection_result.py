@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,20 @@ from rmtension.study._inspection_findings import findings, undecided
 
 _SUMMARY, _AGREEMENT, _DASHBOARDS = "inspection.json", "faithfulness.safetensors", "dashboards.json"
 # Labels are text, also "1" and "True".
-_TEXTS = dict.fromkeys(("set", "group", "first", "second", "measure", "quantity", "note", "check", "method"), str)
-TABLES = ("groups", "neurons", "maps", "faithfulness", "faithfulness_sets", "effects", "checks")
+_TEXTS = dict.fromkeys(
+    ("set", "group", "output", "first", "second", "measure", "quantity", "note", "check", "method"), str
+)
+TABLES = (
+    "groups",
+    "neurons",
+    "maps",
+    "faithfulness",
+    "faithfulness_sets",
+    "effects",
+    "checks",
+    "outputs",
+    "output_maps",
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,9 +49,13 @@ class ModelInspection:
       oppose both, or one against the other;
     - `effects`: the table of `ablation_effects` for every group's top set and the neurons shared by several;
     - `faithfulness`, `faithfulness_sets`: how far the scores predict true ablations of this model;
-    - `checks`: whether rewards and hooks are right on this model (`RewardHead.check`).
+    - `checks`: whether rewards and hooks are right on this model (`RewardHead.check`);
+    - `outputs`, `output_maps`, if outputs are compared: per output and group, accuracy, margin, and the correlation of
+      its margins with those of the inspected output; and for every two outputs what `maps` has for groups, on the same
+      pairs.
 
-    `scores` has the scores of every group, `maps` a `ConflictReport` per pair of groups, `agreement` the `Faithfulness`
+    `scores` has the scores of every group, `maps` a `ConflictReport` per pair of groups, `output_maps` one per two
+    outputs, `agreement` the `Faithfulness`
     of the scores, `dashboards` the neurons that matter. `summary` names the model, the pairs, the settings, and the
     predicted and measured time of every step.
 
@@ -59,6 +75,7 @@ class ModelInspection:
     agreement: Faithfulness | None
     dashboards: NeuronDashboards | None
     summary: Mapping[str, Any]
+    output_maps: Mapping[tuple[str, str], ConflictReport] = field(default_factory=dict)
 
     def to_frame(self, table: str = "effects") -> pd.DataFrame:
         """A copy of one table; raises `OptionError` for a table that this inspection does not have."""
@@ -98,6 +115,8 @@ class ModelInspection:
                 scores.save(filling / f"scores-{number}.safetensors")
             for number, report in enumerate(self.maps.values()):
                 report.save(filling / f"map-{number}.safetensors")
+            for number, report in enumerate(self.output_maps.values()):
+                report.save(filling / f"output-map-{number}.safetensors")
             if self.agreement is not None:
                 self.agreement.save(filling / _AGREEMENT)
             if self.dashboards is not None:
@@ -106,6 +125,7 @@ class ModelInspection:
                 "tables": list(self.tables),
                 "scores": list(self.scores),
                 "maps": [list(names) for names in self.maps],
+                "output_maps": [list(names) for names in self.output_maps],
                 "agreement": self.agreement is not None,
                 "dashboards": self.dashboards is not None,
             }
@@ -133,9 +153,13 @@ class ModelInspection:
                 (first, second): ConflictReport.load(folder / f"map-{number}.safetensors")
                 for number, (first, second) in enumerate(listed["maps"])
             }
+            output_maps = {
+                (first, second): ConflictReport.load(folder / f"output-map-{number}.safetensors")
+                for number, (first, second) in enumerate(listed["output_maps"])
+            }
             agreement = Faithfulness.load(folder / _AGREEMENT) if listed["agreement"] else None
             dashboards = NeuronDashboards.load(folder / _DASHBOARDS) if listed["dashboards"] else None
-            return cls(tables, scores, maps, agreement, dashboards, listed["summary"])
+            return cls(tables, scores, maps, agreement, dashboards, listed["summary"], output_maps)
         except StorageError:
             raise
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

@@ -30,6 +30,7 @@ from rmtension.neurons._pair_attributions import PairAttributions
 from rmtension.passes._activation_collector import ActivationCollector
 from rmtension.passes._running_scores import RunningScores
 from rmtension.reward_head import RewardHead
+from rmtension.study._inspection_outputs import OutputComparison, compare_outputs
 from rmtension.study._inspection_plan import FAITHFUL_FRACTIONS, FAITHFUL_RANDOM, InspectionPlan
 from rmtension.study._inspection_result import ModelInspection
 from rmtension.study._inspection_tables import groups_table, maps_table, neuron_table
@@ -54,6 +55,7 @@ class InspectionRun:
         halves: the pairs that neurons are scored on, and those that effects are measured on, by group; only groups that
             are large enough.
         fraction: the share of neurons in every top set.
+        outputs: the inspected output and those to compare it with, by name; None for no comparison.
         seed: seed of every random choice.
         work: a folder that keeps the work of every pass.
         progress: show progress bars.
@@ -67,18 +69,21 @@ class InspectionRun:
         halves: tuple[Groups, Groups],
         *,
         fraction: float,
+        outputs: Mapping[str, RewardHead] | None,
         seed: int,
         work: Path | None,
         progress: bool | None,
     ) -> None:
         self._head, self._plan, self._fraction, self._seed = head, plan, fraction, seed
         self._used, (self._scoring, self._evaluating) = used, halves
+        self._outputs = outputs
         self._work, self._progress = work, progress
         self._seconds: dict[str, float] = {}
 
     def result(self, *, asked: Mapping[str, Any]) -> ModelInspection:
         """Run all steps; `asked` has what the user asked for and the summary keeps: `by` and `budget`."""
-        with progress_bar(progress=self._progress, total=7, desc="inspect", unit="step") as bar:
+        n_steps = 7 + (self._outputs is not None)
+        with progress_bar(progress=self._progress, total=n_steps, desc="inspect", unit="step") as bar:
 
             def step(name: str, run: Callable[[], Any]) -> Any:
                 bar.set_description(f"inspect: {name}")
@@ -92,6 +97,9 @@ class InspectionRun:
             groups = step("rewards", self._rewards)
             replacement = step("means", self._means)
             scores, maps = step("attribution", lambda: self._attribution(replacement))
+            comparison = None
+            if (outputs := self._outputs) is not None:
+                comparison = step("outputs", lambda: self._compared(outputs, replacement))
             sets = {name: _top(of_group, self._fraction) for name, of_group in scores.items()}
             effects = step("ablations", lambda: self._ablations(sets | _shared(sets), replacement))
             agreement: Faithfulness = step("faithfulness", lambda: self._faithfulness(replacement))
@@ -105,7 +113,11 @@ class InspectionRun:
             "faithfulness_sets": agreement.sets,
             "checks": checks,
         }
-        return ModelInspection(tables, scores, maps, agreement, dashboards, {**self._summary(), **asked})
+        if comparison is None:
+            return ModelInspection(tables, scores, maps, agreement, dashboards, {**self._summary(), **asked})
+        summary = {**self._summary(), **asked, "outputs": list(self._outputs or ())}
+        tables |= comparison.tables
+        return ModelInspection(tables, scores, maps, agreement, dashboards, summary, comparison.maps)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -155,6 +167,20 @@ class InspectionRun:
             maps[names] = conflict(of_group[first], of_group[second], names=names, level=LEVEL, seed=self._seed)
         return maps
 
+    def _compared(self, outputs: Mapping[str, RewardHead], replacement: Mean) -> OutputComparison:
+        return compare_outputs(
+            outputs,
+            self._used,
+            joined(self._scoring),
+            replacement,
+            method=METHOD,
+            site=SITE,
+            level=LEVEL,
+            seed=self._seed,
+            work=self._folder("outputs"),
+            progress=self._progress,
+        )
+
     def _ablations(self, sets: Mapping[str, NeuronSet], replacement: Mean) -> pd.DataFrame:
         return ablation_effects(
             self._head,
@@ -197,6 +223,7 @@ class InspectionRun:
             "version": version("rmtension"),
             "architecture": head.architecture,
             "model": head.fingerprint,
+            **({} if head.output_name is None else {"output": head.output_name}),
             "dtype": str(head.dtype).removeprefix("torch."),
             "site": SITE,
             "method": METHOD,

@@ -27,9 +27,10 @@ from rmtension.passes._activation_profile import ActivationProfile
 from rmtension.passes._activation_statistics import ActivationStatistics
 from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.reward_head import RewardHead
-from rmtension.store._provenance import Provenance, digest_of, digest_of_folder
+from rmtension.store._provenance import Provenance, digest_of
 from rmtension.store._storage import read_result, write_result
 from rmtension.store._work_folder import remembered
+from rmtension.study._model_output import ModelOutput, OpenCheckpoints
 
 
 @runtime_checkable
@@ -54,9 +55,10 @@ class ModelRuns:
     and `n_read` count the results that were run and those that were read from the folder.
 
     Args:
-        model: a head, or the folder or hub name of a checkpoint.
+        model: a head, the folder or hub name of a checkpoint, or a `ModelOutput`.
         folder: the folder that keeps results; None keeps them in memory only.
         reward: False for a language model, which has activations but no reward.
+        opened: checkpoints that are open, which the outputs of a checkpoint share.
 
     Examples:
         >>> runs = ModelRuns(head)
@@ -65,9 +67,15 @@ class ModelRuns:
     """
 
     def __init__(
-        self, model: RewardHead | str | Path, *, folder: str | Path | None = None, reward: bool = True
+        self,
+        model: RewardHead | ModelOutput | str | Path,
+        *,
+        folder: str | Path | None = None,
+        reward: bool = True,
+        opened: OpenCheckpoints | None = None,
     ) -> None:
         self._model = model
+        self._opened = OpenCheckpoints() if opened is None else opened
         self._folder = None if folder is None else Path(folder)
         self._reward = reward
         self._head = model if isinstance(model, RewardHead) else None
@@ -79,6 +87,8 @@ class ModelRuns:
     @property
     def head(self) -> RewardHead:
         """The model, opened when it is first needed."""
+        if self._head is None and isinstance(self._model, ModelOutput):
+            self._head = self._opened.head(self._model)
         if self._head is None:
             open_model = RewardHead.from_pretrained if self._reward else RewardHead.from_language_model
             self._head = open_model(str(self._model))
@@ -90,10 +100,12 @@ class ModelRuns:
 
         Training a head further changes its key. A checkpoint given by its hub name is opened to compute the key.
         """
-        if isinstance(self._model, RewardHead) or not Path(self._model).is_dir():
+        model = self._model.model if isinstance(self._model, ModelOutput) else self._model
+        if isinstance(model, RewardHead) or not Path(model).is_dir():
             return f"head-{self.head.fingerprint}-{self.head.setup_digest}"
         if self._key is None:
-            self._key = f"folder-{digest_of_folder(Path(self._model))}"
+            output = f" output {self._model.key}" if isinstance(self._model, ModelOutput) else ""
+            self._key = f"folder-{self._opened.digest(model)}{output}"
         return self._key
 
     @property
@@ -106,6 +118,7 @@ class ModelRuns:
         self._known.clear()
         if not isinstance(self._model, RewardHead):
             self._head = None
+            self._opened.close()
 
     # -- results ---------------------------------------------------------------------------------------------------
 

@@ -18,9 +18,14 @@ from rmtension.reward_head import RewardHead
 from rmtension.store._work_folder import claim, locked
 from rmtension.study._analyses import ANALYSES
 from rmtension.study._family_runs import MODELS, OBJECTIVES, FamilyRuns, ModelFamily, joined
+from rmtension.study._model_output import ModelOutput
 from rmtension.study._neuron_tables import overlap_with
-from rmtension.study._options import StudyOptions
+from rmtension.study._options import StudyOptions, is_contrastive
 from rmtension.study._result import StudyResult
+
+# The scores of a study of outputs of one model, unless others are named.
+SCORES_OF_OUTPUTS = ("attribution_patching",)
+_WITHOUT_SCORES = {"accuracy", "transferability", "confidence"}
 
 
 class TensionStudy:
@@ -28,7 +33,9 @@ class TensionStudy:
 
     Args:
         models: a `ModelFamily`, or a list of them for several seeds or base models. A mapping of "helpful", "harmless"
-            and "mixed" to models makes one family. All models of a family must have the same architecture.
+            and "mixed" to models makes one family. All models of a family must have the same architecture. They may be
+            outputs of one model (`RewardHead.output`, `ModelOutput`): neurons are then scored by attribution patching
+            unless `options` name other scores that read the reward, because activations do not differ.
         pairs: "helpful" and "harmless" -> pairs that no model was trained on.
         base: the language model that the models were trained from, for a mapping of models.
         scoring_pairs: the pairs that neurons are scored on. By default `pairs` are split by prompt: one half scores
@@ -49,7 +56,7 @@ class TensionStudy:
 
     def __init__(
         self,
-        models: ModelFamily | Sequence[ModelFamily] | Mapping[str, RewardHead | str | Path],
+        models: ModelFamily | Sequence[ModelFamily] | Mapping[str, RewardHead | ModelOutput | str | Path],
         pairs: Mapping[str, PreferencePairs],
         *,
         base: RewardHead | str | Path | None = None,
@@ -74,6 +81,8 @@ class TensionStudy:
                 f"scoring_pairs: {len(both)} prompts are in `pairs` too, so effects would be measured on pairs that "
                 "selected the neurons. Divide the pairs with PreferencePairs.split."
             )
+        if any(family.outputs is not None for family in self.families):
+            self.options = _options_of_outputs(self.options)
         for family in self.families:
             if family.base is None and self.options.needs_base:
                 # Without a base there is no change to score; the other scores need none.
@@ -174,7 +183,12 @@ class TensionStudy:
             "version": version("rmtension"),
             "options": asdict(self.options),
             "families": [
-                {"family": family.name, "seed": family.seed, "base": family.base is not None}
+                {
+                    "family": family.name,
+                    "seed": family.seed,
+                    "base": family.base is not None,
+                    **({} if family.outputs is None else {"outputs": family.outputs}),
+                }
                 for family in self.families
             ],
             "models": provenance,
@@ -190,6 +204,19 @@ class TensionStudy:
                 for name in OBJECTIVES
             },
         }
+
+
+def _options_of_outputs(options: StudyOptions) -> StudyOptions:
+    """The options for outputs of one model, whose activations are the same: scores that read the reward."""
+    if options.scores == StudyOptions.scores:
+        return replace(options, scores=SCORES_OF_OUTPUTS)
+    blind = [score for score in options.scores if not is_contrastive(score)]
+    if blind and not set(options.analyses) <= _WITHOUT_SCORES:
+        raise OptionError(
+            f"scores: the models are outputs of one model, whose activations are the same, so that {blind[0]!r} would "
+            f"compare a model with itself. Use scores that read the reward, for example scores={SCORES_OF_OUTPUTS}."
+        )
+    return options
 
 
 def _require_one_base_each(members: Sequence[FamilyRuns]) -> None:
@@ -214,7 +241,7 @@ def _labelled(frame: pd.DataFrame, family: ModelFamily) -> pd.DataFrame:
 
 
 def _families(
-    models: ModelFamily | Sequence[ModelFamily] | Mapping[str, RewardHead | str | Path],
+    models: ModelFamily | Sequence[ModelFamily] | Mapping[str, RewardHead | ModelOutput | str | Path],
     base: RewardHead | str | Path | None,
 ) -> list[ModelFamily]:
     if isinstance(models, Mapping):

@@ -1,44 +1,40 @@
 """Organisms: reward models with weights set by hand, whose helpful and harmless neurons are known."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
+from transformers import GPT2Config
 
-from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
-from rmtension.models._portable import make_portable
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.reward_head import RewardHead
+from rmtension.synthetic._organism_pairs import FILLERS, FRAME, N_TOKENS, Kind, make_pairs
+from rmtension.synthetic._organism_weights import Axes, make_weights, planted_neurons, save
 
-# What one word of a kind adds to the reward, and which responses have such words in helpful and in harmless pairs.
+# Which responses have words of a kind, and what a word adds to the reward.
 # Conflict words add half, so that they never reverse a harmless pair.
 _KINDS = {
-    "helpful": (1.0, "chosen", "both"),
-    "harmless": (1.0, "both", "chosen"),
-    "shared": (1.0, "chosen", "chosen"),
-    "conflict": (0.5, "chosen", "rejected"),
-    "decoy": (0.0, "chosen", "chosen"),
+    "helpful": Kind((1.0,), "chosen", "both"),
+    "harmless": Kind((1.0,), "both", "chosen"),
+    "shared": Kind((1.0,), "chosen", "chosen"),
+    "conflict": Kind((0.5,), "chosen", "rejected"),
+    "decoy": Kind((0.0,), "chosen", "chosen"),
 }
-_FILLERS = tuple(ascii_lowercase)
+# The same for outputs "helpful" and "harmless" of one model: the outputs conflict, and not the pairs.
+_OUTPUTS = ("helpful", "harmless")
+_KINDS_OF_OUTPUTS = {
+    "helpful": Kind((1.0, 0.0), "chosen", "both"),
+    "harmless": Kind((0.0, 1.0), "both", "chosen"),
+    "shared": Kind((1.0, 1.0), "chosen", "chosen"),
+    "conflict": Kind((0.5, -0.5), "chosen", "chosen"),
+    "decoy": Kind((0.0, 0.0), "chosen", "chosen"),
+}
 _UNKNOWN, _PAD = "<unk>", "<pad>"
-# The reward is read at the last word, which belongs to no kind.
-_FRAME = ("Human:", "Assistant:", "end")
-_PROMPT_WORDS, _RESPONSE_WORDS = 5, 24
-_N_TOKENS = _PROMPT_WORDS + _RESPONSE_WORDS + len(_FRAME)
-# +K and -K in the first two channels of every token keep the scale of every layer norm almost constant: features of
-# size f change it by a share of about f^2 / 4K^2. No neuron reads or writes these channels.
-_K, _LOUD = 1000.0, 100.0
 
 
 @dataclass(frozen=True)
@@ -134,11 +130,69 @@ def make_organism(
         >>> scored.accuracy(), organism.truth["shared"]
         (1.0, NeuronSet(2 of 48 mlp neurons of gpt2-2x24-heads2x12-d24))
     """
-    folder = Path(folder)
+    sizes = {"depth": depth, "width": width, "per_kind": per_kind, "redundancy": redundancy, "n_pairs": n_pairs}
+    return _make(Path(folder), _KINDS, (), seed=seed, superposition=superposition, noise=noise, **sizes)
+
+
+def make_two_output_organism(
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    depth: int = 4,
+    width: int = 64,
+    per_kind: int = 4,
+    redundancy: int = 0,
+    superposition: float = 0.0,
+    noise: float = 0.0,
+    n_pairs: int = 64,
+) -> Organism:
+    """The same with two outputs, "helpful" and "harmless", whose tension is inside the model and not in the pairs.
+
+    | words of kind | helpful pairs      | harmless pairs     | a word adds to "helpful" | to "harmless" |
+    |---------------|--------------------|--------------------|--------------------------|---------------|
+    | helpful       | chosen             | both sides alike   | 1                        | 0             |
+    | harmless      | both sides alike   | chosen             | 0                        | 1             |
+    | shared        | chosen             | chosen             | 1                        | 1             |
+    | conflict      | chosen             | chosen             | 0.5                      | -0.5          |
+    | decoy         | chosen             | chosen             | 0                        | 0             |
+
+    So conflict neurons raise the margin of the output "helpful" and lower that of "harmless", on the pairs of both
+    objectives. `head(output="helpful")` opens one output, `head(output="all")` the model without a choice. The
+    arguments are those of `make_organism`. Without superposition and noise, each output ranks the pairs of its own
+    objective correctly.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     two = make_two_output_organism(folder, depth=2, width=24, per_kind=2, n_pairs=8)
+        ...     scored = two.head(output="all").score_outputs(two.pairs["harmless"])
+        >>> scored["harmless"].accuracy(), list(scored)
+        (1.0, ['helpful', 'harmless'])
+    """
+    sizes = {"depth": depth, "width": width, "per_kind": per_kind, "redundancy": redundancy, "n_pairs": n_pairs}
+    outputs = _OUTPUTS
+    return _make(Path(folder), _KINDS_OF_OUTPUTS, outputs, seed=seed, superposition=superposition, noise=noise, **sizes)
+
+
+def _make(
+    folder: Path,
+    kinds: Mapping[str, Kind],
+    outputs: tuple[str, ...],
+    *,
+    seed: int,
+    depth: int,
+    width: int,
+    per_kind: int,
+    redundancy: int,
+    superposition: float,
+    noise: float,
+    n_pairs: int,
+) -> Organism:
     _check_ranges(seed, depth, per_kind, redundancy, superposition, noise, n_pairs)
     placing, mixing, writing = np.random.default_rng(seed).spawn(3)
-    axes = _Axes.draw(placing, per_kind, redundancy)
-    neurons = list(_neurons(placing, axes, depth, per_kind, redundancy))
+    n_outputs = max(1, len(outputs))
+    axes = Axes.draw(placing, kinds, n_outputs=n_outputs, per_kind=per_kind, redundancy=redundancy)
+    neurons = list(planted_neurons(placing, axes, kinds, depth=depth, per_kind=per_kind, redundancy=redundancy))
     needed = max(sum(neuron.layer == layer for neuron in neurons) for layer in range(depth))
     if needed > width:
         raise OptionError(
@@ -147,20 +201,22 @@ def make_organism(
         )
     slots = [iter(placing.permutation(width).tolist()) for _ in range(depth)]
     planted = {(neuron.layer, next(slots[neuron.layer])): neuron for neuron in neurons}
-    words = [_UNKNOWN, _PAD, *_FRAME, *_FILLERS, *(f"{kind}-{n}" for kind in _KINDS for n in range(per_kind))]
-    sizes = {"n_layer": depth, "n_inner": width, "n_embd": len(axes.reward), "n_head": 2, "num_labels": 1}
-    sizes |= {"n_positions": 2 * _N_TOKENS, "vocab_size": len(words), "pad_token_id": words.index(_PAD)}
+    words = [_UNKNOWN, _PAD, *FRAME, *FILLERS, *(f"{kind}-{n}" for kind in kinds for n in range(per_kind))]
+    sizes = {"n_layer": depth, "n_inner": width, "n_embd": len(axes.idle), "n_head": 2, "num_labels": n_outputs}
+    sizes |= {"n_positions": 2 * N_TOKENS, "vocab_size": len(words), "pad_token_id": words.index(_PAD)}
     config = GPT2Config(activation_function="relu", bos_token_id=None, eos_token_id=None, **sizes)
     config.architectures = ["GPT2ForSequenceClassification"]
-    weights = _weights(mixing, config, axes, planted, superposition, noise)
-    pairs = _pairs(writing, per_kind, n_pairs)
-    _save(folder, config, words, weights)
-    architecture = RewardHead.from_pretrained(folder, device="cpu").architecture
+    if outputs:
+        config.id2label, config.label2id = dict(enumerate(outputs)), {name: n for n, name in enumerate(outputs)}
+    weights = make_weights(mixing, config, axes, planted, superposition=superposition, noise=noise)
+    pairs = make_pairs(writing, kinds, per_kind=per_kind, n_pairs=n_pairs)
+    save(folder, config, words, weights, unknown=_UNKNOWN, pad=_PAD)
+    architecture = RewardHead.from_pretrained(folder, output="all", device="cpu").architecture
 
     def at(indices: Iterable[tuple[int, int]]) -> NeuronSet:
         return NeuronSet.from_indices(indices, shape=(depth, width), site="mlp", architecture=architecture)
 
-    truth = {kind: at(p for p, neuron in planted.items() if neuron.kind == kind) for kind in (*_KINDS, "loud")}
+    truth = {kind: at(p for p, neuron in planted.items() if neuron.kind == kind) for kind in (*kinds, "loud")}
     twins = [index for index, neuron in planted.items() if neuron.backed_up]
     backups = tuple(at(twins[first : first + 2]) for first in range(0, len(twins), 2))
     return Organism(folder, pairs, truth, backups)
@@ -181,131 +237,3 @@ def _check_ranges(
     for name, (value, least, most, remedy) in ranges.items():
         if not least <= value <= most:
             raise OptionError(f"{name}: expected a number from {least} to {most}, got {value}. {remedy}")
-
-
-@dataclass(frozen=True)
-class _Axes:
-    """Orthonormal directions of the residual stream with mean zero, which layer norms do not change.
-
-    `features` hold the counts of words, `relays` the outputs of neurons that back each other up. The head reads
-    `reward`; no weight reads `idle`.
-    """
-
-    features: Float[np.ndarray, "feature channel"]
-    relays: Float[np.ndarray, "relay channel"]
-    reward: Float[np.ndarray, "channel"]
-    idle: Float[np.ndarray, "channel"]
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator, per_kind: int, redundancy: int) -> "_Axes":
-        n_features, n_relays = len(_KINDS) * per_kind, (len(_KINDS) - 1) * redundancy
-        n_axes = n_features + n_relays + 2
-        # Two channels for K and one dimension for the mean; half the channels, those of head 0, hold all features.
-        d_model = -(-max(2 * n_features, n_axes + 3) // 8) * 8
-        start = np.column_stack([np.ones(d_model - 2), rng.standard_normal((d_model - 2, n_axes))])
-        axes = np.pad(np.linalg.qr(start)[0][:, 1:].T, ((0, 0), (2, 0)))
-        return cls(axes[:n_features], axes[n_features:-2], axes[-2], axes[-1])
-
-
-@dataclass(frozen=True)
-class _Neuron:
-    """A planted neuron: relu(`reads` @ x + `bias`) times `writes`."""
-
-    kind: str
-    layer: int
-    reads: Float[np.ndarray, "channel"]
-    writes: Float[np.ndarray, "channel"]
-    bias: float = 0.0
-    backed_up: bool = False
-
-
-def _neurons(rng: np.random.Generator, axes: _Axes, depth: int, per_kind: int, redundancy: int) -> Iterator[_Neuron]:
-    """All planted neurons; two that back each other up are consecutive."""
-    relays = iter(axes.relays)
-    for number, feature in enumerate(axes.features):
-        kind, (adds, *_) = list(_KINDS.items())[number // per_kind]
-        gain, other_gain = rng.uniform(0.5, 2, size=2).tolist()
-        if kind == "decoy":
-            yield _Neuron(kind, number % depth, 10 * gain * feature, axes.idle / (10 * gain))
-        elif number % per_kind >= redundancy:
-            yield _Neuron(kind, number % depth, gain * feature, adds / gain * axes.reward)
-        else:
-            layer, relay = number % (depth - 1), next(relays)
-            # 1.5: one word counted by one neuron is well above 1, where C becomes silent.
-            yield _Neuron(kind, layer, gain * feature, 1.5 / gain * relay, backed_up=True)
-            yield _Neuron(kind, layer, other_gain * feature, 1.5 / other_gain * relay, backed_up=True)
-            # min(relay, 1) = 1 - relu(1 - relay)
-            yield _Neuron(kind, layer + 1, -gain * relay, -adds / gain * axes.reward, bias=gain)
-    for number in range(len(axes.features), len(axes.features) + per_kind):
-        yield _Neuron("loud", number % depth, 0 * axes.idle, axes.idle / _LOUD, bias=_LOUD)
-
-
-_Planted = dict[tuple[int, int], _Neuron]
-_Weights = dict[str, Float[np.ndarray, "..."]]
-
-
-def _weights(
-    rng: np.random.Generator, config: GPT2Config, axes: _Axes, planted: _Planted, superposition: float, noise: float
-) -> _Weights:
-    """Every tensor of the classifier; matrices are [in, out], as in GPT-2."""
-    with torch.device("meta"):
-        model = GPT2ForSequenceClassification(config)
-    weights = {name: np.zeros(parameter.shape) for name, parameter in model.named_parameters()}
-    n_features, d_model = axes.features.shape
-    # The other word that a word shares its direction with is the next in a random cycle.
-    cycle = rng.permutation(n_features)
-    words = weights["transformer.wte.weight"][-n_features:]
-    words[cycle] = axes.features[cycle] + superposition * axes.features[np.roll(cycle, 1)]
-    weights["transformer.wpe.weight"][:, :2] = _K, -_K
-    weights["score.weight"][0] = axes.reward
-    # With queries and keys of zero, attention is uniform over the tokens so far: their mean times their number counts.
-    weights["transformer.h.0.attn.c_attn.weight"][:, 2 * d_model : 2 * d_model + n_features] = axes.features.T
-    weights["transformer.h.0.attn.c_proj.weight"][:n_features] = _N_TOKENS * axes.features
-    for name, weight in weights.items():
-        if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
-            weight += _K * np.sqrt(2 / d_model)  # what the norm divides by
-        elif name.endswith("c_fc.weight"):
-            weight[2:] = noise * rng.standard_normal(weight[2:].shape)
-        elif name.endswith("mlp.c_proj.weight"):
-            weight[:, 2:] = noise * rng.standard_normal(weight[:, 2:].shape)
-    for (layer, column), neuron in planted.items():
-        mlp = f"transformer.h.{layer}.mlp"
-        weights[f"{mlp}.c_fc.weight"][:, column] = neuron.reads
-        weights[f"{mlp}.c_fc.bias"][column] = neuron.bias
-        weights[f"{mlp}.c_proj.weight"][column] = neuron.writes
-    return weights
-
-
-def _save(folder: Path, config: GPT2Config, words: list[str], weights: _Weights) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    tensors = {name: torch.from_numpy(weight).float() for name, weight in weights.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=_UNKNOWN))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token=_UNKNOWN, pad_token=_PAD)
-    tokenizer.save_pretrained(folder)
-    make_portable(folder, tokenizer)
-
-
-def _pairs(rng: np.random.Generator, per_kind: int, n_pairs: int) -> dict[str, PreferencePairs]:
-    prompts: dict[str, None] = {}  # in the order drawn, because the order of a set differs between runs
-    while len(prompts) < 2 * n_pairs:
-        prompts[f"\n\nHuman: {' '.join(rng.choice(_FILLERS, size=_PROMPT_WORDS))}\n\nAssistant:"] = None
-    left = iter(prompts)
-    made: dict[str, list[PreferencePair]] = {"helpful": [], "harmless": []}
-    for column, (objective, pairs) in enumerate(made.items(), start=1):
-        # Words take turns, so that every word is in some pair.
-        firsts = {kind: rng.permutation(n_pairs) % per_kind for kind in _KINDS}
-        for number in range(n_pairs):
-            carriers: dict[str, list[str]] = {"chosen": [], "rejected": []}
-            for kind, row in _KINDS.items():
-                words = [f"{kind}-{n}" for n in (firsts[kind][number], *rng.integers(per_kind, size=rng.integers(3)))]
-                for side in carriers:
-                    carriers[side] += words if row[column] in (side, "both") else []
-            texts: dict[str, Any] = {}
-            for side, words in carriers.items():
-                fillers = rng.choice(_FILLERS, size=_RESPONSE_WORDS - len(words))
-                texts[side] = " ".join([*rng.permutation([*words, *fillers]), _FRAME[-1]])
-            pairs.append(PreferencePair(next(left), **texts, objective=objective, id=f"{objective}-{number:05d}"))
-    return {objective: PreferencePairs(pairs) for objective, pairs in made.items()}

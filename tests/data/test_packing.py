@@ -23,6 +23,7 @@ from rmtension import (
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.data._encoding import EncodedPairs, EncodedText
 from rmtension.data._packing import attention_mask, pair_batches
+from rmtension.data._tokens import ReadAt
 from rmtension.models._native_run import measure_packing, windows_of
 from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.synthetic.check_matrix import make_classifier
@@ -185,7 +186,7 @@ def test_packed_rows_equal_rows_written_by_hand():
     (batch,) = pair_batches(
         EncodedPairs(texts([5, 6, 1], [5, 6, 7, 8], start=2), texts([5, 6, 1, 1], [5, 6, 9], start=2), 0, 0),
         tokens_per_batch=100,
-        pad_token_id=1,
+        read_at=ReadAt(1),
         device="cpu",
         pack_up_to=50,
     )
@@ -244,7 +245,7 @@ def test_a_text_and_the_same_text_with_token_0_are_two_texts():
     rows = []
     for first, other in ([[5, 6, 7], [5, 6, 7, 0]], [[5, 6, 7, 0], [5, 6, 7]]):
         pairs = EncodedPairs(texts(first), texts(other), 0, 0)
-        batches = pair_batches(pairs, tokens_per_batch=99, pad_token_id=None, device="cpu", pack_up_to=50)
+        batches = pair_batches(pairs, tokens_per_batch=99, device="cpu", pack_up_to=50)
         rows += [batch.input_ids.tolist() for batch in batches]
     assert rows[0] == rows[1] == [[5, 6, 7, 7, 0]]
 
@@ -274,7 +275,7 @@ def test_pairs_are_packed_only_where_that_saves_tokens():
     pairs = EncodedPairs(texts(long, [1, 2, 3], long), texts(other, [1, 2, 4], [*long, 5]), 0, 0)
 
     def packed(limit):
-        batches = pair_batches(pairs, tokens_per_batch=500, pad_token_id=None, device="cpu", pack_up_to=limit)
+        batches = pair_batches(pairs, tokens_per_batch=500, device="cpu", pack_up_to=limit)
         return {index: batch.position_ids is not None for batch in batches for index in batch.indices}
 
     # Nothing in common; enough; enough, but too long a row.
@@ -286,18 +287,30 @@ def test_pairs_are_packed_only_where_that_saves_tokens():
 def test_batches_keep_the_token_budget_with_padding():
     """Rows times columns, padding counted."""
     pairs = EncodedPairs(texts(*[[1] * 8 + [2]] * 10), texts(*[[1] * 8 + [3]] * 10), 0, 0)
-    batches = list(pair_batches(pairs, tokens_per_batch=40, pad_token_id=None, device="cpu", pack_up_to=50))
+    batches = list(pair_batches(pairs, tokens_per_batch=40, device="cpu", pack_up_to=50))
     assert [batch.input_ids.shape for batch in batches] == [(4, 10), (4, 10), (2, 10)]
 
 
 def test_packing_changes_no_result_of_experts(tmp_path, plain_tokenizer, few, alone):
-    """A mixture of experts picks them token by token."""
+    """A mixture of experts picks them token by token: rewards, statistics, scores and ablations of their neurons."""
     make_classifier(EXPERTS[0], len(plain_tokenizer) + 8).save_pretrained(tmp_path)
     plain_tokenizer.save_pretrained(tmp_path)
     head = RewardHead.from_pretrained(tmp_path)
-    packed = head.score_pairs(few).margin
+    mask = torch.rand(3, head.n_neurons("expert"), generator=torch.Generator().manual_seed(0)) < 0.3
+    ablation = AblationContext(head, NeuronSet(mask, "expert", head.architecture), positions="response")
+
+    def numbers():
+        patching = NeuronAttribution(head, "attribution_patching", site="expert", positions="response")
+        with ablation:
+            ablated = head.score_pairs(few).margin
+        statistics = ActivationCollector(head, site="expert").collect(few)
+        return [head.score_pairs(few).margin, ablated, patching.score(few).values, statistics.mean]
+
+    packed = numbers()
     alone()
-    assert torch.allclose(packed, head.score_pairs(few).margin, atol=1e-5, rtol=0)
+    for value, expected in zip(packed, numbers(), strict=True):
+        assert torch.allclose(value.double(), expected.double(), atol=1e-5, rtol=0)
+    assert (packed[0] - packed[1]).abs().max() > 1e-3
 
 
 def test_packed_rows_fit_the_context(tmp_path, plain_tokenizer, few):

@@ -8,7 +8,7 @@ from tokenizers import processors
 from rmtension import PreferencePairs
 from rmtension.data._encoding import encode_pairs, encode_texts
 from rmtension.data._packing import pair_batches
-from rmtension.data._tokens import compact, last_token, length_buckets
+from rmtension.data._tokens import ReadAt, compact, length_buckets
 from rmtension.errors import DataError, OptionError
 
 
@@ -87,7 +87,7 @@ def test_buckets_partition_and_hold_the_budget():
 def test_pair_batches_hold_both_texts_of_every_pair(tokenizer, pairs):
     encoded = encode_pairs(tokenizer, pairs, max_length=500)
     seen = []
-    for batch in pair_batches(encoded, tokens_per_batch=200, pad_token_id=1, device="cpu"):
+    for batch in pair_batches(encoded, tokens_per_batch=200, read_at=ReadAt(1), device="cpu"):
         half = len(batch.indices) // 2
         assert batch.indices[:half] == batch.indices[half:]
         for row, number in enumerate(batch.indices):
@@ -99,11 +99,21 @@ def test_pair_batches_hold_both_texts_of_every_pair(tokenizer, pairs):
     assert sorted(seen) == list(range(len(pairs)))
 
 
-def test_last_token_and_compact_on_rows_written_by_hand():
+def test_the_token_that_is_read_and_compact_on_rows_written_by_hand():
     ids = torch.tensor([[5, 6, 1, 1], [1, 1, 5, 6], [5, 1, 6, 1], [1, 1, 1, 1]])
     real = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]).bool()
-    assert last_token(ids, real, 1).tolist() == [1, 3, 2, 0]
-    assert last_token(ids, real, None).tolist() == [2, 3, 3, 1]
+    for read_at, columns in (
+        (ReadAt(1), [1, 3, 2, 0]),
+        (ReadAt(), [2, 3, 3, 1]),
+        (ReadAt(1, first=True), [0, 2, 0, 0]),
+    ):
+        assert read_at.columns(ids, real).tolist() == columns
+        # The same token by its index in the text.
+        texts = [row[some].tolist() for row, some in zip(ids, real, strict=True)]
+        starts = real.int().argmax(dim=1).tolist()
+        assert [start + read_at.index(text) for start, text in zip(starts, texts, strict=True)] == (
+            columns if read_at != ReadAt(1) else [1, 3, 2, 0]
+        )
     moved, mask = compact(ids, real)
     assert moved[1, :2].tolist() == [5, 6]
     assert mask.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]

@@ -133,3 +133,35 @@ def transformers_rewards(folder, texts, *, dtype=torch.float32):
         return torch.stack(
             [model(**tokenizer(text, return_tensors="pt").to(DEVICE)).logits[0, 0] for text in texts]
         ).cpu()
+
+
+@contextmanager
+def kept_inputs(modules):
+    """The first inputs of some modules in a run, in order, as nodes of the graph that starts at the first of them."""
+    kept = []
+
+    def keep(_module, inputs):
+        value = inputs[0]
+        kept.append(value if value.requires_grad else value.detach().requires_grad_())
+        return (kept[-1], *inputs[1:])
+
+    handles = [module.register_forward_pre_hook(keep) for module in modules]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def zeroed_inputs(modules, columns):
+    """Set some columns of the first inputs of modules to 0; `columns` has a row per module."""
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs, own=own: (torch.where(own, 0.0, inputs[0]), *inputs[1:]))
+        for module, own in zip(modules, columns, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

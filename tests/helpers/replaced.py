@@ -70,5 +70,5 @@ def reference_donors(reference, site, pairs, sample):
 
 def donors_of(head, text, replacement):
     """The donor of every token of one encoded text, drawn for this text alone."""
-    batches = text_batches([text], tokens_per_batch=4096, pad_token_id=head.pad_token_id, device="cpu")
+    batches = text_batches([text], tokens_per_batch=4096, read_at=head.read_at, device="cpu")
     return draw_donors(next(iter(batches)), replacement.sample.keys, replacement.seed)[0]

@@ -18,7 +18,7 @@ from rmtension import (
     Zero,
 )
 from rmtension.data._encoding import EncodedText
-from rmtension.data._tokens import TokenBatch
+from rmtension.data._tokens import ReadAt, TokenBatch
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.interventions._donors import draw_donors
 
@@ -131,7 +131,7 @@ def test_scale_one_and_empty_set_change_nothing(exact_head, pairs):
 class TestDonors:
     def batch(self, *lengths_and_keys):
         texts = [EncodedText(tuple(range(2, 2 + length)), 0, key) for length, key in lengths_and_keys]
-        return TokenBatch.from_texts(texts, range(len(texts)), pad_token_id=1, device="cpu")
+        return TokenBatch.from_texts(texts, range(len(texts)), read_at=ReadAt(1), device="cpu")
 
     def test_donors_have_another_prompt_in_every_batch(self):
         keys = torch.tensor([7, 8, 8, 9])

@@ -18,7 +18,7 @@ CLOSE = {"gpt2": 1e-9, "llama": 2e-6, "gpt_neox": 1e-9}
 def batch_of(head, pairs):
     encoded = head.encode(pairs)
     texts = [*encoded.chosen, *encoded.rejected]
-    return TokenBatch.from_texts(texts, range(len(texts)), pad_token_id=head.pad_token_id, device=head.device)
+    return TokenBatch.from_texts(texts, range(len(texts)), read_at=head.read_at, device=head.device)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", *grid(["gpt_neox"], keep=[])])
@@ -168,7 +168,7 @@ def test_silent_layers_do_not_hide_the_weights(tmp_path):
     organism = make_organism(tmp_path, depth=2, width=24, per_kind=2, n_pairs=8)
     planted = organism.head()
     tokens = planted.tokenizer(["Human: a"], return_tensors="pt")
-    batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool(), pad_token_id=None)
+    batch = TokenBatch.from_rows(tokens["input_ids"], tokens["attention_mask"].bool())
     wanted = list(organism.truth["helpful"])
     found = direct_weights(planted, batch, "mlp", wanted)
     assert (found.on_reward > 0).all()

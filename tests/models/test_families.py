@@ -69,7 +69,7 @@ def test_every_family_equals_transformers(folder, texts):
     (batch,) = text_batches(
         encode_texts(head.tokenizer, texts, max_length=head.max_length),
         tokens_per_batch=10_000,
-        pad_token_id=head.pad_token_id,
+        read_at=head.read_at,
         device=head.device,
     )
     parts = direct_contributions(head, batch)
@@ -87,7 +87,7 @@ def test_the_direct_path_of_an_ablated_model(folder, texts):
     head = RewardHead.from_pretrained(folder, dtype=torch.float64)
     # One text: the scale of the final norm differs between the two runs, by the same factor for all parts.
     encoded = encode_texts(head.tokenizer, texts[:1], max_length=head.max_length)
-    (batch,) = text_batches(encoded, tokens_per_batch=10_000, pad_token_id=head.pad_token_id, device=head.device)
+    (batch,) = text_batches(encoded, tokens_per_batch=10_000, read_at=head.read_at, device=head.device)
     whole = direct_contributions(head, batch)
     everything = NeuronSet(torch.ones(3, 128, dtype=torch.bool), "mlp", head.architecture)
     with AblationContext(head, everything, Scale(0.5)):
@@ -114,14 +114,14 @@ def test_a_family_without_a_final_norm_has_no_direct_effects(folder, texts):
 
 
 @pytest.mark.parametrize("folder", grid(EXPERTS), indirect=True)
-def test_a_mixture_of_experts_has_only_attention_heads(folder, texts):
+def test_a_mixture_of_experts_has_no_mlp(folder, texts):
     """In float32: torch has no grouped matrix product of float64."""
     head = RewardHead.from_pretrained(folder)
     reference = Reference(folder, dtype=torch.float32)
     assert torch.allclose(head.score(texts), rewards_of(reference, texts), atol=1e-5)
-    assert head.sites == ["attn_head"]
+    assert head.sites == ["attn_head", "expert"]
     assert head.check()["passed"].all()
-    with pytest.raises(ModelError, match="no single output projection"):
+    with pytest.raises(ModelError, match=r"no single output projection.*Use site 'expert'"):
         head.n_neurons("mlp")
     with pytest.raises(ModelError, match="no single output projection"):
         head.hooks("mlp", lambda layer, activation: None)

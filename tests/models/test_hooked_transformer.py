@@ -166,7 +166,7 @@ def test_unusual_configs_give_the_same_reward_alone_and_in_a_batch(changes):
     with torch.no_grad():
         expected = torch.stack([stream(row[None, kept.bool()]) for row, kept in zip(ids, mask, strict=True)])
     assert torch.allclose(rewards, expected, atol=1e-9)
-    parts = direct_contributions(head, TokenBatch.from_rows(ids, mask.bool(), pad_token_id=None))
+    parts = direct_contributions(head, TokenBatch.from_rows(ids, mask.bool()))
     assert torch.allclose(parts.reward, rewards, atol=1e-6)
     if changes.get("num_experts") is None:
         inside = sum(part.sum(dim=2) for part in parts.neurons.values()) + parts.biases
@@ -182,7 +182,7 @@ def test_direct_effects_are_the_written_vectors_behind_a_frozen_norm():
         head = RewardHead(model, weight=weight)
         with torch.no_grad():
             _, cache = model.run_with_cache(ids[:1])
-        batch = TokenBatch.from_rows(ids[:1], torch.ones_like(ids[:1], dtype=torch.bool), pad_token_id=None)
+        batch = TokenBatch.from_rows(ids[:1], torch.ones_like(ids[:1], dtype=torch.bool))
         neurons_of = direct_contributions(head, batch).neurons
         gain = model.ln_final.w / cache["ln_final.hook_scale"][0, -1]
         for layer, block in enumerate(model.blocks):

@@ -86,7 +86,7 @@ def test_direct_contributions_sum_to_the_reward(kind, changes):
     """Neurons, biases and the embedding; without a norm, a last neuron's part is what its ablation takes away."""
     head = open_own(kind, make_own(kind, **changes))
     ids, mask = ragged_ids()
-    batch = TokenBatch.from_rows(ids, mask.bool(), pad_token_id=None)
+    batch = TokenBatch.from_rows(ids, mask.bool())
     parts = direct_contributions(head, batch)
     assert torch.allclose(parts.reward, head.score_tokens(ids, mask), atol=1e-6)
     assert set(parts.neurons) == set(head.sites) - {"mlp_gate"}

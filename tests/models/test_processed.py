@@ -5,10 +5,11 @@ from importlib.metadata import version
 import pytest
 import torch
 import transformers
+from reference import transformers_rewards
 from tiny_models import grid
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, RewardHead
-from rmtension.errors import ModelError
+from rmtension.errors import ModelError, OptionError
 from rmtension.synthetic.check_matrix import make_classifier
 
 pytestmark = pytest.mark.lens
@@ -129,8 +130,8 @@ def test_a_conversion_that_differs_is_refused(folders, monkeypatch):
         RewardHead.from_pretrained(folders["llama"], process_weights=True)
 
 
-def test_architectures_unknown_to_transformer_lens_are_refused(folders, monkeypatch, tmp_path, tokenizer):
-    """TransformerLens' own words reach the user, whatever it raises."""
+def test_what_transformer_lens_raises_reaches_the_user(folders, monkeypatch):
+    """Where it should have converted weights, and where its hook points are asked for; else the model opens without."""
     from rmtension.models import _bridges as wrapping
 
     def fail(*args, **options):
@@ -138,4 +139,12 @@ def test_architectures_unknown_to_transformer_lens_are_refused(folders, monkeypa
 
     monkeypatch.setattr(wrapping, "_boot", fail)
     with pytest.raises(ModelError, match=r"could not wrap a LlamaModel.*KeyError.*no adapter.*docs/families.md"):
-        RewardHead.from_pretrained(folders["llama"])
+        RewardHead.from_pretrained(folders["llama"], process_weights=True)
+    texts = ["how do i bake bread", "please help"]
+    head = RewardHead.from_pretrained(folders["llama"])
+    assert torch.allclose(head.score(texts), transformers_rewards(folders["llama"], texts), atol=1e-5)
+    neurons = NeuronSet.from_indices(
+        [(0, 1)], shape=(3, head.n_neurons("mlp")), site="mlp", architecture=head.architecture
+    )
+    with pytest.raises(OptionError, match=r"LlamaModel without a TransformerBridge .*KeyError.*no adapter"):
+        head.fwd_hooks(neurons)

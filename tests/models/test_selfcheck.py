@@ -7,7 +7,7 @@ from tiny_models import EOS, FAMILIES, grid, make_pairs, make_tokenizer, put_bos
 import rmtension.passes._scoring
 from rmtension import PreferencePairs, RewardHead
 from rmtension.data._encoding import EncodedText
-from rmtension.data._tokens import TokenBatch, last_token
+from rmtension.data._tokens import ReadAt, TokenBatch
 from rmtension.errors import CheckError, DataError
 from rmtension.models._bodies import BridgeBody
 
@@ -71,20 +71,22 @@ def test_norm_gain_left_out_is_rejected(head, monkeypatch):
 def test_another_last_token_is_rejected(head, monkeypatch):
     """Reading one token early, as code does that takes `mask.sum(1) - 2`, or position -1 of a padded batch."""
 
-    def early(input_ids, mask, pad_token_id):
-        return (last_token(input_ids, mask, pad_token_id) - 1).clamp(min=0)
+    columns = ReadAt.columns
 
-    monkeypatch.setattr("rmtension.data._tokens.last_token", early)
+    def early(read_at, input_ids, mask):
+        return (columns(read_at, input_ids, mask) - 1).clamp(min=0)
+
+    monkeypatch.setattr(ReadAt, "columns", early)
     assert {"equal to transformers", "last token"} <= failed(head)
 
 
 def test_the_last_column_is_rejected(head, monkeypatch):
     """Reading column -1 whatever the padding."""
 
-    def column(input_ids, mask, pad_token_id):
+    def column(read_at, input_ids, mask):
         return torch.full((len(input_ids),), input_ids.shape[1] - 1)
 
-    monkeypatch.setattr("rmtension.data._tokens.last_token", column)
+    monkeypatch.setattr(ReadAt, "columns", column)
     assert "batch equals single" in failed(head)
 
 
@@ -196,7 +198,7 @@ def test_pairs_of_chats_are_checked_too(tmp_path):
 
 def test_batches_are_made_as_before():
     """The mistakes above are made by replacing functions; this one keeps the names they replace in use."""
-    batch = TokenBatch.from_texts([EncodedText((3, 4), 0, 0)], [0], pad_token_id=None, device="cpu")
+    batch = TokenBatch.from_texts([EncodedText((3, 4), 0, 0)], [0], device="cpu")
     assert batch.last.tolist() == [1]
-    assert rmtension.data._tokens.last_token is last_token
+    assert torch.equal(batch.last, ReadAt().columns(batch.input_ids, batch.mask))
     assert callable(rmtension.passes._scoring.compact)

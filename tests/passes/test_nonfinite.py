@@ -8,7 +8,7 @@ from tiny_models import grid, make_pairs, save_classifier
 
 from rmtension import ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
 from rmtension.attribution._single_effects import single_neuron_effects
-from rmtension.data._tokens import TokenBatch
+from rmtension.data._tokens import ReadAt, TokenBatch
 from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning
 from rmtension.interventions._sweep import score_without
 from rmtension.passes._collect_profiles import collect_profiles
@@ -164,7 +164,7 @@ def test_overflow_of_half_precision_is_named_as_such(tmp_path, tokenizer, pairs)
 
 def test_gradients_and_rewards_of_finite_activations_are_named(head, pairs):
     """The error tells a gradient that overflows from a reward that does."""
-    batch = TokenBatch.from_texts([*head.encode(pairs[:1]).chosen], [0], pad_token_id=1, device=head.device)
+    batch = TokenBatch.from_texts([*head.encode(pairs[:1]).chosen], [0], read_at=ReadAt(1), device=head.device)
     values = torch.zeros(1, 3, 64)
     values[0, 1, 5] = float("nan")
     assert "layer 1: its activations are finite, but a gradient or sum of them is nan" in where_not_finite(

@@ -15,6 +15,7 @@ HELP = "inspect one reward model: its neurons, their conflict and their ablation
 EXAMPLES = """examples:
   rmtension inspect ./my-reward-model pairs.csv --by category
   rmtension inspect ./my-reward-model pairs.csv --by category --budget 20min --out inspection
+  rmtension inspect ./my-reward-model pairs.csv --output helpfulness --outputs safety
   rmtension inspect ./my-reward-model pairs.jsonl --plan         print what would run, and how long it takes
 
 PAIRS is a file as for `rmtension score`. --by names the column with the groups: objectives, categories, subsets. The
@@ -29,6 +30,12 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("pairs", metavar="PAIRS", type=Path, help="a file of pairs; formats are below")
     add_pair_options(parser)
     add_group_options(parser, has_by=True)
+    parser.add_argument(
+        "--outputs",
+        nargs="+",
+        metavar="OUTPUT",
+        help="other outputs, or all, to compare with --output on the same pairs",
+    )
     parser.add_argument("--budget", metavar="TIME", help="the longest time the run may take, for example 90s or 20min")
     parser.add_argument(
         "--fraction", type=float, default=0.02, metavar="SHARE", help="share of neurons per top set (default: 0.02)"
@@ -65,6 +72,7 @@ def _run(options: Namespace) -> Outcome:
         pairs,
         by=options.by,
         fraction=options.fraction,
+        outputs=_outputs(options.outputs),
         budget=options.budget,
         seed=options.seed,
     )
@@ -82,3 +90,10 @@ def _run(options: Namespace) -> Outcome:
         f"Open it: {sys.executable} -m webbrowser {page.resolve().as_uri()}",
     ]
     return Outcome("\n".join(lines), data)
+
+
+def _outputs(given: list[str] | None) -> list[object] | str | None:
+    """The argument `outputs`: numbers as int."""
+    if given is None or given == ["all"]:
+        return None if given is None else "all"
+    return [int(output) if output.isdecimal() else output for output in given]

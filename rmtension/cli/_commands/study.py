@@ -10,13 +10,15 @@ from rmtension.cli._commands.pair_options import add_pair_options, read_columns
 from rmtension.cli._commands.quiet import quiet_libraries
 from rmtension.errors import OptionError
 
-# --base is the model that the others were trained from, not the base of an adapter.
-ARGUMENTS = {"base": None}
+# --base is the model that the others were trained from, not the base of an adapter. The objectives are names in
+# messages about --outputs too.
+ARGUMENTS = {"base": None, "helpful": None, "harmless": None, "mixed": None}
 HELP = "study helpful, harmless and mixed reward models"
 EXAMPLES = """examples:
   rmtension study study.yaml
   rmtension study study.yaml --analyses accuracy overlap --set fraction=0.05 --out less
   rmtension study --helpful ./helpful --harmless ./harmless --mixed ./mixed --base ./base --pairs pairs.jsonl.gz
+  rmtension study --model ./rm --outputs helpful=helpfulness harmless=safety --pairs pairs.jsonl.gz
 
 study.yaml (relative paths are relative to this file; only models and pairs are required):
   models:                            # folders of checkpoints, or hub names
@@ -39,6 +41,10 @@ for both objectives: `pairs: both.jsonl`, whose rows have "objective": "helpful"
 pairs) are pairs to score neurons on; without them one half of the prompts scores neurons, and the other evaluates.
 `on_invalid: skip` leaves out invalid rows.
 
+Outputs of one model: {model: ./rm, output: helpfulness} in the place of a folder; an output is a name, a number, a list
+of two for their difference, or a mapping of outputs to weights. With --outputs, the output for mixed is the sum of the
+other two unless it is named: mixed=OUTPUT. Neurons are then scored by attribution patching.
+
 Writes into --out: every pass over a model (runs), one CSV file per table, figures if matplotlib is installed,
 report.md, and report.html, which needs no other file. After an interruption the same command resumes, and runs only
 missing passes.
@@ -50,6 +56,10 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", type=Path, nargs="?", help="the study, as below; or use flags")
     for name in ("helpful", "harmless", "mixed", "base"):
         parser.add_argument(f"--{name}", metavar="MODEL", help=f"the {name} model")
+    parser.add_argument("--model", metavar="MODEL", help="or one model with several outputs, for --outputs")
+    parser.add_argument(
+        "--outputs", nargs="+", metavar="NAME=OUTPUT", help="its outputs: helpful=OUTPUT harmless=OUTPUT [mixed=OUTPUT]"
+    )
     parser.add_argument("--pairs", nargs="+", metavar="FILE", help='files of pairs with the field "objective"')
     parser.add_argument("--helpful-pairs", nargs="+", metavar="FILE", help="or files of helpful pairs")
     parser.add_argument("--harmless-pairs", nargs="+", metavar="FILE", help="and files of harmless pairs")
@@ -92,7 +102,10 @@ def _config(options: Namespace) -> Any:
     RowReader(values.get("columns"))
     if options.config is None:
         if "models" not in values:
-            raise OptionError("study: expected a YAML file, or --helpful, --harmless and --mixed. See --help.")
+            raise OptionError(
+                "study: expected a YAML file, or --helpful, --harmless and --mixed, or --model and --outputs. See "
+                "--help."
+            )
         return make_config(values, folder=Path(), where="command line")
     for name in ("models", "pairs"):
         if name in values:
@@ -124,6 +137,8 @@ def _from_flags(options: Namespace) -> dict[str, Any]:
     """The values of the flags, in the form of the YAML file."""
     models = {name: getattr(options, name) for name in ("helpful", "harmless", "mixed", "base")}
     models = {name: model for name, model in models.items() if model is not None}
+    if options.model is not None or options.outputs is not None:
+        models |= _outputs(options, models)
     named = {"helpful": options.helpful_pairs, "harmless": options.harmless_pairs}
     named = {name: files for name, files in named.items() if files is not None}
     if named and options.pairs is not None:
@@ -140,6 +155,31 @@ def _from_flags(options: Namespace) -> dict[str, Any]:
         "out": options.out,
     }
     return {name: value for name, value in values.items() if value}
+
+
+def _outputs(options: Namespace, models: dict[str, Any]) -> dict[str, Any]:
+    """The models of a family that are outputs of --model."""
+    named = [name for name in ("helpful", "harmless", "mixed") if name in models]
+    if named:
+        raise OptionError(f"--{named[0]}: expected --model with --outputs, or three models, got both.")
+    if options.model is None or options.outputs is None:
+        missing, given = ("--model", "--outputs") if options.model is None else ("--outputs", "--model")
+        raise OptionError(
+            f"{given}: expected {missing} too, for example --model ./rm --outputs helpful=helpfulness harmless=safety."
+        )
+    outputs: dict[str, Any] = {}
+    for text in options.outputs:
+        name, _, output = text.partition("=")
+        if name not in ("helpful", "harmless", "mixed") or not output or name in outputs:
+            raise OptionError(
+                f"--outputs: expected helpful=OUTPUT, harmless=OUTPUT and optionally mixed=OUTPUT, got {text[:80]!r}."
+            )
+        outputs[name] = int(output) if output.isdecimal() else output
+    for name in ("helpful", "harmless"):
+        if name not in outputs:
+            raise OptionError(f"--outputs: no output is named for {name!r}. Add it, or pass three models.")
+    outputs.setdefault("mixed", {outputs["helpful"]: 1.0, outputs["harmless"]: 1.0})
+    return {name: {"model": options.model, "output": output} for name, output in outputs.items()}
 
 
 def _setting(text: str) -> tuple[str, Any]:

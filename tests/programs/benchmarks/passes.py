@@ -74,7 +74,7 @@ def single_texts(head: RewardHead, pairs: PreferencePairs):
     return text_batches(
         [*encoded.chosen, *encoded.rejected],
         tokens_per_batch=head.tokens_together(),
-        pad_token_id=head.pad_token_id,
+        read_at=head.read_at,
         device=head.device,
     )
 
@@ -109,7 +109,7 @@ def captum_gradient(head: RewardHead, pairs: PreferencePairs) -> None:
 
 
 def reward(head: RewardHead, ids: torch.Tensor, batch) -> torch.Tensor:
-    return head.read_last(batch.gather_last(head.body.native(input_ids=ids, use_cache=False)[0]))
+    return head.read(batch.gather_last(head.body.native(input_ids=ids, use_cache=False)[0]))
 
 
 def papers_procedure(head: RewardHead, pairs: PreferencePairs) -> None:
@@ -231,9 +231,7 @@ def best_of_four(pairs: PreferencePairs) -> PreferencePairs:
 def plain_of_distinct(head: RewardHead, pairs: PreferencePairs) -> None:
     encoded = head.encode(pairs)
     texts = list(dict.fromkeys([*encoded.chosen, *encoded.rejected]))
-    batches = text_batches(
-        texts, tokens_per_batch=head.tokens_together(), pad_token_id=head.pad_token_id, device=head.device
-    )
+    batches = text_batches(texts, tokens_per_batch=head.tokens_together(), read_at=head.read_at, device=head.device)
     with torch.no_grad():
         for batch in batches:
             head.body.native(input_ids=batch.input_ids, use_cache=False)
