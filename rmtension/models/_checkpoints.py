@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.models._adapters import active_head, inside_peft
+from rmtension.models._computed_heads import LayeredHead
 from rmtension.models._configs import stored_fields
 from rmtension.models._encoder_heads import PooledHead, encoder_head
 from rmtension.models._head import Head, LinearHead
@@ -23,11 +24,11 @@ from rmtension.models._head_files import (
     refuse_pickled_parts,
     separate_head,
     stored_heads,
-    stored_tensor,
 )
 from rmtension.models._head_kinds import KnownHead, known_head
 from rmtension.models._heads import read_head
 from rmtension.models._hooks import unwrapped
+from rmtension.models._layers import Layers
 from rmtension.models._loading import (
     CheckpointLocation,
     LoadOptions,
@@ -43,7 +44,7 @@ from rmtension.models._models_in_memory import head_in_memory
 from rmtension.models._native_weights import refuse_packed_weights
 from rmtension.models._outputs import ALL, choose_outputs, choose_rows, choose_tokens
 from rmtension.models._own_format import OwnFormat, same_tensors
-from rmtension.models._process_head import ProcessHead, StepLayers
+from rmtension.models._process_head import ProcessHead
 from rmtension.models._refused_kinds import refuse_other_kinds
 from rmtension.models._text_models import media_tokens, text_model
 from rmtension.models._unembedding import token_head
@@ -392,12 +393,9 @@ def _step_head(given: ProcessHead, location: CheckpointLocation, stored: StoredH
         return read_head(layer, width, names)
     weights = [name for name in stored.layers if name.endswith(".weight")]
     if weights:
-        by_number = sorted(weights, key=lambda name: int(name.split(".")[-2]))
-        found = [
-            (stored_tensor(location.weights, (name,)), stored_tensor(location.weights, (name[:-6] + "bias",)))
-            for name in by_number
-        ]
-        return StepLayers([(weight, bias) for weight, bias in found if weight is not None])
+        prefix = weights[0].rsplit(".", 2)[0] + "."
+        layers = Layers(stored.outside.under(prefix), what=prefix[:-1])
+        return LayeredHead(layers, tuple(map(str, range(layers.n_outputs))))
     head = _value_head(location, stored)
     if head is None:
         raise ModelError(

@@ -185,29 +185,6 @@ class ProcessHead(Head):
         return found
 
 
-class StepLayers(Head):
-    """The classes of a step by linear layers with ReLU between them (Qwen2.5-Math-PRM's score.0 and score.2)."""
-
-    def __init__(self, layers: "list[tuple[Tensor, Tensor | None]]") -> None:
-        super().__init__()
-        self._n = len(layers)
-        for number, (weight, bias) in enumerate(layers):
-            self.register_buffer(f"weight_{number}", weight.detach().clone())
-            self.register_buffer(f"bias_{number}", None if bias is None else bias.detach().clone())
-        self.outputs = tuple(str(number) for number in range(len(layers[-1][0])))
-
-    def read(
-        self, last: Float[Tensor, "text d_model"], prompt_last: Float[Tensor, "text d_model"] | None = None
-    ) -> Float[Tensor, "text output"]:
-        """The outputs of the last layer."""
-        for number in range(self._n):
-            weight, bias = getattr(self, f"weight_{number}"), getattr(self, f"bias_{number}")
-            last = torch.nn.functional.linear(
-                last.relu() if number else last, weight.to(last), None if bias is None else bias.to(last)
-            )
-        return last
-
-
 def _marker_ids(marker: str, tokenizer: Any) -> tuple[int, ...]:
     """The tokens of the marker by itself, without the mark of a word's beginning that some tokenizers put first."""
     if tokenizer is None:

@@ -169,7 +169,7 @@ def test_layers_of_qwen_math_prm_and_a_value_per_step(tmp_path, tokenizer, steps
         assert float(own.score_pairs(steps).chosen[number] - by_class) == pytest.approx(0, abs=1e-7)
         assert float(value.score_pairs(steps).chosen[number] - by_value) == pytest.approx(0, abs=1e-7)
     assert own.check(steps)["passed"].all()
-    with pytest.raises(ModelError, match=r"transformers has no token classifier whose head is a StepLayers"):
+    with pytest.raises(ModelError, match=r"transformers has no token classifier whose head is a LayeredHead"):
         own.save_pretrained(tmp_path / "saved")
 
 
