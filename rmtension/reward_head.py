@@ -23,14 +23,21 @@ from rmtension.models._bodies import find_body
 from rmtension.models._bridges import check_model_class
 from rmtension.models._checkpoint_names import require_name
 from rmtension.models._checkpoints import checkpoint_of, open_checkpoint
-from rmtension.models._classifiers import save_classifier
 from rmtension.models._hooks import copy_without_hooks
 from rmtension.models._lens_models import is_saved_model
 from rmtension.models._loading import LoadOptions
-from rmtension.models._opening import head_on, open_model, open_saved_model, require_hidden_padding
+from rmtension.models._opening import (
+    bound_head,
+    head_on,
+    open_model,
+    open_saved_model,
+    require_hidden_padding,
+    within_reference,
+)
 from rmtension.models._outputs import choose_outputs
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions, check_run_options, run_options_of
+from rmtension.models._saving import save_model
 from rmtension.models._weighted_sum import with_weighted_sum
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.passes._pair_pass import run_pass
@@ -87,8 +94,9 @@ class RewardHead(RewardModel):
     ) -> None:
         check_run_options(options)
         body = find_body(model)
-        head = head_on(body, weight, final_norm=final_norm)
+        head = head_on(body, bound_head(body, weight, tokenizer), final_norm=final_norm)
         choice = None if head is None else choose_outputs(output, head, "weight")
+        options = within_reference(body, head, options)
         super().__init__(body, head, choice=choice, tokenizer=tokenizer, pad_token_id=pad_token_id, **options)
         require_hidden_padding(self)
 
@@ -384,14 +392,17 @@ class RewardHead(RewardModel):
         return fwd_hooks(self, neurons, replacement)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a checkpoint that `AutoModelForSequenceClassification` loads, with the tokenizer.
+        """Write a checkpoint of the kind that the model was read from, with the tokenizer.
 
-        A checkpoint that is already in the folder is replaced. A `HookedTransformer` or a `boot_native` bridge, for
-        which transformers has no class, is written as its state dict, config and head. `from_pretrained` opens both.
+        A classifier, a head that you passed and the logits of tokens are written as a classifier that
+        `AutoModelForSequenceClassification` loads; a checkpoint with its own class is written with its own names,
+        config and code, which is copied and not run. A checkpoint that is already in the folder is replaced. A
+        `HookedTransformer` or a `boot_native` bridge, for which transformers has no class, is written as its state
+        dict, config and head. `from_pretrained` opens all of them.
 
         Examples:
             >>> head.with_ablation(neurons).save_pretrained("without-helpful")
             >>> RewardHead.from_pretrained("without-helpful").score_pairs(pairs["harmless"]).accuracy()
             1.0
         """
-        save_classifier(self, folder)
+        save_model(self, folder)

@@ -78,6 +78,7 @@ LONG = [
         "large_models",
         "outputs",
         "report",
+        "sums_over_tokens",
     )
 ]
 

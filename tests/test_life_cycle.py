@@ -264,7 +264,7 @@ CALLS = {
     "models._direct_path.direct_contributions": lambda s: direct_contributions(s.head, s.batch),
     "models._direct_weights.direct_weights": lambda s: direct_weights(s.head, s.batch, "mlp", [(0, 1)]),
     "models._classifiers.build_classifier": lambda s: build_classifier(s.head),
-    "models._classifiers.save_classifier": lambda s: s.head.save_pretrained(s.folder / "saved"),
+    "models._saving.save_model": lambda s: s.head.save_pretrained(s.folder / "saved"),
     "attribution._faithfulness.faithfulness": lambda s: faithfulness(
         s.head,
         s.pairs,
@@ -358,17 +358,23 @@ THE_SAME = {
     "models._classifiers.reload_classifier": "passes._selfcheck.check_head",
     "reward_head.RewardHead.fwd_hooks": "interventions._lens_hooks.fwd_hooks",
     "reward_head.RewardHead.check": "passes._selfcheck.check_head",
-    "reward_head.RewardHead.save_pretrained": "models._classifiers.save_classifier",
+    "reward_head.RewardHead.save_pretrained": "models._saving.save_model",
     "passes._scoring.score_texts": "reward_head.RewardHead.score",
     "models._reward_model.RewardModel.all_outputs": "reward_head.RewardHead.score_outputs",
     "passes._scoring.score_tokens": "reward_head.RewardHead.score_tokens",
     "passes._probes.find_probes": "passes._selfcheck.check_head",
-    "models._classifiers.current_checkpoint": "models._classifiers.save_classifier",
+    **{
+        f"models._token_models.{name}": "models._saving.save_model"
+        for name in ("build_language_model", "build_token_classifier", "save_token_model")
+    },
+    "models._classifiers.current_checkpoint": "models._saving.save_model",
     "models._classifiers.require_same_stream": "models._classifiers.build_classifier",
     "models._classifiers.run_eagerly": "models._classifiers.build_classifier",
 }
 # What opens or builds a model of its own, or looks at one without running it: nothing of a user's could be changed.
 OWN_MODEL = [
+    "models._opening.bound_head",
+    "models._opening.within_reference",
     "models._bodies.BridgeBody.__init__",
     "models._bodies.find_body",
     "models._reward_model.RewardModel.__init__",
@@ -388,12 +394,19 @@ OWN_MODEL = [
     "models._lens_models.copy_model",
     "models._lens_models.write_model",
     "models._checkpoints.Checkpoint.__init__",
+    "models._computed_heads.PromptWeightedHead.__init__",
+    "models._computed_heads.WeightedHead.__init__",
     "models._encoder_heads.PooledHead.classifier_with",
     "models._native_body.NativeBody.__init__",
     "models._native_sites.attends_both_ways",
     "models._native_sites.find_native_sites",
 ]
 ONLY_LOOKS = [
+    "models._reward_model.RewardModel.require_positions",
+    "models._classifiers.rows_to_save",
+    *(f"models._computed_heads.PromptWeightedHead.{name}" for name in ("read_tokens", "settings", "tokens")),
+    *(f"models._computed_heads.WeightedHead.{name}" for name in ("read", "settings")),
+    "models._own_format.same_tensors",
     "models._checkpoints.Checkpoint.live_head",
     "models._bodies.BridgeBody.cfg",
     "models._bodies.BridgeBody.config",
@@ -654,6 +667,7 @@ ELSEWHERE = {
     "_progress.without_unseen_bars": "test_progress",
     "study._model_runs.ModelRuns._work": "test_work",
     "models._head_files._damage_named": "test_heads",
+    "models._checkpoint_folder.checkpoint_folder": "test_files",
     "training._trainer_run.isolated": "test_training",
     "training._trainer_run.new_folder": "test_training",
     "store._work_folder.locked": "test_work",

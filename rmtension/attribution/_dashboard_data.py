@@ -5,10 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-
-def neuron_name(site: str, layer: int, neuron: int) -> str:
-    """The name of a neuron, such as "L2 N48", or "L2 H3" for an attention head."""
-    return f"L{layer} {'H' if site == 'attn_head' else 'N'}{neuron}"
+from rmtension._sites import neuron_name
 
 
 @dataclass(frozen=True)
@@ -69,3 +66,8 @@ class DashboardData:
         """The rows of one neuron in the table called `name`."""
         frame: pd.DataFrame = getattr(self, name)
         return frame[(frame["layer"] == layer) & (frame["neuron"] == neuron)]
+
+
+def name_in(data: DashboardData, layer: int, neuron: int) -> str:
+    """The name of a neuron on the page, such as "L2 N48"."""
+    return neuron_name(data.about["site"], layer, neuron, data.about["architecture"])

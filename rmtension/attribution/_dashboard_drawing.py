@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from rmtension.attribution._dashboard_data import DashboardData, neuron_name
+from rmtension.attribution._dashboard_data import DashboardData, name_in
 from rmtension.attribution._dashboard_words import number, number_with_interval, page_text, reading, shown_token
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 640, 480, 70, 12, 628, 430
@@ -54,7 +54,7 @@ def section_values(data: DashboardData) -> dict[str, Any]:
 
 
 def _name(data: DashboardData, row: "pd.Series[Any]") -> str:
-    return neuron_name(data.about["site"], int(row["layer"]), int(row["neuron"]))
+    return name_in(data, int(row["layer"]), int(row["neuron"]))
 
 
 def _direction(data: DashboardData) -> str:
@@ -177,7 +177,7 @@ def _correlated(data: DashboardData, layer: int, neuron: int) -> list[dict[str, 
     asked = set(data.neurons)
     return [
         {
-            "name": neuron_name(data.about["site"], int(other), int(index)),
+            "name": name_in(data, int(other), int(index)),
             "id": _id(int(other), int(index)) if (other, index) in asked else "",
             "text": f"{value:+.2f}",
         }
@@ -189,7 +189,7 @@ def _texts(data: DashboardData) -> Markup:
     """The examples as JSON that is safe inside an HTML element, which no text can end."""
     examples: dict[str, list[dict[str, Any]]] = {}
     for example in data.examples:
-        name = neuron_name(data.about["site"], example.layer, example.neuron)
+        name = name_in(data, example.layer, example.neuron)
         sides = {side: page_text(getattr(example, side)) for side in ("chosen", "rejected")}
         examples.setdefault(name, []).append({"group": example.group, "pair": example.pair, **sides})
     text = json.dumps(examples, separators=(",", ":"))
@@ -209,7 +209,7 @@ def _scatter(data: DashboardData) -> dict[str, Any]:
     at = {(layer, neuron): (x, y) for layer, neuron, x, y in points_of_all}
     for layer, neuron in data.neurons:
         x, y = at[layer, neuron]
-        label = f"{neuron_name(data.about['site'], layer, neuron)}: {across} {number(x)}"
+        label = f"{name_in(data, layer, neuron)}: {across} {number(x)}"
         label += f", {up} {number(y)}" if len(data.groups) > 1 else ""
         points.append(
             {"id": _id(layer, neuron), "label": label, "x": f"{x_axis['at'](x):.1f}", "y": f"{y_axis['at'](y):.1f}"}

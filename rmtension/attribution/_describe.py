@@ -12,7 +12,8 @@ from scipy import stats
 from torch import Tensor
 
 from rmtension._progress import progress_bar
-from rmtension.attribution._dashboard_data import ActiveText, neuron_name
+from rmtension._sites import neuron_name
+from rmtension.attribution._dashboard_data import ActiveText
 from rmtension.attribution._top_texts import active_texts, token_pieces
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError
@@ -91,7 +92,7 @@ def describe_neurons(
     }
     ready = {column: task for column, task in tasks.items() if isinstance(task, _Task)}
     total = sum(1 + len(task.held_out) * (2 if len(ready) > 1 else 1) for task in ready.values())
-    names = [neuron_name(neurons.site, layer, neuron) for layer, neuron in neurons]
+    names = [neuron_name(neurons.site, layer, neuron, neurons.architecture) for layer, neuron in neurons]
     with progress_bar(progress=progress, total=total, desc="describe", unit="answer") as bar:
         descriptions = {}
         for column, task in ready.items():

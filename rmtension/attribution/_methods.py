@@ -61,6 +61,12 @@ def attribution_patching(run: BatchRun, args: MethodArgs, layer: int) -> MethodR
 def direct_effect(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
     """What the neuron adds to the reward through the residual stream, at the token that the reward is read from."""
     assert run.direct is not None
+    if args.site == "expert" and args.site not in run.direct.neurons:
+        raise ModelError(
+            "direct_effect: cannot score site 'expert' of this model: its layers add more to the residual stream than "
+            "their experts and attention write, such as shared experts, or a norm behind both. Use "
+            "gradient_x_activation, attribution_patching or single_neuron_effects."
+        )
     if args.site not in run.direct.neurons:
         raise ModelError(
             f"direct_effect: cannot score site {args.site!r}: its neurons are those of 'mlp' and write to the residual "

@@ -67,7 +67,7 @@ class NeuronAttribution:
     Args:
         head: the model to score.
         method: one of the above.
-        site: "mlp", "mlp_gate" or "attn_head".
+        site: "mlp", "mlp_gate", "attn_head" or "expert".
         positions: "all", "response" or "last": the tokens that scores average, sum over, or replace activations at.
         aggregate: "signed" averages the values of the pairs, "absolute" their magnitudes.
         replacement: what replaces activations in `attribution_patching` and `integrated_gradients`: `Zero()`,
@@ -109,6 +109,7 @@ class NeuronAttribution:
             raise OptionError(f"steps: expected a positive number of nodes, got {steps}.")
         if self._method.needs_reward:
             head.require_choice()
+            head.require_positions(positions)
         if graddrop and (self._method.by_layer_dropped is None or aggregate != "absolute"):
             droppable = [name for name, known in METHODS.items() if known.by_layer_dropped is not None]
             raise OptionError(

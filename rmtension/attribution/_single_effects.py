@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rmtension._arguments import require_arguments
 from rmtension._progress import progress_bar
-from rmtension._sites import check_positions, find_site
+from rmtension._sites import find_site
 from rmtension.data._pair import PreferencePair
 from rmtension.data._tokens import TokenBatch, margins
 from rmtension.errors import OptionError
@@ -74,7 +74,7 @@ def single_neuron_effects(
         True
     """
     require_arguments("single_neuron_effects(head, pairs)", head=(head, RewardModel), pairs=(pairs, Iterable))
-    check_positions(positions)
+    head.require_positions(positions)
     site = find_site(site).name
     check_replacement(replacement, head, site)
     head.require_choice()

@@ -5,7 +5,6 @@ from einops import repeat
 from torch import Tensor
 
 from rmtension._arguments import require_arguments
-from rmtension._sites import check_positions
 from rmtension.data._tokens import TokenBatch, running_batch
 from rmtension.errors import OptionError, ProvenanceError
 from rmtension.interventions._check_replacement import check_replacement
@@ -47,7 +46,7 @@ class AblationContext:
         *,
         positions: str = "all",
     ) -> None:
-        check_positions(positions)
+        head.require_positions(positions)
         check_set(head, neurons)
         check_replacement(replacement, head, neurons.site)
         if not isinstance(replacement, SingleTextReplacement):

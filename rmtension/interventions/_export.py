@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from rmtension._sites import find_site
 from rmtension.errors import ModelError, OptionError
 from rmtension.interventions._ablation import AblationContext
+from rmtension.interventions._expert_weights import ablate_experts, expert_names
 from rmtension.interventions._replacement import Replacement
 from rmtension.interventions._replacements import Zero
 from rmtension.models._classifiers import current_checkpoint, require_same_stream, run_eagerly
@@ -36,6 +37,8 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
     them to 0 and adds what the mean activations write to the projection's bias. If the projection has no bias, the
     model is rebuilt with one, where its config allows that (Llama: `mlp_bias`, `attention_bias`); further biases that
     this creates are 0.
+
+    At site `expert` it changes the down projections of the experts; `Mean` needs experts with biases (GPT-OSS).
 
     Raises `ModelError` if `Mean` needs a bias that the architecture does not allow, and `OptionError` for `Mean` at
     `mlp_gate` of a gated MLP, which is not a constant at the projection, and for other replacements. Memory: the model
@@ -66,8 +69,24 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
     if is_own:
         return _ablate_own(head, context, factor, constants)
     base = plain_copy(base, share=False)
+    if neurons.site == "expert":
+        names = [_COPIES.sub("", name) for name in expert_names(head)]
+        ablate_experts(base, names, context.columns, factor, constants)
+    else:
+        base = _ablate_projections(head, base, context, factor, constants)
+    opened = replace(
+        checkpoint, base=base, source=None, classifier=None, name=f"{checkpoint.name}, {len(neurons)} neurons ablated"
+    )
+    require_same_stream(head, context, partial(run_eagerly, base), "with_ablation")
+    return with_checkpoint(head, opened)
+
+
+def _ablate_projections(
+    head: RewardModel, base: Any, context: AblationContext, factor: float, constants: Mapping[int, Tensor]
+) -> Any:
+    """`base`, or a copy of it with biases, with other weights and biases in the projections of the neurons."""
     # If peft keeps a trained copy of a module, the plain copy has that copy under the module's own name.
-    names = [_COPIES.sub("", head.body.projection_names[neurons.site, layer]) for layer in range(head.n_layers)]
+    names = [_COPIES.sub("", head.body.projection_names[context.neurons.site, layer]) for layer in range(head.n_layers)]
     if any(base.get_submodule(names[layer]).bias is None for layer in constants):
         base = _with_biases(base, names)
     with torch.no_grad():
@@ -86,11 +105,7 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
                 # In float64, because the sum over channels is rounded only once.
                 projection.bias += (weight[:, columns].double() @ means).to(projection.bias.dtype)
             weight[:, columns] *= factor
-    opened = replace(
-        checkpoint, base=base, source=None, classifier=None, name=f"{checkpoint.name}, {len(neurons)} neurons ablated"
-    )
-    require_same_stream(head, context, partial(run_eagerly, base), "with_ablation")
-    return with_checkpoint(head, opened)
+    return base
 
 
 def _ablate_own(

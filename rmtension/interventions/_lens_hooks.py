@@ -43,6 +43,11 @@ def fwd_hooks(head: RewardModel, neurons: NeuronSet, replacement: Replacement = 
             "head.score_pairs."
         )
     site = find_site(neurons.site)
+    if site.name == "expert":
+        raise OptionError(
+            "neurons: TransformerLens has no hook point on the neurons of experts (site 'expert'). Use AblationContext "
+            "with head.score_pairs."
+        )
     hook_sites = head.body.hook_sites
     product = site.factor_of
     if product is not None and any(

@@ -3,6 +3,8 @@
 from rmtension.models._direct_path import DirectContributions, direct_contributions
 from rmtension.models._head import Head, LinearHead
 from rmtension.models._loading import LoadOptions
+from rmtension.models._log_ratio_head import LogRatioHead
+from rmtension.models._process_head import ProcessHead
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions
 
@@ -11,6 +13,8 @@ __all__ = [
     "Head",
     "LinearHead",
     "LoadOptions",
+    "LogRatioHead",
+    "ProcessHead",
     "RewardModel",
     "RunOptions",
     "direct_contributions",

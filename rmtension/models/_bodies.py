@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from rmtension._sites import SITES, find_site
 from rmtension.data._tokens import TokenBatch, TokenPlaces
 from rmtension.errors import ModelError
+from rmtension.models._experts import ExpertPoint, expert_point
 from rmtension.models._gate_search import GATE_ROWS, find_gates
 from rmtension.models._hooked_transformer_body import HookedTransformerBody
 from rmtension.models._hooks import (
@@ -141,6 +143,8 @@ class BridgeBody:
 
     def hook_sites(self, site: str, layer: int) -> list[HookSite]:
         """The hook sites of the activation of `site` in `layer`, in the bridge and in transformers' modules."""
+        if site == "expert":
+            return [HookSite(point, "output", (site, layer)) for point in self.experts[layer]]
         hook_sites = self._gates[layer] if find_site(site).factor_of else self._projected(site, layer)
         return [replace(hook_site, place=(site, layer)) for hook_site in hook_sites]
 
@@ -162,16 +166,28 @@ class BridgeBody:
             if id(module) not in _owners_of_inputs(self.bridge):
                 raise ModelError(
                     f"site {site!r}: the bridge's hook point in layer {layer} is the output of a whole block, not the "
-                    "input of a projection (a mixture of experts has one projection per expert). Use another site."
+                    "input of a projection (a mixture of experts has one projection per expert). Use site 'expert', or "
+                    "'attn_head'."
                 )
             return [point]
         name = self.projection_names.get((site, layer))
         if name is None:
             raise ModelError(
                 f"site {site!r}: layer {layer} of {type(self.native).__name__} has no single output projection "
-                "(a mixture of experts has one projection per expert). Use another site."
+                "(a mixture of experts has one projection per expert). Use site 'expert', or 'attn_head'."
             )
         return [point, HookSite(self.native.get_submodule(name), "input")]
+
+    @cached_property
+    def experts(self) -> list[list[ExpertPoint]]:
+        """The hook points of `expert` in every layer: in the native modules, if they exist, and in the bridge."""
+        blocks: Any = self.bridge.blocks
+        native = [] if self.native is None else [[self.block(layer) for layer in range(len(blocks))]]
+        with eager_eval(modules_of(self.module, self.bridge)):
+            return [
+                [expert_point(block, layer) for block in both]
+                for layer, both in enumerate(zip(*native, blocks, strict=True))
+            ]
 
     @cached_property
     def _gates(self) -> list[list[HookSite]]:
@@ -217,7 +233,9 @@ class BridgeBody:
     def modules(self) -> Iterator[nn.Module]:
         """Every module that may run. A bridge does not list transformers' model among its submodules."""
         bridge: Any = self.bridge
-        return modules_of(self.module, bridge, bridge.original_model)
+        # Hook points that no module has as a submodule, if they were needed so far.
+        points: list[list[ExpertPoint]] = vars(self).get("experts", [])
+        return chain(modules_of(self.module, bridge, bridge.original_model), chain.from_iterable(points))
 
     def _base(self) -> nn.Module:
         bridge: Any = self.bridge

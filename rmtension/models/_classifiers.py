@@ -1,102 +1,28 @@
-"""Exporting a model as a transformers classifier, in memory or on disk, if its weights alone compute the reward."""
+"""A transformers classifier of a model in memory, if its weights alone compute the reward."""
 
 import copy
-import re
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rmtension._progress import without_unseen_bars
 from rmtension.data._tokens import TokenBatch
-from rmtension.distributed import current
-from rmtension.errors import ModelError, RMTensionWarning
+from rmtension.errors import ModelError
 from rmtension.models._checkpoints import Checkpoint, reload_model
 from rmtension.models._encoder_heads import PooledHead
 from rmtension.models._head import LinearHead
 from rmtension.models._hooks import eager_eval, own_hooks_paused
-from rmtension.models._lens_models import CONFIG_FILE, is_own_model, write_model
 from rmtension.models._native_run import probe_batch, run_base, stream_difference, stream_tolerance
 from rmtension.models._native_weights import plain_copy
-from rmtension.models._portable import make_portable, warn_of
 from rmtension.models._reward_model import RewardModel
-from rmtension.store._files import filled_whole
 
-# The parameters that `save_classifier` sets.
+# The parameters that saving sets.
 _SCORE = {"score.weight", "score.bias"}
-# Files of an earlier checkpoint in the folder, which would be read instead of the new ones.
-_OTHERS = (
-    *("model.safetensors", "model.safetensors.index.json"),
-    *("chat_template.jinja", "special_tokens_map.json", "added_tokens.json"),
-)
-
-
-def save_classifier(head: RewardModel, folder: str | Path) -> None:
-    """Write the model of `head` as a one-label sequence classifier (safetensors), with its tokenizer.
-
-    For a model of a TransformerLens class, which transformers cannot load, `_lens_models` writes the weights, the
-    config and the head; `RewardHead.from_pretrained` opens them.
-
-    The config gets the head's pad token. Warns if there is no pad token, because transformers then scores one text at a
-    time; if the head has a bias, which is written as `score.bias` and which transformers ignores; and if transformers 4
-    computes other rewards, because of how the model scales rotary angles.
-    """
-    if is_own_model(head.body):
-        if current().is_first:
-            row = head.require_weight(), head.bias
-            write_model(head.body, row, head.pad_token_id, head.tokenizer, Path(folder))
-        return
-    checkpoint, _ = current_checkpoint(head, "save_pretrained")
-    if not current().is_first:
-        return
-    folder = Path(folder)
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"folder: expected a folder without an adapter, but {folder} has an adapter_config.json, which "
-            "transformers would attach to the saved model. Use another folder."
-        )
-    classifier = build_classifier(head)
-    state = classifier.state_dict()
-    biases = _biases(head)
-    if biases.any():
-        state["score.bias"] = biases.float()
-    with filled_whole(folder, "checkpoint", seal="config.json", replaced=(*_OTHERS, CONFIG_FILE)) as temporary:
-        try:
-            with without_unseen_bars():
-                classifier.save_pretrained(temporary, state_dict=state)
-        except SafetensorError as error:
-            # safetensors reports the error of the file system only as text: "... (os error 28)".
-            code = re.search(r"\(os error (\d+)\)", str(error))
-            raise OSError(int(code[1]) if code else 0, str(error)) from error
-        if checkpoint.tokenizer is not None:
-            checkpoint.tokenizer.save_pretrained(temporary)
-        differences = make_portable(temporary, checkpoint.tokenizer)
-    warn_of(differences, "save_pretrained")
-    if head.pad_token_id is None:
-        warnings.warn(
-            "save_pretrained: the checkpoint has no pad token, because this head reads the last token of every text. "
-            "So transformers scores one text at a time. To score batches, set config.pad_token_id to a token that no "
-            "text ends with.",
-            RMTensionWarning,
-            stacklevel=3,
-        )
-    if biases.any():
-        constants = ", ".join(f"{float(bias):.4g}" for bias in biases[:3])
-        warnings.warn(
-            f"save_pretrained: the head has a bias of {constants}, which transformers' classifiers ignore. It is "
-            "saved as 'score.bias'; without it, the rewards of transformers are smaller by that constant, and margins "
-            "are the same.",
-            RMTensionWarning,
-            stacklevel=3,
-        )
 
 
 def build_classifier(head: RewardModel) -> Any:
@@ -113,7 +39,7 @@ def build_classifier(head: RewardModel) -> Any:
     if isinstance(head.head, PooledHead):
         return head.head.classifier_with(base)
     config: Any = copy.deepcopy(base.config)
-    rows, names = _rows(head)
+    rows, _, names = rows_to_save(head)
     config.num_labels = len(rows)
     if len(rows) > 1:
         config.id2label = dict(enumerate(names))
@@ -138,19 +64,23 @@ def build_classifier(head: RewardModel) -> Any:
     return classifier
 
 
-def _rows(head: RewardModel) -> tuple[Float[Tensor, "output d_model"], Sequence[str]]:
-    """The rows of the score layer: the row of the chosen output, or without a choice those of all outputs."""
-    if head.choice is None and isinstance(head.head, LinearHead):
-        return head.head.weight, head.head.outputs
-    return head.require_weight()[None], ()
+def rows_to_save(
+    head: RewardModel,
+) -> tuple[Float[Tensor, "output d_model"], Float[Tensor, "output"], Sequence[str]]:
+    """The rows of a score layer and their biases: those of the chosen output, or of all, with names, without a choice.
 
-
-def _biases(head: RewardModel) -> Float[Tensor, "output"]:
-    if head.choice is None and isinstance(head.head, LinearHead):
-        return head.head.bias
-    if head.weight is None:
-        return torch.zeros(1, dtype=torch.float64)
-    return torch.tensor([head.bias], dtype=torch.float64)
+    Raises `ModelError` for a head that is not linear, which no classifier of transformers computes.
+    """
+    linear = head.head
+    if head.choice is None and isinstance(linear, LinearHead):
+        return linear.weight, linear.bias, linear.outputs
+    if head.weight is None and linear is not None:
+        raise ModelError(
+            f"save_pretrained: transformers has no class that computes a {type(linear).__name__}, and this head was "
+            "not read from the files of the checkpoint, which could be written again. Save the body with "
+            "head.body.native.save_pretrained(folder), and pass the head again when you open it: head=..."
+        )
+    return head.require_weight()[None], torch.tensor([head.bias], dtype=torch.float64), ()
 
 
 def reload_classifier(head: RewardModel) -> Any:
@@ -159,7 +89,7 @@ def reload_classifier(head: RewardModel) -> Any:
     if checkpoint is None or (checkpoint.source is not None and (checkpoint.logits is None or head.weighted_sums)):
         return None  # transformers computes no sums of outputs
     if checkpoint.source is None or checkpoint.logits is None:
-        return build_classifier(head) if checkpoint.pools else None
+        return build_classifier(head) if checkpoint.pools and head.weight is not None else None
     model = reload_model(checkpoint.source, checkpoint.logits, head.dtype)
     config = model.config.get_text_config()
     if config.pad_token_id is None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rmtension._sites import find_site
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
+from rmtension.models._experts import ExpertPoint
 from rmtension.models._hooks import Hook, HookSite, InstalledHooks
 from rmtension.models._norms import NormLayer, read_norm
 from rmtension.models._projections import Projection
@@ -30,8 +31,8 @@ class DirectContributions:
     head is replaced by its gradient at the tokens that it reads, so its parts are first-order effects, and `constant`
     includes what the gradient leaves. `neurons` maps each site to the parts of its
     neurons, and `biases` has the parts of the biases of their output projections: in every layer, both sum to `blocks`.
-    `mlp_gate` is left out, because its neurons are those of `mlp`. A site that some layers lack (`mlp` in a mixture of
-    experts) is not in `neurons`; only `blocks` has its part.
+    `mlp_gate` is left out, because its neurons are those of `mlp`. A site that some layers lack is not in `neurons`,
+    nor is `expert` if the layers add more than their experts write (shared experts); only `blocks` has that part.
 
     Examples:
         >>> from rmtension.models import direct_contributions
@@ -87,7 +88,7 @@ def _projections(head: RewardModel) -> dict[str, list[Projection]]:
             "of transformers' modules, whose activations are needed here. Remove those hooks first."
         )
     # The neurons of a factor are those of the product, and go through its projection.
-    sites = [site for site in head.sites if find_site(site).factor_of is None]
+    sites = [site for site in head.sites if find_site(site).factor_of is None and site != "expert"]
     return {site: [head.body.projection(site, layer) for layer in range(head.n_layers)] for site in sites}
 
 
@@ -102,6 +103,9 @@ class DirectPaths:
         self._batch = batch
         self._inside = _projections(head)
         self._places = head.require_head().tokens(batch)
+        self._routing: dict[HookSite, Float[Tensor, "token expert"]] = {}
+        if "expert" in head.sites:
+            self._inside["expert"] = [self._of_experts(points[0]) for points in head.body.experts]
         self.seen: dict[HookSite, Float[Tensor, "token channel"]] = {}
 
     @property
@@ -141,17 +145,23 @@ class DirectPaths:
         ).cpu()
         neurons: dict[str, list[Tensor]] = {site: [] for site in self._inside}
         biases = torch.zeros(len(parts), head.n_layers, dtype=last_in.dtype)
+        bias_of = {site: torch.zeros_like(biases) for site in self._inside}
         for site, projections in self._inside.items():
             for layer, projection in enumerate(projections):
                 per_channel, bias = self._through(projection, body.block(layer), direction)
                 shape = "token (neuron channel) -> token neuron"
                 per_neuron = reduce(per_channel, shape, "sum", neuron=head.n_neurons(site))
                 neurons[site].append(self._per_text(per_neuron).cpu())
-                biases[:, layer] += self._per_text(bias).cpu()
+                bias_of[site][:, layer] = self._per_text(bias).cpu()
         blocks = parts.diff(dim=1)
-        if set(neurons) == written_by(head):
-            inside = sum(torch.stack(layers, dim=1).sum(dim=2) for layers in neurons.values()) + biases
+        inside = sum((torch.stack(layers, dim=1).sum(dim=2) for layers in neurons.values()), torch.zeros_like(biases))
+        inside = sum(bias_of.values(), inside)
+        is_whole = set(neurons) == written_by(head)
+        if is_whole and "expert" not in neurons:
             self._require_close("what its neurons write", inside, blocks, "its blocks add", parts)
+        elif "expert" in neurons and not (is_whole and self._off(inside, blocks, parts) is None):
+            del neurons["expert"], bias_of["expert"]
+        biases = sum(bias_of.values(), biases)
         return DirectContributions(
             embedding=parts[:, 0],
             blocks=blocks,
@@ -186,17 +196,32 @@ class DirectPaths:
         n_rows, n_tokens = self._batch.input_ids.shape
         if value.numel() % (n_rows * n_tokens) or value.shape[0] not in (n_rows, n_rows * n_tokens):
             return  # a norm of single heads, which is not on the residual stream
+        if isinstance(hook_site.module, ExpertPoint) and hook_site.module.routing is not None:
+            routing = hook_site.module.routing.reshape(n_rows, n_tokens, -1)
+            self._routing[hook_site] = self._batch.gather(self._places, routing)
         rows = value.detach().reshape(n_rows, n_tokens, -1)
         self.seen[hook_site] = self._batch.gather(self._places, rows).to(self._head.reward_dtype)
 
-    def _require_close(
-        self, name: str, computed: Tensor, expected: Tensor, expected_name: str, summed: Tensor | None = None
-    ) -> None:
+    def _of_experts(self, point: ExpertPoint) -> Projection:
+        """The map from the neurons of experts to the residual stream, with the routing weights of the recorded run."""
+        read, written = HookSite(point, "output"), HookSite(point.experts, "output")
+        dtype = next(point.experts.parameters()).dtype
+        return Projection(read, written, lambda channels: point.write(channels, self._routing[read]), dtype)
+
+    def _off(self, computed: Tensor, expected: Tensor, summed: Tensor | None = None) -> Tensor | None:
+        """How far two parts of the reward are from being equal; None if rounding explains the difference."""
         # Rounding grows with the size of the summands (norms may be float32 in a float64 model); an unknown factor is
         # off by a share of the sum.
         share = max(1e-4, torch.finfo(self._head.dtype).eps ** 0.5)
         lost, size = (computed - expected).abs().max(), expected.abs().max()
-        if not lost <= share * (size if summed is None else summed.abs().max()):
+        return None if lost <= share * (size if summed is None else summed.abs().max()) else lost
+
+    def _require_close(
+        self, name: str, computed: Tensor, expected: Tensor, expected_name: str, summed: Tensor | None = None
+    ) -> None:
+        lost = self._off(computed, expected, summed)
+        if lost is not None:
+            size = expected.abs().max()
             raise ModelError(
                 f"direct path of {self._head.architecture}: {name} is not what {expected_name} (off by "
                 f"{float(lost):.2g}, of {float(size):.2g}), so this architecture scales or normalises it in an unknown "
@@ -238,8 +263,10 @@ class DirectPaths:
 
 def written_by(head: RewardModel) -> set[str]:
     """The sites whose neurons and biases together write all that a block adds: attention, and the MLP if present."""
-    attention_alone = getattr(head.body.cfg, "attn_only", False)
-    return {"attn_head"} if attention_alone else {"attn_head", "mlp"}
+    if getattr(head.body.cfg, "attn_only", False):
+        return {"attn_head"}
+    # A mixture of experts may have a shared MLP besides.
+    return {"attn_head", *({"mlp", "expert"}.intersection(head.sites) or {"mlp"})}
 
 
 def _is_norm(module: nn.Module) -> bool:

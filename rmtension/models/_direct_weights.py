@@ -55,6 +55,8 @@ def direct_weights(head: RewardModel, batch: TokenBatch, site: str, wanted: Sequ
     """
     if find_site(site).name == "attn_head":
         return _without(wanted, "an attention head writes one direction for each of its channels, not a single one")
+    if site == "expert":
+        return _without(wanted, "what a neuron of an expert writes is multiplied by the routing weight of each token")
     if find_site(site).factor_of is not None:
         return _without(wanted, f"an activation at site {site!r} is one factor of what the neuron writes; use 'mlp'")
     try:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rmtension.data._encoding import EncodedText
 from rmtension.data._tokens import TokenBatch, TokenPlaces
 from rmtension.errors import DataError
 from rmtension.models._norms import NormLayer
@@ -77,6 +78,34 @@ class Head(nn.Module):
         return {}
 
     @property
+    def shared_tensors(self) -> Sequence[Tensor]:
+        """The tensors that the head shares with the model, so that it is copied without them."""
+        return ()
+
+    @property
+    def reads_at(self) -> str:
+        """Where the reward is read, for a result's provenance: "last", "response", or another word of the head's."""
+        return "last"
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether the stream at the last token of a text may change the outputs."""
+        return True
+
+    @property
+    def ending(self) -> str:
+        """What a text must end with so that the head can read it, for probe texts."""
+        return ""
+
+    @property
+    def ending_ids(self) -> tuple[int, ...]:
+        """The tokens of `ending`."""
+        return ()
+
+    def require_text(self, text: EncodedText, what: str) -> None:
+        """Raise `DataError`, which begins with `what`, for a text that the head cannot read."""
+
+    @property
     def reads_last_only(self) -> bool:
         """Whether the outputs depend on the residual stream at the last token only, as `read` without a prompt does."""
         same = type(self).tokens is Head.tokens and type(self).read_tokens is Head.read_tokens
@@ -142,20 +171,71 @@ class LinearHead(Head):
         return LinearHead(weight * gain, self.bias + (weight @ bias).double(), self.outputs)
 
 
-class _AfterGain(Head):
-    """A head that applies the gain and the bias of the final norm before it reads."""
+class WrappedHead(Head):
+    """A head that reads the same texts at the same tokens as another head, and changes what that head computes."""
 
-    def __init__(self, head: Head, norm: NormLayer) -> None:
+    def __init__(self, head: Head) -> None:
         super().__init__()
         self.head = head
-        self.register_buffer("gain", norm.gain.clone())
-        self.register_buffer("shift", norm.bias.clone())
         self.outputs, self.default = head.outputs, head.default
         self.reads_prompt, self.reads_first = head.reads_prompt, head.reads_first
 
     def tokens(self, batch: TokenBatch) -> TokenPlaces:
         """The tokens that the head reads."""
         return self.head.tokens(batch)
+
+    def require_text(self, text: EncodedText, what: str) -> None:
+        """Raise `DataError`, which begins with `what`, for a text that the head cannot read."""
+        self.head.require_text(text, what)
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether the head must be told where the prompt ends."""
+        return self.head.needs_prompt
+
+    @property
+    def uses_prompt(self) -> bool:
+        """Whether the outputs depend on where the prompt ends."""
+        return self.head.uses_prompt
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """The settings of the head."""
+        return self.head.settings
+
+    @property
+    def shared_tensors(self) -> Sequence[Tensor]:
+        """The tensors that the head shares with the model."""
+        return self.head.shared_tensors
+
+    @property
+    def reads_at(self) -> str:
+        """Where the reward is read."""
+        return self.head.reads_at
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether the stream at the last token of a text may change the outputs."""
+        return self.head.reads_last
+
+    @property
+    def ending(self) -> str:
+        """What a text must end with."""
+        return self.head.ending
+
+    @property
+    def ending_ids(self) -> tuple[int, ...]:
+        """The tokens of `ending`."""
+        return self.head.ending_ids
+
+
+class _AfterGain(WrappedHead):
+    """A head that applies the gain and the bias of the final norm before it reads."""
+
+    def __init__(self, head: Head, norm: NormLayer) -> None:
+        super().__init__(head)
+        self.register_buffer("gain", norm.gain.clone())
+        self.register_buffer("shift", norm.bias.clone())
 
     def read_tokens(
         self, states: Float[Tensor, "token d_model"], places: TokenPlaces, batch: TokenBatch

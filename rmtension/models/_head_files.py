@@ -1,10 +1,12 @@
 """Heads in the safetensors files of a checkpoint: in the model's own files, or in a separate one. Never pickled."""
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -15,6 +17,12 @@ from rmtension.models._heads import is_linear_head, is_numbered, layered_heads
 
 # The file in which LLaMA-Factory saves a value head separately from the model.
 VALUE_HEAD = "value_head.safetensors"
+# How families name their embedding; its name begins with the name of the body in the checkpoint.
+_EMBEDDING = re.compile(r"(?:^|\.)(embed_tokens|wte|wpe|embed_in|word_embeddings|tok_embeddings|tokens_embed)\.weight$")
+# First parts of names in a body that was saved without a name of its own, and of an unembedding.
+_BODY = {"layers", "h", "blocks", "decoder", "encoder", "norm", "ln_f", "final_layer_norm", "emb_layer_norm"}
+_UNEMBEDDINGS = {"lm_head", "embed_out", "output"}
+_TOWERS = {"visual", "vision_tower", "vision_model", "multi_modal_projector"}
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,46 @@ class CheckpointFiles:
 
 
 @dataclass(frozen=True)
+class HeadTensors:
+    """Tensors that may belong to a head: their shapes by name, and the file of each, or the tensors themselves."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    held: Mapping[str, Tensor | Path]
+
+    @classmethod
+    def of(cls, given: Mapping[Any, Any]) -> "HeadTensors":
+        """The tensors of a state dict in memory."""
+        tensors = {str(name): tensor for name, tensor in given.items() if isinstance(tensor, Tensor)}
+        return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors with these names."""
+        read: dict[str, Tensor] = {}
+        for name in names:
+            held = self.held[name]
+            if isinstance(held, Path):
+                with _damage_named(held), safe_open(held, framework="pt") as opened:
+                    read[name] = opened.get_tensor(name)
+            else:
+                read[name] = held
+        return read
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with `prefix`, by the rest of their names."""
+        names = [name for name in self.shapes if name.startswith(prefix)]
+        return {name.removeprefix(prefix): tensor for name, tensor in self.read(names).items()}
+
+
+@dataclass(frozen=True)
 class StoredHeads:
-    """`linear`: the tensors of linear heads by their names. `layers`: names of tensors of heads of several layers."""
+    """`linear`: the tensors of linear heads by their names. `layers`: names of tensors of heads of several layers.
+
+    `outside`: all tensors outside the body and the unembedding.
+    """
 
     linear: dict[str, Tensor]
     layers: tuple[str, ...] = ()
+    outside: HeadTensors = HeadTensors({}, {})
 
 
 def stored_heads(files: CheckpointFiles, width: int | None) -> StoredHeads:
@@ -51,6 +94,16 @@ def stored_heads(files: CheckpointFiles, width: int | None) -> StoredHeads:
 
     Raises `ModelError` if there are no safetensors files. (transformers would ask the hub to convert pickled ones.)
     """
+    with _damage_named(files.name):
+        weight_map = weight_files(files)
+        # A head is not a numbered layer, so shards with numbered layers only need not be opened.
+        outer = {name: file for name, file in weight_map.items() if not is_numbered(name)}
+        linear = _linear_heads(files, outer, width)
+        return StoredHeads(linear, tuple(layered_heads(weight_map)), outside_body(files, weight_map))
+
+
+def weight_files(files: CheckpointFiles) -> Mapping[str, str]:
+    """The file of every tensor of a model, by the tensor's name; raises `ModelError` without safetensors files."""
     index, single = files.find("model.safetensors.index.json"), files.find("model.safetensors")
     with _damage_named(files.name):
         if index is not None:
@@ -58,17 +111,42 @@ def stored_heads(files: CheckpointFiles, width: int | None) -> StoredHeads:
             outside = [file for file in weight_map.values() if Path(file).name != file]
             if outside:
                 raise ModelError(f"{files.name}: its index names a file outside the checkpoint: {outside[0]!r}.")
-        elif single is not None:
+            return weight_map
+        if single is not None:
             with safe_open(single, framework="pt") as opened:
-                weight_map = dict.fromkeys(opened.keys(), single.name)
-        else:
-            raise ModelError(
-                f"{files.name}: expected model.safetensors; pickled weights are not read. If you trust them, load them "
-                f"with transformers and convert them with save_pretrained.{contents(files.name)}"
-            )
-        # A head is not a numbered layer, so shards with numbered layers only need not be opened.
-        outer = {name: file for name, file in weight_map.items() if not is_numbered(name)}
-        return StoredHeads(_linear_heads(files, outer, width), tuple(layered_heads(weight_map)))
+                return dict.fromkeys(opened.keys(), single.name)
+    raise ModelError(
+        f"{files.name}: expected model.safetensors; pickled weights are not read. If you trust them, load them "
+        f"with transformers and convert them with save_pretrained.{contents(files.name)}"
+    )
+
+
+def outside_body(files: CheckpointFiles, weight_map: Mapping[str, str], *, unembedding: bool = False) -> HeadTensors:
+    """The tensors outside the body, and with `unembedding` its unembedding too. Only their shapes are read."""
+    names = names_outside(weight_map, unembedding=unembedding)
+    paths = {file: path for file in {weight_map[name] for name in names} if (path := files.find(file)) is not None}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file, path in paths.items():
+        with _damage_named(files.name), safe_open(path, framework="pt") as opened:
+            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in names if weight_map[name] == file}
+    return HeadTensors(shapes, {name: paths[weight_map[name]] for name in shapes})
+
+
+def body_prefix(names: Iterable[str]) -> str:
+    """What the names of the body's tensors begin with, such as "model.": the first part of the embedding's name."""
+    embeddings = [name for name in names if _EMBEDDING.search(name)]
+    firsts = {name.partition(".")[0] for name in embeddings if not _EMBEDDING.match(name)}
+    return f"{min(firsts)}." if firsts and not firsts & _BODY else ""
+
+
+def names_outside(names: Iterable[str], *, unembedding: bool = False) -> list[str]:
+    """The names of the tensors outside the body, without towers for images."""
+    names = list(names)
+    prefix = body_prefix(names)
+    unnamed = _BODY | {name.partition(".")[0] for name in names if _EMBEDDING.match(name)}
+    inside = {prefix.removesuffix(".")} if prefix else unnamed
+    inside = inside | _TOWERS | (set() if unembedding else _UNEMBEDDINGS)
+    return sorted(name for name in names if name.partition(".")[0] not in inside)
 
 
 def stored_tensor(files: CheckpointFiles, names: tuple[str, ...]) -> Tensor | None:
@@ -119,6 +197,26 @@ def pickled_head(files: CheckpointFiles, *, is_adapter: bool) -> str:
         return ""
     path = Path(files.name) / pickled.name if Path(files.name).is_dir() else pickled
     return f" {refused_pickle(path, VALUE_HEAD)} Then open it again, with head={str(path.with_name(VALUE_HEAD))!r}."
+
+
+def refuse_pickled_parts(files: CheckpointFiles) -> None:
+    """Raise `ModelError` for a head in two pickled files (LDL), with the line of Python that converts them.
+
+    The model's own files may hold untrained tensors of the same names.
+    """
+    parts = ("regression_layer", "gating_layer")
+    paths = [files.find(f"{part}.pt") for part in parts]
+    if None in paths:
+        return
+    folder = Path(files.name) if Path(files.name).is_dir() else Path()
+    target = str(folder / "own_head.safetensors")
+    loaded = ", ".join(f"({part!r}, {str(path)!r})" for part, path in zip(parts, paths, strict=True))
+    raise ModelError(
+        f"{files.name}: its head is in pickled files, {parts[0]}.pt and {parts[1]}.pt, which can run code, so they are "
+        "not read. If you trust them, convert them once: `import torch; from safetensors.torch import save_file; "
+        "save_file({f'{part}.{name}': tensor for part, file in [" + loaded + "] for name, tensor in "
+        f"torch.load(file, weights_only=True).items()}}, {target!r})`. Then pass head={target!r}."
+    )
 
 
 def refused_pickle(path: Path, target: str | None = None) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rmtension._sites import find_site
 from rmtension.data._tokens import TokenBatch, TokenPlaces
 from rmtension.errors import ModelError
+from rmtension.models._experts import ExpertPoint
 from rmtension.models._hooks import Hook, HookSite, InstalledHooks, count_foreign_hooks, has_own_hooks, modules_of
 from rmtension.models._projections import Projection
 
@@ -31,6 +32,7 @@ class HookedTransformerBody:
     def __init__(self, model: nn.Module) -> None:
         self.module = self.model = model
         self.projection_names: dict[tuple[str, int], str] = {}
+        self.experts: list[list[ExpertPoint]] = []  # this class has no site `expert`
         self._no_norm = nn.Identity()
         cfg: Any = model.cfg
         if getattr(cfg, "load_in_4bit", False):

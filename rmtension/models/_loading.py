@@ -1,5 +1,6 @@
 """Loading with transformers: options, devices, unsupported weights, and models with their adapters merged."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from rmtension._progress import without_unseen_bars
 from rmtension.errors import ModelError, OptionError
 from rmtension.models._adapters import Adapter, find_adapters, merge_adapters, put_on
 from rmtension.models._checkpoint_names import find_local
-from rmtension.models._head_files import CheckpointFiles
+from rmtension.models._configs import standard_config
+from rmtension.models._head_files import CheckpointFiles, body_prefix, weight_files
 from rmtension.models._run_options import RunOptions
 
 
@@ -97,7 +99,10 @@ def find_checkpoint(name: str | Path, options: LoadOptions, *, local_files_only:
     files = CheckpointFiles(find_local(name, revision), revision, local_files_only)
     adapters, weights = find_adapters(files, options.get("base"))
     try:
-        config = load("config", weights.name, AutoConfig.from_pretrained, **_origin(weights, options))
+        own_code = options.get("trust_remote_code", False)
+        config = None if own_code else load("config", weights.name, lambda _: standard_config(weights))
+        if config is None:
+            config = load("config", weights.name, AutoConfig.from_pretrained, **_origin(weights, options))
     except ModelError as error:
         if adapters:
             raise ModelError(
@@ -125,6 +130,7 @@ def load_model(location: CheckpointLocation, auto_class: str, *, merge: bool = T
         config=location.config,
         dtype=location.options.get("dtype", torch.float32),
         use_safetensors=True,
+        key_mapping=_renamed(location, auto_class),
         output_loading_info=True,
         ignore_mismatched_sizes=bool(saved),
         **location.origin,
@@ -152,6 +158,20 @@ def load_model(location: CheckpointLocation, auto_class: str, *, merge: bool = T
         if merge:
             return merge_adapters(loaded, location.adapters).eval().requires_grad_(False)
         return put_all_on(loaded, location.adapters)
+
+
+def _renamed(location: CheckpointLocation, auto_class: str) -> dict[str, str] | None:
+    """What to rename in the names of a body that was saved under another name than its class has (Starling)."""
+    import transformers
+
+    if location.adapters:
+        return None
+    prefix = body_prefix(weight_files(location.weights))
+    kind: Any = getattr(transformers, auto_class)._model_mapping.get(type(location.config), None)
+    own = getattr(kind, "base_model_prefix", "")
+    if not prefix or not own or prefix == f"{own}.":
+        return None
+    return {f"^{re.escape(prefix)}": f"{own}."}
 
 
 def put_all_on(model: Any, adapters: Sequence[Adapter]) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from rmtension._sites import find_site
 from rmtension.data._tokens import TokenBatch, TokenPlaces
 from rmtension.errors import ModelError
+from rmtension.models._experts import ExpertPoint, expert_point
 from rmtension.models._gate_search import GATE_ROWS, find_gates
 from rmtension.models._hooks import HookSite, count_foreign_hooks, eager_eval, has_own_hooks, modules_of, unwrapped
 from rmtension.models._native_run import find_last_mlp, measure_packing, probe_batch, run_base
@@ -102,6 +104,8 @@ class NativeBody:
 
     def hook_sites(self, site: str, layer: int) -> list[HookSite]:
         """The hook site of the activation of `site` in `layer`."""
+        if site == "expert":
+            return [HookSite(point, "output", (site, layer)) for point in self.experts[layer]]
         hook_site = self._gates[layer] if find_site(site).factor_of else self._projected(site, layer)
         return [replace(hook_site, place=(site, layer))]
 
@@ -130,9 +134,17 @@ class NativeBody:
         """The module whose input is the residual stream before `layer`."""
         return self.module.get_submodule(self._sites.blocks[layer])
 
+    @cached_property
+    def experts(self) -> list[list[ExpertPoint]]:
+        """The hook point of `expert` in every layer."""
+        with eager_eval(self.module.modules()):
+            return [[expert_point(self.block(layer), layer)] for layer in range(self.cfg.n_layers)]
+
     def modules(self) -> Iterator[nn.Module]:
         """Every module that may run."""
-        return modules_of(self.module)
+        # Hook points that no module has as a submodule, if they were needed so far.
+        points: list[list[ExpertPoint]] = vars(self).get("experts", [])
+        return chain(modules_of(self.module), chain.from_iterable(points))
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -141,7 +153,7 @@ class NativeBody:
         if name is None:
             raise ModelError(
                 f"site {site!r}: this {type(unwrapped(self.module)).__name__} has no output projection that every "
-                f"neuron goes through: {self._sites.missing[site]}. Use another site."
+                f"neuron goes through: {self._sites.missing[site]}. Use another site (experts: 'expert')."
             )
         return HookSite(self.module.get_submodule(name), "input")
 

@@ -109,6 +109,9 @@ def _merged(path: str, layer: Any) -> nn.Module:
         trained = active_head(layer)
         if trained is not layer:  # a whole module that was trained in place of the original one
             return cast(nn.Module, trained)
+        inner = getattr(layer, "base_layer", None)
+        if _is_of_peft(inner):  # a layer inside this one: peft has one for each adapted parameter of a module
+            _merged(path, inner)
         if layer.disable_adapters:
             layer.unmerge()
         else:
@@ -123,7 +126,7 @@ def _merged(path: str, layer: Any) -> nn.Module:
     return merged
 
 
-def _is_of_peft(module: nn.Module) -> bool:
+def _is_of_peft(module: nn.Module | None) -> bool:
     """Whether this is an adapter layer, or a module that peft wrapped."""
     return type(module).__module__.startswith("peft.")
 

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack, cast
 
 import torch
 from torch import nn
@@ -13,18 +13,23 @@ from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError, OptionError
 from rmtension.models._bodies import Body, find_body
 from rmtension.models._bridges import wrap
-from rmtension.models._checkpoints import Checkpoint
+from rmtension.models._checkpoint_names import require_name
+from rmtension.models._checkpoints import Checkpoint, open_checkpoint
 from rmtension.models._head import Head
 from rmtension.models._heads import read_head
 from rmtension.models._hooks import eager_eval
 from rmtension.models._lens_models import read_model
 from rmtension.models._loading import LoadOptions
+from rmtension.models._log_ratio_head import LogRatioHead, require_same_tokens
 from rmtension.models._native_run import probe_batch, run_base, stream_difference, stream_tolerance
 from rmtension.models._norms import read_norm
 from rmtension.models._outputs import choose_outputs
+from rmtension.models._process_head import ProcessHead
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions, run_options_of
 
+# The options of a model that its reference is opened with too.
+_OF_REFERENCE = ("dtype", "device", "device_map", "n_devices", "trust_remote_code")
 # The class to make: `RewardHead`, or the class of the model that the new model is made from.
 _Model = TypeVar("_Model", bound=RewardModel)
 
@@ -42,6 +47,8 @@ def open_model(
     Raises `ModelError` if a converted model gives another reward than transformers on a short text, and for a model
     whose attention is not causal.
     """
+    source: LoadOptions = {} if opened.source is None else opened.source.options
+    opened = replace(opened, head=with_reference(opened.head, opened.tokenizer, source))
     code = opened.trust_remote_code
     body = wrap(
         opened.name,
@@ -56,6 +63,7 @@ def open_model(
         # transformers' norm, from an unprocessed bridge.
         norm = wrap(opened.name, opened.base, None, trust_remote_code=code).final_norm
     head = head_on(body, opened.head, final_norm=norm)
+    options = within_reference(body, head, options)
     model = _make(kind, body, head, opened.choice, opened.tokenizer, opened.pad_token_id, options, opened)
     if body.native is None:
         _require_same_rewards(model, opened)
@@ -134,6 +142,57 @@ def require_hidden_padding(model: RewardModel) -> None:
             f"its size, so a text would get another reward in a batch than alone. {type(model.body.module).__name__} "
             "attends in both directions, as an encoder does. Use a model with causal attention."
         )
+
+
+def bound_head(body: Body, head: object, tokenizer: Any) -> object:
+    """A head that needs more of the model than its residual stream, with what it needs; other heads as they are."""
+    if isinstance(head, ProcessHead) and not head.marker_ids:
+        return head.on(read_head(head.step, _width(body)), tokenizer)
+    if isinstance(head, LogRatioHead) and head.unembedding is None:
+        model: Any = getattr(body.model, "original_model", None)
+        if not hasattr(model, "get_output_embeddings"):
+            raise ModelError(
+                f"head: a LogRatioHead needs a language model of transformers, got a {type(body.model).__name__} "
+                "without one. Use RewardHead.from_pretrained(folder, head=LogRatioHead(...))."
+            )
+        head = head.on(type(model).__name__, model)
+    return with_reference(head, tokenizer, {}) if isinstance(head, LogRatioHead) else head
+
+
+def with_reference(head: Head | None, tokenizer: Any, options: LoadOptions) -> Head | None:
+    """A `LogRatioHead` with its reference opened, with some of the `options` if it is given by name; other heads."""
+    if not isinstance(head, LogRatioHead) or head.reference is None:
+        return head
+    reference: Any = head.reference
+    if isinstance(reference, str | Path):
+        require_name(reference)
+        same = {name: value for name, value in options.items() if name in _OF_REFERENCE}
+        checkpoint = open_checkpoint(reference, reward=True, head=LogRatioHead(), options=cast(LoadOptions, same))
+        reference = open_model(RewardModel, checkpoint)
+    if not isinstance(reference, RewardModel) or not isinstance(reference.head, LogRatioHead):
+        got = f"a {type(reference).__name__}"
+        if isinstance(reference, RewardModel):
+            got = (
+                "a model without a head"
+                if reference.head is None
+                else f"a head of type {type(reference.head).__name__}"
+            )
+        raise ModelError(
+            f"reference: expected the folder of a language model, or a model that was opened with a LogRatioHead, got "
+            f"{got}. Pass RewardHead.from_pretrained('path/to/reference', head=LogRatioHead())."
+        )
+    require_same_tokens(tokenizer, reference.tokenizer)
+    return head.compared_with(reference)
+
+
+def within_reference(body: Body, head: Head | None, options: RunOptions) -> RunOptions:
+    """The options with a `max_length` that the reference can run too."""
+    reference = head.opened_reference if isinstance(head, LogRatioHead) else None
+    if reference is None:
+        return options
+    cfg: Any = body.model.cfg
+    longest = options.get("max_length") or int(cfg.n_ctx)
+    return {**options, "max_length": min(longest, reference.max_length)}
 
 
 def _require_same_rewards(model: RewardModel, opened: Checkpoint) -> None:

@@ -45,10 +45,10 @@ def choose_rows(output: object, n_rows: int, names: Mapping[int, str] | None, wh
 
 
 def choose_tokens(output: object, tokenizer: Any) -> tuple[int, ...]:
-    """The same for a language model, whose outputs are tokens: `output` is a token as text, or a pair of tokens.
+    """The same for a language model, whose outputs are tokens: `output` is a token, or a pair of tokens.
 
-    A token is an entry of the vocabulary ("ĠYes"), or a text that the tokenizer encodes as a single token (" Yes").
-    Raises `OptionError` for anything else, with the tokens that the text is split into, and similar entries.
+    A token is a token id, an entry of the vocabulary ("ĠYes"), or a text that the tokenizer encodes as a single token
+    (" Yes"). Raises `OptionError` for anything else, with the tokens that the text is split into, and similar entries.
     """
     if tokenizer is None:
         raise OptionError("output: expected a model with a tokenizer, which finds the tokens. Pass tokenizer=...")
@@ -97,10 +97,12 @@ def _listed(n_rows: int, names: Mapping[int, str] | None) -> str:
 
 
 def _token(token: object, tokenizer: Any) -> int:
+    if isinstance(token, int) and not isinstance(token, bool) and token >= 0:
+        return token  # `token_head` compares it with the size of the vocabulary
     if not isinstance(token, str):
         raise OptionError(
-            f"output: the outputs of a language model are tokens; expected a token as text, got {token!r}. Convert a "
-            "token id with tokenizer.convert_ids_to_tokens(token_id)."
+            "output: the outputs of a language model are tokens; expected a token as text or a token id, got "
+            f"{token!r}."
         )
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     if token in vocabulary:

@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension._sites import find_site
+from rmtension._sites import check_positions, find_site
 from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.data._encoding import EncodedPairs, encode_pairs
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._segments import encode_segments
 from rmtension.data._tokens import ReadAt, TokenBatch, TokenPlaces, running
 from rmtension.distributed import current
-from rmtension.errors import ModelError
+from rmtension.errors import ModelError, OptionError
 from rmtension.models._bodies import Body
 from rmtension.models._checkpoints import Checkpoint
 from rmtension.models._head import Head, LinearHead
@@ -137,16 +137,16 @@ class RewardModel:
 
     @property
     def sites(self) -> list[str]:
-        """The sites that the model has in every layer; a mixture of experts has no `mlp`."""
+        """The sites that the model has in every layer; a mixture of experts has `expert` in place of `mlp`."""
         return sorted(self._widths)
 
     def n_neurons(self, site: str) -> int:
-        """Neurons per layer at `site`: hidden units of the MLP, or attention heads."""
+        """Neurons per layer at `site`: hidden units of the MLP or of all experts, or attention heads."""
         channels = self.n_channels(site)
         return self.n_heads if site == "attn_head" else channels
 
     def n_channels(self, site: str) -> int:
-        """Columns per layer at `site`: one per neuron for `mlp` and `mlp_gate`, `d_head` per head for `attn_head`."""
+        """Columns per layer at `site`: `d_head` per head for `attn_head`, one per neuron for other sites."""
         if find_site(site).name in self._missing:
             raise self._missing[site]
         return self._widths[site]
@@ -165,7 +165,9 @@ class RewardModel:
         )
         for suffix in ("lmheadmodel", "forcausallm", "_"):
             family = family.lower().replace(suffix, "")
-        mlp, heads = (self._widths.get(site, 0) for site in ("mlp", "attn_head"))
+        width, heads, experts = (self._widths.get(site, 0) for site in ("mlp", "attn_head", "expert"))
+        n_experts = self.body.experts[0][0].n_experts if experts else 0
+        mlp = f"{n_experts}x{experts // n_experts}" + (f"-mlp{width}" if width else "") if n_experts else str(width)
         return f"{family}-{self.n_layers}x{mlp}-heads{self.n_heads}x{heads // self.n_heads}-d{self.d_model}"
 
     @property
@@ -319,6 +321,17 @@ class RewardModel:
             )
         return self.choice
 
+    def require_positions(self, positions: str) -> None:
+        """Raise `OptionError` for positions at which no activation changes the reward, or that do not exist."""
+        check_positions(positions)
+        head = self.head
+        if positions == "last" and head is not None and not head.reads_last:
+            raise OptionError(
+                f"positions: a {type(head).__name__} reads the tokens before those of the response, so activations at "
+                "the last token do not change the reward. Use positions='all', or 'response' for the tokens of the "
+                "response, the last of which does not count."
+            )
+
     def require_weight(self) -> Float[Tensor, "d_model"]:
         """The row of a linear head; raises `ModelError` for a head without a reward, or one that is not linear."""
         self.require_choice()
@@ -380,7 +393,12 @@ class RewardModel:
     def encode(self, pairs: PreferencePairs) -> EncodedPairs:
         """The token ids of both texts of every pair, within `max_length`."""
         encode = encode_segments if self.two_segments else encode_pairs
-        return encode(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
+        encoded = encode(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
+        if self.head is not None:
+            for pair, chosen, rejected in zip(pairs, encoded.chosen, encoded.rejected, strict=True):
+                self.head.require_text(chosen, f"pair {pair.id!r}, chosen")
+                self.head.require_text(rejected, f"pair {pair.id!r}, rejected")
+        return encoded
 
     def tokens_together(self, *, keeps_layers: bool = False) -> int:
         """How many tokens to run together: `tokens_per_batch`, or as many as are efficient and fit into memory.
@@ -396,7 +414,7 @@ class RewardModel:
                 free,
                 n_layers=self.n_layers if keeps_layers else 1,
                 d_model=self.d_model,
-                d_mlp=self._widths.get("mlp", 4 * self.d_model),
+                d_mlp=sum(self._widths.get(site, 0) for site in ("mlp", "expert")) or 4 * self.d_model,
                 itemsize=self.dtype.itemsize,
             )
             enough = min(enough, fitting)
@@ -425,7 +443,9 @@ class RewardModel:
     def _head_tensors(self) -> list[Tensor]:
         if self.weight is not None:
             return [self.weight]
-        return [] if self.head is None else [*self.head.parameters(), *self.head.buffers()]
+        if self.head is None:
+            return []
+        return [*self.head.parameters(), *self.head.buffers(), *self.head.shared_tensors]
 
     @property
     def _head_description(self) -> str:

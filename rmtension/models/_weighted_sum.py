@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rmtension.data._tokens import TokenBatch, TokenPlaces
 from rmtension.errors import OptionError
-from rmtension.models._head import Head, LinearHead
+from rmtension.models._head import Head, LinearHead, WrappedHead
 from rmtension.models._outputs import choose_outputs
 
 
@@ -47,14 +47,13 @@ def with_weighted_sum(head: Head, weights: Mapping[Any, Any]) -> tuple[Head, int
     return LinearHead(torch.cat([rows, row[None]]), biases, [*head.outputs, label]), len(head.outputs)
 
 
-class _WeightedSum(Head):
+class _WeightedSum(WrappedHead):
     """Any head with a weighted sum of its outputs as one more output."""
 
     def __init__(self, head: Head, terms: Mapping[int, float], label: str) -> None:
-        super().__init__()
-        self.head = head
+        super().__init__(head)
         self._terms = dict(terms)
-        self.outputs, self.default, self.reads_prompt = (*head.outputs, label), head.default, head.reads_prompt
+        self.outputs = (*head.outputs, label)
 
     def read(
         self, last: Float[Tensor, "text d_model"], prompt_last: Float[Tensor, "text d_model"] | None
@@ -62,25 +61,11 @@ class _WeightedSum(Head):
         """The outputs of the head, and the sum."""
         return self._and_sum(self.head.read(last, prompt_last))
 
-    def tokens(self, batch: TokenBatch) -> TokenPlaces:
-        """The tokens that the head reads."""
-        return self.head.tokens(batch)
-
     def read_tokens(
         self, states: Float[Tensor, "token d_model"], places: TokenPlaces, batch: TokenBatch
     ) -> Float[Tensor, "text output"]:
         """The outputs of the head, and the sum."""
         return self._and_sum(self.head.read_tokens(states, places, batch))
-
-    @property
-    def needs_prompt(self) -> bool:
-        """Whether the head needs the prompt."""
-        return self.head.needs_prompt
-
-    @property
-    def uses_prompt(self) -> bool:
-        """Whether the head uses the prompt."""
-        return self.head.uses_prompt
 
     @property
     def settings(self) -> Mapping[str, object]:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from rmtension._sites import neuron_columns
 from rmtension.errors import StorageError
 from rmtension.evaluation._intervals import Estimate
 from rmtension.neurons._neuron_set import NeuronSet
@@ -117,8 +118,12 @@ class ConflictReport:
         return {name: int(counts.get(name, 0)) for name in classes(self.names).values()}
 
     def to_frame(self) -> pd.DataFrame:
-        """A copy of `table`."""
-        return self.table.copy()
+        """A copy of `table`; at the site `expert` with expert and index of every neuron."""
+        frame, where = self.table.copy(), self.provenance[self.names[0]]
+        places = neuron_columns(where.site, where.architecture, frame["layer"].to_numpy(), frame["neuron"].to_numpy())
+        for number, name in enumerate([name for name in places if name not in frame]):
+            frame.insert(2 + number, name, places[name])
+        return frame
 
     def save(self, path: str | Path) -> None:
         """Write the report to one safetensors file."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rmtension._arguments import require_choice
 from rmtension._repr_html import N_ROWS, html_table
+from rmtension._sites import all_neuron_columns
 from rmtension.errors import OptionError, RMTensionWarning
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.neurons._signs import effect_sign, ranked, with_direction
@@ -179,13 +180,13 @@ class NeuronScores:
         """One row per neuron: layer, neuron, score, stderr, and its direction.
 
         `direction` says whether the neuron "supports" the margin, "opposes" it, or does "neither" (0 or NaN). Scores
-        without a direction have no such column.
+        without a direction have no such column. At the site `expert` there are columns for the neuron's expert and its
+        index in the expert.
         """
-        layers, neurons = self.values.shape
+        where, shape = self.provenance, self.values.shape
         frame = pd.DataFrame(
             {
-                "layer": np.repeat(np.arange(layers), neurons),
-                "neuron": np.tile(np.arange(neurons), layers),
+                **all_neuron_columns(where.site, where.architecture, (shape[0], shape[1])),
                 "score": self.values.flatten().numpy(),
                 "stderr": self.stderr.flatten().numpy(),
             }

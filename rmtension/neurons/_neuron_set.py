@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rmtension._repr_html import html_table
+from rmtension._sites import neuron_columns, neuron_name
 from rmtension.errors import OptionError, ProvenanceError
 from rmtension.store._storage import read_result, write_result
 
@@ -107,9 +108,17 @@ class NeuronSet:
         for layer, mask in enumerate(self.mask):
             indices = mask.nonzero()[:, 0].tolist()
             if indices:
-                listed = ", ".join(map(str, indices[:_N_LISTED])) + (", ..." if len(indices) > _N_LISTED else "")
+                # Without the layer, which has its own column, and the plain number at other sites.
+                names = [self._short_name(layer, index) for index in indices[:_N_LISTED]]
+                listed = ", ".join(names) + (", ..." if len(indices) > _N_LISTED else "")
                 rows.append({"layer": layer, "n": len(indices), "neurons": listed})
         return html_table(repr(self), pd.DataFrame(rows[:_N_LISTED]), n_of=len(rows))
+
+    def _short_name(self, layer: int, neuron: int) -> str:
+        """Expert and index ("E5 N48") at the site `expert`, otherwise the neuron's number."""
+        if self.site != "expert":
+            return str(neuron)
+        return neuron_name(self.site, layer, neuron, self.architecture).partition(" ")[2]
 
     @property
     def n_per_layer(self) -> list[int]:
@@ -189,8 +198,8 @@ class NeuronSet:
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per neuron of the set: layer, neuron."""
-        return pd.DataFrame(list(self), columns=["layer", "neuron"])
+        """One row per neuron of the set: layer, neuron; at the site `expert` also expert and index in the expert."""
+        return pd.DataFrame(neuron_columns(self.site, self.architecture, *self.mask.nonzero().numpy().T))
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict for JSON: site, architecture, shape, and layer -> indices; layers are texts, as JSON's keys are.

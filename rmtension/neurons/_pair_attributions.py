@@ -7,6 +7,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from rmtension._sites import neuron_columns
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
 from rmtension.neurons._signs import with_direction
@@ -62,6 +63,11 @@ class PairAttributions:
             [[pair.id for pair in self.pairs], range(layers), range(neurons)], names=["id", "layer", "neuron"]
         )
         frame = pd.DataFrame({"score": self.values.reshape(n * layers * neurons).numpy()}, index=index).reset_index()
+        places = neuron_columns(
+            self.provenance.site, self.provenance.architecture, frame["layer"].to_numpy(), frame["neuron"].to_numpy()
+        )
+        for number, name in enumerate([name for name in places if name not in frame]):
+            frame.insert(3 + number, name, places[name])
         return with_direction(frame, self.values, self.provenance)
 
     def save(self, path: str | Path) -> None:

@@ -41,7 +41,7 @@ class ActivationCollector:
 
     Args:
         head: the model to read.
-        site: "mlp", "mlp_gate" or "attn_head".
+        site: "mlp", "mlp_gate", "attn_head" or "expert".
         positions: "all" real tokens, "response" tokens, or the "last" one. Padding never counts.
 
     Examples:

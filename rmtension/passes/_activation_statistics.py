@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
 from rmtension._repr_html import N_ROWS, html_table
+from rmtension._sites import all_neuron_columns
 from rmtension.store._provenance import Provenance, digest_of
 from rmtension.store._storage import read_result, write_result
 
@@ -64,9 +64,9 @@ class ActivationStatistics:
         return html_table(f"{self!r}; largest abs_mean:", frame.nlargest(N_ROWS, "abs_mean"), n_of=len(frame))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per neuron: layer, neuron and the four statistics."""
+        """One row per neuron: layer, neuron and the four statistics; at the site `expert` also expert and index."""
         layers, neurons = self.mean.shape
-        columns = {"layer": np.repeat(np.arange(layers), neurons), "neuron": np.tile(np.arange(neurons), layers)}
+        columns = all_neuron_columns(self.provenance.site, self.provenance.architecture, (layers, neurons))
         return pd.DataFrame(columns | {name: getattr(self, name).flatten().numpy() for name in _STATISTICS})
 
     def save(self, path: str | Path) -> None:

@@ -72,7 +72,7 @@ def _probes_of_pair(head: RewardModel, pair: PreferencePair) -> list[Probe]:
 def _built_in_probes(head: RewardModel) -> list[Probe]:
     """Probes from the built-in texts that the vocabulary has tokens for."""
     probes = []
-    for text in _TEXTS:
+    for text in (text + head.require_head().ending for text in _TEXTS):
         try:
             (encoded,) = encode_texts(head.tokenizer, [text], max_length=head.max_length, truncate=True)
         except DataError:
@@ -85,6 +85,8 @@ def _drawn_probes(head: RewardModel) -> list[Probe]:
     generator = torch.Generator().manual_seed(0)
     lengths = sorted({min(length, head.max_length) for length in (1, 2, 3, 5, 8, 13)})
     drawn = [torch.randint(head.body.n_embeddings, (length,), generator=generator) for length in lengths]
+    ending = torch.tensor(head.require_head().ending_ids, dtype=torch.long)
+    texts = [torch.cat([ids[: head.max_length - len(ending)], ending]) for ids in drawn]
     return [
-        Probe(None, EncodedText(tuple(ids.tolist()), 0, 0), float(score_tokens(head, ids[None])[0])) for ids in drawn
+        Probe(None, EncodedText(tuple(ids.tolist()), 0, 0), float(score_tokens(head, ids[None])[0])) for ids in texts
     ]

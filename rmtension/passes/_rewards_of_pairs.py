@@ -77,9 +77,9 @@ class RewardsOfPairs(PairStatistic[list[PairRewards]]):
         """One result per condition, without the pairs that were skipped."""
         kept = record.kept(len(self._pairs))
         pairs = PreferencePairs(self._pairs[number] for number in kept) if record.skipped else self._pairs
-        # The reward is read at the last token, and depends on all tokens.
+        # The reward is read at some tokens, and depends on all of them.
         provenance = record.provenance(self._model, site="residual", positions="all", method="reward")
-        provenance = replace(provenance, positions="last")
+        provenance = replace(provenance, positions=self._model.require_head().reads_at)
         return [
             PairRewards(chosen, rejected, pairs, provenance, record.n_prompts_cut, record.n_responses_cut)
             for chosen, rejected in self._rewards[:, :, kept]

@@ -31,6 +31,8 @@ def score_texts(
     model.require_choice()
     _require_no_prompt(model)
     encoded = encode_texts(model.tokenizer, texts, max_length=model.max_length, truncate=truncate)
+    for number, text in enumerate(encoded):
+        model.require_head().require_text(text, f"texts: text {number}")
     rewards = torch.zeros(len(encoded), dtype=model.reward_dtype)
     batches = text_batches(
         encoded, tokens_per_batch=model.tokens_together(), read_at=model.read_at, device=model.device

@@ -34,7 +34,9 @@ from rmtension.models._classifiers import reload_classifier
 from rmtension.models._direct_path import direct_contributions, written_by
 from rmtension.models._head import Head, LinearHead
 from rmtension.models._hooks import HookSite, InstalledHooks, eager_eval
+from rmtension.models._log_ratio_head import LogRatioHead
 from rmtension.models._native_run import let_run_in_float64
+from rmtension.models._process_head import ProcessHead
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._weighted_sum import with_weighted_sum
 from rmtension.passes._probes import Probe, find_probes
@@ -120,7 +122,12 @@ class _Checker:
             constant = 0.0
         if model is not None:
             let_run_in_float64(model)
-            expected = self._by_logits(model) + constant
+            if isinstance(self.head.head, LogRatioHead):
+                expected = self._by_log_probs(model)
+            elif isinstance(self.head.head, ProcessHead):
+                expected = self._by_steps(model)
+            else:
+                expected = self._by_logits(model) + constant
         elif checkpoint is not None and checkpoint.source is not None:
             expected = self._by_hidden_state(checkpoint.source)
         else:
@@ -141,6 +148,50 @@ class _Checker:
                 rows = self._rows(logits.shape[-1])
                 rewards.append(logits[rows[0]] if len(rows) == 1 else logits[rows[0]] - logits[rows[1]])
         return torch.stack(rewards)
+
+    def _by_steps(self, model: Any) -> Float[Tensor, "text"]:
+        """The rewards from the logits of a token classifier of transformers at the markers."""
+        head = self.head.head
+        assert isinstance(head, ProcessHead)
+        (chosen, *other), rewards = self.head.require_choice(), []
+        with torch.no_grad(), eager_eval(model.modules()):
+            for probe in self.probes:
+                batch = self._batch([replace(probe.encoded, ids=tuple(self._own_ids(probe)))])
+                places = head.tokens(batch)
+                logits = batch.gather(places, model(input_ids=batch.input_ids).logits).to(self.alone)
+                outputs = head.combined(logits, places, 1)[0]
+                rewards.append(outputs[chosen] - outputs[other[0]] if other else outputs[chosen])
+        return torch.stack(rewards).cpu()
+
+    def _by_log_probs(self, model: Any) -> Float[Tensor, "text"]:
+        """The rewards by transformers alone: the log-softmax of its logits at each token before one of the response."""
+        head = self.head.head
+        assert isinstance(head, LogRatioHead)
+        sums, counts = self._log_likelihoods(model)
+        if head.opened_reference is not None:
+            again = reload_classifier(head.opened_reference)
+            if again is None:  # it is in memory only
+                batches = [self._batch([probe.encoded]) for probe in self.probes]
+                of_reference = torch.cat([head.reference_likelihoods(batch).cpu() for batch in batches])
+            else:
+                of_reference, _ = self._log_likelihoods(again)
+            sums = sums - of_reference.to(sums)
+        return head.beta * (sums / counts.clamp(min=1) if head.average else sums)
+
+    def _log_likelihoods(self, model: Any) -> tuple[Float[Tensor, "text"], Float[Tensor, "text"]]:
+        """The log-likelihood of each text's response under a language model of transformers, and its tokens."""
+        let_run_in_float64(model)
+        device = next(model.parameters()).device
+        sums, counts = [], []
+        with torch.no_grad(), eager_eval(model.modules()):
+            for probe in self.probes:
+                ids = torch.tensor(self._own_ids(probe), device=device)
+                logits = model(input_ids=ids[None], use_cache=False).logits[0].to(self.alone)
+                first = max(1, probe.encoded.response_start)
+                chosen = logits[:-1].log_softmax(dim=1).gather(1, ids[1:, None].to(logits.device))[first - 1 :]
+                sums.append(chosen.sum().cpu())
+                counts.append(float(len(chosen)))
+        return torch.stack(sums), torch.tensor(counts).to(self.alone)
 
     def _rows(self, n_logits: int) -> tuple[int, ...]:
         """The indices of the logits that the reward is computed from."""

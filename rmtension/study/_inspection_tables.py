@@ -40,7 +40,7 @@ def groups_table(
 
 def neuron_table(scores: Mapping[str, NeuronScores], sets: Mapping[str, NeuronSet]) -> pd.DataFrame:
     """One row per neuron: its predicted effect on every group's margin when it is ablated, and its sets."""
-    identity = next(iter(scores.values())).to_frame()[["layer", "neuron"]]
+    identity = next(iter(scores.values())).to_frame().drop(columns=["score", "stderr", "direction"], errors="ignore")
     columns: dict[str, Any] = {}
     for name, of_group in scores.items():
         columns[f"{name}_effect"] = of_group.as_effects().flatten().numpy()

@@ -19,7 +19,11 @@ from rmtension.study._result import Tables
 def scores(family: FamilyRuns) -> Tables:
     """Table `neurons`: every activation score of every neuron in every model, and its sets. Analysis 4."""
     options = family.options
-    identity = family.scores_of(options.scores[0], "mixed").to_frame()[["layer", "neuron"]]
+    identity = (
+        family.scores_of(options.scores[0], "mixed")
+        .to_frame()
+        .drop(columns=["score", "stderr", "direction"], errors="ignore")
+    )
     columns: dict[str, np.ndarray] = {}
     named = [name for name in (*ACTIVATION_SCORES, "selectivity") if name != "change" or "base" in family.runs]
     for score in dict.fromkeys([*options.scores, *named]):

@@ -292,13 +292,25 @@ def test_batches_keep_the_token_budget_with_padding():
 
 
 def test_packing_changes_no_result_of_experts(tmp_path, plain_tokenizer, few, alone):
-    """A mixture of experts picks them token by token."""
+    """A mixture of experts picks them token by token: rewards, statistics, scores and ablations of their neurons."""
     make_classifier(EXPERTS[0], len(plain_tokenizer) + 8).save_pretrained(tmp_path)
     plain_tokenizer.save_pretrained(tmp_path)
     head = RewardHead.from_pretrained(tmp_path)
-    packed = head.score_pairs(few).margin
+    mask = torch.rand(3, head.n_neurons("expert"), generator=torch.Generator().manual_seed(0)) < 0.3
+    ablation = AblationContext(head, NeuronSet(mask, "expert", head.architecture), positions="response")
+
+    def numbers():
+        patching = NeuronAttribution(head, "attribution_patching", site="expert", positions="response")
+        with ablation:
+            ablated = head.score_pairs(few).margin
+        statistics = ActivationCollector(head, site="expert").collect(few)
+        return [head.score_pairs(few).margin, ablated, patching.score(few).values, statistics.mean]
+
+    packed = numbers()
     alone()
-    assert torch.allclose(packed, head.score_pairs(few).margin, atol=1e-5, rtol=0)
+    for value, expected in zip(packed, numbers(), strict=True):
+        assert torch.allclose(value.double(), expected.double(), atol=1e-5, rtol=0)
+    assert (packed[0] - packed[1]).abs().max() > 1e-3
 
 
 def test_packed_rows_fit_the_context(tmp_path, plain_tokenizer, few):

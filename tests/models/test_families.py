@@ -114,14 +114,14 @@ def test_a_family_without_a_final_norm_has_no_direct_effects(folder, texts):
 
 
 @pytest.mark.parametrize("folder", grid(EXPERTS), indirect=True)
-def test_a_mixture_of_experts_has_only_attention_heads(folder, texts):
+def test_a_mixture_of_experts_has_no_mlp(folder, texts):
     """In float32: torch has no grouped matrix product of float64."""
     head = RewardHead.from_pretrained(folder)
     reference = Reference(folder, dtype=torch.float32)
     assert torch.allclose(head.score(texts), rewards_of(reference, texts), atol=1e-5)
-    assert head.sites == ["attn_head"]
+    assert head.sites == ["attn_head", "expert"]
     assert head.check()["passed"].all()
-    with pytest.raises(ModelError, match="no single output projection"):
+    with pytest.raises(ModelError, match=r"no single output projection.*Use site 'expert'"):
         head.n_neurons("mlp")
     with pytest.raises(ModelError, match="no single output projection"):
         head.hooks("mlp", lambda layer, activation: None)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import EOS, grid, make_config, make_tokenizer, save_classifier
 
 from rmtension import AblationContext, NeuronSet, RewardHead
-from rmtension.errors import CheckError, ModelError, OptionError
+from rmtension.errors import CheckError, ModelError, OptionError, RMTensionWarning
 from rmtension.models._heads import read_head
 from rmtension.models._outputs import choose_rows
 from rmtension.synthetic.check_matrix import make_classifier
@@ -212,21 +212,33 @@ class TestTokens:
         assert torch.allclose(single.score(TEXTS), all_logits[:, sure], atol=1e-5)
         assert single.check()["passed"].all()
 
-    def test_a_cap_on_logits_is_refused_and_the_advice_works(self, language_models):
+    def test_capped_logits_are_a_head_that_is_not_linear(self, language_models, tmp_path):
+        """Gemma-2's cap * tanh(logit / cap); the model is saved as the language model that it is."""
         folder = language_models["gemma2"]
-        with pytest.raises(
-            ModelError, match=r"capped \(final_logit_softcapping=30.0\).*head=\(weight\[yes\]"
-        ) as caught:
-            RewardHead.from_pretrained(folder, output=("Ġsure", "Ġbake"))
-        where = re.search(r"tied .*(RewardHead\S*\.weight)", str(caught.value))[1].replace("...", repr(str(folder)))
-        weight = eval(where)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        yes, no = tokenizer.convert_tokens_to_ids(["Ġsure", "Ġbake"])
-        head = RewardHead.from_pretrained(folder, head=(weight[yes] - weight[no], 0))
+        head = RewardHead.from_pretrained(folder, output=("Ġsure", "Ġbake"))
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        assert model.config.final_logit_softcapping == 30.0
+        yes, no = head.tokenizer.convert_tokens_to_ids(["Ġsure", "Ġbake"])
+        all_logits = logits(model, head.tokenizer)
+        expected = all_logits[:, yes] - all_logits[:, no]
+        assert torch.allclose(head.score(TEXTS), expected, atol=1e-5)
+        assert head.check()["passed"].all()
+        with pytest.warns(RMTensionWarning, match="Open it again with the output="):
+            head.save_pretrained(tmp_path)
+        again = RewardHead.from_pretrained(tmp_path, output=(yes, no))
+        assert torch.equal(again.score(TEXTS), head.score(TEXTS))
         model.config.final_logit_softcapping = None
-        all_logits = logits(model, tokenizer)
-        assert torch.allclose(head.score(TEXTS), all_logits[:, yes] - all_logits[:, no], atol=1e-5)
+        uncapped = logits(model, head.tokenizer)
+        assert not torch.allclose(uncapped[:, yes] - uncapped[:, no], expected, atol=1e-5)
+
+    def test_a_token_id_is_an_output(self, language_models):
+        """Nemotron's reward is the logit of token 0."""
+        folder = language_models["llama"]
+        head = RewardHead.from_pretrained(folder, output=0)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        assert torch.allclose(head.score(TEXTS), logits(model, head.tokenizer)[:, 0], atol=1e-5)
+        with pytest.raises(OptionError, match=r"expected token ids below \d+, got \[99999\]"):
+            RewardHead.from_pretrained(folder, output=99999)
 
     def test_a_head_of_tokens_is_saved_as_a_classifier(self, language_models, tmp_path):
         head = RewardHead.from_pretrained(language_models["llama"], output=("Ġsure", "Ġbake"))
@@ -252,9 +264,10 @@ class TestTokens:
         ):
             RewardHead.from_pretrained(folder, output=("bake", "Ġsure"))
         with pytest.raises(
-            OptionError, match=r"outputs of a language model are tokens; expected a token as text, got 7"
+            OptionError,
+            match=r"outputs of a language model are tokens; expected a token as text or a token id, got 7.5",
         ):
-            RewardHead.from_pretrained(folder, output=7)
+            RewardHead.from_pretrained(folder, output=7.5)
         with pytest.raises(OptionError, match=r"expected a pair of different outputs"):
             RewardHead.from_pretrained(folder, output=(" sure", "Ġsure"))
         with pytest.raises(ModelError, match=r"no score head.*output=\(' Yes', ' No'\)"):
@@ -368,24 +381,14 @@ class TestStoredHeads:
         ):
             RewardHead.from_pretrained(folder, head="nothing")
 
-    @pytest.mark.parametrize(
-        ("name", "is_classifier"), [("v_head.summary", False), ("score", True), ("value_head.layers", False)]
-    )
-    def test_heads_of_several_layers_are_refused_by_name(
-        self, checkpoints, language_models, tmp_path, name, is_classifier
-    ):
-        """GRM's Linear-ReLU-Linear, and INF-ORM's in a class that calls itself a classifier."""
-        folder = with_tensors(
-            language_models["llama"],
-            tmp_path,
-            {f"{name}.0.weight": torch.ones(64, 32), f"{name}.2.weight": torch.ones(1, 64)},
-        )
-        if is_classifier:
-            config = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(
-                json.dumps(config | {"architectures": ["INFORMForSequenceClassification"]})
-            )
-        with pytest.raises(ModelError, match=rf"several layers \(\['{name}.0.weight'.*from_language_model") as caught:
-            RewardHead.from_pretrained(folder)
-        assert "train" not in str(caught.value)
-        assert RewardHead.from_language_model(folder).n_layers > 1
+    def test_layers_without_a_known_activation_are_read_with_a_warning(self, language_models, tmp_path):
+        """Linear-ReLU-Linear is the usual head of several layers, but the file does not say that it is ReLU."""
+        generator = torch.Generator().manual_seed(0)
+        first, second = torch.randn(64, 32, generator=generator), torch.randn(1, 64, generator=generator)
+        tensors = {"value_head.layers.0.weight": first, "value_head.layers.2.weight": second}
+        folder = with_tensors(language_models["llama"], tmp_path, tensors)
+        with pytest.warns(RMTensionWarning, match=r"value_head.layers.\* was read as linear layers with a ReLU"):
+            head = RewardHead.from_pretrained(folder)
+        states = torch.randn(3, 32, generator=generator)
+        expected = torch.relu(states @ first.T) @ second.T
+        assert torch.allclose(head.head.read(states, None), expected, atol=1e-5)

@@ -37,7 +37,7 @@ _METHODS = (
     "direct_effect",
     "integrated_gradients",
 )
-_SITES = ("mlp", "mlp_gate", "attn_head")
+_SITES = ("mlp", "mlp_gate", "attn_head", "expert")
 _N_PRINTED = 10
 EXAMPLES = """examples:
   rmtension attribute ./my-reward-model pairs.csv
@@ -48,7 +48,7 @@ PAIRS is read as `rmtension score` reads it. Prints the ten strongest neurons, w
 holds the score of every neuron; `rmtension ablate --neurons` and NeuronScores.load read it. The CSV file of the same
 name holds the top set (--fraction or --k). "supports" means that the neuron raises the margin, according to its score.
 --replacement is what attribution_patching and integrated_gradients compare an activation with; the mean takes one more
-forward pass. --site attn_head scores attention heads.
+forward pass. --site attn_head scores attention heads, --site expert the neurons of a mixture of experts.
 """
 
 
@@ -135,9 +135,14 @@ def _ranked(scores: "NeuronScores", options: Namespace) -> "pd.DataFrame":
 
 
 def _text(data: dict[str, Any], ranked: "pd.DataFrame") -> str:
+    from rmtension._sites import neuron_name
+
     shown = ranked.head(_N_PRINTED)
     columns = {
-        "neuron": [f"L{layer} N{neuron}" for layer, neuron in zip(shown["layer"], shown["neuron"], strict=True)],
+        "neuron": [
+            neuron_name(data["site"], layer, neuron, data["provenance"]["architecture"])
+            for layer, neuron in zip(shown["layer"], shown["neuron"], strict=True)
+        ],
         "score": shown["score"].map("{:#.3g}".format).tolist(),
         "standard error": shown["stderr"].map("{:#.2g}".format).tolist(),
     }

@@ -1,0 +1,91 @@
+"""Saving a model in the format of the checkpoint it was read from, for heads that transformers has no class for."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmtension.errors import ModelError
+from rmtension.models._head_files import VALUE_HEAD, CheckpointFiles, body_prefix, outside_body, weight_files
+
+_UNKNOWN: Any = object()
+
+
+@dataclass(frozen=True)
+class OwnFormat:
+    """What a checkpoint consists of besides its body: the config, the head's tensors, and files of code.
+
+    `tensors` are the head's tensors in the model's files, `separate` those in `value_head.safetensors`; `fields` is
+    config.json, and `read` what transformers made of it.
+    """
+
+    files: CheckpointFiles
+    fields: Mapping[str, Any]
+    read: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    separate: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, files: CheckpointFiles, config: Any, separate: Mapping[str, Tensor]) -> "OwnFormat | None":
+        """The format of a checkpoint; None without a config.json."""
+        path = files.find("config.json")
+        if path is None:
+            return None
+        outside = outside_body(files, weight_files(files))
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return cls(files, fields, config.to_dict(), outside.read(outside.shapes), separate)
+
+    def write(self, base: Any, folder: Path, dtype: torch.dtype) -> None:
+        """Write the body `base`, with the names that it had, the other tensors, the config and the code as they were.
+
+        Code is copied, not run. The unembedding is read from the original files again; raises `ModelError` if they are
+        no longer there.
+        """
+        from safetensors.torch import save_file
+
+        try:
+            weight_map = weight_files(self.files)
+        except ModelError as error:
+            raise ModelError(
+                f"save_pretrained: the files that the model was read from are needed, because they hold its "
+                f"unembedding and code, but they are not there any more: {error}"
+            ) from error
+        unembedding = outside_body(self.files, weight_map, unembedding=True)
+        rest = unembedding.read(unembedding.shapes.keys() - self.tensors.keys())
+        prefix = body_prefix(weight_map)
+        body = {f"{prefix}{name}": tensor for name, tensor in base.state_dict().items()}
+        base.save_pretrained(folder, state_dict={**body, **rest, **self.tensors})
+        if self.separate:
+            save_file(dict(self.separate), folder / VALUE_HEAD, {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(self._config(base, dtype), indent=2) + "\n", encoding="utf-8")
+        for path in self._code():
+            shutil.copyfile(path, folder / path.name)
+
+    def _config(self, base: Any, dtype: torch.dtype) -> dict[str, Any]:
+        """The fields of config.json, with what changed since they were read, such as the biases of an ablation."""
+        now = base.config.to_dict()
+        changed = {key: value for key, value in now.items() if self.read.get(key, _UNKNOWN) != value}
+        for key in ("architectures", "transformers_version", "dtype", "torch_dtype", "model_type"):
+            changed.pop(key, None)
+        name = str(dtype).removeprefix("torch.")
+        return {**self.fields, **changed, **{key: name for key in ("dtype", "torch_dtype") if key in self.fields}}
+
+    def _code(self) -> list[Path]:
+        """The files of Python in a local folder, or those that the config names."""
+        folder = Path(self.files.name)
+        if folder.is_dir():
+            return sorted(folder.glob("*.py"))
+        named = {str(name).partition("--")[2] or str(name) for name in (self.fields.get("auto_map") or {}).values()}
+        found = [self.files.find(f"{name.partition('.')[0]}.py") for name in sorted(named)]
+        return [path for path in found if path is not None]
+
+
+def same_tensors(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two heads have equal tensors, in whatever dtype."""
+    pairs = zip([*one.parameters(), *one.buffers()], [*other.parameters(), *other.buffers()], strict=True)
+    return all(torch.equal(a.cpu().to(b.dtype), b.cpu()) for a, b in pairs)
