@@ -253,7 +253,8 @@ class RewardHead(RewardModel):
             terms = {name if isinstance(name, str) else names[name]: weight for name, weight in output.items()}
             other.weighted_sums = (*self.weighted_sums, terms)
             if self.checkpoint is not None:
-                other.checkpoint = replace(self.checkpoint, choice=(number,), logits=None)  # transformers has no sums
+                logits = None if self.checkpoint.logits is None else replace(self.checkpoint.logits, rows=None)
+                other.checkpoint = replace(self.checkpoint, choice=(number,), logits=logits)
             return other
         choice = choose_outputs(output, self.require_head(), "output")
         other._choose(choice)

@@ -86,8 +86,8 @@ def rows_to_save(
 def reload_classifier(head: RewardModel) -> Any:
     """The transformers model that computes the reward, from the source of `head`; None if there is no such model."""
     checkpoint = head.checkpoint
-    if checkpoint is None or (checkpoint.source is not None and checkpoint.logits is None):
-        return None
+    if checkpoint is None or (checkpoint.source is not None and (checkpoint.logits is None or head.weighted_sums)):
+        return None  # transformers computes no sums of outputs
     if checkpoint.source is None or checkpoint.logits is None:
         return build_classifier(head) if checkpoint.pools and head.weight is not None else None
     model = reload_model(checkpoint.source, checkpoint.logits, head.dtype)

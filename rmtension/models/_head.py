@@ -171,7 +171,7 @@ class LinearHead(Head):
         return LinearHead(weight * gain, self.bias + (weight @ bias).double(), self.outputs)
 
 
-class HeadAround(Head):
+class WrappedHead(Head):
     """A head that computes something else from what another head reads: it says of itself what the other head says."""
 
     def __init__(self, head: Head) -> None:
@@ -234,7 +234,7 @@ class HeadAround(Head):
         return self.head.ending_ids
 
 
-class _AfterGain(HeadAround):
+class _AfterGain(WrappedHead):
     """A head that applies the gain and the bias of the final norm before it reads."""
 
     def __init__(self, head: Head, norm: NormLayer) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rmtension.data._tokens import TokenBatch, TokenPlaces
 from rmtension.errors import OptionError
-from rmtension.models._head import Head, HeadAround, LinearHead
+from rmtension.models._head import Head, LinearHead, WrappedHead
 from rmtension.models._outputs import choose_outputs
 
 
@@ -47,7 +47,7 @@ def with_weighted_sum(head: Head, weights: Mapping[Any, Any]) -> tuple[Head, int
     return LinearHead(torch.cat([rows, row[None]]), biases, [*head.outputs, label]), len(head.outputs)
 
 
-class _WeightedSum(HeadAround):
+class _WeightedSum(WrappedHead):
     """Any head with a weighted sum of its outputs as one more output."""
 
     def __init__(self, head: Head, terms: Mapping[int, float], label: str) -> None:

@@ -32,7 +32,7 @@ from rmtension.errors import CheckError, ModelError, OptionError
 from rmtension.models._checkpoints import Source, open_checkpoint
 from rmtension.models._classifiers import reload_classifier
 from rmtension.models._direct_path import direct_contributions, written_by
-from rmtension.models._head import LinearHead
+from rmtension.models._head import Head, LinearHead
 from rmtension.models._hooks import HookSite, InstalledHooks, eager_eval
 from rmtension.models._native_run import let_run_in_float64
 from rmtension.models._reward_model import RewardModel
@@ -113,8 +113,9 @@ class _Checker:
         model: Any = reload_classifier(self.head) if reference is None else reference
         # Transformers' classifiers have no bias, so a bias of the head is added to their logits.
         constant = 0.0
-        if model is not None and checkpoint is not None and isinstance(checkpoint.head, LinearHead):
-            constant = checkpoint.head.row(self.head.require_choice())[1]
+        plain = None if checkpoint is None or checkpoint.head is None else self._with_sums(checkpoint.head)
+        if isinstance(plain, LinearHead):
+            constant = plain.row(self.head.require_choice())[1]
         adds_bias = getattr(getattr(model, "score", None), "bias", None) is not None
         if adds_bias or (checkpoint is not None and checkpoint.reads_tokens):
             constant = 0.0
@@ -166,8 +167,7 @@ class _Checker:
         let_run_in_float64(base)
         assert again.head is not None
         plain = copy.deepcopy(again.head).to(self.head.device, self.alone.dtype)
-        for weights in self.head.weighted_sums:
-            plain, _ = with_weighted_sum(plain, weights)
+        plain = self._with_sums(plain)
         choice = self.head.require_choice()
         rewards = []
         for probe in self.probes:
@@ -178,6 +178,12 @@ class _Checker:
                 outputs = plain.read_tokens(batch.gather(places, stream).to(self.alone), places, batch)[0].cpu()
             rewards.append(outputs[choice[0]] if len(choice) == 1 else outputs[choice[0]] - outputs[choice[1]])
         return torch.stack(rewards)
+
+    def _with_sums(self, plain: Head) -> Head:
+        """The head of a checkpoint with the weighted sums that were added to its outputs."""
+        for weights in self.head.weighted_sums:
+            plain, _ = with_weighted_sum(plain, weights)
+        return plain
 
     def _bridge(self) -> None:
         if self.head.body.native in (None, self.head.model):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rmtension import AblationContext, ActivationCollector, Mean, NeuronAttribution, NeuronSet, RewardHead
-from rmtension.errors import OptionError, ProvenanceError
+from rmtension.errors import ModelError, OptionError, ProvenanceError
 from rmtension.models import Head, LinearHead
 from rmtension.synthetic.check_matrix import make_classifier
 
@@ -135,6 +135,16 @@ def test_a_weighted_sum_of_a_checkpoint_is_checked_against_transformers_hidden_s
     summed.save_pretrained(tmp_path / "one")
     again = RewardHead.from_pretrained(tmp_path / "one")
     assert torch.allclose(again.score_pairs(pairs).margin, summed.score_pairs(pairs).margin, atol=1e-5)
+
+
+def test_a_weighted_sum_of_a_model_in_memory_notices_that_its_score_layer_was_trained(tokenizer, pairs):
+    classifier = make_classifier("gpt2", len(tokenizer), num_labels=2)
+    summed = RewardHead.from_classifier(classifier, tokenizer=tokenizer, output="all").output({0: 1.0, 1: 3.0})
+    assert summed.check()["passed"].all()
+    with torch.no_grad():
+        classifier.score.weight.mul_(2)
+    with pytest.raises(ModelError, match="score layer changed"):
+        summed.score_pairs(pairs[:2])
 
 
 @pytest.mark.parametrize(
