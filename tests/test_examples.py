@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.grid
 def test_the_next_token_example_runs(tmp_path):
-    sizes = {"sentences": 3000, "epochs": 2, "pairs": 60, "random": 2}
+    sizes = {"sentences": 10000, "epochs": 3, "pairs": 60, "random": 2}
     command = [sys.executable, str(ROOT / "examples" / "next_token.py"), "--out", str(tmp_path)]
     for name, value in sizes.items():
         command += [f"--{name}", str(value)]
@@ -29,7 +29,7 @@ def test_the_next_token_example_runs(tmp_path):
         assert part["faithfulness"].iloc[[0, -1]].tolist() == pytest.approx([0, 1])
         assert part["margin"].iloc[0] == pytest.approx(table["margin"].iloc[0], rel=1e-3)
     by_size = table.set_index(["ranking", "kept"])["faithfulness"]
-    # Better than random; the example's own sizes give a clearer difference.
+    # The ranking keeps more of the margin than chance.
     assert by_size["attribution patching", 16] > max(by_size["random 0", 16], by_size["random 1", 16])
     assert (tmp_path / "faithfulness.png").stat().st_size > 10_000
 
