@@ -22,7 +22,8 @@ from rmtension.interventions._replacements import Zero
 from rmtension.models._bodies import find_body
 from rmtension.models._bridges import check_model_class
 from rmtension.models._checkpoint_names import require_name
-from rmtension.models._checkpoints import checkpoint_of, open_checkpoint
+from rmtension.models._checkpoints import open_checkpoint
+from rmtension.models._checkpoints_in_memory import checkpoint_of
 from rmtension.models._hooks import copy_without_hooks
 from rmtension.models._lens_models import is_saved_model
 from rmtension.models._loading import LoadOptions

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
-from rmtension.models._checkpoints import Checkpoint, reload_model
+from rmtension.models._checkpoint import Checkpoint
+from rmtension.models._checkpoints import reload_model
 from rmtension.models._encoder_heads import PooledHead
 from rmtension.models._head import LinearHead
 from rmtension.models._hooks import eager_eval, own_hooks_paused

@@ -13,8 +13,9 @@ from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError, OptionError
 from rmtension.models._bodies import Body, find_body
 from rmtension.models._bridges import wrap
+from rmtension.models._checkpoint import Checkpoint
 from rmtension.models._checkpoint_names import require_name
-from rmtension.models._checkpoints import Checkpoint, open_checkpoint
+from rmtension.models._checkpoints import open_checkpoint
 from rmtension.models._head import Head
 from rmtension.models._heads import read_head
 from rmtension.models._hooks import eager_eval

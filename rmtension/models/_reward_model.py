@@ -26,7 +26,7 @@ from rmtension.data._tokens import ReadAt, TokenBatch, TokenPlaces, running
 from rmtension.distributed import current
 from rmtension.errors import DataError, ModelError, OptionError
 from rmtension.models._bodies import Body
-from rmtension.models._checkpoints import Checkpoint
+from rmtension.models._checkpoint import Checkpoint
 from rmtension.models._head import Head, LinearHead
 from rmtension.models._hooks import (
     AllSeen,

@@ -11,8 +11,8 @@ from torch import nn
 
 from rmtension.distributed import current
 from rmtension.errors import RMTensionWarning
+from rmtension.models._checkpoint import Checkpoint
 from rmtension.models._checkpoint_folder import checkpoint_folder, require_no_adapter, write_checkpoint
-from rmtension.models._checkpoints import Checkpoint
 from rmtension.models._classifiers import (
     build_classifier,
     current_checkpoint,

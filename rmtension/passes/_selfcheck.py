@@ -29,7 +29,8 @@ from rmtension.data._encoding import EncodedText
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import CheckError, ModelError, OptionError
-from rmtension.models._checkpoints import Source, open_checkpoint
+from rmtension.models._checkpoint import Source
+from rmtension.models._checkpoints import open_checkpoint
 from rmtension.models._classifiers import reload_classifier
 from rmtension.models._direct_path import direct_contributions, written_by
 from rmtension.models._head import Head, LinearHead

@@ -309,7 +309,7 @@ class TestStoredHeads:
         weight, bias = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, 2.0, 4.0])
         stored = {"regression_layer.weight": weight, "regression_layer.bias": bias}
         folder = with_tensors(language_models["gpt2"], tmp_path, stored)
-        with pytest.raises(ModelError, match=r"head: expected a head with one output, got 3"):
+        with pytest.raises(ModelError, match=r"expected a head with one output, got 3"):
             RewardHead.from_pretrained(folder)
         head = RewardHead.from_pretrained(folder, output=(2, 0))
         assert torch.equal(head.weight.cpu(), weight[2] - weight[0])
