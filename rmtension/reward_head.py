@@ -247,6 +247,7 @@ class RewardHead(RewardModel):
             ['helpfulness', 'harm', 'helpfulness - 0.5 harm']
         """
         other = copy.copy(self)
+        other._fingerprint = None
         if isinstance(output, Mapping):
             other.head, number = with_weighted_sum(self.require_head(), output)
             other._choose((number,))

@@ -4,7 +4,6 @@
 takes this class.
 """
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,17 +16,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension._sites import check_positions, find_site
+from rmtension._sites import find_site
 from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.data._encoding import EncodedPairs, EncodedText, encode_pairs
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._segments import encode_segments
 from rmtension.data._tokens import ReadAt, TokenBatch, TokenPlaces, running
 from rmtension.distributed import current
-from rmtension.errors import DataError, ModelError, OptionError
+from rmtension.errors import DataError, ModelError
 from rmtension.models._bodies import Body
 from rmtension.models._checkpoint import Checkpoint
-from rmtension.models._head import Head, LinearHead
+from rmtension.models._head import Head
 from rmtension.models._hooks import (
     AllSeen,
     InstalledHooks,
@@ -37,12 +36,13 @@ from rmtension.models._hooks import (
     has_own_hooks,
     is_placed,
 )
+from rmtension.models._readout import Readout
 from rmtension.models._run_options import RunOptions, check_run_options, usable_length
 from rmtension.models._site_widths import measure_sites
 from rmtension.store._provenance import Provenance, fingerprint
 
 
-class RewardModel:
+class RewardModel(Readout):
     """The base class of `RewardHead`: a transformer with a tokenizer, a head, and hooks on its neurons.
 
     The reward of a text is one output of the head, or the difference of two, for the residual stream after the final
@@ -85,7 +85,6 @@ class RewardModel:
         self.model = body.model
         self.tokenizer = tokenizer
         self.pad_token_id = pad_token_id
-        # An encoder's head says that it reads the first token.
         self.body = body
         self.checkpoint = checkpoint
         parameter = next(self.body.module.parameters())
@@ -107,14 +106,13 @@ class RewardModel:
             )
         with eager_eval(self.body.modules()):
             self._widths, self._missing, self._runs_once = measure_sites(self.body, self.n_layers, self.device)
-        self.head = None if head is None else self._own_copy(head)
+        super().__init__(head, choice, device=self.device, dtype=self.reward_dtype)
         self._fingerprint: tuple[object, str] | None = None
         # Shared with the other outputs of this model, so that the weights are read once.
         self._body_fingerprint: list[tuple[object, str]] = []
         self._head_state: object = None
         # The weighted sums that were added to the outputs of the checkpoint's head.
         self.weighted_sums: tuple[Mapping[str, float], ...] = ()
-        self._choose(choice)
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -177,8 +175,7 @@ class RewardModel:
         A change through `parameter.data` goes unnoticed, because PyTorch does not count it: edit weights under
         `torch.no_grad()`.
         """
-        what = self.bias if self.weight is not None or self.head is None else self._head_description
-        tensors, body = self._head_tensors, self.body_fingerprint
+        (tensors, what), body = self.identity, self.body_fingerprint
         state = (what, body, _state(tensors))
         if self._fingerprint is None or self._fingerprint[0] != state:
             self._fingerprint = (state, fingerprint(tensors, body, what))
@@ -192,13 +189,6 @@ class RewardModel:
         if not self._body_fingerprint or self._body_fingerprint[0][0] != state:
             self._body_fingerprint[:] = [(state, fingerprint(parameters, self.architecture))]
         return self._body_fingerprint[0][1]
-
-    @property
-    def output_name(self) -> str | None:
-        """The name of the output that is the reward; None if the head has one output, or none was chosen."""
-        if self.head is None or self.choice is None or len(self.head.outputs) == 1:
-            return None
-        return " - ".join(self.head.outputs[number] for number in self.choice)
 
     def provenance(
         self, digest: str, n_pairs: int, n_tokens: int, *, site: str, positions: str, method: str
@@ -259,34 +249,6 @@ class RewardModel:
         places = self.require_head().tokens(batch)
         return self.read_places(batch.gather(places, self.residual(batch)), places, batch)
 
-    def read_places(
-        self, states: Float[Tensor, "token d_model"], places: TokenPlaces, batch: TokenBatch
-    ) -> Float[Tensor, "text"]:
-        """The rewards of a batch from the residual stream after the final norm, at the tokens that the head reads."""
-        if self.weight is not None:
-            return self.read(states)
-        outputs = self.require_head().read_tokens(states.to(self.reward_dtype), places, batch)
-        chosen = [outputs[:, number] for number in self.require_choice()]
-        return chosen[0] if len(chosen) == 1 else chosen[0] - chosen[1]
-
-    def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
-        """The rewards from the residual stream after the final norm at the last token, of any number of texts.
-
-        Raises `ModelError` for a head that reads other tokens too.
-        """
-        exact = last.to(self.reward_dtype)
-        if self.weight is not None:
-            # A matrix product may round equal rows differently, and identical responses would get different rewards.
-            return (exact * self.weight.to(exact)).sum(dim=-1) + self.bias
-        if not self.require_head().reads_last_only:
-            raise ModelError(
-                f"read: a {type(self.head).__name__} reads more than the last token of a text. Use head.score_pairs, "
-                "or head.forward on a batch."
-            )
-        outputs = self.require_head().read(exact, None)
-        chosen = [outputs[:, number] for number in self.require_choice()]
-        return chosen[0] if len(chosen) == 1 else chosen[0] - chosen[1]
-
     @torch.no_grad()
     def all_outputs(self, batch: TokenBatch) -> Float[Tensor, "text output"]:
         """Every output of the head for the texts of a batch. Cost: that of `rewards`."""
@@ -300,47 +262,6 @@ class RewardModel:
     def last_mlp_where_read(self, batch: TokenBatch) -> AbstractContextManager[TokenPlaces | None]:
         """A context in which the last MLP may run only at the tokens that the head reads; yields those tokens."""
         return self.body.last_mlp_only_at(batch, self.require_head().tokens(batch))
-
-    def require_head(self) -> Head:
-        """The head; raises `ModelError` for a model without a reward."""
-        if self.head is None:
-            raise ModelError(
-                "This model was opened as a language model and has no reward. Open a reward model with "
-                "RewardHead.from_pretrained."
-            )
-        return self.head
-
-    def require_choice(self) -> tuple[int, ...]:
-        """The number of the output that is the reward, or two for a difference; `ModelError` if none is chosen."""
-        head = self.require_head()
-        if self.choice is None:
-            names = list(head.outputs)
-            raise ModelError(
-                f"This model has {len(names)} outputs and none was chosen as the reward. Choose one with "
-                f"head.output({names[0]!r}), score all with head.score_outputs(pairs); the outputs are {names[:20]}."
-            )
-        return self.choice
-
-    def require_positions(self, positions: str) -> None:
-        """Raise `OptionError` for positions at which no activation changes the reward, or that do not exist."""
-        check_positions(positions)
-        head = self.head
-        if positions == "last" and head is not None and not head.reads_last:
-            raise OptionError(
-                f"positions: a {type(head).__name__} reads the tokens before those of the response, so activations at "
-                "the last token do not change the reward. Use positions='all', or 'response' for the tokens of the "
-                "response, the last of which does not count."
-            )
-
-    def require_weight(self) -> Float[Tensor, "d_model"]:
-        """The row of a linear head; raises `ModelError` for a head without a reward, or one that is not linear."""
-        self.require_choice()
-        if self.weight is None:
-            raise ModelError(
-                f"This needs a linear head, whose reward is weight @ h + bias; the head is a "
-                f"{type(self.head).__name__}. Use a method that runs the whole head, such as attribution_patching."
-            )
-        return self.weight
 
     def hooks(
         self,
@@ -432,36 +353,6 @@ class RewardModel:
         return current().least(enough)
 
     # -- inside ----------------------------------------------------------------------------------------------------
-
-    def _own_copy(self, head: Head) -> Head:
-        """The head on the model's device, in the dtype of rewards, without gradients."""
-        own = copy.deepcopy(head).eval().requires_grad_(False)
-        if isinstance(own, LinearHead) and own.weight.dtype != torch.float64:
-            return own.to(self.device)
-        # Arrays and lists come in float64, which some devices do not support and rewards do not need.
-        return own.to(self.device, self.reward_dtype)
-
-    def _choose(self, choice: tuple[int, ...] | None) -> None:
-        """Make one output, or the difference of two, the reward."""
-        self.choice = choice
-        self.weight: Float[Tensor, "d_model"] | None = None
-        self.bias = 0.0
-        if isinstance(self.head, LinearHead) and choice is not None:
-            self.weight, self.bias = self.head.row(choice)
-        self._fingerprint = None
-
-    @property
-    def _head_tensors(self) -> list[Tensor]:
-        if self.weight is not None:
-            return [self.weight]
-        if self.head is None:
-            return []
-        return [*self.head.parameters(), *self.head.buffers(), *self.head.shared_tensors]
-
-    @property
-    def _head_description(self) -> str:
-        head = self.require_head()
-        return f"{type(head).__name__} {self.choice} {list(head.outputs)} {sorted(head.settings.items())}"
 
     def _require_same_head(self) -> None:
         """Call `Checkpoint.require_same_head` if a parameter of the score layer may have changed."""

@@ -43,6 +43,10 @@ from rmtension.passes._scoring import score_tokens
 from rmtension.passes._token_rewards import rewards_of_tokens
 
 
+# How many tokens, spread over the vocabulary, are tried as another last token: some may have equal embeddings.
+_LAST_TOKENS = 8
+
+
 def check_head(head: RewardModel, pairs: PreferencePairs | None = None, reference: Any = None) -> pd.DataFrame:
     """Run every check that applies to `head`: one row per check, with check, n, value, limit, passed and note.
 
@@ -210,17 +214,24 @@ class _Checker:
         self._add("padding", len(self.texts), worst, self._limit(half=5e-2), "max |difference|, either side")
 
     def _last_token(self) -> None:
-        changed = []
-        for text in self.texts:
-            taken = (self.head.pad_token_id, text.ids[-1])
-            other = next((i for i in range(self.head.body.n_embeddings) if i not in taken), None)
-            changed += [] if other is None else [replace(text, ids=(*text.ids[:-1], other))]
-        if len(changed) < len(self.texts):
+        n_tokens = self.head.body.n_embeddings
+        others = sorted({number * n_tokens // _LAST_TOKENS for number in range(_LAST_TOKENS)} | set(range(3)))
+        if n_tokens < 3:
             return  # a vocabulary of one or two tokens has no other token
-        # Compares the residual stream, because the head may give both tokens the same reward.
-        same = (self._read(changed) == self._read(self.texts)).all(dim=1)
-        note = "texts whose residual stream, where it is read, did not change with another last token"
-        self._add("last token", len(changed), int(same.sum()), 0, note)
+        same = list(self.texts)
+        for other in others:
+            if not same:
+                break
+            tried = [text for text in same if other not in (self.head.pad_token_id, text.ids[-1])]
+            if tried:
+                changed = [replace(text, ids=(*text.ids[:-1], other)) for text in tried]
+                # Compares the residual stream, because the head may give both tokens the same reward.
+                equal = (self._read(changed) == self._read(tried)).all(dim=1).tolist()
+                same = [text for text in same if text not in tried] + [
+                    text for text, is_same in zip(tried, equal, strict=True) if is_same
+                ]
+        note = "texts whose residual stream, where it is read, did not change with any of some other last tokens"
+        self._add("last token", len(self.texts), len(same), 0, note)
 
     def _site(self, site: str) -> None:
         seen: list[list[Tensor]] = [[] for _ in range(self.head.n_layers)]

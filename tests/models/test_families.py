@@ -5,6 +5,7 @@ All in float64, so that only the order of sums and the norms that families keep 
 
 import pytest
 import torch
+import transformers
 from all_families import DENSE, EXPERTS
 from reference import Reference
 from tiny_models import EOS, PAD, grid, make_pairs
@@ -128,9 +129,14 @@ def test_a_mixture_of_experts_has_no_mlp(folder, texts):
 
 
 @pytest.mark.parametrize("folder", grid(["bert", "modernbert-decoder"]), indirect=True)
-def test_nonlinear_heads_are_refused(folder):
-    with pytest.raises(ModelError, match=r"linear layer called 'score'.*not supported"):
-        RewardHead.from_pretrained(folder)
+def test_heads_of_several_modules_equal_transformers(folder, texts):
+    head = RewardHead.from_pretrained(folder)
+    assert head.weight is None
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = torch.stack([classifier(**head.tokenizer(text, return_tensors="pt")).logits[0, 0] for text in texts])
+    assert torch.allclose(head.score(texts), expected, atol=1e-5)
+    assert expected.std() > 1e-3
 
 
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
