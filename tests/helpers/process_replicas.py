@@ -76,6 +76,5 @@ PROCESS = [
         options={"output": "mean"},
         chosen=(1,),
         marker="NL",
-        as_classifier=True,
     ),
 ]

@@ -185,7 +185,7 @@ class Replica:
             save_file(head, folder / self.separate, {"format": "pt"})
         else:
             state |= head
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+        save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
         fields = {**config.to_dict(), "architectures": None, **self.fields}
         (folder / "config.json").write_text(json.dumps(fields, default=str))
         make_tokenizer(self).save_pretrained(folder)
