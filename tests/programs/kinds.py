@@ -68,7 +68,7 @@ SHARES = (
         10,
         (
             *("linear head of an own class", "body under another name", "output projection, last token"),
-            *("mean of rows", "body in another layout"),
+            *("mean of rows", "body in another layout", "token appended to a chat"),
         ),
         "pickled files must be converted once; the tokenizer of internlm2 must be passed",
     ),
