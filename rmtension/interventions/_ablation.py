@@ -46,8 +46,8 @@ class AblationContext:
         *,
         positions: str = "all",
     ) -> None:
-        head.require_positions(positions)
         check_set(head, neurons)
+        head.require_positions(positions)
         check_replacement(replacement, head, neurons.site)
         if not isinstance(replacement, SingleTextReplacement):
             raise OptionError(

@@ -167,7 +167,8 @@ def _renamed(location: CheckpointLocation, auto_class: str) -> dict[str, str] | 
     """What to rename in the names of a body that was saved under another name than its class has (Starling)."""
     import transformers
 
-    if location.adapters:
+    # transformers renames the parts of models for text and images by itself.
+    if location.adapters or location.config.get_text_config() is not location.config:
         return None
     prefix = body_prefix(weight_files(location.weights))
     kind: Any = getattr(transformers, auto_class)._model_mapping.get(type(location.config), None)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from rmtension.cli._command_line import main
 from rmtension.cli._commands.quiet import quiet_libraries
 from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning
 from rmtension.evaluation._metrics import accuracy, mean_margin
+from rmtension.models import LogRatioHead
 from rmtension.study._config import make_config, read_yaml
 
 
@@ -542,3 +544,33 @@ def test_bars_and_loggers_can_be_replaced():
         assert "import tqdm" not in text.replace("from tqdm.auto import tqdm", ""), path
         for call in ("logging.info(", "logging.warning(", "logging.basicConfig(", 'getLogger("rm', "getLogger()"):
             assert call not in text, path
+
+
+class TestHeadsOfSeveralTokens:
+    def test_a_policy_and_its_reference_score_as_in_the_library(self, files, pairs, tokenizer, capsys):
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes)
+        for seed, folder in enumerate(("policy", "reference")):
+            torch.manual_seed(seed)
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        head = RewardHead.from_pretrained("policy", head=LogRatioHead("reference", beta=0.1, average=True))
+        words = ("policy", "pairs.jsonl", "--reference", "reference", "--beta", "0.1", "--average")
+        status, _, err = run(capsys, "score", *words, "--out", "rewards.jsonl")
+        assert (status, err) == (0, "")
+        rewards = [json.loads(line) for line in Path("rewards.jsonl").read_text().splitlines()]
+        assert [row["margin"] for row in rewards] == head.score_pairs(pairs).margin.tolist()
+        assert max(abs(row["margin"]) for row in rewards) > 1e-4
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("--beta", "0.1"), "--beta: it belongs to --reference or --log-likelihood"),
+            (("--marker", "x", "--average"), "--average: it belongs to --reference"),
+            (("--marker", "x", "--reference", "y"), "expected one of .* got --reference and --marker"),
+        ],
+    )
+    def test_options_that_do_not_belong_together_are_refused(self, files, model, words, message, capsys):
+        status, _, err = run(capsys, "score", model, "pairs.jsonl", *words)
+        assert status == 2
+        assert re.search(message, err)

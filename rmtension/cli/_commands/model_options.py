@@ -29,6 +29,20 @@ def add_model_options(parser: ArgumentParser) -> None:
         help="number or name of the output that is the reward; given twice, the reward is the first minus the second",
     )
     parser.add_argument("--pad-token", metavar="TOKEN", help="pad token, if the checkpoint names none")
+    parser.add_argument(
+        "--two-segments", action="store_true", help="encode prompt and response as two segments, as some encoders need"
+    )
+    parser.add_argument(
+        "--reference", metavar="MODEL", help="MODEL was trained by DPO from this reference: score log-ratios"
+    )
+    parser.add_argument(
+        "--log-likelihood", action="store_true", help="score the log-likelihood of responses under a language model"
+    )
+    parser.add_argument("--beta", type=float, help="factor of --reference or --log-likelihood (default: 1)")
+    parser.add_argument("--average", action="store_true", help="divide those by the number of tokens of the response")
+    parser.add_argument(
+        "--marker", metavar="TOKEN", help="MODEL scores steps, which end with this token; choose --output, such as min"
+    )
 
 
 def add_run_options(parser: ArgumentParser, *, nonfinite: str | None) -> None:
@@ -66,6 +80,8 @@ def open_model(options: Namespace) -> "RewardHead":
 
     return RewardHead.from_pretrained(
         options.model,
+        head=_head(options),
+        two_segments=options.two_segments,
         output=_output(options.output),
         max_length=options.max_length,
         # Some commands do not have these options.
@@ -77,6 +93,23 @@ def open_model(options: Namespace) -> "RewardHead":
         revision=options.revision,
         pad_token=options.pad_token,
     )
+
+
+def _head(options: Namespace) -> object:
+    """The argument `head` of `from_pretrained`: a head that reads several tokens, or None for the checkpoint's own."""
+    from rmtension.models import LogRatioHead, ProcessHead
+
+    kinds = {"--reference": options.reference, "--log-likelihood": options.log_likelihood, "--marker": options.marker}
+    given = [flag for flag, value in kinds.items() if value]
+    if len(given) > 1:
+        raise OptionError(f"{given[1]}: expected one of {list(kinds)}, got {' and '.join(given)}. Leave one out.")
+    if given in ([], ["--marker"]):
+        for flag, value in (("--beta", options.beta), ("--average", options.average or None)):
+            if value is not None:
+                raise OptionError(f"{flag}: it belongs to --reference or --log-likelihood. Pass one of them too.")
+        return ProcessHead(options.marker) if given else None
+    beta = 1.0 if options.beta is None else options.beta
+    return LogRatioHead(options.reference, beta=beta, average=options.average)
 
 
 def _example(options: Namespace) -> str:

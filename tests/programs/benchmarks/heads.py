@@ -3,7 +3,7 @@
     python tests/programs/benchmarks/heads.py --runs 7
 
 One Llama-shaped body with random weights (4 layers, width 256 unless `--layers` and `--width` set other sizes) and 96
-pairs with prompts of 40 words and responses of 10 to 60. Every head runs once in every round, in an order that is drawn
+pairs with prompts of 40 words and responses of 10 to 60; language models have 32,000 tokens. Every head runs once in every round, in an order that is drawn
 for each round, and is compared with the linear head of that round: scoring, and gradient x activation. The linear head
 also runs a second time under another name; its ratio shows the noise. The tables have the median of the ratios, the
 smallest and the largest.
@@ -27,13 +27,15 @@ import transformers
 from replicas import WORDS, Replica, make_tokenizer
 
 from rmtension import NeuronAttribution, PreferencePairs, RewardHead
-from rmtension.models import LinearHead
+from rmtension.models import LinearHead, LogRatioHead, ProcessHead
 from rmtension.models._computed_heads import MeanHead, PromptWeightedHead, WeightedHead, Weights
 from rmtension.models._head import Head
 from rmtension.models._layers import Layers
 from rmtension.models._unembedding import CappedLogits
 
 HEADER = [3, 4, 5]  # w0 w1 w2
+# Entries of the unembedding of the language models.
+VOCABULARY = 32_000
 REPLICA = Replica("", "", lambda *_: torch.zeros(1), lambda draw: {})
 
 
@@ -78,8 +80,8 @@ def make_pairs(n: int) -> PreferencePairs:
     rows = [
         {
             "prompt": f"{words(40)} w0 w1 w2",
-            "chosen": " " + words(draw.randint(10, 60)),
-            "rejected": " " + words(draw.randint(10, 60)),
+            "chosen": f" {words(draw.randint(10, 60))} w3",
+            "rejected": f" {words(draw.randint(10, 60))} w3",
         }
         for _ in range(n)
     ]
@@ -138,6 +140,19 @@ def main() -> None:
             kind: RewardHead.from_pretrained(folder, head=head, output=0, device=options.device)
             for kind, head in heads(options.width).items()
         }
+        step = torch.randn(2, options.width, generator=torch.Generator().manual_seed(1))
+        opened["steps at a marker (process rewards)"] = RewardHead.from_pretrained(
+            folder, head=ProcessHead("w3", step=(step, 0.0)), output="min", device=options.device
+        )
+        config.vocab_size = VOCABULARY
+        for name in ("policy", "reference"):
+            transformers.LlamaForCausalLM(config).save_pretrained(f"{folder}/{name}")
+            make_tokenizer(REPLICA).save_pretrained(f"{folder}/{name}")
+        for kind, head in {
+            "log-likelihood of the response": LogRatioHead(),
+            "log-ratio with a reference of the same size (DPO)": LogRatioHead(f"{folder}/reference"),
+        }.items():
+            opened[kind] = RewardHead.from_pretrained(f"{folder}/policy", head=head, device=options.device)
     for head in opened.values():
         seconds(head, pairs)  # warm up
     ratios: dict[str, list[dict[str, float]]] = {kind: [] for kind in opened}
