@@ -117,6 +117,8 @@ def plan_head(name: str, location: CheckpointLocation, head: object, output: obj
         )
     value = _value_head(location, stored)
     if output is not None and not is_labelled and (value is None or _has_text(output)):
+        if _is_own_class(location, stored) and (output == ALL or not _has_text(output)):
+            raise ModelError(_no_head(location, stored))  # a number of an unknown head, and no token
         tokenizer = load_tokenizer(location) if tokenizer is None else tokenizer
         tokens = choose_tokens(output, tokenizer)
         return HeadPlan(
@@ -271,12 +273,20 @@ def _no_head(location: CheckpointLocation, stored: StoredHeads) -> str:
     if pickled:
         return f"{name}: its safetensors files contain no head.{pickled}"
     if stored.outside.shapes:
-        return unknown_head(name, stored.outside, width_of(location.config))
+        return unknown_head(name, stored.outside, width_of(location.config), has_steps=bool(stored.layers))
     return (
         f"{name}: expected a checkpoint of a sequence classifier, got {location.config.architectures}, which has no "
         "score head. Pass a head with head=(weight, bias), or the tokens whose logits are the reward with "
-        "output=(' Yes', ' No'); to read activations only, use RewardHead.from_language_model."
+        "output=(' Yes', ' No'). For a policy trained by DPO or SimPO, open it in Python with "
+        "head=LogRatioHead('reference', beta=0.1) of rmtension.models. To read activations only, use "
+        "RewardHead.from_language_model."
     )
+
+
+def _is_own_class(location: CheckpointLocation, stored: StoredHeads) -> bool:
+    """Whether the checkpoint has tensors of a head that no rule knows, so that it is no plain language model."""
+    is_plain = location.is_for("ForCausalLM") or location.is_for("ForConditionalGeneration")
+    return bool(stored.layers) or (bool(stored.outside.shapes) and not is_plain)
 
 
 def _has_text(output: object) -> bool:

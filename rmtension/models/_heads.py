@@ -67,7 +67,8 @@ def _weight_and_bias(given: object) -> tuple[Any, Any]:
         return given, None
     raise ModelError(
         "head: expected a weight of d_model numbers, a (weight, bias) pair, an nn.Linear, a state dict or the path of "
-        f"a safetensors file, got {type(given).__name__}."
+        f"a safetensors file, got {type(given).__name__}. A head of several layers is a subclass of "
+        "rmtension.models.Head, whose method read computes the outputs."
     )
 
 

@@ -1,6 +1,7 @@
 """Rewards that are sums of log-probabilities over the response: the implicit reward of DPO, and log-likelihoods."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from rmtension.data._encoding import EncodedText
 from rmtension.data._tokens import TokenBatch, TokenPlaces, compact
-from rmtension.errors import DataError, ModelError
+from rmtension.errors import DataError, ModelError, OptionError
 from rmtension.models._head import Head
 from rmtension.models._vocabulary import Unembedding, log_probs, read_unembedding
 
@@ -56,6 +57,8 @@ class LogRatioHead(Head):
         self, reference: "str | Path | Any | None" = None, *, beta: float = 1.0, average: bool = False
     ) -> None:
         super().__init__()
+        if not 0 < beta < math.inf:
+            raise OptionError(f"beta: expected the factor of the training, a number above 0, got {beta!r}.")
         self.reference = reference
         self.beta = float(beta)
         self.average = average

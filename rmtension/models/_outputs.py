@@ -56,6 +56,11 @@ def choose_tokens(output: object, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _one_or_two(output: object, find: Any) -> tuple[int, ...]:
+    if isinstance(output, Mapping):
+        raise OptionError(
+            f"output: expected an output or a pair of outputs, got weights, {output!r:.80}. Open the model with "
+            "output='all', then choose the weighted sum with head.output({...})."
+        )
     if not isinstance(output, tuple | list):
         return (find(output),)
     if len(output) != 2:

@@ -93,7 +93,8 @@ class Readout:
         """The rewards of a batch from the residual stream after the final norm, at the tokens that the head reads."""
         if self.weight is not None:
             return self.read(states)
-        outputs = self.require_head().read_tokens(states.to(self._reward_dtype), places, batch)
+        head = self.require_head()
+        outputs = require_outputs(head, head.read_tokens(states.to(self._reward_dtype), places, batch), len(batch.last))
         chosen = [outputs[:, number] for number in self.require_choice()]
         return chosen[0] if len(chosen) == 1 else chosen[0] - chosen[1]
 
@@ -111,7 +112,8 @@ class Readout:
                 f"read: a {type(self.head).__name__} reads more than the last token of a text. Use head.score_pairs, "
                 "or head.forward on a batch."
             )
-        outputs = self.require_head().read(exact, None)
+        head = self.require_head()
+        outputs = require_outputs(head, head.read(exact, None), len(exact))
         chosen = [outputs[:, number] for number in self.require_choice()]
         return chosen[0] if len(chosen) == 1 else chosen[0] - chosen[1]
 
@@ -124,6 +126,19 @@ class Readout:
         self.bias = 0.0
         if isinstance(self.head, LinearHead) and choice is not None:
             self.weight, self.bias = self.head.row(choice)
+
+
+def require_outputs(head: Head, outputs: Tensor, n_texts: int) -> Float[Tensor, "text output"]:
+    """The outputs that a head computed; raises `ModelError` if they have not one row per text and column per output."""
+    if tuple(outputs.shape) != (n_texts, len(head.outputs)):
+        shape = [n_texts, len(head.outputs)]
+        names = f"{shape[1]} columns, {list(head.outputs)}" if shape[1] > 1 else "1 column"
+        raise ModelError(
+            f"head: expected outputs with one row per text and {names}, that is, the shape {shape}, but "
+            f"{type(head).__name__} computed the shape {list(outputs.shape)}. Change what its read method returns, "
+            "or its attribute outputs."
+        )
+    return outputs
 
 
 def _own_copy(head: Head, device: torch.device, dtype: torch.dtype) -> Head:

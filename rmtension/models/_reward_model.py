@@ -36,7 +36,7 @@ from rmtension.models._hooks import (
     has_own_hooks,
     is_placed,
 )
-from rmtension.models._readout import Readout
+from rmtension.models._readout import Readout, require_outputs
 from rmtension.models._run_options import RunOptions, check_run_options, usable_length
 from rmtension.models._site_widths import measure_sites
 from rmtension.store._provenance import Provenance, fingerprint
@@ -257,7 +257,7 @@ class RewardModel(Readout):
         places = head.tokens(batch)
         with self.last_mlp_where_read(batch):
             states = batch.gather(places, self.residual(batch)).to(self.reward_dtype)
-        return head.read_tokens(states, places, batch)
+        return require_outputs(head, head.read_tokens(states, places, batch), len(batch.last))
 
     def last_mlp_where_read(self, batch: TokenBatch) -> AbstractContextManager[TokenPlaces | None]:
         """A context in which the last MLP may run only at the tokens that the head reads; yields those tokens."""

@@ -8,13 +8,22 @@ from rmtension.models._head_files import HeadTensors
 _SHOWN = 12
 
 
-def unknown_head(name: str, tensors: HeadTensors, width: int | None) -> str:
-    """The error message for a checkpoint `name` whose head has these `tensors`; the code in it runs when pasted."""
+def unknown_head(name: str, tensors: HeadTensors, width: int | None, *, has_steps: bool = False) -> str:
+    """The error message for a checkpoint `name` whose head has these `tensors`; the code in it runs when pasted.
+
+    `has_steps` says that the head may be that of a process reward model.
+    """
     shown = ", ".join(f"{key} {list(shape)}" for key, shape in list(tensors.shapes.items())[:_SHOWN])
     more = f" and {len(tensors.shapes) - _SHOWN} more" if len(tensors.shapes) > _SHOWN else ""
+    steps = (
+        "If it scores the steps of a response, pass head=ProcessHead(marker) of rmtension.models, with the text that "
+        "ends each step, and output='min', 'mean', 'last' or 'product'. For any other head, define what it computes,"
+        if has_steps
+        else "Define what the head computes,"
+    )
     return (
-        f"{name}: expected a head that a rule knows (docs/kinds.md), got the tensors {shown}{more}. Define what the "
-        "head computes, with the formula of the model's own code in the last line of the class, and pass it:\n"
+        f"{name}: expected a head that a rule knows (docs/kinds.md), got the tensors {shown}{more}. {steps} with the "
+        "formula of the model's own code in the last line of the class, and pass it:\n"
         f"{_code(name, tensors.shapes, tensors.held, width)}\n"
         "To read activations only, use RewardHead.from_language_model."
     )

@@ -257,6 +257,19 @@ def test_the_output_must_be_known(checkpoints):
         RewardHead.from_pretrained(checkpoints["llama"], head=Curved)
 
 
+def test_a_head_must_compute_a_column_per_output(checkpoints):
+    """Before the shape was compared, a head with more columns than outputs was read at its first ones."""
+
+    class Wrong(Head):
+        def read(self, last, prompt_last):
+            return last[:, :2]
+
+    head = RewardHead.from_pretrained(checkpoints["llama"], head=Wrong())
+    for call in (head.score_pairs, head.score_outputs):
+        with pytest.raises(ModelError, match=r"1 column, that is, the shape .*1\], but Wrong computed the shape .*2\]"):
+            call(make_pairs(2))
+
+
 def test_a_head_that_reads_the_prompt_needs_pairs(checkpoints):
     head = RewardHead.from_pretrained(checkpoints["llama"], head=Gated())
     with pytest.raises(OptionError, match=r"Gated reads the last token of the prompt.*score_pairs"):

@@ -297,7 +297,7 @@ class TestBadHeads:
             read_head({"score.weight": torch.ones(1, 4), "v_head.weight": torch.ones(1, 4)})
 
     def test_a_checkpoint_without_a_head_is_refused(self, language_model):
-        with pytest.raises(ModelError, match=r"LlamaForCausalLM.*no score head.*head=\(weight, bias\)"):
+        with pytest.raises(ModelError, match=r"LlamaForCausalLM.*no score head.*head=\(weight, bias\).*LogRatioHead"):
             RewardHead.from_pretrained(language_model)
 
 

@@ -337,6 +337,9 @@ def test_positions_that_cannot_matter_and_texts_without_a_token_are_refused(poli
             call()
     with pytest.raises(DataError, match=r"texts: text 0: it is a single token.*Put a prompt"):
         model.score(["a"])
+    for beta in (0.0, -0.1, float("nan"), float("inf")):
+        with pytest.raises(OptionError, match=r"beta: expected the factor of the training, a number above 0"):
+            LogRatioHead(beta=beta)
     with pytest.raises(ModelError, match=r"expected a causal language model.*GPT2ForSequenceClassification"):
         RewardHead.from_pretrained(checkpoints["gpt2"], head=LogRatioHead())
 

@@ -198,6 +198,21 @@ def test_texts_without_a_marker_and_wrong_arguments_are_refused(process, tokeniz
         RewardHead.from_pretrained(process, head=ProcessHead("th"), output="min").score(["a then th"])
 
 
+@pytest.mark.parametrize("output", [1, "all", None])
+def test_a_number_never_reads_the_unembedding_of_a_process_model(tmp_path, tokenizer, output):
+    """The checkpoint of Qwen2.5-Math-PRM also holds an unembedding, whose row 1 is not the class 1 of a step."""
+    model = transformers.AutoModelForCausalLM.from_config(make_config("llama", len(tokenizer)))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "Qwen2ForProcessRewardModel"))
+    layers = {"score.0.weight": torch.ones(32, 32), "score.0.bias": torch.ones(32)}
+    layers |= {"score.2.weight": torch.ones(2, 32), "score.2.bias": torch.ones(2)}
+    save_file(load_file(tmp_path / "model.safetensors") | layers, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"score.2.weight \[2, 32\].*scores the steps.*ProcessHead\(marker\)"):
+        RewardHead.from_pretrained(tmp_path, output=output)
+
+
 @pytest.mark.grid
 def test_markers_of_several_tokens_and_special_ones(process, tmp_path):
     """A marker of three tokens is read at its last one, in packed rows too; an added token is never joined."""
