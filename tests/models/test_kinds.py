@@ -62,6 +62,10 @@ def test_every_kind_equals_its_formula(kind, dtype, tmp_path):
         ("normalised score head (reward)", lambda t: t | {"normalizer.mean": t["normalizer.mean"] + 0.1}),
         ("quantiles, gated by the prompt", lambda t: t | {"gating.layers.5.running_mean": torch.ones(16)}),
         ("attributes with learned weights", lambda t: t | {"score.weight": t["score.weight"].flip(0)}),
+        ("log-ratio of two language models", lambda t: {"lm_head.weight": 1.01 * t["lm_head.weight"]}),
+        ("steps with an MLP", lambda t: t | {"score.0.bias": t["score.0.bias"] + 0.1}),
+        ("encoder", lambda t: t | {"pooler.dense.bias": t["pooler.dense.bias"] + 0.1}),
+        ("encoder with a norm, mean of tokens", lambda t: t | {"head.norm.weight": torch.ones(32)}),
     ],
 )
 def test_a_reference_with_another_head_is_told_apart(kind, changed, folders):

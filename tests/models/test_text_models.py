@@ -54,7 +54,19 @@ def test_texts_get_the_rewards_of_the_whole_class(whole, tmp_path, plain_tokeniz
     with AblationContext(head, neurons):
         assert torch.allclose(head.score(texts), ablated, atol=1e-6, rtol=0)
     assert not torch.allclose(ablated, expected, atol=1e-3)
-    assert torch.allclose(head.with_ablation(neurons).score(texts), ablated, atol=1e-6, rtol=0)
+    without = head.with_ablation(neurons)
+    assert torch.allclose(without.score(texts), ablated, atol=1e-6, rtol=0)
+    # The saved folder has the vision tower too, so both this library and the whole class open it.
+    without.save_pretrained(tmp_path / "saved")
+    again = RewardHead.from_pretrained(tmp_path / "saved", dtype=torch.float64)
+    assert torch.allclose(again.score(texts), ablated, atol=1e-6, rtol=0)
+    load = transformers.AutoModelForImageTextToText.from_pretrained
+    reloaded, found = load(tmp_path / "saved", dtype=torch.float64, output_loading_info=True)
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), found
+    assert torch.allclose(rewards_of(reloaded.eval(), plain_tokenizer, texts), ablated, atol=1e-6, rtol=0)
+    for name, tensor in whole.state_dict().items():
+        if ".language_model." not in name:
+            assert torch.equal(reloaded.state_dict()[name], tensor), name
     assert head.check(pairs)["passed"].all()
 
 
