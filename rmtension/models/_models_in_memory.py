@@ -28,6 +28,14 @@ def head_in_memory(model: Any) -> KnownHead | None:
     Runs the model once on a short text. Raises `ModelError` for a head that no rule knows, and for one whose output is
     not among the model's logits.
     """
+    known = read_in_memory(model)
+    if known is not None:
+        _require_logits(type(model).__name__, model, known.head)
+    return known
+
+
+def read_in_memory(model: Any) -> KnownHead | None:
+    """The same without the comparison, so that nothing runs; hooks may be installed on the model."""
     prefix = getattr(model, "base_model_prefix", "")
     if getattr(model, "base_model", model) is model or not prefix:
         return None
@@ -44,7 +52,6 @@ def head_in_memory(model: Any) -> KnownHead | None:
             known = KnownHead(read_head({name: state[name] for name in outside}, width))
         except ModelError as error:
             raise ModelError(unknown_head(name, tensors, width)) from error
-    _require_logits(name, model, known.head)
     return known
 
 
