@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from rmtension.data._encoding import EncodedText
 from rmtension.data._tokens import TokenBatch, TokenPlaces, compact
 from rmtension.errors import DataError
 from rmtension.models._head import Head, LinearHead
@@ -124,6 +125,16 @@ class PromptWeightedHead(WeightedHead):
     def settings(self) -> Mapping[str, object]:
         """The temperature of the weights, and the pattern."""
         return {**super().settings, "pattern": self.pattern}
+
+    def require_text(self, text: EncodedText, what: str) -> None:
+        """Raise `DataError`, which names the text, for a text without the pattern."""
+        n, ids = len(self.pattern), tuple(text.ids)
+        if not any(ids[start : start + n] == self.pattern for start in range(len(ids) - n + 1)):
+            raise DataError(
+                f"{what}: this model weighs its objectives at the header of the last assistant turn, the token ids "
+                f"{list(self.pattern)}, and the text has none (a prompt that does not fit is cut from the left). Score "
+                "chats, which the tokenizer's template renders: pairs.as_chat(), or lists of messages."
+            )
 
     def tokens(self, batch: TokenBatch) -> TokenPlaces:
         """The last token of every text, then the first token of the last pattern in every text."""
