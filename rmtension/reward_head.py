@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rmtension.data._encoding import TextOrChat
 from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
+from rmtension.errors import OptionError
 from rmtension.evaluation._pair_rewards import PairRewards
 from rmtension.interventions._export import ablate_weights
 from rmtension.interventions._lens_hooks import LensHook, fwd_hooks
@@ -331,6 +332,11 @@ class RewardHead(RewardModel):
             {'helpfulness': 1.0, 'harm': 0.0}
         """
         names = list(self.require_head().outputs)
+        if len(set(names)) < len(names):
+            raise OptionError(
+                f"outputs: expected outputs with different names, got {names[:12]}. Score them one by one: "
+                "head.output(0).score_pairs(pairs)."
+            )
         pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
         statistic = RewardsOfPairs(self, pairs, lambda batch: list(self.all_outputs(batch).unbind(1)), n=len(names))
         scored = run_pass(self, pairs, statistic, work=work, progress=progress)

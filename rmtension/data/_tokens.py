@@ -182,6 +182,26 @@ class TokenBatch:
         """The token that each text's reward is read from, in the order of the texts."""
         return TokenPlaces(torch.arange(len(self.last), device=self.last.device), self.rows, self.last)
 
+    @cached_property
+    def same_in_row(self) -> Int[Tensor, "text"] | None:
+        """For every text the first one that shares its row and all its tokens; None if no two texts are the same."""
+        return self._same(self.rows)
+
+    @cached_property
+    def same_in_pair(self) -> Int[Tensor, "text"] | None:
+        """For every text the first one of its pair with the same tokens; None if no pair has equal responses."""
+        return self._same(torch.tensor(self.indices, device=self.rows.device))
+
+    def _same(self, groups: Int[Tensor, "text"]) -> Int[Tensor, "text"] | None:
+        ids = torch.where(self.mask, self.input_ids[self.rows], -1)
+        codes = torch.cat([groups[:, None], ids, self.response.long()], dim=1)
+        distinct, which = torch.unique(codes, dim=0, return_inverse=True)
+        if len(distinct) == len(codes):
+            return None
+        numbers = torch.arange(len(codes), device=codes.device)
+        first = numbers.new_full((len(distinct),), len(codes)).scatter_reduce(0, which, numbers, "amin")
+        return first[which]
+
     def places(self, selected: Bool[Tensor, "text token"]) -> TokenPlaces:
         """The tokens that `selected` marks, text by text, in the order of the tokens."""
         texts, columns = selected.nonzero(as_tuple=True)

@@ -86,7 +86,8 @@ def _ablate_projections(
 ) -> Any:
     """`base`, or a copy of it with biases, with other weights and biases in the projections of the neurons."""
     # If peft keeps a trained copy of a module, the plain copy has that copy under the module's own name.
-    names = [_COPIES.sub("", head.body.projection_names[context.neurons.site, layer]) for layer in range(head.n_layers)]
+    site = find_site(context.neurons.site).factor_of or context.neurons.site
+    names = [_COPIES.sub("", head.body.projection_names[site, layer]) for layer in range(head.n_layers)]
     if any(base.get_submodule(names[layer]).bias is None for layer in constants):
         base = _with_biases(base, names)
     with torch.no_grad():

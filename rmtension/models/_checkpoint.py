@@ -11,7 +11,7 @@ from rmtension.models._adapters import active_head
 from rmtension.models._encoder_heads import PooledHead
 from rmtension.models._head import Head, LinearHead
 from rmtension.models._loading import LoadOptions
-from rmtension.models._models_in_memory import head_in_memory
+from rmtension.models._models_in_memory import read_in_memory
 from rmtension.models._own_format import OwnFormat, same_tensors
 from rmtension.models._process_head import ProcessHead
 
@@ -67,7 +67,7 @@ class Checkpoint:
         if not self.live_head or self.head is None:
             return
         if self.logits is None:
-            now = head_in_memory(self.classifier, compare=False)
+            now = read_in_memory(self.classifier)
             is_same = now is not None and same_tensors(now.head, self.head)
         else:
             copied = self.head.step if isinstance(self.head, ProcessHead) else self.head

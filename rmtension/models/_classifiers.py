@@ -100,6 +100,7 @@ def reload_classifier(head: RewardModel) -> Any:
 
 def current_checkpoint(head: RewardModel, what: str) -> tuple[Checkpoint, nn.Module]:
     """The checkpoint with the current weight of `head`, which may have changed, and its base model."""
+    head.require_same_head()
     checkpoint = head.checkpoint
     if checkpoint is None or checkpoint.base is None or head.body.native is None:
         raise ModelError(

@@ -99,6 +99,7 @@ class DirectPaths:
     """
 
     def __init__(self, head: RewardModel, batch: TokenBatch) -> None:
+        head.require_same_head()
         self._head = head
         self._batch = batch
         self._inside = _projections(head)

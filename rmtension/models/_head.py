@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from rmtension.data._encoding import EncodedText
 from rmtension.data._tokens import TokenBatch, TokenPlaces
-from rmtension.errors import DataError
+from rmtension.errors import DataError, ModelError
 from rmtension.models._norms import NormLayer
+
+# Attributes of a head that say what its outputs are called, or belong to PyTorch.
+_NO_SETTINGS = {"outputs", "default", "training", "dump_patches", "call_super_init"}
 
 
 class Head(nn.Module):
@@ -74,8 +77,17 @@ class Head(nn.Module):
 
     @property
     def settings(self) -> Mapping[str, object]:
-        """What the outputs depend on besides tensors, for example a factor; a part of the model's fingerprint."""
-        return {}
+        """What the outputs depend on besides tensors, for example a factor; a part of the model's fingerprint.
+
+        By default, the attributes that are numbers, text, or lists of these.
+        """
+        kinds = type(self).__mro__[: -len(Head.__mro__)]
+        given = {name: value for kind in reversed(kinds) for name, value in vars(kind).items()} | vars(self)
+        return {
+            name: value
+            for name, value in given.items()
+            if name not in _NO_SETTINGS and not name.startswith("__") and _is_setting(value)
+        }
 
     @property
     def shared_tensors(self) -> Sequence[Tensor]:
@@ -141,7 +153,13 @@ class LinearHead(Head):
         super().__init__()
         rows = weight.detach()
         rows = rows[None] if rows.ndim == 1 else rows
-        constants = torch.as_tensor(bias, dtype=torch.float64).detach().flatten().expand(len(rows))
+        constants = torch.as_tensor(bias, dtype=torch.float64).detach().flatten()
+        if len(constants) not in (1, len(rows)) or (names is not None and len(names) != len(rows)):
+            raise ModelError(
+                f"LinearHead: expected one bias and one name for each of {len(rows)} rows of the weight, got "
+                f"{len(constants)} biases and the names {names if names is None else list(names)}."
+            )
+        constants = constants.expand(len(rows))
         self.register_buffer("weight", rows.clone())
         # No buffer, which `to` would round: biases are added in float64 precision.
         self.bias = constants.clone()
@@ -259,13 +277,26 @@ class _AfterGain(WrappedHead):
         return states * gain.to(states) + shift.to(states)
 
 
+def tensors_of(head: nn.Module) -> list[Tensor]:
+    """The tensors that a head's outputs depend on: parameters, buffers, and the biases of its linear heads."""
+    biases = [module.bias for module in head.modules() if isinstance(module, LinearHead)]
+    return [*head.parameters(), *head.buffers(), *biases]
+
+
+def _is_setting(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_setting, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 def prompt_places(batch: TokenBatch) -> TokenPlaces:
     """The last token before the response of each text; raises `DataError` for a text without a prompt."""
     columns = torch.arange(batch.mask.shape[1], device=batch.mask.device)
     at = torch.where(batch.mask & ~batch.response, columns, -1).amax(dim=1)
     if bool((at < 0).any()):
         raise DataError(
-            "texts: this head reads the last token of the prompt, and a text by itself has no prompt. Score "
-            "preference pairs, whose prompts are known: head.score_pairs(pairs)."
+            "texts: this head reads the last token of the prompt, and a text by itself has no prompt; nor has a pair "
+            "whose response leaves no room for it. Score preference pairs that fit into the context: "
+            "head.score_pairs(pairs)."
         )
     return TokenPlaces(torch.arange(len(at), device=at.device), batch.rows, at)

@@ -26,6 +26,10 @@ def read_head(given: object, width: int | None = None, names: Mapping[int, str] 
     """
     if isinstance(given, type) and issubclass(given, Head):
         raise ModelError(f"head: expected a head, got the class {given.__name__}. Pass {given.__name__}(...).")
+    if isinstance(given, Head) and isinstance(given.outputs, str):
+        raise ModelError(
+            f"head: expected the outputs of {type(given).__name__} as names, ({given.outputs!r},), got text."
+        )
     head = given if isinstance(given, Head) else _head(*_weight_and_bias(_as_tensors(given)), names)
     if width is not None and isinstance(head, LinearHead) and head.weight.shape[1] != width:
         raise ModelError(

@@ -22,12 +22,20 @@ _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _PROBE = 12
 
 
-def head_in_memory(model: Any, *, compare: bool = True) -> KnownHead | None:
+def head_in_memory(model: Any) -> KnownHead | None:
     """The head of `model`, whose body is `model.base_model`; None if it has none besides a linear layer `score`.
 
-    With `compare`, runs the model once on a short text. Raises `ModelError` for a head that no rule knows, and for one
-    whose output is not among the model's logits.
+    Runs the model once on a short text. Raises `ModelError` for a head that no rule knows, and for one whose output is
+    not among the model's logits.
     """
+    known = read_in_memory(model)
+    if known is not None:
+        _require_logits(type(model).__name__, model, known.head)
+    return known
+
+
+def read_in_memory(model: Any) -> KnownHead | None:
+    """The same without the comparison, so that nothing runs; hooks may be installed on the model."""
     prefix = getattr(model, "base_model_prefix", "")
     if getattr(model, "base_model", model) is model or not prefix:
         return None
@@ -44,8 +52,6 @@ def head_in_memory(model: Any, *, compare: bool = True) -> KnownHead | None:
             known = KnownHead(read_head({name: state[name] for name in outside}, width))
         except ModelError as error:
             raise ModelError(unknown_head(name, tensors, width)) from error
-    if compare:
-        _require_logits(name, model, known.head)
     return known
 
 

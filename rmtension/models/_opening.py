@@ -191,6 +191,13 @@ def within_reference(body: Body, head: Head | None, options: RunOptions) -> RunO
     reference = head.opened_reference if isinstance(head, LogRatioHead) else None
     if reference is None:
         return options
+    own = {id(parameter) for parameter in body.module.parameters()}
+    if any(id(parameter) in own for parameter in reference.body.module.parameters()):
+        raise ModelError(
+            "reference: expected another model than the policy, but both run the same modules in memory, so every "
+            "reward would be 0, with and without an ablation. A LoRA adapter is a part of the model that it was added "
+            "to: pass the folder of the model before training, head=LogRatioHead('path/to/reference')."
+        )
     cfg: Any = body.model.cfg
     longest = options.get("max_length") or int(cfg.n_ctx)
     return {**options, "max_length": min(longest, reference.max_length)}

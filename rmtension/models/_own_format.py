@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rmtension.errors import ModelError
+from rmtension.models._head import tensors_of
 from rmtension.models._head_files import (
     VALUE_HEAD,
     CheckpointFiles,
@@ -112,5 +113,6 @@ class OwnFormat:
 
 def same_tensors(one: nn.Module, other: nn.Module) -> bool:
     """Whether two heads have equal tensors, in whatever dtype."""
-    pairs = zip([*one.parameters(), *one.buffers()], [*other.parameters(), *other.buffers()], strict=True)
-    return all(torch.equal(a.cpu().to(b.dtype), b.cpu()) for a, b in pairs)
+    first, second = tensors_of(one), tensors_of(other)
+    pairs = zip(first, second, strict=False)
+    return len(first) == len(second) and all(torch.equal(a.cpu().to(b.dtype), b.cpu()) for a, b in pairs)

@@ -1,6 +1,7 @@
 """What a model reads its reward with: a head, and which of the head's outputs is the reward."""
 
 import copy
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -9,7 +10,7 @@ from torch import Tensor
 from rmtension._sites import check_positions
 from rmtension.data._tokens import TokenBatch, TokenPlaces
 from rmtension.errors import ModelError, OptionError
-from rmtension.models._head import Head, LinearHead
+from rmtension.models._head import Head, LinearHead, tensors_of
 
 
 class Readout:
@@ -41,7 +42,7 @@ class Readout:
         head = self.head
         if head is None or self.weight is not None:
             return ([] if self.weight is None else [self.weight]), self.bias
-        tensors = [*head.parameters(), *head.buffers(), *head.shared_tensors]
+        tensors = [*tensors_of(head), *head.shared_tensors]
         return tensors, f"{type(head).__name__} {self.choice} {list(head.outputs)} {sorted(head.settings.items())}"
 
     def require_head(self) -> Head:
@@ -93,10 +94,21 @@ class Readout:
         """The rewards of a batch from the residual stream after the final norm, at the tokens that the head reads."""
         if self.weight is not None:
             return self.read(states)
-        head = self.require_head()
-        outputs = require_outputs(head, head.read_tokens(states.to(self._reward_dtype), places, batch), len(batch.last))
+        outputs = self.read_outputs(states, places, batch)
         chosen = [outputs[:, number] for number in self.require_choice()]
         return chosen[0] if len(chosen) == 1 else chosen[0] - chosen[1]
+
+    def read_outputs(
+        self, states: Float[Tensor, "token d_model"], places: TokenPlaces, batch: TokenBatch
+    ) -> Float[Tensor, "text output"]:
+        """All outputs of a batch's texts from the residual stream at the tokens that the head reads."""
+        head = self.require_head()
+        outputs = self._checked(head.read_tokens(states.to(self._reward_dtype), places, batch), len(batch.last))
+        # A matrix product may round equal rows differently, and identical responses would get different rewards. Texts
+        # of one row share their tokens, and so their gradients; those of two rows do not.
+        for same in (batch.same_in_row, None if torch.is_grad_enabled() else batch.same_in_pair):
+            outputs = outputs if same is None else outputs[same.to(outputs.device)]
+        return outputs
 
     def read(self, last: Float[Tensor, "text d_model"]) -> Float[Tensor, "text"]:
         """The rewards from the residual stream after the final norm at the last token, of any number of texts.
@@ -112,12 +124,24 @@ class Readout:
                 f"read: a {type(self.head).__name__} reads more than the last token of a text. Use head.score_pairs, "
                 "or head.forward on a batch."
             )
-        head = self.require_head()
-        outputs = require_outputs(head, head.read(exact, None), len(exact))
+        outputs = self._checked(self.require_head().read(exact, None), len(last))
         chosen = [outputs[:, number] for number in self.require_choice()]
         return chosen[0] if len(chosen) == 1 else chosen[0] - chosen[1]
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _checked(self, outputs: Any, n_texts: int) -> Float[Tensor, "text output"]:
+        """What a head returned, if it is one number per text and output; raises `ModelError` otherwise."""
+        names = list(self.require_head().outputs)
+        if not isinstance(outputs, Tensor) or tuple(outputs.shape) != (n_texts, len(names)):
+            got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+            raise ModelError(
+                f"head: expected {type(self.head).__name__} to return one number for each of {n_texts} texts and "
+                f"{len(names)} outputs {names[:12]}, a tensor of shape ({n_texts}, {len(names)}), got {got}. Return "
+                "values[:, None] for a single output, and name every output in `outputs`."
+            )
+        checked: Tensor = outputs
+        return checked
 
     def _choose(self, choice: tuple[int, ...] | None) -> None:
         """Make one output, or the difference of two, the reward."""
@@ -126,19 +150,6 @@ class Readout:
         self.bias = 0.0
         if isinstance(self.head, LinearHead) and choice is not None:
             self.weight, self.bias = self.head.row(choice)
-
-
-def require_outputs(head: Head, outputs: Tensor, n_texts: int) -> Float[Tensor, "text output"]:
-    """The outputs that a head computed; raises `ModelError` if they have not one row per text and column per output."""
-    if tuple(outputs.shape) != (n_texts, len(head.outputs)):
-        shape = [n_texts, len(head.outputs)]
-        names = f"{shape[1]} columns, {list(head.outputs)}" if shape[1] > 1 else "1 column"
-        raise ModelError(
-            f"head: expected outputs with one row per text and {names}, that is, the shape {shape}, but "
-            f"{type(head).__name__} computed the shape {list(outputs.shape)}. Change what its read method returns, "
-            "or its attribute outputs."
-        )
-    return outputs
 
 
 def _own_copy(head: Head, device: torch.device, dtype: torch.dtype) -> Head:

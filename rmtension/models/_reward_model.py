@@ -36,7 +36,7 @@ from rmtension.models._hooks import (
     has_own_hooks,
     is_placed,
 )
-from rmtension.models._readout import Readout, require_outputs
+from rmtension.models._readout import Readout
 from rmtension.models._run_options import RunOptions, check_run_options, usable_length
 from rmtension.models._site_widths import measure_sites
 from rmtension.store._provenance import Provenance, fingerprint
@@ -245,19 +245,29 @@ class RewardModel(Readout):
 
     def forward(self, batch: TokenBatch) -> Float[Tensor, "text"]:
         """The rewards of one batch on its device, with gradients unless the caller disabled them."""
-        self._require_same_head()
+        self.require_same_head()
         places = self.require_head().tokens(batch)
         return self.read_places(batch.gather(places, self.residual(batch)), places, batch)
 
     @torch.no_grad()
     def all_outputs(self, batch: TokenBatch) -> Float[Tensor, "text output"]:
         """Every output of the head for the texts of a batch. Cost: that of `rewards`."""
-        self._require_same_head()
-        head = self.require_head()
-        places = head.tokens(batch)
+        self.require_same_head()
+        places = self.require_head().tokens(batch)
         with self.last_mlp_where_read(batch):
-            states = batch.gather(places, self.residual(batch)).to(self.reward_dtype)
-        return require_outputs(head, head.read_tokens(states, places, batch), len(batch.last))
+            states = batch.gather(places, self.residual(batch))
+        return self.read_outputs(states, places, batch)
+
+    def require_same_head(self) -> None:
+        """Raise `ModelError` if the score layer of the model in memory has changed since it was copied."""
+        classifier = None if self.checkpoint is None else self.checkpoint.classifier
+        if classifier is None:
+            return
+        assert self.checkpoint is not None
+        state = tuple((id(tensor), tensor._version) for tensor in self.checkpoint.live_head.values())
+        if state != self._head_state:
+            self.checkpoint.require_same_head()
+            self._head_state = state
 
     def last_mlp_where_read(self, batch: TokenBatch) -> AbstractContextManager[TokenPlaces | None]:
         """A context in which the last MLP may run only at the tokens that the head reads; yields those tokens."""
@@ -351,19 +361,6 @@ class RewardModel(Readout):
             )
             enough = min(enough, fitting)
         return current().least(enough)
-
-    # -- inside ----------------------------------------------------------------------------------------------------
-
-    def _require_same_head(self) -> None:
-        """Call `Checkpoint.require_same_head` if a parameter of the score layer may have changed."""
-        classifier = None if self.checkpoint is None else self.checkpoint.classifier
-        if classifier is None:
-            return
-        assert self.checkpoint is not None
-        state = tuple((id(tensor), tensor._version) for tensor in self.checkpoint.live_head.values())
-        if state != self._head_state:
-            self.checkpoint.require_same_head()
-            self._head_state = state
 
 
 def _state(tensors: Sequence[Tensor]) -> tuple[object, ...]:

@@ -37,14 +37,39 @@ def with_weighted_sum(head: Head, weights: Mapping[Any, Any]) -> tuple[Head, int
         )
     label = sum_label({head.outputs[number]: weight for number, weight in terms.items()})
     if label in head.outputs:
-        return head, list(head.outputs).index(label)
+        number = list(head.outputs).index(label)
+        if terms != {number: 1.0} and not _is_sum(head, number, terms):
+            raise OptionError(
+                f"output: the head has another output called {label!r}, which is not this sum. Give the outputs other "
+                "names: LinearHead(weight, bias, names)."
+            )
+        return head, number
     if not isinstance(head, LinearHead):
         return _WeightedSum(head, terms, label), len(head.outputs)
-    rows = head.weight.to(torch.promote_types(head.weight.dtype, torch.float32))
-    row = torch.stack([weight * rows[number] for number, weight in terms.items()]).sum(dim=0)
-    bias = sum(weight * float(head.bias[number]) for number, weight in terms.items())
+    rows, row, bias = _row(head, terms)
     biases = torch.cat([head.bias, torch.tensor([bias], dtype=head.bias.dtype)])
     return LinearHead(torch.cat([rows, row[None]]), biases, [*head.outputs, label]), len(head.outputs)
+
+
+def _row(head: LinearHead, terms: Mapping[int, float]) -> tuple[Tensor, Tensor, float]:
+    """All rows of a linear head, and the row and the bias of a weighted sum."""
+    rows = head.weight.to(torch.promote_types(head.weight.dtype, torch.float32))
+    row = torch.stack([weight * rows[number] for number, weight in terms.items()]).sum(dim=0)
+    return rows, row, float(sum(weight * float(head.bias[number]) for number, weight in terms.items()))
+
+
+def _is_sum(head: Head, number: int, terms: Mapping[int, float]) -> bool:
+    """Whether an output is the weighted sum of some others, which was added before."""
+    if isinstance(head, LinearHead):
+        rows, row, bias = _row(head, terms)
+        return torch.equal(rows[number], row) and float(head.bias[number]) == bias
+    while isinstance(head, _WeightedSum):
+        if len(head.outputs) - 1 == number:
+            return head.terms == terms
+        inner = head.head
+        assert isinstance(inner, Head)
+        head = inner
+    return False
 
 
 class _WeightedSum(WrappedHead):
@@ -52,7 +77,7 @@ class _WeightedSum(WrappedHead):
 
     def __init__(self, head: Head, terms: Mapping[int, float], label: str) -> None:
         super().__init__(head)
-        self._terms = dict(terms)
+        self.terms = dict(terms)
         self.outputs = (*head.outputs, label)
 
     def read(
@@ -70,10 +95,10 @@ class _WeightedSum(WrappedHead):
     @property
     def settings(self) -> Mapping[str, object]:
         """The settings of the head, and the weights."""
-        return {**super().settings, "weights": self._terms}
+        return {**super().settings, "weights": self.terms}
 
     def _and_sum(self, outputs: Float[Tensor, "text output"]) -> Float[Tensor, "text output+1"]:
-        terms = [weight * outputs[:, number] for number, weight in self._terms.items()]
+        terms = [weight * outputs[:, number] for number, weight in self.terms.items()]
         return torch.cat([outputs, torch.stack(terms).sum(dim=0)[:, None]], dim=1)
 
 
