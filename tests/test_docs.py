@@ -61,7 +61,7 @@ def two_models_of_the_hub():
 def replicas_of_the_hub():
     """For the page of kinds: under the names of the hub, folders of replicas."""
     import torch
-    from linear_and_gated_replicas import ALL
+    from all_replicas import ALL
     from replicas import make_pairs
     from rewritten_files import with_tensors
 

@@ -423,10 +423,12 @@ ONLY_LOOKS = [
     "models._reward_model.RewardModel.body_fingerprint",
     "study._family_runs.ModelFamily.outputs",
     "study._inspection_outputs.chosen_outputs",
-    "study._inspection_outputs.compare_outputs",
     "models._reward_model.RewardModel.require_text",
     "models._classifiers.rows_to_save",
-    *(f"models._computed_heads.PromptWeightedHead.{name}" for name in ("read_tokens", "settings", "tokens")),
+    *(
+        f"models._computed_heads.PromptWeightedHead.{name}"
+        for name in ("ending_ids", "read_tokens", "require_text", "settings", "tokens")
+    ),
     *(f"models._computed_heads.WeightedHead.{name}" for name in ("read", "settings")),
     "models._own_format.same_tensors",
     "models._checkpoint.Checkpoint.live_head",
@@ -456,9 +458,6 @@ ONLY_LOOKS = [
     "cli._commands.neuron_options.neurons_of",
     "interventions._ablation.check_set",
     "study._inspection_run.InspectionRun.__init__",
-    "study._inspection_outputs.chosen_outputs",
-    "study._family_runs.ModelFamily.outputs",
-    "models._reward_model.RewardModel.body_fingerprint",
     "models._bodies.BridgeBody.projection",
     "models._bodies.BridgeBody.stable_up_to",
     "models._direct_path.DirectPaths.final_norm_seen",

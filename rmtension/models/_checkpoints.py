@@ -20,6 +20,7 @@ from rmtension.models._loading import (
 from rmtension.models._outputs import choose_outputs
 from rmtension.models._own_format import OwnFormat
 from rmtension.models._pad_token import pad_token_id
+from rmtension.models._process_head import ProcessHead
 from rmtension.models._refused_kinds import refuse_other_kinds
 from rmtension.models._text_models import media_tokens, text_model
 
@@ -62,7 +63,8 @@ def open_checkpoint(
         is_headless=read is None,
     )
     source = Source(str(name), head, output, options)
-    own = None if plan is None or head is not None else _own_format(location, read, logits)
+    is_own = head is None or (isinstance(head, ProcessHead) and head.step is None)
+    own = _own_format(location, read, logits) if plan is not None and is_own else None
     pools = plan is not None and plan.skips_pad
     return Checkpoint(base, read, choice, tokenizer, pad, str(name), pools, logits, source, own=own, media_tokens=media)
 

@@ -1,5 +1,6 @@
 """The checkpoint of a model of transformers that is in memory: its modules and weights are shared, not copied."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def checkpoint_of(
     refuse_offloaded(name, classifier)
     logits: Logits | None = None
     if known is not None:
-        read = known.head
+        read = copy.deepcopy(known.head)  # its tensors are the model's, whose later changes must be noticed
         choice = choose_outputs(output, read, name)
     elif head is None:
         read = score_head(name, classifier, StoredHeads({}))

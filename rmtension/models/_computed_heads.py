@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from rmtension.data._encoding import EncodedText
 from rmtension.data._tokens import TokenBatch, TokenPlaces, compact
 from rmtension.errors import DataError
 from rmtension.models._head import Head, LinearHead
@@ -125,15 +126,22 @@ class PromptWeightedHead(WeightedHead):
         """The temperature of the weights, and the pattern."""
         return {**super().settings, "pattern": self.pattern}
 
+    @property
+    def ending_ids(self) -> tuple[int, ...]:
+        """The header of an assistant turn."""
+        return self.pattern
+
+    def require_text(self, text: EncodedText, what: str) -> None:
+        """Raise `DataError`, which names the text, for a text without the header of an assistant turn."""
+        ids, n = text.ids, len(self.pattern)
+        if not any(ids[at : at + n] == self.pattern for at in range(len(ids) - n + 1) if ids[at] == self.pattern[0]):
+            raise self._no_header(what)
+
     def tokens(self, batch: TokenBatch) -> TokenPlaces:
         """The last token of every text, then the first token of the last pattern in every text."""
         found = starts_of(self.pattern, batch)
         if not bool(found.any(dim=1).all()):
-            raise DataError(
-                f"texts: this model weighs its objectives at the header of the last assistant turn, the token ids "
-                f"{list(self.pattern)}, and text {int((~found.any(dim=1)).nonzero()[0, 0])} of the batch has none. "
-                "Score chats, which the tokenizer's template renders: pairs.as_chat(), or lists of messages."
-            )
+            raise self._no_header(f"texts: text {batch.indices[int((~found.any(dim=1)).nonzero()[0, 0])]}")
         columns = torch.arange(found.shape[1], device=found.device)
         last = torch.where(found, columns, -1).amax(dim=1)
         texts = torch.arange(len(last), device=last.device)
@@ -145,6 +153,13 @@ class PromptWeightedHead(WeightedHead):
         """The outputs, from the residual stream at the tokens of `tokens`."""
         n_texts = len(batch.last)
         return self.read(states[:n_texts], states[n_texts:])
+
+    def _no_header(self, what: str) -> DataError:
+        return DataError(
+            f"{what}: this model weighs its objectives at the header of the last assistant turn, the token ids "
+            f"{list(self.pattern)}, and the text has no such header. Score chats, which the tokenizer's template "
+            "renders: pairs.as_chat(), or lists of messages."
+        )
 
 
 class MeanHead(Head):

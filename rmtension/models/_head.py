@@ -99,7 +99,7 @@ class Head(nn.Module):
 
     @property
     def ending_ids(self) -> tuple[int, ...]:
-        """The tokens of `ending`."""
+        """The ids that a text must end with so that the head can read it, for probe texts of drawn ids."""
         return ()
 
     def require_text(self, text: EncodedText, what: str) -> None:

@@ -123,7 +123,15 @@ def weight_files(files: CheckpointFiles) -> Mapping[str, str]:
 
 def outside_body(files: CheckpointFiles, weight_map: Mapping[str, str], *, unembedding: bool = False) -> HeadTensors:
     """The tensors outside the body, and with `unembedding` its unembedding too. Only their shapes are read."""
-    names = names_outside(weight_map, unembedding=unembedding)
+    return _shapes_of(files, weight_map, names_outside(weight_map, unembedding=unembedding))
+
+
+def all_tensors(files: CheckpointFiles, weight_map: Mapping[str, str]) -> HeadTensors:
+    """All tensors of a checkpoint. Only their shapes are read."""
+    return _shapes_of(files, weight_map, sorted(weight_map))
+
+
+def _shapes_of(files: CheckpointFiles, weight_map: Mapping[str, str], names: list[str]) -> HeadTensors:
     paths = {file: path for file in {weight_map[name] for name in names} if (path := files.find(file)) is not None}
     shapes: dict[str, tuple[int, ...]] = {}
     for file, path in paths.items():
@@ -152,6 +160,12 @@ def body_prefix(names: Iterable[str]) -> str:
     embeddings = [name for name in names if _EMBEDDING.search(name)]
     firsts = {name.partition(".")[0] for name in embeddings if not _EMBEDDING.match(name)}
     return f"{min(firsts)}." if firsts and not firsts & _BODY else ""
+
+
+def text_prefix(names: Iterable[str]) -> str:
+    """The same for a language model inside another model, with all parts: "model.language_model."."""
+    found = [match for name in names if (match := _EMBEDDING.search(name))]
+    return min((match.string[: match.start(1)] for match in found), default="", key=len)
 
 
 def names_outside(names: Iterable[str], *, unembedding: bool = False) -> list[str]:

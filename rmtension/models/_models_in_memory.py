@@ -25,8 +25,8 @@ _PROBE = 12
 def head_in_memory(model: Any, *, compare: bool = True) -> KnownHead | None:
     """The head of `model`, whose body is `model.base_model`; None if it has none besides a linear layer `score`.
 
-    With `compare`, runs the model once on a short text. Raises `ModelError` for a head that no rule knows, and for one whose output is
-    not among the model's logits.
+    With `compare`, runs the model once on a short text. Raises `ModelError` for a head that no rule knows, and for one
+    whose output is not among the model's logits.
     """
     prefix = getattr(model, "base_model_prefix", "")
     if getattr(model, "base_model", model) is model or not prefix:

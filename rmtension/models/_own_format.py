@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from rmtension.errors import ModelError
-from rmtension.models._head_files import VALUE_HEAD, CheckpointFiles, body_prefix, outside_body, weight_files
+from rmtension.models._head_files import (
+    VALUE_HEAD,
+    CheckpointFiles,
+    all_tensors,
+    body_prefix,
+    outside_body,
+    text_prefix,
+    weight_files,
+)
 from rmtension.models._internlm2 import from_llama, is_internlm2
 
 _UNKNOWN: Any = object()
@@ -44,8 +52,9 @@ class OwnFormat:
     def write(self, base: Any, folder: Path, dtype: torch.dtype) -> None:
         """Write the body `base`, with the names that it had, the other tensors, the config and the code as they were.
 
-        Code is copied, not run. The unembedding is read from the original files again; raises `ModelError` if they are
-        no longer there.
+        Code is copied, not run. What is not loaded is read from the original files again: the unembedding, and for a
+        language model inside a model for text and images the rest of that model. Raises `ModelError` if they are no
+        longer there.
         """
         from safetensors.torch import save_file
 
@@ -56,12 +65,15 @@ class OwnFormat:
                 f"save_pretrained: the files that the model was read from are needed, because they hold its "
                 f"unembedding and code, but they are not there any more: {error}"
             ) from error
-        unembedding = outside_body(self.files, weight_map, unembedding=True)
-        rest = unembedding.read(unembedding.shapes.keys() - self.tensors.keys())
-        prefix = body_prefix(weight_map)
+        inner = self._text_config(base) is not None
+        prefix = text_prefix(weight_map) if inner else body_prefix(weight_map)
         state = base.state_dict()
         state = from_llama(state, base.config) if is_internlm2(self.fields) else state
         body = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+        others = (
+            all_tensors(self.files, weight_map) if inner else outside_body(self.files, weight_map, unembedding=True)
+        )
+        rest = others.read(others.shapes.keys() - self.tensors.keys() - body.keys())
         base.save_pretrained(folder, state_dict={**body, **rest, **self.tensors})
         if self.separate:
             save_file(dict(self.separate), folder / VALUE_HEAD, {"format": "pt"})
@@ -71,14 +83,22 @@ class OwnFormat:
 
     def _config(self, base: Any, dtype: torch.dtype) -> dict[str, Any]:
         """The fields of config.json, with what changed since they were read, such as the biases of an ablation."""
-        now = base.config.to_dict()
-        changed = {key: value for key, value in now.items() if self.read.get(key, _UNKNOWN) != value}
+        now, text = base.config.to_dict(), self._text_config(base)
+        read = self.read if text is None else text
+        changed = {key: value for key, value in now.items() if read.get(key, _UNKNOWN) != value}
         if is_internlm2(self.fields) and "attention_bias" in changed:
             changed["bias"] = changed.pop("attention_bias")
         for key in ("architectures", "transformers_version", "dtype", "torch_dtype", "model_type"):
             changed.pop(key, None)
+        if text is not None and "text_config" in self.fields:
+            changed = {"text_config": {**self.fields["text_config"], **changed}}
         name = str(dtype).removeprefix("torch.")
         return {**self.fields, **changed, **{key: name for key in ("dtype", "torch_dtype") if key in self.fields}}
+
+    def _text_config(self, base: Any) -> Mapping[str, Any] | None:
+        """What was read of the language model's config, if `base` is the one inside a model for text and images."""
+        text: Mapping[str, Any] | None = self.read.get("text_config")
+        return text if text is not None and text.get("model_type") == base.config.model_type else None
 
     def _code(self) -> list[Path]:
         """The files of Python in a local folder, or those that the config names."""

@@ -47,14 +47,13 @@ def save_model(head: RewardModel, folder: str | Path) -> None:
         return
     folder = Path(folder)
     require_no_adapter(folder)
-    if isinstance(head.head, LogRatioHead | ProcessHead):
-        save_token_model(head, folder)
-        return
     own = _own_format(head)
-    if own is None:
-        _save_classifier(head, checkpoint, folder)
-    else:
+    if own is not None:
         _save_in_own_format(head, own, checkpoint.tokenizer, base, folder)
+    elif isinstance(head.head, LogRatioHead | ProcessHead):
+        save_token_model(head, folder)
+    else:
+        _save_classifier(head, checkpoint, folder)
 
 
 def _own_format(head: RewardModel) -> OwnFormat | None:
@@ -84,9 +83,10 @@ def _save_in_own_format(head: RewardModel, own: OwnFormat, tokenizer: Any, base:
         return
     default = head.require_head().default or (outputs[0] if len(outputs) == 1 else None)
     if chosen is not None and chosen != [default]:
+        marker = f"head=ProcessHead({head.head.marker!r}), " if isinstance(head.head, ProcessHead) else ""
         warnings.warn(
             f"save_pretrained: all outputs of the head were saved, and the reward here is {chosen}. Open the model "
-            f"again with output={chosen[0] if len(chosen) == 1 else tuple(chosen)!r}.",
+            f"again with {marker}output={chosen[0] if len(chosen) == 1 else tuple(chosen)!r}.",
             RMTensionWarning,
             stacklevel=4,
         )

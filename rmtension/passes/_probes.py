@@ -1,9 +1,11 @@
 """The probe texts of `RewardHead.check`, with their rewards."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from rmtension.data._chat import Chat, is_transcript, split_turns
 from rmtension.data._encoding import EncodedText, encode_pairs, encode_texts
 from rmtension.data._packing import pair_batches
 from rmtension.data._pair import PreferencePair
@@ -70,14 +72,27 @@ def _probes_of_pair(head: RewardModel, pair: PreferencePair) -> list[Probe]:
 
 
 def _built_in_probes(head: RewardModel) -> list[Probe]:
-    """Probes from the built-in texts that the vocabulary has tokens for."""
+    """Probes from the built-in texts that the vocabulary has tokens for and that the head can read.
+
+    If it can read none of them as they are, they are chats, which the tokenizer's template renders.
+    """
+    plain = _readable(head, [text + head.require_head().ending for text in _TEXTS])
+    if plain or not getattr(head.tokenizer, "chat_template", None):
+        return plain
+    return _readable(head, [split_turns(text) for text in _TEXTS if is_transcript(text)])
+
+
+def _readable(head: RewardModel, texts: Sequence[str | Chat]) -> list[Probe]:
     probes = []
-    for text in (text + head.require_head().ending for text in _TEXTS):
+    for text in texts:
         try:
             (encoded,) = encode_texts(head.tokenizer, [text], max_length=head.max_length, truncate=True)
         except DataError:
             continue
-        probes.append(Probe(text, encoded, float(score_texts(head, [text], truncate=True)[0])))
+        if not _is_readable(head, encoded):
+            continue
+        reward = float(score_texts(head, [text], truncate=True)[0])
+        probes.append(Probe(text if isinstance(text, str) else None, encoded, reward))
     return probes
 
 
@@ -87,6 +102,14 @@ def _drawn_probes(head: RewardModel) -> list[Probe]:
     drawn = [torch.randint(head.body.n_embeddings, (length,), generator=generator) for length in lengths]
     ending = torch.tensor(head.require_head().ending_ids, dtype=torch.long)
     texts = [torch.cat([ids[: head.max_length - len(ending)], ending]) for ids in drawn]
-    return [
-        Probe(None, EncodedText(tuple(ids.tolist()), 0, 0), float(score_tokens(head, ids[None])[0])) for ids in texts
-    ]
+    encoded = [EncodedText(tuple(ids.tolist()), 0, 0) for ids in texts]
+    readable = [text for text in encoded if _is_readable(head, text)]
+    return [Probe(None, text, float(score_tokens(head, torch.tensor([text.ids]))[0])) for text in readable or encoded]
+
+
+def _is_readable(head: RewardModel, text: EncodedText) -> bool:
+    try:
+        head.require_text(text, "text")
+    except DataError:
+        return False
+    return True

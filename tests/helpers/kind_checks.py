@@ -5,7 +5,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from replicas import Reference, Replica, make_pairs
+from replica_reference import Reference
+from replicas import Replica, make_pairs
 
 from rmtension import AblationContext, NeuronAttribution, NeuronSet, RewardHead
 from rmtension.errors import RMTensionError, RMTensionWarning
@@ -19,18 +20,19 @@ def measure(replica: Replica, folder: Path, dtype: torch.dtype) -> dict[str, flo
     reference = Reference(replica, folder, dtype)
     head = RewardHead.from_pretrained(folder, dtype=dtype, **replica.open_options(folder))
     pairs = make_pairs(replica)
-    texts = [pair.text(side) for side in ("chosen", "rejected") for pair in pairs]
+    texts = [(pair.prompt, getattr(pair, side)) for side in ("chosen", "rejected") for pair in pairs]
+    pairs = pairs.as_chat() if replica.template else pairs
     expected = reference.rewards(texts)
     found: dict[str, float | str] = {"reward": _off(_rewards(head, pairs), expected)}
     with torch.no_grad():
-        outputs = torch.stack([reference.outputs(text) for text in texts])
+        outputs = torch.stack([reference.outputs(parts) for parts in texts])
     scored = head.score_outputs(pairs)
     found["all outputs"] = _off(torch.stack([torch.cat([r.chosen, r.rejected]) for r in scored.values()], 1), outputs)
-    values = NeuronAttribution(head, "gradient_x_activation").score(pairs).values
-    by_text = torch.stack([reference.contributions(text) for text in texts])
+    values = NeuronAttribution(head, "gradient_x_activation", site=replica.site).score(pairs).values
+    by_text = torch.stack([reference.contributions(parts) for parts in texts])
     found["gradient"] = _off(values, (by_text[: len(pairs)] - by_text[len(pairs) :]).mean(0))
     mask = torch.rand(values.shape, generator=torch.Generator().manual_seed(1)) < 0.2
-    neurons = NeuronSet(mask, "mlp", head.architecture)
+    neurons = NeuronSet(mask, replica.site, head.architecture)
     without = reference.rewards_without(texts, mask)
     assert _off(without, expected) > 1e-2, "the ablation changes rewards"
     with AblationContext(head, neurons):
@@ -44,7 +46,7 @@ def measure(replica: Replica, folder: Path, dtype: torch.dtype) -> dict[str, flo
             ablated.save_pretrained(saved)
         except RMTensionError as error:
             return found | {"saved and reloaded": str(error).partition(", and this head")[0]}
-    options = replica.options if replica.reopened is None else replica.reopened
+    options = replica.open_options(folder) if replica.reopened is None else replica.reopened
     again = RewardHead.from_pretrained(saved, dtype=dtype, **options)
     differences = [_off(_rewards(again, pairs), without)]
     if not replica.as_classifier:

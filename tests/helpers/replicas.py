@@ -1,7 +1,7 @@
 """Tiny replicas of published reward models: a small body, the tensors and the config of one kind, and its formula.
 
 `Replica.forward` is the kind's own forward pass after the body, in plain torch, for one text. To add a kind, add an
-entry to a list of replicas; `kind_checks` measures whatever it gets.
+entry to a list of replicas and list it in `all_replicas`; `kind_checks` measures whatever it gets.
 """
 
 import json
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from rmtension import PreferencePairs
 
@@ -35,13 +35,61 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-BODIES = {
+D = SIZES["hidden_size"]
+_ENCODER = {"num_key_value_heads": None}
+_DISENTANGLED = {
+    **_ENCODER,
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 8,
+    "share_att_key": True,
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "norm_rel_ebd": "layer_norm",
+}
+_SEEN = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "out_hidden_size": D, "patch_size": 4}
+# What a config needs besides the sizes, or instead of them; None leaves a size out.
+BODIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
     "qwen2": {},
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64},
     "gpt_neox": {"num_key_value_heads": None},
+    "helium": {"head_dim": 8},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None, "intermediate_size": 24},
+    "qwen2_5_vl": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},
+        "vision_config": _SEEN | {"window_size": 16, "fullatt_block_indexes": [0]},
+        "image_token_id": 272,
+        "video_token_id": 273,
+        "vision_start_token_id": 274,
+        "vision_end_token_id": 275,
+    },
+    "bert": _ENCODER,
+    "modernbert": {**_ENCODER, "local_attention": 8, "cls_token_id": 0, "sep_token_id": 2},
+    "deberta-v2": _DISENTANGLED,
+    "t5": {"d_model": D, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4},
 }
+ENCODERS = ("bert", "modernbert", "deberta-v2")
+CLASSIFIER = {"architectures": ["LlamaForSequenceClassification"]}
+CODE = {
+    "auto_map": {
+        "AutoConfig": "modeling_custom.Config",
+        "AutoModel": "modeling_custom.Model",
+        "AutoModelForSequenceClassification": "modeling_custom.Model",
+    }
+}
+Draw = Callable[..., torch.Tensor]
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Text:
+    """The token ids of one text, the index of its first response token, and its token types, if it has two segments."""
+
+    ids: list[int]
+    first: int
+    types: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +99,7 @@ class Replica:
     Attributes:
         kind: its name in tables.
         models: published models of this kind.
-        forward: (last hidden states [token, d_model] after the final norm, token ids, tensors, config) -> all outputs.
+        forward: (last hidden states [token, d_model] after the final norm, text, tensors, config) -> all outputs.
         tensors: makes the head's tensors, by their published names.
         body: the model type of the body.
         fields: what the published config.json has besides the body's fields, and instead of them.
@@ -60,18 +108,24 @@ class Replica:
         chosen: the output that is the reward, or two for a difference.
         separate: the file that the head is stored in; None for the model's own file.
         passed: whether the head's tensors are passed as head=, in a file, and not stored with the body.
-        head: makes the head that is passed as head= from the stored tensors.
+        head: makes what is passed as head= from the replica's folder.
+        minus: the model whose outputs are subtracted, in the folder "reference": the reference of DPO.
+        site: the site whose neurons are compared.
         unembedding: whether the checkpoint has an unembedding of its own.
-        reopened: how it is opened after it was saved; by default with `options`.
+        reopened: how it is opened after it was saved; by default as before.
         as_classifier: whether it is saved as a classifier of transformers.
         layout: the body's tensors as they are stored (True), or as transformers names them (False).
         header: whether texts have the header of an assistant turn, so that the vocabulary has its ids.
+        marker: the token that ends each step of a response.
+        one_token: whether a response is a single token.
+        segments: whether prompt and response are the two segments of an encoder.
+        template: the chat template, if texts are chats.
     """
 
     kind: str
     models: str
-    forward: Callable[[torch.Tensor, list[int], dict[str, torch.Tensor], dict[str, Any]], torch.Tensor]
-    tensors: Callable[[Callable[..., torch.Tensor]], dict[str, torch.Tensor]]
+    forward: Callable[[torch.Tensor, Text, Tensors, dict[str, Any]], torch.Tensor]
+    tensors: Callable[[Draw], Tensors]
     body: str = "llama"
     fields: dict[str, Any] = field(default_factory=dict)
     prefix: str = "model."
@@ -79,20 +133,32 @@ class Replica:
     chosen: tuple[int, ...] = (0,)
     separate: str | None = None
     passed: bool = False
-    head: Callable[[dict[str, torch.Tensor]], Any] | None = None
+    head: Callable[[Path], Any] | None = None
+    minus: "Replica | None" = None
+    site: str = "mlp"
     unembedding: bool = False
     reopened: dict[str, Any] | None = None
     as_classifier: bool = False
     header: bool = False
-    layout: Callable[[dict[str, torch.Tensor], bool], dict[str, torch.Tensor]] = lambda body, stored: body
+    marker: str | None = None
+    one_token: bool = False
+    segments: bool = False
+    template: str | None = None
+    layout: Callable[[Tensors, bool], Tensors] = lambda body, stored: body
 
     def config(self) -> Any:
         """The config of the body, as transformers knows it."""
-        sizes = {k: v for k, v in {**SIZES, **BODIES[self.body]}.items() if v is not None}
         vocab_size = max(vocabulary(self).values()) + 5
-        return transformers.AutoConfig.for_model(
-            self.body, vocab_size=vocab_size, pad_token_id=1, bos_token_id=0, eos_token_id=2, **sizes
-        )
+        sizes = {**SIZES, "vocab_size": vocab_size, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+        own = BODIES[self.body]
+        sizes = {**own, "text_config": {**sizes, **own["text_config"]}} if "text_config" in own else {**sizes, **own}
+        sizes = {k: v for k, v in sizes.items() if v is not None}
+        return transformers.AutoConfig.for_model(self.body, **sizes)
+
+    def make_body(self, config: Any) -> Any:
+        """The base model of transformers; without a pooler, which is a part of the head."""
+        more = {"add_pooling_layer": False} if self.body == "bert" else {}
+        return transformers.AutoModel.from_config(config, **more)
 
     def make(self, folder: Path, seed: int = 0) -> Path:
         """Write the replica to `folder`, with its tokenizer."""
@@ -105,13 +171,13 @@ class Replica:
         config = self.config()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            body = transformers.AutoModel.from_config(config)
+            body = self.make_body(config)
             for parameter in body.parameters():
                 parameter.data += 0.1 * torch.randn_like(parameter)
         stored = self.layout(dict(body.state_dict()), True)
         state = {f"{self.prefix}{name}": tensor for name, tensor in stored.items()}
         if self.unembedding:
-            state["lm_head.weight"] = draw(config.vocab_size, config.hidden_size)
+            state["lm_head.weight"] = draw(config.get_text_config().vocab_size, D)
         head = self.tensors(draw)
         if self.passed:
             save_file(head, folder / "passed_head.safetensors", {"format": "pt"})
@@ -119,54 +185,66 @@ class Replica:
             save_file(head, folder / self.separate, {"format": "pt"})
         else:
             state |= head
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+        save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
         fields = {**config.to_dict(), "architectures": None, **self.fields}
         (folder / "config.json").write_text(json.dumps(fields, default=str))
         make_tokenizer(self).save_pretrained(folder)
+        if self.minus is not None:
+            self.minus.make(folder / "reference", seed + 1)
         return folder
 
     def open_options(self, folder: Path) -> dict[str, Any]:
         """How `RewardHead.from_pretrained` opens the replica in `folder`."""
+        options = dict(self.options)
+        if self.fields.get("model_type", self.body) == "qwen2":
+            options["tokenizer"] = make_tokenizer(self)  # transformers expects the vocabulary of Qwen in the files
         if self.head is not None:
-            return {**self.options, "head": self.head(load_file(folder / "model.safetensors"))}
-        return {**self.options, **({"head": folder / "passed_head.safetensors"} if self.passed else {})}
+            options["head"] = self.head(folder)
+        elif self.passed:
+            options["head"] = folder / "passed_head.safetensors"
+        return options
 
 
-def internlm2_layout(body: dict[str, torch.Tensor], stored: bool) -> dict[str, torch.Tensor]:
-    """Llama's tensors as InternLM2 stores them, or back: two groups of two queries, a key and a value of width 8."""
-    names = {"embed_tokens": "tok_embeddings", "o_proj": "wo", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-    names |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "norm": "norm"}
-    names |= {"self_attn": "attention", "mlp": "feed_forward"}
-    if not stored:
-        names = {new: old for old, new in names.items()}
-    result = {}
-    for name, tensor in body.items():
-        new = ".".join(names.get(part, part) for part in name.split("."))
-        if "q_proj" in name:
-            q, k, v = (body[name.replace("q_proj", f"{part}_proj")] for part in "qkv")
-            groups = [torch.cat([q[16 * g : 16 * g + 16], k[8 * g : 8 * g + 8], v[8 * g : 8 * g + 8]]) for g in (0, 1)]
-            result[new.replace("q_proj", "wqkv")] = torch.cat(groups)
-        elif "wqkv" in name:
-            first, second = tensor.chunk(2)
-            for part, rows in {"q": slice(0, 16), "k": slice(16, 24), "v": slice(24, 32)}.items():
-                result[new.replace("wqkv", f"{part}_proj")] = torch.cat([first[rows], second[rows]])
-        elif not {"k_proj", "v_proj"} & set(name.split(".")):
-            result[new] = tensor
-    return result
+def linear(name: str, bias: bool = True) -> Any:
+    """The formula of a linear head on the last state."""
+
+    def forward(states, text, tensors, config):
+        value = tensors[f"{name}.weight"] @ states[-1]
+        return value + tensors[f"{name}.bias"] if bias else value
+
+    return forward
+
+
+def row(name: str, rows: int = 1, bias: bool = True) -> Any:
+    """The tensors of a linear head."""
+
+    def make(draw):
+        return {f"{name}.weight": draw(rows, D)} | ({f"{name}.bias": draw(rows)} if bias else {})
+
+    return make
 
 
 def vocabulary(replica: Replica) -> dict[str, int]:
     words = {"<s>": 0, "<pad>": 1, "</s>": 2, **{word: number for number, word in enumerate(WORDS, 3)}}
-    words |= {"Yes": 40, "No": 41, "NL": 271}
+    words |= {"Yes": 40, "No": 41, "<extra_0>": 42, "<cls>": 43, "<user>": 44, "<assistant>": 45, "NL": 271}
     return words | (HEADERS[replica.body] if replica.header else {})
 
 
 def make_tokenizer(replica: Replica) -> Any:
     raw = Tokenizer(models.WordLevel(vocabulary(replica), unk_token="<s>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<s>"
-    )
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<s>"}
+    if replica.body in ENCODERS:
+        special |= {"cls_token": "<s>", "sep_token": "</s>"}
+        second = 1 if replica.body == "bert" else 0
+        raw.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>",
+            pair=f"<s> $A </s> $B:{second} </s>:{second}",
+            special_tokens=[("<s>", 0), ("</s>", 2)],
+        )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+    tokenizer.chat_template = replica.template
+    return tokenizer
 
 
 def make_pairs(replica: Replica, n: int = 6) -> PreferencePairs:
@@ -177,87 +255,19 @@ def make_pairs(replica: Replica, n: int = 6) -> PreferencePairs:
         length = int(torch.randint(1, 9, (), generator=draw))
         return " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (length,), generator=draw))
 
+    def response(number: int, last: str) -> str:
+        if replica.one_token:
+            return WORDS[number + (6 if last == "w1" else 12)]
+        if replica.marker is None:
+            return f" {words()} {last}"
+        steps = [words() for _ in range(1 + number % 3)]
+        return " ".join(["", *(f"{step} {replica.marker}" for step in steps), last, replica.marker])
+
     rows = []
     for number in range(n):
         prompt = words()
         if replica.header:
             header = HEADER[replica.body]
             prompt = f"{prompt} {header} {words()} {words()} {header}" if number % 2 else f"{prompt} {header}"
-        rows.append({"prompt": prompt, "chosen": f" {words()} w1", "rejected": f" {words()} w2"})
+        rows.append({"prompt": prompt, "chosen": response(number, "w1"), "rejected": response(number, "w2")})
     return PreferencePairs.from_records(rows)
-
-
-class Reference:
-    """The model of a folder in plain transformers and torch: one text at a time, without this library."""
-
-    def __init__(self, replica: Replica, folder: Path, dtype: torch.dtype, *, head_from: Path | None = None) -> None:
-        self.replica = replica
-        self.fields = json.loads((folder / "config.json").read_text())
-        state = {}
-        for path in folder.glob("model*.safetensors"):
-            state |= load_file(path)
-        config = replica.config()
-        for key in ("mlp_bias", "attention_bias"):
-            if self.fields.get(key):
-                setattr(config, key, True)
-        self.body = transformers.AutoModel.from_config(config)
-        inside = {name for name in state if not replica.prefix or name.startswith(replica.prefix)}
-        stored = {name.removeprefix(replica.prefix): state[name] for name in inside}
-        self.body.load_state_dict(replica.layout(stored, False))
-        self.body = self.body.to(dtype).eval()
-        head = {name: state[name] for name in state if name not in inside}
-        file = "passed_head.safetensors" if replica.passed else replica.separate
-        if file:
-            head |= load_file((head_from or folder) / file)
-        self.head = {name: tensor.to(dtype) for name, tensor in head.items()}
-        self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-
-    def projections(self) -> list[torch.nn.Module]:
-        """The module of every layer whose input is the site mlp."""
-        if self.replica.body == "gpt_neox":
-            return [layer.mlp.dense_4h_to_h for layer in self.body.layers]
-        return [layer.mlp.down_proj for layer in self.body.layers]
-
-    def outputs(self, text: str) -> torch.Tensor:
-        """All outputs for one text."""
-        ids = self.tokenizer(text)["input_ids"]
-        states = self.body(input_ids=torch.tensor([ids])).last_hidden_state[0]
-        return self.replica.forward(states, ids, self.head, self.fields).flatten()
-
-    def reward(self, text: str) -> torch.Tensor:
-        """The output that is the reward, or the difference of two."""
-        outputs = self.outputs(text)
-        first, *second = self.replica.chosen
-        return outputs[first] - outputs[second[0]] if second else outputs[first]
-
-    @torch.no_grad()
-    def rewards(self, texts: list[str]) -> torch.Tensor:
-        return torch.stack([self.reward(text) for text in texts])
-
-    def contributions(self, text: str) -> torch.Tensor:
-        """The sum over tokens of activation times gradient of the reward, [layer, neuron], by autograd."""
-        kept: list[torch.Tensor] = []
-
-        def keep(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            kept.append(inputs[0].detach().requires_grad_() if not inputs[0].requires_grad else inputs[0])
-            return (kept[-1], *inputs[1:])
-
-        handles = [module.register_forward_pre_hook(keep) for module in self.projections()]
-        try:
-            gradients = torch.autograd.grad(self.reward(text), kept)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return torch.stack([(a * g).sum(dim=(0, 1)) for a, g in zip(kept, gradients, strict=True)]).detach()
-
-    def rewards_without(self, texts: list[str], mask: torch.Tensor) -> torch.Tensor:
-        """The rewards with the neurons of `mask` [layer, neuron] set to zero, by plain hooks."""
-        handles = [
-            module.register_forward_pre_hook(lambda _, inputs, row=row: (inputs[0].masked_fill(row, 0.0), *inputs[1:]))
-            for module, row in zip(self.projections(), mask, strict=True)
-        ]
-        try:
-            return self.rewards(texts)
-        finally:
-            for handle in handles:
-                handle.remove()

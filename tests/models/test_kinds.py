@@ -8,17 +8,23 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from all_replicas import ALL
+from gated_replicas import GATED
 from kind_checks import COLUMNS, measure
-from linear_and_gated_replicas import ALL, GATED, LAYERED, PLAIN
-from replicas import Reference, make_pairs
+from linear_replicas import LAYERED, PLAIN
+from native_families import make_native
+from replica_reference import Reference
+from replicas import HEADER, make_pairs
 from safetensors.torch import load_file, save_file
 from tiny_models import grid
 
 from rmtension import PreferencePairs, RewardHead
 from rmtension.errors import DataError, ModelError, RMTensionWarning
+from rmtension.passes._probes import find_probes
 
 KINDS = {replica.kind: replica for replica in ALL}
-KEPT = ("MLP v_head", "objectives, gated by the prompt")
+# The fast lane has a head of layers, one that reads the prompt, and one that reads several tokens.
+KEPT = ("MLP v_head", "objectives, gated by the prompt", "steps with an MLP")
 # The layers of Llama and Gemma-2 compute their norms in float32 in any model: rewards and gradients in float64 differ
 # by its rounding, where packed texts or gradients of margins reach a norm in another order.
 LIMITS = {torch.float32: 3e-5, torch.float64: 5e-6}
@@ -63,19 +69,44 @@ def test_a_reference_with_another_head_is_told_apart(kind, changed, folders):
     replica, folder = KINDS[kind], folders(kind)
     reference = Reference(replica, folder, torch.float64)
     reference.head = {name: tensor.double() for name, tensor in changed(reference.head).items()}
-    texts = [pair.text("chosen") for pair in make_pairs(replica)]
-    head = RewardHead.from_pretrained(folder, dtype=torch.float64)
-    assert float((head.score(texts) - reference.rewards(texts)).abs().max()) > 1e-4
+    pairs = make_pairs(replica)
+    texts = [(pair.prompt, pair.chosen) for pair in pairs]
+    head = RewardHead.from_pretrained(folder, dtype=torch.float64, **replica.open_options(folder))
+    assert float((head.score_pairs(pairs).chosen - reference.rewards(texts)).abs().max()) > 1e-4
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("kind", [*KEPT, "attributes with learned weights", "output projection, mean"])
+@pytest.mark.parametrize("kind", [*KEPT[:2], "attributes with learned weights", "output projection, mean"])
 def test_heads_of_all_shapes_pass_the_checks(kind, folders):
     replica = KINDS[kind]
     head = RewardHead.from_pretrained(folders(kind))
     assert head.check(make_pairs(replica))["passed"].all()
     same = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.chosen} for pair in make_pairs(replica)]
     assert not head.score_pairs(PreferencePairs.from_records(same)).margin.any(), "equal responses, equal rewards"
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("is_chat", [True, False])
+@pytest.mark.parametrize("kind", [KEPT[1], "quantiles, second version"])
+def test_checks_without_pairs_use_texts_that_the_head_can_read(kind, is_chat, folders):
+    """Heads that need a header get chats, or, without a template, drawn tokens that end with the header."""
+    replica = KINDS[kind]
+    head = RewardHead.from_pretrained(folders(kind))
+    tokenizer, header = head.tokenizer, HEADER[replica.body]
+    if is_chat:
+        tokenizer.chat_template = (
+            "{% for message in messages %}{% if message.role == 'assistant' %} "
+            + header
+            + " {% endif %} w1 {{ message.content }}{% endfor %}"
+        )
+    probes = find_probes(head, None)
+    ending = tokenizer(f"{header} {'w1 No.' if is_chat else ''}")["input_ids"]
+    assert len(probes) == 6
+    assert any(probe.ids[-len(ending) :] == ending for probe in probes)
+    assert all(probe.text is None for probe in probes)
+    table = head.check().set_index("check")
+    assert table["passed"].all()
+    assert {"equal to transformers", "padding", "zeroing, mlp"} <= set(table.index)
 
 
 class TestUnknownHeads:
@@ -94,8 +125,9 @@ class TestUnknownHeads:
         row = load_file(folder / "model.safetensors")["mix.first.w"][0]
         reference = Reference(PLAIN[2], folder, torch.float32)
         reference.replica = replace(PLAIN[2], forward=lambda states, *_: row @ states[-1])
-        texts = [pair.text("chosen") for pair in make_pairs(PLAIN[2])]
-        assert torch.allclose(head.score(texts), reference.rewards(texts), atol=1e-5)
+        pairs = make_pairs(PLAIN[2])
+        texts = [(pair.prompt, pair.chosen) for pair in pairs]
+        assert torch.allclose(head.score_pairs(pairs).chosen, reference.rewards(texts), atol=1e-5)
         with pytest.raises(ModelError, match=r"no class for the head OwnHead.*pass the head again"):
             head.save_pretrained(folder.parent / "saved")
 
@@ -220,3 +252,39 @@ def test_a_model_of_an_own_class_is_compared_with_its_logits(tokenizer):
     model.score = torch.nn.Bilinear(32, 32, 1)
     with pytest.raises(ModelError, match=r"(?s)score.weight \[1, 32, 32\].*model.state_dict\(\)"):
         RewardHead.from_classifier(model)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("kind", ["own class", "encoder with a pooler"])
+def test_a_head_in_memory_that_is_trained_is_noticed(kind):
+    """Heads of several modules are copies. The body is not, so training it alone is followed."""
+    torch.manual_seed(0)
+    if kind == "own class":
+        model = LayeredModel(LAYERED[0].config()).eval()
+        trained = model.score[0]
+    else:
+        model = make_native("deberta-v2", 64)
+        trained = model.pooler.dense
+    ids = torch.tensor([[5, 9, 1, 7]])
+
+    def train(module):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        model(input_ids=ids).logits.sum().backward()
+        optimizer.step()
+        model.zero_grad()
+
+    def logits():
+        with torch.no_grad():
+            return model(input_ids=ids).logits[:, 0]
+
+    head = RewardHead.from_classifier(model)
+    before = logits()
+    assert torch.allclose(head.score_tokens(ids), before, atol=1e-5)
+    train(model.base_model)
+    assert (logits() - before).abs() > 1e-3
+    assert torch.allclose(head.score_tokens(ids), logits(), atol=1e-5)
+    train(trained)
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"score layer changed after the model was opened.*from_classifier"):
+            head.score_tokens(ids)
+    assert torch.allclose(RewardHead.from_classifier(model).score_tokens(ids), logits(), atol=1e-5)

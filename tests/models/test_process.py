@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import grid, make_config, make_pairs, make_tokenizer
 
 from rmtension import AblationContext, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
-from rmtension.errors import DataError, ModelError, OptionError
+from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning
 from rmtension.models import ProcessHead
 
 MARKER = " then"
@@ -169,8 +169,14 @@ def test_layers_of_qwen_math_prm_and_a_value_per_step(tmp_path, tokenizer, steps
         assert float(own.score_pairs(steps).chosen[number] - by_class) == pytest.approx(0, abs=1e-7)
         assert float(value.score_pairs(steps).chosen[number] - by_value) == pytest.approx(0, abs=1e-7)
     assert own.check(steps)["passed"].all()
-    with pytest.raises(ModelError, match=r"transformers has no token classifier whose head is a LayeredHead"):
+    with pytest.warns(RMTensionWarning, match=r"again with head=ProcessHead\(' then'\), output='product'"):
         own.save_pretrained(tmp_path / "saved")
+    options = {"output": "product", "dtype": torch.float64}
+    again = RewardHead.from_pretrained(tmp_path / "saved", head=ProcessHead(MARKER), **options)
+    assert torch.equal(again.score_pairs(steps).chosen, own.score_pairs(steps).chosen)
+    passed = RewardHead.from_pretrained(tmp_path, head=ProcessHead(MARKER, own.head.step), **options)
+    with pytest.raises(ModelError, match=r"transformers has no token classifier whose head is a LayeredHead"):
+        passed.save_pretrained(tmp_path / "other")
 
 
 def test_texts_without_a_marker_and_wrong_arguments_are_refused(process, tokenizer, tmp_path):

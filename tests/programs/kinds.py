@@ -6,7 +6,7 @@ between rmtension and that reference over 12 texts: rewards, all outputs, gradie
 plain hooks, permanent ablations, and what is left after saving and opening again. Returns 1 if a number exceeds its
 limit, or if a kind that should open is refused.
 
-To add a kind, add a `Replica` and list it in `REPLICAS`; to count it, name it in `SHARES`.
+To add a kind, add a `Replica` and list it in `all_replicas.ALL`; to count it, name it in `SHARES`.
 """
 
 import argparse
@@ -24,17 +24,15 @@ sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 import tiny_models  # noqa: E402, F401 - sets what must be set before torch is imported
 
 # isort: split
-import linear_and_gated_replicas  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from all_replicas import ALL, REFUSED  # noqa: E402
 from kind_checks import COLUMNS, measure_in  # noqa: E402
 from replicas import Replica  # noqa: E402
 
 from rmtension import RewardHead  # noqa: E402
 from rmtension.errors import RMTensionError  # noqa: E402
 
-REPLICAS: list[Replica] = [*linear_and_gated_replicas.ALL]
-REFUSED: list[Replica] = [*linear_and_gated_replicas.REFUSED]
 LIMITS = {torch.float32: 1e-4, torch.float64: 1e-5}
 PAGE = ROOT / "docs" / "kinds.md"
 BEGIN, END = "<!-- begin: python tests/programs/kinds.py --write -->", "<!-- end -->"
@@ -44,7 +42,7 @@ BEGIN, END = "<!-- begin: python tests/programs/kinds.py --write -->", "<!-- end
 class Share:
     """A kind of RewardBench's list: how many models, how many of them open, by which replicas, and what does not open.
 
-    `opens` counts only if every replica named here is in `REPLICAS` and passes.
+    `opens` counts only if every replica named here is in `all_replicas.ALL` and passes.
     """
 
     kind: str
@@ -57,7 +55,12 @@ class Share:
 # `scripts/configs/eval_configs.yaml` of allenai/reward-bench at this commit, the newest that was available on the date.
 COMMIT, DATE = "5822f16d", "28 November 2026"
 SHARES = (
-    Share("log-ratio of two language models (DPO)", 48, 48, ("log-ratio",)),
+    Share(
+        "log-ratio of two language models (DPO)",
+        48,
+        48,
+        ("log-ratio of two language models", "log-likelihood, averaged"),
+    ),
     Share("classifier with one output", 38, 38, ("classifier, one output",), "pickled files must be converted once"),
     Share(
         "linear value head",
@@ -65,7 +68,7 @@ SHARES = (
         10,
         (
             *("linear head of an own class", "body under another name", "output projection, last token"),
-            *("mean of rows", "body in another layout"),
+            *("mean of rows", "body in another layout", "token appended to a chat"),
         ),
         "pickled files must be converted once; the tokenizer of internlm2 must be passed",
     ),
@@ -153,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
-    chosen = [replica for replica in REPLICAS if not options.kinds or replica.kind in options.kinds]
+    chosen = [replica for replica in ALL if not options.kinds or replica.kind in options.kinds]
     versions = ", ".join(f"{name} {version(name)}" for name in ("transformer-lens", "transformers", "torch"))
     lines, passed = table(chosen)
     if options.write:

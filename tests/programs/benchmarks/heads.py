@@ -3,10 +3,10 @@
     python tests/programs/benchmarks/heads.py --runs 7
 
 One Llama-shaped body with random weights (4 layers, width 256 unless `--layers` and `--width` set other sizes) and 96
-pairs with prompts of 40 words and responses of 10 to 60; language models have 32,000 tokens. Every head runs once in every round, in an order that is drawn
-for each round, and is compared with the linear head of that round: scoring, and gradient x activation. The linear head
-also runs a second time under another name; its ratio shows the noise. The tables have the median of the ratios, the
-smallest and the largest.
+pairs with prompts of 40 words and responses of 10 to 60; language models have 32,000 tokens. Every head runs once in
+every round, in an order that is drawn for each round, and is compared with the linear head of that round: scoring, and
+gradient x activation. The linear head also runs a second time under another name; its ratio shows the noise. The tables
+have the median of the ratios, the smallest and the largest.
 """
 
 import argparse
