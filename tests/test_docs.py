@@ -60,13 +60,17 @@ def two_models_of_the_hub():
 
 def replicas_of_the_hub():
     """For the page of kinds: under the names of the hub, folders of replicas."""
+    import torch
     from all_replicas import ALL
     from replicas import make_pairs
+    from rewritten_files import with_tensors
 
     kinds = {replica.kind: replica for replica in ALL}
     armo = kinds["objectives, gated by the prompt"]
     armo.make(Path("RLHFlow", "ArmoRM-Llama3-8B-v0.1"))
     kinds["attributes with fixed weights"].make(Path("LxzGordon", "URM-LLaMa-3-8B"))
+    own = {"my_head.first.weight": torch.ones(8, 32), "my_head.second.weight": torch.ones(2, 8)}
+    with_tensors(Path("RLHFlow", "ArmoRM-Llama3-8B-v0.1"), Path("folder"), own)
     return {"pairs": make_pairs(armo)}
 
 

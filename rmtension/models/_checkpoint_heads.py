@@ -277,8 +277,8 @@ def _no_head(location: CheckpointLocation, stored: StoredHeads) -> str:
     return (
         f"{name}: expected a checkpoint of a sequence classifier, got {location.config.architectures}, which has no "
         "score head. Pass a head with head=(weight, bias), or the tokens whose logits are the reward with "
-        "output=(' Yes', ' No'). For a policy trained by DPO or SimPO, open it in Python with "
-        "head=LogRatioHead('reference', beta=0.1) of rmtension.models. To read activations only, use "
+        "output=(' Yes', ' No'). A policy trained by DPO opens with a LogRatioHead of rmtension.models as its "
+        "head, or on the command line with --reference. To read activations only, use "
         "RewardHead.from_language_model."
     )
 

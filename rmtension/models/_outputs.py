@@ -36,10 +36,12 @@ def choose_rows(output: object, n_rows: int, names: Mapping[int, str] | None, wh
     if output is None:
         if n_rows == 1:
             return (0,)
+        shown = {row: repr(name) for row, name in (names or {}).items() if not name.isdigit()}
+        last, first = shown.get(n_rows - 1, n_rows - 1), shown.get(0, 0)
         raise ModelError(
             f"{what}: expected a head with one output, got {n_rows}: {_listed(n_rows, names)}. Pass the output that is "
-            f"the reward: output={n_rows - 1}, or output=({n_rows - 1}, 0) for a difference of two; output='all' opens "
-            "the model without choosing."
+            f"the reward: output={last}, or output=({last}, {first}) for a difference of two; output='all' opens the "
+            "model without choosing."
         )
     return _one_or_two(output, lambda row: _row(row, n_rows, names))
 

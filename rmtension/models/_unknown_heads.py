@@ -17,7 +17,8 @@ def unknown_head(name: str, tensors: HeadTensors, width: int | None, *, has_step
     more = f" and {len(tensors.shapes) - _SHOWN} more" if len(tensors.shapes) > _SHOWN else ""
     steps = (
         "If it scores the steps of a response, pass head=ProcessHead(marker) of rmtension.models, with the text that "
-        "ends each step, and output='min', 'mean', 'last' or 'product'. For any other head, define what it computes,"
+        "ends each step (on the command line, --marker), and the output 'min', 'mean', 'last' or 'product'. For any "
+        "other head, define what it computes,"
         if has_steps
         else "Define what the head computes,"
     )

@@ -173,7 +173,9 @@ class TestClassifiers:
             return RewardHead.from_classifier(classifier, tokenizer=padded_with_eos, **options)
 
         listed = r"0 to 2 \(0 'harmless', 1 'honest', 2 'helpful'\)"
-        with pytest.raises(ModelError, match=rf"one output, got 3: {listed}.*output=2, or output=\(2, 0\)"):
+        with pytest.raises(
+            ModelError, match=rf"one output, got 3: {listed}.*output='helpful', or output=\('helpful', 'harmless'\)"
+        ):
             opened()
         for wrong in (3, -1, True, 1.5, None):
             with pytest.raises(OptionError, match=rf"output: expected one of {listed}, got {wrong}"):
