@@ -24,8 +24,8 @@ import transformers
 
 from rmtension import ActivationCollector, Mean, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
 from rmtension.evaluation import accuracy
+from rmtension.heads import LogRatioHead
 from rmtension.interventions import score_without
-from rmtension.models import LogRatioHead
 from rmtension.training import train_base_model, train_tokenizer
 
 NOUNS = [

@@ -11,21 +11,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rmtension.bodies._bodies import find_body
+from rmtension.bodies._bridges import check_model_class
+from rmtension.bodies._hooks import copy_without_hooks
 from rmtension.data._encoding import TextOrChat
 from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
 from rmtension.evaluation._pair_rewards import PairRewards
+from rmtension.heads._outputs import choose_outputs
+from rmtension.heads._weighted_sum import with_weighted_sum
 from rmtension.interventions._export import ablate_weights
 from rmtension.interventions._lens_hooks import LensHook, fwd_hooks
 from rmtension.interventions._replacement import Replacement
 from rmtension.interventions._replacements import Zero
-from rmtension.models._bodies import find_body
-from rmtension.models._bridges import check_model_class
 from rmtension.models._checkpoint_names import require_name
 from rmtension.models._checkpoints import open_checkpoint
 from rmtension.models._checkpoints_in_memory import checkpoint_of
-from rmtension.models._hooks import copy_without_hooks
 from rmtension.models._lens_models import is_saved_model
 from rmtension.models._loading import LoadOptions
 from rmtension.models._opening import (
@@ -36,11 +38,9 @@ from rmtension.models._opening import (
     require_hidden_padding,
     within_reference,
 )
-from rmtension.models._outputs import choose_outputs
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions, check_run_options, run_options_of
 from rmtension.models._saving import save_model
-from rmtension.models._weighted_sum import with_weighted_sum
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._rewards_of_pairs import RewardsOfPairs
@@ -236,7 +236,7 @@ class RewardHead(RewardModel):
         Raises `OptionError` for an output that the head does not have, with the nearest name.
 
         Examples:
-            >>> from rmtension.models import LinearHead
+            >>> from rmtension.heads import LinearHead
             >>> rows = torch.stack([head.weight, -head.weight])
             >>> both = LinearHead(rows, names=["helpfulness", "harm"])
             >>> model = RewardHead(head.model, both, output="all", tokenizer=head.tokenizer)
@@ -324,7 +324,7 @@ class RewardHead(RewardModel):
         Cost: that of `score_pairs`, for all outputs together. `work` and `progress` are those of `run_pass`.
 
         Examples:
-            >>> from rmtension.models import LinearHead
+            >>> from rmtension.heads import LinearHead
             >>> rows = torch.stack([head.weight, -head.weight])
             >>> both = LinearHead(rows, names=["helpfulness", "harm"])
             >>> model = RewardHead(head.model, both, output="all", tokenizer=head.tokenizer)

@@ -61,7 +61,7 @@ def same(values, expected):
 def test_packing_changes_no_result(head, few, numbers, family, monkeypatch):
     assert (n_packed(head, few) == 0) == (family in ALONE)
     assert float(numbers[1].abs().max()) > 1e-3
-    monkeypatch.setattr("rmtension.models._bodies.BridgeBody.pack_up_to", 0)
+    monkeypatch.setattr("rmtension.bodies._bodies.BridgeBody.pack_up_to", 0)
     assert n_packed(head, few) == 0
     assert same(numbers, margins_and_scores(head, few))
 

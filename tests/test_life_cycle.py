@@ -26,14 +26,7 @@ from rmtension.attribution._batch_run import BatchRun, _BlockGates
 from rmtension.attribution._faithfulness import faithfulness
 from rmtension.attribution._make_dashboards import neuron_dashboards
 from rmtension.attribution._single_effects import single_neuron_effects
-from rmtension.data._tokens import ReadAt, TokenBatch, running, running_batch
-from rmtension.distributed import current, sharded
-from rmtension.errors import OptionError, RMTensionError
-from rmtension.interventions._sweep import score_without
-from rmtension.models._classifiers import build_classifier
-from rmtension.models._direct_path import direct_contributions
-from rmtension.models._direct_weights import direct_weights
-from rmtension.models._hooks import (
+from rmtension.bodies._hooks import (
     HookSite,
     InstalledHooks,
     all_fire,
@@ -44,13 +37,20 @@ from rmtension.models._hooks import (
     own_hooks_paused,
     recorded_calls,
 )
-from rmtension.models._native_body import NativeBody
-from rmtension.models._native_sites import attends_both_ways, find_native_sites
-from rmtension.models._native_weights import plain_copy
+from rmtension.bodies._native_body import NativeBody
+from rmtension.bodies._native_sites import attends_both_ways, find_native_sites
+from rmtension.bodies._native_weights import plain_copy
+from rmtension.bodies._site_widths import measure_sites
+from rmtension.bodies._text_models import text_model
+from rmtension.data._tokens import ReadAt, TokenBatch, running, running_batch
+from rmtension.distributed import current, sharded
+from rmtension.errors import OptionError, RMTensionError
+from rmtension.interventions._sweep import score_without
+from rmtension.models._classifiers import build_classifier
+from rmtension.models._direct_path import direct_contributions
+from rmtension.models._direct_weights import direct_weights
 from rmtension.models._opening import require_hidden_padding
 from rmtension.models._replay import Replay
-from rmtension.models._site_widths import measure_sites
-from rmtension.models._text_models import text_model
 from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.passes._nonfinite import require_finite, where_not_finite
 from rmtension.passes._pair_pass import run_pass
@@ -263,14 +263,14 @@ CALLS = {
     "attribution._batch_run.BatchRun.replay": lambda s: BatchRun(
         s.head, s.batch, ["mlp"], forward=False
     ).replay.rewards_from(1),
-    "models._native_sites.attends_both_ways": lambda s: attends_both_ways(s.head.body.module),
-    "models._native_sites.find_native_sites": lambda s: find_native_sites(s.head.body.module),
-    "models._text_models.text_model": lambda s: text_model(s.head.body.module),
-    "models._native_body.NativeBody.__init__": lambda s: NativeBody(s.head.body.module),
-    "models._native_body.NativeBody.residual": lambda s: in_eval(
+    "bodies._native_sites.attends_both_ways": lambda s: attends_both_ways(s.head.body.module),
+    "bodies._native_sites.find_native_sites": lambda s: find_native_sites(s.head.body.module),
+    "bodies._text_models.text_model": lambda s: text_model(s.head.body.module),
+    "bodies._native_body.NativeBody.__init__": lambda s: NativeBody(s.head.body.module),
+    "bodies._native_body.NativeBody.residual": lambda s: in_eval(
         s, lambda: NativeBody(s.head.body.module).residual(s.batch)
     ),
-    "models._bodies.BridgeBody.residual": lambda s: in_eval(s, lambda: s.head.body.residual(s.batch)),
+    "bodies._bodies.BridgeBody.residual": lambda s: in_eval(s, lambda: s.head.body.residual(s.batch)),
     "models._direct_path.direct_contributions": lambda s: direct_contributions(s.head, s.batch),
     "models._direct_weights.direct_weights": lambda s: direct_weights(s.head, s.batch, "mlp", [(0, 1)]),
     "models._classifiers.build_classifier": lambda s: build_classifier(s.head),
@@ -283,12 +283,12 @@ CALLS = {
         set_fractions=(0.1,),
         n_random=1,
     ),
-    "models._gate_search.find_gates": lambda s: s.head.body.hook_sites("mlp_gate", 0),
+    "bodies._gate_search.find_gates": lambda s: s.head.body.hook_sites("mlp_gate", 0),
     "models._reward_model.RewardModel.observe": lambda s: s.head.observe(
         s.batch, ["mlp", "attn_head"], lambda *_: None
     ),
     "models._reward_model.RewardModel.residual": lambda s: s.head.residual(s.batch),
-    "models._hooks.copy_without_hooks": lambda s: copy_without_hooks(s.head.body.native),
+    "bodies._hooks.copy_without_hooks": lambda s: copy_without_hooks(s.head.body.native),
     # What a bridge's own run leaves is TransformerLens'.
     "interventions._lens_hooks.fwd_hooks": lambda s: s.head.fwd_hooks(s.neurons, Mean(s.statistics)),
     "attribution._make_dashboards.neuron_dashboards": lambda s: neuron_dashboards(
@@ -299,7 +299,7 @@ CALLS = {
         s.head, s.batch, [torch.tensor([torch.inf])], None
     ),
     "models._opening.require_hidden_padding": lambda s: require_hidden_padding(s.head),
-    "models._native_weights.plain_copy": lambda s: plain_copy(s.head.body.native),
+    "bodies._native_weights.plain_copy": lambda s: plain_copy(s.head.body.native),
     "passes._collect_profiles.collect_profiles": lambda s: collect_profiles(s.head, s.pairs, base=s.base),
     "models._replay.Replay.__init__": lambda s: Replay(s.head, s.batch, ["mlp"]),
     "models._replay.Replay.rewards_from": lambda s: Replay(s.head, s.batch).rewards_from(1),
@@ -324,7 +324,7 @@ CALLS = {
     "attribution._single_effects.single_neuron_effects": lambda s: single_neuron_effects(
         s.head, s.pairs, neurons=s.neurons
     ),
-    "models._site_widths.measure_sites": lambda s: in_eval(
+    "bodies._site_widths.measure_sites": lambda s: in_eval(
         s, lambda: measure_sites(s.head.body, s.head.n_layers, s.head.device)
     ),
     "study._tension_study.TensionStudy.run": lambda s: TensionStudy(
@@ -379,7 +379,7 @@ THE_SAME = {
         for name in ("build_language_model", "build_token_classifier", "save_token_model")
     },
     "interventions._expert_weights.ablate_experts": "reward_head.RewardHead.with_ablation",
-    "models._experts.ExpertPoint.register_forward_hook": "passes._activation_collector.ActivationCollector.collect",
+    "bodies._experts.ExpertPoint.register_forward_hook": "passes._activation_collector.ActivationCollector.collect",
     "passes._token_rewards.rewards_of_tokens": "passes._selfcheck.check_head",
     "models._classifiers.current_checkpoint": "models._saving.save_model",
     "models._classifiers.require_same_stream": "models._classifiers.build_classifier",
@@ -387,56 +387,58 @@ THE_SAME = {
 }
 # What opens or builds a model of its own, or looks at one without running it: nothing of a user's could be changed.
 OWN_MODEL = [
-    "models._bodies.BridgeBody.experts",
-    "models._native_body.NativeBody.experts",
-    "models._experts.ExpertPoint.__init__",
-    "models._experts.expert_point",
+    "bodies._bodies.BridgeBody.experts",
+    "bodies._native_body.NativeBody.experts",
+    "bodies._experts.ExpertPoint.__init__",
+    "bodies._experts.expert_point",
     "models._opening.bound_head",
     "models._opening.within_reference",
-    "models._bodies.BridgeBody.__init__",
-    "models._bodies.find_body",
+    "bodies._bodies.BridgeBody.__init__",
+    "bodies._bodies.find_body",
     "models._reward_model.RewardModel.__init__",
-    "models._last_block.LastMLP.__init__",
-    "models._native_run.find_last_mlp",
-    "models._rope.RopeByText.__init__",
+    "bodies._last_block.LastMLP.__init__",
+    "bodies._native_run.find_last_mlp",
+    "bodies._rope.RopeByText.__init__",
     "reward_head.RewardHead.from_classifier",
     "reward_head.RewardHead.from_language_model",
     "reward_head.RewardHead.from_pretrained",
     "models._opening.with_checkpoint",
     "models._opening.with_lens_model",
     "models._opening.head_on",
-    "models._bodies.BootNativeBody.residual",
-    "models._hooked_transformer_body.HookedTransformerBody.__init__",
-    "models._hooked_transformer_body.HookedTransformerBody.residual",
+    "bodies._bodies.BootNativeBody.residual",
+    "bodies._hooked_transformer_body.HookedTransformerBody.__init__",
+    "bodies._hooked_transformer_body.HookedTransformerBody.residual",
     "models._lens_models.SavedModel.__init__",
     "models._lens_models.copy_model",
     "models._lens_models.write_model",
     "models._checkpoint.Checkpoint.__init__",
-    "models._computed_heads.PromptWeightedHead.__init__",
-    "models._computed_heads.WeightedHead.__init__",
-    "models._encoder_heads.PooledHead.classifier_with",
+    "heads._computed_heads.PromptWeightedHead.__init__",
+    "heads._computed_heads.WeightedHead.__init__",
+    "heads._encoder_heads.PooledHead.classifier_with",
 ]
 ONLY_LOOKS = [
+    "heads._head.tensors_of",
+    "models._reward_model.RewardModel.require_same_head",
     "interventions._expert_weights.expert_names",
-    *(f"models._experts.ExpertPoint.{name}" for name in ("experts", "forward", "restore", "routed", "write")),
-    "models._experts.is_experts",
+    *(f"bodies._experts.ExpertPoint.{name}" for name in ("experts", "forward", "restore", "routed", "write")),
+    "bodies._experts.is_experts",
     "models._reward_model.RewardModel.body_fingerprint",
     "study._family_runs.ModelFamily.outputs",
     "study._inspection_outputs.chosen_outputs",
     "models._reward_model.RewardModel.require_text",
     "models._classifiers.rows_to_save",
     *(
-        f"models._computed_heads.PromptWeightedHead.{name}"
+        f"heads._computed_heads.PromptWeightedHead.{name}"
         for name in ("ending_ids", "read_tokens", "require_text", "settings", "tokens")
     ),
-    *(f"models._computed_heads.WeightedHead.{name}" for name in ("read", "settings")),
+    *(f"heads._computed_heads.WeightedHead.{name}" for name in ("read", "settings")),
     "models._own_format.same_tensors",
     "models._checkpoint.Checkpoint.live_head",
-    "models._bodies.BridgeBody.cfg",
-    "models._bodies.BridgeBody.config",
-    "models._hooked_transformer_body.HookedTransformerBody.cfg",
+    "bodies._bodies.BridgeBody.cfg",
+    "bodies._bodies.BridgeBody.config",
+    "bodies._hooked_transformer_body.HookedTransformerBody.cfg",
     *(
-        f"models._native_body.NativeBody.{name}"
+        f"bodies._native_body.NativeBody.{name}"
         for name in (
             *("block", "config", "final_norm", "hook_sites", "is_hooked", "last_mlp_only_at", "modules"),
             *("n_embeddings", "pack_up_to", "projection"),
@@ -458,40 +460,40 @@ ONLY_LOOKS = [
     "cli._commands.neuron_options.neurons_of",
     "interventions._ablation.check_set",
     "study._inspection_run.InspectionRun.__init__",
-    "models._bodies.BridgeBody.projection",
-    "models._bodies.BridgeBody.stable_up_to",
+    "bodies._bodies.BridgeBody.projection",
+    "bodies._bodies.BridgeBody.stable_up_to",
     "models._direct_path.DirectPaths.final_norm_seen",
     "models._direct_weights.unembedding",
-    "models._bodies.BootNativeBody.n_embeddings",
-    "models._bodies.BootNativeBody.hook_sites",
-    "models._bodies.BootNativeBody.weights",
+    "bodies._bodies.BootNativeBody.n_embeddings",
+    "bodies._bodies.BootNativeBody.hook_sites",
+    "bodies._bodies.BootNativeBody.weights",
     "models._direct_path.written_by",
-    "models._hooked_transformer_body.HookedTransformerBody.projection",
-    "models._hooked_transformer_body.HookedTransformerBody.stable_up_to",
-    "models._hooked_transformer_body.HookedTransformerBody.weights",
-    "models._projections.Projection.of",
+    "bodies._hooked_transformer_body.HookedTransformerBody.projection",
+    "bodies._hooked_transformer_body.HookedTransformerBody.stable_up_to",
+    "bodies._hooked_transformer_body.HookedTransformerBody.weights",
+    "bodies._projections.Projection.of",
     "models._checkpoint.Checkpoint.require_same_head",
-    "models._native_weights.has_adapters",
-    "models._native_weights.refuse_packed_weights",
-    "models._native_weights.refuse_recomputed",
+    "bodies._native_weights.has_adapters",
+    "bodies._native_weights.refuse_packed_weights",
+    "bodies._native_weights.refuse_recomputed",
     "interventions._ablation.AblationContext.ablated",
     "passes._activation_collector.ActivationCollector.__init__",
     "passes._activation_collector.ActivationCollector.compute",
     "passes._activation_collector.ActivationCollector.merge",
     "passes._activation_collector.ActivationCollector.reset",
     "attribution._neuron_attribution.NeuronAttribution.__init__",
-    "models._bodies.BridgeBody.block",
-    "models._bodies.BridgeBody.final_norm",
-    "models._bodies.BridgeBody.final_norm_folded",
-    "models._bodies.BridgeBody.is_hooked",
-    "models._bodies.BridgeBody.last_mlp_only_at",
-    "models._bodies.BridgeBody.model",
-    "models._bodies.BridgeBody.modules",
-    "models._bodies.BridgeBody.n_embeddings",
-    "models._bodies.BridgeBody.pack_up_to",
-    "models._bodies.BridgeBody.require_faithful",
-    "models._bodies.BridgeBody.runs_native",
-    "models._bodies.BridgeBody.hook_sites",
+    "bodies._bodies.BridgeBody.block",
+    "bodies._bodies.BridgeBody.final_norm",
+    "bodies._bodies.BridgeBody.final_norm_folded",
+    "bodies._bodies.BridgeBody.is_hooked",
+    "bodies._bodies.BridgeBody.last_mlp_only_at",
+    "bodies._bodies.BridgeBody.model",
+    "bodies._bodies.BridgeBody.modules",
+    "bodies._bodies.BridgeBody.n_embeddings",
+    "bodies._bodies.BridgeBody.pack_up_to",
+    "bodies._bodies.BridgeBody.require_faithful",
+    "bodies._bodies.BridgeBody.runs_native",
+    "bodies._bodies.BridgeBody.hook_sites",
     "models._checkpoint.Checkpoint.reads_tokens",
     "models._checkpoint.Checkpoint.trust_remote_code",
     "models._direct_path.DirectPaths.__init__",
@@ -511,20 +513,20 @@ ONLY_LOOKS = [
     "models._reward_model.RewardModel.setup_digest",
     "models._reward_model.RewardModel.sites",
     "models._reward_model.RewardModel.tokens_together",
-    "models._hooked_transformer_body.HookedTransformerBody.block",
-    "models._hooked_transformer_body.HookedTransformerBody.final_norm",
-    "models._hooked_transformer_body.HookedTransformerBody.final_norm_folded",
-    "models._hooked_transformer_body.HookedTransformerBody.is_hooked",
-    "models._hooked_transformer_body.HookedTransformerBody.last_mlp_only_at",
-    "models._hooked_transformer_body.HookedTransformerBody.modules",
-    "models._hooked_transformer_body.HookedTransformerBody.n_embeddings",
-    "models._hooked_transformer_body.HookedTransformerBody.hook_sites",
-    "models._hooks.HookSite.__init__",
-    "models._hooks.count_foreign_hooks",
-    "models._hooks.has_own_hooks",
-    "models._hooks.is_placed",
-    "models._hooks.modules_of",
-    "models._norms.read_norm",
+    "bodies._hooked_transformer_body.HookedTransformerBody.block",
+    "bodies._hooked_transformer_body.HookedTransformerBody.final_norm",
+    "bodies._hooked_transformer_body.HookedTransformerBody.final_norm_folded",
+    "bodies._hooked_transformer_body.HookedTransformerBody.is_hooked",
+    "bodies._hooked_transformer_body.HookedTransformerBody.last_mlp_only_at",
+    "bodies._hooked_transformer_body.HookedTransformerBody.modules",
+    "bodies._hooked_transformer_body.HookedTransformerBody.n_embeddings",
+    "bodies._hooked_transformer_body.HookedTransformerBody.hook_sites",
+    "bodies._hooks.HookSite.__init__",
+    "bodies._hooks.count_foreign_hooks",
+    "bodies._hooks.has_own_hooks",
+    "bodies._hooks.is_placed",
+    "bodies._hooks.modules_of",
+    "bodies._norms.read_norm",
     "passes._rewards_of_pairs.RewardsOfPairs.__init__",
     "passes._rewards_of_pairs.RewardsOfPairs.compute",
     "passes._rewards_of_pairs.RewardsOfPairs.name",
@@ -663,15 +665,15 @@ CONTEXTS = {
     "interventions._ablation.AblationContext": lambda s: AblationContext(s.head, s.neurons),
     "attribution._batch_run._BlockGates.closed": lambda s: _BlockGates(s.head).closed(1),
     "attribution._batch_run._BlockGates.running": lambda s: _BlockGates(s.head).running(),
-    "models._hooks.all_fire": lambda s: all_fire(s.head.body.modules()),
-    "models._hooks.on_calls": lambda s: on_calls([s.mlp, s.head.body.block(0)], lambda *_: None),
-    "models._hooks.own_hooks_paused": lambda s: own_hooks_paused(s.head.body.modules()),
-    "models._rope.RopeByText.for_texts": lambda s: s.head.body._rope.for_texts(s.batch),
-    "models._hooks.InstalledHooks": lambda s: InstalledHooks([(spot(s), lambda _: None)] * 3),
-    "models._hooks.frozen": lambda s: frozen(s.head.body.modules()),
-    "models._hooks.eager_eval": lambda s: eager_eval(s.head.body.modules()),
-    "models._hooks.recorded_calls": lambda s: recorded_calls([s.mlp, s.head.body.block(0)]),
-    "models._last_block.LastMLP.only_at": lambda s: s.head.body.last_mlp_only_at(s.batch, s.batch.last_places),
+    "bodies._hooks.all_fire": lambda s: all_fire(s.head.body.modules()),
+    "bodies._hooks.on_calls": lambda s: on_calls([s.mlp, s.head.body.block(0)], lambda *_: None),
+    "bodies._hooks.own_hooks_paused": lambda s: own_hooks_paused(s.head.body.modules()),
+    "bodies._rope.RopeByText.for_texts": lambda s: s.head.body._rope.for_texts(s.batch),
+    "bodies._hooks.InstalledHooks": lambda s: InstalledHooks([(spot(s), lambda _: None)] * 3),
+    "bodies._hooks.frozen": lambda s: frozen(s.head.body.modules()),
+    "bodies._hooks.eager_eval": lambda s: eager_eval(s.head.body.modules()),
+    "bodies._hooks.recorded_calls": lambda s: recorded_calls([s.mlp, s.head.body.block(0)]),
+    "bodies._last_block.LastMLP.only_at": lambda s: s.head.body.last_mlp_only_at(s.batch, s.batch.last_places),
     "data._tokens.running": lambda s: running(s.batch),
 }
 # Those that do not, with the tests that look after them.
@@ -681,12 +683,12 @@ ELSEWHERE = {
     "store._files.filled_whole": "test_files",
     "store._compression._ZstdFile": "test_reading",
     "store._storage._opened": "test_storage",
-    "models._hooked_transformer_body.HookedTransformerBody._fresh_alibi": "test_hooked_transformer",
+    "bodies._hooked_transformer_body.HookedTransformerBody._fresh_alibi": "test_hooked_transformer",
     "store._files.written_whole": "test_files",
     "_progress.without_unseen_bars": "test_progress",
     "study._model_runs.ModelRuns._work": "test_work",
-    "models._bridges._without_installing": "test_text_models",
-    "models._head_files._damage_named": "test_heads",
+    "bodies._bridges._without_installing": "test_text_models",
+    "heads._head_tensors.damage_named": "test_heads",
     "models._checkpoint_folder.checkpoint_folder": "test_files",
     "training._trainer_run.isolated": "test_training",
     "training._trainer_run.new_folder": "test_training",
@@ -821,7 +823,7 @@ def test_a_leaking_call_is_found_out(spoiled):
 
 
 def test_only_these_modules_touch_hooks_and_flags():
-    """Whoever installs a hook, or changes a mode or a flag, goes through `rmtension.models._hooks`."""
+    """Whoever installs a hook, or changes a mode or a flag, goes through `rmtension.bodies._hooks`."""
     touching = set()
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

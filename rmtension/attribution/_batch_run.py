@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks, frozen
 from rmtension.data._tokens import TokenBatch, TokenPlaces, margins
 from rmtension.errors import ModelError
 from rmtension.models._direct_path import DirectContributions, DirectPaths
-from rmtension.models._hooks import Hook, HookSite, InstalledHooks, frozen
 from rmtension.models._replay import Replay
 from rmtension.models._reward_model import RewardModel
 

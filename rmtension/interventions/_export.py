@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rmtension._sites import find_site
+from rmtension.bodies._native_weights import plain_copy
 from rmtension.errors import ModelError, OptionError
 from rmtension.interventions._ablation import AblationContext
 from rmtension.interventions._expert_weights import ablate_experts, expert_names
@@ -20,7 +21,6 @@ from rmtension.interventions._replacement import Replacement
 from rmtension.interventions._replacements import Zero
 from rmtension.models._classifiers import current_checkpoint, require_same_stream, run_eagerly
 from rmtension.models._lens_models import copy_model, is_own_model
-from rmtension.models._native_weights import plain_copy
 from rmtension.models._opening import with_checkpoint, with_lens_model
 from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._neuron_set import NeuronSet

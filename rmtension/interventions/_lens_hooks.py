@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from rmtension._sites import find_site
+from rmtension.bodies._bodies import BridgeBody
+from rmtension.bodies._native_body import NativeBody
 from rmtension.errors import OptionError
 from rmtension.interventions._ablation import AblationContext
 from rmtension.interventions._replacement import Replacement
 from rmtension.interventions._replacements import Zero
-from rmtension.models._bodies import BridgeBody
-from rmtension.models._native_body import NativeBody
 from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._neuron_set import NeuronSet
 

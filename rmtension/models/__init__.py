@@ -1,20 +1,13 @@
 """Reward models as they run: loading, heads, hooks, exact batches, and the direct path to the reward."""
 
 from rmtension.models._direct_path import DirectContributions, direct_contributions
-from rmtension.models._head import Head, LinearHead
 from rmtension.models._loading import LoadOptions
-from rmtension.models._log_ratio_head import LogRatioHead
-from rmtension.models._process_head import ProcessHead
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions
 
 __all__ = [
     "DirectContributions",
-    "Head",
-    "LinearHead",
     "LoadOptions",
-    "LogRatioHead",
-    "ProcessHead",
     "RewardModel",
     "RunOptions",
     "direct_contributions",

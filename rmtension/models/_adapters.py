@@ -168,17 +168,6 @@ def inside_peft(model: Any) -> Any:
     return model.get_base_model()
 
 
-def active_head(module: Any) -> Any:
-    """The layer that runs, if peft keeps trained copies of a head next to the original; else the layer itself."""
-    copies = getattr(module, "modules_to_save", None)
-    if not isinstance(copies, nn.ModuleDict):
-        return module
-    active = list(module.active_adapters)
-    if module.disable_adapters or any(name not in copies for name in active):
-        return module.original_module
-    return copies[active[0]]
-
-
 def _read(files: CheckpointFiles) -> tuple[Adapter, Mapping[str, Any]] | None:
     path = files.find(_CONFIG)
     if path is None:

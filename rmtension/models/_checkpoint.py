@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmtension.bodies._native_weights import active_head
 from rmtension.errors import ModelError
-from rmtension.models._adapters import active_head
-from rmtension.models._encoder_heads import PooledHead
-from rmtension.models._head import Head, LinearHead
+from rmtension.heads._encoder_heads import PooledHead
+from rmtension.heads._head import Head, LinearHead
+from rmtension.heads._models_in_memory import read_in_memory
+from rmtension.heads._process_head import ProcessHead
 from rmtension.models._loading import LoadOptions
-from rmtension.models._models_in_memory import read_in_memory
 from rmtension.models._own_format import OwnFormat, same_tensors
-from rmtension.models._process_head import ProcessHead
 
 CLASSIFIER, LANGUAGE_MODEL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 CLASSIFIES_TOKENS = "AutoModelForTokenClassification"

@@ -10,15 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmtension.bodies._native_weights import active_head
 from rmtension.errors import ModelError, RMTensionWarning
-from rmtension.models._adapters import active_head
+from rmtension.heads._computed_heads import LayeredHead
+from rmtension.heads._encoder_heads import encoder_head
+from rmtension.heads._head import Head, LinearHead
+from rmtension.heads._head_kinds import KnownHead, known_head
+from rmtension.heads._head_tensors import HeadTensors
+from rmtension.heads._heads import read_head
+from rmtension.heads._layers import Layers
+from rmtension.heads._log_ratio_head import LogRatioHead
+from rmtension.heads._outputs import ALL, choose_rows, choose_tokens
+from rmtension.heads._process_head import ProcessHead
+from rmtension.heads._unembedding import token_head
+from rmtension.heads._unknown_heads import unknown_head
 from rmtension.models._checkpoint import CLASSIFIER, CLASSIFIES_TOKENS, LANGUAGE_MODEL, Logits, score_layer
-from rmtension.models._computed_heads import LayeredHead
 from rmtension.models._configs import stored_fields
-from rmtension.models._encoder_heads import encoder_head
-from rmtension.models._head import Head, LinearHead
 from rmtension.models._head_files import (
-    HeadTensors,
     StoredHeads,
     pickled_head,
     read_head_file,
@@ -26,15 +34,7 @@ from rmtension.models._head_files import (
     separate_head,
     stored_heads,
 )
-from rmtension.models._head_kinds import KnownHead, known_head
-from rmtension.models._heads import read_head
-from rmtension.models._layers import Layers
 from rmtension.models._loading import CheckpointLocation, load_tokenizer
-from rmtension.models._log_ratio_head import LogRatioHead
-from rmtension.models._outputs import ALL, choose_rows, choose_tokens
-from rmtension.models._process_head import ProcessHead
-from rmtension.models._unembedding import token_head
-from rmtension.models._unknown_heads import unknown_head
 
 TOKENS = "TOKEN_CLS"  # peft's name of the task
 # The head of a classifier of transformers that is no decoder.

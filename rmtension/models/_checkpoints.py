@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 
+from rmtension.bodies._text_models import media_tokens, text_model
+from rmtension.heads._head import Head, LinearHead
+from rmtension.heads._outputs import choose_outputs
+from rmtension.heads._process_head import ProcessHead
 from rmtension.models._checkpoint import CLASSIFIER, Checkpoint, Logits, Source
 from rmtension.models._checkpoint_heads import TOKENS, class_to_load, is_classifier, plan_head, set_outputs, width_of
-from rmtension.models._head import Head, LinearHead
 from rmtension.models._head_files import separate_head, stored_heads
 from rmtension.models._loading import (
     CheckpointLocation,
@@ -17,12 +20,9 @@ from rmtension.models._loading import (
     load_tokenizer,
     placement_of,
 )
-from rmtension.models._outputs import choose_outputs
 from rmtension.models._own_format import OwnFormat
 from rmtension.models._pad_token import pad_token_id
-from rmtension.models._process_head import ProcessHead
 from rmtension.models._refused_kinds import refuse_other_kinds
-from rmtension.models._text_models import media_tokens, text_model
 
 
 def open_checkpoint(

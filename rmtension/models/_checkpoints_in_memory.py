@@ -4,8 +4,17 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from rmtension.bodies._hooks import unwrapped
+from rmtension.bodies._native_weights import active_head, refuse_packed_weights
 from rmtension.errors import ModelError
-from rmtension.models._adapters import active_head, inside_peft
+from rmtension.heads._head import Head
+from rmtension.heads._head_kinds import KnownHead
+from rmtension.heads._heads import read_head
+from rmtension.heads._log_ratio_head import LogRatioHead
+from rmtension.heads._models_in_memory import head_in_memory
+from rmtension.heads._outputs import choose_outputs
+from rmtension.heads._process_head import ProcessHead
+from rmtension.models._adapters import inside_peft
 from rmtension.models._checkpoint import (
     CLASSIFIER,
     CLASSIFIES_TOKENS,
@@ -15,18 +24,9 @@ from rmtension.models._checkpoint import (
     score_layer,
 )
 from rmtension.models._checkpoint_heads import score_head, width_of
-from rmtension.models._head import Head
 from rmtension.models._head_files import StoredHeads, read_head_file
-from rmtension.models._head_kinds import KnownHead
-from rmtension.models._heads import read_head
-from rmtension.models._hooks import unwrapped
 from rmtension.models._loading import refuse_offloaded, refuse_quantised
-from rmtension.models._log_ratio_head import LogRatioHead
-from rmtension.models._models_in_memory import head_in_memory
-from rmtension.models._native_weights import refuse_packed_weights
-from rmtension.models._outputs import choose_outputs
 from rmtension.models._pad_token import pad_token_id
-from rmtension.models._process_head import ProcessHead
 from rmtension.models._refused_kinds import refuse_other_kinds
 
 

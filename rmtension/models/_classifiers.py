@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rmtension.bodies._hooks import eager_eval, own_hooks_paused
+from rmtension.bodies._native_run import probe_batch, run_base, stream_difference, stream_tolerance
+from rmtension.bodies._native_weights import plain_copy
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
+from rmtension.heads._encoder_heads import PooledHead
+from rmtension.heads._head import LinearHead
 from rmtension.models._checkpoint import Checkpoint
 from rmtension.models._checkpoints import reload_model
-from rmtension.models._encoder_heads import PooledHead
-from rmtension.models._head import LinearHead
-from rmtension.models._hooks import eager_eval, own_hooks_paused
-from rmtension.models._native_run import probe_batch, run_base, stream_difference, stream_tolerance
-from rmtension.models._native_weights import plain_copy
 from rmtension.models._reward_model import RewardModel
 
 # The parameters that saving sets.

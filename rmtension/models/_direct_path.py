@@ -14,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension._sites import find_site
+from rmtension.bodies._experts import ExpertPoint
+from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks
+from rmtension.bodies._norms import NormLayer, read_norm
+from rmtension.bodies._projections import Projection
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
-from rmtension.models._experts import ExpertPoint
-from rmtension.models._hooks import Hook, HookSite, InstalledHooks
-from rmtension.models._norms import NormLayer, read_norm
-from rmtension.models._projections import Projection
 from rmtension.models._reward_model import RewardModel
 
 

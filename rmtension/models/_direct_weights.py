@@ -9,13 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension._sites import find_site
+from rmtension.bodies._hooks import InstalledHooks
+from rmtension.bodies._norms import NormLayer, read_norm
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
 from rmtension.models._direct_path import DirectPaths
 from rmtension.models._head_files import stored_tensor
-from rmtension.models._hooks import InstalledHooks
 from rmtension.models._loading import find_checkpoint
-from rmtension.models._norms import NormLayer, read_norm
 from rmtension.models._reward_model import RewardModel
 
 # A product of two vectors below this share of their lengths is rounding of float32: they are at right angles.

@@ -1,28 +1,21 @@
 """Heads in the safetensors files of a checkpoint: in the model's own files, or in a separate one. Never pickled."""
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from rmtension.errors import ModelError
+from rmtension.heads._head_tensors import HeadTensors, body_prefix, damage_named, names_outside
+from rmtension.heads._heads import is_linear_head, is_numbered, layered_heads
 from rmtension.models._checkpoint_names import contents
-from rmtension.models._heads import is_linear_head, is_numbered, layered_heads
 
 # The file in which LLaMA-Factory saves a value head separately from the model.
 VALUE_HEAD = "value_head.safetensors"
-# How families name their embedding; its name begins with the name of the body in the checkpoint.
-_EMBEDDING = re.compile(r"(?:^|\.)(embed_tokens|wte|wpe|embed_in|word_embeddings|tok_embeddings|tokens_embed)\.weight$")
-# First parts of names in a body that was saved without a name of its own, and of an unembedding.
-_BODY = {"layers", "h", "blocks", "decoder", "encoder", "norm", "ln_f", "final_layer_norm", "emb_layer_norm"}
-_UNEMBEDDINGS = {"lm_head", "embed_out", "output"}
-_TOWERS = {"visual", "vision_tower", "vision_model", "multi_modal_projector"}
 
 
 @dataclass(frozen=True)
@@ -47,37 +40,6 @@ class CheckpointFiles:
 
 
 @dataclass(frozen=True)
-class HeadTensors:
-    """Tensors that may belong to a head: their shapes by name, and the file of each, or the tensors themselves."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    held: Mapping[str, Tensor | Path]
-
-    @classmethod
-    def of(cls, given: Mapping[Any, Any]) -> "HeadTensors":
-        """The tensors of a state dict in memory."""
-        tensors = {str(name): tensor for name, tensor in given.items() if isinstance(tensor, Tensor)}
-        return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors)
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors with these names."""
-        read: dict[str, Tensor] = {}
-        for name in names:
-            held = self.held[name]
-            if isinstance(held, Path):
-                with _damage_named(held), safe_open(held, framework="pt") as opened:
-                    read[name] = opened.get_tensor(name)
-            else:
-                read[name] = held
-        return read
-
-    def under(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with `prefix`, by the rest of their names."""
-        names = [name for name in self.shapes if name.startswith(prefix)]
-        return {name.removeprefix(prefix): tensor for name, tensor in self.read(names).items()}
-
-
-@dataclass(frozen=True)
 class StoredHeads:
     """`linear`: the tensors of linear heads by their names. `layers`: names of tensors of heads of several layers.
 
@@ -86,7 +48,7 @@ class StoredHeads:
 
     linear: dict[str, Tensor]
     layers: tuple[str, ...] = ()
-    outside: HeadTensors = HeadTensors({}, {})
+    outside: HeadTensors = field(default_factory=lambda: HeadTensors({}, {}))
 
 
 def stored_heads(files: CheckpointFiles, width: int | None) -> StoredHeads:
@@ -94,7 +56,7 @@ def stored_heads(files: CheckpointFiles, width: int | None) -> StoredHeads:
 
     Raises `ModelError` if there are no safetensors files. (transformers would ask the hub to convert pickled ones.)
     """
-    with _damage_named(files.name):
+    with damage_named(files.name):
         weight_map = weight_files(files)
         # A head is not a numbered layer, so shards with numbered layers only need not be opened.
         outer = {name: file for name, file in weight_map.items() if not is_numbered(name)}
@@ -105,7 +67,7 @@ def stored_heads(files: CheckpointFiles, width: int | None) -> StoredHeads:
 def weight_files(files: CheckpointFiles) -> Mapping[str, str]:
     """The file of every tensor of a model, by the tensor's name; raises `ModelError` without safetensors files."""
     index, single = files.find("model.safetensors.index.json"), files.find("model.safetensors")
-    with _damage_named(files.name):
+    with damage_named(files.name):
         if index is not None:
             weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             outside = [file for file in weight_map.values() if Path(file).name != file]
@@ -135,7 +97,7 @@ def _shapes_of(files: CheckpointFiles, weight_map: Mapping[str, str], names: lis
     paths = {file: path for file in {weight_map[name] for name in names} if (path := files.find(file)) is not None}
     shapes: dict[str, tuple[int, ...]] = {}
     for file, path in paths.items():
-        with _damage_named(files.name), safe_open(path, framework="pt") as opened:
+        with damage_named(files.name), safe_open(path, framework="pt") as opened:
             shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in names if weight_map[name] == file}
     return HeadTensors(shapes, {name: paths[weight_map[name]] for name in shapes})
 
@@ -148,40 +110,17 @@ def read_body(files: CheckpointFiles) -> dict[str, Tensor]:
     body: dict[str, Tensor] = {}
     for file in sorted(set(weight_map.values())):
         path = files.find(file)
-        with _damage_named(files.name), safe_open(str(path), framework="pt") as opened:
+        with damage_named(files.name), safe_open(str(path), framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
                 if name not in outside:
                     body[name.removeprefix(prefix)] = opened.get_tensor(name)
     return body
 
 
-def body_prefix(names: Iterable[str]) -> str:
-    """What the names of the body's tensors begin with, such as "model.": the first part of the embedding's name."""
-    embeddings = [name for name in names if _EMBEDDING.search(name)]
-    firsts = {name.partition(".")[0] for name in embeddings if not _EMBEDDING.match(name)}
-    return f"{min(firsts)}." if firsts and not firsts & _BODY else ""
-
-
-def text_prefix(names: Iterable[str]) -> str:
-    """The same for a language model inside another model, with all parts: "model.language_model."."""
-    found = [match for name in names if (match := _EMBEDDING.search(name))]
-    return min((match.string[: match.start(1)] for match in found), default="", key=len)
-
-
-def names_outside(names: Iterable[str], *, unembedding: bool = False) -> list[str]:
-    """The names of the tensors outside the body, without towers for images."""
-    names = list(names)
-    prefix = body_prefix(names)
-    unnamed = _BODY | {name.partition(".")[0] for name in names if _EMBEDDING.match(name)}
-    inside = {prefix.removesuffix(".")} if prefix else unnamed
-    inside = inside | _TOWERS | (set() if unembedding else _UNEMBEDDINGS)
-    return sorted(name for name in names if name.partition(".")[0] not in inside)
-
-
 def stored_tensor(files: CheckpointFiles, names: tuple[str, ...]) -> Tensor | None:
     """The first tensor with one of these names in a model's safetensors files; None if there is none."""
     index, single = files.find("model.safetensors.index.json"), files.find("model.safetensors")
-    with _damage_named(files.name):
+    with damage_named(files.name):
         weight_map: Mapping[str, str] = (
             {} if index is None else json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         )
@@ -213,7 +152,7 @@ def read_head_file(path: str | Path) -> dict[str, Tensor]:
         )
     if path.suffix != ".safetensors":
         raise ModelError(f"head: {refused_pickle(path)} Then pass head={str(path.with_suffix('.safetensors'))!r}.")
-    with _damage_named(path), safe_open(path, framework="pt") as opened:
+    with damage_named(path), safe_open(path, framework="pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
 
 
@@ -271,15 +210,3 @@ def _linear_heads(files: CheckpointFiles, names: Mapping[str, str], width: int |
         for name in sorted(heads | biases):
             tensors[name] = held[name].get_tensor(name)
     return tensors
-
-
-@contextmanager
-def _damage_named(name: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except ModelError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise ModelError(
-            f"{name}: its safetensors files are damaged or incomplete ({error}). Download them again."
-        ) from error

@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rmtension.bodies._bodies import BootNativeBody, BridgeBody, find_body
+from rmtension.bodies._bridges import check_model_class
+from rmtension.bodies._hooked_transformer_body import HookedTransformerBody
+from rmtension.bodies._hooks import eager_eval
+from rmtension.bodies._native_run import probe_batch, stream_difference, stream_tolerance
 from rmtension.errors import ModelError
-from rmtension.models._bodies import BootNativeBody, BridgeBody, find_body
-from rmtension.models._bridges import check_model_class
-from rmtension.models._head import Head, LinearHead
-from rmtension.models._hooked_transformer_body import HookedTransformerBody
-from rmtension.models._hooks import eager_eval
-from rmtension.models._native_run import probe_batch, stream_difference, stream_tolerance
+from rmtension.heads._head import Head, LinearHead
 from rmtension.store._files import filled_whole
 
 CONFIG_FILE = "transformer_lens.json"

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from rmtension._arguments import nearest
 from rmtension._progress import without_unseen_bars
 from rmtension.errors import ModelError, OptionError
+from rmtension.heads._head_tensors import body_prefix
 from rmtension.models._adapters import Adapter, find_adapters, merge_adapters, put_on
 from rmtension.models._checkpoint_names import find_local
 from rmtension.models._configs import standard_config, stored_fields
-from rmtension.models._head_files import CheckpointFiles, body_prefix, read_body, weight_files
+from rmtension.models._head_files import CheckpointFiles, read_body, weight_files
 from rmtension.models._internlm2 import is_internlm2, to_llama
 from rmtension.models._run_options import RunOptions
 

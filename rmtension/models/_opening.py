@@ -8,24 +8,24 @@ from typing import Any, TypeVar, Unpack, cast
 import torch
 from torch import nn
 
+from rmtension.bodies._bodies import Body, find_body
+from rmtension.bodies._bridges import wrap
+from rmtension.bodies._hooks import eager_eval
+from rmtension.bodies._native_run import probe_batch, run_base, stream_difference, stream_tolerance
+from rmtension.bodies._norms import read_norm
 from rmtension.data._encoding import EncodedText
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError, OptionError
-from rmtension.models._bodies import Body, find_body
-from rmtension.models._bridges import wrap
+from rmtension.heads._head import Head
+from rmtension.heads._heads import read_head
+from rmtension.heads._log_ratio_head import LogRatioHead, require_same_tokens
+from rmtension.heads._outputs import choose_outputs
+from rmtension.heads._process_head import ProcessHead
 from rmtension.models._checkpoint import Checkpoint
 from rmtension.models._checkpoint_names import require_name
 from rmtension.models._checkpoints import open_checkpoint
-from rmtension.models._head import Head
-from rmtension.models._heads import read_head
-from rmtension.models._hooks import eager_eval
 from rmtension.models._lens_models import read_model
 from rmtension.models._loading import LoadOptions
-from rmtension.models._log_ratio_head import LogRatioHead, require_same_tokens
-from rmtension.models._native_run import probe_batch, run_base, stream_difference, stream_tolerance
-from rmtension.models._norms import read_norm
-from rmtension.models._outputs import choose_outputs
-from rmtension.models._process_head import ProcessHead
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions, run_options_of
 

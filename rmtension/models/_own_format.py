@@ -11,16 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rmtension.errors import ModelError
-from rmtension.models._head import tensors_of
-from rmtension.models._head_files import (
-    VALUE_HEAD,
-    CheckpointFiles,
-    all_tensors,
-    body_prefix,
-    outside_body,
-    text_prefix,
-    weight_files,
-)
+from rmtension.heads._head import tensors_of
+from rmtension.heads._head_tensors import body_prefix, text_prefix
+from rmtension.models._head_files import VALUE_HEAD, CheckpointFiles, all_tensors, outside_body, weight_files
 from rmtension.models._internlm2 import from_llama, is_internlm2
 
 _UNKNOWN: Any = object()

@@ -17,17 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension._sites import find_site
-from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
-from rmtension.data._encoding import EncodedPairs, EncodedText, encode_pairs
-from rmtension.data._pairs import PreferencePairs
-from rmtension.data._segments import encode_segments
-from rmtension.data._tokens import ReadAt, TokenBatch, TokenPlaces, running
-from rmtension.distributed import current
-from rmtension.errors import DataError, ModelError
-from rmtension.models._bodies import Body
-from rmtension.models._checkpoint import Checkpoint
-from rmtension.models._head import Head
-from rmtension.models._hooks import (
+from rmtension.bodies._bodies import Body
+from rmtension.bodies._hooks import (
     AllSeen,
     InstalledHooks,
     all_fire,
@@ -36,9 +27,18 @@ from rmtension.models._hooks import (
     has_own_hooks,
     is_placed,
 )
-from rmtension.models._readout import Readout
+from rmtension.bodies._site_widths import measure_sites
+from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
+from rmtension.data._encoding import EncodedPairs, EncodedText, encode_pairs
+from rmtension.data._pairs import PreferencePairs
+from rmtension.data._segments import encode_segments
+from rmtension.data._tokens import ReadAt, TokenBatch, TokenPlaces, running
+from rmtension.distributed import current
+from rmtension.errors import DataError, ModelError
+from rmtension.heads._head import Head
+from rmtension.heads._readout import Readout
+from rmtension.models._checkpoint import Checkpoint
 from rmtension.models._run_options import RunOptions, check_run_options, usable_length
-from rmtension.models._site_widths import measure_sites
 from rmtension.store._provenance import Provenance, fingerprint
 
 

@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from rmtension.bodies._native_weights import plain_copy
 from rmtension.distributed import current
 from rmtension.errors import RMTensionWarning
+from rmtension.heads._encoder_heads import PooledHead
+from rmtension.heads._log_ratio_head import LogRatioHead
+from rmtension.heads._process_head import ProcessHead
 from rmtension.models._checkpoint import Checkpoint
 from rmtension.models._checkpoint_folder import checkpoint_folder, require_no_adapter, write_checkpoint
 from rmtension.models._classifiers import (
@@ -20,12 +24,8 @@ from rmtension.models._classifiers import (
     rows_to_save,
     run_eagerly,
 )
-from rmtension.models._encoder_heads import PooledHead
 from rmtension.models._lens_models import is_own_model, write_model
-from rmtension.models._log_ratio_head import LogRatioHead
-from rmtension.models._native_weights import plain_copy
 from rmtension.models._own_format import OwnFormat, same_tensors
-from rmtension.models._process_head import ProcessHead
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._token_models import save_token_model
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from rmtension.bodies._native_weights import plain_copy
 from rmtension.distributed import current
 from rmtension.errors import ModelError, RMTensionWarning
+from rmtension.heads._head import LinearHead
+from rmtension.heads._log_ratio_head import LogRatioHead
+from rmtension.heads._process_head import ProcessHead
 from rmtension.models._checkpoint_folder import write_checkpoint
 from rmtension.models._classifiers import current_checkpoint, require_same_stream, run_eagerly
-from rmtension.models._head import LinearHead
-from rmtension.models._log_ratio_head import LogRatioHead
-from rmtension.models._native_weights import plain_copy
-from rmtension.models._process_head import ProcessHead
 from rmtension.models._reward_model import RewardModel
 
 

@@ -25,19 +25,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rmtension.bodies._hooks import HookSite, InstalledHooks, eager_eval
+from rmtension.bodies._native_run import let_run_in_float64
 from rmtension.data._encoding import EncodedText
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import CheckError, ModelError, OptionError
+from rmtension.heads._head import Head, LinearHead
+from rmtension.heads._weighted_sum import with_weighted_sum
 from rmtension.models._checkpoint import Source
 from rmtension.models._checkpoints import open_checkpoint
 from rmtension.models._classifiers import reload_classifier
 from rmtension.models._direct_path import direct_contributions, written_by
-from rmtension.models._head import Head, LinearHead
-from rmtension.models._hooks import HookSite, InstalledHooks, eager_eval
-from rmtension.models._native_run import let_run_in_float64
 from rmtension.models._reward_model import RewardModel
-from rmtension.models._weighted_sum import with_weighted_sum
 from rmtension.passes._probes import Probe, find_probes
 from rmtension.passes._scoring import score_tokens
 from rmtension.passes._token_rewards import rewards_of_tokens

@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rmtension.bodies._hooks import eager_eval
+from rmtension.bodies._native_run import let_run_in_float64
 from rmtension.data._encoding import EncodedText
+from rmtension.heads._log_ratio_head import LogRatioHead
+from rmtension.heads._process_head import ProcessHead
 from rmtension.models._classifiers import reload_classifier
-from rmtension.models._hooks import eager_eval
-from rmtension.models._log_ratio_head import LogRatioHead
-from rmtension.models._native_run import let_run_in_float64
-from rmtension.models._process_head import ProcessHead
 from rmtension.models._reward_model import RewardModel
 from rmtension.passes._scoring import one_text
 

@@ -20,8 +20,8 @@ from rmtension.errors import OptionError
 from rmtension.evaluation import _metrics as metrics
 from rmtension.evaluation._intervals import Estimate, percentile_interval, resampled_sums
 from rmtension.evaluation._pair_rewards import PairRewards
+from rmtension.heads._outputs import ALL
 from rmtension.interventions._replacements import Mean
-from rmtension.models._outputs import ALL
 from rmtension.neurons._conflict import conflict
 from rmtension.neurons._conflict_report import ConflictReport, have_columns
 from rmtension.neurons._pair_attributions import PairAttributions

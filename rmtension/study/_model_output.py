@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rmtension.models._weighted_sum import sum_label
+from rmtension.heads._weighted_sum import sum_label
 from rmtension.reward_head import RewardHead
 from rmtension.store._provenance import digest_of_folder
 

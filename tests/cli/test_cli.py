@@ -23,7 +23,7 @@ from rmtension.cli._command_line import main
 from rmtension.cli._commands.quiet import quiet_libraries
 from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning
 from rmtension.evaluation._metrics import accuracy, mean_margin
-from rmtension.models import LogRatioHead
+from rmtension.heads import LogRatioHead
 from rmtension.study._config import make_config, read_yaml
 
 

@@ -21,10 +21,10 @@ from rmtension import (
     Zero,
 )
 from rmtension.attribution._single_effects import single_neuron_effects
+from rmtension.bodies._native_run import measure_packing, windows_of
 from rmtension.data._encoding import EncodedPairs, EncodedText
 from rmtension.data._packing import attention_mask, pair_batches
 from rmtension.data._tokens import ReadAt
-from rmtension.models._native_run import measure_packing, windows_of
 from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.synthetic.check_matrix import make_classifier
 
@@ -40,7 +40,7 @@ def alone(monkeypatch):
 
     def use():
         for body in ("BridgeBody", "HookedTransformerBody"):
-            monkeypatch.setattr(f"rmtension.models._bodies.{body}.pack_up_to", 0)
+            monkeypatch.setattr(f"rmtension.bodies._bodies.{body}.pack_up_to", 0)
 
     return use
 
@@ -120,7 +120,7 @@ def test_packing_changes_results_by_no_more_than_rounding(checkpoints, few, alon
 @pytest.mark.parametrize("dtype", grid([torch.float32, torch.bfloat16]))
 def test_a_family_that_runs_wrong_is_not_packed(checkpoints, monkeypatch, family, dtype):
     """The probe sees positions that are ignored, and a mask that is ignored, empty, weak, or makes NaN."""
-    from rmtension.models import _native_run as plain_run
+    from rmtension.bodies import _native_run as plain_run
 
     right = plain_run.run_base
 

@@ -3,7 +3,7 @@
 import torch
 from replicas import CODE, D, Replica, Tensors, Text, row
 
-from rmtension.models import ProcessHead
+from rmtension.heads import ProcessHead
 
 _EXTRA, _NEW_LINE = 42, 271
 

@@ -3,7 +3,7 @@
 import torch
 from replicas import Replica
 
-from rmtension.models import LogRatioHead
+from rmtension.heads import LogRatioHead
 
 
 def _token_logit(*tokens):

@@ -54,8 +54,8 @@ def test_rewards_equal_the_models_own_logits_alone(kind, changes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_seen_padding_is_refused(kind, monkeypatch):
     """The probe on opening, on a body that does not hide padding from bidirectional attention."""
-    from rmtension.models._bodies import BootNativeBody
-    from rmtension.models._hooked_transformer_body import HookedTransformerBody
+    from rmtension.bodies._bodies import BootNativeBody
+    from rmtension.bodies._hooked_transformer_body import HookedTransformerBody
 
     model = make_own(kind, attention_dir="bidirectional")
     assert open_own(kind, model).n_layers == 2
@@ -239,7 +239,7 @@ def test_an_encoder_in_a_bridge_is_refused(tmp_path):
     config.architectures = ["BertForMaskedLM"]
     bert = transformers.BertForMaskedLM(config).eval()
     bert.save_pretrained(tmp_path)
-    from rmtension.models._bridges import _spare
+    from rmtension.bodies._bridges import _spare
 
     bridge = TransformerBridge.boot_transformers(str(tmp_path), hf_model=bert, tokenizer=_spare(None), device="cpu")
     with pytest.raises(
@@ -250,7 +250,7 @@ def test_an_encoder_in_a_bridge_is_refused(tmp_path):
 
 def test_the_check_still_fails_on_a_wrong_direct_path(monkeypatch):
     """Negative control: a projection that leaves out a neuron, whose part would pass for the bias."""
-    from rmtension.models._projections import Projection
+    from rmtension.bodies._projections import Projection
 
     head = open_own("native", make_own("native"))
     of = Projection.of

@@ -114,7 +114,7 @@ def test_a_hooked_transformer_needs_transformer_lens_3(folders):
 
 def test_a_conversion_that_differs_is_refused(folders, monkeypatch):
     """Rewards are compared on opening, because TransformerLens converts some families wrongly."""
-    from rmtension.models import _bridges as wrapping
+    from rmtension.bodies import _bridges as wrapping
 
     boot = wrapping._boot
 
@@ -132,7 +132,7 @@ def test_a_conversion_that_differs_is_refused(folders, monkeypatch):
 
 def test_what_transformer_lens_raises_reaches_the_user(folders, monkeypatch):
     """Where it should have converted weights, and where its hook points are asked for; else the model opens without."""
-    from rmtension.models import _bridges as wrapping
+    from rmtension.bodies import _bridges as wrapping
 
     def fail(*args, **options):
         raise KeyError("no adapter for this architecture")

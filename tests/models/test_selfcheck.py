@@ -6,10 +6,10 @@ from tiny_models import EOS, FAMILIES, grid, make_pairs, make_tokenizer, put_bos
 
 import rmtension.passes._scoring
 from rmtension import PreferencePairs, RewardHead
+from rmtension.bodies._bodies import BridgeBody
 from rmtension.data._encoding import EncodedText
 from rmtension.data._tokens import ReadAt, TokenBatch
 from rmtension.errors import CheckError, DataError
-from rmtension.models._bodies import BridgeBody
 
 ALWAYS = {
     *("tokens", "equal to transformers", "bridge", "batch equals single", "padding", "last token"),

@@ -203,7 +203,7 @@ def test_sharing_a_prompt_changes_no_number(checkpoints, best_of, monkeypatch):
         head = RewardHead.from_pretrained(checkpoints[family], dtype=torch.float64)
         shared = numbers(head)
         with monkeypatch.context() as patched:
-            patched.setattr("rmtension.models._bodies.BridgeBody.pack_up_to", 0)
+            patched.setattr("rmtension.bodies._bodies.BridgeBody.pack_up_to", 0)
             alone = numbers(head)
         room = 1e-12 if family == "gpt2" else 1e-6  # Llama's norms are float32 in every model
         assert all(

@@ -97,7 +97,7 @@ def open_model(options: Namespace) -> "RewardHead":
 
 def _head(options: Namespace) -> object:
     """The argument `head` of `from_pretrained`: a head that reads several tokens, or None for the checkpoint's own."""
-    from rmtension.models import LogRatioHead, ProcessHead
+    from rmtension.heads import LogRatioHead, ProcessHead
 
     kinds = {"--reference": options.reference, "--log-likelihood": options.log_likelihood, "--marker": options.marker}
     given = [flag for flag, value in kinds.items() if value]

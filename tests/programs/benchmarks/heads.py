@@ -27,11 +27,11 @@ import transformers
 from replicas import WORDS, Replica, make_tokenizer
 
 from rmtension import NeuronAttribution, PreferencePairs, RewardHead
-from rmtension.models import LinearHead, LogRatioHead, ProcessHead
-from rmtension.models._computed_heads import MeanHead, PromptWeightedHead, WeightedHead, Weights
-from rmtension.models._head import Head
-from rmtension.models._layers import Layers
-from rmtension.models._unembedding import CappedLogits
+from rmtension.heads import LinearHead, LogRatioHead, ProcessHead
+from rmtension.heads._computed_heads import MeanHead, PromptWeightedHead, WeightedHead, Weights
+from rmtension.heads._head import Head
+from rmtension.heads._layers import Layers
+from rmtension.heads._unembedding import CappedLogits
 
 HEADER = [3, 4, 5]  # w0 w1 w2
 # Entries of the unembedding of the language models.
@@ -66,7 +66,7 @@ def heads(width: int) -> dict[str, Head]:
 
 
 def _single(layers: Layers) -> Head:
-    from rmtension.models._computed_heads import LayeredHead
+    from rmtension.heads._computed_heads import LayeredHead
 
     return LayeredHead(layers, ("reward",))
 
