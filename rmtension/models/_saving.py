@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rmtension.distributed import current
-from rmtension.errors import RMTensionWarning
+from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.models._checkpoint import Checkpoint
 from rmtension.models._checkpoint_folder import checkpoint_folder, require_no_adapter, write_checkpoint
 from rmtension.models._classifiers import (
@@ -39,6 +39,11 @@ def save_model(head: RewardModel, folder: str | Path) -> None:
     """
     if is_own_model(head.body):
         if current().is_first:
+            if head.require_choice() and head.weight is None:
+                raise ModelError(
+                    f"save_pretrained: a model of a TransformerLens class is written with one linear row, and this head "
+                    f"is a {type(head.head).__name__}. Open the checkpoint without model_class, then save it."
+                )
             row = head.require_weight(), head.bias
             write_model(head.body, row, head.pad_token_id, head.tokenizer, Path(folder))
         return

@@ -42,7 +42,6 @@ from rmtension.passes._probes import Probe, find_probes
 from rmtension.passes._scoring import score_tokens
 from rmtension.passes._token_rewards import rewards_of_tokens
 
-
 # How many tokens, spread over the vocabulary, are tried as another last token: some may have equal embeddings.
 _LAST_TOKENS = 8
 
