@@ -41,8 +41,8 @@ def save_model(head: RewardModel, folder: str | Path) -> None:
         if current().is_first:
             if head.require_choice() and head.weight is None:
                 raise ModelError(
-                    f"save_pretrained: a model of a TransformerLens class is written with one linear row, and this head "
-                    f"is a {type(head.head).__name__}. Open the checkpoint without model_class, then save it."
+                    f"save_pretrained: a model of a TransformerLens class is written with one linear row, but this "
+                    f"head is a {type(head.head).__name__}. Open the checkpoint without model_class, then save it."
                 )
             row = head.require_weight(), head.bias
             write_model(head.body, row, head.pad_token_id, head.tokenizer, Path(folder))
