@@ -11,7 +11,7 @@ from torch import nn
 from rmtension.bodies._bodies import Body, find_body
 from rmtension.bodies._bridges import wrap
 from rmtension.bodies._hooks import eager_eval
-from rmtension.bodies._native_run import probe_batch, run_base, stream_difference, stream_tolerance
+from rmtension.bodies._native_run import run_base, stream_difference, stream_tolerance
 from rmtension.bodies._norms import read_norm
 from rmtension.data._encoding import EncodedText
 from rmtension.data._tokens import TokenBatch
@@ -206,7 +206,11 @@ def within_reference(body: Body, head: Head | None, options: RunOptions) -> RunO
 def _require_same_rewards(model: RewardModel, opened: Checkpoint) -> None:
     """Compare a converted model with transformers on a short text; raises `ModelError` if the rewards differ."""
     assert opened.head is not None
-    batch = probe_batch(min(12, model.max_length, model.body.n_embeddings), model.device)
+    # A prompt and a response, with what the head must find in them to read.
+    needed = (*getattr(opened.head, "pattern", ()), *opened.head.ending_ids)
+    n = max(2, min(12, model.max_length - len(needed), model.body.n_embeddings))
+    text = EncodedText((*range(n), *needed), n // 2, 0)
+    batch = TokenBatch.from_texts([text], [0], device=model.device)
     base: Any = opened.base
     with torch.no_grad(), eager_eval(base.modules()):
         states = batch.gather(opened.head.tokens(batch), run_base(base, batch)).to(model.reward_dtype)

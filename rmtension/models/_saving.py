@@ -11,7 +11,7 @@ from torch import nn
 
 from rmtension.bodies._native_weights import plain_copy
 from rmtension.distributed import current
-from rmtension.errors import RMTensionWarning
+from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.heads._encoder_heads import PooledHead
 from rmtension.heads._log_ratio_head import LogRatioHead
 from rmtension.heads._process_head import ProcessHead
@@ -39,6 +39,11 @@ def save_model(head: RewardModel, folder: str | Path) -> None:
     """
     if is_own_model(head.body):
         if current().is_first:
+            if head.require_choice() and head.weight is None:
+                raise ModelError(
+                    f"save_pretrained: a model of a TransformerLens class is written with one linear row, but this "
+                    f"head is a {type(head.head).__name__}. Open the checkpoint without model_class, then save it."
+                )
             row = head.require_weight(), head.bias
             write_model(head.body, row, head.pad_token_id, head.tokenizer, Path(folder))
         return

@@ -23,6 +23,13 @@ class Returns(Head):
         return self.function(states)
 
 
+class OfPrompt(Head):
+    reads_prompt = True
+
+    def read(self, last, prompt_last):
+        return (last * torch.tanh(prompt_last)).sum(dim=1, keepdim=True)
+
+
 class Divided(Head):
     def __init__(self, by):
         super().__init__()
@@ -142,3 +149,19 @@ def test_a_head_that_was_trained_after_opening_is_refused_by_every_reader(checkp
     ):
         with pytest.raises(ModelError, match="its score layer changed after the model was opened"):
             run()
+
+
+@pytest.mark.parametrize("own", [OfPrompt(), ProcessHead(" cannot", torch.ones(32))])
+def test_processed_weights_are_compared_on_a_text_that_the_head_can_read(own, checkpoints):
+    pairs = PreferencePairs.from_records(
+        [
+            {"prompt": pair.prompt, "chosen": pair.chosen + " cannot", "rejected": "sure cannot"}
+            for pair in make_pairs(3)
+        ]
+    )
+    plain, processed = (
+        RewardHead.from_pretrained(checkpoints["llama"], head=own, output=0, process_weights=processed)
+        for processed in (False, True)
+    )
+    assert torch.allclose(processed.score_pairs(pairs).margin, plain.score_pairs(pairs).margin, atol=1e-4)
+    assert plain.score_pairs(pairs).margin.any()
