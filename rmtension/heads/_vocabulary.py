@@ -20,17 +20,23 @@ _TOKENS, _ENTRIES = 512, 8192
 class Unembedding:
     """How a language model computes its logits: `cap * tanh(scale * (weight @ h + bias) / cap)`, or without the cap.
 
-    `weight` and `bias` are the model's own tensors. A copy of an `Unembedding` shares them.
+    `layer` is the model's own module, so that its weights are followed. A copy of an `Unembedding` shares it.
     """
 
-    def __init__(
-        self,
-        weight: Float[Tensor, "entry d_model"],
-        bias: Float[Tensor, "entry"] | None = None,
-        scale: float = 1.0,
-        cap: float | None = None,
-    ) -> None:
-        self.weight, self.bias, self.scale, self.cap = weight, bias, scale, cap
+    def __init__(self, layer: Any, scale: float = 1.0, cap: float | None = None) -> None:
+        self._layer, self.scale, self.cap = layer, scale, cap
+
+    @property
+    def weight(self) -> Float[Tensor, "entry d_model"]:
+        """The rows of the unembedding."""
+        weight: Tensor = self._layer.weight
+        return weight
+
+    @property
+    def bias(self) -> Float[Tensor, "entry"] | None:
+        """Its biases, if it has some."""
+        bias: Tensor | None = getattr(self._layer, "bias", None)
+        return bias
 
     def __deepcopy__(self, _memo: object) -> "Unembedding":
         return self
@@ -64,19 +70,19 @@ def read_unembedding(name: str, model: Any) -> Unembedding:
             f"{name}: {type(model).__name__} has no unembedding, so tokens have no probabilities. Open a causal "
             "language model (...ForCausalLM)."
         )
-    weight, bias = layer.weight, getattr(layer, "bias", None)
+    weight = layer.weight
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     batch = probe_batch(min(12, len(weight)), weight.device)
     with torch.no_grad(), eager_eval(model.modules()):
         states = run_base(model.base_model, batch)[0].to(weight.device)
         exact = states.to(torch.promote_types(states.dtype, torch.float32))
         logits = model(input_ids=batch.input_ids, use_cache=False).logits[0].to(exact)
-        plain = Unembedding(weight, bias).logits(exact, slice(None))
+        plain = Unembedding(layer).logits(exact, slice(None))
     tolerance = _TOLERANCE.get(weight.dtype, 1e-5)
     before = logits if cap is None else cap * torch.atanh((logits / cap).clamp(-1 + 1e-6, 1 - 1e-6))
     scale = float((plain * before).double().sum() / plain.double().square().sum())
     scale = 1.0 if abs(scale - 1) <= tolerance else scale
-    found = Unembedding(weight, bias, scale, cap)
+    found = Unembedding(layer, scale, cap)
     off = float((found.bounded(scale * plain) - logits).abs().max()) / max(float(logits.abs().max()), 1e-12)
     if not off <= tolerance:
         raise ModelError(

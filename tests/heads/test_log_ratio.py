@@ -104,12 +104,12 @@ def test_log_probs_equal_log_softmax_and_their_gradients_autograds(monkeypatch):
         logits = plain if cap is None else cap * torch.tanh(plain / cap)
         expected = logits.log_softmax(dim=1)[torch.arange(11), targets]
         (slope,) = torch.autograd.grad((expected * outside).sum(), inputs)
-        found = log_probs(inputs, Unembedding(weight, shift, scale, cap), targets)
+        found = log_probs(inputs, Unembedding(SimpleNamespace(weight=weight, bias=shift), scale, cap), targets)
         (own,) = torch.autograd.grad((found * outside).sum(), inputs)
         assert torch.allclose(found, expected, atol=1e-13)
         assert torch.allclose(own, slope, atol=1e-13)
         # Negative control: without the scale or the cap they differ.
-        other = log_probs(inputs, Unembedding(weight, shift, 1.1 * scale, None), targets)
+        other = log_probs(inputs, Unembedding(SimpleNamespace(weight=weight, bias=shift), 1.1 * scale, None), targets)
         assert float((other - expected).detach().abs().max()) > 1e-3
 
 
@@ -441,3 +441,15 @@ def test_means_of_a_model_replace_as_for_any_other(policy, reference):
         after = model.score_pairs(pairs).margin.mean()
     # Integrated gradients of a layer sum to the change of the margin when the whole layer is replaced.
     assert float(patched.values[1].sum() - (before - after)) == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.grid
+def test_a_replaced_unembedding_is_followed(policy, tokenizer):
+    model = transformers.AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float64).eval()
+    head = RewardHead.from_classifier(model, head=LogRatioHead(), tokenizer=tokenizer)
+    pairs = make_pairs(3)
+    before = head.score_pairs(pairs).chosen
+    model.lm_head.weight = torch.nn.Parameter(2 * model.lm_head.weight.detach())
+    fresh = RewardHead.from_classifier(model, head=LogRatioHead(), tokenizer=tokenizer)
+    assert torch.equal(head.score_pairs(pairs).chosen, fresh.score_pairs(pairs).chosen)
+    assert (before - fresh.score_pairs(pairs).chosen).abs().min() > 1
