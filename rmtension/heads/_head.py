@@ -90,6 +90,11 @@ class Head(nn.Module):
         }
 
     @property
+    def expression(self) -> str:
+        """How the head is written in code, on pages that say how they were made; "..." for what is not known."""
+        return f"{type(self).__name__}(...)"
+
+    @property
     def shared_tensors(self) -> Sequence[Tensor]:
         """The tensors that the head shares with the model, so that it is copied without them."""
         return ()

@@ -86,6 +86,14 @@ class LogRatioHead(Head):
     # -- what a head says of itself --------------------------------------------------------------------------------
 
     @property
+    def expression(self) -> str:
+        """The head with its options; the reference is a placeholder."""
+        options = ['"reference"'] if self._reference is not None or self.reference is not None else []
+        options += [] if self.beta == 1.0 else [f"beta={self.beta:g}"]
+        options += ["average=True"] if self.average else []
+        return f"LogRatioHead({', '.join(options)})"
+
+    @property
     def uses_prompt(self) -> bool:
         """True: only the response's tokens count."""
         return True

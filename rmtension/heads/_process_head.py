@@ -75,6 +75,11 @@ class ProcessHead(Head):
     # -- what a head says of itself --------------------------------------------------------------------------------
 
     @property
+    def expression(self) -> str:
+        """The head with its marker."""
+        return f"ProcessHead({self.marker!r})"
+
+    @property
     def uses_prompt(self) -> bool:
         """True: only markers in the response count."""
         return True

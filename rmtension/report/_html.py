@@ -160,7 +160,7 @@ def _code(result: StudyResult, neurons: NeuronDashboards | None) -> str:
         for name, part in result.summary["pairs"].items()
     ]
     lines = [
-        f"# pip install rmtension=={result.summary['version']}",
+        f"# rmtension {result.summary['version']}",
         "from rmtension import PreferencePairs, StudyOptions, TensionStudy",
         f"from rmtension.study import ModelFamily{', ModelOutput' if has_outputs else ''}",
         "from rmtension.report import write_report",

@@ -32,7 +32,7 @@ def inspection_page(inspection: ModelInspection) -> Page:
     sentences = sentences[len(failed) :]
     undecided = inspection.undecided()
     return Page(
-        f"One reward model: {summary['architecture']}",
+        f"One reward model: {summary['architecture']}{_read_by(summary)}",
         Answer(
             sentences[:_N_SENTENCES],
             _leading_picture(inspection),
@@ -283,19 +283,33 @@ def _by(by: str | None) -> str:
 
 
 def _opened_with(summary: Mapping[str, Any]) -> str:
-    return f", output={summary['output']!r}" if "output" in summary else ""
+    head = f", head={summary['head']}" if "head" in summary else ""
+    return head + (f", output={summary['output']!r}" if "output" in summary else "")
+
+
+def _read_by(summary: Mapping[str, Any]) -> str:
+    """The output or the head that the reward is read with, if the model has several or it was passed."""
+    output = f", output {summary['output']}" if "output" in summary else ""
+    return output + (f", {summary['head']}" if "head" in summary else "")
 
 
 def _compared_with(summary: Mapping[str, Any]) -> str:
     return f", outputs={summary['outputs'][1:]!r}" if "outputs" in summary else ""
 
 
+def _imported(head: str) -> str:
+    name = head.partition("(")[0]
+    known = name in ("LogRatioHead", "ProcessHead")
+    return f"from rmtension.heads import {name}" if known else f"# {name}: the head that was passed"
+
+
 def _code(inspection: ModelInspection) -> str:
     summary = inspection.summary
     return "\n".join(
         [
-            f"# pip install rmtension=={summary['version']}",
+            f"# rmtension {summary['version']}",
             "from rmtension import PreferencePairs, RewardHead",
+            *([_imported(summary["head"])] if "head" in summary else []),
             "from rmtension.report import write_report",
             "from rmtension.study import inspect_model",
             "",

@@ -224,6 +224,7 @@ class InspectionRun:
             "architecture": head.architecture,
             "model": head.fingerprint,
             **({} if head.output_name is None else {"output": head.output_name}),
+            **_head_passed(head),
             "dtype": str(head.dtype).removeprefix("torch."),
             "site": SITE,
             "method": METHOD,
@@ -285,3 +286,11 @@ def _strongest(scores: Mapping[str, NeuronScores], n: int, architecture: str) ->
     mask = torch.zeros(effects[0].numel(), dtype=torch.bool)
     mask[list(chosen)] = True
     return NeuronSet(mask.view(tuple(effects[0].shape)), SITE, architecture)
+
+
+def _head_passed(head: RewardHead) -> dict[str, str]:
+    """How a head that the checkpoint does not hold is written in code; empty for a row."""
+    source = None if head.checkpoint is None else head.checkpoint.source
+    if head.weight is not None or (source is not None and source.head is None):
+        return {}
+    return {"head": head.require_head().expression}
