@@ -267,7 +267,10 @@ def test_a_head_must_compute_a_column_per_output(checkpoints):
 
     head = RewardHead.from_pretrained(checkpoints["llama"], head=Wrong())
     for call in (head.score_pairs, head.score_outputs):
-        with pytest.raises(ModelError, match=r"expected Wrong to return one number for each of 4 texts and 1 outputs.*got shape \(4, 2\)"):
+        with pytest.raises(
+            ModelError,
+            match=r"expected Wrong to return one number for each of 4 texts and 1 outputs.*got shape \(4, 2\)",
+        ):
             call(make_pairs(2))
 
 
