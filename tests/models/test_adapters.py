@@ -203,7 +203,7 @@ def test_the_saved_head_decides_the_number_of_outputs(bases, tokenizer, tmp_path
     config = peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=GPT2)
     model, folder = adapt(bases["gpt2 LM"], config, tmp_path, n_outputs=3)
     expected = logits(model, tokenizer)
-    with pytest.raises(ModelError, match=r"one output, got 3.*output=2"):
+    with pytest.raises(ModelError, match=r"one output, got 3.*output='LABEL_2'"):
         RewardHead.from_pretrained(folder)
     head = RewardHead.from_pretrained(folder, output=(2, "LABEL_0"))
     assert torch.allclose(head.score(TEXTS), expected[:, 2] - expected[:, 0], atol=1e-5)
