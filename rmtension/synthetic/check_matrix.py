@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension.errors import RMTensionError
+from rmtension.errors import ModelError, RMTensionError
 from rmtension.reward_head import RewardHead
 from rmtension.synthetic._world import preference_world
 
@@ -177,6 +177,8 @@ def _rewards(head: RewardHead, texts: Sequence[str], on_bridge: bool) -> Float[T
     if not on_bridge:
         return head.score(texts)
     bridge: Any = head.model
+    if not hasattr(bridge, "hook_dict"):
+        raise ModelError("TransformerLens has no bridge for it, so transformers' modules run alone")
     with bridge.hooks(fwd_hooks=[(next(iter(bridge.hook_dict)), lambda value, hook: value)]):
         return head.score(texts)
 
