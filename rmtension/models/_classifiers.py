@@ -1,7 +1,7 @@
 """A transformers classifier of a model in memory, if its weights alone compute the reward."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -32,37 +32,69 @@ def build_classifier(head: RewardModel) -> Any:
     It shares the weights; where some have adapters or are parametrised, it gets copies. Raises `ModelError` where the
     weights alone do not compute what the model does.
     """
-    from transformers import AutoModelForSequenceClassification
-
-    checkpoint, base = current_checkpoint(head, "build_classifier")
-    base = plain_copy(base)
-    require_same_stream(head, nullcontext(), partial(run_eagerly, base), "save_pretrained")
     if isinstance(head.head, PooledHead):
-        return head.head.classifier_with(base)
-    config: Any = copy.deepcopy(base.config)
+        return head.head.classifier_with(plain_base(head, "build_classifier"))
     rows, _, names = rows_to_save(head)
-    config.num_labels = len(rows)
-    if len(rows) > 1:
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: number for number, name in enumerate(names)}
-    config.get_text_config().pad_token_id = head.pad_token_id
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            build: Any = AutoModelForSequenceClassification.from_config
-            classifier = build(config, trust_remote_code=checkpoint.trust_remote_code)
-    except ValueError as error:
-        raise ModelError(f"{checkpoint.name}: transformers has no sequence classifier for it ({error}).") from error
-    expected = set(classifier.state_dict())
-    setattr(classifier, classifier.base_model_prefix, base)
+
+    def configure(config: Any) -> None:
+        config.num_labels = len(rows)
+        if len(rows) > 1:
+            name_labels(config, names)
+        config.get_text_config().pad_token_id = head.pad_token_id
+
+    classifier, expected = model_around(head, "SequenceClassification", configure)
     classifier.score = nn.Linear(head.d_model, len(rows), bias=False, device="meta")
     classifier.score.weight = nn.Parameter(rows.to(head.dtype, copy=True), requires_grad=False)
-    other = sorted((set(classifier.state_dict()) ^ expected) - _SCORE)
-    if other:
+    return require_weights(classifier, expected, besides=_SCORE)
+
+
+def model_around(head: RewardModel, kind: str, configure: Callable[[Any], None]) -> tuple[Any, set[str]]:
+    """A model of transformers for `kind` around the base model of `head`, and the names that its weights should have.
+
+    `configure` changes a copy of the config. The weights outside the base model are on the meta device. Raises
+    `ModelError` where transformers has no such model, and where the weights alone do not compute what the model does.
+    """
+    import transformers
+
+    base: Any = plain_base(head, "save_pretrained")
+    config = copy.deepcopy(base.config)
+    configure(config)
+    assert head.checkpoint is not None
+    auto_class = getattr(transformers, f"AutoModelFor{kind}")
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = auto_class.from_config(config, trust_remote_code=head.checkpoint.trust_remote_code).eval()
+    except ValueError as error:
+        raise ModelError(f"{head.checkpoint.name}: transformers has no ...For{kind} for it ({error}).") from error
+    expected = set(model.state_dict())
+    setattr(model, model.base_model_prefix, base)
+    return model, expected
+
+
+def require_weights(model: Any, expected: set[str], *, besides: Collection[str] = ()) -> Any:
+    """`model`, if it has the weights that its class should have, except `besides`, and all of them have values."""
+    state = model.state_dict()
+    missing = {name for name, tensor in state.items() if tensor.is_meta} | (set(state) ^ expected) - set(besides)
+    if missing:
         raise ModelError(
-            f"{checkpoint.name}: expected the weights of a {type(classifier).__name__}, but only one of the two has "
-            f"{other[:3]}. Modules inside the model were replaced or wrapped; undo that, then save."
+            f"save_pretrained: expected the weights of a {type(model).__name__}, but {sorted(missing)[:3]} are missing "
+            "or its class does not have them. Modules inside the model were replaced or wrapped; undo that, then save."
         )
-    return classifier
+    return model
+
+
+def name_labels(config: Any, names: Sequence[str]) -> None:
+    """Write the names of a classifier's outputs into its config."""
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+
+
+def plain_base(head: RewardModel, what: str) -> Any:
+    """The base model of `head` as its weights alone compute it: shared, or copied where some are parametrised."""
+    _, base = current_checkpoint(head, what)
+    plain = plain_copy(base)
+    require_same_stream(head, nullcontext(), partial(run_eagerly, plain), "save_pretrained")
+    return plain
 
 
 def rows_to_save(

@@ -1,15 +1,11 @@
 """Saving a model: in the format it was read from, as a sequence classifier, or as a model of TransformerLens."""
 
 import warnings
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from rmtension.bodies._native_weights import plain_copy
 from rmtension.distributed import current
 from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.heads._encoder_heads import PooledHead
@@ -20,9 +16,8 @@ from rmtension.models._checkpoint_folder import checkpoint_folder, require_no_ad
 from rmtension.models._classifiers import (
     build_classifier,
     current_checkpoint,
-    require_same_stream,
+    plain_base,
     rows_to_save,
-    run_eagerly,
 )
 from rmtension.models._lens_models import is_own_model, write_model
 from rmtension.models._own_format import OwnFormat, same_tensors
@@ -47,14 +42,14 @@ def save_model(head: RewardModel, folder: str | Path) -> None:
             row = head.require_weight(), head.bias
             write_model(head.body, row, head.pad_token_id, head.tokenizer, Path(folder))
         return
-    checkpoint, base = current_checkpoint(head, "save_pretrained")
+    checkpoint, _ = current_checkpoint(head, "save_pretrained")
     if not current().is_first:
         return
     folder = Path(folder)
     require_no_adapter(folder)
     own = _own_format(head)
     if own is not None:
-        _save_in_own_format(head, own, checkpoint.tokenizer, base, folder)
+        _save_in_own_format(head, own, checkpoint.tokenizer, folder)
     elif isinstance(head.head, LogRatioHead | ProcessHead):
         save_token_model(head, folder)
     else:
@@ -69,9 +64,8 @@ def _own_format(head: RewardModel) -> OwnFormat | None:
     return checkpoint.own if same_tensors(head.head, checkpoint.head) else None
 
 
-def _save_in_own_format(head: RewardModel, own: OwnFormat, tokenizer: Any, base: nn.Module, folder: Path) -> None:
-    base = plain_copy(base)
-    require_same_stream(head, nullcontext(), partial(run_eagerly, base), "save_pretrained")
+def _save_in_own_format(head: RewardModel, own: OwnFormat, tokenizer: Any, folder: Path) -> None:
+    base = plain_base(head, "save_pretrained")
     with checkpoint_folder(folder) as temporary:
         own.write(base, temporary, head.dtype)
         if tokenizer is not None:

@@ -1,23 +1,20 @@
 """Exporting models with heads that read several tokens, as the class of transformers that computes their logits."""
 
-import copy
 import warnings
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from rmtension.bodies._native_weights import plain_copy
 from rmtension.distributed import current
 from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.heads._head import LinearHead
 from rmtension.heads._log_ratio_head import LogRatioHead
 from rmtension.heads._process_head import ProcessHead
+from rmtension.models._checkpoint import score_layer
 from rmtension.models._checkpoint_folder import write_checkpoint
-from rmtension.models._classifiers import current_checkpoint, require_same_stream, run_eagerly
+from rmtension.models._classifiers import current_checkpoint, model_around, name_labels, require_weights
 from rmtension.models._reward_model import RewardModel
 
 
@@ -43,11 +40,9 @@ def save_token_model(head: RewardModel, folder: str | Path) -> None:
 
 def build_language_model(head: RewardModel) -> Any:
     """The causal language model of transformers whose log-probabilities are the reward; it shares the weights."""
-    from transformers import AutoModelForCausalLM
-
     assert isinstance(head.head, LogRatioHead)
     assert head.head.unembedding is not None
-    model, expected = _around(head, AutoModelForCausalLM, {})
+    model, expected = model_around(head, "CausalLM", lambda config: None)
     unembedding, layer = head.head.unembedding, model.get_output_embeddings()
     if model.config.get_text_config().tie_word_embeddings:
         model.tie_weights()
@@ -55,13 +50,11 @@ def build_language_model(head: RewardModel) -> Any:
         layer.weight = nn.Parameter(unembedding.weight.detach(), requires_grad=False)
     if unembedding.bias is not None:
         layer.bias = nn.Parameter(unembedding.bias.detach(), requires_grad=False)
-    return _complete(head, model, expected)
+    return require_weights(model, expected)
 
 
 def build_token_classifier(head: RewardModel) -> Any:
     """The token classifier of transformers whose classes at the markers are the reward; it shares the weights."""
-    from transformers import AutoModelForTokenClassification
-
     assert isinstance(head.head, ProcessHead)
     step = head.head.step
     if not isinstance(step, LinearHead):
@@ -69,9 +62,8 @@ def build_token_classifier(head: RewardModel) -> Any:
             f"save_pretrained: transformers has no token classifier whose head is a {type(step).__name__}. Save the "
             "base model with head.checkpoint.base.save_pretrained(folder), and keep the head's tensors."
         )
-    names = dict(enumerate(step.outputs))
-    model, expected = _around(head, AutoModelForTokenClassification, names)
-    layer: Any = getattr(model, "score", None) or getattr(model, "classifier", None)
+    model, expected = model_around(head, "TokenClassification", partial(name_labels, names=step.outputs))
+    layer = score_layer(model)
     if not isinstance(layer, nn.Linear):
         raise ModelError(f"save_pretrained: {type(model).__name__} has no linear layer 'score' or 'classifier'.")
     bias: Any = layer.bias
@@ -80,37 +72,4 @@ def build_token_classifier(head: RewardModel) -> Any:
     layer.weight = nn.Parameter(step.weight.detach().to(head.dtype, copy=True), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(step.bias.to(head.device, head.dtype), requires_grad=False)
-    return _complete(head, model, expected)
-
-
-def _around(head: RewardModel, auto_class: Any, names: dict[int, str]) -> tuple[Any, set[str]]:
-    """A model of `auto_class` around the base model of `head`, and the names of the parameters that it should have."""
-    checkpoint, base = current_checkpoint(head, "save_pretrained")
-    base = plain_copy(base)
-    require_same_stream(head, nullcontext(), partial(run_eagerly, base), "save_pretrained")
-    config: Any = copy.deepcopy(base.config)
-    if names:
-        config.id2label = names
-        config.label2id = {name: number for number, name in names.items()}
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model = auto_class.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
-    except ValueError as error:
-        raise ModelError(
-            f"{checkpoint.name}: transformers has no {auto_class.__name__[9:]} for it ({error})."
-        ) from error
-    expected = set(model.state_dict())
-    setattr(model, model.base_model_prefix, base)
-    return model.eval(), expected
-
-
-def _complete(head: RewardModel, model: Any, expected: set[str]) -> Any:
-    """The model, if it has the parameters of its class and all of them have values."""
-    state = model.state_dict()
-    other = sorted({name for name, tensor in state.items() if tensor.is_meta} | (set(state) ^ expected))
-    if other:
-        raise ModelError(
-            f"save_pretrained: expected the weights of a {type(model).__name__}, but {other[:3]} are missing or its "
-            "class does not have them. Modules inside the model were replaced or wrapped; undo that, then save."
-        )
-    return model
+    return require_weights(model, expected)
