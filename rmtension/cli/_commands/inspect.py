@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from rmtension.cli._commands.model_options import add_model_options, open_model, refuse_swapped
+from rmtension.cli._commands.model_options import add_model_options, open_model, read_output, refuse_swapped
 from rmtension.cli._commands.outcome import Outcome
 from rmtension.cli._commands.pair_options import add_group_options, add_pair_options, read_group_pairs
 from rmtension.cli._commands.quiet import quiet_libraries
@@ -96,4 +96,4 @@ def _outputs(given: list[str] | None) -> list[object] | str | None:
     """The argument `outputs`: numbers as int."""
     if given is None or given == ["all"]:
         return None if given is None else "all"
-    return [int(output) if output.isdecimal() else output for output in given]
+    return list(map(read_output, given))

@@ -119,5 +119,10 @@ def _example(options: Namespace) -> str:
 
 def _output(given: list[str] | None) -> object:
     """The argument `output` of `from_pretrained`: one output or a pair, with numbers as int."""
-    outputs = [int(output) if output.isdecimal() else output for output in given or []]
+    outputs = list(map(read_output, given or []))
     return outputs[0] if len(outputs) == 1 else outputs or None
+
+
+def read_output(text: str) -> int | str:
+    """An output as a user writes it: its number, or its name."""
+    return int(text) if text.isdecimal() else text

@@ -5,6 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+from rmtension.cli._commands.model_options import read_output
 from rmtension.cli._commands.outcome import Outcome
 from rmtension.cli._commands.pair_options import add_pair_options, read_columns
 from rmtension.cli._commands.quiet import quiet_libraries
@@ -174,7 +175,7 @@ def _outputs(options: Namespace, models: dict[str, Any]) -> dict[str, Any]:
             raise OptionError(
                 f"--outputs: expected helpful=OUTPUT, harmless=OUTPUT and optionally mixed=OUTPUT, got {text[:80]!r}."
             )
-        outputs[name] = int(output) if output.isdecimal() else output
+        outputs[name] = read_output(output)
     for name in ("helpful", "harmless"):
         if name not in outputs:
             raise OptionError(f"--outputs: no output is named for {name!r}. Add it, or pass three models.")
