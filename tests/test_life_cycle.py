@@ -42,7 +42,8 @@ from rmtension.bodies._native_sites import attends_both_ways, find_native_sites
 from rmtension.bodies._native_weights import plain_copy
 from rmtension.bodies._site_widths import measure_sites
 from rmtension.bodies._text_models import text_model
-from rmtension.data._tokens import ReadAt, TokenBatch, running, running_batch
+from rmtension.data._token_places import ReadAt
+from rmtension.data._tokens import TokenBatch, running, running_batch
 from rmtension.distributed import current, sharded
 from rmtension.errors import OptionError, RMTensionError
 from rmtension.interventions._sweep import score_without
@@ -377,6 +378,9 @@ THE_SAME = {
     **{
         f"models._token_models.{name}": "models._saving.save_model"
         for name in ("build_language_model", "build_token_classifier", "save_token_model")
+    },
+    **{
+        f"models._classifiers.{name}": "models._classifiers.build_classifier" for name in ("model_around", "plain_base")
     },
     "interventions._expert_weights.ablate_experts": "reward_head.RewardHead.with_ablation",
     "bodies._experts.ExpertPoint.register_forward_hook": "passes._activation_collector.ActivationCollector.collect",

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks, frozen
-from rmtension.data._tokens import TokenBatch, TokenPlaces, margins
+from rmtension.data._token_places import TokenPlaces
+from rmtension.data._tokens import TokenBatch, margins
 from rmtension.errors import ModelError
 from rmtension.models._direct_path import DirectContributions, DirectPaths
 from rmtension.models._replay import Replay

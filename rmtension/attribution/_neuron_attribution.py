@@ -49,8 +49,8 @@ class NeuronAttribution:
       1 + (steps + 1) (L + 1) / 2 forward and steps (L + 1) / 2 backward passes, where blocks run one by one. Where a
       norm follows the projection (Gemma-2, OLMo-2), zero is a singular point of that norm: use `Mean(statistics)`.
     - `direct_effect`: what the neuron adds to the margin through the residual stream without later blocks, at the
-      unchanged scale of the final norm; exact (`rmtension.models.direct_contributions`). 1 forward pass. Only the token
-      that the reward is read from counts, whatever `positions` says.
+      unchanged scale of the final norm (`rmtension.models.direct_contributions`). Exact for a linear head, of first
+      order for others. 1 forward pass. Only the tokens that the head reads count, whatever `positions` says.
 
     Signs: a score of `attribution_patching` is a change (positive: the margin grows without the neuron, which opposes
     it); a score of any other method is a contribution (positive: the neuron supports the margin). `Provenance.sign` of

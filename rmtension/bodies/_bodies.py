@@ -30,7 +30,8 @@ from rmtension.bodies._native_weights import has_adapters, refuse_packed_weights
 from rmtension.bodies._norms import read_norm
 from rmtension.bodies._projections import Projection
 from rmtension.bodies._rope import RopeByText
-from rmtension.data._tokens import TokenBatch, TokenPlaces
+from rmtension.data._token_places import TokenPlaces
+from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
 
 # Largest difference of a bridge, relative to the residual stream. A wrong bridge is off by percents; half precision

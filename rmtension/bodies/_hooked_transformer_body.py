@@ -12,7 +12,8 @@ from rmtension._sites import find_site
 from rmtension.bodies._experts import ExpertPoint
 from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks, count_foreign_hooks, has_own_hooks, modules_of
 from rmtension.bodies._projections import Projection
-from rmtension.data._tokens import TokenBatch, TokenPlaces
+from rmtension.data._token_places import TokenPlaces
+from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
 
 

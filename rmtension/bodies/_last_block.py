@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from rmtension.bodies._hooks import HookSite, InstalledHooks, count_foreign_hooks, has_own_hooks
-from rmtension.data._tokens import TokenBatch, TokenPlaces
+from rmtension.data._token_places import TokenPlaces
+from rmtension.data._tokens import TokenBatch
 
 
 class LastMLP:

@@ -19,7 +19,8 @@ from rmtension.bodies._native_run import find_last_mlp, measure_packing, probe_b
 from rmtension.bodies._native_sites import find_native_sites
 from rmtension.bodies._projections import Projection
 from rmtension.bodies._rope import RopeByText
-from rmtension.data._tokens import TokenBatch, TokenPlaces
+from rmtension.data._token_places import TokenPlaces
+from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
 
 # How configs name the number of tokens that a text may have.

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.data._encoding import EncodedPairs, EncodedText
-from rmtension.data._tokens import READ_LAST, ReadAt, TokenBatch, length_buckets, token_types_of
+from rmtension.data._token_places import READ_LAST, ReadAt
+from rmtension.data._tokens import TokenBatch, length_buckets, token_types_of
 
 # Which texts share a row: none (one text per row, in order); those of one pair, so that a row's gradient belongs to
 # that pair; or those of one prompt.

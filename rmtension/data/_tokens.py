@@ -12,69 +12,8 @@ from torch import Tensor
 
 from rmtension._sites import check_positions
 from rmtension.data._encoding import EncodedText
+from rmtension.data._token_places import READ_LAST, ReadAt, TokenPlaces, first_of_each
 from rmtension.errors import DataError, OptionError
-
-
-@dataclass(frozen=True)
-class ReadAt:
-    """Which token of a text its reward is read from: the `first`, or the last that is not `pad_token_id`.
-
-    Classifiers with causal attention read the last token, encoders the first ([CLS]). Transformers' sequence
-    classifiers skip trailing pad tokens, so a text that ends in eos is read one token earlier if pad and eos are the
-    same token; None skips nothing. As in transformers, a text of pad tokens only is read at its first column.
-    """
-
-    pad_token_id: int | None = None
-    first: bool = False
-
-    def columns(self, input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "text token"]) -> Int[Tensor, "text"]:
-        """The column of the token that each text's reward is read from."""
-        if self.first:
-            return mask.int().argmax(dim=1)
-        wanted = mask if self.pad_token_id is None else mask & (input_ids != self.pad_token_id)
-        columns = torch.arange(mask.shape[1], device=mask.device)
-        return (columns * wanted).argmax(dim=1)
-
-    def index(self, ids: Sequence[int]) -> int:
-        """The index of that token among the ids of one text."""
-        if self.first:
-            return 0
-        return next((i for i in reversed(range(len(ids))) if ids[i] != self.pad_token_id), 0)
-
-
-# The last token, whichever it is.
-READ_LAST = ReadAt()
-
-
-@dataclass(frozen=True)
-class TokenPlaces:
-    """Where some tokens of a batch's texts are: the text of each token, the row that the text is in, and the column."""
-
-    texts: Int[Tensor, "token"]
-    rows: Int[Tensor, "token"]
-    columns: Int[Tensor, "token"]
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def and_also(self, other: "TokenPlaces") -> "TokenPlaces":
-        """These tokens, then those of `other`."""
-        return TokenPlaces(
-            torch.cat([self.texts, other.texts]),
-            torch.cat([self.rows, other.rows]),
-            torch.cat([self.columns, other.columns]),
-        )
-
-    @property
-    def distinct(self) -> "TokenPlaces":
-        """Every token once, with the first of the texts that share it."""
-        codes = self.rows * (int(self.columns.max()) + 1 if len(self) else 1) + self.columns
-        found, which = torch.unique(codes, return_inverse=True)
-        if len(found) == len(self):
-            return self
-        numbers = torch.arange(len(self), device=codes.device)
-        first = numbers.new_full((len(found),), len(self)).scatter_reduce(0, which, numbers, "amin").sort().values
-        return TokenPlaces(self.texts[first], self.rows[first], self.columns[first])
 
 
 @dataclass(frozen=True)
@@ -174,8 +113,7 @@ class TokenBatch:
 
     def gather_last(self, values: Float[Tensor, "row token *rest"]) -> Float[Tensor, "text *rest"]:
         """`values` at the token that each text's reward is read from, on the device of `values`."""
-        # In a model split over several devices, the residual stream ends on the last device.
-        return values[self.rows.to(values.device), self.last.to(values.device)]
+        return self.gather(self.last_places, values)
 
     @cached_property
     def last_places(self) -> TokenPlaces:
@@ -195,12 +133,8 @@ class TokenBatch:
     def _same(self, groups: Int[Tensor, "text"]) -> Int[Tensor, "text"] | None:
         ids = torch.where(self.mask, self.input_ids[self.rows], -1)
         codes = torch.cat([groups[:, None], ids, self.response.long()], dim=1)
-        distinct, which = torch.unique(codes, dim=0, return_inverse=True)
-        if len(distinct) == len(codes):
-            return None
-        numbers = torch.arange(len(codes), device=codes.device)
-        first = numbers.new_full((len(distinct),), len(codes)).scatter_reduce(0, which, numbers, "amin")
-        return first[which]
+        first, which = first_of_each(codes)
+        return None if len(first) == len(codes) else first[which]
 
     def places(self, selected: Bool[Tensor, "text token"]) -> TokenPlaces:
         """The tokens that `selected` marks, text by text, in the order of the tokens."""
@@ -215,8 +149,15 @@ class TokenBatch:
         texts, at = (selected & (earlier >= 0)).nonzero(as_tuple=True)
         return TokenPlaces(texts, self.rows[texts], earlier[texts, at])
 
+    def last_of(self, selected: Bool[Tensor, "text token"]) -> TokenPlaces:
+        """The last token that `selected` marks in each text; its column is -1 in a text without one."""
+        columns = torch.arange(selected.shape[1], device=selected.device)
+        at = torch.where(selected, columns, -1).amax(dim=1)
+        return TokenPlaces(torch.arange(len(at), device=at.device), self.rows, at)
+
     def gather(self, places: TokenPlaces, values: Float[Tensor, "row token *rest"]) -> Float[Tensor, "place *rest"]:
         """`values` at some tokens, on the device of `values`."""
+        # In a model split over several devices, the residual stream ends on the last device.
         return values[places.rows.to(values.device), places.columns.to(values.device)]
 
     def scatter(

@@ -3,14 +3,16 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension.data._encoding import EncodedText
-from rmtension.data._tokens import TokenBatch, TokenPlaces, compact
+from rmtension.data._token_places import TokenPlaces
+from rmtension.data._tokens import TokenBatch
 from rmtension.errors import DataError
 from rmtension.heads._head import Head, LinearHead
 from rmtension.heads._layers import Layers
+from rmtension.heads._patterns import find_pattern, has_pattern
 
 # The name of the output that combines the objectives.
 SCORE = "score"
@@ -133,19 +135,16 @@ class PromptWeightedHead(WeightedHead):
 
     def require_text(self, text: EncodedText, what: str) -> None:
         """Raise `DataError`, which names the text, for a text without the header of an assistant turn."""
-        ids, n = text.ids, len(self.pattern)
-        if not any(ids[at : at + n] == self.pattern for at in range(len(ids) - n + 1) if ids[at] == self.pattern[0]):
+        if not has_pattern(text.ids, self.pattern):
             raise self._no_header(what)
 
     def tokens(self, batch: TokenBatch) -> TokenPlaces:
         """The last token of every text, then the first token of the last pattern in every text."""
-        found = starts_of(self.pattern, batch)
-        if not bool(found.any(dim=1).all()):
-            raise self._no_header(f"texts: text {batch.indices[int((~found.any(dim=1)).nonzero()[0, 0])]}")
-        columns = torch.arange(found.shape[1], device=found.device)
-        last = torch.where(found, columns, -1).amax(dim=1)
-        texts = torch.arange(len(last), device=last.device)
-        return batch.last_places.and_also(TokenPlaces(texts, batch.rows, last))
+        headers = batch.last_of(find_pattern(self.pattern, batch, at_end=False))
+        missing = (headers.columns < 0).nonzero()[:, 0].tolist()
+        if missing:
+            raise self._no_header(f"texts: text {batch.indices[missing[0]]}")
+        return batch.last_places.and_also(headers)
 
     def read_tokens(
         self, states: Float[Tensor, "token d_model"], places: TokenPlaces, batch: TokenBatch
@@ -178,21 +177,4 @@ class MeanHead(Head):
         self, states: Float[Tensor, "token d_model"], places: TokenPlaces, batch: TokenBatch
     ) -> Float[Tensor, "text output"]:
         """The outputs from the means."""
-        texts = places.texts.to(states.device)
-        sums = states.new_zeros(len(batch.last), states.shape[1]).index_add(0, texts, states)
-        return self.linear.read(sums / torch.bincount(texts, minlength=len(sums))[:, None])
-
-
-def starts_of(pattern: Sequence[int], batch: TokenBatch) -> Bool[Tensor, "text token"]:
-    """The columns at which `pattern` begins in each text, whose tokens need not be next to each other in a row."""
-    ids, mask = compact(batch.input_ids[batch.rows], batch.mask)
-    # The columns of each text's tokens, in the order of its tokens.
-    columns = torch.argsort((~batch.mask).to(torch.int8), dim=1, stable=True)
-    starts = torch.zeros_like(batch.mask)
-    wanted = torch.tensor(pattern, device=ids.device)
-    if ids.shape[1] < len(pattern):
-        return starts
-    found = (ids.unfold(1, len(pattern), 1) == wanted).all(dim=2) & mask.unfold(1, len(pattern), 1).all(dim=2)
-    texts, at = found.nonzero(as_tuple=True)
-    starts[texts, columns[texts, at]] = True
-    return starts
+        return self.linear.read(places.means(states, len(batch.last)))

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from rmtension.bodies._hooks import copy_without_hooks, eager_eval, unwrapped
 from rmtension.bodies._native_run import probe_batch, run_base, stream_difference, stream_tolerance
-from rmtension.data._tokens import TokenBatch, TokenPlaces
+from rmtension.data._token_places import TokenPlaces
+from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
 from rmtension.heads._head import Head
 
@@ -70,11 +71,9 @@ class PooledHead(Head):
         """The outputs of a batch's texts for the states at the tokens that `tokens` returned."""
         if self.pooling in ("first", "last"):
             return self.read(states)
-        texts = places.texts.to(states.device)
-        counts = torch.bincount(texts, minlength=len(batch.last)).to(states)[:, None]
-        values = states if self.pooling == "mean" else self.read(states)
-        means = values.new_zeros(len(batch.last), values.shape[1]).index_add(0, texts, values) / counts
-        return self.read(means) if self.pooling == "mean" else means
+        if self.pooling == "mean":
+            return self.read(places.means(states, len(batch.last)))
+        return places.means(self.read(states), len(batch.last))
 
     def classifier_with(self, base: nn.Module) -> Any:
         """The transformers classifier of these modules and `base`, which it shares; the modules are copied."""

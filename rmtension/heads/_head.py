@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from rmtension.bodies._norms import NormLayer
 from rmtension.data._encoding import EncodedText
-from rmtension.data._tokens import TokenBatch, TokenPlaces
+from rmtension.data._token_places import TokenPlaces
+from rmtension.data._tokens import TokenBatch
 from rmtension.errors import DataError, ModelError
 
 # Attributes of a head that say what its outputs are called, or belong to PyTorch.
@@ -296,12 +297,11 @@ def _is_setting(value: object) -> bool:
 
 def prompt_places(batch: TokenBatch) -> TokenPlaces:
     """The last token before the response of each text; raises `DataError` for a text without a prompt."""
-    columns = torch.arange(batch.mask.shape[1], device=batch.mask.device)
-    at = torch.where(batch.mask & ~batch.response, columns, -1).amax(dim=1)
-    if bool((at < 0).any()):
+    places = batch.last_of(batch.mask & ~batch.response)
+    if bool((places.columns < 0).any()):
         raise DataError(
             "texts: this head reads the last token of the prompt, and a text by itself has no prompt; nor has a pair "
             "whose response leaves no room for it. Score preference pairs that fit into the context: "
             "head.score_pairs(pairs)."
         )
-    return TokenPlaces(torch.arange(len(at), device=at.device), batch.rows, at)
+    return places

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.data._encoding import EncodedText
-from rmtension.data._tokens import TokenBatch, TokenPlaces, compact
+from rmtension.data._token_places import TokenPlaces, first_of_each
+from rmtension.data._tokens import TokenBatch, compact
 from rmtension.errors import DataError, ModelError, OptionError
 from rmtension.heads._head import Head
 from rmtension.heads._vocabulary import Unembedding, log_probs, read_unembedding
@@ -68,7 +69,11 @@ class LogRatioHead(Head):
     def on(self, name: str, model: Any) -> "LogRatioHead":
         """This head on a causal language model of transformers, whose unembedding it shares."""
         own = copy.copy(self)
-        own.unembedding = read_unembedding(name, model)
+        own.unembedding = read_unembedding(
+            name,
+            model,
+            "Its log-probabilities cannot be computed; to read activations only, use RewardHead.from_language_model.",
+        )
         return own
 
     def compared_with(self, reference: Any) -> "LogRatioHead":
@@ -142,7 +147,7 @@ class LogRatioHead(Head):
         if self._reference is not None:
             sums = sums - self.reference_likelihoods(batch).to(sums)
         if self.average:
-            sums = sums / torch.bincount(places.texts, minlength=len(sums)).clamp(min=1).to(sums)
+            sums = sums / places.counts(len(sums)).clamp(min=1).to(sums)
         return self.beta * sums[:, None]
 
     def log_likelihoods(
@@ -157,12 +162,10 @@ class LogRatioHead(Head):
             )
         ids = response_ids(batch)
         # A token that several texts share is computed once, so that equal responses of a pair get equal rewards.
-        codes = torch.stack([places.rows, places.columns, ids], dim=1)
-        distinct, which = torch.unique(codes, dim=0, return_inverse=True)
-        numbers = torch.arange(len(ids), device=ids.device)
-        first = numbers.new_full((len(distinct),), len(ids)).scatter_reduce(0, which, numbers, "amin")
+        first, which = first_of_each(torch.stack([places.rows, places.columns, ids], dim=1))
         each = log_probs(states[first.to(states.device)], self.unembedding, ids[first])[which.to(states.device)]
-        return _sum_by_text(each, places.texts.to(each.device), len(batch.last))
+        # By a table, so that the sum of a text has the same order in every batch.
+        return places.table(each, len(batch.last)).sum(dim=1)
 
     def reference_likelihoods(self, batch: TokenBatch) -> Float[Tensor, "text"]:
         """The log-likelihood of each text's response under the reference. Cost: its forward pass, once per batch."""
@@ -266,11 +269,3 @@ def _are_same(first: TokenBatch, second: TokenBatch) -> bool:
     return all(
         one is other or (one is not None and other is not None and torch.equal(one, other)) for one, other in values
     )
-
-
-def _sum_by_text(values: Float[Tensor, "token"], texts: Tensor, n: int) -> Float[Tensor, "text"]:
-    """The sum of each text's values, always in the same order; `texts` ascends."""
-    counts = torch.bincount(texts, minlength=n)
-    width = int(counts.max()) if len(texts) else 1
-    ranks = torch.arange(len(texts), device=texts.device) - (counts.cumsum(0) - counts)[texts]
-    return values.new_zeros(n, width).index_put((texts, ranks), values).sum(dim=1)

@@ -58,9 +58,8 @@ def read_in_memory(model: Any) -> KnownHead | None:
 def _require_logits(name: str, model: Any, head: Head) -> None:
     """Compare the head's first output with the model's own logits on a short text, if the model returns logits."""
     parameter = next(model.parameters())
-    pattern = getattr(head, "pattern", ())
     n_embeddings = len(model.get_input_embeddings().weight)
-    ids = [*range(min(_PROBE, n_embeddings)), *pattern, *range(min(3, n_embeddings))]
+    ids = [*range(min(_PROBE, n_embeddings)), *head.ending_ids, *range(min(3, n_embeddings))]
     rows = torch.tensor([ids], device=parameter.device)
     batch = TokenBatch.from_rows(rows, torch.ones_like(rows, dtype=torch.bool))
     own = copy.deepcopy(head).to(parameter.device, torch.float32)

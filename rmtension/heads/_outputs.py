@@ -5,6 +5,9 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from rmtension._arguments import nearest
 from rmtension.errors import ModelError, OptionError
 from rmtension.heads._head import Head
@@ -55,6 +58,12 @@ def choose_tokens(output: object, tokenizer: Any) -> tuple[int, ...]:
     if tokenizer is None:
         raise OptionError("output: expected a model with a tokenizer, which finds the tokens. Pass tokenizer=...")
     return _one_or_two(output, lambda token: _token(token, tokenizer))
+
+
+def pick(outputs: Float[Tensor, "*text output"], choice: Sequence[int]) -> Float[Tensor, "*text"]:
+    """The chosen output of each text, or the first of two minus the second."""
+    first: Tensor = outputs[..., choice[0]]
+    return first if len(choice) == 1 else first - outputs[..., choice[1]]
 
 
 def _one_or_two(output: object, find: Any) -> tuple[int, ...]:

@@ -5,15 +5,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.bodies._norms import NormLayer
 from rmtension.data._encoding import EncodedText
-from rmtension.data._tokens import TokenBatch, TokenPlaces
+from rmtension.data._token_places import TokenPlaces
+from rmtension.data._tokens import TokenBatch
 from rmtension.errors import DataError, ModelError, OptionError
 from rmtension.heads._head import Head
 from rmtension.heads._outputs import choose_rows
+from rmtension.heads._patterns import find_pattern, has_pattern
 
 
 class ProcessHead(Head):
@@ -112,17 +114,14 @@ class ProcessHead(Head):
 
     def require_text(self, text: EncodedText, what: str) -> None:
         """Raise `DataError`, which names the text, for a response without a marker."""
-        ids = list(text.ids)
-        n, first = len(self.marker_ids), text.response_start
-        found = any(tuple(ids[end - n + 1 : end + 1]) == self.marker_ids for end in range(max(first, n - 1), len(ids)))
-        merged = [number for number in ids[first:] if number in self._hidden]
+        merged = [number for number in text.ids[text.response_start :] if number in self._hidden]
         if merged:
             raise DataError(
                 f"{what}: the tokenizer joins the marker {self.marker!r} with the text around it: it is inside of "
                 f"token {merged[0]}, not the marker's own token {self.marker_ids[-1]}, so the step that it ends "
                 "would be missed. Separate the marker from the text, for example by a space, as in training."
             )
-        if not found:
+        if not has_pattern(text.ids, self.marker_ids, ends_from=text.response_start):
             raise DataError(
                 f"{what}: expected at least one marker {self.marker!r} in the response, which ends a step, got none. "
                 f"Put {self.marker!r} after each step, as in training, or pass the marker that the model was trained "
@@ -133,7 +132,7 @@ class ProcessHead(Head):
 
     def tokens(self, batch: TokenBatch) -> TokenPlaces:
         """The last token of each marker in the response of each text."""
-        at = batch.response & self._ends(batch)
+        at = batch.response & find_pattern(self.marker_ids, batch, at_end=True)
         missing = (~at.any(dim=1)).nonzero()[:, 0].tolist()
         if missing:
             raise DataError(
@@ -156,12 +155,10 @@ class ProcessHead(Head):
             logs = torch.nn.functional.logsigmoid(values[:, 0])
         else:
             logs = values.log_softmax(dim=1)[:, int(self.label)]
-        texts = places.texts.to(logs.device)
-        counts = torch.bincount(texts, minlength=n_texts)
-        ranks = torch.arange(len(texts), device=texts.device) - (counts.cumsum(0) - counts)[texts]
+        counts = places.counts(n_texts).to(logs.device)
         # Beyond the steps of a text: log 1, which changes neither the smallest nor the product.
-        table = logs.new_zeros(n_texts, int(counts.max())).index_put((texts, ranks), logs)
-        real = torch.arange(table.shape[1], device=texts.device) < counts[:, None]
+        table = places.table(logs, n_texts)
+        real = torch.arange(table.shape[1], device=table.device) < counts[:, None]
         mean = (table.exp() * real).sum(dim=1) / counts
         last = table.gather(1, counts[:, None] - 1)[:, 0].exp()
         return torch.stack([table.amin(dim=1).exp(), mean, last, table.sum(dim=1).exp()], dim=1)
@@ -174,20 +171,6 @@ class ProcessHead(Head):
                 "RewardHead.from_pretrained(folder, head=ProcessHead(marker), output='min')."
             )
         return self.step
-
-    def _ends(self, batch: TokenBatch) -> Bool[Tensor, "text token"]:
-        """The columns at which the tokens of a text end with the marker."""
-        n_texts, width = batch.mask.shape
-        columns = torch.arange(width, device=batch.mask.device).expand(n_texts, width)
-        # In a packed row, the token before one is not always in the column before.
-        latest = torch.where(batch.mask, columns, -1).cummax(dim=1).values
-        earlier = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], dim=1)
-        ids = batch.input_ids[batch.rows]
-        found, at = batch.mask.clone(), columns
-        for number in reversed(self.marker_ids):
-            found &= (at >= 0) & (ids.gather(1, at.clamp(min=0)) == number)
-            at = torch.where(at >= 0, earlier.gather(1, at.clamp(min=0)), -1)
-        return found
 
 
 def _marker_ids(marker: str, tokenizer: Any) -> tuple[int, ...]:

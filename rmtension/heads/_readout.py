@@ -8,9 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension._sites import check_positions
-from rmtension.data._tokens import TokenBatch, TokenPlaces
+from rmtension.data._token_places import TokenPlaces
+from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError, OptionError
 from rmtension.heads._head import Head, LinearHead, tensors_of
+from rmtension.heads._outputs import pick
 
 
 class Readout:
@@ -94,9 +96,7 @@ class Readout:
         """The rewards of a batch from the residual stream after the final norm, at the tokens that the head reads."""
         if self.weight is not None:
             return self.read(states)
-        outputs = self.read_outputs(states, places, batch)
-        chosen = [outputs[:, number] for number in self.require_choice()]
-        return chosen[0] if len(chosen) == 1 else chosen[0] - chosen[1]
+        return pick(self.read_outputs(states, places, batch), self.require_choice())
 
     def read_outputs(
         self, states: Float[Tensor, "token d_model"], places: TokenPlaces, batch: TokenBatch
@@ -124,9 +124,7 @@ class Readout:
                 f"read: a {type(self.head).__name__} reads more than the last token of a text. Use head.score_pairs, "
                 "or head.forward on a batch."
             )
-        outputs = self._checked(self.require_head().read(exact, None), len(last))
-        chosen = [outputs[:, number] for number in self.require_choice()]
-        return chosen[0] if len(chosen) == 1 else chosen[0] - chosen[1]
+        return pick(self._checked(self.require_head().read(exact, None), len(last)), self.require_choice())
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

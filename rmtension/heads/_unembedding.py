@@ -7,13 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension.bodies._hooks import eager_eval
-from rmtension.bodies._native_run import probe_batch, run_base
-from rmtension.errors import ModelError, OptionError
+from rmtension.errors import OptionError
 from rmtension.heads._head import Head, LinearHead
-
-# The difference of logits and unembedding that rounding explains, relative to the largest logit.
-_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
+from rmtension.heads._vocabulary import read_unembedding
 
 
 class CappedLogits(Head):
@@ -47,31 +43,17 @@ def token_head(name: str, model: Any, rows: tuple[int, ...]) -> Head:
     Some families multiply their logits by a constant, which is measured on a short text and included in the head, and
     some cap them. Raises `ModelError` for logits that are computed in another way.
     """
-    unembedding = model.get_output_embeddings()
-    if max(rows) >= len(unembedding.weight):
-        raise OptionError(f"output: expected token ids below {len(unembedding.weight)}, got {list(rows)}.")
-    cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    batch = probe_batch(min(12, len(unembedding.weight)), unembedding.weight.device)
-    with torch.no_grad(), eager_eval(model.modules()):
-        plain = unembedding(run_base(model.base_model, batch).to(unembedding.weight))[0].double()
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits[0].to(plain)
-    tolerance = _TOLERANCE.get(unembedding.weight.dtype, 1e-5)
-    scale = 1.0
-    if cap is None:
-        scale = float((plain * logits).sum() / plain.square().sum())
-        scale = 1.0 if abs(scale - 1) <= tolerance else scale
-    expected = scale * plain if cap is None else cap * torch.tanh(plain / cap)
-    off = float((logits - expected).abs().max()) / float(logits.abs().max())
-    if not off <= tolerance:
-        weight = "RewardHead.from_language_model(...).body.native.get_input_embeddings().weight"
-        raise ModelError(
-            f"{name}: its logits are computed in another way than as an unembedding times the hidden state. To read "
-            "the unembedding's rows, pass head=(weight[yes] - weight[no], 0), where yes and no are token ids and "
-            f"weight is the unembedding (if it is tied to the embedding: {weight})."
-        )
-    bias = getattr(unembedding, "bias", None)
-    both = LinearHead(unembedding.weight[list(rows)], 0.0 if bias is None else bias[list(rows)])
-    if cap is not None:
-        return CappedLogits(both, float(cap))
+    weight = "RewardHead.from_language_model(...).body.native.get_input_embeddings().weight"
+    found = read_unembedding(
+        name,
+        model,
+        "To read the unembedding's rows, pass head=(weight[yes] - weight[no], 0), where yes and no are token ids and "
+        f"weight is the unembedding (if it is tied to the embedding: {weight}).",
+    )
+    if max(rows) >= len(found.weight):
+        raise OptionError(f"output: expected token ids below {len(found.weight)}, got {list(rows)}.")
+    both = LinearHead(found.weight[list(rows)], 0.0 if found.bias is None else found.bias[list(rows)])
+    if found.cap is not None:
+        return CappedLogits(LinearHead(found.scale * both.weight, found.scale * both.bias), float(found.cap))
     row, constant = both.row(range(len(rows)))
-    return LinearHead(scale * row, scale * constant)
+    return LinearHead(found.scale * row, found.scale * constant)

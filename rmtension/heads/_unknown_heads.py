@@ -16,7 +16,7 @@ def unknown_head(name: str, tensors: HeadTensors, width: int | None, *, has_step
     shown = ", ".join(f"{key} {list(shape)}" for key, shape in list(tensors.shapes.items())[:_SHOWN])
     more = f" and {len(tensors.shapes) - _SHOWN} more" if len(tensors.shapes) > _SHOWN else ""
     steps = (
-        "If it scores the steps of a response, pass head=ProcessHead(marker) of rmtension.models, with the text that "
+        "If it scores the steps of a response, pass head=ProcessHead(marker) of rmtension.heads, with the text that "
         "ends each step (on the command line, --marker), and the output 'min', 'mean', 'last' or 'product'. For any "
         "other head, define what it computes,"
         if has_steps

@@ -58,11 +58,11 @@ class Unembedding:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
-def read_unembedding(name: str, model: Any) -> Unembedding:
+def read_unembedding(name: str, model: Any, remedy: str) -> Unembedding:
     """The unembedding of a language model of transformers.
 
     Some families multiply or cap their logits. The factor is measured on a short text, and the result is compared with
-    the model's own logits there. Raises `ModelError` if they differ. Cost: two short passes.
+    the model's own logits there. Raises `ModelError`, which ends with `remedy`, if they differ. Cost: two short passes.
     """
     layer = model.get_output_embeddings()
     if layer is None:
@@ -87,8 +87,7 @@ def read_unembedding(name: str, model: Any) -> Unembedding:
     if not off <= tolerance:
         raise ModelError(
             f"{name}: expected logits that are a product with the unembedding, perhaps scaled or capped, but those of "
-            f"{type(model).__name__} differ from that by {off:.1e} of their size. Its log-probabilities cannot be "
-            "computed; to read activations only, use RewardHead.from_language_model."
+            f"{type(model).__name__} differ from that by {off:.1e} of their size. {remedy}"
         )
     return found
 

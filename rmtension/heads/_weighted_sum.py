@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension.data._tokens import TokenBatch, TokenPlaces
+from rmtension.data._token_places import TokenPlaces
+from rmtension.data._tokens import TokenBatch
 from rmtension.errors import OptionError
 from rmtension.heads._head import Head, LinearHead, WrappedHead
 from rmtension.heads._outputs import choose_outputs

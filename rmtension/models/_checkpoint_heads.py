@@ -45,8 +45,8 @@ _IS_CLASSIFIER = re.compile(r"classifier\.").match
 class HeadPlan:
     """How the head of a checkpoint is read: the class of transformers to load, and what is done with the model then.
 
-    `tokens` are the tokens whose logits are the reward. `skips_pad` says that the reward is read where transformers'
-    classifiers read it. `needs_logits` says that the head needs the whole class, not the text model inside.
+    `skips_pad` says that the reward is read where transformers' classifiers read it. `needs_logits` says that the head
+    needs the whole class, not the text model inside.
     """
 
     auto_class: str
@@ -219,6 +219,7 @@ def score_head(name: str, classifier: Any, stored: StoredHeads) -> Head:
 
 
 def width_of(config: Any) -> int | None:
+    """The width of the residual stream, if the config names it."""
     width: int | None = getattr(config.get_text_config(), "hidden_size", None)
     return width
 
@@ -277,7 +278,7 @@ def _no_head(location: CheckpointLocation, stored: StoredHeads) -> str:
     return (
         f"{name}: expected a checkpoint of a sequence classifier, got {location.config.architectures}, which has no "
         "score head. Pass a head with head=(weight, bias), or the tokens whose logits are the reward with "
-        "output=(' Yes', ' No'). A policy trained by DPO opens with a LogRatioHead of rmtension.models as its "
+        "output=(' Yes', ' No'). A policy trained by DPO opens with a LogRatioHead of rmtension.heads as its "
         "head, or on the command line with --reference. To read activations only, use "
         "RewardHead.from_language_model."
     )

@@ -207,7 +207,7 @@ def _require_same_rewards(model: RewardModel, opened: Checkpoint) -> None:
     """Compare a converted model with transformers on a short text; raises `ModelError` if the rewards differ."""
     assert opened.head is not None
     # A prompt and a response, with what the head must find in them to read.
-    needed = (*getattr(opened.head, "pattern", ()), *opened.head.ending_ids)
+    needed = opened.head.ending_ids
     n = max(2, min(12, model.max_length - len(needed), model.body.n_embeddings))
     text = EncodedText((*range(n), *needed), n // 2, 0)
     batch = TokenBatch.from_texts([text], [0], device=model.device)

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension.bodies._hooks import Call, Hook, HookSite, InstalledHooks, all_fire, eager_eval, recorded_calls
-from rmtension.data._tokens import TokenBatch, TokenPlaces, running
+from rmtension.data._token_places import TokenPlaces
+from rmtension.data._tokens import TokenBatch, running
 from rmtension.errors import ModelError
 from rmtension.models._reward_model import RewardModel
 

@@ -32,7 +32,8 @@ from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.data._encoding import EncodedPairs, EncodedText, encode_pairs
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._segments import encode_segments
-from rmtension.data._tokens import ReadAt, TokenBatch, TokenPlaces, running
+from rmtension.data._token_places import ReadAt, TokenPlaces
+from rmtension.data._tokens import TokenBatch, running
 from rmtension.distributed import current
 from rmtension.errors import DataError, ModelError
 from rmtension.heads._head import Head

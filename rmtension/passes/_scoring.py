@@ -1,6 +1,7 @@
 """Rewards of texts and of token ids, without pairs."""
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 
 import torch
 from jaxtyping import Float, Int
@@ -57,8 +58,8 @@ def score_tokens(
     _require_no_prompt(model)
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     check_ids(input_ids, mask, max_length=model.max_length, n_embeddings=model.body.n_embeddings)
-    for number, (row, real) in enumerate(zip(input_ids, mask, strict=True)):
-        model.require_text(EncodedText(tuple(row[real].tolist()), 0, 0), f"input_ids: row {number}")
+    for number, (row, real) in enumerate(zip(input_ids.tolist(), mask.tolist(), strict=True)):
+        model.require_text(EncodedText(tuple(compress(row, real)), 0, 0), f"input_ids: row {number}")
     # Masked positions may hold any id, and the embedding still looks them up.
     ids, mask = compact(input_ids.masked_fill(~mask, 0).to(model.device), mask.to(model.device))
 

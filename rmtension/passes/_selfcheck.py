@@ -32,6 +32,7 @@ from rmtension.data._pairs import PreferencePairs
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import CheckError, ModelError, OptionError
 from rmtension.heads._head import Head, LinearHead
+from rmtension.heads._outputs import pick
 from rmtension.heads._weighted_sum import with_weighted_sum
 from rmtension.models._checkpoint import Source
 from rmtension.models._checkpoints import open_checkpoint
@@ -145,8 +146,7 @@ class _Checker:
                 logits = model(input_ids=ids, use_cache=False).logits[0].to(self.alone)
                 # A language model has logits at every token, a classifier only at the token that it pools.
                 logits = logits if logits.ndim == 1 else logits[-1]
-                rows = self._rows(logits.shape[-1])
-                rewards.append(logits[rows[0]] if len(rows) == 1 else logits[rows[0]] - logits[rows[1]])
+                rewards.append(pick(logits, self._rows(logits.shape[-1])))
         return torch.stack(rewards)
 
     def _rows(self, n_logits: int) -> tuple[int, ...]:
@@ -180,7 +180,7 @@ class _Checker:
                 stream = base(input_ids=batch.input_ids, use_cache=False)[0]
                 places = plain.tokens(batch)
                 outputs = plain.read_tokens(batch.gather(places, stream).to(self.alone), places, batch)[0].cpu()
-            rewards.append(outputs[choice[0]] if len(choice) == 1 else outputs[choice[0]] - outputs[choice[1]])
+            rewards.append(pick(outputs, choice))
         return torch.stack(rewards)
 
     def _with_sums(self, plain: Head) -> Head:

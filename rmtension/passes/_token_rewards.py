@@ -11,6 +11,7 @@ from rmtension.bodies._hooks import eager_eval
 from rmtension.bodies._native_run import let_run_in_float64
 from rmtension.data._encoding import EncodedText
 from rmtension.heads._log_ratio_head import LogRatioHead
+from rmtension.heads._outputs import pick
 from rmtension.heads._process_head import ProcessHead
 from rmtension.models._classifiers import reload_classifier
 from rmtension.models._reward_model import RewardModel
@@ -65,13 +66,12 @@ def _of_steps(
     head: RewardModel, process: ProcessHead, texts: Sequence[EncodedText], model: Any
 ) -> Float[Tensor, "text"]:
     """From the classes of each token classifier's logits at the markers."""
-    chosen, *other = head.require_choice()
+    choice = head.require_choice()
     rewards = []
     with eager_eval(model.modules()):
         for text in texts:
             batch = one_text(head, text)
             places = process.tokens(batch)
             logits = batch.gather(places, model(input_ids=batch.input_ids).logits).to(head.reward_dtype)
-            outputs = process.combined(logits, places, 1)[0]
-            rewards.append(outputs[chosen] - outputs[other[0]] if other else outputs[chosen])
+            rewards.append(pick(process.combined(logits, places, 1)[0], choice))
     return torch.stack(rewards).cpu()

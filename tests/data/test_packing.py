@@ -24,7 +24,7 @@ from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.bodies._native_run import measure_packing, windows_of
 from rmtension.data._encoding import EncodedPairs, EncodedText
 from rmtension.data._packing import attention_mask, pair_batches
-from rmtension.data._tokens import ReadAt
+from rmtension.data._token_places import ReadAt
 from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.synthetic.check_matrix import make_classifier
 

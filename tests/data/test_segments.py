@@ -9,7 +9,7 @@ from tokenizers import normalizers, processors
 from rmtension import PreferencePairs, RewardHead
 from rmtension.data._packing import pair_batches
 from rmtension.data._segments import encode_segments
-from rmtension.data._tokens import ReadAt
+from rmtension.data._token_places import ReadAt
 from rmtension.errors import DataError, ModelError
 
 # Like BERT's and like RoBERTa's tokenizer; `<pad>` stands for the separator, `<eos>` for [CLS].

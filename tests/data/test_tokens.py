@@ -8,7 +8,8 @@ from tokenizers import processors
 from rmtension import PreferencePairs
 from rmtension.data._encoding import encode_pairs, encode_texts
 from rmtension.data._packing import pair_batches
-from rmtension.data._tokens import ReadAt, compact, length_buckets
+from rmtension.data._token_places import ReadAt
+from rmtension.data._tokens import compact, length_buckets
 from rmtension.errors import DataError, OptionError
 
 

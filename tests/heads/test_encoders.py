@@ -12,7 +12,8 @@ from rmtension import AblationContext, NeuronAttribution, NeuronSet, RewardHead
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.bodies._native_body import NativeBody
 from rmtension.data._encoding import encode_texts
-from rmtension.data._tokens import ReadAt, TokenBatch
+from rmtension.data._token_places import ReadAt
+from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
 from rmtension.heads._encoder_heads import PooledHead, encoder_head
 from rmtension.interventions._sweep import score_without

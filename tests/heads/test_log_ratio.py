@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from reference import DEVICE
-from tiny_models import EOS, grid, make_config, make_pairs, make_tokenizer, put_bos_first
+from tiny_models import EOS, grid, make_config, make_pairs, make_tokenizer, put_bos_first, save_drawn
 
 from rmtension import AblationContext, Mean, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
 from rmtension.attribution._single_effects import single_neuron_effects
@@ -48,14 +48,7 @@ def save_model(folder, family, tokenizer, *, seed=0, **changes):
         config = kind(**sizes | more | changes)
     else:
         config = make_config(family, len(tokenizer), **changes)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_drawn(folder, transformers.AutoModelForCausalLM, config, tokenizer, seed=seed)
 
 
 @pytest.fixture(scope="module")

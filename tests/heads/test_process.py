@@ -5,7 +5,7 @@ import torch
 import transformers
 from reference import DEVICE
 from safetensors.torch import load_file, save_file
-from tiny_models import grid, make_config, make_pairs, make_tokenizer
+from tiny_models import grid, make_config, make_pairs, make_tokenizer, save_drawn
 
 from rmtension import AblationContext, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
 from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning
@@ -25,15 +25,8 @@ COMBINED = {
 
 
 def save_model(folder, family, tokenizer, *, seed=0, **changes):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = make_config(family, len(tokenizer), num_labels=2, **changes)
-        model = transformers.AutoModelForTokenClassification.from_config(config)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    config = make_config(family, len(tokenizer), num_labels=2, **changes)
+    return save_drawn(folder, transformers.AutoModelForTokenClassification, config, tokenizer, seed=seed)
 
 
 @pytest.fixture(scope="module")

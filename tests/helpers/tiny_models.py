@@ -99,11 +99,16 @@ def make_config(family, vocab_size, **changes):
 
 
 def save_classifier(folder, family, tokenizer, *, seed=0, **changes):
-    """A sequence classifier with weights large enough that rewards differ visibly, saved with its tokenizer."""
+    """A sequence classifier with drawn weights, saved with its tokenizer."""
+    config = make_config(family, len(tokenizer), **changes)
+    return save_drawn(folder, transformers.AutoModelForSequenceClassification, config, tokenizer, seed=seed)
+
+
+def save_drawn(folder, auto_class, config, tokenizer, *, seed=0):
+    """A model with weights large enough that its outputs differ visibly, saved with its tokenizer."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = make_config(family, len(tokenizer), **changes)
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        model = auto_class.from_config(config)
         for parameter in model.parameters():
             # With the default initialisation (0.02) a model is nearly linear; a test needs curvature.
             parameter.data += 0.1 * torch.randn_like(parameter)

@@ -18,7 +18,8 @@ from rmtension import (
     Zero,
 )
 from rmtension.data._encoding import EncodedText
-from rmtension.data._tokens import ReadAt, TokenBatch
+from rmtension.data._token_places import ReadAt
+from rmtension.data._tokens import TokenBatch
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.interventions._donors import draw_donors
 

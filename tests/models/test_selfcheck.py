@@ -8,7 +8,8 @@ import rmtension.passes._scoring
 from rmtension import PreferencePairs, RewardHead
 from rmtension.bodies._bodies import BridgeBody
 from rmtension.data._encoding import EncodedText
-from rmtension.data._tokens import ReadAt, TokenBatch
+from rmtension.data._token_places import ReadAt
+from rmtension.data._tokens import TokenBatch
 from rmtension.errors import CheckError, DataError
 
 ALWAYS = {

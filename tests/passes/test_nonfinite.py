@@ -8,7 +8,8 @@ from tiny_models import grid, make_pairs, save_classifier
 
 from rmtension import ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
 from rmtension.attribution._single_effects import single_neuron_effects
-from rmtension.data._tokens import ReadAt, TokenBatch
+from rmtension.data._token_places import ReadAt
+from rmtension.data._tokens import TokenBatch
 from rmtension.errors import DataError, ModelError, OptionError, RMTensionWarning
 from rmtension.interventions._sweep import score_without
 from rmtension.passes._collect_profiles import collect_profiles
