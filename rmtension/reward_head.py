@@ -251,21 +251,15 @@ class RewardHead(RewardModel):
         other._fingerprint = None
         if isinstance(output, Mapping):
             other.head, number = with_weighted_sum(self.require_head(), output)
-            other._choose((number,))
             names = self.outputs
             terms = {name if isinstance(name, str) else names[name]: weight for name, weight in output.items()}
             other.weighted_sums = (*self.weighted_sums, terms)
-            if self.checkpoint is not None:
-                logits = None if self.checkpoint.logits is None else replace(self.checkpoint.logits, rows=None)
-                other.checkpoint = replace(self.checkpoint, choice=(number,), logits=logits)
-            return other
-        choice = choose_outputs(output, self.require_head(), "output")
+            choice: tuple[int, ...] | None = (number,)
+        else:
+            choice = choose_outputs(output, self.require_head(), "output")
         other._choose(choice)
         if self.checkpoint is not None:
-            logits = self.checkpoint.logits
-            if logits is not None and not self.checkpoint.reads_tokens:
-                logits = replace(logits, rows=choice)
-            other.checkpoint = replace(self.checkpoint, choice=choice, logits=logits)
+            other.checkpoint = replace(self.checkpoint, choice=choice)
         return other
 
     # -- scoring ---------------------------------------------------------------------------------------------------

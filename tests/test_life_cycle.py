@@ -438,6 +438,7 @@ ONLY_LOOKS = [
     *(f"heads._computed_heads.WeightedHead.{name}" for name in ("read", "settings")),
     "models._own_format.same_tensors",
     "models._checkpoint.Checkpoint.live_head",
+    "models._checkpoint.Checkpoint.logit_rows",
     "bodies._bodies.BridgeBody.cfg",
     "bodies._bodies.BridgeBody.config",
     "bodies._hooked_transformer_body.HookedTransformerBody.cfg",

@@ -31,10 +31,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Logits:
-    """The reward as logits of a transformers class: that of one row, of the first minus the second, or not chosen."""
+    """The class of transformers whose logits are the reward, and the tokens whose logits these are, if it is for text.
+
+    Without `tokens`, an output of the head is the logit with that number.
+    """
 
     auto_class: str
-    rows: tuple[int, ...] | None
+    tokens: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,11 @@ class Checkpoint:
         if isinstance(self.head, PooledHead):
             return self.head.tensors_of(self.classifier)
         return dict(active_head(score_layer(self.classifier)).named_parameters())
+
+    @property
+    def logit_rows(self) -> tuple[int, ...] | None:
+        """The logit that is the reward, or two for a difference; None if there is none, or none is chosen."""
+        return None if self.logits is None else self.logits.tokens or self.choice
 
     @property
     def reads_tokens(self) -> bool:

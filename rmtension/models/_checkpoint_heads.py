@@ -86,12 +86,12 @@ def plan_head(name: str, location: CheckpointLocation, head: object, output: obj
                 "head=... to use the checkpoint's own head, or open the language model it was trained from."
             )
         return HeadPlan(
-            LANGUAGE_MODEL, lambda model: (log_ratio.on(name, model), Logits(LANGUAGE_MODEL, None)), tokenizer, False
+            LANGUAGE_MODEL, lambda model: (log_ratio.on(name, model), Logits(LANGUAGE_MODEL)), tokenizer, False
         )
     if isinstance(given, ProcessHead):
         process = given
         tokenizer = load_tokenizer(location) if tokenizer is None else tokenizer
-        logits = Logits(CLASSIFIES_TOKENS, None) if is_labelled and process.step is None else None
+        logits = Logits(CLASSIFIES_TOKENS) if is_labelled and process.step is None else None
         return HeadPlan(
             CLASSIFIES_TOKENS if logits else auto_class,
             lambda model: (process.on(_step_head(process, location, stored, model), tokenizer), logits),
@@ -113,7 +113,7 @@ def plan_head(name: str, location: CheckpointLocation, head: object, output: obj
         if output != ALL and ("score.weight" in stored.linear or location.n_saved_outputs is not None):
             choose_rows(output, len(names), names, name)  # raises before the weights are read
         return HeadPlan(
-            CLASSIFIER, lambda model: (score_head(name, model, stored), Logits(CLASSIFIER, None)), tokenizer, True
+            CLASSIFIER, lambda model: (score_head(name, model, stored), Logits(CLASSIFIER)), tokenizer, True
         )
     value = _value_head(location, stored)
     if output is not None and not is_labelled and (value is None or _has_text(output)):

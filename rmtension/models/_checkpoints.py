@@ -48,24 +48,15 @@ def open_checkpoint(
     choice: tuple[int, ...] | None = None
     if plan is not None:
         read, logits = plan.read(model)
-        is_token = logits is not None and logits.rows is not None
+        is_token = logits is not None and logits.tokens is not None
         choice = (0,) if is_token else choose_outputs(output, read, str(name) if head is None else "head")
-        if logits is not None and logits.auto_class == CLASSIFIER:
-            logits = Logits(CLASSIFIER, choice)
         tokenizer = plan.tokenizer
     tokenizer = load_tokenizer(location) if tokenizer is None else tokenizer
-    pad = pad_token_id(
-        name,
-        base.config,
-        tokenizer,
-        options.get("pad_token"),
-        pools=plan is not None and plan.skips_pad,
-        is_headless=read is None,
-    )
+    pools = plan is not None and plan.skips_pad
+    pad = pad_token_id(name, base.config, tokenizer, options.get("pad_token"), pools, is_headless=read is None)
     source = Source(str(name), head, output, options)
     is_own = head is None or (isinstance(head, ProcessHead) and head.step is None)
     own = _own_format(location, read, logits) if plan is not None and is_own else None
-    pools = plan is not None and plan.skips_pad
     return Checkpoint(base, read, choice, tokenizer, pad, str(name), pools, logits, source, own=own, media_tokens=media)
 
 
@@ -88,7 +79,7 @@ def _class_without_head(location: CheckpointLocation) -> str:
 def _own_format(location: CheckpointLocation, head: Head | None, logits: Logits | None) -> OwnFormat | None:
     """The format of a checkpoint whose head is no score layer of a classifier, to save it as it was read."""
     # A language model's logits are saved as rows of a classifier, if they are linear.
-    is_token = logits is not None and logits.rows is not None and logits.auto_class != CLASSIFIER
+    is_token = logits is not None and logits.tokens is not None
     if location.adapters or not (logits is None or (is_token and not isinstance(head, LinearHead))):
         return None
     return OwnFormat.of(location.files, location.config, separate_head(location.files))

@@ -59,7 +59,7 @@ def checkpoint_of(
     elif head is None:
         read = score_head(name, classifier, StoredHeads({}))
         choice = choose_outputs(output, read, name)
-        logits = Logits(CLASSIFIER, choice)
+        logits = Logits(CLASSIFIER)
     else:
         given = read_head_file(head) if isinstance(head, str | Path) else head
         read = read_head(given, width_of(classifier.config), classifier.config.id2label)
@@ -81,12 +81,12 @@ def _with_token_head(
     base = unwrapped(model.base_model)
     if isinstance(head, LogRatioHead):
         own: Head = head.on(name, model)
-        logits: Logits | None = Logits(LANGUAGE_MODEL, None)
+        logits: Logits | None = Logits(LANGUAGE_MODEL)
     else:
         step = head.step if head.step is not None else active_head(score_layer(model))
         own, logits = head.on(read_head(step, width_of(model.config), model.config.id2label), tokenizer), None
         if head.step is None and name.endswith("ForTokenClassification"):
-            logits = Logits(CLASSIFIES_TOKENS, None)
+            logits = Logits(CLASSIFIES_TOKENS)
     choice = choose_outputs(output, own, name)
     live = model if isinstance(own, ProcessHead) and logits is not None else None
     return Checkpoint(base, own, choice, tokenizer, None, name, False, logits, source=None, classifier=live)

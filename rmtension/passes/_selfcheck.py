@@ -152,7 +152,7 @@ class _Checker:
     def _rows(self, n_logits: int) -> tuple[int, ...]:
         """The indices of the logits that the reward is computed from."""
         checkpoint = self.head.checkpoint
-        rows = None if checkpoint is None or checkpoint.logits is None else checkpoint.logits.rows
+        rows = None if checkpoint is None else checkpoint.logit_rows
         if n_logits == 1:
             return (0,)
         if rows is None or max(rows) >= n_logits:

@@ -119,7 +119,7 @@ class TestClassifiers:
     def test_check_follows_the_output(self, folder, monkeypatch):
         head = RewardHead.from_pretrained(folder, output=("helpful", "harmless"))
         assert head.check()["passed"].all()
-        object.__setattr__(head.checkpoint.logits, "rows", (2, 1))
+        object.__setattr__(head.checkpoint, "choice", (2, 1))
         with pytest.raises(CheckError, match="equal to transformers"):
             head.check()
 
