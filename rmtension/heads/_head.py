@@ -196,7 +196,7 @@ class LinearHead(Head):
 
 
 class WrappedHead(Head):
-    """A head that computes something else from what another head reads: it says of itself what the other head says."""
+    """A head around another one: it reads the same tokens, and changes what the other one computes."""
 
     def __init__(self, head: Head) -> None:
         super().__init__()
@@ -219,42 +219,42 @@ class WrappedHead(Head):
 
     @property
     def needs_prompt(self) -> bool:
-        """As the head says."""
+        """Whether the inner head must be told where the prompt ends."""
         return self.head.needs_prompt
 
     @property
     def uses_prompt(self) -> bool:
-        """As the head says."""
+        """Whether the outputs of the inner head depend on where the prompt ends."""
         return self.head.uses_prompt
 
     @property
     def shared_tensors(self) -> Sequence[Tensor]:
-        """As the head says."""
+        """The tensors that the inner head shares with the model."""
         return self.head.shared_tensors
 
     @property
     def reads_at(self) -> str:
-        """As the head says."""
+        """Where the inner head reads the reward."""
         return self.head.reads_at
 
     @property
     def reads_last(self) -> bool:
-        """As the head says."""
+        """Whether the last token may change the outputs of the inner head."""
         return self.head.reads_last
 
     @property
     def reads_last_only(self) -> bool:
-        """As the head says."""
+        """Whether the inner head reads the last token only."""
         return self.head.reads_last_only
 
     @property
     def ending(self) -> str:
-        """As the head says."""
+        """What the inner head needs at the end of a text."""
         return self.head.ending
 
     @property
     def ending_ids(self) -> tuple[int, ...]:
-        """As the head says."""
+        """The ids that the inner head needs at the end of a text."""
         return self.head.ending_ids
 
 
