@@ -391,6 +391,8 @@ THE_SAME = {
 }
 # What opens or builds a model of its own, or looks at one without running it: nothing of a user's could be changed.
 OWN_MODEL = [
+    "training._frozen_layers.FrozenLayers.__init__",
+    "training._frozen_layers.FrozenLayers.prepare",
     "bodies._bodies.BridgeBody.experts",
     "bodies._native_body.NativeBody.experts",
     "bodies._experts.ExpertPoint.__init__",
@@ -421,6 +423,7 @@ OWN_MODEL = [
     "heads._encoder_heads.PooledHead.classifier_with",
 ]
 ONLY_LOOKS = [
+    "bodies._native_sites.block_lists",
     "heads._head.tensors_of",
     "models._reward_model.RewardModel.require_same_head",
     "interventions._expert_weights.expert_names",
@@ -695,6 +698,7 @@ ELSEWHERE = {
     "bodies._bridges._without_installing": "test_text_models",
     "heads._head_tensors.damage_named": "test_heads",
     "models._checkpoint_folder.checkpoint_folder": "test_files",
+    "training._frozen_layers.FrozenLayers.enter": "test_packed_training",
     "training._trainer_run.isolated": "test_training",
     "training._trainer_run.new_folder": "test_training",
     "store._work_folder.locked": "test_work",

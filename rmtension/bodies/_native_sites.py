@@ -133,13 +133,18 @@ def _watch(base: nn.Module, run: Callable[[], Tensor]) -> _Seen:
     return seen
 
 
+def block_lists(base: nn.Module, n_layers: int | None) -> Iterator[tuple[str, nn.ModuleList]]:
+    """The path and modules of every list of `n_layers` modules, one of which holds the blocks."""
+    for path, modules in base.named_modules():
+        if isinstance(modules, nn.ModuleList) and len(modules) == n_layers:
+            yield path, modules
+
+
 def _find_blocks(base: nn.Module, config: Any, seen: _Seen) -> list[tuple[str, nn.Module]]:
     """The path and module of every block: a list of as many modules as the config has layers, run one after another."""
     n_layers = getattr(config, "num_hidden_layers", None)
     reasons = []
-    for path, modules in base.named_modules():
-        if not isinstance(modules, nn.ModuleList) or len(modules) != n_layers:
-            continue
+    for path, modules in block_lists(base, n_layers):
         why = _why_no_chain(list(modules), seen)
         if why is None:
             where = path.replace("_orig_mod.", "")

@@ -46,7 +46,7 @@ def run_demo(
     if neurons < 0:
         raise OptionError(f"--neurons: expected 0 or more, got {neurons}.")
     options = StudyOptions.of(rules, **({} if analyses is None else {"analyses": tuple(analyses)}))
-    from rmtension.training._family import train_seeds  # TRL prints messages while it loads
+    from rmtension.training._family import train_seeds
 
     start = time.monotonic()
     world = preference_world(0)

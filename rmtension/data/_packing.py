@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,6 +24,8 @@ from rmtension.data._tokens import TokenBatch, length_buckets, token_types_of
 Sharing = Literal["none", "pair", "prompt"]
 # If packing saves a smaller share of the tokens, the masked attention between the rests costs more than it saves.
 _LEAST_SAVED = 0.1
+# How many batches of training are sorted by length together.
+_BATCHES_PER_WINDOW = 8
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,28 @@ def pair_batches(
             yield _batch(pairs, [some[number] for number in numbers], read_at).to(device)
 
 
+def shuffled_batches(
+    pairs: EncodedPairs, *, pairs_per_batch: int, read_at: ReadAt = READ_LAST, pack_up_to: int = 0, seed: int = 0
+) -> list[TokenBatch]:
+    """Batches for training: up to `pairs_per_batch` pairs each, those of one prompt together, of similar lengths.
+
+    `seed` determines which prompts share a batch. Batches are as in `pair_batches` with `sharing="prompt"`.
+    """
+    groups = list(_packed_groups(pairs, True, read_at, pack_up_to, pack_up_to, pairs_per_batch))
+    rng = np.random.default_rng(seed)
+    shuffled = [groups[number] for number in rng.permutation(len(groups))]
+    sizes = [len(group.indices) for group in shuffled]
+    window = np.cumsum(sizes) // (pairs_per_batch * _BATCHES_PER_WINDOW)
+    # Sorted by length within windows: rows of a batch need little padding, and its prompts still depend on the seed.
+    ordered = sorted(zip(window.tolist(), shuffled, strict=True), key=lambda entry: (entry[0], entry[1].width))
+    batches: list[list[_PackedGroup]] = [[]]
+    for _, group in ordered:
+        if sum(len(other.indices) for other in batches[-1]) + len(group.indices) > pairs_per_batch and batches[-1]:
+            batches.append([])
+        batches[-1].append(group)
+    return [_batch(pairs, some, read_at) for some in batches if some]
+
+
 def pack(pairs: EncodedPairs, read_at: ReadAt = READ_LAST) -> TokenBatch:
     """Pack every pair into one row, whether or not that saves tokens."""
     groups = [
@@ -113,8 +138,9 @@ def attention_mask(batch: TokenBatch, dtype: torch.dtype) -> Float[Tensor, "row 
 
 
 def _packed_groups(
-    pairs: EncodedPairs, by_prompt: bool, read_at: ReadAt, pack_up_to: int, group_up_to: int
+    pairs: EncodedPairs, by_prompt: bool, read_at: ReadAt, pack_up_to: int, group_up_to: int, most: int | None = None
 ) -> Iterator[_PackedGroup]:
+    """The pairs in groups: those of one prompt, `most` at most, or one each."""
     both = list(zip(pairs.chosen, pairs.rejected, strict=True))
     groups: dict[object, list[int]] = {}
     for index, (chosen, _) in enumerate(both):
@@ -126,7 +152,7 @@ def _packed_groups(
         row: _Row | None = None
         for index in indices:
             longer = _row([*(row.texts if row else ()), *both[index]], read_at)
-            if row is not None and longer.length > group_up_to:
+            if row is not None and (longer.length > group_up_to or len(taken) == most):
                 yield from _packed_or_alone(both, taken, row, read_at, pack_up_to)
                 taken, longer = [], _row(both[index], read_at)
             taken, row = [*taken, index], longer

@@ -2,7 +2,7 @@
 
 from rmtension.evaluation._centred_margins import centred_rewards, confidence
 from rmtension.evaluation._intervals import Estimate, bootstrap_mean
-from rmtension.evaluation._length import length_baseline, length_matched
+from rmtension.evaluation._length import length_baseline, length_matched, length_weights
 from rmtension.evaluation._metrics import (
     Comparison,
     accuracy,
@@ -33,6 +33,7 @@ __all__ = [
     "confidence",
     "length_baseline",
     "length_matched",
+    "length_weights",
     "macro_accuracy",
     "mean_margin",
     "transferability",

@@ -2,6 +2,8 @@
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from rmtension.data._chat import n_characters
 from rmtension.data._pairs import PreferencePairs
@@ -46,6 +48,35 @@ def length_matched(pairs: PreferencePairs, *, caliper: float = 0.2) -> Preferenc
     return PreferencePairs(pairs[index] for index in length_matched_places(pairs, caliper=caliper))
 
 
+def length_weights(pairs: PreferencePairs, *, n_bins: int = 10, most: float = 4.0) -> Float[Tensor, "pair"]:
+    """Weights of pairs with which length says nothing about the preference.
+
+    Pairs are divided into `n_bins` bins by how much the two lengths differ, as the size of the log ratio of characters.
+    In each bin, the pairs whose chosen response is longer get the same total weight as those whose rejected response
+    is longer, so that the weighted accuracy of preferring the longer response is 1/2. Weights are at most `most`; a bin
+    with one kind only keeps the weight 1. The mean weight is 1.
+
+    Examples:
+        >>> rows = [{"prompt": "Q", "chosen": "yes, certainly", "rejected": "no"}] * 3
+        >>> pairs = PreferencePairs.from_records([*rows, {"prompt": "Q", "chosen": "no", "rejected": "yes, certainly"}])
+        >>> length_weights(pairs, n_bins=1)
+        tensor([0.6667, 0.6667, 0.6667, 2.0000], dtype=torch.float64)
+    """
+    if n_bins < 1 or not most >= 1:
+        raise OptionError(f"n_bins, most: expected at least 1 of each, got {n_bins} and {most}.")
+    ratios = _log_ratios(pairs)
+    edges = np.quantile(np.abs(ratios), np.arange(1, n_bins) / n_bins) if len(pairs) else []
+    bins = np.digitize(np.abs(ratios), edges)
+    weights = np.ones(len(pairs))
+    for number in range(n_bins):
+        kinds = [(bins == number) & (ratios > 0), (bins == number) & (ratios < 0)]
+        counts = [int(kind.sum()) for kind in kinds]
+        if min(counts):
+            for kind, count in zip(kinds, counts, strict=True):
+                weights[kind] = min(most, sum(counts) / (2 * count))
+    return torch.from_numpy(weights / weights.mean() if len(pairs) else weights)
+
+
 def length_matched_places(pairs: PreferencePairs, *, caliper: float = 0.2) -> list[int]:
     """The indices of the pairs that `length_matched` keeps."""
     if not caliper >= 0:
@@ -55,8 +86,7 @@ def length_matched_places(pairs: PreferencePairs, *, caliper: float = 0.2) -> li
             "pairs: expected items of one pair each, got items of several pairs. Match only the single pairs of each "
             "benchmark."
         )
-    # At least 1: a message that only calls tools has no characters.
-    ratios = np.array([np.log(max(1, n_characters(p.chosen)) / max(1, n_characters(p.rejected))) for p in pairs])
+    ratios = _log_ratios(pairs)
     kept = list(np.flatnonzero(ratios == 0))
     longer = sorted(np.flatnonzero(ratios > 0), key=lambda index: ratios[index])
     shorter = sorted(np.flatnonzero(ratios < 0), key=lambda index: -ratios[index])
@@ -74,3 +104,9 @@ def length_matched_places(pairs: PreferencePairs, *, caliper: float = 0.2) -> li
     if not kept:
         raise DataError(f"pairs: no two of {len(pairs)} pairs match in length within {caliper}. Raise the caliper.")
     return sorted(map(int, kept))
+
+
+def _log_ratios(pairs: PreferencePairs) -> Float[np.ndarray, "pair"]:
+    """The logarithm of the chosen response's characters over the rejected one's, for every pair."""
+    # At least 1: a message that only calls tools has no characters.
+    return np.array([np.log(max(1, n_characters(p.chosen)) / max(1, n_characters(p.rejected))) for p in pairs])

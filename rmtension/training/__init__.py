@@ -1,4 +1,4 @@
-"""Training: reward models, and the base model they start from, in one call with TRL (extra `train`)."""
+"""Training: reward models, and the base model they start from, in one call (extra `train`)."""
 
 from rmtension.training._family import FamilySettings, train_family, train_seeds
 from rmtension.training._hold_ablated import HoldAblated

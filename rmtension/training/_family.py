@@ -1,18 +1,20 @@
 """Training of families: a base model and the reward models trained from it, which a study compares."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
 from rmtension.store._provenance import digest_of_folder
 from rmtension.study._family_runs import MODELS, OBJECTIVES, ModelFamily
 from rmtension.training._select_pairs import select_pairs
+from rmtension.training._side_by_side import run_side_by_side
 from rmtension.training._train_base_model import train_base_model
-from rmtension.training._train_reward_model import train_reward_model
 from rmtension.training._train_tokenizer import train_tokenizer
 from rmtension.training._trainer_run import digest_of_texts, is_finished, require_free, require_package
 
@@ -24,7 +26,8 @@ class FamilySettings:
     The defaults suit `preference_world` and take about a minute on two CPU cores. The models have the GPT-2
     architecture, with 4 * `d_model` MLP neurons per layer. `max_length` is in tokens; a longer response raises
     `DataError` unless `truncate_response` is True. `mixed_pairs` is the number of pairs of the mixed model (None: as
-    many as equal parts allow). Raises `OptionError` for sizes that are not positive or do not fit together.
+    many as equal parts allow). Fields that begin with `reward_` are arguments of `train_reward_model`. Raises
+    `OptionError` for sizes that are not positive or do not fit together.
 
     Examples:
         >>> FamilySettings(n_layer=2, reward_epochs=1.0).d_model
@@ -44,6 +47,11 @@ class FamilySettings:
     reward_learning_rate: float = 7e-4
     reward_warmup_steps: int = 20
     reward_batch_size: int = 16
+    reward_trained_layers: int | None = None
+    reward_balance_length: bool = False
+    reward_eval_steps: int | None = None
+    reward_patience: int | None = None
+    reward_dtype: torch.dtype = torch.float32
     mixed_pairs: int | None = None
 
     def __post_init__(self) -> None:
@@ -60,21 +68,28 @@ def train_family(
     *,
     base: str | Path | None = None,
     settings: FamilySettings | None = None,
+    validation: Mapping[str, PreferencePairs] | None = None,
     seed: int = 0,
+    jobs: int = 1,
     progress: bool | None = None,
     overwrite: bool = False,
     resume: bool = False,
     on_stage: Callable[[str], object] | None = None,
+    on_log: Callable[[str, str], object] | None = None,
 ) -> dict[str, Path]:
     """Train a base model, one reward model per objective, and one on all objectives in equal parts.
 
-    `pairs` maps objectives to training pairs. Returns the folders below `output_dir` by name: "base", every objective
-    and "mixed". Without `base`, a tokenizer and a language model with the GPT-2 architecture are trained on the chosen
-    texts of all objectives, so that the base has seen which prompts are refused, as an instruction-tuned model has.
-    With `base`, `settings` apply to the reward models only. With `resume`, finished models of a run with the same
-    pairs, base, seed and schedule are kept, and only the missing ones are trained; a model of a different run raises
-    `StorageError`. `on_stage` is called with the name of every model before it is trained. Raises `OptionError` for
-    fewer than two objectives; other errors are those of `train_reward_model`.
+    `pairs` maps objectives to training pairs, and `validation` to held-out pairs that select checkpoints. Returns the
+    folders below `output_dir` by name: "base", every objective and "mixed". Without `base`, a tokenizer and a language
+    model with the GPT-2 architecture are trained on the chosen texts of all objectives, so that the base has seen which
+    prompts are refused, as an instruction-tuned model has. With `base`, `settings` apply to the reward models only.
+
+    `jobs` reward models are trained at a time, each in a process of its own with its share of the threads; a script
+    that passes `jobs` must call this below `if __name__ == "__main__":`. With `resume`, finished models of a run with
+    the same pairs, base, seed and schedule are kept, and an interrupted training continues; a model of a different run
+    raises `StorageError`. `on_stage` is called with the name of every model before it is trained, `on_log` with its
+    name and seed and a line about its losses. Raises `OptionError`
+    for fewer than two objectives; other errors are those of `train_reward_model`.
 
     Examples:
         >>> settings = FamilySettings(reward_epochs=1.0, reward_batch_size=24, max_length=64)  # a step per model
@@ -82,67 +97,19 @@ def train_family(
         >>> sorted(folders), RewardHead.from_pretrained(folders["mixed"]).n_layers
         (['base', 'harmless', 'helpful', 'mixed'], 2)
     """
-    chosen = settings or FamilySettings()
-    tell = on_stage or (lambda name: None)
-    if len(pairs) < 2 or {"base", "mixed"} & set(pairs):
-        raise OptionError(
-            f"pairs: expected two objectives or more, none called 'base' or 'mixed', got {sorted(pairs)}. For a single "
-            "objective, use train_reward_model."
-        )
-    root = Path(output_dir)
-    folders = {name: root / name for name in (*(["base"] if base is None else []), *pairs, "mixed")}
-    texts = sorted({pair.text("chosen") for part in pairs.values() for pair in part}) if base is None else []
-    shares = {name: 1 / len(pairs) for name in pairs}
-    mixtures: dict[str, dict[str, Any]] = {name: {"objective": name} for name in pairs}
-    mixtures["mixed"] = {"proportions": shares, "n_pairs": chosen.mixed_pairs}
-    start = Path(base) if base is not None else folders["base"]
-    finished: set[str] = set()
-    if resume and not overwrite:
-        if base is None and is_finished(
-            folders["base"],
-            {"seed": seed, "epochs": chosen.base_epochs, "learning_rate": chosen.base_learning_rate},
-            data=digest_of_texts(texts),
-        ):
-            finished.add("base")
-        for name in mixtures:
-            if is_finished(
-                folders[name],
-                {"seed": seed, "epochs": chosen.reward_epochs, "learning_rate": chosen.reward_learning_rate},
-                data=select_pairs(pairs, **mixtures[name], seed=seed).digest,
-                **({"base_digest": digest_of_folder(start)} if start.is_dir() else {}),
-            ):
-                finished.add(name)
-    if finished != set(folders):
-        # Checked before the base is trained, which needs no TRL and may take long.
-        require_package("trl")
-    for name, folder in folders.items():
-        if name not in finished:
-            require_free(folder, overwrite)
-    if base is None and "base" not in finished:
-        # With rejected texts too, the base could not learn which responses go with which prompts. The reward models
-        # would have to learn it: on preference_world, harmlessness then takes twice as long.
-        tell("base")
-        _train_family_base(texts, folders["base"], chosen, seed, progress, overwrite)
-    for name, mixture in mixtures.items():
-        if name in finished:
-            continue
-        tell(name)
-        train_reward_model(
-            pairs,
-            start,
-            folders[name],
-            **mixture,
-            seed=seed,
-            epochs=chosen.reward_epochs,
-            learning_rate=chosen.reward_learning_rate,
-            warmup_steps=chosen.reward_warmup_steps,
-            batch_size=chosen.reward_batch_size,
-            max_length=chosen.max_length,
-            truncate_response=chosen.truncate_response,
-            progress=progress,
-            overwrite=overwrite,
-        )
-    return {"base": start, **folders}
+    return _train_families(
+        pairs,
+        {seed: Path(output_dir)},
+        base=base,
+        settings=settings,
+        validation=validation,
+        jobs=jobs,
+        progress=progress,
+        overwrite=overwrite,
+        resume=resume,
+        on_stage=on_stage and (lambda name, _seed: on_stage(name)),
+        on_log=on_log,
+    )[seed]
 
 
 def train_seeds(
@@ -152,18 +119,23 @@ def train_seeds(
     *,
     base: str | Path | None = None,
     settings: FamilySettings | None = None,
+    validation: Mapping[str, PreferencePairs] | None = None,
     name: str = "models",
+    jobs: int = 1,
     progress: bool | None = None,
     overwrite: bool = False,
     resume: bool = True,
     on_stage: Callable[[str], object] | None = None,
+    on_log: Callable[[str, str], object] | None = None,
 ) -> list[ModelFamily]:
     """Train a helpful, a harmless and a mixed reward model per seed, all from one base, ready for `TensionStudy`.
 
-    `pairs` maps "helpful" and "harmless" to training pairs. Without `base`, the first seed trains the base of all
-    seeds. Finished models of an earlier run are kept unless `resume` is False or `overwrite` is True. The folders are
-    `output_dir/seed-0/helpful` and so on. `on_stage` is called with a line before every training, such as "training
-    reward model 2 of 3: harmless". Raises `OptionError` for other objectives; other errors are those of `train_family`.
+    `pairs` maps "helpful" and "harmless" to training pairs, and `validation` to held-out pairs that select checkpoints.
+    Without `base`, the first seed trains the base of all seeds. `jobs` reward models are trained at a time, each in a
+    process of its own (see `train_family`). Finished models of an earlier run are kept, and an interrupted training
+    continues, unless `resume` is False or `overwrite` is True. The folders are `output_dir/seed-0/helpful` and so on.
+    `on_stage` is called with a line before every training, such as "training reward model 2 of 3: harmless". Raises
+    `OptionError` for other objectives; other errors are those of `train_family`.
 
     Examples:
         >>> settings = FamilySettings(reward_epochs=1.0, reward_batch_size=24, max_length=64)  # a step per model
@@ -175,31 +147,158 @@ def train_seeds(
     """
     if set(pairs) != set(OBJECTIVES):
         raise OptionError(f"pairs: expected exactly {list(OBJECTIVES)}, got {sorted(pairs)}.")
-    families: list[ModelFamily] = []
-    for number, seed in enumerate(seeds):
-        named = None if on_stage is None else partial(_stage, on_stage, number=number, seed=seed, n_seeds=len(seeds))
-        folders = train_family(
-            pairs,
-            Path(output_dir) / f"seed-{seed}",
-            base=base,
-            settings=settings,
-            seed=seed,
-            progress=progress,
-            overwrite=overwrite,
-            resume=resume,
-            on_stage=named,
+
+    def tell(model: str, seed: int) -> None:
+        if on_stage is not None:
+            which = "the base model"
+            if model != "base":
+                number = list(seeds).index(seed) * len(MODELS) + MODELS.index(model) + 1
+                which = f"reward model {number} of {len(seeds) * len(MODELS)}: {model}"
+            on_stage(f"training {which}{f', seed {seed}' if len(seeds) > 1 else ''}")
+
+    folders = _train_families(
+        pairs,
+        {seed: Path(output_dir) / f"seed-{seed}" for seed in seeds},
+        base=base,
+        settings=settings,
+        validation=validation,
+        jobs=jobs,
+        progress=progress,
+        overwrite=overwrite,
+        resume=resume,
+        on_stage=tell,
+        on_log=on_log,
+    )
+    return [ModelFamily(**folders[seed], name=name, seed=seed) for seed in seeds]
+
+
+# -- inside ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Training:
+    """A reward model to train: its name and seed, and the arguments of `train_reward_model`."""
+
+    name: str
+    seed: int
+    folder: Path
+    arguments: dict[str, Any]
+
+
+def _train_families(
+    pairs: Mapping[str, PreferencePairs],
+    roots: Mapping[int, Path],
+    *,
+    base: str | Path | None,
+    settings: FamilySettings | None,
+    validation: Mapping[str, PreferencePairs] | None,
+    jobs: int,
+    progress: bool | None,
+    overwrite: bool,
+    resume: bool,
+    on_stage: Callable[[str, int], object] | None,
+    on_log: Callable[[str, str], object] | None,
+) -> dict[int, dict[str, Path]]:
+    """Train the families of several seeds from one base; returns the folders by seed and name."""
+    chosen = settings or FamilySettings()
+    tell = on_stage or (lambda name, seed: None)
+    if len(pairs) < 2 or {"base", "mixed"} & set(pairs):
+        raise OptionError(
+            f"pairs: expected two objectives or more, none called 'base' or 'mixed', got {sorted(pairs)}. For a single "
+            "objective, use train_reward_model."
         )
-        base = folders["base"]
-        families.append(ModelFamily(**folders, name=name, seed=seed))
-    return families
+    if validation is not None and set(validation) != set(pairs):
+        raise OptionError(f"validation: expected pairs of {sorted(pairs)}, got {sorted(validation)}.")
+    if jobs < 1:
+        raise OptionError(f"jobs: expected 1 or more, got {jobs}.")
+    first_seed, first_root = next(iter(roots.items()))
+    start = first_root / "base" if base is None else Path(base)
+    trainings = [
+        training for seed, root in roots.items() for training in _trainings(pairs, root, chosen, validation, seed)
+    ]
+    keeps = resume and not overwrite
+    texts = sorted({pair.text("chosen") for part in pairs.values() for pair in part}) if base is None else []
+    has_base = base is not None or (
+        keeps
+        and is_finished(
+            start,
+            {"seed": first_seed, "epochs": chosen.base_epochs, "learning_rate": chosen.base_learning_rate},
+            data=digest_of_texts(texts),
+        )
+    )
+    missing = [training for training in trainings if not (keeps and _is_trained(training, start))]
+    if missing:
+        # Checked before the base is trained, which may take long.
+        require_package("accelerate")
+    for folder in [*([] if has_base else [start]), *(training.folder for training in missing)]:
+        require_free(folder, overwrite)
+    if not has_base:
+        # With rejected texts too, the base could not learn which responses go with which prompts. The reward models
+        # would have to learn it: on preference_world, harmlessness then takes twice as long.
+        tell("base", first_seed)
+        _train_family_base(texts, start, chosen, first_seed, progress, overwrite)
+    # Kept until all models are trained, because the models have prompts in common.
+    streams = first_root / "streams"
+    run_side_by_side(
+        [
+            {
+                **training.arguments,
+                "base": str(start),
+                "progress": progress,
+                "overwrite": overwrite,
+                "streams": streams if chosen.reward_trained_layers is not None else None,
+                "work": training.folder.with_name(f"{training.name}-training") if keeps else None,
+            }
+            for training in missing
+        ],
+        [f"{training.name}, seed {training.seed}" for training in missing],
+        jobs=jobs,
+        on_start=lambda number: tell(missing[number].name, missing[number].seed),
+        on_log=on_log or (lambda label, line: None),
+    )
+    shutil.rmtree(streams, ignore_errors=True)
+    return {
+        seed: {"base": start, **{training.name: training.folder for training in trainings if training.seed == seed}}
+        for seed in roots
+    }
 
 
-def _stage(tell: Callable[[str], object], model: str, *, number: int, seed: int, n_seeds: int) -> None:
-    """Tell which model of which seed is trained next."""
-    which = "the base model"
-    if model != "base":
-        which = f"reward model {number * len(MODELS) + MODELS.index(model) + 1} of {n_seeds * len(MODELS)}: {model}"
-    tell(f"training {which}{f', seed {seed}' if n_seeds > 1 else ''}")
+def _trainings(
+    pairs: Mapping[str, PreferencePairs],
+    root: Path,
+    settings: FamilySettings,
+    validation: Mapping[str, PreferencePairs] | None,
+    seed: int,
+) -> Iterator[_Training]:
+    """One reward model per objective, and the mixed one."""
+    mixtures: dict[str, dict[str, Any]] = {name: {"objective": name} for name in pairs}
+    shares = {name: 1 / len(pairs) for name in pairs}
+    mixtures["mixed"] = {"proportions": shares, "n_pairs": settings.mixed_pairs}
+    schedule = {
+        field.name.removeprefix("reward_"): getattr(settings, field.name)
+        for field in fields(settings)
+        if field.name.startswith("reward_")
+    }
+    for name, mixture in mixtures.items():
+        held_out = validation if validation is None or name == "mixed" else {name: validation[name]}
+        joined = None if held_out is None else PreferencePairs(pair for part in held_out.values() for pair in part)
+        options = {
+            **schedule,
+            "seed": seed,
+            "max_length": settings.max_length,
+            "truncate_response": settings.truncate_response,
+        }
+        data = select_pairs(pairs, **mixture, seed=seed)
+        folder = root / name
+        yield _Training(name, seed, folder, {"pairs": data, "output_dir": folder, "validation": joined, **options})
+
+
+def _is_trained(training: _Training, start: Path) -> bool:
+    """Whether the folder holds this model; raises `StorageError` for another one."""
+    options = training.arguments
+    compared = {name: options[name] for name in ("seed", "epochs", "learning_rate")}
+    of_base = {"base_digest": digest_of_folder(start)} if start.is_dir() else {}
+    return is_finished(training.folder, compared, data=options["pairs"].digest, **of_base)
 
 
 def _train_family_base(

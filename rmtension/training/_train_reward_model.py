@@ -1,22 +1,29 @@
-"""Training of reward models with TRL's `RewardTrainer`."""
+"""Training of reward models: the Bradley-Terry loss on packed pairs, by transformers' `Trainer`."""
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from rmtension.data._encoding import EncodedPairs, encode_pairs
+from rmtension.bodies._native_run import measure_packing
+from rmtension.data._encoding import encode_pairs
+from rmtension.data._packing import shuffled_batches
 from rmtension.data._pairs import PreferencePairs
+from rmtension.data._token_places import ReadAt
 from rmtension.errors import DataError, ModelError, OptionError
+from rmtension.evaluation._length import length_weights
 from rmtension.store._provenance import digest_of_folder
+from rmtension.training._frozen_layers import FrozenLayers
 from rmtension.training._model_checks import longest_text, require_pad_token, require_vocabulary
 from rmtension.training._select_pairs import select_pairs
 from rmtension.training._trainer_run import (
     arguments,
     isolated,
+    last_checkpoint,
     new_folder,
     require_package,
     run_trainer,
@@ -25,6 +32,9 @@ from rmtension.training._trainer_run import (
     write_record,
 )
 
+_NO_OPTION = ("streams", "work", "on_log")
+# How often a training logs, and saves its state if it has a work folder.
+_N_LOGS, _N_SAVES = 20, 10
 _HEAD_STD = 0.02  # standard deviation of the weights of a new reward head, as in the paper
 
 
@@ -47,34 +57,51 @@ def train_reward_model(
     batch_size: int = 16,
     max_length: int | None = None,
     truncate_response: bool = False,
+    balance_length: bool = False,
+    trained_layers: int | None = None,
+    streams: str | Path | None = None,
+    patience: int | None = None,
     dropout: bool = False,
     dtype: torch.dtype = torch.float32,
     progress: bool | None = None,
     overwrite: bool = False,
+    work: str | Path | None = None,
+    on_log: Callable[[str], object] | None = None,
     trainer_options: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Train a reward model with TRL's `RewardTrainer` (Bradley-Terry loss, AdamW) and return its folder.
+    """Train a reward model with the Bradley-Terry loss and AdamW, and return its folder.
 
     Data. `pairs` are used as they are, or by objective (a dict, or the pairs' own labels): `objective="helpful"`
     selects one; `proportions={"helpful": 0.5, "harmless": 0.5}` draws a mixture of `n_pairs` (default: as many as the
     proportions allow). Training uses the same tokens as scoring (`rmtension.data.encode_pairs`): no eos is
     appended, no pair is dropped, and prompts are cut from the left to `max_length` tokens (default: the model's
-    context, at most 1024). With `validation`, the checkpoint with the lowest validation loss is kept, of those taken
-    every `eval_steps` steps (default: every epoch); it may share no prompt with the training pairs. Do not pass test
-    pairs.
+    context, at most 1024). `balance_length` weights the pairs by `evaluation.length_weights`, so that preferring the
+    longer or the shorter response gains nothing.
+
+    Steps. A step takes up to `batch_size` pairs of similar length. The pairs of one prompt stay together: the prompt
+    and each distinct response run once, and a prompt's last pairs may fill a step only partly. `max_steps` replaces
+    `epochs`. With `validation`, the checkpoint with the lowest validation loss is kept, of those taken every
+    `eval_steps` steps (default: every epoch), and training stops after `patience` of them without a lower loss;
+    validation pairs may share no prompt with the training pairs. Do not pass test pairs.
 
     Model. `base` is the folder (or hub name) of a language model or classifier, whose head, if any, is replaced by a
     new one, N(0, 0.02); or a transformers config, for new weights (then `tokenizer` is required). `dropout=True` keeps
-    the base's dropout; by default all dropout is set to 0, as in TRL. Weights and optimiser states are float32;
-    `dtype=torch.bfloat16` computes the forward and backward passes in that type.
+    the base's dropout; by default all dropout is set to 0. Weights and optimiser states are float32;
+    `dtype=torch.bfloat16` computes the forward and backward passes in that type. `trained_layers=k` trains the last k
+    layers, the final norm and the head. The layers below are frozen, run once per prompt before training, without
+    dropout, and their output is kept: in memory (d_model x 4 bytes per token), or as files in `streams`, a folder that
+    several trainings from one base can share.
 
     `seed` determines the mixture, the new weights, the order of the pairs and dropout; the caller's random states do
-    not change. `max_steps` replaces `epochs`. `trainer_options` are further fields of `trl.RewardConfig`.
+    not change. `trainer_options` are further fields of `transformers.TrainingArguments`. `on_log` is called with a
+    line about the loss and the validation twenty times in a training.
 
     The folder holds a checkpoint for `AutoModelForSequenceClassification`, its tokenizer, and
-    `rmtension_training.json` (options, data digest, versions). It is written only when training has finished.
-    `overwrite=True` replaces the folder of an earlier training. Raises `DataError`, `ModelError`, `OptionError` or
-    `StorageError`. Runs in one process.
+    `rmtension_training.json` (options, data digest, losses, versions). It is written only when training has finished.
+    `overwrite=True` replaces the folder of an earlier training. With a `work` folder, the state of the training is
+    saved there ten times, and the same call after an interruption continues from the last one, with the same result
+    as without the interruption. Raises `DataError`, `ModelError`, `OptionError` or `StorageError`. Runs in one
+    process.
 
     Examples:
         >>> folder = train_reward_model(pairs, "organism", "helpful", objective="helpful", max_steps=1, progress=False)
@@ -86,53 +113,86 @@ def train_reward_model(
     options = {
         name: value
         for name, value in locals().items()
-        if name not in ("pairs", "base", "output_dir", "validation", "tokenizer", "progress", "overwrite")
+        if name not in ("pairs", "base", "output_dir", "validation", "tokenizer", "progress", "overwrite", *_NO_OPTION)
     }
-    trl = require_package("trl")
+    require_package("accelerate")
+    from transformers import EarlyStoppingCallback, TrainingArguments
+
+    from rmtension.training._reward_trainer import RewardTrainer
+
     if dtype not in (torch.float32, torch.bfloat16):
         raise OptionError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}.")
+    if patience is not None and (validation is None or patience < 1):
+        raise OptionError(f"patience: expected 1 or more, and validation pairs, got {patience}.")
+    if streams is not None and trained_layers is None:
+        raise OptionError("streams: they are kept for frozen layers only. Pass trained_layers=..., or leave it out.")
     data = select_pairs(pairs, objective=objective, proportions=proportions, n_pairs=n_pairs, seed=seed)
     _require_disjoint(data, validation)
-    with isolated(seed), new_folder(output_dir, overwrite) as (folder, scratch):
+    digest = digest_of_folder(Path(base)) if isinstance(base, (str, Path)) and Path(base).is_dir() else None
+    inputs = {**options, "data": data.digest, "base_digest": digest}
+    with isolated(seed), new_folder(output_dir, overwrite, work, inputs) as (folder, scratch):
         model, tokenizer = _classifier(base, tokenizer, seed)
         limit = longest_text(model.config, max_length)
+        frozen = None
+        if trained_layers is not None:
+            kept = None if streams is None else Path(streams) / f"{(digest or 'new')[:16]}-{trained_layers}"
+            frozen = FrozenLayers(model.base_model, trained_layers, kept)
+        if not dropout:
+            _remove_dropout(model)
         sets = [
             encode_pairs(tokenizer, part, max_length=limit, truncate_response=truncate_response)
             for part in (data, validation)
             if part is not None
         ]
-        selection = _selection(eval_steps) if validation is not None else {"save_strategy": "no"}
+        read_at = ReadAt(tokenizer.pad_token_id)
+        pack_up_to = measure_packing(model.base_model, model.get_input_embeddings().weight.shape[0], limit)
+        batches = [
+            shuffled_batches(part, pairs_per_batch=batch_size, read_at=read_at, pack_up_to=pack_up_to, seed=seed)
+            for part in sets
+        ]
+        if frozen is not None:
+            frozen.prepare([batch for some in batches for batch in some], progress=progress)
+        weights = [
+            length_weights(part) if balance_length else torch.ones(len(part)).double()
+            for part in (data, validation)
+            if part is not None
+        ]
+        n_steps = max_steps or math.ceil(len(batches[0]) * epochs)
         config = arguments(
-            trl.RewardConfig,
+            TrainingArguments,
             trainer_options,
-            **schedule(scratch, seed, epochs, max_steps, learning_rate, warmup_steps, batch_size, progress),
-            **selection,
+            **schedule(scratch, seed, epochs, max_steps, learning_rate, warmup_steps, 1, progress),
+            **_saving(n_steps, validation is not None, eval_steps, work is not None),
+            logging_steps=max(1, n_steps // _N_LOGS),
             bf16=dtype == torch.bfloat16,
             # transformers refuses bfloat16 on a CPU unless use_cpu is True.
             use_cpu=dtype == torch.bfloat16 and not (torch.cuda.is_available() or torch.backends.mps.is_available()),
-            max_length=None,  # TRL silently drops longer pairs; these are cut already
-            disable_dropout=not dropout,
         )
-        tables = [_table(part) for part in sets]
-        trainer = trl.RewardTrainer(
-            model=model,
-            args=config,
-            train_dataset=tables[0],
-            eval_dataset=tables[1] if validation is not None else None,
+        held_out: dict[str, Any] = {"validation": batches[1], "validation_weights": weights[1]} if batches[1:] else {}
+        trainer = RewardTrainer(
+            model,
+            config,
+            batches=batches[0],
+            weights=weights[0],
+            frozen=frozen,
             processing_class=tokenizer,
+            callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+            **held_out,
         )
-        result = run_trainer(trainer)
+        result = run_trainer(trainer, on_log, resume_from=last_checkpoint(scratch))
         save_model(folder, trainer.model, tokenizer)
         write_record(
             folder,
             kind="reward_model",
             base=str(base) if isinstance(base, (str, Path)) else type(base).__name__,
-            base_digest=digest_of_folder(Path(base)) if isinstance(base, (str, Path)) and Path(base).is_dir() else None,
+            base_digest=digest,
             options={**options, "max_length": limit},
             n_pairs=len(data),
             n_validation_pairs=0 if validation is None else len(validation),
             n_prompts_cut=sets[0].n_prompts_cut,
             n_responses_cut=sets[0].n_responses_cut,
+            n_tokens=sets[0].n_tokens,
+            n_tokens_run=sum(int(batch.position_mask("all").sum()) for batch in batches[0]),
             data=data.digest,
             result={**result, "best_validation_loss": trainer.state.best_metric},
         )
@@ -198,16 +258,25 @@ def _draw_head(model: Any, seed: int) -> None:
             head.bias.zero_()
 
 
-def _table(encoded: EncodedPairs) -> Any:
-    """The columns that TRL recognises as tokenised."""
-    columns = {"chosen_ids": encoded.chosen, "rejected_ids": encoded.rejected}
-    return require_package("datasets").Dataset.from_dict(
-        {name: [list(text.ids) for text in texts] for name, texts in columns.items()}
-    )
+def _remove_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # transformers' attention reads its own probability.
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
-def _selection(eval_steps: int | None) -> dict[str, Any]:
-    """Keep the checkpoint with the lowest validation loss, in the scratch folder."""
+def _saving(n_steps: int, selects: bool, eval_steps: int | None, resumes: bool) -> dict[str, Any]:
+    """When checkpoints are written: to keep the one with the lowest validation loss, and to resume."""
+    if not selects:
+        often = max(1, math.ceil(n_steps / _N_SAVES))
+        return (
+            {"save_strategy": "steps", "save_steps": often, "save_total_limit": 1}
+            if resumes
+            else {"save_strategy": "no"}
+        )
     strategy = "epoch" if eval_steps is None else "steps"
     return {
         "eval_strategy": strategy,
@@ -217,6 +286,6 @@ def _selection(eval_steps: int | None) -> dict[str, Any]:
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
-        "save_only_model": True,
+        "save_only_model": not resumes,
         "save_total_limit": 1,
     }

@@ -8,8 +8,8 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from rmtension._progress import shows_bars
 from rmtension.errors import ModelError, OptionError, StorageError
 from rmtension.models._portable import make_portable, warn_of
+from rmtension.store._work_folder import claim, locked
 
 RECORD_NAME = "rmtension_training.json"
 
@@ -103,7 +104,7 @@ def schedule(
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": batch_size,
         "disable_tqdm": not shows_bars(progress),
-        "logging_strategy": "no",
+        "logging_strategy": "steps",
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
@@ -114,7 +115,7 @@ def arguments(config_class: Any, extra: Mapping[str, Any] | None, **fields: Any)
     taken = set(extra or {}) & set(fields)
     if taken:
         raise OptionError(f"trainer_options: {sorted(taken)} are set by other arguments of this call. Use those.")
-    # TRL turns checkpointing on to save memory; here both trainers differ in the loss only. transformers 5 renamed it.
+    # transformers 5 renamed it.
     names = {field.name for field in dataclasses.fields(config_class)}
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     try:
@@ -123,19 +124,52 @@ def arguments(config_class: Any, extra: Mapping[str, Any] | None, **fields: Any)
         raise OptionError(f"trainer_options: {config_class.__name__} refuses them: {error}") from error
 
 
-def run_trainer(trainer: Any) -> dict[str, Any]:
-    """Train with a progress bar, without the dicts that transformers prints."""
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+def run_trainer(
+    trainer: Any, on_log: Callable[[str], object] | None = None, resume_from: Path | None = None
+) -> dict[str, Any]:
+    """Train with a progress bar that shows the losses, without the dicts that transformers prints.
+
+    `on_log` is called with a line for every entry of the trainer's log. Returns the losses and the number of steps.
+    """
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
     class Bar(ProgressCallback):  # type: ignore[misc]
-        def on_log(self, *args: Any, **kwargs: Any) -> None:
-            """Print nothing."""
+        def on_log(self, _args: Any, _state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+            if self.training_bar is not None and (shown := _losses(logs)):
+                self.training_bar.set_postfix(shown, refresh=False)
+
+        def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+            """Show no second bar."""
+
+    class Lines(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+            if on_log is not None and (shown := _losses(logs)):
+                values = ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
+                on_log(f"step {state.global_step} of {state.max_steps}: {values}")
 
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Bar)
-    output = trainer.train()
-    return {"training_loss": output.training_loss, "n_steps": output.global_step}
+    trainer.add_callback(Lines)
+    output = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    history = [{"step": entry["step"], **shown} for entry in trainer.state.log_history if (shown := _losses(entry))]
+    return {"training_loss": output.training_loss, "n_steps": output.global_step, "history": history}
+
+
+def _losses(logs: Mapping[str, float] | None) -> dict[str, float]:
+    """The losses and accuracies in an entry of a trainer's log, by the names that people read."""
+    names = {"loss": "loss", "eval_loss": "validation loss", "eval_accuracy": "validation accuracy"}
+    return {shown: logs[name] for name, shown in names.items() if name in logs} if logs else {}
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last complete checkpoint that a trainer wrote into `folder`; None if there is none."""
+    # The trainer writes its state last, so that a checkpoint without a readable one is incomplete.
+    steps = {}
+    for path in folder.glob("checkpoint-*"):
+        with suppress(OSError, ValueError, KeyError):
+            steps[json.loads((path / "trainer_state.json").read_text())["global_step"]] = path
+    return steps[max(steps)] if steps else None
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
@@ -161,8 +195,17 @@ def _version(package: str) -> str | None:
 
 
 @contextmanager
-def new_folder(output_dir: str | Path, overwrite: bool) -> Iterator[tuple[Path, Path]]:
-    """Yield an empty folder that becomes `output_dir` on success, and a scratch folder; a failure removes both."""
+def new_folder(
+    output_dir: str | Path,
+    overwrite: bool,
+    work: str | Path | None = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> Iterator[tuple[Path, Path]]:
+    """Yield an empty folder that becomes `output_dir` on success, and a scratch folder.
+
+    A failure removes both, but not `work`, which serves as the scratch folder if it is given. `inputs` are what a
+    training in `work` depends on.
+    """
     target = Path(output_dir)
     require_free(target, overwrite)
     try:
@@ -173,17 +216,25 @@ def new_folder(output_dir: str | Path, overwrite: bool) -> Iterator[tuple[Path, 
     try:
         folder, scratch = temporary / "model", temporary / "scratch"
         folder.mkdir()
-        scratch.mkdir()
-        yield folder, scratch
-        replaced = temporary / "replaced"  # deleted with `temporary`, after the new folder has replaced it
-        if target.exists():
-            target.rename(replaced)
-        try:
-            folder.rename(target)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(target)
-            raise
+        with ExitStack() as stack:
+            if work is None:
+                scratch.mkdir()
+            else:
+                scratch = Path(work)
+                stack.enter_context(locked(scratch))
+                claim(scratch, {name: str(value) for name, value in (inputs or {}).items()})
+            yield folder, scratch
+            replaced = temporary / "replaced"  # deleted with `temporary`, after the new folder has replaced it
+            if target.exists():
+                target.rename(replaced)
+            try:
+                folder.rename(target)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(target)
+                raise
+        if work is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -204,7 +255,7 @@ def isolated(seed: int) -> Iterator[None]:
             # transformers warns that the head is missing, which is intended; other missing weights raise.
             transformers.logging.set_verbosity_error()
             transformers.logging.disable_progress_bar()
-            # TRL sends usage statistics; training on local files should send nothing.
+            # Training on local files should send no usage statistics.
             huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
             yield
     finally:

@@ -22,6 +22,7 @@ from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError, ModelError, OptionError, StorageError
 from rmtension.synthetic._world import preference_world
 from rmtension.training._family import FamilySettings, train_family, train_seeds
+from rmtension.training._reward_trainer import RewardTrainer
 from rmtension.training._select_pairs import select_pairs
 from rmtension.training._train_base_model import train_base_model
 from rmtension.training._train_reward_model import train_reward_model
@@ -73,17 +74,17 @@ def record(folder):
 
 @pytest.fixture
 def orders(monkeypatch):
-    """Every batch of chosen texts that TRL collates, in order."""
-    from trl.trainer.reward_trainer import DataCollatorForPreference
-
+    """The chosen texts of every training batch, in order."""
     seen = []
-    collate = DataCollatorForPreference.torch_call
+    compute = RewardTrainer.compute_loss
 
-    def recording(self, examples):
-        seen.append([tuple(example["chosen_ids"]) for example in examples])
-        return collate(self, examples)
+    def recording(self, model, inputs, *args, **kwargs):
+        batch = inputs["batch"]
+        rows = batch.input_ids[batch.rows]
+        seen.append([tuple(rows[text][batch.mask[text]].tolist()) for text in range(batch.n_pairs)])
+        return compute(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(DataCollatorForPreference, "torch_call", recording)
+    monkeypatch.setattr(RewardTrainer, "compute_loss", recording)
     return seen
 
 
@@ -413,18 +414,20 @@ def test_a_checkpoint_that_lacks_weights_is_refused(world, base, bpe, tmp_path):
 
 
 def test_a_missing_extra_is_named(monkeypatch, world, base, tmp_path):
-    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ModelError, match=r'pip install "rmtension\[train\]"'):
         quick(world.train["helpful"], base, tmp_path / "a")
 
 
 def test_a_missing_extra_is_named_before_anything_is_trained(monkeypatch, world, tmp_path, capsys):
     """The base would not need it."""
-    monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(ModelError, match=r"""needs the package 'trl'\. Run `pip install "rmtension\[train\]"`"""):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(
+        ModelError, match=r"""needs the package 'accelerate'\. Run `pip install "rmtension\[train\]"`"""
+    ):
         train_family(world.train, tmp_path / "family")
     assert main(["demo", "--out", str(tmp_path / "demo"), "--quiet"]) == 2
-    assert capsys.readouterr().err.startswith("rmtension: error: training: needs the package 'trl'.")
+    assert capsys.readouterr().err.startswith("rmtension: error: training: needs the package 'accelerate'.")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -510,7 +513,7 @@ def test_family_has_four_models_with_one_start(world, tmp_path):
 def test_stages_are_named_before_every_training(world, tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr("rmtension.training._family._train_family_base", lambda *_: lines.append("base trained"))
-    monkeypatch.setattr("rmtension.training._family.train_reward_model", lambda *_, **__: lines.append("trained"))
+    monkeypatch.setattr("rmtension.training._side_by_side.train_reward_model", lambda *_, **__: lines.append("trained"))
     train_seeds(world.train, tmp_path, [4, 7], on_stage=lines.append)
     models = ("helpful", "harmless", "mixed")
     told = [f"training reward model {number} of 6: {models[(number - 1) % 3]}" for number in range(1, 7)]
