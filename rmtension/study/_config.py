@@ -39,14 +39,19 @@ class StudyConfig:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, for `make_config`; raises `DataError` for an unreadable or invalid file."""
+    content = load_yaml(path)
+    return dict(_mapping(content, str(path), _KEYS))
+
+
+def load_yaml(path: Path) -> Any:
+    """The content of a YAML file; raises `DataError` for an unreadable or invalid file."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error}). Check the path.") from error
     # Besides YAMLError: invalid dates, bytes that are not UTF-8, brackets nested too deeply.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
-    return dict(_mapping(content, str(path), _KEYS))
 
 
 def make_config(values: Mapping[str, Any], *, folder: Path, where: str) -> StudyConfig:

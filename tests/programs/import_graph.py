@@ -32,6 +32,7 @@ FLOORS = [
     ["study"],
     ["plots", "training"],
     ["report", "synthetic"],
+    ["replication"],
     ["cli", "rmtension"],
 ]
 
