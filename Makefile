@@ -30,8 +30,8 @@ test-all: $(VENV)/ready
 # What reaches TransformerLens only by opening a model, as the other tests do, or not at all: it is tested once.
 SAME := $(patsubst %,--ignore-glob='*/test_%.py',arguments behaviour benchmarks cli conflict distributed docstrings dpo \
   encoders evaluation examples faithfulness_plot files fuzz head_errors html_report intervals kinds local_names \
-  native_body neurons notebooks organisms output_sums outputs_of_one_model overlap package pairs plots \
-  preference_format process progress reading recovery report repr_html segments shared storage study text_models \
+  native_body neurons notebooks organisms output_sums outputs_of_one_model overlap package packed_training pairs plots \
+  preference_format process progress reading recovery refusals report repr_html segments shared storage study text_models \
   threads tokens training work world)
 
 # Every law once, and the grid where families, bridges and hooks are TransformerLens' own (the marker `lens`).
