@@ -698,6 +698,7 @@ ELSEWHERE = {
     "bodies._bridges._without_installing": "test_text_models",
     "heads._head_tensors.damage_named": "test_heads",
     "models._checkpoint_folder.checkpoint_folder": "test_files",
+    "replication._replicate._Clock.stage": "test_replication",
     "training._frozen_layers.FrozenLayers.enter": "test_packed_training",
     "training._trainer_run.isolated": "test_training",
     "training._trainer_run.new_folder": "test_training",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
 
-from rmtension.cli._commands import ablate, attribute, check, demo, inspect, report, score, study
+from rmtension.cli._commands import ablate, attribute, check, demo, inspect, replicate, report, score, study
 from rmtension.cli._commands.advice import Parser, flags_of, with_flags
 from rmtension.cli._commands.outcome import Outcome, plain
 from rmtension.errors import RMTensionError
@@ -20,6 +20,7 @@ _COMMANDS = {
     "ablate": ablate,
     "check": check,
     "study": study,
+    "replicate": replicate,
     "report": report,
 }
 _EPILOG = """examples:
@@ -30,6 +31,7 @@ _EPILOG = """examples:
   rmtension ablate ./my-reward-model pairs.csv --neurons scores.safetensors   what changes without them
   rmtension check ./my-reward-model                  check that rewards agree with transformers
   rmtension study study.yaml                         compare helpful, harmless and mixed models
+  rmtension replicate recipe.yaml                    train such models from a base first
   rmtension report study                             write the report of a saved study again
   rmtension COMMAND --help                           options, formats and more examples
 

@@ -1,0 +1,257 @@
+"""The paper's study from training to report, in stages that are kept on disk."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rmtension.attribution._neuron_dashboards import NeuronDashboards
+from rmtension.data._pairs import PreferencePairs
+from rmtension.replication._faithful import Faithful, measure_faithfulness
+from rmtension.replication._prepare import prepare_base, prepare_pairs
+from rmtension.replication._recipe import Recipe
+from rmtension.report._every_format import write_report
+from rmtension.report._neurons_of_study import study_neurons
+from rmtension.store._files import write_text
+from rmtension.store._work_folder import claim, locked
+from rmtension.study._family_runs import MODELS, ModelFamily
+from rmtension.study._result import StudyResult
+from rmtension.study._tension_study import TensionStudy
+from rmtension.training._family import train_seeds
+from rmtension.training._trainer_run import RECORD_NAME
+
+STAGES = (
+    "base",
+    "pairs",
+    "models",
+    "behaviour",
+    "corrected rules",
+    "published rules",
+    "faithfulness",
+    "neurons",
+    "report",
+)
+# Analyses of rewards alone, which use all test pairs.
+_BEHAVIOUR = ("accuracy", "transferability", "confidence")
+
+
+@dataclass(frozen=True)
+class Replication:
+    """What `replicate` found; everything is in its folder too.
+
+    - `corrected` and `paper`: the study by the corrected and by the published rules (None if it was left out).
+    - `pairs`: what was read, left out and kept; `models`: how each reward model was trained.
+    - `faithfulness`: how well each method predicts true effects; None if it was left out.
+    - `stages`: the seconds of every stage, over all runs, and the passes over models that this run ran and read.
+
+    Examples:
+        >>> Replication.__match_args__
+        ('corrected', 'paper', 'pairs', 'models', 'faithfulness', 'stages')
+    """
+
+    corrected: StudyResult
+    paper: StudyResult | None
+    pairs: pd.DataFrame
+    models: pd.DataFrame
+    faithfulness: Faithful | None
+    stages: pd.DataFrame
+
+
+def replicate(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    progress: bool | None = None,
+    on_stage: Callable[[str], object] | None = None,
+    on_log: Callable[[str, str], object] | None = None,
+) -> Replication:
+    """Run a recipe: base, pairs, reward models, ten analyses by both rules, faithfulness, neurons, report.
+
+    Every model and every pass is kept in `out`: a second run reads them and runs nothing, and after an interruption
+    only what is missing runs, with the same result. `on_stage` is called with a line when a stage begins, `on_log` with
+    a model's name and a line about its losses. Raises `StorageError` if `out` belongs to another recipe; other errors
+    are those of the stages.
+
+    Examples:
+        >>> from rmtension.study import StudyOptions
+        >>> from rmtension.training import FamilySettings
+        >>> for name, some in pairs.items():
+        ...     some.to_jsonl(f"{name}.jsonl")
+        >>> recipe = Recipe(
+        ...     "organism",
+        ...     {"helpful": ("helpful.jsonl",), "harmless": ("harmless.jsonl",)},
+        ...     seeds=(0,),
+        ...     test_share=0.5,
+        ...     validation_share=0.1,
+        ...     training=FamilySettings(max_length=64, reward_epochs=1.0),
+        ...     study=StudyOptions(analyses=("accuracy", "depth"), scores=("mean_difference",)),
+        ...     paper=None,
+        ...     n_single=0,
+        ...     n_neurons=0,
+        ... )
+        >>> list(replicate(recipe, "replication", progress=False).models["model"])
+        ['helpful', 'harmless', 'mixed']
+    """
+    out = Path(out)
+    tell = on_stage or (lambda line: None)
+    with locked(out):
+        claim(out, _inputs(recipe))
+        clock = _Clock(out / "stages.json", tell)
+        with clock.stage("base"):
+            base = prepare_base(recipe.base, out / "base")
+        with clock.stage("pairs"):
+            from transformers import AutoTokenizer
+
+            pairs = prepare_pairs(recipe, AutoTokenizer.from_pretrained(base))
+        with clock.stage("models"):
+            families = train_seeds(
+                pairs.parts["train"],
+                out / "models",
+                recipe.seeds,
+                base=base,
+                settings=recipe.training,
+                validation=pairs.parts["validation"],
+                name=Path(recipe.base).stem,
+                jobs=recipe.jobs,
+                progress=progress,
+                on_stage=tell,
+                on_log=on_log,
+            )
+        with clock.stage("behaviour") as passes:
+            behaviour = _study(
+                families,
+                TensionStudy(
+                    families,
+                    pairs.test,
+                    scoring_pairs=pairs.parts["validation"],
+                    options=replace(recipe.study, analyses=_BEHAVIOUR),
+                ),
+                out / "behaviour",
+                passes,
+                progress,
+            )
+        studies: dict[str, StudyResult] = {}
+        for rules, options in (("corrected", recipe.study), ("published", recipe.paper)):
+            if options is None:
+                continue
+            with clock.stage(f"{rules} rules") as passes:
+                rest = tuple(name for name in options.analyses if name not in _BEHAVIOUR)
+                study = TensionStudy(
+                    families,
+                    _sampled(pairs.parts["evaluation"], recipe.n_evaluating),
+                    scoring_pairs=_sampled(pairs.parts["scoring"], recipe.n_scoring),
+                    options=replace(options, analyses=rest),
+                )
+                found = _study(families, study, out / "study", passes, progress)
+                studies[rules] = StudyResult({**behaviour.tables, **found.tables}, found.summary)
+                if rules == "corrected":
+                    main = study
+        faithful = None
+        if recipe.n_single:
+            with clock.stage("faithfulness") as passes:
+                some = _sampled(pairs.parts["evaluation"], recipe.n_faithful)
+                faithful = measure_faithfulness(
+                    families[0].mixed, some, recipe, out / "faithfulness", passes=passes, progress=progress
+                )
+        neurons = None
+        if recipe.n_neurons:
+            with clock.stage("neurons"):
+                kept = out / "neurons.json"
+                if not kept.exists():
+                    study_neurons(main, n=recipe.n_neurons, progress=progress).save(kept)
+                neurons = NeuronDashboards.load(kept)
+        with clock.stage("report"):
+            models = _trained(families)
+            for rules, result in studies.items():
+                result.save(out / rules, overwrite=True)
+                write_report(result, out / rules, neurons=neurons if rules == "corrected" else None)
+            pairs.counts.to_csv(out / "pairs.csv", index=False)
+            models.to_csv(out / "models.csv", index=False)
+        stages = clock.table()
+        stages.to_csv(out / "stages.csv", index=False)
+    return Replication(studies["corrected"], studies.get("published"), pairs.counts, models, faithful, stages)
+
+
+# -- inside ------------------------------------------------------------------------------------------------------------
+
+
+class _Clock:
+    """The seconds of every stage, kept over interruptions, and the passes of this run."""
+
+    def __init__(self, path: Path, tell: Callable[[str], object]) -> None:
+        self._path, self._tell = path, tell
+        self._seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self._passes: dict[str, dict[str, int]] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, int]]:
+        """Time a stage; what it writes into the dict ("run", "read") is counted for it."""
+        self._tell(f"stage {STAGES.index(name) + 1} of {len(STAGES)}: {name}")
+        start = time.monotonic()
+        passes = self._passes.setdefault(name, {"run": 0, "read": 0})
+        try:
+            yield passes
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - start
+            write_text(self._path, json.dumps(self._seconds, indent=2) + "\n", "stages")
+
+    def table(self) -> pd.DataFrame:
+        """One row per stage."""
+        return pd.DataFrame(
+            [
+                {"stage": name, "seconds": round(self._seconds[name], 1), **passes}
+                for name, passes in self._passes.items()
+            ]
+        )
+
+
+def _inputs(recipe: Recipe) -> dict[str, Any]:
+    """What the results depend on; not how many models are trained at a time."""
+    values = asdict(recipe)
+    del values["jobs"]
+    return {name: str(value) for name, value in values.items()}
+
+
+def _study(
+    families: list[ModelFamily], study: TensionStudy, folder: Path, passes: dict[str, int], progress: bool | None
+) -> StudyResult:
+    result = study.run(folder=folder, progress=progress)
+    passes["run"] += study.n_run
+    passes["read"] += study.n_read
+    return result
+
+
+def _sampled(pairs: Mapping[str, PreferencePairs], n: int) -> dict[str, PreferencePairs]:
+    """At most `n` pairs of every objective, drawn with seed 0."""
+    return {name: part if len(part) <= n else part.sample(n, seed=0) for name, part in pairs.items()}
+
+
+def _trained(families: list[ModelFamily]) -> pd.DataFrame:
+    """How every reward model was trained, from the record in its folder."""
+    rows = []
+    for family in families:
+        for name in MODELS:
+            record = json.loads((Path(str(getattr(family, name))) / RECORD_NAME).read_text(encoding="utf-8"))
+            result = record["result"]
+            last = [entry for entry in result["history"] if "validation accuracy" in entry]
+            best = min(last, key=lambda entry: entry["validation loss"]) if last else {}
+            rows.append(
+                {
+                    "model": name,
+                    "seed": family.seed,
+                    "pairs": record["n_pairs"],
+                    "tokens": record["n_tokens"],
+                    "tokens run per epoch": record["n_tokens_run"],
+                    "steps": result["n_steps"],
+                    "best step": best.get("step"),
+                    "validation loss": best.get("validation loss"),
+                    "validation accuracy": best.get("validation accuracy"),
+                    "digest": record["data"],
+                }
+            )
+    return pd.DataFrame(rows)

@@ -1,0 +1,136 @@
+"""A miniature of the recipe: a tiny base, an embedded world's pairs, all stages, a second run, an interruption."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+import transformers
+
+from rmtension.errors import DataError, OptionError, StorageError
+from rmtension.replication import Recipe, read_recipe, replicate
+from rmtension.replication._replicate import STAGES
+from rmtension.synthetic._world import preference_world
+from rmtension.training._train_tokenizer import train_tokenizer
+
+RECIPE = """
+base: base
+pairs: {helpful: [helpful.jsonl], harmless: harmless.jsonl}
+seeds: [0, 1]
+max_length: 160
+test_share: 0.5
+validation_share: 0.1
+training: {epochs: 1, learning_rate: 1e-3, batch_size: 12, trained_layers: 1, balance_length: true}
+study: {n_draws: 2, n_subsamples: 2, curve_fractions: [0.1], scores: [mean_difference, change]}
+paper: {n_draws: 2, n_subsamples: 2, curve_fractions: [0.1]}
+n_scoring: 12
+n_evaluating: 12
+n_single: 8
+n_faithful: 4
+n_sets: 12
+n_neurons: 2
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a recipe, its base and its pairs."""
+    folder = tmp_path_factory.mktemp("replication")
+    world = preference_world(0, n_train=48, n_test=48)
+    tokenizer = train_tokenizer(world.texts, 320, max_length=160)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=160,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    for name in ("helpful", "harmless"):
+        (world.train[name] + world.test[name]).to_jsonl(folder / f"{name}.jsonl")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(place):
+    stages = []
+    found = replicate(read_recipe(place / "recipe.yaml"), place / "out", progress=False, on_stage=stages.append)
+    return found, stages
+
+
+def test_all_stages_run_and_leave_their_results(place, done):
+    found, stages = done
+    assert [line.split(": ")[1] for line in stages if line.startswith("stage")] == list(STAGES)
+    assert len(found.models) == 6
+    assert {"accuracy", "overlap", "curves", "ablation", "equal_size"} <= set(found.corrected.tables)
+    assert found.corrected.summary["options"]["replacement"] == "mean"
+    assert found.paper.summary["options"]["replacement"] == "zero"
+    assert (found.faithfulness.single["n"] == 8).all()
+    assert len(found.faithfulness.sets) == 12
+    for name in ("corrected/report.html", "published/report.html", "models.csv", "pairs.csv", "stages.csv"):
+        assert (place / "out" / name).is_file()
+    # Accuracies use all test pairs, ablations a sample of those that did not score neurons.
+    counts = found.pairs.set_index(["objective", "what"])["pairs"]
+    accuracy = found.corrected.accuracy.query("measure == 'accuracy' and model == 'mixed'")
+    for name in ("helpful", "harmless"):
+        n_test = counts[name, "scoring"] + counts[name, "evaluation"]
+        assert (accuracy.query(f"objective == '{name}'")["n"] == n_test).all()
+        assert found.corrected.summary["pairs"][name]["evaluating"] == 12
+
+
+def test_a_second_run_reads_everything_and_runs_nothing(place, done):
+    found, _ = done
+    again = replicate(read_recipe(place / "recipe.yaml"), place / "out", progress=False)
+    assert again.stages["run"].sum() == 0
+    assert again.stages["read"].sum() > 0
+    for name, frame in found.corrected.tables.items():
+        pd.testing.assert_frame_equal(again.corrected.tables[name], frame)
+    pd.testing.assert_frame_equal(again.faithfulness.sets, found.faithfulness.sets)
+
+
+def test_a_folder_belongs_to_one_recipe(place, done):
+    with pytest.raises(StorageError, match="max_length='160' there, '150' now"):
+        replicate(read_recipe(place / "recipe.yaml", {"max_length": 150}), place / "out", progress=False)
+
+
+def test_no_prompt_is_in_two_splits(place, done):
+    record = json.loads((place / "out" / "models" / "seed-0" / "mixed" / "rmtension_training.json").read_text())
+    counts = done[0].pairs.set_index(["objective", "what"])["pairs"]
+    assert record["n_pairs"] == 2 * min(counts["helpful", "train"], counts["harmless", "train"])
+    assert record["n_validation_pairs"] == counts["helpful", "validation"] + counts["harmless", "validation"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"seed": 1}, OptionError, "unknown key 'seed'.*seeds"),
+        ({"pairs": {"helpful": "a.jsonl"}}, OptionError, "helpful.*harmless"),
+        ({"training": {"epoch": 1}}, OptionError, "unknown key 'epoch'.*epochs"),
+        ({"training": {"dtype": "int8"}}, OptionError, "dtype: expected one of"),
+        ({"study": {"fractions": 0.1}}, OptionError, "unknown key 'fractions'"),
+        ({"seeds": [1, 1]}, OptionError, "different numbers"),
+        ({"test_share": 1.0}, OptionError, "between 0 and 1"),
+        ({"n_evaluating": 0}, OptionError, "at least 1"),
+        ({"base": None}, OptionError, "'base' is missing"),
+    ],
+)
+def test_wrong_recipes_are_refused(change, error, message, place):
+    with pytest.raises(error, match=message):
+        read_recipe(place / "recipe.yaml", change)
+
+
+def test_missing_files_are_named(place, tmp_path):
+    recipe = read_recipe(place / "recipe.yaml", {"pairs": {"helpful": "nothing.jsonl", "harmless": "b.jsonl"}})
+    with pytest.raises(DataError, match=r"nothing\.jsonl, which does not exist"):
+        replicate(recipe, tmp_path / "out", progress=False)
+
+
+def test_a_recipe_needs_few_words():
+    assert Recipe("base", {"helpful": ("a.jsonl",), "harmless": ("b.jsonl",)}).seeds == (0, 247, 932)
