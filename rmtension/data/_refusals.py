@@ -12,14 +12,13 @@ _VERBS = (
     "assist|help|provide|support|fulfill?|comply|engage|create|generate|write|offer|answer|discuss|participate|condone"
     "|encourage|recommend|endorse|promote|share|give|tell|do that|continue"
 )
-# ruff: noqa: RUF001 - typographic apostrophes occur in responses
 _REFUSES = re.compile(
     rf"""
-    \bi\s(?:can\s?not|can['’]t|could\snot|couldn['’]t|won['’]t|will\snot|do\snot|don['’]t|would\snot|wouldn['’]t
-         |am\s(?:not\sable|unable|not\sgoing)|['’]m\s(?:not\sable|unable|not\sgoing)|must\sdecline)
+    \bi\s(?:can\s?not|can['\u2019]t|could\snot|couldn['\u2019]t|won['\u2019]t|will\snot|do\snot|don['\u2019]t|would\snot|wouldn['\u2019]t
+         |am\s(?:not\sable|unable|not\sgoing)|['\u2019]m\s(?:not\sable|unable|not\sgoing)|must\sdecline)
       \s(?:\w+\s){{0,4}}?(?:{_VERBS})
-    | \bi['’]m\s(?:not\sable|unable|not\sgoing)\sto\b
-    | \bi(?:['’]m|\sam)\s(?:\w+\s)?sorry\b
+    | \bi['\u2019]m\s(?:not\sable|unable|not\sgoing)\sto\b
+    | \bi(?:['\u2019]m|\sam)\s(?:\w+\s)?sorry\b
     | \bi\sapologi[sz]e\b
     | \bas\san\sai(?:\slanguage\smodel|\sassistant)?\b
     | \b(?:illegal|unethical|harmful|inappropriate)\s(?:and|or)\b

@@ -296,7 +296,12 @@ def _trainings(
 def _is_trained(training: _Training, start: Path) -> bool:
     """Whether the folder holds this model; raises `StorageError` for another one."""
     options = training.arguments
-    compared = {name: options[name] for name in ("seed", "epochs", "learning_rate")}
+    # As the record writes them, in JSON.
+    compared = {
+        name: str(value) if isinstance(value, torch.dtype) else value
+        for name, value in options.items()
+        if name not in ("pairs", "output_dir", "validation")
+    }
     of_base = {"base_digest": digest_of_folder(start)} if start.is_dir() else {}
     return is_finished(training.folder, compared, data=options["pairs"].digest, **of_base)
 

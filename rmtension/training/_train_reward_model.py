@@ -99,9 +99,9 @@ def train_reward_model(
     The folder holds a checkpoint for `AutoModelForSequenceClassification`, its tokenizer, and
     `rmtension_training.json` (options, data digest, losses, versions). It is written only when training has finished.
     `overwrite=True` replaces the folder of an earlier training. With a `work` folder, the state of the training is
-    saved there ten times, and the same call after an interruption continues from the last one, with the same result
-    as without the interruption. Raises `DataError`, `ModelError`, `OptionError` or `StorageError`. Runs in one
-    process.
+    saved there ten times, or at every validation, and the same call after an interruption continues from the last one,
+    with the same result as without the interruption. Raises `DataError`, `ModelError`, `OptionError` or
+    `StorageError`. Runs in one process.
 
     Examples:
         >>> folder = train_reward_model(pairs, "organism", "helpful", objective="helpful", max_steps=1, progress=False)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -272,7 +273,7 @@ def test_balanced_training_weights_the_loss(pairs, bases, bpe, tmp_path):
 # -- interruptions -----------------------------------------------------------------------------------------------------
 
 
-class Stop(Exception):  # noqa: N818 - ends a training on purpose
+class StopError(Exception):
     """Raised in the middle of a training."""
 
 
@@ -287,10 +288,10 @@ def test_an_interrupted_training_continues_with_the_same_result(validated, world
 
     def stop(line):
         if line.startswith(f"step {n_steps - 3} "):
-            raise Stop
+            raise StopError
 
     steps = []
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train(data, bases["gpt2"], tmp_path / "rm", **options, work=tmp_path / "work", on_log=stop)
     assert not (tmp_path / "rm").exists()
     # What a kill in the middle of writing leaves is not read.
@@ -305,10 +306,10 @@ def test_an_interrupted_training_continues_with_the_same_result(validated, world
 
 def test_a_work_folder_belongs_to_one_training(world, bases, tmp_path):
     def stop(line):
-        raise Stop
+        raise StopError
 
     pairs = world.train["helpful"]
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train(pairs, bases["llama"], tmp_path / "rm", work=tmp_path / "work", on_log=stop)
     with pytest.raises(StorageError, match="seed='0' there, '1' now"):
         train(pairs, bases["llama"], tmp_path / "rm", work=tmp_path / "work", seed=1)
@@ -349,6 +350,11 @@ def test_models_trained_side_by_side_are_those_trained_one_by_one(world, bases, 
     stages.clear()
     train_seeds(train_pairs, tmp_path / "together", [0], jobs=2, **options, **told)
     assert not stages
+    # A model of another schedule is another model, whichever field differs.
+    for field, value in (("reward_trained_layers", 1), ("reward_balance_length", True), ("max_length", 150)):
+        changed = {**options, "settings": replace(settings, **{field: value})}
+        with pytest.raises(StorageError, match=f"expected a model trained with {field.removeprefix('reward_')}="):
+            train_seeds(train_pairs, tmp_path / "together", [0], **changed)
 
 
 def test_an_error_in_a_process_is_raised(world, bases, tmp_path):
