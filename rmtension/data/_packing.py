@@ -105,12 +105,15 @@ def shuffled_batches(
     window = np.cumsum(sizes) // (pairs_per_batch * _BATCHES_PER_WINDOW)
     # Sorted by length within windows: rows of a batch need little padding, and its prompts still depend on the seed.
     ordered = sorted(zip(window.tolist(), shuffled, strict=True), key=lambda entry: (entry[0], entry[1].width))
-    batches: list[list[_PackedGroup]] = [[]]
+    batches: list[list[_PackedGroup]] = []
+    room = 0
     for _, group in ordered:
-        if sum(len(other.indices) for other in batches[-1]) + len(group.indices) > pairs_per_batch and batches[-1]:
+        if len(group.indices) > room:
             batches.append([])
+            room = pairs_per_batch
         batches[-1].append(group)
-    return [_batch(pairs, some, read_at) for some in batches if some]
+        room -= len(group.indices)
+    return [_batch(pairs, some, read_at) for some in batches]
 
 
 def pack(pairs: EncodedPairs, read_at: ReadAt = READ_LAST) -> TokenBatch:

@@ -24,6 +24,7 @@ from rmtension.study._family_runs import joined
 from rmtension.study._model_runs import ModelRuns
 
 METHODS = ("attribution_patching", "gradient_x_activation", "direct_effect", "mean_difference", "integrated_gradients")
+# Sizes of the sets as shares of all neurons, and steps of integrated gradients.
 _FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2)
 _STEPS = 4
 
@@ -144,10 +145,10 @@ def _agreement(table: pd.DataFrame, level: float) -> pd.DataFrame:
         predicted = table[method].to_numpy()
         rng = np.random.default_rng(0)
         draws = rng.integers(len(table), size=(min(N_BOOTSTRAP, 1000), len(table)))
-        values = [_both(predicted[draw], effect[draw]) for draw in draws]
+        values = [_rank_and_slope(predicted[draw], effect[draw]) for draw in draws]
         row: dict[str, Any] = {"method": method, "n": len(table)}
         for name, value, resampled in zip(
-            ("spearman", "slope"), _both(predicted, effect), np.array(values).T, strict=True
+            ("spearman", "slope"), _rank_and_slope(predicted, effect), np.array(values).T, strict=True
         ):
             low, high = percentile_interval(resampled[np.isfinite(resampled)], level)
             row |= {name: value, f"{name}_low": low, f"{name}_high": high}
@@ -155,7 +156,8 @@ def _agreement(table: pd.DataFrame, level: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _both(predicted: Float[np.ndarray, "set"], effect: Float[np.ndarray, "set"]) -> tuple[float, float]:
+def _rank_and_slope(predicted: Float[np.ndarray, "set"], effect: Float[np.ndarray, "set"]) -> tuple[float, float]:
+    """Spearman's correlation and the least-squares slope; NaN if all values of one are the same."""
     if len(set(predicted)) < 2 or len(set(effect)) < 2:
         return float("nan"), float("nan")
     return float(stats.spearmanr(predicted, effect).statistic), float(stats.linregress(predicted, effect).slope)

@@ -1,8 +1,7 @@
 """The base model and the pairs of a replication, prepared for training: converted, cleaned, labelled and split."""
 
-import shutil
 import sys
-import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,12 @@ import pandas as pd
 
 from rmtension.data._encoding import encode_pairs
 from rmtension.data._pairs import PreferencePairs
-from rmtension.data._refusals import label_refusals
+from rmtension.data._refusals import SHOULD_REFUSE, SHOULD_RESPOND, label_refusals
 from rmtension.errors import DataError, ModelError
 from rmtension.evaluation._length import length_baseline
 from rmtension.models._portable import make_portable
 from rmtension.replication._recipe import Recipe
+from rmtension.store._files import filled_whole
 from rmtension.study._family_runs import OBJECTIVES, joined
 
 SPLITS = ("train", "validation", "scoring", "evaluation")
@@ -67,15 +67,10 @@ def prepare_base(name: str, folder: Path) -> Path:
         fresh: Any = AutoModelForCausalLM.from_config(type(model.config)(**values), dtype=model.dtype)
         fresh.load_state_dict(model.state_dict())
         model = fresh
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        make_portable(partial, tokenizer)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with filled_whole(folder, "base model", seal="config.json") as written:
+        model.save_pretrained(written)
+        tokenizer.save_pretrained(written)
+        make_portable(written, tokenizer)
     return folder
 
 
@@ -120,6 +115,7 @@ def prepare_pairs(recipe: Recipe, tokenizer: Any) -> PreparedPairs:
             if not len(part):
                 raise DataError(f"pairs: no {name} pairs are left for {split}. Give more pairs, or raise max_length.")
             encoded = encode_pairs(tokenizer, part, max_length=sys.maxsize)
+            labels = Counter(pair.subset for pair in part)
             rows.append(
                 {
                     "objective": name,
@@ -128,10 +124,8 @@ def prepare_pairs(recipe: Recipe, tokenizer: Any) -> PreparedPairs:
                     "prompts": len(part.prompts),
                     "tokens": encoded.n_tokens,
                     "longer is chosen": length_baseline(part).value,
-                    "should_refuse": len(part.filter(subset="should_refuse")) if "should_refuse" in part.subsets else 0,
-                    "should_respond": (
-                        len(part.filter(subset="should_respond")) if "should_respond" in part.subsets else 0
-                    ),
+                    SHOULD_REFUSE: labels[SHOULD_REFUSE],
+                    SHOULD_RESPOND: labels[SHOULD_RESPOND],
                     "digest": part.digest,
                 }
             )

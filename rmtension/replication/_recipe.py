@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from rmtension._arguments import nearest
 from rmtension.errors import OptionError
-from rmtension.study._config import load_yaml
+from rmtension.study._config import checked_mapping, load_yaml, read_options
 from rmtension.study._family_runs import OBJECTIVES
 from rmtension.study._options import StudyOptions
-from rmtension.training._family import FamilySettings
+from rmtension.training._family_trainings import FamilySettings
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -100,30 +99,20 @@ def read_recipe(path: str | Path, changes: Mapping[str, Any] | None = None) -> R
 def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str) -> Recipe:
     """The recipe that a mapping describes; `where` names it in errors, and paths are relative to `folder`."""
     known = [each.name for each in fields(Recipe)]
-    for name in values:
-        if name not in known:
-            raise OptionError(f"{where}: unknown key {name!r}; expected some of {known}.{nearest(name, known)}")
-    for name in ("base", "pairs"):
-        if not values.get(name):
-            raise OptionError(f"{where}: the key {name!r} is missing. Add it.")
-    given = dict(values)
-    given["base"] = _place(str(values["base"]), folder)
-    if not isinstance(values["pairs"], Mapping):
-        raise OptionError(f"{where}: pairs: expected a mapping of {list(OBJECTIVES)} to files.")
+    given = dict(checked_mapping(values, where, known, required=("base", "pairs")))
+    given["base"] = _place(str(given["base"]), folder)
     given["pairs"] = {
         name: tuple(_place(str(file), folder) for file in (listed if isinstance(listed, list | tuple) else [listed]))
-        for name, listed in values["pairs"].items()
+        for name, listed in checked_mapping(given["pairs"], f"{where}: pairs", OBJECTIVES).items()
     }
     if "seeds" in given:
         given["seeds"] = tuple(given["seeds"])
     length = given.get("max_length", Recipe.max_length)
     given["training"] = _training(given.get("training") or {}, length, f"{where}: training")
-    given["study"] = StudyOptions(**_options(given.get("study"), f"{where}: study"))
-    given["paper"] = (
-        None
-        if given.get("paper") is False
-        else StudyOptions.of("paper", **_options(given.get("paper"), f"{where}: paper"))
-    )
+    given["study"] = read_options({"options": given.get("study")}, f"{where}: study")
+    without_paper = given.get("paper") is False
+    rules = {"rules": "paper", "options": given.get("paper")}
+    given["paper"] = None if without_paper else read_options(rules, f"{where}: paper")
     return Recipe(**given)
 
 
@@ -133,25 +122,11 @@ def _place(name: str, folder: Path) -> str:
     return str(path) if path.exists() else name
 
 
-def _options(given: Any, where: str) -> dict[str, Any]:
-    if not isinstance(given or {}, Mapping):
-        raise OptionError(f"{where}: expected a mapping of fields of StudyOptions, got {given!r:.80}.")
-    known = [each.name for each in fields(StudyOptions)]
-    for name in given or {}:
-        if name not in known:
-            raise OptionError(f"{where}: unknown key {name!r}; expected some of {known}.{nearest(name, known)}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in (given or {}).items()}
-
-
 def _training(given: Any, max_length: int, where: str) -> FamilySettings:
-    if not isinstance(given, Mapping):
-        raise OptionError(f"{where}: expected a mapping of options of train_reward_model, got {given!r:.80}.")
     prefix = "reward_"
     known = [each.name.removeprefix(prefix) for each in fields(FamilySettings) if each.name.startswith(prefix)]
     settings: dict[str, Any] = {}
-    for name, value in given.items():
-        if name not in known:
-            raise OptionError(f"{where}: unknown key {name!r}; expected some of {known}.{nearest(name, known)}")
+    for name, value in checked_mapping(given, where, known).items():
         if name == "dtype":
             if value not in _DTYPES:
                 raise OptionError(f"{where}.dtype: expected one of {list(_DTYPES)}, got {value!r}.")

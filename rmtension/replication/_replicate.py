@@ -123,8 +123,7 @@ def replicate(
                 on_log=on_log,
             )
         with clock.stage("behaviour") as passes:
-            behaviour = _study(
-                families,
+            behaviour = _run(
                 TensionStudy(
                     families,
                     pairs.test,
@@ -147,7 +146,7 @@ def replicate(
                     scoring_pairs=_sampled(pairs.parts["scoring"], recipe.n_scoring),
                     options=replace(options, analyses=rest),
                 )
-                found = _study(families, study, out / "study", passes, progress)
+                found = _run(study, out / "study", passes, progress)
                 studies[rules] = StudyResult({**behaviour.tables, **found.tables}, found.summary)
                 if rules == "corrected":
                     main = study
@@ -217,9 +216,8 @@ def _inputs(recipe: Recipe) -> dict[str, Any]:
     return {name: str(value) for name, value in values.items()}
 
 
-def _study(
-    families: list[ModelFamily], study: TensionStudy, folder: Path, passes: dict[str, int], progress: bool | None
-) -> StudyResult:
+def _run(study: TensionStudy, folder: Path, passes: dict[str, int], progress: bool | None) -> StudyResult:
+    """Run a study in its folder, and count its passes."""
     result = study.run(folder=folder, progress=progress)
     passes["run"] += study.n_run
     passes["read"] += study.n_read

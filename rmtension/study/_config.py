@@ -40,7 +40,7 @@ class StudyConfig:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, for `make_config`; raises `DataError` for an unreadable or invalid file."""
     content = load_yaml(path)
-    return dict(_mapping(content, str(path), _KEYS))
+    return dict(checked_mapping(content, str(path), _KEYS))
 
 
 def load_yaml(path: Path) -> Any:
@@ -69,7 +69,7 @@ def make_config(values: Mapping[str, Any], *, folder: Path, where: str) -> Study
 
     Reads the pairs; opens no model. Raises `OptionError`, `DataError` or `ModelError`.
     """
-    _mapping(values, where, _KEYS, required=("models", "pairs"))
+    checked_mapping(values, where, _KEYS, required=("models", "pairs"))
     options = read_options(values, where)
     families = _families(values["models"], f"{where}: models", folder)
     out = folder / _text(values.get("out", "study"), f"{where}: out")
@@ -93,7 +93,7 @@ def make_config(values: Mapping[str, Any], *, folder: Path, where: str) -> Study
 
 def read_options(values: Mapping[str, Any], where: str) -> StudyOptions:
     """The options given by `rules`, `analyses` and `options`; raises `OptionError` that names `where`."""
-    changes = dict(_mapping(values.get("options") or {}, f"{where}: options", _OPTION_KEYS))
+    changes = dict(checked_mapping(values.get("options") or {}, f"{where}: options", _OPTION_KEYS))
     if "analyses" in values:
         changes["analyses"] = values["analyses"]
     # YAML has lists where options are tuples.
@@ -115,7 +115,7 @@ def _families(value: Any, key: str, folder: Path) -> tuple[ModelFamily, ...]:
 
 
 def _family(value: Any, key: str, folder: Path) -> ModelFamily:
-    given = _mapping(value, key, _FAMILY_KEYS, required=MODELS)
+    given = checked_mapping(value, key, _FAMILY_KEYS, required=MODELS)
     seed = given.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise OptionError(f"{key}.seed: expected a whole number, got {_shown(seed)}.")
@@ -129,7 +129,7 @@ def _output_of_model(value: Any, key: str, folder: Path) -> str | Path | ModelOu
     """A model, or with `model` and `output` one output of it."""
     if not isinstance(value, Mapping):
         return _model(value, key, folder)
-    given = _mapping(value, key, _OUTPUT_KEYS, required=_OUTPUT_KEYS)
+    given = checked_mapping(value, key, _OUTPUT_KEYS, required=_OUTPUT_KEYS)
     output = given["output"]
     parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, list) else [output]
     kind: Any = int | float if isinstance(output, Mapping) else str | int
@@ -160,7 +160,7 @@ def _pairs(value: Any, key: str, folder: Path, reading: Mapping[str, Any]) -> Ca
     if not isinstance(value, Mapping):
         files = _files(value, key, folder)
         return lambda: _by_objective(_read(files, key, reading), key)
-    given = _mapping(value, key, OBJECTIVES, required=OBJECTIVES)
+    given = checked_mapping(value, key, OBJECTIVES, required=OBJECTIVES)
     named = {name: _files(given[name], f"{key}.{name}", folder) for name in OBJECTIVES}
     return lambda: {name: _read(files, f"{key}.{name}", reading, objective=name) for name, files in named.items()}
 
@@ -199,7 +199,8 @@ def _by_objective(pairs: PreferencePairs, key: str) -> dict[str, PreferencePairs
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-def _mapping(value: Any, key: str, known: Sequence[str], required: Sequence[str] = ()) -> Mapping[str, Any]:
+def checked_mapping(value: Any, key: str, known: Sequence[str], required: Sequence[str] = ()) -> Mapping[str, Any]:
+    """`value`, if it is a mapping with all `required` keys and none but `known`; errors name it by `key`."""
     if not isinstance(value, Mapping):
         raise OptionError(f"{key}: expected a mapping with some of the keys {list(known)}, got {_shown(value)}.")
     for name in value:
@@ -225,7 +226,7 @@ def _yes_or_no(value: Any, key: str) -> bool:
 
 
 def _columns(value: Any, key: str) -> dict[str, str | None]:
-    given = _mapping(value or {}, key, FIELDS)
+    given = checked_mapping(value or {}, key, FIELDS)
     return {name: None if column is None else _text(column, f"{key}.{name}") for name, column in given.items()}
 
 

@@ -1,6 +1,7 @@
 """Training: reward models, and the base model they start from, in one call (extra `train`)."""
 
-from rmtension.training._family import FamilySettings, train_family, train_seeds
+from rmtension.training._family import train_family, train_seeds
+from rmtension.training._family_trainings import FamilySettings
 from rmtension.training._hold_ablated import HoldAblated
 from rmtension.training._train_base_model import train_base_model
 from rmtension.training._train_reward_model import train_reward_model

@@ -1,17 +1,15 @@
 """A miniature of the recipe: a tiny base, an embedded world's pairs, all stages, a second run, an interruption."""
 
-import json
-
 import pandas as pd
 import pytest
 import torch
 import transformers
+from trained_folders import record, tiny_tokenizer
 
 from rmtension.errors import DataError, OptionError, StorageError
 from rmtension.replication import Recipe, read_recipe, replicate
 from rmtension.replication._replicate import STAGES
 from rmtension.synthetic._world import preference_world
-from rmtension.training._train_tokenizer import train_tokenizer
 
 RECIPE = """
 base: base
@@ -37,7 +35,7 @@ def place(tmp_path_factory):
     """A folder with a recipe, its base and its pairs."""
     folder = tmp_path_factory.mktemp("replication")
     world = preference_world(0, n_train=48, n_test=48)
-    tokenizer = train_tokenizer(world.texts, 320, max_length=160)
+    tokenizer = tiny_tokenizer(world)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
@@ -101,10 +99,10 @@ def test_a_folder_belongs_to_one_recipe(place, done):
 
 
 def test_no_prompt_is_in_two_splits(place, done):
-    record = json.loads((place / "out" / "models" / "seed-0" / "mixed" / "rmtension_training.json").read_text())
+    noted = record(place / "out" / "models" / "seed-0" / "mixed")
     counts = done[0].pairs.set_index(["objective", "what"])["pairs"]
-    assert record["n_pairs"] == 2 * min(counts["helpful", "train"], counts["harmless", "train"])
-    assert record["n_validation_pairs"] == counts["helpful", "validation"] + counts["harmless", "validation"]
+    assert noted["n_pairs"] == 2 * min(counts["helpful", "train"], counts["harmless", "train"])
+    assert noted["n_validation_pairs"] == counts["helpful", "validation"] + counts["harmless", "validation"]
 
 
 @pytest.mark.parametrize(

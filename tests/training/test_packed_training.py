@@ -1,7 +1,6 @@
 """Training on packed batches: equal to TRL's trainer, frozen layers, resumption, length weights, several at a time."""
 
 import dataclasses
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +10,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from tiny_models import grid
 from torch.nn.functional import logsigmoid
+from trained_folders import CONTEXT, record, tiny_tokenizer, weights
 
 from rmtension.data._encoding import encode_pairs
 from rmtension.data._packing import shuffled_batches
@@ -19,12 +19,10 @@ from rmtension.errors import OptionError, StorageError
 from rmtension.evaluation._length import length_weights
 from rmtension.synthetic._world import preference_world
 from rmtension.training import _train_reward_model
-from rmtension.training._family import FamilySettings, train_seeds
+from rmtension.training._family import train_seeds
+from rmtension.training._family_trainings import FamilySettings
 from rmtension.training._train_reward_model import train_reward_model
-from rmtension.training._train_tokenizer import train_tokenizer
-from rmtension.training._trainer_run import RECORD_NAME
 
-CONTEXT = 160
 # Plain gradient steps, whose result is as exact as the gradients: Adam divides by their size, and turns a difference in
 # the last digit of a small gradient into a whole step.
 SGD = {"optim": "sgd", "lr_scheduler_type": "constant"}
@@ -37,7 +35,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def bpe(world):
-    return train_tokenizer(world.texts, 320, max_length=CONTEXT)
+    return tiny_tokenizer(world)
 
 
 def save_base(folder, kind, tokenizer):
@@ -78,14 +76,6 @@ def pairs(world):
 def train(pairs, base, folder, **options):
     settings = {"progress": False, "learning_rate": 0.1, "batch_size": 8, "trainer_options": SGD}
     return train_reward_model(pairs, base, folder, **{**settings, **options})
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def record(folder):
-    return json.loads((folder / RECORD_NAME).read_text())
 
 
 def furthest(first, second):

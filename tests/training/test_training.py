@@ -1,6 +1,5 @@
 """Training: what the seed governs, what is read, what a folder holds, what is refused. Tiny models, few steps."""
 
-import json
 import logging
 import random
 import subprocess
@@ -13,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tiny_models import grid, make_config, make_pairs, make_tokenizer, put_bos_first
+from trained_folders import CONTEXT, record, tiny_tokenizer, weights
 
 from rmtension import _progress as progress
 from rmtension.cli._command_line import main
@@ -21,15 +21,14 @@ from rmtension.data._pair import join_prompt
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError, ModelError, OptionError, StorageError
 from rmtension.synthetic._world import preference_world
-from rmtension.training._family import FamilySettings, train_family, train_seeds
+from rmtension.training._family import train_family, train_seeds
+from rmtension.training._family_trainings import FamilySettings
 from rmtension.training._reward_trainer import RewardTrainer
 from rmtension.training._select_pairs import select_pairs
 from rmtension.training._train_base_model import train_base_model
 from rmtension.training._train_reward_model import train_reward_model
 from rmtension.training._train_tokenizer import train_tokenizer
 from rmtension.training._trainer_run import RECORD_NAME, arguments, isolated
-
-CONTEXT = 160
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def bpe(world):
-    return train_tokenizer(world.texts, 320, max_length=CONTEXT)
+    return tiny_tokenizer(world)
 
 
 def gpt2_config(n_tokens, **changes):
@@ -60,16 +59,8 @@ def quick(pairs, base, folder, **options):
     return train_reward_model(pairs, base, folder, **{"max_steps": 2, "batch_size": 4, "progress": False, **options})
 
 
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
 def identical(first, second):
     return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def record(folder):
-    return json.loads((folder / RECORD_NAME).read_text())
 
 
 @pytest.fixture
@@ -512,7 +503,9 @@ def test_family_has_four_models_with_one_start(world, tmp_path):
 
 def test_stages_are_named_before_every_training(world, tmp_path, monkeypatch):
     lines = []
-    monkeypatch.setattr("rmtension.training._family._train_family_base", lambda *_: lines.append("base trained"))
+    monkeypatch.setattr(
+        "rmtension.training._family_trainings._train_family_base", lambda *_: lines.append("base trained")
+    )
     monkeypatch.setattr("rmtension.training._side_by_side.train_reward_model", lambda *_, **__: lines.append("trained"))
     train_seeds(world.train, tmp_path, [4, 7], on_stage=lines.append)
     models = ("helpful", "harmless", "mixed")
@@ -523,6 +516,7 @@ def test_stages_are_named_before_every_training(world, tmp_path, monkeypatch):
     lines.clear()
     train_seeds(world.train, tmp_path / "one", [0], on_stage=lines.append)
     assert [line for line in lines if "of" in line][1] == "training reward model 2 of 3: harmless"
+    assert train_seeds(world.train, tmp_path / "none", []) == []
 
 
 def test_family_needs_objectives_and_sizes_that_fit(world, tmp_path):

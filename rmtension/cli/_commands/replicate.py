@@ -89,16 +89,18 @@ def _changes(options: Namespace) -> dict[str, Any]:
     """What the flags say, as keys of a recipe; paths of the command line are relative to the current folder."""
     changes: dict[str, Any] = {}
     if options.base is not None:
-        changes["base"] = str(Path(options.base).absolute()) if Path(options.base).exists() else options.base
+        changes["base"] = _absolute(options.base)
     if (options.helpful is None) != (options.harmless is None):
         raise OptionError("--helpful, --harmless: expected both or neither.")
     if options.helpful is not None:
         named = {"helpful": options.helpful, "harmless": options.harmless}
-        changes["pairs"] = {
-            name: [str(Path(file).absolute()) if Path(file).exists() else file for file in files]
-            for name, files in named.items()
-        }
+        changes["pairs"] = {name: [_absolute(file) for file in files] for name, files in named.items()}
     for name in ("seeds", "jobs"):
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
     return changes
+
+
+def _absolute(name: str) -> str:
+    """A path that exists as an absolute one; a hub name as it is."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
