@@ -5,7 +5,7 @@ that each text is computed as in a row of its own. The two responses of a pair f
 HH-harmless); in best-of-n, the responses of all pairs of an item do.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -91,18 +91,16 @@ def pair_batches(
             yield _batch(pairs, [some[number] for number in numbers], read_at).to(device)
 
 
-def shuffled_batches(
+def prompt_batches(
     pairs: EncodedPairs, *, pairs_per_batch: int, read_at: ReadAt = READ_LAST, pack_up_to: int = 0, seed: int = 0
 ) -> list[TokenBatch]:
     """Batches for training: up to `pairs_per_batch` pairs each, those of one prompt together, of similar lengths.
 
-    `seed` determines which prompts share a batch. Batches are as in `pair_batches` with `sharing="prompt"`.
+    `seed` determines which prompts share a batch. Rows are packed as in `pair_batches` with `sharing="prompt"`.
     """
     groups = list(_packed_groups(pairs, True, read_at, pack_up_to, pack_up_to, pairs_per_batch))
-    rng = np.random.default_rng(seed)
-    shuffled = [groups[number] for number in rng.permutation(len(groups))]
-    sizes = [len(group.indices) for group in shuffled]
-    window = np.cumsum(sizes) // (pairs_per_batch * _BATCHES_PER_WINDOW)
+    shuffled = [groups[number] for number in np.random.default_rng(seed).permutation(len(groups))]
+    window = np.cumsum([len(group.indices) for group in shuffled]) // (pairs_per_batch * _BATCHES_PER_WINDOW)
     # Sorted by length within windows: rows of a batch need little padding, and its prompts still depend on the seed.
     ordered = sorted(zip(window.tolist(), shuffled, strict=True), key=lambda entry: (entry[0], entry[1].width))
     batches: list[list[_PackedGroup]] = []
@@ -114,6 +112,14 @@ def shuffled_batches(
         batches[-1].append(group)
         room -= len(group.indices)
     return [_batch(pairs, some, read_at) for some in batches]
+
+
+def pair_collator(
+    pairs: EncodedPairs, *, read_at: ReadAt = READ_LAST, pack_up_to: int = 0
+) -> Callable[[Sequence[int]], TokenBatch]:
+    """A function from the indices of any pairs to a batch of them, each pair packed as in `pair_batches`."""
+    groups = list(_packed_groups(pairs, False, read_at, pack_up_to, 0))
+    return lambda indices: _batch(pairs, [groups[index] for index in indices], read_at)
 
 
 def pack(pairs: EncodedPairs, read_at: ReadAt = READ_LAST) -> TokenBatch:

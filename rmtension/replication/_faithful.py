@@ -11,6 +11,7 @@ from jaxtyping import Float
 from scipy import stats
 
 from rmtension.attribution._faithfulness import faithfulness, sample_neurons
+from rmtension.attribution._methods import METHODS
 from rmtension.attribution._neuron_attribution import NeuronAttribution
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.data._pairs import PreferencePairs
@@ -23,7 +24,10 @@ from rmtension.replication._recipe import Recipe
 from rmtension.study._family_runs import joined
 from rmtension.study._model_runs import ModelRuns
 
-METHODS = ("attribution_patching", "gradient_x_activation", "direct_effect", "mean_difference", "integrated_gradients")
+# The first ranks the neurons of sets that are half random.
+_COMPARED = (
+    "attribution_patching", "gradient_x_activation", "direct_effect", "mean_difference", "integrated_gradients",
+)  # fmt: skip
 # Sizes of the sets as shares of all neurons, and steps of integrated gradients.
 _FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2)
 _STEPS = 4
@@ -59,7 +63,7 @@ def measure_faithfulness(
     replacement: Replacement = Zero()
     if options.replacement == "mean":
         replacement = Mean(runs.statistics(both, site=options.site))
-    scores = {name: _scores(runs, name, both, replacement, options.site, folder, progress) for name in METHODS}
+    scores = {name: _scores(runs, name, both, replacement, options.site, folder, progress) for name in _COMPARED}
     effects = folder / "effects.safetensors"
     if not effects.exists():
         neurons = sample_neurons(runs.head, options.site, recipe.n_single, seed=0)
@@ -92,8 +96,8 @@ def _scores(
 ) -> NeuronScores:  # fmt: skip
     path = folder / f"{name}.safetensors"
     if not path.exists():
-        more: dict[str, Any] = {"steps": _STEPS} if name == "integrated_gradients" else {}
-        if name in ("attribution_patching", "integrated_gradients"):
+        more: dict[str, Any] = {"steps": _STEPS} if METHODS[name].needs_path else {}
+        if METHODS[name].needs_replacement:
             more["replacement"] = replacement
         attribution = NeuronAttribution(runs.head, name, site=site, **more)
         attribution.score(pairs, work=folder / f"{name}.work", progress=progress).save(path)
@@ -102,7 +106,7 @@ def _scores(
 
 def _planned_sets(scores: Mapping[str, NeuronScores], n: int) -> dict[str, NeuronSet]:
     """Sets of 1 to 20% of the neurons: top sets of each method, half top and half random, and random ones."""
-    first = scores["attribution_patching"]
+    first = scores[_COMPARED[0]]
     tops = {f"{name}, top {share:.0%}": of.top(share) for share in _FRACTIONS for name, of in scores.items()}
     sets = dict(list(tops.items())[: n // 2])
     draw = 0

@@ -48,6 +48,7 @@ class FamilySettings:
     reward_batch_size: int = 16
     reward_trained_layers: int | None = None
     reward_balance_length: bool = False
+    reward_share_prompts: bool = False
     reward_eval_steps: int | None = None
     reward_patience: int | None = None
     reward_dtype: torch.dtype = torch.float32

@@ -1,6 +1,6 @@
 """The Bradley-Terry loss on packed batches, as a subclass of transformers' `Trainer`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,8 +21,9 @@ class RewardTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         model: a classifier of transformers with a linear head `score` of one output.
-        args: the trainer's arguments, with batches of size 1: an item of the data sets is the index of a batch.
-        batches: the training batches.
+        args: the trainer's arguments. An item of the data set is a number, of a pair or of a whole batch.
+        n_items: how many items there are.
+        collate: the batch of some items.
         weights: a weight for every training pair.
         validation: batches of held-out pairs, if any.
         validation_weights: a weight for every held-out pair.
@@ -35,22 +36,23 @@ class RewardTrainer(Trainer):  # type: ignore[misc]
         model: Any,
         args: Any,
         *,
-        batches: Sequence[TokenBatch],
+        n_items: int,
+        collate: Callable[[Sequence[int]], TokenBatch],
         weights: Float[Tensor, "pair"],
         validation: Sequence[TokenBatch] = (),
         validation_weights: Float[Tensor, "held_out"] | None = None,
         frozen: FrozenLayers | None = None,
         **options: Any,
     ) -> None:
-        self._batches, self._weights = batches, weights
+        self._weights = weights
         self._validation, self._validation_weights = validation, validation_weights
         self._frozen = frozen
         super().__init__(
             model=model,
             args=args,
-            train_dataset=range(len(batches)),
+            train_dataset=range(n_items),
             eval_dataset=range(len(validation)) if validation else None,
-            data_collator=lambda numbers: {"batch": batches[numbers[0]]},
+            data_collator=lambda numbers: {"batch": collate(numbers)},
             **options,
         )
 

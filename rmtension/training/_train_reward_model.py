@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import nn
 
 from rmtension.bodies._native_run import measure_packing
 from rmtension.data._encoding import encode_pairs
-from rmtension.data._packing import shuffled_batches
+from rmtension.data._packing import pair_collator, prompt_batches
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._token_places import ReadAt
+from rmtension.data._tokens import TokenBatch
 from rmtension.errors import DataError, ModelError, OptionError
 from rmtension.evaluation._length import length_weights
 from rmtension.store._provenance import digest_of_folder
@@ -58,6 +60,7 @@ def train_reward_model(
     max_length: int | None = None,
     truncate_response: bool = False,
     balance_length: bool = False,
+    share_prompts: bool = False,
     trained_layers: int | None = None,
     streams: str | Path | None = None,
     patience: int | None = None,
@@ -78,11 +81,12 @@ def train_reward_model(
     context, at most 1024). `balance_length` weights the pairs by `evaluation.length_weights`, so that preferring the
     longer or the shorter response gains nothing.
 
-    Steps. A step takes up to `batch_size` pairs of similar length. The pairs of one prompt stay together: the prompt
-    and each distinct response run once, and a prompt's last pairs may fill a step only partly. `max_steps` replaces
-    `epochs`. With `validation`, the checkpoint with the lowest validation loss is kept, of those taken every
-    `eval_steps` steps (default: every epoch), and training stops after `patience` of them without a lower loss;
-    validation pairs may share no prompt with the training pairs. Do not pass test pairs.
+    Steps. A step takes `batch_size` pairs at random, and a pair's prompt runs once. With `share_prompts`, the pairs of
+    one prompt are in one step, where the prompt and each distinct response run once, together with prompts of similar
+    length; steps then have up to `batch_size` pairs. `max_steps` replaces `epochs`. With `validation`, the checkpoint
+    with the lowest validation loss is kept, of those taken every `eval_steps` steps (default: every epoch), and
+    training stops after `patience` of them without a lower loss; validation pairs may share no prompt with the training
+    pairs. Do not pass test pairs.
 
     Model. `base` is the folder (or hub name) of a language model or classifier, whose head, if any, is replaced by a
     new one, N(0, 0.02); or a transformers config, for new weights (then `tokenizer` is required). `dropout=True` keeps
@@ -146,38 +150,43 @@ def train_reward_model(
         ]
         read_at = ReadAt(tokenizer.pad_token_id)
         pack_up_to = measure_packing(model.base_model, model.get_input_embeddings().weight.shape[0], limit)
-        batches = [
-            shuffled_batches(part, pairs_per_batch=batch_size, read_at=read_at, pack_up_to=pack_up_to, seed=seed)
-            for part in sets
-        ]
+        packing: dict[str, Any] = {"read_at": read_at, "pack_up_to": pack_up_to}
+        collate: Callable[[Sequence[int]], TokenBatch] = pair_collator(sets[0], **packing)
+        n_items, per_step = len(data), batch_size
+        if share_prompts:
+            batches = prompt_batches(sets[0], pairs_per_batch=batch_size, seed=seed, **packing)
+            collate, n_items, per_step = (lambda numbers: batches[numbers[0]]), len(batches), 1
+        items = [collate([number]) for number in range(n_items)]
+        held_out = [prompt_batches(part, pairs_per_batch=batch_size, **packing) for part in sets[1:]]
         if frozen is not None:
-            frozen.prepare([batch for some in batches for batch in some], progress=progress)
+            frozen.prepare([*items, *chain(*held_out)], progress=progress)
         weights = [
             length_weights(part) if balance_length else torch.ones(len(part)).double()
             for part in (data, validation)
             if part is not None
         ]
-        n_steps = max_steps or math.ceil(len(batches[0]) * epochs)
+        n_steps = max_steps or math.ceil(math.ceil(n_items / per_step) * epochs)
         config = arguments(
             TrainingArguments,
             trainer_options,
-            **schedule(scratch, seed, epochs, max_steps, learning_rate, warmup_steps, 1, progress),
+            **schedule(scratch, seed, epochs, max_steps, learning_rate, warmup_steps, per_step, progress),
             **_saving(n_steps, validation is not None, eval_steps, work is not None),
             logging_steps=max(1, n_steps // _N_LOGS),
             bf16=dtype == torch.bfloat16,
             # transformers refuses bfloat16 on a CPU unless use_cpu is True.
             use_cpu=dtype == torch.bfloat16 and not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         )
-        held_out: dict[str, Any] = {"validation": batches[1], "validation_weights": weights[1]} if batches[1:] else {}
+        validating: dict[str, Any] = {"validation": held_out[0], "validation_weights": weights[1]} if held_out else {}
         trainer = RewardTrainer(
             model,
             config,
-            batches=batches[0],
+            n_items=n_items,
+            collate=collate,
             weights=weights[0],
             frozen=frozen,
             processing_class=tokenizer,
             callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
-            **held_out,
+            **validating,
         )
         result = run_trainer(trainer, on_log, resume_from=last_checkpoint(scratch))
         save_model(folder, trainer.model, tokenizer)
@@ -192,7 +201,7 @@ def train_reward_model(
             n_prompts_cut=sets[0].n_prompts_cut,
             n_responses_cut=sets[0].n_responses_cut,
             n_tokens=sets[0].n_tokens,
-            n_tokens_run=sum(int(batch.position_mask("all").sum()) for batch in batches[0]),
+            n_tokens_run=sum(int(batch.position_mask("all").sum()) for batch in items),
             data=data.digest,
             result={**result, "best_validation_loss": trainer.state.best_metric},
         )

@@ -1,7 +1,6 @@
 """Training on packed batches: equal to TRL's trainer, frozen layers, resumption, length weights, several at a time."""
 
-import dataclasses
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from trained_folders import CONTEXT, record, tiny_tokenizer, weights
 
 from rmtension.data._encoding import encode_pairs
-from rmtension.data._packing import shuffled_batches
+from rmtension.data._packing import pair_collator, prompt_batches
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError, StorageError
 from rmtension.evaluation._length import length_weights
@@ -118,17 +117,20 @@ def train_plainly(pairs, base, tokenizer, *, n_steps, trained=None, weights=None
 # -- the same as TRL and as autograd -----------------------------------------------------------------------------------
 
 
-def test_packed_training_equals_the_trainer_of_trl(pairs, bases, bpe, tmp_path):
+@pytest.mark.parametrize("shared", [False, True])
+def test_packed_training_equals_the_trainer_of_trl(shared, pairs, bases, bpe, tmp_path):
     from trl import RewardConfig, RewardTrainer
 
-    ours = weights(train(pairs, bases["llama"], tmp_path / "ours", max_steps=3, batch_size=len(pairs)))
+    ours = weights(
+        train(pairs, bases["llama"], tmp_path / "ours", max_steps=3, batch_size=len(pairs), share_prompts=shared)
+    )
     encoded = encode_pairs(bpe, pairs, max_length=CONTEXT)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(bases["llama"], num_labels=1)
     generator = torch.Generator().manual_seed(0)
     model.score.weight.data = torch.randn(model.score.weight.shape, generator=generator) * 0.02
     sides = {"chosen_ids": encoded.chosen, "rejected_ids": encoded.rejected}
     table = Dataset.from_dict({name: [list(text.ids) for text in texts] for name, texts in sides.items()})
-    known = {field.name for field in dataclasses.fields(RewardConfig)}
+    known = {field.name for field in fields(RewardConfig)}
     # transformers 5 renamed it, and warns of the old name.
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     config = RewardConfig(
@@ -156,10 +158,12 @@ def test_packed_training_equals_the_trainer_of_trl(pairs, bases, bpe, tmp_path):
 
 
 @pytest.mark.parametrize("kind", grid(["gpt2", "llama"], keep=["llama"]))
-@pytest.mark.parametrize("kept", ["memory", "files"])
-def test_frozen_layers_stay_and_the_others_learn_as_with_all_layers_running(kind, kept, pairs, bases, bpe, tmp_path):
+@pytest.mark.parametrize(("kept", "shared"), [("memory", True), ("memory", False), ("files", True)])
+def test_frozen_layers_stay_and_the_others_learn_as_with_all_layers_running(
+    kind, kept, shared, pairs, bases, bpe, tmp_path
+):
     streams = {} if kept == "memory" else {"streams": tmp_path / "streams"}
-    options = {"max_steps": 2, "batch_size": len(pairs), "trained_layers": 1, **streams}
+    options = {"max_steps": 2, "batch_size": len(pairs), "trained_layers": 1, "share_prompts": shared, **streams}
     ours = weights(train(pairs, bases[kind], tmp_path / "ours", **options))
     expected = train_plainly(pairs, bases[kind], bpe, n_steps=2, trained=1)
     assert furthest(ours, expected) < 2e-6
@@ -203,7 +207,7 @@ def test_invalid_options_of_frozen_layers_are_refused(pairs, bases, tmp_path):
 
 def test_a_batch_has_the_pairs_of_whole_prompts_and_at_most_as_many_as_asked(pairs, bpe):
     encoded = encode_pairs(bpe, pairs, max_length=CONTEXT)
-    batches = shuffled_batches(encoded, pairs_per_batch=7, pack_up_to=4 * CONTEXT)
+    batches = prompt_batches(encoded, pairs_per_batch=7, pack_up_to=4 * CONTEXT)
     assert sorted(index for batch in batches for index in batch.indices[: batch.n_pairs]) == list(range(len(pairs)))
     for batch in batches:
         assert batch.n_pairs <= 7
@@ -219,10 +223,20 @@ def test_a_batch_has_the_pairs_of_whole_prompts_and_at_most_as_many_as_asked(pai
 def test_the_seed_determines_which_prompts_share_a_batch(world, bpe):
     encoded = encode_pairs(bpe, world.train["helpful"], max_length=CONTEXT)
     first, again, other = (
-        {frozenset(batch.indices) for batch in shuffled_batches(encoded, pairs_per_batch=2, seed=seed)}
+        {frozenset(batch.indices) for batch in prompt_batches(encoded, pairs_per_batch=2, seed=seed)}
         for seed in (0, 0, 1)
     )
     assert first == again != other
+
+
+def test_batches_have_prompts_of_similar_length(world, bpe):
+    encoded = encode_pairs(bpe, world.train["helpful"], max_length=CONTEXT)
+    batches = prompt_batches(encoded, pairs_per_batch=4)
+    n_columns = sum(batch.input_ids.numel() for batch in batches)
+    # Prompts in the order of the pairs, four at a time.
+    collate = pair_collator(encoded)
+    plain = [collate(range(start, min(start + 4, len(encoded)))) for start in range(0, len(encoded), 4)]
+    assert n_columns < 0.95 * sum(batch.input_ids.numel() for batch in plain)
 
 
 # -- length ------------------------------------------------------------------------------------------------------------
@@ -347,6 +361,7 @@ def test_models_trained_side_by_side_are_those_trained_one_by_one(world, bases, 
             train_seeds(train_pairs, tmp_path / "together", [0], **changed)
 
 
+@pytest.mark.grid  # starting processes takes long
 def test_an_error_in_a_process_is_raised(world, bases, tmp_path):
     settings = FamilySettings(max_length=CONTEXT, reward_trained_layers=9)
     with pytest.raises(OptionError, match="trained_layers"):
