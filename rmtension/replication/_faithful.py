@@ -145,23 +145,34 @@ def _agreement(table: pd.DataFrame, level: float) -> pd.DataFrame:
     """Rank correlation and slope of true on predicted effects over the sets, with bootstrap intervals over sets."""
     rows = []
     effect = table["effect"].to_numpy()
+    draws = np.random.default_rng(0).integers(len(table), size=(N_BOOTSTRAP, len(table)))
     for method in table.columns[3:]:
         predicted = table[method].to_numpy()
-        rng = np.random.default_rng(0)
-        draws = rng.integers(len(table), size=(min(N_BOOTSTRAP, 1000), len(table)))
-        values = [_rank_and_slope(predicted[draw], effect[draw]) for draw in draws]
         row: dict[str, Any] = {"method": method, "n": len(table)}
-        for name, value, resampled in zip(
-            ("spearman", "slope"), _rank_and_slope(predicted, effect), np.array(values).T, strict=True
-        ):
-            low, high = percentile_interval(resampled[np.isfinite(resampled)], level)
-            row |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        for name, measure in (("spearman", _rank_correlations), ("slope", _slopes)):
+            resampled = measure(predicted[draws], effect[draws])
+            finite = resampled[np.isfinite(resampled)]
+            low, high = percentile_interval(finite, level) if len(finite) else (np.nan, np.nan)
+            row |= {name: float(measure(predicted[None], effect[None])[0]), f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _rank_and_slope(predicted: Float[np.ndarray, "set"], effect: Float[np.ndarray, "set"]) -> tuple[float, float]:
-    """Spearman's correlation and the least-squares slope; NaN if all values of one are the same."""
-    if len(set(predicted)) < 2 or len(set(effect)) < 2:
-        return float("nan"), float("nan")
-    return float(stats.spearmanr(predicted, effect).statistic), float(stats.linregress(predicted, effect).slope)
+def _rank_correlations(
+    predicted: Float[np.ndarray, "draw set"], effect: Float[np.ndarray, "draw set"]
+) -> Float[np.ndarray, "draw"]:
+    """Spearman's correlation of every row; NaN if all values of one are the same."""
+    ranks = [stats.rankdata(values, axis=1) for values in (predicted, effect)]
+    centred = [rank - rank.mean(axis=1, keepdims=True) for rank in ranks]
+    sizes = [(rank**2).sum(axis=1) for rank in centred]
+    with np.errstate(invalid="ignore"):
+        return np.asarray((centred[0] * centred[1]).sum(axis=1) / np.sqrt(sizes[0] * sizes[1]))
+
+
+def _slopes(
+    predicted: Float[np.ndarray, "draw set"], effect: Float[np.ndarray, "draw set"]
+) -> Float[np.ndarray, "draw"]:
+    """The least-squares slope of the effect on the prediction in every row; NaN if all predictions are the same."""
+    centred = predicted - predicted.mean(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray((centred * effect).sum(axis=1) / (centred**2).sum(axis=1))

@@ -1,13 +1,16 @@
 """A miniature of the recipe: a tiny base, an embedded world's pairs, all stages, a second run, an interruption."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import transformers
+from scipy import stats
 from trained_folders import record, tiny_tokenizer
 
 from rmtension.errors import DataError, OptionError, StorageError
 from rmtension.replication import Recipe, read_recipe, replicate
+from rmtension.replication._faithful import _agreement
 from rmtension.replication._replicate import STAGES
 from rmtension.synthetic._world import preference_world
 
@@ -83,8 +86,10 @@ def test_all_stages_run_and_leave_their_results(place, done):
         assert found.corrected.summary["pairs"][name]["evaluating"] == 12
 
 
-def test_a_second_run_reads_everything_and_runs_nothing(place, done):
+def test_a_second_run_reads_everything_and_runs_nothing(place, done, monkeypatch):
     found, _ = done
+    # Drawing the figures again takes most of the time, and they are drawn from the tables that are compared here.
+    monkeypatch.setattr("rmtension.replication._replicate.write_report", lambda *_, **__: None)
     again = replicate(read_recipe(place / "recipe.yaml"), place / "out", progress=False)
     assert again.stages["run"].sum() == 0
     assert again.stages["read"].sum() > 0
@@ -128,6 +133,22 @@ def test_missing_files_are_named(place, tmp_path):
     recipe = read_recipe(place / "recipe.yaml", {"pairs": {"helpful": "nothing.jsonl", "harmless": "b.jsonl"}})
     with pytest.raises(DataError, match=r"nothing\.jsonl, which does not exist"):
         replicate(recipe, tmp_path / "out", progress=False)
+
+
+def test_agreement_over_sets_is_that_of_scipy():
+    generator = np.random.default_rng(0)
+    effect = generator.normal(size=30).round(1)  # with ties
+    table = pd.DataFrame({"set": "", "size": 1, "effect": effect, "good": effect + generator.normal(size=30) / 4})
+    table["same"] = 1.0
+    good, same = _agreement(table, 0.95).to_dict("records")
+    assert good["spearman"] == pytest.approx(stats.spearmanr(table["good"], effect).statistic, abs=1e-12)
+    assert good["slope"] == pytest.approx(stats.linregress(table["good"], effect).slope, abs=1e-12)
+    assert good["spearman_low"] < good["spearman"] < good["spearman_high"]
+    # The standard error of a slope, by SciPy: the interval has about 4 of them.
+    width = good["slope_high"] - good["slope_low"]
+    assert width == pytest.approx(4 * stats.linregress(table["good"], effect).stderr, rel=0.4)
+    assert np.isnan(same["spearman"])
+    assert np.isnan(same["slope"])
 
 
 def test_a_recipe_needs_few_words():
