@@ -62,7 +62,10 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(place):
     stages = []
-    found = replicate(read_recipe(place / "recipe.yaml"), place / "out", progress=False, on_stage=stages.append)
+    # Reports without figures, which take longer than all else; tests/report looks after them.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rmtension.report._every_format.draw_pictures", lambda _: None)
+        found = replicate(read_recipe(place / "recipe.yaml"), place / "out", progress=False, on_stage=stages.append)
     return found, stages
 
 

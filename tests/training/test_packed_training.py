@@ -334,6 +334,7 @@ def test_training_stops_when_the_validation_loss_does_not_fall(world, bases, tmp
 # -- several at a time -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid  # starting processes takes long
 def test_models_trained_side_by_side_are_those_trained_one_by_one(world, bases, tmp_path):
     settings = FamilySettings(max_length=CONTEXT, reward_epochs=1.0, reward_trained_layers=2, reward_batch_size=12)
     parts = {name: part.split(0.25, seed=0) for name, part in world.train.items()}
