@@ -362,7 +362,7 @@ THE_SAME = {
         "attribution._faithfulness.faithfulness",
     ),
     **dict.fromkeys(
-        ("study._inspection.ModelInspector.__init__", "study._inspection_plan.measure_speed"),
+        ("study._inspection.ModelInspector.__init__", "study._speed.measure_speed"),
         "attribution._single_effects.single_neuron_effects",
     ),
     "cli._commands.neuron_options.make_replacement": "passes._activation_collector.ActivationCollector.collect",

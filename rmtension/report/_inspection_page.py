@@ -14,8 +14,8 @@ from rmtension.report._figures import NO_FIGURES, Picture, as_picture, can_draw_
 from rmtension.report._html import dashboards_section
 from rmtension.report._page import Answer, Folded, Page, PageSection, Reproduction
 from rmtension.study._inspection_findings import own_effects
-from rmtension.study._inspection_plan import duration
 from rmtension.study._inspection_result import ModelInspection
+from rmtension.study._speed import duration
 
 _N_SENTENCES = 3
 # The figure at the top shows the sets with the largest effects.

@@ -25,12 +25,12 @@ from rmtension.study import (
     ModelInspection,
     ModelInspector,
     _inspection,
-    _inspection_plan,
     inspect_model,
 )
 from rmtension.study._inspection_findings import _number
-from rmtension.study._inspection_plan import choose_plan, duration, parse_budget
+from rmtension.study._inspection_plan import choose_plan, parse_budget
 from rmtension.study._inspection_run import _top
+from rmtension.study._speed import Speed, duration, measure_speed
 from rmtension.synthetic import make_organism
 
 
@@ -177,7 +177,7 @@ class TestGroups:
 
 
 class TestPlan:
-    SPEED = _inspection_plan.Speed(forward=1e-4, gradient=3e-4, ablation=6e-5, neuron=2e-5, fixed=0.01)
+    SPEED = Speed(forward=1e-4, gradient=3e-4, ablation=6e-5, neuron=2e-5, fixed=0.01)
 
     def plan(self, both, budget, most_pairs=10**6):
         groups = {name: both.filter(objective=name) for name in ("helpful", "harmless")}
@@ -216,7 +216,7 @@ class TestPlan:
         assert [duration(seconds) for seconds in (0.34, 42, 120, 7200)] == ["0.34 s", "42 s", "2 min", "2.0 h"]
 
     def test_every_speed_is_measured(self, model, both):
-        speed = _inspection_plan.measure_speed(model, both[:8], site="mlp", fraction=0.02, seed=0)
+        speed = measure_speed(model, both[:8], site="mlp", fraction=0.02, seed=0)
         assert all(0 < getattr(speed, name) < 1 for name in ("forward", "gradient", "ablation", "neuron", "fixed"))
 
 
