@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rmtension.attribution._methods import METHODS
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import ProvenanceError
 from rmtension.evaluation._pair_rewards import PairRewards
@@ -130,7 +131,10 @@ class FamilyRuns:
             return sum(others, start=first).scores(score)
         pairs = joined({name: self.scoring[name] for name in own})
         options = self.options
-        return self.runs[model].attribution(pairs, method=score, site=options.site, positions=options.positions)
+        replaced = {"replacement": self.replacement(model)} if METHODS[score].needs_replacement else {}
+        return self.runs[model].attribution(
+            pairs, method=score, site=options.site, positions=options.positions, **replaced
+        )
 
     def profiles(self, model: str) -> dict[str, ActivationProfile]:
         """A model's activation profile on each objective's scoring pairs, compared with the base if there is one."""
@@ -185,16 +189,19 @@ class FamilyRuns:
             options.fraction, rank_by=options.rank_by, rank_within=options.rank_within, cut_rule=options.cut_rule
         )
 
+    def replacement(self, model: str) -> Replacement:
+        """What replaces the activations of ablated neurons, and of neurons that are scored by replacing them."""
+        if self.options.replacement == "mean":
+            return Mean(self.runs[model].statistics(joined(self.scoring), site=self.options.site))
+        return Zero()
+
     def ablations(self, model: str) -> Ablations:
         """The `Ablations` of a model on the evaluation pairs, by the options' replacement."""
         options = self.options
-        replacement: Replacement = Zero()
-        if options.replacement == "mean":
-            replacement = Mean(self.runs[model].statistics(joined(self.scoring), site=options.site))
         return Ablations(
             self.runs[model],
             self.evaluating,
-            replacement=replacement,
+            replacement=self.replacement(model),
             tie_value=options.tie_value,
             level=options.level,
             seed=options.seed,

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
+from rmtension.attribution._methods import METHODS
 from rmtension.attribution._neuron_attribution import NeuronAttribution
 from rmtension.data._pairs import PreferencePairs
 from rmtension.distributed import current
@@ -203,14 +204,21 @@ class ModelRuns:
         return self._once("profile", details(site), run, ActivationProfile.load)
 
     def attribution(
-        self, pairs: PreferencePairs, *, method: str, site: str = "mlp", positions: str = "all"
+        self,
+        pairs: PreferencePairs,
+        *,
+        method: str,
+        site: str = "mlp",
+        positions: str = "all",
+        replacement: Replacement = Zero(),
     ) -> NeuronScores:
-        """The scores of a method of `NeuronAttribution`."""
+        """The scores of a method of `NeuronAttribution`; `replacement` is that of methods that replace activations."""
+        how: dict[str, Any] = {"replacement": replacement} if METHODS[method].needs_replacement else {}
 
         def run(work: Path | None) -> NeuronScores:
-            return NeuronAttribution(self.head, method, site=site, positions=positions).score(pairs, work=work)
+            return NeuronAttribution(self.head, method, site=site, positions=positions, **how).score(pairs, work=work)
 
-        details = [pairs.ordered_digest, method, site, positions]
+        details = [pairs.ordered_digest, method, site, positions, *(value.key for value in how.values())]
         return self._once("attribution", details, run, NeuronScores.load)
 
     def statistics(self, pairs: PreferencePairs, *, site: str = "mlp") -> ActivationStatistics:

@@ -22,6 +22,7 @@ from rmtension.study._model_output import ModelOutput
 from rmtension.study._neuron_tables import overlap_with
 from rmtension.study._options import StudyOptions, is_contrastive
 from rmtension.study._result import StudyResult
+from rmtension.study._study_cost import n_ablations, n_sets_ablated, study_cost
 
 # The scores of a study of outputs of one model, unless others are named.
 SCORES_OF_OUTPUTS = ("attribution_patching",)
@@ -100,9 +101,7 @@ class TensionStudy:
         folder belongs to a study of other pairs or, under the same name and seed, other models. Afterwards `n_run` and
         `n_read` count the passes over a data set that were run and those that were read from the folder.
 
-        Cost per family, in passes over the evaluation pairs (both texts; a shared prompt runs once): 3; for "curves"
-        3 x fractions x (scores + 3) more, for "cross_objective" 3 x scores, for "causality" 5 sets x (1 + 2 draws +
-        subsamples). Over the scoring pairs: 4 profiles, and for `replacement="mean"` the means of 3 models.
+        Cost: see `cost`.
         """
         if folder is None:
             return self._run(None, progress)
@@ -115,6 +114,24 @@ class TensionStudy:
                     shutil.rmtree(left, ignore_errors=True)
         return result
 
+    def cost(self) -> pd.DataFrame:
+        """The passes that each analysis takes at most, over all families; nothing is run.
+
+        One row per analysis. `forward` and `gradient` (a forward and a backward pass) count passes over both texts of
+        all scoring pairs, `rewards` and `ablations` passes over those of all evaluation pairs; a shared prompt runs
+        once. What several analyses read is counted in the first. Sets that are equal to others, or empty, do not run.
+
+        Examples:
+            >>> study = TensionStudy(dict.fromkeys(("helpful", "harmless", "mixed"), head), pairs)
+            >>> study.cost().set_index("analysis").loc[["accuracy", "causality"], ["rewards", "ablations"]]
+                       rewards  ablations
+            analysis
+            accuracy       3.0        0.0
+            causality      0.0      100.0
+        """
+        costs = (study_cost(self.options, has_base=family.base is not None) for family in self.families)
+        return pd.concat(costs).groupby("analysis", sort=False, as_index=False).sum()
+
     # -- parts -----------------------------------------------------------------------------------------------------
 
     def _run(self, kept: Path | None, progress: bool | None) -> StudyResult:
@@ -122,8 +139,7 @@ class TensionStudy:
         parts: dict[str, list[pd.DataFrame]] = {}
         provenance: dict[str, Any] = {}
         cut: dict[str, int] = {}
-        n_steps = len(self.families) * self._n_steps()
-        with progress_bar(progress=progress, total=n_steps, desc="study") as bar:
+        with progress_bar(progress=progress, total=self._n_steps(), desc="study") as bar:
             members = [
                 FamilyRuns(family, self.scoring, self.evaluating, options=options, folder=kept, advance=bar.update)
                 for family in self.families
@@ -161,14 +177,15 @@ class TensionStudy:
         return models | pairs
 
     def _n_steps(self) -> int:
-        options = self.options
-        n_sets = 4 + all(family.base is not None for family in self.families)
-        steps = {
-            "curves": 3 * (1 + len(options.curve_fractions) * (len(options.scores) + 3)),
-            "cross_objective": 3 * 2 * len(options.scores),
-            "causality": 3 + n_sets * (2 + 2 * options.n_draws + options.n_subsamples),
-        }
-        return sum(n for analysis, n in steps.items() if analysis in options.analyses)
+        """The number of evaluations that the progress bar counts: those that run, and those that are read again."""
+        n_steps = 0
+        for family in self.families:
+            has_base = family.base is not None
+            again = {"curves": len(MODELS), "cross_objective": len(MODELS) * len(self.options.scores)}
+            again["causality"] = 3 + n_sets_ablated(has_base=has_base)
+            for analysis in self.options.analyses:
+                n_steps += n_ablations(analysis, self.options, has_base=has_base) + again.get(analysis, 0)
+        return n_steps
 
     def _between_seeds(self, members: Sequence[FamilyRuns]) -> list[pd.DataFrame]:
         """The seed ceiling: overlap of one objective's top sets between two seeds of a family."""

@@ -19,6 +19,7 @@ from rmtension import (
     AblationContext,
     ActivationCollector,
     Mean,
+    NeuronAttribution,
     NeuronSet,
     RewardHead,
     StudyOptions,
@@ -229,6 +230,43 @@ class TestPasses:
         first, second = (TensionStudy(families[0], world, options=options).run(progress=False).tables for _ in range(2))
         for name, frame in second.items():
             pd.testing.assert_frame_equal(frame, first[name], check_exact=True)
+
+    def test_the_cost_is_what_runs(self, families, world, tmp_path):
+        """Every pass over the pairs of one objective is one file."""
+        options = replace(OPTIONS, scores=("attribution_patching", "magnitude"), curve_fractions=(0.07,))
+        study = TensionStudy(families[0], world, options=options)
+        result = study.run(folder=tmp_path, progress=False)
+        cost = study.cost().set_index("analysis")
+        assert cost.index.tolist() == list(ANALYSES)
+        assert cost.loc["accuracy", "rewards"] == 3
+        # Four profiles, of which three run the base too, and the means of three models.
+        assert cost["forward"].sum() == 7 + 3
+        assert cost["gradient"].sum() == 0.5 + 0.5 + 1, "a specialist is scored on its own half of the pairs"
+        # The mixed model's top set is in two analyses, the smallest sets are not drawn again at equal size, and empty
+        # sets do not run.
+        whole = result.equal_size.query("n_subsamples == 1")["set"].nunique()
+        empty = 5 - result.equal_size["set"].nunique()
+        saved = 1 + whole * options.n_subsamples + empty * (1 + 2 * options.n_draws + options.n_subsamples)
+        n_files = len(list((tmp_path / "runs").glob("rewards-*")))
+        assert n_files == 2 * (cost["rewards"].sum() + cost["ablations"].sum() - saved)
+        assert len(list((tmp_path / "runs").glob("attribution-*"))) == 3
+        twice = TensionStudy(families, world, options=options).cost().set_index("analysis")
+        pd.testing.assert_frame_equal(twice, 2 * cost)
+
+    def test_scores_by_replacement_use_the_replacement_of_ablations(self, families, study):
+        options = replace(OPTIONS, scores=("attribution_patching",))
+        scored = {}
+        for replacement in ("mean", "zero"):
+            family = FamilyRuns(
+                families[0], study.scoring, study.evaluating, options=replace(options, replacement=replacement)
+            )
+            scored[replacement] = family.scores_of("attribution_patching", "mixed").values  # noqa: PD011 - tensors
+        mixed = RewardHead.from_pretrained(families[0].mixed)
+        both = study.scoring["helpful"] + study.scoring["harmless"]
+        means = Mean(ActivationCollector(mixed).collect(both))
+        expected = NeuronAttribution(mixed, "attribution_patching", replacement=means).score(both).values  # noqa: PD011
+        assert torch.allclose(scored["mean"], expected, rtol=0, atol=1e-7)
+        assert not torch.allclose(scored["mean"], scored["zero"], rtol=0, atol=1e-3), "the test can tell them apart"
 
     def test_an_analysis_by_itself_runs_only_what_it_needs(self, families, study):
         from rmtension.study._behaviour_tables import transferability
