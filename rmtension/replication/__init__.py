@@ -2,6 +2,6 @@
 
 from rmtension.replication._faithful import Faithful
 from rmtension.replication._recipe import Recipe, read_recipe
-from rmtension.replication._replicate import Replication, replicate
+from rmtension.replication._replicate import Replication, plan_replication, replicate
 
-__all__ = ["Faithful", "Recipe", "Replication", "read_recipe", "replicate"]
+__all__ = ["Faithful", "Recipe", "Replication", "plan_replication", "read_recipe", "replicate"]

@@ -25,12 +25,12 @@ from rmtension.study._family_runs import joined
 from rmtension.study._model_runs import ModelRuns
 
 # The first ranks the neurons of sets that are half random.
-_COMPARED = (
+COMPARED = (
     "attribution_patching", "gradient_x_activation", "direct_effect", "mean_difference", "integrated_gradients",
 )  # fmt: skip
 # Sizes of the sets as shares of all neurons, and steps of integrated gradients.
 _FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2)
-_STEPS = 4
+STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def measure_faithfulness(
     replacement: Replacement = Zero()
     if options.replacement == "mean":
         replacement = Mean(runs.statistics(both, site=options.site))
-    scores = {name: _scores(runs, name, both, replacement, options.site, folder, progress) for name in _COMPARED}
+    scores = {name: _scores(runs, name, both, replacement, options.site, folder, progress) for name in COMPARED}
     effects = folder / "effects.safetensors"
     if not effects.exists():
         neurons = sample_neurons(runs.head, options.site, recipe.n_single, seed=0)
@@ -96,7 +96,7 @@ def _scores(
 ) -> NeuronScores:  # fmt: skip
     path = folder / f"{name}.safetensors"
     if not path.exists():
-        more: dict[str, Any] = {"steps": _STEPS} if METHODS[name].needs_path else {}
+        more: dict[str, Any] = {"steps": STEPS} if METHODS[name].needs_path else {}
         if METHODS[name].needs_replacement:
             more["replacement"] = replacement
         attribution = NeuronAttribution(runs.head, name, site=site, **more)
@@ -106,9 +106,11 @@ def _scores(
 
 def _planned_sets(scores: Mapping[str, NeuronScores], n: int) -> dict[str, NeuronSet]:
     """Sets of 1 to 20% of the neurons: top sets of each method, half top and half random, and random ones."""
-    first = scores[_COMPARED[0]]
-    tops = {f"{name}, top {share:.0%}": of.top(share) for share in _FRACTIONS for name, of in scores.items()}
-    sets = dict(list(tops.items())[: n // 2])
+    first = next(iter(scores.values()))
+    named = [(name, share) for share in _FRACTIONS for name in scores]
+    # Spread over all sizes if there are more than wanted.
+    chosen = np.unique(np.linspace(0, len(named) - 1, min(n // 2, len(named))).round().astype(int)).tolist()
+    sets = {f"{name}, top {share:.0%}": scores[name].top(share) for name, share in (named[i] for i in chosen)}
     draw = 0
     while len(sets) < n:
         share = _FRACTIONS[draw % len(_FRACTIONS)]

@@ -56,7 +56,7 @@ class Recipe:
     n_evaluating: int = 200
     n_single: int = 420
     n_faithful: int = 16
-    n_sets: int = 40
+    n_sets: int = 50
     n_neurons: int = 30
     jobs: int = 1
 

@@ -1,9 +1,7 @@
 """The paper's study from training to report, in stages that are kept on disk."""
 
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,12 @@ from typing import Any
 import pandas as pd
 
 from rmtension.attribution._neuron_dashboards import NeuronDashboards
-from rmtension.data._pairs import PreferencePairs
 from rmtension.replication._faithful import Faithful, measure_faithfulness
-from rmtension.replication._prepare import prepare_base, prepare_pairs
+from rmtension.replication._plan import BEHAVIOUR, analyses_of_neurons, plan_stages, plan_text, sampled
+from rmtension.replication._prepare import PreparedPairs, prepare_base, prepare_pairs
 from rmtension.replication._recipe import Recipe
+from rmtension.replication._stages import Clock
+from rmtension.replication._trained_layers import overlap_of_trained_layers
 from rmtension.report._every_format import write_report
 from rmtension.report._neurons_of_study import study_neurons
 from rmtension.store._files import write_text
@@ -25,20 +25,6 @@ from rmtension.study._tension_study import TensionStudy
 from rmtension.training._family import train_seeds
 from rmtension.training._trainer_run import RECORD_NAME
 
-STAGES = (
-    "base",
-    "pairs",
-    "models",
-    "behaviour",
-    "corrected rules",
-    "published rules",
-    "faithfulness",
-    "neurons",
-    "report",
-)
-# Analyses of rewards alone, which use all test pairs.
-_BEHAVIOUR = ("accuracy", "transferability", "confidence")
-
 
 @dataclass(frozen=True)
 class Replication:
@@ -47,11 +33,13 @@ class Replication:
     - `corrected` and `paper`: the study by the corrected and by the published rules (None if it was left out).
     - `pairs`: what was read, left out and kept; `models`: how each reward model was trained.
     - `faithfulness`: how well each method predicts true effects; None if it was left out.
+    - `overlap_trained`: overlaps of top sets within the trained layers, if training left the lower layers as they were;
+      there, all models have the same activations (see `overlap_of_trained_layers`).
     - `stages`: the seconds of every stage, over all runs, and the passes over models that this run ran and read.
 
     Examples:
         >>> Replication.__match_args__
-        ('corrected', 'paper', 'pairs', 'models', 'faithfulness', 'stages')
+        ('corrected', 'paper', 'pairs', 'models', 'faithfulness', 'overlap_trained', 'stages')
     """
 
     corrected: StudyResult
@@ -59,6 +47,7 @@ class Replication:
     pairs: pd.DataFrame
     models: pd.DataFrame
     faithfulness: Faithful | None
+    overlap_trained: pd.DataFrame | None
     stages: pd.DataFrame
 
 
@@ -72,8 +61,9 @@ def replicate(
 ) -> Replication:
     """Run a recipe: base, pairs, reward models, ten analyses by both rules, faithfulness, neurons, report.
 
-    Every model and every pass is kept in `out`: a second run reads them and runs nothing, and after an interruption
-    only what is missing runs, with the same result. `on_stage` is called with a line when a stage begins, `on_log` with
+    The plan, with times, comes first; `plan_replication` stops there. Every model and every pass is kept in `out`: a
+    second run reads them and runs nothing, and after an interruption only what is missing runs, with the same result.
+    `on_stage` is called with a line when a stage begins, `on_log` with
     a model's name and a line about its losses. Raises `StorageError` if `out` belongs to another recipe; other errors
     are those of the stages.
 
@@ -101,13 +91,9 @@ def replicate(
     tell = on_stage or (lambda line: None)
     with locked(out):
         claim(out, _inputs(recipe))
-        clock = _Clock(out / "stages.json", tell)
-        with clock.stage("base"):
-            base = prepare_base(recipe.base, out / "base")
-        with clock.stage("pairs"):
-            from transformers import AutoTokenizer
-
-            pairs = prepare_pairs(recipe, AutoTokenizer.from_pretrained(base))
+        clock = Clock(out / "stages.json", tell)
+        base, pairs, plan = _prepared(recipe, out, clock)
+        tell(plan_text(plan))
         with clock.stage("models"):
             families = train_seeds(
                 pairs.parts["train"],
@@ -128,7 +114,7 @@ def replicate(
                     families,
                     pairs.test,
                     scoring_pairs=pairs.parts["validation"],
-                    options=replace(recipe.study, analyses=_BEHAVIOUR),
+                    options=replace(recipe.study, analyses=BEHAVIOUR),
                 ),
                 out / "behaviour",
                 passes,
@@ -139,12 +125,11 @@ def replicate(
             if options is None:
                 continue
             with clock.stage(f"{rules} rules") as passes:
-                rest = tuple(name for name in options.analyses if name not in _BEHAVIOUR)
                 study = TensionStudy(
                     families,
-                    _sampled(pairs.parts["evaluation"], recipe.n_evaluating),
-                    scoring_pairs=_sampled(pairs.parts["scoring"], recipe.n_scoring),
-                    options=replace(options, analyses=rest),
+                    sampled(pairs.parts["evaluation"], recipe.n_evaluating),
+                    scoring_pairs=sampled(pairs.parts["scoring"], recipe.n_scoring),
+                    options=replace(options, analyses=analyses_of_neurons(options)),
                 )
                 found = _run(study, out / "study", passes, progress)
                 studies[rules] = StudyResult({**behaviour.tables, **found.tables}, found.summary)
@@ -153,7 +138,7 @@ def replicate(
         faithful = None
         if recipe.n_single:
             with clock.stage("faithfulness") as passes:
-                some = _sampled(pairs.parts["evaluation"], recipe.n_faithful)
+                some = sampled(pairs.parts["evaluation"], recipe.n_faithful)
                 faithful = measure_faithfulness(
                     families[0].mixed, some, recipe, out / "faithfulness", passes=passes, progress=progress
                 )
@@ -169,44 +154,57 @@ def replicate(
             for rules, result in studies.items():
                 result.save(out / rules, overwrite=True)
                 write_report(result, out / rules, neurons=neurons if rules == "corrected" else None)
+            overlap = _overlap_trained(studies["corrected"], recipe)
+            if overlap is not None:
+                overlap.to_csv(out / "overlap_trained.csv", index=False)
             pairs.counts.to_csv(out / "pairs.csv", index=False)
             models.to_csv(out / "models.csv", index=False)
         stages = clock.table()
         stages.to_csv(out / "stages.csv", index=False)
-    return Replication(studies["corrected"], studies.get("published"), pairs.counts, models, faithful, stages)
+    return Replication(studies["corrected"], studies.get("published"), pairs.counts, models, faithful, overlap, stages)
+
+
+def plan_replication(
+    recipe: Recipe, out: str | Path, *, on_stage: Callable[[str], object] | None = None
+) -> pd.DataFrame:
+    """What `replicate` runs, with times: base and pairs are prepared, and a batch of pairs is timed.
+
+    One row per stage and analysis, with its passes, the tokens of one pass, and the predicted seconds on this machine;
+    passes with gradients and of training count as the forward passes that take as long. The plan is kept in `out`.
+
+    Examples:
+        >>> for name, some in pairs.items():
+        ...     some.to_jsonl(f"{name}.jsonl")
+        >>> files = {"helpful": ("helpful.jsonl",), "harmless": ("harmless.jsonl",)}
+        >>> recipe = Recipe("organism", files, seeds=(0,), test_share=0.5, validation_share=0.1, paper=None)
+        >>> plan = plan_replication(recipe, "planned")
+        >>> list(plan.columns)
+        ['stage', 'what', 'passes', 'tokens', 'seconds']
+        >>> list(plan["stage"].unique())
+        ['models', 'behaviour', 'corrected rules', 'faithfulness', 'neurons']
+    """
+    out = Path(out)
+    with locked(out):
+        claim(out, _inputs(recipe))
+        return _prepared(recipe, out, Clock(out / "stages.json", on_stage or (lambda line: None)))[2]
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-class _Clock:
-    """The seconds of every stage, kept over interruptions, and the passes of this run."""
+def _prepared(recipe: Recipe, out: Path, clock: Clock) -> tuple[Path, PreparedPairs, pd.DataFrame]:
+    """The base, the pairs, and the plan."""
+    with clock.stage("base"):
+        base = prepare_base(recipe.base, out / "base")
+    with clock.stage("pairs"):
+        from transformers import AutoTokenizer
 
-    def __init__(self, path: Path, tell: Callable[[str], object]) -> None:
-        self._path, self._tell = path, tell
-        self._seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-        self._passes: dict[str, dict[str, int]] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[dict[str, int]]:
-        """Time a stage; what it writes into the dict ("run", "read") is counted for it."""
-        self._tell(f"stage {STAGES.index(name) + 1} of {len(STAGES)}: {name}")
-        start = time.monotonic()
-        passes = self._passes.setdefault(name, {"run": 0, "read": 0})
-        try:
-            yield passes
-        finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - start
-            write_text(self._path, json.dumps(self._seconds, indent=2) + "\n", "stages")
-
-    def table(self) -> pd.DataFrame:
-        """One row per stage."""
-        return pd.DataFrame(
-            [
-                {"stage": name, "seconds": round(self._seconds[name], 1), **passes}
-                for name, passes in self._passes.items()
-            ]
-        )
+        pairs = prepare_pairs(recipe, AutoTokenizer.from_pretrained(base))
+    with clock.stage("plan"):
+        kept = out / "plan.csv"
+        if not kept.exists():
+            write_text(kept, plan_stages(recipe, pairs, base).to_csv(index=False), "plan")
+    return base, pairs, pd.read_csv(kept)
 
 
 def _inputs(recipe: Recipe) -> dict[str, Any]:
@@ -224,9 +222,13 @@ def _run(study: TensionStudy, folder: Path, passes: dict[str, int], progress: bo
     return result
 
 
-def _sampled(pairs: Mapping[str, PreferencePairs], n: int) -> dict[str, PreferencePairs]:
-    """At most `n` pairs of every objective, drawn with seed 0."""
-    return {name: part if len(part) <= n else part.sample(n, seed=0) for name, part in pairs.items()}
+def _overlap_trained(result: StudyResult, recipe: Recipe) -> pd.DataFrame | None:
+    """The overlaps within the trained layers; None if all are trained, or neurons were not scored."""
+    n_trained, neurons = recipe.training.reward_trained_layers, result.tables.get("neurons")
+    if n_trained is None or neurons is None:
+        return None
+    first = int(neurons["layer"].max()) + 1 - n_trained
+    return overlap_of_trained_layers(neurons, recipe.study, first) if first > 0 else None
 
 
 def _trained(families: list[ModelFamily]) -> pd.DataFrame:

@@ -1,6 +1,5 @@
 """Training of reward models: the Bradley-Terry loss on packed pairs, by transformers' `Trainer`."""
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -16,11 +15,12 @@ from rmtension.data._packing import pair_collator, prompt_batches
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._token_places import ReadAt
 from rmtension.data._tokens import TokenBatch
-from rmtension.errors import DataError, ModelError, OptionError
+from rmtension.errors import DataError, OptionError
 from rmtension.evaluation._length import length_weights
 from rmtension.store._provenance import digest_of_folder
 from rmtension.training._frozen_layers import FrozenLayers
-from rmtension.training._model_checks import longest_text, require_pad_token, require_vocabulary
+from rmtension.training._model_checks import longest_text
+from rmtension.training._new_classifier import new_classifier
 from rmtension.training._select_pairs import select_pairs
 from rmtension.training._trainer_run import (
     arguments,
@@ -37,7 +37,6 @@ from rmtension.training._trainer_run import (
 _NO_OPTION = ("streams", "work", "on_log")
 # How often a training logs, and saves its state if it has a work folder.
 _N_LOGS, _N_SAVES = 20, 10
-_HEAD_STD = 0.02  # standard deviation of the weights of a new reward head, as in the paper
 
 
 def train_reward_model(
@@ -135,7 +134,7 @@ def train_reward_model(
     digest = digest_of_folder(Path(base)) if isinstance(base, (str, Path)) and Path(base).is_dir() else None
     inputs = {**options, "data": data.digest, "base_digest": digest}
     with isolated(seed), new_folder(output_dir, overwrite, work, inputs) as (folder, scratch):
-        model, tokenizer = _classifier(base, tokenizer, seed)
+        model, tokenizer = new_classifier(base, tokenizer, seed=seed)
         limit = longest_text(model.config, max_length)
         frozen = None
         if trained_layers is not None:
@@ -217,54 +216,6 @@ def _require_disjoint(data: PreferencePairs, validation: PreferencePairs | None)
         )
     if validation is not None and not len(validation):
         raise DataError("validation: expected at least one pair, got none. Leave it out to train without validation.")
-
-
-def _classifier(base: Any, tokenizer: Any, seed: int) -> tuple[Any, Any]:
-    """A sequence classifier in float32 with one new output, and its tokenizer."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    if isinstance(base, (str, Path)):
-        try:
-            tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(str(base))
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                str(base),
-                num_labels=1,
-                dtype=torch.float32,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # for a head with several outputs; any other mismatch raises below
-                output_loading_info=True,
-            )
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
-            raise ModelError(f"base: transformers could not load {base}: {error}. Check the path.") from error
-        odd = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])} - {"score.weight", "score.bias"}
-        if odd:
-            raise ModelError(f"base: {base} lacks weights of {type(model).__name__}: {sorted(odd)[:4]}. Save it again.")
-    else:
-        if tokenizer is None:
-            raise OptionError("tokenizer: required if base is a config, got None. train_tokenizer makes a small one.")
-        config = copy.deepcopy(base)
-        config.num_labels = 1
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    require_pad_token(tokenizer)
-    require_vocabulary(model, tokenizer)
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    _draw_head(model, seed)
-    return model, tokenizer
-
-
-def _draw_head(model: Any, seed: int) -> None:
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise ModelError(
-            f"base: expected a classifier with a linear layer 'score' with one output, got {type(model).__name__} with "
-            f"{head}. Use a causal language model."
-        )
-    # With its own generator, the head depends on the seed and not on how many numbers loading has drawn.
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * _HEAD_STD)
-        if head.bias is not None:
-            head.bias.zero_()
 
 
 def _remove_dropout(model: nn.Module) -> None:

@@ -5,13 +5,14 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from drawn_scores import scores_of
 from scipy import stats
 from trained_folders import record, tiny_tokenizer
 
 from rmtension.errors import DataError, OptionError, StorageError
-from rmtension.replication import Recipe, read_recipe, replicate
-from rmtension.replication._faithful import _agreement
-from rmtension.replication._replicate import STAGES
+from rmtension.replication import Recipe, _plan, plan_replication, read_recipe, replicate
+from rmtension.replication._faithful import _agreement, _planned_sets
+from rmtension.replication._stages import STAGES
 from rmtension.synthetic._world import preference_world
 
 RECIPE = """
@@ -152,6 +153,52 @@ def test_agreement_over_sets_is_that_of_scipy():
     assert width == pytest.approx(4 * stats.linregress(table["good"], effect).stderr, rel=0.4)
     assert np.isnan(same["spearman"])
     assert np.isnan(same["slope"])
+
+
+def test_overlap_of_trained_layers_leaves_the_others_out(done):
+    """Against sets made by pandas; below the trained layer, all models' sets by activations agree."""
+    found, _ = done
+    table = found.overlap_trained.set_index(["score", "a", "b", "without_base"])
+    upper = found.corrected.neurons.query("layer == 1")
+    tops = {
+        model: set(upper[f"mean_difference_{model}"].abs().nlargest(3).index)  # 10% of 24, rounded up
+        for model in ("helpful", "mixed", "base")
+    }
+    for without in (False, True):
+        a, b = (tops[name] - (tops["base"] if without else set()) for name in ("helpful", "mixed"))
+        expected = len(a & b) / len(a | b) if a | b else np.nan
+        value = table.loc[("mean_difference", "helpful", "mixed", without), "jaccard"]
+        assert value == pytest.approx(expected, nan_ok=True)
+    lower = found.corrected.neurons.query("layer == 0")
+    assert (lower["magnitude_helpful"] == lower["magnitude_mixed"]).all(), "the lower layer is the same"
+    assert not (upper["magnitude_helpful"] == upper["magnitude_mixed"]).all()
+
+
+def test_the_plan_comes_before_anything_is_trained(place, done, tmp_path):
+    recipe = read_recipe(place / "recipe.yaml")
+    plan = plan_replication(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "models").exists()
+    assert (plan[["passes", "tokens"]] > 0).all(axis=None)
+    assert plan["seconds"].sum() > 0
+    size = plan.set_index(["stage", "what"])
+    # One layer of two is trained: a pass through the other one, and one epoch.
+    assert size.loc[("models", "1 x helpful"), "passes"] == pytest.approx(0.5 + 0.5 * _plan._TRAINING, abs=0.06)
+    found, stages = done
+    ablations = found.corrected.summary["options"]
+    assert ablations["n_draws"] == 2
+    assert any(line.startswith("Plan: about") for line in stages), "told before the trainings"
+    # A second call reads it: the times are those of the first.
+    pd.testing.assert_frame_equal(plan_replication(recipe, tmp_path / "out"), plan)
+
+
+def test_sets_of_all_sizes_are_tried():
+    drawn = torch.Generator().manual_seed(0)
+    names = ("attribution_patching", "gradient_x_activation", "mean_difference")
+    scores = {name: scores_of(torch.randn(4, 500, generator=drawn)) for name in names}
+    for n in (10, 20, 60):
+        sets = _planned_sets(scores, n)
+        assert len(sets) == n
+        assert {round(len(part) / 2000, 2) for part in sets.values()} == {0.01, 0.02, 0.05, 0.1, 0.2}
 
 
 def test_a_recipe_needs_few_words():

@@ -12,6 +12,7 @@ from rmtension.errors import OptionError
 ARGUMENTS = {"base": None, "helpful": None, "harmless": None}
 HELP = "train helpful, harmless and mixed reward models from a base, and study them"
 EXAMPLES = """examples:
+  rmtension replicate recipe.yaml --out replication --plan
   rmtension replicate recipe.yaml --out replication
   rmtension replicate recipe.yaml --base ./my-base --seeds 0 1 --jobs 2
   rmtension replicate --base ./my-base --helpful helpful.jsonl --harmless harmless.jsonl --out small --seeds 0
@@ -32,9 +33,9 @@ recipe.yaml (relative paths are relative to this file; only base and pairs are r
   n_neurons: 30                       # neurons with a page
   jobs: 2                             # reward models trained at a time, each with its share of the threads
 
-Stages: base, pairs, reward models, accuracies, the analyses by the corrected and by the published rules,
-faithfulness, neurons, report. Every model and pass is kept in --out: after an interruption the same command
-continues, and a finished run reads everything and runs nothing.
+Stages: base, pairs, a plan with times, reward models, accuracies, the analyses by the corrected and by the
+published rules, faithfulness, neurons, report. Every model and pass is kept in --out: after an interruption the
+same command continues, and a finished run reads everything and runs nothing.
 """
 
 
@@ -48,6 +49,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--harmless", nargs="+", metavar="FILE", help="files of harmless pairs")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: those of the recipe)")
     parser.add_argument("--jobs", type=int, metavar="N", help="reward models trained at a time")
+    parser.add_argument("--plan", action="store_true", help="print what would run, with times, and stop")
     parser.add_argument("--out", type=Path, default=Path("replication"), help="folder for everything (%(default)s)")
 
 
@@ -59,8 +61,9 @@ def run(options: Namespace) -> Outcome:
         tqdm.write(line, file=sys.stderr)
 
     with quiet_libraries(options):
+        from rmtension.replication._plan import plan_text
         from rmtension.replication._recipe import make_recipe, read_recipe
-        from rmtension.replication._replicate import replicate
+        from rmtension.replication._replicate import plan_replication, replicate
         from rmtension.report._text import to_text
 
         changes = _changes(options)
@@ -70,6 +73,9 @@ def run(options: Namespace) -> Outcome:
             recipe = make_recipe(changes, folder=Path(), where="command line")
         else:
             raise OptionError("replicate: expected a recipe, or --base, --helpful and --harmless. See --help.")
+        if options.plan:
+            plan = plan_replication(recipe, options.out, on_stage=None if options.quiet else tell)
+            return Outcome(plan_text(plan), {"out": options.out, "plan": plan.to_dict("records")})
         done = replicate(
             recipe,
             options.out,
