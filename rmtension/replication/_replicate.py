@@ -18,12 +18,12 @@ from rmtension.replication._trained_layers import overlap_of_trained_layers
 from rmtension.report._every_format import write_report
 from rmtension.report._neurons_of_study import study_neurons
 from rmtension.store._files import write_text
+from rmtension.store._provenance import TRAINING_RECORD
 from rmtension.store._work_folder import claim, locked
 from rmtension.study._family_runs import MODELS, ModelFamily
 from rmtension.study._result import StudyResult
 from rmtension.study._tension_study import TensionStudy
 from rmtension.training._family import train_seeds
-from rmtension.training._trainer_run import RECORD_NAME
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _trained(families: list[ModelFamily]) -> pd.DataFrame:
     rows = []
     for family in families:
         for name in MODELS:
-            record = json.loads((Path(str(getattr(family, name))) / RECORD_NAME).read_text(encoding="utf-8"))
+            record = json.loads((Path(str(getattr(family, name))) / TRAINING_RECORD).read_text(encoding="utf-8"))
             result = record["result"]
             last = [entry for entry in result["history"] if "validation accuracy" in entry]
             best = min(last, key=lambda entry: entry["validation loss"]) if last else {}

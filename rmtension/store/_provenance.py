@@ -11,6 +11,8 @@ from rmtension.errors import OptionError, ProvenanceError, StorageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What `rmtension.training` notes about a training; it changes nothing that the model computes.
+TRAINING_RECORD = "rmtension_training.json"
 # The files of a checkpoint that identify it: all files that can change what its model computes.
 _WEIGHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.bin", "*.py")
 # The fields that say how a result was computed; they must agree before two results are compared.
@@ -158,7 +160,7 @@ def fingerprint(parameters: "Iterable[Tensor]", *values: object) -> str:
 
 def digest_of_folder(folder: Path) -> str:
     """32 hexadecimal digits over names and contents of a checkpoint's files; reads all files, opens no model."""
-    files = sorted({path for pattern in _WEIGHED for path in folder.glob(pattern)})
+    files = sorted({path for pattern in _WEIGHED for path in folder.glob(pattern)} - {folder / TRAINING_RECORD})
     if not files:
         raise OptionError(f"model: expected a checkpoint in {folder}, got no file like {list(_WEIGHED)}.")
     digest = hashlib.sha256()

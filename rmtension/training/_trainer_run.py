@@ -19,9 +19,8 @@ import torch
 from rmtension._progress import shows_bars
 from rmtension.errors import ModelError, OptionError, StorageError
 from rmtension.models._portable import make_portable, warn_of
+from rmtension.store._provenance import TRAINING_RECORD
 from rmtension.store._work_folder import claim, locked
-
-RECORD_NAME = "rmtension_training.json"
 
 
 def require_package(package: str) -> Any:
@@ -38,7 +37,7 @@ def require_free(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise StorageError(f"output_dir: {folder} is not empty. Name another folder, or pass overwrite=True.")
-    if not (folder / RECORD_NAME).is_file():
+    if not (folder / TRAINING_RECORD).is_file():
         # Replacing a folder deletes it, so folders that this module did not write are never replaced.
         raise StorageError(
             f"output_dir: {folder} was not written by rmtension.training, so it is not replaced. Name another folder."
@@ -56,13 +55,13 @@ def is_finished(folder: Path, options: Mapping[str, Any], **record: Any) -> bool
         >>> is_finished(Path("nothing"), {"seed": 0})
         False
     """
-    if not (folder / RECORD_NAME).is_file():
+    if not (folder / TRAINING_RECORD).is_file():
         return False
     try:
-        content = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+        content = json.loads((folder / TRAINING_RECORD).read_text(encoding="utf-8"))
         recorded = {**content, **content.get("options", {})}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise StorageError(f"{folder}: its {RECORD_NAME} is damaged ({error}). Name another folder.") from error
+        raise StorageError(f"{folder}: its {TRAINING_RECORD} is damaged ({error}). Name another folder.") from error
     for name, value in {**options, **record}.items():
         if name in recorded and recorded[name] != value:
             raise StorageError(
@@ -151,9 +150,9 @@ def run_trainer(
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Bar)
     trainer.add_callback(Lines)
-    output = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     history = [{"step": entry["step"], **shown} for entry in trainer.state.log_history if (shown := _losses(entry))]
-    return {"training_loss": output.training_loss, "n_steps": output.global_step, "history": history}
+    return {"n_steps": trainer.state.global_step, "history": history}
 
 
 def _losses(logs: Mapping[str, float] | None) -> dict[str, float]:
@@ -184,7 +183,7 @@ def write_record(folder: Path, **values: Any) -> None:
     packages = ("rmtension", "torch", "transformers", "trl", "tokenizers")
     values["versions"] = {name: _version(name) for name in packages}
     text = json.dumps(values, indent=2, sort_keys=True, default=str)
-    (folder / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
+    (folder / TRAINING_RECORD).write_text(text + "\n", encoding="utf-8")
 
 
 def _version(package: str) -> str | None:

@@ -4,8 +4,8 @@ import json
 
 from safetensors.torch import load_file
 
+from rmtension.store._provenance import TRAINING_RECORD
 from rmtension.training._train_tokenizer import train_tokenizer
-from rmtension.training._trainer_run import RECORD_NAME
 
 CONTEXT = 160
 
@@ -22,4 +22,4 @@ def weights(folder):
 
 def record(folder):
     """The record of a training."""
-    return json.loads((folder / RECORD_NAME).read_text())
+    return json.loads((folder / TRAINING_RECORD).read_text())

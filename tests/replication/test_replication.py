@@ -4,16 +4,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import transformers
 from drawn_scores import scores_of
+from replication_place import make_place
 from scipy import stats
-from trained_folders import record, tiny_tokenizer
+from trained_folders import record
 
 from rmtension.errors import DataError, OptionError, StorageError
 from rmtension.replication import Recipe, _plan, plan_replication, read_recipe, replicate
 from rmtension.replication._faithful import _agreement, _planned_sets
 from rmtension.replication._stages import STAGES
-from rmtension.synthetic._world import preference_world
 
 RECIPE = """
 base: base
@@ -38,25 +37,7 @@ n_neurons: 2
 def place(tmp_path_factory):
     """A folder with a recipe, its base and its pairs."""
     folder = tmp_path_factory.mktemp("replication")
-    world = preference_world(0, n_train=48, n_test=48)
-    tokenizer = tiny_tokenizer(world)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=160,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    for name in ("helpful", "harmless"):
-        (world.train[name] + world.test[name]).to_jsonl(folder / f"{name}.jsonl")
-    (folder / "recipe.yaml").write_text(RECIPE)
+    make_place(folder, RECIPE)
     return folder
 
 

@@ -16,6 +16,7 @@ from rmtension.data._packing import pair_collator, prompt_batches
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError, StorageError
 from rmtension.evaluation._length import length_weights
+from rmtension.store._provenance import TRAINING_RECORD, digest_of_folder
 from rmtension.synthetic._world import preference_world
 from rmtension.training import _train_reward_model
 from rmtension.training._family import train_seeds
@@ -372,3 +373,14 @@ def test_an_error_in_a_process_is_raised(world, bases, tmp_path):
 def test_private_keywords_are_not_recorded_as_options(world, bases, tmp_path):
     done = train(world.train["helpful"], bases["llama"], tmp_path / "rm", max_steps=1, on_log=lambda line: None)
     assert set(record(done)["options"]) & set(_train_reward_model._NO_OPTION) == set()
+
+
+def test_the_record_of_a_training_does_not_identify_the_model(tmp_path):
+    """A training that was interrupted logs other losses and gives the same model."""
+    for name in ("model.safetensors", "config.json", TRAINING_RECORD):
+        (tmp_path / name).write_text("1")
+    before = digest_of_folder(tmp_path)
+    (tmp_path / TRAINING_RECORD).write_text("2")
+    assert digest_of_folder(tmp_path) == before
+    (tmp_path / "config.json").write_text("2")
+    assert digest_of_folder(tmp_path) != before

@@ -20,6 +20,7 @@ from rmtension.data._encoding import encode_pairs
 from rmtension.data._pair import join_prompt
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError, ModelError, OptionError, StorageError
+from rmtension.store._provenance import TRAINING_RECORD
 from rmtension.synthetic._world import preference_world
 from rmtension.training._family import train_family, train_seeds
 from rmtension.training._family_trainings import FamilySettings
@@ -28,7 +29,7 @@ from rmtension.training._select_pairs import select_pairs
 from rmtension.training._train_base_model import train_base_model
 from rmtension.training._train_reward_model import train_reward_model
 from rmtension.training._train_tokenizer import train_tokenizer
-from rmtension.training._trainer_run import RECORD_NAME, arguments, isolated
+from rmtension.training._trainer_run import arguments, isolated
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +278,7 @@ def test_the_folder_holds_only_a_reward_model(world, base, bpe, tmp_path):
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
-        RECORD_NAME,
+        TRAINING_RECORD,
     }
     assert [path.name for path in tmp_path.iterdir()] == ["rm"]
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(done, output_loading_info=True)
@@ -448,9 +449,9 @@ def test_base_model_is_seeded_and_reads_long_texts_in_pieces(world, bpe, tmp_pat
 
 def test_resume_keeps_a_base_that_is_trained(world, bpe, base):
     config, options = gpt2_config(len(bpe)), {"max_steps": 3, "batch_size": 4, "progress": False}
-    written = (base / RECORD_NAME).stat().st_mtime_ns
+    written = (base / TRAINING_RECORD).stat().st_mtime_ns
     assert train_base_model(world.texts, config, bpe, base, **options, resume=True) == base
-    assert (base / RECORD_NAME).stat().st_mtime_ns == written
+    assert (base / TRAINING_RECORD).stat().st_mtime_ns == written
     for changed in ({"max_steps": 4}, {"seed": 1}, {"max_length": 100}):
         with pytest.raises(StorageError, match=f"trained with {next(iter(changed))}="):
             train_base_model(world.texts, config, bpe, base, **(options | changed), resume=True)
