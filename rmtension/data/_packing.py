@@ -41,7 +41,8 @@ class _Row:
 
     @property
     def saves(self) -> bool:
-        return self.length <= (1 - _LEAST_SAVED) * sum(map(len, self.texts))
+        """Whether one row has fewer tokens than a padded row per text."""
+        return self.length <= (1 - _LEAST_SAVED) * len(self.texts) * max(map(len, self.texts))
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ def pair_batches(
 ) -> Iterator[TokenBatch]:
     """Batches that hold both texts of each pair: the chosen ones, then the rejected ones; `indices` index `pairs`.
 
-    Every index occurs twice in a batch, so that per-pair results never wait for another batch. Texts that share a long
-    enough prefix are packed if the row then has at most `pack_up_to` tokens, or `group_up_to` for more than one pair;
-    0 packs nothing.
+    Every index occurs twice in a batch, so that per-pair results never wait for another batch. Texts that share a
+    prefix, or differ in length, are packed into one row if that saves tokens and padding and the row then has at most
+    `pack_up_to` tokens, or `group_up_to` for more than one pair; 0 packs nothing.
     """
     if sharing == "none":
         lengths = [max(map(len, both)) for both in zip(pairs.chosen, pairs.rejected, strict=True)]

@@ -15,6 +15,10 @@ from rmtension.data._encoding import EncodedText
 from rmtension.data._token_places import READ_LAST, ReadAt, TokenPlaces, first_of_each
 from rmtension.errors import DataError, OptionError
 
+# A batch of this share of the largest size is nearly as fast per token, so a text of which a larger share would be
+# padding begins a new batch.
+_ENOUGH, _MOST_PADDING = 0.125, 0.1
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -277,17 +281,22 @@ def compact(
 def length_buckets(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     """Group indices by similar length, so that each padded group has at most `tokens_per_batch` tokens.
 
-    A text longer than that forms a group by itself. The longest texts come first, so that a batch that does not fit in
-    memory fails at once and not after an hour.
+    A text longer than that forms a group by itself. A group that is large enough to be fast takes no text that would be
+    mostly padding. The longest texts come first, so that a batch that does not fit in memory fails at once and not
+    after an hour.
     """
     if tokens_per_batch < 1:
         raise OptionError(f"tokens_per_batch: expected a positive number, got {tokens_per_batch}.")
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= tokens_per_batch:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
+        if groups:
+            group, width = groups[-1], lengths[groups[-1][0]]
+            has_room = (len(group) + 1) * width <= tokens_per_batch
+            is_small = len(group) * width < _ENOUGH * tokens_per_batch
+            if has_room and (is_small or lengths[index] >= (1 - _MOST_PADDING) * width):
+                group.append(index)
+                continue
+        groups.append([index])
     return groups
 
 

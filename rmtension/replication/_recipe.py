@@ -80,8 +80,9 @@ def read_recipe(path: str | Path, changes: Mapping[str, Any] | None = None) -> R
     r"""Read a recipe from a YAML file; relative paths of files are relative to it.
 
     The keys are the fields of `Recipe`. `training` is a mapping of arguments of `train_reward_model` (`epochs`,
-    `learning_rate`, `batch_size`, `trained_layers`, `balance_length`, `eval_steps`, `patience`, `warmup_steps`,
-    `dtype`); `study` and `paper` are mappings of fields of `StudyOptions`; `paper: false` leaves that study out.
+    `learning_rate`, `batch_size`, `trained_layers`, `balance_length`, `eval_steps`, `select_by`, `patience`,
+    `warmup_steps`, `dtype`); `study` and `paper` are mappings of fields of `StudyOptions`; `paper: false` leaves that
+    study out.
     `changes` replaces keys of the file. Raises `DataError` for an unreadable file and `OptionError` for a wrong key or
     value.
 

@@ -238,8 +238,8 @@ def _trained(families: list[ModelFamily]) -> pd.DataFrame:
         for name in MODELS:
             record = json.loads((Path(str(getattr(family, name))) / TRAINING_RECORD).read_text(encoding="utf-8"))
             result = record["result"]
-            last = [entry for entry in result["history"] if "validation accuracy" in entry]
-            best = min(last, key=lambda entry: entry["validation loss"]) if last else {}
+            evaluated = {entry["step"]: entry for entry in result["history"] if "validation loss" in entry}
+            best: dict[str, Any] = evaluated.get(result["best_step"], {})
             rows.append(
                 {
                     "model": name,

@@ -51,6 +51,7 @@ class FamilySettings:
     reward_share_prompts: bool = False
     reward_eval_steps: int | None = None
     reward_patience: int | None = None
+    reward_select_by: str = "loss"
     reward_dtype: torch.dtype = torch.float32
     mixed_pairs: int | None = None
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rmtension._arguments import require_choice
 from rmtension.bodies._native_run import measure_packing
 from rmtension.data._encoding import encode_pairs
 from rmtension.data._packing import pair_collator, prompt_batches
@@ -24,6 +25,7 @@ from rmtension.training._new_classifier import new_classifier
 from rmtension.training._select_pairs import select_pairs
 from rmtension.training._trainer_run import (
     arguments,
+    evaluate_at_the_end,
     isolated,
     last_checkpoint,
     new_folder,
@@ -35,6 +37,11 @@ from rmtension.training._trainer_run import (
 )
 
 _NO_OPTION = ("streams", "work", "on_log")
+# What the trainer is told to keep the best checkpoint.
+_SELECT_BY: dict[str, dict[str, Any]] = {
+    "loss": {"metric_for_best_model": "eval_loss", "greater_is_better": False},
+    "accuracy": {"metric_for_best_model": "eval_accuracy", "greater_is_better": True},
+}
 # How often a training logs, and saves its state if it has a work folder.
 _N_LOGS, _N_SAVES = 20, 10
 
@@ -63,6 +70,7 @@ def train_reward_model(
     trained_layers: int | None = None,
     streams: str | Path | None = None,
     patience: int | None = None,
+    select_by: str = "loss",
     dropout: bool = False,
     dtype: torch.dtype = torch.float32,
     progress: bool | None = None,
@@ -83,9 +91,9 @@ def train_reward_model(
     Steps. A step takes `batch_size` pairs at random, and a pair's prompt runs once. With `share_prompts`, the pairs of
     one prompt are in one step, where the prompt and each distinct response run once, together with prompts of similar
     length; steps then have up to `batch_size` pairs. `max_steps` replaces `epochs`. With `validation`, the checkpoint
-    with the lowest validation loss is kept, of those taken every `eval_steps` steps (default: every epoch), and
-    training stops after `patience` of them without a lower loss; validation pairs may share no prompt with the training
-    pairs. Do not pass test pairs.
+    with the lowest validation loss is kept, or with `select_by="accuracy"` the one with the highest accuracy, of those
+    taken every `eval_steps` steps (default: every epoch) and at the end. Training stops after `patience` of them
+    without a better one. Validation pairs may share no prompt with the training pairs. Do not pass test pairs.
 
     Model. `base` is the folder (or hub name) of a language model or classifier, whose head, if any, is replaced by a
     new one, N(0, 0.02); or a transformers config, for new weights (then `tokenizer` is required). `dropout=True` keeps
@@ -127,6 +135,7 @@ def train_reward_model(
         raise OptionError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}.")
     if patience is not None and (validation is None or patience < 1):
         raise OptionError(f"patience: expected 1 or more, and validation pairs, got {patience}.")
+    require_choice("select_by", select_by, _SELECT_BY)
     if streams is not None and trained_layers is None:
         raise OptionError("streams: they are kept for frozen layers only. Pass trained_layers=..., or leave it out.")
     data = select_pairs(pairs, objective=objective, proportions=proportions, n_pairs=n_pairs, seed=seed)
@@ -169,7 +178,7 @@ def train_reward_model(
             TrainingArguments,
             trainer_options,
             **schedule(scratch, seed, epochs, max_steps, learning_rate, warmup_steps, per_step, progress),
-            **_saving(n_steps, validation is not None, eval_steps, work is not None),
+            **_saving(n_steps, validation is not None, eval_steps, _SELECT_BY[select_by], work is not None),
             logging_steps=max(1, n_steps // _N_LOGS),
             bf16=dtype == torch.bfloat16,
             # transformers refuses bfloat16 on a CPU unless use_cpu is True.
@@ -184,7 +193,10 @@ def train_reward_model(
             weights=weights[0],
             frozen=frozen,
             processing_class=tokenizer,
-            callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+            callbacks=[
+                *([EarlyStoppingCallback(patience)] if patience is not None else []),
+                *([evaluate_at_the_end()] if held_out else []),
+            ],
             **validating,
         )
         result = run_trainer(trainer, on_log, resume_from=last_checkpoint(scratch))
@@ -202,7 +214,7 @@ def train_reward_model(
             n_tokens=sets[0].n_tokens,
             n_tokens_run=sum(int(batch.position_mask("all").sum()) for batch in items),
             data=data.digest,
-            result={**result, "best_validation_loss": trainer.state.best_metric},
+            result={**result, "best_step": trainer.state.best_global_step},
         )
     return Path(output_dir)
 
@@ -228,8 +240,10 @@ def _remove_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _saving(n_steps: int, selects: bool, eval_steps: int | None, resumes: bool) -> dict[str, Any]:
-    """When checkpoints are written: to keep the one with the lowest validation loss, and to resume."""
+def _saving(
+    n_steps: int, selects: bool, eval_steps: int | None, best: Mapping[str, Any], resumes: bool
+) -> dict[str, Any]:
+    """When checkpoints are written: to keep the best on validation pairs, and to resume."""
     if not selects:
         often = max(1, math.ceil(n_steps / _N_SAVES))
         return (
@@ -244,8 +258,7 @@ def _saving(n_steps: int, selects: bool, eval_steps: int | None, resumes: bool) 
         "eval_steps": eval_steps,
         "save_steps": eval_steps or 500,
         "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
+        **best,
         "save_only_model": not resumes,
         "save_total_limit": 1,
     }

@@ -155,6 +155,19 @@ def run_trainer(
     return {"n_steps": trainer.state.global_step, "history": history}
 
 
+def evaluate_at_the_end() -> Any:
+    """A callback that evaluates and saves after the last step too, so that it can be selected."""
+    from transformers.trainer_callback import TrainerCallback
+
+    class End(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # By epochs, the end is evaluated anyway.
+            if state.global_step >= state.max_steps and args.eval_strategy == "steps":
+                control.should_evaluate = control.should_save = True
+
+    return End()
+
+
 def _losses(logs: Mapping[str, float] | None) -> dict[str, float]:
     """The losses and accuracies in an entry of a trainer's log, by the names that people read."""
     names = {"loss": "loss", "eval_loss": "validation loss", "eval_accuracy": "validation accuracy"}

@@ -272,16 +272,17 @@ def test_flash_attention_is_never_packed(checkpoints, monkeypatch):
 
 def test_pairs_are_packed_only_where_that_saves_tokens():
     long, other = list(range(10, 30)), list(range(40, 60))
-    pairs = EncodedPairs(texts(long, [1, 2, 3], long), texts(other, [1, 2, 4], [*long, 5]), 0, 0)
+    short = [90, 91, 92]
+    pairs = EncodedPairs(texts(long, [1, 2, 3], long, long), texts(other, [1, 2, 4], [*long, 5], short), 0, 0)
 
     def packed(limit):
         batches = pair_batches(pairs, tokens_per_batch=500, device="cpu", pack_up_to=limit)
         return {index: batch.position_ids is not None for batch in batches for index in batch.indices}
 
-    # Nothing in common; enough; enough, but too long a row.
-    assert packed(100) == {0: False, 1: True, 2: True}
-    assert packed(20) == {0: False, 1: True, 2: False}
-    assert packed(0) == {0: False, 1: False, 2: False}
+    # Nothing in common; enough; enough, but too long a row; nothing in common, but of different lengths.
+    assert packed(100) == {0: False, 1: True, 2: True, 3: True}
+    assert packed(20) == {0: False, 1: True, 2: False, 3: False}
+    assert packed(0) == dict.fromkeys(range(4), False)
 
 
 def test_batches_keep_the_token_budget_with_padding():

@@ -85,6 +85,17 @@ def test_buckets_partition_and_hold_the_budget():
         length_buckets([1], 0)
 
 
+def test_few_texts_of_many_lengths_are_hardly_padded():
+    """All would fit into two batches, in which a third of the tokens would be padding."""
+    lengths = list(range(10, 410, 8))
+    buckets = length_buckets(lengths, 8000)
+    assert sorted(i for bucket in buckets for i in bucket) == list(range(50))
+    padded = sum(len(bucket) * max(lengths[i] for i in bucket) for bucket in buckets)
+    assert padded < 1.12 * sum(lengths)
+    # A batch too small to be fast takes what comes.
+    assert length_buckets([100, 20, 10], 8000) == [[0, 1, 2]]
+
+
 def test_pair_batches_hold_both_texts_of_every_pair(tokenizer, pairs):
     encoded = encode_pairs(tokenizer, pairs, max_length=500)
     seen = []

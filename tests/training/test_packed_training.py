@@ -305,7 +305,7 @@ def test_an_interrupted_training_continues_with_the_same_result(validated, world
     first = int(steps[0].split()[1])
     assert 1 < first <= n_steps - 2
     assert furthest(weights(done), weights(whole)) == 0
-    assert record(done)["result"]["best_validation_loss"] == record(whole)["result"]["best_validation_loss"]
+    assert record(done)["result"]["best_step"] == record(whole)["result"]["best_step"]
     assert not (tmp_path / "work").exists()
 
 
@@ -329,7 +329,22 @@ def test_training_stops_when_the_validation_loss_does_not_fall(world, bases, tmp
     assert stopped["n_steps"] == len(losses) < 40
     best = losses.index(min(losses))
     assert len(losses) == best + 3
-    assert stopped["best_validation_loss"] == min(losses)
+    assert stopped["best_step"] == best + 1
+
+
+@pytest.mark.parametrize("select_by", ["loss", "accuracy"])
+def test_the_checkpoint_that_is_kept_may_be_the_last(select_by, world, bases, tmp_path):
+    """It is evaluated whether or not `eval_steps` divides the number of steps."""
+    data, held_out = world.train["helpful"].split(0.25, seed=0)
+    options = {"validation": held_out, "eval_steps": 3, "max_steps": 10, "learning_rate": 3e-3, "batch_size": 4}
+    result = record(train(data, bases["gpt2"], tmp_path / "a", **options, select_by=select_by))["result"]
+    entries = {entry["step"]: entry for entry in result["history"] if "validation loss" in entry}
+    assert list(entries) == [3, 6, 9, 10]
+    kept = entries[result["best_step"]]
+    if select_by == "loss":
+        assert kept["validation loss"] == min(entry["validation loss"] for entry in entries.values())
+    else:
+        assert kept["validation accuracy"] == max(entry["validation accuracy"] for entry in entries.values())
 
 
 # -- several at a time -------------------------------------------------------------------------------------------------

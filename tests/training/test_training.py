@@ -244,7 +244,10 @@ def test_validation_keeps_the_best_checkpoint(world, base, tmp_path):
     losses = [loss(folder, held_out) for folder in plain]
     assert max(losses) > 1.01 * min(losses)
     assert identical(weights(done), weights(plain[int(np.argmin(losses))]))
-    assert record(done)["result"]["best_validation_loss"] == pytest.approx(min(losses), rel=1e-4)
+    result = record(done)["result"]
+    assert result["best_step"] == int(np.argmin(losses)) + 1
+    noted = [entry["validation loss"] for entry in result["history"] if "validation loss" in entry]
+    assert noted == pytest.approx(losses, rel=1e-4)
     assert record(done)["n_validation_pairs"] == len(held_out)
     assert not list(tmp_path.glob("**/checkpoint-*"))
 
