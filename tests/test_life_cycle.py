@@ -24,7 +24,7 @@ import rmtension
 from rmtension import AblationContext, ActivationCollector, Mean, NeuronAttribution, NeuronSet, RewardHead, TensionStudy
 from rmtension.attribution._batch_run import BatchRun, _BlockGates
 from rmtension.attribution._faithfulness import faithfulness
-from rmtension.attribution._make_dashboards import neuron_dashboards
+from rmtension.attribution._make_dashboards import describe_dashboards, neuron_dashboards
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.bodies._hooks import (
     HookSite,
@@ -292,6 +292,12 @@ CALLS = {
     "bodies._hooks.copy_without_hooks": lambda s: copy_without_hooks(s.head.body.native),
     # What a bridge's own run leaves is TransformerLens'.
     "interventions._lens_hooks.fwd_hooks": lambda s: s.head.fwd_hooks(s.neurons, Mean(s.statistics)),
+    "attribution._make_dashboards.describe_dashboards": lambda s: describe_dashboards(
+        neuron_dashboards(s.head, s.neurons.subsample(1, seed=0), s.pairs[:2], n_examples=0),
+        s.head,
+        s.pairs[:2],
+        lambda prompt: "5",
+    ),
     "attribution._make_dashboards.neuron_dashboards": lambda s: neuron_dashboards(
         s.head, s.neurons.subsample(1, seed=0), {"helpful": s.pairs[:2]}, n_examples=1
     ),
@@ -560,6 +566,7 @@ ONLY_LOOKS = [
     "study._model_runs.ModelRuns.known_rewards",
     "study._model_runs.ModelRuns.provenance",
     "study._tension_study.TensionStudy.__init__",
+    "study._tension_study.TensionStudy.cost",
 ]
 
 MODEL_TYPES = ("RewardHead", "RewardModel", "BridgeBody", "HookedTransformerBody", "nn.modules.module.Module")
@@ -698,7 +705,7 @@ ELSEWHERE = {
     "bodies._bridges._without_installing": "test_text_models",
     "heads._head_tensors.damage_named": "test_heads",
     "models._checkpoint_folder.checkpoint_folder": "test_files",
-    "replication._replicate._Clock.stage": "test_replication",
+    "replication._stages.Clock.stage": "test_replication",
     "training._frozen_layers.FrozenLayers.enter": "test_packed_training",
     "training._trainer_run.isolated": "test_training",
     "training._trainer_run.new_folder": "test_training",

@@ -2,7 +2,7 @@
 
 from rmtension.attribution._faithfulness import faithfulness, sample_neurons
 from rmtension.attribution._faithfulness_result import Faithfulness
-from rmtension.attribution._make_dashboards import neuron_dashboards
+from rmtension.attribution._make_dashboards import describe_dashboards, neuron_dashboards
 from rmtension.attribution._neuron_attribution import NeuronAttribution, score_together
 from rmtension.attribution._neuron_dashboards import NeuronDashboards
 from rmtension.attribution._single_effects import single_neuron_effects
@@ -11,6 +11,7 @@ __all__ = [
     "Faithfulness",
     "NeuronAttribution",
     "NeuronDashboards",
+    "describe_dashboards",
     "faithfulness",
     "neuron_dashboards",
     "sample_neurons",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rmtension._arguments import require_arguments
 from rmtension.attribution._correlated import CorrelationSums, correlations, most_correlated, no_sums
-from rmtension.attribution._dashboard_data import NeuronExample
+from rmtension.attribution._dashboard_data import DashboardData, NeuronExample
 from rmtension.attribution._describe import Describe, describe_neurons
 from rmtension.attribution._methods import METHODS
 from rmtension.attribution._neuron_attribution import NeuronAttribution
@@ -21,7 +21,7 @@ from rmtension.attribution._top_texts import LargestActivations, count_largest, 
 from rmtension.attribution._written import written
 from rmtension.data._groups import ALL, GroupBy, named_groups
 from rmtension.data._pairs import PreferencePairs
-from rmtension.errors import OptionError
+from rmtension.errors import OptionError, ProvenanceError
 from rmtension.evaluation._intervals import check_level
 from rmtension.interventions._ablation import check_set
 from rmtension.models._reward_model import RewardModel
@@ -174,6 +174,57 @@ def neuron_dashboards(
         examples=tuple(examples),
         about=about,
     )
+
+
+def describe_dashboards(
+    dashboards: NeuronDashboards,
+    head: RewardModel,
+    pairs: PreferencePairs | Mapping[str, PreferencePairs],
+    describe: Describe,
+    *,
+    by: GroupBy | None = None,
+    progress: bool | None = None,
+) -> NeuronDashboards:
+    """The dashboards with descriptions by `describe`, as `neuron_dashboards` documents it; nothing else changes.
+
+    `head`, `pairs` and `by` are those that the dashboards were made with. Raises `ProvenanceError` for other ones.
+    Cost: a forward pass over the pairs, and the calls of `describe`.
+
+    Examples:
+        >>> from rmtension.attribution import describe_dashboards, neuron_dashboards
+        >>> dashboards = neuron_dashboards(head, neurons, pairs, n_examples=0, progress=False)
+        >>> described = describe_dashboards(dashboards, head, pairs, lambda prompt: "yes", progress=False)
+        >>> len(described.descriptions)
+        2
+    """
+    about = dashboards.about
+    groups = _groups(pairs, by)
+    neurons = NeuronSet.from_indices(
+        dashboards.neurons,
+        shape=(head.n_layers, head.n_neurons(about["site"])),
+        site=about["site"],
+        architecture=about["architecture"],
+    )
+    check_set(head, neurons)
+    largest: dict[str, Float[Tensor, "pair 2 wanted"]] = {}
+    for group, of_group in list(groups.items()):
+        statistic = LargestActivations(head, len(of_group), neurons, about["positions"])
+        largest[group], _, kept = run_pass(head, of_group, statistic, progress=progress)
+        groups[group] = PreferencePairs(of_group[row] for row in kept)
+    for what, now, then in (
+        ("model", head.fingerprint, about["model"]),
+        ("pairs", {name: part.digest for name, part in groups.items()}, about["digests"]),
+    ):
+        if now != then:
+            raise ProvenanceError(
+                f"{what}: the dashboards are of {then}, got {now}. Pass the {what} they were made with."
+            )
+    descriptions = describe_neurons(
+        head, groups, neurons, largest, describe,
+        positions=about["positions"], level=about["level"], seed=about["seed"], progress=progress,
+    )  # fmt: skip
+    fields = {name: getattr(dashboards, name) for name in DashboardData.__dataclass_fields__}
+    return NeuronDashboards(**fields | {"descriptions": descriptions})
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------

@@ -3,14 +3,15 @@
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
 
-from rmtension import PreferencePairs
-from rmtension.attribution import NeuronDashboards, neuron_dashboards
+from rmtension import NeuronSet, PreferencePairs
+from rmtension.attribution import NeuronDashboards, describe_dashboards, neuron_dashboards
 from rmtension.attribution._describe import SHOWN, auroc, read_answer
-from rmtension.errors import DataError
+from rmtension.errors import DataError, ProvenanceError
 from rmtension.synthetic import make_organism
 
 KINDS = ("helpful", "harmless", "shared", "conflict", "decoy")
@@ -65,6 +66,21 @@ def test_a_planted_neurons_true_description_scores_above_a_shuffled_one(planted)
     assert (table["n_active"] == 20).all()
     assert (table["n_inactive"] == 20).all()
     assert table["description"].nunique() == 20
+
+
+def test_dashboards_are_described_later_as_they_would_have_been(planted, organism):
+    dashboards, _ = planted
+    head, pairs = organism.head(), organism.pairs
+    neurons = NeuronSet.from_indices(
+        dashboards.neurons, shape=(head.n_layers, head.n_neurons("mlp")), site="mlp", architecture=head.architecture
+    )
+    plain = neuron_dashboards(head, neurons, pairs, n_examples=0, progress=False)
+    assert not len(plain.descriptions)
+    later = describe_dashboards(plain, head, pairs, Knowing(), progress=False)
+    pd.testing.assert_frame_equal(later.descriptions, dashboards.descriptions)
+    assert later.table is plain.table
+    with pytest.raises(ProvenanceError, match="pairs: the dashboards are of"):
+        describe_dashboards(plain, head, {name: part[1:] for name, part in pairs.items()}, Knowing(), progress=False)
 
 
 def test_shown_texts_are_held_out_and_the_rest_is_balanced(planted, organism):
