@@ -27,8 +27,8 @@ ACTIVE = 0.25
 # Texts in the first prompt; held-out texts of each kind, at most and at least.
 SHOWN, _MOST, _LEAST = 8, 20, 5
 
-_DESCRIBE = """These texts are those on which one neuron of a reward model is most active. The tokens on which it is \
-active are between << and >>.
+_DESCRIBE = """These texts are those on which neuron {name} of a reward model is most active. The tokens on which it \
+is active are between << and >>.
 
 {texts}
 
@@ -212,7 +212,10 @@ def _task(
         pairs = groups[text.group][text.row : text.row + 1]
         ((chosen, rejected),) = active_texts(head, pairs, neurons, positions, [column])
         parts.append(_marked((chosen, rejected)[text.side], sign, threshold))
-    prompt = _DESCRIBE.format(texts="\n\n".join(f"Text {number}:\n{part}" for number, part in enumerate(parts, 1)))
+    name = neuron_name(neurons.site, *list(neurons)[column], neurons.architecture)
+    prompt = _DESCRIBE.format(
+        name=name, texts="\n\n".join(f"Text {number}:\n{part}" for number, part in enumerate(parts, 1))
+    )
     held_out = ["".join(token_pieces(head.tokenizer, texts[number].ids)) for number in drawn]
     return _Task(prompt, held_out, [True] * n + [False] * n)
 

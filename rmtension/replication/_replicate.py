@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from rmtension.attribution._make_dashboards import describe_dashboards
 from rmtension.attribution._neuron_dashboards import NeuronDashboards
 from rmtension.replication._faithful import Faithful, measure_faithfulness
 from rmtension.replication._plan import BEHAVIOUR, analyses_of_neurons, plan_stages, plan_text, sampled
@@ -17,6 +18,7 @@ from rmtension.replication._stages import Clock
 from rmtension.replication._trained_layers import overlap_of_trained_layers
 from rmtension.report._every_format import write_report
 from rmtension.report._neurons_of_study import study_neurons
+from rmtension.reward_head import RewardHead
 from rmtension.store._files import write_text
 from rmtension.store._provenance import TRAINING_RECORD
 from rmtension.store._work_folder import claim, locked
@@ -55,6 +57,7 @@ def replicate(
     recipe: Recipe,
     out: str | Path,
     *,
+    describe: Callable[[str], str] | None = None,
     progress: bool | None = None,
     on_stage: Callable[[str], object] | None = None,
     on_log: Callable[[str, str], object] | None = None,
@@ -63,9 +66,9 @@ def replicate(
 
     The plan, with times, comes first; `plan_replication` stops there. Every model and every pass is kept in `out`: a
     second run reads them and runs nothing, and after an interruption only what is missing runs, with the same result.
-    `on_stage` is called with a line when a stage begins, `on_log` with
-    a model's name and a line about its losses. Raises `StorageError` if `out` belongs to another recipe; other errors
-    are those of the stages.
+    `describe` describes the neurons (see `neuron_dashboards`). `on_stage` is called with a line when a stage begins,
+    `on_log` with a model's name and a line about its losses. Raises `StorageError` if `out` belongs to another recipe;
+    other errors are those of the stages.
 
     Examples:
         >>> from rmtension.study import StudyOptions
@@ -149,6 +152,10 @@ def replicate(
                 if not kept.exists():
                     study_neurons(main, n=recipe.n_neurons, progress=progress).save(kept)
                 neurons = NeuronDashboards.load(kept)
+                if describe is not None:
+                    head = RewardHead.from_pretrained(str(families[0].mixed))
+                    neurons = describe_dashboards(neurons, head, main.evaluating, describe, progress=progress)
+                    neurons.save(kept)
         with clock.stage("report"):
             models = _trained(families)
             for rules, result in studies.items():

@@ -1,6 +1,8 @@
 """Descriptions are scored: a planted organism, SciPy's Mann-Whitney U, and answers that cannot be read."""
 
 import re
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -81,6 +83,25 @@ def test_dashboards_are_described_later_as_they_would_have_been(planted, organis
     assert later.table is plain.table
     with pytest.raises(ProvenanceError, match="pairs: the dashboards are of"):
         describe_dashboards(plain, head, {name: part[1:] for name, part in pairs.items()}, Knowing(), progress=False)
+
+
+def test_the_reader_of_the_examples_scores_what_a_person_wrote(planted, organism):
+    """The word of each neuron as a regular expression; of one neuron, nothing was written."""
+    dashboards, _ = planted
+    path = Path(__file__).parents[2] / "examples" / "replication" / "describe.py"
+    written = {
+        f"L{row.layer} N{row.neuron}": {"fires on": "a word", "finds": re.escape(row.description.split()[-1])}
+        for row in dashboards.descriptions.itertuples()
+    }
+    left_out, *_ = written
+    del written[left_out]
+    reader = runpy.run_path(str(path))["Reader"](written)
+    table = describe_dashboards(dashboards, organism.head(), organism.pairs, reader, progress=False).descriptions
+    assert len(reader.shown) == 20
+    first = table["description"] == f"{left_out}: not described"
+    assert first.sum() == 1
+    assert table["auroc"][first].item() == 0.5
+    assert (table["auroc"][~first] > 0.9).all()
 
 
 def test_shown_texts_are_held_out_and_the_rest_is_balanced(planted, organism):

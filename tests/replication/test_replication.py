@@ -9,6 +9,7 @@ from replication_place import make_place
 from scipy import stats
 from trained_folders import record
 
+from rmtension.attribution import NeuronDashboards
 from rmtension.errors import DataError, OptionError, StorageError
 from rmtension.replication import Recipe, _plan, plan_replication, read_recipe, replicate
 from rmtension.replication._faithful import _agreement, _planned_sets
@@ -25,11 +26,11 @@ training: {epochs: 1, learning_rate: 1e-3, batch_size: 12, trained_layers: 1, ba
 study: {n_draws: 2, n_subsamples: 2, curve_fractions: [0.1], scores: [mean_difference, change]}
 paper: {n_draws: 2, n_subsamples: 2, curve_fractions: [0.1]}
 n_scoring: 12
-n_evaluating: 12
+n_evaluating: 20
 n_single: 8
 n_faithful: 4
 n_sets: 12
-n_neurons: 2
+n_neurons: 6
 """
 
 
@@ -68,7 +69,7 @@ def test_all_stages_run_and_leave_their_results(place, done):
     for name in ("helpful", "harmless"):
         n_test = counts[name, "scoring"] + counts[name, "evaluation"]
         assert (accuracy.query(f"objective == '{name}'")["n"] == n_test).all()
-        assert found.corrected.summary["pairs"][name]["evaluating"] == 12
+        assert found.corrected.summary["pairs"][name]["evaluating"] == 20
 
 
 def test_a_second_run_reads_everything_and_runs_nothing(place, done, monkeypatch):
@@ -81,6 +82,17 @@ def test_a_second_run_reads_everything_and_runs_nothing(place, done, monkeypatch
     for name, frame in found.corrected.tables.items():
         pd.testing.assert_frame_equal(again.corrected.tables[name], frame)
     pd.testing.assert_frame_equal(again.faithfulness.sets, found.faithfulness.sets)
+
+
+def test_neurons_may_be_described_later(place, done, monkeypatch):
+    """Neurons of this model fire everywhere, so that no description can be scored; test_describe.py has others."""
+    monkeypatch.setattr("rmtension.replication._replicate.write_report", lambda *_, **__: None)
+    recipe = read_recipe(place / "recipe.yaml")
+    assert NeuronDashboards.load(place / "out" / "neurons.json").descriptions.empty
+    replicate(recipe, place / "out", describe=lambda question: "no", progress=False)
+    described = NeuronDashboards.load(place / "out" / "neurons.json").descriptions
+    assert described["reason"].str.startswith("too few texts").all()
+    assert len(described) == recipe.n_neurons
 
 
 def test_a_folder_belongs_to_one_recipe(place, done):
