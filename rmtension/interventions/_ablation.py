@@ -64,7 +64,7 @@ class AblationContext:
         # layer -> the channels of the set's neurons in the input of its projection, for layers with neurons.
         self.columns = {layer: row.nonzero()[:, 0].to(head.device) for layer, row in enumerate(columns) if row.any()}
         # A factor and a constant at all tokens can be applied without knowing the tokens.
-        self._needs_batch = positions != "all" or replacement.factor is None
+        self._needs_batch = positions != "all" or not replacement.is_affine
         self._hooks = head.hooks(neurons.site, self.ablated, self.columns, any_tokens=not self._needs_batch)
 
     def __enter__(self) -> "AblationContext":

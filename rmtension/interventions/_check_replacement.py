@@ -1,7 +1,10 @@
 """Check that an argument is a replacement, and that its activations are of the same model and site."""
 
+from torch import Tensor
+
 from rmtension.errors import OptionError, ProvenanceError
 from rmtension.interventions._replacement import Replacement
+from rmtension.interventions._replacements import Scale
 from rmtension.models._reward_model import RewardModel
 from rmtension.passes._activation_sample import ActivationSample
 from rmtension.passes._activation_statistics import ActivationStatistics
@@ -24,6 +27,8 @@ def check_replacement(replacement: object, head: RewardModel, site: str) -> None
         raise OptionError(
             f"replacement: expected a replacement such as Zero(), got {got:.80}. Write {_meant(replacement)}."
         )
+    if isinstance(replacement, Scale) and isinstance(replacement.alpha, Tensor):
+        _check_factors(replacement.alpha, head, site)
     if (source := replacement.source) is None:
         return
     # Activations do not depend on the output: those of one output replace those of another.
@@ -37,6 +42,17 @@ def check_replacement(replacement: object, head: RewardModel, site: str) -> None
         raise ProvenanceError(
             f"replacement: its activations are those of site {source.site!r}, the neurons are of {site!r}. Collect "
             f"them with ActivationCollector(head, site={site!r})."
+        )
+
+
+def _check_factors(alpha: Tensor, head: RewardModel, site: str) -> None:
+    shape = (head.n_layers, head.n_neurons(site))
+    if head.n_channels(site) != shape[1]:
+        raise OptionError(f"alpha: a neuron of site {site!r} has several channels. Use one number, such as Scale(0.5).")
+    if tuple(alpha.shape) != shape:
+        raise OptionError(
+            f"alpha: expected a number, or one factor per neuron of site {site!r}, of shape {shape}, got "
+            f"{tuple(alpha.shape)}."
         )
 
 

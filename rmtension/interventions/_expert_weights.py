@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rmtension.errors import ModelError
+from rmtension.interventions._replacement import Replacement
 from rmtension.models._reward_model import RewardModel
 
 # Modules that peft wrapped, once for each parameter with an adapter.
@@ -20,10 +21,10 @@ def ablate_experts(
     base: nn.Module,
     names: list[str],
     columns: Mapping[int, Int[Tensor, "ablated"]],
-    factor: float,
+    replacement: Replacement,
     constants: Mapping[int, Float[Tensor, "channel"]],
 ) -> None:
-    """Multiply the output weights of some neurons by `factor`, and let biases write the constants of `Mean`.
+    """Multiply the output weights of some neurons by their factors, and let biases write the constants of `Mean`.
 
     `names` are the modules of experts in `base`, layer by layer, `columns` the neurons (`expert * d_expert + index`) of
     each layer. Raises `ModelError` for constants if the experts have no biases (only GPT-OSS has them).
@@ -46,7 +47,8 @@ def ablate_experts(
             written = weight[expert, index].double() * means.double()[:, None]
             # In float64, because the sum over neurons is rounded only once.
             bias += torch.zeros_like(bias, dtype=torch.float64).index_add(0, expert, written).to(bias.dtype)
-        weight[expert, index] *= factor
+        factor = torch.as_tensor(replacement.factor(layer, neurons)).to(weight)
+        weight[expert, index] *= factor.expand(len(neurons))[:, None]
 
 
 def expert_names(head: RewardModel) -> list[str]:

@@ -48,8 +48,7 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
     if not is_own:
         checkpoint, base = current_checkpoint(head, "with_ablation")
     context = AblationContext(head, neurons, replacement)
-    factor = replacement.factor
-    if factor is None:
+    if not replacement.is_affine:
         raise OptionError(
             f"replacement: expected Zero(), Mean(statistics) or Scale(alpha), which weights can express, got "
             f"{replacement!r:.80}. Use AblationContext for this replacement."
@@ -67,13 +66,13 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
             f"statistics of site {product!r}."
         )
     if is_own:
-        return _ablate_own(head, context, factor, constants)
+        return _ablate_own(head, context, constants)
     base = plain_copy(base, share=False)
     if neurons.site == "expert":
         names = [_COPIES.sub("", name) for name in expert_names(head)]
-        ablate_experts(base, names, context.columns, factor, constants)
+        ablate_experts(base, names, context.columns, replacement, constants)
     else:
-        base = _ablate_projections(head, base, context, factor, constants)
+        base = _ablate_projections(head, base, context, constants)
     opened = replace(
         checkpoint, base=base, source=None, classifier=None, name=f"{checkpoint.name}, {len(neurons)} neurons ablated"
     )
@@ -81,9 +80,7 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
     return with_checkpoint(head, opened)
 
 
-def _ablate_projections(
-    head: RewardModel, base: Any, context: AblationContext, factor: float, constants: Mapping[int, Tensor]
-) -> Any:
+def _ablate_projections(head: RewardModel, base: Any, context: AblationContext, constants: Mapping[int, Tensor]) -> Any:
     """`base`, or a copy of it with biases, with other weights and biases in the projections of the neurons."""
     # If peft keeps a trained copy of a module, the plain copy has that copy under the module's own name.
     site = find_site(context.neurons.site).factor_of or context.neurons.site
@@ -105,13 +102,11 @@ def _ablate_projections(
                 means = constants[layer].to(weight.device)[columns]
                 # In float64, because the sum over channels is rounded only once.
                 projection.bias += (weight[:, columns].double() @ means).to(projection.bias.dtype)
-            weight[:, columns] *= factor
+            weight[:, columns] *= _factor(context, layer, weight)
     return base
 
 
-def _ablate_own(
-    head: _Model, context: AblationContext, factor: float, constants: Mapping[int, Float[Tensor, "channel"]]
-) -> _Model:
+def _ablate_own(head: _Model, context: AblationContext, constants: Mapping[int, Float[Tensor, "channel"]]) -> _Model:
     """The same for a model of a TransformerLens class: its W_out or W_O, and b_out or b_O."""
     site = context.neurons.site
     assert is_own_model(head.body)
@@ -129,9 +124,16 @@ def _ablate_own(
                     )
                 means = constants[layer].to(weight.device)[columns]
                 bias += (means @ weight[columns].double()).to(bias.dtype)
-            weight[columns] *= factor
+            weight[columns] *= _factor(context, layer, weight)[:, None]
     require_same_stream(head, context, ablated.residual, "with_ablation")
     return ablated
+
+
+def _factor(context: AblationContext, layer: int, weight: Tensor) -> Float[Tensor, "channel"]:
+    """The factors of the ablated channels of a layer."""
+    columns = context.columns[layer]
+    factor = torch.as_tensor(context.replacement.factor(layer, columns))
+    return factor.to(weight).expand(len(columns))
 
 
 def _with_biases(base: Any, names: list[str]) -> Any:

@@ -37,7 +37,7 @@ def fwd_hooks(head: RewardModel, neurons: NeuronSet, replacement: Replacement = 
             f"a TransformerBridge ({head.body.reason}). Use AblationContext, or head.hooks(site, visit) for hooks of "
             "your own."
         )
-    if replacement.factor is None:
+    if not replacement.is_affine:
         raise OptionError(
             f"replacement: expected Zero(), Mean(statistics) or Scale(alpha), got {type(replacement).__name__}, which "
             "depends on the text; a TransformerLens hook sees only activations. Use AblationContext with "

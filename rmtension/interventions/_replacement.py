@@ -42,8 +42,12 @@ class Replacement(ABC):
         return None
 
     @property
-    def factor(self) -> float | None:
-        """The f of a_ref(t) = f a(t) + `constant`; None if a_ref depends on the token in another way."""
+    def is_affine(self) -> bool:
+        """Whether a_ref(t) = `factor` a(t) + `constant`, which weights can express."""
+        return self.factor(0, slice(None)) is not None
+
+    def factor(self, layer: int, columns: Columns) -> float | Float[Tensor, "channel"] | None:
+        """The f of a_ref(t) = f a(t) + `constant`, for some channels; None if a_ref depends on the token otherwise."""
         return None
 
     def constant(self, layer: int) -> Float[Tensor, "channel"] | None:
@@ -70,7 +74,7 @@ class SingleTextReplacement(Replacement):
     ) -> Float[Tensor, "*token channel"]:
         """a_ref(t) for some channels of a layer, given their activations at the tokens of a batch.
 
-        A replacement with a `factor` needs no batch.
+        An affine replacement needs no batch.
         """
 
     def step(

@@ -17,7 +17,7 @@ from rmtension.interventions._replacement import Columns, Replacement, SingleTex
 from rmtension.neurons._neuron_set import check_seed
 from rmtension.passes._activation_sample import ActivationSample
 from rmtension.passes._activation_statistics import ActivationStatistics
-from rmtension.store._provenance import Provenance
+from rmtension.store._provenance import Provenance, digest_of
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Zero(SingleTextReplacement):
 
     name: ClassVar[str] = "zero"
 
-    @property
-    def factor(self) -> float:
+    def factor(self, layer: int, columns: Columns) -> float:
         """0, because no part of the activation remains."""
         return 0.0
 
@@ -74,8 +73,7 @@ class Mean(SingleTextReplacement):
         """The provenance of the statistics."""
         return self.statistics.provenance
 
-    @property
-    def factor(self) -> float:
+    def factor(self, layer: int, columns: Columns) -> float:
         """0, because no part of the activation remains."""
         return 0.0
 
@@ -131,44 +129,77 @@ class Resample(SingleTextReplacement):
         return self.sample.values[donors.cpu(), layer].to(activation)[..., columns]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scale(SingleTextReplacement):
     """Multiply activations by a factor: a_ref(t) = alpha a(t).
+
+    `alpha` is a number, or one factor for every neuron of the site, Float[layer neuron], of which those of the ablated
+    set are used.
 
     Examples:
         >>> halved = head.with_ablation(neurons, Scale(0.5))
         >>> bool(halved.score_pairs(pairs["helpful"]).margin.mean() < scored.margin.mean())
         True
+        >>> gains = torch.ones(head.n_layers, head.n_neurons("mlp"))
+        >>> same = head.with_ablation(neurons, Scale(gains)).score_pairs(pairs["helpful"])
+        >>> bool((same.margin == scored.margin).all())
+        True
     """
 
-    alpha: float
+    alpha: float | Float[Tensor, "layer neuron"]
     name: ClassVar[str] = "scale"
 
     def __post_init__(self) -> None:
         given: object = self.alpha
+        if isinstance(given, Tensor) and given.ndim:
+            if given.ndim != 2 or not given.is_floating_point() or not bool(given.isfinite().all()):
+                raise OptionError(
+                    "alpha: expected a finite number, or finite factors of shape [layer, neuron], got "
+                    f"{'values that are not finite' if given.ndim == 2 else f'a tensor of shape {tuple(given.shape)}'}."
+                )
+            # A copy, because the caller may change the tensor.
+            object.__setattr__(self, "alpha", given.detach().cpu().clone())
+            return
         if (
             not isinstance(given, int | float | np.integer | np.floating)
             or isinstance(given, bool)
-            or not math.isfinite(self.alpha)
+            or not math.isfinite(given)
         ):
             raise OptionError(f"alpha: expected a finite number such as Scale(0.5), got {self.alpha!r:.80}.")
-        object.__setattr__(self, "alpha", float(self.alpha))
+        object.__setattr__(self, "alpha", float(given))
+
+    def __repr__(self) -> str:
+        given = self.alpha
+        return f"Scale({given!r})" if isinstance(given, float) else f"Scale(factors of {given.numel()} neurons)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scale) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     @property
     def label(self) -> str:
-        """The name and the factor: "scale 0.5"."""
-        return f"{self.name} {self.alpha!r}"
+        """The name and the factor: "scale 0.5", or "scale by neuron"."""
+        return f"{self.name} {'by neuron' if isinstance(self.alpha, Tensor) else repr(self.alpha)}"
 
     @property
-    def factor(self) -> float:
-        """The alpha of a_ref(t) = alpha a(t)."""
-        return self.alpha
+    def key(self) -> str:
+        """The label, and for factors of neurons a digest of them."""
+        return f"{self.label} {digest_of(self.alpha)}" if isinstance(self.alpha, Tensor) else self.label
+
+    def factor(self, layer: int, columns: Columns) -> float | Float[Tensor, "channel"]:
+        """The alpha of a_ref(t) = alpha a(t), of some channels."""
+        if not isinstance(self.alpha, Tensor):
+            return self.alpha
+        return self.alpha[layer][columns.cpu() if isinstance(columns, Tensor) else columns]
 
     def values(
         self, layer: int, columns: Columns, activation: Float[Tensor, "*token channel"], batch: TokenBatch | None
     ) -> Float[Tensor, "*token channel"]:
         """The activation times alpha."""
-        return activation * self.alpha
+        factor = self.factor(layer, columns)
+        return activation * (factor.to(activation) if isinstance(factor, Tensor) else factor)
 
     def step(
         self,
@@ -178,7 +209,9 @@ class Scale(SingleTextReplacement):
         batch: TokenBatch,
     ) -> Float[Tensor, "row token channel"]:
         """(alpha - 1) a(t), which is accurate also if alpha is near 1."""
-        return (self.alpha - 1) * activation * select.to(activation)[..., None]
+        change = self.factor(layer, slice(None)) - 1
+        moved = activation * (change.to(activation) if isinstance(change, Tensor) else change)
+        return moved * select.to(activation)[..., None]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Replacements: their values against closed forms, and the arguments that they refuse."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from tiny_models import batches_of, make_pairs, unchecked
 
-from rmtension import ActivationCollector, Mean, OtherResponse, Resample, Scale, Zero
+from rmtension import AblationContext, ActivationCollector, Mean, NeuronSet, OtherResponse, Resample, Scale, Zero
 from rmtension.errors import OptionError
 from rmtension.interventions._replacement import Replacement, SingleTextReplacement
 
@@ -42,11 +43,11 @@ def test_values_are_factor_times_activation_plus_constant(every, activation, hea
     for replacement in every[:2] + every[3:4]:
         for layer in range(head.n_layers):
             constant = replacement.constant(layer)
-            expected = replacement.factor * activation + (0 if constant is None else constant)
+            expected = replacement.factor(layer, slice(None)) * activation + (0 if constant is None else constant)
             for some in (slice(None), columns):
                 values = replacement.values(layer, some, activation[..., some], None)
                 assert torch.allclose(values, expected[..., some], atol=1e-12)
-    assert [replacement.factor is None for replacement in every] == [False, False, True, False, True]
+    assert [replacement.is_affine for replacement in every] == [True, True, False, True, False]
     assert [replacement.constant(0) is None for replacement in every] == [True, False, True, True, True]
 
 
@@ -130,6 +131,69 @@ def made(kind, **given):
 def test_a_scale_is_a_finite_number(wrong):
     with pytest.raises(OptionError, match=r"^alpha: expected a finite number such as Scale\(0\.5\), got "):
         made(Scale, alpha=wrong)
+
+
+def gains(head, site="mlp"):
+    """A factor for every neuron, all different."""
+    n = head.n_layers * head.n_neurons(site)
+    return torch.linspace(-1, 2, n, dtype=torch.float64).view(head.n_layers, -1)
+
+
+@pytest.mark.parametrize("site", ["mlp", "mlp_gate"])
+def test_factors_of_neurons_are_those_of_one_scale_each(head, few, site):
+    """In the context and in the weights, against a context for every neuron of a small set."""
+    factors = gains(head, site)
+    neurons = NeuronSet.from_indices(
+        [(0, 3), (0, 5), (1, 0)], shape=tuple(factors.shape), site=site, architecture=head.architecture
+    )
+    with contextlib.ExitStack() as stack:
+        for place in neurons:
+            one = NeuronSet.from_indices([place], shape=tuple(factors.shape), site=site, architecture=head.architecture)
+            stack.enter_context(AblationContext(head, one, Scale(float(factors[place]))))
+        expected = head.score_pairs(few).margin
+    with AblationContext(head, neurons, Scale(factors)):
+        inside = head.score_pairs(few).margin
+    assert torch.allclose(inside, expected, rtol=0, atol=1e-6)
+    copied = head.with_ablation(neurons, Scale(factors))
+    assert torch.allclose(copied.score_pairs(few).margin, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(head.score_pairs(few).margin, expected, rtol=0, atol=1e-3)
+
+
+def test_factors_of_neurons_step_by_their_own_factor(head, activation, batch):
+    factors = torch.linspace(0, 2, 2 * activation.shape[-1], dtype=torch.float64).view(2, -1)
+    select = batch.position_mask("all")
+    step = Scale(factors).step(1, activation, select, batch)
+    assert torch.equal(step, activation * (factors[1] - 1) * select[..., None])
+
+
+def test_factors_of_neurons_have_keys_and_a_short_repr(head):
+    factors = gains(head)
+    scale = Scale(factors)
+    same = factors.clone()
+    factors += 1  # the caller may change the tensor
+    assert scale == Scale(same) != Scale(factors)
+    assert scale.label == "scale by neuron"
+    assert len(repr(scale)) < 60
+
+
+@pytest.mark.parametrize(
+    ("alpha", "message"),
+    [
+        (torch.ones(3), r"factors of shape \[layer, neuron\], got a tensor of shape \(3,\)"),
+        (torch.full((2, 2), torch.nan), "got values that are not finite"),
+    ],
+)
+def test_factors_are_finite_and_of_layers(alpha, message):
+    with pytest.raises(OptionError, match=message):
+        made(Scale, alpha=alpha)
+
+
+def test_factors_fit_the_model(head):
+    everything = ~NeuronSet.from_indices(
+        [], shape=(head.n_layers, head.n_neurons("mlp")), site="mlp", architecture=head.architecture
+    )
+    with pytest.raises(OptionError, match=r"alpha: .*of shape \(\d+, \d+\), got \(2, 3\)"):
+        AblationContext(head, everything, Scale(torch.ones(2, 3)))
 
 
 @pytest.mark.parametrize("right", [2, np.int64(2), np.float32(2)])
