@@ -56,6 +56,9 @@ from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.passes._nonfinite import require_finite, where_not_finite
 from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._rewards_of_pairs import RewardsOfPairs
+from rmtension.repair._edit import Edit
+from rmtension.repair._refit import refit_head
+from rmtension.repair._splits import RepairPairs
 from rmtension.study._model_runs import ModelRuns
 from rmtension.study._options import StudyOptions
 from rmtension.training._trainer_run import isolated
@@ -339,6 +342,17 @@ CALLS = {
         {"helpful": make_pairs(8, seed=3), "harmless": make_pairs(8, seed=4)},
         options=StudyOptions(analyses=("overlap",), scores=("mean_difference",)),
     ).run(progress=False),
+    "repair._edit.Edit.apply": lambda s: Edit(
+        "drawn", s.head.fingerprint, s.head.architecture, row=torch.ones(s.head.d_model)
+    ).apply(s.head),
+    "repair._refit.refit_head": lambda s: refit_head(
+        s.head,
+        RepairPairs.split(
+            {"helpful": make_pairs(12, seed=3), "harmless": make_pairs(12, seed=4)}, weak="helpful", strong="harmless"
+        ),
+        shares=(0.5,),
+        ridges=(1e-3,),
+    ),
     "interventions._sweep.score_without": lambda s: score_without(
         s.head, s.pairs, [s.neurons, s.others, s.neurons | s.others]
     ),
@@ -373,6 +387,11 @@ THE_SAME = {
     ),
     "cli._commands.neuron_options.make_replacement": "passes._activation_collector.ActivationCollector.collect",
     "interventions._export.ablate_weights": "reward_head.RewardHead.with_ablation",
+    "interventions._export.projection_names": "reward_head.RewardHead.with_ablation",
+    "interventions._edit_weights.edit_projections": "repair._edit.Edit.apply",
+    "repair._edit.reward_row": "repair._edit.Edit.apply",
+    "repair._edit.with_added": "repair._edit.Edit.apply",
+    "repair._features.read_states": "repair._refit.refit_head",
     "models._classifiers.reload_classifier": "passes._selfcheck.check_head",
     "reward_head.RewardHead.fwd_hooks": "interventions._lens_hooks.fwd_hooks",
     "reward_head.RewardHead.check": "passes._selfcheck.check_head",

@@ -82,9 +82,7 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
 
 def _ablate_projections(head: RewardModel, base: Any, context: AblationContext, constants: Mapping[int, Tensor]) -> Any:
     """`base`, or a copy of it with biases, with other weights and biases in the projections of the neurons."""
-    # If peft keeps a trained copy of a module, the plain copy has that copy under the module's own name.
-    site = find_site(context.neurons.site).factor_of or context.neurons.site
-    names = [_COPIES.sub("", head.body.projection_names[site, layer]) for layer in range(head.n_layers)]
+    names = projection_names(head, context.neurons.site)
     if any(base.get_submodule(names[layer]).bias is None for layer in constants):
         base = _with_biases(base, names)
     with torch.no_grad():
@@ -104,6 +102,13 @@ def _ablate_projections(head: RewardModel, base: Any, context: AblationContext, 
                 projection.bias += (weight[:, columns].double() @ means).to(projection.bias.dtype)
             weight[:, columns] *= _factor(context, layer, weight)
     return base
+
+
+def projection_names(head: RewardModel, site: str) -> list[str]:
+    """The names of the projections that read a site, layer by layer, in a plain copy of the model's base."""
+    site = find_site(site).factor_of or site
+    # If peft keeps a trained copy of a module, the plain copy has that copy under the module's own name.
+    return [_COPIES.sub("", head.body.projection_names[site, layer]) for layer in range(head.n_layers)]
 
 
 def _ablate_own(head: _Model, context: AblationContext, constants: Mapping[int, Float[Tensor, "channel"]]) -> _Model:

@@ -97,10 +97,12 @@ def with_checkpoint(model: _Model, changed: Checkpoint) -> _Model:
     return open_model(type(model), changed, **model.run_options)
 
 
-def with_lens_model(model: _Model, changed: nn.Module) -> _Model:
-    """Put the head, tokenizer and options of `model` on another TransformerLens model of the same shape."""
+def with_lens_model(model: _Model, changed: nn.Module, *, head: Head | None = None) -> _Model:
+    """Put the head (or another one), tokenizer and options of `model` on another TransformerLens model of its shape."""
     body = find_body(changed)
-    return _make(type(model), body, model.head, model.choice, model.tokenizer, model.pad_token_id, model.run_options)
+    return _make(
+        type(model), body, head or model.head, model.choice, model.tokenizer, model.pad_token_id, model.run_options
+    )
 
 
 def head_on(body: Body, weight: object, *, final_norm: nn.Module | None = None) -> Head | None:

@@ -31,6 +31,7 @@ FLOORS = [
     ["attribution"],
     ["study"],
     ["plots", "training"],
+    ["repair"],
     ["report", "synthetic"],
     ["replication"],
     ["cli", "rmtension"],

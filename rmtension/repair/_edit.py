@@ -1,0 +1,111 @@
+"""An edit of a reward model: what it adds to the reward row, multiplies neurons by, and adds to down projections."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rmtension.errors import ModelError, ProvenanceError
+from rmtension.heads._head import LinearHead
+from rmtension.interventions._edit_weights import edit_projections
+from rmtension.models._reward_model import RewardModel
+from rmtension.reward_head import RewardHead
+from rmtension.store._storage import read_result, write_result
+
+SITE = "mlp"
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A change of one reward model's weights.
+
+    - `kind`: the method that found it.
+    - `row`: what is added to the row of the reward head.
+    - `gains`: the factor of every MLP neuron, which multiplies its column of the down projection; 1 changes nothing.
+    - `added`: layer -> what is added to the down projection.
+    - `model`, `architecture`: the fingerprint of the model that it is made for, which no other model has.
+    """
+
+    kind: str
+    model: str
+    architecture: str
+    row: Float[Tensor, "d_model"] | None = None
+    gains: Float[Tensor, "layer neuron"] | None = None
+    added: Mapping[int, Float[Tensor, "d_model channel"]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Edit({self.kind}: {self.n_numbers:,} numbers for {self.architecture})"
+
+    @property
+    def n_numbers(self) -> int:
+        """How many numbers describe the edit: entries of the row, gains other than 1, entries of the additions."""
+        in_row = 0 if self.row is None else self.row.numel()
+        n_gains = 0 if self.gains is None else int((self.gains != 1).sum())
+        return in_row + n_gains + sum(added.numel() for added in self.added.values())
+
+    def apply(self, head: RewardHead) -> RewardHead:
+        """An edited copy of the model; `head` itself is not changed. Memory: the model a second time.
+
+        Raises `ProvenanceError` for another model than the edit's.
+        """
+        if head.fingerprint != self.model:
+            raise ProvenanceError(
+                f"edit: it is for model {self.model} ({self.architecture}), got model {head.fingerprint} "
+                f"({head.architecture}). Pass the model that it was made from, unedited."
+            )
+        changed: dict[int, tuple[Float[Tensor, "channel"] | None, Float[Tensor, "d_model channel"] | None]] = {}
+        for layer in range(head.n_layers):
+            factors = None if self.gains is None or bool((self.gains[layer] == 1).all()) else self.gains[layer]
+            if factors is not None or layer in self.added:
+                changed[layer] = factors, self.added.get(layer)
+        new_head = None if self.row is None else with_added(head, self.row)
+        return edit_projections(head, SITE, changed, new_head, f"{self.kind} edit")
+
+    def save(self, path: str | Path) -> None:
+        """Write the edit to one safetensors file, which is small: gains and rows, not the model."""
+        tensors = {f"added_{layer}": tensor for layer, tensor in self.added.items()}
+        if self.row is not None:
+            tensors["row"] = self.row
+        if self.gains is not None:
+            tensors["gains"] = self.gains
+        values = {"kind_of_edit": self.kind, "model": self.model, "architecture": self.architecture}
+        write_result(path, "Edit", tensors, values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Edit":
+        """Read an edit that `save` wrote; raises `StorageError` for any other file."""
+        optional = {"row": "float d_model", "gains": "float layer neuron", "added_*": "float d_model channel"}
+        values = {"kind_of_edit": str, "model": str, "architecture": str}
+        tensors, given = read_result(path, "Edit", tensors={}, values=values, optional=optional)
+        added = {int(name.removeprefix("added_")): value for name, value in tensors.items() if name.startswith("added")}
+        return cls(
+            given["kind_of_edit"],
+            given["model"],
+            given["architecture"],
+            row=tensors.get("row"),
+            gains=tensors.get("gains"),
+            added=dict(sorted(added.items())),
+        )
+
+
+def reward_row(head: RewardModel) -> tuple[LinearHead, int]:
+    """The linear head and the number of the row that is the reward; raises `ModelError` if it is not one row."""
+    linear = head.require_head()
+    choice = head.choice
+    if not isinstance(linear, LinearHead) or type(linear).read is not LinearHead.read or len(choice or (0,)) != 1:
+        raise ModelError(
+            f"head: an edit of the reward row needs a reward that is one row of a linear head, got "
+            f"{type(linear).__name__} with output {choice}. Use an edit of neurons."
+        )
+    return linear, (choice or (0,))[0]
+
+
+def with_added(head: RewardModel, row: Float[Tensor, "d_model"]) -> LinearHead:
+    """The linear head with something added to the row that is the reward."""
+    linear, number = reward_row(head)
+    # In float64, because the sum is rounded only once.
+    weight = linear.weight.detach().cpu().double().clone()
+    weight[number] += row.double()
+    return LinearHead(weight.to(linear.weight.dtype), linear.bias, linear.outputs)

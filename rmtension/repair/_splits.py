@@ -1,0 +1,120 @@
+"""The pairs of a repair: fit, development and test splits of a weak and a strong objective, and contradictory pairs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rmtension.data._pair import PreferencePair
+from rmtension.data._pairs import PreferencePairs
+from rmtension.errors import DataError, OptionError
+
+SPLITS = ("fit", "development", "test")
+
+
+@dataclass(frozen=True)
+class RepairPairs:
+    """Pairs of a weak and a strong objective in three splits that share no prompt.
+
+    An edit is computed on `fit`, every choice is made on `development`, and `test` is read once. Each maps the two
+    objectives to pairs. `contradictory` holds the pairs that the objectives label in opposite ways: no reward model can
+    satisfy both, so they are in no split.
+
+    Raises `OptionError` for splits that share prompts or lack an objective.
+    """
+
+    weak: str
+    strong: str
+    fit: Mapping[str, PreferencePairs]
+    development: Mapping[str, PreferencePairs]
+    test: Mapping[str, PreferencePairs]
+    contradictory: Mapping[str, PreferencePairs]
+
+    def __post_init__(self) -> None:
+        prompts: dict[str, set[object]] = {}
+        for split in SPLITS:
+            groups = getattr(self, split)
+            if set(groups) != {self.weak, self.strong} or not all(map(len, groups.values())):
+                raise OptionError(
+                    f"{split}: expected pairs of {self.weak!r} and {self.strong!r}, got "
+                    f"{ {name: len(part) for name, part in groups.items()} }."
+                )
+            prompts[split] = {prompt for part in groups.values() for prompt in part.prompts}
+        for first, second in (("fit", "development"), ("fit", "test"), ("development", "test")):
+            shared = prompts[first] & prompts[second]
+            if shared:
+                raise OptionError(
+                    f"{second}: {len(shared)} of its prompts are in {first} too, so that a receipt would be of pairs "
+                    "that the edit has seen. Divide them by prompt: RepairPairs.split(pairs, weak=..., strong=...)."
+                )
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(
+            f"{split} {len(getattr(self, split)[self.weak])} + {len(getattr(self, split)[self.strong])}"
+            for split in SPLITS
+        )
+        n_contradictory = len(self.contradictory[self.weak])
+        return f"RepairPairs(weak {self.weak}, strong {self.strong}: {sizes}; {n_contradictory} contradictory)"
+
+    @classmethod
+    def split(
+        cls,
+        pairs: Mapping[str, PreferencePairs],
+        *,
+        weak: str,
+        strong: str,
+        shares: Sequence[float] = (0.4, 0.3, 0.3),
+        seed: int = 0,
+    ) -> "RepairPairs":
+        """Divide pairs by prompt into splits of these `shares`, after taking contradictory pairs out.
+
+        Raises `OptionError` for an objective that there is not, or for shares that are not three positive numbers with
+        the sum 1, and `DataError` if a split gets no pair of an objective.
+        """
+        missing = [name for name in (weak, strong) if name not in pairs]
+        if missing or weak == strong:
+            raise OptionError(f"weak, strong: expected two of {list(pairs)}, got {weak!r} and {strong!r}.")
+        if len(shares) != len(SPLITS) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-9:
+            raise OptionError(f"shares: expected three positive numbers with the sum 1, got {list(shares)}.")
+        both = {weak: pairs[weak], strong: pairs[strong]}
+        contradictory = contradictory_pairs(both[weak], both[strong])
+        apart = {name: _keys(part) for name, part in zip(both, contradictory, strict=True)}
+        kept = {
+            name: PreferencePairs(pair for pair in part if _key(pair) not in apart[name]) for name, part in both.items()
+        }
+        everything = sum(kept.values(), start=PreferencePairs([]))
+        n_prompts = len(everything.prompts)
+        if n_prompts * min(shares) < 1:
+            raise DataError(f"pairs: {n_prompts} prompts are too few for splits of {list(shares)}. Give more pairs.")
+        rest, test = everything.split(shares[2], seed=seed)
+        fit, development = rest.split(shares[1] / (shares[0] + shares[1]), seed=seed)
+        held = {split: set(part.prompts) for split, part in zip(SPLITS, (fit, development, test), strict=True)}
+        parts = {
+            split: {
+                name: PreferencePairs(pair for pair in part if pair.prompt in prompts) for name, part in kept.items()
+            }
+            for split, prompts in held.items()
+        }
+        for split, groups in parts.items():
+            for name, part in groups.items():
+                if not len(part):
+                    raise DataError(f"pairs: no {name} pairs are left for {split}. Give more pairs, or larger shares.")
+        return cls(weak, strong, **parts, contradictory=dict(zip(both, contradictory, strict=True)))
+
+
+def contradictory_pairs(first: PreferencePairs, second: PreferencePairs) -> tuple[PreferencePairs, PreferencePairs]:
+    """The pairs of each group whose prompt and responses are in the other group with the labels exchanged."""
+    return _opposed(first, _keys(second)), _opposed(second, _keys(first))
+
+
+# -- inside ------------------------------------------------------------------------------------------------------------
+
+
+def _opposed(pairs: PreferencePairs, others: set[tuple[str, str]]) -> PreferencePairs:
+    return PreferencePairs(pair for pair in pairs if not pair.is_tie and _key(pair.swapped()) in others)
+
+
+def _key(pair: PreferencePair) -> tuple[str, str]:
+    return pair.text("chosen"), pair.text("rejected")
+
+
+def _keys(pairs: PreferencePairs) -> set[tuple[str, str]]:
+    return {_key(pair) for pair in pairs}

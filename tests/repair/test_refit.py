@@ -1,0 +1,202 @@
+"""Refit of the reward row, choices on development pairs, and edits as files and copies."""
+
+import pytest
+import torch
+import transformers
+from torch.nn.functional import softplus
+
+from rmtension import PreferencePairs, RewardHead
+from rmtension.errors import DataError, OptionError, ProvenanceError, StorageError
+from rmtension.repair._choice import Candidate, best_candidate, compare_candidates
+from rmtension.repair._edit import Edit
+from rmtension.repair._features import read_states
+from rmtension.repair._refit import refit_head, refit_row
+from rmtension.repair._splits import RepairPairs, contradictory_pairs
+from rmtension.synthetic import make_organism
+
+
+@pytest.fixture(scope="module")
+def organism(tmp_path_factory):
+    return make_organism(tmp_path_factory.mktemp("organism") / "model", noise=0.05, n_pairs=240)
+
+
+@pytest.fixture(scope="module")
+def head(organism):
+    return organism.head()
+
+
+@pytest.fixture(scope="module")
+def pairs(organism):
+    """The weak objective is the harmless one, once its neurons are damaged."""
+    return RepairPairs.split(organism.pairs, weak="harmless", strong="helpful", seed=0)
+
+
+@pytest.fixture(scope="module")
+def damaged(head, organism, tmp_path_factory):
+    """The neurons of the harmless objective count negatively, in a checkpoint of its own."""
+    from rmtension import Scale
+
+    folder = tmp_path_factory.mktemp("damaged")
+    head.with_ablation(organism.truth["harmless"], Scale(-1.0)).save_pretrained(folder)
+    return RewardHead.from_pretrained(folder)
+
+
+# -- splits ------------------------------------------------------------------------------------------------------------
+
+
+def test_splits_share_no_prompt_and_lose_no_pair(organism, pairs):
+    for name, part in organism.pairs.items():
+        kept = [pair for split in (pairs.fit, pairs.development, pairs.test) for pair in split[name]]
+        assert len(kept) == len(part)
+        assert {pair.digest() for pair in kept} == {pair.digest() for pair in part}
+    with pytest.raises(OptionError, match=r"test: \d+ of its prompts are in fit too"):
+        RepairPairs("harmless", "helpful", pairs.fit, pairs.development, pairs.fit, pairs.contradictory)
+
+
+def test_contradictory_pairs_are_kept_apart():
+    def made(rows):
+        return PreferencePairs.from_records(
+            [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in rows]
+        )
+
+    weak = made([("p", "a", "b"), ("q", "a", "b"), ("r", "c", "c"), *[(f"w{i}", "x", "y") for i in range(9)]])
+    strong = made([("p", "b", "a"), ("q", "a", "b"), ("r", "c", "c"), *[(f"s{i}", "x", "y") for i in range(9)]])
+    apart = contradictory_pairs(weak, strong)
+    assert [[pair.prompt for pair in part] for part in apart] == [["p"], ["p"]]
+    split = RepairPairs.split({"a": weak, "b": strong}, weak="a", strong="b")
+    assert [len(split.contradictory[name]) for name in ("a", "b")] == [1, 1]
+    left = [pair.prompt for part in (split.fit, split.development, split.test) for pair in part["a"]]
+    assert "p" not in left
+    assert len(left) == 11
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"weak": "harm", "strong": "helpful"}, OptionError, "weak, strong: expected two of"),
+        ({"weak": "helpful", "strong": "helpful"}, OptionError, "weak, strong: expected two of"),
+        ({"weak": "harmless", "strong": "helpful", "shares": (0.5, 0.5)}, OptionError, "three positive numbers"),
+        (
+            {"weak": "harmless", "strong": "helpful", "shares": (0.996, 0.002, 0.002)},
+            DataError,
+            "prompts are too few for splits",
+        ),
+    ],
+)
+def test_wrong_splits_are_refused(options, error, message, organism):
+    few = {name: part[:30] for name, part in organism.pairs.items()}
+    with pytest.raises(error, match=message):
+        RepairPairs.split(few, **options)
+
+
+# -- refit -------------------------------------------------------------------------------------------------------------
+
+
+def test_states_are_those_that_the_row_reads(damaged, pairs):
+    part = pairs.fit["helpful"]
+    states = read_states(damaged, part)
+    assert torch.allclose(states.difference @ damaged.weight.double(), states.margin, rtol=0, atol=1e-4)
+    assert torch.equal(
+        states.margin, damaged.score_pairs(part).chosen.double() - damaged.score_pairs(part).rejected.double()
+    )
+
+
+def test_a_refit_row_has_no_gradient_left(damaged, pairs):
+    weak, strong = (read_states(damaged, pairs.fit[name]) for name in ("harmless", "helpful"))
+    move = torch.from_numpy(refit_row(weak, strong, share=0.7, ridge=1e-3)).requires_grad_(True)
+    both = torch.cat([weak.difference, strong.difference])
+    metric = both.T @ both / len(both)
+    metric = metric + 1e-3 * metric.diagonal().mean() * torch.eye(len(metric), dtype=torch.float64)
+    losses = [softplus(-(part.margin + part.difference @ move)).mean() for part in (weak, strong)]
+    (gradient,) = torch.autograd.grad(0.7 * losses[0] + 0.3 * losses[1] + 1e-3 * move @ metric @ move, move)
+    assert gradient.abs().max() < 1e-8
+
+
+def test_a_refit_mends_what_the_states_still_hold(damaged, pairs):
+    """On test pairs, which neither the fit nor the choice has seen."""
+    edit, dial = refit_head(damaged, pairs, progress=False)
+    assert len(dial) == 27
+    edited = edit.apply(damaged)
+    before, after = (
+        {name: model.score_pairs(pairs.test[name]).accuracy() for name in ("harmless", "helpful")}
+        for model in (damaged, edited)
+    )
+    assert before["harmless"] < 0.7
+    assert after["harmless"] > 0.85
+    assert after["helpful"] > before["helpful"] - 0.03
+    # The development pairs' predicted accuracy is what the edited model has.
+    chosen = dial.loc[best_candidate(pairs, dial)]
+    real = edited.score_pairs(pairs.development["harmless"]).accuracy()
+    assert chosen["harmless_accuracy"] == pytest.approx(real, abs=0.011)
+
+
+def test_a_candidate_that_hurts_the_strong_objective_is_not_taken(pairs):
+    n_weak, n_strong = (len(pairs.development[name]) for name in ("harmless", "helpful"))
+    before = {"harmless": -torch.ones(n_weak).double(), "helpful": torch.ones(n_strong).double()}
+    hurting = before["helpful"].clone()
+    hurting[: n_strong // 4] = -1
+    better = before["harmless"].clone()
+    better[: n_weak // 3] = 1
+    candidates = [
+        Candidate({"name": "nothing"}, before),
+        Candidate({"name": "hurts"}, {"harmless": -before["harmless"], "helpful": hurting}),
+        Candidate({"name": "spares"}, {"harmless": better, "helpful": before["helpful"]}),
+    ]
+    table = compare_candidates(pairs, before, candidates)
+    assert table["allowed"].tolist() == [True, False, True]
+    assert best_candidate(pairs, table) == 2
+    assert best_candidate(pairs, table[:2]) is None, "no gain, or not allowed"
+    assert table["harmless_change"].tolist() == pytest.approx([0, 1, (n_weak // 3) / n_weak])
+
+
+# -- edits -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def edit(damaged):
+    draw = torch.Generator().manual_seed(0)
+    shape = (damaged.n_layers, damaged.n_neurons("mlp"))
+    gains = torch.ones(shape, dtype=torch.float64)
+    gains[0, :5] = torch.linspace(0.5, 1.7, 5, dtype=torch.float64)
+    added = {1: 0.01 * torch.randn(damaged.d_model, shape[1], generator=draw, dtype=torch.float64)}
+    row = 0.1 * torch.randn(damaged.d_model, generator=draw, dtype=torch.float64)
+    return Edit("drawn", damaged.fingerprint, damaged.architecture, row=row, gains=gains, added=added)
+
+
+def test_an_edit_is_what_plain_weights_compute(damaged, edit, pairs, tmp_path):
+    """In transformers, from the saved checkpoint, against weights that were edited by hand."""
+    few = pairs.test["helpful"][:6]
+    before = damaged.score_pairs(few)
+    edited = edit.apply(damaged)
+    assert torch.equal(damaged.score_pairs(few).chosen, before.chosen), "the model itself is as it was"
+    edited.save_pretrained(tmp_path / "edited")
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "edited")
+    damaged.save_pretrained(tmp_path / "damaged")
+    by_hand = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "damaged")
+    with torch.no_grad():
+        # GPT-2's projections hold [in, out].
+        by_hand.transformer.h[0].mlp.c_proj.weight *= edit.gains[0, :, None]
+        by_hand.transformer.h[1].mlp.c_proj.weight += edit.added[1].T
+        by_hand.score.weight += edit.row
+    texts = [pair.text("chosen") for pair in few]
+    for text, reward in zip(texts, edited.score_pairs(few).chosen.tolist(), strict=True):
+        ids = torch.tensor([damaged.tokenizer(text)["input_ids"]])
+        for model in (plain, by_hand):
+            assert model(ids).logits.item() == pytest.approx(reward, rel=1e-6, abs=1e-5)
+    assert (edited.score_pairs(few).chosen - before.chosen).abs().max() > 1e-2
+
+
+def test_an_edit_is_a_file_for_one_model(damaged, head, edit, tmp_path):
+    edit.save(tmp_path / "edit.safetensors")
+    loaded = Edit.load(tmp_path / "edit.safetensors")
+    assert torch.equal(loaded.row, edit.row)
+    assert torch.equal(loaded.gains, edit.gains)
+    assert torch.equal(loaded.added[1], edit.added[1])
+    assert loaded.n_numbers == edit.n_numbers == damaged.d_model * (1 + damaged.n_neurons("mlp")) + 5
+    with pytest.raises(ProvenanceError, match="edit: it is for model"):
+        loaded.apply(head)
+    with pytest.raises(ProvenanceError, match="edit: it is for model"):
+        loaded.apply(loaded.apply(damaged))
+    (tmp_path / "other.safetensors").write_bytes(b"")
+    with pytest.raises(StorageError):
+        Edit.load(tmp_path / "other.safetensors")
