@@ -57,6 +57,7 @@ from rmtension.passes._nonfinite import require_finite, where_not_finite
 from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._rewards_of_pairs import RewardsOfPairs
 from rmtension.repair._edit import Edit
+from rmtension.repair._gains import fit_gains
 from rmtension.repair._refit import refit_head
 from rmtension.repair._splits import RepairPairs
 from rmtension.study._model_runs import ModelRuns
@@ -85,6 +86,12 @@ class Setup:
     @property
     def mlp(self):
         return self.head.body.native.get_submodule(self.head.body.projection_names["mlp", 1])
+
+
+def to_repair():
+    """Pairs of two objectives in three splits."""
+    pairs = {"helpful": make_pairs(12, seed=3), "harmless": make_pairs(12, seed=4)}
+    return RepairPairs.split(pairs, weak="helpful", strong="harmless")
 
 
 def untouched(_module, _inputs, _output):
@@ -345,14 +352,8 @@ CALLS = {
     "repair._edit.Edit.apply": lambda s: Edit(
         "drawn", s.head.fingerprint, s.head.architecture, row=torch.ones(s.head.d_model)
     ).apply(s.head),
-    "repair._refit.refit_head": lambda s: refit_head(
-        s.head,
-        RepairPairs.split(
-            {"helpful": make_pairs(12, seed=3), "harmless": make_pairs(12, seed=4)}, weak="helpful", strong="harmless"
-        ),
-        shares=(0.5,),
-        ridges=(1e-3,),
-    ),
+    "repair._refit.refit_head": lambda s: refit_head(s.head, to_repair(), shares=(0.5,), ridges=(1e-3,)),
+    "repair._gains.fit_gains": lambda s: fit_gains(s.head, to_repair(), counts=(2,), shares=(0.5,)),
     "interventions._sweep.score_without": lambda s: score_without(
         s.head, s.pairs, [s.neurons, s.others, s.neurons | s.others]
     ),
@@ -389,6 +390,7 @@ THE_SAME = {
     "interventions._export.ablate_weights": "reward_head.RewardHead.with_ablation",
     "interventions._export.projection_names": "reward_head.RewardHead.with_ablation",
     "interventions._edit_weights.edit_projections": "repair._edit.Edit.apply",
+    "repair._gains.GainFitter.__init__": "repair._gains.fit_gains",
     "repair._edit.reward_row": "repair._edit.Edit.apply",
     "repair._edit.with_added": "repair._edit.Edit.apply",
     "repair._features.read_states": "repair._refit.refit_head",

@@ -5,41 +5,13 @@ import torch
 import transformers
 from torch.nn.functional import softplus
 
-from rmtension import PreferencePairs, RewardHead
+from rmtension import PreferencePairs
 from rmtension.errors import DataError, OptionError, ProvenanceError, StorageError
 from rmtension.repair._choice import Candidate, best_candidate, compare_candidates
 from rmtension.repair._edit import Edit
 from rmtension.repair._features import read_states
 from rmtension.repair._refit import refit_head, refit_row
 from rmtension.repair._splits import RepairPairs, contradictory_pairs
-from rmtension.synthetic import make_organism
-
-
-@pytest.fixture(scope="module")
-def organism(tmp_path_factory):
-    return make_organism(tmp_path_factory.mktemp("organism") / "model", noise=0.05, n_pairs=240)
-
-
-@pytest.fixture(scope="module")
-def head(organism):
-    return organism.head()
-
-
-@pytest.fixture(scope="module")
-def pairs(organism):
-    """The weak objective is the harmless one, once its neurons are damaged."""
-    return RepairPairs.split(organism.pairs, weak="harmless", strong="helpful", seed=0)
-
-
-@pytest.fixture(scope="module")
-def damaged(head, organism, tmp_path_factory):
-    """The neurons of the harmless objective count negatively, in a checkpoint of its own."""
-    from rmtension import Scale
-
-    folder = tmp_path_factory.mktemp("damaged")
-    head.with_ablation(organism.truth["harmless"], Scale(-1.0)).save_pretrained(folder)
-    return RewardHead.from_pretrained(folder)
-
 
 # -- splits ------------------------------------------------------------------------------------------------------------
 
