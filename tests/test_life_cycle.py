@@ -391,6 +391,8 @@ THE_SAME = {
     "interventions._export.projection_names": "reward_head.RewardHead.with_ablation",
     "interventions._edit_weights.edit_projections": "repair._edit.Edit.apply",
     "repair._gains.GainFitter.__init__": "repair._gains.fit_gains",
+    "repair._gains.GainFitter.fit": "repair._gains.fit_gains",
+    "repair._gains.GainFitter.ranking": "repair._gains.fit_gains",
     "repair._edit.reward_row": "repair._edit.Edit.apply",
     "repair._edit.with_added": "repair._edit.Edit.apply",
     "repair._features.read_states": "repair._refit.refit_head",
