@@ -56,6 +56,7 @@ from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.passes._nonfinite import require_finite, where_not_finite
 from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._rewards_of_pairs import RewardsOfPairs
+from rmtension.repair._down_projection import added_to_projection, edit_down_projection
 from rmtension.repair._edit import Edit
 from rmtension.repair._gains import fit_gains
 from rmtension.repair._refit import refit_head
@@ -353,6 +354,9 @@ CALLS = {
         "drawn", s.head.fingerprint, s.head.architecture, row=torch.ones(s.head.d_model)
     ).apply(s.head),
     "repair._refit.refit_head": lambda s: refit_head(s.head, to_repair(), shares=(0.5,), ridges=(1e-3,)),
+    "repair._down_projection.edit_down_projection": lambda s: edit_down_projection(
+        s.head, to_repair(), layers=[1], steps=(1.0,), weights=(1.0,)
+    ),
     "repair._gains.fit_gains": lambda s: fit_gains(s.head, to_repair(), counts=(2,), shares=(0.5,)),
     "interventions._sweep.score_without": lambda s: score_without(
         s.head, s.pairs, [s.neurons, s.others, s.neurons | s.others]
@@ -390,6 +394,7 @@ THE_SAME = {
     "interventions._export.ablate_weights": "reward_head.RewardHead.with_ablation",
     "interventions._export.projection_names": "reward_head.RewardHead.with_ablation",
     "interventions._edit_weights.edit_projections": "repair._edit.Edit.apply",
+    "repair._down_projection.projection_inputs": "repair._down_projection.edit_down_projection",
     "repair._gains.GainFitter.__init__": "repair._gains.fit_gains",
     "repair._gains.GainFitter.fit": "repair._gains.fit_gains",
     "repair._gains.GainFitter.ranking": "repair._gains.fit_gains",
@@ -700,6 +705,9 @@ def spot(s):
 
 # Those that touch a model.
 CONTEXTS = {
+    "repair._down_projection.added_to_projection": lambda s: added_to_projection(
+        s.head, 1, torch.ones(s.head.d_model, s.head.n_channels("mlp")).double()
+    ),
     "interventions._ablation.AblationContext": lambda s: AblationContext(s.head, s.neurons),
     "attribution._batch_run._BlockGates.closed": lambda s: _BlockGates(s.head).closed(1),
     "attribution._batch_run._BlockGates.running": lambda s: _BlockGates(s.head).running(),
