@@ -1,0 +1,147 @@
+"""What can be mended, before anything is edited."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rmtension.data._pairs import PreferencePairs
+from rmtension.errors import OptionError
+from rmtension.evaluation._intervals import Estimate, bootstrap_mean, bootstrap_share
+from rmtension.repair._ceiling import SpecialistEnsemble, closed_share
+from rmtension.repair._choice import best_candidate, correct
+from rmtension.repair._features import read_states
+from rmtension.repair._refit import refit_head, refit_row
+from rmtension.repair._splits import RepairPairs
+from rmtension.reward_head import RewardHead
+
+# The probe fits the weak objective nearly alone.
+_PROBE_SHARE, _PROBE_RIDGE = 0.99, 1e-3
+# A feature counts as present if a probe recovers at least this share of the gap.
+_PRESENT = 0.5
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a repair can hope for, measured on development pairs.
+
+    - `contradictory`: the share of the weak objective's pairs that the strong one labels in the opposite way.
+    - `before` and `ceiling`: the weak objective's accuracy, and what can be reached. `ceiling_of` says how that is
+      known: by "specialists", or by a "refit" of the reward row that spares the strong objective.
+    - `gap`: their difference, pair by pair: what can be mended.
+    - `probe`: the share of the gap that a row fitted to the weak objective nearly alone recovers; `is_present` says
+      that this is half or more: the states that the reward is read from hold what the objective needs. If not, an edit
+      of the row can do nothing, and edits of neurons have little to work with.
+    - `predicted`: the share of the gap that an edit is predicted to close: that of the best refit that spares the
+      strong objective.
+    """
+
+    weak: str
+    strong: str
+    contradictory: float
+    before: Estimate
+    ceiling: Estimate
+    ceiling_of: str
+    gap: Estimate
+    probe: Estimate
+    predicted: Estimate
+
+    @property
+    def is_present(self) -> bool:
+        """Whether a probe recovers at least half of the gap."""
+        return self.probe.value >= _PRESENT
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether the interval of the gap is above 0."""
+        return self.gap.low > 0
+
+    @property
+    def n_needed(self) -> int | None:
+        """About how many development prompts would show a gap of this size; None if there are enough, or no gap."""
+        if self.has_gap or self.gap.value <= 0:
+            return None
+        half = (self.gap.high - self.gap.low) / 2
+        return int(self.gap.n_prompts * (half / self.gap.value) ** 2) + 1
+
+    def __repr__(self) -> str:
+        lines = [
+            f"Diagnosis: {self.weak} is weak, {self.strong} is to stay",
+            f"  accuracy on {self.weak}: {self.before}; it can reach {self.ceiling} (by {self.ceiling_of})",
+            f"  repairable gap: {self.gap}; contradictory pairs: {self.contradictory:.1%}, not counted in it",
+        ]
+        if not self.has_gap:
+            more = "" if self.n_needed is None else f" About {self.n_needed:,} prompts would decide a gap of this size."
+            return "\n".join([*lines, f"  Nothing to repair is shown: the interval of the gap includes 0.{more}"])
+        held = "holds" if self.is_present else "does not hold"
+        return "\n".join(
+            [
+                *lines,
+                f"  the state that the reward is read from {held} what {self.weak} needs: a probe recovers "
+                f"{self.probe} of the gap",
+                f"  predicted closed share of an edit that spares {self.strong}: {self.predicted}",
+            ]
+        )
+
+
+def diagnose(
+    head: RewardHead,
+    pairs: Mapping[str, PreferencePairs] | RepairPairs,
+    *,
+    weak: str | None = None,
+    strong: str | None = None,
+    specialists: Mapping[str, RewardHead] | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Diagnosis:
+    """Say what a repair of the weak objective can hope for, from the fit and development pairs; the test is not read.
+
+    `pairs` are pairs by objective, divided by `RepairPairs.split` with `seed`, or a `RepairPairs`. Cost: forward passes
+    over the fit and development pairs, of the model and of the specialists.
+    """
+    split = pairs if isinstance(pairs, RepairPairs) else _split(pairs, weak, strong, seed)
+    development = split.development[split.weak]
+    fit, held = (
+        {name: read_states(head, some, progress=progress) for name, some in part.items()}
+        for part in (split.fit, split.development)
+    )
+    before = held[split.weak].margin
+    edit, dial = refit_head(head, split, progress=progress)
+    best = best_candidate(split, dial)
+    row = torch.zeros(head.d_model, dtype=torch.float64) if edit is None or best is None else edit.row
+    assert row is not None
+    spared = before + held[split.weak].difference @ row.double()
+    if specialists is None:
+        ceiling, source = spared, "refit"
+    else:
+        ensemble = SpecialistEnsemble(specialists, split, progress=progress)
+        ceiling, source = ensemble.margins(development), ensemble.source
+    probe_row = refit_row(fit[split.weak], fit[split.strong], share=_PROBE_SHARE, ridge=_PROBE_RIDGE)
+    probe = before + held[split.weak].difference @ torch.from_numpy(probe_row)
+    n_apart = len(split.contradictory[split.weak])
+    n_all = n_apart + sum(len(part[split.weak]) for part in (split.fit, split.development, split.test))
+    return Diagnosis(
+        split.weak,
+        split.strong,
+        n_apart / n_all,
+        _accuracy(before, development, level, seed),
+        _accuracy(ceiling, development, level, seed),
+        source,
+        bootstrap_mean(correct(ceiling) - correct(before), development, level=level, seed=seed),
+        closed_share(development, before, probe, ceiling, level=level, seed=seed),
+        closed_share(development, before, spared, ceiling, level=level, seed=seed),
+    )
+
+
+def _split(pairs: Mapping[str, PreferencePairs], weak: str | None, strong: str | None, seed: int) -> RepairPairs:
+    names = list(pairs)
+    if weak is None or strong is None:
+        raise OptionError(f"weak, strong: expected two of {names}, got {weak!r} and {strong!r}.")
+    return RepairPairs.split(pairs, weak=weak, strong=strong, seed=seed)
+
+
+def _accuracy(margins: Float[Tensor, "pair"], part: PreferencePairs, level: float, seed: int) -> Estimate:
+    return bootstrap_share(correct(margins), part, level=level, seed=seed)
