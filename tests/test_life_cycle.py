@@ -397,6 +397,7 @@ THE_SAME = {
     "repair._down_projection.projection_inputs": "repair._down_projection.edit_down_projection",
     "repair._diagnose.diagnose": "repair._refit.refit_head",
     "repair._ceiling.SpecialistEnsemble.__init__": "repair._refit.refit_head",
+    "repair._ceiling.SpecialistEnsemble.margins": "repair._refit.refit_head",
     "repair._repair.repair": "repair._gains.fit_gains",
     "repair._gains.GainFitter.__init__": "repair._gains.fit_gains",
     "repair._gains.GainFitter.fit": "repair._gains.fit_gains",

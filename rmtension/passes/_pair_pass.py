@@ -170,7 +170,10 @@ class _Pass(Generic[Result_co]):
                 self._order.update(pairs.ordered_digest.encode())
             order = self._order.hexdigest()
             is_last_known = start < n_known <= n_read
-            if is_last_known and (n_read, order) != (n_known, record.order):
+            # The chunk to resume is the last known one. If it ends earlier, no batch of it may run: its sums would be
+            # saved with those of other pairs.
+            ends_early = start == resumed_at and n_read < n_known
+            if ends_early or (is_last_known and (n_read, order) != (n_known, record.order)):
                 raise self._other_pairs()
             if record.is_finished and start >= n_known:
                 raise self._other_pairs()

@@ -65,7 +65,7 @@ def replicate(
     """Run a recipe: base, pairs, reward models, ten analyses by both rules, faithfulness, neurons, report.
 
     The plan, with times, comes first; `plan_replication` stops there. Every model and every pass is kept in `out`: a
-    second run reads them and runs nothing, and after an interruption only what is missing runs, with the same result.
+    second run reads them and runs nothing, and after an interruption, or with more seeds, only what is missing runs.
     `describe` describes the neurons (see `neuron_dashboards`). `on_stage` is called with a line when a stage begins,
     `on_log` with a model's name and a line about its losses. Raises `StorageError` if `out` belongs to another recipe;
     other errors are those of the stages.
@@ -208,16 +208,16 @@ def _prepared(recipe: Recipe, out: Path, clock: Clock) -> tuple[Path, PreparedPa
 
         pairs = prepare_pairs(recipe, AutoTokenizer.from_pretrained(base))
     with clock.stage("plan"):
-        kept = out / "plan.csv"
+        kept = out / f"plan-{len(recipe.seeds)}-seeds.csv"
         if not kept.exists():
             write_text(kept, plan_stages(recipe, pairs, base).to_csv(index=False), "plan")
     return base, pairs, pd.read_csv(kept)
 
 
 def _inputs(recipe: Recipe) -> dict[str, Any]:
-    """What the results depend on; not how many models are trained at a time."""
+    """What the kept models and passes depend on; not which seeds there are, nor how many are trained at a time."""
     values = asdict(recipe)
-    del values["jobs"]
+    del values["jobs"], values["seeds"]
     return {name: str(value) for name, value in values.items()}
 
 

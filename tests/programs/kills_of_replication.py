@@ -49,7 +49,7 @@ n_sets: 12
 n_neurons: 4
 """
 # What holds times, or the order in which work was saved.
-_TIMED = ("stages.csv", "stages.json", "plan.csv", "rmtension_training.json")
+_TIMED = ("stages.csv", "stages.json", "plan-2-seeds.csv", "rmtension_training.json")
 _COMPARED = (".csv", ".json", ".safetensors", ".txt")
 
 

@@ -100,6 +100,12 @@ def test_a_folder_belongs_to_one_recipe(place, done):
         replicate(read_recipe(place / "recipe.yaml", {"max_length": 150}), place / "out", progress=False)
 
 
+def test_more_seeds_belong_to_the_same_folder(place, done):
+    recipe = read_recipe(place / "recipe.yaml", {"seeds": [0, 1]})
+    plan = plan_replication(recipe, place / "out").set_index(["stage", "what"])
+    assert ("models", "2 x mixed") in plan.index, "planned anew"
+
+
 def test_no_prompt_is_in_two_splits(place, done):
     noted = record(place / "out" / "models" / "seed-0" / "mixed")
     counts = done[0].pairs.set_index(["objective", "what"])["pairs"]

@@ -34,8 +34,8 @@ recipe.yaml (relative paths are relative to this file; only base and pairs are r
   jobs: 2                             # reward models trained at a time, each with its share of the threads
 
 Stages: base, pairs, a plan with times, reward models, accuracies, the analyses by the corrected and by the
-published rules, faithfulness, neurons, report. Every model and pass is kept in --out: after an interruption the
-same command continues, and a finished run reads everything and runs nothing.
+published rules, faithfulness, neurons, report. Every model and pass is kept in --out: after an interruption, or with
+more --seeds, the same command runs what is missing, and a finished run reads everything and runs nothing.
 """
 
 
