@@ -395,6 +395,7 @@ THE_SAME = {
     "interventions._export.projection_names": "reward_head.RewardHead.with_ablation",
     "interventions._edit_weights.edit_projections": "repair._edit.Edit.apply",
     "repair._down_projection.projection_inputs": "repair._down_projection.edit_down_projection",
+    "repair._distil.distil_ensemble": "repair._refit.refit_head",
     "repair._diagnose.diagnose": "repair._refit.refit_head",
     "repair._ceiling.SpecialistEnsemble.__init__": "repair._refit.refit_head",
     "repair._ceiling.SpecialistEnsemble.margins": "repair._refit.refit_head",

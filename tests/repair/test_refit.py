@@ -1,5 +1,6 @@
 """Refit of the reward row, choices on development pairs, and edits as files and copies."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -8,6 +9,7 @@ from torch.nn.functional import softplus
 from rmtension import PreferencePairs
 from rmtension.errors import DataError, OptionError, ProvenanceError, StorageError
 from rmtension.repair._choice import Candidate, best_candidate, compare_candidates
+from rmtension.repair._distil import distil_ensemble, distilled_row
 from rmtension.repair._edit import Edit
 from rmtension.repair._features import read_states
 from rmtension.repair._refit import refit_head, refit_row
@@ -172,3 +174,26 @@ def test_an_edit_is_a_file_for_one_model(damaged, head, edit, tmp_path):
     (tmp_path / "other.safetensors").write_bytes(b"")
     with pytest.raises(StorageError):
         Edit.load(tmp_path / "other.safetensors")
+
+
+# -- distilled ensembles -----------------------------------------------------------------------------------------------
+
+
+def test_a_distilled_row_is_the_ridge_regression_of_numpy():
+    draw = torch.Generator().manual_seed(0)
+    features = torch.randn(20, 6, generator=draw, dtype=torch.float64)
+    change = torch.randn(20, generator=draw, dtype=torch.float64)
+    found = distilled_row(features, change, 0.1)
+    size = float(features.square().mean())
+    rows = torch.cat([features / 20**0.5, (0.1 * size) ** 0.5 * torch.eye(6, dtype=torch.float64)])
+    expected, *_ = np.linalg.lstsq(rows.numpy(), np.concatenate([change.numpy() / 20**0.5, np.zeros(6)]), rcond=None)
+    assert found.numpy() == pytest.approx(expected, abs=1e-10)
+
+
+def test_a_distilled_ensemble_mends(head, damaged, pairs):
+    edit, table = distil_ensemble(damaged, pairs, {"harmless": head, "helpful": head}, progress=False)
+    assert len(table) == 5
+    edited = edit.apply(damaged)
+    assert damaged.score_pairs(pairs.test["harmless"]).accuracy() < 0.3
+    assert edited.score_pairs(pairs.test["harmless"]).accuracy() > 0.9
+    assert edited.score_pairs(pairs.test["helpful"]).accuracy() > 0.97

@@ -1,0 +1,66 @@
+"""Distil the ensemble of two specialists into the reward row, in closed form."""
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rmtension.repair._ceiling import SpecialistEnsemble
+from rmtension.repair._choice import Candidate, best_candidate, compare_candidates
+from rmtension.repair._edit import Edit, reward_row
+from rmtension.repair._features import read_states
+from rmtension.repair._splits import RepairPairs
+from rmtension.reward_head import RewardHead
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+def distil_ensemble(
+    head: RewardHead,
+    pairs: RepairPairs,
+    specialists: Mapping[str, RewardHead],
+    *,
+    ridges: Sequence[float] = RIDGES,
+    progress: bool | None = None,
+) -> tuple[Edit | None, pd.DataFrame]:
+    """The change of the reward row whose margins are nearest to those of the specialists' ensemble, and a table of all.
+
+    The ensemble's margins are scaled to the size of the model's own on the fit pairs. Cost: a forward pass of the model
+    and of both specialists over the fit pairs, and of the model over the development pairs.
+    """
+    reward_row(head)
+    objectives = (pairs.weak, pairs.strong)
+    ensemble = SpecialistEnsemble(specialists, pairs, progress=progress)
+    fit = [read_states(head, pairs.fit[name], progress=progress) for name in objectives]
+    held = {name: read_states(head, pairs.development[name], progress=progress) for name in objectives}
+    own = torch.cat([states.margin for states in fit])
+    wanted = torch.cat([ensemble.margins(pairs.fit[name]) for name in objectives])
+    wanted = wanted * (own.square().mean() / wanted.square().mean()).sqrt()
+    features = torch.cat([states.difference for states in fit])
+    rows = [distilled_row(features, wanted - own, ridge) for ridge in ridges]
+    candidates = [
+        Candidate({"ridge": ridge}, {name: states.margin + states.difference @ row for name, states in held.items()})
+        for ridge, row in zip(ridges, rows, strict=True)
+    ]
+    table = compare_candidates(pairs, {name: states.margin for name, states in held.items()}, candidates)
+    best = best_candidate(pairs, table)
+    if best is None:
+        return None, table
+    return Edit("distilled ensemble", head.fingerprint, head.architecture, row=rows[best]), table
+
+
+def distilled_row(
+    features: Float[Tensor, "pair d_model"], change: Float[Tensor, "pair"], ridge: float
+) -> Float[Tensor, "d_model"]:
+    """The v that minimises the mean of (features @ v - change)^2 + ridge x size x |v|^2.
+
+    `size` is the mean square of the features.
+    """
+    moments = features.T @ features / len(features)
+    size = moments.diagonal().mean()
+    solution: Float[Tensor, "d_model"] = torch.linalg.solve(
+        moments + ridge * size * torch.eye(len(moments), dtype=moments.dtype), features.T @ change / len(features)
+    )
+    return solution
