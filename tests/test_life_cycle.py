@@ -396,6 +396,7 @@ THE_SAME = {
     "interventions._edit_weights.edit_projections": "repair._edit.Edit.apply",
     "repair._down_projection.projection_inputs": "repair._down_projection.edit_down_projection",
     "repair._distil.distil_ensemble": "repair._refit.refit_head",
+    "synthetic._damage.plant_damage": "reward_head.RewardHead.with_ablation",
     "repair._diagnose.diagnose": "repair._refit.refit_head",
     "repair._ceiling.SpecialistEnsemble.__init__": "repair._refit.refit_head",
     "repair._ceiling.SpecialistEnsemble.margins": "repair._refit.refit_head",
@@ -430,6 +431,7 @@ THE_SAME = {
 }
 # What opens or builds a model of its own, or looks at one without running it: nothing of a user's could be changed.
 OWN_MODEL = [
+    "synthetic._damage.DamagedModel.__init__",
     "training._frozen_layers.FrozenLayers.__init__",
     "training._frozen_layers.FrozenLayers.prepare",
     "bodies._bodies.BridgeBody.experts",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
-from rmtension.evaluation._intervals import Estimate, percentile_interval, resampled_sums
+from rmtension.evaluation._intervals import Estimate, resampled_sums
 from rmtension.repair._choice import correct
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
@@ -64,7 +64,8 @@ def closed_share(
     n_prompts = len(part.prompts)
     if whole <= 0:
         return Estimate(float("nan"), float("nan"), float("nan"), len(part), n_prompts, level)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shares = np.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1], np.sign(sums[:, 0]) * np.inf)
-    low, high = percentile_interval(np.nan_to_num(shares, nan=0.0, posinf=np.inf, neginf=-np.inf), level)
+    shares = np.select([sums[:, 0] > 0, sums[:, 0] < 0], [np.inf, -np.inf], 0.0)
+    np.divide(sums[:, 0], sums[:, 1], out=shares, where=sums[:, 1] > 0)
+    # Without interpolation, which infinite ends have none of.
+    low, high = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf").tolist()
     return Estimate(float(gain.sum()) / whole, low, high, len(part), n_prompts, level)

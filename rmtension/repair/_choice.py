@@ -53,11 +53,12 @@ def compare_candidates(
 
 
 def best_candidate(pairs: RepairPairs, table: pd.DataFrame) -> int | None:
-    """The row with the largest gain of the weak objective among the allowed ones; None if no allowed one gains.
+    """The row with the largest gain of the weak objective among the allowed ones whose gain is beyond chance.
 
-    Equal gains are ordered by the loss.
+    None if there is no such row: if the one-sided 95% bound of every gain is 0 or less. Equal gains are ordered by the
+    loss.
     """
-    gains = table[table["allowed"] & (table[f"{pairs.weak}_change"] > 0)]
+    gains = table[table["allowed"] & (table[f"{pairs.weak}_low"] > 0)]
     if gains.empty:
         return None
     order = gains.sort_values([f"{pairs.weak}_change", f"{pairs.weak}_loss"], ascending=[False, True], kind="stable")
