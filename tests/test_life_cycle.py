@@ -397,6 +397,8 @@ THE_SAME = {
     "repair._down_projection.projection_inputs": "repair._down_projection.edit_down_projection",
     "repair._distil.distil_ensemble": "repair._refit.refit_head",
     "synthetic._damage.plant_damage": "reward_head.RewardHead.with_ablation",
+    "repair._directions.shape_reward": "repair._refit.refit_head",
+    "repair._directions.remove_subspace": "repair._refit.refit_head",
     "repair._diagnose.diagnose": "repair._refit.refit_head",
     "repair._ceiling.SpecialistEnsemble.__init__": "repair._refit.refit_head",
     "repair._ceiling.SpecialistEnsemble.margins": "repair._refit.refit_head",
