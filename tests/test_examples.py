@@ -41,7 +41,7 @@ def test_the_real_pairs_example_runs(tmp_path):
         files[name] = tmp_path / f"{name}.jsonl"
         make_pairs(60, seed=number).to_jsonl(files[name])
     sizes = {"layers": 2, "d-model": 16, "heads": 2, "vocab-size": 320, "max-length": 96, "train-pairs": 40}
-    sizes |= {"test-pairs": 24, "base-epochs": 0.1, "reward-epochs": 0.2, "draws": 2}
+    sizes |= {"test-pairs": 24, "base-epochs": 0.1, "reward-epochs": 1, "draws": 2}
     sizes |= {"subsamples": 2, "curve-fractions": 0.1}
     command = [sys.executable, str(ROOT / "examples" / "real_pairs.py"), "--out", str(tmp_path / "out")]
     for name, value in {**files, **sizes}.items():
