@@ -405,6 +405,14 @@ THE_SAME = {
     "repair._repair.repair": "repair._gains.fit_gains",
     "repair._gains.GainFitter.__init__": "repair._gains.fit_gains",
     "repair._gains.GainFitter.fit": "repair._gains.fit_gains",
+    "repair._gains.GainFitter.path": "repair._gains.fit_gains",
+    "repair._features.margins_of": "repair._gains.fit_gains",
+    "repair._features.SplitStates.of": "repair._refit.refit_head",
+    "repair._row_edits.best_row": "repair._refit.refit_head",
+    **{
+        f"repair._diagnose.Evidence.{name}": "repair._refit.refit_head"
+        for name in ("__init__", "gather", "ceiling", "diagnosis")
+    },
     "repair._gains.GainFitter.ranking": "repair._gains.fit_gains",
     "repair._edit.reward_row": "repair._edit.Edit.apply",
     "repair._edit.with_added": "repair._edit.Edit.apply",

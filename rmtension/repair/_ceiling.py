@@ -21,8 +21,6 @@ class SpecialistEnsemble:
     No single set of weights has to satisfy both objectives here, so its accuracy is what the objectives allow together.
     """
 
-    source = "specialists"
-
     def __init__(
         self, specialists: Mapping[str, RewardHead], pairs: RepairPairs, *, progress: bool | None = None
     ) -> None:

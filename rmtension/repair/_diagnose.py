@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,8 +11,9 @@ from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
 from rmtension.evaluation._intervals import Estimate, bootstrap_mean, bootstrap_share
 from rmtension.repair._ceiling import SpecialistEnsemble, closed_share
-from rmtension.repair._choice import best_candidate, correct
-from rmtension.repair._features import read_states
+from rmtension.repair._choice import correct
+from rmtension.repair._edit import Edit
+from rmtension.repair._features import ReadStates, SplitStates, read_states
 from rmtension.repair._refit import refit_head, refit_row
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
@@ -103,37 +104,68 @@ def diagnose(
     over the fit and development pairs, of the model and of the specialists.
     """
     split = pairs if isinstance(pairs, RepairPairs) else _split(pairs, weak, strong, seed)
-    development = split.development[split.weak]
-    fit, held = (
-        {name: read_states(head, some, progress=progress) for name, some in part.items()}
-        for part in (split.fit, split.development)
-    )
-    before = held[split.weak].margin
-    edit, dial = refit_head(head, split, progress=progress)
-    best = best_candidate(split, dial)
-    row = torch.zeros(head.d_model, dtype=torch.float64) if edit is None or best is None else edit.row
-    assert row is not None
-    spared = before + held[split.weak].difference @ row.double()
-    if specialists is None:
-        ceiling, source = spared, "refit"
-    else:
-        ensemble = SpecialistEnsemble(specialists, split, progress=progress)
-        ceiling, source = ensemble.margins(development), ensemble.source
-    probe_row = refit_row(fit[split.weak], fit[split.strong], share=_PROBE_SHARE, ridge=_PROBE_RIDGE)
-    probe = before + held[split.weak].difference @ torch.from_numpy(probe_row)
-    n_apart = len(split.contradictory[split.weak])
-    n_all = n_apart + sum(len(part[split.weak]) for part in (split.fit, split.development, split.test))
-    return Diagnosis(
-        split.weak,
-        split.strong,
-        n_apart / n_all,
-        _accuracy(before, development, level, seed),
-        _accuracy(ceiling, development, level, seed),
-        source,
-        bootstrap_mean(correct(ceiling) - correct(before), development, level=level, seed=seed),
-        closed_share(development, before, probe, ceiling, level=level, seed=seed),
-        closed_share(development, before, spared, ceiling, level=level, seed=seed),
-    )
+    return Evidence.gather(head, split, specialists, progress=progress).diagnosis(level=level, seed=seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What diagnosis, ceiling and controls of one repair share: the states, the best refit, and the ensemble."""
+
+    head: RewardHead
+    pairs: RepairPairs
+    states: SplitStates
+    refit: Edit | None
+    ensemble: SpecialistEnsemble | None
+
+    @classmethod
+    def gather(
+        cls,
+        head: RewardHead,
+        pairs: RepairPairs,
+        specialists: Mapping[str, RewardHead] | None,
+        *,
+        progress: bool | None = None,
+    ) -> "Evidence":
+        """Run the fit and development pairs, and refit the reward row."""
+        states = SplitStates.of(head, pairs, progress=progress)
+        refit, _ = refit_head(head, pairs, states=states)
+        ensemble = None if specialists is None else SpecialistEnsemble(specialists, pairs, progress=progress)
+        return cls(head, pairs, states, refit, ensemble)
+
+    def ceiling(self, part: PreferencePairs, states: ReadStates | None = None) -> Float[Tensor, "pair"]:
+        """The margins of weak pairs at the ceiling: those of the ensemble, or with the refit row.
+
+        `states` are those of the pairs, if they are known. Cost: a forward pass of the specialists, or of the model.
+        """
+        if self.ensemble is not None:
+            return self.ensemble.margins(part)
+        return self._refitted(read_states(self.head, part) if states is None else states)
+
+    def diagnosis(self, *, level: float = 0.95, seed: int = 0) -> Diagnosis:
+        """What a repair can hope for."""
+        pairs, weak, strong = self.pairs, self.pairs.weak, self.pairs.strong
+        development, states = pairs.development[weak], self.states.development[weak]
+        before, ceiling = states.margin, self.ceiling(development, states)
+        probe_row = refit_row(self.states.fit[weak], self.states.fit[strong], share=_PROBE_SHARE, ridge=_PROBE_RIDGE)
+        probe = before + states.difference @ probe_row
+        n_apart = len(pairs.contradictory[weak])
+        n_all = n_apart + sum(len(part[weak]) for part in (pairs.fit, pairs.development, pairs.test))
+        judging: dict[str, Any] = {"level": level, "seed": seed}
+        return Diagnosis(
+            weak,
+            strong,
+            n_apart / n_all,
+            bootstrap_share(correct(before), development, **judging),
+            bootstrap_share(correct(ceiling), development, **judging),
+            "refit" if self.ensemble is None else "specialists",
+            bootstrap_mean(correct(ceiling) - correct(before), development, **judging),
+            closed_share(development, before, probe, ceiling, **judging),
+            closed_share(development, before, self._refitted(states), ceiling, **judging),
+        )
+
+    def _refitted(self, states: ReadStates) -> Float[Tensor, "pair"]:
+        row = None if self.refit is None else self.refit.row
+        return states.margin if row is None else states.margin + states.difference @ row.double()
 
 
 def _split(pairs: Mapping[str, PreferencePairs], weak: str | None, strong: str | None, seed: int) -> RepairPairs:
@@ -141,7 +173,3 @@ def _split(pairs: Mapping[str, PreferencePairs], weak: str | None, strong: str |
     if weak is None or strong is None:
         raise OptionError(f"weak, strong: expected two of {names}, got {weak!r} and {strong!r}.")
     return RepairPairs.split(pairs, weak=weak, strong=strong, seed=seed)
-
-
-def _accuracy(margins: Float[Tensor, "pair"], part: PreferencePairs, level: float, seed: int) -> Estimate:
-    return bootstrap_share(correct(margins), part, level=level, seed=seed)

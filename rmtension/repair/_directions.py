@@ -1,6 +1,6 @@
 """Edits that take directions out of the reward row: published recipes against style biases, on the same test."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 from rmtension.data._chat import n_characters
 from rmtension.data._pair import PreferencePair
 from rmtension.errors import DataError
-from rmtension.repair._choice import Candidate, best_candidate, compare_candidates
 from rmtension.repair._edit import Edit, reward_row
-from rmtension.repair._features import ReadStates, read_states
+from rmtension.repair._features import ReadStates, SplitStates
+from rmtension.repair._row_edits import best_row
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
 
@@ -35,15 +35,15 @@ def shape_reward(
     and development pairs.
     """
     more_of = feature or _longer
+    states = SplitStates.of(head, pairs, progress=progress)
     differences = []
-    for name in (pairs.weak, pairs.strong):
-        part = pairs.fit[name]
-        sign = torch.tensor([more_of(pair) for pair in part], dtype=torch.float64).sign()
-        differences.append(read_states(head, part, progress=progress).difference * sign[:, None])
+    for name, of_part in states.fit.items():
+        sign = torch.tensor([more_of(pair) for pair in pairs.fit[name]], dtype=torch.float64).sign()
+        differences.append(of_part.difference * sign[:, None])
     mean = torch.cat(differences).mean(dim=0)
     if not bool(mean.abs().max() > 0):
         raise DataError("feature: the chosen and the rejected responses of all fit pairs have equally much of it.")
-    return _without_directions(head, pairs, (mean / mean.norm())[None], alphas, "reward shaping", progress)
+    return _without_directions(head, pairs, states, (mean / mean.norm())[None], alphas, "reward shaping")
 
 
 def remove_subspace(
@@ -57,17 +57,16 @@ def remove_subspace(
 
     U is an orthonormal basis of one direction per subset of the weak fit pairs: the mean difference of states over the
     pairs that the model gets wrong, at least three, divided by its norm. Raises `DataError` if there are none. Cost: a
-    forward pass over the weak fit pairs and the development pairs.
+    forward pass over the fit and development pairs.
     """
-    part = pairs.fit[pairs.weak]
-    states = read_states(head, part, progress=progress)
-    directions = wrong_directions(states, [pair.subset for pair in part])
+    states = SplitStates.of(head, pairs, progress=progress)
+    directions = wrong_directions(states.fit[pairs.weak], [pair.subset for pair in pairs.fit[pairs.weak]])
     if not len(directions):
         raise DataError(
             f"pairs: no subset of the {pairs.weak} fit pairs has {_FEWEST_PAIRS} that the model orders wrongly. There "
             "is no subspace to remove."
         )
-    return _without_directions(head, pairs, directions, alphas, "head subspace removed", progress)
+    return _without_directions(head, pairs, states, directions, alphas, "head subspace removed")
 
 
 def wrong_directions(states: ReadStates, subsets: Sequence[object]) -> Float[Tensor, "direction d_model"]:
@@ -92,29 +91,17 @@ def wrong_directions(states: ReadStates, subsets: Sequence[object]) -> Float[Ten
 def _without_directions(
     head: RewardHead,
     pairs: RepairPairs,
+    states: SplitStates,
     directions: Float[Tensor, "direction d_model"],
     alphas: Sequence[float],
     kind: str,
-    progress: bool | None,
 ) -> tuple[Edit | None, pd.DataFrame]:
     """The best of some strengths at which orthonormal directions are taken out of the row."""
     linear, number = reward_row(head)
     row = linear.weight[number].detach().cpu().double()
     share = directions.T @ (directions @ row)
-    held: Mapping[str, ReadStates] = {
-        name: read_states(head, part, progress=progress) for name, part in pairs.development.items()
-    }
-    candidates = [
-        Candidate(
-            {"alpha": alpha}, {name: states.margin - alpha * states.difference @ share for name, states in held.items()}
-        )
-        for alpha in alphas
-    ]
-    table = compare_candidates(pairs, {name: states.margin for name, states in held.items()}, candidates)
-    best = best_candidate(pairs, table)
-    if best is None:
-        return None, table
-    return Edit(kind, head.fingerprint, head.architecture, row=-alphas[best] * share), table
+    rows = [({"alpha": alpha}, -alpha * share) for alpha in alphas]
+    return best_row(kind, head, pairs, states, rows)
 
 
 def _longer(pair: PreferencePair) -> float:

@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.repair._ceiling import SpecialistEnsemble
-from rmtension.repair._choice import Candidate, best_candidate, compare_candidates
 from rmtension.repair._edit import Edit, reward_row
-from rmtension.repair._features import read_states
+from rmtension.repair._features import SplitStates
+from rmtension.repair._row_edits import best_row
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
 
@@ -31,24 +31,14 @@ def distil_ensemble(
     and of both specialists over the fit pairs, and of the model over the development pairs.
     """
     reward_row(head)
-    objectives = (pairs.weak, pairs.strong)
     ensemble = SpecialistEnsemble(specialists, pairs, progress=progress)
-    fit = [read_states(head, pairs.fit[name], progress=progress) for name in objectives]
-    held = {name: read_states(head, pairs.development[name], progress=progress) for name in objectives}
-    own = torch.cat([states.margin for states in fit])
-    wanted = torch.cat([ensemble.margins(pairs.fit[name]) for name in objectives])
+    states = SplitStates.of(head, pairs, progress=progress)
+    own = torch.cat([part.margin for part in states.fit.values()])
+    wanted = torch.cat([ensemble.margins(pairs.fit[name]) for name in states.fit])
     wanted = wanted * (own.square().mean() / wanted.square().mean()).sqrt()
-    features = torch.cat([states.difference for states in fit])
-    rows = [distilled_row(features, wanted - own, ridge) for ridge in ridges]
-    candidates = [
-        Candidate({"ridge": ridge}, {name: states.margin + states.difference @ row for name, states in held.items()})
-        for ridge, row in zip(ridges, rows, strict=True)
-    ]
-    table = compare_candidates(pairs, {name: states.margin for name, states in held.items()}, candidates)
-    best = best_candidate(pairs, table)
-    if best is None:
-        return None, table
-    return Edit("distilled ensemble", head.fingerprint, head.architecture, row=rows[best]), table
+    features = torch.cat([part.difference for part in states.fit.values()])
+    rows = [({"ridge": ridge}, distilled_row(features, wanted - own, ridge)) for ridge in ridges]
+    return best_row("distilled ensemble", head, pairs, states, rows)
 
 
 def distilled_row(

@@ -19,6 +19,7 @@ from rmtension.passes._pair_statistic import PairStatistic
 from rmtension.passes._pass_record import PassRecord
 from rmtension.repair._choice import Candidate, best_candidate, compare_candidates
 from rmtension.repair._edit import SITE, Edit
+from rmtension.repair._features import margins_of
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
 
@@ -152,7 +153,7 @@ def edit_down_projection(
     weak = projection_inputs(head, pairs.fit[pairs.weak], tried, progress=progress)
     strong = projection_inputs(head, pairs.fit[pairs.strong], tried, progress=progress)
     spread = float(torch.cat([weak.margins, strong.margins]).std())
-    before = _margins(head, pairs, progress)
+    before = margins_of(head, pairs.development, progress=progress)
     changes: list[tuple[int, Float[Tensor, "d_model channel"]]] = []
     candidates = []
     for number, layer in enumerate(tried):
@@ -168,7 +169,7 @@ def edit_down_projection(
                     weight,
                 )
                 with added_to_projection(head, layer, change):
-                    margins = _margins(head, pairs, progress)
+                    margins = margins_of(head, pairs.development, progress=progress)
                 candidates.append(Candidate({"layer": layer, "step": step, "weight": weight}, margins))
                 changes.append((layer, change))
     table = compare_candidates(pairs, before, candidates)
@@ -208,7 +209,3 @@ def _hooks(
         projection = model.body.projection(SITE, layer)
         yield projection.read, partial(keep, layer)
         yield projection.written, partial(put, layer)
-
-
-def _margins(head: RewardHead, pairs: RepairPairs, progress: bool | None) -> dict[str, Float[Tensor, "pair"]]:
-    return {name: head.score_pairs(part, progress=progress).margin.double() for name, part in pairs.development.items()}

@@ -13,6 +13,8 @@ from rmtension.models._reward_model import RewardModel
 from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._pair_statistic import PairStatistic
 from rmtension.passes._pass_record import PassRecord
+from rmtension.repair._splits import RepairPairs
+from rmtension.reward_head import RewardHead
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,3 +73,36 @@ class _StatesOfPairs(PairStatistic[ReadStates]):
 def read_states(model: RewardModel, pairs: PreferencePairs, *, progress: bool | None = None) -> ReadStates:
     """Run the pairs and keep what the head reads. Cost: one forward pass. Memory: 2 x pairs x d_model numbers."""
     return run_pass(model, pairs, _StatesOfPairs(model, pairs), progress=progress)
+
+
+@dataclass(frozen=True, eq=False)
+class SplitStates:
+    """The states of the fit and of the development pairs, by objective."""
+
+    fit: Mapping[str, ReadStates]
+    development: Mapping[str, ReadStates]
+
+    @classmethod
+    def of(cls, model: RewardModel, pairs: RepairPairs, *, progress: bool | None = None) -> "SplitStates":
+        """Run the fit and the development pairs. Cost: one forward pass over both."""
+        fit, development = (
+            {name: read_states(model, part, progress=progress) for name, part in groups.items()}
+            for groups in (pairs.fit, pairs.development)
+        )
+        return cls(fit, development)
+
+    @property
+    def margins(self) -> dict[str, Float[Tensor, "pair"]]:
+        """The margins of the development pairs."""
+        return {name: states.margin for name, states in self.development.items()}
+
+    def margins_with(self, row: Float[Tensor, "d_model"]) -> dict[str, Float[Tensor, "pair"]]:
+        """The margins of the development pairs with something added to the row of the reward head."""
+        return {name: states.margin + states.difference @ row for name, states in self.development.items()}
+
+
+def margins_of(
+    head: RewardHead, groups: Mapping[str, PreferencePairs], *, progress: bool | None = None
+) -> dict[str, Float[Tensor, "pair"]]:
+    """The margins of every group's pairs, in float64. Cost: a forward pass."""
+    return {name: head.score_pairs(part, progress=progress).margin.double() for name, part in groups.items()}

@@ -17,10 +17,13 @@ from rmtension.interventions._replacements import Scale
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.repair._choice import Candidate, best_candidate, compare_candidates
 from rmtension.repair._edit import SITE, Edit
+from rmtension.repair._features import margins_of
 from rmtension.repair._solvers import Margins, fit_bounded
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
 
+# Weights of the weak objective that are tried.
+GAIN_SHARES = (0.3, 0.5, 0.7)
 # A step is halved this often before the fit ends.
 _MOST_HALVINGS = 3
 
@@ -60,8 +63,8 @@ class GainFitter:
         self._progress = progress
         self._shape = (head.n_layers, head.n_neurons(SITE))
         self.objectives = (pairs.weak, pairs.strong)
-        self.before = self._margins(pairs.development)
-        self._fit_before = self._margins(pairs.fit)
+        self.before = margins_of(head, pairs.development, progress=progress)
+        self._fit_before = margins_of(head, pairs.fit, progress=progress)
         self._first = {name: self._contributions(pairs.fit[name]) for name in self.objectives}
 
     def ranking(self, share: float) -> Float[Tensor, "layer neuron"]:
@@ -91,7 +94,7 @@ class GainFitter:
                 tried = gains.clone()
                 tried[places] = torch.from_numpy(1 + change + share * (found - change))
                 with AblationContext(self.head, neurons, Scale(tried)):
-                    now = self._margins(self.pairs.development)
+                    now = margins_of(self.head, self.pairs.development, progress=self._progress)
                 if (loss := self._loss(now, options)) < best_loss:
                     break
                 share /= 2
@@ -100,9 +103,27 @@ class GainFitter:
             gains, best, best_loss, n_steps = tried, now, loss, step + 1
             if step + 1 < options.steps:
                 with AblationContext(self.head, neurons, Scale(gains)):
-                    fit_margins = self._margins(self.pairs.fit)
+                    fit_margins = margins_of(self.head, self.pairs.fit, progress=self._progress)
                     contributions = {name: self._contributions(self.pairs.fit[name]) for name in self.objectives}
         return FittedGains(gains, best, n_steps)
+
+    def path(self, counts: Sequence[int], shares: Sequence[float]) -> tuple[Edit | None, pd.DataFrame]:
+        """The best gains of the neurons that matter most, or None, and a row for every share and count."""
+        fitted, candidates = [], []
+        for share in shares:
+            order = self.ranking(share).abs().flatten().argsort(descending=True, stable=True)
+            for count in counts:
+                mask = torch.zeros(len(order), dtype=torch.bool)
+                mask[order[:count]] = True
+                neurons = NeuronSet(mask.view(self._shape), SITE, self.head.architecture)
+                fitted.append(self.fit(neurons, GainOptions(share=share)))
+                settings = {"share": share, "neurons": count, "steps": fitted[-1].n_steps}
+                candidates.append(Candidate(settings, fitted[-1].margins))
+        table = compare_candidates(self.pairs, self.before, candidates)
+        best = best_candidate(self.pairs, table)
+        if best is None:
+            return None, table
+        return Edit("gains", self.head.fingerprint, self.head.architecture, gains=fitted[best].gains), table
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -128,11 +149,6 @@ class GainFitter:
         )
         return fit_bounded(joined, ridge=options.ridge, lasso=0.0, bound=options.bound)
 
-    def _margins(self, groups: Mapping[str, PreferencePairs]) -> dict[str, Float[Tensor, "pair"]]:
-        return {
-            name: self.head.score_pairs(part, progress=self._progress).margin.double() for name, part in groups.items()
-        }
-
     def _contributions(self, part: PreferencePairs) -> Float[Tensor, "pair layer neuron"]:
         attribution = NeuronAttribution(self.head, "gradient_x_activation", site=SITE)
         by_pair = attribution.per_pair(part, progress=self._progress)
@@ -150,7 +166,7 @@ def fit_gains(
     pairs: RepairPairs,
     *,
     counts: Sequence[int],
-    shares: Sequence[float] = (0.3, 0.5, 0.7),
+    shares: Sequence[float] = GAIN_SHARES,
     progress: bool | None = None,
 ) -> tuple[Edit | None, pd.DataFrame]:
     """The best gains of the neurons that matter most, and the path: every number of neurons that was tried.
@@ -158,23 +174,7 @@ def fit_gains(
     For each share and count, the neurons are those whose gain changes the loss fastest. The edit is None if no gains
     help the weak objective and spare the strong one, on the development pairs.
     """
-    fitter = GainFitter(head, pairs, progress=progress)
-    fitted, candidates = [], []
-    for share in shares:
-        order = fitter.ranking(share).abs().flatten().argsort(descending=True, stable=True)
-        for count in counts:
-            mask = torch.zeros(len(order), dtype=torch.bool)
-            mask[order[:count]] = True
-            neurons = NeuronSet(mask.view(head.n_layers, -1), SITE, head.architecture)
-            fitted.append(fitter.fit(neurons, GainOptions(share=share)))
-            candidates.append(
-                Candidate({"share": share, "neurons": count, "steps": fitted[-1].n_steps}, fitted[-1].margins)
-            )
-    table = compare_candidates(pairs, fitter.before, candidates)
-    best = best_candidate(pairs, table)
-    if best is None:
-        return None, table
-    return Edit("gains", head.fingerprint, head.architecture, gains=fitted[best].gains), table
+    return GainFitter(head, pairs, progress=progress).path(counts, shares)
 
 
 def _shares(share: float) -> tuple[float, float]:

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -22,8 +21,6 @@ from rmtension.repair._choice import MOST_LOST, correct
 from rmtension.repair._edit import Edit
 from rmtension.repair._splits import RepairPairs
 from rmtension.store._files import write_text
-
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,6 @@ class RepairReport:
         """Write the report to one JSON file."""
         values = {
             "kind": "RepairReport",
-            "format": _FORMAT,
             "weak": self.weak,
             "strong": self.strong,
             "edit": dict(self.edit),
@@ -203,11 +199,3 @@ def control_row(
         "strong_change": float(strong.mean()),
         "numbers": 0 if edit is None else edit.n_numbers,
     }
-
-
-def shuffled_labels(part: PreferencePairs, seed: int) -> PreferencePairs:
-    """The pairs with the labels of a random half exchanged: nothing can be learned from them."""
-    swapped = np.random.default_rng(seed).permutation(len(part)) < len(part) // 2
-    return PreferencePairs(
-        pair.swapped() if exchange else pair for pair, exchange in zip(part, swapped.tolist(), strict=True)
-    )

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from rmtension.repair._choice import Candidate, best_candidate, compare_candidates
 from rmtension.repair._edit import Edit, reward_row
-from rmtension.repair._features import ReadStates, read_states
+from rmtension.repair._features import ReadStates, SplitStates
+from rmtension.repair._row_edits import best_row
 from rmtension.repair._solvers import Margins, fit_newton
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
@@ -25,6 +27,7 @@ def refit_head(
     *,
     shares: Sequence[float] = SHARES,
     ridges: Sequence[float] = RIDGES,
+    states: SplitStates | None = None,
     progress: bool | None = None,
 ) -> tuple[Edit | None, pd.DataFrame]:
     """The best change of the reward row, and the dial: every change that was tried, on the development pairs.
@@ -32,33 +35,22 @@ def refit_head(
     v minimises share x loss(weak) + (1 - share) x loss(strong) + ridge v' S v on the fit pairs, where the losses are
     means of log(1 + exp(-(row + v) @ d)), d is the difference of the states that the row reads, and S is the mean of
     d d'. The edit is None if no change gains on the weak objective and spares the strong one. Cost: a forward pass over
-    the fit and development pairs.
+    the fit and development pairs, unless their `states` are given.
     """
     reward_row(head)
-    objectives = (pairs.weak, pairs.strong)
-    fit = {name: read_states(head, pairs.fit[name], progress=progress) for name in objectives}
-    held = {name: read_states(head, pairs.development[name], progress=progress) for name in objectives}
-    moves = [
-        (share, ridge, refit_row(fit[pairs.weak], fit[pairs.strong], share=share, ridge=ridge))
+    known = states or SplitStates.of(head, pairs, progress=progress)
+    rows = [
+        (
+            {"share": share, "ridge": ridge},
+            refit_row(known.fit[pairs.weak], known.fit[pairs.strong], share=share, ridge=ridge),
+        )
         for ridge in ridges
         for share in shares
     ]
-    candidates = [
-        Candidate(
-            {"share": share, "ridge": ridge},
-            {name: states.margin + states.difference @ torch.from_numpy(move) for name, states in held.items()},
-        )
-        for share, ridge, move in moves
-    ]
-    table = compare_candidates(pairs, {name: states.margin for name, states in held.items()}, candidates)
-    best = best_candidate(pairs, table)
-    if best is None:
-        return None, table
-    row = torch.from_numpy(moves[best][2])
-    return Edit("head refit", head.fingerprint, head.architecture, row=row), table
+    return best_row("head refit", head, pairs, known, rows)
 
 
-def refit_row(weak: ReadStates, strong: ReadStates, *, share: float, ridge: float) -> np.ndarray:
+def refit_row(weak: ReadStates, strong: ReadStates, *, share: float, ridge: float) -> Float[Tensor, "d_model"]:
     """The v of `refit_head` for one share and ridge."""
     features = np.concatenate([weak.difference.numpy(), strong.difference.numpy()])
     offset = np.concatenate([weak.margin.numpy(), strong.margin.numpy()])
@@ -66,4 +58,4 @@ def refit_row(weak: ReadStates, strong: ReadStates, *, share: float, ridge: floa
     weights = np.concatenate([np.full(n_weak, share / n_weak), np.full(n_strong, (1 - share) / n_strong)])
     metric = features.T @ features / len(features)
     metric += _FLOOR * np.trace(metric) / len(metric) * np.eye(len(metric))
-    return fit_newton(Margins(features, offset, weights), ridge, metric)
+    return torch.from_numpy(fit_newton(Margins(features, offset, weights), ridge, metric))

@@ -1,8 +1,7 @@
 """Diagnose, edit by one method, and prove it on test pairs with controls."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 
 import pandas as pd
 import torch
@@ -17,13 +16,14 @@ from rmtension.interventions._ablation import AblationContext
 from rmtension.interventions._replacements import Scale
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.passes._activation_collector import ActivationCollector
-from rmtension.repair._ceiling import SpecialistEnsemble, closed_share
-from rmtension.repair._diagnose import diagnose
+from rmtension.repair._ceiling import closed_share
+from rmtension.repair._choice import best_candidate
+from rmtension.repair._diagnose import Evidence
 from rmtension.repair._down_projection import edit_down_projection
 from rmtension.repair._edit import SITE, Edit
-from rmtension.repair._features import read_states
-from rmtension.repair._gains import GainFitter, GainOptions, fit_gains
-from rmtension.repair._receipt import RepairReport, check_table, control_row, shuffled_labels
+from rmtension.repair._features import SplitStates, margins_of
+from rmtension.repair._gains import GAIN_SHARES, GainFitter, GainOptions
+from rmtension.repair._receipt import RepairReport, check_table, control_row
 from rmtension.repair._refit import refit_head
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
@@ -50,30 +50,30 @@ def repair(
     then holds what the unedited model does. Raises `OptionError` if the diagnosis shows no gap.
     """
     require_choice("method", method, METHODS)
-    diagnosis = diagnose(head, pairs, specialists=specialists, level=level, seed=seed, progress=progress)
+    evidence = Evidence.gather(head, pairs, specialists, progress=progress)
+    diagnosis = evidence.diagnosis(level=level, seed=seed)
     if not diagnosis.has_gap:
         raise OptionError(f"pairs: nothing to repair is shown.\n{diagnosis}")
-    edit, table = _fit(method, head, pairs, progress)
+    fitter = GainFitter(head, pairs, progress=progress) if method == "gains" else None
+    edit, table = _fit(method, head, pairs, fitter, evidence.states, progress)
     edited = head if edit is None else edit.apply(head)
     scored = {
         name: {model: of.score_pairs(part, progress=progress) for model, of in (("before", head), ("after", edited))}
         for name, part in pairs.test.items()
     }
     before, after = ({name: of[model].margin.double() for name, of in scored.items()} for model in ("before", "after"))
-    ceiling = _ceiling(head, pairs, specialists, before, progress)
+    ceiling = evidence.ceiling(pairs.test[pairs.weak])
     rewards = tuple({name: _both(of[model]) for name, of in scored.items()} for model in ("before", "after"))
+    others = {} if method == "head refit" else {"head refit": evidence.refit}
+    others["shuffled labels"] = _fit(method, head, pairs.shuffled(seed), None, None, progress)[0]
     controls = []
-    fits: dict[str, Callable[[], Edit | None]] = {
-        "head refit": lambda: refit_head(head, pairs, progress=progress)[0],
-        "shuffled labels": lambda: _fit(method, head, _shuffled(pairs, seed), progress)[0],
-    }
-    for name, fit in fits.items():
-        if name != method:
-            other = fit()
-            margins = before if other is None else _margins(other.apply(head), pairs.test, progress)
-            controls.append(control_row(pairs, name, before, margins, ceiling, other))
-    if edit is not None and edit.gains is not None:
-        controls += _random_neurons(head, pairs, edit, table, before, ceiling, n_random, seed, progress)
+    for name, other in others.items():
+        margins = before if other is None else margins_of(other.apply(head), pairs.test, progress=progress)
+        controls.append(control_row(pairs, name, before, margins, ceiling, other))
+    if fitter is not None and (best := best_candidate(pairs, table)) is not None:
+        assert edit is not None
+        options = GainOptions(share=table.to_dict("records")[best]["share"])
+        controls += _random_neurons(fitter, edit, options, before, ceiling, n_random, seed, progress)
     weak_part = pairs.test[pairs.weak]
     report = RepairReport(
         pairs.weak,
@@ -90,38 +90,28 @@ def repair(
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _fit(method: str, head: RewardHead, pairs: RepairPairs, progress: bool | None) -> tuple[Edit | None, pd.DataFrame]:
+def _fit(
+    method: str,
+    head: RewardHead,
+    pairs: RepairPairs,
+    fitter: GainFitter | None,
+    states: SplitStates | None,
+    progress: bool | None,
+) -> tuple[Edit | None, pd.DataFrame]:
+    """The edit by one method; `fitter` and `states` are those of these pairs, if they are known."""
     if method == "head refit":
-        return refit_head(head, pairs, progress=progress)
+        return refit_head(head, pairs, states=states, progress=progress)
     if method == "down projection":
         return edit_down_projection(head, pairs, progress=progress)
     total = head.n_layers * head.n_neurons(SITE)
     counts = sorted({max(1, math.ceil(fraction * total)) for fraction in _FRACTIONS})
-    return fit_gains(head, pairs, counts=counts, progress=progress)
-
-
-def _ceiling(
-    head: RewardHead,
-    pairs: RepairPairs,
-    specialists: Mapping[str, RewardHead] | None,
-    before: Mapping[str, Float[Tensor, "pair"]],
-    progress: bool | None,
-) -> Float[Tensor, "pair"]:
-    """The margins of the weak test pairs at the ceiling."""
-    part = pairs.test[pairs.weak]
-    if specialists is not None:
-        return SpecialistEnsemble(specialists, pairs, progress=progress).margins(part)
-    refit, _ = refit_head(head, pairs, progress=progress)
-    if refit is None or refit.row is None:
-        return before[pairs.weak]
-    return before[pairs.weak] + read_states(head, part, progress=progress).difference @ refit.row.double()
+    return (fitter or GainFitter(head, pairs, progress=progress)).path(counts, GAIN_SHARES)
 
 
 def _random_neurons(
-    head: RewardHead,
-    pairs: RepairPairs,
+    fitter: GainFitter,
     edit: Edit,
-    table: pd.DataFrame,
+    options: GainOptions,
     before: Mapping[str, Float[Tensor, "pair"]],
     ceiling: Float[Tensor, "pair"],
     n_random: int,
@@ -130,36 +120,19 @@ def _random_neurons(
 ) -> list[dict[str, object]]:
     """Gains of random neurons, matched by layer and magnitude, fitted as those of the edit."""
     assert edit.gains is not None
+    head, pairs = fitter.head, fitter.pairs
     neurons = NeuronSet(edit.gains != 1, SITE, head.architecture)
     both = sum(pairs.fit.values(), start=PreferencePairs([]))
     magnitude = ActivationCollector(head, site=SITE).collect(both, progress=progress).abs_mean
-    fitter = GainFitter(head, pairs, progress=progress)
-    allowed = table[table["neurons"] == len(neurons)]
-    options = GainOptions(share=float(allowed.iloc[0]["share"]))
     rows = []
     for draw in range(n_random):
         random = neurons.matched_random(seed=seed + draw, match="magnitude", magnitude=magnitude)
-        fitted = fitter.fit(random, options)
-        with AblationContext(head, random, Scale(fitted.gains)):
-            margins = _margins(head, pairs.test, progress)
-        of_random = Edit("gains", head.fingerprint, head.architecture, gains=fitted.gains)
+        gains = fitter.fit(random, options).gains
+        with AblationContext(head, random, Scale(gains)):
+            margins = margins_of(head, pairs.test, progress=progress)
+        of_random = Edit("gains", head.fingerprint, head.architecture, gains=gains)
         rows.append(control_row(pairs, "random neurons", before, margins, ceiling, of_random))
     return rows
-
-
-def _shuffled(pairs: RepairPairs, seed: int) -> RepairPairs:
-    """The same splits, with the weak labels of fit and development pairs exchanged at random."""
-    changed = {
-        split: {**groups, pairs.weak: shuffled_labels(groups[pairs.weak], seed)}
-        for split, groups in (("fit", pairs.fit), ("development", pairs.development))
-    }
-    return replace(pairs, fit=changed["fit"], development=changed["development"])
-
-
-def _margins(
-    head: RewardHead, groups: Mapping[str, PreferencePairs], progress: bool | None
-) -> dict[str, Float[Tensor, "pair"]]:
-    return {name: head.score_pairs(part, progress=progress).margin.double() for name, part in groups.items()}
 
 
 def _both(scored: PairRewards) -> Float[Tensor, "2 pair"]:

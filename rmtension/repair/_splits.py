@@ -1,7 +1,9 @@
 """The pairs of a repair: fit, development and test splits of a weak and a strong objective, and contradictory pairs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
@@ -99,10 +101,25 @@ class RepairPairs:
                     raise DataError(f"pairs: no {name} pairs are left for {split}. Give more pairs, or larger shares.")
         return cls(weak, strong, **parts, contradictory=dict(zip(both, contradictory, strict=True)))
 
+    def shuffled(self, seed: int) -> "RepairPairs":
+        """The same splits with wrong labels for half of the weak fit and development pairs, at random: a control."""
+        fit, development = (
+            {**groups, self.weak: shuffled_labels(groups[self.weak], seed)} for groups in (self.fit, self.development)
+        )
+        return replace(self, fit=fit, development=development)
+
 
 def contradictory_pairs(first: PreferencePairs, second: PreferencePairs) -> tuple[PreferencePairs, PreferencePairs]:
     """The pairs of each group whose prompt and responses are in the other group with the labels exchanged."""
     return _opposed(first, _keys(second)), _opposed(second, _keys(first))
+
+
+def shuffled_labels(part: PreferencePairs, seed: int) -> PreferencePairs:
+    """The pairs with the labels of a random half exchanged: nothing can be learned from them."""
+    swapped = np.random.default_rng(seed).permutation(len(part)) < len(part) // 2
+    return PreferencePairs(
+        pair.swapped() if exchange else pair for pair, exchange in zip(part, swapped.tolist(), strict=True)
+    )
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------

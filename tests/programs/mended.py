@@ -24,7 +24,6 @@ from rmtension.repair._down_projection import edit_down_projection
 from rmtension.repair._edit import Edit
 from rmtension.repair._gains import GainFitter, GainOptions
 from rmtension.repair._refit import refit_head
-from rmtension.repair._repair import _shuffled
 from rmtension.repair._splits import RepairPairs
 from rmtension.synthetic import DamagedModel, plant_damage, preference_world
 from rmtension.training import train_family
@@ -70,7 +69,7 @@ def try_seed(seed: int, folder: Path, n_random: int) -> tuple[list[dict[str, obj
 
     found = diagnose(head, pairs, specialists=specialists, progress=False)
     realised = note("A head refit", refit_head(head, pairs, progress=False)[0])
-    note("A head refit, shuffled", refit_head(head, _shuffled(pairs, seed), progress=False)[0])
+    note("A head refit, shuffled", refit_head(head, pairs.shuffled(seed), progress=False)[0])
     note("E distilled ensemble", distil_ensemble(head, pairs, specialists, progress=False)[0])
     note("C down projection", edit_down_projection(head, pairs, progress=False)[0])
     fitter = GainFitter(head, pairs, progress=False)

@@ -1,6 +1,7 @@
 """A model whose harmless objective was damaged, and pairs to mend it with."""
 
 import pytest
+import torch
 
 from rmtension import RewardHead, Scale
 from rmtension.repair._splits import RepairPairs
@@ -29,3 +30,9 @@ def damaged(head, organism, tmp_path_factory):
     folder = tmp_path_factory.mktemp("damaged")
     head.with_ablation(organism.truth["harmless"], Scale(-1.0)).save_pretrained(folder)
     return RewardHead.from_pretrained(folder)
+
+
+@pytest.fixture(scope="package")
+def exact(damaged):
+    """The damaged model in float64, for differences of rewards."""
+    return RewardHead.from_pretrained(damaged.checkpoint.source.name, dtype=torch.float64)

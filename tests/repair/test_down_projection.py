@@ -34,21 +34,21 @@ def test_the_change_is_the_least_squares_solution_of_numpy():
     assert torch.allclose(torch.einsum("td,dc,tc->t", slopes[:4], free, inputs[:4]), wanted[:4], rtol=0, atol=1e-8)
 
 
-def test_slopes_predict_what_a_small_change_does(damaged, pairs):
+def test_slopes_predict_what_a_small_change_does(exact, pairs):
     few = pairs.fit["harmless"][:5]
-    layer = damaged.n_layers - 1
-    found = projection_inputs(damaged, few, [0, layer])
-    shape = damaged.d_model, damaged.n_channels("mlp")
+    layer = exact.n_layers - 1
+    found = projection_inputs(exact, few, [0, layer])
+    shape = exact.d_model, exact.n_channels("mlp")
     change = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).double()
     rewards = []
     for sign in (1, -1):
-        with added_to_projection(damaged, layer, sign * 1e-3 * change):
-            scored = damaged.score_pairs(few)
+        with added_to_projection(exact, layer, sign * 1e-5 * change):
+            scored = exact.score_pairs(few)
         rewards.append(torch.cat([scored.chosen, scored.rejected]).double())
     # In the last block only the token that is read counts: nothing after it moves tokens.
     predicted = torch.einsum("td,dc,tc->t", found.slopes[1], change, found.inputs[1])
-    assert torch.allclose(predicted, (rewards[0] - rewards[1]) / 2e-3, rtol=0.02, atol=0.05)
-    assert torch.allclose(found.margins, damaged.score_pairs(few).margin.double(), rtol=0, atol=1e-5)
+    assert torch.allclose(predicted, (rewards[0] - rewards[1]) / 2e-5, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(found.margins, exact.score_pairs(few).margin.double(), rtol=0, atol=1e-12)
 
 
 def test_the_edit_mends_the_model_that_is_written(damaged, pairs):

@@ -13,29 +13,28 @@ def fitter(damaged, pairs):
     return GainFitter(damaged, pairs, progress=False)
 
 
-def test_slopes_of_gains_are_differences_of_margins(damaged, pairs):
+def test_slopes_of_gains_are_differences_of_margins(exact, pairs):
     """Around gains other than 1, where the contribution of a scaled neuron has to be divided by its gain."""
     few = {name: part[:5] for name, part in pairs.fit.items()}
-    gains = torch.ones(damaged.n_layers, damaged.n_neurons("mlp"), dtype=torch.float64)
+    gains = torch.ones(exact.n_layers, exact.n_neurons("mlp"), dtype=torch.float64)
     places = [(0, 1), (1, 7), (2, 3)]
     for place, gain in zip(places, (0.5, 1.5, 0.8), strict=True):
         gains[place] = gain
-    neurons = NeuronSet(gains != 1, "mlp", damaged.architecture)
-    fitter = GainFitter(damaged, pairs, progress=False)
-    with AblationContext(damaged, neurons, Scale(gains)):
+    neurons = NeuronSet(gains != 1, "mlp", exact.architecture)
+    fitter = GainFitter(exact, pairs, progress=False)
+    with AblationContext(exact, neurons, Scale(gains)):
         slopes = {name: fitter._contributions(part) for name, part in few.items()}
     for name, part in few.items():
         for place in places:
             moved = []
             for sign in (1, -1):
                 other = gains.clone()
-                other[place] += sign * 0.01
-                with AblationContext(damaged, neurons, Scale(other)):
-                    moved.append(damaged.score_pairs(part).margin.double())
-            expected = (moved[0] - moved[1]) / 0.02
+                other[place] += sign * 1e-4
+                with AblationContext(exact, neurons, Scale(other)):
+                    moved.append(exact.score_pairs(part).margin.double())
+            expected = (moved[0] - moved[1]) / 2e-4
             found = slopes[name][:, place[0], place[1]].double() / gains[place]
-            # float32 rewards around 70, differenced over .02.
-            assert torch.allclose(found, expected, rtol=0, atol=2e-3)
+            assert torch.allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_the_planted_neurons_are_changed_first(fitter, organism):

@@ -77,7 +77,7 @@ def test_states_are_those_that_the_row_reads(damaged, pairs):
 
 def test_a_refit_row_has_no_gradient_left(damaged, pairs):
     weak, strong = (read_states(damaged, pairs.fit[name]) for name in ("harmless", "helpful"))
-    move = torch.from_numpy(refit_row(weak, strong, share=0.7, ridge=1e-3)).requires_grad_(True)
+    move = refit_row(weak, strong, share=0.7, ridge=1e-3).requires_grad_(True)
     both = torch.cat([weak.difference, strong.difference])
     metric = both.T @ both / len(both)
     metric = metric + 1e-3 * metric.diagonal().mean() * torch.eye(len(metric), dtype=torch.float64)
@@ -101,7 +101,7 @@ def test_a_refit_mends_what_the_states_still_hold(damaged, pairs):
     # The development pairs' predicted accuracy is what the edited model has.
     chosen = dial.loc[best_candidate(pairs, dial)]
     real = edited.score_pairs(pairs.development["harmless"]).accuracy()
-    assert chosen["harmless_accuracy"] == pytest.approx(real, abs=0.011)
+    assert chosen["harmless_accuracy"] == pytest.approx(real, abs=1e-12)
 
 
 def test_a_candidate_that_hurts_the_strong_objective_is_not_taken(pairs):

@@ -9,8 +9,9 @@ from rmtension import PreferencePairs
 from rmtension.errors import OptionError, StorageError
 from rmtension.repair._ceiling import SpecialistEnsemble, closed_share
 from rmtension.repair._diagnose import diagnose
-from rmtension.repair._receipt import RepairReport, best_of_several, shuffled_labels
+from rmtension.repair._receipt import RepairReport, best_of_several
 from rmtension.repair._repair import repair
+from rmtension.repair._splits import shuffled_labels
 
 
 @pytest.fixture(scope="module")
