@@ -6,13 +6,11 @@ from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from rmtension.bodies._native_weights import plain_copy
-from rmtension.errors import ModelError
 from rmtension.heads._head import Head
-from rmtension.interventions._export import projection_names
+from rmtension.interventions._export import projection_names, projection_weight
 from rmtension.models._classifiers import current_checkpoint
 from rmtension.models._lens_models import copy_model, is_own_model
 from rmtension.models._opening import with_checkpoint, with_lens_model
@@ -42,13 +40,8 @@ def edit_projections(
     names = projection_names(head, site)
     with torch.no_grad():
         for layer, change in changes.items():
-            projection: Any = base.get_submodule(names[layer])
-            if not isinstance(projection, nn.Linear | Conv1D):
-                raise ModelError(
-                    f"{name}: {names[layer]} is a {type(projection).__name__}, and only the weights of a Linear or "
-                    "Conv1D layer can be edited."
-                )
-            _change(projection.weight if isinstance(projection, nn.Linear) else projection.weight.T, change)
+            projection = base.get_submodule(names[layer])
+            _change(projection_weight(projection, names[layer], name, "Use an edit of the reward row."), change)
     opened = replace(
         checkpoint,
         base=base,

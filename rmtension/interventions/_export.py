@@ -88,13 +88,9 @@ def _ablate_projections(head: RewardModel, base: Any, context: AblationContext, 
     with torch.no_grad():
         for layer, columns in context.columns.items():
             projection: Any = base.get_submodule(names[layer])
-            if not isinstance(projection, nn.Linear | Conv1D):
-                raise ModelError(
-                    f"with_ablation: {names[layer]} is a {type(projection).__name__}, and only the weights of a Linear "
-                    "or Conv1D layer can be edited. Use AblationContext, which needs no weights."
-                )
-            # nn.Linear holds [out, in], GPT-2's Conv1D [in, out].
-            weight = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T
+            weight = projection_weight(
+                projection, names[layer], "with_ablation", "Use AblationContext, which needs no weights."
+            )
             columns = columns.to(weight.device)
             if layer in constants:
                 means = constants[layer].to(weight.device)[columns]
@@ -109,6 +105,18 @@ def projection_names(head: RewardModel, site: str) -> list[str]:
     site = find_site(site).factor_of or site
     # If peft keeps a trained copy of a module, the plain copy has that copy under the module's own name.
     return [_COPIES.sub("", head.body.projection_names[site, layer]) for layer in range(head.n_layers)]
+
+
+def projection_weight(projection: Any, name: str, what: str, advice: str) -> Float[Tensor, "d_model channel"]:
+    """The weight of a projection, or a view of it; raises `ModelError` unless it is a linear layer."""
+    if not isinstance(projection, nn.Linear | Conv1D):
+        raise ModelError(
+            f"{what}: {name} is a {type(projection).__name__}, and only the weights of a Linear or Conv1D layer can be "
+            f"edited. {advice}"
+        )
+    # nn.Linear holds [out, in], GPT-2's Conv1D [in, out].
+    weight: Tensor = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T
+    return weight
 
 
 def _ablate_own(head: _Model, context: AblationContext, constants: Mapping[int, Float[Tensor, "channel"]]) -> _Model:

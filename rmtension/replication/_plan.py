@@ -77,15 +77,11 @@ _Step = tuple[str, str, float, int]
 def _stages(recipe: Recipe, pairs: PreparedPairs, speed: Speed, n_layers: int) -> Iterator[_Step]:
     parts = pairs.parts
     n_seeds = len(recipe.seeds)
-    size = {split: {name: _size(part) for name, part in of_split.items()} for split, of_split in parts.items()}
     training = recipe.training
     share = 1.0 if training.reward_trained_layers is None else min(1.0, training.reward_trained_layers / n_layers)
     n = {name: len(parts["train"][name]) for name in OBJECTIVES}
-    smaller = min(n.values())
-    trained = {
-        **size["train"],
-        "mixed": round(sum(size["train"][name] * smaller / n[name] for name in OBJECTIVES)),
-    }
+    trained = {name: _size(parts["train"][name]) for name in OBJECTIVES}
+    trained["mixed"] = round(sum(trained[name] * min(n.values()) / n[name] for name in OBJECTIVES))
     for model in MODELS:
         passes = training.reward_epochs * _TRAINING * share + (1 - share)
         yield "models", f"{n_seeds} x {model}", n_seeds * passes, trained[model]

@@ -12,7 +12,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from rmtension.attribution._methods import METHODS
 from rmtension.attribution._neuron_attribution import NeuronAttribution
 from rmtension.data._pairs import PreferencePairs
 from rmtension.distributed import current
@@ -212,13 +211,13 @@ class ModelRuns:
         positions: str = "all",
         replacement: Replacement = Zero(),
     ) -> NeuronScores:
-        """The scores of a method of `NeuronAttribution`; `replacement` is that of methods that replace activations."""
-        how: dict[str, Any] = {"replacement": replacement} if METHODS[method].needs_replacement else {}
+        """The scores of a method of `NeuronAttribution`."""
 
         def run(work: Path | None) -> NeuronScores:
-            return NeuronAttribution(self.head, method, site=site, positions=positions, **how).score(pairs, work=work)
+            attribution = NeuronAttribution(self.head, method, site=site, positions=positions, replacement=replacement)
+            return attribution.score(pairs, work=work)
 
-        details = [pairs.ordered_digest, method, site, positions, *(value.key for value in how.values())]
+        details = [pairs.ordered_digest, method, site, positions, replacement.key]
         return self._once("attribution", details, run, NeuronScores.load)
 
     def statistics(self, pairs: PreferencePairs, *, site: str = "mlp") -> ActivationStatistics:

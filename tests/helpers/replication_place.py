@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tiny_models import make_config
 from trained_folders import CONTEXT, tiny_tokenizer
 
 from rmtension.synthetic._world import preference_world
@@ -13,18 +14,10 @@ def make_place(folder: Path, recipe: str) -> Path:
     """Write `recipe.yaml`, `base`, `helpful.jsonl` and `harmless.jsonl` into a folder; returns the recipe's path."""
     world = preference_world(0, n_train=48, n_test=48)
     tokenizer = tiny_tokenizer(world)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    pad = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": 0, "num_key_value_heads": 2}
+    config = make_config("llama", len(tokenizer), **sizes, **pad, max_position_embeddings=CONTEXT)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     for name in ("helpful", "harmless"):
