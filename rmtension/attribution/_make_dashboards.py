@@ -185,10 +185,11 @@ def describe_dashboards(
     by: GroupBy | None = None,
     progress: bool | None = None,
 ) -> NeuronDashboards:
-    """The dashboards with descriptions by `describe`, as `neuron_dashboards` documents it; nothing else changes.
+    """Describe the neurons of dashboards that exist, and return the dashboards with these descriptions.
 
-    `head`, `pairs` and `by` are those that the dashboards were made with. Raises `ProvenanceError` for other ones.
-    Cost: a forward pass over the pairs, and the calls of `describe`.
+    `describe` is the callable that `neuron_dashboards` takes, and describes and is scored in the same way. `head`,
+    `pairs` and `by` must be those that the dashboards were made with; others raise `ProvenanceError`. Cost: a forward
+    pass over the pairs, and the calls of `describe`.
 
     Examples:
         >>> from rmtension.attribution import describe_dashboards, neuron_dashboards

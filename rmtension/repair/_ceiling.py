@@ -53,8 +53,9 @@ def closed_share(
 ) -> Estimate:
     """(accuracy after - before) / (ceiling - before), with a bootstrap interval over prompts of the ratio.
 
-    1 means that the edit reaches the ceiling, below 0 that it made the objective worse. The ends are infinite if a
-    resample of the prompts has no gap, and NaN without one: the share of nothing says nothing.
+    1 means that the edit reaches the ceiling; a negative share means that it made the objective worse. If the ceiling
+    is not above the accuracy before, there is no gap, and everything is NaN. An end is infinite if too many resamples
+    of the prompts have no gap.
     """
     gain, gap = (correct(margins) - correct(before) for margins in (after, ceiling))
     sums = resampled_sums(torch.stack([gain, gap], dim=1), part, seed=seed)

@@ -44,8 +44,8 @@ class RepairPairs:
             shared = prompts[first] & prompts[second]
             if shared:
                 raise OptionError(
-                    f"{second}: {len(shared)} of its prompts are in {first} too, so that a receipt would be of pairs "
-                    "that the edit has seen. Divide them by prompt: RepairPairs.split(pairs, weak=..., strong=...)."
+                    f"{second}: {len(shared)} of its prompts are in {first} too, so the report would be measured on "
+                    "pairs that the edit was fitted to. Divide them by prompt: RepairPairs.split(pairs, weak=..., strong=...)."
                 )
 
     def __repr__(self) -> str:
