@@ -62,7 +62,7 @@ def run_demo(
     trained = time.monotonic()
     study = TensionStudy(families, world.test, options=options)
     on_stage(f"running {len(options.analyses)} analyses on {sum(map(len, study.evaluating.values()))} test pairs")
-    result = study.run(folder=out, progress=progress)
+    result = study.run(folder=out, overwrite=overwrite, progress=progress)
     result.save(out, overwrite=True)
     pages = None
     if neurons:

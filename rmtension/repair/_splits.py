@@ -45,7 +45,7 @@ class RepairPairs:
             if shared:
                 raise OptionError(
                     f"{second}: {len(shared)} of its prompts are in {first} too, so the report would be measured on "
-                    "pairs that the edit was fitted to. Divide them by prompt: RepairPairs.split(pairs, weak=..., strong=...)."
+                    "pairs that the edit was fitted to. Use RepairPairs.split(pairs, weak=..., strong=...)."
                 )
 
     def __repr__(self) -> str:

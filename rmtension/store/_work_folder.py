@@ -62,6 +62,12 @@ def _sweep(folder: Path) -> None:
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
+def unclaim(folder: Path) -> None:
+    """Forget which run a folder belongs to; its files stay."""
+    if current().is_first:
+        (folder / _INPUTS).unlink(missing_ok=True)
+
+
 def claim(folder: Path, inputs: Mapping[str, Any]) -> None:
     """Record the inputs of a run in `folder`, or compare them with the inputs recorded there.
 

@@ -15,7 +15,7 @@ from rmtension.data._pairs import PreferencePairs
 from rmtension.distributed import current
 from rmtension.errors import OptionError, ProvenanceError
 from rmtension.reward_head import RewardHead
-from rmtension.store._work_folder import claim, locked
+from rmtension.store._work_folder import claim, locked, unclaim
 from rmtension.study._analyses import ANALYSES
 from rmtension.study._family_runs import MODELS, OBJECTIVES, FamilyRuns, ModelFamily, joined
 from rmtension.study._model_output import ModelOutput
@@ -92,13 +92,16 @@ class TensionStudy:
                     raise OptionError("scores: 'change' compares with a base model, and base is None. Pass base=...")
                 self.options = replace(self.options, scores=left)
 
-    def run(self, *, folder: str | Path | None = None, progress: bool | None = None) -> StudyResult:
+    def run(
+        self, *, folder: str | Path | None = None, overwrite: bool = False, progress: bool | None = None
+    ) -> StudyResult:
         """Run the analyses of `options.analyses`.
 
         With a `folder`, every pass over a model is kept in `folder/runs`, and unfinished passes are saved every half
         minute. Running again, with other analyses, more families or after an interruption, runs only the passes that
         are missing, and gives the same numbers. Raises `StorageError` if another process works in the folder, or if the
-        folder belongs to a study of other pairs or, under the same name and seed, other models. Afterwards `n_run` and
+        folder belongs to a study of other pairs or, under the same name and seed, other models; with `overwrite` the
+        passes that are kept there are deleted first. Afterwards `n_run` and
         `n_read` count the passes over a data set that were run and those that were read from the folder.
 
         Cost: see `cost`.
@@ -107,6 +110,10 @@ class TensionStudy:
             return self._run(None, progress)
         folder = Path(folder)
         with locked(folder):
+            if overwrite:
+                unclaim(folder)
+                if current().is_first:
+                    shutil.rmtree(folder / "runs", ignore_errors=True)
             result = self._run(folder / "runs", progress)
             if current().is_first:
                 # Work folders of runs that were killed after they finished but before their results were kept.

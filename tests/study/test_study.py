@@ -231,6 +231,21 @@ class TestPasses:
         for name, frame in second.items():
             pd.testing.assert_frame_equal(frame, first[name], check_exact=True)
 
+    def test_overwriting_runs_other_models_in_the_same_folder(self, families, folders, world, tmp_path):
+        """As `rmtension demo --overwrite` does after a change of the library has changed what training gives."""
+        options = StudyOptions(analyses=("accuracy",))
+        first = TensionStudy(families[0], world, options=options)
+        first.run(folder=tmp_path, progress=False)
+        other = TensionStudy(ModelFamily(**folders[1], name="toy", seed=0), world, options=options)
+        with pytest.raises(StorageError, match="a run with other settings"):
+            other.run(folder=tmp_path, progress=False)
+        result = other.run(folder=tmp_path, overwrite=True, progress=False)
+        assert (other.n_run, other.n_read) == (6, 0)
+        pd.testing.assert_frame_equal(result.accuracy, other.run(progress=False).accuracy)
+        # What was overwritten is gone, and is not mistaken for the new models' passes.
+        with pytest.raises(StorageError, match="a run with other settings"):
+            first.run(folder=tmp_path, progress=False)
+
     def test_the_cost_is_what_runs(self, families, world, tmp_path):
         """Every pass over the pairs of one objective is one file."""
         options = replace(OPTIONS, scores=("attribution_patching", "magnitude"), curve_fractions=(0.07,))
