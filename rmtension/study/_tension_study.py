@@ -99,10 +99,10 @@ class TensionStudy:
 
         With a `folder`, every pass over a model is kept in `folder/runs`, and unfinished passes are saved every half
         minute. Running again, with other analyses, more families or after an interruption, runs only the passes that
-        are missing, and gives the same numbers. Raises `StorageError` if another process works in the folder, or if the
-        folder belongs to a study of other pairs or, under the same name and seed, other models; with `overwrite` the
-        passes that are kept there are deleted first. Afterwards `n_run` and
-        `n_read` count the passes over a data set that were run and those that were read from the folder.
+        are missing, and gives the same numbers. With `overwrite`, the passes that are kept there are deleted first.
+        Afterwards `n_run` and `n_read` count the passes over a data set that were run and those that were read from the
+        folder. Raises `StorageError` if another process works in the folder, or if the folder belongs to a study of
+        other pairs or, under the same name and seed, other models.
 
         Cost: see `cost`.
         """
@@ -114,6 +114,7 @@ class TensionStudy:
                 unclaim(folder)
                 if current().is_first:
                     shutil.rmtree(folder / "runs", ignore_errors=True)
+                current().all_have(True)  # no process goes on before the folder is empty
             result = self._run(folder / "runs", progress)
             if current().is_first:
                 # Work folders of runs that were killed after they finished but before their results were kept.
