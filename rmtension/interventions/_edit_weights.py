@@ -1,7 +1,7 @@
-"""A copy of a model with other weights in its projections, and perhaps another head."""
+"""A copy of a model with other weights, and perhaps another head."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -9,39 +9,58 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.bodies._native_weights import plain_copy
+from rmtension.errors import ModelError
 from rmtension.heads._head import Head
-from rmtension.interventions._export import projection_names, projection_weight
+from rmtension.interventions._export import projection_names, projection_weight, with_biases
 from rmtension.models._classifiers import current_checkpoint
 from rmtension.models._lens_models import copy_model, is_own_model
 from rmtension.models._opening import with_checkpoint, with_lens_model
 from rmtension.models._reward_model import RewardModel
 
 _Model = TypeVar("_Model", bound=RewardModel)
-# The factors of the channels of a layer, and what is added to its weight after that.
-Change = tuple[Float[Tensor, "channel"] | None, Float[Tensor, "d_model channel"] | None]
 
 
-def edit_projections(
-    head: _Model, site: str, changes: Mapping[int, Change], new_head: Head | None, name: str
+@dataclass(frozen=True, eq=False)
+class ProjectionChange:
+    """A change of one down projection.
+
+    Its channels are multiplied by `factors`; what it writes for the activations `constants` is added to its bias, by
+    its old weights; then `added` is added to its weight.
+    """
+
+    factors: Float[Tensor, "channel"] | None = None
+    constants: Float[Tensor, "channel"] | None = None
+    added: Float[Tensor, "d_model channel"] | None = None
+
+
+def edit_weights(
+    head: _Model,
+    site: str,
+    changes: Mapping[int, ProjectionChange],
+    parameters: Mapping[str, Float[Tensor, "..."]],
+    new_head: Head | None,
+    name: str,
 ) -> _Model:
-    """A copy of `head` with changed weights in the projections that read `site`, by layer, and with another head.
+    """A copy of `head` with changed projections that read `site`, by layer, and more added to parameters by name.
 
-    Raises `ModelError` for weights that TransformerLens converted, and for projections that are no linear layers.
+    Raises `ModelError` for weights that TransformerLens converted, for projections that are no linear layers, and for
+    constants where an architecture allows no bias.
     """
     if is_own_model(head.body):
-        edited = with_lens_model(head, copy_model(head.body), head=new_head)
-        body: Any = edited.body
-        with torch.no_grad():
-            for layer, change in changes.items():
-                _change(body.weights(site, layer)[0].T, change)
-        return edited
+        return _edit_own(head, site, changes, parameters, new_head, name)
     checkpoint, base = current_checkpoint(head, name)
     base = plain_copy(base, share=False)
     names = projection_names(head, site)
+    if any(base.get_submodule(names[layer]).bias is None for layer in changes if changes[layer].constants is not None):
+        base = with_biases(base, names)
     with torch.no_grad():
         for layer, change in changes.items():
             projection = base.get_submodule(names[layer])
-            _change(projection_weight(projection, names[layer], name, "Use an edit of the reward row."), change)
+            weight = projection_weight(projection, names[layer], name, "Use an edit of the reward row.")
+            _change(weight, projection.bias, change)
+        for parameter, added in parameters.items():
+            weight = base.get_parameter(parameter)
+            weight.copy_(weight.double() + added.to(weight.device).double())
     opened = replace(
         checkpoint,
         base=base,
@@ -53,12 +72,38 @@ def edit_projections(
     return with_checkpoint(head, opened)
 
 
-def _change(weight: Float[Tensor, "d_model channel"], change: Change) -> None:
-    """Change a weight, or a view of it, in place; computed in float64, so that it is rounded once."""
-    factors, added = change
+def _edit_own(
+    head: _Model,
+    site: str,
+    changes: Mapping[int, ProjectionChange],
+    parameters: Mapping[str, Float[Tensor, "..."]],
+    new_head: Head | None,
+    name: str,
+) -> _Model:
+    """The same for a model of a TransformerLens class."""
+    if parameters:
+        raise ModelError(f"{name}: it changes parameters of a transformers checkpoint, and this model has none.")
+    edited = with_lens_model(head, copy_model(head.body), head=new_head)
+    body: Any = edited.body
+    with torch.no_grad():
+        for layer, change in changes.items():
+            weight, bias = body.weights(site, layer)
+            if bias is None and change.constants is not None:
+                raise ModelError(f"{name}: it needs a bias, and the projections of this gated MLP have none.")
+            _change(weight.T, bias, change)
+    return edited
+
+
+def _change(
+    weight: Float[Tensor, "d_model channel"], bias: Float[Tensor, "d_model"] | None, change: ProjectionChange
+) -> None:
+    """Change a weight, or a view of it, and its bias in place; computed in float64, so that both are rounded once."""
     exact = weight.double()
-    if factors is not None:
-        exact = exact * factors.to(exact)
-    if added is not None:
-        exact = exact + added.to(exact)
+    if change.constants is not None:
+        assert bias is not None
+        bias.copy_(bias.double() + exact @ change.constants.to(exact))
+    if change.factors is not None:
+        exact = exact * change.factors.to(exact)
+    if change.added is not None:
+        exact = exact + change.added.to(exact)
     weight.copy_(exact)

@@ -84,7 +84,7 @@ def _ablate_projections(head: RewardModel, base: Any, context: AblationContext, 
     """`base`, or a copy of it with biases, with other weights and biases in the projections of the neurons."""
     names = projection_names(head, context.neurons.site)
     if any(base.get_submodule(names[layer]).bias is None for layer in constants):
-        base = _with_biases(base, names)
+        base = with_biases(base, names)
     with torch.no_grad():
         for layer, columns in context.columns.items():
             projection: Any = base.get_submodule(names[layer])
@@ -149,7 +149,7 @@ def _factor(context: AblationContext, layer: int, weight: Tensor) -> Float[Tenso
     return factor.to(weight).expand(len(columns))
 
 
-def _with_biases(base: Any, names: list[str]) -> Any:
+def with_biases(base: Any, names: list[str]) -> Any:
     """`base` rebuilt from a config that gives the projections `names` a bias; all new biases are 0."""
     flags = [key for key, value in base.config.to_dict().items() if "bias" in key and value is False]
     for flag in flags:

@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float
 from scipy.special import log_expit
 from torch import Tensor
 
-from rmtension.evaluation._intervals import bootstrap_mean
+from rmtension.data._pairs import PreferencePairs
+from rmtension.evaluation._intervals import bootstrap_mean, resampled_sums
 from rmtension.repair._splits import RepairPairs
 
 # The strong objective may lose this much accuracy at most, by the lower end of its interval.
@@ -29,42 +32,75 @@ class Candidate:
 def compare_candidates(
     pairs: RepairPairs, before: Mapping[str, Float[Tensor, "pair"]], candidates: Sequence[Candidate], *, seed: int = 0
 ) -> pd.DataFrame:
-    """One row per candidate: its settings, and for each objective accuracy, loss, and the change with its interval.
+    """One row per candidate: its settings, and for each objective accuracy, loss, and the change with its bound.
 
-    `<objective>_low` is the one-sided 95% bound of the change of accuracy. `allowed` says that the strong objective's
-    bound is at least -1 point.
+    The bounds are lower ends of one-sided 95% intervals over prompts. Those of the weak objective hold for all
+    candidates together, because the best of them is taken: with labels at random, one candidate in many would gain by
+    chance. `allowed` says that the strong objective's bound is at least -1 point.
     """
+    weak, strong = pairs.weak, pairs.strong
+    changes = {
+        name: torch.stack([correct(candidate.margins[name]) - correct(before[name]) for candidate in candidates])
+        for name in (weak, strong)
+    }
+    lows = _bounds_of_all(changes[weak], pairs.development[weak], seed)
+    spread = changes[weak].std(dim=1).numpy() / len(pairs.development[weak]) ** 0.5
     rows = []
-    for candidate in candidates:
+    for number, candidate in enumerate(candidates):
         row: dict[str, Any] = dict(candidate.settings)
-        for name in (pairs.weak, pairs.strong):
+        for name in (weak, strong):
             after = candidate.margins[name]
-            change = correct(after) - correct(before[name])
-            estimate = bootstrap_mean(change, pairs.development[name], level=_LEVEL, seed=seed)
+            estimate = bootstrap_mean(changes[name][number], pairs.development[name], level=_LEVEL, seed=seed)
             row |= {
                 f"{name}_accuracy": float(correct(after).mean()),
                 f"{name}_loss": float(-log_expit(after.numpy()).mean()),
                 f"{name}_change": estimate.value,
-                f"{name}_low": estimate.low,
+                f"{name}_low": float(lows[number]) if name == weak else estimate.low,
             }
-        row["allowed"] = row[f"{pairs.strong}_low"] >= -MOST_LOST
+        row |= {f"{weak}_error": float(spread[number]), "allowed": row[f"{strong}_low"] >= -MOST_LOST}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def best_candidate(pairs: RepairPairs, table: pd.DataFrame) -> int | None:
-    """The row with the largest gain of the weak objective among the allowed ones whose gain is beyond chance.
+    """The row of the candidate to take: the one with the fewest numbers among those that gain about as much as any.
 
-    None if there is no such row: if the one-sided 95% bound of every gain is 0 or less. Equal gains are ordered by the
-    loss.
+    Only allowed candidates count whose gain of the weak objective is beyond chance; None if there are none. "About as
+    much" is within one standard error of the largest gain (Breiman et al. 1984). Equal numbers are ordered by the
+    gain, then by the loss.
     """
     gains = table[table["allowed"] & (table[f"{pairs.weak}_low"] > 0)]
     if gains.empty:
         return None
-    order = gains.sort_values([f"{pairs.weak}_change", f"{pairs.weak}_loss"], ascending=[False, True], kind="stable")
+    largest = gains.loc[gains[f"{pairs.weak}_change"].idxmax()]
+    near = gains[gains[f"{pairs.weak}_change"] >= largest[f"{pairs.weak}_change"] - largest[f"{pairs.weak}_error"]]
+    near = near.assign(numbers=near["numbers"] if "numbers" in near else 0)
+    order = near.sort_values(
+        ["numbers", f"{pairs.weak}_change", f"{pairs.weak}_loss"], ascending=[True, False, True], kind="stable"
+    )
     return int(order.index[0])
 
 
 def correct(margins: Float[Tensor, "pair"]) -> Float[Tensor, "pair"]:
     """1 for a pair in the right order, 0.5 for a tie, 0 otherwise."""
     return (margins > 0).double() + 0.5 * (margins == 0).double()
+
+
+# -- inside ------------------------------------------------------------------------------------------------------------
+
+
+def _bounds_of_all(
+    changes: Float[Tensor, "candidate pair"], part: PreferencePairs, seed: int
+) -> Float[np.ndarray, "candidate"]:
+    """Lower bounds of the mean changes, of which all hold together in 95% of draws of the prompts.
+
+    By the bootstrap distribution of the largest studentised deviation of any candidate (Romano and Wolf 2005).
+    """
+    columns = torch.cat([changes.double(), torch.ones(1, changes.shape[1], dtype=torch.float64)])
+    sums = resampled_sums(columns.T, part, seed=seed)
+    means = sums[:, :-1] / sums[:, -1:]
+    values = changes.double().mean(dim=1).numpy()
+    errors = means.std(axis=0)
+    deviations = np.divide(means - values, errors, out=np.zeros_like(means), where=errors > 0)
+    bounds: Float[np.ndarray, "candidate"] = values - np.quantile(deviations.max(axis=1), (1 + _LEVEL) / 2) * errors
+    return bounds

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from rmtension.errors import ModelError, ProvenanceError
 from rmtension.heads._head import LinearHead
-from rmtension.interventions._edit_weights import edit_projections
+from rmtension.interventions._edit_weights import ProjectionChange, edit_weights
 from rmtension.models._reward_model import RewardModel
 from rmtension.reward_head import RewardHead
 from rmtension.store._storage import read_result, write_result
 
 SITE = "mlp"
+# The names in a file of what is added to a parameter, by its number of dimensions.
+_PREFIXES = {1: "vector_", 2: "matrix_", 3: "stack_"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +26,9 @@ class Edit:
     - `kind`: the method that found it.
     - `row`: what is added to the row of the reward head.
     - `gains`: the factor of every MLP neuron, which multiplies its column of the down projection; 1 changes nothing.
+    - `constants`: the activation that neurons with a gain of 0 are set to; it goes into the projection's bias.
     - `added`: layer -> what is added to the down projection.
+    - `parameters`: name -> what is added to a parameter of the checkpoint's base.
     - `model`, `architecture`: the fingerprint of the model that it is made for, which no other model has.
     """
 
@@ -33,17 +37,24 @@ class Edit:
     architecture: str
     row: Float[Tensor, "d_model"] | None = None
     gains: Float[Tensor, "layer neuron"] | None = None
+    constants: Float[Tensor, "layer neuron"] | None = None
     added: Mapping[int, Float[Tensor, "d_model channel"]] = field(default_factory=dict)
+    parameters: Mapping[str, Float[Tensor, "..."]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Edit({self.kind}: {self.n_numbers:,} numbers for {self.architecture})"
 
     @property
     def n_numbers(self) -> int:
-        """How many numbers describe the edit: entries of the row, gains other than 1, entries of the additions."""
+        """How many numbers describe the edit: those of the row, gains other than 1, and what is not 0 elsewhere."""
         in_row = 0 if self.row is None else self.row.numel()
         n_gains = 0 if self.gains is None else int((self.gains != 1).sum())
-        return in_row + n_gains + sum(added.numel() for added in self.added.values())
+        others = [
+            *self.added.values(),
+            *self.parameters.values(),
+            *([] if self.constants is None else [self.constants]),
+        ]
+        return in_row + n_gains + sum(int(tensor.count_nonzero()) for tensor in others)
 
     def apply(self, head: RewardHead) -> RewardHead:
         """An edited copy of the model; `head` itself is not changed. Memory: the model a second time.
@@ -55,38 +66,54 @@ class Edit:
                 f"edit: it is for model {self.model} ({self.architecture}), got model {head.fingerprint} "
                 f"({head.architecture}). Pass the model that it was made from, unedited."
             )
-        changed: dict[int, tuple[Float[Tensor, "channel"] | None, Float[Tensor, "d_model channel"] | None]] = {}
+        changed: dict[int, ProjectionChange] = {}
         for layer in range(head.n_layers):
             factors = None if self.gains is None or bool((self.gains[layer] == 1).all()) else self.gains[layer]
-            if factors is not None or layer in self.added:
-                changed[layer] = factors, self.added.get(layer)
+            constants = None if self.constants is None or not self.constants[layer].any() else self.constants[layer]
+            if not (factors is None and constants is None and layer not in self.added):
+                changed[layer] = ProjectionChange(factors, constants, self.added.get(layer))
         new_head = None if self.row is None else with_added(head, self.row)
-        return edit_projections(head, SITE, changed, new_head, f"{self.kind} edit")
+        return edit_weights(head, SITE, changed, self.parameters, new_head, f"{self.kind} edit")
 
     def save(self, path: str | Path) -> None:
         """Write the edit to one safetensors file, which is small: gains and rows, not the model."""
         tensors = {f"added_{layer}": tensor for layer, tensor in self.added.items()}
-        if self.row is not None:
-            tensors["row"] = self.row
-        if self.gains is not None:
-            tensors["gains"] = self.gains
+        tensors |= {f"{_PREFIXES[tensor.ndim]}{name}": tensor for name, tensor in self.parameters.items()}
+        alone = {"row": self.row, "gains": self.gains, "constants": self.constants}
+        tensors |= {name: tensor for name, tensor in alone.items() if tensor is not None}
         values = {"kind_of_edit": self.kind, "model": self.model, "architecture": self.architecture}
         write_result(path, "Edit", tensors, values)
 
     @classmethod
     def load(cls, path: str | Path) -> "Edit":
         """Read an edit that `save` wrote; raises `StorageError` for any other file."""
-        optional = {"row": "float d_model", "gains": "float layer neuron", "added_*": "float d_model channel"}
+        optional = {
+            "row": "float d_model",
+            "gains": "float layer neuron",
+            "constants": "float layer neuron",
+            "added_*": "float d_model channel",
+            **{f"{prefix}*": f"float{' _' * ndim}" for ndim, prefix in _PREFIXES.items()},
+        }
         values = {"kind_of_edit": str, "model": str, "architecture": str}
         tensors, given = read_result(path, "Edit", tensors={}, values=values, optional=optional)
-        added = {int(name.removeprefix("added_")): value for name, value in tensors.items() if name.startswith("added")}
+        added = {
+            int(name.removeprefix("added_")): value for name, value in tensors.items() if name.startswith("added_")
+        }
+        parameters = {
+            name.removeprefix(prefix): value
+            for prefix in _PREFIXES.values()
+            for name, value in tensors.items()
+            if name.startswith(prefix)
+        }
         return cls(
             given["kind_of_edit"],
             given["model"],
             given["architecture"],
             row=tensors.get("row"),
             gains=tensors.get("gains"),
+            constants=tensors.get("constants"),
             added=dict(sorted(added.items())),
+            parameters=parameters,
         )
 
 

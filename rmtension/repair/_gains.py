@@ -117,7 +117,7 @@ class GainFitter:
                 mask[order[:count]] = True
                 neurons = NeuronSet(mask.view(self._shape), SITE, self.head.architecture)
                 fitted.append(self.fit(neurons, GainOptions(share=share)))
-                settings = {"share": share, "neurons": count, "steps": fitted[-1].n_steps}
+                settings = {"share": share, "numbers": count, "steps": fitted[-1].n_steps}
                 candidates.append(Candidate(settings, fitted[-1].margins))
         table = compare_candidates(self.pairs, self.before, candidates)
         best = best_candidate(self.pairs, table)

@@ -61,7 +61,7 @@ def read_result(
 
     `tensors` maps each required name to a specification such as "float layer neuron": the kind of number ("float",
     "int", "bool", "any") and a name per dimension. A dimension has the same length in the whole file; a digit is a
-    fixed length. A name may contain a star. The tensors in `optional` may be present, and no others. `values` maps each
+    fixed length, and "_" any length. A name may contain a star. The tensors in `optional` may be present, and no others. `values` maps each
     other value to its type.
 
     Raises `StorageError` if the file is missing, damaged, of another kind, or written by a newer version.
@@ -166,7 +166,8 @@ def _check_shapes(
         numbers, *dims = specs[0].split()
         fits = dtype in _DTYPES[numbers] and len(shape) == len(dims)
         for dim, length in zip(dims, shape, strict=False):
-            fits = fits and length == (int(dim) if dim.isdigit() else lengths.setdefault(dim, length))
+            if dim != "_":
+                fits = fits and length == (int(dim) if dim.isdigit() else lengths.setdefault(dim, length))
         if not fits:
             wrong.append(f"{name!r} should be {specs[0]!r}, got {dtype} {shape}")
     if wrong:
