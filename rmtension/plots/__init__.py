@@ -5,9 +5,9 @@ The first argument is a `StudyResult` or one of its tables. In a table that you 
 faintly. `family` selects one of several families. `level` is the level of the intervals in a table without a column
 `level` (default 0.95). A given `ax` holds one panel; the arguments of a figure with several panels select it.
 `conflict_scatter` takes a `ConflictReport` instead, `faithfulness_scatter` and `faithfulness_sets` take a
-`Faithfulness`, and `effects_by_group` takes the table of `ablation_effects`. The functions need matplotlib
-(`pip install "rmtension[viz]"`). Pyplot neither shows the figures nor
-keeps them open.
+`Faithfulness`, `effects_by_group` takes the table of `ablation_effects`, and `closed_share`, `repair_checks` and
+`repair_path` take parts of a `RepairReport`. The functions need matplotlib (`pip install "rmtension[viz]"`). Pyplot
+neither shows the figures nor keeps them open.
 """
 
 from rmtension.plots._ablations import collapse, curves, equal_size, matrix
@@ -16,10 +16,12 @@ from rmtension.plots._conflict import conflict_scatter
 from rmtension.plots._faithfulness import faithfulness_scatter, faithfulness_sets
 from rmtension.plots._group_effects import effects_by_group
 from rmtension.plots._histograms import confidence, distributions
+from rmtension.plots._repair import closed_share, repair_checks, repair_path
 from rmtension.plots._top_sets import depth, overlap
 
 __all__ = [
     "accuracy",
+    "closed_share",
     "collapse",
     "comparisons",
     "confidence",
@@ -35,5 +37,7 @@ __all__ = [
     "overlap",
     "radar",
     "refuse_respond",
+    "repair_checks",
+    "repair_path",
     "transferability",
 ]

@@ -1,3 +1,9 @@
-"""Mend a reward model that is weak on one objective, by the least edit, and prove it on held-out pairs."""
+"""Repair: mend a weak objective of a reward model by the least edit, without harm to a strong one, and prove it."""
 
-__all__: list[str] = []
+from rmtension.repair._diagnose import Diagnosis, diagnose
+from rmtension.repair._edit import Edit
+from rmtension.repair._receipt import RepairReport
+from rmtension.repair._repair import Repair, repair
+from rmtension.repair._splits import RepairPairs
+
+__all__ = ["Diagnosis", "Edit", "Repair", "RepairPairs", "RepairReport", "diagnose", "repair"]

@@ -15,8 +15,6 @@ from rmtension.data._pairs import PreferencePairs
 from rmtension.evaluation._intervals import bootstrap_mean, resampled_sums
 from rmtension.repair._splits import RepairPairs
 
-# The strong objective may lose this much accuracy at most, by the lower end of its interval.
-MOST_LOST = 0.01
 # A one-sided bound of 95% is the lower end of an interval of 90%.
 _LEVEL = 0.90
 
@@ -36,7 +34,7 @@ def compare_candidates(
 
     The bounds are lower ends of one-sided 95% intervals over prompts. Those of the weak objective hold for all
     candidates together, because the best of them is taken: with labels at random, one candidate in many would gain by
-    chance. `allowed` says that the strong objective's bound is at least -1 point.
+    chance. `allowed` says that the strong objective's bound is at least -`pairs.most_lost`.
     """
     weak, strong = pairs.weak, pairs.strong
     changes = {
@@ -57,7 +55,7 @@ def compare_candidates(
                 f"{name}_change": estimate.value,
                 f"{name}_low": float(lows[number]) if name == weak else estimate.low,
             }
-        row |= {f"{weak}_error": float(spread[number]), "allowed": row[f"{strong}_low"] >= -MOST_LOST}
+        row |= {f"{weak}_error": float(spread[number]), "allowed": row[f"{strong}_low"] >= -pairs.most_lost}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -74,7 +72,7 @@ def best_candidate(pairs: RepairPairs, table: pd.DataFrame) -> int | None:
         return None
     largest = gains.loc[gains[f"{pairs.weak}_change"].idxmax()]
     near = gains[gains[f"{pairs.weak}_change"] >= largest[f"{pairs.weak}_change"] - largest[f"{pairs.weak}_error"]]
-    near = near.assign(numbers=near["numbers"] if "numbers" in near else 0)
+    near = near.assign(numbers=near.get("numbers", 0))
     order = near.sort_values(
         ["numbers", f"{pairs.weak}_change", f"{pairs.weak}_loss"], ascending=[True, False, True], kind="stable"
     )

@@ -103,8 +103,19 @@ def diagnose(
     `pairs` are pairs by objective, divided by `RepairPairs.split` with `seed`, or a `RepairPairs`. Cost: forward passes
     over the fit and development pairs, of the model and of the specialists.
     """
-    split = pairs if isinstance(pairs, RepairPairs) else _split(pairs, weak, strong, seed)
+    split = divide(pairs, weak, strong, seed)
     return Evidence.gather(head, split, specialists, progress=progress).diagnosis(level=level, seed=seed)
+
+
+def divide(
+    pairs: Mapping[str, PreferencePairs] | RepairPairs, weak: str | None, strong: str | None, seed: int
+) -> RepairPairs:
+    """The pairs in three splits, if they are not yet."""
+    if isinstance(pairs, RepairPairs):
+        return pairs
+    if weak is None or strong is None:
+        raise OptionError(f"weak, strong: expected two of {list(pairs)}, got {weak!r} and {strong!r}.")
+    return RepairPairs.split(pairs, weak=weak, strong=strong, seed=seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,10 +177,3 @@ class Evidence:
     def _refitted(self, states: ReadStates) -> Float[Tensor, "pair"]:
         row = None if self.refit is None else self.refit.row
         return states.margin if row is None else states.margin + states.difference @ row.double()
-
-
-def _split(pairs: Mapping[str, PreferencePairs], weak: str | None, strong: str | None, seed: int) -> RepairPairs:
-    names = list(pairs)
-    if weak is None or strong is None:
-        raise OptionError(f"weak, strong: expected two of {names}, got {weak!r} and {strong!r}.")
-    return RepairPairs.split(pairs, weak=weak, strong=strong, seed=seed)

@@ -1,5 +1,6 @@
 """Gains of neurons: factors on what MLP neurons write, fitted to their contributions to the margins."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ from rmtension.reward_head import RewardHead
 
 # Weights of the weak objective that are tried.
 GAIN_SHARES = (0.3, 0.5, 0.7)
+# Shares of all neurons that are tried.
+_FRACTIONS = (0.001, 0.003, 0.01, 0.03)
 # A step is halved this often before the fit ends.
 _MOST_HALVINGS = 3
 
@@ -107,16 +110,19 @@ class GainFitter:
                     contributions = {name: self._contributions(self.pairs.fit[name]) for name in self.objectives}
         return FittedGains(gains, best, n_steps)
 
+    def strongest(self, share: float, count: int) -> NeuronSet:
+        """The neurons whose gain changes the loss fastest."""
+        order = self.ranking(share).abs().flatten().argsort(descending=True, stable=True)
+        mask = torch.zeros(len(order), dtype=torch.bool)
+        mask[order[:count]] = True
+        return NeuronSet(mask.view(self._shape), SITE, self.head.architecture)
+
     def path(self, counts: Sequence[int], shares: Sequence[float]) -> tuple[Edit | None, pd.DataFrame]:
         """The best gains of the neurons that matter most, or None, and a row for every share and count."""
         fitted, candidates = [], []
         for share in shares:
-            order = self.ranking(share).abs().flatten().argsort(descending=True, stable=True)
             for count in counts:
-                mask = torch.zeros(len(order), dtype=torch.bool)
-                mask[order[:count]] = True
-                neurons = NeuronSet(mask.view(self._shape), SITE, self.head.architecture)
-                fitted.append(self.fit(neurons, GainOptions(share=share)))
+                fitted.append(self.fit(self.strongest(share, count), GainOptions(share=share)))
                 settings = {"share": share, "numbers": count, "steps": fitted[-1].n_steps}
                 candidates.append(Candidate(settings, fitted[-1].margins))
         table = compare_candidates(self.pairs, self.before, candidates)
@@ -165,16 +171,19 @@ def fit_gains(
     head: RewardHead,
     pairs: RepairPairs,
     *,
-    counts: Sequence[int],
+    counts: Sequence[int] | None = None,
     shares: Sequence[float] = GAIN_SHARES,
     progress: bool | None = None,
 ) -> tuple[Edit | None, pd.DataFrame]:
     """The best gains of the neurons that matter most, and the path: every number of neurons that was tried.
 
-    For each share and count, the neurons are those whose gain changes the loss fastest. The edit is None if no gains
-    help the weak objective and spare the strong one, on the development pairs.
+    For each share and count, the neurons are those whose gain changes the loss fastest; by default 1, and .1%, .3%, 1%
+    and 3% of all. The edit is None if no gains help the weak objective and spare the strong one, on the development
+    pairs.
     """
-    return GainFitter(head, pairs, progress=progress).path(counts, shares)
+    total = head.n_layers * head.n_neurons(SITE)
+    tried = counts or sorted({1, *(math.ceil(fraction * total) for fraction in _FRACTIONS)})
+    return GainFitter(head, pairs, progress=progress).path(tried, shares)
 
 
 def _shares(share: float) -> tuple[float, float]:

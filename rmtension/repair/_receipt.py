@@ -11,70 +11,90 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rmtension._arguments import require_choice
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._refusals import SHOULD_REFUSE, SHOULD_RESPOND
 from rmtension.errors import DataError, StorageError
 from rmtension.evaluation._intervals import Estimate, bootstrap_mean, with_interval
 from rmtension.evaluation._length import length_matched_places
-from rmtension.repair._ceiling import closed_share
-from rmtension.repair._choice import MOST_LOST, correct
-from rmtension.repair._edit import Edit
+from rmtension.repair._choice import correct
+from rmtension.repair._diagnose import Diagnosis
 from rmtension.repair._splits import RepairPairs
 from rmtension.store._files import write_text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RepairReport:
     """What an edit did on test pairs that neither its fit nor any choice has seen.
 
-    - `edit`: what it is, and of how many numbers.
-    - `closed`: the share of the weak objective's gap that it closed; `predicted`: what the diagnosis predicted.
+    - `diagnosis`: what was known before, with the predicted closed share.
+    - `edit`: its method, how many numbers it has, and whether there is one.
+    - `closed`: the share of the weak objective's gap that it closed.
     - `checks`: one row per quantity, before and after: accuracy and margin of both objectives, refusing and responding
       where labelled, accuracy on pairs matched in length, and the choice of the best of several responses; with the
-      change and its interval. `spared` says that the lower end of the change is at least -1 point.
+      change and its interval. `spared` says that the lower end of the change is at least -`most_lost`.
+    - `path`: one row per candidate that was tried, on the development pairs, with its closed share.
     - `controls`: one row per control, fitted by the same procedure: its closed share, and the strong objective's
       change.
+    - `most_lost`: how much accuracy an edit may cost, by the lower end of the interval.
 
     Examples:
         >>> RepairReport.__match_args__
-        ('weak', 'strong', 'edit', 'closed', 'predicted', 'checks', 'controls')
+        ('diagnosis', 'edit', 'closed', 'checks', 'path', 'controls', 'most_lost')
     """
 
-    weak: str
-    strong: str
+    diagnosis: Diagnosis
     edit: Mapping[str, Any]
     closed: Estimate
-    predicted: Estimate
     checks: pd.DataFrame
+    path: pd.DataFrame
     controls: pd.DataFrame
+    most_lost: float = 0.01
 
     def __repr__(self) -> str:
-        (strong,) = self.checks[self.checks["quantity"] == f"{self.strong} accuracy"].to_dict("records")
-        lines = [
-            f"Repair of {self.weak} by {self.edit['kind']} ({self.edit['numbers']:,} numbers), on test pairs:",
-            f"  closed share of the gap: {self.closed} (predicted {self.predicted})",
-            f"  {self.strong} accuracy: {strong['before']:.3f} to {strong['after']:.3f}, change "
-            f"{with_interval(strong['change'], strong['low'], strong['high'])}",
-        ]
-        for kind, part in self.controls.groupby("control", sort=False):
-            lines.append(f"  control, {kind} ({len(part)}): closed share {part['closed'].mean():.3f}")
-        return "\n".join(lines)
+        return "\n  ".join(
+            [f"Repair of {self.diagnosis.weak} by {self.edit['kind']}, on test pairs:", *self.findings()]
+        )
 
-    def to_frame(self) -> pd.DataFrame:
-        """A copy of `checks`."""
-        return self.checks.copy()
+    def findings(self) -> list[str]:
+        """What came out in three or four sentences, each with its interval or control."""
+        weak, strong = self.diagnosis.weak, self.diagnosis.strong
+        rows = {row["quantity"]: row for row in self.checks.to_dict("records")}
+
+        def change(name: str) -> str:
+            row = rows[f"{name} accuracy"]
+            moved = with_interval(row["change"], row["low"], row["high"], form="+.3f")
+            return f"from {row['before']:.3f} to {row['after']:.3f}, change {moved}"
+
+        sentences = [
+            f"The edit has {self.edit['numbers']:,} numbers and closes {self.closed} of the gap; the diagnosis "
+            f"predicted {self.diagnosis.predicted}."
+            if self.edit["made"]
+            else "No candidate gained beyond chance without harm, so nothing was edited.",
+            f"The accuracy on {weak} goes {change(weak)}; that on {strong} {change(strong)}.",
+        ]
+        controls = [f"{kind} {_range(part['closed'])}" for kind, part in self.controls.groupby("control", sort=False)]
+        sentences.append(f"Closed shares of the controls: {'; '.join(controls)}.")
+        harmed = [name for name, row in rows.items() if not row["spared"] and not name.endswith(" margin")]
+        if harmed and self.edit["made"]:
+            sentences.append(
+                f"The interval allows a loss of more than {100 * self.most_lost:g} points for: {', '.join(harmed)}."
+            )
+        return sentences
+
+    def to_frame(self, table: str = "checks") -> pd.DataFrame:
+        """A copy of `checks`, `path` or `controls`."""
+        require_choice("table", table, _TABLES)
+        frame: pd.DataFrame = getattr(self, table).copy()
+        return frame
 
     def save(self, path: str | Path) -> None:
         """Write the report to one JSON file."""
-        values = {
-            "kind": "RepairReport",
-            "weak": self.weak,
-            "strong": self.strong,
+        values = {"kind": "RepairReport", **{name: asdict(getattr(self, name)) for name in ("diagnosis", "closed")}}
+        values |= {
             "edit": dict(self.edit),
-            "closed": asdict(self.closed),
-            "predicted": asdict(self.predicted),
-            "checks": self.checks.to_dict("records"),
-            "controls": self.controls.to_dict("records"),
+            "most_lost": self.most_lost,
+            **{name: getattr(self, name).to_dict("records") for name in _TABLES},
         }
         write_text(Path(path), json.dumps(values, indent=2) + "\n", "repair report")
 
@@ -85,19 +105,25 @@ class RepairReport:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             if values["kind"] != "RepairReport":
                 raise KeyError("kind")
-            return cls(
-                values["weak"],
-                values["strong"],
-                values["edit"],
-                Estimate(**values["closed"]),
-                Estimate(**values["predicted"]),
-                pd.DataFrame(values["checks"]),
-                pd.DataFrame(values["controls"]),
-            )
+            diagnosed = {
+                name: Estimate(**value) if isinstance(value, dict) else value
+                for name, value in values["diagnosis"].items()
+            }
+            tables = {name: pd.DataFrame(values[name]) for name in _TABLES}
+            closed = Estimate(**values["closed"])
+            return cls(Diagnosis(**diagnosed), values["edit"], closed, **tables, most_lost=values["most_lost"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{path}: expected a file that RepairReport.save wrote ({error!r:.80}).") from error
 
 
+def _range(values: pd.Series) -> str:
+    """The mean of several values and their range, or the one value."""
+    if len(values) == 1:
+        return f"{values.iloc[0]:.3f}"
+    return f"{values.mean():.3f}, from {values.min():.3f} to {values.max():.3f}"
+
+
+_TABLES = ("checks", "path", "controls")
 Margins = Mapping[str, Float[Tensor, "pair"]]
 
 
@@ -123,7 +149,7 @@ def check_table(
                 "change": change.value,
                 "low": change.low,
                 "high": change.high,
-                "spared": change.low >= -MOST_LOST,
+                "spared": change.low >= -pairs.most_lost,
                 "n": change.n,
             }
         )
@@ -185,17 +211,3 @@ def best_of_several(
         kept.append(part[firsts[prompt]])
     values = torch.tensor(results, dtype=torch.float64).reshape(-1, 2)
     return (values[:, 0], values[:, 1]), PreferencePairs(kept)
-
-
-def control_row(
-    pairs: RepairPairs, control: str, before: Margins, after: Margins, ceiling: Float[Tensor, "pair"], edit: Edit | None
-) -> dict[str, Any]:
-    """One row of `RepairReport.controls`."""
-    share = closed_share(pairs.test[pairs.weak], before[pairs.weak], after[pairs.weak], ceiling)
-    strong = correct(after[pairs.strong]) - correct(before[pairs.strong])
-    return {
-        "control": control,
-        "closed": share.value,
-        "strong_change": float(strong.mean()),
-        "numbers": 0 if edit is None else edit.n_numbers,
-    }

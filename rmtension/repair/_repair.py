@@ -1,7 +1,9 @@
 """Diagnose, edit by one method, and prove it on test pairs with controls."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -12,127 +14,143 @@ from rmtension._arguments import require_choice
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
 from rmtension.evaluation._pair_rewards import PairRewards
-from rmtension.interventions._ablation import AblationContext
-from rmtension.interventions._replacements import Scale
-from rmtension.neurons._neuron_set import NeuronSet
-from rmtension.passes._activation_collector import ActivationCollector
 from rmtension.repair._ceiling import closed_share
-from rmtension.repair._choice import best_candidate
-from rmtension.repair._diagnose import Evidence
+from rmtension.repair._controls import control_table
+from rmtension.repair._diagnose import Evidence, divide
+from rmtension.repair._directions import remove_subspace, shape_reward
+from rmtension.repair._distil import distil_ensemble
 from rmtension.repair._down_projection import edit_down_projection
-from rmtension.repair._edit import SITE, Edit
-from rmtension.repair._features import SplitStates, margins_of
-from rmtension.repair._gains import GAIN_SHARES, GainFitter, GainOptions
-from rmtension.repair._receipt import RepairReport, check_table, control_row
+from rmtension.repair._edit import Edit
+from rmtension.repair._gains import fit_gains
+from rmtension.repair._medians import set_to_medians
+from rmtension.repair._receipt import RepairReport, check_table
 from rmtension.repair._refit import refit_head
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
 
-METHODS = ("head refit", "gains", "down projection")
-# Shares of the neurons that gains are tried with.
-_FRACTIONS = (0.001, 0.003, 0.01, 0.03)
+# What each method is called with besides the model and the pairs.
+_METHODS: dict[str, Callable[..., tuple[Edit | None, pd.DataFrame]]] = {
+    "head refit": refit_head,
+    "gains": fit_gains,
+    "down projection": edit_down_projection,
+    "distilled ensemble": distil_ensemble,
+    "medians": set_to_medians,
+    "reward shaping": shape_reward,
+    "subspace removal": remove_subspace,
+}
+METHODS = tuple(_METHODS)
+_OF_SPECIALISTS = ("distilled ensemble",)
+EDIT, REPORT = "repair.safetensors", "repair.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Repair:
+    """A repaired model, the edit that repaired it, and what the edit did on test pairs.
+
+    `edit` is None, and `head` the unedited model, if no candidate was better without harm.
+    """
+
+    head: RewardHead
+    edit: Edit | None
+    report: RepairReport
+
+    def __repr__(self) -> str:
+        return repr(self.report)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the repaired checkpoint, which plain transformers loads, with its edit and its report beside it.
+
+        Raises `OptionError` if there is no edit.
+        """
+        if self.edit is None:
+            raise OptionError("edit: no edit was better without harm, so there is no repaired model to save.")
+        self.head.save_pretrained(folder)
+        self.edit.save(Path(folder) / EDIT)
+        self.report.save(Path(folder) / REPORT)
 
 
 def repair(
     head: RewardHead,
-    pairs: RepairPairs,
+    pairs: Mapping[str, PreferencePairs] | RepairPairs,
     method: str = "gains",
     *,
+    weak: str | None = None,
+    strong: str | None = None,
     specialists: Mapping[str, RewardHead] | None = None,
     n_random: int = 20,
     level: float = 0.95,
     seed: int = 0,
     progress: bool | None = None,
-) -> tuple[Edit | None, RepairReport]:
-    """Mend the weak objective by one method, and measure it on test pairs.
+    **options: Any,
+) -> Repair:
+    """Repair the weak objective by one method without harm to the strong one, and measure the edit on test pairs.
 
-    The edit is None if no candidate gains on the development pairs without harm to the strong objective; the report
-    then holds what the unedited model does. Raises `OptionError` if the diagnosis shows no gap.
+    `pairs` are pairs by objective, divided by `RepairPairs.split` with `seed`, or a `RepairPairs`. Edits are fitted to
+    the fit pairs; of all that a method tries, the smallest is taken whose gain on the development pairs is beyond
+    chance and about as large as any, and which spares the strong objective. The test pairs are read once, at the end.
+
+    Methods, with their `options`:
+
+    - "head refit": another reward row, by Newton's method on the Bradley-Terry loss. `shares`, `ridges`.
+    - "gains": a factor for each of the neurons that change the loss most. `counts` of neurons, `shares`.
+    - "down projection": one projection in closed form. `layers`, `steps`, `weights`.
+    - "distilled ensemble": the row whose margins are nearest to the `specialists`' ensemble. `ridges`.
+    - "medians", "reward shaping", "subspace removal": published recipes against style biases. The first sets neurons
+      that follow a surface feature to their medians (`feature`, `fractions`), the second takes the feature's direction
+      out of the row (`feature`, `alphas`), the third the directions of wrongly ordered pairs (`alphas`).
+
+    The controls are fitted by the same procedure: weak labels exchanged at random for half of the pairs, another
+    method with as many numbers, a head refit, and for gains `n_random` random sets of neurons with the same layers and
+    magnitudes. Cost: that of the method, twice and more for the controls.
+
+    Raises `OptionError` if the diagnosis shows no gap, and `CheckError` if the model fails `head.check()`.
+
+    Examples:
+        >>> from rmtension.synthetic import plant_damage
+        >>> damaged = plant_damage(head, pairs["harmless"], n=4, factor=-0.5).head
+        >>> mended = repair(damaged, pairs, "head refit", weak="harmless", strong="helpful", progress=False)
+        >>> mended.report.closed.value > 0.9
+        True
     """
     require_choice("method", method, METHODS)
-    evidence = Evidence.gather(head, pairs, specialists, progress=progress)
+    if method in _OF_SPECIALISTS and specialists is None:
+        raise OptionError(f"specialists: {method!r} needs a model for each objective. Pass specialists=..., a dict.")
+    split = divide(pairs, weak, strong, seed)
+    head.check(split.fit[split.weak])
+    evidence = Evidence.gather(head, split, specialists, progress=progress)
     diagnosis = evidence.diagnosis(level=level, seed=seed)
     if not diagnosis.has_gap:
         raise OptionError(f"pairs: nothing to repair is shown.\n{diagnosis}")
-    fitter = GainFitter(head, pairs, progress=progress) if method == "gains" else None
-    edit, table = _fit(method, head, pairs, fitter, evidence.states, progress)
+
+    def fit(divided: RepairPairs) -> tuple[Edit | None, pd.DataFrame]:
+        given = {"specialists": specialists} if method in _OF_SPECIALISTS else {}
+        return _METHODS[method](head, divided, progress=progress, **given, **options)
+
+    edit, path = fit(split)
     edited = head if edit is None else edit.apply(head)
     scored = {
         name: {model: of.score_pairs(part, progress=progress) for model, of in (("before", head), ("after", edited))}
-        for name, part in pairs.test.items()
+        for name, part in split.test.items()
     }
     before, after = ({name: of[model].margin.double() for name, of in scored.items()} for model in ("before", "after"))
-    ceiling = evidence.ceiling(pairs.test[pairs.weak])
+    ceiling = evidence.ceiling(split.test[split.weak])
     rewards = tuple({name: _both(of[model]) for name, of in scored.items()} for model in ("before", "after"))
-    others = {} if method == "head refit" else {"head refit": evidence.refit}
-    others["shuffled labels"] = _fit(method, head, pairs.shuffled(seed), None, None, progress)[0]
-    controls = []
-    for name, other in others.items():
-        margins = before if other is None else margins_of(other.apply(head), pairs.test, progress=progress)
-        controls.append(control_row(pairs, name, before, margins, ceiling, other))
-    if fitter is not None and (best := best_candidate(pairs, table)) is not None:
-        assert edit is not None
-        options = GainOptions(share=table.to_dict("records")[best]["share"])
-        controls += _random_neurons(fitter, edit, options, before, ceiling, n_random, seed, progress)
-    weak_part = pairs.test[pairs.weak]
+    others = {"shuffled labels": fit(split.shuffled(seed))[0], "head refit": evidence.refit}
+    measured, drawing = (before, ceiling), {"n_random": n_random, "seed": seed, "progress": progress}
+    weak_part = split.test[split.weak]
     report = RepairReport(
-        pairs.weak,
-        pairs.strong,
-        {"kind": method if edit is not None else "none", "numbers": 0 if edit is None else edit.n_numbers},
-        closed_share(weak_part, before[pairs.weak], after[pairs.weak], ceiling, level=level, seed=seed),
-        diagnosis.predicted,
-        check_table(pairs, before, after, (rewards[0], rewards[1]), level=level, seed=seed),
-        pd.DataFrame(controls),
+        diagnosis,
+        {"kind": method, "numbers": 0 if edit is None else edit.n_numbers, "made": edit is not None},
+        closed_share(weak_part, before[split.weak], after[split.weak], ceiling, level=level, seed=seed),
+        check_table(split, before, after, (rewards[0], rewards[1]), level=level, seed=seed),
+        path.assign(closed=path[f"{split.weak}_change"] / diagnosis.gap.value),
+        control_table(head, split, method, edit, path, measured, others, **drawing),
+        split.most_lost,
     )
-    return edit, report
+    return Repair(edited, edit, report)
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------
-
-
-def _fit(
-    method: str,
-    head: RewardHead,
-    pairs: RepairPairs,
-    fitter: GainFitter | None,
-    states: SplitStates | None,
-    progress: bool | None,
-) -> tuple[Edit | None, pd.DataFrame]:
-    """The edit by one method; `fitter` and `states` are those of these pairs, if they are known."""
-    if method == "head refit":
-        return refit_head(head, pairs, states=states, progress=progress)
-    if method == "down projection":
-        return edit_down_projection(head, pairs, progress=progress)
-    total = head.n_layers * head.n_neurons(SITE)
-    counts = sorted({max(1, math.ceil(fraction * total)) for fraction in _FRACTIONS})
-    return (fitter or GainFitter(head, pairs, progress=progress)).path(counts, GAIN_SHARES)
-
-
-def _random_neurons(
-    fitter: GainFitter,
-    edit: Edit,
-    options: GainOptions,
-    before: Mapping[str, Float[Tensor, "pair"]],
-    ceiling: Float[Tensor, "pair"],
-    n_random: int,
-    seed: int,
-    progress: bool | None,
-) -> list[dict[str, object]]:
-    """Gains of random neurons, matched by layer and magnitude, fitted as those of the edit."""
-    assert edit.gains is not None
-    head, pairs = fitter.head, fitter.pairs
-    neurons = NeuronSet(edit.gains != 1, SITE, head.architecture)
-    both = sum(pairs.fit.values(), start=PreferencePairs([]))
-    magnitude = ActivationCollector(head, site=SITE).collect(both, progress=progress).abs_mean
-    rows = []
-    for draw in range(n_random):
-        random = neurons.matched_random(seed=seed + draw, match="magnitude", magnitude=magnitude)
-        gains = fitter.fit(random, options).gains
-        with AblationContext(head, random, Scale(gains)):
-            margins = margins_of(head, pairs.test, progress=progress)
-        of_random = Edit("gains", head.fingerprint, head.architecture, gains=gains)
-        rows.append(control_row(pairs, "random neurons", before, margins, ceiling, of_random))
-    return rows
 
 
 def _both(scored: PairRewards) -> Float[Tensor, "2 pair"]:

@@ -18,7 +18,8 @@ class RepairPairs:
 
     An edit is computed on `fit`, every choice is made on `development`, and `test` is read once. Each maps the two
     objectives to pairs. `contradictory` holds the pairs that the objectives label in opposite ways: no reward model can
-    satisfy both, so they are in no split.
+    satisfy both, so they are in no split. An edit may cost the strong objective at most `most_lost` of its accuracy, by
+    the lower end of the change's interval; 0.01 is one point.
 
     Raises `OptionError` for splits that share prompts or lack an objective.
     """
@@ -29,8 +30,11 @@ class RepairPairs:
     development: Mapping[str, PreferencePairs]
     test: Mapping[str, PreferencePairs]
     contradictory: Mapping[str, PreferencePairs]
+    most_lost: float = 0.01
 
     def __post_init__(self) -> None:
+        if not 0 <= self.most_lost < 1:
+            raise OptionError(f"most_lost: expected a share of the pairs, 0 or more and below 1, got {self.most_lost}.")
         prompts: dict[str, set[object]] = {}
         for split in SPLITS:
             groups = getattr(self, split)
@@ -64,6 +68,7 @@ class RepairPairs:
         weak: str,
         strong: str,
         shares: Sequence[float] = (0.4, 0.3, 0.3),
+        most_lost: float = 0.01,
         seed: int = 0,
     ) -> "RepairPairs":
         """Divide pairs by prompt into splits of these `shares`, after taking contradictory pairs out.
@@ -99,7 +104,8 @@ class RepairPairs:
             for name, part in groups.items():
                 if not len(part):
                     raise DataError(f"pairs: no {name} pairs are left for {split}. Give more pairs, or larger shares.")
-        return cls(weak, strong, **parts, contradictory=dict(zip(both, contradictory, strict=True)))
+        apart_pairs = dict(zip(both, contradictory, strict=True))
+        return cls(weak, strong, **parts, contradictory=apart_pairs, most_lost=most_lost)
 
     def shuffled(self, seed: int) -> "RepairPairs":
         """The same splits with wrong labels for half of the weak fit and development pairs, at random: a control."""

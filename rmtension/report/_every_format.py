@@ -4,10 +4,12 @@ from pathlib import Path
 
 from rmtension.attribution._neuron_dashboards import NeuronDashboards
 from rmtension.distributed import current
+from rmtension.repair._receipt import RepairReport
 from rmtension.report._figures import draw_pictures
 from rmtension.report._html import to_html
 from rmtension.report._inspection_page import inspection_page
 from rmtension.report._page import render_page
+from rmtension.report._repair_page import repair_page
 from rmtension.report._text import to_markdown
 from rmtension.store._files import filled_whole
 from rmtension.study._inspection_result import ModelInspection
@@ -17,16 +19,17 @@ HTML, MARKDOWN, NEURONS = "report.html", "report.md", "neurons.json"
 
 
 def write_report(
-    result: StudyResult | ModelInspection, folder: str | Path, *, neurons: NeuronDashboards | None = None
+    result: StudyResult | ModelInspection | RepairReport, folder: str | Path, *, neurons: NeuronDashboards | None = None
 ) -> Path:
-    """Write the report of a study or of an inspection into `folder`, all files or none; returns `report.html`.
+    """Write the report of a study, an inspection or a repair into `folder`, all files or none; returns `report.html`.
 
     - `report.html` needs no other file. It shows findings with intervals and controls, open questions, figures, tables,
       provenance and, with `neurons` (from `attribution.neuron_dashboards` or `report.study_neurons`), a card per
       neuron. Texts of the data are escaped, and shown when the reader opens a neuron. A Content-Security-Policy
       prevents the page from loading anything and from running other scripts than its own.
     - `report.md` has the same tables as Markdown and shows the figures, which are written as one PNG file each.
-    - the report of an inspection (`inspect_model`) is `report.html` alone; its neurons are in it already.
+    - the report of an inspection (`inspect_model`) is `report.html` alone; its neurons are in it already. That of a
+      repair (`repair.repair`) is `report.html` alone too.
     - `neurons.json` keeps `neurons`, so that `rmtension report` can write the page again. Without `neurons`, the file
       of an earlier report is removed.
 
@@ -43,9 +46,10 @@ def write_report(
     folder = Path(folder)
     if not current().is_first:
         return folder / HTML
-    if isinstance(result, ModelInspection):
+    if not isinstance(result, StudyResult):
+        page = repair_page(result) if isinstance(result, RepairReport) else inspection_page(result)
         with filled_whole(folder, "report", seal=HTML) as written:
-            (written / HTML).write_text(render_page(inspection_page(result)), encoding="utf-8")
+            (written / HTML).write_text(render_page(page), encoding="utf-8")
         return folder / HTML
     pictures = draw_pictures(result)
     with filled_whole(folder, "report", seal=HTML, replaced=(NEURONS,)) as written:

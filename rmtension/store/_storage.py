@@ -61,8 +61,8 @@ def read_result(
 
     `tensors` maps each required name to a specification such as "float layer neuron": the kind of number ("float",
     "int", "bool", "any") and a name per dimension. A dimension has the same length in the whole file; a digit is a
-    fixed length, and "_" any length. A name may contain a star. The tensors in `optional` may be present, and no others. `values` maps each
-    other value to its type.
+    fixed length, and "_" any length. A name may contain a star. The tensors in `optional` may be present, and no
+    others. `values` maps each other value to its type.
 
     Raises `StorageError` if the file is missing, damaged, of another kind, or written by a newer version.
     """

@@ -1,10 +1,11 @@
-"""How much of a planted gap edits close, on models of the embedded world, beside random neurons and shuffled labels.
+"""How much of a gap edits close, on models of the embedded world, beside random neurons and shuffled labels.
 
-    python tests/programs/mended.py --models 10 --folder mended [--random 20]
+    python tests/programs/mended.py --models 10 --absent 5 --folder mended [--random 20]
 
-Each seed trains a base, two specialists and a mixed model on a world of its own (a minute), and damages the mixed one:
-the 58 neurons that contribute most to its harmless margins, and little to its helpful ones, count as many times
-negatively as brings harmless accuracy below .75, if any does. Every method fits and chooses on its own pairs; the
+Damaged models: each seed trains a base, two specialists and a mixed model on a world of its own (a minute), and damages
+the mixed one: the 58 neurons that contribute most to its harmless margins, and little to its helpful ones, count as
+many times negatively as brings harmless accuracy below .75; if none does, more neurons. Absent features: a mixed model
+learns from 8% harmless pairs and does not learn what they need. Every method fits and chooses on its own pairs; the
 closed share is of test pairs.
 """
 
@@ -13,30 +14,30 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
-from rmtension import NeuronSet, RewardHead
+from rmtension import RewardHead
 from rmtension.passes._activation_collector import ActivationCollector
 from rmtension.repair._ceiling import SpecialistEnsemble, closed_share
 from rmtension.repair._diagnose import diagnose
 from rmtension.repair._distil import distil_ensemble
 from rmtension.repair._down_projection import edit_down_projection
 from rmtension.repair._edit import Edit
-from rmtension.repair._gains import GainFitter, GainOptions
+from rmtension.repair._gains import GainFitter, GainOptions, fit_gains
 from rmtension.repair._refit import refit_head
 from rmtension.repair._splits import RepairPairs
 from rmtension.synthetic import DamagedModel, plant_damage, preference_world
-from rmtension.training import train_family
+from rmtension.training import train_family, train_reward_model
 
-WEAK, STRONG, N_DAMAGED, SHARE_EDITED = "harmless", "helpful", 58, 0.05
+WEAK, STRONG, N_DAMAGED, SHARE_EDITED = "harmless", "helpful", (58, 115, 230), 0.05
 
 
 def damaged_model(mixed: RewardHead, pairs: RepairPairs) -> DamagedModel:
-    """The mildest damage of which fit pairs show it: harmless accuracy below .75, or the strongest tried."""
-    for factor in (-0.5, -1.0, -2.0, -3.0, -5.0, -8.0):
-        damaged = plant_damage(mixed, pairs.fit[WEAK], n=N_DAMAGED, factor=factor, spare=pairs.fit[STRONG])
-        if damaged.head.score_pairs(pairs.fit[WEAK], progress=False).accuracy() < 0.75:
-            break
+    """The mildest damage to the fewest neurons of which fit pairs show it: harmless accuracy below .75."""
+    for n in N_DAMAGED:
+        for factor in (-0.5, -1.0, -2.0, -3.0, -5.0, -8.0):
+            damaged = plant_damage(mixed, pairs.fit[WEAK], n=n, factor=factor, spare=pairs.fit[STRONG])
+            if damaged.head.score_pairs(pairs.fit[WEAK], progress=False).accuracy() < 0.75:
+                return damaged
     return damaged
 
 
@@ -73,10 +74,7 @@ def try_seed(seed: int, folder: Path, n_random: int) -> tuple[list[dict[str, obj
     note("E distilled ensemble", distil_ensemble(head, pairs, specialists, progress=False)[0])
     note("C down projection", edit_down_projection(head, pairs, progress=False)[0])
     fitter = GainFitter(head, pairs, progress=False)
-    order = fitter.ranking(0.5).abs().flatten().argsort(descending=True, stable=True)
-    mask = torch.zeros(len(order), dtype=torch.bool)
-    mask[order[: round(SHARE_EDITED * len(order))]] = True
-    attributed = NeuronSet(mask.view(head.n_layers, -1), "mlp", head.architecture)
+    attributed = fitter.strongest(0.5, round(SHARE_EDITED * head.n_layers * head.n_neurons("mlp")))
     both = pairs.fit[WEAK] + pairs.fit[STRONG]
     magnitude = ActivationCollector(head).collect(both, progress=False).abs_mean
     sets = {"B gains, attributed": attributed, "B gains, damaged neurons": damaged.neurons}
@@ -89,17 +87,51 @@ def try_seed(seed: int, folder: Path, n_random: int) -> tuple[list[dict[str, obj
         note(name, Edit("gains", head.fingerprint, head.architecture, gains=gains))
     whole, broken = (model.score_pairs(test, progress=False).accuracy() for model in (heads["mixed"], head))
     about = {
-        "seed": seed, "factor": damaged.factor, "before damage": whole, "damaged": broken, "gap": found.gap.value,
+        "seed": seed, "n damaged": len(damaged.neurons), "factor": damaged.factor,
+        "before damage": whole, "damaged": broken, "gap": found.gap.value,
         "present": found.is_present, "predicted": found.predicted.value, "realised": realised,
         "contradictory": found.contradictory,
     }  # fmt: skip
     return rows, about
 
 
+def try_absent(seed: int, folder: Path) -> dict[str, object]:
+    """What was predicted for a model that saw few harmless pairs, and what a refit and gains closed."""
+    world = preference_world(seed)
+    folders = train_family(world.train, folder / f"seed-{seed}", seed=seed, resume=True, progress=False)
+    few = folder / f"absent-{seed}"
+    if not few.exists():
+        proportions = {STRONG: 0.92, WEAK: 0.08}
+        train_reward_model(
+            world.train, folders["base"], few, proportions=proportions, seed=seed, epochs=2, learning_rate=7e-4,
+            warmup_steps=20, progress=False,
+        )  # fmt: skip
+    head = RewardHead.from_pretrained(few)
+    specialists = {name: RewardHead.from_pretrained(folders[name]) for name in (WEAK, STRONG)}
+    pairs = RepairPairs.split(world.test, weak=WEAK, strong=STRONG, seed=seed)
+    found = diagnose(head, pairs, specialists=specialists, progress=False)
+    test = pairs.test[WEAK]
+    before = head.score_pairs(test, progress=False).margin.double()
+    ceiling = SpecialistEnsemble(specialists, pairs, progress=False).margins(test)
+    about: dict[str, object] = {
+        "seed": seed, "harmless": head.score_pairs(test, progress=False).accuracy(),
+        "helpful": head.score_pairs(pairs.test[STRONG], progress=False).accuracy(), "gap": found.gap.value,
+        "probe": found.probe.value, "present": found.is_present, "predicted": found.predicted.value,
+    }  # fmt: skip
+    for name, fit in {"realised": refit_head, "gains": fit_gains, "projection": edit_down_projection}.items():
+        edit, _ = fit(head, pairs, progress=False)
+        edited = head if edit is None else edit.apply(head)
+        about[name] = closed_share(
+            test, before, edited.score_pairs(test, progress=False).margin.double(), ceiling
+        ).value
+    return about
+
+
 def main() -> None:
     """Print tables over all models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, default=10)
+    parser.add_argument("--absent", type=int, default=5)
     parser.add_argument("--random", type=int, default=20)
     parser.add_argument("--folder", type=Path, default=Path("mended"))
     options = parser.parse_args()
@@ -121,11 +153,17 @@ def main() -> None:
     models.to_csv(options.folder / "models.csv", index=False)
     random = table[table["method"].str.contains("random")].groupby("seed")["closed"].max()
     attributed = table[table["method"] == "B gains, attributed"].set_index("seed")["closed"]
+    shuffled = table.loc[table["method"] == "A head refit, shuffled", "closed"]
+    print(f"shuffled labels: closed share {shuffled.mean():.3f}, from {shuffled.min():.3f} to {shuffled.max():.3f}")
     print(f"attributed gains beat all random ones in {int((attributed > random).sum())} of {options.models} models")
-    residual = ((models["realised"] - models["predicted"]) ** 2).sum()
-    spread = ((models["realised"] - models["realised"].mean()) ** 2).sum()
+    absent = pd.DataFrame([try_absent(seed, options.folder) for seed in range(options.absent)])
+    print(absent.round(3).to_string(index=False))
+    absent.to_csv(options.folder / "absent.csv", index=False)
+    both = pd.concat([frame[["predicted", "realised"]] for frame in (models, absent) if len(frame)])
+    residual = ((both["realised"] - both["predicted"]) ** 2).sum()
+    spread = ((both["realised"] - both["realised"].mean()) ** 2).sum()
     r2 = 1 - residual / spread if spread > 0 else np.nan
-    print(f"predicted against realised closed share: R2 {r2:.3f}")
+    print(f"predicted against realised closed share over {len(both)} models: R2 {r2:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Refit of the reward row, choices on development pairs, and edits as files and copies."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -8,7 +9,8 @@ from torch.nn.functional import softplus
 
 from rmtension import PreferencePairs
 from rmtension.errors import DataError, OptionError, ProvenanceError, StorageError
-from rmtension.repair._choice import Candidate, best_candidate, compare_candidates
+from rmtension.evaluation._intervals import bootstrap_mean
+from rmtension.repair._choice import Candidate, _bounds_of_all, best_candidate, compare_candidates
 from rmtension.repair._distil import distil_ensemble, distilled_row
 from rmtension.repair._edit import Edit
 from rmtension.repair._features import read_states
@@ -123,6 +125,39 @@ def test_a_candidate_that_hurts_the_strong_objective_is_not_taken(pairs):
     assert table["harmless_change"].tolist() == pytest.approx([0, 1, (n_weak // 3) / n_weak])
 
 
+def test_bounds_hold_for_all_candidates_together():
+    """Of changes that are coin tosses, the best of thirty has a bound above 0 in about 5% of data sets, not in most."""
+    rng = np.random.default_rng(0)
+    part = PreferencePairs.from_records(
+        [{"prompt": f"p{number}", "chosen": "a", "rejected": "b"} for number in range(120)]
+    )
+    alone = together = 0
+    for seed in range(60):
+        changes = torch.from_numpy(rng.choice([-1.0, 0.0, 1.0], p=[0.15, 0.7, 0.15], size=(30, 120)))
+        bounds = _bounds_of_all(changes, part, seed)
+        together += bool((bounds > 0).any())
+        alone += any(bootstrap_mean(row, part, level=0.9, seed=seed).low > 0 for row in changes)
+    # 60 draws of 5%: 3 on average, and more than 8 in 1 of 200 runs.
+    assert together <= 8
+    assert alone > 30, "bounds of single candidates do not hold for the best of many"
+    (single,) = _bounds_of_all(changes[:1], part, 0)
+    assert single == pytest.approx(bootstrap_mean(changes[0], part, level=0.9, seed=0).low, abs=0.01)
+
+
+def test_the_smallest_of_equally_good_candidates_is_taken(pairs):
+    rows = [(1, 0.10, 0.05), (3, 0.29, 0.2), (8, 0.30, 0.2), (30, 0.31, 0.2), (2, 0.30, -0.1)]
+    table = pd.DataFrame(
+        [
+            {"numbers": n, "harmless_change": gain, "harmless_low": low, "harmless_loss": 1.0, "harmless_error": 0.03,
+             "allowed": True}
+            for n, gain, low in rows
+        ]
+    )  # fmt: skip
+    assert best_candidate(pairs, table) == 1
+    assert best_candidate(pairs, table.assign(harmless_error=0.0)) == 3
+    assert best_candidate(pairs, table.assign(harmless_low=-1.0)) is None
+
+
 # -- edits -------------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +209,33 @@ def test_an_edit_is_a_file_for_one_model(damaged, head, edit, tmp_path):
     (tmp_path / "other.safetensors").write_bytes(b"")
     with pytest.raises(StorageError):
         Edit.load(tmp_path / "other.safetensors")
+
+
+def test_an_edit_adds_to_parameters_by_name(damaged, pairs, tmp_path):
+    """In a file and in plain weights; a name that the checkpoint does not have is refused."""
+    draw = torch.Generator().manual_seed(1)
+    width = damaged.n_neurons("mlp")
+    parameters = {
+        "h.0.mlp.c_fc.weight": 0.05 * torch.randn(damaged.d_model, width, generator=draw, dtype=torch.float64),
+        "h.1.mlp.c_fc.bias": 0.05 * torch.randn(width, generator=draw, dtype=torch.float64),
+    }
+    edit = Edit("drawn", damaged.fingerprint, damaged.architecture, parameters=parameters)
+    edit.save(tmp_path / "edit.safetensors")
+    loaded = Edit.load(tmp_path / "edit.safetensors")
+    assert edit.n_numbers == loaded.n_numbers == damaged.d_model * width + width
+    edited = loaded.apply(damaged)
+    damaged.save_pretrained(tmp_path / "damaged")
+    by_hand = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "damaged")
+    with torch.no_grad():
+        for name, added in parameters.items():
+            by_hand.transformer.get_parameter(name).add_(added)
+    few = pairs.test["helpful"][:6]
+    for pair, reward in zip(few, edited.score_pairs(few).chosen.tolist(), strict=True):
+        ids = torch.tensor([damaged.tokenizer(pair.text("chosen"))["input_ids"]])
+        assert by_hand(ids).logits.item() == pytest.approx(reward, rel=1e-6, abs=1e-5)
+    assert (edited.score_pairs(few).chosen - damaged.score_pairs(few).chosen).abs().max() > 1e-3
+    with pytest.raises(AttributeError, match="nothing"):
+        Edit("no", damaged.fingerprint, damaged.architecture, parameters={"nothing": torch.zeros(1)}).apply(damaged)
 
 
 # -- distilled ensembles -----------------------------------------------------------------------------------------------

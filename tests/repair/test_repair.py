@@ -5,12 +5,13 @@ import pandas as pd
 import pytest
 import torch
 
-from rmtension import PreferencePairs
-from rmtension.errors import OptionError, StorageError
+from rmtension import PreferencePairs, RewardHead
+from rmtension.errors import CheckError, OptionError, StorageError
 from rmtension.repair._ceiling import SpecialistEnsemble, closed_share
 from rmtension.repair._diagnose import diagnose
+from rmtension.repair._edit import Edit
 from rmtension.repair._receipt import RepairReport, best_of_several
-from rmtension.repair._repair import repair
+from rmtension.repair._repair import Repair, repair
 from rmtension.repair._splits import shuffled_labels
 
 
@@ -66,8 +67,8 @@ def test_what_is_whole_is_not_mended(head, pairs):
 
 
 def test_a_receipt_is_measured_on_the_written_model(damaged, pairs, mended):
-    edit, report = mended
-    edited = edit.apply(damaged)
+    report = mended.report
+    edited = mended.edit.apply(damaged)
     checks = report.checks.set_index("quantity")
     for name in ("harmless", "helpful"):
         for model, column in ((damaged, "before"), (edited, "after")):
@@ -75,25 +76,31 @@ def test_a_receipt_is_measured_on_the_written_model(damaged, pairs, mended):
             assert checks.loc[f"{name} accuracy", column] == pytest.approx(scored.accuracy(), abs=1e-12)
             assert checks.loc[f"{name} margin", column] == pytest.approx(float(scored.margin.double().mean()), rel=1e-6)
     assert report.closed.value > 0.9
-    assert report.controls["control"].tolist() == ["shuffled labels"]
-    assert "closed share of the gap" in repr(report)
+    controls = report.controls.set_index("control")
+    assert controls.index.tolist() == ["shuffled labels", "gains of as many neurons"]
+    assert controls.loc["shuffled labels", "closed"] == 0
+    assert controls.loc["shuffled labels", "numbers"] == 0
+    assert report.diagnosis.predicted.value > 0.9
+    assert "closes 1.000 [1.000, 1.000] of the gap" in repr(report)
 
 
 @pytest.mark.grid
 def test_random_neurons_close_little(damaged, pairs):
-    _, report = repair(damaged, pairs, "gains", n_random=3, progress=False)
+    report = repair(damaged, pairs, "gains", n_random=3, progress=False).report
     random = report.controls.query("control == 'random neurons'")
     assert len(random) == 3
     assert (random["closed"] < report.closed.low).all()
 
 
 def test_reports_are_files(mended, tmp_path):
-    _, report = mended
+    report = mended.report
     report.save(tmp_path / "report.json")
     loaded = RepairReport.load(tmp_path / "report.json")
-    pd.testing.assert_frame_equal(loaded.checks, report.checks)
-    pd.testing.assert_frame_equal(loaded.controls, report.controls)
-    assert loaded.closed == report.closed
+    for table in ("checks", "path", "controls"):
+        pd.testing.assert_frame_equal(loaded.to_frame(table), report.to_frame(table))
+    assert (loaded.closed, loaded.diagnosis) == (report.closed, report.diagnosis)
+    with pytest.raises(OptionError, match="table: expected"):
+        report.to_frame("gap")
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(StorageError, match=r"expected a file that RepairReport\.save wrote"):
         RepairReport.load(tmp_path / "other.json")
@@ -119,3 +126,37 @@ def test_shuffled_labels_exchange_half(pairs):
     exchanged = [now.chosen == was.rejected for now, was in zip(shuffled, part, strict=True)]
     assert sum(exchanged) == len(part) // 2
     assert shuffled_labels(part, 0) == shuffled != shuffled_labels(part, 1)
+
+
+def test_a_repaired_checkpoint_has_its_edit_and_report_beside_it(damaged, pairs, mended, tmp_path):
+    mended.save_pretrained(tmp_path / "mended")
+    few = pairs.test["harmless"][:8]
+    edited = mended.head.score_pairs(few).margin
+    reopened = RewardHead.from_pretrained(tmp_path / "mended").score_pairs(few).margin
+    from_edit = Edit.load(tmp_path / "mended" / "repair.safetensors").apply(damaged).score_pairs(few).margin
+    for margins in (reopened, from_edit):
+        assert torch.allclose(margins, edited, rtol=1e-5, atol=1e-5)
+    assert RepairReport.load(tmp_path / "mended" / "repair.json").closed == mended.report.closed
+    assert (edited - damaged.score_pairs(few).margin).abs().max() > 1e-2
+
+
+def test_what_cannot_be_repaired_is_refused(damaged, head, pairs, monkeypatch):
+    with pytest.raises(OptionError, match="method: expected"):
+        repair(damaged, pairs, "magic")
+    with pytest.raises(OptionError, match="specialists: 'distilled ensemble' needs a model for each objective"):
+        repair(damaged, pairs, "distilled ensemble")
+    with pytest.raises(OptionError, match=r"weak, strong: expected two of \['harmless', 'helpful'\]"):
+        repair(damaged, dict(pairs.fit), weak="harmless")
+
+    def fail(*_):
+        raise CheckError("bridge", pd.DataFrame())
+
+    monkeypatch.setattr(RewardHead, "check", fail)
+    with pytest.raises(CheckError):
+        repair(damaged, pairs, "head refit", progress=False)
+
+
+def test_no_edit_is_no_checkpoint(damaged, pairs, mended, tmp_path):
+    with pytest.raises(OptionError, match="there is no repaired model to save"):
+        Repair(damaged, None, mended.report).save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
