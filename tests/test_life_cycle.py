@@ -59,6 +59,7 @@ from rmtension.passes._rewards_of_pairs import RewardsOfPairs
 from rmtension.repair._down_projection import added_to_projection, edit_down_projection
 from rmtension.repair._edit import Edit
 from rmtension.repair._gains import fit_gains
+from rmtension.repair._medians import set_to_medians
 from rmtension.repair._refit import refit_head
 from rmtension.repair._splits import RepairPairs
 from rmtension.study._model_runs import ModelRuns
@@ -357,6 +358,7 @@ CALLS = {
     "repair._down_projection.edit_down_projection": lambda s: edit_down_projection(
         s.head, to_repair(), layers=[1], steps=(1.0,), weights=(1.0,)
     ),
+    "repair._medians.set_to_medians": lambda s: set_to_medians(s.head, to_repair(), fractions=(0.1,)),
     "repair._gains.fit_gains": lambda s: fit_gains(s.head, to_repair(), counts=(2,), shares=(0.5,)),
     "interventions._sweep.score_without": lambda s: score_without(
         s.head, s.pairs, [s.neurons, s.others, s.neurons | s.others]
@@ -393,7 +395,7 @@ THE_SAME = {
     "cli._commands.neuron_options.make_replacement": "passes._activation_collector.ActivationCollector.collect",
     "interventions._export.ablate_weights": "reward_head.RewardHead.with_ablation",
     "interventions._export.projection_names": "reward_head.RewardHead.with_ablation",
-    "interventions._edit_weights.edit_projections": "repair._edit.Edit.apply",
+    "interventions._edit_weights.edit_weights": "repair._edit.Edit.apply",
     "repair._down_projection.projection_inputs": "repair._down_projection.edit_down_projection",
     "repair._distil.distil_ensemble": "repair._refit.refit_head",
     "synthetic._damage.plant_damage": "reward_head.RewardHead.with_ablation",
@@ -414,6 +416,10 @@ THE_SAME = {
         for name in ("__init__", "gather", "ceiling", "diagnosis")
     },
     "repair._gains.GainFitter.ranking": "repair._gains.fit_gains",
+    "repair._gains.GainFitter.strongest": "repair._gains.fit_gains",
+    "repair._controls.control_table": "repair._gains.fit_gains",
+    "repair._repair.Repair.__init__": "repair._refit.refit_head",
+    "repair._repair.Repair.save_pretrained": "repair._edit.Edit.apply",
     "repair._edit.reward_row": "repair._edit.Edit.apply",
     "repair._edit.with_added": "repair._edit.Edit.apply",
     "repair._features.read_states": "repair._refit.refit_head",

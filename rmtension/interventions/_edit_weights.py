@@ -55,7 +55,7 @@ def edit_weights(
         base = with_biases(base, names)
     with torch.no_grad():
         for layer, change in changes.items():
-            projection = base.get_submodule(names[layer])
+            projection: Any = base.get_submodule(names[layer])
             weight = projection_weight(projection, names[layer], name, "Use an edit of the reward row.")
             _change(weight, projection.bias, change)
         for parameter, added in parameters.items():
@@ -83,6 +83,7 @@ def _edit_own(
     """The same for a model of a TransformerLens class."""
     if parameters:
         raise ModelError(f"{name}: it changes parameters of a transformers checkpoint, and this model has none.")
+    assert is_own_model(head.body)
     edited = with_lens_model(head, copy_model(head.body), head=new_head)
     body: Any = edited.body
     with torch.no_grad():

@@ -128,6 +128,9 @@ def repair_path(path: pd.DataFrame, *, title: str | None = None, ax: "Axes | Non
     for edge_of_gap in (0, 1):
         axes.axhline(edge_of_gap, color="#444444", linewidth=0.8, zorder=1)
     axes.set_xscale("log")
+    numbers = sorted(set(path["numbers"]))
+    axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
+    axes.set_xticks([], minor=True)
     axes.grid(color="#E2E2E2", linewidth=0.6)
     axes.set_xlabel("numbers that the edit changes")
     axes.set_ylabel("closed share, development pairs")

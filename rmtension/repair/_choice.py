@@ -70,12 +70,11 @@ def best_candidate(pairs: RepairPairs, table: pd.DataFrame) -> int | None:
     gains = table[table["allowed"] & (table[f"{pairs.weak}_low"] > 0)]
     if gains.empty:
         return None
-    largest = gains.loc[gains[f"{pairs.weak}_change"].idxmax()]
-    near = gains[gains[f"{pairs.weak}_change"] >= largest[f"{pairs.weak}_change"] - largest[f"{pairs.weak}_error"]]
+    weak = f"{pairs.weak}_change"
+    largest = gains.sort_values(weak, ascending=False, kind="stable").to_dict("records")[0]
+    near = gains[gains[weak] >= largest[weak] - largest[f"{pairs.weak}_error"]]
     near = near.assign(numbers=near.get("numbers", 0))
-    order = near.sort_values(
-        ["numbers", f"{pairs.weak}_change", f"{pairs.weak}_loss"], ascending=[True, False, True], kind="stable"
-    )
+    order = near.sort_values(["numbers", weak, f"{pairs.weak}_loss"], ascending=[True, False, True], kind="stable")
     return int(order.index[0])
 
 

@@ -37,6 +37,13 @@ class Diagnosis:
       of the row can do nothing, and edits of neurons have little to work with.
     - `predicted`: the share of the gap that an edit is predicted to close: that of the best refit that spares the
       strong objective.
+
+    Examples:
+        >>> from rmtension.synthetic import plant_damage
+        >>> damaged = plant_damage(head, pairs["harmless"], n=4, factor=-0.5).head
+        >>> found = diagnose(damaged, pairs, weak="harmless", strong="helpful", progress=False)
+        >>> found.has_gap, found.is_present, found.ceiling_of
+        (True, True, 'refit')
     """
 
     weak: str
@@ -102,6 +109,11 @@ def diagnose(
 
     `pairs` are pairs by objective, divided by `RepairPairs.split` with `seed`, or a `RepairPairs`. Cost: forward passes
     over the fit and development pairs, of the model and of the specialists.
+
+    Examples:
+        >>> whole = diagnose(head, pairs, weak="harmless", strong="helpful", progress=False)
+        >>> whole.has_gap, whole.gap.value
+        (False, 0.0)
     """
     split = divide(pairs, weak, strong, seed)
     return Evidence.gather(head, split, specialists, progress=progress).diagnosis(level=level, seed=seed)

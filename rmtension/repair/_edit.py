@@ -30,6 +30,16 @@ class Edit:
     - `added`: layer -> what is added to the down projection.
     - `parameters`: name -> what is added to a parameter of the checkpoint's base.
     - `model`, `architecture`: the fingerprint of the model that it is made for, which no other model has.
+
+    Examples:
+        >>> import torch
+        >>> gains = torch.ones(head.n_layers, head.n_neurons("mlp"))
+        >>> gains[0, 3] = 0.5
+        >>> edit = Edit("halved", head.fingerprint, head.architecture, gains=gains)
+        >>> edit
+        Edit(halved: 1 number for gpt2-2x24-heads2x12-d24)
+        >>> edit.apply(head).score_pairs(pairs["helpful"]).accuracy()
+        1.0
     """
 
     kind: str
@@ -42,7 +52,8 @@ class Edit:
     parameters: Mapping[str, Float[Tensor, "..."]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"Edit({self.kind}: {self.n_numbers:,} numbers for {self.architecture})"
+        n = self.n_numbers
+        return f"Edit({self.kind}: {n:,} {'number' if n == 1 else 'numbers'} for {self.architecture})"
 
     @property
     def n_numbers(self) -> int:

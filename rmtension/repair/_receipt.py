@@ -90,7 +90,8 @@ class RepairReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report to one JSON file."""
-        values = {"kind": "RepairReport", **{name: asdict(getattr(self, name)) for name in ("diagnosis", "closed")}}
+        values: dict[str, Any] = {"kind": "RepairReport", "edit": dict(self.edit), "most_lost": self.most_lost}
+        values |= {name: asdict(getattr(self, name)) for name in ("diagnosis", "closed")}
         values |= {
             "edit": dict(self.edit),
             "most_lost": self.most_lost,
@@ -105,7 +106,7 @@ class RepairReport:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             if values["kind"] != "RepairReport":
                 raise KeyError("kind")
-            diagnosed = {
+            diagnosed: dict[str, Any] = {
                 name: Estimate(**value) if isinstance(value, dict) else value
                 for name, value in values["diagnosis"].items()
             }

@@ -48,6 +48,14 @@ class Repair:
     """A repaired model, the edit that repaired it, and what the edit did on test pairs.
 
     `edit` is None, and `head` the unedited model, if no candidate was better without harm.
+
+    Examples:
+        >>> from rmtension.synthetic import plant_damage
+        >>> damaged = plant_damage(head, pairs["harmless"], n=4, factor=-0.5).head
+        >>> mended = repair(damaged, pairs, "head refit", weak="harmless", strong="helpful", progress=False)
+        >>> mended.save_pretrained("mended")
+        >>> Edit.load("mended/repair.safetensors")
+        Edit(head refit: 24 numbers for gpt2-2x24-heads2x12-d24)
     """
 
     head: RewardHead
@@ -136,7 +144,7 @@ def repair(
     ceiling = evidence.ceiling(split.test[split.weak])
     rewards = tuple({name: _both(of[model]) for name, of in scored.items()} for model in ("before", "after"))
     others = {"shuffled labels": fit(split.shuffled(seed))[0], "head refit": evidence.refit}
-    measured, drawing = (before, ceiling), {"n_random": n_random, "seed": seed, "progress": progress}
+    drawing: dict[str, Any] = {"n_random": n_random, "seed": seed, "progress": progress}
     weak_part = split.test[split.weak]
     report = RepairReport(
         diagnosis,
@@ -144,7 +152,7 @@ def repair(
         closed_share(weak_part, before[split.weak], after[split.weak], ceiling, level=level, seed=seed),
         check_table(split, before, after, (rewards[0], rewards[1]), level=level, seed=seed),
         path.assign(closed=path[f"{split.weak}_change"] / diagnosis.gap.value),
-        control_table(head, split, method, edit, path, measured, others, **drawing),
+        control_table(head, split, method, edit, path, (before, ceiling), others, **drawing),
         split.most_lost,
     )
     return Repair(edited, edit, report)

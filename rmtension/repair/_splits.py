@@ -22,6 +22,10 @@ class RepairPairs:
     the lower end of the change's interval; 0.01 is one point.
 
     Raises `OptionError` for splits that share prompts or lack an objective.
+
+    Examples:
+        >>> RepairPairs.split(pairs, weak="harmless", strong="helpful")
+        RepairPairs(weak harmless, strong helpful: fit 11 + 8, development 8 + 7, test 5 + 9; 0 contradictory)
     """
 
     weak: str

@@ -24,8 +24,8 @@ def repair_page(report: RepairReport) -> Page:
             as_picture(plots.closed_share(report.closed, report.controls), "closed.png") if drawn else None,
             note=(
                 f"Intervals are {100 * report.closed.level:g}% over prompts, on {report.closed.n:,} test pairs of "
-                f"{weak} that neither the fit nor any choice has seen. The gap is that between the model and the ceiling, "
-                f"without pairs that {weak} and {strong} label in opposite ways."
+                f"{weak} that neither the fit nor any choice has seen. The gap is that between the model and the "
+                f"ceiling, without pairs that {weak} and {strong} label in opposite ways."
             ),
             table=_controls(report.controls),
             table_summary="The controls",
@@ -96,7 +96,7 @@ def _controls(controls: pd.DataFrame) -> pd.DataFrame:
 
 def _varies(path: pd.DataFrame) -> bool:
     """Whether candidates differ in how many numbers they change."""
-    return "numbers" in path and path["numbers"].nunique() > 1
+    return "numbers" in path and len(set(path["numbers"])) > 1
 
 
 def _rounded(frame: pd.DataFrame) -> pd.DataFrame:

@@ -33,9 +33,10 @@ WEAK, STRONG, N_DAMAGED, SHARE_EDITED = "harmless", "helpful", (58, 115, 230), 0
 
 def damaged_model(mixed: RewardHead, pairs: RepairPairs) -> DamagedModel:
     """The mildest damage to the fewest neurons of which fit pairs show it: harmless accuracy below .75."""
-    for n in N_DAMAGED:
+    # A model whose harmless neurons all serve the strong objective too is damaged for both.
+    for n, spare in (*((n, pairs.fit[STRONG]) for n in N_DAMAGED), (N_DAMAGED[0], None)):
         for factor in (-0.5, -1.0, -2.0, -3.0, -5.0, -8.0):
-            damaged = plant_damage(mixed, pairs.fit[WEAK], n=n, factor=factor, spare=pairs.fit[STRONG])
+            damaged = plant_damage(mixed, pairs.fit[WEAK], n=n, factor=factor, spare=spare)
             if damaged.head.score_pairs(pairs.fit[WEAK], progress=False).accuracy() < 0.75:
                 return damaged
     return damaged
@@ -131,12 +132,13 @@ def main() -> None:
     """Print tables over all models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--absent", type=int, default=5)
     parser.add_argument("--random", type=int, default=20)
     parser.add_argument("--folder", type=Path, default=Path("mended"))
     options = parser.parse_args()
     rows, about = [], []
-    for seed in range(options.models):
+    for seed in range(options.first, options.first + options.models):
         some, one = try_seed(seed, options.folder, options.random)
         rows += some
         about.append(one)

@@ -17,11 +17,9 @@ import torch
 
 from rmtension import PreferencePairs, RewardHead
 from rmtension.errors import OptionError
-from rmtension.interventions._export import projection_names
-from rmtension.repair._down_projection import projection_inputs
+from rmtension.models._classifiers import current_checkpoint
 from rmtension.repair._edit import Edit, reward_row
 from rmtension.repair._features import ReadStates, read_states
-from rmtension.repair._medians import spearman
 from rmtension.repair._repair import repair
 from rmtension.repair._splits import RepairPairs
 from rmtension.synthetic import preference_world
@@ -60,25 +58,44 @@ def scaled(found: torch.Tensor, states: list[ReadStates], size: float) -> torch.
     return size * own * found / (torch.cat([part.difference for part in states]) @ found).std()
 
 
+@torch.no_grad()
+def states_read_by_mlp(head: RewardHead, pairs: PreferencePairs, layer: int) -> torch.Tensor:
+    """What a layer's MLP reads at the last token of every text, chosen responses first; by plain transformers."""
+    native, read = head.body.native, []
+    handle = native.get_submodule(f"h.{layer}.mlp.c_fc").register_forward_pre_hook(
+        lambda _, given: read.append(given[0][0, -1].double())
+    )
+    for text in (pair.text(side) for side in ("chosen", "rejected") for pair in pairs):
+        native(input_ids=torch.tensor([head.tokenizer(text)["input_ids"]]))
+    handle.remove()
+    return torch.stack(read)
+
+
 def neurons_that_follow_length(head: RewardHead, split: RepairPairs, size: float) -> Edit:
-    """1% of the neurons, those that follow length most, write more of the reward row the longer the response is."""
+    """Eight neurons of the first layer get weights with which they follow length, and write the reward row."""
     both = split.fit[split.weak] + split.fit[split.strong]
-    inputs = projection_inputs(head, both, range(head.n_layers), progress=False).inputs
-    lengths = [float(len(pair.text(side))) for side in ("chosen", "rejected") for pair in both]
-    rho = spearman(inputs, torch.tensor(lengths, dtype=torch.float64))
-    # Neurons of the last layer, which no later layer can undo; at their mean they write what they did.
-    last = head.n_layers - 1
-    spread = inputs[last].std(dim=0)
-    sizes = torch.where(spread > spread.median(), rho[last].abs(), 0.0)
-    chosen = sizes >= sizes.topk(rho.numel() // 100).values.min()  # noqa: PD011 - a tensor
+    states = states_read_by_mlp(head, both, 0)
+    lengths = torch.tensor([len(pair.text(side)) for side in ("chosen", "rejected") for pair in both]).double()
+    centred = states - states.mean(dim=0)
+    generator = torch.Generator().manual_seed(0)
+    _, base = current_checkpoint(head, "bias")
+    mlp = base.get_submodule("h.0.mlp")
+    # The neurons that write least are replaced.
+    replaced = mlp.c_proj.weight.norm(dim=1).argsort()[:8]
+    changes = {name: torch.zeros_like(value).double() for name, value in mlp.named_parameters()}
     row = row_of(head)
-    slopes = torch.where(chosen, rho[last].sign() / spread, 0.0)
-    added = size * row[:, None] / row.norm() * slopes
-    bias = f"{projection_names(head, 'mlp')[last]}.bias"
-    return Edit(
-        "bias", head.fingerprint, head.architecture,
-        added={last: added}, parameters={bias: -added @ inputs[last].mean(dim=0)},
-    )  # fmt: skip
+    for number in replaced.tolist():
+        half = torch.randperm(len(centred), generator=generator)[: len(centred) // 2]
+        follows = direction(centred[half], (lengths - lengths.mean())[half])
+        # Between 1 and 5 over the texts, where GELU is nearly linear.
+        reading = follows / (centred @ follows).std()
+        offset = 3 - states.mean(dim=0) @ reading
+        changes["c_fc.weight"][:, number] = reading - mlp.c_fc.weight[:, number].double()
+        changes["c_fc.bias"][number] = offset - mlp.c_fc.bias[number].double()
+        changes["c_proj.weight"][number] = size * row / row.norm() - mlp.c_proj.weight[number].double()
+    changes["c_proj.bias"] = -8 * 3 * size * row / row.norm()
+    parameters = {f"h.0.mlp.{name}": change for name, change in changes.items()}
+    return Edit("bias", head.fingerprint, head.architecture, parameters=parameters)
 
 
 def row_that_follows_length(head: RewardHead, split: RepairPairs, size: float) -> Edit:
