@@ -5,7 +5,8 @@
 Damaged models: each seed trains a base, two specialists and a mixed model on a world of its own (a minute), and damages
 the mixed one: the 58 neurons that contribute most to its harmless margins, and little to its helpful ones, count as
 many times negatively as brings harmless accuracy below .75; if none does, more neurons. Absent features: a mixed model
-learns from 8% harmless pairs and does not learn what they need. Every method fits and chooses on its own pairs; the
+learns from no, 2% or 8%
+harmless pairs, and not all that they need. Every method fits and chooses on its own pairs; the
 closed share is of test pairs.
 """
 
@@ -29,6 +30,8 @@ from rmtension.synthetic import DamagedModel, plant_damage, preference_world
 from rmtension.training import train_family, train_reward_model
 
 WEAK, STRONG, N_DAMAGED, SHARE_EDITED = "harmless", "helpful", (58, 115, 230), 0.05
+# Shares of harmless pairs in the training of models that lack what they need.
+_FEW = (0.0, 0.02, 0.08)
 
 
 def damaged_model(mixed: RewardHead, pairs: RepairPairs) -> DamagedModel:
@@ -96,13 +99,13 @@ def try_seed(seed: int, folder: Path, n_random: int) -> tuple[list[dict[str, obj
     return rows, about
 
 
-def try_absent(seed: int, folder: Path) -> dict[str, object]:
-    """What was predicted for a model that saw few harmless pairs, and what a refit and gains closed."""
+def try_absent(seed: int, share: float, folder: Path) -> dict[str, object]:
+    """What was predicted for a model that saw few harmless pairs, and what a refit, gains and a projection closed."""
     world = preference_world(seed)
     folders = train_family(world.train, folder / f"seed-{seed}", seed=seed, resume=True, progress=False)
-    few = folder / f"absent-{seed}"
+    few = folder / f"few-{share}-{seed}" if share else Path(folders[STRONG])
     if not few.exists():
-        proportions = {STRONG: 0.92, WEAK: 0.08}
+        proportions = {STRONG: 1 - share, WEAK: share}
         train_reward_model(
             world.train, folders["base"], few, proportions=proportions, seed=seed, epochs=2, learning_rate=7e-4,
             warmup_steps=20, progress=False,
@@ -115,7 +118,7 @@ def try_absent(seed: int, folder: Path) -> dict[str, object]:
     before = head.score_pairs(test, progress=False).margin.double()
     ceiling = SpecialistEnsemble(specialists, pairs, progress=False).margins(test)
     about: dict[str, object] = {
-        "seed": seed, "harmless": head.score_pairs(test, progress=False).accuracy(),
+        "seed": seed, "share": share, "harmless": head.score_pairs(test, progress=False).accuracy(),
         "helpful": head.score_pairs(pairs.test[STRONG], progress=False).accuracy(), "gap": found.gap.value,
         "probe": found.probe.value, "present": found.is_present, "predicted": found.predicted.value,
     }  # fmt: skip
@@ -158,10 +161,10 @@ def main() -> None:
     shuffled = table.loc[table["method"] == "A head refit, shuffled", "closed"]
     print(f"shuffled labels: closed share {shuffled.mean():.3f}, from {shuffled.min():.3f} to {shuffled.max():.3f}")
     print(f"attributed gains beat all random ones in {int((attributed > random).sum())} of {options.models} models")
-    absent = pd.DataFrame([try_absent(seed, options.folder) for seed in range(options.absent)])
+    absent = pd.DataFrame([try_absent(seed, share, options.folder) for share in _FEW for seed in range(options.absent)])
     print(absent.round(3).to_string(index=False))
     absent.to_csv(options.folder / "absent.csv", index=False)
-    both = pd.concat([frame[["predicted", "realised"]] for frame in (models, absent) if len(frame)])
+    both = pd.concat([frame[["predicted", "realised"]] for frame in (models, absent) if len(frame)]).dropna()
     residual = ((both["realised"] - both["predicted"]) ** 2).sum()
     spread = ((both["realised"] - both["realised"].mean()) ** 2).sum()
     r2 = 1 - residual / spread if spread > 0 else np.nan
