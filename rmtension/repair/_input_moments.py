@@ -32,7 +32,9 @@ class _InputMoments(PairStatistic[dict[str, Tensor]]):
         columns: Mapping[str, Int[Tensor, "chosen"]],
     ) -> None:
         self._model, self._maps, self._positions, self._columns = model, maps, positions, columns
-        sizes = {name: len(columns[name]) if name in columns else _n_inputs(module) for name, module in maps.items()}
+        sizes = {
+            name: len(columns[name]) if name in columns else matrix_of(module).shape[1] for name, module in maps.items()
+        }
         self._sums = {name: torch.zeros(size, size, dtype=torch.float64) for name, size in sizes.items()}
 
     @property
@@ -55,7 +57,7 @@ class _InputMoments(PairStatistic[dict[str, Tensor]]):
         sums: dict[str, Tensor] = {}
 
         def add(name: str, module: nn.Module, inputs: Tensor) -> None:
-            if name in sums or inputs.numel() != len(weights) * _n_inputs(module):
+            if name in sums or inputs.numel() != len(weights) * matrix_of(module).shape[1]:
                 raise ModelError(
                     f"names: {name} does not read every token exactly once, as a layer that is shared or an expert "
                     "does, so its inputs belong to no token. Leave it out."
@@ -132,9 +134,8 @@ def linear_maps(base: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in base.named_modules() if is_linear_map(module)}
 
 
-# -- inside ------------------------------------------------------------------------------------------------------------
-
-
-def _n_inputs(module: Any) -> int:
+def matrix_of(module: Any) -> Float[Tensor, "output input"]:
+    """The weight of a linear map, or a view of it."""
     # nn.Linear holds [out, in], GPT-2's Conv1D [in, out].
-    return int(module.weight.shape[1 if isinstance(module, nn.Linear) else 0])
+    weight: Tensor = module.weight if isinstance(module, nn.Linear) else module.weight.T
+    return weight
