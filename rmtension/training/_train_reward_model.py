@@ -150,7 +150,7 @@ def train_reward_model(
             kept = None if streams is None else Path(streams) / f"{(digest or 'new')[:16]}-{trained_layers}"
             frozen = FrozenLayers(model.base_model, trained_layers, kept)
         if not dropout:
-            _remove_dropout(model)
+            remove_dropout(model)
         sets = [
             encode_pairs(tokenizer, part, max_length=limit, truncate_response=truncate_response)
             for part in (data, validation)
@@ -230,7 +230,8 @@ def _require_disjoint(data: PreferencePairs, validation: PreferencePairs | None)
         raise DataError("validation: expected at least one pair, got none. Leave it out to train without validation.")
 
 
-def _remove_dropout(model: nn.Module) -> None:
+def remove_dropout(model: nn.Module) -> None:
+    """Set all dropout of a model to 0."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
