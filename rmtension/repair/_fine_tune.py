@@ -1,6 +1,7 @@
 """Fine-tune chosen neurons on the weak objective, in directions that the strong objective does not use."""
 
 import copy
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,9 @@ from rmtension.errors import ModelError, OptionError
 from rmtension.models._classifiers import build_classifier
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.repair._choice import Candidate, best_candidate, compare_candidates
-from rmtension.repair._edit import Edit
+from rmtension.repair._edit import SITE, Edit
 from rmtension.repair._features import margins_of
+from rmtension.repair._gains import GainFitter
 from rmtension.repair._splits import RepairPairs
 from rmtension.repair._train_only_neurons import TAU, TrainOnlyNeurons
 from rmtension.reward_head import RewardHead
@@ -32,8 +34,9 @@ STEPS = (25, 50, 100, 200)
 def fine_tune_neurons(
     head: RewardHead,
     pairs: RepairPairs,
-    neurons: NeuronSet,
+    neurons: NeuronSet | None = None,
     *,
+    fraction: float = 0.05,
     protect: bool | Literal["gradients"] = True,
     steps: Sequence[int] = STEPS,
     learning_rate: float = 1e-4,
@@ -44,11 +47,14 @@ def fine_tune_neurons(
 ) -> tuple[Edit | None, pd.DataFrame]:
     """The best state of a training of some MLP neurons, as an edit of `head`, and a table with a row per `steps`.
 
+    Without `neurons`, they are the `fraction` of all whose gain changes the loss of both objectives fastest.
+
     The neurons' rows and columns of the MLP's matrices are trained with AdamW at a constant rate, and nothing else (see
     `TrainOnlyNeurons`). `protect` is how the strong objective is spared:
 
     - True: steps on weak fit pairs, whose changes are projected onto directions that the inputs in strong fit pairs do
-      not have: those with less than `tau` of the largest eigenvalue of the inputs' second moment.
+      not have: those with less than `tau` of the largest eigenvalue of the inputs' second moment, in units of each
+      input's root mean square.
     - "gradients": each step takes `batch_size` pairs of each objective; where their gradients point against each other,
       each loses its part along the other (PCGrad).
     - False: the same steps on the sum of both losses.
@@ -63,6 +69,11 @@ def fine_tune_neurons(
         raise OptionError(f"protect: expected True, False or 'gradients', got {protect!r}.")
     if not steps or min(steps) < 1:
         raise OptionError(f"steps: expected numbers of steps from 1, got {list(steps)}.")
+    if neurons is None:
+        if not 0 < fraction <= 1:
+            raise OptionError(f"fraction: expected a share of the neurons above 0, up to 1, got {fraction}.")
+        count = math.ceil(fraction * head.n_layers * head.n_neurons(SITE))
+        neurons = GainFitter(head, pairs, progress=progress).strongest(0.5, count)
     keep = pairs.fit[pairs.strong] if protect is True else None
     trained = TrainOnlyNeurons(neurons, keep=keep, tau=tau, progress=progress, **head.run_options)
     snapshots = _Snapshots(trained, steps)

@@ -21,10 +21,12 @@ from rmtension.repair._directions import remove_subspace, shape_reward
 from rmtension.repair._distil import distil_ensemble
 from rmtension.repair._down_projection import edit_down_projection
 from rmtension.repair._edit import Edit
+from rmtension.repair._fine_tune import fine_tune_neurons
 from rmtension.repair._gains import fit_gains
 from rmtension.repair._medians import set_to_medians
 from rmtension.repair._receipt import RepairReport, check_table
 from rmtension.repair._refit import refit_head
+from rmtension.repair._regmean import merge_specialists
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
 
@@ -34,12 +36,14 @@ _METHODS: dict[str, Callable[..., tuple[Edit | None, pd.DataFrame]]] = {
     "gains": fit_gains,
     "down projection": edit_down_projection,
     "distilled ensemble": distil_ensemble,
+    "merged specialists": merge_specialists,
+    "fine-tuning": fine_tune_neurons,
     "medians": set_to_medians,
     "reward shaping": shape_reward,
     "subspace removal": remove_subspace,
 }
 METHODS = tuple(_METHODS)
-_OF_SPECIALISTS = ("distilled ensemble",)
+_OF_SPECIALISTS = ("distilled ensemble", "merged specialists")
 EDIT, REPORT = "repair.safetensors", "repair.json"
 
 
@@ -103,6 +107,9 @@ def repair(
     - "gains": a factor for each of the neurons that change the loss most. `counts` of neurons, `shares`.
     - "down projection": one projection in closed form. `layers`, `steps`, `weights`.
     - "distilled ensemble": the row whose margins are nearest to the `specialists`' ensemble. `ridges`.
+    - "merged specialists": all weights become a merge of the `specialists`' (RegMean). `shrink`.
+    - "fine-tuning": the weights of some neurons are trained on the weak pairs, in directions that the inputs of strong
+      pairs do not have (extra `train`). `neurons`, or a `fraction`; `protect`, `steps`, `learning_rate`, `batch_size`.
     - "medians", "reward shaping", "subspace removal": published recipes against style biases. The first sets neurons
       that follow a surface feature to their medians (`feature`, `fractions`), the second takes the feature's direction
       out of the row (`feature`, `alphas`), the third the directions of wrongly ordered pairs (`alphas`).

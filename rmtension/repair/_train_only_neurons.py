@@ -62,8 +62,8 @@ class TrainOnlyNeurons(TrainerCallback):  # type: ignore[misc]
     projection. All other weights, and all biases, keep their values bit by bit, whatever momentum or weight decay adds.
 
     With `keep`, the change of every row is projected onto the directions that the map's inputs do not have in these
-    pairs: eigenvectors of the inputs' second moment whose eigenvalue is below `tau` x the largest (null-space
-    projection as in NSPO, after every step). The change of the columns is projected in the same way, by the moment of
+    pairs: eigenvectors of the inputs' second moment whose eigenvalue is below `tau` x the largest, with every input
+    measured in units of its root mean square (null-space projection as in NSPO, after every step). The change of the columns is projected in the same way, by the moment of
     the chosen neurons only. If the directions are exactly unused, every activation of these pairs stays as it was.
 
     When training begins, the callback opens the model with `RewardHead.from_classifier` and `options`, and runs the
@@ -141,10 +141,16 @@ class TrainOnlyNeurons(TrainerCallback):  # type: ignore[misc]
 
 
 def free_directions(moment: Float[Tensor, "input input"], tau: float) -> Float[Tensor, "input input"]:
-    """The projector onto the eigenvectors of a second moment with an eigenvalue of at most tau x the largest."""
-    values, vectors = torch.linalg.eigh(moment)
-    free = vectors[:, values <= tau * values[-1]]
-    projector: Tensor = free @ free.T
+    """The projector onto the directions w in which w @ x is nearly 0 for the inputs x of a second moment.
+
+    Every input is measured in units of its root mean square, so that one with large values does not make all others
+    look unused. In these units, directions count whose eigenvalue is at most tau x the largest.
+    """
+    sizes = moment.diagonal().sqrt()
+    sizes = torch.where(sizes > 0, sizes, 1.0)
+    values, vectors = torch.linalg.eigh(moment / torch.outer(sizes, sizes))
+    basis, _ = torch.linalg.qr(vectors[:, values <= tau * values[-1]] / sizes[:, None])
+    projector: Tensor = basis @ basis.T
     return projector
 
 

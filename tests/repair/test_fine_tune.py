@@ -131,10 +131,15 @@ def test_free_directions_are_the_null_space_of_scipy():
     basis = scipy.linalg.null_space(inputs.numpy())
     assert basis.shape[1] == 7
     assert found.numpy() == pytest.approx(basis @ basis.T, abs=1e-10)
-    # By the share of the largest eigenvalue: 1, 1e-2, 1e-4.
-    moment = torch.diag(torch.tensor([5.0, 0.05, 0.0005]).double())
-    for tau, diagonal in ((1e-5, [0, 0, 0]), (1e-3, [0, 0, 1]), (0.5, [0, 1, 1])):
-        assert torch.allclose(free_directions(moment, tau), torch.diag(torch.tensor(diagonal).double()), atol=1e-15)
+    # Two inputs with correlation .98: eigenvalues 1.98, 1 and 0.02 in units of their sizes, which do not matter.
+    sizes = torch.tensor([1000.0, 0.1, 3.0]).double()
+    correlations = torch.tensor([[1, 0.98, 0], [0.98, 1, 0], [0, 0, 1]]).double()
+    moment = correlations * torch.outer(sizes, sizes)
+    for tau, n_free in ((1e-3, 0), (0.02, 1), (0.6, 2)):
+        assert float(free_directions(moment, tau).trace()) == pytest.approx(n_free, abs=1e-12)
+    w = free_directions(moment, 0.02)[:, 1]
+    own = w.square() * moment.diagonal()
+    assert float(w @ moment @ w) < 0.03 * float(own.sum()), "the inputs cancel in w"
     nothing = torch.zeros(3, 3, dtype=torch.float64)
     assert torch.equal(free_directions(nothing, 1e-5), torch.eye(3).double()), "neurons that are never active"
 

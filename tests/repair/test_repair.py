@@ -11,7 +11,7 @@ from rmtension.repair._ceiling import SpecialistEnsemble, closed_share
 from rmtension.repair._diagnose import diagnose
 from rmtension.repair._edit import Edit
 from rmtension.repair._receipt import RepairReport, best_of_several
-from rmtension.repair._repair import Repair, repair
+from rmtension.repair._repair import METHODS, Repair, repair
 from rmtension.repair._splits import shuffled_labels
 
 
@@ -160,3 +160,19 @@ def test_no_edit_is_no_checkpoint(damaged, pairs, mended, tmp_path):
     with pytest.raises(OptionError, match="there is no repaired model to save"):
         Repair(damaged, None, mended.report).save_pretrained(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_on_the_same_test(method, head, damaged, pairs):
+    specialists = {"harmless": head, "helpful": head}
+    found = repair(damaged, pairs, method, specialists=specialists, n_random=1, progress=False)
+    report = found.report
+    assert (found.edit is None) == (not report.edit["made"])
+    assert {"closed", "allowed"} <= {*report.path.columns}
+    assert "shuffled labels" in set(report.controls["control"])
+    assert ("head refit" in set(report.controls["control"])) == (method != "head refit")
+    if method in ("head refit", "gains", "down projection", "distilled ensemble", "merged specialists"):
+        assert report.closed.value > 0.8
+    strong = report.checks.set_index("quantity").loc["helpful accuracy", "change"]
+    assert strong > -0.03
