@@ -64,7 +64,8 @@ class TrainOnlyNeurons(TrainerCallback):  # type: ignore[misc]
     With `keep`, the change of every row is projected onto the directions that the map's inputs do not have in these
     pairs: eigenvectors of the inputs' second moment whose eigenvalue is below `tau` x the largest, with every input
     measured in units of its root mean square (null-space projection as in NSPO, after every step). The change of the
-    columns is projected in the same way, by the moment of the chosen neurons only. If the directions are exactly unused, every activation of these pairs stays as it was.
+    columns is projected in the same way, by the moment of the chosen neurons only. If the directions are exactly
+    unused, every activation of these pairs stays as it was.
 
     When training begins, the callback opens the model with `RewardHead.from_classifier` and `options`, and runs the
     pairs of `keep` once. It raises `OptionError` for neurons of another site or an empty set, `ProvenanceError` for
