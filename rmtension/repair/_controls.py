@@ -33,6 +33,7 @@ def control_table(
     others: Mapping[str, Edit | None],
     *,
     n_random: int,
+    steps: int,
     seed: int,
     progress: bool | None,
 ) -> pd.DataFrame:
@@ -40,7 +41,7 @@ def control_table(
 
     `measured` are the test pairs' margins before the edit, and the weak ones' at the ceiling. `others` are edits by the
     same procedure with exchanged labels, and by a head refit. For gains, `n_random` random sets of neurons follow; for
-    other edits, gains of as many neurons as the edit has numbers, at most all.
+    other edits, gains of as many neurons as the edit has numbers, at most all; both with at most `steps` fits each.
     """
     before, ceiling = measured
 
@@ -57,7 +58,7 @@ def control_table(
     best = best_candidate(pairs, path)
     if edit is None or best is None:
         return pd.DataFrame(rows)
-    fitter = GainFitter(head, pairs, progress=progress)
+    fitter = GainFitter(head, pairs, steps=steps, progress=progress)
     share = path.to_dict("records")[best].get("share", GainOptions().share)
     if edit.gains is not None and method == "gains":
         neurons = NeuronSet(edit.gains != 1, SITE, head.architecture)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rmtension.attribution._neuron_attribution import NeuronAttribution
 from rmtension.data._pairs import PreferencePairs
+from rmtension.errors import OptionError
 from rmtension.interventions._ablation import AblationContext
 from rmtension.interventions._replacements import Scale
 from rmtension.neurons._neuron_set import NeuronSet
@@ -27,22 +28,23 @@ from rmtension.reward_head import RewardHead
 GAIN_SHARES = (0.3, 0.5, 0.7)
 # Shares of all neurons that are tried.
 _FRACTIONS = (0.001, 0.003, 0.01, 0.03)
+# The margins are linear in the gains only near 1, so a fit is repeated at what it found, at most this often.
+N_STEPS = 4
 # A step is halved this often before the fit ends.
 _MOST_HALVINGS = 3
 
 
 @dataclass(frozen=True)
 class GainOptions:
-    """How gains are fitted: the weight of the weak objective, the penalty, the largest change, and the steps.
+    """How gains are fitted: the weight of the weak objective, the penalty, and the largest change.
 
     `share` weights the weak objective's loss, `ridge` the sum of squares of the changes, of which none is larger than
-    `bound`. The margins are linear in the gains only near 1, so the fit is repeated at what it found, `steps` times.
+    `bound`.
     """
 
     share: float = 0.5
     ridge: float = 1e-3
     bound: float = 0.9
-    steps: int = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +63,12 @@ class GainFitter:
     fit, at most `steps` of each.
     """
 
-    def __init__(self, head: RewardHead, pairs: RepairPairs, *, progress: bool | None = None) -> None:
-        self.head, self.pairs = head, pairs
+    def __init__(
+        self, head: RewardHead, pairs: RepairPairs, *, steps: int = N_STEPS, progress: bool | None = None
+    ) -> None:
+        if steps < 1:
+            raise OptionError(f"steps: expected 1 or more, got {steps}.")
+        self.head, self.pairs, self._steps = head, pairs, steps
         self._progress = progress
         self._shape = (head.n_layers, head.n_neurons(SITE))
         self.objectives = (pairs.weak, pairs.strong)
@@ -89,7 +95,7 @@ class GainFitter:
         fit_margins, contributions = self._fit_before, self._first
         best, best_loss = self.before, self._loss(self.before, options)
         n_steps = 0
-        for step in range(options.steps):
+        for step in range(self._steps):
             change = gains[places].numpy() - 1
             found = self._solve(fit_margins, contributions, places, gains, options)
             share = 1.0
@@ -104,7 +110,7 @@ class GainFitter:
             else:
                 break
             gains, best, best_loss, n_steps = tried, now, loss, step + 1
-            if step + 1 < options.steps:
+            if step + 1 < self._steps:
                 with AblationContext(self.head, neurons, Scale(gains)):
                     fit_margins = margins_of(self.head, self.pairs.fit, progress=self._progress)
                     contributions = {name: self._contributions(self.pairs.fit[name]) for name in self.objectives}
@@ -173,17 +179,19 @@ def fit_gains(
     *,
     counts: Sequence[int] | None = None,
     shares: Sequence[float] = GAIN_SHARES,
+    steps: int = N_STEPS,
     progress: bool | None = None,
 ) -> tuple[Edit | None, pd.DataFrame]:
     """The best gains of the neurons that matter most, and the path: every number of neurons that was tried.
 
     For each share and count, the neurons are those whose gain changes the loss fastest; by default 1, and .1%, .3%, 1%
-    and 3% of all. The edit is None if no gains help the weak objective and spare the strong one, on the development
+    and 3% of all. The margins are linear in the gains only near 1, so a fit is repeated at what it found, at most `steps`
+    times. The edit is None if no gains help the weak objective and spare the strong one, on the development
     pairs.
     """
     total = head.n_layers * head.n_neurons(SITE)
     tried = counts or sorted({1, *(math.ceil(fraction * total) for fraction in _FRACTIONS)})
-    return GainFitter(head, pairs, progress=progress).path(tried, shares)
+    return GainFitter(head, pairs, steps=steps, progress=progress).path(tried, shares)
 
 
 def _shares(share: float) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Diagnose, edit by one method, and prove it on test pairs with controls."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from rmtension.repair._distil import distil_ensemble
 from rmtension.repair._down_projection import edit_down_projection
 from rmtension.repair._edit import Edit
 from rmtension.repair._fine_tune import fine_tune_neurons
-from rmtension.repair._gains import fit_gains
+from rmtension.repair._gains import N_STEPS, fit_gains
 from rmtension.repair._medians import set_to_medians
 from rmtension.repair._receipt import RepairReport, check_table
 from rmtension.repair._refit import refit_head
@@ -104,8 +105,8 @@ def repair(
     Methods, with their `options`:
 
     - "head refit": another reward row, by Newton's method on the Bradley-Terry loss. `shares`, `ridges`.
-    - "gains": a factor for each of the neurons that change the loss most. `counts` of neurons, `shares`.
-    - "down projection": one projection in closed form. `layers`, `steps`, `weights`.
+    - "gains": a factor for each of the neurons that change the loss most. `counts` of neurons, `shares`, `steps`.
+    - "down projection": one projection in closed form. `layers`, `steps`, `weights`, `n_tried`.
     - "distilled ensemble": the row whose margins are nearest to the `specialists`' ensemble. `ridges`.
     - "merged specialists": all weights become a merge of the `specialists`' (RegMean). `shrink`.
     - "fine-tuning": the weights of some neurons are trained on the weak pairs, in directions that the inputs of strong
@@ -130,6 +131,7 @@ def repair(
     require_choice("method", method, METHODS)
     if method in _OF_SPECIALISTS and specialists is None:
         raise OptionError(f"specialists: {method!r} needs a model for each objective. Pass specialists=..., a dict.")
+    _require_options(method, options)
     split = divide(pairs, weak, strong, seed)
     head.check(split.fit[split.weak])
     evidence = Evidence.gather(head, split, specialists, progress=progress)
@@ -152,6 +154,7 @@ def repair(
     rewards = tuple({name: _both(of[model]) for name, of in scored.items()} for model in ("before", "after"))
     others = {"shuffled labels": fit(split.shuffled(seed))[0], "head refit": evidence.refit}
     drawing: dict[str, Any] = {"n_random": n_random, "seed": seed, "progress": progress}
+    drawing["steps"] = options.get("steps", N_STEPS) if method == "gains" else N_STEPS
     weak_part = split.test[split.weak]
     report = RepairReport(
         diagnosis,
@@ -166,6 +169,19 @@ def repair(
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------
+
+
+def _require_options(method: str, options: Mapping[str, object]) -> None:
+    """Raise `OptionError` for an option that a method does not have."""
+    known = [
+        name
+        for name, parameter in inspect.signature(_METHODS[method]).parameters.items()
+        if name not in ("head", "pairs", "specialists", "states", "progress")
+        and parameter.kind != parameter.VAR_KEYWORD
+    ]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise OptionError(f"{unknown[0]}: {method!r} has no such option. It has {', '.join(known)}.")
 
 
 def _both(scored: PairRewards) -> Float[Tensor, "2 pair"]:

@@ -48,11 +48,20 @@ def test_slopes_predict_what_a_small_change_does(exact, pairs):
     # In the last block only the token that is read counts: nothing after it moves tokens.
     predicted = torch.einsum("td,dc,tc->t", found.slopes[1], change, found.inputs[1])
     assert torch.allclose(predicted, (rewards[0] - rewards[1]) / 2e-5, rtol=1e-6, atol=1e-6)
+    chosen, rejected = predicted.chunk(2)
+    assert torch.allclose(found.predicted_margins(1, change), found.margins + chosen - rejected, rtol=1e-12, atol=0)
     assert torch.allclose(found.margins, exact.score_pairs(few).margin.double(), rtol=0, atol=1e-12)
 
 
 def test_the_edit_mends_the_model_that_is_written(damaged, pairs):
     edit, table = edit_down_projection(damaged, pairs, layers=[damaged.n_layers - 1], progress=False)
+    assert len(table) == 12, "4 steps x 3 weights, all of which are run"
+    one, first = edit_down_projection(damaged, pairs, layers=[damaged.n_layers - 1], n_tried=1, progress=False)
+    # The one with the least predicted loss, which is the least of all.
+    assert first["harmless_loss"].iloc[0] + first["helpful_loss"].iloc[0] == pytest.approx(
+        (table["harmless_loss"] + table["helpful_loss"]).min(), rel=0.05
+    )
+    assert one.n_numbers == edit.n_numbers
     (layer,) = edit.added
     edited = edit.apply(damaged)
     development = pairs.development["harmless"]

@@ -74,7 +74,7 @@ def test_gains_stay_within_the_bound_and_lower_the_loss(fitter, damaged):
     everything = ~NeuronSet.from_indices(
         [], shape=(damaged.n_layers, damaged.n_neurons("mlp")), site="mlp", architecture=damaged.architecture
     )
-    options = GainOptions(bound=0.2, steps=2)
+    options = GainOptions(bound=0.2)
     fitted = fitter.fit(everything, options)
     assert (fitted.gains - 1).abs().max() <= 0.2 + 1e-12
     assert fitter._loss(fitted.margins, options) < fitter._loss(fitter.before, options)

@@ -145,6 +145,8 @@ def test_what_cannot_be_repaired_is_refused(damaged, head, pairs, monkeypatch):
         repair(damaged, pairs, "magic")
     with pytest.raises(OptionError, match="specialists: 'distilled ensemble' needs a model for each objective"):
         repair(damaged, pairs, "distilled ensemble")
+    with pytest.raises(OptionError, match=r"counts: .head refit. has no such option\. It has shares, ridges"):
+        repair(damaged, pairs, "head refit", counts=[1])
     with pytest.raises(OptionError, match=r"weak, strong: expected two of \['harmless', 'helpful'\]"):
         repair(damaged, dict(pairs.fit), weak="harmless")
 
