@@ -47,7 +47,9 @@ def edit_weights(
     constants where an architecture allows no bias.
     """
     if is_own_model(head.body):
-        return _edit_own(head, site, changes, parameters, new_head, name)
+        if parameters:
+            raise ModelError(f"{name}: it changes parameters of a transformers checkpoint, and this model has none.")
+        return _edit_own(head, site, changes, new_head, name)
     checkpoint, base = current_checkpoint(head, name)
     base = plain_copy(base, share=False)
     names = projection_names(head, site)
@@ -73,16 +75,9 @@ def edit_weights(
 
 
 def _edit_own(
-    head: _Model,
-    site: str,
-    changes: Mapping[int, ProjectionChange],
-    parameters: Mapping[str, Float[Tensor, "..."]],
-    new_head: Head | None,
-    name: str,
+    head: _Model, site: str, changes: Mapping[int, ProjectionChange], new_head: Head | None, name: str
 ) -> _Model:
     """The same for a model of a TransformerLens class."""
-    if parameters:
-        raise ModelError(f"{name}: it changes parameters of a transformers checkpoint, and this model has none.")
     assert is_own_model(head.body)
     edited = with_lens_model(head, copy_model(head.body), head=new_head)
     body: Any = edited.body

@@ -185,9 +185,10 @@ def fit_gains(
     """The best gains of the neurons that matter most, and the path: every number of neurons that was tried.
 
     For each share and count, the neurons are those whose gain changes the loss fastest; by default 1, and .1%, .3%, 1%
-    and 3% of all. The margins are linear in the gains only near 1, so a fit is repeated at what it found, at most `steps`
-    times. The edit is None if no gains help the weak objective and spare the strong one, on the development
-    pairs.
+    and 3% of all. The margins are linear in the gains only near 1, so a fit is repeated at what it found, at most
+    `steps` times. The edit is None if no gains help the weak objective and spare the strong one, on the development
+    pairs. Cost: a forward and a backward pass over the fit pairs and a forward pass over the development pairs, and for
+    each share and count at most `steps` of both.
     """
     total = head.n_layers * head.n_neurons(SITE)
     tried = counts or sorted({1, *(math.ceil(fraction * total) for fraction in _FRACTIONS)})

@@ -12,7 +12,7 @@ from rmtension.data._groups import ALL
 from rmtension.evaluation._intervals import with_interval
 from rmtension.report._figures import NO_FIGURES, Picture, as_picture, can_draw_figures
 from rmtension.report._html import dashboards_section
-from rmtension.report._page import Answer, Folded, Page, PageSection, Reproduction
+from rmtension.report._page import Answer, Folded, Page, PageSection, Reproduction, rounded
 from rmtension.study._inspection_findings import own_effects
 from rmtension.study._inspection_result import ModelInspection
 from rmtension.study._speed import duration
@@ -128,7 +128,7 @@ def _sections(inspection: ModelInspection) -> Iterator[PageSection]:
     yield PageSection(
         "Checks of this model",
         "Whether rewards and hooks are right on this model; docs/guarantees.md explains each check.",
-        table=_rounded(inspection.to_frame("checks")),
+        table=rounded(inspection.to_frame("checks")),
     )
     yield PageSection(
         "Pairs and times",
@@ -262,14 +262,6 @@ def _times(inspection: ModelInspection) -> pd.DataFrame:
             "measured": duration(measured[step["step"]]) if step["step"] in measured else "",
         }
         for step in inspection.summary["plan"]["steps"]
-    ]
-    return pd.DataFrame(rows)
-
-
-def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
-    rows = [
-        {name: f"{cell:.3g}" if isinstance(cell, float) else str(cell) for name, cell in row.items()}
-        for row in frame.to_dict("records")
     ]
     return pd.DataFrame(rows)
 

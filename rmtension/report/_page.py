@@ -130,6 +130,15 @@ def render_page(page: Page) -> str:
     )
 
 
+def rounded(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table of texts, with three digits of every float."""
+    rows = [
+        {name: f"{cell:.3g}" if isinstance(cell, float) else str(cell) for name, cell in row.items()}
+        for row in frame.to_dict("records")
+    ]
+    return pd.DataFrame(rows)
+
+
 def render_part(name: str, **values: Any) -> str:
     """The text of one template of the folder `page`, with all values escaped."""
     return template_of(read_part(name)).render(**values)

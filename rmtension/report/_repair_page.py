@@ -10,7 +10,7 @@ from rmtension import plots
 from rmtension.evaluation._intervals import with_interval
 from rmtension.repair._receipt import RepairReport
 from rmtension.report._figures import NO_FIGURES, as_picture, can_draw_figures
-from rmtension.report._page import Answer, Page, PageSection, Reproduction
+from rmtension.report._page import Answer, Page, PageSection, Reproduction, rounded
 
 
 def repair_page(report: RepairReport) -> Page:
@@ -61,7 +61,7 @@ def _sections(report: RepairReport, *, drawn: bool) -> Iterator[PageSection]:
         "What was tried, on development pairs. The smallest edit is taken whose gain is beyond chance and about as "
         f"large as any, among those that spare {diagnosis.strong}.",
         pictures=[as_picture(plots.repair_path(report.path), "path.png")] if drawn and _varies(report.path) else [],
-        table=_rounded(report.path),
+        table=rounded(report.path),
     )
 
 
@@ -97,14 +97,6 @@ def _controls(controls: pd.DataFrame) -> pd.DataFrame:
 def _varies(path: pd.DataFrame) -> bool:
     """Whether candidates differ in how many numbers they change."""
     return "numbers" in path and len(set(path["numbers"])) > 1
-
-
-def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
-    rows = [
-        {name: f"{cell:.3g}" if isinstance(cell, float) else str(cell) for name, cell in row.items()}
-        for row in frame.to_dict("records")
-    ]
-    return pd.DataFrame(rows)
 
 
 def _code(report: RepairReport) -> str:
