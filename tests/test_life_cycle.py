@@ -93,7 +93,7 @@ class Setup:
 def to_repair():
     """Pairs of two objectives in three splits."""
     pairs = {"helpful": make_pairs(12, seed=3), "harmless": make_pairs(12, seed=4)}
-    return RepairPairs.split(pairs, weak="helpful", strong="harmless")
+    return RepairPairs.split(pairs, weak="helpful", strong="harmless", most_lost=0.9)
 
 
 def untouched(_module, _inputs, _output):

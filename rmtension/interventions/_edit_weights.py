@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.bodies._native_weights import plain_copy
-from rmtension.errors import ModelError
+from rmtension.errors import ModelError, OptionError
 from rmtension.heads._head import Head
 from rmtension.interventions._export import projection_names, projection_weight, with_biases
 from rmtension.models._classifiers import current_checkpoint
@@ -43,8 +43,8 @@ def edit_weights(
 ) -> _Model:
     """A copy of `head` with changed projections that read `site`, by layer, and more added to parameters by name.
 
-    Raises `ModelError` for weights that TransformerLens converted, for projections that are no linear layers, and for
-    constants where an architecture allows no bias.
+    Raises `OptionError` for a parameter that there is not, and `ModelError` for weights that TransformerLens converted,
+    for projections that are no linear layers, and for constants where an architecture allows no bias.
     """
     if is_own_model(head.body):
         if parameters:
@@ -55,13 +55,20 @@ def edit_weights(
     names = projection_names(head, site)
     if any(base.get_submodule(names[layer]).bias is None for layer in changes if changes[layer].constants is not None):
         base = with_biases(base, names)
+    known = dict(base.named_parameters())
+    for parameter, added in parameters.items():
+        if parameter not in known or known[parameter].shape != added.shape:
+            raise OptionError(
+                f"parameters: {parameter!r} of the shape {tuple(added.shape)} is no parameter of "
+                f"{type(base).__name__}. Names are those of its named_parameters()."
+            )
     with torch.no_grad():
         for layer, change in changes.items():
             projection: Any = base.get_submodule(names[layer])
             weight = projection_weight(projection, names[layer], name, "Use an edit of the reward row.")
             _change(weight, projection.bias, change)
         for parameter, added in parameters.items():
-            weight = base.get_parameter(parameter)
+            weight = known[parameter]
             weight.copy_(weight.double() + added.to(weight.device).double())
     opened = replace(
         checkpoint,

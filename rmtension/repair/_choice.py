@@ -1,18 +1,21 @@
 """Which of several candidate edits to take, by the development pairs."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from scipy import stats
 from scipy.special import log_expit
 from torch import Tensor
 
 from rmtension.data._pairs import PreferencePairs
-from rmtension.evaluation._intervals import bootstrap_mean, resampled_sums
+from rmtension.errors import OptionError
+from rmtension.evaluation._intervals import Estimate, bootstrap_mean, resampled_sums
 from rmtension.repair._splits import RepairPairs
 
 # A one-sided bound of 95% is the lower end of an interval of 90%.
@@ -32,9 +35,9 @@ def compare_candidates(
 ) -> pd.DataFrame:
     """One row per candidate: its settings, and for each objective accuracy, loss, and the change with its bound.
 
-    The bounds are lower ends of one-sided 95% intervals over prompts. Those of the weak objective hold for all
-    candidates together, because the best of them is taken: with labels at random, one candidate in many would gain by
-    chance. `allowed` says that the strong objective's bound is at least -`pairs.most_lost`.
+    The bounds are lower ends of one-sided 95% intervals over prompts (`change_of_accuracy`). Those of the weak
+    objective hold for all candidates together, because the best of them is taken: with labels at random, one candidate
+    in many would gain by chance. `allowed` says that the strong objective's bound is at least -`pairs.most_lost`.
     """
     weak, strong = pairs.weak, pairs.strong
     changes = {
@@ -42,13 +45,13 @@ def compare_candidates(
         for name in (weak, strong)
     }
     lows = _bounds_of_all(changes[weak], pairs.development[weak], seed)
-    spread = changes[weak].std(dim=1).numpy() / len(pairs.development[weak]) ** 0.5
+    spread = changes[weak].std(dim=1, correction=0).numpy() / len(pairs.development[weak]) ** 0.5
     rows = []
     for number, candidate in enumerate(candidates):
         row: dict[str, Any] = dict(candidate.settings)
         for name in (weak, strong):
             after = candidate.margins[name]
-            estimate = bootstrap_mean(changes[name][number], pairs.development[name], level=_LEVEL, seed=seed)
+            estimate = change_of_accuracy(changes[name][number], pairs.development[name], level=_LEVEL, seed=seed)
             row |= {
                 f"{name}_accuracy": float(correct(after).mean()),
                 f"{name}_loss": float(-log_expit(after.numpy()).mean()),
@@ -76,6 +79,32 @@ def best_candidate(pairs: RepairPairs, table: pd.DataFrame) -> int | None:
     near = near.assign(numbers=near.get("numbers", 0))
     order = near.sort_values(["numbers", weak, f"{pairs.weak}_loss"], ascending=[True, False, True], kind="stable")
     return int(order.index[0])
+
+
+def change_of_accuracy(
+    change: Float[Tensor, "pair"], part: PreferencePairs, *, level: float = 0.95, seed: int = 0
+) -> Estimate:
+    """The mean change of `correct` with its interval over prompts, which is never narrower than few losses allow.
+
+    If no pair is lost, the bootstrap has no losses to draw, however few pairs there are. Its ends are therefore
+    extended to the gains minus Clopper and Pearson's upper bound of the losses, and to their upper bound minus the
+    losses, with one trial per prompt.
+    """
+    estimate = bootstrap_mean(change, part, level=level, seed=seed)
+    n = estimate.n_prompts
+    gains, losses = (float(side.clamp(min=0).mean()) for side in (change, -change))
+    most_gained, most_lost = (
+        float(stats.binomtest(min(n, math.ceil(share * n - 1e-9)), n).proportion_ci(level, method="exact").high)
+        for share in (gains, losses)
+    )
+    low, high = min(estimate.low, gains - most_lost), max(estimate.high, most_gained - losses)
+    return replace(estimate, low=low, high=high)
+
+
+def require_shares(shares: Sequence[float]) -> None:
+    """Raise `OptionError` unless these are weights of the weak objective: numbers from 0 to 1."""
+    if not shares or not all(0 <= share <= 1 for share in shares):
+        raise OptionError(f"shares: expected weights of the weak objective, from 0 to 1, got {list(shares)}.")
 
 
 def correct(margins: Float[Tensor, "pair"]) -> Float[Tensor, "pair"]:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.data._pairs import PreferencePairs
+from rmtension.errors import OptionError
 from rmtension.interventions._ablation import AblationContext
 from rmtension.interventions._replacements import Scale
 from rmtension.neurons._neuron_set import NeuronSet
@@ -40,7 +41,8 @@ def control_table(
     """One row per control: its closed share on test pairs, the strong objective's change, and how many numbers it has.
 
     `measured` are the test pairs' margins before the edit, and the weak ones' at the ceiling. `others` are edits by the
-    same procedure with exchanged labels, and by a head refit. For gains, `n_random` random sets of neurons follow; for
+    same procedure with exchanged labels, and by a head refit. For gains, `n_random` random sets of neurons follow, or a
+    row of NaN if a layer has too few other neurons; for
     other edits, gains of as many neurons as the edit has numbers, at most all; both with at most `steps` fits each.
     """
     before, ceiling = measured
@@ -64,11 +66,17 @@ def control_table(
         neurons = NeuronSet(edit.gains != 1, SITE, head.architecture)
         both = sum(pairs.fit.values(), start=PreferencePairs([]))
         magnitude = ActivationCollector(head, site=SITE).collect(both, progress=progress).abs_mean
-        sets = {
-            draw: neurons.matched_random(seed=seed + draw, match="magnitude", magnitude=magnitude)
-            for draw in range(n_random)
-        }
         name = "random neurons"
+        try:
+            sets = {
+                draw: neurons.matched_random(seed=seed + draw, match="magnitude", magnitude=magnitude)
+                for draw in range(n_random)
+            }
+        except OptionError:
+            # More than half of a layer's neurons have gains, so that no other set of this size is left.
+            nan = float("nan")
+            rows.append({"control": "random neurons", "closed": nan, "strong_change": nan, "numbers": len(neurons)})
+            sets = {}
     else:
         n_neurons = min(edit.n_numbers, head.n_layers * head.n_neurons(SITE))
         sets, name = {0: fitter.strongest(share, n_neurons)}, "gains of as many neurons"

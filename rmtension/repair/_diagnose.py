@@ -1,5 +1,6 @@
 """What can be mended, before anything is edited."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.data._pairs import PreferencePairs
-from rmtension.errors import OptionError
-from rmtension.evaluation._intervals import Estimate, bootstrap_mean, bootstrap_share
+from rmtension.errors import ModelError, OptionError
+from rmtension.evaluation._intervals import Estimate, bootstrap_share
 from rmtension.repair._ceiling import SpecialistEnsemble, closed_share
-from rmtension.repair._choice import correct
-from rmtension.repair._edit import Edit
-from rmtension.repair._features import ReadStates, SplitStates, read_states
+from rmtension.repair._choice import change_of_accuracy, correct
+from rmtension.repair._edit import Edit, has_reward_row
+from rmtension.repair._features import ReadStates, SplitStates, margins_of, read_states
 from rmtension.repair._refit import refit_head, refit_row
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
@@ -29,21 +30,22 @@ class Diagnosis:
     """What a repair can hope for, measured on development pairs.
 
     - `contradictory`: the share of the weak objective's pairs that the strong one labels in the opposite way.
-    - `before` and `ceiling`: the weak objective's accuracy, and what can be reached. `ceiling_of` says how that is
-      known: by "specialists", or by a "refit" of the reward row that spares the strong objective.
+    - `before` and `ceiling`: the weak objective's accuracy per pair, and what can be reached. `ceiling_of` says how
+      that is known: by "specialists", or by a "probe": a reward row that is fitted to the weak objective nearly alone.
     - `gap`: their difference, pair by pair: what can be mended.
-    - `probe`: the share of the gap that a row fitted to the weak objective nearly alone recovers; `is_present` says
-      that this is half or more: the states that the reward is read from hold what the objective needs. If not, an edit
-      of the row can do nothing, and edits of neurons have little to work with.
+    - `probe`: the share of the gap that the probe recovers; `is_present` says that this is half or more: the states
+      that the reward is read from hold what the objective needs. If not, an edit of the row can do nothing, and edits
+      of neurons have little to work with. Without specialists the probe is the ceiling, and what it does not recover
+      is not known. NaN for a reward that is not one row of a linear head.
     - `predicted`: the share of the gap that an edit is predicted to close: that of the best refit that spares the
       strong objective.
 
     Examples:
         >>> from rmtension.synthetic import plant_damage
         >>> damaged = plant_damage(head, pairs["harmless"], n=4, factor=-0.5).head
-        >>> found = diagnose(damaged, pairs, weak="harmless", strong="helpful", progress=False)
+        >>> found = diagnose(damaged, pairs, weak="harmless", strong="helpful", most_lost=0.4, progress=False)
         >>> found.has_gap, found.is_present, found.ceiling_of
-        (True, True, 'refit')
+        (True, True, 'probe')
     """
 
     weak: str
@@ -82,16 +84,18 @@ class Diagnosis:
         ]
         if not self.has_gap:
             more = "" if self.n_needed is None else f" About {self.n_needed:,} prompts would decide a gap of this size."
+            if self.ceiling_of == "probe":
+                more += " What the states of this model do not hold shows only with specialists for both objectives."
             return "\n".join([*lines, f"  Nothing to repair is shown: the interval of the gap includes 0.{more}"])
-        held = "holds" if self.is_present else "does not hold"
-        return "\n".join(
-            [
-                *lines,
+        if math.isnan(self.probe.value):
+            return "\n".join([*lines, "  no refit predicts a closed share: the reward is not one row of a linear head"])
+        if self.ceiling_of != "probe":
+            held = "holds" if self.is_present else "does not hold"
+            lines.append(
                 f"  the state that the reward is read from {held} what {self.weak} needs: a probe recovers "
-                f"{self.probe} of the gap",
-                f"  predicted closed share of an edit that spares {self.strong}: {self.predicted}",
-            ]
-        )
+                f"{self.probe} of the gap"
+            )
+        return "\n".join([*lines, f"  predicted closed share of an edit that spares {self.strong}: {self.predicted}"])
 
 
 def diagnose(
@@ -101,33 +105,44 @@ def diagnose(
     weak: str | None = None,
     strong: str | None = None,
     specialists: Mapping[str, RewardHead] | None = None,
+    most_lost: float = 0.01,
     level: float = 0.95,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Diagnosis:
     """Say what a repair of the weak objective can hope for, from the fit and development pairs; the test is not read.
 
-    `pairs` are pairs by objective, divided by `RepairPairs.split` with `seed`, or a `RepairPairs`. Cost: forward passes
-    over the fit and development pairs, of the model and of the specialists.
+    `pairs` are pairs by objective, divided by `RepairPairs.split` with `seed` and `most_lost`, or a `RepairPairs`.
+    Raises `CheckError` if the model fails `head.check()`. Cost: the check, and forward passes over the fit and
+    development pairs, of the model and of the specialists.
 
     Examples:
-        >>> whole = diagnose(head, pairs, weak="harmless", strong="helpful", progress=False)
+        >>> whole = diagnose(head, pairs, weak="harmless", strong="helpful", most_lost=0.4, progress=False)
         >>> whole.has_gap, whole.gap.value
         (False, 0.0)
     """
-    split = divide(pairs, weak, strong, seed)
+    split = divide(pairs, weak, strong, most_lost, seed)
     return Evidence.gather(head, split, specialists, progress=progress).diagnosis(level=level, seed=seed)
 
 
 def divide(
-    pairs: Mapping[str, PreferencePairs] | RepairPairs, weak: str | None, strong: str | None, seed: int
+    pairs: Mapping[str, PreferencePairs] | RepairPairs,
+    weak: str | None,
+    strong: str | None,
+    most_lost: float,
+    seed: int,
 ) -> RepairPairs:
     """The pairs in three splits, if they are not yet."""
     if isinstance(pairs, RepairPairs):
+        if weak not in (None, pairs.weak) or strong not in (None, pairs.strong):
+            raise OptionError(
+                f"weak, strong: the splits are made for weak {pairs.weak!r} and strong {pairs.strong!r}, got {weak!r} "
+                f"and {strong!r}. Leave them out, or divide the pairs again with RepairPairs.split."
+            )
         return pairs
     if weak is None or strong is None:
         raise OptionError(f"weak, strong: expected two of {list(pairs)}, got {weak!r} and {strong!r}.")
-    return RepairPairs.split(pairs, weak=weak, strong=strong, seed=seed)
+    return RepairPairs.split(pairs, weak=weak, strong=strong, most_lost=most_lost, seed=seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +151,8 @@ class Evidence:
 
     head: RewardHead
     pairs: RepairPairs
-    states: SplitStates
+    states: SplitStates | None
+    before: Mapping[str, Float[Tensor, "pair"]]
     refit: Edit | None
     ensemble: SpecialistEnsemble | None
 
@@ -149,43 +165,67 @@ class Evidence:
         *,
         progress: bool | None = None,
     ) -> "Evidence":
-        """Run the fit and development pairs, and refit the reward row."""
+        """Check the model, run the fit and development pairs, and refit the reward row if there is one.
+
+        Raises `CheckError` if the model fails `head.check()`, and `ModelError` if its reward is not one row of a linear
+        head and there are no specialists.
+        """
+        head.check(pairs.fit[pairs.weak])
+        ensemble = None if specialists is None else SpecialistEnsemble(specialists, pairs, progress=progress)
+        if not has_reward_row(head):
+            if ensemble is None:
+                raise ModelError(
+                    "specialists: the reward of this model is not one row of a linear head, so no refit of a row says "
+                    "what can be reached. Pass specialists=..., a model for each objective."
+                )
+            return cls(head, pairs, None, margins_of(head, pairs.development, progress=progress), None, ensemble)
         states = SplitStates.of(head, pairs, progress=progress)
         refit, _ = refit_head(head, pairs, states=states)
-        ensemble = None if specialists is None else SpecialistEnsemble(specialists, pairs, progress=progress)
-        return cls(head, pairs, states, refit, ensemble)
+        return cls(head, pairs, states, states.margins, refit, ensemble)
 
     def ceiling(self, part: PreferencePairs, states: ReadStates | None = None) -> Float[Tensor, "pair"]:
-        """The margins of weak pairs at the ceiling: those of the ensemble, or with the refit row.
+        """The margins of weak pairs at the ceiling: those of the ensemble, or with the probe's row.
 
         `states` are those of the pairs, if they are known. Cost: a forward pass of the specialists, or of the model.
         """
         if self.ensemble is not None:
             return self.ensemble.margins(part)
-        return self._refitted(read_states(self.head, part) if states is None else states)
+        known = read_states(self.head, part) if states is None else states
+        return known.margin + known.difference @ self._probe_row()
 
     def diagnosis(self, *, level: float = 0.95, seed: int = 0) -> Diagnosis:
         """What a repair can hope for."""
         pairs, weak, strong = self.pairs, self.pairs.weak, self.pairs.strong
-        development, states = pairs.development[weak], self.states.development[weak]
-        before, ceiling = states.margin, self.ceiling(development, states)
-        probe_row = refit_row(self.states.fit[weak], self.states.fit[strong], share=_PROBE_SHARE, ridge=_PROBE_RIDGE)
-        probe = before + states.difference @ probe_row
+        development = pairs.development[weak]
+        states = None if self.states is None else self.states.development[weak]
+        before, ceiling = self.before[weak], self.ceiling(development, states)
         n_apart = len(pairs.contradictory[weak])
         n_all = n_apart + sum(len(part[weak]) for part in (pairs.fit, pairs.development, pairs.test))
         judging: dict[str, Any] = {"level": level, "seed": seed}
+        nan = float("nan")
+        unknown = Estimate(nan, nan, nan, len(development), len(development.prompts), level)
+        probe = predicted = unknown
+        if states is not None:
+            row = None if self.refit is None else self.refit.row
+            refitted = before if row is None else before + states.difference @ row.double()
+            probed = before + states.difference @ self._probe_row()
+            probe, predicted = (
+                closed_share(development, before, after, ceiling, **judging) for after in (probed, refitted)
+            )
         return Diagnosis(
             weak,
             strong,
             n_apart / n_all,
             bootstrap_share(correct(before), development, **judging),
             bootstrap_share(correct(ceiling), development, **judging),
-            "refit" if self.ensemble is None else "specialists",
-            bootstrap_mean(correct(ceiling) - correct(before), development, **judging),
-            closed_share(development, before, probe, ceiling, **judging),
-            closed_share(development, before, self._refitted(states), ceiling, **judging),
+            "probe" if self.ensemble is None else "specialists",
+            change_of_accuracy(correct(ceiling) - correct(before), development, **judging),
+            probe,
+            predicted,
         )
 
-    def _refitted(self, states: ReadStates) -> Float[Tensor, "pair"]:
-        row = None if self.refit is None else self.refit.row
-        return states.margin if row is None else states.margin + states.difference @ row.double()
+    def _probe_row(self) -> Float[Tensor, "d_model"]:
+        """What is added to the row so that it serves the weak objective nearly alone."""
+        assert self.states is not None
+        fit = self.states.fit
+        return refit_row(fit[self.pairs.weak], fit[self.pairs.strong], share=_PROBE_SHARE, ridge=_PROBE_RIDGE)

@@ -14,6 +14,7 @@ from torch import Tensor
 from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._tokens import TokenBatch
+from rmtension.errors import OptionError
 from rmtension.models._reward_model import RewardModel
 from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._pair_statistic import PairStatistic
@@ -160,6 +161,12 @@ def edit_down_projection(
     Memory: 2 x (d_mlp + d_model) numbers per pair and layer.
     """
     tried = list(range(head.n_layers) if layers is None else layers)
+    if not tried or not all(layer in range(head.n_layers) for layer in tried):
+        raise OptionError(f"layers: expected layers from 0 to {head.n_layers - 1}, got {tried}.")
+    if not steps or not weights or n_tried < 1:
+        raise OptionError(
+            f"steps, weights, n_tried: expected at least one of each, got {list(steps)}, {list(weights)} and {n_tried}."
+        )
     names = (pairs.weak, pairs.strong)
     fit, development = (
         {name: projection_inputs(head, part[name], tried, progress=progress) for name in names}

@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension.errors import ModelError, ProvenanceError
+from rmtension.errors import ModelError, OptionError, ProvenanceError
 from rmtension.heads._head import LinearHead
 from rmtension.interventions._edit_weights import ProjectionChange, edit_weights
 from rmtension.models._reward_model import RewardModel
@@ -75,8 +75,9 @@ class Edit:
         if head.fingerprint != self.model:
             raise ProvenanceError(
                 f"edit: it is for model {self.model} ({self.architecture}), got model {head.fingerprint} "
-                f"({head.architecture}). Pass the model that it was made from, unedited."
+                f"({head.architecture}). Pass the model that it was made from, unedited and in the same dtype."
             )
+        self._require_shapes(head)
         changed: dict[int, ProjectionChange] = {}
         for layer in range(head.n_layers):
             factors = None if self.gains is None or bool((self.gains[layer] == 1).all()) else self.gains[layer]
@@ -85,6 +86,21 @@ class Edit:
                 changed[layer] = ProjectionChange(factors, constants, self.added.get(layer))
         new_head = None if self.row is None else with_added(head, self.row)
         return edit_weights(head, SITE, changed, self.parameters, new_head, f"{self.kind} edit")
+
+    def _require_shapes(self, head: RewardHead) -> None:
+        """Raise `OptionError` for a part of the edit that does not fit the model."""
+        layers, neurons, width = head.n_layers, head.n_neurons(SITE), head.d_model
+        expected = {"row": (width,), "gains": (layers, neurons), "constants": (layers, neurons)}
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise OptionError(f"{name}: expected the shape {shape} for this model, got {tuple(tensor.shape)}.")
+        for layer, tensor in self.added.items():
+            if layer not in range(layers) or tuple(tensor.shape) != (width, neurons):
+                raise OptionError(
+                    f"added: expected layers below {layers} and the shape {(width, neurons)}, got layer {layer} and "
+                    f"{tuple(tensor.shape)}."
+                )
 
     def save(self, path: str | Path) -> None:
         """Write the edit to one safetensors file, which is small: gains and rows, not the model."""
@@ -128,11 +144,18 @@ class Edit:
         )
 
 
+def has_reward_row(head: RewardModel) -> bool:
+    """Whether the reward is one row of a linear head."""
+    linear = head.require_head()
+    is_plain = isinstance(linear, LinearHead) and type(linear).read is LinearHead.read
+    return is_plain and len(head.choice or (0,)) == 1
+
+
 def reward_row(head: RewardModel) -> tuple[LinearHead, int]:
     """The linear head and the number of the row that is the reward; raises `ModelError` if it is not one row."""
     linear = head.require_head()
     choice = head.choice
-    if not isinstance(linear, LinearHead) or type(linear).read is not LinearHead.read or len(choice or (0,)) != 1:
+    if not isinstance(linear, LinearHead) or not has_reward_row(head):
         raise ModelError(
             f"head: an edit of the reward row needs a reward that is one row of a linear head, got "
             f"{type(linear).__name__} with output {choice}. Use an edit of neurons."

@@ -17,7 +17,7 @@ from rmtension.errors import OptionError
 from rmtension.interventions._ablation import AblationContext
 from rmtension.interventions._replacements import Scale
 from rmtension.neurons._neuron_set import NeuronSet
-from rmtension.repair._choice import Candidate, best_candidate, compare_candidates
+from rmtension.repair._choice import Candidate, best_candidate, compare_candidates, require_shares
 from rmtension.repair._edit import SITE, Edit
 from rmtension.repair._features import margins_of
 from rmtension.repair._solvers import Margins, fit_bounded
@@ -66,8 +66,8 @@ class GainFitter:
     def __init__(
         self, head: RewardHead, pairs: RepairPairs, *, steps: int = N_STEPS, progress: bool | None = None
     ) -> None:
-        if steps < 1:
-            raise OptionError(f"steps: expected 1 or more, got {steps}.")
+        if type(steps) is not int or steps < 1:
+            raise OptionError(f"steps: expected a whole number from 1, got {steps!r}.")
         self.head, self.pairs, self._steps = head, pairs, steps
         self._progress = progress
         self._shape = (head.n_layers, head.n_neurons(SITE))
@@ -191,6 +191,10 @@ def fit_gains(
     each share and count at most `steps` of both.
     """
     total = head.n_layers * head.n_neurons(SITE)
+    is_list = isinstance(counts, Sequence) and len(counts) > 0
+    if counts is not None and not (is_list and all(type(n) is int and 1 <= n <= total for n in counts)):
+        raise OptionError(f"counts: expected a list of numbers of neurons, from 1 to {total:,}, got {counts!r}.")
+    require_shares(shares)
     tried = counts or sorted({1, *(math.ceil(fraction * total) for fraction in _FRACTIONS)})
     return GainFitter(head, pairs, steps=steps, progress=progress).path(tried, shares)
 

@@ -1,6 +1,7 @@
 """What an edit did on test pairs, with its controls: the receipt that is saved beside a mended checkpoint."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from rmtension.data._refusals import SHOULD_REFUSE, SHOULD_RESPOND
 from rmtension.errors import DataError, StorageError
 from rmtension.evaluation._intervals import Estimate, bootstrap_mean, with_interval
 from rmtension.evaluation._length import length_matched_places
-from rmtension.repair._choice import correct
+from rmtension.repair._choice import change_of_accuracy, correct
 from rmtension.repair._diagnose import Diagnosis
 from rmtension.repair._splits import RepairPairs
 from rmtension.store._files import write_text
@@ -30,9 +31,9 @@ class RepairReport:
     - `diagnosis`: what was known before, with the predicted closed share.
     - `edit`: its method, how many numbers it has, and whether there is one.
     - `closed`: the share of the weak objective's gap that it closed.
-    - `checks`: one row per quantity, before and after: accuracy and margin of both objectives, refusing and responding
-      where labelled, accuracy on pairs matched in length, and the choice of the best of several responses; with the
-      change and its interval. `spared` says that the lower end of the change is at least -`most_lost`.
+    - `checks`: one row per quantity, before and after: accuracy (per pair) and margin of both objectives, refusing and
+      responding where labelled, accuracy on pairs matched in length, and the choice of the best of several responses;
+      with the change and its interval. `spared` says that the lower end of the change is at least -`most_lost`.
     - `path`: one row per candidate that was tried, on the development pairs, with its closed share.
     - `controls`: one row per control, fitted by the same procedure: its closed share, and the strong objective's
       change.
@@ -67,8 +68,8 @@ class RepairReport:
             return f"from {row['before']:.3f} to {row['after']:.3f}, change {moved}"
 
         sentences = [
-            f"The edit has {self.edit['numbers']:,} numbers and closes {self.closed} of the gap; the diagnosis "
-            f"predicted {self.diagnosis.predicted}."
+            f"The edit has {self.edit['numbers']:,} {'number' if self.edit['numbers'] == 1 else 'numbers'} and "
+            f"{self._closes()}"
             if self.edit["made"]
             else "No candidate gained beyond chance without harm, so nothing was edited.",
             f"The accuracy on {weak} goes {change(weak)}; that on {strong} {change(strong)}.",
@@ -81,6 +82,15 @@ class RepairReport:
                 f"The interval allows a loss of more than {100 * self.most_lost:g} points for: {', '.join(harmed)}."
             )
         return sentences
+
+    def _closes(self) -> str:
+        """The closed share in words."""
+        if math.isnan(self.closed.value):
+            return f"the test pairs show no gap ({self.closed.n_prompts} prompts), so the closed share is undefined."
+        predicted = self.diagnosis.predicted
+        known = "" if math.isnan(predicted.value) else f"; the diagnosis predicted {predicted}"
+        wide = "" if math.isfinite(self.closed.low + self.closed.high) else " Some draws of the test pairs have no gap."
+        return f"closes {self.closed} of the gap{known}.{wide}"
 
     def to_frame(self, table: str = "checks") -> pd.DataFrame:
         """A copy of `checks`, `path` or `controls`."""
@@ -97,13 +107,13 @@ class RepairReport:
             "most_lost": self.most_lost,
             **{name: getattr(self, name).to_dict("records") for name in _TABLES},
         }
-        write_text(Path(path), json.dumps(values, indent=2) + "\n", "repair report")
+        write_text(Path(path), as_json(values) + "\n", "repair report")
 
     @classmethod
     def load(cls, path: str | Path) -> "RepairReport":
         """Read a file that `save` wrote; raises `StorageError` for any other file."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = _with_numbers(json.loads(Path(path).read_text(encoding="utf-8")))
             if values["kind"] != "RepairReport":
                 raise KeyError("kind")
             diagnosed: dict[str, Any] = {
@@ -111,9 +121,12 @@ class RepairReport:
                 for name, value in values["diagnosis"].items()
             }
             tables = {name: pd.DataFrame(values[name]) for name in _TABLES}
+            lacking = [name for name, columns in _TABLES.items() if not {*columns} <= {*tables[name].columns}]
+            if lacking or not all(isinstance(diagnosed[name], Estimate) for name in _ESTIMATES):
+                raise ValueError(f"no {lacking[0] if lacking else 'estimates'}")
             closed = Estimate(**values["closed"])
             return cls(Diagnosis(**diagnosed), values["edit"], closed, **tables, most_lost=values["most_lost"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StorageError(f"{path}: expected a file that RepairReport.save wrote ({error!r:.80}).") from error
 
 
@@ -124,7 +137,37 @@ def _range(values: pd.Series) -> str:
     return f"{values.mean():.3f}, from {values.min():.3f} to {values.max():.3f}"
 
 
-_TABLES = ("checks", "path", "controls")
+# The tables, with columns that each has.
+_TABLES = {
+    "checks": ("quantity", "before", "after", "change", "low", "high", "spared", "n"),
+    "path": ("closed", "allowed"),
+    "controls": ("control", "closed", "strong_change", "numbers"),
+}
+_ESTIMATES = ("before", "ceiling", "gap", "probe", "predicted")
+
+
+def as_json(values: Any) -> str:
+    """JSON text; numbers that JSON has no name for, NaN and infinities, become texts."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(values), indent=2, allow_nan=False)
+
+
+def _with_numbers(value: Any) -> Any:
+    """What `as_json` wrote as texts, as numbers again."""
+    if isinstance(value, dict):
+        return {name: _with_numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
 Margins = Mapping[str, Float[Tensor, "pair"]]
 
 
@@ -141,7 +184,8 @@ def check_table(
     rows = []
 
     def add(name: str, part: PreferencePairs, was: Tensor, now: Tensor) -> None:
-        change = bootstrap_mean(now - was, part, level=level, seed=seed)
+        is_margin = name.endswith(" margin")
+        change = (bootstrap_mean if is_margin else change_of_accuracy)(now - was, part, level=level, seed=seed)
         rows.append(
             {
                 "quantity": name,
@@ -193,11 +237,11 @@ def best_of_several(
     Returned before and after the edit, with one pair of each prompt. A check that a bias was not moved elsewhere: an
     edit can order pairs better and still choose worse among many responses.
     """
-    seen: dict[object, list[tuple[str, bool, Tensor]]] = {}
+    seen: dict[object, list[tuple[object, bool, Tensor]]] = {}
     firsts: dict[object, int] = {}
     for number, pair in enumerate(part):
         firsts.setdefault(pair.prompt, number)
-        for side, text in enumerate((pair.text("chosen"), pair.text("rejected"))):
+        for side, text in enumerate((pair.chosen, pair.rejected)):
             rewards = torch.stack([before[side, number], after[side, number]])
             seen.setdefault(pair.prompt, []).append((text, side == 0, rewards))
     results, kept = [], []

@@ -158,5 +158,5 @@ def _require_same(head: RewardHead, pairs: RepairPairs, specialists: Mapping[str
             raise OptionError(
                 f"specialists: expected weights of the shapes of {head.architecture}, but {name!r} is "
                 f"{specialist.architecture}{'' if other is None else f' and differs in {other}'}. Train the "
-                "specialists from the same base, or use distil_ensemble, which needs their rewards only."
+                "specialists from the same base, or use 'distilled ensemble', which needs their rewards only."
             )

@@ -57,7 +57,7 @@ class Repair:
     Examples:
         >>> from rmtension.synthetic import plant_damage
         >>> damaged = plant_damage(head, pairs["harmless"], n=4, factor=-0.5).head
-        >>> mended = repair(damaged, pairs, "head refit", weak="harmless", strong="helpful", progress=False)
+        >>> mended = repair(damaged, pairs, "head refit", weak="harmless", strong="helpful", most_lost=0.4)
         >>> mended.save_pretrained("mended")
         >>> Edit.load("mended/repair.safetensors")
         Edit(head refit: 24 numbers for gpt2-2x24-heads2x12-d24)
@@ -76,7 +76,10 @@ class Repair:
         Raises `OptionError` if there is no edit.
         """
         if self.edit is None:
-            raise OptionError("edit: no edit was better without harm, so there is no repaired model to save.")
+            raise OptionError(
+                "edit: no edit was better without harm, so there is no repaired model to save. report.save(path) and "
+                "write_report(report, folder) write what was found."
+            )
         self.head.save_pretrained(folder)
         self.edit.save(Path(folder) / EDIT)
         self.report.save(Path(folder) / REPORT)
@@ -90,6 +93,7 @@ def repair(
     weak: str | None = None,
     strong: str | None = None,
     specialists: Mapping[str, RewardHead] | None = None,
+    most_lost: float = 0.01,
     n_random: int = 20,
     level: float = 0.95,
     seed: int = 0,
@@ -98,9 +102,10 @@ def repair(
 ) -> Repair:
     """Repair the weak objective by one method without harm to the strong one, and measure the edit on test pairs.
 
-    `pairs` are pairs by objective, divided by `RepairPairs.split` with `seed`, or a `RepairPairs`. Edits are fitted to
-    the fit pairs; of all that a method tries, the smallest is taken whose gain on the development pairs is beyond
-    chance and about as large as any, and which spares the strong objective. The test pairs are read once, at the end.
+    `pairs` are pairs by objective, divided by `RepairPairs.split` with `seed` and `most_lost`, or a `RepairPairs`.
+    Edits are fitted to the fit pairs; of all that a method tries, the smallest is taken whose gain on the development
+    pairs is beyond chance and about as large as any, and which spares the strong objective. The test pairs are read
+    once, at the end.
 
     Methods, with their `options`:
 
@@ -124,7 +129,7 @@ def repair(
     Examples:
         >>> from rmtension.synthetic import plant_damage
         >>> damaged = plant_damage(head, pairs["harmless"], n=4, factor=-0.5).head
-        >>> mended = repair(damaged, pairs, "head refit", weak="harmless", strong="helpful", progress=False)
+        >>> mended = repair(damaged, pairs, "head refit", weak="harmless", strong="helpful", most_lost=0.4)
         >>> mended.report.closed.value > 0.9
         True
     """
@@ -132,8 +137,11 @@ def repair(
     if method in _OF_SPECIALISTS and specialists is None:
         raise OptionError(f"specialists: {method!r} needs a model for each objective. Pass specialists=..., a dict.")
     _require_options(method, options)
-    split = divide(pairs, weak, strong, seed)
-    head.check(split.fit[split.weak])
+    if type(n_random) is not int or n_random < 0:
+        raise OptionError(f"n_random: expected a whole number from 0, got {n_random!r}.")
+    if specialists is not None and not isinstance(specialists, Mapping):
+        raise OptionError(f"specialists: expected a dict of objective to model, got a {type(specialists).__name__}.")
+    split = divide(pairs, weak, strong, most_lost, seed)
     evidence = Evidence.gather(head, split, specialists, progress=progress)
     diagnosis = evidence.diagnosis(level=level, seed=seed)
     if not diagnosis.has_gap:

@@ -1,15 +1,17 @@
 """The pairs of a repair: fit, development and test splits of a weak and a strong objective, and contradictory pairs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError, OptionError
 
 SPLITS = ("fit", "development", "test")
+# Bounds of losses are one-sided, at this level.
+_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,13 @@ class RepairPairs:
     An edit is computed on `fit`, every choice is made on `development`, and `test` is read once. Each maps the two
     objectives to pairs. `contradictory` holds the pairs that the objectives label in opposite ways: no reward model can
     satisfy both, so they are in no split. An edit may cost the strong objective at most `most_lost` of its accuracy, by
-    the lower end of the change's interval; 0.01 is one point.
+    the lower bound of the change; 0.01 is one point, which takes 299 prompts to show even if no pair is lost.
 
-    Raises `OptionError` for splits that share prompts or lack an objective.
+    Raises `OptionError` for splits that share prompts or lack an objective, and for fewer strong development prompts
+    than it takes to show a loss of at most `most_lost`.
 
     Examples:
-        >>> RepairPairs.split(pairs, weak="harmless", strong="helpful")
+        >>> RepairPairs.split(pairs, weak="harmless", strong="helpful", most_lost=0.4)
         RepairPairs(weak harmless, strong helpful: fit 11 + 8, development 8 + 7, test 5 + 9; 0 contradictory)
     """
 
@@ -39,6 +42,9 @@ class RepairPairs:
     def __post_init__(self) -> None:
         if not 0 <= self.most_lost < 1:
             raise OptionError(f"most_lost: expected a share of the pairs, 0 or more and below 1, got {self.most_lost}.")
+        for name in (self.weak, self.strong):
+            if not isinstance(name, str) or not name.strip() or "\n" in name:
+                raise OptionError(f"weak, strong: expected names of one line, got {name!r}.")
         prompts: dict[str, set[object]] = {}
         for split in SPLITS:
             groups = getattr(self, split)
@@ -55,6 +61,15 @@ class RepairPairs:
                     f"{second}: {len(shared)} of its prompts are in {first} too, so the report would be measured on "
                     "pairs that the edit was fitted to. Use RepairPairs.split(pairs, weak=..., strong=...)."
                 )
+
+        n = len(self.development[self.strong].prompts)
+        least = -most_unseen(n, _LEVEL)
+        if least < -self.most_lost:
+            raise OptionError(
+                f"development: {n} prompts of {self.strong!r} cannot show that an edit costs at most "
+                f"{self.most_lost:g} of its accuracy: if no pair is lost, the lower bound is still {least:.3f}. Give "
+                f"{_prompts_for(self.most_lost)} prompts, or pass most_lost={math.ceil(-1000 * least) / 1000:g}."
+            )
 
     def __repr__(self) -> str:
         sizes = ", ".join(
@@ -80,6 +95,8 @@ class RepairPairs:
         Raises `OptionError` for an objective that there is not, or for shares that are not three positive numbers with
         the sum 1, and `DataError` if a split gets no pair of an objective.
         """
+        if not isinstance(pairs, Mapping):
+            raise OptionError(f"pairs: expected a dict of name to PreferencePairs, got a {type(pairs).__name__}.")
         missing = [name for name in (weak, strong) if name not in pairs]
         if missing or weak == strong:
             raise OptionError(f"weak, strong: expected two of {list(pairs)}, got {weak!r} and {strong!r}.")
@@ -89,8 +106,17 @@ class RepairPairs:
         contradictory = contradictory_pairs(both[weak], both[strong])
         apart = {name: _keys(part) for name, part in zip(both, contradictory, strict=True)}
         kept = {
-            name: PreferencePairs(pair for pair in part if _key(pair) not in apart[name]) for name, part in both.items()
+            name: PreferencePairs(pair for pair in part if pair.digest() not in apart[name])
+            for name, part in both.items()
         }
+        for name, part in kept.items():
+            if not len(part):
+                raise DataError(
+                    f"pairs: no {name} pairs are left: of {len(both[name])}, {len(apart[name])} contradict pairs of "
+                    "the other objective. There is nothing that an edit could satisfy."
+                )
+        if _keys(kept[weak]) == _keys(kept[strong]):
+            raise OptionError(f"pairs: {weak!r} and {strong!r} have the same pairs. Pass pairs of two objectives.")
         everything = sum(kept.values(), start=PreferencePairs([]))
         n_prompts = len(everything.prompts)
         if n_prompts * min(shares) < 1:
@@ -107,7 +133,10 @@ class RepairPairs:
         for split, groups in parts.items():
             for name, part in groups.items():
                 if not len(part):
-                    raise DataError(f"pairs: no {name} pairs are left for {split}. Give more pairs, or larger shares.")
+                    raise DataError(
+                        f"pairs: none of the {len(kept[name])} {name} pairs is in the {split} split. Give more pairs, "
+                        "or larger shares."
+                    )
         apart_pairs = dict(zip(both, contradictory, strict=True))
         return cls(weak, strong, **parts, contradictory=apart_pairs, most_lost=most_lost)
 
@@ -132,16 +161,22 @@ def shuffled_labels(part: PreferencePairs, seed: int) -> PreferencePairs:
     )
 
 
+def most_unseen(n: int, level: float) -> float:
+    """The largest share, at this level, of prompts of a kind that none of `n` has (Clopper and Pearson)."""
+    return float(1 - (1 - level) ** (1 / n))
+
+
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _opposed(pairs: PreferencePairs, others: set[tuple[str, str]]) -> PreferencePairs:
-    return PreferencePairs(pair for pair in pairs if not pair.is_tie and _key(pair.swapped()) in others)
+def _prompts_for(share: float) -> str:
+    """How many prompts show that at most a share of all is of a kind that none of them has."""
+    return "more" if share == 0 else f"{math.ceil(math.log(1 - _LEVEL) / math.log(1 - share)):,}"
 
 
-def _key(pair: PreferencePair) -> tuple[str, str]:
-    return pair.text("chosen"), pair.text("rejected")
+def _opposed(pairs: PreferencePairs, others: set[str]) -> PreferencePairs:
+    return PreferencePairs(pair for pair in pairs if not pair.is_tie and pair.swapped().digest() in others)
 
 
-def _keys(pairs: PreferencePairs) -> set[tuple[str, str]]:
-    return {_key(pair) for pair in pairs}
+def _keys(pairs: PreferencePairs) -> set[str]:
+    return {pair.digest() for pair in pairs}

@@ -1,6 +1,5 @@
 """The page of a repair: what was closed and at what cost, controls, every candidate, and the diagnosis before it."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -8,7 +7,7 @@ import pandas as pd
 
 from rmtension import plots
 from rmtension.evaluation._intervals import with_interval
-from rmtension.repair._receipt import RepairReport
+from rmtension.repair._receipt import RepairReport, as_json
 from rmtension.report._figures import NO_FIGURES, as_picture, can_draw_figures
 from rmtension.report._page import Answer, Page, PageSection, Reproduction, rounded
 
@@ -35,7 +34,7 @@ def repair_page(report: RepairReport) -> Page:
         provenance=Reproduction(
             "This code repairs a model in this way. Replace the names with those of your checkpoint and pairs.",
             _code(report),
-            json.dumps({"edit": dict(report.edit), "diagnosis": asdict(diagnosis)}, indent=2),
+            as_json({"edit": dict(report.edit), "diagnosis": asdict(diagnosis)}),
         ),
     )
 

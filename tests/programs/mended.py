@@ -50,7 +50,7 @@ def try_seed(seed: int, folder: Path, n_random: int) -> tuple[list[dict[str, obj
     world = preference_world(seed)
     folders = train_family(world.train, folder / f"seed-{seed}", seed=seed, resume=True, progress=False)
     heads = {name: RewardHead.from_pretrained(folders[name]) for name in (WEAK, STRONG, "mixed")}
-    pairs = RepairPairs.split(world.test, weak=WEAK, strong=STRONG, seed=seed)
+    pairs = RepairPairs.split(world.test, weak=WEAK, strong=STRONG, most_lost=0.05, seed=seed)
     damaged = damaged_model(heads["mixed"], pairs)
     head = damaged.head
     specialists = {name: heads[name] for name in (WEAK, STRONG)}
@@ -112,7 +112,7 @@ def try_absent(seed: int, share: float, folder: Path) -> dict[str, object]:
         )  # fmt: skip
     head = RewardHead.from_pretrained(few)
     specialists = {name: RewardHead.from_pretrained(folders[name]) for name in (WEAK, STRONG)}
-    pairs = RepairPairs.split(world.test, weak=WEAK, strong=STRONG, seed=seed)
+    pairs = RepairPairs.split(world.test, weak=WEAK, strong=STRONG, most_lost=0.05, seed=seed)
     found = diagnose(head, pairs, specialists=specialists, progress=False)
     test = pairs.test[WEAK]
     before = head.score_pairs(test, progress=False).margin.double()

@@ -75,7 +75,7 @@ def two_vocabularies(organism):
         return PreferencePairs.from_records(rows)
 
     groups = {"weak": made(FILLERS[:6], 1, 0), "strong": made(FILLERS[6:12], 1, 0)}
-    return head, RepairPairs.split(groups, weak="weak", strong="strong")
+    return head, RepairPairs.split(groups, weak="weak", strong="strong", most_lost=0.2)
 
 
 @pytest.fixture(scope="module")

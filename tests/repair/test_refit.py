@@ -26,7 +26,7 @@ def test_splits_share_no_prompt_and_lose_no_pair(organism, pairs):
         assert len(kept) == len(part)
         assert {pair.digest() for pair in kept} == {pair.digest() for pair in part}
     with pytest.raises(OptionError, match=r"test: \d+ of its prompts are in fit too"):
-        RepairPairs("harmless", "helpful", pairs.fit, pairs.development, pairs.fit, pairs.contradictory)
+        RepairPairs("harmless", "helpful", pairs.fit, pairs.development, pairs.fit, pairs.contradictory, 0.05)
 
 
 def test_contradictory_pairs_are_kept_apart():
@@ -39,7 +39,7 @@ def test_contradictory_pairs_are_kept_apart():
     strong = made([("p", "b", "a"), ("q", "a", "b"), ("r", "c", "c"), *[(f"s{i}", "x", "y") for i in range(9)]])
     apart = contradictory_pairs(weak, strong)
     assert [[pair.prompt for pair in part] for part in apart] == [["p"], ["p"]]
-    split = RepairPairs.split({"a": weak, "b": strong}, weak="a", strong="b")
+    split = RepairPairs.split({"a": weak, "b": strong}, weak="a", strong="b", most_lost=0.9)
     assert [len(split.contradictory[name]) for name in ("a", "b")] == [1, 1]
     left = [pair.prompt for part in (split.fit, split.development, split.test) for pair in part["a"]]
     assert "p" not in left
@@ -120,6 +120,9 @@ def test_a_candidate_that_hurts_the_strong_objective_is_not_taken(pairs):
     ]
     table = compare_candidates(pairs, before, candidates)
     assert table["allowed"].tolist() == [True, False, True]
+    # No pair is lost: the bound is that of Clopper and Pearson, 1 - .05^(1 / n).
+    n = len(pairs.development["helpful"].prompts)
+    assert table["helpful_low"].iloc[2] == pytest.approx(0.05 ** (1 / n) - 1)
     assert best_candidate(pairs, table) == 2
     assert best_candidate(pairs, table[:2]) is None, "no gain, or not allowed"
     assert table["harmless_change"].tolist() == pytest.approx([0, 1, (n_weak // 3) / n_weak])
@@ -234,7 +237,7 @@ def test_an_edit_adds_to_parameters_by_name(damaged, pairs, tmp_path):
         ids = torch.tensor([damaged.tokenizer(pair.text("chosen"))["input_ids"]])
         assert by_hand(ids).logits.item() == pytest.approx(reward, rel=1e-6, abs=1e-5)
     assert (edited.score_pairs(few).chosen - damaged.score_pairs(few).chosen).abs().max() > 1e-3
-    with pytest.raises(AttributeError, match="nothing"):
+    with pytest.raises(OptionError, match="parameters: 'nothing' of the shape"):
         Edit("no", damaged.fingerprint, damaged.architecture, parameters={"nothing": torch.zeros(1)}).apply(damaged)
 
 

@@ -1,18 +1,24 @@
 """Diagnosis and receipts: counts by hand, controls, files, and what is refused."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from rmtension import PreferencePairs, RewardHead
-from rmtension.errors import CheckError, OptionError, StorageError
+from rmtension.errors import CheckError, DataError, ModelError, OptionError, StorageError
+from rmtension.evaluation import Estimate
 from rmtension.repair._ceiling import SpecialistEnsemble, closed_share
+from rmtension.repair._choice import change_of_accuracy
 from rmtension.repair._diagnose import diagnose
 from rmtension.repair._edit import Edit
 from rmtension.repair._receipt import RepairReport, best_of_several
 from rmtension.repair._repair import METHODS, Repair, repair
-from rmtension.repair._splits import shuffled_labels
+from rmtension.repair._splits import RepairPairs, shuffled_labels
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +59,7 @@ def test_a_diagnosis_predicts_before_anything_is_edited(head, damaged, pairs):
     assert found.gap.value == pytest.approx(
         found.ceiling.value - damaged.score_pairs(development).accuracy(), abs=1e-12
     )
+    assert found.ceiling_of == "specialists"
     assert found.is_present
     assert found.has_gap
     assert found.predicted.value > 0.9
@@ -178,3 +185,123 @@ def test_every_method_runs_on_the_same_test(method, head, damaged, pairs):
         assert report.closed.value > 0.8
     strong = report.checks.set_index("quantity").loc["helpful accuracy", "change"]
     assert strong > -0.03
+
+
+def test_without_specialists_the_probe_is_the_ceiling(damaged, pairs):
+    """What spares the strong objective is a share of it, and not 1 by definition."""
+    found = diagnose(damaged, pairs, progress=False)
+    assert (found.ceiling_of, found.probe.value) == ("probe", 1.0)
+    assert "a probe recovers" not in repr(found)
+    few = replace(pairs, development={**pairs.development, "harmless": pairs.development["harmless"][:3]})
+    assert diagnose(damaged, few, progress=False).gap.low < found.gap.low
+
+
+@pytest.mark.parametrize(("n", "change"), [(60, 0.0), (400, 0.0), (60, -1.0)])
+def test_changes_of_accuracy_are_as_wide_as_few_losses_allow(n, change):
+    part = PreferencePairs.from_records([{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(n)])
+    changes = torch.zeros(n, dtype=torch.float64)
+    changes[:1] = change
+    estimate = change_of_accuracy(changes, part, level=0.9)
+    losses = int(change < 0)
+    exact = binomtest(losses, n).proportion_ci(0.9, method="exact").high
+    assert estimate.value == pytest.approx(-losses / n)
+    assert estimate.low == pytest.approx(-exact)
+    assert estimate.high >= 0
+
+
+def test_chats_are_divided_and_compared(organism, pairs):
+    """Keys are the pair's own fields, whatever they are."""
+    chats = {name: part.as_chat() for name, part in organism.pairs.items()}
+    split = RepairPairs.split(chats, weak="harmless", strong="helpful", most_lost=0.05)
+    assert len(split.fit["harmless"]) == len(pairs.fit["harmless"])
+    rewards = torch.zeros(2, len(split.test["harmless"]))
+    best_of_several(split.test["harmless"], rewards, rewards)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"most_lost": 0.01}, r"69 prompts of 'helpful' cannot show .* Give 299 prompts, or pass most_lost=0.043"),
+        ({"most_lost": 0.0}, "Give more prompts, or pass most_lost=0.043"),
+        ({"most_lost": -1.0}, "most_lost: expected a share"),
+    ],
+)
+def test_too_few_strong_pairs_to_show_a_loss_are_refused(organism, options, message):
+    with pytest.raises(OptionError, match=message):
+        RepairPairs.split(organism.pairs, weak="harmless", strong="helpful", seed=0, **options)
+
+
+def test_pairs_that_cannot_be_repaired_are_refused(organism, damaged, pairs):
+    harmless = organism.pairs["harmless"]
+    swapped = PreferencePairs(pair.swapped() for pair in harmless)
+    with pytest.raises(DataError, match="no harmless pairs are left: of 240, 240 contradict"):
+        RepairPairs.split({"harmless": harmless, "helpful": swapped}, weak="harmless", strong="helpful")
+    with pytest.raises(OptionError, match="have the same pairs"):
+        RepairPairs.split({"harmless": harmless, "helpful": harmless}, weak="harmless", strong="helpful")
+    with pytest.raises(OptionError, match="weak, strong: the splits are made for weak 'harmless'"):
+        repair(damaged, pairs, "head refit", weak="helpful", strong="harmless")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("gains", {"counts": [0]}, "counts: expected a list of numbers of neurons, from 1 to 256"),
+        ("gains", {"counts": []}, "counts: expected a list"),
+        ("gains", {"steps": 0}, "steps: expected a whole number"),
+        ("head refit", {"shares": []}, "shares: expected weights"),
+        ("head refit", {"shares": [2.0]}, "shares: expected weights"),
+        ("head refit", {"ridges": [0.0]}, "ridges: expected positive"),
+        ("head refit", {"n_random": -1}, "n_random: expected a whole number"),
+        ("down projection", {"layers": [9]}, "layers: expected layers from 0 to 3"),
+        ("down projection", {"n_tried": 0}, "steps, weights, n_tried: expected at least one"),
+    ],
+)
+def test_wrong_options_are_refused(method, options, message, damaged, pairs):
+    with pytest.raises(OptionError, match=message):
+        repair(damaged, pairs, method, progress=False, **options)
+
+
+def test_numbers_without_a_name_in_json_are_kept(mended, tmp_path):
+    nan = float("nan")
+    odd = replace(
+        mended.report,
+        closed=Estimate(nan, -float("inf"), nan, 6, 6),
+        controls=mended.report.controls.assign(closed=nan),
+    )
+    odd.save(tmp_path / "odd.json")
+    json.loads((tmp_path / "odd.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    loaded = RepairReport.load(tmp_path / "odd.json")
+    assert np.isnan(loaded.closed.value)
+    assert loaded.closed.low == -float("inf")
+    assert loaded.controls["closed"].isna().all()
+    assert "the test pairs show no gap (6 prompts)" in repr(loaded)
+    values = json.loads((tmp_path / "odd.json").read_text())
+    for name, wrong in (("diagnosis", None), ("path", None), ("checks", [{"a": 1}])):
+        (tmp_path / "wrong.json").write_text(json.dumps({**values, name: wrong}))
+        with pytest.raises(StorageError, match=r"expected a file that RepairReport\.save wrote"):
+            RepairReport.load(tmp_path / "wrong.json")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"row": torch.ones(3)}, r"row: expected the shape \(40,\)"),
+        ({"gains": torch.ones(2, 3)}, r"gains: expected the shape \(4, 64\)"),
+        ({"added": {99: torch.ones(40, 64)}}, "added: expected layers below 4"),
+    ],
+)
+def test_edits_of_other_shapes_are_refused(part, message, damaged):
+    with pytest.raises(OptionError, match=message):
+        Edit("wrong", damaged.fingerprint, damaged.architecture, **part).apply(damaged)
+
+
+def test_other_heads_need_specialists(head, damaged, pairs, monkeypatch):
+    """A head of another kind has no row to refit: with specialists it is diagnosed, and neurons may be edited."""
+
+    monkeypatch.setattr("rmtension.repair._diagnose.has_reward_row", lambda head: False)
+    with pytest.raises(ModelError, match="specialists: the reward of this model is not one row of a linear head"):
+        diagnose(damaged, pairs, progress=False)
+    found = diagnose(damaged, pairs, specialists={"harmless": head, "helpful": head}, progress=False)
+    assert found.has_gap
+    assert np.isnan(found.predicted.value)
+    assert "no refit predicts a closed share" in repr(found)

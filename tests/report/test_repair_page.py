@@ -18,7 +18,7 @@ def report(tmp_path_factory):
     organism = make_organism(tmp_path_factory.mktemp("organism") / "model", noise=0.05, n_pairs=120)
     damaged = organism.head().with_ablation(organism.truth["harmless"], Scale(-1.0))
     pairs = {ODD: organism.pairs["harmless"], "helpful": organism.pairs["helpful"]}
-    return repair(damaged, pairs, "head refit", weak=ODD, strong="helpful", progress=False).report
+    return repair(damaged, pairs, "head refit", weak=ODD, strong="helpful", most_lost=0.1, progress=False).report
 
 
 def visible(page):
