@@ -58,9 +58,12 @@ from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._rewards_of_pairs import RewardsOfPairs
 from rmtension.repair._down_projection import added_to_projection, edit_down_projection
 from rmtension.repair._edit import Edit
+from rmtension.repair._fine_tune import fine_tune_neurons
 from rmtension.repair._gains import fit_gains
+from rmtension.repair._input_moments import input_moments
 from rmtension.repair._medians import set_to_medians
 from rmtension.repair._refit import refit_head
+from rmtension.repair._regmean import merge_specialists
 from rmtension.repair._splits import RepairPairs
 from rmtension.study._model_runs import ModelRuns
 from rmtension.study._options import StudyOptions
@@ -358,6 +361,13 @@ CALLS = {
     "repair._down_projection.edit_down_projection": lambda s: edit_down_projection(
         s.head, to_repair(), layers=[1], steps=(1.0,), weights=(1.0,)
     ),
+    "repair._input_moments.input_moments": lambda s: input_moments(
+        s.head, s.pairs, [s.head.body.projection_names["mlp", 1]]
+    ),
+    "repair._regmean.merge_specialists": lambda s: merge_specialists(
+        s.head, to_repair(), {"helpful": s.head, "harmless": s.base}, shrink=(0.9,)
+    ),
+    "repair._fine_tune.fine_tune_neurons": lambda s: fine_tune_neurons(s.head, to_repair(), steps=(1,)),
     "repair._medians.set_to_medians": lambda s: set_to_medians(s.head, to_repair(), fractions=(0.1,)),
     "repair._gains.fit_gains": lambda s: fit_gains(s.head, to_repair(), counts=(2,), shares=(0.5,)),
     "interventions._sweep.score_without": lambda s: score_without(
@@ -417,6 +427,12 @@ THE_SAME = {
     },
     "repair._gains.GainFitter.ranking": "repair._gains.fit_gains",
     "repair._gains.GainFitter.strongest": "repair._gains.fit_gains",
+    "repair._edit.has_reward_row": "repair._edit.Edit.apply",
+    "repair._input_moments.is_linear_map": "repair._input_moments.input_moments",
+    "repair._input_moments.linear_maps": "repair._regmean.merge_specialists",
+    "repair._regmean.Specialist.__init__": "repair._regmean.merge_specialists",
+    "repair._regmean.Specialist.read": "repair._regmean.merge_specialists",
+    "training._train_reward_model.remove_dropout": "repair._fine_tune.fine_tune_neurons",
     "repair._controls.control_table": "repair._gains.fit_gains",
     "repair._repair.Repair.__init__": "repair._refit.refit_head",
     "repair._repair.Repair.save_pretrained": "repair._edit.Edit.apply",
