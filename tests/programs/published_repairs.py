@@ -151,7 +151,7 @@ def main() -> None:
         folders = train_family(world.train, options.folder / f"seed-{seed}", seed=seed, resume=True, progress=False)
         head = RewardHead.from_pretrained(folders["mixed"])
         for method, pairs, weak, strong, plant in cases(world.test):
-            split = RepairPairs.split(pairs, weak=weak, strong=strong, most_lost=0.05, seed=seed)
+            split = RepairPairs.split(pairs, weak=weak, strong=strong, most_lost=0.06, seed=seed)
             made, size = biased(head, split, plant)
             whole = head.score_pairs(split.test[weak], progress=False).accuracy()
             try:
