@@ -42,8 +42,8 @@ def control_table(
 
     `measured` are the test pairs' margins before the edit, and the weak ones' at the ceiling. `others` are edits by the
     same procedure with exchanged labels, and by a head refit. For gains, `n_random` random sets of neurons follow, or a
-    row of NaN if a layer has too few other neurons; for
-    other edits, gains of as many neurons as the edit has numbers, at most all; both with at most `steps` fits each.
+    row of NaN if a layer has too few other neurons; for other edits, gains of as many neurons as the edit has numbers,
+    at most all. Gains are fitted at most `steps` times.
     """
     before, ceiling = measured
 

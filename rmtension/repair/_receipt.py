@@ -132,6 +132,8 @@ class RepairReport:
 
 def _range(values: pd.Series) -> str:
     """The mean of several values and their range, or the one value."""
+    if values.isna().all():
+        return "unknown"
     if len(values) == 1:
         return f"{values.iloc[0]:.3f}"
     return f"{values.mean():.3f}, from {values.min():.3f} to {values.max():.3f}"

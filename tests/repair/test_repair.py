@@ -275,6 +275,7 @@ def test_numbers_without_a_name_in_json_are_kept(mended, tmp_path):
     assert loaded.closed.low == -float("inf")
     assert loaded.controls["closed"].isna().all()
     assert "the test pairs show no gap (6 prompts)" in repr(loaded)
+    assert "shuffled labels unknown" in repr(loaded)
     values = json.loads((tmp_path / "odd.json").read_text())
     for name, wrong in (("diagnosis", None), ("path", None), ("checks", [{"a": 1}])):
         (tmp_path / "wrong.json").write_text(json.dumps({**values, name: wrong}))
