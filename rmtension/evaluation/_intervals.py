@@ -1,5 +1,6 @@
 """Estimates with intervals: bootstrap over prompts, over seeds, and corrections for many tests."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -166,8 +167,9 @@ def bootstrap_share(
 
 
 def exact_ends(share: float, n_prompts: int, level: float) -> tuple[float, float]:
-    """Clopper and Pearson's interval for a share of 0 or 1 in `n_prompts` trials."""
-    interval = stats.binomtest(n_prompts * int(share), n_prompts).proportion_ci(level, method="exact")
+    """Clopper and Pearson's interval for a share of `n_prompts` trials, rounded up to a number of trials."""
+    count = min(n_prompts, math.ceil(share * n_prompts - 1e-9))
+    interval = stats.binomtest(count, n_prompts).proportion_ci(level, method="exact")
     return float(interval.low), float(interval.high)
 
 

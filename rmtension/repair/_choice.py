@@ -1,6 +1,5 @@
 """Which of several candidate edits to take, by the development pairs."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,17 +8,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy import stats
 from scipy.special import log_expit
 from torch import Tensor
 
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
-from rmtension.evaluation._intervals import Estimate, bootstrap_mean, resampled_sums
-from rmtension.repair._splits import RepairPairs
-
-# A one-sided bound of 95% is the lower end of an interval of 90%.
-_LEVEL = 0.90
+from rmtension.evaluation._intervals import Estimate, bootstrap_mean, exact_ends, resampled_sums
+from rmtension.repair._splits import LEVEL, RepairPairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,19 +39,22 @@ def compare_candidates(
         name: torch.stack([correct(candidate.margins[name]) - correct(before[name]) for candidate in candidates])
         for name in (weak, strong)
     }
-    lows = _bounds_of_all(changes[weak], pairs.development[weak], seed)
     spread = changes[weak].std(dim=1, correction=0).numpy() / len(pairs.development[weak]) ** 0.5
+    part = pairs.development[strong]
+    lows: dict[str, Sequence[float] | Float[np.ndarray, "candidate"]] = {
+        weak: _bounds_of_all(changes[weak], pairs.development[weak], seed),
+        strong: [change_of_accuracy(change, part, level=LEVEL, seed=seed).low for change in changes[strong]],
+    }
     rows = []
     for number, candidate in enumerate(candidates):
         row: dict[str, Any] = dict(candidate.settings)
         for name in (weak, strong):
             after = candidate.margins[name]
-            estimate = change_of_accuracy(changes[name][number], pairs.development[name], level=_LEVEL, seed=seed)
             row |= {
                 f"{name}_accuracy": float(correct(after).mean()),
                 f"{name}_loss": float(-log_expit(after.numpy()).mean()),
-                f"{name}_change": estimate.value,
-                f"{name}_low": float(lows[number]) if name == weak else estimate.low,
+                f"{name}_change": float(changes[name][number].mean()),
+                f"{name}_low": float(lows[name][number]),
             }
         row |= {f"{weak}_error": float(spread[number]), "allowed": row[f"{strong}_low"] >= -pairs.most_lost}
         rows.append(row)
@@ -91,12 +89,8 @@ def change_of_accuracy(
     losses, with one trial per prompt.
     """
     estimate = bootstrap_mean(change, part, level=level, seed=seed)
-    n = estimate.n_prompts
     gains, losses = (float(side.clamp(min=0).mean()) for side in (change, -change))
-    most_gained, most_lost = (
-        float(stats.binomtest(min(n, math.ceil(share * n - 1e-9)), n).proportion_ci(level, method="exact").high)
-        for share in (gains, losses)
-    )
+    most_gained, most_lost = (exact_ends(share, estimate.n_prompts, level)[1] for share in (gains, losses))
     low, high = min(estimate.low, gains - most_lost), max(estimate.high, most_gained - losses)
     return replace(estimate, low=low, high=high)
 
@@ -128,5 +122,5 @@ def _bounds_of_all(
     values = changes.double().mean(dim=1).numpy()
     errors = means.std(axis=0)
     deviations = np.divide(means - values, errors, out=np.zeros_like(means), where=errors > 0)
-    bounds: Float[np.ndarray, "candidate"] = values - np.quantile(deviations.max(axis=1), (1 + _LEVEL) / 2) * errors
+    bounds: Float[np.ndarray, "candidate"] = values - np.quantile(deviations.max(axis=1), (1 + LEVEL) / 2) * errors
     return bounds

@@ -16,12 +16,10 @@ from rmtension.passes._activation_collector import ActivationCollector
 from rmtension.repair._ceiling import closed_share
 from rmtension.repair._choice import best_candidate, correct
 from rmtension.repair._edit import SITE, Edit
-from rmtension.repair._features import margins_of
+from rmtension.repair._features import GroupMargins, margins_of
 from rmtension.repair._gains import GainFitter, GainOptions
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
-
-Margins = Mapping[str, Float[Tensor, "pair"]]
 
 
 def control_table(
@@ -30,11 +28,11 @@ def control_table(
     method: str,
     edit: Edit | None,
     path: pd.DataFrame,
-    measured: tuple[Margins, Float[Tensor, "pair"]],
+    measured: tuple[GroupMargins, Float[Tensor, "pair"]],
     others: Mapping[str, Edit | None],
     *,
+    fitter: GainFitter | None,
     n_random: int,
-    steps: int,
     seed: int,
     progress: bool | None,
 ) -> pd.DataFrame:
@@ -43,11 +41,11 @@ def control_table(
     `measured` are the test pairs' margins before the edit, and the weak ones' at the ceiling. `others` are edits by the
     same procedure with exchanged labels, and by a head refit. For gains, `n_random` random sets of neurons follow, or a
     row of NaN if a layer has too few other neurons; for other edits, gains of as many neurons as the edit has numbers,
-    at most all. Gains are fitted at most `steps` times.
+    at most all. They are fitted by `fitter`, if there is one.
     """
     before, ceiling = measured
 
-    def row(control: str, after: Margins, numbers: int) -> dict[str, Any]:
+    def row(control: str, after: GroupMargins, numbers: int) -> dict[str, Any]:
         share = closed_share(pairs.test[pairs.weak], before[pairs.weak], after[pairs.weak], ceiling)
         lost = correct(after[pairs.strong]) - correct(before[pairs.strong])
         return {"control": control, "closed": share.value, "strong_change": float(lost.mean()), "numbers": numbers}
@@ -60,7 +58,7 @@ def control_table(
     best = best_candidate(pairs, path)
     if edit is None or best is None:
         return pd.DataFrame(rows)
-    fitter = GainFitter(head, pairs, steps=steps, progress=progress)
+    fitter = fitter or GainFitter(head, pairs, progress=progress)
     share = path.to_dict("records")[best].get("share", GainOptions().share)
     if edit.gains is not None and method == "gains":
         neurons = NeuronSet(edit.gains != 1, SITE, head.architecture)

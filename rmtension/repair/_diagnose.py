@@ -14,7 +14,7 @@ from rmtension.evaluation._intervals import Estimate, bootstrap_share
 from rmtension.repair._ceiling import SpecialistEnsemble, closed_share
 from rmtension.repair._choice import change_of_accuracy, correct
 from rmtension.repair._edit import Edit, has_reward_row
-from rmtension.repair._features import ReadStates, SplitStates, margins_of, read_states
+from rmtension.repair._features import GroupMargins, ReadStates, SplitStates, margins_of, read_states
 from rmtension.repair._refit import refit_head, refit_row
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
@@ -147,13 +147,17 @@ def divide(
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What diagnosis, ceiling and controls of one repair share: the states, the best refit, and the ensemble."""
+    """What diagnosis, ceiling and controls of one repair share: the states, the best refit, probe, and ensemble.
+
+    `probe` is what is added to the row so that it serves the weak objective nearly alone.
+    """
 
     head: RewardHead
     pairs: RepairPairs
     states: SplitStates | None
-    before: Mapping[str, Float[Tensor, "pair"]]
+    before: GroupMargins
     refit: Edit | None
+    probe: Float[Tensor, "d_model"] | None
     ensemble: SpecialistEnsemble | None
 
     @classmethod
@@ -178,10 +182,12 @@ class Evidence:
                     "specialists: the reward of this model is not one row of a linear head, so no refit of a row says "
                     "what can be reached. Pass specialists=..., a model for each objective."
                 )
-            return cls(head, pairs, None, margins_of(head, pairs.development, progress=progress), None, ensemble)
+            return cls(head, pairs, None, margins_of(head, pairs.development, progress=progress), None, None, ensemble)
         states = SplitStates.of(head, pairs, progress=progress)
         refit, _ = refit_head(head, pairs, states=states)
-        return cls(head, pairs, states, states.margins, refit, ensemble)
+        weak, strong = (states.fit[name] for name in (pairs.weak, pairs.strong))
+        probe = refit_row(weak, strong, share=_PROBE_SHARE, ridge=_PROBE_RIDGE)
+        return cls(head, pairs, states, states.margins, refit, probe, ensemble)
 
     def ceiling(self, part: PreferencePairs, states: ReadStates | None = None) -> Float[Tensor, "pair"]:
         """The margins of weak pairs at the ceiling: those of the ensemble, or with the probe's row.
@@ -190,8 +196,9 @@ class Evidence:
         """
         if self.ensemble is not None:
             return self.ensemble.margins(part)
+        assert self.probe is not None
         known = read_states(self.head, part) if states is None else states
-        return known.margin + known.difference @ self._probe_row()
+        return known.margin + known.difference @ self.probe
 
     def diagnosis(self, *, level: float = 0.95, seed: int = 0) -> Diagnosis:
         """What a repair can hope for."""
@@ -205,10 +212,10 @@ class Evidence:
         nan = float("nan")
         unknown = Estimate(nan, nan, nan, len(development), len(development.prompts), level)
         probe = predicted = unknown
-        if states is not None:
+        if states is not None and self.probe is not None:
             row = None if self.refit is None else self.refit.row
             refitted = before if row is None else before + states.difference @ row.double()
-            probed = before + states.difference @ self._probe_row()
+            probed = before + states.difference @ self.probe
             probe, predicted = (
                 closed_share(development, before, after, ceiling, **judging) for after in (probed, refitted)
             )
@@ -223,9 +230,3 @@ class Evidence:
             probe,
             predicted,
         )
-
-    def _probe_row(self) -> Float[Tensor, "d_model"]:
-        """What is added to the row so that it serves the weak objective nearly alone."""
-        assert self.states is not None
-        fit = self.states.fit
-        return refit_row(fit[self.pairs.weak], fit[self.pairs.strong], share=_PROBE_SHARE, ridge=_PROBE_RIDGE)

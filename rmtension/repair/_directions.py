@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension.data._chat import n_characters
 from rmtension.data._pair import PreferencePair
 from rmtension.errors import DataError
 from rmtension.repair._edit import Edit, reward_row
 from rmtension.repair._features import ReadStates, SplitStates
+from rmtension.repair._medians import response_length
 from rmtension.repair._row_edits import best_row
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
@@ -23,27 +23,30 @@ _FEWEST_PAIRS, _SMALLEST = 3, 1e-6
 def shape_reward(
     head: RewardHead,
     pairs: RepairPairs,
-    feature: Callable[[PreferencePair], float] | None = None,
+    feature: Callable[[PreferencePair, str], float] | None = None,
     *,
     alphas: Sequence[float] = (0.5, 1.0, 1.5),
+    states: SplitStates | None = None,
     progress: bool | None = None,
 ) -> tuple[Edit | None, pd.DataFrame]:
     """Take the direction of a surface feature out of the state that the row reads: h - alpha (u @ h) u.
 
-    `feature` is how much more of it the chosen response has than the rejected one; by default its length. u is the mean
-    of h(more) - h(less) over the fit pairs of both objectives, divided by its norm. Cost: a forward pass over the fit
-    and development pairs.
+    `feature` is a number for a response, `feature(pair, "chosen")`; by default its length. u is the mean of
+    h(more) - h(less) over the fit pairs of both objectives, divided by its norm. Cost: a forward pass over the fit and
+    development pairs, unless their `states` are given.
     """
-    more_of = feature or _longer
-    states = SplitStates.of(head, pairs, progress=progress)
+    measured = feature or response_length
+    known = states or SplitStates.of(head, pairs, progress=progress)
     differences = []
-    for name, of_part in states.fit.items():
-        sign = torch.tensor([more_of(pair) for pair in pairs.fit[name]], dtype=torch.float64).sign()
+    for name, of_part in known.fit.items():
+        sign = torch.tensor(
+            [measured(pair, "chosen") - measured(pair, "rejected") for pair in pairs.fit[name]], dtype=torch.float64
+        ).sign()
         differences.append(of_part.difference * sign[:, None])
     mean = torch.cat(differences).mean(dim=0)
     if not bool(mean.abs().max() > 0):
         raise DataError("feature: the chosen and the rejected responses of all fit pairs have equally much of it.")
-    return _without_directions(head, pairs, states, (mean / mean.norm())[None], alphas, "reward shaping")
+    return _without_directions(head, pairs, known, (mean / mean.norm())[None], alphas, "reward shaping")
 
 
 def remove_subspace(
@@ -51,22 +54,23 @@ def remove_subspace(
     pairs: RepairPairs,
     *,
     alphas: Sequence[float] = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0),
+    states: SplitStates | None = None,
     progress: bool | None = None,
 ) -> tuple[Edit | None, pd.DataFrame]:
     """Take out of the row what it shares with the pairs that it orders wrongly: row - alpha U U' row.
 
     U is an orthonormal basis of one direction per subset of the weak fit pairs: the mean difference of states over the
     pairs that the model gets wrong, at least three, divided by its norm. Raises `DataError` if there are none. Cost: a
-    forward pass over the fit and development pairs.
+    forward pass over the fit and development pairs, unless their `states` are given.
     """
-    states = SplitStates.of(head, pairs, progress=progress)
-    directions = wrong_directions(states.fit[pairs.weak], [pair.subset for pair in pairs.fit[pairs.weak]])
+    known = states or SplitStates.of(head, pairs, progress=progress)
+    directions = wrong_directions(known.fit[pairs.weak], [pair.subset for pair in pairs.fit[pairs.weak]])
     if not len(directions):
         raise DataError(
             f"pairs: no subset of the {pairs.weak} fit pairs has {_FEWEST_PAIRS} that the model orders wrongly. There "
             "is no subspace to remove."
         )
-    return _without_directions(head, pairs, states, directions, alphas, "head subspace removed")
+    return _without_directions(head, pairs, known, directions, alphas, "head subspace removed")
 
 
 def wrong_directions(states: ReadStates, subsets: Sequence[object]) -> Float[Tensor, "direction d_model"]:
@@ -102,8 +106,3 @@ def _without_directions(
     share = directions.T @ (directions @ row)
     rows = [({"alpha": alpha}, -alpha * share) for alpha in alphas]
     return best_row(kind, head, pairs, states, rows)
-
-
-def _longer(pair: PreferencePair) -> float:
-    """How many more characters the chosen response has."""
-    return float(n_characters(pair.chosen) - n_characters(pair.rejected))

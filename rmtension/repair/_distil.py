@@ -23,22 +23,24 @@ def distil_ensemble(
     specialists: Mapping[str, RewardHead],
     *,
     ridges: Sequence[float] = RIDGES,
+    states: SplitStates | None = None,
     progress: bool | None = None,
 ) -> tuple[Edit | None, pd.DataFrame]:
     """The change of the reward row whose margins are nearest to those of the specialists' ensemble, and a table of all.
 
     The ensemble's margins are scaled to the size of the model's own on the fit pairs. Cost: a forward pass of the model
-    and of both specialists over the fit pairs, and of the model over the development pairs.
+    and of both specialists over the fit pairs, and of the model over the development pairs; none of the model if its
+    `states` are given.
     """
     reward_row(head)
     ensemble = SpecialistEnsemble(specialists, pairs, progress=progress)
-    states = SplitStates.of(head, pairs, progress=progress)
-    own = torch.cat([part.margin for part in states.fit.values()])
-    wanted = torch.cat([ensemble.margins(pairs.fit[name]) for name in states.fit])
+    known = states or SplitStates.of(head, pairs, progress=progress)
+    own = torch.cat([part.margin for part in known.fit.values()])
+    wanted = torch.cat([ensemble.margins(pairs.fit[name]) for name in known.fit])
     wanted = wanted * (own.square().mean() / wanted.square().mean()).sqrt()
-    features = torch.cat([part.difference for part in states.fit.values()])
+    features = torch.cat([part.difference for part in known.fit.values()])
     rows = [({"ridge": ridge}, distilled_row(features, wanted - own, ridge)) for ridge in ridges]
-    return best_row("distilled ensemble", head, pairs, states, rows)
+    return best_row("distilled ensemble", head, pairs, known, rows)
 
 
 def distilled_row(

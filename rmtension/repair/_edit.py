@@ -103,7 +103,7 @@ class Edit:
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write the edit to one safetensors file, which is small: gains and rows, not the model."""
+        """Write the edit to one safetensors file, which has what the edit changes, not the model."""
         tensors = {f"added_{layer}": tensor for layer, tensor in self.added.items()}
         tensors |= {f"{_PREFIXES[tensor.ndim]}{name}": tensor for name, tensor in self.parameters.items()}
         alone = {"row": self.row, "gains": self.gains, "constants": self.constants}

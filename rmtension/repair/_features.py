@@ -16,6 +16,9 @@ from rmtension.passes._pass_record import PassRecord
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
 
+# The margins of pairs, by objective.
+GroupMargins = Mapping[str, Float[Tensor, "pair"]]
+
 
 @dataclass(frozen=True, eq=False)
 class ReadStates:

@@ -49,7 +49,7 @@ class GainOptions:
 
 @dataclass(frozen=True, eq=False)
 class FittedGains:
-    """Gains of some neurons, and the margins of the development pairs with them and by the first fit's prediction."""
+    """Gains of some neurons, the margins of the development pairs with them, and how often they were fitted."""
 
     gains: Float[Tensor, "layer neuron"]
     margins: Mapping[str, Float[Tensor, "pair"]]
@@ -180,6 +180,7 @@ def fit_gains(
     counts: Sequence[int] | None = None,
     shares: Sequence[float] = GAIN_SHARES,
     steps: int = N_STEPS,
+    fitter: GainFitter | None = None,
     progress: bool | None = None,
 ) -> tuple[Edit | None, pd.DataFrame]:
     """The best gains of the neurons that matter most, and the path: every number of neurons that was tried.
@@ -188,7 +189,7 @@ def fit_gains(
     and 3% of all. The margins are linear in the gains only near 1, so a fit is repeated at what it found, at most
     `steps` times. The edit is None if no gains help the weak objective and spare the strong one, on the development
     pairs. Cost: a forward and a backward pass over the fit pairs and a forward pass over the development pairs, and for
-    each share and count at most `steps` of both.
+    each share and count at most `steps` of both. A `fitter` of these pairs saves the first ones, and has its own steps.
     """
     total = head.n_layers * head.n_neurons(SITE)
     is_list = isinstance(counts, Sequence) and len(counts) > 0
@@ -196,7 +197,7 @@ def fit_gains(
         raise OptionError(f"counts: expected a list of numbers of neurons, from 1 to {total:,}, got {counts!r}.")
     require_shares(shares)
     tried = counts or sorted({1, *(math.ceil(fraction * total) for fraction in _FRACTIONS)})
-    return GainFitter(head, pairs, steps=steps, progress=progress).path(tried, shares)
+    return (fitter or GainFitter(head, pairs, steps=steps, progress=progress)).path(tried, shares)
 
 
 def _shares(share: float) -> tuple[float, float]:

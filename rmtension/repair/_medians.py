@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rmtension.data._chat import n_characters
 from rmtension.data._pair import PreferencePair
+from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError
 from rmtension.repair._choice import Candidate, best_candidate, compare_candidates
 from rmtension.repair._down_projection import projection_inputs
@@ -39,8 +40,8 @@ def set_to_medians(
     Cost: a forward and a backward pass over the fit pairs, a forward pass over the development pairs per fraction.
     Memory: 4 numbers per pair and neuron.
     """
-    measured = feature or _length
-    both = sum(pairs.fit.values(), start=type(pairs.fit[pairs.weak])([]))
+    measured = feature or response_length
+    both = sum(pairs.fit.values(), start=PreferencePairs([]))
     inputs = projection_inputs(head, both, range(head.n_layers), progress=progress).inputs
     values = [measured(pair, side) for side in ("chosen", "rejected") for pair in both]
     if len(set(values)) < 2:
@@ -86,5 +87,6 @@ def _centred(values: Float[np.ndarray, "text column"]) -> Float[np.ndarray, "tex
     return ranks
 
 
-def _length(pair: PreferencePair, side: str) -> float:
+def response_length(pair: PreferencePair, side: str) -> float:
+    """How many characters the chosen or the rejected response has."""
     return float(n_characters(pair.chosen if side == "chosen" else pair.rejected))

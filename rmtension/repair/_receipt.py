@@ -20,6 +20,7 @@ from rmtension.evaluation._intervals import Estimate, bootstrap_mean, with_inter
 from rmtension.evaluation._length import length_matched_places
 from rmtension.repair._choice import change_of_accuracy, correct
 from rmtension.repair._diagnose import Diagnosis
+from rmtension.repair._features import GroupMargins
 from rmtension.repair._splits import RepairPairs
 from rmtension.store._files import write_text
 
@@ -102,11 +103,7 @@ class RepairReport:
         """Write the report to one JSON file."""
         values: dict[str, Any] = {"kind": "RepairReport", "edit": dict(self.edit), "most_lost": self.most_lost}
         values |= {name: asdict(getattr(self, name)) for name in ("diagnosis", "closed")}
-        values |= {
-            "edit": dict(self.edit),
-            "most_lost": self.most_lost,
-            **{name: getattr(self, name).to_dict("records") for name in _TABLES},
-        }
+        values |= {name: getattr(self, name).to_dict("records") for name in _TABLES}
         write_text(Path(path), as_json(values) + "\n", "repair report")
 
     @classmethod
@@ -170,13 +167,10 @@ def _with_numbers(value: Any) -> Any:
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
-Margins = Mapping[str, Float[Tensor, "pair"]]
-
-
 def check_table(
     pairs: RepairPairs,
-    before: Margins,
-    after: Margins,
+    before: GroupMargins,
+    after: GroupMargins,
     rewards: tuple[Mapping[str, Float[Tensor, "2 pair"]], Mapping[str, Float[Tensor, "2 pair"]]],
     *,
     level: float = 0.95,

@@ -23,7 +23,7 @@ from rmtension.repair._distil import distil_ensemble
 from rmtension.repair._down_projection import edit_down_projection
 from rmtension.repair._edit import Edit
 from rmtension.repair._fine_tune import fine_tune_neurons
-from rmtension.repair._gains import N_STEPS, fit_gains
+from rmtension.repair._gains import N_STEPS, GainFitter, fit_gains
 from rmtension.repair._medians import set_to_medians
 from rmtension.repair._receipt import RepairReport, check_table
 from rmtension.repair._refit import refit_head
@@ -31,7 +31,7 @@ from rmtension.repair._regmean import merge_specialists
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
 
-# What each method is called with besides the model and the pairs.
+# Each takes the model, the pairs and its options.
 _METHODS: dict[str, Callable[..., tuple[Edit | None, pd.DataFrame]]] = {
     "head refit": refit_head,
     "gains": fit_gains,
@@ -45,6 +45,8 @@ _METHODS: dict[str, Callable[..., tuple[Edit | None, pd.DataFrame]]] = {
 }
 METHODS = tuple(_METHODS)
 _OF_SPECIALISTS = ("distilled ensemble", "merged specialists")
+# What a repair passes to its method; everything else is an option.
+_PASSED = ("head", "pairs", "specialists", "states", "fitter", "progress")
 EDIT, REPORT = "repair.safetensors", "repair.json"
 
 
@@ -147,11 +149,18 @@ def repair(
     if not diagnosis.has_gap:
         raise OptionError(f"pairs: nothing to repair is shown.\n{diagnosis}")
 
-    def fit(divided: RepairPairs) -> tuple[Edit | None, pd.DataFrame]:
-        given = {"specialists": specialists} if method in _OF_SPECIALISTS else {}
-        return _METHODS[method](head, divided, progress=progress, **given, **options)
+    fitter = None
+    if method == "gains":
+        fitter = GainFitter(head, split, steps=options.get("steps", N_STEPS), progress=progress)
 
-    edit, path = fit(split)
+    def fit(divided: RepairPairs, **known: Any) -> tuple[Edit | None, pd.DataFrame]:
+        passed = {"specialists": specialists, "progress": progress, **known}
+        takes = inspect.signature(_METHODS[method]).parameters
+        return _METHODS[method](
+            head, divided, **{name: value for name, value in passed.items() if name in takes}, **options
+        )
+
+    edit, path = fit(split, states=evidence.states, fitter=fitter)
     edited = head if edit is None else edit.apply(head)
     scored = {
         name: {model: of.score_pairs(part, progress=progress) for model, of in (("before", head), ("after", edited))}
@@ -161,8 +170,7 @@ def repair(
     ceiling = evidence.ceiling(split.test[split.weak])
     rewards = tuple({name: _both(of[model]) for name, of in scored.items()} for model in ("before", "after"))
     others = {"shuffled labels": fit(split.shuffled(seed))[0], "head refit": evidence.refit}
-    drawing: dict[str, Any] = {"n_random": n_random, "seed": seed, "progress": progress}
-    drawing["steps"] = options.get("steps", N_STEPS) if method == "gains" else N_STEPS
+    drawing: dict[str, Any] = {"fitter": fitter, "n_random": n_random, "seed": seed, "progress": progress}
     weak_part = split.test[split.weak]
     report = RepairReport(
         diagnosis,
@@ -184,8 +192,7 @@ def _require_options(method: str, options: Mapping[str, object]) -> None:
     known = [
         name
         for name, parameter in inspect.signature(_METHODS[method]).parameters.items()
-        if name not in ("head", "pairs", "specialists", "states", "progress")
-        and parameter.kind != parameter.VAR_KEYWORD
+        if name not in _PASSED and parameter.kind != parameter.VAR_KEYWORD
     ]
     unknown = [name for name in options if name not in known]
     if unknown:

@@ -8,10 +8,11 @@ import numpy as np
 
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError, OptionError
+from rmtension.evaluation._intervals import exact_ends
 
 SPLITS = ("fit", "development", "test")
-# Bounds of losses are one-sided, at this level.
-_LEVEL = 0.95
+# Bounds are one-sided at 95%: the lower ends of intervals of 90%.
+LEVEL = 0.90
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,8 @@ class RepairPairs:
                     f"{second}: {len(shared)} of its prompts are in {first} too, so the report would be measured on "
                     "pairs that the edit was fitted to. Use RepairPairs.split(pairs, weak=..., strong=...)."
                 )
-
         n = len(self.development[self.strong].prompts)
-        least = -most_unseen(n, _LEVEL)
+        least = -exact_ends(0.0, n, LEVEL)[1]
         if least < -self.most_lost:
             raise OptionError(
                 f"development: {n} prompts of {self.strong!r} cannot show that an edit costs at most "
@@ -161,17 +161,12 @@ def shuffled_labels(part: PreferencePairs, seed: int) -> PreferencePairs:
     )
 
 
-def most_unseen(n: int, level: float) -> float:
-    """The largest share, at this level, of prompts of a kind that none of `n` has (Clopper and Pearson)."""
-    return float(1 - (1 - level) ** (1 / n))
-
-
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
 def _prompts_for(share: float) -> str:
     """How many prompts show that at most a share of all is of a kind that none of them has."""
-    return "more" if share == 0 else f"{math.ceil(math.log(1 - _LEVEL) / math.log(1 - share)):,}"
+    return "more" if share == 0 else f"{math.ceil(math.log((1 - LEVEL) / 2) / math.log(1 - share)):,}"
 
 
 def _opposed(pairs: PreferencePairs, others: set[str]) -> PreferencePairs:

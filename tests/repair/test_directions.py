@@ -12,10 +12,13 @@ from rmtension.repair._features import ReadStates, read_states
 def test_shaping_is_the_projection_of_the_states(damaged, pairs):
     """h - alpha (u @ h) u, then the old row, gives the rewards of the new row."""
 
+    def letters(pair, side):
+        return float(len(getattr(pair, side).split("a")))
+
     def first_letter(pair):
         return float(len(pair.chosen.split("a")) - len(pair.rejected.split("a")))
 
-    _, table = shape_reward(damaged, pairs, first_letter, alphas=(0.5, 1.0), progress=False)
+    _, table = shape_reward(damaged, pairs, letters, alphas=(0.5, 1.0), progress=False)
     parts = [(pairs.fit[name], read_states(damaged, pairs.fit[name])) for name in ("harmless", "helpful")]
     moved = [
         states.difference * torch.tensor([first_letter(pair) for pair in part], dtype=torch.float64).sign()[:, None]
@@ -32,7 +35,7 @@ def test_shaping_is_the_projection_of_the_states(damaged, pairs):
 
 def test_a_feature_that_no_pair_has_is_refused(damaged, pairs):
     with pytest.raises(DataError, match=r"feature: .* equally much of it"):
-        shape_reward(damaged, pairs, lambda pair: 0.0, progress=False)
+        shape_reward(damaged, pairs, lambda pair, side: 0.0, progress=False)
 
 
 def test_directions_of_wrong_pairs_are_orthonormal_and_by_subset():
