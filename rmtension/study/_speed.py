@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from rmtension.attribution._faithfulness import sample_neurons
 from rmtension.attribution._neuron_attribution import NeuronAttribution
 from rmtension.attribution._single_effects import single_neuron_effects
@@ -17,6 +19,10 @@ from rmtension.reward_head import RewardHead
 
 # A model that runs a batch faster than this, in seconds, is timed on several batches, because one says less.
 _FAST, _BATCHES = 0.5, 4
+# A model that runs a batch slower than this is timed on fewer pairs, because timing takes about 30 forward passes.
+_SLOW = 2.0
+# Neurons ablated one by one to time one more of them.
+_NEURONS = 4
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,9 @@ def measure_speed(head: RewardHead, pairs: PreferencePairs, *, site: str, fracti
     if forward < _FAST and len(pairs) > n:
         few = pairs.sample(min(len(pairs), _BATCHES * n), seed=seed)
         forward = _seconds(lambda: head.score_pairs(few, progress=False))
+    elif forward > _SLOW:
+        few = few[: max(1, round(n * _SLOW / forward))]
+        forward = _seconds(lambda: head.score_pairs(few, progress=False))
     size = sum(map(n_read, few))
     one = few[:1]
     fixed = _seconds(lambda: head.score_pairs(one, progress=False))
@@ -58,14 +67,16 @@ def measure_speed(head: RewardHead, pairs: PreferencePairs, *, site: str, fracti
     random = [_random_set(head, site, fraction, seed + number) for number in range(4)]
     sweep = _seconds(lambda: score_without(head, few, random, progress=False))
     once = _seconds(lambda: score_without(head, few, random[:1], progress=False))
-    wanted = sample_neurons(head, site, 2 * head.n_layers, seed=seed)
-    single = _seconds(lambda: single_neuron_effects(head, few, site=site, neurons=wanted, progress=False))
+    # A neuron's cost is proportional to the number of layers above it: on average, that of the middle layer.
+    few_neurons, more_neurons = (_of_middle_layer(head, site, number) for number in (1, 1 + _NEURONS))
+    single = _seconds(lambda: single_neuron_effects(head, few, site=site, neurons=few_neurons, progress=False))
+    more = _seconds(lambda: single_neuron_effects(head, few, site=site, neurons=more_neurons, progress=False))
     rate = (forward - fixed) / size if forward > fixed else forward / size
     return Speed(
         forward=rate,
         gradient=max(gradient - fixed, 0.5 * gradient) / size,
         ablation=max((sweep - once) / 3, 0.05 * forward) / size,
-        neuron=max((single - forward) / len(wanted), 1e-3 * forward) / size,
+        neuron=max((more - single) / max(1, len(more_neurons) - 1), 1e-3 * forward) / size,
         fixed=fixed,
     )
 
@@ -88,6 +99,13 @@ def _pairs_per_batch(head: RewardHead, pairs: PreferencePairs) -> int:
 def _random_set(head: RewardHead, site: str, fraction: float, seed: int) -> NeuronSet:
     n = max(head.n_layers, math.ceil(fraction * head.n_layers * head.n_neurons(site)))
     return sample_neurons(head, site, min(n, head.n_layers * head.n_neurons(site)), seed=seed)
+
+
+def _of_middle_layer(head: RewardHead, site: str, n: int) -> NeuronSet:
+    """The first neurons of the middle layer, at most `n`."""
+    mask = torch.zeros(head.n_layers, head.n_neurons(site), dtype=torch.bool)
+    mask[head.n_layers // 2, :n] = True
+    return NeuronSet(mask, site, head.architecture)
 
 
 def _seconds(run: Callable[[], object]) -> float:

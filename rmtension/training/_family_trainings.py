@@ -169,10 +169,10 @@ def _trainings(
     validation: Mapping[str, PreferencePairs] | None,
     seed: int,
 ) -> Iterator[_Training]:
-    """One reward model per objective, and the mixed one."""
-    mixtures: dict[str, dict[str, Any]] = {name: {"objective": name} for name in pairs}
+    """The mixed reward model, and one per objective. It has the most pairs: side by side, the longest goes first."""
     shares = {name: 1 / len(pairs) for name in pairs}
-    mixtures["mixed"] = {"proportions": shares, "n_pairs": settings.mixed_pairs}
+    mixtures: dict[str, dict[str, Any]] = {"mixed": {"proportions": shares, "n_pairs": settings.mixed_pairs}}
+    mixtures |= {name: {"objective": name} for name in pairs}
     schedule = {
         field.name.removeprefix("reward_"): getattr(settings, field.name)
         for field in fields(settings)
