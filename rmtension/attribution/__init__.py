@@ -2,6 +2,7 @@
 
 from rmtension.attribution._faithfulness import faithfulness, sample_neurons
 from rmtension.attribution._faithfulness_result import Faithfulness
+from rmtension.attribution._kept_curves import KeptCurves, kept_curves, minimality
 from rmtension.attribution._make_dashboards import describe_dashboards, neuron_dashboards
 from rmtension.attribution._neuron_attribution import NeuronAttribution, score_together
 from rmtension.attribution._neuron_dashboards import NeuronDashboards
@@ -9,10 +10,13 @@ from rmtension.attribution._single_effects import single_neuron_effects
 
 __all__ = [
     "Faithfulness",
+    "KeptCurves",
     "NeuronAttribution",
     "NeuronDashboards",
     "describe_dashboards",
     "faithfulness",
+    "kept_curves",
+    "minimality",
     "neuron_dashboards",
     "sample_neurons",
     "score_together",

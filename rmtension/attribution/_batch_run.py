@@ -1,6 +1,6 @@
 """One forward and backward run of a batch, which all first-order attribution methods share."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 
@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rmtension.attribution._relevance import RelevanceRules
 from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks, frozen
 from rmtension.data._token_places import TokenPlaces
 from rmtension.data._tokens import TokenBatch, margins
@@ -22,8 +23,9 @@ SiteLayer = tuple[str, int]  # site and layer
 class BatchRun:
     """Activations at some sites in all layers, the gradients of each pair's margin with respect to them, direct paths.
 
-    Cost: one forward pass; with `gradients` one backward pass, with `drops` one more per layer. Pairs do not interact,
-    so one backward pass of the summed margins gives every pair's own gradient.
+    Cost: one forward pass; with `gradients` one backward pass, with `drops` one more per layer, for each of `relevance`
+    one more forward and backward pass. Pairs do not interact, so one backward pass of the summed margins gives every
+    pair's own gradient.
 
     Args:
         head: the model.
@@ -32,6 +34,8 @@ class BatchRun:
         forward: run the batch now; if False, nothing runs until `replay` is used.
         gradients: keep dM/da.
         drops: for each layer l, keep dM/da without the gradient through the block of l, in `dropped[l]` (GradDrop).
+        relevance: keep dM/da by the rules of RelP, in `relevances[fixed]`, for every `fixed` in this list, which says
+            whether attention patterns are constant.
         direct: keep the contributions along direct paths.
         all_tokens: compute the last block's MLP at all tokens. If False, it is computed only at the tokens that rewards
             are read from; at all others the activations are 0, as their gradients are in any case.
@@ -46,6 +50,7 @@ class BatchRun:
         forward: bool = True,
         gradients: bool = False,
         drops: bool = False,
+        relevance: Collection[bool] = (),
         direct: bool = False,
         all_tokens: bool = True,
     ) -> None:
@@ -54,34 +59,28 @@ class BatchRun:
         self.sites = tuple(sites)
         self.gradients: dict[SiteLayer, Float[Tensor, "row token channel"]] = {}
         self.dropped: list[dict[SiteLayer, Float[Tensor, "row token channel"]]] = []
+        self.relevances: dict[bool, dict[SiteLayer, Float[Tensor, "row token channel"]]] = {}
         self._seen: dict[SiteLayer, Tensor] = {}
-        self._differentiated = gradients or drops
         self._only_at: TokenPlaces | None = None
-        paths = DirectPaths(head, batch) if direct else None
-        gates = _BlockGates(head) if drops else None
-        hooks: list[tuple[HookSite, Hook]] = [
-            (hook_site, partial(self._keep, site, layer))
-            for site in self.sites
-            for layer in range(head.n_layers)
-            for hook_site in head.body.hook_sites(site, layer)
-        ]
         self.activations: dict[SiteLayer, Float[Tensor, "row token channel"]] = {}
         self.direct: DirectContributions | None = None
         if not forward:
             return
-        if not self._differentiated and not direct:
+        if relevance:
+            rules = RelevanceRules(head)
+            for fixed in relevance:
+                with rules.applied(fixed_attention=fixed):
+                    rewards = self._run(differentiated=True, all_tokens=all_tokens)
+                self.relevances[fixed] = self._gradients(rewards, keep_graph=False)
+        if not (relevance or gradients or drops or direct):
             head.observe(batch, self.sites, self._put)
             return
-        # The caller may be under no_grad.
-        with torch.set_grad_enabled(self._differentiated):
-            with (
-                frozen(head.body.modules()),
-                nullcontext() if all_tokens else head.last_mlp_where_read(batch) as self._only_at,
-                InstalledHooks(hooks + (gates.hooks if gates else [])),
-                InstalledHooks(paths.hooks if paths else []),
-                gates.running() if gates else nullcontext(),
-            ):
-                rewards = head.forward(batch) if self._differentiated else head.residual(batch)
+        paths = DirectPaths(head, batch) if direct else None
+        gates = _BlockGates(head) if drops else None
+        if gradients or drops or direct:
+            more = (gates.hooks if gates else []) + (paths.hooks if paths else [])
+            with gates.running() if gates else nullcontext():
+                rewards = self._run(differentiated=gradients or drops, all_tokens=all_tokens, hooks=more)
             if gradients:
                 self.gradients = self._gradients(rewards, keep_graph=drops)
             if gates is not None:
@@ -92,6 +91,27 @@ class BatchRun:
         self.activations = {key: self._shaped(key, seen.detach()) for key, seen in self._seen.items()}
         self._seen = {}
 
+    def _run(
+        self, *, differentiated: bool, all_tokens: bool, hooks: Sequence[tuple[HookSite, Hook]] = ()
+    ) -> Float[Tensor, "text"] | Float[Tensor, "row token d_model"]:
+        """Run the batch, keep its activations, and return the rewards; the residual stream if not `differentiated`."""
+        head = self.head
+        keep = self._keep_in_graph if differentiated else self._keep
+        kept: list[tuple[HookSite, Hook]] = [
+            (hook_site, partial(keep, site, layer))
+            for site in self.sites
+            for layer in range(head.n_layers)
+            for hook_site in head.body.hook_sites(site, layer)
+        ]
+        # The caller may be under no_grad.
+        with (
+            torch.set_grad_enabled(differentiated),
+            frozen(head.body.modules()),
+            nullcontext() if all_tokens else head.last_mlp_where_read(self.batch) as self._only_at,
+            InstalledHooks([*kept, *hooks]),
+        ):
+            return head.forward(self.batch) if differentiated else head.residual(self.batch)
+
     @cached_property
     def replay(self) -> Replay:
         """The same batch, ready to run again from any layer. Cost: one forward pass."""
@@ -100,10 +120,10 @@ class BatchRun:
     def _put(self, site: str, layer: int, activation: Tensor) -> None:
         self.activations[site, layer] = activation
 
-    def _keep(self, site: str, layer: int, activation: Tensor) -> Tensor | None:
-        if not self._differentiated:
-            self._seen[site, layer] = activation
-            return None
+    def _keep(self, site: str, layer: int, activation: Tensor) -> None:
+        self._seen[site, layer] = activation
+
+    def _keep_in_graph(self, site: str, layer: int, activation: Tensor) -> Tensor:
         # The first activation starts the graph, even if all parameters are frozen; later ones are already part of it.
         self._seen[site, layer] = activation if activation.requires_grad else activation.detach().requires_grad_(True)
         return self._seen[site, layer]

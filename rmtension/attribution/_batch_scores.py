@@ -102,17 +102,21 @@ def run_batch(scorers: Sequence[BatchScorer], batch: TokenBatch) -> BatchRun:
     """Run one batch and keep what any of the scorers, which score the same model, needs."""
     first_order = [scorer for scorer in scorers if not scorer.method.needs_path]
     products = [scorer.method.needs_gradients and not scorer.graddrop for scorer in first_order]
+    methods = [scorer.method for scorer in first_order]
+    relevance = sorted({method.needs_relevance for method in methods if method.needs_relevance is not None})
     return BatchRun(
         scorers[0].head,
         batch,
         sorted({scorer.site for scorer in scorers}),
         forward=bool(first_order),
         gradients=any(products),
+        relevance=relevance,
         drops=any(scorer.graddrop for scorer in first_order),
         direct=any(scorer.method.needs_direct_paths for scorer in first_order),
         # Products with the gradient need no activation where the gradient is 0; means over a text need all.
         all_tokens=not all(
-            product and scorer.replacement.shares_tokens for product, scorer in zip(products, first_order, strict=True)
+            (product or scorer.method.needs_relevance is not None) and scorer.replacement.shares_tokens
+            for product, scorer in zip(products, first_order, strict=True)
         ),
     )
 

@@ -58,6 +58,22 @@ def attribution_patching(run: BatchRun, args: MethodArgs, layer: int) -> MethodR
     return _neurons(run, args, _step(run, args, layer, run.activations[key]) * run.gradients[key]), None
 
 
+def relp(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
+    """(a_ref(t) - a(t)) times the coefficient of a(t) in the margin by the rules of RelP."""
+    return _relevance_patching(run, args, layer, fixed_attention=False)
+
+
+def relp_fixed_attention(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
+    """The same with constant attention patterns."""
+    return _relevance_patching(run, args, layer, fixed_attention=True)
+
+
+def _relevance_patching(run: BatchRun, args: MethodArgs, layer: int, *, fixed_attention: bool) -> MethodResult:
+    key = args.site, layer
+    step = _step(run, args, layer, run.activations[key])
+    return _neurons(run, args, step * run.relevances[fixed_attention][key]), None
+
+
 def direct_effect(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
     """What the neuron adds to the reward through the residual stream, at the token that the reward is read from."""
     assert run.direct is not None
@@ -163,6 +179,8 @@ class Method:
     - `cost`: the cost in passes over both texts of every pair, for a model of L layers.
     - `needs_reward`: the method reads the reward, which a language model does not have.
     - `needs_gradients`: the method needs the gradient of the margin with respect to every activation.
+    - `needs_relevance`: the method needs the coefficients of RelP; False or True without or with constant attention
+      patterns, None for methods that do not.
     - `needs_direct_paths`: the method needs what every neuron writes into the residual stream
       (`rmtension.models.direct_contributions`).
     - `needs_replacement`: the method replaces activations.
@@ -177,9 +195,15 @@ class Method:
     cost: str
     needs_reward: bool
     needs_gradients: bool
+    needs_relevance: bool | None
     needs_direct_paths: bool
     needs_replacement: bool
     needs_path: bool
+
+    @property
+    def runs_backward(self) -> bool:
+        """Whether it needs backward passes."""
+        return self.needs_gradients or self.needs_relevance is not None or self.needs_path
 
 
 # No field has a default, so that a new method states all of them.
@@ -192,6 +216,7 @@ _TABLE = (
         cost="1 forward pass",
         needs_reward=False,
         needs_gradients=False,
+        needs_relevance=None,
         needs_direct_paths=False,
         needs_replacement=False,
         needs_path=False,
@@ -204,6 +229,7 @@ _TABLE = (
         cost="1 forward and 1 backward pass",
         needs_reward=True,
         needs_gradients=True,
+        needs_relevance=None,
         needs_direct_paths=False,
         needs_replacement=False,
         needs_path=False,
@@ -216,6 +242,33 @@ _TABLE = (
         cost="1 forward and 1 backward pass; with GradDrop, 1 forward and L backward passes",
         needs_reward=True,
         needs_gradients=True,
+        needs_relevance=None,
+        needs_direct_paths=False,
+        needs_replacement=True,
+        needs_path=False,
+    ),
+    Method(
+        name="relp",
+        by_layer=relp,
+        by_layer_dropped=None,
+        sign=-1,
+        cost="1 forward and 1 backward pass of its own",
+        needs_reward=True,
+        needs_gradients=False,
+        needs_relevance=False,
+        needs_direct_paths=False,
+        needs_replacement=True,
+        needs_path=False,
+    ),
+    Method(
+        name="relp_fixed_attention",
+        by_layer=relp_fixed_attention,
+        by_layer_dropped=None,
+        sign=-1,
+        cost="1 forward and 1 backward pass of its own",
+        needs_reward=True,
+        needs_gradients=False,
+        needs_relevance=True,
         needs_direct_paths=False,
         needs_replacement=True,
         needs_path=False,
@@ -228,6 +281,7 @@ _TABLE = (
         cost="1 forward pass",
         needs_reward=True,
         needs_gradients=False,
+        needs_relevance=None,
         needs_direct_paths=True,
         needs_replacement=False,
         needs_path=False,
@@ -240,6 +294,7 @@ _TABLE = (
         cost="1 + (steps + 1) (L + 1) / 2 forward and steps (L + 1) / 2 backward passes",
         needs_reward=True,
         needs_gradients=False,  # it computes its own gradients on the path
+        needs_relevance=None,
         needs_direct_paths=False,
         needs_replacement=True,
         needs_path=True,

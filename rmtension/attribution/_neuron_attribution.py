@@ -43,6 +43,11 @@ class NeuronAttribution:
     - `attribution_patching` with `graddrop=True`: for each other layer, the magnitude of the score without the gradient
       through what that layer's block adds; the mean over those layers. Direct and indirect effects then do not cancel
       (AtP*, Kramar et al. 2024, section 3.1.2). 1 forward and L backward passes; needs `aggregate="absolute"`.
+    - `relp`: sum_t (a_ref(t) - a(t)) c(t), where c is the gradient of M with three rules: a norm's denominator is
+      constant, act(z) is z times the constant act(z) / z, and each factor of a gated product gets half of the gradient
+      (RelP, Jafari et al. 2025). Meant for sets, whose effect saturates where gradients do not.
+      `relp_fixed_attention` also holds attention patterns constant. 1 forward and 1 backward pass of its own. Needs
+      transformers' own modules.
     - `integrated_gradients`: sum_t (a(t) - a_ref(t)) times the mean of dM/da(t) on the straight path from a_ref to a,
       all neurons of a layer moving together (Sundararajan, Taly and Yan 2017), at `steps` Gauss-Legendre nodes. A
       layer's scores add up to M minus the margin with the whole layer replaced, up to `completeness_gap`.
@@ -52,14 +57,15 @@ class NeuronAttribution:
       unchanged scale of the final norm (`rmtension.models.direct_contributions`). Exact for a linear head, of first
       order for others. 1 forward pass. Only the tokens that the head reads count, whatever `positions` says.
 
-    Signs: a score of `attribution_patching` is a change (positive: the margin grows without the neuron, which opposes
-    it); a score of any other method is a contribution (positive: the neuron supports the margin). `Provenance.sign` of
-    the result tells which, and `top(rank_by="supports")` has the same meaning for all methods. A positive
-    `mean_difference` means that the neuron is more active in the chosen responses. This counts as support although the
-    method does not read the reward: a neuron that no layer reads, or that lowers the reward, can have a positive score.
-    `faithfulness` measures how often. For `mean_difference` the activation of an attention head is the norm of its
-    output; the other methods sum products over its channels. Scores are means over pairs with their standard errors, in
-    float64. Swapping chosen and rejected flips the sign of signed scores; adding a constant to the reward changes none.
+    Signs: a score of `attribution_patching` or `relp` is a change (positive: the margin grows without the neuron, which
+    opposes it); a score of any other method is a contribution (positive: the neuron supports the margin).
+    `Provenance.sign` of the result tells which, and `top(rank_by="supports")` has the same meaning for all methods. A
+    positive `mean_difference` means that the neuron is more active in the chosen responses. This counts as support
+    although the method does not read the reward: a neuron that no layer reads, or that lowers the reward, can have a
+    positive score. `faithfulness` measures how often. For `mean_difference` the activation of an attention head is the
+    norm of its output; the other methods sum products over its channels. Scores are means over pairs with their
+    standard errors, in float64. Swapping chosen and rejected flips the sign of signed scores; adding a constant to the
+    reward changes none.
 
     A gradient jumps where the input of a ReLU is 0 up to rounding, as in models whose weights are round numbers; there,
     float32 and float64 may give different scores. To check, open the model with `dtype=torch.float64`.
@@ -70,7 +76,7 @@ class NeuronAttribution:
         site: "mlp", "mlp_gate", "attn_head" or "expert".
         positions: "all", "response" or "last": the tokens that scores average, sum over, or replace activations at.
         aggregate: "signed" averages the values of the pairs, "absolute" their magnitudes.
-        replacement: what replaces activations in `attribution_patching` and `integrated_gradients`: `Zero()`,
+        replacement: what replaces activations in `attribution_patching`, `relp` and `integrated_gradients`: `Zero()`,
             `Mean(statistics)`, `Resample(sample)`, `Scale(alpha)` or `OtherResponse()`.
         steps: number of nodes of integrated gradients.
         graddrop: see above.
@@ -236,7 +242,8 @@ def score_together(
     """Score the same pairs with several attributions of one model in shared passes; results are in their order.
 
     Cost: for all first-order methods, sites, positions and replacements together 1 forward pass, and 1 backward pass if
-    any of them needs gradients; plus L backward passes for GradDrop and the passes of every integrated gradients.
+    any of them needs gradients; plus L backward passes for GradDrop, a forward and a backward pass for RelP, and the
+    passes of every integrated gradients.
     `work` and `progress` are those of `run_pass`. Raises `OptionError` for an empty list and for attributions of
     different models.
 

@@ -30,7 +30,7 @@ def find_gates(run: Callable[[], object], modules: Iterable[nn.Module], inputs: 
     hooks: list[tuple[HookSite, Hook]] = [
         (HookSite(module, "output"), partial(search.write, module))
         for module in modules
-        if _is_activation_function(module)
+        if is_activation_function(module)
     ]
     hooks += [(hook_site, partial(search.read, layer)) for layer, hook_site in enumerate(inputs)]
     with InstalledHooks(hooks), torch.no_grad():
@@ -101,7 +101,7 @@ class _GateSearch:
         return [self._gates[layer] for layer in range(len(self._inputs))]
 
 
-def _is_activation_function(module: nn.Module) -> bool:
+def is_activation_function(module: nn.Module) -> bool:
     """Whether `module` maps each number independently and changes it, unlike a projection, norm or hook point."""
     if next(module.children(), None) is not None or any(parameter.numel() > 1 for parameter in module.parameters()):
         return False

@@ -94,6 +94,11 @@ def read_norm(norm: nn.Module, width: int) -> NormLayer:
     return layers[best]
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, by the name of its class."""
+    return "norm" in type(module).__name__.lower()
+
+
 def _apply(norm: Any, x: Tensor) -> Tensor:
     # Some norms require the shape [text, token, d].
     output: Tensor = norm(x[None, None])[0, 0]

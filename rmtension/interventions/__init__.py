@@ -2,12 +2,15 @@
 
 from rmtension.interventions._ablation import AblationContext
 from rmtension.interventions._ablation_effects import ablation_effects
-from rmtension.interventions._replacements import Mean, OtherResponse, Resample, Scale, Zero
+from rmtension.interventions._optimal import Optimal
+from rmtension.interventions._replacements import Mean, Median, OtherResponse, Resample, Scale, Zero
 from rmtension.interventions._sweep import score_without
 
 __all__ = [
     "AblationContext",
     "Mean",
+    "Median",
+    "Optimal",
     "OtherResponse",
     "Resample",
     "Scale",

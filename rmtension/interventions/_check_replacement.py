@@ -13,6 +13,8 @@ from rmtension.passes._activation_statistics import ActivationStatistics
 _MEANT = {
     "zero": "Zero()",
     "mean": "Mean(statistics)",
+    "median": "Median(sample)",
+    "optimal": "Optimal.fit(head, pairs, neurons, Mean(statistics))",
     "resample": "Resample(sample)",
     "scale": "Scale(alpha)",
     "other": "OtherResponse()",

@@ -1,6 +1,7 @@
-"""The five replacements: what activations of neurons are replaced by, in ablation, attribution and export."""
+"""The replacements: what activations of neurons are replaced by, in ablation, attribution and export."""
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,8 +45,26 @@ class Zero(SingleTextReplacement):
         return torch.zeros_like(activation)
 
 
+class Constant(SingleTextReplacement):
+    """Replace activations by one constant per channel and layer, whatever the text."""
+
+    @abstractmethod
+    def constant(self, layer: int) -> Float[Tensor, "channel"]:
+        """The constant of every channel of a layer, in float64."""
+
+    def factor(self, layer: int, columns: Columns) -> float:
+        """0, because no part of the activation remains."""
+        return 0.0
+
+    def values(
+        self, layer: int, columns: Columns, activation: Float[Tensor, "*token channel"], batch: TokenBatch | None
+    ) -> Float[Tensor, "*token channel"]:
+        """The same constants at every token."""
+        return self.constant(layer).to(activation)[columns].expand_as(activation)
+
+
 @dataclass(frozen=True)
-class Mean(SingleTextReplacement):
+class Mean(Constant):
     """Replace activations by means: a_ref(t) is the mean of each channel in `statistics`.
 
     The statistics must be collected from the same model at the same site.
@@ -73,19 +92,45 @@ class Mean(SingleTextReplacement):
         """The provenance of the statistics."""
         return self.statistics.provenance
 
-    def factor(self, layer: int, columns: Columns) -> float:
-        """0, because no part of the activation remains."""
-        return 0.0
-
     def constant(self, layer: int) -> Float[Tensor, "channel"]:
         """The mean of every channel of a layer, in float64."""
         return self.statistics.channel_mean[layer]
 
-    def values(
-        self, layer: int, columns: Columns, activation: Float[Tensor, "*token channel"], batch: TokenBatch | None
-    ) -> Float[Tensor, "*token channel"]:
-        """The same means at every token."""
-        return self.constant(layer).to(activation)[columns].expand_as(activation)
+
+@dataclass(frozen=True)
+class Median(Constant):
+    """Replace activations by medians: a_ref(t) is the median of each channel over the tokens of `sample`.
+
+    A median is one of the sampled activations, the lower of two in the middle. Unlike a mean it is not moved by a few
+    tokens with huge activations, such as the first token of a text.
+
+    Examples:
+        >>> sample = ActivationCollector(head).sample(pairs["helpful"], n=64)
+        >>> with AblationContext(head, neurons, Median(sample)):
+        ...     inside = head.score_pairs(pairs["helpful"]).margin.mean()
+        >>> bool(inside < scored.margin.mean())
+        True
+    """
+
+    sample: ActivationSample
+    name: ClassVar[str] = "median"
+
+    def __post_init__(self) -> None:
+        _require_collected("Median", "sample", self.sample, ActivationSample, "sample(pairs)")
+
+    @property
+    def key(self) -> str:
+        """The name and a digest of the sample."""
+        return f"{self.name} {self.sample.digest}"
+
+    @property
+    def source(self) -> Provenance:
+        """The provenance of the sample."""
+        return self.sample.provenance
+
+    def constant(self, layer: int) -> Float[Tensor, "channel"]:
+        """The median of every channel of a layer, in float64."""
+        return self.sample.values[:, layer].double().median(dim=0).values
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rmtension._sites import find_site
 from rmtension.bodies._experts import ExpertPoint
 from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks
-from rmtension.bodies._norms import NormLayer, read_norm
+from rmtension.bodies._norms import NormLayer, is_norm, read_norm
 from rmtension.bodies._projections import Projection
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
@@ -114,7 +114,7 @@ class DirectPaths:
         """The hooks to install for the run."""
         body = self._head.body
         blocks = [body.block(layer) for layer in range(self._head.n_layers)]
-        norms = [module for block in blocks for module in block.modules() if _is_norm(module)]
+        norms = [module for block in blocks for module in block.modules() if is_norm(module)]
         # Streams and projections must be recorded; some norms of a block may not run for every text.
         hook_sites = [HookSite(block, "input", ("residual stream", layer)) for layer, block in enumerate(blocks)]
         hook_sites += [
@@ -257,7 +257,7 @@ class DirectPaths:
         constant = torch.zeros_like(direction[:, 0]).to(written)
         direction = direction.to(written)
         for module in block.modules():
-            came_in = self.seen.get(HookSite(module, "input")) if _is_norm(module) else None
+            came_in = self.seen.get(HookSite(module, "input")) if is_norm(module) else None
             if came_in is None or came_in.shape != written.shape:
                 continue
             if (came_in - written).abs().max() <= room:
@@ -279,7 +279,3 @@ def written_by(head: RewardModel) -> set[str]:
         return {"attn_head"}
     # A mixture of experts may have a shared MLP besides.
     return {"attn_head", *({"mlp", "expert"}.intersection(head.sites) or {"mlp"})}
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()

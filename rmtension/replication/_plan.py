@@ -95,7 +95,7 @@ def _stages(recipe: Recipe, pairs: PreparedPairs, speed: Speed, n_layers: int) -
         few = _size(joined(sampled(parts["evaluation"], recipe.n_faithful)))
         gradient = speed.gradient / speed.forward
         for method in COMPARED:
-            passes = gradient if METHODS[method].needs_gradients else 1.0
+            passes = gradient if METHODS[method].runs_backward else 1.0
             if METHODS[method].needs_path:
                 passes = 1 + (STEPS + 1) * (n_layers + 1) / 2 + STEPS * (n_layers + 1) / 2 * (gradient - 1)
             yield "faithfulness", method, passes, few

@@ -89,7 +89,7 @@ def _shared_cost(shared: str, options: StudyOptions, has_base: bool) -> dict[str
         # Each specialist is scored on its own objective's pairs, which are about half of all.
         own = 1 / len(OBJECTIVES)
         passes = 2 * own + 1 + (has_base and base_has(score))
-        kind = "gradients" if METHODS[score].needs_gradients or METHODS[score].needs_path else "activations"
+        kind = "gradients" if METHODS[score].runs_backward else "activations"
         parts[kind] = parts.get(kind, 0.0) + passes
         if METHODS[score].needs_replacement and options.replacement == "mean":
             parts["means"] = len(MODELS)
