@@ -6,6 +6,7 @@ from rmtension.attribution._kept_curves import KeptCurves, kept_curves, minimali
 from rmtension.attribution._make_dashboards import describe_dashboards, neuron_dashboards
 from rmtension.attribution._neuron_attribution import NeuronAttribution, score_together
 from rmtension.attribution._neuron_dashboards import NeuronDashboards
+from rmtension.attribution._set_effects import SetEffects, predict_set_effects
 from rmtension.attribution._single_effects import single_neuron_effects
 
 __all__ = [
@@ -13,11 +14,13 @@ __all__ = [
     "KeptCurves",
     "NeuronAttribution",
     "NeuronDashboards",
+    "SetEffects",
     "describe_dashboards",
     "faithfulness",
     "kept_curves",
     "minimality",
     "neuron_dashboards",
+    "predict_set_effects",
     "sample_neurons",
     "score_together",
     "single_neuron_effects",

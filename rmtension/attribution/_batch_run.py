@@ -60,6 +60,7 @@ class BatchRun:
         self.gradients: dict[SiteLayer, Float[Tensor, "row token channel"]] = {}
         self.dropped: list[dict[SiteLayer, Float[Tensor, "row token channel"]]] = []
         self.relevances: dict[bool, dict[SiteLayer, Float[Tensor, "row token channel"]]] = {}
+        self.rewards: Float[Tensor, "text"] | None = None  # of a run that was differentiated
         self._seen: dict[SiteLayer, Tensor] = {}
         self._only_at: TokenPlaces | None = None
         self.activations: dict[SiteLayer, Float[Tensor, "row token channel"]] = {}
@@ -110,7 +111,11 @@ class BatchRun:
             nullcontext() if all_tokens else head.last_mlp_where_read(self.batch) as self._only_at,
             InstalledHooks([*kept, *hooks]),
         ):
-            return head.forward(self.batch) if differentiated else head.residual(self.batch)
+            if not differentiated:
+                return head.residual(self.batch)
+            rewards = head.forward(self.batch)
+            self.rewards = rewards.detach()
+            return rewards
 
     @cached_property
     def replay(self) -> Replay:

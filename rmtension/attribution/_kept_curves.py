@@ -59,8 +59,8 @@ class KeptCurves:
         >>> curves = kept_curves(head, pairs["helpful"], scores, fractions=(0.1, 0.2, 1.0), n_random=1, progress=False)
         >>> curves.areas[["ranking", "cpr", "cmd"]].round(2)
                          ranking   cpr   cmd
-        0  gradient_x_activation  0.92  0.08
-        1               random 0  0.58  0.42
+        0  gradient_x_activation  0.94  0.06
+        1               random 0  0.45  0.55
         >>> curves.save("kept.safetensors")
         >>> KeptCurves.load("kept.safetensors").areas.equals(curves.areas)
         True
@@ -140,7 +140,7 @@ def kept_curves(
         >>> curves = kept_curves(head, pairs["helpful"], scores, fractions=(0.1, 1.0), n_random=0, progress=False)
         >>> curves.curves[["share", "size", "faithfulness", "completeness"]].round(2)
            share  size  faithfulness  completeness
-        0    0.1     5          0.83          0.17
+        0    0.1     5          0.92          0.08
         1    1.0    48          1.00          0.00
     """
     named = {rankings.provenance.label: rankings} if isinstance(rankings, NeuronScores) else rankings
@@ -200,9 +200,9 @@ def minimality(
 
     Examples:
         >>> minimality(head, pairs["helpful"], neurons, parts=2, progress=False)[["part", "size", "f", "loss"]].round(2)
-           part  size     f  loss
-        0     0     3  1.00  0.50
-        1     1     3  1.00  0.50
+           part  size    f  loss
+        0     0     1  0.4  0.19
+        1     1     1  0.4  0.20
     """
     require_arguments(
         "minimality(head, pairs, neurons)", head=(head, RewardModel), pairs=(pairs, PreferencePairs),

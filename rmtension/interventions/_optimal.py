@@ -79,7 +79,7 @@ class Optimal(Constant):
 
         Examples:
             >>> Optimal.fit(head, pairs["helpful"], neurons, Mean(means), steps=5)
-            Optimal(6 of 48 mlp neurons of gpt2-2x24-heads2x12-d24)
+            Optimal(2 of 48 mlp neurons of gpt2-2x24-heads2x12-d24)
         """
         require_arguments(
             "Optimal.fit(head, pairs, neurons, start)", head=(head, RewardModel), pairs=(pairs, PreferencePairs),

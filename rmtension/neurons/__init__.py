@@ -6,6 +6,7 @@ from rmtension.neurons._neuron_scores import NeuronScores
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.neurons._overlap import Overlap, depth_thirds, jaccard_intervals
 from rmtension.neurons._pair_attributions import PairAttributions
+from rmtension.neurons._replication import replication_across_seeds, replication_probability
 from rmtension.neurons._shared_neurons import SharedNeuronAnalyzer, SharedNeuronReport
 from rmtension.neurons._token_scores import TokenScores
 
@@ -21,4 +22,6 @@ __all__ = [
     "conflict",
     "depth_thirds",
     "jaccard_intervals",
+    "replication_across_seeds",
+    "replication_probability",
 ]

@@ -8,7 +8,7 @@ coefficients of the down projection's input (`mlp`), of act(gate) (`mlp_gate`) a
 import math
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import gelu, silu
 
 RULES = ("norm", "activation", "half", "attention")
 
@@ -75,7 +75,7 @@ class PlainRelp:
         """The activation function of the config."""
         kind = getattr(self.config, "activation_function", None) or getattr(self.config, "hidden_act", None)
         kind = getattr(self.config, "hidden_activation", None) or kind
-        value = F.silu(z) if kind == "silu" else F.gelu(z, approximate="tanh")
+        value = silu(z) if kind == "silu" else gelu(z, approximate="tanh")
         return z * (value / z).detach() if "activation" in self.rules else value
 
     def product(self, gate, up):
