@@ -24,7 +24,10 @@ import rmtension
 from rmtension import AblationContext, ActivationCollector, Mean, NeuronAttribution, NeuronSet, RewardHead, TensionStudy
 from rmtension.attribution._batch_run import BatchRun, _BlockGates
 from rmtension.attribution._faithfulness import faithfulness
+from rmtension.attribution._kept_curves import kept_curves, minimality
 from rmtension.attribution._make_dashboards import describe_dashboards, neuron_dashboards
+from rmtension.attribution._relevance import RelevanceRules
+from rmtension.attribution._set_effects import predict_set_effects
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.bodies._hooks import (
     HookSite,
@@ -46,6 +49,7 @@ from rmtension.data._token_places import ReadAt
 from rmtension.data._tokens import TokenBatch, running, running_batch
 from rmtension.distributed import current, sharded
 from rmtension.errors import OptionError, RMTensionError
+from rmtension.interventions._optimal import Optimal
 from rmtension.interventions._sweep import score_without
 from rmtension.models._classifiers import build_classifier
 from rmtension.models._direct_path import direct_contributions
@@ -91,6 +95,18 @@ class Setup:
     @property
     def mlp(self):
         return self.head.body.native.get_submodule(self.head.body.projection_names["mlp", 1])
+
+
+def preferred(setup):
+    """Pairs turned so that the MLPs raise every margin: otherwise their effects cancel."""
+    pairs, every = make_pairs(12, seed=1), setup.neurons | ~setup.neurons
+    raised = setup.head.score_pairs(pairs).margin > setup.head.with_ablation(every).score_pairs(pairs).margin
+    rows = [
+        {"prompt": pair.prompt, "chosen": pair.chosen if good else pair.rejected,
+         "rejected": pair.rejected if good else pair.chosen}
+        for pair, good in zip(pairs, raised.tolist(), strict=True)
+    ]  # fmt: skip
+    return rmtension.PreferencePairs.from_records(rows)
 
 
 def to_repair():
@@ -291,6 +307,16 @@ CALLS = {
     "models._direct_weights.direct_weights": lambda s: direct_weights(s.head, s.batch, "mlp", [(0, 1)]),
     "models._classifiers.build_classifier": lambda s: build_classifier(s.head),
     "models._saving.save_model": lambda s: s.head.save_pretrained(s.folder / "saved"),
+    "attribution._kept_curves.kept_curves": lambda s: kept_curves(
+        s.head, preferred(s), NeuronAttribution(s.head, "relp").score(s.pairs), fractions=(0.5, 1.0), n_random=0
+    ),
+    "attribution._kept_curves.minimality": lambda s: minimality(s.head, preferred(s), s.neurons | s.others, parts=2),
+    "attribution._set_effects.predict_set_effects": lambda s: predict_set_effects(
+        s.head, make_pairs(8, seed=1), {"both": s.neurons | s.others}, passes=9
+    ),
+    "interventions._optimal.Optimal.fit": lambda s: Optimal.fit(
+        s.head, s.pairs, s.neurons, Mean(s.statistics), steps=2
+    ),
     "attribution._faithfulness.faithfulness": lambda s: faithfulness(
         s.head,
         s.pairs,
@@ -376,6 +402,8 @@ CALLS = {
 }
 # The same calls under other names.
 THE_SAME = {
+    "attribution._relevance.RelevanceRules.__init__": "attribution._kept_curves.kept_curves",
+    "bodies._gate_search.is_activation_function": "attribution._kept_curves.kept_curves",
     "attribution._ablated_sets.ablate_sets": "attribution._faithfulness.faithfulness",
     "attribution._batch_scores.BatchScorer.of_pairs": "attribution._neuron_attribution.NeuronAttribution.score",
     "attribution._batch_scores.BatchScorer.of_tokens": "attribution._neuron_attribution.NeuronAttribution.per_token",
@@ -558,6 +586,7 @@ ONLY_LOOKS = [
     "bodies._native_weights.refuse_packed_weights",
     "bodies._native_weights.refuse_recomputed",
     "interventions._ablation.AblationContext.ablated",
+    "bodies._norms.is_norm",
     "passes._activation_collector.ActivationCollector.__init__",
     "passes._activation_collector.ActivationCollector.compute",
     "passes._activation_collector.ActivationCollector.merge",
@@ -749,6 +778,7 @@ CONTEXTS = {
     ),
     "interventions._ablation.AblationContext": lambda s: AblationContext(s.head, s.neurons),
     "attribution._batch_run._BlockGates.closed": lambda s: _BlockGates(s.head).closed(1),
+    "attribution._relevance.RelevanceRules.applied": lambda s: RelevanceRules(s.head).applied(fixed_attention=False),
     "attribution._batch_run._BlockGates.running": lambda s: _BlockGates(s.head).running(),
     "bodies._hooks.all_fire": lambda s: all_fire(s.head.body.modules()),
     "bodies._hooks.on_calls": lambda s: on_calls([s.mlp, s.head.body.block(0)], lambda *_: None),
@@ -763,6 +793,7 @@ CONTEXTS = {
 }
 # Those that do not, with the tests that look after them.
 ELSEWHERE = {
+    "attribution._relevance._FixedAttention": "test_relp",
     "cli._commands.quiet.quiet_libraries": "test_cli",
     "distributed.sharded": "test_distributed",
     "store._files.filled_whole": "test_files",

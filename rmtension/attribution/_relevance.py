@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rmtension.bodies._gate_search import is_activation_function
-from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks, modules_of, on_calls
+from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks, eager_eval, modules_of, on_calls
 from rmtension.bodies._norms import NormLayer, is_norm, read_norm
 from rmtension.errors import ModelError
 from rmtension.models._reward_model import RewardModel
@@ -48,7 +48,8 @@ class RelevanceRules:
         self._activations: list[nn.Module] = []
         self._products: list[HookSite] = []
         for layer, block in enumerate(blocks):
-            found = [module for module in modules_of(block) if is_activation_function(module)]
+            with eager_eval(modules_of(block)):
+                found = [module for module in modules_of(block) if is_activation_function(module)]
             if not found:
                 raise ModelError(
                     f"relp: no module of layer {layer} ({type(block).__name__}) computes the activation function, so "

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,13 @@ from rmtension.store._storage import read_result, write_result
 _METHOD = "predicted effects of sets"
 _SCORES = ("attribution_patching", "relp")
 # A true ablation of a set runs this many pairs. With fewer, more sets are seen, but each less well.
-_PAIRS_PER_SET = 8
+_PAIRS_PER_SET = 6
 # More true ablations than this take longer to learn from than they are worth.
 _MOST_ABLATIONS = 640
 # A part of the magnitudes of single scores in the scale of an effect, so that scores that cancel do not make it 0.
 _FLOOR = 0.05
+# Effects below this share of the margin are not told from each other.
+_LEAST = 1e-3
 _FOLDS = 6
 
 
@@ -51,10 +54,9 @@ class SetEffects:
     `table` has one row per set: its `size`, the `predicted` change of the mean margin over the pairs, with an interval,
     `low` and `high`, and the sums of the single predictions: `attribution_patching` and `relp`.
 
-    The intervals come from the sets that were truly ablated: each was predicted from the others, and the errors,
-    relative to the size of the scores of the set, are as large for a new set as for these (cross-validation+, Barber et
-    al. 2021, without their allowance for its variance). They include what ablating on a few pairs adds to the error, so
-    they tend to be wide.
+    The intervals come from the sets that were truly ablated: each was predicted from the others, and the errors, which
+    may grow with the scores of a set, are as large for a new set as for these (cross-conformal prediction, Vovk 2015).
+    They include what ablating on a few pairs adds to the error, so they tend to be wide.
 
     `checked` has one row per truly ablated set: how many `pairs` it ran, the `effect` on them, and the effect on them
     `predicted` from the other sets.
@@ -130,8 +132,8 @@ def predict_set_effects(
     """Predict the change of the mean margin when each of many sets is ablated, without ablating them on all pairs.
 
     Sums of single scores fail for sets: attribution patching misses that neurons back each other up and that effects
-    saturate, RelP has the wrong size. Here a few sets, the given ones and random halves of them, are truly ablated, on
-    8 pairs each. From these ablations a Gaussian process learns, pair by pair, how an effect relates to both sums: the
+    saturate, RelP has the wrong size. Here a few of the sets, and random halves if there are few, are truly ablated, on
+    6 pairs each. From these ablations a Gaussian process learns, pair by pair, how an effect relates to both sums: the
     ratio of the effect to the size of the scores, as a function of their proportions, their size and the margin. The
     prediction of a set is the mean over all pairs.
 
@@ -140,7 +142,7 @@ def predict_set_effects(
     `AblationContext`. Needs transformers' own modules, as RelP does.
 
     Raises `OptionError` for sets of different sites, without sets, and for fewer pairs or passes than 12 true ablations
-    of 8 pairs need.
+    of 6 pairs need.
 
     Examples:
         >>> sets = {"top 2": scores.top(k=2), "top 8": scores.top(k=8), "top 12": scores.top(k=12)}
@@ -166,32 +168,38 @@ def predict_set_effects(
             f"pairs, passes: {passes:g} passes over {len(pairs)} pairs allow {n_ablated} true ablations of "
             f"{_PAIRS_PER_SET} pairs, expected at least {2 * _FOLDS}. Use more pairs or passes."
         )
-    ablated = _drawn_sets(sets, n_ablated, seed)
-    asked = [*sets.values(), *ablated]
+    asked = [*sets.values(), *_halves(sets, n_ablated, seed)]
     sums = run_pass(head, pairs, _Sums(head, pairs, asked, replacement, positions), progress=progress)
+    ablated = _chosen(sums, np.array([number for number, each in enumerate(asked) if len(each)]), n_ablated, seed)
     few = _drawn_pairs(len(pairs), n_ablated, seed)
     observed = []
-    for neurons, rows in zip(ablated, few, strict=True):
+    for number, rows in zip(ablated.tolist(), few, strict=True):
         some = PreferencePairs([pairs[row] for row in rows.tolist()])
-        (rewards,) = score_without(head, some, [neurons], replacement, positions=positions, progress=False)
+        (rewards,) = score_without(head, some, [asked[number]], replacement, positions=positions, progress=False)
         observed.append(rewards.margin.double().numpy() - sums.margin[rows])
-    learned = _Learned(sums, np.arange(len(sets), len(asked)), few, np.stack(observed), seed)
+    learned = _Learned(sums, ablated, few, np.stack(observed), seed)
     predicted = np.array([learned.effect(number) for number in range(len(sets))])
-    errors, both = learned.checked()
-    reach = _quantile(errors, level)
-    scales = np.array([learned.scale(number) for number in range(len(sets))])
+    both = learned.checked()
+    errors = np.abs(both["effect"] - both["predicted"])
+    scales = sums.scales.mean(axis=0)
+    power = _power(errors, scales[ablated])
+    reach = _quantile(errors / scales[ablated] ** power, level) * scales[: len(sets)] ** power
+    # Ablating nothing changes nothing.
+    changes = np.array([len(neurons) > 0 for neurons in sets.values()])
+    predicted, reach = predicted * changes, reach * changes
     table = pd.DataFrame(
         {
             "set": list(sets),
             "size": [len(neurons) for neurons in sets.values()],
             "predicted": predicted,
-            "low": predicted - reach * scales,
-            "high": predicted + reach * scales,
+            "low": predicted - reach,
+            "high": predicted + reach,
             **{name: sums.signed[column, :, : len(sets)].mean(axis=0) for column, name in enumerate(_SCORES)},
         }
     )
-    sizes = [len(neurons) for neurons in ablated]
-    checked = pd.DataFrame({"set": range(n_ablated), "size": sizes, "pairs": _PAIRS_PER_SET, **both})
+    names = [*sets, *(f"half {number}" for number in range(len(asked) - len(sets)))]
+    labels, sizes = ([part[number] for number in ablated] for part in (names, list(map(len, asked))))
+    checked = pd.DataFrame({"set": labels, "size": sizes, "pairs": _PAIRS_PER_SET, **both})
     provenance = replace(sums.provenance, method=_METHOD, replacement=replacement.label)
     return SetEffects(table, checked, provenance, level)
 
@@ -207,6 +215,25 @@ class _SetSums:
     absolute: Float[np.ndarray, "score pair set"]
     margin: Float[np.ndarray, "pair"]
     provenance: Provenance
+
+    @cached_property
+    def scales(self) -> Float[np.ndarray, "pair set"]:
+        """The size of the scores of a set, the unit in which its effects are learned."""
+        squares = (self.signed**2 + _FLOOR * self.absolute**2).sum(axis=0)
+        scales: Float[np.ndarray, "pair set"] = np.sqrt(squares + (_LEAST * self._typical_margin) ** 2)
+        return scales
+
+    @cached_property
+    def features(self) -> Float[np.ndarray, "pair set feature"]:
+        """What the ratio of an effect to its scale depends on: both sums and the scale, and the margin."""
+        whole = self._typical_margin
+        parts = [part / self.scales for part in self.signed] + [np.log(self.scales / whole)]
+        parts.append(np.broadcast_to(self.margin[:, None] / whole, self.scales.shape))
+        return np.stack(parts, axis=-1)
+
+    @property
+    def _typical_margin(self) -> float:
+        return float(np.sqrt(np.mean(self.margin**2))) + np.finfo(np.float64).tiny
 
 
 class _Sums(PairStatistic[_SetSums]):
@@ -285,38 +312,25 @@ class _Learned:
         observed: Float[np.ndarray, "ablated pair"],
         seed: int,
     ) -> None:
-        self._sums, self._ablated, self._few, self._observed = sums, ablated, few, observed
-        squares = sums.signed**2 + _FLOOR * sums.absolute**2
-        # The scale of an effect: of 0 only if no neuron of the set has a score.
-        self._scales = np.sqrt(squares.sum(axis=0)) + np.finfo(np.float64).tiny
-        whole = np.sqrt(np.mean(sums.margin**2)) + np.finfo(np.float64).tiny
-        features = [part / self._scales for part in sums.signed]
-        features += [np.log(self._scales / whole), np.broadcast_to(sums.margin[:, None] / whole, self._scales.shape)]
-        stacked = np.stack(features, axis=-1)
-        seen = stacked[few, ablated[:, None]].reshape(-1, stacked.shape[-1])
-        self._features = (stacked - seen.mean(axis=0)) / (seen.std(axis=0) + 1e-9)
+        self._ablated, self._few, self._observed = ablated, few, observed
+        self._scales = sums.scales
+        seen = sums.features[few, ablated[:, None]].reshape(-1, sums.features.shape[-1])
+        self._features = (sums.features - seen.mean(axis=0)) / (seen.std(axis=0) + 1e-9)
         self._folds = np.random.default_rng(seed).permutation(len(ablated)) % _FOLDS
         self._process = self._fitted(np.ones(len(ablated), dtype=bool))
 
     def effect(self, number: int) -> float:
         """The predicted effect of a set on the mean margin of all pairs."""
-        return self._mean(self._process, number, np.arange(len(self._sums.margin)))
+        return self._mean(self._process, number, np.arange(len(self._scales)))
 
-    def scale(self, number: int) -> float:
-        """The size of the scores of a set: its mean over all pairs."""
-        return float(self._scales[:, number].mean())
-
-    def checked(self) -> tuple[Float[np.ndarray, "ablated"], dict[str, Float[np.ndarray, "ablated"]]]:
-        """The errors of the ablated sets, predicted without their fold, relative to their sizes; and both effects."""
+    def checked(self) -> dict[str, Float[np.ndarray, "ablated"]]:
+        """The effects of the ablated sets on their few pairs, and the effects predicted without the set's fold."""
         predicted = np.zeros(len(self._ablated))
-        sizes = np.zeros(len(self._ablated))
         for fold in range(_FOLDS):
             process = self._fitted(self._folds != fold, like=self._process)
             for row in np.flatnonzero(self._folds == fold):
                 predicted[row] = self._mean(process, int(self._ablated[row]), self._few[row])
-                sizes[row] = self._scales[self._few[row], self._ablated[row]].mean()
-        effects = self._observed.mean(axis=1)
-        return np.abs(effects - predicted) / sizes, {"effect": effects, "predicted": predicted}
+        return {"effect": self._observed.mean(axis=1), "predicted": predicted}
 
     def _fitted(self, rows: Any, like: RatioProcess | None = None) -> RatioProcess:
         numbers, few = self._ablated[rows][:, None], self._few[rows]
@@ -329,19 +343,38 @@ class _Learned:
         return float((self._scales[pairs, number] * ratios).mean())
 
 
-def _drawn_sets(sets: Mapping[str, NeuronSet], n: int, seed: int) -> list[NeuronSet]:
-    """`n` sets to ablate: given ones in random order, and once all are taken random halves of them, nested."""
-    generator = np.random.default_rng(seed)
+def _halves(sets: Mapping[str, NeuronSet], n: int, seed: int) -> list[NeuronSet]:
+    """Random halves of the sets, their halves and so on, so that together there are at least `n` sets to ablate."""
     given = [neurons for neurons in sets.values() if len(neurons)]
     if not given:
         raise OptionError("sets: all of them are empty, so ablating them changes nothing.")
-    drawn: list[NeuronSet] = []
+    halves: list[NeuronSet] = []
     layer = given
-    while len(drawn) < n:
-        drawn += [layer[number] for number in generator.permutation(len(layer))[: n - len(drawn)]]
-        halves = [neurons.subsample(len(neurons) // 2, seed=seed + len(drawn)) for neurons in layer if len(neurons) > 1]
-        layer = halves or given
-    return drawn
+    while layer and len(given) + len(halves) < n:
+        layer = [each.subsample(len(each) // 2, seed=seed + len(halves)) for each in layer if len(each) > 1]
+        halves += layer
+    return halves
+
+
+def _chosen(sums: _SetSums, candidates: Int[np.ndarray, "set"], n: int, seed: int) -> Int[np.ndarray, "ablated"]:
+    """The sets to ablate: half of them far from each other in what is known of them, the others at random.
+
+    Sets far from each other include the extremes, between which predictions are safer. If there are fewer candidates
+    than `n`, some are taken again, on other pairs.
+    """
+    generator = np.random.default_rng(seed)
+    known = sums.features[..., :-1].mean(axis=0)[candidates]
+    known = (known - known.mean(axis=0)) / (known.std(axis=0) + 1e-9)
+    chosen = [int(generator.integers(len(candidates)))]
+    nearest = np.full(len(candidates), np.inf)
+    while len(chosen) < min(n // 2, len(candidates)):
+        nearest = np.minimum(nearest, ((known - known[chosen[-1]]) ** 2).sum(axis=1))
+        chosen.append(int(nearest.argmax()))
+    left = np.setdiff1d(np.arange(len(candidates)), chosen)
+    while len(chosen) < n:
+        chosen += generator.permutation(left)[: n - len(chosen)].tolist()
+        left = np.arange(len(candidates))
+    return candidates[chosen]
 
 
 def _drawn_pairs(n_pairs: int, n_sets: int, seed: int) -> Int[np.ndarray, "set pair"]:
@@ -359,6 +392,14 @@ def _drawn_pairs(n_pairs: int, n_sets: int, seed: int) -> Int[np.ndarray, "set p
         row += generator.permutation(left)[: _PAIRS_PER_SET - len(row)].tolist()
         rows.append(row)
     return np.array(rows)
+
+
+def _power(errors: Float[np.ndarray, "ablated"], scales: Float[np.ndarray, "ablated"]) -> float:
+    """How errors grow with the scores of a set: the power from 0 (not at all) to 1 (in proportion) that fits best."""
+    least = 1e-3 * errors.mean() + np.finfo(np.float64).tiny
+    if np.ptp(np.log(scales)) == 0:
+        return 0.0
+    return float(np.clip(np.polyfit(np.log(scales), np.log(errors + least), 1)[0], 0, 1))
 
 
 def _quantile(errors: Float[np.ndarray, "ablated"], level: float) -> float:

@@ -10,7 +10,7 @@ from tiny_models import make_pairs, unchecked
 from rmtension import ActivationCollector, Mean, NeuronAttribution, OtherResponse, RewardHead, Zero
 from rmtension.attribution import SetEffects, predict_set_effects
 from rmtension.attribution._ratio_process import RatioProcess, _most_likely
-from rmtension.attribution._set_effects import _drawn_pairs, _drawn_sets, _quantile
+from rmtension.attribution._set_effects import _chosen, _drawn_pairs, _halves, _power, _quantile, _SetSums
 from rmtension.errors import OptionError, ProvenanceError, StorageError
 from rmtension.interventions import score_without
 
@@ -42,7 +42,7 @@ def sets(head, pairs):
 
 @pytest.fixture(scope="module")
 def predicted(head, pairs, sets):
-    return predict_set_effects(head, pairs, sets, passes=12.0, progress=False)
+    return predict_set_effects(head, pairs, sets, passes=12, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -83,26 +83,28 @@ def test_true_ablations_stay_within_the_passes(head, pairs, sets, monkeypatch):
         return score_without(head, some, *rest, **options)
 
     monkeypatch.setattr("rmtension.attribution._set_effects.score_without", counted)
-    result = predict_set_effects(head, pairs, sets, passes=5.0, progress=False)
+    result = predict_set_effects(head, pairs, sets, passes=5, progress=False)
     assert sum(seen) <= 5 * len(pairs)
-    assert len(seen) == len(result.checked) == 15
-    assert set(seen) == {8}
+    assert len(seen) == len(result.checked) == 20
+    assert set(seen) == {6}
 
 
 def test_checked_effects_are_true_effects(head, pairs, sets, predicted):
-    """The first sets to be ablated are the given ones: their effects on the few pairs are those of the context."""
-    drawn = _drawn_sets(sets, len(predicted.checked), seed=0)
-    few = _drawn_pairs(len(pairs), len(drawn), seed=0)
-    for number in (0, 5, len(drawn) - 1):
-        some = type(pairs)([pairs[row] for row in few[number].tolist()])
-        change = head.with_ablation(drawn[number]).score_pairs(some).margin - head.score_pairs(some).margin
-        assert predicted.checked["effect"][number] == pytest.approx(float(change.mean()), abs=1e-9)
+    """The effects of the sets that were ablated, on their few pairs, are those of permanent ablations."""
+    few = _drawn_pairs(len(pairs), len(predicted.checked), seed=0)
+    rows = [row for row, name in enumerate(predicted.checked["set"]) if name in sets]
+    assert len(rows) > 5
+    for row in rows[:5]:
+        some = type(pairs)([pairs[number] for number in few[row].tolist()])
+        ablated = head.with_ablation(sets[predicted.checked["set"][row]])
+        change = ablated.score_pairs(some).margin - head.score_pairs(some).margin
+        assert predicted.checked["effect"][row] == pytest.approx(float(change.mean()), abs=1e-9)
 
 
 @pytest.mark.parametrize("positions", ["response"])
 def test_other_replacements_and_positions(head, pairs, sets, positions):
     mean = Mean(ActivationCollector(head).collect(pairs))
-    result = predict_set_effects(head, pairs, sets, mean, positions=positions, passes=12.0, progress=False)
+    result = predict_set_effects(head, pairs, sets, mean, positions=positions, passes=12, progress=False)
     whole = head.score_pairs(pairs).margin
     parts = score_without(head, pairs, list(sets.values()), mean, positions=positions)
     truth = [float((part.margin - whole).mean()) for part in parts]
@@ -138,17 +140,35 @@ class TestParts:
 
     def test_halves_are_drawn_when_there_are_few_sets(self, sets):
         few = dict(list(sets.items())[:3])
-        drawn = _drawn_sets(few, 8, seed=0)
-        assert set(drawn[:3]) == set(few.values())
-        assert all(
-            any(not (half - whole) and 2 * len(half) <= len(whole) for whole in few.values()) for half in drawn[3:6]
-        )
+        halves = _halves(few, 8, seed=0)
+        assert len(few) + len(halves) >= 8
+        for half, whole in zip(halves[:3], few.values(), strict=True):
+            assert not (half - whole)
+            assert len(half) == len(whole) // 2
+        assert _halves(sets, 8, seed=0) == []
+
+    def test_sets_are_chosen_far_apart_and_at_random(self, predicted):
+        """Two clusters and an outlier: half of the choice covers them all; with few candidates some are repeated."""
+        sizes = np.concatenate([np.full(20, 1.0), np.full(20, 1.1), [50.0]])
+        signed = np.stack([np.tile(sizes, (4, 1)), np.tile(sizes[::-1], (4, 1))])
+        sums = _SetSums(signed, np.abs(signed), np.ones(4), predicted.provenance)
+        for seed in range(5):
+            assert 40 in _chosen(sums, np.arange(41), 8, seed)
+        assert len(set(_chosen(sums, np.arange(41), 8, 0).tolist())) == 8
+        assert sorted(_chosen(sums, np.arange(3), 7, 0).tolist()).count(0) >= 2
+
+    def test_errors_that_grow_with_the_scores(self):
+        scales = np.geomspace(0.01, 10, 30)
+        assert _power(0.3 * scales, scales) == pytest.approx(1, abs=0.05)
+        assert _power(np.full(30, 0.2), scales) == pytest.approx(0, abs=0.05)
+        assert _power(0.1 * scales**0.5, scales) == pytest.approx(0.5, abs=0.05)
+        assert _power(np.ones(3), np.ones(3)) == 0
 
     def test_pairs_are_used_equally_often(self):
-        rows = _drawn_pairs(30, 45, seed=1)
-        assert rows.shape == (45, 8)
-        assert all(len(set(row)) == 8 for row in rows.tolist())
-        counts = np.bincount(rows.ravel(), minlength=30)
+        rows = _drawn_pairs(31, 45, seed=1)
+        assert rows.shape == (45, 6)
+        assert all(len(set(row)) == 6 for row in rows.tolist())
+        counts = np.bincount(rows.ravel(), minlength=31)
         assert counts.max() - counts.min() <= 3
 
     def test_a_quantile_leaves_room_for_the_next_set(self):
@@ -169,7 +189,7 @@ def _penalised(points, values, settings):
 
 
 def test_a_saved_result_loads_equal_and_repeats(head, pairs, sets, predicted, tmp_path):
-    again = predict_set_effects(head, pairs, sets, passes=12.0, progress=False)
+    again = predict_set_effects(head, pairs, sets, passes=12, progress=False)
     pd.testing.assert_frame_equal(again.table, predicted.table)
     predicted.save(tmp_path / "effects.safetensors")
     loaded = SetEffects.load(tmp_path / "effects.safetensors")
@@ -183,14 +203,14 @@ def test_a_saved_result_loads_equal_and_repeats(head, pairs, sets, predicted, tm
 
 
 def test_wrong_arguments(head, pairs, sets, checkpoints):
-    with pytest.raises(OptionError, match="allow 9 true ablations"):
-        predict_set_effects(head, pairs, sets, passes=3.0)
+    with pytest.raises(OptionError, match="allow 8 true ablations"):
+        predict_set_effects(head, pairs, sets, passes=2)
     with pytest.raises(OptionError, match="at least one set"):
         predict_set_effects(head, pairs, {})
     with pytest.raises(OptionError, match="all of them are empty"):
-        predict_set_effects(head, pairs, {"empty": sets["empty"]}, passes=12.0)
+        predict_set_effects(head, pairs, {"empty": sets["empty"]}, passes=12)
     with pytest.raises(OptionError, match="needs both texts"):
-        unchecked(predict_set_effects)(head, pairs, sets, OtherResponse(), passes=12.0)
+        unchecked(predict_set_effects)(head, pairs, sets, OtherResponse(), passes=12)
     other = RewardHead.from_pretrained(checkpoints["llama"])
     with pytest.raises(ProvenanceError):
         predict_set_effects(other, pairs, sets, Zero())
