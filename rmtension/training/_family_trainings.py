@@ -126,6 +126,9 @@ def train_families(
     )
     digest = digest_of_folder(start) if keeps and start.is_dir() else None
     missing = [training for training in trainings if not (keeps and _is_trained(training, digest))]
+    if jobs > 1:
+        # Side by side, all end soon if the longest begins first; one seed after the other.
+        missing.sort(key=lambda training: (list(roots).index(training.seed), -len(training.arguments["pairs"])))
     if missing:
         # Checked before the base is trained, which may take long.
         require_package("accelerate")
@@ -169,10 +172,10 @@ def _trainings(
     validation: Mapping[str, PreferencePairs] | None,
     seed: int,
 ) -> Iterator[_Training]:
-    """The mixed reward model, and one per objective. It has the most pairs: side by side, the longest goes first."""
+    """One reward model per objective, and the mixed one."""
+    mixtures: dict[str, dict[str, Any]] = {name: {"objective": name} for name in pairs}
     shares = {name: 1 / len(pairs) for name in pairs}
-    mixtures: dict[str, dict[str, Any]] = {"mixed": {"proportions": shares, "n_pairs": settings.mixed_pairs}}
-    mixtures |= {name: {"objective": name} for name in pairs}
+    mixtures["mixed"] = {"proportions": shares, "n_pairs": settings.mixed_pairs}
     schedule = {
         field.name.removeprefix("reward_"): getattr(settings, field.name)
         for field in fields(settings)
