@@ -1,8 +1,9 @@
 """One forward and backward run of a batch, which all first-order attribution methods share."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
@@ -34,8 +35,8 @@ class BatchRun:
         forward: run the batch now; if False, nothing runs until `replay` is used.
         gradients: keep dM/da.
         drops: for each layer l, keep dM/da without the gradient through the block of l, in `dropped[l]` (GradDrop).
-        relevance: keep dM/da by the rules of RelP, in `relevances[fixed]`, for every `fixed` in this list, which says
-            whether attention patterns are constant.
+        relevance: keep dM/da by the rules of RelP, in `relevances[fixed]`, for every `fixed` that has rules here; it
+            says whether attention patterns are constant.
         direct: keep the contributions along direct paths.
         all_tokens: compute the last block's MLP at all tokens. If False, it is computed only at the tokens that rewards
             are read from; at all others the activations are 0, as their gradients are in any case.
@@ -50,7 +51,7 @@ class BatchRun:
         forward: bool = True,
         gradients: bool = False,
         drops: bool = False,
-        relevance: Collection[bool] = (),
+        relevance: Mapping[bool, RelevanceRules] = MappingProxyType({}),
         direct: bool = False,
         all_tokens: bool = True,
     ) -> None:
@@ -67,12 +68,10 @@ class BatchRun:
         self.direct: DirectContributions | None = None
         if not forward:
             return
-        if relevance:
-            rules = RelevanceRules(head)
-            for fixed in relevance:
-                with rules.applied(fixed_attention=fixed):
-                    rewards = self._run(differentiated=True, all_tokens=all_tokens)
-                self.relevances[fixed] = self._gradients(rewards, keep_graph=False)
+        for fixed, rules in relevance.items():
+            with rules.applied(fixed_attention=fixed):
+                rewards = self._run(differentiated=True, all_tokens=all_tokens)
+            self.relevances[fixed] = self._gradients(rewards, keep_graph=False)
         if not (relevance or gradients or drops or direct):
             head.observe(batch, self.sites, self._put)
             return

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from rmtension.attribution._batch_run import BatchRun
 from rmtension.attribution._methods import Method, MethodArgs, MethodResult, TokenValues
+from rmtension.attribution._relevance import RelevanceRules
 from rmtension.data._tokens import TokenBatch
 from rmtension.interventions._replacement import Replacement
 from rmtension.models._reward_model import RewardModel
@@ -30,6 +32,11 @@ class BatchScorer:
     replacement: Replacement
     steps: int
     graddrop: bool
+
+    @cached_property
+    def rules(self) -> RelevanceRules | None:
+        """Where the rules of RelP apply, for a method that needs them: found once, not in every batch."""
+        return None if self.method.needs_relevance is None else RelevanceRules(self.head)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -102,20 +109,23 @@ def run_batch(scorers: Sequence[BatchScorer], batch: TokenBatch) -> BatchRun:
     """Run one batch and keep what any of the scorers, which score the same model, needs."""
     first_order = [scorer for scorer in scorers if not scorer.method.needs_path]
     products = [scorer.method.needs_gradients and not scorer.graddrop for scorer in first_order]
-    methods = [scorer.method for scorer in first_order]
-    relevance = sorted({method.needs_relevance for method in methods if method.needs_relevance is not None})
+    by_rules = {
+        fixed: scorer.rules
+        for scorer in first_order
+        if (fixed := scorer.method.needs_relevance) is not None and scorer.rules is not None
+    }
     return BatchRun(
         scorers[0].head,
         batch,
         sorted({scorer.site for scorer in scorers}),
         forward=bool(first_order),
         gradients=any(products),
-        relevance=relevance,
+        relevance=by_rules,
         drops=any(scorer.graddrop for scorer in first_order),
         direct=any(scorer.method.needs_direct_paths for scorer in first_order),
         # Products with the gradient need no activation where the gradient is 0; means over a text need all.
         all_tokens=not all(
-            (product or scorer.method.needs_relevance is not None) and scorer.replacement.shares_tokens
+            (product or scorer.rules is not None) and scorer.replacement.shares_tokens
             for product, scorer in zip(products, first_order, strict=True)
         ),
     )

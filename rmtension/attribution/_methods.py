@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -58,17 +58,8 @@ def attribution_patching(run: BatchRun, args: MethodArgs, layer: int) -> MethodR
     return _neurons(run, args, _step(run, args, layer, run.activations[key]) * run.gradients[key]), None
 
 
-def relp(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
+def relp(run: BatchRun, args: MethodArgs, layer: int, *, fixed_attention: bool) -> MethodResult:
     """(a_ref(t) - a(t)) times the coefficient of a(t) in the margin by the rules of RelP."""
-    return _relevance_patching(run, args, layer, fixed_attention=False)
-
-
-def relp_fixed_attention(run: BatchRun, args: MethodArgs, layer: int) -> MethodResult:
-    """The same with constant attention patterns."""
-    return _relevance_patching(run, args, layer, fixed_attention=True)
-
-
-def _relevance_patching(run: BatchRun, args: MethodArgs, layer: int, *, fixed_attention: bool) -> MethodResult:
     key = args.site, layer
     step = _step(run, args, layer, run.activations[key])
     return _neurons(run, args, step * run.relevances[fixed_attention][key]), None
@@ -247,31 +238,21 @@ _TABLE = (
         needs_replacement=True,
         needs_path=False,
     ),
-    Method(
-        name="relp",
-        by_layer=relp,
-        by_layer_dropped=None,
-        sign=-1,
-        cost="1 forward and 1 backward pass of its own",
-        needs_reward=True,
-        needs_gradients=False,
-        needs_relevance=False,
-        needs_direct_paths=False,
-        needs_replacement=True,
-        needs_path=False,
-    ),
-    Method(
-        name="relp_fixed_attention",
-        by_layer=relp_fixed_attention,
-        by_layer_dropped=None,
-        sign=-1,
-        cost="1 forward and 1 backward pass of its own",
-        needs_reward=True,
-        needs_gradients=False,
-        needs_relevance=True,
-        needs_direct_paths=False,
-        needs_replacement=True,
-        needs_path=False,
+    *(
+        Method(
+            name=name,
+            by_layer=partial(relp, fixed_attention=fixed),
+            by_layer_dropped=None,
+            sign=-1,
+            cost="1 forward and 1 backward pass of its own",
+            needs_reward=True,
+            needs_gradients=False,
+            needs_relevance=fixed,
+            needs_direct_paths=False,
+            needs_replacement=True,
+            needs_path=False,
+        )
+        for name, fixed in (("relp", False), ("relp_fixed_attention", True))
     ),
     Method(
         name="direct_effect",

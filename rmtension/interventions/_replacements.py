@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -130,7 +131,11 @@ class Median(Constant):
 
     def constant(self, layer: int) -> Float[Tensor, "channel"]:
         """The median of every channel of a layer, in float64."""
-        return self.sample.values[:, layer].double().median(dim=0).values
+        return self._medians[layer]
+
+    @cached_property
+    def _medians(self) -> Float[Tensor, "layer channel"]:
+        return self.sample.values.double().median(dim=0).values
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def plan_stages(recipe: Recipe, pairs: PreparedPairs, base: Path) -> pd.DataFram
         {
             "stage": stage,
             "what": what,
-            "passes": max(0.1, round(passes, 1)),
+            "passes": passes,
             "tokens": round(size * density),
             "seconds": round(passes * size * speed.forward, 1),
         }
