@@ -402,6 +402,7 @@ CALLS = {
 }
 # The same calls under other names.
 THE_SAME = {
+    "attribution._batch_scores.BatchScorer.rules": "attribution._kept_curves.kept_curves",
     "attribution._relevance.RelevanceRules.__init__": "attribution._kept_curves.kept_curves",
     "bodies._gate_search.is_activation_function": "attribution._kept_curves.kept_curves",
     "attribution._ablated_sets.ablate_sets": "attribution._faithfulness.faithfulness",
@@ -411,6 +412,7 @@ THE_SAME = {
         "attribution._neuron_attribution.NeuronAttribution.per_pair"
     ),
     "attribution._top_texts.LargestActivations.observe": "attribution._make_dashboards.neuron_dashboards",
+    "attribution._set_sums.SumsOverSets.observe": "attribution._set_effects.predict_set_effects",
     "attribution._describe.describe_neurons": "attribution._make_dashboards.neuron_dashboards",
     "attribution._written.written": "attribution._make_dashboards.neuron_dashboards",
     "interventions._ablation_effects.ablation_effects": "interventions._sweep.score_without",
@@ -562,6 +564,7 @@ ONLY_LOOKS = [
         f"attribution._correlated.CorrelationSums.{name}"
         for name in ("__init__", "compute", "settings", "state", "update")
     ),
+    *(f"attribution._set_sums.SumsOverSets.{name}" for name in ("__init__", "compute", "settings", "state", "update")),
     "attribution._top_texts.LargestActivations.__init__",
     "attribution._top_texts.LargestActivations.compute",
     "attribution._top_texts.LargestActivations.state",

@@ -6,7 +6,8 @@ from rmtension.attribution._kept_curves import KeptCurves, kept_curves, minimali
 from rmtension.attribution._make_dashboards import describe_dashboards, neuron_dashboards
 from rmtension.attribution._neuron_attribution import NeuronAttribution, score_together
 from rmtension.attribution._neuron_dashboards import NeuronDashboards
-from rmtension.attribution._set_effects import SetEffects, predict_set_effects
+from rmtension.attribution._set_effects import predict_set_effects
+from rmtension.attribution._set_effects_result import SetEffects
 from rmtension.attribution._single_effects import single_neuron_effects
 
 __all__ = [

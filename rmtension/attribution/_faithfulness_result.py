@@ -11,7 +11,7 @@ from rmtension.errors import StorageError
 from rmtension.evaluation._intervals import with_interval
 from rmtension.neurons._score_agreement import MEASURES
 from rmtension.store._provenance import Provenance
-from rmtension.store._records import read_table
+from rmtension.store._records import read_table, written_tables
 from rmtension.store._storage import read_result, write_result
 
 
@@ -73,7 +73,7 @@ class Faithfulness:
         """Write the three tables and the provenance to one safetensors file."""
         columns = {name: torch.from_numpy(column.to_numpy(copy=True)) for name, column in self.neurons.items()}
         values: dict[str, Any] = {
-            **{name: getattr(self, name).to_dict("split", index=False) for name in ("summary", "sets")},
+            **written_tables(summary=self.summary, sets=self.sets),
             "columns": list(columns),
             "provenance": self.provenance.to_dict(),
             "level": self.level,

@@ -29,7 +29,7 @@ from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._neuron_scores import NeuronScores, top_size
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.store._provenance import Provenance
-from rmtension.store._records import read_table
+from rmtension.store._records import read_table, written_tables
 from rmtension.store._storage import read_result, write_result
 
 # The shares of MIB (Mueller et al. 2025, arXiv 2504.13151).
@@ -90,7 +90,7 @@ class KeptCurves:
     def save(self, path: str | Path) -> None:
         """Write both tables and the provenance to one safetensors file."""
         values: dict[str, Any] = {
-            **{name: getattr(self, name).to_dict("split", index=False) for name in ("curves", "areas")},
+            **written_tables(curves=self.curves, areas=self.areas),
             **{name: getattr(self, name) for name in ("whole", "nothing", "level")},
             "provenance": self.provenance.to_dict(),
         }

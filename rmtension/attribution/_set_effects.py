@@ -1,24 +1,18 @@
 """Predict what ablating sets of neurons does, from scores of single neurons and a few true ablations."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float, Int
-from scipy import stats
-from torch import Tensor
 
 from rmtension._arguments import require_arguments
-from rmtension.attribution._batch_scores import BatchScorer, run_batch
-from rmtension.attribution._methods import METHODS
 from rmtension.attribution._ratio_process import RatioProcess
+from rmtension.attribution._set_effects_result import SetEffects
+from rmtension.attribution._set_sums import SCORES, SetSums, SumsOverSets
 from rmtension.data._pairs import PreferencePairs
-from rmtension.data._tokens import TokenBatch, margins
 from rmtension.errors import OptionError
 from rmtension.evaluation._intervals import check_level
 from rmtension.interventions._ablation import AblationContext
@@ -28,93 +22,13 @@ from rmtension.interventions._sweep import score_without
 from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.passes._pair_pass import run_pass
-from rmtension.passes._pair_statistic import PairStatistic
-from rmtension.passes._pass_record import PassRecord
-from rmtension.store._provenance import Provenance, digest_of
-from rmtension.store._records import read_table
-from rmtension.store._storage import read_result, write_result
 
 _METHOD = "predicted effects of sets"
-_SCORES = ("attribution_patching", "relp")
 # A true ablation of a set runs this many pairs. With fewer, more sets are seen, but each less well.
 _PAIRS_PER_SET = 6
 # More true ablations than this take longer to learn from than they are worth.
 _MOST_ABLATIONS = 640
-# A part of the magnitudes of single scores in the scale of an effect, so that scores that cancel do not make it 0.
-_FLOOR = 0.05
-# Effects below this share of the margin are not told from each other.
-_LEAST = 1e-3
 _FOLDS = 6
-
-
-@dataclass(frozen=True, eq=False)
-class SetEffects:
-    """The predicted effects of ablating sets, which `predict_set_effects` returns.
-
-    `table` has one row per set: its `size`, the `predicted` change of the mean margin over the pairs, with an interval,
-    `low` and `high`, and the sums of the single predictions: `attribution_patching` and `relp`.
-
-    The intervals come from the sets that were truly ablated: each was predicted from the others, and the errors, which
-    may grow with the scores of a set, are as large for a new set as for these (cross-conformal prediction, Vovk 2015).
-    They include what ablating on a few pairs adds to the error, so they tend to be wide.
-
-    `checked` has one row per truly ablated set: how many `pairs` it ran, the `effect` on them, and the effect on them
-    `predicted` from the other sets.
-    `spearman` and `slope` compare both columns: the rank correlation, and the least-squares slope of effects on
-    predictions, which is 1 if predictions have the right size.
-
-    Examples:
-        >>> sets = {"top 2": scores.top(k=2), "top 8": scores.top(k=8), "top 12": scores.top(k=12)}
-        >>> predicted = predict_set_effects(head, pairs["helpful"], sets, passes=12, progress=False)
-        >>> list(predicted.table.columns)
-        ['set', 'size', 'predicted', 'low', 'high', 'attribution_patching', 'relp']
-        >>> predicted.save("effects.safetensors")
-        >>> SetEffects.load("effects.safetensors").table.equals(predicted.table)
-        True
-    """
-
-    table: pd.DataFrame
-    checked: pd.DataFrame
-    provenance: Provenance
-    level: float
-
-    @property
-    def spearman(self) -> float:
-        """The rank correlation of effects with predictions, over the truly ablated sets."""
-        return float(stats.spearmanr(self.checked["predicted"], self.checked["effect"]).statistic)
-
-    @property
-    def slope(self) -> float:
-        """The least-squares slope of effects on predictions, over the truly ablated sets."""
-        return float(np.polyfit(self.checked["predicted"], self.checked["effect"], 1)[0])
-
-    def to_frame(self) -> pd.DataFrame:
-        """The table `table`."""
-        return self.table
-
-    def __repr__(self) -> str:
-        return (
-            f"SetEffects(of {len(self.table)} sets; {len(self.checked)} ablated on a few pairs: Spearman "
-            f"{self.spearman:.2f}, slope {self.slope:.2f})"
-        )
-
-    def save(self, path: str | Path) -> None:
-        """Write both tables and the provenance to one safetensors file."""
-        values: dict[str, Any] = {
-            **{name: getattr(self, name).to_dict("split", index=False) for name in ("table", "checked")},
-            "provenance": self.provenance.to_dict(),
-            "level": self.level,
-        }
-        write_result(path, "SetEffects", {}, values)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "SetEffects":
-        """Read a file that `save` wrote; raises `StorageError` if it is missing, damaged or of another kind."""
-        path = Path(path)
-        expected = {"table": dict, "checked": dict, "provenance": dict, "level": float}
-        _, values = read_result(path, "SetEffects", tensors={}, values=expected)
-        tables = {name: read_table(path, values[name], ["set"]) for name in ("table", "checked")}
-        return cls(**tables, provenance=Provenance.from_dict(values["provenance"]), level=values["level"])
 
 
 def predict_set_effects(
@@ -169,7 +83,7 @@ def predict_set_effects(
             f"{_PAIRS_PER_SET} pairs, expected at least {2 * _FOLDS}. Use more pairs or passes."
         )
     asked = [*sets.values(), *_halves(sets, n_ablated, seed)]
-    sums = run_pass(head, pairs, _Sums(head, pairs, asked, replacement, positions), progress=progress)
+    sums = run_pass(head, pairs, SumsOverSets(head, pairs, asked, replacement, positions), progress=progress)
     ablated = _chosen(sums, np.array([number for number, each in enumerate(asked) if len(each)]), n_ablated, seed)
     few = _drawn_pairs(len(pairs), n_ablated, seed)
     observed = []
@@ -194,7 +108,7 @@ def predict_set_effects(
             "predicted": predicted,
             "low": predicted - reach,
             "high": predicted + reach,
-            **{name: sums.signed[column, :, : len(sets)].mean(axis=0) for column, name in enumerate(_SCORES)},
+            **{name: sums.signed[column, :, : len(sets)].mean(axis=0) for column, name in enumerate(SCORES)},
         }
     )
     names = [*sets, *(f"half {number}" for number in range(len(asked) - len(sets)))]
@@ -207,106 +121,12 @@ def predict_set_effects(
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _SetSums:
-    """Sums over sets of the scores of every pair, signed and as magnitudes, and the margins."""
-
-    signed: Float[np.ndarray, "score pair set"]
-    absolute: Float[np.ndarray, "score pair set"]
-    margin: Float[np.ndarray, "pair"]
-    provenance: Provenance
-
-    @cached_property
-    def scales(self) -> Float[np.ndarray, "pair set"]:
-        """The size of the scores of a set, the unit in which its effects are learned."""
-        squares = (self.signed**2 + _FLOOR * self.absolute**2).sum(axis=0)
-        scales: Float[np.ndarray, "pair set"] = np.sqrt(squares + (_LEAST * self._typical_margin) ** 2)
-        return scales
-
-    @cached_property
-    def features(self) -> Float[np.ndarray, "pair set feature"]:
-        """What the ratio of an effect to its scale depends on: both sums and the scale, and the margin."""
-        whole = self._typical_margin
-        parts = [part / self.scales for part in self.signed] + [np.log(self.scales / whole)]
-        parts.append(np.broadcast_to(self.margin[:, None] / whole, self.scales.shape))
-        return np.stack(parts, axis=-1)
-
-    @property
-    def _typical_margin(self) -> float:
-        return float(np.sqrt(np.mean(self.margin**2))) + np.finfo(np.float64).tiny
-
-
-class _Sums(PairStatistic[_SetSums]):
-    """The sums over sets of both scores of every pair: one forward and one backward pass each."""
-
-    keeps_layers = True
-    name = "scores of sets"
-
-    def __init__(
-        self,
-        head: RewardModel,
-        pairs: PreferencePairs,
-        sets: Sequence[NeuronSet],
-        replacement: SingleTextReplacement,
-        positions: str,
-    ) -> None:
-        site = sets[0].site
-        self._scorers = [
-            BatchScorer(head, METHODS[name], site, positions, "signed", replacement, 1, graddrop=False)
-            for name in _SCORES
-        ]
-        self._masks = torch.stack([neurons.mask.flatten() for neurons in sets], dim=1).double()
-        self._values = torch.zeros(len(pairs), 1 + 2 * len(_SCORES) * len(sets), dtype=torch.float64)
-        self.sharing = "pair" if replacement.shares_tokens else "none"
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """The settings of the scorers, and the sets."""
-        return {"attributions": [scorer.settings for scorer in self._scorers], "sets": digest_of(self._masks)}
-
-    @property
-    def state(self) -> Mapping[str, Tensor]:
-        """The margins and sums so far, [pair, value]."""
-        return {"values": self._values}
-
-    def observe(self, batch: TokenBatch) -> list[Tensor]:
-        """The margin of every pair, and its sums over the sets."""
-        run = run_batch(self._scorers, batch)
-        assert run.rewards is not None
-        parts = [margins(run.rewards).double().cpu()[:, None]]
-        for scorer in self._scorers:
-            scores = scorer.signed_of_pairs(run)[0].flatten(1).double().cpu()
-            parts += [scores @ self._masks, scores.abs() @ self._masks]
-        return [torch.cat(parts, dim=1)]
-
-    def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
-        """Store the values at the indices of their pairs."""
-        self._values[list(batch.indices[: batch.n_pairs])] = observed[0]
-
-    def compute(self, record: PassRecord) -> _SetSums:
-        """All values; a pair that was skipped has none, so it raises."""
-        record.require_pairs()
-        if record.skipped:
-            raise OptionError(
-                f"pairs: {len(record.skipped)} pairs gave NaN or infinite scores and were skipped. Leave them out: "
-                f"{list(record.skipped.values())[:3]}."
-            )
-        values = self._values.numpy()
-        shape = (len(values), len(_SCORES), 2, self._masks.shape[1])
-        sums = values[:, 1:].reshape(shape).transpose(2, 1, 0, 3)
-        head = self._scorers[0].head
-        provenance = record.provenance(
-            head, site=self._scorers[0].site, positions=self._scorers[0].positions, method=_METHOD
-        )
-        return _SetSums(sums[0], sums[1], values[:, 0], provenance)
-
-
 class _Learned:
     """What the true ablations teach: the effect of any set on any pair, from the sums of its scores."""
 
     def __init__(
         self,
-        sums: _SetSums,
+        sums: SetSums,
         ablated: Int[np.ndarray, "ablated"],
         few: Int[np.ndarray, "ablated pair"],
         observed: Float[np.ndarray, "ablated pair"],
@@ -356,7 +176,7 @@ def _halves(sets: Mapping[str, NeuronSet], n: int, seed: int) -> list[NeuronSet]
     return halves
 
 
-def _chosen(sums: _SetSums, candidates: Int[np.ndarray, "set"], n: int, seed: int) -> Int[np.ndarray, "ablated"]:
+def _chosen(sums: SetSums, candidates: Int[np.ndarray, "set"], n: int, seed: int) -> Int[np.ndarray, "ablated"]:
     """The sets to ablate: half of them far from each other in what is known of them, the others at random.
 
     Sets far from each other include the extremes, between which predictions are safer. If there are fewer candidates

@@ -40,14 +40,17 @@ def replication_probability(
     """
     errors = jackknife_stderr(scores.require_blocks()).double()
     top = scores.top(fraction, k=k, rank_by=rank_by)
-    # The smallest rank value in the set.
-    cut = float(ranked(scores.values.double(), rank_by, scores.provenance)[top.mask].min())
-    observed, spread, inside = (part.flatten().numpy() for part in (scores.values.double(), errors, top.mask))
+    values = ranked(scores.values.double(), rank_by, scores.provenance)
+    cut = float(values[top.mask].min())
+    # By magnitude, scores of both signs are in the set; otherwise values above the cut.
+    both_signs = rank_by == "magnitude"
+    compared = scores.values.double() if both_signs else values
+    observed, spread, inside = (part.flatten().numpy() for part in (compared, errors, top.mask))
     # A mean without spread, such as that of an inactive neuron, is known exactly.
     exact = spread <= 1e-12 * max(float(np.abs(observed).max(initial=0.0)), np.finfo(np.float64).tiny)
     probability = inside.astype(np.float64)
     if (~exact).any():
-        probability[~exact] = _beyond(observed[~exact], spread[~exact], cut, _tails(rank_by, scores))
+        probability[~exact] = _beyond(observed[~exact], spread[~exact], cut, both_signs=both_signs)
     return torch.from_numpy(probability).view(scores.values.shape)
 
 
@@ -90,20 +93,10 @@ def replication_across_seeds(
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _tails(rank_by: str, scores: NeuronScores) -> tuple[int, ...]:
-    """The signs of the scores that rank high."""
-    if rank_by == "magnitude":
-        return (1, -1)
-    if rank_by == "score":
-        return (1,)
-    sign = scores.provenance.sign or 1
-    return (sign,) if rank_by == "supports" else (-sign,)
-
-
 def _beyond(
-    observed: Float[np.ndarray, "neuron"], spread: Float[np.ndarray, "neuron"], cut: float, tails: tuple[int, ...]
+    observed: Float[np.ndarray, "neuron"], spread: Float[np.ndarray, "neuron"], cut: float, *, both_signs: bool
 ) -> Float[np.ndarray, "neuron"]:
-    """The probability that a new score is beyond the cut, in one of the tails."""
+    """The probability that a new score is above the cut, or with `both_signs` its magnitude."""
     variances = (np.median(spread) * _SCALES) ** 2
     marginal = spread[:, None] ** 2 + variances
     density = norm.pdf(observed[:, None], scale=np.sqrt(marginal))
@@ -117,6 +110,8 @@ def _beyond(
     mean = shrunk * observed[:, None]
     # What is not known of the true score, and the noise of the new one.
     deviation = np.sqrt(shrunk * spread[:, None] ** 2 + spread[:, None] ** 2)
-    beyond = sum(norm.sf(cut, loc=tail * mean, scale=deviation) for tail in tails)
+    beyond = norm.sf(cut, loc=mean, scale=deviation)
+    if both_signs:
+        beyond += norm.sf(cut, loc=-mean, scale=deviation)
     probability: Float[np.ndarray, "neuron"] = np.clip((parts * beyond).sum(axis=1), 0, 1)
     return probability

@@ -43,6 +43,11 @@ def read_objects(path: Path, values: Any) -> list[dict[str, Any]]:
     return values
 
 
+def written_tables(**tables: pd.DataFrame) -> dict[str, Any]:
+    """The tables as JSON values, each as `read_table` reads it."""
+    return {name: table.to_dict("split", index=False) for name, table in tables.items()}
+
+
 def read_table(path: Path, values: Any, columns: Iterable[str]) -> pd.DataFrame:
     """A table that was written as an object of "columns" and "data", with at least `columns` or no column at all."""
     if not isinstance(values, dict) or set(values) != {"columns", "data"}:

@@ -32,22 +32,6 @@ def both(checkpoints, pairs):
     return head, Reference(checkpoints["gpt2"]), scores
 
 
-def margins(reference, pairs, mask, values):
-    """The margin of every pair when the neurons in `mask` [layer, neuron] have `values` at every token."""
-
-    def replace(layer, activation):
-        return torch.where(mask[layer], values[layer], activation)
-
-    with reference.hooked("mlp", replace):
-        return torch.stack(
-            [
-                reference.reward(reference.tokens(pair, "chosen")[0])
-                - reference.reward(reference.tokens(pair, "rejected")[0])
-                for pair in pairs
-            ]
-        ).detach()
-
-
 @pytest.fixture(scope="module")
 def preferred(both, pairs):
     head = both[0]
@@ -69,7 +53,7 @@ def test_curves_are_ratios_of_margins_with_plain_hooks(both, preferred, replaced
         replacement, values = Mean(statistics), statistics.mean
     found = kept_curves(head, preferred, scores, replacement, fractions=FRACTIONS, n_random=1, progress=False)
     every = torch.ones(head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
-    whole, nothing = (float(margins(reference, preferred, mask, values).mean()) for mask in (~every, every))
+    whole, nothing = (float(reference.margins(preferred, mask, values).mean()) for mask in (~every, every))
     assert (found.whole, found.nothing) == pytest.approx((whole, nothing), abs=1e-9)
     table = found.curves.set_index(["ranking", "share"])
     for name, of_method in scores.items():
@@ -77,8 +61,8 @@ def test_curves_are_ratios_of_margins_with_plain_hooks(both, preferred, replaced
         for share in FRACTIONS:
             top = of_method.top(share).mask
             expected = {
-                "faithfulness": margins(reference, preferred, ~top, values).mean(),
-                "completeness": margins(reference, preferred, top, values).mean(),
+                "faithfulness": reference.margins(preferred, ~top, values).mean(),
+                "completeness": reference.margins(preferred, top, values).mean(),
             }
             for column, margin in expected.items():
                 f = (float(margin) - nothing) / (whole - nothing)

@@ -10,7 +10,8 @@ from tiny_models import make_pairs, unchecked
 from rmtension import ActivationCollector, Mean, NeuronAttribution, OtherResponse, RewardHead, Zero
 from rmtension.attribution import SetEffects, predict_set_effects
 from rmtension.attribution._ratio_process import RatioProcess, _most_likely
-from rmtension.attribution._set_effects import _chosen, _drawn_pairs, _halves, _power, _quantile, _SetSums
+from rmtension.attribution._set_effects import _chosen, _drawn_pairs, _halves, _power, _quantile
+from rmtension.attribution._set_sums import SetSums
 from rmtension.errors import OptionError, ProvenanceError, StorageError
 from rmtension.interventions import score_without
 
@@ -151,7 +152,7 @@ class TestParts:
         """Two clusters and an outlier: half of the choice covers them all; with few candidates some are repeated."""
         sizes = np.concatenate([np.full(20, 1.0), np.full(20, 1.1), [50.0]])
         signed = np.stack([np.tile(sizes, (4, 1)), np.tile(sizes[::-1], (4, 1))])
-        sums = _SetSums(signed, np.abs(signed), np.ones(4), predicted.provenance)
+        sums = SetSums(signed, np.abs(signed), np.ones(4), predicted.provenance)
         for seed in range(5):
             assert 40 in _chosen(sums, np.arange(41), 8, seed)
         assert len(set(_chosen(sums, np.arange(41), 8, 0).tolist())) == 8

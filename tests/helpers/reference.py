@@ -80,6 +80,16 @@ class Reference:
     def reward(self, ids):
         return self.model(input_ids=ids.to(DEVICE)).logits[0, 0].cpu()
 
+    def margins(self, pairs, mask, values):
+        """The margin of every pair when the MLP neurons in `mask` [layer, neuron] have `values` at every token."""
+
+        def put(layer, activation):
+            return torch.where(mask[layer], values[layer], activation)
+
+        with self.hooked("mlp", put):
+            rewards = [[self.reward(self.tokens(pair, side)[0]) for side in ("chosen", "rejected")] for pair in pairs]
+        return torch.stack([chosen - rejected for chosen, rejected in rewards]).detach()
+
     def activations(self, site, ids, *, gradients=False, unused=False):
         """Activations [layer, token, channel], and dr/da with `gradients`. With `unused`, a layer may not affect r (0).
 

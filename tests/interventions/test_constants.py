@@ -39,22 +39,6 @@ def strong(head, pairs):
     return NeuronAttribution(head, "attribution_patching", aggregate="absolute").score(pairs).top(k=1)
 
 
-def margins(reference, pairs, mask, values):
-    """The margins with the channels in `mask` [layer, channel] set to `values`, by plain hooks."""
-
-    def put(layer, activation):
-        return torch.where(mask[layer], values[layer], activation)
-
-    with reference.hooked("mlp", put):
-        return torch.stack(
-            [
-                reference.reward(reference.tokens(pair, "chosen")[0])
-                - reference.reward(reference.tokens(pair, "rejected")[0])
-                for pair in pairs
-            ]
-        ).detach()
-
-
 @pytest.mark.parametrize("site", grid(["mlp", "attn_head"]))
 def test_medians_are_those_of_the_sample(head, pairs, site):
     sample = ActivationCollector(head, site=site).sample(pairs, n=33)
@@ -70,7 +54,7 @@ def test_ablation_to_medians_equals_plain_hooks(head, reference, pairs):
     values = torch.stack([Median(sample).constant(layer) for layer in range(head.n_layers)])
     with AblationContext(head, neurons, Median(sample)):
         inside = head.score_pairs(pairs).margin
-    assert torch.allclose(inside, margins(reference, pairs, neurons.mask, values), atol=1e-9, rtol=0)
+    assert torch.allclose(inside, reference.margins(pairs, neurons.mask, values), atol=1e-9, rtol=0)
     permanent = head.with_ablation(neurons, Median(sample)).score_pairs(pairs).margin
     assert torch.allclose(permanent, inside, atol=1e-9, rtol=0)
     assert Median(sample).key != Median(ActivationCollector(head).sample(pairs, n=50, seed=1)).key
@@ -79,9 +63,9 @@ def test_ablation_to_medians_equals_plain_hooks(head, reference, pairs):
 def losses(reference, pairs, neurons, means, constants):
     """The mean squared change of the margins for several constants of the only neuron of a set, by plain hooks."""
     nothing = torch.zeros_like(neurons.mask)
-    wanted = margins(reference, pairs, nothing, means.mean)
+    wanted = reference.margins(pairs, nothing, means.mean)
     return [
-        float((margins(reference, pairs, neurons.mask, torch.full_like(means.mean, value)) - wanted).square().mean())
+        float((reference.margins(pairs, neurons.mask, torch.full_like(means.mean, value)) - wanted).square().mean())
         for value in constants
     ]
 

@@ -12,6 +12,7 @@ model, ablation and site. A file that exists is not computed again.
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -95,20 +96,17 @@ def take(pairs: PreferencePairs, n: int, head: RewardHead) -> PreferencePairs:
     return PreferencePairs(sorted(fits, key=lambda pair: pair.digest())[:n])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `measured_models`."""
     parser.add_argument("--models", type=Path, help="folder of seed-N/{helpful,harmless,mixed}, from `rmtension demo`")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--model", type=Path, help="one reward model, measured on --pairs")
     parser.add_argument("--pairs", type=Path, nargs="*", default=[])
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--n-pairs", type=int, default=96)
-    parser.add_argument("--steps", type=int, default=32, help="nodes of integrated gradients")
-    parser.add_argument("--fractions", type=float, nargs="*", default=[0.01, 0.05, 0.2], help="sizes of ablated sets")
-    parser.add_argument("--progress", action="store_true")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    settings = {"steps": options.steps, "fractions": options.fractions, "progress": options.progress}
+
+
+def measured_models(options: argparse.Namespace) -> Iterator[tuple[str, Path, PreferencePairs]]:
+    """The name and folder of each model to measure, and the pairs to measure it on."""
     if options.models is not None:
         test = preference_world(0).test  # as the demo trains all its seeds on the training pairs of world 0
         for seed in range(options.seeds):
@@ -116,13 +114,27 @@ def main() -> None:
                 parts = [name] if name in OBJECTIVES else list(OBJECTIVES)
                 each = options.n_pairs // len(parts)
                 pairs = PreferencePairs(pair for part in parts for pair in list(test[part])[:each])
-                measure(f"{name} {seed}", options.models / f"seed-{seed}" / name, pairs, options.out, **settings)
+                yield f"{name} {seed}", options.models / f"seed-{seed}" / name, pairs
     if options.model is not None:
         head = RewardHead.from_pretrained(options.model)
         each = options.n_pairs // len(options.pairs)
         files = [PreferencePairs.from_jsonl(path, on_invalid="skip") for path in options.pairs]
         pairs = PreferencePairs(pair for file in files for pair in take(file, each, head))
-        measure(options.model.name + " real", options.model, pairs, options.out, **settings)
+        yield f"{options.model.name} real", options.model, pairs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=32, help="nodes of integrated gradients")
+    parser.add_argument("--fractions", type=float, nargs="*", default=[0.01, 0.05, 0.2], help="sizes of ablated sets")
+    parser.add_argument("--progress", action="store_true")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    settings = {"steps": options.steps, "fractions": options.fractions, "progress": options.progress}
+    for name, folder, pairs in measured_models(options):
+        measure(name, folder, pairs, options.out, **settings)
     paths = sorted(path for path in options.out.glob("*.csv") if not path.stem.endswith("sets"))
     print_tables(pd.concat([pd.read_csv(path) for path in paths]))
 

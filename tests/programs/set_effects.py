@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from faithful_models import OBJECTIVES, take
+from faithful_models import add_model_arguments, measured_models
 from scipy import stats
 
 from rmtension import (
@@ -35,7 +35,6 @@ from rmtension import (
 )
 from rmtension.attribution import kept_curves, predict_set_effects, score_together
 from rmtension.interventions import score_without
-from rmtension.synthetic import preference_world
 
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2)
 METHODS = ("attribution_patching", "relp", "relp_fixed_attention", "integrated_gradients")
@@ -119,32 +118,16 @@ def measure(name: str, folder: Path, pairs: PreferencePairs, out: Path, *, n_set
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, help="folder of seed-N/{helpful,harmless,mixed}, from `rmtension demo`")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--model", type=Path, help="one reward model, measured on --pairs")
-    parser.add_argument("--pairs", type=Path, nargs="*", default=[])
+    add_model_arguments(parser)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--n-pairs", type=int, default=96)
     parser.add_argument("--n-sets", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=2, help="seeds of predict_set_effects")
     parser.add_argument("--steps", type=int, default=4, help="nodes of integrated gradients")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     settings = {"n_sets": options.n_sets, "seeds": options.repeats, "steps": options.steps}
-    if options.models is not None:
-        test = preference_world(0).test  # as the demo trains all its seeds on the training pairs of world 0
-        for seed in range(options.seeds):
-            for name in (*OBJECTIVES, "mixed"):
-                parts = [name] if name in OBJECTIVES else list(OBJECTIVES)
-                each = options.n_pairs // len(parts)
-                pairs = PreferencePairs(pair for part in parts for pair in list(test[part])[:each])
-                measure(f"{name} {seed}", options.models / f"seed-{seed}" / name, pairs, options.out, **settings)
-    if options.model is not None:
-        head = RewardHead.from_pretrained(options.model)
-        each = options.n_pairs // len(options.pairs)
-        files = [PreferencePairs.from_jsonl(path, on_invalid="skip") for path in options.pairs]
-        pairs = PreferencePairs(pair for file in files for pair in take(file, each, head))
-        measure(f"{options.model.name} real", options.model, pairs, options.out, **settings)
+    for name, folder, pairs in measured_models(options):
+        measure(name, folder, pairs, options.out, **settings)
     table = pd.concat([pd.read_csv(path) for path in sorted(options.out.glob("*.csv"))])
     table["method"] = table["method"].str.replace(r", seed \d+| \d+$", "", regex=True)
     columns = ["spearman", "slope", "covered", "cpr", "cmd"]
