@@ -45,11 +45,11 @@ def predict_set_effects(
 ) -> SetEffects:
     """Predict the change of the mean margin when each of many sets is ablated, without ablating them on all pairs.
 
-    Sums of single scores fail for sets: attribution patching misses that neurons back each other up and that effects
-    saturate, RelP has the wrong size. Here a few of the sets, and random halves if there are few, are truly ablated, on
-    6 pairs each. From these ablations a Gaussian process learns, pair by pair, how an effect relates to both sums: the
-    ratio of the effect to the size of the scores, as a function of their proportions, their size and the margin. The
-    prediction of a set is the mean over all pairs.
+    The sum of single scores does not predict a set: attribution patching misses that neurons back each other up and
+    that effects saturate, and sums of RelP have the wrong size. Here a few of the sets, and random halves if there are
+    few, are truly ablated, on 6 pairs each. A Gaussian process learns from these ablations, pair by pair, how large an
+    effect is in units of the scores, given their proportions, their size and the margin. The prediction of a set is the
+    mean over all pairs.
 
     Cost: a forward and a backward pass for attribution patching, the same for RelP, and true ablations that run at most
     as many pairs as `passes` plain passes. Learning takes seconds. `replacement` and `positions` are those of
