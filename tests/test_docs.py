@@ -166,6 +166,13 @@ def understood(words, monkeypatch):
     return False
 
 
+def program_text(path):
+    """The text of a program and of the programs beside it that it imports, which may name its options."""
+    text = path.read_text()
+    beside = [path.with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", text, re.MULTILINE)]
+    return "\n".join([text, *(other.read_text() for other in beside if other.is_file())])
+
+
 def mistake(words, monkeypatch):
     """What is wrong with a command of a page, as far as that can be told without running it; "" where nothing is."""
     program, *rest = words
@@ -180,9 +187,8 @@ def mistake(words, monkeypatch):
             if not (ROOT / word).is_file():
                 return f"no file {word}"
             options = {option.partition("=")[0] for option in words[index + 1 :] if option.startswith("--")}
-            if program != "pytest" and (
-                missing := {option for option in options if f'"{option}"' not in (ROOT / word).read_text()}
-            ):
+            text = program_text(ROOT / word)
+            if program != "pytest" and (missing := {option for option in options if f'"{option}"' not in text}):
                 return f"{word} has no {sorted(missing)}"
     return ""
 

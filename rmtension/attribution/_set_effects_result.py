@@ -30,6 +30,7 @@ class SetEffects:
     predictions, which is 1 if predictions have the right size.
 
     Examples:
+        >>> from rmtension.attribution import predict_set_effects
         >>> sets = {"top 2": scores.top(k=2), "top 8": scores.top(k=8), "top 12": scores.top(k=12)}
         >>> predicted = predict_set_effects(head, pairs["helpful"], sets, passes=12, progress=False)
         >>> list(predicted.table.columns)
