@@ -13,6 +13,7 @@ from torch import Tensor
 from rmtension.attribution._batch_run import BatchRun
 from rmtension.attribution._methods import Method, MethodArgs, MethodResult, TokenValues
 from rmtension.attribution._relevance import RelevanceRules
+from rmtension.data._packing import Sharing
 from rmtension.data._tokens import TokenBatch
 from rmtension.interventions._replacement import Replacement
 from rmtension.models._reward_model import RewardModel
@@ -103,6 +104,15 @@ class BatchScorer:
             magnitudes = [_summed(by_token, run).abs() for by_token in dropped(run, self._args, layer)]
             layers.append(torch.stack(magnitudes).mean(dim=0))
         return _stacked(layers)
+
+
+def sharing_of(scorers: Sequence[BatchScorer]) -> Sharing:
+    """Which texts may share a row; with gradients at the response alone, rows begin after their prompts."""
+    if not all(scorer.replacement.shares_tokens for scorer in scorers):
+        return "none"
+    runs_backward = any(scorer.method.runs_backward for scorer in scorers)
+    needs_prompt = any(scorer.positions == "all" or scorer.method.needs_path for scorer in scorers)
+    return "after prompt" if runs_backward and not needs_prompt else "pair"
 
 
 def run_batch(scorers: Sequence[BatchScorer], batch: TokenBatch) -> BatchRun:

@@ -31,7 +31,9 @@ class NeuronAttribution:
     """Scores every neuron of a model over preference pairs.
 
     Methods, for one pair with margin M = r(chosen) - r(rejected) and the selected tokens t of both texts. L is the
-    number of layers. A pass runs both texts of every pair; a pass through one block counts as 1 / L of a pass.
+    number of layers. A pass runs both texts of every pair; a pass through one block counts as 1 / L of a pass. With
+    positions "response" or "last", backward passes leave out the prompt where the model allows it
+    (`docs/performance.md`).
 
     - `mean_difference`: mean_t a(chosen) - mean_t a(rejected). 1 forward pass; needs no reward. Shows what differs, not
       what matters.

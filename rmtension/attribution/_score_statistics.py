@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmtension.attribution._batch_scores import BatchScorer, run_batch
+from rmtension.attribution._batch_scores import BatchScorer, run_batch, sharing_of
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._tokens import TokenBatch
 from rmtension.neurons._neuron_scores import NeuronScores
@@ -29,7 +29,7 @@ class MeanScores(PairStatistic[list[NeuronScores]]):
             RunningScores(head.n_layers, head.n_neurons(scorer.site), gap=scorer.method.needs_path)
             for scorer in scorers
         ]
-        self.sharing = "pair" if all(scorer.replacement.shares_tokens for scorer in scorers) else "none"
+        self.sharing = sharing_of(scorers)
 
     @property
     def name(self) -> str:
@@ -88,7 +88,7 @@ class ScoresOfPairs(PairStatistic[PairAttributions]):
         self._scorer = scorer
         self._pairs = pairs
         self._values = torch.zeros(shape, dtype=head.reward_dtype)
-        self.sharing = "pair" if scorer.replacement.shares_tokens else "none"
+        self.sharing = sharing_of([scorer])
 
     @property
     def name(self) -> str:

@@ -29,6 +29,7 @@ from rmtension.bodies._native_run import find_last_mlp, measure_packing, probe_b
 from rmtension.bodies._native_weights import has_adapters, refuse_packed_weights, refuse_recomputed
 from rmtension.bodies._norms import read_norm
 from rmtension.bodies._projections import Projection
+from rmtension.bodies._prompt_runs import PromptRuns
 from rmtension.bodies._rope import RopeByText
 from rmtension.data._token_places import TokenPlaces
 from rmtension.data._tokens import TokenBatch
@@ -64,7 +65,9 @@ class BridgeBody:
         self._rope = RopeByText(self.modules(), self._run_all, int(cfg.n_ctx))
         self._pack_up_to = 0 if native is None else measure_packing(native, self.n_embeddings, self._rope.same_up_to)
         self._last_mlp = None
+        self._prompt_runs: PromptRuns | None = None
         if native is not None:
+            self._prompt_runs = PromptRuns(native, int(cfg.n_layers), self.n_embeddings)
             last = int(cfg.n_layers) - 1
             path = self.projection_names.get(("mlp", last))
             self._last_mlp = find_last_mlp(native, path, self.block(last), self.n_embeddings)
@@ -108,6 +111,12 @@ class BridgeBody:
     def pack_up_to(self) -> int:
         """The longest row that two texts may share; 0 if texts may not share rows."""
         return self._pack_up_to if self.runs_native else 0
+
+    @property
+    def prompt_runs(self) -> PromptRuns | None:
+        """How prompts run before the rows of a batch; None if they cannot."""
+        runs = self._prompt_runs
+        return runs if runs is not None and self.pack_up_to and not self.is_hooked and runs.works else None
 
     def last_mlp_only_at(self, batch: TokenBatch, places: TokenPlaces) -> AbstractContextManager[TokenPlaces | None]:
         """`LastMLP.only_at` if the model can run that way, otherwise a context that does nothing."""

@@ -29,6 +29,7 @@ class HookedTransformerBody:
     # Transformers' config, which this model has not.
     config: Any = None
     pack_up_to = 0
+    prompt_runs = None
 
     def __init__(self, model: nn.Module) -> None:
         self.module = self.model = model

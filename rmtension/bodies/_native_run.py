@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from rmtension.bodies._hooks import eager_eval, unwrapped
 from rmtension.bodies._last_block import LastMLP
@@ -18,7 +19,7 @@ from rmtension.data._tokens import TokenBatch
 # alone causes. Wrong positions are off by percents; half precision rounds every step of attention to 3 or 2 digits,
 # many times in deep models.
 _PACKING_TOLERANCE = {torch.float16: 0.003, torch.bfloat16: 0.02}
-_TIMES_ROUNDING = 4
+TIMES_ROUNDING = 4
 # The lengths of the probe pair that is packed in a trial run: shared prefix, rest of each text.
 _PROBE = (12, 10, 6)
 # How configs name the window of attention in all layers or in some, excluding names of layer counts.
@@ -37,14 +38,39 @@ def probe_batch(n_tokens: int, device: torch.device, n_texts: int = 1) -> TokenB
     return TokenBatch(ids, real, real, ids[:, -1], ids[:, 0], tuple(range(n_texts)))
 
 
-def run_base(base: Any, batch: TokenBatch, *, hides_padding: bool = False) -> Float[Tensor, "row token d_model"]:
+def probe_pairs(n_embeddings: int, n_pairs: int = 2) -> EncodedPairs:
+    """Pairs for trial runs, whose prompts differ in length."""
+    ids = [number % n_embeddings for number in range(sum(_PROBE))]
+    n_shared, n_one, _ = _PROBE
+    rests = ids[n_shared : n_shared + n_one], ids[n_shared + n_one :]
+    sides = [
+        tuple(EncodedText((*ids[first:n_shared], *rest), n_shared - first, first) for first in range(n_pairs))
+        for rest in rests
+    ]
+    return EncodedPairs(sides[0], sides[1], 0, 0)
+
+
+def packing_tolerance(dtype: torch.dtype) -> float:
+    """The largest `furthest` of a packed row that rounding in a model of this dtype explains."""
+    return _PACKING_TOLERANCE.get(dtype, 1e-5)
+
+
+def run_base(
+    base: Any, batch: TokenBatch, *, hides_padding: bool = False, cache: DynamicCache | None = None
+) -> Float[Tensor, "row token d_model"]:
     """The last hidden state of a base model of transformers, bridged or not.
 
     `hides_padding` passes a mask that hides padding from attention, which a model with bidirectional attention needs.
+    The model adds its keys and values to `cache`, in which those of the batch's prompts come first.
     """
+    if batch.prompts is not None:
+        assert batch.prompts.states is not None
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(batch.prompts.states):
+            cache.update(keys, values, layer)
     # No attention mask: with causal attention no token sees the padding on its right. With a mask, padding beyond a
     # sliding window sees nothing, which is NaN in Gemma-2 in float64, and 0 * NaN then reaches every token.
-    more: dict[str, Tensor] = {}
+    more: dict[str, Any] = {}
     if batch.position_ids is not None:
         mask = attention_mask(batch, next(base.parameters()).dtype)
         more = {"attention_mask": mask, "position_ids": batch.position_ids}
@@ -52,7 +78,9 @@ def run_base(base: Any, batch: TokenBatch, *, hides_padding: bool = False) -> Fl
         more = {"attention_mask": batch.position_mask("all").long()}
     if batch.token_types is not None and _has_types(base):
         more["token_type_ids"] = batch.token_types
-    output: Tensor = base(input_ids=batch.input_ids, use_cache=False, **more)[0]
+    if cache is not None:
+        more["past_key_values"] = cache
+    output: Tensor = base(input_ids=batch.input_ids, use_cache=cache is not None, **more)[0]
     return output
 
 
@@ -90,12 +118,9 @@ def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
         return 0
     longest = min([context, _LONGEST, *windows_of(config)])
     parameter = next(base.parameters())
-    ids = [number % n_embeddings for number in range(sum(_PROBE))]
-    n_shared, n_one, _ = _PROBE
-    rests = ids[n_shared : n_shared + n_one], ids[n_shared + n_one :]
-    texts = [EncodedText((*ids[:n_shared], *rest), n_shared, 0) for rest in rests]
-    alone = TokenBatch.from_texts(texts, (0, 0), device=parameter.device)
-    packed = pack(EncodedPairs((texts[0],), (texts[1],), 0, 0)).to(parameter.device)
+    pairs = probe_pairs(n_embeddings, 1)
+    alone = TokenBatch.from_texts([*pairs.chosen, *pairs.rejected], (0, 0), device=parameter.device)
+    packed = pack(pairs).to(parameter.device)
     if packed.input_ids.shape[1] > longest:
         return 0
     try:
@@ -108,13 +133,11 @@ def measure_packing(base: Any, n_embeddings: int, context: int) -> int:
         return 0
     mask = alone.mask.cpu()
     reference = expected[mask]
-    rounding = _furthest(rounded[mask], reference)
-    off = _furthest(torch.cat([shared[0, side] for side in packed.mask.cpu()]), reference)
-    tolerance = _PACKING_TOLERANCE.get(parameter.dtype, 1e-5)
+    rounding = furthest(rounded[mask], reference)
+    off = furthest(torch.cat([shared[0, side] for side in packed.mask.cpu()]), reference)
+    tolerance = packing_tolerance(parameter.dtype)
     # A misread mask changes both runs, so the difference of the masked run must be small enough to be rounding.
-    return (
-        longest if rounding <= _TIMES_ROUNDING * tolerance and off <= max(tolerance, _TIMES_ROUNDING * rounding) else 0
-    )
+    return longest if rounding <= TIMES_ROUNDING * tolerance and off <= max(tolerance, TIMES_ROUNDING * rounding) else 0
 
 
 def find_last_mlp(
@@ -136,8 +159,8 @@ def find_last_mlp(
                 output = batch.gather_last(run_base(base, batch, hides_padding=hides_padding)).double().cpu()
     except Exception:  # an MLP that is called in another way may raise anything
         return None
-    tolerance = _PACKING_TOLERANCE.get(parameter.dtype, 1e-5)
-    return last_mlp if _furthest(output, expected) <= tolerance else None
+    tolerance = packing_tolerance(parameter.dtype)
+    return last_mlp if furthest(output, expected) <= tolerance else None
 
 
 def windows_of(config: Any) -> list[int]:
@@ -147,7 +170,7 @@ def windows_of(config: Any) -> list[int]:
     ]
 
 
-def _furthest(actual: Float[Tensor, "token d_model"], expected: Float[Tensor, "token d_model"]) -> float:
+def furthest(actual: Float[Tensor, "token d_model"], expected: Float[Tensor, "token d_model"]) -> float:
     """The largest error of a token: its median relative error over channels, whose sizes may differ widely."""
     size = expected.abs().mean(dim=0).clamp(min=torch.finfo(expected.dtype).tiny)
     return float(((actual - expected).abs() / size).median(dim=1).values.max())

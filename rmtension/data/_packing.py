@@ -16,14 +16,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.data._encoding import EncodedPairs, EncodedText
+from rmtension.data._prompts import PromptRun, Prompts
 from rmtension.data._token_places import READ_LAST, ReadAt
 from rmtension.data._tokens import TokenBatch, length_buckets, token_types_of
 
 # Which texts share a row: none (one text per row, in order); those of one pair, so that a row's gradient belongs to
-# that pair; or those of one prompt.
-Sharing = Literal["none", "pair", "prompt"]
+# that pair; those of one pair, in a row that begins after their prompt (`Prompts`); or those of one prompt.
+Sharing = Literal["none", "pair", "after prompt", "prompt"]
 # If packing saves a smaller share of the tokens, the masked attention between the rests costs more than it saves.
 _LEAST_SAVED = 0.1
+# Prompts that are kept may have this many times the tokens of a batch: they are kept as keys and values alone.
+_TIMES_KEPT = 4
 # How many batches of training are sorted by length together.
 _BATCHES_PER_WINDOW = 8
 
@@ -34,6 +37,11 @@ class _Row:
 
     texts: tuple[EncodedText, ...]
     n_shared: int
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The shared tokens before the first response."""
+        return self.texts[0].ids[: min(self.n_shared, *(text.response_start for text in self.texts))]
 
     @property
     def length(self) -> int:
@@ -60,6 +68,12 @@ class _PackedGroup:
     def width(self) -> int:
         return max(row.length for row in self.rows)
 
+    @property
+    def n_prompt(self) -> int:
+        """The tokens of the prompt of a packed row; 0 if it is too short to run by itself."""
+        row = self.rows[0]
+        return len(row.prompt) if self.is_packed and len(row.prompt) >= _LEAST_SAVED * row.length else 0
+
 
 def pair_batches(
     pairs: EncodedPairs,
@@ -70,9 +84,12 @@ def pair_batches(
     pack_up_to: int = 0,
     group_up_to: int = 0,
     sharing: Sharing = "pair",
+    prompts_together: bool = True,
 ) -> Iterator[TokenBatch]:
     """Batches that hold both texts of each pair: the chosen ones, then the rejected ones; `indices` index `pairs`.
 
+    With `sharing="after prompt"`, rows begin after their prompts where that saves gradients; with `prompts_together`,
+    the prompts of several batches run together, which is for callers that run all batches.
     Every index occurs twice in a batch, so that per-pair results never wait for another batch. Texts that share a
     prefix, or differ in length, are packed into one row if that saves tokens and padding and the row then has at most
     `pack_up_to` tokens, or `group_up_to` for more than one pair; 0 packs nothing.
@@ -84,6 +101,10 @@ def pair_batches(
             yield TokenBatch.from_texts(texts, indices * 2, read_at=read_at, device=device)
         return
     groups = list(_packed_groups(pairs, sharing == "prompt", read_at, pack_up_to, min(group_up_to, pack_up_to)))
+    after = [group for group in groups if sharing == "after prompt" and group.n_prompt]
+    if after:
+        yield from _batches_after(pairs, after, read_at, device, tokens_per_batch, prompts_together)
+        groups = [group for group in groups if not group.n_prompt]
     for is_packed in (False, True):
         some = [group for group in groups if group.is_packed == is_packed]
         # A pair that is not packed takes two rows.
@@ -123,13 +144,14 @@ def pair_collator(
     return lambda indices: _batch(pairs, [groups[index] for index in indices], read_at)
 
 
-def pack(pairs: EncodedPairs, read_at: ReadAt = READ_LAST) -> TokenBatch:
-    """Pack every pair into one row, whether or not that saves tokens."""
+def pack(pairs: EncodedPairs, read_at: ReadAt = READ_LAST, *, after_prompts: bool = False) -> TokenBatch:
+    """Pack every pair into one row, whether or not that saves tokens; `after_prompts`: rows begin after prompts."""
     groups = [
         _PackedGroup((index,), (_row(texts, read_at),))
         for index, texts in enumerate(zip(pairs.chosen, pairs.rejected, strict=True))
     ]
-    return _batch(pairs, groups, read_at)
+    rows = [row for group in groups for row in group.rows]
+    return _batch(pairs, groups, read_at, _prompt_run(rows, pairs.n_tokens) if after_prompts else None)
 
 
 def attention_mask(batch: TokenBatch, dtype: torch.dtype) -> Float[Tensor, "row 1 query key"]:
@@ -140,6 +162,9 @@ def attention_mask(batch: TokenBatch, dtype: torch.dtype) -> Float[Tensor, "row 
     # Padding attends to itself: a softmax over no key is NaN.
     itself = torch.eye(n_tokens, dtype=torch.bool, device=texts.device)
     visible = together.tril() | itself
+    if batch.prompts is not None:
+        prompt = batch.prompts.mask[:, None].expand(-1, n_tokens, -1)
+        visible = torch.cat([prompt, visible], dim=2)
     lowest = torch.finfo(dtype).min
     return torch.zeros(visible.shape, dtype=dtype, device=texts.device).masked_fill(~visible, lowest)[:, None]
 
@@ -203,21 +228,84 @@ def _row(texts: Sequence[EncodedText], read_at: ReadAt) -> _Row:
     return _Row(tuple(distinct), next((column for column, (a, b) in enumerate(columns) if a != b), most))
 
 
-def _batch(pairs: EncodedPairs, groups: Sequence[_PackedGroup], read_at: ReadAt) -> TokenBatch:
-    """The pairs of some groups as one batch; the row of each text determines the columns of its tokens."""
+def _divided(groups: list[_PackedGroup], most: int) -> Iterator[list[_PackedGroup]]:
+    """The groups of one batch, in halves until their padded prompts have at most `most` tokens."""
+    if len(groups) > 1 and len(groups) * max(group.n_prompt for group in groups) > most:
+        middle = len(groups) // 2
+        # By length, so that the halves need less padding.
+        ordered = sorted(groups, key=lambda group: -group.n_prompt)
+        yield from _divided(ordered[:middle], most)
+        yield from _divided(ordered[middle:], most)
+    else:
+        yield groups
+
+
+def _batches_after(
+    pairs: EncodedPairs,
+    groups: Sequence[_PackedGroup],
+    read_at: ReadAt,
+    device: torch.device | str,
+    tokens_per_batch: int,
+    prompts_together: bool,
+) -> Iterator[TokenBatch]:
+    """Batches of rows that begin after their prompts; the prompts of several batches run together."""
+    most = _TIMES_KEPT * tokens_per_batch
+    widths = [group.width - group.n_prompt for group in groups]
+    batches = [
+        some
+        for numbers in length_buckets(widths, tokens_per_batch)
+        for some in _divided([groups[number] for number in numbers], most)
+    ]
+    while batches:
+        room, together = most, 0
+        while together < len(batches):
+            room -= sum(group.n_prompt for group in batches[together])
+            if together and (room < 0 or not prompts_together):
+                break
+            together += 1
+        run = _prompt_run(
+            [row for some in batches[:together] for group in some for row in group.rows], tokens_per_batch
+        )
+        for some in batches[:together]:
+            yield _batch(pairs, some, read_at, run).to(device)
+        del batches[:together]
+
+
+def _prompt_run(rows: Sequence[_Row], tokens_per_batch: int) -> PromptRun:
+    """The prompts of packed rows, each distinct one once."""
+    distinct = list(dict.fromkeys(row.prompt for row in rows))
+    buckets = length_buckets(list(map(len, distinct)), tokens_per_batch)
+    return PromptRun(tuple(EncodedText(ids, len(ids), 0) for ids in distinct), tuple(map(tuple, buckets)))
+
+
+def _batch(
+    pairs: EncodedPairs, groups: Sequence[_PackedGroup], read_at: ReadAt, run: PromptRun | None = None
+) -> TokenBatch:
+    """The pairs of some groups as one batch; the row of each text determines the columns of its tokens.
+
+    With `run`, in which their prompts are, the rows begin after their prompts.
+    """
     rows = [row for group in groups for row in group.rows]
-    width = max(row.length for row in rows)
+    prompts = None
+    if run is not None:
+        index = {text.ids: number for number, text in enumerate(run.texts)}
+        of_row = [index[row.prompt] for row in rows]
+        prompts = Prompts(run, torch.tensor(of_row), torch.tensor([len(run.texts[number]) for number in of_row]))
+    # How many columns of each row come before those of the batch.
+    before = torch.zeros(len(rows), dtype=torch.long) if prompts is None else prompts.lengths
+    width = max(row.length - int(n) for row, n in zip(rows, before, strict=True))
     input_ids, position_ids = torch.zeros(2, len(rows), width, dtype=torch.long)
     # (group, text) -> its row, and the column at which the tokens after the shared prefix begin.
     row_and_start: dict[tuple[int, EncodedText], tuple[int, int]] = {}
     number = 0
     for owner, group in enumerate(groups):
         for row in group.rows:
+            n_before = int(before[number])
             shared, rests = row.texts[0].ids[: row.n_shared], [text.ids[row.n_shared :] for text in row.texts]
-            ids = [*shared, *(token for rest in rests for token in rest)]
+            ids = [*shared, *(token for rest in rests for token in rest)][n_before:]
             positions = [*range(row.n_shared), *(row.n_shared + i for rest in rests for i in range(len(rest)))]
             input_ids[number, : len(ids)] = torch.tensor(ids)
-            position_ids[number, : len(ids)] = torch.tensor(positions)
+            position_ids[number, : len(ids)] = torch.tensor(positions[n_before:])
             starts = accumulate(map(len, rests), initial=row.n_shared)
             row_and_start |= {(owner, text): (number, start) for text, start in zip(row.texts, starts, strict=False)}
             number += 1
@@ -231,7 +319,7 @@ def _batch(pairs: EncodedPairs, groups: Sequence[_PackedGroup], read_at: ReadAt)
     row_index, starts_at = torch.tensor([row_and_start[owner_and_text] for owner_and_text in sides]).unbind(1)
     n_shared = torch.tensor([row.n_shared for row in rows])[row_index]
     lengths = torch.tensor([len(text) for text in texts])
-    columns = torch.arange(width)
+    columns = torch.arange(width) + before[row_index][:, None]
     # By how many columns a text's own tokens are shifted, and the position in the text of every column.
     shift = (starts_at - n_shared)[:, None]
     position = torch.where(columns < n_shared[:, None], columns, columns - shift)
@@ -249,10 +337,11 @@ def _batch(pairs: EncodedPairs, groups: Sequence[_PackedGroup], read_at: ReadAt)
         mask=mask,
         response=response,
         # The last token is never in the shared prefix.
-        last=last + shift[:, 0],
+        last=last + shift[:, 0] - before[row_index],
         keys=torch.tensor([text.key for text in texts]),
         indices=tuple(index for group in groups for index in group.indices) * 2,
         row_index=row_index,
         position_ids=position_ids if any(group.is_packed for group in groups) else None,
         token_types=token_types,
+        prompts=prompts,
     )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rmtension._sites import check_positions
 from rmtension.data._encoding import EncodedText
+from rmtension.data._prompts import Prompts
 from rmtension.data._token_places import READ_LAST, ReadAt, TokenPlaces, first_of_each
 from rmtension.errors import DataError, OptionError
 
@@ -28,7 +29,8 @@ class TokenBatch:
     is the column that its reward is read from, `keys` a hash of its prompt, and `indices` its index in the list that
     was batched. In a batch of pairs, the chosen texts come first, then the rejected ones. `row_index` is the row that
     a text is in; if it is None, text i is row i. `position_ids` are set if rows are packed: each token's position in
-    its own text. `token_types` are set for texts of two segments: 0 for the prompt, 1 for the response.
+    its own text. `token_types` are set for texts of two segments: 0 for the prompt, 1 for the response. `prompts` are
+    set if the columns begin after a prompt that runs first; no other field counts its tokens.
     """
 
     input_ids: Int[Tensor, "row token"]
@@ -40,6 +42,7 @@ class TokenBatch:
     row_index: Int[Tensor, "text"] | None = None
     position_ids: Int[Tensor, "row token"] | None = None
     token_types: Int[Tensor, "row token"] | None = None
+    prompts: Prompts | None = None
 
     @classmethod
     def from_texts(
@@ -96,7 +99,12 @@ class TokenBatch:
             row_index=None if self.row_index is None else self.row_index.to(device),
             position_ids=None if self.position_ids is None else self.position_ids.to(device),
             token_types=None if self.token_types is None else self.token_types.to(device),
+            prompts=None if self.prompts is None else self.prompts.to(device),
         )
+
+    def with_prompts(self, prompts: Prompts | None) -> "TokenBatch":
+        """The same batch after other `prompts`."""
+        return replace(self, prompts=prompts)
 
     @property
     def n_pairs(self) -> int:

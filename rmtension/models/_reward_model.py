@@ -232,6 +232,20 @@ class RewardModel(Readout):
 
     # -- running ---------------------------------------------------------------------------------------------------
 
+    @property
+    def runs_prompts_first(self) -> bool:
+        """Whether prompts can run before the rows of a batch: nothing reads or hooks them."""
+        return self.head is not None and self.head.reads_last_only and self.body.prompt_runs is not None
+
+    def after_prompts(self, batch: TokenBatch) -> TokenBatch:
+        """The batch, ready to run: its prompts, if its rows begin after them, have run without gradients."""
+        runs = self.body.prompt_runs
+        if batch.prompts is None:
+            return batch
+        assert runs is not None
+        with eager_eval(list(self.body.modules())):
+            return batch.with_prompts(runs.run(batch.prompts))
+
     def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
         """Run the blocks and the final norm, not the vocabulary projection, with every hook firing."""
         modules = list(self.body.modules())

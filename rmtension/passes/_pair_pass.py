@@ -198,7 +198,7 @@ class _Pass(Generic[Result_co]):
             if number <= self._record.batches_done:
                 bar.update(batch.n_pairs)
                 continue
-            started = number, batch, self._statistic.observe(batch) if self._shard.takes(number - 1) else None
+            started = number, batch, self._observe(batch) if self._shard.takes(number - 1) else None
             if self._model.device.type == "cpu":
                 yield started
                 continue
@@ -208,8 +208,13 @@ class _Pass(Generic[Result_co]):
         if waiting is not None:
             yield waiting
 
+    def _observe(self, batch: TokenBatch) -> list[Tensor]:
+        return self._statistic.observe(self._model.after_prompts(batch))
+
     def _batches(self, chunk: _Chunk) -> Iterator[TokenBatch]:
-        model = self._model
+        model, sharing = self._model, self._statistic.sharing
+        if sharing == "after prompt" and not model.runs_prompts_first:
+            sharing = "pair"
         batches = pair_batches(
             chunk.encoded,
             tokens_per_batch=self._record.tokens_per_batch,
@@ -217,7 +222,9 @@ class _Pass(Generic[Result_co]):
             device=model.device,
             pack_up_to=model.body.pack_up_to,
             group_up_to=max(_GROUP_AT_LEAST, _WIDTHS * model.d_model),
-            sharing=self._statistic.sharing,
+            sharing=sharing,
+            # A process that runs some of the batches would run the prompts of all.
+            prompts_together=self._shard.size == 1,
         )
         return (replace(batch, indices=tuple(chunk.start + index for index in batch.indices)) for batch in batches)
 
@@ -229,6 +236,7 @@ class _Pass(Generic[Result_co]):
         for number in batch.indices[: batch.n_pairs]:
             only = chunk.only(number)
             (alone,) = self._batches(only)
+            alone = self._model.after_prompts(alone)
             observed = self._statistic.observe(alone)
             if are_finite(observed):
                 self._statistic.update(alone, observed)

@@ -68,6 +68,12 @@ def open_head(shape: str, tokenizer, options: argparse.Namespace) -> RewardHead:
         return RewardHead.from_pretrained(folder, device=options.device, dtype=getattr(torch, options.dtype))
 
 
+def open_folder(folder: str, options: argparse.Namespace) -> RewardHead:
+    return RewardHead.from_pretrained(
+        folder, device=options.device, dtype=getattr(torch, options.dtype), max_length=1024
+    )
+
+
 def single_texts(head: RewardHead, pairs: PreferencePairs):
     """All texts in batches of similar length, one text per row."""
     encoded = head.encode(pairs)
@@ -149,6 +155,9 @@ OURS: dict[str, Callable[[RewardHead, PreferencePairs], object]] = {
     ),
     "gradient_x_activation, all MLP neurons": lambda head, pairs: NeuronAttribution(
         head, method="gradient_x_activation"
+    ).score(pairs),
+    "the same at response tokens": lambda head, pairs: NeuronAttribution(
+        head, method="gradient_x_activation", positions="response"
     ).score(pairs),
 }
 PAPER = "the paper's procedure"
@@ -271,14 +280,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=384, help="of the residual stream; heads have 64 channels")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--model", help="a folder of a reward model, in place of the shapes")
+    parser.add_argument("--passes-only", action="store_true", help="the first table of each model, and no other")
     options = parser.parse_args()
     everything = PreferencePairs.from_jsonl(options.pairs, on_invalid="skip")
     pairs = everything.sample(options.n, seed=0) if options.n else everything
     tokenizer = train_tokenizer([pair.text("chosen") for pair in everything], 8192, max_length=1024)
     ceiling = matrix_product_rate(options.device, getattr(torch, options.dtype)) if options.device != "cpu" else None
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads")
-    for shape in options.shapes:
-        head = open_head(shape, tokenizer, options)
+    for shape in [options.model] if options.model else options.shapes:
+        head = open_head(shape, tokenizer, options) if shape in SHAPES else open_folder(shape, options)
         blocks = [head.body.block(layer) for layer in range(head.n_layers)]
         n_parameters = sum(parameter.numel() for block in blocks for parameter in block.parameters())
         work = 2 * n_parameters / ceiling if ceiling else 0.0
@@ -290,6 +301,10 @@ def main() -> None:
             plain(head, few)
             found = compare(head, cases, rounds)
             print_table(found, work=work)
+            if options.passes_only:
+                break
+        if options.passes_only:
+            continue
         times = [paper / ours for paper, ours in zip(found[PAPER][0], found[COLLECT][0], strict=True)]
         print(
             f"\ncollecting is {statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f}) times faster than "

@@ -1,0 +1,83 @@
+"""Runs prompts by themselves, and keeps the keys and values that the tokens after them attend to.
+
+In a causal model nothing after a prompt changes it. Gradients at the response need no backward pass through the prompt.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from rmtension.bodies._hooks import AllSeen, eager_eval, is_placed, modules_of
+from rmtension.bodies._native_run import TIMES_ROUNDING, furthest, packing_tolerance, probe_pairs, run_base
+from rmtension.data._encoding import EncodedText
+from rmtension.data._packing import pack
+from rmtension.data._prompts import KeysAndValues, Prompts
+from rmtension.data._tokens import TokenBatch
+
+
+class PromptRuns:
+    """Whether a base model of transformers can run prompts first, and how it does.
+
+    Args:
+        base: the model.
+        n_layers: how many layers it has.
+        n_embeddings: the rows of its embedding.
+    """
+
+    def __init__(self, base: nn.Module, n_layers: int, n_embeddings: int) -> None:
+        self._base = base
+        self._n_layers = n_layers
+        self._n_embeddings = n_embeddings
+
+    @cached_property
+    def works(self) -> bool:
+        """Whether rows after their prompts get the states that they get in rows with them, in a trial run."""
+        base = self._base
+        parameter = next(base.parameters())
+        pairs = probe_pairs(self._n_embeddings)
+        whole, after = (pack(pairs, after_prompts=split).to(parameter.device) for split in (False, True))
+        prompts = after.prompts
+        assert prompts is not None
+        try:
+            with torch.no_grad(), eager_eval(base.modules()):
+                expected = run_base(base, whole).double().cpu()
+                states = run_base(base, after.with_prompts(self.run(prompts))).double().cpu()
+        except Exception:  # a family that keeps other states may raise anything
+            return False
+        off = 0.0
+        for text, row in enumerate(whole.rows.tolist()):
+            of_text = expected[row, whole.mask[text].cpu()][int(prompts.lengths[row]) :]
+            off = max(off, furthest(states[row, after.mask[text].cpu()], of_text))
+        return off <= TIMES_ROUNDING * packing_tolerance(parameter.dtype)
+
+    def run(self, prompts: Prompts) -> Prompts:
+        """The prompts with their keys and values. Cost: a forward pass over each prompt that did not run yet."""
+        return prompts.ready(partial(self._run_bucket, prompts.of_row.device))
+
+    @torch.no_grad()
+    def _run_bucket(self, device: torch.device, texts: Sequence[EncodedText]) -> list[KeysAndValues]:
+        # accelerate needs every module to finish.
+        last = None if is_placed(modules_of(self._base)) else self._n_layers - 1
+        kept = _Kept(last)
+        with nullcontext() if last is None else suppress(AllSeen):
+            run_base(self._base, TokenBatch.from_texts(texts, range(len(texts)), device=device), cache=kept)
+        return [(layer.keys, layer.values) for layer in kept.layers]
+
+
+class _Kept(DynamicCache):  # type: ignore[misc]
+    """Keys and values as they come; the run ends after those of layer `last`."""
+
+    def __init__(self, last: int | None) -> None:
+        super().__init__()
+        self._last = last
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        both: tuple[Tensor, Tensor] = super().update(keys, values, layer, *args, **more)
+        if layer == self._last:
+            raise AllSeen
+        return both
