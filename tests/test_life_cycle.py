@@ -283,6 +283,9 @@ CALLS = {
     "attribution._neuron_attribution.NeuronAttribution.score": lambda s: NeuronAttribution(
         s.head, method="attribution_patching", graddrop=True, aggregate="absolute"
     ).score(s.pairs),
+    "models._reward_model.RewardModel.after_prompts": lambda s: NeuronAttribution(
+        s.head, method="gradient_x_activation", positions="response"
+    ).score(s.pairs),
     "attribution._neuron_attribution.NeuronAttribution.per_pair": lambda s: NeuronAttribution(
         s.head, method="integrated_gradients", steps=2
     ).per_pair(s.pairs),
@@ -402,6 +405,11 @@ CALLS = {
 }
 # The same calls under other names.
 THE_SAME = {
+    "bodies._bodies.BridgeBody.prompt_runs": "models._reward_model.RewardModel.after_prompts",
+    "bodies._native_body.NativeBody.prompt_runs": "models._reward_model.RewardModel.after_prompts",
+    "bodies._prompt_runs.PromptRuns.run": "models._reward_model.RewardModel.after_prompts",
+    "bodies._prompt_runs.PromptRuns.works": "models._reward_model.RewardModel.after_prompts",
+    "models._reward_model.RewardModel.runs_prompts_first": "models._reward_model.RewardModel.after_prompts",
     "attribution._batch_scores.BatchScorer.rules": "attribution._kept_curves.kept_curves",
     "attribution._relevance.RelevanceRules.__init__": "attribution._kept_curves.kept_curves",
     "bodies._gate_search.is_activation_function": "attribution._kept_curves.kept_curves",
@@ -526,6 +534,7 @@ OWN_MODEL = [
     "heads._encoder_heads.PooledHead.classifier_with",
 ]
 ONLY_LOOKS = [
+    "bodies._prompt_runs.PromptRuns.__init__",
     "bodies._native_sites.block_lists",
     "heads._head.tensors_of",
     "models._reward_model.RewardModel.require_same_head",

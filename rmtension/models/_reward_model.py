@@ -239,9 +239,9 @@ class RewardModel(Readout):
 
     def after_prompts(self, batch: TokenBatch) -> TokenBatch:
         """The batch, ready to run: its prompts, if its rows begin after them, have run without gradients."""
-        runs = self.body.prompt_runs
         if batch.prompts is None:
             return batch
+        runs = self.body.prompt_runs
         assert runs is not None
         with eager_eval(list(self.body.modules())):
             return batch.with_prompts(runs.run(batch.prompts))

@@ -154,7 +154,7 @@ def jaccard_intervals(
     n_neurons = next(iter(scores.values())).values.numel()
     for part in torch.split(draws, max(1, _RESAMPLED_AT_A_TIME // n_neurons)):
         tops = {
-            name: _resampled_tops(each, part, fraction, rank_by, rank_within, cut_rule) for name, each in named.items()
+            name: resampled_tops(each, part, fraction, rank_by, rank_within, cut_rule) for name, each in named.items()
         }
         for (a, b), values in jaccards.items():
             top_a, top_b = tops[a], tops[b]
@@ -170,7 +170,7 @@ def jaccard_intervals(
     return intervals
 
 
-def _resampled_tops(
+def resampled_tops(
     scores: NeuronScores,
     counts: Float[Tensor, "resample block"],
     fraction: float,

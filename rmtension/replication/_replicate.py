@@ -136,6 +136,7 @@ def replicate(
                 )
                 found = _run(study, out / "study", passes, progress)
                 studies[rules] = StudyResult({**behaviour.tables, **found.tables}, found.summary)
+                studies[rules].save(out / rules, overwrite=True)
                 if rules == "corrected":
                     main = study
         faithful = None
@@ -159,7 +160,6 @@ def replicate(
         with clock.stage("report"):
             models = _trained(families)
             for rules, result in studies.items():
-                result.save(out / rules, overwrite=True)
                 write_report(result, out / rules, neurons=neurons if rules == "corrected" else None)
             overlap = _overlap_trained(studies["corrected"], recipe)
             if overlap is not None:

@@ -90,6 +90,15 @@ SECTIONS = (
         ),
     ),
     Section(
+        "Stability of top sets", "stability", {"score": "score", "model": "model", "changed": "changed"},
+        (
+            _SIZE, _Number("share that comes back", "share", form=".2f", how="range"),
+            _Number("by chance in each layer", "chance", form=".2f"),
+        ),
+        "The share of the set that is in the set of the other half of the prompts (mean of 20 splits), of as many new "
+        "prompts (expected), by another score, at other tokens, with another replacement, or in another seed.",
+    ),
+    Section(
         "Depth", "depth", {"score": "score", "set": "set"},
         (
             _SIZE, *(_Number(third, third, form=".2f", how="range") for third in ("early", "middle", "late")),

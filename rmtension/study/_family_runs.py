@@ -118,27 +118,27 @@ class FamilyRuns:
         models differ because of the models and not of the data.
         """
         if (score, model) not in self._scores:
-            self._scores[score, model] = self._score(score, model)
+            self._scores[score, model] = self.scored(score, model, self.options)
         return self._scores[score, model]
 
-    def _score(self, score: str, model: str) -> NeuronScores:
+    def scored(self, score: str, model: str, options: StudyOptions) -> NeuronScores:
+        """The same by other options; not kept in memory by `scores_of`."""
         own = [model] if model in OBJECTIVES and is_contrastive(score) else list(OBJECTIVES)
         if score == "selectivity":
-            return selectivity(self.profiles(model))
+            return selectivity(self.profiles(model, options))
         if score in ACTIVATION_SCORES:
-            profiles = self.profiles(model)
+            profiles = self.profiles(model, options)
             first, *others = (profiles[name] for name in own)
             return sum(others, start=first).scores(score)
         pairs = joined({name: self.scoring[name] for name in own})
-        options = self.options
-        replaced = {"replacement": self.replacement(model)} if METHODS[score].needs_replacement else {}
+        replaced = {"replacement": self.replacement(model, options)} if METHODS[score].needs_replacement else {}
         return self.runs[model].attribution(
             pairs, method=score, site=options.site, positions=options.positions, **replaced
         )
 
-    def profiles(self, model: str) -> dict[str, ActivationProfile]:
+    def profiles(self, model: str, options: StudyOptions | None = None) -> dict[str, ActivationProfile]:
         """A model's activation profile on each objective's scoring pairs, compared with the base if there is one."""
-        options = self.options
+        options = options or self.options
         profiles = {
             name: self.runs[model].profile(
                 part,
@@ -189,10 +189,11 @@ class FamilyRuns:
             options.fraction, rank_by=options.rank_by, rank_within=options.rank_within, cut_rule=options.cut_rule
         )
 
-    def replacement(self, model: str) -> Replacement:
+    def replacement(self, model: str, options: StudyOptions | None = None) -> Replacement:
         """What replaces the activations of ablated neurons, and of neurons that are scored by replacing them."""
-        if self.options.replacement == "mean":
-            return Mean(self.runs[model].statistics(joined(self.scoring), site=self.options.site))
+        options = options or self.options
+        if options.replacement == "mean":
+            return Mean(self.runs[model].statistics(joined(self.scoring), site=options.site))
         return Zero()
 
     def ablations(self, model: str) -> Ablations:

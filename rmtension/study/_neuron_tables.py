@@ -14,6 +14,7 @@ from rmtension.passes._activation_profile import SCORES as ACTIVATION_SCORES
 from rmtension.study._family_runs import MODELS, FamilyRuns
 from rmtension.study._options import base_has
 from rmtension.study._result import Tables
+from rmtension.study._stability import stability
 
 
 def scores(family: FamilyRuns) -> Tables:
@@ -39,7 +40,10 @@ def scores(family: FamilyRuns) -> Tables:
 
 
 def sets(family: FamilyRuns) -> Tables:
-    """Table `sets`: size, score at the cut and number of ties of every model's top set by every score. Analysis 5."""
+    """Table `sets`: size, score at the cut and number of ties of every model's top set by every score. Analysis 5.
+
+    Table `stability`: how much of each of these sets comes back with other prompts, scores and settings.
+    """
     rows = []
     for score in family.options.scores:
         for model in family.models_with(score):
@@ -58,7 +62,7 @@ def sets(family: FamilyRuns) -> Tables:
                     "n_pairs": scored.n,
                 }
             )
-    return {"sets": pd.DataFrame(rows)}
+    return {"sets": pd.DataFrame(rows), "stability": stability(family)}
 
 
 def depth(family: FamilyRuns) -> Tables:

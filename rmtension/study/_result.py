@@ -21,8 +21,8 @@ Tables = dict[str, pd.DataFrame]
 _SUMMARY = "summary.json"
 _N_LISTED = 12  # columns of a table that the HTML view in notebooks lists
 TABLES = (
-    "accuracy", "subsets", "comparisons", "transferability", "confidence", "rewards", "neurons", "sets", "depth",
-    "overlap", "curves", "cross_objective", "drift", "ablation", "equal_size", "collapse",
+    "accuracy", "subsets", "comparisons", "transferability", "confidence", "rewards", "neurons", "sets", "stability",
+    "depth", "overlap", "curves", "cross_objective", "drift", "ablation", "equal_size", "collapse",
     "ablated_transferability",
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ _SHARED = {
     "transferability": ("rewards",),
     "confidence": ("rewards",),
     "scores": ("profiles", "scores"),
-    "sets": ("scores",),
+    "sets": ("scores", "settings"),
     "depth": ("scores",),
     "overlap": ("scores",),
     "curves": ("scores", "means", "rewards"),
@@ -68,6 +68,7 @@ def n_sets_ablated(*, has_base: bool) -> int:
 # The column that each part of a shared result is counted in.
 _COLUMN = {
     "rewards": "rewards", "profiles": "forward", "means": "forward", "activations": "forward", "gradients": "gradient",
+    "settings, forward": "forward", "settings, gradient": "gradient",
 }  # fmt: skip
 
 
@@ -81,6 +82,8 @@ def _shared_cost(shared: str, options: StudyOptions, has_base: bool) -> dict[str
     profiles: dict[str, int | float] = {"profiles": n_models + len(MODELS) * has_base}
     if shared == "profiles":
         return profiles
+    if shared == "settings":
+        return _settings_cost(options, has_base)
     parts: dict[str, int | float] = {}
     for score in options.scores:
         if score not in METHODS or score in ACTIVATION_SCORES:
@@ -94,3 +97,17 @@ def _shared_cost(shared: str, options: StudyOptions, has_base: bool) -> dict[str
         if METHODS[score].needs_replacement and options.replacement == "mean":
             parts["means"] = len(MODELS)
     return parts
+
+
+def _settings_cost(options: StudyOptions, has_base: bool) -> dict[str, int | float]:
+    """The passes of `stability`: the mixed model's first score at other positions, and by the other replacement."""
+    score = options.scores[0]
+    n_positions = len({"all", "response"} - {options.positions})
+    if score not in METHODS or score in ACTIVATION_SCORES:
+        return {"settings, forward": n_positions * (1 + has_base)}
+    method = METHODS[score]
+    n = n_positions + method.needs_replacement
+    passes: dict[str, int | float] = {"settings, gradient" if method.runs_backward else "settings, forward": n}
+    if method.needs_replacement and options.replacement == "zero":
+        passes["settings, forward"] = passes.get("settings, forward", 0) + 1  # the means
+    return passes

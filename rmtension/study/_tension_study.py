@@ -1,7 +1,7 @@
 """The whole comparison of reward models in one object: ten analyses over seeds and base models."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import combinations
@@ -22,6 +22,7 @@ from rmtension.study._model_output import ModelOutput
 from rmtension.study._neuron_tables import overlap_with
 from rmtension.study._options import StudyOptions, is_contrastive
 from rmtension.study._result import StudyResult
+from rmtension.study._stability import stability_with
 from rmtension.study._study_cost import n_ablations, n_sets_ablated, study_cost
 
 # The scores of a study of outputs of one model, unless others are named.
@@ -165,7 +166,9 @@ class TensionStudy:
                 cut |= member.prompts_cut()
                 member.close()
             if "overlap" in options.analyses:
-                parts["overlap"] += self._between_seeds(members)
+                parts["overlap"] += self._between_seeds(members, overlap_with)
+            if "sets" in options.analyses:
+                parts["stability"] += self._between_seeds(members, stability_with)
         self.n_run = sum(member.n_run for member in members)
         self.n_read = sum(member.n_read for member in members)
         tables = {table: pd.concat(frames, ignore_index=True) for table, frames in parts.items()}
@@ -195,10 +198,12 @@ class TensionStudy:
                 n_steps += n_ablations(analysis, self.options, has_base=has_base) + again.get(analysis, 0)
         return n_steps
 
-    def _between_seeds(self, members: Sequence[FamilyRuns]) -> list[pd.DataFrame]:
-        """The seed ceiling: overlap of one objective's top sets between two seeds of a family."""
+    def _between_seeds(
+        self, members: Sequence[FamilyRuns], compare: Callable[[FamilyRuns, FamilyRuns], pd.DataFrame]
+    ) -> list[pd.DataFrame]:
+        """Comparisons of one objective's top sets between two seeds of a family."""
         return [
-            _labelled(overlap_with(first, second), first.family)
+            _labelled(compare(first, second), first.family)
             for first, second in combinations(members, 2)
             if first.family.name == second.family.name
         ]

@@ -91,6 +91,9 @@ def hand_made(seeds=(0, 1, 2), family="tiny", level=0.95):
                 gap = ("difference", "difference_low", "difference_high")
                 add("collapse", {"set": name, "size": size + seed, "quantity": quantity}, *retained, gap)
         for score in SCORES:
+            for changed in ("half of the prompts", "new prompts (expected)"):
+                names = {"score": score, "model": "mixed", "changed": changed}
+                add("stability", names, ("share", "low", "high"), size=40 + seed, chance=0.1)
             for name in (*MODELS, "shared"):
                 shares = dict(zip(("early", "middle", "late"), rng.dirichlet([2, 2, 2]), strict=True))
                 add("depth", {"score": score, "set": name}, size=40 + seed, **shares)

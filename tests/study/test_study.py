@@ -193,6 +193,64 @@ class TestTables:
         assert margins.groupby("objective")["margin"].nunique().tolist() == [3, 3]
 
 
+def top_of(values, size=20):
+    """The indices of the largest magnitudes."""
+    return set(np.argsort(-np.abs(np.asarray(values)), kind="stable")[:size].tolist())
+
+
+def row_of(result, **where):
+    table = result.stability
+    for name, value in where.items():
+        table = table[table[name] == value]
+    (row,) = table.to_dict("records")
+    return row
+
+
+class TestStability:
+    """Counted again with NumPy from the scores of all neurons."""
+
+    def test_every_score_and_model_has_its_rows(self, result):
+        changed = set(
+            result.stability.query("score == 'mean_difference' and model == 'mixed' and seed == 0")["changed"]
+        )
+        assert changed == {
+            *("half of the prompts", "new prompts (expected)", "positions: response"),
+            *("score: magnitude", "score: change", "seed: 1"),
+        }
+        assert (result.stability["size"] == 20).all()
+        shares = result.stability["share"]
+        assert shares.between(0, 1).all()
+        assert shares.nunique() > 5
+
+    def test_another_score_is_counted_by_hand(self, result):
+        neurons = result.neurons.query("seed == 1")
+        for model in MODELS:
+            one, other = (top_of(neurons[f"{score}_{model}"].to_numpy()) for score in ("mean_difference", "magnitude"))
+            row = row_of(result, seed=1, score="mean_difference", model=model, changed="score: magnitude")
+            assert row["share"] == len(one & other) / 20
+            layers = neurons["layer"].to_numpy()
+            n = [[sum(layers[index] == layer for index in some) for some in (one, other)] for layer in range(3)]
+            assert row["chance"] == pytest.approx(sum(a * b / 64 for a, b in n) / 20)
+
+    def test_another_seed_is_counted_by_hand(self, result):
+        for model in MODELS:
+            one, other = (top_of(result.neurons.query(f"seed == {seed}")[f"change_{model}"]) for seed in (0, 1))
+            row = row_of(result, seed=0, score="change", model=model, changed="seed: 1")
+            assert row["share"] == len(one & other) / 20
+
+    def test_other_positions_are_those_of_a_profile(self, result, study, folders):
+        head = RewardHead.from_pretrained(folders[0]["mixed"])
+        parts = [
+            collect_profiles(head, pairs, positions=("response",))["mlp", "response"]
+            for pairs in study.scoring.values()
+        ]
+        scores = (parts[0] + parts[1]).scores("mean_difference")
+        at_response = top_of(scores.to_frame()["score"])
+        neurons = result.neurons.query("seed == 0")
+        row = row_of(result, seed=0, score="mean_difference", model="mixed", changed="positions: response")
+        assert row["share"] == len(at_response & top_of(neurons["mean_difference_mixed"].to_numpy())) / 20
+
+
 class TestPasses:
     def test_a_second_run_with_an_added_analysis_runs_no_model(
         self, families, world, passes, result, monkeypatch, tmp_path
@@ -256,7 +314,9 @@ class TestPasses:
         assert cost.loc["accuracy", "rewards"] == 3
         # Four profiles, of which three run the base too, and the means of three models.
         assert cost["forward"].sum() == 7 + 3
-        assert cost["gradient"].sum() == 0.5 + 0.5 + 1, "a specialist is scored on its own half of the pairs"
+        # A specialist is scored on its own half of the pairs; `stability` has response tokens, and zeros for means.
+        assert cost["gradient"].sum() == 0.5 + 0.5 + 1 + 2
+        assert cost.loc["sets", "gradient"] == 2
         # The mixed model's top set is in two analyses, the smallest sets are not drawn again at equal size, and empty
         # sets do not run.
         whole = result.equal_size.query("n_subsamples == 1")["set"].nunique()
@@ -264,7 +324,7 @@ class TestPasses:
         saved = 1 + whole * options.n_subsamples + empty * (1 + 2 * options.n_draws + options.n_subsamples)
         n_files = len(list((tmp_path / "runs").glob("rewards-*")))
         assert n_files == 2 * (cost["rewards"].sum() + cost["ablations"].sum() - saved)
-        assert len(list((tmp_path / "runs").glob("attribution-*"))) == 3
+        assert len(list((tmp_path / "runs").glob("attribution-*"))) == 3 + 2
         twice = TensionStudy(families, world, options=options).cost().set_index("analysis")
         pd.testing.assert_frame_equal(twice, 2 * cost)
 
