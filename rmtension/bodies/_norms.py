@@ -37,7 +37,11 @@ class NormLayer:
         return scaled - scaled.mean(dim=-1, keepdim=True) if self.centred else scaled
 
     def sigma(self, x: Float[Tensor, "*text d"], y: Float[Tensor, "*text d"]) -> Float[Tensor, "*text"]:
-        """The scale that the norm divided by when it computed `y` from `x`, by least squares over its d outputs."""
+        """The scale that the norm divided by when it computed `y` from `x`, by least squares over its d outputs.
+
+        In float32 for half precision, in which a square may overflow.
+        """
+        x, y = x.to(_wide(x.dtype)), y.to(_wide(y.dtype))
         if not self.divides:
             return torch.ones_like(x[..., 0])
         unscaled = self.gain * (x - x.mean(dim=-1, keepdim=True) if self.centred else x)
@@ -48,7 +52,7 @@ class NormLayer:
     def apply(self, x: Float[Tensor, "*text d"], sigma: Float[Tensor, "*text"]) -> Float[Tensor, "*text d"]:
         """The norm's output for `x` with the scale frozen at `sigma`."""
         centred = x - x.mean(dim=-1, keepdim=True) if self.centred else x
-        return self.gain * centred / sigma[..., None] + self.bias
+        return self.gain * (centred / sigma[..., None]) + self.bias
 
     def to(self, like: Tensor) -> "NormLayer":
         """The layer in the dtype and on the device of `like`."""
@@ -72,31 +76,37 @@ def read_norm(norm: nn.Module, width: int) -> NormLayer:
         # If the width is odd, mean zero leaves an entry 0; a rolled pattern measures the gain of that entry.
         gains, biases = [], []
         for v in (signs, signs.roll(1)):
-            ups, downs = (_apply(norm, sign * scale * v) for sign in (1, -1))
+            ups, downs = (_apply(norm, sign * scale * v).to(_wide(v.dtype)) for sign in (1, -1))
             unit = v.abs().mean().sqrt()
             gains.append((ups - downs) / 2 * unit * v)
             biases.append((ups + downs) / 2)
         gain = torch.where(signs != 0, gains[0], gains[1])
         bias = biases[0]
-        probe = torch.linspace(-1, 2, width, dtype=gain.dtype, device=gain.device) * scale
+        probe = torch.linspace(-1, 2, width, dtype=signs.dtype, device=gain.device) * scale
         out = _apply(norm, probe)
         if torch.equal(out, probe):
             return NormLayer(torch.ones_like(gain), torch.zeros_like(gain), centred=False, divides=False)
         layers = [NormLayer(gain, bias, centred) for centred in (True, False)]
+        probe, out = probe.to(gain), out.to(gain)
         errors = [float((layer.apply(probe, layer.sigma(probe, out)) - out).abs().max()) for layer in layers]
-    best = min(range(2), key=errors.__getitem__)
+    layer = layers[min(range(2), key=errors.__getitem__)]
     tolerance = {torch.float16: 2e-2, torch.bfloat16: 1e-1}.get(parameter.dtype, 1e-3)
-    if not errors[best] <= tolerance * max(1.0, float(out.abs().max())):
+    if not min(errors) <= tolerance * max(1.0, float(out.abs().max())):
         raise ModelError(
             f"norm: expected a layer norm or an RMS norm, got {type(norm).__name__}, which computes something else "
-            f"(off by {errors[best]:.1e}). Use a method that does not split the reward, such as attribution_patching."
+            f"(off by {min(errors):.1e}). Use a method that does not split the reward, such as attribution_patching."
         )
-    return layers[best]
+    return layer.to(signs)
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm, by the name of its class."""
     return "norm" in type(module).__name__.lower()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which norms are computed here: float32, or float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _apply(norm: Any, x: Tensor) -> Tensor:

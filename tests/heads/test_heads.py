@@ -256,6 +256,23 @@ def test_norms_equal_their_formula_or_are_refused(kind, width):
         read_norm(torch.nn.Tanh(), width)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.nn.LayerNorm, torch.nn.RMSNorm])
+def test_norms_in_half_precision_do_not_overflow(kind, dtype):
+    """Streams of some hundreds, whose squares are above float16's 65,504."""
+    width = 64
+    norm = kind(width).to(dtype)
+    norm.weight.data = 1 + torch.rand(width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    layer = read_norm(norm, width)
+    room = 8 * torch.finfo(dtype).eps
+    assert layer.gain.dtype == dtype
+    assert torch.allclose(layer.gain, norm.weight, rtol=room)
+    x = (300 * torch.randn(5, width, generator=torch.Generator().manual_seed(1))).to(dtype)
+    sigma = layer.sigma(x, norm(x))
+    wide = x.double() - (x.double().mean(1, keepdim=True) if layer.centred else 0)
+    assert torch.allclose(sigma.double(), wide.square().mean(1).sqrt(), rtol=room)
+
+
 def norm_eps(norm):
     eps = norm.eps
     return torch.finfo(torch.float64).eps if eps is None else eps

@@ -28,7 +28,9 @@ def failed(head, *arguments, **options):
     return names
 
 
-@pytest.mark.parametrize("dtype", grid([torch.float64, torch.float32, torch.bfloat16], keep=[torch.float32]))
+@pytest.mark.parametrize(
+    "dtype", grid([torch.float64, torch.float32, torch.bfloat16, torch.float16], keep=[torch.float32, torch.float16])
+)
 @pytest.mark.parametrize("family", grid(FAMILIES))
 def test_right_heads_pass(checkpoints, family, dtype, pairs):
     head = RewardHead.from_pretrained(checkpoints[family], dtype=dtype)
