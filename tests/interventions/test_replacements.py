@@ -9,7 +9,7 @@ import torch
 from tiny_models import batches_of, make_pairs, unchecked
 
 from rmtension import AblationContext, ActivationCollector, Mean, NeuronSet, OtherResponse, Resample, Scale, Zero
-from rmtension.errors import OptionError
+from rmtension.errors import OptionError, RMTensionWarning
 from rmtension.interventions._replacement import Replacement, SingleTextReplacement
 
 
@@ -216,3 +216,31 @@ def test_arguments_of_the_wrong_type_are_refused(every, head, few):
     for wrong in (-1, 0.5, "1", True):
         with pytest.raises(OptionError, match="seed: expected a whole number from 0 on"):
             made(Resample, sample=resample.sample, seed=wrong)
+
+
+class TestSpikes:
+    """Neurons whose mean is nothing that they ever are."""
+
+    def statistics(self, few, head, activations):
+        """Statistics of the first neuron's given activations at 100 tokens; all others alternate between -1 and 1."""
+        real = ActivationCollector(head).collect(few)
+        values = torch.ones(100, *real.mean.shape, dtype=torch.float64)
+        values[::2] = -1
+        values[:, 0, 0] = torch.as_tensor(activations, dtype=torch.float64)
+        mean = values.mean(0)
+        rms = values.square().mean(0).sqrt()
+        return dataclasses.replace(real, mean=mean, abs_mean=values.abs().mean(0), rms=rms, channel_mean=mean)
+
+    def test_a_mean_of_two_tokens_warns(self, few, head):
+        spiky = self.statistics(few, head, [3000.0, 3000.0, *[0.0] * 98])
+        with pytest.warns(RMTensionWarning, match=r"Mean: 1 of \d+ neurons .* L0 N0 \(mean 60, root mean square 424;"):
+            Mean(spiky)
+
+    @pytest.mark.parametrize(
+        "activations",
+        [[60.0] * 100, [100.0, 100.0, *[0.0] * 98], [3000.0, -3000.0, *[0.0] * 98], [0.0] * 100],
+        ids=["large everywhere", "sparse and ordinary", "no mean", "dead"],
+    )
+    def test_other_neurons_do_not(self, few, head, activations, recwarn):
+        Mean(self.statistics(few, head, activations))
+        assert not recwarn
