@@ -405,8 +405,6 @@ CALLS = {
 }
 # The same calls under other names.
 THE_SAME = {
-    "bodies._bodies.BridgeBody.prompt_runs": "models._reward_model.RewardModel.after_prompts",
-    "bodies._native_body.NativeBody.prompt_runs": "models._reward_model.RewardModel.after_prompts",
     "bodies._prompt_runs.PromptRuns.run": "models._reward_model.RewardModel.after_prompts",
     "bodies._prompt_runs.PromptRuns.works": "models._reward_model.RewardModel.after_prompts",
     "models._reward_model.RewardModel.runs_prompts_first": "models._reward_model.RewardModel.after_prompts",

@@ -65,9 +65,10 @@ class BridgeBody:
         self._rope = RopeByText(self.modules(), self._run_all, int(cfg.n_ctx))
         self._pack_up_to = 0 if native is None else measure_packing(native, self.n_embeddings, self._rope.same_up_to)
         self._last_mlp = None
-        self._prompt_runs: PromptRuns | None = None
+        # How prompts run before the rows of a batch; None where only a bridge runs.
+        self.prompt_runs: PromptRuns | None = None
         if native is not None:
-            self._prompt_runs = PromptRuns(native, int(cfg.n_layers), self.n_embeddings)
+            self.prompt_runs = PromptRuns(native, int(cfg.n_layers), self.n_embeddings)
             last = int(cfg.n_layers) - 1
             path = self.projection_names.get(("mlp", last))
             self._last_mlp = find_last_mlp(native, path, self.block(last), self.n_embeddings)
@@ -111,12 +112,6 @@ class BridgeBody:
     def pack_up_to(self) -> int:
         """The longest row that two texts may share; 0 if texts may not share rows."""
         return self._pack_up_to if self.runs_native else 0
-
-    @property
-    def prompt_runs(self) -> PromptRuns | None:
-        """How prompts run before the rows of a batch; None if they cannot."""
-        runs = self._prompt_runs
-        return runs if runs is not None and self.pack_up_to and not self.is_hooked and runs.works else None
 
     def last_mlp_only_at(self, batch: TokenBatch, places: TokenPlaces) -> AbstractContextManager[TokenPlaces | None]:
         """`LastMLP.only_at` if the model can run that way, otherwise a context that does nothing."""

@@ -12,6 +12,7 @@ from rmtension._sites import find_site
 from rmtension.bodies._experts import ExpertPoint
 from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks, count_foreign_hooks, has_own_hooks, modules_of
 from rmtension.bodies._projections import Projection
+from rmtension.bodies._prompt_runs import PromptRuns
 from rmtension.data._token_places import TokenPlaces
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
@@ -29,7 +30,7 @@ class HookedTransformerBody:
     # Transformers' config, which this model has not.
     config: Any = None
     pack_up_to = 0
-    prompt_runs = None
+    prompt_runs: PromptRuns | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.module = self.model = model

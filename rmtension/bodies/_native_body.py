@@ -76,7 +76,8 @@ class NativeBody:
         self._foreign = count_foreign_hooks(base)
         self._rope = RopeByText(self.modules(), self._run_one, self.cfg.n_ctx)
         self._pack_up_to = measure_packing(base, self.n_embeddings, self._rope.same_up_to) if self.is_causal else 0
-        self._prompt_runs = PromptRuns(base, self.cfg.n_layers, self.n_embeddings)
+        # How prompts run before the rows of a batch.
+        self.prompt_runs: PromptRuns | None = PromptRuns(base, self.cfg.n_layers, self.n_embeddings)
         last = self.cfg.n_layers - 1
         path = self.projection_names.get(("mlp", last))
         self._last_mlp = find_last_mlp(
@@ -92,11 +93,6 @@ class NativeBody:
     def pack_up_to(self) -> int:
         """The longest row that two texts may share; 0 if texts may not share rows, as in an encoder."""
         return self._pack_up_to
-
-    @property
-    def prompt_runs(self) -> PromptRuns | None:
-        """How prompts run before the rows of a batch; None if they cannot."""
-        return self._prompt_runs if self.pack_up_to and not self.is_hooked and self._prompt_runs.works else None
 
     def last_mlp_only_at(self, batch: TokenBatch, places: TokenPlaces) -> AbstractContextManager[TokenPlaces | None]:
         """`LastMLP.only_at` if the model can run that way, otherwise a context that does nothing."""

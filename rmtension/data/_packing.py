@@ -6,7 +6,6 @@ HH-harmless); in best-of-n, the responses of all pairs of an item do.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
@@ -16,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.data._encoding import EncodedPairs, EncodedText
+from rmtension.data._packed_rows import PackedGroup, Row, packed_groups, row_of
 from rmtension.data._prompts import PromptRun, Prompts
 from rmtension.data._token_places import READ_LAST, ReadAt
 from rmtension.data._tokens import TokenBatch, length_buckets, token_types_of
@@ -23,56 +23,10 @@ from rmtension.data._tokens import TokenBatch, length_buckets, token_types_of
 # Which texts share a row: none (one text per row, in order); those of one pair, so that a row's gradient belongs to
 # that pair; those of one pair, in a row that begins after their prompt (`Prompts`); or those of one prompt.
 Sharing = Literal["none", "pair", "after prompt", "prompt"]
-# If packing saves a smaller share of the tokens, the masked attention between the rests costs more than it saves.
-_LEAST_SAVED = 0.1
 # Prompts that are kept may have this many times the tokens of a batch: they are kept as keys and values alone.
 _TIMES_KEPT = 4
 # How many batches of training are sorted by length together.
 _BATCHES_PER_WINDOW = 8
-
-
-@dataclass(frozen=True)
-class _Row:
-    """The texts of one row: one text, or several that follow their shared prefix of `n_shared` tokens."""
-
-    texts: tuple[EncodedText, ...]
-    n_shared: int
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        """The shared tokens before the first response."""
-        return self.texts[0].ids[: min(self.n_shared, *(text.response_start for text in self.texts))]
-
-    @property
-    def length(self) -> int:
-        return sum(map(len, self.texts)) - (len(self.texts) - 1) * self.n_shared
-
-    @property
-    def saves(self) -> bool:
-        """Whether one row has fewer tokens than a padded row per text."""
-        return self.length <= (1 - _LEAST_SAVED) * len(self.texts) * max(map(len, self.texts))
-
-
-@dataclass(frozen=True)
-class _PackedGroup:
-    """Pairs that must run in one batch, by their indices, and the rows that hold their texts."""
-
-    indices: tuple[int, ...]
-    rows: tuple[_Row, ...]
-
-    @property
-    def is_packed(self) -> bool:
-        return any(len(row.texts) > 1 for row in self.rows)
-
-    @property
-    def width(self) -> int:
-        return max(row.length for row in self.rows)
-
-    @property
-    def n_prompt(self) -> int:
-        """The tokens of the prompt of a packed row; 0 if it is too short to run by itself."""
-        row = self.rows[0]
-        return len(row.prompt) if self.is_packed and len(row.prompt) >= _LEAST_SAVED * row.length else 0
 
 
 def pair_batches(
@@ -100,7 +54,7 @@ def pair_batches(
             texts = [side[index] for side in (pairs.chosen, pairs.rejected) for index in indices]
             yield TokenBatch.from_texts(texts, indices * 2, read_at=read_at, device=device)
         return
-    groups = list(_packed_groups(pairs, sharing == "prompt", read_at, pack_up_to, min(group_up_to, pack_up_to)))
+    groups = list(packed_groups(pairs, sharing == "prompt", read_at, pack_up_to, min(group_up_to, pack_up_to)))
     after = [group for group in groups if sharing == "after prompt" and group.n_prompt]
     if after:
         yield from _batches_after(pairs, after, read_at, device, tokens_per_batch, prompts_together)
@@ -120,12 +74,12 @@ def prompt_batches(
 
     `seed` determines which prompts share a batch. Rows are packed as in `pair_batches` with `sharing="prompt"`.
     """
-    groups = list(_packed_groups(pairs, True, read_at, pack_up_to, pack_up_to, pairs_per_batch))
+    groups = list(packed_groups(pairs, True, read_at, pack_up_to, pack_up_to, pairs_per_batch))
     shuffled = [groups[number] for number in np.random.default_rng(seed).permutation(len(groups))]
     window = np.cumsum([len(group.indices) for group in shuffled]) // (pairs_per_batch * _BATCHES_PER_WINDOW)
     # Sorted by length within windows: rows of a batch need little padding, and its prompts still depend on the seed.
     ordered = sorted(zip(window.tolist(), shuffled, strict=True), key=lambda entry: (entry[0], entry[1].width))
-    batches: list[list[_PackedGroup]] = []
+    batches: list[list[PackedGroup]] = []
     room = 0
     for _, group in ordered:
         if len(group.indices) > room:
@@ -140,14 +94,14 @@ def pair_collator(
     pairs: EncodedPairs, *, read_at: ReadAt = READ_LAST, pack_up_to: int = 0
 ) -> Callable[[Sequence[int]], TokenBatch]:
     """A function from the indices of any pairs to a batch of them, each pair packed as in `pair_batches`."""
-    groups = list(_packed_groups(pairs, False, read_at, pack_up_to, 0))
+    groups = list(packed_groups(pairs, False, read_at, pack_up_to, 0))
     return lambda indices: _batch(pairs, [groups[index] for index in indices], read_at)
 
 
 def pack(pairs: EncodedPairs, read_at: ReadAt = READ_LAST, *, after_prompts: bool = False) -> TokenBatch:
     """Pack every pair into one row, whether or not that saves tokens; `after_prompts`: rows begin after prompts."""
     groups = [
-        _PackedGroup((index,), (_row(texts, read_at),))
+        PackedGroup((index,), (row_of(texts, read_at),))
         for index, texts in enumerate(zip(pairs.chosen, pairs.rejected, strict=True))
     ]
     rows = [row for group in groups for row in group.rows]
@@ -172,63 +126,7 @@ def attention_mask(batch: TokenBatch, dtype: torch.dtype) -> Float[Tensor, "row 
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _packed_groups(
-    pairs: EncodedPairs, by_prompt: bool, read_at: ReadAt, pack_up_to: int, group_up_to: int, most: int | None = None
-) -> Iterator[_PackedGroup]:
-    """The pairs in groups: those of one prompt, `most` at most, or one each."""
-    both = list(zip(pairs.chosen, pairs.rejected, strict=True))
-    groups: dict[object, list[int]] = {}
-    for index, (chosen, _) in enumerate(both):
-        # A prompt that was cut differently counts as another prompt: a token may be in one and not in the other.
-        group = (chosen.key, chosen.response_start) if by_prompt and group_up_to else index
-        groups.setdefault(group, []).append(index)
-    for indices in groups.values():
-        taken: list[int] = []
-        row: _Row | None = None
-        for index in indices:
-            longer = _row([*(row.texts if row else ()), *both[index]], read_at)
-            if row is not None and (longer.length > group_up_to or len(taken) == most):
-                yield from _packed_or_alone(both, taken, row, read_at, pack_up_to)
-                taken, longer = [], _row(both[index], read_at)
-            taken, row = [*taken, index], longer
-        assert row is not None
-        yield from _packed_or_alone(both, taken, row, read_at, pack_up_to)
-
-
-def _packed_or_alone(
-    both: Sequence[tuple[EncodedText, EncodedText]],
-    indices: Sequence[int],
-    row: _Row,
-    read_at: ReadAt,
-    pack_up_to: int,
-) -> Iterator[_PackedGroup]:
-    """One packed row if that saves tokens; otherwise one row per pair, and if that saves nothing, one row per text."""
-    if len(row.texts) == 1 or (row.length <= pack_up_to and row.saves):
-        yield _PackedGroup(tuple(indices), (row,))
-    elif len(indices) > 1:
-        for index in indices:
-            yield from _packed_or_alone(both, [index], _row(both[index], read_at), read_at, pack_up_to)
-    else:
-        yield _PackedGroup(tuple(indices), tuple(_Row((text,), 0) for text in row.texts))
-
-
-def _row(texts: Sequence[EncodedText], read_at: ReadAt) -> _Row:
-    """The distinct texts as one row.
-
-    Their order depends on the texts alone: a pair with chosen and rejected swapped gives the same row, so its scores
-    change their sign exactly.
-    """
-    distinct = sorted(set(texts), key=lambda text: (text.ids, text.response_start))
-    if len(distinct) == 1:
-        return _Row(tuple(distinct), 0)
-    # The token that a reward is read from is never shared, so that an edit of it affects one text only.
-    most = min(read_at.index(text.ids) for text in distinct)
-    # In sorted order, the prefix that the first and the last text share is shared by all.
-    columns = zip(distinct[0].ids[:most], distinct[-1].ids[:most], strict=True)
-    return _Row(tuple(distinct), next((column for column, (a, b) in enumerate(columns) if a != b), most))
-
-
-def _divided(groups: list[_PackedGroup], most: int) -> Iterator[list[_PackedGroup]]:
+def _divided(groups: list[PackedGroup], most: int) -> Iterator[list[PackedGroup]]:
     """The groups of one batch, in halves until their padded prompts have at most `most` tokens."""
     if len(groups) > 1 and len(groups) * max(group.n_prompt for group in groups) > most:
         middle = len(groups) // 2
@@ -242,7 +140,7 @@ def _divided(groups: list[_PackedGroup], most: int) -> Iterator[list[_PackedGrou
 
 def _batches_after(
     pairs: EncodedPairs,
-    groups: Sequence[_PackedGroup],
+    groups: Sequence[PackedGroup],
     read_at: ReadAt,
     device: torch.device | str,
     tokens_per_batch: int,
@@ -271,7 +169,7 @@ def _batches_after(
         del batches[:together]
 
 
-def _prompt_run(rows: Sequence[_Row], tokens_per_batch: int) -> PromptRun:
+def _prompt_run(rows: Sequence[Row], tokens_per_batch: int) -> PromptRun:
     """The prompts of packed rows, each distinct one once."""
     distinct = list(dict.fromkeys(row.prompt for row in rows))
     buckets = length_buckets(list(map(len, distinct)), tokens_per_batch)
@@ -279,7 +177,7 @@ def _prompt_run(rows: Sequence[_Row], tokens_per_batch: int) -> PromptRun:
 
 
 def _batch(
-    pairs: EncodedPairs, groups: Sequence[_PackedGroup], read_at: ReadAt, run: PromptRun | None = None
+    pairs: EncodedPairs, groups: Sequence[PackedGroup], read_at: ReadAt, run: PromptRun | None = None
 ) -> TokenBatch:
     """The pairs of some groups as one batch; the row of each text determines the columns of its tokens.
 
@@ -288,9 +186,8 @@ def _batch(
     rows = [row for group in groups for row in group.rows]
     prompts = None
     if run is not None:
-        index = {text.ids: number for number, text in enumerate(run.texts)}
-        of_row = [index[row.prompt] for row in rows]
-        prompts = Prompts(run, torch.tensor(of_row), torch.tensor([len(run.texts[number]) for number in of_row]))
+        of_row = torch.tensor([run.index[row.prompt] for row in rows])
+        prompts = Prompts(run, of_row, torch.tensor([row.n_prompt for row in rows]))
     # How many columns of each row come before those of the batch.
     before = torch.zeros(len(rows), dtype=torch.long) if prompts is None else prompts.lengths
     width = max(row.length - int(n) for row, n in zip(rows, before, strict=True))

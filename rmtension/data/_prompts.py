@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +26,11 @@ class PromptRun:
     texts: tuple[EncodedText, ...]
     buckets: tuple[tuple[int, ...], ...]
     states: list[Sequence[KeysAndValues]] = field(default_factory=list)
+
+    @cached_property
+    def index(self) -> dict[tuple[int, ...], int]:
+        """The ids of every prompt -> its index in `texts`."""
+        return {text.ids: number for number, text in enumerate(self.texts)}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The replacements: what activations of neurons are replaced by, in ablation, attribution and export."""
 
 import math
-import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,17 +13,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rmtension.data._tokens import TokenBatch
-from rmtension.errors import OptionError, RMTensionWarning
+from rmtension.errors import OptionError
 from rmtension.interventions._donors import draw_donors
 from rmtension.interventions._replacement import Columns, Replacement, SingleTextReplacement
+from rmtension.interventions._spikes import warn_of_spikes
 from rmtension.neurons._neuron_set import check_seed
 from rmtension.passes._activation_sample import ActivationSample
 from rmtension.passes._activation_statistics import ActivationStatistics
 from rmtension.store._provenance import Provenance, digest_of
-
-# Neurons that a mean misrepresents: it is more than this many times the root mean square of the median active neuron,
-# and comes from less than this share of the tokens.
-_SPIKE_SIZES, _SPIKE_SHARE = 30, 0.1
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ class Mean(Constant):
 
     def __post_init__(self) -> None:
         _require_collected("Mean", "statistics", self.statistics, ActivationStatistics, "collect(pairs)")
-        _warn_of_spikes(self.statistics)
+        warn_of_spikes(self.statistics)
 
     @property
     def key(self) -> str:
@@ -312,28 +308,4 @@ def _require_collected(owner: str, name: str, given: object, wanted: type, call:
         raise OptionError(
             f"{name}: {owner} expected {wanted.__name__}, got {type(given).__name__}. Use "
             f"ActivationCollector(head, site=...).{call}."
-        )
-
-
-def _warn_of_spikes(statistics: ActivationStatistics) -> None:
-    """Warn of neurons whose mean is made by a few tokens and is far above what activations are."""
-    mean, rms = statistics.mean.double(), statistics.rms.double()
-    if statistics.channel_mean.shape != mean.shape:
-        return  # the norms of attention heads are not what is written
-    # An activation that is the same at a share of the tokens, and 0 at the others, has this share as (mean / rms)^2.
-    active = rms[rms > 0]
-    if not len(active):
-        return
-    typical = active.median()
-    spikes = (mean.abs() > _SPIKE_SIZES * typical) & (mean.square() < _SPIKE_SHARE * rms.square())
-    if spikes.any():
-        first = int(torch.where(spikes, mean.abs(), -1.0).argmax())
-        layer, neuron = divmod(first, mean.shape[1])
-        warnings.warn(
-            f"Mean: {int(spikes.sum())} of {mean.numel()} neurons are huge at a few tokens and near 0 at all others, "
-            f"such as L{layer} N{neuron} (mean {mean[layer, neuron]:.3g}, root mean square {rms[layer, neuron]:.3g}; "
-            f"the median neuron's is {typical:.3g}). Replacing them by their means adds a large constant at "
-            "almost all tokens. If they are in your set, use Median(sample) or Zero().",
-            RMTensionWarning,
-            stacklevel=4,
         )

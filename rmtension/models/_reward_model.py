@@ -235,7 +235,10 @@ class RewardModel(Readout):
     @property
     def runs_prompts_first(self) -> bool:
         """Whether prompts can run before the rows of a batch: nothing reads or hooks them."""
-        return self.head is not None and self.head.reads_last_only and self.body.prompt_runs is not None
+        body = self.body
+        if self.head is None or not self.head.reads_last_only or body.prompt_runs is None:
+            return False
+        return body.pack_up_to > 0 and not body.is_hooked and body.prompt_runs.works
 
     def after_prompts(self, batch: TokenBatch) -> TokenBatch:
         """The batch, ready to run: its prompts, if its rows begin after them, have run without gradients."""

@@ -198,7 +198,10 @@ class _Pass(Generic[Result_co]):
             if number <= self._record.batches_done:
                 bar.update(batch.n_pairs)
                 continue
-            started = number, batch, self._observe(batch) if self._shard.takes(number - 1) else None
+            observed = None
+            if self._shard.takes(number - 1):
+                observed = self._statistic.observe(self._model.after_prompts(batch))
+            started = number, batch, observed
             if self._model.device.type == "cpu":
                 yield started
                 continue
@@ -207,9 +210,6 @@ class _Pass(Generic[Result_co]):
             waiting = started
         if waiting is not None:
             yield waiting
-
-    def _observe(self, batch: TokenBatch) -> list[Tensor]:
-        return self._statistic.observe(self._model.after_prompts(batch))
 
     def _batches(self, chunk: _Chunk) -> Iterator[TokenBatch]:
         model, sharing = self._model, self._statistic.sharing

@@ -45,10 +45,11 @@ def sets(family: FamilyRuns) -> Tables:
     Table `stability`: how much of each of these sets comes back with other prompts, scores and settings.
     """
     rows = []
+    tops = {}
     for score in family.options.scores:
         for model in family.models_with(score):
             scored = family.scores_of(score, model)
-            neurons = family.top(scored)
+            neurons = tops[score, model] = family.top(scored)
             order = ranked(scored.values, family.options.rank_by, scored.provenance)
             cut = float(order[neurons.mask].min())
             rows.append(
@@ -62,7 +63,7 @@ def sets(family: FamilyRuns) -> Tables:
                     "n_pairs": scored.n,
                 }
             )
-    return {"sets": pd.DataFrame(rows), "stability": stability(family)}
+    return {"sets": pd.DataFrame(rows), "stability": stability(family, tops)}
 
 
 def depth(family: FamilyRuns) -> Tables:

@@ -1,6 +1,6 @@
 """How much of a top set comes back: with other prompts, scores, positions, replacements, and another seed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,28 +19,27 @@ from rmtension.study._options import StudyOptions
 _N_SPLITS = 20
 
 
-def stability(family: FamilyRuns) -> pd.DataFrame:
+def stability(family: FamilyRuns, tops: Mapping[tuple[str, str], NeuronSet]) -> pd.DataFrame:
     """Table `stability`: how much of every top set comes back; one row per score, model and what is changed.
 
-    `share` is the part of the set that is in the other one, `chance` what a random set with as many neurons in each
-    layer has of it. Other positions and the other replacement are run for the mixed model and the first score.
+    `tops` are the top sets by score and model. `share` is the part of a set that is in the other one, `chance` what a
+    random set with as many neurons in each layer has of it. Other positions and the other replacement are run for the
+    mixed model and the first score.
     """
     rows: list[dict[str, Any]] = []
-    for score in family.options.scores:
-        for model in family.models_with(score):
-            scores = family.scores_of(score, model)
-            if scores.without_block is None:
-                continue
-            row = {"score": score, "model": model}
-            rows += [row | found for found in _other_prompts(scores, family.top(scores), family.options)]
-            for other in family.options.scores:
-                if other != score and model in family.models_with(other):
-                    found = _in_common(family.top(scores), family.top(family.scores_of(other, model)))
-                    rows.append(row | {"changed": f"score: {other}"} | found)
+    for (score, model), top in tops.items():
+        scores = family.scores_of(score, model)
+        if scores.without_block is None:
+            continue
+        row = {"score": score, "model": model}
+        rows += [row | found for found in _other_prompts(scores, top, family.options)]
+        for other in family.options.scores:
+            if other != score and (other, model) in tops:
+                rows.append(row | {"changed": f"score: {other}"} | _in_common(top, tops[other, model]))
     first = family.options.scores[0]
-    top = family.top(family.scores_of(first, "mixed"))
     for changed, scores in _other_settings(family, first):
-        rows.append({"score": first, "model": "mixed", "changed": changed} | _in_common(top, family.top(scores)))
+        found = _in_common(tops[first, "mixed"], family.top(scores))
+        rows.append({"score": first, "model": "mixed", "changed": changed} | found)
     return pd.DataFrame(rows, columns=["score", "model", "changed", "size", "share", "low", "high", "chance"])
 
 
