@@ -9,7 +9,7 @@ from rmtension.passes._activation_statistics import ActivationStatistics
 
 # Neurons that a mean misrepresents: it is more than this many times the root mean square of the median active neuron,
 # and comes from less than this share of the tokens.
-_SPIKE_SIZES, _SPIKE_SHARE = 30, 0.1
+_SPIKE_SIZES, _SPIKE_SHARE = 30, 0.05
 
 
 def warn_of_spikes(statistics: ActivationStatistics) -> None:
