@@ -201,6 +201,10 @@ class _OurHook:
     any_tokens = False
 
 
+class PermanentHook:
+    """A hook that stays on a module from opening on and changes nothing that the module computes."""
+
+
 class _SiteHook(_OurHook):
     """Sees the tensor of a hook site, and may replace it; counts how often it fired."""
 
@@ -296,6 +300,11 @@ def _forward_hooks_of(module: nn.Module) -> Iterator[object]:
     return chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
 
 
+def is_streamed(model: nn.Module) -> bool:
+    """Whether the weights of some blocks are in files except while they run."""
+    return any(isinstance(hook, PermanentHook) for module in modules_of(model) for hook in _forward_hooks_of(module))
+
+
 def is_placed(modules: Iterable[nn.Module]) -> bool:
     """Whether accelerate moves tensors between devices around modules, which requires that every module finishes."""
     return any(hasattr(module, "_hf_hook") for module in modules)
@@ -317,10 +326,12 @@ def count_foreign_hooks(model: nn.Module) -> int:
 
 
 def _is_wiring(hook: object) -> bool:
-    """Whether a hook is part of a bridge or of transformers, which install it permanently in the first run.
+    """Whether a hook is permanent, or part of a bridge or of transformers, which install it in the first run.
 
     A hook that the user adds to a hook point is wrapped in a function of `transformer_lens.hook_points`.
     """
+    if isinstance(hook, PermanentHook):
+        return True
     module = str(getattr(hook, "__module__", ""))
     is_lens = module.startswith("transformer_lens.") and not module.startswith("transformer_lens.hook_points")
     return is_lens or module.startswith("transformers.")

@@ -50,9 +50,9 @@ class Prompts:
         """The tokens of each row's prompt, the rest of which is padding."""
         return torch.arange(int(self.lengths.max()), device=self.lengths.device) < self.lengths[:, None]
 
-    def to(self, device: torch.device | str) -> "Prompts":
-        """The same prompts on `device`."""
-        return replace(self, of_row=self.of_row.to(device), lengths=self.lengths.to(device))
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Prompts":
+        """The same prompts with the numbers of rows and the lengths changed, such as moved to a device."""
+        return replace(self, of_row=change(self.of_row), lengths=change(self.lengths))
 
     def ready(self, run_bucket: Callable[[Sequence[EncodedText]], Sequence[KeysAndValues]]) -> "Prompts":
         """The prompts with their states; those that did not run yet are run by `run_bucket`."""

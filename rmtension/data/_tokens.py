@@ -1,9 +1,9 @@
 """Batches of tokens: padding, length buckets, and the token that the reward is read from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -88,19 +88,13 @@ class TokenBatch:
         )
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        """The same batch on `device`."""
-        return TokenBatch(
-            input_ids=self.input_ids.to(device),
-            mask=self.mask.to(device),
-            response=self.response.to(device),
-            last=self.last.to(device),
-            keys=self.keys.to(device),
-            indices=self.indices,
-            row_index=None if self.row_index is None else self.row_index.to(device),
-            position_ids=None if self.position_ids is None else self.position_ids.to(device),
-            token_types=None if self.token_types is None else self.token_types.to(device),
-            prompts=None if self.prompts is None else self.prompts.to(device),
-        )
+        """The same batch on `device`; tensors in pinned memory are copied while the device works."""
+        is_cpu = torch.device(device).type == "cpu"
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=not is_cpu and tensor.is_pinned()))
+
+    def pinned(self) -> "TokenBatch":
+        """The same batch in pinned memory, if there is a GPU to copy it to."""
+        return self._mapped(Tensor.pin_memory) if torch.cuda.is_available() else self
 
     def with_prompts(self, prompts: Prompts | None) -> "TokenBatch":
         """The same batch after other `prompts`."""
@@ -141,6 +135,15 @@ class TokenBatch:
     def same_in_pair(self) -> Int[Tensor, "text"] | None:
         """For every text the first one of its pair with the same tokens; None if no pair has equal responses."""
         return self._same(torch.tensor(self.indices, device=self.rows.device))
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "TokenBatch":
+        """The same batch with every tensor changed, such as moved to a device."""
+        changed = {
+            name: change(value)
+            for name, value in ((field.name, getattr(self, field.name)) for field in fields(self))
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **changed, prompts=None if self.prompts is None else self.prompts.mapped(change))
 
     def _same(self, groups: Int[Tensor, "text"]) -> Int[Tensor, "text"] | None:
         ids = torch.where(self.mask, self.input_ids[self.rows], -1)

@@ -35,6 +35,9 @@ class LoadOptions(RunOptions, total=False):
         device_map: passed to transformers instead of `device` (needs accelerate), to spread a model over devices layer
             by layer. Weights on disk or on the meta device raise `ModelError`.
         n_devices: spread the model over this many GPUs; a shorthand for a balanced `device_map`.
+        weight_memory: for a model that is larger than the memory of a CPU: how many bytes of the blocks' weights may
+            stay in memory. The other blocks are read from the checkpoint's files each time they run. This needs Linux,
+            and the `dtype` of the files (`docs/scaling.md`).
         revision: the revision of a hub name. With it, the name is not searched on this machine first.
         tokenizer: replaces the checkpoint's tokenizer.
         pad_token: the token that transformers skips at the end of a text, if neither config nor tokenizer names one.
@@ -51,6 +54,7 @@ class LoadOptions(RunOptions, total=False):
     device: torch.device | str | None
     device_map: str | dict[str, Any] | None
     n_devices: int | None
+    weight_memory: int | None
     revision: str | None
     tokenizer: Any
     pad_token: str | None
@@ -124,6 +128,11 @@ def load_model(location: CheckpointLocation, auto_class: str, *, merge: bool = T
     import transformers
 
     placement, device = placement_of(location.options)
+    if location.adapters and location.options.get("weight_memory") is not None:
+        raise OptionError(
+            "weight_memory: the weights of an adapter's base model change in memory. Open it once without "
+            "weight_memory, write the merged model with save_pretrained, and open that."
+        )
     own_body = _converted(location)
     saved = {name for adapter in location.adapters for name in adapter.shapes}
     loaded, info = load(
@@ -243,6 +252,8 @@ def placement_of(options: LoadOptions) -> tuple[dict[str, Any], torch.device]:
             f"device: {options.get('device')!r} is not available on this machine ({error}). Leave device out to use "
             "the first GPU, or the CPU if there is none."
         ) from error
+    if options.get("weight_memory") is not None and (device.type != "cpu" or device_map is not None or n_devices):
+        raise OptionError("weight_memory: it is for a model on the CPU. Pass device='cpu', and no other devices.")
     if device_map is not None:
         return {"device_map": device_map}, device
     if n_devices is None or n_devices == 1:

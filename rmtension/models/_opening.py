@@ -28,9 +28,10 @@ from rmtension.models._lens_models import read_model
 from rmtension.models._loading import LoadOptions
 from rmtension.models._reward_model import RewardModel
 from rmtension.models._run_options import RunOptions, run_options_of
+from rmtension.models._streamed_weights import StreamedWeights
 
 # The options of a model that its reference is opened with too.
-_OF_REFERENCE = ("dtype", "device", "device_map", "n_devices", "trust_remote_code")
+_OF_REFERENCE = ("dtype", "device", "device_map", "n_devices", "weight_memory", "trust_remote_code")
 # The class to make: `RewardHead`, or the class of the model that the new model is made from.
 _Model = TypeVar("_Model", bound=RewardModel)
 
@@ -59,6 +60,7 @@ def open_model(
         process_weights=process_weights,
         trust_remote_code=code,
     )
+    streamed = _streamed(body, source.get("weight_memory"))
     norm: nn.Module | None = None
     if body.final_norm_folded:
         # transformers' norm, from an unprocessed bridge.
@@ -66,6 +68,7 @@ def open_model(
     head = head_on(body, opened.head, final_norm=norm)
     options = within_reference(body, head, options)
     model = _make(kind, body, head, opened.choice, opened.tokenizer, opened.pad_token_id, options, opened)
+    model.streamed = streamed
     if body.native is None:
         _require_same_rewards(model, opened)
         if opened.source is not None:
@@ -203,6 +206,20 @@ def within_reference(body: Body, head: Head | None, options: RunOptions) -> RunO
     cfg: Any = body.model.cfg
     longest = options.get("max_length") or int(cfg.n_ctx)
     return {**options, "max_length": min(longest, reference.max_length)}
+
+
+def _streamed(body: Body, n_bytes: object) -> StreamedWeights | None:
+    """Stream the weights of the blocks that do not fit into `n_bytes`; None for None."""
+    if n_bytes is None:
+        return None
+    if not isinstance(n_bytes, int) or n_bytes < 0:
+        raise OptionError(f"weight_memory: expected a number of bytes, such as 4_000_000_000, got {n_bytes!r}.")
+    if not body.runs_native:
+        raise OptionError(
+            f"weight_memory: a {type(body.model).__name__} with converted or processed weights has copies of them in "
+            "memory. Leave out model_class and process_weights, or weight_memory."
+        )
+    return StreamedWeights([body.block(layer) for layer in range(int(body.cfg.n_layers))], n_bytes)
 
 
 def _require_same_rewards(model: RewardModel, opened: Checkpoint) -> None:

@@ -40,6 +40,7 @@ from rmtension.heads._head import Head
 from rmtension.heads._readout import Readout
 from rmtension.models._checkpoint import Checkpoint
 from rmtension.models._run_options import RunOptions, check_run_options, usable_length
+from rmtension.models._streamed_weights import StreamedWeights
 from rmtension.store._provenance import Provenance, fingerprint
 
 
@@ -108,6 +109,8 @@ class RewardModel(Readout):
         with eager_eval(self.body.modules()):
             self._widths, self._missing, self._runs_once = measure_sites(self.body, self.n_layers, self.device)
         super().__init__(head, choice, device=self.device, dtype=self.reward_dtype)
+        # The weights that are read from the checkpoint's files while the model runs, if there are any.
+        self.streamed: StreamedWeights | None = None
         self._fingerprint: tuple[object, str] | None = None
         # Shared with the other outputs of this model, so that the weights are read once.
         self._body_fingerprint: list[tuple[object, str]] = []
@@ -228,7 +231,8 @@ class RewardModel(Readout):
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.architecture}, {self.dtype}, {self.device})"
+        files = "" if self.streamed is None else f", {self.streamed}"
+        return f"{type(self).__name__}({self.architecture}, {self.dtype}, {self.device}{files})"
 
     # -- running ---------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from rmtension.data._tokens import TokenBatch
 from rmtension.distributed import current
 from rmtension.errors import ModelError, OptionError, RMTensionWarning, StorageError
 from rmtension.models._reward_model import RewardModel
+from rmtension.passes._ahead import made_ahead, mapped_ahead, works_ahead
 from rmtension.passes._nonfinite import are_finite, where_not_finite
 from rmtension.passes._pair_statistic import PairStatistic, Result_co
 from rmtension.passes._pass_record import PassRecord
@@ -32,6 +33,8 @@ _PAIRS_PER_CHUNK = 512
 # sharing the prompt saves.
 _WIDTHS = 3
 _GROUP_AT_LEAST = 256
+# How many batches are made ahead of the one that runs.
+_N_AHEAD = 2
 
 
 def run_pass(
@@ -163,8 +166,7 @@ class _Pass(Generic[Result_co]):
         """Read the pairs chunk by chunk; chunks that were done before an interruption are read and skipped."""
         record = self._record
         resumed_at, n_known, n_read = record.chunk_start, record.n_read, 0
-        rest = iter(self._pairs)
-        while len(pairs := PreferencePairs(islice(rest, _PAIRS_PER_CHUNK), first=n_read)):
+        for pairs, encoded in self._encoded(resumed_at):
             start, n_read = n_read, n_read + len(pairs)
             if self._work is not None or self._shard.size > 1:
                 self._order.update(pairs.ordered_digest.encode())
@@ -177,15 +179,29 @@ class _Pass(Generic[Result_co]):
                 raise self._other_pairs()
             if record.is_finished and start >= n_known:
                 raise self._other_pairs()
-            if start < resumed_at:
+            if encoded is None:
                 bar.update(len(pairs))
                 continue
-            encoded = self._model.encode(pairs)
             if start >= n_known:
                 record.add_chunk(pairs, encoded, order)
             yield _Chunk(start, pairs, encoded)
         if n_read < n_known:
             raise self._other_pairs()
+
+    def _encoded(self, resumed_at: int) -> Iterator[tuple[PreferencePairs, EncodedPairs | None]]:
+        """The pairs of every chunk, with their tokens unless it ends before the pair with the number `resumed_at`."""
+
+        def read() -> Iterator[tuple[int, PreferencePairs]]:
+            rest, n_read = iter(self._pairs), 0
+            while len(pairs := PreferencePairs(islice(rest, _PAIRS_PER_CHUNK), first=n_read)):
+                yield n_read, pairs
+                n_read += len(pairs)
+
+        def encode(chunk: tuple[int, PreferencePairs]) -> tuple[PreferencePairs, EncodedPairs | None]:
+            start, pairs = chunk
+            return pairs, None if start < resumed_at else self._model.encode(pairs)
+
+        return mapped_ahead(encode, read(), 1) if works_ahead(self._model.device) else map(encode, read())
 
     def _observed(self, chunk: _Chunk, bar: Any) -> Iterator[tuple[int, TokenBatch, list[Tensor] | None]]:
         """For every batch of a chunk that is not done: its number, the batch, and what the statistic observed.
@@ -215,18 +231,23 @@ class _Pass(Generic[Result_co]):
         model, sharing = self._model, self._statistic.sharing
         if sharing == "after prompt" and not model.runs_prompts_first:
             sharing = "pair"
+        # Batches for another device are made in memory from which it copies by itself, while it runs earlier ones.
+        is_ahead = works_ahead(model.device)
         batches = pair_batches(
             chunk.encoded,
             tokens_per_batch=self._record.tokens_per_batch,
             read_at=model.read_at,
-            device=model.device,
+            device="cpu" if is_ahead else model.device,
             pack_up_to=model.body.pack_up_to,
             group_up_to=max(_GROUP_AT_LEAST, _WIDTHS * model.d_model),
             sharing=sharing,
             # A process that runs some of the batches would run the prompts of all.
             prompts_together=self._shard.size == 1,
         )
-        return (replace(batch, indices=tuple(chunk.start + index for index in batch.indices)) for batch in batches)
+        numbered = (replace(batch, indices=tuple(chunk.start + index for index in batch.indices)) for batch in batches)
+        if not is_ahead:
+            return numbered
+        return (batch.to(model.device) for batch in made_ahead((batch.pinned() for batch in numbered), _N_AHEAD))
 
     def _update(self, chunk: _Chunk, batch: TokenBatch, observed: list[Tensor]) -> None:
         if are_finite(observed):

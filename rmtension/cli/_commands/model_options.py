@@ -19,6 +19,12 @@ def add_model_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=_DTYPES, default="float32", help="dtype of the weights (default: %(default)s)"
     )
+    parser.add_argument(
+        "--weight-memory",
+        type=float,
+        metavar="GB",
+        help="for a model larger than memory: gigabytes of weights that may stay in it; others stay in the files",
+    )
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens per text (default: the model's context)")
     parser.add_argument("--revision", help="hub revision (branch, tag or commit)")
     parser.add_argument("--base", metavar="MODEL", help="for an adapter: the model it was trained on")
@@ -89,6 +95,7 @@ def open_model(options: Namespace) -> "RewardHead":
         on_nonfinite=getattr(options, "on_nonfinite", "raise"),
         dtype=getattr(torch, options.dtype),
         device=options.device,
+        weight_memory=None if options.weight_memory is None else int(1e9 * options.weight_memory),
         base=options.base,
         revision=options.revision,
         pad_token=options.pad_token,

@@ -62,10 +62,15 @@ SHAPES = {
 def open_head(shape: str, tokenizer, options: argparse.Namespace) -> RewardHead:
     config = SHAPES[shape](len(tokenizer), options.layers, options.width)
     config.bos_token_id = config.eos_token_id = 0
+    dtype = getattr(torch, options.dtype)
+    if options.device != "cpu":  # drawn on the device: a large model takes minutes to write
+        with torch.device(options.device):
+            model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        return RewardHead.from_classifier(model, tokenizer=tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        return RewardHead.from_pretrained(folder, device=options.device, dtype=getattr(torch, options.dtype))
+        return RewardHead.from_pretrained(folder, device=options.device, dtype=dtype)
 
 
 def open_folder(folder: str, options: argparse.Namespace) -> RewardHead:

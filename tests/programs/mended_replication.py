@@ -1,0 +1,89 @@
+"""Repair the helpful side of the mixed model of a replication, with its specialists as the ceiling.
+
+    rmtension replicate smollm2.yaml --out replication
+    python tests/programs/mended_replication.py smollm2.yaml --out replication --method "head refit" --longest 288
+
+The pairs are those of the recipe's files whose prompts no model was trained or selected on, also pairs that were too
+long for training, up to --longest tokens; refusals are labelled as in the replication. They are divided by prompt into
+fit, development and test pairs. It prints the diagnosis and the report, and writes the report to
+repair-METHOD-LONGEST.json in --out; with --diagnose-only it ends after the diagnosis.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from rmtension import PreferencePairs, RewardHead
+from rmtension.errors import OptionError
+from rmtension.repair import RepairPairs, diagnose, repair
+from rmtension.repair._repair import METHODS
+from rmtension.replication import read_recipe
+from rmtension.replication._prepare import SPLITS, prepare_pairs
+from rmtension.replication._recipe import Recipe
+
+WEAK, STRONG = "helpful", "harmless"
+
+
+def unseen_pairs(recipe: Recipe, longest: int, folder: Path) -> dict[str, PreferencePairs]:
+    """Pairs of up to `longest` tokens whose prompts are not among those of training and validation."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    parts = prepare_pairs(recipe, tokenizer).parts
+    seen = {prompt for split in ("train", "validation") for part in parts[split].values() for prompt in part.prompts}
+    every = prepare_pairs(replace(recipe, max_length=longest), tokenizer).parts
+    return {
+        name: PreferencePairs(pair for split in SPLITS for pair in every[split][name] if pair.prompt not in seen)
+        for name in (WEAK, STRONG)
+    }
+
+
+def main() -> None:
+    """Diagnose, repair, print and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the models")
+    parser.add_argument("--method", choices=METHODS, default="head refit")
+    parser.add_argument("--longest", type=int, default=288, help="tokens of a text")
+    parser.add_argument("--shares", type=float, nargs=3, default=(0.3, 0.35, 0.35), help="fit, development, test")
+    parser.add_argument("--most-lost", type=float, default=0.02)
+    parser.add_argument("--counts", type=int, nargs="+", help="numbers of neurons, for gains")
+    parser.add_argument("--steps", type=int, default=1, help="for gains")
+    parser.add_argument("--n-random", type=int, default=2)
+    parser.add_argument("--no-specialists", action="store_true", help="a probe is the ceiling")
+    parser.add_argument("--diagnose-only", action="store_true")
+    options = parser.parse_args()
+    models = options.out / "models" / f"seed-{options.seed}"
+    pairs = unseen_pairs(read_recipe(options.recipe), options.longest, options.out / "base")
+    split = RepairPairs.split(
+        pairs, weak=WEAK, strong=STRONG, shares=options.shares, most_lost=options.most_lost, seed=0
+    )
+    print(split, flush=True)
+    head = RewardHead.from_pretrained(models / "mixed")
+    specialists = None
+    if not options.no_specialists:
+        specialists = {name: RewardHead.from_pretrained(models / name) for name in (WEAK, STRONG)}
+    if options.diagnose_only:
+        print(diagnose(head, split, specialists=specialists, progress=False))
+        return
+    more = {}
+    if options.method == "gains":
+        more = {"counts": options.counts, "shares": (0.5,), "steps": options.steps}
+    try:
+        mended = repair(
+            head, split, options.method, specialists=specialists, n_random=options.n_random, progress=False, **more
+        )
+    except OptionError as error:  # no gap is shown
+        print(error)
+        return
+    print(mended.report.diagnosis)
+    print(mended)
+    for table in ("checks", "path", "controls"):
+        print(f"\n{table}\n{mended.report.to_frame(table).round(3).to_string(index=False)}")
+    name = f"repair-{options.method.replace(' ', '_')}-{options.longest}.json"
+    mended.report.save(options.out / name)
+
+
+if __name__ == "__main__":
+    main()
