@@ -159,7 +159,7 @@ class GainFitter:
             np.concatenate([offset for _, offset, _ in parts]),
             np.concatenate([np.full(len(offset), weight) for _, offset, weight in parts]),
         )
-        return fit_bounded(joined, ridge=options.ridge, lasso=0.0, bound=options.bound)
+        return fit_bounded(joined, ridge=options.ridge, bound=options.bound)
 
     def _contributions(self, part: PreferencePairs) -> Float[Tensor, "pair layer neuron"]:
         attribution = NeuronAttribution(self.head, "gradient_x_activation", site=SITE)

@@ -69,23 +69,17 @@ def fit_newton(
     return values
 
 
-def fit_bounded(margins: Margins, *, ridge: float, lasso: float, bound: float) -> Float[np.ndarray, "parameter"]:
-    """The v with the least loss + ridge |v|^2 + lasso |v|_1 and |v_j| <= bound, by L-BFGS-B.
-
-    Positive and negative parts are separate variables from 0 to `bound`, in which the objective is smooth.
-    """
+def fit_bounded(margins: Margins, *, ridge: float, bound: float) -> Float[np.ndarray, "parameter"]:
+    """The v with the least loss + ridge |v|^2 and |v_j| <= bound, by L-BFGS-B."""
     x = margins.features
-    n = x.shape[1]
 
-    def objective(parts: Float[np.ndarray, "two_parameters"]) -> tuple[float, Float[np.ndarray, "two_parameters"]]:
-        values = parts[:n] - parts[n:]
+    def objective(values: Float[np.ndarray, "parameter"]) -> tuple[float, Float[np.ndarray, "parameter"]]:
         slope = 2 * ridge * values - x.T @ (margins.weights * expit(-margins.at(values)))
-        loss = margins.loss(values) + ridge * float(values @ values) + lasso * float(parts.sum())
-        return loss, np.concatenate([slope + lasso, lasso - slope])
+        return margins.loss(values) + ridge * float(values @ values), slope
 
+    start, bounds = np.zeros(x.shape[1]), [(-bound, bound)] * x.shape[1]
     solver: Any = optimize.minimize
-    found = solver(
-        objective, np.zeros(2 * n), jac=True, method="L-BFGS-B", bounds=[(0.0, bound)] * (2 * n), options=_LBFGS
-    )
-    values: Float[np.ndarray, "parameter"] = found.x[:n] - found.x[n:]
+    values: Float[np.ndarray, "parameter"] = solver(
+        objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=_LBFGS
+    ).x
     return values

@@ -26,7 +26,7 @@ from rmtension.study._model_runs import ModelRuns
 
 # The first ranks the neurons of sets that are half random.
 COMPARED = (
-    "attribution_patching", "gradient_x_activation", "direct_effect", "mean_difference", "integrated_gradients",
+    "attribution_patching", "gradient_x_activation", "direct_effect", "mean_difference", "integrated_gradients", "relp",
 )  # fmt: skip
 # Sizes of the sets as shares of all neurons, and steps of integrated gradients.
 _FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2)
