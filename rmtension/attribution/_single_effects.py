@@ -60,7 +60,7 @@ def single_neuron_effects(
     (L - 1 - l) / L of a forward pass, if the site's projection is added to the residual stream unchanged (`mlp` of most
     families). Otherwise (heads before an MLP, half precision) its own block runs again too, (L - l) / L of a pass. In
     the first case N neurons in every layer cost N (L - 1) / 2 passes instead of N L. Every layer with a wanted neuron
-    costs as much as one more neuron, and one block to tell the two cases apart. Models whose blocks do not run one by
+    costs one block more, to tell the two cases apart, and so does the last layer. Models whose blocks do not run one by
     one cost a whole pass per neuron.
 
     In half precision, effects near the rounding error of the reward are rounding; open the model in float32 for exact
@@ -169,11 +169,10 @@ def _changes(
     steps = rearrange(step, "row token (neuron channel) -> row token neuron channel", neuron=head.n_neurons(site))
     written = written_weights(replay, site, layer, step, replay.stream(layer + 1)) if replay.is_partial else None
     if written is None:
-        base = replay.rewards_from(layer)
         for number in wanted:
             only = torch.zeros_like(steps)
             only[:, :, number] = steps[:, :, number]
-            yield _with_step(replay, site, layer, only.flatten(2)) - base
+            yield _with_step(replay, site, layer, only.flatten(2)) - replay.base
         return
     # The vector that each channel writes into the residual stream after the block, [neuron, channel, d_model].
     weights = rearrange(written, "(neuron channel) d_model -> neuron channel d_model", neuron=head.n_neurons(site))
@@ -188,9 +187,8 @@ def _changes(
             moves = torch.einsum("xnc,ncd->nxd", read_steps[:, numbers], weights[numbers])
             yield from replay.read_many(read + moves) - base
         return
-    base = replay.rewards_from(layer + 1)
     for number in wanted:
-        yield replay.rewards_from(layer + 1, above + steps[:, :, number] @ weights[number]) - base
+        yield replay.rewards_from(layer + 1, above + steps[:, :, number] @ weights[number]) - replay.base
 
 
 def _with_step(

@@ -1,7 +1,7 @@
 """Runs the upper layers of a model again, from a layer on, without running the layers below."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -91,6 +91,14 @@ class Replay:
             for number in layers:
                 state = self._run_block(number, state)
             return self.read(self.batch.gather(self.places, state))
+
+    @cached_property
+    def base(self) -> Float[Tensor, "text"]:
+        """The rewards of the recorded run as `rewards_from` computes them, from whatever layer, to the bit.
+
+        Cost: the last block, once; the whole model if it does not run block by block.
+        """
+        return self.rewards_from(self.head.n_layers - 1)
 
     def run_block(self, layer: int, stream: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"]:
         """The output of the block of `layer` for the input `stream`."""

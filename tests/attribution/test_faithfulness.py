@@ -108,7 +108,7 @@ def test_single_effects_are_those_of_a_context_of_each_neuron(gpt2, few, name, p
 
 
 def test_single_effects_cost_the_documented_blocks(gpt2, few):
-    """Blocks run: three for the batch; above layer l, 2 - l for each of the 64 neurons and for what they start from.
+    """Blocks run: three for the batch, the last one for the start; above layer l, 2 - l for each of the 64 neurons.
 
     Every layer's block runs once more, to see whether the stream takes the projection's output as it is.
     """
@@ -117,11 +117,11 @@ def test_single_effects_cost_the_documented_blocks(gpt2, few):
     handles = [block.register_forward_hook(lambda *_: calls.append(1)) for block in blocks]
     try:
         single_neuron_effects(gpt2, few)
-        assert len(calls) == 3 + 3 + (64 + 1) * (2 + 1 + 0)
+        assert len(calls) == 3 + 3 + 1 + 64 * (2 + 1 + 0)
         calls.clear()
         # An MLP follows the heads in their block, so that block runs too.
         single_neuron_effects(gpt2, few, site="attn_head")
-        assert len(calls) == 3 + 3 + (4 + 1) * (3 + 2 + 1)
+        assert len(calls) == 3 + 3 + 1 + 4 * (3 + 2 + 1)
         calls.clear()
         # Layers without a wanted neuron cost nothing.
         single_neuron_effects(gpt2, few, neurons=sample_of(gpt2, [(1, 5)]))
@@ -129,6 +129,17 @@ def test_single_effects_cost_the_documented_blocks(gpt2, few):
     finally:
         for handle in handles:
             handle.remove()
+
+
+def test_every_layer_starts_from_the_same_bits(checkpoints, few):
+    """So that one starting point serves the neurons of all layers."""
+    for family in ("gpt2", "llama"):
+        for dtype in (torch.float32, torch.bfloat16):
+            head = RewardHead.from_pretrained(checkpoints[family], dtype=dtype)
+            for batch in batches_of(head, few):
+                replay = Replay(head, batch)
+                with torch.no_grad():
+                    assert all(torch.equal(replay.rewards_from(layer), replay.base) for layer in range(head.n_layers))
 
 
 def sample_of(head, indices):
