@@ -52,7 +52,7 @@ def write(folder, n_bytes):
     torch.manual_seed(0)
     model = transformers.AutoModelForSequenceClassification.from_config(config)
     model.save_pretrained(folder)
-    make_pairs(16, longest=60).to_jsonl(folder / "pairs.jsonl")
+    make_pairs(6, longest=60).to_jsonl(folder / "pairs.jsonl")
     return sum(parameter.nbytes for parameter in model.parameters())
 
 

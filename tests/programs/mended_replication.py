@@ -1,12 +1,14 @@
-"""Repair the helpful side of the mixed model of a replication, with its specialists as the ceiling.
+"""Repair one side of the mixed model of a replication, with its specialists as the ceiling.
 
     rmtension replicate smollm2.yaml --out replication
     python tests/programs/mended_replication.py smollm2.yaml --out replication --method "head refit" --longest 288
 
 The pairs are those of the recipe's files whose prompts no model was trained or selected on, also pairs that were too
 long for training, up to --longest tokens; refusals are labelled as in the replication. They are divided by prompt into
-fit, development and test pairs. It prints the diagnosis and the report, and writes the report to
-repair-METHOD-LONGEST.json in --out; with --diagnose-only it ends after the diagnosis.
+fit, development and test pairs. With `--weak shorter`, the weak objective is the pairs whose chosen response is the
+shorter one, the strong one the others, of both objectives together, and a probe is the ceiling. It prints the
+diagnosis and the report, and writes the report to repair-WEAK-METHOD-LONGEST.json in --out; with --diagnose-only it
+ends after the diagnosis.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from rmtension import PreferencePairs, RewardHead
+from rmtension import PreferencePair, PreferencePairs, RewardHead
 from rmtension.errors import OptionError
 from rmtension.repair import RepairPairs, diagnose, repair
 from rmtension.repair._repair import METHODS
@@ -23,7 +25,7 @@ from rmtension.replication import read_recipe
 from rmtension.replication._prepare import SPLITS, prepare_pairs
 from rmtension.replication._recipe import Recipe
 
-WEAK, STRONG = "helpful", "harmless"
+OBJECTIVES = ("helpful", "harmless")
 
 
 def unseen_pairs(recipe: Recipe, longest: int, folder: Path) -> dict[str, PreferencePairs]:
@@ -34,8 +36,18 @@ def unseen_pairs(recipe: Recipe, longest: int, folder: Path) -> dict[str, Prefer
     every = prepare_pairs(replace(recipe, max_length=longest), tokenizer).parts
     return {
         name: PreferencePairs(pair for split in SPLITS for pair in every[split][name] if pair.prompt not in seen)
-        for name in (WEAK, STRONG)
+        for name in OBJECTIVES
     }
+
+
+def by_length(pairs: dict[str, PreferencePairs]) -> dict[str, PreferencePairs]:
+    """The pairs of both objectives by whether the chosen response is shorter or longer; ties are left out."""
+    groups: dict[str, list[PreferencePair]] = {"shorter": [], "longer": []}
+    for pair in (pair for part in pairs.values() for pair in part):
+        difference = len(str(pair.chosen)) - len(str(pair.rejected))
+        if difference:
+            groups["shorter" if difference < 0 else "longer"].append(pair)
+    return {name: PreferencePairs(group) for name, group in groups.items()}
 
 
 def main() -> None:
@@ -44,6 +56,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0, help="the seed of the models")
+    parser.add_argument("--weak", choices=[*OBJECTIVES, "shorter"], default="helpful")
     parser.add_argument("--method", choices=METHODS, default="head refit")
     parser.add_argument("--longest", type=int, default=288, help="tokens of a text")
     parser.add_argument("--shares", type=float, nargs=3, default=(0.3, 0.35, 0.35), help="fit, development, test")
@@ -56,14 +69,17 @@ def main() -> None:
     options = parser.parse_args()
     models = options.out / "models" / f"seed-{options.seed}"
     pairs = unseen_pairs(read_recipe(options.recipe), options.longest, options.out / "base")
+    if options.weak == "shorter":
+        pairs = by_length(pairs)
+    (strong,) = set(pairs) - {options.weak}
     split = RepairPairs.split(
-        pairs, weak=WEAK, strong=STRONG, shares=options.shares, most_lost=options.most_lost, seed=0
+        pairs, weak=options.weak, strong=strong, shares=options.shares, most_lost=options.most_lost, seed=0
     )
     print(split, flush=True)
     head = RewardHead.from_pretrained(models / "mixed")
     specialists = None
-    if not options.no_specialists:
-        specialists = {name: RewardHead.from_pretrained(models / name) for name in (WEAK, STRONG)}
+    if options.weak in OBJECTIVES and not options.no_specialists:
+        specialists = {name: RewardHead.from_pretrained(models / name) for name in OBJECTIVES}
     if options.diagnose_only:
         print(diagnose(head, split, specialists=specialists, progress=False))
         return
@@ -81,7 +97,7 @@ def main() -> None:
     print(mended)
     for table in ("checks", "path", "controls"):
         print(f"\n{table}\n{mended.report.to_frame(table).round(3).to_string(index=False)}")
-    name = f"repair-{options.method.replace(' ', '_')}-{options.longest}.json"
+    name = f"repair-{options.weak}-{options.method.replace(' ', '_')}-{options.longest}.json"
     mended.report.save(options.out / name)
 
 
