@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -138,7 +139,7 @@ class TokenBatch:
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "TokenBatch":
         """The same batch with every tensor changed, such as moved to a device."""
-        changed = {
+        changed: dict[str, Any] = {
             name: change(value)
             for name, value in ((field.name, getattr(self, field.name)) for field in fields(self))
             if isinstance(value, Tensor)

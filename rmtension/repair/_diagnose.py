@@ -15,12 +15,11 @@ from rmtension.repair._ceiling import SpecialistEnsemble, closed_share
 from rmtension.repair._choice import change_of_accuracy, correct
 from rmtension.repair._edit import Edit, has_reward_row
 from rmtension.repair._features import GroupMargins, ReadStates, SplitStates, margins_of, read_states
-from rmtension.repair._refit import refit_head, refit_row
+from rmtension.repair._probe import fit_probe
+from rmtension.repair._refit import refit_head
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
 
-# The probe fits the weak objective nearly alone.
-_PROBE_SHARE, _PROBE_RIDGE = 0.99, 1e-3
 # A feature counts as present if a probe recovers at least this share of the gap.
 _PRESENT = 0.5
 
@@ -185,8 +184,7 @@ class Evidence:
             return cls(head, pairs, None, margins_of(head, pairs.development, progress=progress), None, None, ensemble)
         states = SplitStates.of(head, pairs, progress=progress)
         refit, _ = refit_head(head, pairs, states=states)
-        weak, strong = (states.fit[name] for name in (pairs.weak, pairs.strong))
-        probe = refit_row(weak, strong, share=_PROBE_SHARE, ridge=_PROBE_RIDGE)
+        probe = fit_probe(states.fit[pairs.weak], states.fit[pairs.strong], pairs.fit[pairs.weak])
         return cls(head, pairs, states, states.margins, refit, probe, ensemble)
 
     def ceiling(self, part: PreferencePairs, states: ReadStates | None = None) -> Float[Tensor, "pair"]:

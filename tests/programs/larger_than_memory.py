@@ -52,7 +52,7 @@ def write(folder, n_bytes):
     torch.manual_seed(0)
     model = transformers.AutoModelForSequenceClassification.from_config(config)
     model.save_pretrained(folder)
-    make_pairs(6, longest=60).to_jsonl(folder / "pairs.jsonl")
+    make_pairs(6, longest=24).to_jsonl(folder / "pairs.jsonl")
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
@@ -61,7 +61,7 @@ def run(folder, out, weight_memory):
     from rmtension import ActivationCollector, NeuronAttribution, PreferencePairs, RewardHead
 
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    head = RewardHead.from_pretrained(folder, weight_memory=weight_memory, tokens_per_batch=512)
+    head = RewardHead.from_pretrained(folder, weight_memory=weight_memory, tokens_per_batch=128)
     opened = time.perf_counter()
     pairs = PreferencePairs.read(folder / "pairs.jsonl")
     results = {"margin": head.score_pairs(pairs).margin}
