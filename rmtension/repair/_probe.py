@@ -18,9 +18,10 @@ _MOST_FOLDS = 5
 def fit_probe(weak: ReadStates, strong: ReadStates, pairs: PreferencePairs) -> Float[Tensor, "d_model"]:
     """What to add to the row so that it serves the weak objective nearly alone, from the fit pairs; `pairs` are weak.
 
-    The penalty is the one with the least loss on held-out weak pairs, over up to five folds of prompts. If no change
-    lowers that loss, the change is 0: with fewer pairs than the state has dimensions, a row that orders all of them may
-    order new ones worse than before. Cost: a fit for every fold and penalty, no pass.
+    The penalty is the one that orders most held-out weak pairs, over up to five folds of prompts, and of several the one
+    with the least loss on them. If no change orders more than the row itself, the change is 0: with fewer pairs than the
+    state has dimensions, a row that orders all of them may order new ones worse than before. Cost: a fit for every fold
+    and penalty, no pass.
     """
     prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(pair.prompt for pair in pairs))}
     n_folds = min(_MOST_FOLDS, len(prompts))
@@ -28,15 +29,16 @@ def fit_probe(weak: ReadStates, strong: ReadStates, pairs: PreferencePairs) -> F
     unchanged = torch.zeros(weak.difference.shape[1], dtype=torch.float64)
     if n_folds < 2:
         return unchanged
-    losses = {
-        ridge: sum(
-            _loss(_rows(weak, fold_of == fold), _fit(_rows(weak, fold_of != fold), strong, ridge))
+    held_out = {
+        ridge: [
+            _margins(_rows(weak, fold_of == fold), _fit(_rows(weak, fold_of != fold), strong, ridge))
             for fold in range(n_folds)
-        )
+        ]
         for ridge in _RIDGES
     }
-    best = min(losses, key=losses.__getitem__)
-    return _fit(weak, strong, best) if losses[best] < _loss(weak, unchanged) else unchanged
+    quality = {ridge: _quality(torch.cat(of_folds)) for ridge, of_folds in held_out.items()}
+    best = max(quality, key=quality.__getitem__)
+    return _fit(weak, strong, best) if quality[best] > _quality(weak.margin) else unchanged
 
 
 def _fit(weak: ReadStates, strong: ReadStates, ridge: float) -> Float[Tensor, "d_model"]:
@@ -47,6 +49,10 @@ def _rows(states: ReadStates, chosen: Bool[Tensor, "pair"]) -> ReadStates:
     return ReadStates(states.difference[chosen], states.margin[chosen])
 
 
-def _loss(states: ReadStates, change: Float[Tensor, "d_model"]) -> float:
-    """The sum of log(1 + exp(-margin)) with a change of the row."""
-    return -float(logsigmoid(states.margin + states.difference @ change).sum())
+def _margins(states: ReadStates, change: Float[Tensor, "d_model"]) -> Float[Tensor, "pair"]:
+    return states.margin + states.difference @ change
+
+
+def _quality(margins: Float[Tensor, "pair"]) -> tuple[int, float]:
+    """How many pairs are ordered rightly, and the negative loss."""
+    return int((margins > 0).sum()), float(logsigmoid(margins).sum())
