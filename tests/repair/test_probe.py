@@ -22,7 +22,7 @@ def accuracy(states, change):
 
 
 def test_few_pairs_in_many_dimensions_are_not_overfitted():
-    """100 pairs, 300 dimensions, nothing to gain: a lightly penalised row orders new pairs worse than the row itself."""
+    """100 pairs, 300 dimensions, nothing to gain: a lightly penalised row orders new pairs worse than the row does."""
     weak, strong, new = (drawn(n, 300, seed) for n, seed in ((100, 0), (100, 1), (4000, 2)))
     before = accuracy(new, torch.zeros(300, dtype=torch.float64))
     probe = fit_probe(weak, strong, make_pairs(100))
