@@ -353,6 +353,7 @@ CALLS = {
     "bodies._native_weights.plain_copy": lambda s: plain_copy(s.head.body.native),
     "passes._collect_profiles.collect_profiles": lambda s: collect_profiles(s.head, s.pairs, base=s.base),
     "models._replay.Replay.__init__": lambda s: Replay(s.head, s.batch, ["mlp"]),
+    "models._replay.Replay.base": lambda s: Replay(s.head, s.batch).base,
     "models._replay.Replay.rewards_from": lambda s: Replay(s.head, s.batch).rewards_from(1),
     "models._replay.Replay.run_block": lambda s: (replay := Replay(s.head, s.batch)).run_block(1, replay.stream(1)),
     "reward_head.RewardHead.__init__": lambda s: RewardHead(s.head.model, weight=s.head.weight),
@@ -499,6 +500,8 @@ THE_SAME = {
 }
 # What opens or builds a model of its own, or looks at one without running it: nothing of a user's could be changed.
 OWN_MODEL = [
+    "bodies._hooks.install_for_good",
+    "models._streamed_weights.StreamedWeights.__init__",
     "synthetic._damage.DamagedModel.__init__",
     "training._frozen_layers.FrozenLayers.__init__",
     "training._frozen_layers.FrozenLayers.prepare",
@@ -645,6 +648,8 @@ ONLY_LOOKS = [
     "bodies._hooks.count_foreign_hooks",
     "bodies._hooks.has_own_hooks",
     "bodies._hooks.is_placed",
+    "bodies._hooks.is_streamed",
+    "models._streamed_weights.StreamedWeights.move",
     "bodies._hooks.modules_of",
     "bodies._norms.read_norm",
     "passes._rewards_of_pairs.RewardsOfPairs.__init__",

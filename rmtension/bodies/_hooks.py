@@ -204,6 +204,16 @@ class _OurHook:
 class PermanentHook:
     """A hook that stays on a module from opening on and changes nothing that the module computes."""
 
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
+        """Called with the module's positional arguments, and after the run also with its output."""
+        raise NotImplementedError
+
+
+def install_for_good(module: nn.Module, before: PermanentHook, after: PermanentHook) -> None:
+    """Call `before` before every run of a module, and `after` after it; the hooks do not count as hooks of the user."""
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
 
 class _SiteHook(_OurHook):
     """Sees the tensor of a hook site, and may replace it; counts how often it fired."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rmtension.bodies._hooks import PermanentHook
+from rmtension.bodies._hooks import PermanentHook, install_for_good
 from rmtension.errors import ModelError, OptionError
 
 # What Linux is told about a range of memory that is mapped from a file: it will be read soon; it may leave memory.
@@ -62,8 +62,7 @@ class StreamedWeights:
         self._madvise: Any = ctypes.CDLL(None).madvise
         self._madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         for number, block in enumerate(blocks):
-            block.register_forward_pre_hook(_BeforeBlock(self, number))
-            block.register_forward_hook(_AfterBlock(self, number))
+            install_for_good(block, _BeforeBlock(self, number), _AfterBlock(self, number))
 
     def __repr__(self) -> str:
         return f"{self.streamed / 1e6:,.1f} of {self.total / 1e6:,.1f} MB of weights in files"
@@ -90,7 +89,7 @@ class _BeforeBlock(PermanentHook):
     def __init__(self, weights: StreamedWeights, number: int) -> None:
         self._weights, self._number = weights, number
 
-    def __call__(self, _module: nn.Module, _inputs: Any) -> None:
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
         self._weights.move(self._number - 1, self._number + 1)
 
 
@@ -100,7 +99,7 @@ class _AfterBlock(PermanentHook):
     def __init__(self, weights: StreamedWeights, number: int) -> None:
         self._weights, self._number = weights, number
 
-    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
         state = output[0] if isinstance(output, tuple) else output
         if state.requires_grad:
             state.register_hook(self._backward)

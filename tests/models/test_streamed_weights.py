@@ -118,9 +118,15 @@ def test_refusals(checkpoints, tmp_path, tokenizer):
     scores = NeuronAttribution(head, "direct_effect").score(make_pairs(1))
     with pytest.raises(ModelError, match="a copy needs all weights in memory"):
         head.with_ablation(scores.top(k=2))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, when peft makes the adapter
+def test_adapters_are_refused(checkpoints, tmp_path, tokenizer):
     peft = pytest.importorskip("peft")
-    classifier = AutoModelForSequenceClassification.from_pretrained(folder)
-    adapted = peft.get_peft_model(classifier, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"]))
+    classifier = AutoModelForSequenceClassification.from_pretrained(checkpoints["gpt2"])
+    adapted = peft.get_peft_model(
+        classifier, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"], fan_in_fan_out=True)
+    )
     adapted.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(OptionError, match="weight_memory: the weights of an adapter's base"):
