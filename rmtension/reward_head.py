@@ -150,6 +150,11 @@ class RewardHead(RewardModel):
         require_name(name_or_path)
         if is_saved_model(name_or_path):
             return open_saved_model(cls, Path(name_or_path), head, options)
+        if options.get("weight_memory") is not None and (model_class != "TransformerBridge" or process_weights):
+            raise OptionError(
+                "weight_memory: converted or processed weights are copies in memory. Leave out model_class and "
+                "process_weights, or weight_memory."
+            )
         run_options = run_options_of(options)
         opened = open_checkpoint(name_or_path, reward=True, head=head, output=output, options=options)
         return open_model(cls, opened, model_class=model_class, process_weights=process_weights, **run_options)

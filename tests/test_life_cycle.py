@@ -648,7 +648,7 @@ ONLY_LOOKS = [
     "bodies._hooks.count_foreign_hooks",
     "bodies._hooks.has_own_hooks",
     "bodies._hooks.is_placed",
-    "bodies._hooks.is_streamed",
+    "bodies._hooks.has_permanent_hooks",
     "models._streamed_weights.StreamedWeights.move",
     "bodies._hooks.modules_of",
     "bodies._norms.read_norm",

@@ -201,18 +201,25 @@ class _OurHook:
     any_tokens = False
 
 
-class PermanentHook:
-    """A hook that stays on a module from opening on and changes nothing that the module computes."""
+class _PermanentHook:
+    """Stays on its module from opening on, changes nothing, and counts neither as ours nor as the user's."""
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
-        """Called with the module's positional arguments, and after the run also with its output."""
-        raise NotImplementedError
+    def __init__(self, visit: Callable[[Any], None]) -> None:
+        self._visit = visit
+
+    def __call__(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Any = None) -> None:
+        self._visit(output)
 
 
-def install_for_good(module: nn.Module, before: PermanentHook, after: PermanentHook) -> None:
-    """Call `before` before every run of a module, and `after` after it; the hooks do not count as hooks of the user."""
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
+def install_for_good(module: nn.Module, before: Callable[[], None], after: Callable[[Any], None]) -> None:
+    """Call `before()` before every run of a module, and `after(output)` after it; neither may change anything."""
+    module.register_forward_pre_hook(_PermanentHook(lambda _: before()))
+    module.register_forward_hook(_PermanentHook(after))
+
+
+def has_permanent_hooks(model: nn.Module) -> bool:
+    """Whether `install_for_good` was called for one of the modules of `model`."""
+    return any(isinstance(hook, _PermanentHook) for module in modules_of(model) for hook in _forward_hooks_of(module))
 
 
 class _SiteHook(_OurHook):
@@ -310,11 +317,6 @@ def _forward_hooks_of(module: nn.Module) -> Iterator[object]:
     return chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
 
 
-def is_streamed(model: nn.Module) -> bool:
-    """Whether the weights of some blocks are in files except while they run."""
-    return any(isinstance(hook, PermanentHook) for module in modules_of(model) for hook in _forward_hooks_of(module))
-
-
 def is_placed(modules: Iterable[nn.Module]) -> bool:
     """Whether accelerate moves tensors between devices around modules, which requires that every module finishes."""
     return any(hasattr(module, "_hf_hook") for module in modules)
@@ -340,7 +342,7 @@ def _is_wiring(hook: object) -> bool:
 
     A hook that the user adds to a hook point is wrapped in a function of `transformer_lens.hook_points`.
     """
-    if isinstance(hook, PermanentHook):
+    if isinstance(hook, _PermanentHook):
         return True
     module = str(getattr(hook, "__module__", ""))
     is_lens = module.startswith("transformer_lens.") and not module.startswith("transformer_lens.hook_points")

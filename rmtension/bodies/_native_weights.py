@@ -5,7 +5,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rmtension.bodies._hooks import copy_without_hooks, is_streamed, unwrapped
+from rmtension.bodies._hooks import copy_without_hooks, has_permanent_hooks, unwrapped
 from rmtension.errors import ModelError
 
 # Packages whose layers hold packed or quantised weights, by the module that defines the layer's class.
@@ -71,7 +71,7 @@ def plain_copy(model: nn.Module, *, share: bool = True) -> nn.Module:
     `share` is False, or some parameters have adapters, which are merged, or parametrisations: then it copies all of
     them. Raises `ModelError` for adapters that cannot be merged.
     """
-    if not share and is_streamed(model):
+    if not share and has_permanent_hooks(model):  # which only streamed blocks have
         raise ModelError(
             "model: a copy needs all weights in memory, and those of this model are in files. Open it without "
             "weight_memory on a larger machine; AblationContext changes no weights."

@@ -140,9 +140,9 @@ class TokenBatch:
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "TokenBatch":
         """The same batch with every tensor changed, such as moved to a device."""
         changed: dict[str, Any] = {
-            name: change(value)
-            for name, value in ((field.name, getattr(self, field.name)) for field in fields(self))
-            if isinstance(value, Tensor)
+            field.name: change(value)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
         }
         return replace(self, **changed, prompts=None if self.prompts is None else self.prompts.mapped(change))
 

@@ -37,7 +37,7 @@ class LoadOptions(RunOptions, total=False):
         n_devices: spread the model over this many GPUs; a shorthand for a balanced `device_map`.
         weight_memory: for a model that is larger than the memory of a CPU: how many bytes of the blocks' weights may
             stay in memory. The other blocks are read from the checkpoint's files each time they run. This needs Linux,
-            and the `dtype` of the files (`docs/scaling.md`).
+            and the `dtype` of the files (`docs/large_models.md`).
         revision: the revision of a hub name. With it, the name is not searched on this machine first.
         tokenizer: replaces the checkpoint's tokenizer.
         pad_token: the token that transformers skips at the end of a text, if neither config nor tokenizer names one.
@@ -252,8 +252,15 @@ def placement_of(options: LoadOptions) -> tuple[dict[str, Any], torch.device]:
             f"device: {options.get('device')!r} is not available on this machine ({error}). Leave device out to use "
             "the first GPU, or the CPU if there is none."
         ) from error
-    if options.get("weight_memory") is not None and (device.type != "cpu" or device_map is not None or n_devices):
-        raise OptionError("weight_memory: it is for a model on the CPU. Pass device='cpu', and no other devices.")
+    n_bytes: object = options.get("weight_memory")
+    if n_bytes is not None and not (isinstance(n_bytes, int) and n_bytes >= 0):
+        raise OptionError(f"weight_memory: expected a number of bytes, such as 4_000_000_000, got {n_bytes!r}.")
+    if n_bytes is not None and (device.type != "cpu" or device_map is not None or n_devices):
+        where = next(
+            (f"{name}={value!r}" for name, value in (("device_map", device_map), ("n_devices", n_devices)) if value),
+            device,
+        )
+        raise OptionError(f"weight_memory: it is for a model on the CPU, got {where}. Pass device='cpu' alone.")
     if device_map is not None:
         return {"device_map": device_map}, device
     if n_devices is None or n_devices == 1:

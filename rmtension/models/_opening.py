@@ -60,7 +60,9 @@ def open_model(
         process_weights=process_weights,
         trust_remote_code=code,
     )
-    streamed = _streamed(body, source.get("weight_memory"))
+    weight_memory, streamed = source.get("weight_memory"), None
+    if weight_memory is not None:
+        streamed = StreamedWeights([body.block(layer) for layer in range(int(body.cfg.n_layers))], weight_memory)
     norm: nn.Module | None = None
     if body.final_norm_folded:
         # transformers' norm, from an unprocessed bridge.
@@ -206,20 +208,6 @@ def within_reference(body: Body, head: Head | None, options: RunOptions) -> RunO
     cfg: Any = body.model.cfg
     longest = options.get("max_length") or int(cfg.n_ctx)
     return {**options, "max_length": min(longest, reference.max_length)}
-
-
-def _streamed(body: Body, n_bytes: object) -> StreamedWeights | None:
-    """Stream the weights of the blocks that do not fit into `n_bytes`; None for None."""
-    if n_bytes is None:
-        return None
-    if not isinstance(n_bytes, int) or n_bytes < 0:
-        raise OptionError(f"weight_memory: expected a number of bytes, such as 4_000_000_000, got {n_bytes!r}.")
-    if not body.runs_native:
-        raise OptionError(
-            f"weight_memory: a {type(body.model).__name__} with converted or processed weights has copies of them in "
-            "memory. Leave out model_class and process_weights, or weight_memory."
-        )
-    return StreamedWeights([body.block(layer) for layer in range(int(body.cfg.n_layers))], n_bytes)
 
 
 def _require_same_rewards(model: RewardModel, opened: Checkpoint) -> None:

@@ -4,12 +4,14 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from rmtension.bodies._hooks import PermanentHook, install_for_good
+from rmtension.bodies._hooks import install_for_good
 from rmtension.errors import ModelError, OptionError
 
 # What Linux is told about a range of memory that is mapped from a file: it will be read soon; it may leave memory.
@@ -50,19 +52,16 @@ class StreamedWeights:
                 "or their layout is converted. Pass the dtype of the files (dtype=torch.bfloat16 for most large "
                 "models); a model whose layout transformers converts (a mixture of experts) cannot be streamed."
             )
-        sizes = [sum(last - first for first, last in each) for each in ranges]
+        sizes = [sum(parameter.nbytes for parameter in block.parameters()) for block in blocks]
         self.total = sum(sizes)
         # The lowest blocks stay, as many as fit. The block that runs and the next one are in memory besides.
-        kept = 0
-        while kept < len(sizes) and sum(sizes[: kept + 1]) <= n_bytes:
-            kept += 1
-        self.streamed = sum(sizes[kept:])
-        self._ranges = [_pages(each) for each in ranges]
-        self._kept = kept
+        self._kept = sum(up_to <= n_bytes for up_to in accumulate(sizes))
+        self.streamed = sum(sizes[self._kept :])
+        self._ranges = ranges
         self._madvise: Any = ctypes.CDLL(None).madvise
         self._madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         for number, block in enumerate(blocks):
-            install_for_good(block, _BeforeBlock(self, number), _AfterBlock(self, number))
+            install_for_good(block, partial(self._forward, number), partial(self._after_forward, number))
 
     def __repr__(self) -> str:
         return f"{self.streamed / 1e6:,.1f} of {self.total / 1e6:,.1f} MB of weights in files"
@@ -78,34 +77,22 @@ class StreamedWeights:
             self._advise(leaving, _PAGE_OUT)
         self._advise(coming, _WILL_NEED)
 
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _forward(self, number: int) -> None:
+        self.move(leaving=number - 1, coming=number + 1)
+
+    def _after_forward(self, number: int, output: Any) -> None:
+        """Prepare for the backward pass, in which the gradient of a block's output comes before the block runs."""
+        state = output[0] if isinstance(output, tuple) else output
+        if state.requires_grad:
+            state.register_hook(lambda _: self.move(leaving=number + 1, coming=number - 1))
+
     def _advise(self, number: int, advice: int) -> None:
         if number >= self._kept:
             for first, last in self._ranges[number]:
                 # A system that does not know an advice returns an error and does nothing, which is as right.
                 self._madvise(first, last - first, advice)
-
-
-class _BeforeBlock(PermanentHook):
-    def __init__(self, weights: StreamedWeights, number: int) -> None:
-        self._weights, self._number = weights, number
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
-        self._weights.move(self._number - 1, self._number + 1)
-
-
-class _AfterBlock(PermanentHook):
-    """Prepares the backward pass, in which the gradient of the block's output comes before the block runs backward."""
-
-    def __init__(self, weights: StreamedWeights, number: int) -> None:
-        self._weights, self._number = weights, number
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
-        state = output[0] if isinstance(output, tuple) else output
-        if state.requires_grad:
-            state.register_hook(self._backward)
-
-    def _backward(self, _gradient: Tensor) -> None:
-        self._weights.move(self._number + 1, self._number - 1)
 
 
 def _mapped_files() -> Iterator[_Range]:
@@ -119,16 +106,12 @@ def _mapped_files() -> Iterator[_Range]:
 
 
 def _ranges_of(block: nn.Module) -> list[_Range]:
-    """The ranges of the parameters of a block, those that touch as one."""
+    """The ranges of the parameters of a block, from the beginning of a page on; those that touch are one."""
     ranges: list[_Range] = []
-    for first, last in sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in block.parameters() if p.numel()):
+    for begin, last in sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in block.parameters() if p.numel()):
+        first = begin - begin % mmap.PAGESIZE
         if ranges and first <= ranges[-1][1]:
             ranges[-1] = (ranges[-1][0], max(last, ranges[-1][1]))
         else:
             ranges.append((first, last))
     return ranges
-
-
-def _pages(ranges: Sequence[_Range]) -> list[_Range]:
-    """The ranges from the beginning of a page on, as the system needs them."""
-    return [(first - first % mmap.PAGESIZE, last) for first, last in ranges]

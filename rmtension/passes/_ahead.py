@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import repeat, takewhile
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -42,4 +42,4 @@ def made_ahead(items: Iterable[_Out], n: int) -> Iterator[_Out]:
     """The items in their order; a thread takes up to `n` from `items` while the caller uses the one before."""
     source = iter(items)
     taken: Iterator[object] = mapped_ahead(lambda _: next(source, _END), repeat(None), n)
-    return takewhile(lambda item: item is not _END, taken)  # type: ignore[arg-type]
+    return cast("Iterator[_Out]", takewhile(lambda item: item is not _END, taken))

@@ -1,12 +1,12 @@
 """The ceiling without specialists: a reward row that serves the weak objective nearly alone."""
 
 import torch
-from jaxtyping import Bool, Float
-from scipy.stats import binomtest
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rmtension.data._pairs import PreferencePairs
+from rmtension.evaluation._intervals import mcnemar_p_value
 from rmtension.repair._features import ReadStates
 from rmtension.repair._refit import refit_row
 
@@ -31,29 +31,25 @@ def fit_probe(weak: ReadStates, strong: ReadStates, pairs: PreferencePairs) -> F
     unchanged = torch.zeros(weak.difference.shape[1], dtype=torch.float64)
     if n_folds < 2:
         return unchanged
-    held_out = {
-        ridge: [
-            _margins(_rows(weak, fold_of == fold), _fit(_rows(weak, fold_of != fold), strong, ridge))
-            for fold in range(n_folds)
-        ]
-        for ridge in _RIDGES
-    }
-    in_order = torch.cat([(fold_of == fold).nonzero()[:, 0] for fold in range(n_folds)])
-    margins = {ridge: torch.cat(of_folds) for ridge, of_folds in held_out.items()}
+    margins = {ridge: _held_out(weak, strong, fold_of, ridge) for ridge in _RIDGES}
     best = max(margins, key=lambda ridge: _quality(margins[ridge]))
-    return _fit(weak, strong, best) if _is_better(margins[best], weak.margin[in_order]) else unchanged
+    return _fit(weak, strong, best) if _is_better(margins[best], weak.margin) else unchanged
+
+
+def _held_out(
+    weak: ReadStates, strong: ReadStates, fold_of: Int[Tensor, "pair"], ridge: float
+) -> Float[Tensor, "pair"]:
+    """The margins of the weak pairs, each with the row that was fitted without its fold."""
+    margins = torch.empty_like(weak.margin)
+    for fold in range(int(fold_of.max()) + 1):
+        held = fold_of == fold
+        change = _fit(ReadStates(weak.difference[~held], weak.margin[~held]), strong, ridge)
+        margins[held] = weak.margin[held] + weak.difference[held] @ change
+    return margins
 
 
 def _fit(weak: ReadStates, strong: ReadStates, ridge: float) -> Float[Tensor, "d_model"]:
     return refit_row(weak, strong, share=_SHARE, ridge=ridge)
-
-
-def _rows(states: ReadStates, chosen: Bool[Tensor, "pair"]) -> ReadStates:
-    return ReadStates(states.difference[chosen], states.margin[chosen])
-
-
-def _margins(states: ReadStates, change: Float[Tensor, "d_model"]) -> Float[Tensor, "pair"]:
-    return states.margin + states.difference @ change
 
 
 def _quality(margins: Float[Tensor, "pair"]) -> tuple[int, float]:
@@ -62,6 +58,6 @@ def _quality(margins: Float[Tensor, "pair"]) -> tuple[int, float]:
 
 
 def _is_better(after: Float[Tensor, "pair"], before: Float[Tensor, "pair"]) -> bool:
-    """Whether more pairs become right than wrong, by an exact one-sided sign test at 5%."""
+    """Whether more pairs become right than wrong, by an exact one-sided test at 5%: half of the two-sided p-value."""
     gained, lost = (int(changed.sum()) for changed in ((after > 0) & (before <= 0), (after <= 0) & (before > 0)))
-    return gained > 0 and float(binomtest(gained, gained + lost, alternative="greater").pvalue) < _ALPHA
+    return gained > lost and mcnemar_p_value(gained, lost) / 2 < _ALPHA

@@ -2,6 +2,7 @@
 
 import sys
 
+import peft
 import pytest
 import torch
 from tiny_models import FAMILIES, grid, make_pairs, save_classifier
@@ -122,7 +123,6 @@ def test_refusals(checkpoints, tmp_path, tokenizer):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, when peft makes the adapter
 def test_adapters_are_refused(checkpoints, tmp_path, tokenizer):
-    peft = pytest.importorskip("peft")
     classifier = AutoModelForSequenceClassification.from_pretrained(checkpoints["gpt2"])
     adapted = peft.get_peft_model(
         classifier, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"], fan_in_fan_out=True)

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rmtension import ActivationCollector, Mean, NeuronAttribution, NeuronScores, PreferencePairs, RewardHead, Zero
+from rmtension import ActivationCollector, Mean, NeuronScores, PreferencePairs, RewardHead, Zero
 from rmtension.attribution import kept_curves
 from rmtension.replication import read_recipe
 from rmtension.replication._plan import sampled
@@ -77,13 +77,7 @@ def main() -> None:
     head = RewardHead.from_pretrained(folder)
     statistics = ActivationCollector(head).collect(both, progress=False)
     means = Mean(statistics)
-    rankings = {}
-    for name in METHODS:
-        path = options.out / "faithfulness" / f"{name}.safetensors"
-        if path.exists():
-            rankings[name] = NeuronScores.load(path)
-        else:
-            rankings[name] = NeuronAttribution(head, name, replacement=means).score(both, progress=False)
+    rankings = {name: NeuronScores.load(options.out / "faithfulness" / f"{name}.safetensors") for name in METHODS}
     areas, curves = [], []
     for name, replacement in (("mean", means), ("zero", Zero())):
         found = kept_curves(head, both, rankings, replacement, fractions=FRACTIONS, n_random=1, progress=False)

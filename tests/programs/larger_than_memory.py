@@ -24,11 +24,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-# Where Linux keeps the limits: version 1 has a tree for memory, version 2 one for everything.
-_GROUPS = {
-    "memory.limit_in_bytes": (Path("/sys/fs/cgroup/memory"), "memory.max_usage_in_bytes"),
-    "memory.max": (Path("/sys/fs/cgroup"), "memory.peak"),
-}
+# Where Linux keeps the limits, the file of a limit and that of the peak; version 1 has a tree of its own for memory.
+_V1 = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.max_usage_in_bytes"
+_V2 = Path("/sys/fs/cgroup"), "memory.max", "memory.peak"
 _D_MODEL, _D_MLP = 2048, 5632
 
 
@@ -60,7 +58,7 @@ def run(folder, out, weight_memory):
     """Score, collect and attribute, and write what came out."""
     from rmtension import ActivationCollector, NeuronAttribution, PreferencePairs, RewardHead
 
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    started = time.perf_counter()
     head = RewardHead.from_pretrained(folder, weight_memory=weight_memory, tokens_per_batch=128)
     opened = time.perf_counter()
     pairs = PreferencePairs.read(folder / "pairs.jsonl")
@@ -74,13 +72,12 @@ def run(folder, out, weight_memory):
     save_file({name: tensor.contiguous() for name, tensor in results.items()}, out)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = [opened - started, scored - opened, collected - scored, ended - collected]
-    print(json.dumps({"head": repr(head), "times": times, "peak": 1024 * peak, "before": 1024 * before}))
+    print(json.dumps({"head": repr(head), "times": times, "peak": 1024 * peak}))
 
 
 def measured(folder, out, limit, weight_memory):
     """Run in a process within `limit` bytes; returns what it printed, with the peak of its control group."""
-    limit_file = next(name for name, (top, _) in _GROUPS.items() if (top / name).exists() or name == "memory.max")
-    top, peak_file = _GROUPS[limit_file]
+    top, limit_file, peak_file = _V1 if _V1[0].is_dir() else _V2
     group = top / f"larger-than-memory-{os.getpid()}"
     group.mkdir()
     try:

@@ -15,9 +15,10 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from published_repairs import by_length
 from transformers import AutoTokenizer
 
-from rmtension import PreferencePair, PreferencePairs, RewardHead
+from rmtension import PreferencePairs, RewardHead
 from rmtension.errors import OptionError
 from rmtension.repair import RepairPairs, diagnose, repair
 from rmtension.repair._repair import METHODS
@@ -40,16 +41,6 @@ def unseen_pairs(recipe: Recipe, longest: int, folder: Path) -> dict[str, Prefer
     }
 
 
-def by_length(pairs: dict[str, PreferencePairs]) -> dict[str, PreferencePairs]:
-    """The pairs of both objectives by whether the chosen response is shorter or longer; ties are left out."""
-    groups: dict[str, list[PreferencePair]] = {"shorter": [], "longer": []}
-    for pair in (pair for part in pairs.values() for pair in part):
-        difference = len(str(pair.chosen)) - len(str(pair.rejected))
-        if difference:
-            groups["shorter" if difference < 0 else "longer"].append(pair)
-    return {name: PreferencePairs(group) for name, group in groups.items()}
-
-
 def main() -> None:
     """Diagnose, repair, print and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,7 +61,7 @@ def main() -> None:
     models = options.out / "models" / f"seed-{options.seed}"
     pairs = unseen_pairs(read_recipe(options.recipe), options.longest, options.out / "base")
     if options.weak == "shorter":
-        pairs = by_length(pairs)
+        pairs = by_length(sum(pairs.values(), start=PreferencePairs([])))
     (strong,) = set(pairs) - {options.weak}
     split = RepairPairs.split(
         pairs, weak=options.weak, strong=strong, shares=options.shares, most_lost=options.most_lost, seed=0
