@@ -153,8 +153,8 @@ def test_unusual_configs_give_the_same_reward_alone_and_in_a_batch(changes):
     weight = torch.randn(16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     head = RewardHead(model, weight=weight, final_norm=norm)
     rewards = head.score_tokens(ids, mask)
-    # Again, after a longer text: ALiBi keeps the biases of the longest.
-    assert torch.equal(head.score_tokens(ids[1:], mask[1:]), rewards[1:]) or "alibi" not in str(changes)
+    # Again, without the longest text, whose biases ALiBi keeps. Another batch may be multiplied in another order.
+    assert torch.allclose(head.score_tokens(ids[1:], mask[1:]), rewards[1:], rtol=0, atol=1e-12)
 
     def stream(row):
         seen = []
