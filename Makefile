@@ -27,16 +27,20 @@ test: $(VENV)/ready
 test-all: $(VENV)/ready
 	$(BIN)/python -m pytest $(WORKERS)
 
-# What reaches TransformerLens only by opening a model, as the other tests do, or not at all: it is tested once.
-SAME := $(patsubst %,--ignore-glob='*/test_%.py',arguments behaviour benchmarks cli conflict distributed docstrings dpo \
-  encoders evaluation examples faithfulness_plot files fuzz head_errors html_report intervals kinds local_names \
-  native_body neurons notebooks organisms output_sums outputs_of_one_model overlap package packed_training pairs plots \
-  preference_format process progress reading recovery refusals report repr_html segments shared storage study text_models \
-  threads tokens training work world)
+# What reaches TransformerLens only by opening a model, as the other tests do, or not at all: it is tested once. So are
+# types and shapes, whose checks take a quarter of the time.
+SAME := $(patsubst %,--ignore-glob='*/test_%.py', \
+  arguments behaviour benchmarks cli conflict constants correlated describe distributed docs \
+  docstrings down_projection dpo encoders evaluation examples faithfulness faithfulness_plot files \
+  fine_tune fuzz gains head_errors html_report inspection inspection_page intervals kept_curves kinds \
+  local_names native_body neuron_commands neurons notebooks organisms output_sums outputs_of_one_model \
+  overlap package packed_training pairs plots preference_format process progress reading recovery \
+  refit refusals regmean repair repair_page replication report repr_html segments set_effects shared \
+  storage study text_models threads tokens training work world)
 
 # Every law once, and the grid where families, bridges and hooks are TransformerLens' own (the marker `lens`).
 test-tl3: $(VENV3)/ready
-	$(VENV3)/bin/python -m pytest -p no:cacheprovider $(WORKERS) -m "not grid or lens" $(SAME)
+	$(VENV3)/bin/python -m pytest -o addopts=--strict-markers -p no:cacheprovider $(WORKERS) -m "not grid or lens" $(SAME)
 
 # Which families of reward models open, and how exactly: fails if one that opens is further than 1e-4 off.
 matrix: $(VENV)/ready

@@ -86,18 +86,24 @@ WITH_BLOCKS = {
     name: page for page in pages() if blocks(page.read_text()) and (name := page.relative_to(ROOT).as_posix())
 }
 HERE = [name for name in WITH_BLOCKS if name not in ELSEWHERE]
-# Pages whose blocks train, start processes, or take every effect of a model; the home page has the README's blocks.
+# Pages whose blocks train, repair, study, start processes or take every effect of a model; the home page has the
+# README's blocks.
 LONG = [
     f"docs/{name}.md"
     for name in (
+        "ablate_and_export",
         "attribution",
         "command_line",
+        "compare_two",
         "during_training",
         "index",
         "inspect",
         "large_models",
+        "one_model",
         "outputs",
+        "repair",
         "report",
+        "sets",
         "sums_over_tokens",
     )
 ]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import make_pairs, save_classifier
+from tiny_models import grid, make_pairs, save_classifier
 
 import rmtension
 from rmtension import AblationContext, ActivationCollector, Mean, NeuronAttribution, NeuronSet, RewardHead, TensionStudy
@@ -758,7 +758,24 @@ def test_every_call_that_takes_a_model_is_in_a_list():
     assert sorted(public_calls()) == sorted(listed)
 
 
-@pytest.mark.parametrize("name", CALLS)
+# Those that take seconds each of the dozen times that the test runs them.
+LONG = [
+    "attribution._kept_curves.kept_curves",
+    "attribution._kept_curves.minimality",
+    "attribution._make_dashboards.describe_dashboards",
+    "attribution._set_effects.predict_set_effects",
+    "passes._selfcheck.check_head",
+    "repair._edit.Edit.apply",
+    "repair._fine_tune.fine_tune_neurons",
+    "repair._gains.fit_gains",
+    "repair._medians.set_to_medians",
+    "repair._regmean.merge_specialists",
+    "reward_head.RewardHead.with_ablation",
+    "study._tension_study.TensionStudy.run",
+]
+
+
+@pytest.mark.parametrize("name", grid(CALLS, keep=CALLS.keys() - LONG))
 def test_calls_leave_the_model_as_it_was(name, setup):
     require_unchanged_however_it_ends(setup.head, partial(CALLS[name], setup))
 

@@ -300,7 +300,8 @@ def modules_of(*roots: nn.Module) -> Iterator[nn.Module]:
         module = waiting.pop()
         if id(module) not in listed:
             listed[id(module)] = module
-            waiting += [child for child in reversed(module._modules.values()) if child is not None]
+            if children := module._modules:
+                waiting += [child for child in reversed(children.values()) if child is not None]
     return iter(listed.values())
 
 
@@ -324,17 +325,18 @@ def is_placed(modules: Iterable[nn.Module]) -> bool:
 
 def count_foreign_hooks(model: nn.Module) -> int:
     """The number of hooks, of any kind, that the user installed on `model` and its submodules."""
-    return sum(
-        not (isinstance(hook, _OurHook) or _is_wiring(hook))
-        for module in modules_of(model)
+    count = 0
+    # Every pass of the library counts, some once per batch and layer: nearly all modules have none.
+    for module in modules_of(model):
         for hooks in (
             module._forward_hooks,
             module._forward_pre_hooks,
             module._backward_hooks,
             module._backward_pre_hooks,
-        )
-        for hook in hooks.values()
-    )
+        ):
+            if hooks:
+                count += sum(not (isinstance(hook, _OurHook) or _is_wiring(hook)) for hook in hooks.values())
+    return count
 
 
 def _is_wiring(hook: object) -> bool:

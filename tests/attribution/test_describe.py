@@ -70,6 +70,7 @@ def test_a_planted_neurons_true_description_scores_above_a_shuffled_one(planted)
     assert table["description"].nunique() == 20
 
 
+@pytest.mark.grid
 def test_dashboards_are_described_later_as_they_would_have_been(planted, organism):
     dashboards, _ = planted
     head, pairs = organism.head(), organism.pairs

@@ -228,6 +228,7 @@ out: result
 
 
 class TestStudy:
+    @pytest.mark.grid  # a whole program
     def test_a_file_and_flags_give_the_same_study_and_report(self, study, capsys, monkeypatch):
         # Drawn but not rendered: that is most of the time, and no part of what is tested.
         def save(figure, to, **_):
@@ -490,6 +491,7 @@ class TestAll:
         assert json.loads(run(capsys, "demo", "--json")[1])["seconds"] == {"models": 1.0, "study": 2.0}
         assert "training reward model 2 of 3: harmless\n" in run(capsys, "demo")[2], "stages are named"
 
+    @pytest.mark.grid  # a whole program
     def test_demo_prints_findings_and_tables_if_asked(self, files, capsys, monkeypatch):
         from hand_made import hand_made_study
 

@@ -19,6 +19,7 @@ def inputs(tmp_path_factory):
     return str(folder / "model"), str(folder / "pairs.csv")
 
 
+@pytest.mark.grid  # a whole program
 def test_the_page_and_the_findings_are_written(inputs, tmp_path, capsys):
     out = tmp_path / "inspection"
     assert main(["inspect", *inputs, "--by", "category", "--fraction", "0.03", "--out", str(out)]) == 0

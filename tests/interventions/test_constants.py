@@ -76,9 +76,9 @@ def test_the_constant_of_one_neuron_is_the_best_of_a_grid(head, reference, pairs
     for rank in range(3):
         one = scores.top(k=rank + 1) - scores.top(k=rank) if rank else scores.top(k=1)
         ((layer, neuron),) = one
-        optimal = Optimal.fit(head, pairs, one, Mean(means), steps=120)
+        optimal = Optimal.fit(head, pairs, one, Mean(means), steps=60)
         mean, spread = float(means.mean[layer, neuron]), float(means.rms[layer, neuron])
-        of_grid = losses(reference, pairs, one, means, mean + spread * np.linspace(-2, 2, 21))
+        of_grid = losses(reference, pairs, one, means, mean + spread * np.linspace(-2, 2, 11))
         of_mean, of_found = losses(reference, pairs, one, means, [mean, float(optimal.constants[layer, neuron])])
         assert (optimal.loss_of_mean, optimal.loss) == pytest.approx((of_mean, of_found), rel=1e-6)
         assert of_found <= 1.02 * min(of_grid)

@@ -15,6 +15,8 @@ from rmtension.replication import Recipe, _plan, plan_replication, read_recipe, 
 from rmtension.replication._faithful import _agreement, _planned_sets
 from rmtension.replication._stages import STAGES
 
+pytestmark = pytest.mark.grid  # a whole program
+
 RECIPE = """
 base: base
 pairs: {helpful: [helpful.jsonl], harmless: harmless.jsonl}

@@ -22,6 +22,8 @@ from rmtension.report._html import to_html
 from rmtension.report._main_findings import Finding, findings, unconcluded
 from rmtension.report._text import to_markdown
 
+pytestmark = pytest.mark.grid  # whole programs
+
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> &amp; \u2028 ]]>"
 
 

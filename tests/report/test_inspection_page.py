@@ -9,6 +9,8 @@ from rmtension.report import write_report
 from rmtension.study import ModelInspection, inspect_model
 from rmtension.synthetic import make_organism
 
+pytestmark = pytest.mark.grid  # whole programs
+
 ODD = "<script>alert(1)</script>"
 
 

@@ -10,6 +10,8 @@ from rmtension.repair import RepairReport, repair
 from rmtension.report import write_report
 from rmtension.synthetic import make_organism
 
+pytestmark = pytest.mark.grid  # whole programs
+
 ODD = "<script>alert(1)</script>"
 
 
