@@ -36,7 +36,8 @@ class ProjectionInputs:
     """What the down projections read at the token that the reward is read from, and how the reward depends on it.
 
     `inputs` are the activations that every layer's down projection reads, chosen responses first; `slopes` the
-    gradients of the reward with respect to its output, and `margins` those of the pairs.
+    gradients of the reward with respect to its output (none if they were not asked for), and `margins` those of the
+    pairs.
     """
 
     inputs: Float[Tensor, "layer text channel"]
@@ -56,11 +57,11 @@ class _InputsOfPairs(PairStatistic[ProjectionInputs]):
     sharing = "pair"
     keeps_layers = True
 
-    def __init__(self, model: RewardModel, pairs: PreferencePairs, layers: Sequence[int]) -> None:
-        self._model, self._layers, self._n = model, list(layers), len(pairs)
+    def __init__(self, model: RewardModel, pairs: PreferencePairs, layers: Sequence[int], slopes: bool) -> None:
+        self._model, self._layers, self._n, self._with_slopes = model, list(layers), len(pairs), slopes
         sizes = (len(self._layers), 2, len(pairs))
         self._inputs = torch.zeros(*sizes, model.n_channels(SITE), dtype=torch.float64)
-        self._slopes = torch.zeros(*sizes, model.d_model, dtype=torch.float64)
+        self._slopes = torch.zeros(*sizes, model.d_model if slopes else 0, dtype=torch.float64)
         self._rewards = torch.zeros(2, len(pairs), dtype=torch.float64)
 
     @property
@@ -74,7 +75,7 @@ class _InputsOfPairs(PairStatistic[ProjectionInputs]):
         return {"inputs": self._inputs, "slopes": self._slopes, "rewards": self._rewards}
 
     def observe(self, batch: TokenBatch) -> list[Tensor]:
-        """One forward and one backward pass."""
+        """A forward pass, and with slopes a backward pass."""
         inputs: dict[int, Tensor] = {}
         leaves: dict[int, Tensor] = {}
 
@@ -82,28 +83,34 @@ class _InputsOfPairs(PairStatistic[ProjectionInputs]):
             inputs[layer] = activation.detach()
 
         def put(layer: int, written: Tensor) -> Tensor:
+            if not self._with_slopes:
+                return written
             leaves[layer] = torch.zeros_like(written).requires_grad_(True)
             return written + leaves[layer]
 
-        with torch.enable_grad(), InstalledHooks(list(_hooks(self._model, self._layers, keep, put))):
+        hooks = list(_hooks(self._model, self._layers, keep, put))
+        with torch.set_grad_enabled(self._with_slopes), InstalledHooks(hooks):
             rewards = self._model.forward(batch)
-            slopes = torch.autograd.grad(rewards.sum(), [leaves[layer] for layer in self._layers])
+            found: list[Sequence[Tensor]] = [[inputs[layer] for layer in self._layers]]
+            if self._with_slopes:
+                found.append(torch.autograd.grad(rewards.sum(), [leaves[layer] for layer in self._layers]))
         where = batch.last_places
 
         def at_last(tensors: Sequence[Tensor]) -> Tensor:
             shape = (*batch.input_ids.shape, -1)
             return torch.stack([batch.gather(where, tensor.reshape(shape)) for tensor in tensors])
 
-        return [at_last([inputs[layer] for layer in self._layers]), at_last(slopes), rewards.detach()]
+        return [rewards.detach(), *map(at_last, found)]
 
     def update(self, batch: TokenBatch, observed: list[Tensor]) -> None:
         """Store them at the indices of their pairs."""
         numbers = list(batch.indices[: batch.n_pairs])
-        inputs, slopes, rewards = (part.double().cpu() for part in observed)
-        n_layers = len(self._layers)
-        self._inputs[:, :, numbers] = inputs.view(n_layers, 2, len(numbers), -1)
-        self._slopes[:, :, numbers] = slopes.view(n_layers, 2, len(numbers), -1)
+        rewards, inputs, *slopes = (part.double().cpu() for part in observed)
+        shape = len(self._layers), 2, len(numbers), -1
+        self._inputs[:, :, numbers] = inputs.view(shape)
         self._rewards[:, numbers] = rewards.view(2, -1)
+        for of_layers in slopes:
+            self._slopes[:, :, numbers] = of_layers.view(shape)
 
     def compute(self, record: PassRecord) -> ProjectionInputs:
         """The result, without the pairs that were skipped."""
@@ -113,10 +120,15 @@ class _InputsOfPairs(PairStatistic[ProjectionInputs]):
 
 
 def projection_inputs(
-    model: RewardModel, pairs: PreferencePairs, layers: Sequence[int], *, progress: bool | None = None
+    model: RewardModel,
+    pairs: PreferencePairs,
+    layers: Sequence[int],
+    *,
+    slopes: bool = True,
+    progress: bool | None = None,
 ) -> ProjectionInputs:
-    """Run the pairs with gradients and keep what some layers' down projections read, and the reward's slopes."""
-    return run_pass(model, pairs, _InputsOfPairs(model, pairs, layers), progress=progress)
+    """Run the pairs and keep what some layers' down projections read, and the slopes of the reward, with gradients."""
+    return run_pass(model, pairs, _InputsOfPairs(model, pairs, layers, slopes), progress=progress)
 
 
 def solve_projection(

@@ -37,12 +37,12 @@ def set_to_medians(
     `feature` is a number for a response: `feature(pair, "chosen")`; by default its length. Neurons are ordered by the
     Spearman correlation of the feature with the activation at the token that the reward is read from, over the texts of
     all fit pairs; of every fraction of the neurons, half come from either end. The medians are of the same activations.
-    Cost: a forward and a backward pass over the fit pairs, a forward pass over the development pairs per fraction.
-    Memory: 4 numbers per pair and neuron.
+    Cost: a forward pass over the fit pairs, and one over the development pairs per fraction. Memory: 4 numbers per pair
+    and neuron.
     """
     measured = feature or response_length
     both = sum(pairs.fit.values(), start=PreferencePairs([]))
-    inputs = projection_inputs(head, both, range(head.n_layers), progress=progress).inputs
+    inputs = projection_inputs(head, both, range(head.n_layers), slopes=False, progress=progress).inputs
     values = [measured(pair, side) for side in ("chosen", "rejected") for pair in both]
     if len(set(values)) < 2:
         raise DataError("feature: all responses of the fit pairs have equally much of it.")

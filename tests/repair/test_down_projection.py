@@ -38,6 +38,9 @@ def test_slopes_predict_what_a_small_change_does(exact, pairs):
     few = pairs.fit["harmless"][:5]
     layer = exact.n_layers - 1
     found = projection_inputs(exact, few, [0, layer])
+    forward = projection_inputs(exact, few, [0, layer], slopes=False)
+    assert torch.allclose(forward.inputs, found.inputs, rtol=0, atol=1e-12)
+    assert forward.slopes.numel() == 0
     shape = exact.d_model, exact.n_channels("mlp")
     change = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).double()
     rewards = []
