@@ -21,7 +21,7 @@ from rmtension.repair._diagnose import Evidence, divide
 from rmtension.repair._directions import remove_subspace, shape_reward
 from rmtension.repair._distil import distil_ensemble
 from rmtension.repair._down_projection import edit_down_projection
-from rmtension.repair._edit import Edit
+from rmtension.repair._edit import SITE, Edit
 from rmtension.repair._fine_tune import fine_tune_neurons
 from rmtension.repair._gains import N_STEPS, GainFitter, fit_gains
 from rmtension.repair._medians import set_to_medians
@@ -44,6 +44,14 @@ _METHODS: dict[str, Callable[..., tuple[Edit | None, pd.DataFrame]]] = {
     "subspace removal": remove_subspace,
 }
 METHODS = tuple(_METHODS)
+# What the edits of a method change, if it is not the row of the head.
+_CHANGED = {
+    "gains": "added",
+    "down projection": "added",
+    "medians": "constants",
+    "fine-tuning": "parameters",
+    "merged specialists": "parameters",
+}
 _OF_SPECIALISTS = ("distilled ensemble", "merged specialists")
 # What a repair passes to its method; everything else is an option.
 _PASSED = ("head", "pairs", "specialists", "states", "fitter", "progress")
@@ -126,7 +134,8 @@ def repair(
     method with as many numbers, a head refit, and for gains `n_random` random sets of neurons with the same layers and
     magnitudes. Cost: that of the method, twice and more for the controls.
 
-    Raises `OptionError` if the diagnosis shows no gap, and `CheckError` if the model fails `head.check()`.
+    Raises `OptionError` if the diagnosis shows no gap, `CheckError` if the model fails `head.check()`, and `ModelError`
+    for a model whose weights cannot be edited in the method's way, before anything runs.
 
     Examples:
         >>> from rmtension.synthetic import plant_damage
@@ -144,6 +153,7 @@ def repair(
     if specialists is not None and not isinstance(specialists, Mapping):
         raise OptionError(f"specialists: expected a dict of objective to model, got a {type(specialists).__name__}.")
     split = divide(pairs, weak, strong, most_lost, seed)
+    _require_editable(head, method)
     evidence = Evidence.gather(head, split, specialists, progress=progress)
     diagnosis = evidence.diagnosis(level=level, seed=seed)
     if not diagnosis.has_gap:
@@ -197,6 +207,24 @@ def _require_options(method: str, options: Mapping[str, object]) -> None:
     unknown = [name for name in options if name not in known]
     if unknown:
         raise OptionError(f"{unknown[0]}: {method!r} has no such option. It has {', '.join(known)}.")
+
+
+def _require_editable(head: RewardHead, method: str) -> None:
+    """Raise `ModelError` before anything runs if the model cannot be edited as the method does.
+
+    A copy of the model gets the smallest edit of that kind, because only the edit itself knows what it cannot change.
+    """
+    part = _CHANGED.get(method, "row")
+    shape = head.n_layers, head.n_neurons(SITE)
+    base = None if head.checkpoint is None else head.checkpoint.base
+    name, parameter = ("", torch.zeros(1)) if base is None else next(base.named_parameters())
+    smallest: dict[str, Any] = {
+        "row": torch.zeros(head.d_model),
+        "added": {layer: torch.zeros(head.d_model, shape[1]) for layer in range(head.n_layers)},
+        "constants": torch.ones(shape),
+        "parameters": {name: torch.zeros(parameter.shape)},
+    }
+    Edit(method, head.fingerprint, head.architecture, **{part: smallest[part]}).apply(head)
 
 
 def _both(scored: PairRewards) -> Float[Tensor, "2 pair"]:

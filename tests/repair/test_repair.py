@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from own_models import make_own
 from scipy.stats import binomtest
 
 from rmtension import PreferencePairs, RewardHead
@@ -306,3 +307,23 @@ def test_other_heads_need_specialists(head, damaged, pairs, monkeypatch):
     assert found.has_gap
     assert np.isnan(found.predicted.value)
     assert "no refit predicts a closed share" in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("medians", "medians edit: it needs a bias, and the projections of this gated MLP have none"),
+        (
+            "fine-tuning",
+            "fine-tuning edit: it changes parameters of a transformers checkpoint, and this model has none",
+        ),
+    ],
+)
+def test_what_cannot_be_edited_is_refused_before_anything_runs(method, message, pairs, monkeypatch):
+    model = make_own("native", gated_mlp=True)
+    head = RewardHead(model, weight=torch.ones(16, dtype=torch.float64))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr("rmtension.models._reward_model.RewardModel.forward", None)
+    with pytest.raises(ModelError, match=message):
+        repair(head, pairs, method)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
