@@ -420,7 +420,7 @@ THE_SAME = {
     ),
     "attribution._top_texts.LargestActivations.observe": "attribution._make_dashboards.neuron_dashboards",
     "attribution._set_sums.SumsOverSets.observe": "attribution._set_effects.predict_set_effects",
-    "attribution._describe.describe_neurons": "attribution._make_dashboards.neuron_dashboards",
+    "attribution._describe.describe_neurons": "attribution._make_dashboards.describe_dashboards",
     "attribution._written.written": "attribution._make_dashboards.neuron_dashboards",
     "interventions._ablation_effects.ablation_effects": "interventions._sweep.score_without",
     "attribution._correlated.CorrelationSums.observe": "attribution._make_dashboards.neuron_dashboards",

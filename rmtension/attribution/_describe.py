@@ -70,12 +70,17 @@ class _Task:
     active: list[bool]
 
 
+def no_descriptions() -> pd.DataFrame:
+    """The table of descriptions before there are any."""
+    return pd.DataFrame({name: pd.Series(dtype=object) for name in _COLUMNS})
+
+
 def describe_neurons(
     head: RewardModel,
     groups: Mapping[str, PreferencePairs],
     neurons: NeuronSet,
     largest: Mapping[str, Float[Tensor, "pair 2 wanted"]],
-    describe: Describe | None,
+    describe: Describe,
     *,
     positions: str,
     level: float,
@@ -83,8 +88,6 @@ def describe_neurons(
     progress: bool | None,
 ) -> pd.DataFrame:
     """One row per neuron of the set: a description with its AUROC and that of another neuron's, or a reason."""
-    if describe is None:
-        return pd.DataFrame({name: pd.Series(dtype=object) for name in _COLUMNS})
     texts, values = _distinct(head, groups, largest)
     tasks: dict[int, _Task | str] = {
         column: _task(head, groups, neurons, column, texts, values[:, column], positions, seed)

@@ -1,6 +1,7 @@
 """Make dashboards of single neurons: score, ablate and describe them on every group of pairs."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from torch import Tensor
 from rmtension._arguments import require_arguments
 from rmtension.attribution._correlated import CorrelationSums, correlations, most_correlated, no_sums
 from rmtension.attribution._dashboard_data import DashboardData, NeuronExample
-from rmtension.attribution._describe import Describe, describe_neurons
+from rmtension.attribution._describe import Describe, describe_neurons, no_descriptions
 from rmtension.attribution._methods import METHODS
 from rmtension.attribution._neuron_attribution import NeuronAttribution
 from rmtension.attribution._neuron_dashboards import NeuronDashboards
@@ -44,9 +45,9 @@ def neuron_dashboards(
     method: str = "gradient_x_activation",
     positions: str = "all",
     n_examples: int = 4,
-    describe: Describe | None = None,
     level: float = 0.95,
     seed: int = 0,
+    work: str | Path | None = None,
     progress: bool | None = None,
 ) -> NeuronDashboards:
     """Make dashboards of single neurons of a model: what each reads, what it writes, and what ablating it does.
@@ -73,23 +74,17 @@ def neuron_dashboards(
         method: an attribution method.
         positions: the tokens of scores, histograms and examples.
         n_examples: the number of pairs per neuron and group.
-        describe: any callable from a prompt to an answer, such as a language model. It describes each neuron from up to
-            8 texts on which it is most active. The description is scored on texts of other prompts: for each text, the
-            callable is asked whether the description applies, and the AUROC says how well its answers tell texts on
-            which the neuron is active from as many on which it is not. The control is the AUROC of another neuron's
-            description on the same texts. With fewer than 5 texts of either kind, nothing is described. "Active" means
-            that the largest activation has the sign of the largest on all texts and at least a quarter of its size.
         level: the level of the intervals.
-        seed: seed of the random neurons and the held-out texts.
+        seed: seed of the random neurons, and of the held-out texts of descriptions.
+        work: a folder that keeps the progress of the passes: after an interruption, the same call resumes them.
         progress: show a progress bar.
 
     Cost per group: a forward and a backward pass for the scores, two forward passes for activations, the cost of
     `single_neuron_effects` for all these neurons, and a pass over the few pairs that are shown. Memory: one float64
-    number per neuron asked for (and per random one) and neuron of the site. A description costs up to 81 calls of
-    `describe`.
+    number per neuron asked for (and per random one) and neuron of the site.
 
-    Raises `OptionError` for an empty set, a group without pairs, or an unknown label, `ProvenanceError` for a set of
-    another model, and `DataError` for an answer of `describe` other than a number from 0 to 10, yes or no.
+    Raises `OptionError` for an empty set, a group without pairs, or an unknown label, and `ProvenanceError` for a
+    set of another model.
 
     Examples:
         >>> from rmtension.attribution import neuron_dashboards
@@ -124,15 +119,27 @@ def neuron_dashboards(
     examples: list[NeuronExample] = []
     largest: dict[str, Float[Tensor, "pair 2 wanted"]] = {}
     of_tokens, n_tokens = no_sums(both)
-    for group, of_group in list(groups.items()):
+    for number, (group, of_group) in enumerate(list(groups.items())):
+
+        def folder(of_pass: str, number: int = number) -> Path | None:
+            return None if work is None else Path(work) / f"{number}-{of_pass}"
+
         attribution = NeuronAttribution(head, method, site=neurons.site, positions=positions)
-        scores[group] = attribution.score(of_group, progress=progress).to_frame().set_index(list(_INDEX))
-        effects = single_neuron_effects(head, of_group, site=neurons.site, neurons=both, progress=progress)
+        scores[group] = (
+            attribution.score(of_group, work=folder("scores"), progress=progress).to_frame().set_index([*_INDEX])
+        )
+        effects = single_neuron_effects(
+            head, of_group, site=neurons.site, neurons=both, work=folder("effects"), progress=progress
+        )
         effect = effects.to_frame().set_index(list(_INDEX))["score"].loc[rows].to_numpy()
         statistic = LargestActivations(head, len(of_group), neurons, positions)
-        largest[group], n_blocks, kept = run_pass(head, of_group, statistic, progress=progress)
+        largest[group], n_blocks, kept = run_pass(
+            head, of_group, statistic, work=folder("activations"), progress=progress
+        )
         of_group = groups[group] = PreferencePairs(of_group[row] for row in kept)
-        more, n_more = run_pass(head, of_group, CorrelationSums(head, both), progress=progress)
+        more, n_more = run_pass(
+            head, of_group, CorrelationSums(head, both), work=folder("correlations"), progress=progress
+        )
         of_tokens, n_tokens = of_tokens + more, n_tokens + n_more
         half = _half_width(effects, n_blocks, level)[
             tuple(torch.from_numpy(table[[*_INDEX]].to_numpy().T.copy()))
@@ -146,9 +153,6 @@ def neuron_dashboards(
         examples += find_examples(head, of_group, neurons, group, largest[group], positions, n_examples)
     weights, tokens, reasons = written(head, next(iter(groups.values()))[:1], neurons.site, list(rows))
     table["direct_weight"] = weights
-    descriptions = describe_neurons(
-        head, groups, neurons, largest, describe, positions=positions, level=level, seed=seed, progress=progress
-    )
     about = {
         "model": head.fingerprint,
         "architecture": head.architecture,
@@ -170,7 +174,7 @@ def neuron_dashboards(
         distribution=pd.concat(counts, ignore_index=True),
         correlated=most_correlated(both, correlations(both, of_tokens, n_tokens), _N_CORRELATED),
         tokens=tokens,
-        descriptions=descriptions,
+        descriptions=no_descriptions(),
         examples=tuple(examples),
         about=about,
     )
@@ -185,11 +189,18 @@ def describe_dashboards(
     by: GroupBy | None = None,
     progress: bool | None = None,
 ) -> NeuronDashboards:
-    """Describe the neurons of dashboards that exist, and return the dashboards with these descriptions.
+    """Describe the neurons of dashboards in words, and return the dashboards with the descriptions and their scores.
 
-    `describe` is the callable that `neuron_dashboards` takes, and describes and is scored in the same way. `head`,
-    `pairs` and `by` must be those that the dashboards were made with; others raise `ProvenanceError`. Cost: a forward
-    pass over the pairs, and the calls of `describe`.
+    `describe` is any callable from a prompt to an answer, such as a language model. It describes each neuron from up to
+    8 texts on which it is most active. The description is scored on texts of other prompts: for each text, the callable
+    is asked whether the description applies, and the AUROC says how well its answers tell texts on which the neuron is
+    active from as many on which it is not. The control is the AUROC of another neuron's description on the same texts.
+    With fewer than 5 texts of either kind, nothing is described. "Active" means that the largest activation has the
+    sign of the largest on all texts and at least a quarter of its size.
+
+    `head`, `pairs` and `by` must be those that the dashboards were made with; others raise `ProvenanceError`. An answer
+    other than a number from 0 to 10, yes or no raises `DataError`. Cost: a forward pass over the pairs, and up to 81
+    calls of `describe` per neuron.
 
     Examples:
         >>> from rmtension.attribution import describe_dashboards, neuron_dashboards

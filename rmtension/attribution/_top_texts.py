@@ -20,6 +20,7 @@ from rmtension.neurons._neuron_scores import block_of
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.passes._pair_statistic import PairStatistic
 from rmtension.passes._pass_record import PassRecord
+from rmtension.store._provenance import digest_of
 
 # How many tokens of a text an example shows, and how many of them come before the largest activation.
 _SHOWN, _BEFORE = 160, 120
@@ -56,6 +57,12 @@ class LargestActivations(PairStatistic[tuple[Tensor, int, list[int]]]):
         self._positions = positions
         self._largest = torch.zeros(n_pairs, 2, len(neurons), dtype=head.reward_dtype)
         self._keys = torch.zeros(n_pairs, dtype=torch.long)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The set and the positions."""
+        neurons = self._neurons
+        return {"site": neurons.site, "neurons": digest_of(neurons.mask), "positions": self._positions}
 
     @property
     def state(self) -> Mapping[str, Tensor]:

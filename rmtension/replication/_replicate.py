@@ -151,7 +151,7 @@ def replicate(
             with clock.stage("neurons"):
                 kept = out / "neurons.json"
                 if not kept.exists():
-                    study_neurons(main, n=recipe.n_neurons, progress=progress).save(kept)
+                    study_neurons(main, n=recipe.n_neurons, work=out / "neurons", progress=progress).save(kept)
                 neurons = NeuronDashboards.load(kept)
                 if describe is not None:
                     head = RewardHead.from_pretrained(str(families[0].mixed))

@@ -1,5 +1,7 @@
 """Single neurons of a study's mixed model, selected on its scoring pairs and shown on its evaluation pairs."""
 
+from pathlib import Path
+
 import torch
 
 from rmtension.attribution._make_dashboards import neuron_dashboards
@@ -12,13 +14,16 @@ from rmtension.study._model_output import ModelOutput
 from rmtension.study._tension_study import TensionStudy
 
 
-def study_neurons(study: TensionStudy, *, n: int = 16, progress: bool | None = None) -> NeuronDashboards:
+def study_neurons(
+    study: TensionStudy, *, n: int = 16, work: str | Path | None = None, progress: bool | None = None
+) -> NeuronDashboards:
     """Make dashboards of the `n` neurons of the first family's mixed model that score highest on either objective.
 
     The neurons are selected by gradient x activation on the scoring pairs, with each objective's scores divided by its
     largest. Their dashboards (`attribution.neuron_dashboards`) are of the evaluation pairs, so that no effect is
-    measured on pairs that selected the neuron. Raises `OptionError` for `n` below 1. Cost: that of
-    `neuron_dashboards`, plus a forward and a backward pass over the scoring pairs.
+    measured on pairs that selected the neuron. `work` is a folder from which an interrupted run resumes. Raises
+    `OptionError` for `n` below 1. Cost: that of `neuron_dashboards`, and a forward and a backward pass over the scoring
+    pairs.
 
     Examples:
         >>> from rmtension import TensionStudy
@@ -33,11 +38,22 @@ def study_neurons(study: TensionStudy, *, n: int = 16, progress: bool | None = N
         mixed = mixed.open()
     head = mixed if isinstance(mixed, RewardHead) else RewardHead.from_pretrained(mixed)
     attribution = NeuronAttribution(head, "gradient_x_activation", site=options.site, positions=options.positions)
-    sizes = [attribution.score(part, progress=progress).values.abs() for part in study.scoring.values()]
-    largest = torch.stack([size / size.max().clamp(min=1e-30) for size in sizes]).amax(dim=0)
+    sizes = [
+        attribution.score(
+            part, work=None if work is None else Path(work) / f"choice-{number}", progress=progress
+        ).values
+        for number, part in enumerate(study.scoring.values())
+    ]
+    largest = torch.stack([size.abs() / size.abs().max().clamp(min=1e-30) for size in sizes]).amax(dim=0)
     mask = torch.zeros(largest.shape, dtype=torch.bool)
     mask.view(-1)[largest.flatten().argsort(descending=True, stable=True)[:n]] = True
     neurons = NeuronSet(mask, options.site, head.architecture)
     return neuron_dashboards(
-        head, neurons, study.evaluating, positions=options.positions, level=options.level, progress=progress
+        head,
+        neurons,
+        study.evaluating,
+        positions=options.positions,
+        level=options.level,
+        work=work,
+        progress=progress,
     )

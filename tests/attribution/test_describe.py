@@ -5,12 +5,11 @@ import runpy
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from scipy import stats
 
-from rmtension import NeuronSet, PreferencePairs
+from rmtension import PreferencePairs
 from rmtension.attribution import NeuronDashboards, describe_dashboards, neuron_dashboards
 from rmtension.attribution._describe import SHOWN, auroc, read_answer
 from rmtension.errors import DataError, ProvenanceError
@@ -45,6 +44,15 @@ def text_of(prompt):
     return prompt.split("--- the text begins\n")[1].split("\n--- the text ends")[0]
 
 
+def described(head, neurons, pairs, model):
+    """Dashboards without examples, with the descriptions of a model."""
+    plain = neuron_dashboards(head, neurons, pairs, n_examples=0, progress=False)
+    assert not len(plain.descriptions)
+    found = describe_dashboards(plain, head, pairs, model, progress=False)
+    assert found.table is plain.table
+    return found
+
+
 @pytest.fixture(scope="module")
 def planted(organism):
     neurons = organism.truth["helpful"]
@@ -52,7 +60,7 @@ def planted(organism):
         neurons = neurons | organism.truth[kind]
     model = Knowing()
     head = organism.head()
-    return neuron_dashboards(head, neurons, organism.pairs, n_examples=0, describe=model, progress=False), model
+    return described(head, neurons, organism.pairs, model), model
 
 
 def test_a_planted_neurons_true_description_scores_above_a_shuffled_one(planted):
@@ -70,20 +78,11 @@ def test_a_planted_neurons_true_description_scores_above_a_shuffled_one(planted)
     assert table["description"].nunique() == 20
 
 
-@pytest.mark.grid
-def test_dashboards_are_described_later_as_they_would_have_been(planted, organism):
+def test_other_pairs_than_those_of_the_dashboards_are_refused(planted, organism):
     dashboards, _ = planted
-    head, pairs = organism.head(), organism.pairs
-    neurons = NeuronSet.from_indices(
-        dashboards.neurons, shape=(head.n_layers, head.n_neurons("mlp")), site="mlp", architecture=head.architecture
-    )
-    plain = neuron_dashboards(head, neurons, pairs, n_examples=0, progress=False)
-    assert not len(plain.descriptions)
-    later = describe_dashboards(plain, head, pairs, Knowing(), progress=False)
-    pd.testing.assert_frame_equal(later.descriptions, dashboards.descriptions)
-    assert later.table is plain.table
+    fewer = {name: part[1:] for name, part in organism.pairs.items()}
     with pytest.raises(ProvenanceError, match="pairs: the dashboards are of"):
-        describe_dashboards(plain, head, {name: part[1:] for name, part in pairs.items()}, Knowing(), progress=False)
+        describe_dashboards(dashboards, organism.head(), fewer, Knowing(), progress=False)
 
 
 def test_the_reader_of_the_examples_scores_what_a_person_wrote(planted, organism):
@@ -132,9 +131,7 @@ def test_answers_that_say_nothing_score_a_half(organism):
     draw = np.random.default_rng(0)
     neurons = organism.truth["helpful"]
     for reply, spread in ((lambda _: "5", 0.0), (lambda _: str(draw.integers(11)), 0.35)):
-        table = neuron_dashboards(
-            organism.head(), neurons, organism.pairs, n_examples=0, describe=Knowing(reply), progress=False
-        ).descriptions
+        table = described(organism.head(), neurons, organism.pairs, Knowing(reply)).descriptions
         assert (abs(table["auroc"] - 0.5) <= spread).all()
     assert ((table["low"] < 0.5) & (table["high"] > 0.5)).sum() >= 3
 
@@ -180,9 +177,9 @@ def test_an_unreadable_answer_names_the_neuron(organism):
     neurons = organism.truth["helpful"]
     layer, neuron = next(iter(neurons))
     with pytest.raises(DataError, match=rf"L{layer} N{neuron} applies to a text, got 'It depends\.'"):
-        neuron_dashboards(organism.head(), neurons, organism.pairs, describe=unclear, n_examples=0, progress=False)
+        described(organism.head(), neurons, organism.pairs, unclear)
     with pytest.raises(DataError, match=rf"a description of L{layer} N{neuron} as text, got ''"):
-        neuron_dashboards(organism.head(), neurons, organism.pairs, describe=lambda _: "", n_examples=0, progress=False)
+        described(organism.head(), neurons, organism.pairs, lambda _: "")
 
 
 def test_too_few_texts_give_a_reason_and_no_description(organism, tmp_path):
@@ -191,7 +188,7 @@ def test_too_few_texts_give_a_reason_and_no_description(organism, tmp_path):
 
     few = {name: pairs[:3] for name, pairs in organism.pairs.items()}
     neurons = organism.truth["helpful"] | organism.truth["loud"]
-    dashboards = neuron_dashboards(organism.head(), neurons, few, describe=unasked, n_examples=0, progress=False)
+    dashboards = described(organism.head(), neurons, few, unasked)
     table = dashboards.descriptions
     assert (table["description"] == "").all()
     assert table["auroc"].isna().all()
@@ -208,9 +205,7 @@ def test_a_single_description_has_no_shuffled_control(organism):
     only = type(neurons).from_indices(
         list(neurons)[:1], shape=tuple(neurons.mask.shape), site="mlp", architecture=neurons.architecture
     )
-    dashboards = neuron_dashboards(
-        organism.head(), only, organism.pairs, describe=Knowing(), n_examples=0, progress=False
-    )
+    dashboards = described(organism.head(), only, organism.pairs, Knowing())
     assert dashboards.descriptions["auroc"].tolist() == [1.0]
     assert dashboards.descriptions["shuffled"].isna().all()
     assert "no other neuron has a description" in dashboards._repr_html_()

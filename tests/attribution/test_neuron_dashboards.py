@@ -13,6 +13,7 @@ from rmtension import AblationContext, NeuronAttribution, NeuronSet, RewardHead
 from rmtension.attribution import NeuronDashboards, neuron_dashboards
 from rmtension.errors import OptionError, ProvenanceError, StorageError
 from rmtension.neurons._neuron_scores import N_BLOCKS, block_of
+from rmtension.passes import _pair_pass
 
 NEURONS = {"mlp": [(0, 3), (0, 5), (2, 1)], "attn_head": [(0, 1), (2, 3)]}
 
@@ -239,3 +240,39 @@ def test_random_neurons_are_limited_to_those_left(head, pairs):
     assert rows_of(dashboards, "random").empty
     assert dashboards.examples == ()
     assert len(dashboards.scatter) == 12
+
+
+def test_interrupted_in_every_pass_dashboards_resume(checkpoints, pairs, tmp_path, monkeypatch):
+    """Each attempt runs two batches, the second of which is not kept; in the end no batch runs at all."""
+    head = RewardHead.from_pretrained(checkpoints["gpt2"], dtype=torch.float64, tokens_per_batch=512)
+    neurons, options = chosen(head, "mlp"), {"n_examples": 1, "progress": False}
+    expected = neuron_dashboards(head, neurons, pairs, **options)
+    monkeypatch.setattr("rmtension.store._work_folder.EVERY", 0.0)
+    monkeypatch.setattr("rmtension.store._work_folder._SHARE", float("inf"))
+    add, added = _pair_pass._Pass._update, []
+
+    def dying(run, *arguments):
+        add(run, *arguments)
+        if run._work is not None:
+            added.append(run._statistic.name)
+            if len(added) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(_pair_pass._Pass, "_update", dying)
+    died_in = []
+    for _ in range(200):
+        added.clear()
+        try:
+            resumed = neuron_dashboards(head, neurons, pairs, work=tmp_path, **options)
+            break
+        except KeyboardInterrupt:
+            died_in.append(added[-1])
+    assert len(set(died_in)) == 4, "in the passes of scores, effects, activations and correlations"
+    assert resumed.table.equals(expected.table)
+    assert resumed.correlated.equals(expected.correlated)
+    assert resumed.distribution.equals(expected.distribution)
+    added.clear()
+    neuron_dashboards(head, neurons, pairs, work=tmp_path, **options)
+    assert not added, "what has ended is not run again"
+    with pytest.raises(StorageError, match="belongs to a run with other settings"):
+        neuron_dashboards(head, neurons, pairs, work=tmp_path, positions="response", **options)
