@@ -28,7 +28,8 @@ def replication_probability(
     there by luck. So its true score is estimated first: a prior for the scores of all neurons, a mixture of normals
     around 0 whose weights are the most likely ones, is combined with the neuron's own score and jackknife standard
     error over prompts (adaptive shrinkage, Stephens 2017). The probability is that the score of new prompts, with the
-    same standard error, is beyond the cut of these.
+    same standard error, is beyond the cut. Scores are in units of the cut of the same prompts, because some prompts
+    have larger scores of all neurons, which moves no neuron past another.
 
     No model runs. Raises `OptionError` for scores without blocks of prompts. It says nothing about another training;
     for that there is `replication_across_seeds`.
@@ -38,14 +39,19 @@ def replication_probability(
         >>> bool(probability[neurons.mask].min() > 0.9), bool(probability.median() < 0.1)
         (True, True)
     """
-    errors = jackknife_stderr(scores.require_blocks()).double()
     top = scores.top(fraction, k=k, rank_by=rank_by)
-    values = ranked(scores.values.double(), rank_by, scores.provenance)
-    cut = float(values[top.mask].min())
+    # The scores of all prompts, and of all but one block each.
+    every = torch.cat([scores.values[None].double(), scores.require_blocks().double()])
+    values = ranked(every, rank_by, scores.provenance)
+    cuts = values.flatten(1).topk(len(top), dim=1).values[:, -1, None, None]
     # By magnitude, scores of both signs are in the set; otherwise values above the cut.
     both_signs = rank_by == "magnitude"
-    compared = scores.values.double() if both_signs else values
-    observed, spread, inside = (part.flatten().numpy() for part in (compared, errors, top.mask))
+    compared = every if both_signs else values
+    if (cuts > 0).all():
+        compared, cuts = compared / cuts, torch.ones(1)
+    cut = float(cuts.flatten()[0])
+    errors = jackknife_stderr(compared[1:])
+    observed, spread, inside = (part.flatten().numpy() for part in (compared[0], errors, top.mask))
     # A mean without spread, such as that of an inactive neuron, is known exactly.
     exact = spread <= 1e-12 * max(float(np.abs(observed).max(initial=0.0)), np.finfo(np.float64).tiny)
     probability = inside.astype(np.float64)

@@ -13,10 +13,15 @@ SHAPE = (4, 500)
 N_BLOCKS = 32
 
 
-def draw_scores(truth, noise, seed, **changes):
-    """Scores of 32 blocks of prompts, whose means have the standard deviation `noise` around the truth."""
+def draw_scores(truth, noise, seed, common=0.0, **changes):
+    """Scores of 32 blocks of prompts, whose means have the standard deviation `noise` around the truth.
+
+    With `common`, the scores of each block are multiplied by a factor of its own, whose logarithm has that deviation.
+    """
     generator = torch.Generator().manual_seed(seed)
     blocks = truth + noise * N_BLOCKS**0.5 * torch.randn(N_BLOCKS, *SHAPE, generator=generator, dtype=torch.float64)
+    if common:
+        blocks = blocks * torch.exp(common * torch.randn(N_BLOCKS, 1, 1, generator=generator, dtype=torch.float64))
     without = (blocks.sum(0) - blocks) / (N_BLOCKS - 1)
     values = blocks.mean(0)
     return NeuronScores(values, torch.ones_like(values), provenance(sign=1, **changes), without)
@@ -28,17 +33,23 @@ def draw_truth(seed):
     return torch.from_numpy(generator.standard_t(2, size=SHAPE)) * 0.1
 
 
-@pytest.mark.parametrize("rank_by", ["magnitude", "supports", "opposes"])
-def test_probabilities_are_those_of_new_prompts(rank_by):
+@pytest.mark.parametrize(
+    ("rank_by", "common"),
+    [("magnitude", 0.0), ("supports", 0.0), ("opposes", 0.0), ("magnitude", 0.7), ("supports", 0.7)],
+)
+def test_probabilities_are_those_of_new_prompts(rank_by, common):
     """Over several draws, in every class of predicted probability the share that comes back is about as predicted.
 
-    Negative control: being in the first top set, as a probability of 0 or 1, is worse by the Brier score.
+    Also if some prompts have larger scores of all neurons than others, which changes no ranks. Negative control: being
+    in the first top set, as a probability of 0 or 1, is worse by the Brier score.
     """
     predicted, came_back, naive = [], [], []
     noise = 0.02 + 0.2 * torch.rand(SHAPE, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    if common:
+        noise = noise / 4
     for seed in range(6):
         truth = draw_truth(seed)
-        first, second = (draw_scores(truth, noise, 2 * seed + half) for half in (0, 1))
+        first, second = (draw_scores(truth, noise, 2 * seed + half, common) for half in (0, 1))
         predicted.append(replication_probability(first, 0.1, rank_by=rank_by).flatten())
         came_back.append(second.top(0.1, rank_by=rank_by).mask.flatten())
         naive.append(first.top(0.1, rank_by=rank_by).mask.flatten())
@@ -47,7 +58,7 @@ def test_probabilities_are_those_of_new_prompts(rank_by):
         chosen = (p >= low) & (p < high)
         # Three standard errors of a share of this many neurons, and .02 for an imperfect prior.
         room = 0.02 + 3 * (0.25 / chosen.sum()) ** 0.5
-        assert chosen.sum() > 20
+        assert chosen.sum() > 20, (low, high)
         assert abs(p[chosen].mean() - hit[chosen].mean()) < room, (low, high)
     brier = ((p - hit) ** 2).mean()
     assert brier < 0.8 * ((torch.cat(naive).numpy() - hit) ** 2).mean()
