@@ -75,21 +75,12 @@ def shuffled(pairs: dict[str, PreferencePairs], seed: int) -> dict[str, Preferen
     }
 
 
-def excluding(frame: pd.DataFrame, low: str, high: str) -> pd.Series:
-    """Which intervals exclude 0."""
-    return (frame[low] > 0) | (frame[high] < 0)
-
-
-def shares(results: list[StudyResult]) -> pd.DataFrame:
-    """Share of 95% intervals that exclude 0, with the number of intervals; one row per quantity."""
-
-    def joined(table: str) -> pd.DataFrame:
-        return pd.concat([result.to_frame(table) for result in results])
-
-    comparisons = joined("comparisons").query("subset == 'all'")
-    overlap = joined("overlap").query("kind == 'models'")
-    shared = joined("ablation").query("set == 'shared'")
-    others = joined("ablation").query("set != 'shared'")
+def intervals_of(result: StudyResult) -> pd.DataFrame:
+    """One row per 95% interval of a study: the quantity, and whether the interval excludes 0."""
+    comparisons = result.to_frame("comparisons").query("subset == 'all'")
+    overlap = result.to_frame("overlap").query("kind == 'models'")
+    ablation = result.to_frame("ablation")
+    shared, others = ablation.query("set == 'shared'"), ablation.query("set != 'shared'")
     parts = {
         "accuracy differences": (comparisons, "low", "high"),
         "overlap beyond chance": (overlap, "beyond_low", "beyond_high"),
@@ -97,13 +88,21 @@ def shares(results: list[StudyResult]) -> pd.DataFrame:
         "shared beyond random, accuracy": (shared.query("quantity == 'accuracy'"), "beyond_low", "beyond_high"),
         "other sets beyond random, margin": (others.query("quantity == 'margin'"), "beyond_low", "beyond_high"),
     }
-    rows = []
-    for name, (frame, low, high) in parts.items():
-        outside = excluding(frame, low, high)
-        rows.append({"quantity": name, "excludes 0": round(float(outside.mean()), 4), "intervals": len(outside)})
-    mean = {"quantity": "mean Jaccard minus chance in each layer", "intervals": len(overlap)}
-    rows.append(mean | {"excludes 0": round(float(overlap["beyond_chance"].mean()), 4)})
-    return pd.DataFrame(rows).set_index("quantity")
+    rows = [
+        pd.DataFrame({"quantity": name, "excludes 0": (frame[low] > 0) | (frame[high] < 0)})
+        for name, (frame, low, high) in parts.items()
+    ]
+    return pd.concat(rows).assign(jaccard_beyond_chance=float(overlap["beyond_chance"].mean()))
+
+
+def shares(intervals: pd.DataFrame) -> pd.DataFrame:
+    """Share of 95% intervals that exclude 0, with the number of intervals, and of studies with such an interval."""
+    grouped = intervals.groupby("quantity", sort=False)["excludes 0"]
+    table = grouped.agg(["mean", "size"]).set_axis(["excludes 0", "intervals"], axis=1)
+    of_studies = intervals.groupby(["quantity", "study"])["excludes 0"]
+    table["studies with one"] = of_studies.any().groupby("quantity").mean()
+    table["studies with half or more"] = (of_studies.mean() >= 0.5).groupby("quantity").mean()
+    return table.round(4)
 
 
 def main() -> None:
@@ -111,15 +110,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="seed of the first study")
+    parser.add_argument("--out", type=Path, help="folder for a file per study; those that are there are not run again")
     parser.add_argument("--labels", nargs="+", choices=("random", "world"), default=["random", "world"])
     parser.add_argument("--positions", choices=("all", "response", "last"), default="all", help="tokens for the scores")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    seeds = range(options.first, options.first + options.studies)
     for labels in options.labels:
-        results = [untrained_study(seed, shuffle=labels == "random", positions=options.positions) for seed in seeds]
-        print(f"{labels} labels, {options.studies} studies, positions {options.positions}")
-        print(f"{shares(results).to_string()}\n", flush=True)
+        found = []
+        for seed in range(options.first, options.first + options.studies):
+            path = None if options.out is None else options.out / f"{labels} {options.positions} {seed}.csv"
+            if path is not None and path.exists():
+                found.append(pd.read_csv(path))
+                continue
+            result = untrained_study(seed, shuffle=labels == "random", positions=options.positions)
+            found.append(intervals_of(result).assign(study=seed))
+            if path is not None:
+                options.out.mkdir(parents=True, exist_ok=True)
+                found[-1].to_csv(path, index=False)
+        intervals = pd.concat(found)
+        beyond = intervals.groupby("study")["jaccard_beyond_chance"].first().mean()
+        print(f"{labels} labels, {len(found)} studies, positions {options.positions}")
+        print(f"{shares(intervals).to_string()}\nmean Jaccard minus chance in each layer: {beyond:.4f}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from null_control import shares, untrained_study
+from null_control import intervals_of, shares, untrained_study
 from planted import planted_run
 from tiny_models import make_config, make_pairs, save_classifier
 
@@ -513,11 +513,13 @@ def test_where_there_is_nothing_to_find():
 
     The bounds leave room for few and dependent intervals, and fail if one kind excluded 0 in most cases.
     """
-    found = shares([untrained_study(seed, shuffle=True, n_test=48, n_draws=4) for seed in range(2)])["excludes 0"]
+    studies = [untrained_study(seed, shuffle=True, n_test=48, n_draws=4) for seed in range(2)]
+    intervals = pd.concat([intervals_of(study).assign(study=seed) for seed, study in enumerate(studies)])
+    found = shares(intervals)["excludes 0"]
     assert found["accuracy differences"] <= 0.4
     assert found["overlap beyond chance"] <= 0.4
     assert found["shared beyond random, margin"] <= 0.4
-    assert abs(found["mean Jaccard minus chance in each layer"]) < 0.02
+    assert abs(intervals["jaccard_beyond_chance"].mean()) < 0.02
 
 
 @pytest.mark.grid
