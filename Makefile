@@ -13,6 +13,8 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # Two workers of one thread each. Each begins with half of the suite, in order, because neighbours share models; who is
 # done first takes half of what the other has left.
 WORKERS := -n 2 --dist worksteal
+# pytest's options of pyproject.toml without the type checker.
+UNCHECKED := -o addopts=--strict-markers
 PIP := python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-all test-tl3 matrix matrix-tl3 exports check docs docs-check release-check clean
@@ -20,15 +22,15 @@ PIP := python -m pip install --quiet --disable-pip-version-check
 demo: $(VENV)/ready
 	$(BIN)/rmtension demo --overwrite
 
-# Every law once: without the grid over families, sites and positions, and without whole programs.
+# Every law once: without the grid over families, sites and positions, and without whole programs. Types and shapes,
+# whose checks take a quarter of the time, are left to `make test-all`.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest $(WORKERS) -m "not grid"
+	$(BIN)/python -m pytest $(UNCHECKED) $(WORKERS) -m "not grid"
 
 test-all: $(VENV)/ready
 	$(BIN)/python -m pytest $(WORKERS)
 
-# What reaches TransformerLens only by opening a model, as the other tests do, or not at all: it is tested once. So are
-# types and shapes, whose checks take a quarter of the time.
+# What reaches TransformerLens only by opening a model, as the other tests do, or not at all: it is tested once.
 SAME := $(patsubst %,--ignore-glob='*/test_%.py', \
   arguments behaviour benchmarks cli conflict constants correlated describe distributed docs \
   docstrings down_projection dpo encoders evaluation examples faithfulness faithfulness_plot files \
@@ -40,7 +42,7 @@ SAME := $(patsubst %,--ignore-glob='*/test_%.py', \
 
 # Every law once, and the grid where families, bridges and hooks are TransformerLens' own (the marker `lens`).
 test-tl3: $(VENV3)/ready
-	$(VENV3)/bin/python -m pytest -o addopts=--strict-markers -p no:cacheprovider $(WORKERS) -m "not grid or lens" $(SAME)
+	$(VENV3)/bin/python -m pytest $(UNCHECKED) -p no:cacheprovider $(WORKERS) -m "not grid or lens" $(SAME)
 
 # Which families of reward models open, and how exactly: fails if one that opens is further than 1e-4 off.
 matrix: $(VENV)/ready

@@ -118,6 +118,7 @@ def test_planted_neurons_keep_everything(organism):
     assert found.areas.set_index("ranking").loc[name, "cmd"] < 0.2 * found.areas["cmd"].max()
 
 
+@pytest.mark.grid
 def test_minimality_is_the_loss_without_each_part(organism):
     head, pairs = organism.head(), organism.pairs["helpful"]
     planted = organism.truth["helpful"] | organism.truth["shared"] | organism.truth["conflict"]

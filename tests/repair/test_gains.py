@@ -60,6 +60,7 @@ def test_gains_mend_the_model_that_is_written(damaged, pairs):
     assert float(correct(real).mean()) == pytest.approx(path["harmless_accuracy"].iloc[-1], abs=1e-12)
 
 
+@pytest.mark.grid
 def test_random_neurons_mend_less(fitter, damaged, pairs):
     top = torch.zeros(damaged.n_layers * damaged.n_neurons("mlp"), dtype=torch.bool)
     top[fitter.ranking(0.5).abs().flatten().argsort(descending=True)[:8]] = True

@@ -253,6 +253,7 @@ class TestResult:
         with pytest.raises(StorageError, match="has no finished inspection"):
             ModelInspection.load(tmp_path)
 
+    @pytest.mark.grid
     def test_an_interrupted_run_resumes_with_the_same_numbers(
         self, model, both, inspector, inspection, tmp_path, monkeypatch
     ):

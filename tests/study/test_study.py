@@ -289,6 +289,7 @@ class TestPasses:
         for name, frame in second.items():
             pd.testing.assert_frame_equal(frame, first[name], check_exact=True)
 
+    @pytest.mark.grid
     def test_overwriting_runs_other_models_in_the_same_folder(self, families, folders, world, tmp_path):
         """As `rmtension demo --overwrite` does after a change of the library has changed what training gives."""
         options = StudyOptions(analyses=("accuracy",))
@@ -304,6 +305,7 @@ class TestPasses:
         with pytest.raises(StorageError, match="a run with other settings"):
             first.run(folder=tmp_path, progress=False)
 
+    @pytest.mark.grid
     def test_the_cost_is_what_runs(self, families, world, tmp_path):
         """Every pass over the pairs of one objective is one file."""
         options = replace(OPTIONS, scores=("attribution_patching", "magnitude"), curve_fractions=(0.07,))
