@@ -15,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.data._encoding import EncodedPairs, EncodedText
+from rmtension.data._length_buckets import length_buckets
 from rmtension.data._packed_rows import PackedGroup, Row, packed_groups, row_of
 from rmtension.data._prompts import PromptRun, Prompts
 from rmtension.data._token_places import READ_LAST, ReadAt
-from rmtension.data._tokens import TokenBatch, length_buckets, token_types_of
+from rmtension.data._tokens import TokenBatch, token_types_of
 
 # Which texts share a row: none (one text per row, in order); those of one pair, so that a row's gradient belongs to
 # that pair; those of one pair, in a row that begins after their prompt (`Prompts`); or those of one prompt.

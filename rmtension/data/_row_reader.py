@@ -11,16 +11,14 @@ the format:
 In every source, a text that is the JSON of messages is read as messages.
 """
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from difflib import get_close_matches
 from numbers import Number
 from typing import Any
 
 from rmtension._arguments import nearest
-from rmtension.data._chat import Message, is_messages, is_transcript, json_text, parse_messages, read_chat, split_turns
+from rmtension.data._chat import is_messages, is_transcript, parse_messages, read_chat, split_turns
 from rmtension.data._conversations import after_prompt, require_contained, shared_messages
 from rmtension.data._data_files import parse_json
 from rmtension.data._pair import (
@@ -32,18 +30,15 @@ from rmtension.data._pair import (
     require_responses,
     split_transcripts,
 )
+from rmtension.data._row_values import label, other_label, tools_text, with_system
 from rmtension.errors import DataError, OptionError, RMTensionWarning
 
 SIDES = ("chosen", "rejected")
 # The fields of a pair, and the text of a system message, which becomes a part of the prompt.
 FIELDS = (*PAIR_FIELDS, "system")
 _LABELS = ("objective", "subset", "id", "item")
-# Longer texts, such as a second response, are content and not labels.
-_LONGEST_LABEL = 80
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 # ShareGPT's name for the messages before the responses.
 _CONVERSATIONS = "conversations"
-_SKIP = 'Correct the row, or load with on_invalid="skip".'
 
 
 class RowReader:
@@ -107,8 +102,8 @@ class RowReader:
         self._absent.difference_update(row)
         fields = self._fields(row, where)
         prompt, chosen, rejected = self._sides(fields, row, where)
-        labels = {name: _label(fields.get(name)) for name in _LABELS} | self._labels
-        tools = _tools(fields.get("tools"), where)
+        labels = {name: label(fields.get(name)) for name in _LABELS} | self._labels
+        tools = tools_text(fields.get("tools"), where)
         pair = PreferencePair(
             prompt,
             chosen,
@@ -125,7 +120,7 @@ class RowReader:
                 pair = pair.as_chat()
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
-        pair = _with_system(pair, fields.get("system"), where)
+        pair = with_system(pair, fields.get("system"), where)
         require_responses(pair, where)
         return pair
 
@@ -172,9 +167,9 @@ class RowReader:
         used = set(self._columns.values())
         others = {str(name): value for name, value in row.items() if name not in used}
         return {
-            name: label
+            name: text
             for name, value in others.items()
-            if can_be_label(name) and (label := _other_label(value)) is not None
+            if can_be_label(name) and (text := other_label(value)) is not None
         }
 
     def _other_column(self, field: str, present: Iterable[str]) -> str:
@@ -283,60 +278,6 @@ _NOT_WHOLE = "'chosen' and 'rejected' have no common first messages that could b
 
 def _are_transcripts(given: Mapping[str, Any]) -> bool:
     return all(isinstance(given[name], str) and is_transcript(given[name]) for name in SIDES)
-
-
-def _label(value: Any) -> str | None:
-    if value is None or (isinstance(value, str) and not value):
-        return None
-    # In pandas, a column of whole numbers with missing values is a column of floats.
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
-
-
-def _other_label(value: Any) -> str | None:
-    """A label of a column that is no field: a short text on one line, a number, or true or false."""
-    if isinstance(value, str):
-        return value if 0 < len(value) <= _LONGEST_LABEL and not _CONTROL.search(value) else None
-    return _label(value) if isinstance(value, Number) and not is_missing(value) else None
-
-
-def _tools(value: Any, where: str) -> str | None:
-    """Tools as JSON text; data sets hold them as lists of schemas, or as JSON."""
-    if isinstance(value, str):
-        value = parse_json(value.encode("utf-8", "surrogatepass"), f"{where}: field 'tools'", _SKIP) if value else None
-    if value is None or (hasattr(value, "__len__") and not len(value)):
-        return None
-    if isinstance(value, str | int | float | Mapping):
-        raise DataError(f"{where}: field 'tools' should be a list of tools, got {type(value).__name__}. {_SKIP}")
-    return json_text(list(value), f"{where}: field 'tools'")
-
-
-def _with_system(pair: PreferencePair, system: Any, where: str) -> PreferencePair:
-    """The pair with a column's system message in front; raises `DataError` for tools or system with a plain prompt."""
-    is_given = isinstance(system, str) and bool(system.strip())
-    if not pair.is_chat:
-        for name, is_set in (("tools", pair.tools is not None), ("system", is_given)):
-            if is_set:
-                raise DataError(
-                    f"{where}: field {name!r} needs a chat template, but this prompt is plain text. Load with "
-                    f"chat=True, or do not read the field: columns={{{name!r}: None}}."
-                )
-        return pair
-    if not is_given:
-        return pair
-    own = [message.content for message in pair.prompt if isinstance(message, Message) and message.role == "system"]
-    if own and own != [system]:
-        raise DataError(
-            f"{where}: field 'system' ({system[:60]!r}) differs from the conversation's own system message "
-            f"({str(own[0])[:60]!r}). Correct one of them, or do not read the field: columns={{'system': None}}."
-        )
-    if own:
-        return pair
-    return replace(pair, prompt=(Message("system", system), *pair.prompt))
-
-
-# -- texts -------------------------------------------------------------------------------------------------------------
 
 
 def _split_words(chosen: str, rejected: str) -> tuple[str, str, str]:

@@ -1,4 +1,4 @@
-"""Batches of tokens: padding, length buckets, and the token that the reward is read from."""
+"""Batches of tokens: texts in rows, the tokens that belong to each, and sums over them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +15,6 @@ from rmtension._sites import check_positions
 from rmtension.data._encoding import EncodedText
 from rmtension.data._prompts import Prompts
 from rmtension.data._token_places import READ_LAST, ReadAt, TokenPlaces, first_of_each
-from rmtension.errors import DataError, OptionError
-
-# A batch of this share of the largest size is nearly as fast per token, so a text of which a larger share would be
-# padding begins a new batch.
-_ENOUGH, _MOST_PADDING = 0.125, 0.1
 
 
 @dataclass(frozen=True)
@@ -249,69 +244,6 @@ def token_types_of(
     return (response & has_types[:, None]).long() if has_types.any() else None
 
 
-def check_ids(
-    input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "..."], *, max_length: int, n_embeddings: int
-) -> None:
-    """Raise `OptionError` for a mask that does not fit or rows too long, `DataError` for ids outside the embedding."""
-    if input_ids.ndim != 2 or not input_ids.numel():
-        raise OptionError(
-            f"input_ids: expected one row of token ids per text, got shape {tuple(input_ids.shape)}. Pass a single "
-            "text as input_ids[None]."
-        )
-    if mask.shape != input_ids.shape or not mask.any(dim=1).all():
-        raise OptionError(
-            f"attention_mask: expected the shape of input_ids {tuple(input_ids.shape)} and at least one real token "
-            f"per row, got shape {tuple(mask.shape)} and {int(mask.any(dim=-1).sum())} rows with real tokens. Pass the "
-            "mask that the tokenizer returned with the ids."
-        )
-    longest = int(mask.sum(dim=1).max())
-    if longest > max_length:
-        raise OptionError(
-            f"input_ids: expected at most {max_length} tokens per row (the model's context), got {longest}. Truncate "
-            "the rows."
-        )
-    real = input_ids[mask]
-    if not 0 <= int(real.min()) <= int(real.max()) < n_embeddings:
-        raise DataError(
-            f"input_ids: expected ids from 0 to {n_embeddings - 1}, got {int(real.min())} to {int(real.max())}. Encode "
-            "with this model's own tokenizer."
-        )
-
-
-def compact(
-    input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "text token"]
-) -> tuple[Int[Tensor, "text kept"], Bool[Tensor, "text kept"]]:
-    """Move every row's real tokens to the left, in order, and drop the columns that no row uses.
-
-    With a causal mask, real tokens do not attend to padding on their right, and positions count from 0. The same text
-    then gets the same reward however it was padded, also with absolute positions.
-    """
-    order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)[:, : int(mask.sum(dim=1).max())]
-    return input_ids.gather(1, order), mask.gather(1, order)
-
-
-def length_buckets(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Group indices by similar length, so that each padded group has at most `tokens_per_batch` tokens.
-
-    A text longer than that forms a group by itself. A group that is large enough to be fast takes no text that would be
-    mostly padding. The longest texts come first, so that a batch that does not fit in memory fails at once and not
-    after an hour.
-    """
-    if tokens_per_batch < 1:
-        raise OptionError(f"tokens_per_batch: expected a positive number, got {tokens_per_batch}.")
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups:
-            group, width = groups[-1], lengths[groups[-1][0]]
-            has_room = (len(group) + 1) * width <= tokens_per_batch
-            is_small = len(group) * width < _ENOUGH * tokens_per_batch
-            if has_room and (is_small or lengths[index] >= (1 - _MOST_PADDING) * width):
-                group.append(index)
-                continue
-        groups.append([index])
-    return groups
-
-
 _RUNNING: ContextVar[TokenBatch | None] = ContextVar("rmtension_running_batch", default=None)
 
 
@@ -328,12 +260,3 @@ def running(batch: TokenBatch) -> Iterator[None]:
 def running_batch() -> TokenBatch | None:
     """The batch that a reward model is currently running on in this thread, or None."""
     return _RUNNING.get()
-
-
-def text_batches(
-    texts: Sequence[EncodedText], *, tokens_per_batch: int, read_at: ReadAt = READ_LAST, device: torch.device | str
-) -> Iterator[TokenBatch]:
-    """Batches of texts of similar length; `indices` index `texts`."""
-    for indices in length_buckets([len(text) for text in texts], tokens_per_batch):
-        batch = [texts[index] for index in indices]
-        yield TokenBatch.from_texts(batch, indices, read_at=read_at, device=device)

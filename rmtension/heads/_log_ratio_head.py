@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.data._encoding import EncodedText
+from rmtension.data._given_ids import compact
 from rmtension.data._token_places import TokenPlaces, first_of_each
-from rmtension.data._tokens import TokenBatch, compact
+from rmtension.data._tokens import TokenBatch
 from rmtension.errors import DataError, ModelError, OptionError
 from rmtension.heads._head import Head
 from rmtension.heads._vocabulary import Unembedding, log_probs, read_unembedding

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from rmtension.data._tokens import TokenBatch, compact
+from rmtension.data._given_ids import compact
+from rmtension.data._tokens import TokenBatch
 
 
 def has_pattern(ids: Sequence[int], pattern: Sequence[int], *, ends_from: int = 0) -> bool:

@@ -14,9 +14,10 @@ from torch import Tensor
 from rmtension._arguments import require_arguments
 from rmtension._sites import check_positions, find_site
 from rmtension.data._encoding import EncodedText
+from rmtension.data._length_buckets import text_batches
 from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
-from rmtension.data._tokens import TokenBatch, text_batches
+from rmtension.data._tokens import TokenBatch
 from rmtension.distributed import current
 from rmtension.errors import DataError, OptionError, ProvenanceError
 from rmtension.models._reward_model import RewardModel

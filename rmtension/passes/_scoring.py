@@ -9,9 +9,11 @@ from torch import Tensor
 
 from rmtension._progress import progress_bar
 from rmtension.data._encoding import EncodedText, TextOrChat, encode_texts
+from rmtension.data._given_ids import check_ids, compact
+from rmtension.data._length_buckets import text_batches
 from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
-from rmtension.data._tokens import TokenBatch, check_ids, compact, text_batches
+from rmtension.data._tokens import TokenBatch
 from rmtension.distributed import current
 from rmtension.errors import OptionError
 from rmtension.models._reward_model import RewardModel

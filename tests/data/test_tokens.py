@@ -7,9 +7,10 @@ from tokenizers import processors
 
 from rmtension import PreferencePairs
 from rmtension.data._encoding import encode_pairs, encode_texts
+from rmtension.data._given_ids import compact
+from rmtension.data._length_buckets import length_buckets
 from rmtension.data._packing import pair_batches
 from rmtension.data._token_places import ReadAt
-from rmtension.data._tokens import compact, length_buckets
 from rmtension.errors import DataError, OptionError
 
 

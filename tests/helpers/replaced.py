@@ -3,7 +3,7 @@
 import torch
 
 from rmtension import ActivationCollector, Mean, OtherResponse, Resample, Scale, Zero
-from rmtension.data._tokens import text_batches
+from rmtension.data._length_buckets import text_batches
 from rmtension.interventions._donors import draw_donors
 
 NAMES = ("zero", "mean", "resample", "scale", "other_response")

@@ -13,7 +13,7 @@ from tiny_models import EOS, PAD, grid, make_pairs
 from rmtension import AblationContext, NeuronSet, RewardHead, Scale
 from rmtension.bodies import _bridges as wrapping
 from rmtension.data._encoding import encode_texts
-from rmtension.data._tokens import text_batches
+from rmtension.data._length_buckets import text_batches
 from rmtension.errors import ModelError
 from rmtension.models._direct_path import direct_contributions
 from rmtension.synthetic.check_matrix import FAMILIES, make_classifier

@@ -32,7 +32,7 @@ import transformers
 
 from rmtension import AblationContext, ActivationCollector, NeuronAttribution, NeuronSet, PreferencePairs, RewardHead
 from rmtension.data._encoding import encode_pairs
-from rmtension.data._tokens import text_batches
+from rmtension.data._length_buckets import text_batches
 from rmtension.interventions._sweep import score_without
 from rmtension.training._train_tokenizer import train_tokenizer
 
