@@ -34,8 +34,6 @@ from rmtension.bodies._hooks import (
     InstalledHooks,
     all_fire,
     copy_without_hooks,
-    eager_eval,
-    frozen,
     on_calls,
     own_hooks_paused,
     recorded_calls,
@@ -43,6 +41,7 @@ from rmtension.bodies._hooks import (
 from rmtension.bodies._native_body import NativeBody
 from rmtension.bodies._native_sites import attends_both_ways, find_native_sites
 from rmtension.bodies._native_weights import plain_copy
+from rmtension.bodies._run_modes import eager_eval, frozen
 from rmtension.bodies._site_widths import measure_sites
 from rmtension.bodies._text_models import text_model
 from rmtension.data._token_places import ReadAt
@@ -577,6 +576,7 @@ ONLY_LOOKS = [
     *(f"attribution._set_sums.SumsOverSets.{name}" for name in ("__init__", "compute", "settings", "state", "update")),
     "attribution._top_texts.LargestActivations.__init__",
     "attribution._top_texts.LargestActivations.compute",
+    "attribution._top_texts.LargestActivations.settings",
     "attribution._top_texts.LargestActivations.state",
     "attribution._top_texts.LargestActivations.update",
     "cli._commands.neuron_options.neurons_of",
@@ -817,8 +817,8 @@ CONTEXTS = {
     "bodies._hooks.own_hooks_paused": lambda s: own_hooks_paused(s.head.body.modules()),
     "bodies._rope.RopeByText.for_texts": lambda s: s.head.body._rope.for_texts(s.batch),
     "bodies._hooks.InstalledHooks": lambda s: InstalledHooks([(spot(s), lambda _: None)] * 3),
-    "bodies._hooks.frozen": lambda s: frozen(s.head.body.modules()),
-    "bodies._hooks.eager_eval": lambda s: eager_eval(s.head.body.modules()),
+    "bodies._run_modes.frozen": lambda s: frozen(s.head.body.modules()),
+    "bodies._run_modes.eager_eval": lambda s: eager_eval(s.head.body.modules()),
     "bodies._hooks.recorded_calls": lambda s: recorded_calls([s.mlp, s.head.body.block(0)]),
     "bodies._last_block.LastMLP.only_at": lambda s: s.head.body.last_mlp_only_at(s.batch, s.batch.last_places),
     "data._tokens.running": lambda s: running(s.batch),

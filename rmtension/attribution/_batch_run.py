@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.attribution._relevance import RelevanceRules
-from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks, frozen
+from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks
+from rmtension.bodies._run_modes import frozen
 from rmtension.data._token_places import TokenPlaces
 from rmtension.data._tokens import TokenBatch, margins
 from rmtension.errors import ModelError

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rmtension.bodies._gate_search import is_activation_function
-from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks, eager_eval, modules_of, on_calls
+from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks, modules_of, on_calls
 from rmtension.bodies._norms import NormLayer, is_norm, read_norm
+from rmtension.bodies._run_modes import eager_eval
 from rmtension.errors import ModelError
 from rmtension.models._reward_model import RewardModel
 

@@ -3,12 +3,11 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from rmtension.errors import ModelError, OptionError
@@ -63,44 +62,6 @@ class InstalledHooks:
             installed.close()
 
 
-@contextmanager
-def eager_eval(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put every module into eval mode and disable `torch.compile`; afterwards restore the mode of each.
-
-    Compiled code does not call hooks that were registered after compilation.
-    """
-    listed = list(modules)
-    training = [module for module in listed if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with _eager() if any(map(_is_compiled, listed)) else nullcontext():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether the module, or the function that it calls, went through `torch.compile`."""
-    return (
-        module._compiled_call_impl is not None
-        or "_orig_mod" in module._modules
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
-    )
-
-
-def _eager() -> AbstractContextManager[None]:
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    if set_stance is None:
-        raise ModelError(
-            f"model: some of its modules are compiled, and torch {torch.__version__} cannot run them uncompiled, so "
-            "hooks would not fire. Open the model before torch.compile, or install torch 2.6 or newer."
-        )
-    stance: AbstractContextManager[None] = set_stance("force_eager")
-    return stance
-
-
 class AllSeen(Exception):  # noqa: N818 - no error
     """Raised by a hook to end a run whose rest is not needed."""
 
@@ -132,20 +93,6 @@ def all_fire(modules: Iterable[nn.Module], layers: range | None = None) -> Itera
         raise ended
 
 
-@contextmanager
-def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Set `requires_grad` of all parameters to False, to save memory; afterwards restore it."""
-    parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
 def copy_without_hooks(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """`copy.deepcopy` of a model without the hooks of its modules, which may not be copyable."""
     kept = []
@@ -171,17 +118,6 @@ def own_hooks_paused(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for hook in own_hooks:
             hook.n_pauses -= 1
-
-
-def unwrapped(model: Any) -> Any:
-    """The module inside `torch.compile(module)` and wrappers of data parallelism, which share its parameters."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 _HOOK_DICTS = (

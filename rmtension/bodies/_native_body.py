@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from rmtension._sites import find_site
 from rmtension.bodies._experts import ExpertPoint, expert_point
 from rmtension.bodies._gate_search import GATE_ROWS, find_gates
-from rmtension.bodies._hooks import HookSite, count_foreign_hooks, eager_eval, has_own_hooks, modules_of, unwrapped
+from rmtension.bodies._hooks import HookSite, count_foreign_hooks, has_own_hooks, modules_of
 from rmtension.bodies._native_run import find_last_mlp, measure_packing, probe_batch, run_base
 from rmtension.bodies._native_sites import find_native_sites
 from rmtension.bodies._projections import Projection
 from rmtension.bodies._prompt_runs import PromptRuns
 from rmtension.bodies._rope import RopeByText
+from rmtension.bodies._run_modes import eager_eval, unwrapped
 from rmtension.data._token_places import TokenPlaces
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError

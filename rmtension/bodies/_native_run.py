@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from rmtension.bodies._hooks import eager_eval, unwrapped
 from rmtension.bodies._last_block import LastMLP
+from rmtension.bodies._run_modes import eager_eval, unwrapped
 from rmtension.data._encoding import EncodedPairs, EncodedText
 from rmtension.data._packing import attention_mask, pack
 from rmtension.data._tokens import TokenBatch

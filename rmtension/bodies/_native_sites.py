@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks, eager_eval, on_calls, unwrapped
+from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks, on_calls
 from rmtension.bodies._native_run import probe_batch, run_base
+from rmtension.bodies._run_modes import eager_eval, unwrapped
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
 

@@ -5,7 +5,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rmtension.bodies._hooks import copy_without_hooks, has_permanent_hooks, unwrapped
+from rmtension.bodies._hooks import copy_without_hooks, has_permanent_hooks
+from rmtension.bodies._run_modes import unwrapped
 from rmtension.errors import ModelError
 
 # Packages whose layers hold packed or quantised weights, by the module that defines the layer's class.

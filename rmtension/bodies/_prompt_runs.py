@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from rmtension.bodies._hooks import AllSeen, eager_eval, is_placed, modules_of
+from rmtension.bodies._hooks import AllSeen, is_placed, modules_of
 from rmtension.bodies._native_run import TIMES_ROUNDING, furthest, packing_tolerance, probe_pairs, run_base
+from rmtension.bodies._run_modes import eager_eval
 from rmtension.data._encoding import EncodedText
 from rmtension.data._packing import pack
 from rmtension.data._prompts import KeysAndValues, Prompts

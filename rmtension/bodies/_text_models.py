@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmtension.bodies._hooks import eager_eval, unwrapped
 from rmtension.bodies._native_run import probe_batch, run_base, stream_difference, stream_tolerance
+from rmtension.bodies._run_modes import eager_eval, unwrapped
 
 _PROBE_TOKENS = 12
 # How configs name the token that stands for a part of an image, a video or a sound.

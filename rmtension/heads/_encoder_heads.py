@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rmtension.bodies._hooks import copy_without_hooks, eager_eval, unwrapped
+from rmtension.bodies._hooks import copy_without_hooks
 from rmtension.bodies._native_run import probe_batch, run_base, stream_difference, stream_tolerance
+from rmtension.bodies._run_modes import eager_eval, unwrapped
 from rmtension.data._token_places import TokenPlaces
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError

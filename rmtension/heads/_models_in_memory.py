@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmtension.bodies._hooks import eager_eval
 from rmtension.bodies._native_run import run_base
+from rmtension.bodies._run_modes import eager_eval
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import DataError, ModelError
 from rmtension.heads._head import Head

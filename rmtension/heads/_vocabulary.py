@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rmtension.bodies._hooks import eager_eval
 from rmtension.bodies._native_run import probe_batch, run_base
+from rmtension.bodies._run_modes import eager_eval
 from rmtension.errors import ModelError
 
 # The difference of logits that rounding explains, relative to the largest logit; 1e-5 in other dtypes.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rmtension._arguments import require_arguments
 from rmtension._progress import progress_bar
-from rmtension.bodies._hooks import frozen
+from rmtension.bodies._run_modes import frozen
 from rmtension.data._packing import prompt_batches
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._tokens import TokenBatch, margins

@@ -4,8 +4,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from rmtension.bodies._hooks import unwrapped
 from rmtension.bodies._native_weights import active_head, refuse_packed_weights
+from rmtension.bodies._run_modes import unwrapped
 from rmtension.errors import ModelError
 from rmtension.heads._head import Head
 from rmtension.heads._head_kinds import KnownHead

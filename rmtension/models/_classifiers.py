@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rmtension.bodies._hooks import eager_eval, own_hooks_paused
+from rmtension.bodies._hooks import own_hooks_paused
 from rmtension.bodies._native_run import probe_batch, run_base, stream_difference, stream_tolerance
 from rmtension.bodies._native_weights import plain_copy
+from rmtension.bodies._run_modes import eager_eval
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
 from rmtension.heads._encoder_heads import PooledHead

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from rmtension.bodies._bodies import BootNativeBody, BridgeBody, find_body
 from rmtension.bodies._bridges import check_model_class
 from rmtension.bodies._hooked_transformer_body import HookedTransformerBody
-from rmtension.bodies._hooks import eager_eval
 from rmtension.bodies._native_run import probe_batch, stream_difference, stream_tolerance
+from rmtension.bodies._run_modes import eager_eval
 from rmtension.errors import ModelError
 from rmtension.heads._head import Head, LinearHead
 from rmtension.store._files import filled_whole

@@ -10,9 +10,9 @@ from torch import nn
 
 from rmtension.bodies._bodies import Body, find_body
 from rmtension.bodies._bridges import wrap
-from rmtension.bodies._hooks import eager_eval
 from rmtension.bodies._native_run import run_base, stream_difference, stream_tolerance
 from rmtension.bodies._norms import read_norm
+from rmtension.bodies._run_modes import eager_eval
 from rmtension.data._encoding import EncodedText
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError, OptionError

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rmtension.bodies._hooks import Call, Hook, HookSite, InstalledHooks, all_fire, eager_eval, recorded_calls
+from rmtension.bodies._hooks import Call, Hook, HookSite, InstalledHooks, all_fire, recorded_calls
+from rmtension.bodies._run_modes import eager_eval
 from rmtension.data._token_places import TokenPlaces
 from rmtension.data._tokens import TokenBatch, running
 from rmtension.errors import ModelError

@@ -18,15 +18,8 @@ from torch import Tensor
 
 from rmtension._sites import find_site
 from rmtension.bodies._bodies import Body
-from rmtension.bodies._hooks import (
-    AllSeen,
-    InstalledHooks,
-    all_fire,
-    count_foreign_hooks,
-    eager_eval,
-    has_own_hooks,
-    is_placed,
-)
+from rmtension.bodies._hooks import AllSeen, InstalledHooks, all_fire, count_foreign_hooks, has_own_hooks, is_placed
+from rmtension.bodies._run_modes import eager_eval
 from rmtension.bodies._site_widths import measure_sites
 from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
 from rmtension.data._encoding import EncodedPairs, EncodedText, encode_pairs

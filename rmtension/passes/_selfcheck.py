@@ -25,8 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension.bodies._hooks import HookSite, InstalledHooks, eager_eval
+from rmtension.bodies._hooks import HookSite, InstalledHooks
 from rmtension.bodies._native_run import let_run_in_float64
+from rmtension.bodies._run_modes import eager_eval
 from rmtension.data._encoding import EncodedText
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._tokens import TokenBatch

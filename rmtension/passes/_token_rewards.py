@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension.bodies._hooks import eager_eval
 from rmtension.bodies._native_run import let_run_in_float64
+from rmtension.bodies._run_modes import eager_eval
 from rmtension.data._encoding import EncodedText
 from rmtension.heads._log_ratio_head import LogRatioHead
 from rmtension.heads._outputs import pick

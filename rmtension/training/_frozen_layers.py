@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmtension._progress import progress_bar
-from rmtension.bodies._hooks import AllSeen, eager_eval, on_calls
+from rmtension.bodies._hooks import AllSeen, on_calls
 from rmtension.bodies._native_run import run_base
 from rmtension.bodies._native_sites import block_lists
+from rmtension.bodies._run_modes import eager_eval
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError, OptionError
 from rmtension.store._storage import read_result, write_tensors

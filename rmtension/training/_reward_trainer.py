@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import Trainer
 
-from rmtension.bodies._hooks import eager_eval
 from rmtension.bodies._native_run import run_base
+from rmtension.bodies._run_modes import eager_eval
 from rmtension.data._tokens import TokenBatch
 from rmtension.training._frozen_layers import FrozenLayers
 

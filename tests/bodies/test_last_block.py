@@ -20,7 +20,7 @@ from rmtension import (
     RewardHead,
     Zero,
 )
-from rmtension.bodies._hooks import eager_eval
+from rmtension.bodies._run_modes import eager_eval
 from rmtension.bodies._site_widths import measure_sites
 from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.synthetic.check_matrix import make_classifier
