@@ -32,7 +32,7 @@ test-all: $(VENV)/ready
 
 # What reaches TransformerLens only by opening a model, as the other tests do, or not at all: it is tested once.
 SAME := $(patsubst %,--ignore-glob='*/test_%.py', \
-  arguments behaviour benchmarks cli conflict constants correlated describe distributed docs \
+  arguments behaviour benchmarks cli conflict constants correlated describe distributed \
   docstrings down_projection dpo encoders evaluation examples faithfulness faithfulness_plot files \
   fine_tune fuzz gains head_errors html_report inspection inspection_page intervals kept_curves kinds \
   local_names native_body neuron_commands neurons notebooks organisms output_sums outputs_of_one_model \

@@ -83,8 +83,8 @@ def neuron_dashboards(
     `single_neuron_effects` for all these neurons, and a pass over the few pairs that are shown. Memory: one float64
     number per neuron asked for (and per random one) and neuron of the site.
 
-    Raises `OptionError` for an empty set, a group without pairs, or an unknown label, and `ProvenanceError` for a
-    set of another model.
+    Raises `OptionError` for an empty set, a group without pairs, or an unknown label, `ProvenanceError` for a
+    set of another model, and with `work` the errors of `run_pass`.
 
     Examples:
         >>> from rmtension.attribution import neuron_dashboards

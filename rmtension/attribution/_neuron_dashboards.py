@@ -31,8 +31,8 @@ class NeuronDashboards(DashboardData):
     - `correlated` has the neurons whose activations correlate most with each neuron's over all tokens (Pearson).
     - `tokens` has the tokens whose logits each neuron promotes and suppresses most, per unit of activation and times
       sigma, relative to the mean over the vocabulary; empty for a model without an unembedding (`about["no_tokens"]`).
-    - `descriptions` has, if a `describe` was given, each neuron's description with its score on held-out texts, or the
-      reason why it has none.
+    - `descriptions` is empty until `describe_dashboards` adds each neuron's description with its score on held-out
+      texts, or the reason why it has none.
     - `examples` holds the pairs with the largest activation.
     - `about` names the model, site, pairs and method; `about["sign"]` tells what a positive score means.
 

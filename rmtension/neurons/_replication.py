@@ -28,8 +28,9 @@ def replication_probability(
     there by luck. So its true score is estimated first: a prior for the scores of all neurons, a mixture of normals
     around 0 whose weights are the most likely ones, is combined with the neuron's own score and jackknife standard
     error over prompts (adaptive shrinkage, Stephens 2017). The probability is that the score of new prompts, with the
-    same standard error, is beyond the cut. Scores are in units of the cut of the same prompts, because some prompts
-    have larger scores of all neurons, which moves no neuron past another.
+    same standard error, is beyond the cut, which is halfway between the last neuron inside and the first outside.
+    Scores are divided by the mean magnitude of all neurons' scores on the same prompts, because some prompts have
+    larger scores of all neurons, which moves no neuron past another.
 
     No model runs. Raises `OptionError` for scores without blocks of prompts. It says nothing about another training;
     for that there is `replication_across_seeds`.
@@ -42,14 +43,14 @@ def replication_probability(
     top = scores.top(fraction, k=k, rank_by=rank_by)
     # The scores of all prompts, and of all but one block each.
     every = torch.cat([scores.values[None].double(), scores.require_blocks().double()])
+    sizes = every.abs().mean(dim=(1, 2), keepdim=True)
+    every = every / sizes.clamp(min=torch.finfo(torch.float64).tiny)
     values = ranked(every, rank_by, scores.provenance)
-    cuts = values.flatten(1).topk(len(top), dim=1).values[:, -1, None, None]
+    ordered = values[0].flatten().sort(descending=True).values
+    cut = float(ordered[len(top) - 1 : len(top) + 1].mean()) if len(top) < len(ordered) else -float("inf")
     # By magnitude, scores of both signs are in the set; otherwise values above the cut.
     both_signs = rank_by == "magnitude"
     compared = every if both_signs else values
-    if (cuts > 0).all():
-        compared, cuts = compared / cuts, torch.ones(1)
-    cut = float(cuts.flatten()[0])
     errors = jackknife_stderr(compared[1:])
     observed, spread, inside = (part.flatten().numpy() for part in (compared[0], errors, top.mask))
     # A mean without spread, such as that of an inactive neuron, is known exactly.

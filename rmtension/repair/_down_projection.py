@@ -127,7 +127,10 @@ def projection_inputs(
     slopes: bool = True,
     progress: bool | None = None,
 ) -> ProjectionInputs:
-    """Run the pairs and keep what some layers' down projections read, and the slopes of the reward, with gradients."""
+    """Run the pairs and keep what some layers' down projections read.
+
+    With `slopes`, also the gradients of the reward with respect to what they write, by a backward pass.
+    """
     return run_pass(model, pairs, _InputsOfPairs(model, pairs, layers, slopes), progress=progress)
 
 

@@ -132,10 +132,11 @@ def repair(
 
     The controls are fitted by the same procedure: weak labels exchanged at random for half of the pairs, another
     method with as many numbers, a head refit, and for gains `n_random` random sets of neurons with the same layers and
-    magnitudes. Cost: that of the method, twice and more for the controls.
+    magnitudes. Cost: that of the method, twice and more for the controls. Memory: the model a second time.
 
     Raises `OptionError` if the diagnosis shows no gap, `CheckError` if the model fails `head.check()`, and `ModelError`
-    for a model whose weights cannot be edited in the method's way, before anything runs.
+    for a model that the method cannot edit. A model whose weights TransformerLens converted, without the bias that
+    "medians" needs, or with projections that are no linear layers is refused before anything runs.
 
     Examples:
         >>> from rmtension.synthetic import plant_damage
@@ -215,16 +216,17 @@ def _require_editable(head: RewardHead, method: str) -> None:
     A copy of the model gets the smallest edit of that kind, because only the edit itself knows what it cannot change.
     """
     part = _CHANGED.get(method, "row")
-    shape = head.n_layers, head.n_neurons(SITE)
-    base = None if head.checkpoint is None else head.checkpoint.base
-    name, parameter = ("", torch.zeros(1)) if base is None else next(base.named_parameters())
-    smallest: dict[str, Any] = {
-        "row": torch.zeros(head.d_model),
-        "added": {layer: torch.zeros(head.d_model, shape[1]) for layer in range(head.n_layers)},
-        "constants": torch.ones(shape),
-        "parameters": {name: torch.zeros(parameter.shape)},
-    }
-    Edit(method, head.fingerprint, head.architecture, **{part: smallest[part]}).apply(head)
+    changed: Any = torch.zeros(head.d_model)
+    if part == "added":
+        changed = {0: torch.zeros(1, 1).expand(head.d_model, head.n_neurons(SITE))}
+    elif part == "constants":
+        changed = torch.zeros(head.n_layers, head.n_neurons(SITE))
+        changed[0] = 1.0
+    elif part == "parameters":
+        base = None if head.checkpoint is None else head.checkpoint.base
+        name, parameter = ("", torch.zeros(1)) if base is None else next(base.named_parameters())
+        changed = {name: torch.zeros(parameter.shape)}
+    Edit(method, head.fingerprint, head.architecture, **{part: changed}).apply(head)
 
 
 def _both(scored: PairRewards) -> Float[Tensor, "2 pair"]:

@@ -66,7 +66,7 @@ def replicate(
 
     The plan, with times, comes first; `plan_replication` stops there. Every model and every pass is kept in `out`: a
     second run reads them and runs nothing, and after an interruption, or with more seeds, only what is missing runs.
-    `describe` describes the neurons (see `neuron_dashboards`). `on_stage` is called with a line when a stage begins,
+    `describe` describes the neurons (see `describe_dashboards`). `on_stage` is called with a line when a stage begins,
     `on_log` with a model's name and a line about its losses. Raises `StorageError` if `out` belongs to another recipe;
     other errors are those of the stages.
 

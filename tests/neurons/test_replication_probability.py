@@ -13,13 +13,13 @@ SHAPE = (4, 500)
 N_BLOCKS = 32
 
 
-def draw_scores(truth, noise, seed, common=0.0, **changes):
+def draw_scores(truth, noise, seed, common=0.0, shape=SHAPE, **changes):
     """Scores of 32 blocks of prompts, whose means have the standard deviation `noise` around the truth.
 
     With `common`, the scores of each block are multiplied by a factor of its own, whose logarithm has that deviation.
     """
     generator = torch.Generator().manual_seed(seed)
-    blocks = truth + noise * N_BLOCKS**0.5 * torch.randn(N_BLOCKS, *SHAPE, generator=generator, dtype=torch.float64)
+    blocks = truth + noise * N_BLOCKS**0.5 * torch.randn(N_BLOCKS, *shape, generator=generator, dtype=torch.float64)
     if common:
         blocks = blocks * torch.exp(common * torch.randn(N_BLOCKS, 1, 1, generator=generator, dtype=torch.float64))
     without = (blocks.sum(0) - blocks) / (N_BLOCKS - 1)
@@ -62,6 +62,32 @@ def test_probabilities_are_those_of_new_prompts(rank_by, common):
         assert abs(p[chosen].mean() - hit[chosen].mean()) < room, (low, high)
     brier = ((p - hit) ** 2).mean()
     assert brier < 0.8 * ((torch.cat(naive).numpy() - hit) ** 2).mean()
+
+
+def test_the_neuron_at_the_cut_is_not_certain():
+    """Of a few dozen neurons, the last one of the set is often the same in every part of the prompts."""
+    predicted, came_back = [], []
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        truth = torch.from_numpy(generator.standard_t(2, size=(4, 12))) * 0.1
+        first, second = (draw_scores(truth, 0.02, 2 * seed + half, shape=(4, 12)) for half in (0, 1))
+        order = first.values.abs().flatten().argsort(descending=True)
+        predicted.append(float(replication_probability(first, k=4).flatten()[order[3]]))
+        came_back.append(bool(second.top(k=4).mask.flatten()[order[3]]))
+    assert max(predicted) < 1
+    # Three standard errors of a share of 200.
+    assert abs(np.mean(predicted) - np.mean(came_back)) < 0.11
+
+
+def test_a_cut_near_zero_is_a_cut():
+    """By support, almost half of the neurons are above it: those far above come back for certain."""
+    truth = draw_truth(3)
+    first, second = (draw_scores(truth, 0.02, half) for half in (0, 1))
+    probability = replication_probability(first, 0.48, rank_by="supports")
+    known, hit = (scores.top(0.48, rank_by="supports").mask for scores in (first, second))
+    assert float(probability[first.values > 0.3].min()) > 0.99
+    assert float(((probability - hit.double()) ** 2).mean()) < 0.8 * float((known != hit).double().mean())
+    assert torch.equal(replication_probability(first, 1.0), torch.ones(SHAPE, dtype=torch.float64))
 
 
 def test_scores_without_noise_come_back_for_certain():

@@ -2,10 +2,10 @@
 
     python tests/programs/false_discoveries.py --organisms 5 --draws 40
 
-Organisms have planted neurons. The contributions of all others get a random sign for each prompt, the same for all of
-them, so that their true mean is 0 and they stay as correlated as they were. q-values then promise that at most
-1 - `level` of the neurons that count are such neurons, in the mean over draws. `--shared 0` gives every neuron signs of
-its own.
+Organisms have planted neurons, 12 of which have an effect on the margins of an objective. The contributions of all
+others get a random sign for each prompt, the same for all of them, so that their true mean is 0 and they stay as
+correlated as they were. q-values up to q then promise that a share of at most q of the neurons that count are such
+neurons, in the mean over draws. `--shared 0` gives every neuron signs of its own.
 """
 
 import argparse
@@ -19,18 +19,18 @@ from rmtension import NeuronAttribution
 from rmtension.neurons import PairAttributions, conflict
 from rmtension.synthetic import make_organism
 
-LEVELS = (0.8, 0.9, 0.95, 0.99)
+LIMITS = (0.2, 0.1, 0.05, 0.01)
 
 
-def with_nulls(scores: PairAttributions, planted: torch.Tensor, shared: bool, seed: int) -> PairAttributions:
-    """The same, with a random sign per prompt for every neuron that is not planted."""
+def with_nulls(scores: PairAttributions, kept: torch.Tensor, shared: bool, seed: int) -> PairAttributions:
+    """The same, with a random sign per prompt for every neuron that is not kept."""
     generator = torch.Generator().manual_seed(seed)
     prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(pair.prompt for pair in scores.pairs))}
     of_pairs = torch.tensor([prompts[pair.prompt] for pair in scores.pairs])
-    shape = (len(prompts), *(1, 1)) if shared else (len(prompts), *planted.shape)
+    shape = (len(prompts), *(1, 1)) if shared else (len(prompts), *kept.shape)
     values = scores.values  # noqa: PD011 - a tensor
     signs = torch.randint(2, shape, generator=generator)[of_pairs] * 2.0 - 1
-    return PairAttributions(torch.where(planted, values, values * signs), scores.pairs, scores.provenance)
+    return PairAttributions(torch.where(kept, values, values * signs), scores.pairs, scores.provenance)
 
 
 def main() -> None:
@@ -44,25 +44,33 @@ def main() -> None:
         for number in range(options.organisms):
             organism = make_organism(Path(folder) / f"{number}", noise=0.03, n_pairs=120, seed=number)
             head = organism.head()
-            planted = torch.stack([neurons.mask for neurons in organism.truth.values()]).any(dim=0)
-            scores = [
-                NeuronAttribution(head, "gradient_x_activation").per_pair(part) for part in organism.pairs.values()
-            ]
+            # Words of the other objective are in both responses of a pair, and what decoys write is not read.
+            effective = {
+                name: (organism.truth[name] | organism.truth["shared"] | organism.truth["conflict"]).mask
+                for name in organism.pairs
+            }
+            scores = {
+                name: NeuronAttribution(head, "gradient_x_activation").per_pair(part)
+                for name, part in organism.pairs.items()
+            }
             for draw in range(options.draws):
                 nulls = [
-                    with_nulls(part, planted, bool(options.shared), 1000 * draw + k) for k, part in enumerate(scores)
+                    with_nulls(part, effective[name], bool(options.shared), 10_000 * number + 10 * draw + k)
+                    for k, (name, part) in enumerate(scores.items())
                 ]
-                table = conflict(*nulls, names=tuple(organism.pairs), min_share=0, seed=draw).table
-                for name in organism.pairs:
+                table = conflict(*nulls, names=tuple(scores), min_share=0, seed=draw).table
+                for name, mask in effective.items():
                     q_values = table[f"{name}_q_value"].to_numpy()
-                    for level in LEVELS:
-                        counts = q_values <= 1 - level
-                        false = int((counts & ~planted.flatten().numpy()).sum())
-                        rows.append({"level": level, "share": false / max(1, counts.sum()), "counted": counts.sum()})
-    table = pd.DataFrame(rows).groupby("level")["share"].agg(["mean", "sem", "size"])
-    table.insert(0, "stated at most", [1 - level for level in table.index])
-    table["counted"] = pd.DataFrame(rows).groupby("level")["counted"].mean()
-    print(f"{int(planted.sum())} of {planted.numel()} neurons are planted")
+                    for limit in LIMITS:
+                        counts = q_values <= limit
+                        false = int((counts & ~mask.flatten().numpy()).sum())
+                        about = {"q up to": limit, "organism and draw": f"{number} {draw}"}
+                        rows.append({**about, "share": false / max(1, counts.sum()), "counted": counts.sum()})
+    # Both objectives of a draw share its organism, so that a draw counts once.
+    draws = pd.DataFrame(rows).groupby(["q up to", "organism and draw"])[["share", "counted"]].mean()
+    table = draws.groupby("q up to")["share"].agg(["mean", "sem", "size"])
+    table["counted"] = draws.groupby("q up to")["counted"].mean()
+    print(f"{int(mask.sum())} of {mask.numel()} neurons have an effect on each objective")
     print(table.round(4).to_string())
 
 

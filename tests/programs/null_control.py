@@ -110,7 +110,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="seed of the first study")
-    parser.add_argument("--out", type=Path, help="folder for a file per study; those that are there are not run again")
+    parser.add_argument(
+        "--out", type=Path, help="folder for a file per study; what is there is not run again: use one per version"
+    )
     parser.add_argument("--labels", nargs="+", choices=("random", "world"), default=["random", "world"])
     parser.add_argument("--positions", choices=("all", "response", "last"), default="all", help="tokens for the scores")
     options = parser.parse_args()
@@ -126,7 +128,8 @@ def main() -> None:
             found.append(intervals_of(result).assign(study=seed))
             if path is not None:
                 options.out.mkdir(parents=True, exist_ok=True)
-                found[-1].to_csv(path, index=False)
+                found[-1].to_csv(path.with_suffix(".part"), index=False)
+                path.with_suffix(".part").replace(path)
         intervals = pd.concat(found)
         beyond = intervals.groupby("study")["jaccard_beyond_chance"].first().mean()
         print(f"{labels} labels, {len(found)} studies, positions {options.positions}")

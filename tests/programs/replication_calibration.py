@@ -117,11 +117,12 @@ def main() -> None:
     for kind in (*OBJECTIVES, "mixed"):
         parts = [kind] if kind in OBJECTIVES else list(OBJECTIVES)
         pairs = PreferencePairs(pair for part in parts for pair in test[part])
+        some = PreferencePairs(pair for part in parts for pair in test[part][: 384 // len(parts)])
         heads = [RewardHead.from_pretrained(str(getattr(family, kind))) for family in families]
         for head in heads[: options.models_with_halves]:
             found += over_prompts(head, pairs, sizes=options.sizes, model=kind, **drawn)
         for method in METHODS:
-            scores = [NeuronAttribution(head, method).score(pairs[:384], progress=False) for head in heads]
+            scores = [NeuronAttribution(head, method).score(some, progress=False) for head in heads]
             for n_known in (2, 3, 5):
                 found += over_seeds(scores, n_known=n_known, method=method, model=kind, **drawn)
         print(f"{kind}: done", flush=True)
