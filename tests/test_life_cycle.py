@@ -973,7 +973,7 @@ def test_a_leaking_call_is_found_out(spoiled):
 
 
 def test_only_these_modules_touch_hooks_and_flags():
-    """Whoever installs a hook, or changes a mode or a flag, goes through `rmtension.bodies._hooks`."""
+    """Whoever installs a hook, or changes a mode or a flag, goes through `_hooks` or `_run_modes` of `bodies`."""
     touching = set()
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -990,7 +990,7 @@ def test_only_these_modules_touch_hooks_and_flags():
         ("_experts", "register_forward_hook"),  # its own, with which it replaces the forward of the experts
         ("_hooks", "register_forward_hook"),
         ("_hooks", "register_forward_pre_hook"),
-        ("_hooks", "training"),
+        ("_run_modes", "training"),
         # The trainer's method, on a model that was made for it.
         ("_trainer_run", "train"),
     }
