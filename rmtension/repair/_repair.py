@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension._arguments import require_choice
+from rmtension.bodies._native_weights import plain_copy
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
 from rmtension.evaluation._pair_rewards import PairRewards
@@ -224,7 +225,8 @@ def _require_editable(head: RewardHead, method: str) -> None:
         changed[0] = 1.0
     elif part == "parameters":
         base = None if head.checkpoint is None else head.checkpoint.base
-        name, parameter = ("", torch.zeros(1)) if base is None else next(base.named_parameters())
+        # By the name that it has without adapters.
+        name, parameter = ("", torch.zeros(1)) if base is None else next(plain_copy(base).named_parameters())
         changed = {name: torch.zeros(parameter.shape)}
     Edit(method, head.fingerprint, head.architecture, **{part: changed}).apply(head)
 

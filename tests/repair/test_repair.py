@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import peft
 import pytest
 import torch
 from own_models import make_own
 from scipy.stats import binomtest
+from transformers import AutoModelForSequenceClassification
 
 from rmtension import PreferencePairs, RewardHead
 from rmtension.errors import CheckError, DataError, ModelError, OptionError, StorageError
@@ -18,7 +20,7 @@ from rmtension.repair._choice import change_of_accuracy
 from rmtension.repair._diagnose import diagnose
 from rmtension.repair._edit import Edit
 from rmtension.repair._receipt import RepairReport, best_of_several
-from rmtension.repair._repair import METHODS, Repair, repair
+from rmtension.repair._repair import METHODS, Repair, _require_editable, repair
 from rmtension.repair._splits import RepairPairs, shuffled_labels
 
 
@@ -327,3 +329,15 @@ def test_what_cannot_be_edited_is_refused_before_anything_runs(method, message, 
     with pytest.raises(ModelError, match=message):
         repair(head, pairs, method)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# peft calls transformers by a name that it has deprecated.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("method", ["fine-tuning", "merged specialists"])
+def test_parameters_are_found_beside_adapters(method, checkpoints, tokenizer):
+    """Of the embedding, which comes first: adapters give its weight another name."""
+    config = peft.LoraConfig(r=2, target_modules=["wte"], task_type="SEQ_CLS", init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForSequenceClassification.from_pretrained(checkpoints["gpt2"]), config)
+    head = RewardHead.from_classifier(model.eval(), tokenizer=tokenizer)
+    assert "wte.base_layer.weight" in dict(head.checkpoint.base.named_parameters())
+    _require_editable(head, method)
