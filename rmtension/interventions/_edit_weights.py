@@ -48,7 +48,10 @@ def edit_weights(
     """
     if is_own_model(head.body):
         if parameters:
-            raise ModelError(f"{name}: it changes parameters of a transformers checkpoint, and this model has none.")
+            raise ModelError(
+                f"{name}: it changes parameters of a transformers checkpoint, and this model has none. Use gains, a "
+                "down projection or a head refit."
+            )
         return _edit_own(head, site, changes, new_head, name)
     checkpoint, base = current_checkpoint(head, name)
     base = plain_copy(base, share=False)
@@ -92,7 +95,10 @@ def _edit_own(
         for layer, change in changes.items():
             weight, bias = body.weights(site, layer)
             if bias is None and change.constants is not None:
-                raise ModelError(f"{name}: it needs a bias, and the projections of this gated MLP have none.")
+                raise ModelError(
+                    f"{name}: it needs a bias, and the projections of this gated MLP have none. Use gains or a head "
+                    "refit."
+                )
             _change(weight.T, bias, change)
     return edited
 
