@@ -29,6 +29,7 @@ from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._neuron_scores import NeuronScores, jackknife_stderr
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.passes._pair_pass import run_pass
+from rmtension.store._work_folder import below
 
 # A scatter with more points than these is no clearer.
 _MOST_POINTS = 5000
@@ -83,8 +84,8 @@ def neuron_dashboards(
     `single_neuron_effects` for all these neurons, and a pass over the few pairs that are shown. Memory: one float64
     number per neuron asked for (and per random one) and neuron of the site.
 
-    Raises `OptionError` for an empty set, a group without pairs, or an unknown label, `ProvenanceError` for a
-    set of another model, and with `work` the errors of `run_pass`.
+    Raises `OptionError` for an empty set, a group without pairs, or an unknown label, `ProvenanceError` for a set of
+    another model, and with `work` the errors of `run_pass`.
 
     Examples:
         >>> from rmtension.attribution import neuron_dashboards
@@ -120,25 +121,20 @@ def neuron_dashboards(
     largest: dict[str, Float[Tensor, "pair 2 wanted"]] = {}
     of_tokens, n_tokens = no_sums(both)
     for number, (group, of_group) in enumerate(list(groups.items())):
-
-        def folder(of_pass: str, number: int = number) -> Path | None:
-            return None if work is None else Path(work) / f"{number}-{of_pass}"
-
         attribution = NeuronAttribution(head, method, site=neurons.site, positions=positions)
-        scores[group] = (
-            attribution.score(of_group, work=folder("scores"), progress=progress).to_frame().set_index([*_INDEX])
-        )
+        found = attribution.score(of_group, work=below(work, f"{number}-scores"), progress=progress)
+        scores[group] = found.to_frame().set_index(list(_INDEX))
         effects = single_neuron_effects(
-            head, of_group, site=neurons.site, neurons=both, work=folder("effects"), progress=progress
+            head, of_group, site=neurons.site, neurons=both, work=below(work, f"{number}-effects"), progress=progress
         )
         effect = effects.to_frame().set_index(list(_INDEX))["score"].loc[rows].to_numpy()
         statistic = LargestActivations(head, len(of_group), neurons, positions)
         largest[group], n_blocks, kept = run_pass(
-            head, of_group, statistic, work=folder("activations"), progress=progress
+            head, of_group, statistic, work=below(work, f"{number}-activations"), progress=progress
         )
         of_group = groups[group] = PreferencePairs(of_group[row] for row in kept)
         more, n_more = run_pass(
-            head, of_group, CorrelationSums(head, both), work=folder("correlations"), progress=progress
+            head, of_group, CorrelationSums(head, both), work=below(work, f"{number}-correlations"), progress=progress
         )
         of_tokens, n_tokens = of_tokens + more, n_tokens + n_more
         half = _half_width(effects, n_blocks, level)[

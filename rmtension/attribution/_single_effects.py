@@ -59,9 +59,9 @@ def single_neuron_effects(
     Cost: one forward pass over the pairs, and per neuron of layer l (from 0) of L the blocks above it, which are
     (L - 1 - l) / L of a forward pass, if the site's projection is added to the residual stream unchanged (`mlp` of most
     families). Otherwise (heads before an MLP, half precision) its own block runs again too, (L - l) / L of a pass. In
-    the first case N neurons in every layer cost N (L - 1) / 2 passes instead of N L. One more block runs
-    for every layer with a wanted neuron, to tell the two cases apart, and the last block runs once more. Models whose
-    blocks do not run one by one cost a whole pass per neuron.
+    the first case N neurons in every layer cost N (L - 1) / 2 passes instead of N L. One more block runs for every
+    layer with a wanted neuron, to tell the two cases apart, and the last block runs once more. Models whose blocks do
+    not run one by one cost a whole pass per neuron.
 
     In half precision, effects near the rounding error of the reward are rounding; open the model in float32 for exact
     effects. `work` and `progress` are those of `run_pass`.

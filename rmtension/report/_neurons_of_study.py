@@ -10,6 +10,7 @@ from rmtension.attribution._neuron_dashboards import NeuronDashboards
 from rmtension.errors import OptionError
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.reward_head import RewardHead
+from rmtension.store._work_folder import below
 from rmtension.study._model_output import ModelOutput
 from rmtension.study._tension_study import TensionStudy
 
@@ -39,12 +40,10 @@ def study_neurons(
     head = mixed if isinstance(mixed, RewardHead) else RewardHead.from_pretrained(mixed)
     attribution = NeuronAttribution(head, "gradient_x_activation", site=options.site, positions=options.positions)
     sizes = [
-        attribution.score(
-            part, work=None if work is None else Path(work) / f"choice-{number}", progress=progress
-        ).values
+        attribution.score(part, work=below(work, f"choice-{number}"), progress=progress).values.abs()
         for number, part in enumerate(study.scoring.values())
     ]
-    largest = torch.stack([size.abs() / size.abs().max().clamp(min=1e-30) for size in sizes]).amax(dim=0)
+    largest = torch.stack([size / size.max().clamp(min=1e-30) for size in sizes]).amax(dim=0)
     mask = torch.zeros(largest.shape, dtype=torch.bool)
     mask.view(-1)[largest.flatten().argsort(descending=True, stable=True)[:n]] = True
     neurons = NeuronSet(mask, options.site, head.architecture)

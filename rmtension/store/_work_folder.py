@@ -62,6 +62,11 @@ def _sweep(folder: Path) -> None:
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
+def below(folder: str | Path | None, name: str) -> Path | None:
+    """The folder of one pass in the work folder of several; None without a work folder."""
+    return None if folder is None else Path(folder) / name
+
+
 def unclaim(folder: Path) -> None:
     """Forget which run a folder belongs to; its files stay."""
     if current().is_first:

@@ -28,6 +28,7 @@ from rmtension.neurons._pair_attributions import PairAttributions
 from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._rewards_of_pairs import RewardsOfPairs
 from rmtension.reward_head import RewardHead
+from rmtension.store._work_folder import below
 from rmtension.study._inspection_tables import maps_table
 
 Groups = Mapping[str, PreferencePairs]
@@ -93,12 +94,12 @@ def compare_outputs(
     together = PreferencePairs(pair for part in used.values() for pair in part)
     first_head = next(iter(heads.values()))
     statistic = RewardsOfPairs(first_head, together, partial(_rewards, list(heads.values())), n=len(heads))
-    scored = run_pass(first_head, together, statistic, work=_below(work, "rewards"), progress=progress)
+    scored = run_pass(first_head, together, statistic, work=below(work, "rewards"), progress=progress)
     rewards = dict(zip(heads, scored, strict=True))
     by_pair: dict[str, PairAttributions] = {}
     for number, (name, head) in enumerate(heads.items()):
         attribution = NeuronAttribution(head, method, replacement=replacement, site=site)
-        by_pair[name] = attribution.per_pair(scoring, work=_below(work, f"attribution-{number}"), progress=progress)
+        by_pair[name] = attribution.per_pair(scoring, work=below(work, f"attribution-{number}"), progress=progress)
     maps = {}
     for first, second in combinations(by_pair, 2):
         if not all(by_pair[name].mean().any() for name in (first, second)):
@@ -116,10 +117,6 @@ def _rewards(heads: Sequence[RewardHead], batch: TokenBatch) -> list[Float[Tenso
     with first.last_mlp_where_read(batch):
         states = batch.gather(places, first.residual(batch))
     return [head.read_places(states, places, batch) for head in heads]
-
-
-def _below(work: Path | None, name: str) -> Path | None:
-    return None if work is None else work / name
 
 
 def outputs_table(rewards: Mapping[str, PairRewards], used: Groups, *, level: float, seed: int) -> pd.DataFrame:

@@ -28,8 +28,8 @@ def with_nulls(scores: PairAttributions, kept: torch.Tensor, shared: bool, seed:
     prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(pair.prompt for pair in scores.pairs))}
     of_pairs = torch.tensor([prompts[pair.prompt] for pair in scores.pairs])
     shape = (len(prompts), *(1, 1)) if shared else (len(prompts), *kept.shape)
-    values = scores.values  # noqa: PD011 - a tensor
     signs = torch.randint(2, shape, generator=generator)[of_pairs] * 2.0 - 1
+    values = scores.values  # noqa: PD011 - a tensor
     return PairAttributions(torch.where(kept, values, values * signs), scores.pairs, scores.provenance)
 
 
