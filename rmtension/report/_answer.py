@@ -8,7 +8,7 @@ import pandas as pd
 
 from rmtension.evaluation._intervals import with_interval
 from rmtension.plots._rows import count
-from rmtension.report._main_findings import family_fingerprints, mean_row
+from rmtension.report._main_findings import family_fingerprints, mean_row, side_of
 from rmtension.report._tables import families_of, rows_of_family
 from rmtension.study._result import StudyResult
 
@@ -141,11 +141,15 @@ def _effects(result: StudyResult, family: str, name: str) -> list[Any] | None:
         if row is None:
             return None
         beyond = mean_row(result, family, "ablation", where, _BEYOND, ())
+        matched = mean_row(result, family, "ablation", where | {"control": "magnitude"}, _BEYOND, ())
         table = rows_of_family(result, "ablation", family)
         sizes = table.loc[table["set"] == name, "size"].astype(int)
         seeds = table[(table[list(where)] == pd.Series(where)).all(axis=1)]
         alone = int(((seeds["beyond_low"] > 0) | (seeds["beyond_high"] < 0)).sum())
         values = {end: beyond[key] for end, key in zip(_BEYOND, ("value", "low", "high"), strict=True)}
+        side = side_of(beyond["low"], beyond["high"])
+        agrees = matched is None or side_of(matched["low"], matched["high"]) == side
+        values["contested"] = None if side == 0 or agrees else matched
         rows.append({**row, **values, "size": (min(sizes), max(sizes)), "alone": alone, "n_seeds": len(seeds)})
     return rows
 
@@ -167,6 +171,14 @@ def _random(rows: list[Any]) -> str:
         text += "; both intervals contain 0"
     elif any(inside):
         text += f"; the {_OBJECTIVES[inside.index(True)]} interval contains 0"
+    contested = {name: row["contested"] for name, row in zip(_OBJECTIVES, rows, strict=True)}
+    other = [
+        f"{_estimate(row, 'value', 'low', 'high')} on {name} pairs"
+        for name, row in contested.items()
+        if row is not None and not math.isnan(row["value"])
+    ]
+    if other:
+        text += f"; beyond random sets of the same magnitude, it is {' and '.join(other)}"
     if rows[0]["n_seeds"] > 1:
         # With few seeds, the spread between them makes the interval of their mean wide.
         text += (

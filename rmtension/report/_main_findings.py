@@ -1,8 +1,7 @@
 """The main numbers of a study, each with its interval, control and n; and the questions they leave open."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rmtension.errors import OptionError
@@ -14,7 +13,11 @@ from rmtension.study._result import StudyResult
 
 @dataclass(frozen=True)
 class Finding:
-    """One number of a study with its question, interval and control; `none` is the value of no difference."""
+    """One number of a study with its question, interval and control; `none` is the value of no difference.
+
+    `other_low` and `other_high` are the interval against a second control, if the study drew one. A direction has to
+    hold against both.
+    """
 
     family: str
     question: str
@@ -26,6 +29,8 @@ class Finding:
     n: str
     none: float = 0.0
     identical: bool = False
+    other_low: float | None = None
+    other_high: float | None = None
 
     @property
     def is_same(self) -> bool:
@@ -34,8 +39,13 @@ class Finding:
 
     @property
     def is_open(self) -> bool:
-        """Whether the direction is open: the interval contains the value of no difference, or there is no interval."""
-        return not (self.is_same or self.low > self.none or self.high < self.none)
+        """Whether the direction is open: an interval contains the value of no difference, or there is no interval."""
+        return not self.is_same and (self._side == 0 or self.is_contested)
+
+    @property
+    def is_contested(self) -> bool:
+        """Whether the interval excludes no difference, and the one against the second control does not agree."""
+        return self._side != 0 and self.other_low is not None and self._other_side != self._side
 
     @property
     def direction(self) -> str:
@@ -44,12 +54,30 @@ class Finding:
             return "identical models, the same rewards"
         if self.is_same:
             return "no difference in any pair"
-        return "not decided" if self.is_open else f"{'above' if self.low > self.none else 'below'} {self.none:g}"
+        if self._side == 0:
+            return "not decided"
+        side = f"{'above' if self._side > 0 else 'below'} {self.none:g}"
+        return f"not decided: {side} by this control only" if self.is_contested else side
 
     @property
     def estimate(self) -> str:
         """The number with its interval."""
         return with_interval(self.value, self.low, self.high, form="+.3f" if self.none == 0 else ".3f")
+
+    @property
+    def _side(self) -> int:
+        return side_of(self.low, self.high, self.none)
+
+    @property
+    def _other_side(self) -> int:
+        if self.other_low is None or self.other_high is None:
+            return 0
+        return side_of(self.other_low, self.other_high, self.none)
+
+
+def side_of(low: float, high: float, none: float = 0.0) -> int:
+    """1 for an interval above the value of no difference, -1 for one below it, 0 for one that contains it or NaN."""
+    return int(low > none) - int(high < none)
 
 
 def findings(result: StudyResult) -> list[Finding]:
@@ -73,7 +101,12 @@ def unconcluded(result: StudyResult, listed: list[Finding]) -> list[str]:
     several = len(families_of(result)) > 1
     lines = [
         f"{f'{finding.family}: ' if several else ''}{finding.question} {finding.quantity}: {finding.estimate}, "
-        f"n = {finding.n}. The interval does not exclude {finding.none:g}."
+        f"n = {finding.n}. "
+        + (
+            f"The interval excludes {finding.none:g}, that of the other control does not."
+            if finding.is_contested
+            else f"The interval does not exclude {finding.none:g}."
+        )
         for finding in listed
         if finding.is_open
     ]
@@ -154,16 +187,24 @@ def _of_family(result: StudyResult, family: str) -> Iterator[Finding]:
         ("mixed top", "Do the mixed model's own top neurons carry the {} margin?"),
         ("shared", "Do shared neurons carry the {} margin?"),
     ):
-        for objective, control in product(("helpful", "harmless"), ("layer", "magnitude")):
-            where = {"set": name, "objective": objective, "quantity": "margin", "control": control}
-            answer = number(
-                question.format(objective), f"change of the margin beyond random ({control})",
-                "ablation", where, ("beyond_random", "beyond_low", "beyond_high"), "random_effect", "effect",
-            )  # fmt: skip
-            if answer:
-                row = answer[1]
-                compared = f"without them {row['effect']:+.3f}, random sets {row['random_effect']:+.3f}"
-                yield Finding(**answer[0], control=compared)
+        for objective in ("helpful", "harmless"):
+            compared = []
+            for control in ("layer", "magnitude"):
+                where = {"set": name, "objective": objective, "quantity": "margin", "control": control}
+                answer = number(
+                    question.format(objective), f"change of the margin beyond random ({control})",
+                    "ablation", where, ("beyond_random", "beyond_low", "beyond_high"), "random_effect", "effect",
+                )  # fmt: skip
+                if answer:
+                    row = answer[1]
+                    text = f"without them {row['effect']:+.3f}, random sets {row['random_effect']:+.3f}"
+                    compared.append(Finding(**answer[0], control=text))
+            if len(compared) == 2:
+                compared = [
+                    replace(one, other_low=other.low, other_high=other.high)
+                    for one, other in zip(compared, reversed(compared), strict=True)
+                ]
+            yield from compared
     where = {"set": "shared", "quantity": "margin"}
     answer = number(
         "Does ablating shared neurons cost one objective more?", "retained share of the margin, helpful - harmless",

@@ -5,7 +5,8 @@
 Three independent random models share no neurons and know no preference. With random labels, the objective and the
 preferred response of every pair are drawn at random, so that no two models differ in accuracy either; the world's
 labels are kept otherwise. 95% intervals should then exclude 0 in one case of twenty: of accuracy differences, of
-overlap beyond chance within layers, and of the effect of the shared neurons beyond matched random neurons. The test
+overlap beyond chance within layers, and of the effect of the shared neurons beyond matched random neurons. The report
+of a study gives a direction only to an effect that is beyond both kinds of random sets; these are counted too. The test
 suite runs a few of these studies.
 """
 
@@ -22,11 +23,17 @@ sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 from tiny_models import make_config
 
 from rmtension import PreferencePairs, RewardHead, StudyOptions, StudyResult, TensionStudy
+from rmtension.report._main_findings import findings
 from rmtension.synthetic._world import preference_world
 from rmtension.training._train_tokenizer import train_tokenizer
 
 ANALYSES = ("accuracy", "overlap", "causality")
 OBJECTIVES = ("helpful", "harmless")
+# What the report says about ablated sets: words of its quantities, and their names here.
+DIRECTIONS = {
+    "beyond random": "directions in the report, ablated sets",
+    "retained share": "directions in the report, one objective more",
+}
 
 
 def random_head(seed: int, tokenizer) -> RewardHead:
@@ -91,6 +98,12 @@ def intervals_of(result: StudyResult) -> pd.DataFrame:
     rows = [
         pd.DataFrame({"quantity": name, "excludes 0": (frame[low] > 0) | (frame[high] < 0)})
         for name, (frame, low, high) in parts.items()
+    ]
+    rows += [
+        pd.DataFrame({"quantity": [name], "excludes 0": [not finding.is_open and not finding.is_same]})
+        for finding in findings(result)
+        for words, name in DIRECTIONS.items()
+        if words in finding.quantity
     ]
     return pd.concat(rows).assign(jaccard_beyond_chance=float(overlap["beyond_chance"].mean()))
 

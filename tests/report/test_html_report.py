@@ -209,7 +209,7 @@ def test_findings_are_the_tables_numbers(result, page):
         (row,) = (row for _, row in rows.iterrows() if (row["quantity"], row["control"]) == ("margin", "layer"))
         assert (finding.value, finding.low) == pytest.approx((row["beyond_random"], row["beyond_low"]))
     directions = ("not decided", "above 0", "below 0", "above 0.5", "below 0.5")
-    shown = [cells for cells in Page(page).rows if cells[-1] in directions]
+    shown = [cells for cells in Page(page).rows if cells[-1] in directions or cells[-1].startswith("not decided")]
     assert [cells[2] for cells in shown] == [finding.estimate for finding in listed]
 
 
@@ -222,6 +222,42 @@ def test_a_finding_is_open_if_its_interval_contains_no_difference(low, high, non
     finding = Finding("f", "q", "x", 0.15, low, high, "c", "9", none)
     assert finding.is_open == is_open
     assert (finding.direction == "not decided") == is_open
+
+
+@pytest.mark.parametrize(
+    ("other", "direction"),
+    [((0.01, 0.3), "above 0"), ((-0.1, 0.3), "not decided: above 0 by this control only"),
+     ((-0.3, -0.1), "not decided: above 0 by this control only"), ((None, None), "above 0"),
+     ((float("nan"), float("nan")), "not decided: above 0 by this control only")],
+)  # fmt: skip
+def test_a_direction_holds_against_both_controls(other, direction):
+    finding = Finding("f", "q", "x", 0.15, 0.1, 0.2, "c", "9", other_low=other[0], other_high=other[1])
+    assert finding.direction == direction
+    assert finding.is_open == direction.startswith("not decided")
+    # An interval that contains 0 is open, whatever the other control says.
+    around = Finding("f", "q", "x", 0.15, -0.1, 0.2, "c", "9", other_low=other[0], other_high=other[1])
+    assert (around.direction, around.is_contested) == ("not decided", False)
+
+
+def test_the_controls_of_an_ablation_are_compared_with_each_other(result):
+    """The rows by layer and by magnitude of one set and objective carry each other's intervals."""
+    ablation = result.tables["ablation"]
+    by_magnitude = ablation["control"].eq("magnitude")
+    assert by_magnitude.any()
+    table = ablation.assign(beyond_random=0.15, beyond_low=0.1, beyond_high=0.2)
+    table.loc[by_magnitude, "beyond_low"] = -0.1
+    alone = {name: frame[frame["seed"] == 0] for name, frame in (result.tables | {"ablation": table}).items()}
+    study = StudyResult(alone, result.summary | {"families": [{"family": HOSTILE, "seed": 0, "base": False}]})
+    listed = findings(study)
+    sides = {one.quantity: one.direction for one in listed if "beyond random" in one.quantity}
+    assert sides == {
+        "change of the margin beyond random (layer)": "not decided: above 0 by this control only",
+        "change of the margin beyond random (magnitude)": "not decided",
+    }
+    contested = [one for one in listed if one.is_contested]
+    assert contested
+    lines = unconcluded(study, listed)
+    assert sum("excludes 0, that of the other control does not" in line for line in lines) == len(contested)
 
 
 def test_identical_models_are_not_an_open_question():
@@ -250,7 +286,8 @@ def test_a_study_of_one_model_three_times_says_so(result, bare):
 def test_open_questions_are_listed(result):
     listed = findings(result)
     lines = unconcluded(result, listed)
-    assert sum("does not exclude" in line for line in lines) == sum(finding.is_open for finding in listed)
+    questions = [line for line in lines if "does not exclude" in line or "that of the other control" in line]
+    assert len(questions) == sum(finding.is_open for finding in listed)
     assert any(line.startswith("These analyses were not run: transferability") for line in lines)
     one_seed = StudyResult(
         tables={name: frame[frame["seed"] == 0] for name, frame in result.tables.items()},

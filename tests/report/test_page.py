@@ -173,6 +173,10 @@ def test_an_interval_of_one_objective_that_contains_0_is_named(study):
         table.loc[rows, ["beyond_random", "beyond_low", "beyond_high"]] = (0.15, *ends)
     sentence = answer_sentences(StudyResult(study.tables | {"ablation": table}, study.summary))[0]
     assert sentence.endswith("; the harmless interval contains 0).")
+    table.loc[chosen & table["control"].eq("magnitude"), ["beyond_random", "beyond_low"]] = (0.05, -0.1)
+    sentence = answer_sentences(StudyResult(study.tables | {"ablation": table}, study.summary))[0]
+    assert "; the harmless interval contains 0; beyond random sets of the same magnitude, it is +0.05 " in sentence
+    assert sentence.endswith(" on helpful pairs).")
 
 
 def test_several_seeds_are_counted_one_by_one():
