@@ -537,6 +537,16 @@ class TestAll:
             if not before[1]:
                 transformers.logging.disable_progress_bar()
 
+    def test_a_warning_is_shown_once_per_command(self, capsys):
+        """Python shows it again wherever code in between enters `catch_warnings`, as PyTorch and SciPy do."""
+        for _ in range(2):
+            with quiet_libraries():
+                for text in ("twice", "twice", "another"):
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", DeprecationWarning)
+                    warnings.warn(text, RMTensionWarning, stacklevel=1)
+            assert capsys.readouterr().err == "rmtension: warning: twice\nrmtension: warning: another\n"
+
 
 def test_bars_and_loggers_can_be_replaced():
     """Progress through `tqdm.auto`, which notebooks know; loggers of the package's own name; nobody prints."""

@@ -16,14 +16,20 @@ from rmtension.errors import RMTensionWarning
 
 @contextmanager
 def quiet_libraries(options: Namespace | None = None) -> Iterator[None]:
-    """Show only warnings of this library, one line each on stderr; restore all settings on exit.
+    """Show only warnings of this library, each once, one line each on stderr; restore all settings on exit.
 
     With the `options` of a command, warnings name its flags.
     """
     import transformers
 
+    # Python's own record of what was shown is emptied whenever code inside enters `warnings.catch_warnings`.
+    shown: set[str] = set()
+
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         text = str(message) if options is None else with_flags(str(message), options)
+        if text in shown:
+            return
+        shown.add(text)
         # tqdm.write prints above a progress bar instead of into it.
         tqdm.write(f"rmtension: warning: {text}", file=sys.stderr)
 
