@@ -148,8 +148,8 @@ def _effects(result: StudyResult, family: str, name: str) -> list[Any] | None:
         alone = int(((seeds["beyond_low"] > 0) | (seeds["beyond_high"] < 0)).sum())
         values = {end: beyond[key] for end, key in zip(_BEYOND, ("value", "low", "high"), strict=True)}
         side = side_of(beyond["low"], beyond["high"])
-        agrees = matched is None or side_of(matched["low"], matched["high"]) == side
-        values["contested"] = None if side == 0 or agrees else matched
+        drawn = matched is not None and not math.isnan(matched["value"])
+        values["other"] = matched if drawn and side not in (0, side_of(matched["low"], matched["high"])) else None
         rows.append({**row, **values, "size": (min(sizes), max(sizes)), "alone": alone, "n_seeds": len(seeds)})
     return rows
 
@@ -171,11 +171,10 @@ def _random(rows: list[Any]) -> str:
         text += "; both intervals contain 0"
     elif any(inside):
         text += f"; the {_OBJECTIVES[inside.index(True)]} interval contains 0"
-    contested = {name: row["contested"] for name, row in zip(_OBJECTIVES, rows, strict=True)}
     other = [
-        f"{_estimate(row, 'value', 'low', 'high')} on {name} pairs"
-        for name, row in contested.items()
-        if row is not None and not math.isnan(row["value"])
+        f"{_estimate(row['other'], 'value', 'low', 'high')} on {name} pairs"
+        for name, row in zip(_OBJECTIVES, rows, strict=True)
+        if row["other"] is not None
     ]
     if other:
         text += f"; beyond random sets of the same magnitude, it is {' and '.join(other)}"

@@ -15,8 +15,7 @@ from rmtension.study._result import StudyResult
 class Finding:
     """One number of a study with its question, interval and control; `none` is the value of no difference.
 
-    `other_low` and `other_high` are the interval against a second control, if the study drew one. A direction has to
-    hold against both.
+    `other` is the interval against a second control, if the study drew one. A direction has to hold against both.
     """
 
     family: str
@@ -29,8 +28,7 @@ class Finding:
     n: str
     none: float = 0.0
     identical: bool = False
-    other_low: float | None = None
-    other_high: float | None = None
+    other: tuple[float, float] | None = None
 
     @property
     def is_same(self) -> bool:
@@ -45,7 +43,7 @@ class Finding:
     @property
     def is_contested(self) -> bool:
         """Whether the interval excludes no difference, and the one against the second control does not agree."""
-        return self._side != 0 and self.other_low is not None and self._other_side != self._side
+        return self._side != 0 and self.other is not None and side_of(*self.other, self.none) != self._side
 
     @property
     def direction(self) -> str:
@@ -67,12 +65,6 @@ class Finding:
     @property
     def _side(self) -> int:
         return side_of(self.low, self.high, self.none)
-
-    @property
-    def _other_side(self) -> int:
-        if self.other_low is None or self.other_high is None:
-            return 0
-        return side_of(self.other_low, self.other_high, self.none)
 
 
 def side_of(low: float, high: float, none: float = 0.0) -> int:
@@ -201,7 +193,7 @@ def _of_family(result: StudyResult, family: str) -> Iterator[Finding]:
                     compared.append(Finding(**answer[0], control=text))
             if len(compared) == 2:
                 compared = [
-                    replace(one, other_low=other.low, other_high=other.high)
+                    replace(one, other=(other.low, other.high))
                     for one, other in zip(compared, reversed(compared), strict=True)
                 ]
             yield from compared

@@ -227,15 +227,15 @@ def test_a_finding_is_open_if_its_interval_contains_no_difference(low, high, non
 @pytest.mark.parametrize(
     ("other", "direction"),
     [((0.01, 0.3), "above 0"), ((-0.1, 0.3), "not decided: above 0 by this control only"),
-     ((-0.3, -0.1), "not decided: above 0 by this control only"), ((None, None), "above 0"),
+     ((-0.3, -0.1), "not decided: above 0 by this control only"), (None, "above 0"),
      ((float("nan"), float("nan")), "not decided: above 0 by this control only")],
 )  # fmt: skip
 def test_a_direction_holds_against_both_controls(other, direction):
-    finding = Finding("f", "q", "x", 0.15, 0.1, 0.2, "c", "9", other_low=other[0], other_high=other[1])
+    finding = Finding("f", "q", "x", 0.15, 0.1, 0.2, "c", "9", other=other)
     assert finding.direction == direction
     assert finding.is_open == direction.startswith("not decided")
     # An interval that contains 0 is open, whatever the other control says.
-    around = Finding("f", "q", "x", 0.15, -0.1, 0.2, "c", "9", other_low=other[0], other_high=other[1])
+    around = Finding("f", "q", "x", 0.15, -0.1, 0.2, "c", "9", other=other)
     assert (around.direction, around.is_contested) == ("not decided", False)
 
 
