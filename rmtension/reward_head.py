@@ -378,7 +378,8 @@ class RewardHead(RewardModel):
         """A copy of the model with the neurons ablated in its weights, permanently and at all positions.
 
         It computes what the model computes inside an `AblationContext`. `replacement` is `Zero()` (the default),
-        `Mean(statistics)` or `Scale(alpha)`; others raise `OptionError`. Memory: the model a second time.
+        `Mean(statistics)` or another constant (`Median`, `Optimal`), or `Scale(alpha)`; others raise `OptionError`.
+        Memory: the model a second time.
 
         Examples:
             >>> without = head.with_ablation(organism.truth["harmless"])
@@ -392,7 +393,7 @@ class RewardHead(RewardModel):
     def fwd_hooks(self, neurons: NeuronSet, replacement: Replacement = Zero()) -> list[LensHook]:
         """The same ablation as hooks for `head.model.run_with_hooks(ids, fwd_hooks=...)`; see `docs/fit_in.md`.
 
-        `replacement` is `Zero()` (the default), `Mean(statistics)` or `Scale(alpha)`; others raise `OptionError`.
+        `replacement` is one that `with_ablation` takes; others raise `OptionError`.
 
         Examples:
             >>> [name for name, _ in head.fwd_hooks(neurons)]

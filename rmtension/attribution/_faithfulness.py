@@ -74,7 +74,7 @@ def faithfulness(
         progress: show progress bars.
 
     Raises `ProvenanceError` for scores of another model or true effects of another ablation, and `OptionError` for
-    invalid options; both before the model runs.
+    invalid options and for a model that skips pairs (`on_nonfinite="skip"`); both before the model runs.
 
     Examples:
         >>> result = faithfulness(head, pairs["helpful"], scores, set_fractions=())
@@ -92,6 +92,7 @@ def faithfulness(
     check_level(level)
     if n_random < 0:
         raise OptionError(f"n_random: expected 0 or more sets, got {n_random}.")
+    head.require_all_pairs()
     site, positions = _check_scores(head, named, positions)
     check_replacement(replacement, head, site)
     neurons = None if sample is None else sample_neurons(head, site, sample, seed=seed)

@@ -81,8 +81,8 @@ def neuron_dashboards(
         progress: show a progress bar.
 
     Cost per group: a forward and a backward pass for the scores, two forward passes for activations, the cost of
-    `single_neuron_effects` for all these neurons, and a pass over the few pairs that are shown. Memory: one float64
-    number per neuron asked for (and per random one) and neuron of the site.
+    `single_neuron_effects` for all these neurons, and a pass over the few pairs that are shown. Memory, in
+    float64: (asked + random neurons) x all neurons of the site.
 
     Raises `OptionError` for an empty set, a group without pairs, or an unknown label, `ProvenanceError` for a set of
     another model, and with `work` the errors of `run_pass`.
@@ -214,19 +214,14 @@ def describe_dashboards(
         architecture=about["architecture"],
     )
     check_set(head, neurons)
+    _require_given("model", head.fingerprint, about["model"])
     largest: dict[str, Float[Tensor, "pair 2 wanted"]] = {}
     for group, of_group in list(groups.items()):
         statistic = LargestActivations(head, len(of_group), neurons, about["positions"])
         largest[group], _, kept = run_pass(head, of_group, statistic, progress=progress)
         groups[group] = PreferencePairs(of_group[row] for row in kept)
-    for what, now, then in (
-        ("model", head.fingerprint, about["model"]),
-        ("pairs", {name: part.digest for name, part in groups.items()}, about["digests"]),
-    ):
-        if now != then:
-            raise ProvenanceError(
-                f"{what}: the dashboards are of {then}, got {now}. Pass the {what} they were made with."
-            )
+    # The dashboards are of the pairs that were not skipped, which only the pass knows.
+    _require_given("pairs", {name: part.digest for name, part in groups.items()}, about["digests"])
     descriptions = describe_neurons(
         head, groups, neurons, largest, describe,
         positions=about["positions"], level=about["level"], seed=about["seed"], progress=progress,
@@ -236,6 +231,12 @@ def describe_dashboards(
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _require_given(what: str, now: object, then: object) -> None:
+    """Raise `ProvenanceError` if the model or the pairs are not those of the dashboards."""
+    if now != then:
+        raise ProvenanceError(f"{what}: the dashboards are of {then}, got {now}. Pass the {what} they were made with.")
 
 
 def _groups(pairs: PreferencePairs | Mapping[str, PreferencePairs], by: GroupBy | None) -> dict[str, PreferencePairs]:

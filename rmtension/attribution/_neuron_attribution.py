@@ -79,7 +79,7 @@ class NeuronAttribution:
         positions: "all", "response" or "last": the tokens that scores average, sum over, or replace activations at.
         aggregate: "signed" averages the values of the pairs, "absolute" their magnitudes.
         replacement: what replaces activations in `attribution_patching`, `relp` and `integrated_gradients`: `Zero()`,
-            `Mean(statistics)`, `Resample(sample)`, `Scale(alpha)` or `OtherResponse()`.
+            `Mean(statistics)`, `Median(sample)`, an `Optimal`, `Resample(sample)`, `Scale(alpha)` or `OtherResponse()`.
         steps: number of nodes of integrated gradients.
         graddrop: see above.
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rmtension.bodies._gate_search import is_activation_function
-from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks, modules_of, on_calls
+from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks, around_calls, modules_of, on_calls
 from rmtension.bodies._norms import NormLayer, is_norm, read_norm
 from rmtension.bodies._run_modes import eager_eval
 from rmtension.errors import ModelError
@@ -44,11 +44,11 @@ class RelevanceRules:
                 "relp: has no rule for a mixture of experts, whose routing is no activation function. Use "
                 "attribution_patching."
             )
-        blocks = [body.block(layer) for layer in range(head.n_layers)]
-        self._norms = [module for module in modules_of(*blocks, body.final_norm) if is_norm(module)]
+        self._blocks = [body.block(layer) for layer in range(head.n_layers)]
+        self._norms = [module for module in modules_of(*self._blocks, body.final_norm) if is_norm(module)]
         self._activations: list[nn.Module] = []
         self._products: list[HookSite] = []
-        for layer, block in enumerate(blocks):
+        for layer, block in enumerate(self._blocks):
             with eager_eval(modules_of(block)):
                 found = [module for module in modules_of(block) if is_activation_function(module)]
             if not found:
@@ -77,6 +77,8 @@ class RelevanceRules:
             halves: list[tuple[HookSite, Hook]] = [(product, _half) for product in self._products]
             stack.enter_context(InstalledHooks(halves, any_tokens=True))
             if fixed_attention:
+                # Only inside blocks: the head may have a softmax too, over weights or bins.
+                stack.enter_context(around_calls(self._blocks, attention.enter_block, attention.leave_block))
                 stack.enter_context(attention)
             yield
         if fixed_attention and not attention.n_fixed:
@@ -130,16 +132,27 @@ def _with_gradient_of(values: Tensor, other: Tensor) -> Tensor:
 
 
 class _FixedAttention(TorchFunctionMode):
-    """Makes attention patterns constant; `n_fixed` counts them."""
+    """Makes attention patterns constant while a block runs; `n_fixed` counts them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.n_fixed = 0
+        self._is_in_block = False
+
+    def enter_block(self) -> None:
+        """A block begins."""
+        self._is_in_block = True
+
+    def leave_block(self) -> None:
+        """A block has ended."""
+        self._is_in_block = False
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
+        if not self._is_in_block:
+            return function(*args, **named)
         if function is torch.nn.functional.scaled_dot_product_attention:
             self.n_fixed += 1
             query, key, *rest = args if len(args) > 1 else (named.pop("query"), named.pop("key"))

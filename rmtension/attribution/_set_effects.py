@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,8 @@ def predict_set_effects(
     as many pairs as `passes` plain passes. Learning takes seconds. `replacement` and `positions` are those of
     `AblationContext`. Needs transformers' own modules, as RelP does.
 
-    Raises `OptionError` for sets of different sites, without sets, and for fewer pairs or passes than 12 true ablations
-    of 6 pairs need.
+    Raises `OptionError` for sets of different sites, without sets, and for fewer pairs or passes than are needed: 12
+    true ablations of 6 pairs, or for an interval at `level` 1 / (1 - level) - 1 of them, which is 19 at 95%.
 
     Examples:
         >>> sets = {"top 2": scores.top(k=2), "top 8": scores.top(k=8), "top 12": scores.top(k=12)}
@@ -71,16 +72,21 @@ def predict_set_effects(
         sets=(sets, Mapping),
     )  # fmt: skip
     check_level(level)
+    head.require_all_pairs()
     sites = sorted({neurons.site for neurons in sets.values()})
     if len(sites) != 1:
         raise OptionError(f"sets: expected at least one set, all of one site, got {sites}.")
     for neurons in sets.values():
         AblationContext(head, neurons, replacement, positions=positions)  # raises for a set of another model
     n_ablated = min(round(passes * len(pairs)), _MOST_ABLATIONS) // _PAIRS_PER_SET
-    if len(pairs) < _PAIRS_PER_SET or n_ablated < 2 * _FOLDS:
+    # The largest of n errors is an upper bound for the next one with probability n / (n + 1).
+    n_needed = max(2 * _FOLDS, ceil(level / (1 - level) - 1e-9))
+    if len(pairs) < _PAIRS_PER_SET or n_ablated < n_needed:
+        lower = ", or a lower level" if n_needed > 2 * _FOLDS else ""
         raise OptionError(
             f"pairs, passes: {passes:g} passes over {len(pairs)} pairs allow {n_ablated} true ablations of "
-            f"{_PAIRS_PER_SET} pairs, expected at least {2 * _FOLDS}. Use more pairs or passes."
+            f"{_PAIRS_PER_SET} pairs, expected at least {n_needed} for intervals at {level:.0%}. Use more pairs or "
+            f"passes{lower}."
         )
     asked = [*sets.values(), *_halves(sets, n_ablated, seed)]
     sums = run_pass(head, pairs, SumsOverSets(head, pairs, asked, replacement, positions), progress=progress)
@@ -225,5 +231,5 @@ def _power(errors: Float[np.ndarray, "ablated"], scales: Float[np.ndarray, "abla
 def _quantile(errors: Float[np.ndarray, "ablated"], level: float) -> float:
     """The error that a share `level` of new sets stays below, if they are drawn like these."""
     ordered = np.sort(errors)
-    rank = int(np.ceil(level * (len(ordered) + 1)))
-    return float(ordered[min(rank, len(ordered)) - 1])
+    rank = ceil(level * (len(ordered) + 1) - 1e-9)
+    return float(ordered[rank - 1])

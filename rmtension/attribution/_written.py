@@ -35,12 +35,14 @@ def written(
         rows = rows[: len(head.tokenizer)]
         sizes = weights.read.norm(dim=1) * float(rows.norm(dim=1).max())
         # Smaller weights are rounding: the neuron writes at right angles to every row.
-        rooms = ROUNDING * sizes
-        for (layer, neuron), room, of_neuron in zip(wanted, rooms, token_weights(weights.read, rows), strict=True):
+        thresholds = ROUNDING * sizes
+        for (layer, neuron), threshold, of_neuron in zip(
+            wanted, thresholds, token_weights(weights.read, rows), strict=True
+        ):
             order = of_neuron.argsort(descending=True, stable=True)
             for kind, sign, ids in (("promoted", 1, order), ("suppressed", -1, order.flip(0))):
                 for token in ids[:_N_TOKENS].tolist():
-                    if not sign * of_neuron[token] > room:
+                    if not sign * of_neuron[token] > threshold:
                         break
                     text = head.tokenizer.decode([token], clean_up_tokenization_spaces=False)
                     listed.append((layer, neuron, kind, text, float(of_neuron[token])))

@@ -209,12 +209,32 @@ class _CallHook(_OurHook):
         return self._visit(module, args, kwargs, output)
 
 
+class _Mark(_OurHook):
+    """Says that a call begins or ends."""
+
+    def __init__(self, mark: Callable[[], None]) -> None:
+        self._mark = mark
+
+    def __call__(self, _module: nn.Module, _inputs: tuple[Any, ...], _output: Any = None) -> None:
+        self._mark()
+
+
 @contextmanager
 def on_calls(modules: Iterable[nn.Module], visit: CallVisit) -> Iterator[None]:
     """Call `visit(module, args, kwargs, output)` in every call of the modules; it may return another output."""
     with ExitStack() as stack:
         for module in modules:
             stack.callback(module.register_forward_hook(_CallHook(visit), with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def around_calls(modules: Iterable[nn.Module], before: Callable[[], None], after: Callable[[], None]) -> Iterator[None]:
+    """Call `before()` and `after()` around every call of the modules."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(_Mark(before)).remove)
+            stack.callback(module.register_forward_hook(_Mark(after)).remove)
         yield
 
 

@@ -63,7 +63,7 @@ def against_random(
     of_gap = variance_of_mean(gap, pairs)
     of_draws = float(np.mean([variance_of_mean(draw - centre, pairs) for draw in draws])) * n / (n - 1)
     spread = float(means.var())
-    between = max(0.0, spread - of_draws)
+    between = float(np.maximum(0.0, spread - of_draws))  # NaN, as all of these, for a single prompt
     variance = between * (1 + 1 / n) + of_gap
     # Satterthwaite: the variance between sets is estimated from n draws, that of the noise from the prompts.
     n_prompts = max(2, len(pairs.prompts))

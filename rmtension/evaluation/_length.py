@@ -53,8 +53,9 @@ def length_weights(pairs: PreferencePairs, *, n_bins: int = 10, most: float = 4.
 
     Pairs are divided into `n_bins` bins by how much the two lengths differ, as the size of the log ratio of characters.
     In each bin, the pairs whose chosen response is longer get the same total weight as those whose rejected response
-    is longer, so that the weighted accuracy of preferring the longer response is 1/2. Weights are at most `most`; a bin
-    with one kind only keeps the weight 1. The mean weight is 1.
+    is longer, so that the weighted accuracy of preferring the longer response is 1/2. A bin with one kind only keeps
+    the weight 1, and no weight is above `most`; where either applies, length still says something. At the end all
+    weights are divided by their mean, so the mean weight is 1.
 
     Examples:
         >>> rows = [{"prompt": "Q", "chosen": "yes, certainly", "rejected": "no"}] * 3

@@ -214,7 +214,8 @@ class Comparison:
     """Accuracy of the first model minus that of the second on the same items, with its p-value; see `compare`.
 
     `test` is "McNemar" (exact) if every prompt has one item and there are no ties, otherwise "sign flip" over prompts.
-    `n_gained` counts items that only the first model ranks correctly, `n_lost` those that only the second does.
+    `n_gained` counts items that the first model ranks better than the second (a tie is between right and wrong),
+    `n_lost` those that it ranks worse.
 
     Examples:
         >>> comparison = compare(scored, scored)

@@ -1,5 +1,6 @@
 """Heads of several modules that transformers' classifiers have after their base model, as encoders do."""
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -77,8 +78,15 @@ class PooledHead(Head):
         return places.means(self.read(states), len(batch.last))
 
     def classifier_with(self, base: nn.Module) -> Any:
-        """The transformers classifier of these modules and `base`, which it shares; the modules are copied."""
+        """The transformers classifier of these modules and `base`, which it shares; the modules are copied.
+
+        Its config is that of `base`, which may have got biases, with the labels of the classifier.
+        """
         classifier: Any = copy_without_hooks(self.layers)
+        config = copy.deepcopy(base.config)
+        config.id2label, config.label2id = classifier.config.id2label, classifier.config.label2id
+        config.architectures = classifier.config.architectures
+        classifier.config = config
         setattr(classifier, classifier.base_model_prefix, base)
         return classifier
 

@@ -23,8 +23,8 @@ class AblationContext:
     Args:
         head: the model to ablate.
         neurons: the neurons to ablate.
-        replacement: what their activations are replaced by: `Zero()`, `Mean(statistics)`, `Resample(sample)` or
-            `Scale(alpha)`.
+        replacement: what their activations are replaced by: `Zero()`, `Mean(statistics)`, `Median(sample)`, an
+            `Optimal`, `Resample(sample)` or `Scale(alpha)`.
         positions: the tokens at which they are replaced: "all", "response" or "last".
 
     Raises `ProvenanceError` for a set of another architecture or site, or a replacement from another model or site, and

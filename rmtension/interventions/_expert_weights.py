@@ -39,7 +39,8 @@ def ablate_experts(
             bias = experts._parameters.get("down_proj_bias")
             if bias is None:
                 raise ModelError(
-                    "replacement: Mean needs a bias to write to, which counts for a token with the routing weight of "
+                    "replacement: constants such as Mean need a bias to write to, which counts for a token "
+                    "with the routing weight of "
                     f"its expert. The experts of {type(base).__name__} have no biases. Use Zero() or Scale(alpha), or "
                     "AblationContext, which needs no bias."
                 )

@@ -33,16 +33,16 @@ _Model = TypeVar("_Model", bound=RewardModel)
 def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = Zero()) -> _Model:
     """A copy of `head` whose weights compute what `AblationContext(head, neurons, replacement)` does at all positions.
 
-    `Zero` and `Scale` multiply the neurons' weights in the down (or output) projection by 0 or `alpha`. `Mean` sets
-    them to 0 and adds what the mean activations write to the projection's bias. If the projection has no bias, the
-    model is rebuilt with one, where its config allows that (Llama: `mlp_bias`, `attention_bias`); further biases that
-    this creates are 0.
+    `Zero` and `Scale` multiply the neurons' weights in the down (or output) projection by 0 or `alpha`. Constants
+    (`Mean`, `Median`, `Optimal`) set them to 0, and add what the constants write to the projection's bias. If the
+    projection has no bias, the model is rebuilt with one, where its config allows that (Llama: `mlp_bias`,
+    `attention_bias`); further biases that this creates are 0.
 
-    At site `expert` it changes the down projections of the experts; `Mean` needs experts with biases (GPT-OSS).
+    At site `expert` it changes the down projections of the experts; constants need experts with biases (GPT-OSS).
 
-    Raises `ModelError` if `Mean` needs a bias that the architecture does not allow, and `OptionError` for `Mean` at
-    `mlp_gate` of a gated MLP, which is not a constant at the projection, and for other replacements. Memory: the model
-    a second time.
+    Raises `ModelError` if a constant needs a bias that the architecture does not allow, and `OptionError` for constants
+    at `mlp_gate` of a gated MLP, which are none at the projection, and for other replacements. Memory: the model a
+    second time.
     """
     is_own = is_own_model(head.body)
     if not is_own:
@@ -132,7 +132,8 @@ def _ablate_own(head: _Model, context: AblationContext, constants: Mapping[int, 
             if layer in constants:
                 if bias is None:
                     raise ModelError(
-                        "replacement: Mean needs a bias to write to. The projections of this gated MLP have no bias, "
+                        "replacement: constants such as Mean need a bias to write to. The projections of this "
+                        "gated MLP have no bias, "
                         "and boot_native cannot add one. Use Zero(), or AblationContext, which needs no bias."
                     )
                 means = constants[layer].to(weight.device)[columns]
@@ -174,6 +175,7 @@ def with_biases(base: Any, names: list[str]) -> Any:
             setattr(rebuilt.get_submodule(owner), key, buffer)
         return rebuilt.eval().requires_grad_(False)
     raise ModelError(
-        f"replacement: Mean needs a bias to write to. The projections of {type(base).__name__} have no bias, and its "
+        f"replacement: constants such as Mean need a bias to write to. The projections of {type(base).__name__} "
+        "have no bias, and its "
         "config cannot add one. Use Zero(), or AblationContext, which needs no bias."
     )

@@ -75,7 +75,7 @@ class Optimal(Constant):
         all pairs compare both ends. The result is for ablation at all tokens.
 
         Raises `ProvenanceError` for a set or means of another model, `DataError` without pairs, and `OptionError` for
-        other arguments.
+        other arguments and a model that skips pairs (`on_nonfinite="skip"`).
 
         Examples:
             >>> Optimal.fit(head, pairs["helpful"], neurons, Mean(means), steps=5)
@@ -85,6 +85,7 @@ class Optimal(Constant):
             "Optimal.fit(head, pairs, neurons, start)", head=(head, RewardModel), pairs=(pairs, PreferencePairs),
             neurons=(neurons, NeuronSet), start=(start, Mean),
         )  # fmt: skip
+        head.require_all_pairs()
         check_replacement(start, head, neurons.site)
         if type(steps) is not int or steps < 1:
             raise OptionError(f"steps: expected a whole number from 1, got {steps!r}.")

@@ -1,4 +1,4 @@
-"""What every replacement of activations has in common; `_replacements` has the five kinds."""
+"""What every replacement of activations has in common; `_replacements` and `_optimal` have the kinds."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -16,7 +16,9 @@ Columns = Int[Tensor, "channel"] | slice
 
 @dataclass(frozen=True)
 class Replacement(ABC):
-    """What an activation a(t) is replaced by, a_ref(t): `Zero`, `Mean`, `Resample`, `Scale` or `OtherResponse`.
+    """What an activation a(t) is replaced by: a_ref(t).
+
+    The kinds are `Zero`, `Mean`, `Median`, `Optimal`, `Resample`, `Scale` and `OtherResponse`.
 
     - `name` is the kind of replacement.
     - `shares_tokens` says whether a token that two texts share gets the same a_ref in both, so that the texts may share

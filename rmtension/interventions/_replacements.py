@@ -207,10 +207,16 @@ class Scale(SingleTextReplacement):
     def __post_init__(self) -> None:
         given: object = self.alpha
         if isinstance(given, Tensor) and given.ndim:
-            if given.ndim != 2 or not given.is_floating_point() or not bool(given.isfinite().all()):
+            wrong = None
+            if given.ndim != 2:
+                wrong = f"a tensor of shape {tuple(given.shape)}"
+            elif not given.is_floating_point():
+                wrong = f"{given.dtype}; call .float() on it"
+            elif not bool(given.isfinite().all()):
+                wrong = "values that are not finite"
+            if wrong is not None:
                 raise OptionError(
-                    "alpha: expected a finite number, or finite factors of shape [layer, neuron], got "
-                    f"{'values that are not finite' if given.ndim == 2 else f'a tensor of shape {tuple(given.shape)}'}."
+                    f"alpha: expected a finite number, or finite factors of shape [layer, neuron], got {wrong}."
                 )
             # A copy, because the caller may change the tensor.
             object.__setattr__(self, "alpha", given.detach().cpu().clone())

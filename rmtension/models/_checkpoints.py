@@ -82,4 +82,4 @@ def _own_format(location: CheckpointLocation, head: Head | None, logits: Logits 
     is_token = logits is not None and logits.tokens is not None
     if location.adapters or not (logits is None or (is_token and not isinstance(head, LinearHead))):
         return None
-    return OwnFormat.of(location.files, location.config, separate_head(location.files))
+    return OwnFormat.of(location.files, location.config, separate_head(location.files), head)

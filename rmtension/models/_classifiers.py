@@ -34,7 +34,10 @@ def build_classifier(head: RewardModel) -> Any:
     weights alone do not compute what the model does.
     """
     if isinstance(head.head, PooledHead):
-        return head.head.classifier_with(plain_base(head, "build_classifier"))
+        classifier = head.head.classifier_with(plain_base(head, "build_classifier"))
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            same_class = type(classifier)(classifier.config)
+        return require_weights(classifier, set(same_class.state_dict()))
     rows, _, names = rows_to_save(head)
 
     def configure(config: Any) -> None:

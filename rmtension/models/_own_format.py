@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rmtension.errors import ModelError
-from rmtension.heads._head import tensors_of
+from rmtension.heads._head import Head, tensors_of
 from rmtension.heads._head_tensors import body_prefix, text_prefix
 from rmtension.models._head_files import VALUE_HEAD, CheckpointFiles, all_tensors, outside_body, weight_files
 from rmtension.models._internlm2 import from_llama, is_internlm2
@@ -23,8 +23,8 @@ _UNKNOWN: Any = object()
 class OwnFormat:
     """What a checkpoint consists of besides its body: the config, the head's tensors, and files of code.
 
-    `tensors` are the head's tensors in the model's files, `separate` those in `value_head.safetensors`; `fields` is
-    config.json, and `read` what transformers made of it.
+    `tensors` are the head's tensors in the model's files, `separate` those in `value_head.safetensors`; `head` is the
+    head that was made of them. `fields` is config.json, and `read` what transformers made of it.
     """
 
     files: CheckpointFiles
@@ -32,16 +32,19 @@ class OwnFormat:
     read: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     separate: Mapping[str, Tensor]
+    head: Head | None
 
     @classmethod
-    def of(cls, files: CheckpointFiles, config: Any, separate: Mapping[str, Tensor]) -> "OwnFormat | None":
+    def of(
+        cls, files: CheckpointFiles, config: Any, separate: Mapping[str, Tensor], head: Head | None
+    ) -> "OwnFormat | None":
         """The format of a checkpoint; None without a config.json."""
         path = files.find("config.json")
         if path is None:
             return None
         outside = outside_body(files, weight_files(files))
         fields = json.loads(path.read_text(encoding="utf-8"))
-        return cls(files, fields, config.to_dict(), outside.read(outside.shapes), separate)
+        return cls(files, fields, config.to_dict(), outside.read(outside.shapes), separate, head)
 
     def write(self, base: Any, folder: Path, dtype: torch.dtype) -> None:
         """Write the body `base`, with the names that it had, the other tensors, the config and the code as they were.
@@ -105,7 +108,11 @@ class OwnFormat:
 
 
 def same_tensors(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two heads have equal tensors, in whatever dtype."""
+    """Whether two heads have equal tensors; in different dtypes, up to the rounding of the coarser one."""
     first, second = tensors_of(one), tensors_of(other)
-    pairs = zip(first, second, strict=False)
-    return len(first) == len(second) and all(torch.equal(a.cpu().to(b.dtype), b.cpu()) for a, b in pairs)
+    return len(first) == len(second) and all(map(_is_same, first, second))
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    coarser = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(one.cpu().to(coarser), other.cpu().to(coarser))

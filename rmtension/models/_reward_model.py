@@ -220,6 +220,7 @@ class RewardModel(Readout):
             None if backend is None else backend.to_str(),
             str(getattr(self.tokenizer, "chat_template", None)),
             str(self.body.cfg) if config is None else config.to_json_string(),
+            *(["truncate_response"] if self.truncate_response else []),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -283,6 +284,14 @@ class RewardModel(Readout):
         if state != self._head_state:
             self.checkpoint.require_same_head()
             self._head_state = state
+
+    def require_all_pairs(self) -> None:
+        """Raise `OptionError` if the model skips pairs: results that are compared pair by pair need all of them."""
+        if self.on_nonfinite == "skip":
+            raise OptionError(
+                "head: expected a model that raises an error for NaN and infinity, got one that skips such pairs. Open "
+                'it with on_nonfinite="raise"; RewardHead.check helps to find the cause.'
+            )
 
     def last_mlp_where_read(self, batch: TokenBatch) -> AbstractContextManager[TokenPlaces | None]:
         """A context in which the last MLP may run only at the tokens that the head reads; yields those tokens."""

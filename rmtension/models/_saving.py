@@ -47,7 +47,7 @@ def save_model(head: RewardModel, folder: str | Path) -> None:
         return
     folder = Path(folder)
     require_no_adapter(folder)
-    own = _own_format(head)
+    own = _unchanged_format(head)
     if own is not None:
         _save_in_own_format(head, own, checkpoint.tokenizer, folder)
     elif isinstance(head.head, LogRatioHead | ProcessHead):
@@ -56,12 +56,12 @@ def save_model(head: RewardModel, folder: str | Path) -> None:
         _save_classifier(head, checkpoint, folder)
 
 
-def _own_format(head: RewardModel) -> OwnFormat | None:
+def _unchanged_format(head: RewardModel) -> OwnFormat | None:
     """The format that the model was read from; None if that is a classifier's, or if the head has changed since."""
-    checkpoint = head.checkpoint
-    if checkpoint is None or checkpoint.own is None or checkpoint.head is None or head.head is None:
+    own = None if head.checkpoint is None else head.checkpoint.own
+    if own is None or own.head is None or head.head is None:
         return None
-    return checkpoint.own if same_tensors(head.head, checkpoint.head) else None
+    return own if same_tensors(head.head, own.head) else None
 
 
 def _save_in_own_format(head: RewardModel, own: OwnFormat, tokenizer: Any, folder: Path) -> None:

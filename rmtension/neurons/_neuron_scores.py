@@ -123,8 +123,9 @@ class NeuronScores:
         order = ranked(self.values.double(), rank_by, self.provenance)
         if order.isnan().any():
             raise OptionError(
-                f"top: {int(order.isnan().sum())} of {order.numel()} scores are NaN and cannot be ranked. Score in "
-                "float32, or look for overflow in the model."
+                f"top: {int(order.isnan().sum())} of {order.numel()} scores are NaN and cannot be ranked. If a sample "
+                "of neurons was measured, the others are NaN: measure all. Otherwise score in float32, or look for "
+                "overflow in the model."
             )
         parts = [order.flatten()] if rank_within == "model" else list(order)
         if cut_rule == "percentile":

@@ -168,9 +168,11 @@ class NeuronSet:
             wanted = self.mask[rows].flatten().nonzero()[:, 0].numpy()
             candidates = free[rows].flatten().nonzero()[:, 0].numpy()
             if len(wanted) > len(candidates):
+                other = "" if match == "model" else ', match="model"'
+                smaller = "" if exclude is None else ", or a smaller `exclude`"
                 raise OptionError(
                     f"matched_random: needs {len(wanted)} neurons in layers {rows}, but only {len(candidates)} are "
-                    'outside the set and `exclude`. Use a smaller set, match="model", or a smaller `exclude`.'
+                    f"outside the set{'' if exclude is None else ' and `exclude`'}. Use a smaller set{other}{smaller}."
                 )
             if magnitude is None:
                 drawn = generator.choice(candidates, size=len(wanted), replace=False)

@@ -69,9 +69,9 @@ class Overlap:
         free = torch.ones_like(a.mask) if exclude is None else ~exclude.mask
         if exclude is not None:
             a, b = a - exclude, b - exclude
+        common, union, smaller = len(a & b), len(a | b), min(len(a), len(b))
         sizes = np.array([free.sum(1).tolist(), a.n_per_layer, b.n_per_layer])
         total = int(sizes[0].sum())
-        common, union, smaller = len(a & b), len(a | b), min(len(a), len(b))
         anywhere = _chance(sizes.sum(axis=1, keepdims=True))
         by_layer = _chance(sizes)
         hits = np.arange(smaller + 1)
@@ -100,6 +100,8 @@ def _chance(sizes: Int[np.ndarray, "3 layer"]) -> Float[np.ndarray, "size"]:
     """Probability of every intersection size from 0 to the smaller set's; rows: neurons, |A|, |B| in each layer."""
     whole = np.ones(1)
     for total, size_a, size_b in sizes.T.tolist():
+        if not total:  # all of the layer is excluded; SciPy has no distribution for it
+            continue
         hits = np.arange(min(size_a, size_b) + 1)
         whole = np.convolve(whole, stats.hypergeom(total, size_a, size_b).pmf(hits))
     padded = np.zeros(int(min(sizes[1].sum(), sizes[2].sum())) + 1)
@@ -151,6 +153,7 @@ def jaccard_intervals(
     # Row 0 is the observed data, with every block once.
     draws = torch.from_numpy(np.vstack([np.ones((1, N_BLOCKS)), counts])).double()
     jaccards: dict[tuple[str, str], list[Tensor]] = {pair: [] for pair in combinations(scores, 2)}
+    is_defined = dict.fromkeys(jaccards, True)
     n_neurons = next(iter(scores.values())).values.numel()
     for part in torch.split(draws, max(1, _RESAMPLED_AT_A_TIME // n_neurons)):
         tops = {
@@ -161,9 +164,14 @@ def jaccard_intervals(
             if base is not None:
                 top_a, top_b = top_a & ~tops[_BASE], top_b & ~tops[_BASE]
             # The Jaccard index of an empty union is undefined; 0 / 1 keeps the quantiles defined.
-            values.append((top_a & top_b).sum(1).double() / (top_a | top_b).sum(1).clamp(min=1))
+            union = (top_a | top_b).sum(1)
+            values.append((top_a & top_b).sum(1).double() / union.clamp(min=1))
+            is_defined[a, b] &= len(values) > 1 or bool(union[0])
     intervals = {}
     for pair, values in jaccards.items():
+        if not is_defined[pair]:
+            intervals[pair] = (math.nan, math.nan)
+            continue
         observed, resamples = float(torch.cat(values)[0]), torch.cat(values)[1:].numpy()
         low, high = percentile_interval(resamples - resamples.mean() + observed, level)
         intervals[pair] = (max(0.0, low), min(1.0, high))

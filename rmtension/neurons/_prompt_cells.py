@@ -1,4 +1,4 @@
-"""Inner products of the contributions to margins, by prompt and objective, and every draw of prompts that uses them."""
+"""Inner products of the contributions to margins, by prompt and group, and every draw of prompts that uses them."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ _N_DRAWS = 1000
 
 @dataclass(frozen=True, eq=False)
 class PromptCells:
-    """Inner products between cells. A cell is the sum over a prompt's pairs of one objective, in units of its mean.
+    """Inner products between cells: sums over a prompt's pairs of one group, divided by the length of the group's mean.
 
     Every draw weights the cells, and the cosine of two weighted sums needs only quadratic forms of these inner
     products, so no draw touches the scores of neurons.
@@ -18,11 +18,11 @@ class PromptCells:
 
     gram: Float[np.ndarray, "cell cell"]
     prompt: Int[np.ndarray, "cell"]
-    of: Float[np.ndarray, "2 cell"]  # row 0 is 1 for cells of helpful pairs, row 1 for cells of harmless pairs
+    of: Float[np.ndarray, "2 cell"]  # row 0 is 1 for cells of the first group, row 1 for cells of the second
 
     @property
     def kind(self) -> Int[np.ndarray, "prompt"]:
-        """The kind of every prompt: 1 if it has only helpful pairs, 2 only harmless ones, 3 both."""
+        """The kind of every prompt: 1 if it has only pairs of the first group, 2 only of the second, 3 both."""
         return np.bincount(self.prompt, weights=np.array([1, 2]) @ self.of).astype(np.int64)
 
     @property

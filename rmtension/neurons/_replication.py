@@ -12,8 +12,9 @@ from torch import Tensor
 from rmtension.errors import OptionError
 from rmtension.neurons._neuron_scores import NeuronScores, jackknife_stderr
 from rmtension.neurons._signs import ranked
+from rmtension.store._provenance import METHOD_FIELDS
 
-_SAME = ("architecture", "site", "positions", "method", "aggregate", "replacement")
+_SAME = ("architecture", "site", "positions", *METHOD_FIELDS)
 # Standard deviations of the parts of the prior, in typical standard errors: from no effect to a very large one.
 _SCALES = 2.0 ** np.arange(-3, 12)
 _ROUNDS = 200
@@ -92,8 +93,10 @@ def replication_across_seeds(
     curves = []
     for number, inside in enumerate(members):
         others = np.delete(stacked, number, axis=0).mean(axis=0)
-        order = np.argsort(others, kind="stable")
-        curves.append(np.interp(where, others[order], isotonic_regression(inside[order]).x))
+        # Neurons of equal rank are one point, so that a tie that the cut divides has the same probability everywhere.
+        distinct, point, n_tied = np.unique(others, return_inverse=True, return_counts=True)
+        shares = np.bincount(point, weights=inside) / n_tied
+        curves.append(np.interp(where, distinct, isotonic_regression(shares, weights=n_tied).x))
     return torch.from_numpy(np.mean(curves, axis=0)).view(seeds[0].values.shape)
 
 

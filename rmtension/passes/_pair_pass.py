@@ -130,7 +130,8 @@ class _Pass(Generic[Result_co]):
             if self._work is not None:
                 self._require_unhooked()
                 stack.enter_context(locked(self._work))
-                claim(self._work, self._settings())
+                # An iterator's pairs are not known yet; they are compared as they are read.
+                claim(self._work, self._settings(), optional=("pairs",))
                 saved = Progress(self._work, self._statistic.state)
                 if saved.place:
                     self._record = PassRecord.read(self._work, saved.place)

@@ -75,6 +75,7 @@ class _StatesOfPairs(PairStatistic[ReadStates]):
 
 def read_states(model: RewardModel, pairs: PreferencePairs, *, progress: bool | None = None) -> ReadStates:
     """Run the pairs and keep what the head reads. Cost: one forward pass. Memory: 2 x pairs x d_model numbers."""
+    model.require_all_pairs()
     return run_pass(model, pairs, _StatesOfPairs(model, pairs), progress=progress)
 
 
@@ -108,4 +109,5 @@ def margins_of(
     head: RewardHead, groups: Mapping[str, PreferencePairs], *, progress: bool | None = None
 ) -> dict[str, Float[Tensor, "pair"]]:
     """The margins of every group's pairs, in float64. Cost: a forward pass."""
+    head.require_all_pairs()
     return {name: head.score_pairs(part, progress=progress).margin.double() for name, part in groups.items()}

@@ -7,7 +7,7 @@ it.
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,10 +73,11 @@ def unclaim(folder: Path) -> None:
         (folder / _INPUTS).unlink(missing_ok=True)
 
 
-def claim(folder: Path, inputs: Mapping[str, Any]) -> None:
+def claim(folder: Path, inputs: Mapping[str, Any], *, optional: Container[str] | None = ()) -> None:
     """Record the inputs of a run in `folder`, or compare them with the inputs recorded there.
 
-    Only names that both have are compared. Raises `StorageError` naming the inputs that differ.
+    A name that only one of them has is a difference, except for the names in `optional` (None: all names), which are
+    compared if both have them. Raises `StorageError` naming the inputs that differ.
     """
     path = folder / _INPUTS
     now = json.loads(json.dumps(inputs))
@@ -85,12 +86,24 @@ def claim(folder: Path, inputs: Mapping[str, Any]) -> None:
             write_text(path, json.dumps(now, indent=2) + "\n", "list of inputs")
         return
     recorded = _read_json(path, dict)
-    names = [name for name, value in now.items() if recorded.get(name, value) != value]
+    names = [
+        name
+        for name in {**recorded, **now}
+        if (
+            recorded[name] != now[name]
+            if name in recorded and name in now
+            else optional is not None and name not in optional
+        )
+    ]
     if names:
-        listed = "; ".join(f"{name}={recorded[name]!r} there, {now[name]!r} now" for name in names)
+        listed = "; ".join(f"{name}={_shown(recorded, name)} there, {_shown(now, name)} now" for name in names)
         raise StorageError(
             f"{folder}: this folder belongs to a run with other settings: {listed}. Use a new folder, or delete it."
         )
+
+
+def _shown(inputs: Mapping[str, Any], name: str) -> str:
+    return repr(inputs[name]) if name in inputs else "nothing"
 
 
 def remembered(folder: Path, name: str, value: list[str]) -> list[str]:

@@ -70,11 +70,7 @@ class ModelInspector:
     ) -> None:
         require_arguments("inspect_model(head, pairs)", head=(head, RewardHead), pairs=(pairs, PreferencePairs))
         head.require_choice()
-        if head.on_nonfinite == "skip":
-            raise OptionError(
-                "head: expected a model that raises an error for NaN and infinity, got one that skips such pairs. Open "
-                'it with on_nonfinite="raise"; RewardHead.check helps to find the cause.'
-            )
+        head.require_all_pairs()
         if not 0 < fraction <= 0.5:
             raise OptionError(f"fraction: expected a share of the neurons in (0, 0.5], got {fraction}.")
         seconds = parse_budget(budget)
@@ -150,7 +146,7 @@ class ModelInspector:
             "fraction": self.fraction,
             "seed": self.seed,
             "budget": str(self._asked["budget"]),
-            **({} if self._outputs is None else {"outputs": list(self._outputs)}),
+            "outputs": None if self._outputs is None else list(self._outputs),
         }
 
     def _used(self, plan: InspectionPlan) -> dict[str, PreferencePairs]:

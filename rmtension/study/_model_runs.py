@@ -60,6 +60,9 @@ class ModelRuns:
         reward: False for a language model, which has activations but no reward.
         opened: checkpoints that are open, which the outputs of a checkpoint share.
 
+    Raises `OptionError` for a head that skips pairs (`on_nonfinite="skip"`), because models are
+    compared pair by pair.
+
     Examples:
         >>> runs = ModelRuns(head)
         >>> [runs.rewards(pairs["helpful"]).accuracy() for _ in range(2)], runs.n_run
@@ -74,6 +77,8 @@ class ModelRuns:
         reward: bool = True,
         opened: OpenCheckpoints | None = None,
     ) -> None:
+        if isinstance(model, RewardHead):
+            model.require_all_pairs()
         self._model = model
         self._opened = OpenCheckpoints() if opened is None else opened
         self._folder = None if folder is None else Path(folder)

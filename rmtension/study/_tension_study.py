@@ -155,7 +155,7 @@ class TensionStudy:
             ]
             _require_one_base_each(members)
             if kept is not None:
-                claim(kept.parent, self._inputs(members))
+                claim(kept.parent, self._inputs(members), optional=None)  # seeds and bases can be added
             for member in members:
                 family = member.family
                 for analysis in options.analyses:

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from all_replicas import ALL
 from plain_relp import RULES, PlainRelp
+from replicas import make_pairs as pairs_of
 from tiny_models import grid, make_config, make_pairs, make_tokenizer, save_drawn
 
 from rmtension import Mean, NeuronAttribution, RewardHead
@@ -183,6 +185,18 @@ def test_rewards_stay_the_same_and_rules_end(both, pairs):
     alone = patching.score(pairs).values
     together = score_together([NeuronAttribution(head, "relp"), patching], pairs)
     assert torch.equal(together[1].values, alone), "the rules do not reach other methods of the same pass"
+
+
+@pytest.mark.parametrize("kind", grid(["attributes with learned weights", "distributions over bins"]))
+def test_fixed_attention_leaves_the_head_alone(kind, tmp_path):
+    """Heads with a softmax over weights or bins: the MLP of the last layer, above all attention, scores as by relp."""
+    replica = next(replica for replica in ALL if replica.kind == kind)
+    folder = replica.make(tmp_path / "replica")
+    head = RewardHead.from_pretrained(folder, dtype=torch.float64, **replica.open_options(folder))
+    relp, fixed = (NeuronAttribution(head, method).per_pair(pairs_of(replica)).values for method in METHODS)
+    scale = relp.abs().max()
+    assert (relp[:, -1] - fixed[:, -1]).abs().max() <= 1e-12 * scale
+    assert (relp[:, 0] - fixed[:, 0]).abs().max() > 1e-3 * scale, "below, the rule of attention matters"
 
 
 @pytest.mark.lens

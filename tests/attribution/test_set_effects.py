@@ -206,6 +206,14 @@ def test_a_saved_result_loads_equal_and_repeats(head, pairs, sets, predicted, tm
 def test_wrong_arguments(head, pairs, sets, checkpoints):
     with pytest.raises(OptionError, match="allow 8 true ablations"):
         predict_set_effects(head, pairs, sets, passes=2)
+    with pytest.raises(
+        OptionError, match=r"allow 16 true ablations of 6 pairs, expected at least 19 for intervals at 95%"
+    ):
+        predict_set_effects(head, pairs[:24], sets, passes=4)
+    with pytest.raises(OptionError, match="got one that skips such pairs"):
+        predict_set_effects(
+            RewardHead.from_pretrained(checkpoints["gpt2"], on_nonfinite="skip"), pairs, sets, passes=12
+        )
     with pytest.raises(OptionError, match="at least one set"):
         predict_set_effects(head, pairs, {})
     with pytest.raises(OptionError, match="all of them are empty"):

@@ -1,5 +1,7 @@
 """Encoders: attention in both directions, padding hidden by a mask, rewards read at the first token, their heads."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -8,13 +10,13 @@ from reference import kept_inputs, zeroed_inputs
 from some_neurons import some
 from tiny_models import EOS, batches_of, grid, make_pairs
 
-from rmtension import AblationContext, NeuronAttribution, NeuronSet, RewardHead
+from rmtension import AblationContext, ActivationCollector, Mean, NeuronAttribution, NeuronSet, RewardHead
 from rmtension.attribution._single_effects import single_neuron_effects
 from rmtension.bodies._native_body import NativeBody
 from rmtension.data._encoding import encode_texts
 from rmtension.data._token_places import ReadAt
 from rmtension.data._tokens import TokenBatch
-from rmtension.errors import ModelError
+from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.heads._encoder_heads import PooledHead, encoder_head
 from rmtension.interventions._sweep import score_without
 from rmtension.passes._scoring import score_tokens
@@ -199,6 +201,23 @@ def test_the_longest_text_and_either_side_of_padding(folder):
         padded[mask.bool()] = short[0]
         expected = classifier.base_model(input_ids=short)[0][:, 0].sum(dim=1)
         assert torch.allclose(score_tokens(linear, padded, mask), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", grid(["modernbert", "eurobert"], keep=["modernbert"]))
+def test_means_that_an_encoder_got_as_biases_are_saved(family, tokenizer, tmp_path):
+    """The projections of both have no bias; the config that is saved must say that they have one now."""
+    make_native(family, len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    head, few = RewardHead.from_pretrained(tmp_path / "model"), make_pairs(3)
+    mean = Mean(ActivationCollector(head).collect(few))
+    every = NeuronSet(torch.ones(head.n_layers, head.n_neurons("mlp"), dtype=torch.bool), "mlp", head.architecture)
+    ablated = head.with_ablation(every, mean)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RMTensionWarning)  # transformers 4 scales rotary angles of ModernBERT otherwise
+        ablated.save_pretrained(tmp_path / "saved")
+    expected = ablated.score_pairs(few).margin
+    assert torch.equal(RewardHead.from_pretrained(tmp_path / "saved").score_pairs(few).margin, expected)
+    assert (head.with_ablation(every).score_pairs(few).margin - expected).abs().max() > 1e-4, "zeros are no means"
 
 
 @pytest.mark.parametrize("family", grid(["bert", "modernbert"], keep=[]))

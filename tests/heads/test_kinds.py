@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from tiny_models import grid
 from rmtension import PreferencePairs, RewardHead
 from rmtension.errors import DataError, ModelError, RMTensionWarning
 from rmtension.passes._probes import find_probes
+from rmtension.repair import Edit
 
 KINDS = {replica.kind: replica for replica in ALL}
 # The fast lane has a head of layers, one that reads the prompt, and one that reads several tokens.
@@ -213,6 +215,35 @@ class TestSaving:
         again = RewardHead.from_pretrained(tmp_path / "saved", output="code-style")
         pairs = make_pairs(KINDS[KEPT[1]])
         assert torch.equal(again.score_pairs(pairs).margin, head.score_pairs(pairs).margin)
+
+    @pytest.mark.parametrize(
+        "kind", grid(["quantiles, second version", "normalised score head (reward)", "mean of rows"])
+    )
+    def test_a_model_that_was_only_opened_is_saved_as_it_was_read(self, kind, folders, tmp_path):
+        """Heads are computed in float64 and run in float32, and are the same head still."""
+        pairs, options = make_pairs(KINDS[kind]), KINDS[kind].open_options(folders(kind))
+        head = RewardHead.from_pretrained(folders(kind), **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RMTensionWarning)
+            head.save_pretrained(tmp_path / "saved")
+        fields = [json.loads((folder / "config.json").read_text()) for folder in (folders(kind), tmp_path / "saved")]
+        assert fields[0]["architectures"] == fields[1]["architectures"]
+        again = RewardHead.from_pretrained(tmp_path / "saved", **options)
+        assert torch.equal(again.score_pairs(pairs).margin, head.score_pairs(pairs).margin)
+
+    @pytest.mark.parametrize("kind", grid(["trl value head", "separate value head", "body under another name"]))
+    def test_an_edited_row_is_saved_and_not_the_one_that_was_read(self, kind, folders, tmp_path):
+        pairs, options = make_pairs(KINDS[kind]), KINDS[kind].open_options(folders(kind))
+        head = RewardHead.from_pretrained(folders(kind), **options)
+        change = torch.linspace(-1, 1, head.d_model, dtype=torch.float64)
+        edited = Edit("row", head.fingerprint, head.architecture, row=change).apply(head)
+        expected = edited.score_pairs(pairs)
+        assert (expected.margin - head.score_pairs(pairs).margin).abs().max() > 1e-2
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RMTensionWarning)
+            edited.save_pretrained(tmp_path / "saved")  # as a classifier, some with a bias
+            again = RewardHead.from_pretrained(tmp_path / "saved").score_pairs(pairs)
+        assert (again.margin - expected.margin).abs().max() < 1e-5
 
     @pytest.mark.grid
     def test_the_original_files_are_needed(self, folders, tmp_path):

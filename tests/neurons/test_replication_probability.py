@@ -6,7 +6,7 @@ import torch
 from drawn_scores import provenance, scores_of
 
 from rmtension import NeuronScores
-from rmtension.errors import OptionError, ProvenanceError
+from rmtension.errors import OptionError, ProvenanceError, RMTensionWarning
 from rmtension.neurons import replication_across_seeds, replication_probability
 
 SHAPE = (4, 500)
@@ -121,6 +121,17 @@ def test_seeds_that_share_nothing_promise_the_base_rate():
     assert float(probability.quantile(0.95)) < 0.3
 
 
+def test_neurons_of_equal_score_have_equal_probability():
+    """As many frequencies are exactly 1: the cut takes some of them, in the order of their numbers, in every seed."""
+    values = torch.full(SHAPE, 0.1, dtype=torch.float64)
+    values.view(-1)[:20] = 1.0
+    seeds = [draw_scores(values, 0.0, seed) for seed in range(3)]
+    with pytest.warns(RMTensionWarning, match="tie"):
+        probability = replication_across_seeds(seeds, k=5).flatten()
+    assert probability[:20].numpy() == pytest.approx(np.full(20, 5 / 20))
+    assert not probability[20:].any()
+
+
 def test_wrong_arguments():
     scores = draw_scores(draw_truth(0), 0.1, 1)
     with pytest.raises(OptionError, match="keep no blocks"):
@@ -129,5 +140,7 @@ def test_wrong_arguments():
         replication_across_seeds([scores], 0.1)
     with pytest.raises(ProvenanceError, match="site differs"):
         replication_across_seeds([scores, draw_scores(draw_truth(0), 0.1, 1, site="attn_head")], 0.1)
+    with pytest.raises(ProvenanceError, match="graddrop differs"):
+        replication_across_seeds([scores, draw_scores(draw_truth(0), 0.1, 1, graddrop=True)], 0.1)
     with pytest.raises(OptionError, match="exactly one of fraction and k"):
         replication_probability(scores)

@@ -53,6 +53,21 @@ def test_chance_in_each_layer_is_the_mean_over_every_possible_set():
         assert overlap.layer_expected_jaccard != pytest.approx(overlap.expected_jaccard)
 
 
+def test_a_layer_of_which_nothing_is_left_adds_nothing():
+    """The base's own top set may fill a layer; without it, chance is that of the other layer alone."""
+
+    def of(*layers):
+        return NeuronSet(torch.tensor(layers).bool(), "mlp", "toy")
+
+    both, first, second_layer = of([1, 1, 0, 0, 0], [1, 0, 0, 0, 0]), of([1, 0, 1, 0, 0], [1] * 5), of([0] * 5, [1] * 5)
+    left = Overlap.of(both, first, exclude=second_layer)
+    alone = Overlap.of(*(NeuronSet(part.mask[:1], "mlp", "toy") for part in (both, first)))
+    assert left == alone
+    nothing = Overlap.of(both, first, exclude=both | ~both)
+    assert np.isnan([nothing.jaccard, nothing.expected_jaccard, nothing.beyond_low]).all()
+    assert nothing.p_value == nothing.layer_p_value == 1.0
+
+
 def test_two_independent_tenths_overlap_as_in_the_paper():
     """Two random 10% sets of a large model have a Jaccard index of .053."""
     a = NeuronSet.from_indices([(0, i) for i in range(1000)], shape=(1, 10000), site="mlp", architecture="toy")

@@ -292,11 +292,30 @@ def test_progress_is_kept_at_intervals(head, base, pairs, tmp_path, monkeypatch)
     assert len(saved) == 1
 
 
-def test_claims_compare_only_what_both_have(tmp_path):
+def test_claims_compare_every_name_that_is_not_optional(tmp_path):
     claim(tmp_path, {"a": 1, "b": (2, 3)})
-    claim(tmp_path, {"b": [2, 3], "c": 4})
-    with pytest.raises(StorageError, match=r"b=\[2, 3\] there, 5 now"):
-        claim(tmp_path, {"a": 1, "b": 5})
+    claim(tmp_path, {"b": [2, 3]}, optional=("a",))
+    claim(tmp_path, {"b": [2, 3], "c": 4}, optional=None)
+    for inputs, listed in (
+        ({"a": 1, "b": 5}, r"b=\[2, 3\] there, 5 now"),
+        ({"a": 1}, r"b=\[2, 3\] there, nothing now"),
+        ({"a": 1, "b": [2, 3], "c": None}, "c=nothing there, None now"),
+    ):
+        with pytest.raises(StorageError, match=listed):
+            claim(tmp_path, inputs)
+
+
+def test_rewards_and_ablated_rewards_never_share_a_work_folder(head, pairs, tmp_path):
+    """Both are `RewardsOfPairs` with a state of one shape; the settings that only one has tell them apart."""
+    first = NeuronSet.from_indices(
+        [(0, 0)], shape=(head.n_layers, head.n_neurons("mlp")), site="mlp", architecture=head.architecture
+    )
+    head.score_pairs(pairs, work=tmp_path / "plain")
+    with pytest.raises(StorageError, match="sets=nothing there"):
+        score_without(head, pairs, [first], work=tmp_path / "plain")
+    score_without(head, pairs, [first], work=tmp_path / "ablated")
+    with pytest.raises(StorageError, match="nothing now"):
+        head.score_pairs(pairs, work=tmp_path / "ablated")
 
 
 def test_a_failed_update_changes_nothing(head, pairs, monkeypatch):
