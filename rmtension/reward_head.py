@@ -339,7 +339,12 @@ class RewardHead(RewardModel):
         pairs = pairs if isinstance(pairs, PreferencePairs) else PreferencePairs(pairs)
         statistic = RewardsOfPairs(self, pairs, lambda batch: list(self.all_outputs(batch).unbind(1)), n=len(names))
         scored = run_pass(self, pairs, statistic, work=work, progress=progress)
-        return dict(zip(names, scored, strict=True))
+        outputs = {}
+        for number, (name, rewards) in enumerate(zip(names, scored, strict=True)):
+            of_output = self.output(number)
+            about = {"model": of_output.fingerprint, "output": of_output.output_name}
+            outputs[name] = replace(rewards, provenance=replace(rewards.provenance, **about))
+        return outputs
 
     def score_tokens(
         self, input_ids: Int[Tensor, "text token"], attention_mask: Tensor | None = None

@@ -54,6 +54,7 @@ class BridgeBody:
         self._bridge_error = 0.0 if native is None else self._compare()
         # Counted after the first run, in which a bridge installs its own hooks.
         self._foreign = count_foreign_hooks(bridge)
+        self._foreign_native = 0 if native is None else count_foreign_hooks(native)
         cfg: Any = bridge.cfg
         self._rope = RopeByText(self.modules(), self._run_all, int(cfg.n_ctx))
         self._pack_up_to = 0 if native is None else measure_packing(native, self.n_embeddings, self._rope.same_up_to)
@@ -115,7 +116,9 @@ class BridgeBody:
     @property
     def is_hooked(self) -> bool:
         """Whether the model has hooks, of the user or of this library."""
-        return count_foreign_hooks(self.bridge) != self._foreign or has_own_hooks(self.modules())
+        on_native = 0 if self.native is None else count_foreign_hooks(self.native)
+        is_foreign = count_foreign_hooks(self.bridge) != self._foreign or on_native != self._foreign_native
+        return is_foreign or has_own_hooks(self.modules())
 
     def residual(self, batch: TokenBatch) -> Float[Tensor, "row token d_model"]:
         """The residual stream after the final norm's gain; no vocabulary projection."""

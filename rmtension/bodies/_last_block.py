@@ -13,17 +13,18 @@ from rmtension.data._tokens import TokenBatch
 class LastMLP:
     """The MLP of the last block, which can run only at the tokens that rewards are read from."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, base: nn.Module) -> None:
         self._module = module
+        self._base = base
 
     @contextmanager
     def only_at(self, batch: TokenBatch, places: TokenPlaces) -> Iterator[TokenPlaces | None]:
         """Skip all other tokens while the model runs on `batch`: there the MLP adds nothing.
 
         Yields the tokens at which it runs, each once. Yields None, and skips nothing, if hooks inside the MLP may need
-        all tokens.
+        all tokens, or if the user has hooks anywhere in the model, which may see the stream behind the MLP.
         """
-        if has_own_hooks(self._module.modules(), minding_tokens=True) or count_foreign_hooks(self._module):
+        if has_own_hooks(self._module.modules(), minding_tokens=True) or count_foreign_hooks(self._base):
             yield None
             return
         # A token that two texts share would get its gradient twice.

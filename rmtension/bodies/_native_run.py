@@ -151,7 +151,7 @@ def find_last_mlp(
     ids = [number % n_embeddings for number in range(sum(_PROBE))]
     texts = [EncodedText(tuple(some), 0, 0) for some in (ids[: _PROBE[0]], ids[_PROBE[0] :])]
     batch = TokenBatch.from_texts(texts, (0, 1), device=parameter.device)
-    last_mlp = LastMLP(parent)
+    last_mlp = LastMLP(parent, base)
     try:
         with torch.no_grad(), eager_eval(base.modules()):
             expected = batch.gather_last(run_base(base, batch, hides_padding=hides_padding)).double().cpu()

@@ -65,6 +65,12 @@ def has_adapters(model: nn.Module) -> bool:
     return any(map(_is_of_peft, model.modules()))
 
 
+def adapters_in_use(model: nn.Module) -> list[str]:
+    """Which of its adapters every layer of peft uses now, in the order of the layers; empty without adapters."""
+    layers = [layer for layer in model.modules() if _is_of_peft(layer) and hasattr(layer, "active_adapters")]
+    return [f"{list(layer.active_adapters)}, disabled: {layer.disable_adapters}" for layer in layers]
+
+
 def plain_copy(model: nn.Module, *, share: bool = True) -> nn.Module:
     """A copy of `model` that computes what its parameters and classes alone compute, as a saved checkpoint would.
 

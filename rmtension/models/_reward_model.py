@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Unpack
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from rmtension._sites import find_site
 from rmtension.bodies._bodies import Body
 from rmtension.bodies._hooks import AllSeen, InstalledHooks, all_fire, count_foreign_hooks, has_own_hooks, is_placed
+from rmtension.bodies._native_weights import adapters_in_use
 from rmtension.bodies._run_modes import eager_eval
 from rmtension.bodies._site_widths import measure_sites
 from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
@@ -28,7 +29,7 @@ from rmtension.data._segments import encode_segments
 from rmtension.data._token_places import ReadAt, TokenPlaces
 from rmtension.data._tokens import TokenBatch, running
 from rmtension.distributed import current
-from rmtension.errors import DataError, ModelError
+from rmtension.errors import DataError, ModelError, OptionError
 from rmtension.heads._head import Head
 from rmtension.heads._readout import Readout
 from rmtension.models._checkpoint import Checkpoint
@@ -182,9 +183,10 @@ class RewardModel(Readout):
     def body_fingerprint(self) -> str:
         """The same over the weights without the head: all outputs of a model have this in common."""
         parameters = list(self.body.module.parameters())
-        state = _state(parameters)
+        about = [self.architecture, *adapters_in_use(self.body.module)]
+        state = (about, _state(parameters))
         if not self._body_fingerprint or self._body_fingerprint[0][0] != state:
-            self._body_fingerprint[:] = [(state, fingerprint(parameters, self.architecture))]
+            self._body_fingerprint[:] = [(state, fingerprint(parameters, *about))]
         return self._body_fingerprint[0][1]
 
     def provenance(
@@ -206,9 +208,9 @@ class RewardModel(Readout):
             output=self.output_name,
         )
 
-    @cached_property
+    @property
     def setup_digest(self) -> str:
-        """32 hexadecimal digits over what rewards depend on besides the weights: tokenizer, config and limits."""
+        """32 hexadecimal digits over what rewards depend on besides the weights: tokenizer, config and limits now."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         config = self.body.config
         parts = [

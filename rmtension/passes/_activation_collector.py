@@ -19,7 +19,7 @@ from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
 from rmtension.data._tokens import TokenBatch
 from rmtension.distributed import current
-from rmtension.errors import DataError, OptionError, ProvenanceError
+from rmtension.errors import DataError, ModelError, OptionError, ProvenanceError
 from rmtension.models._reward_model import RewardModel
 from rmtension.passes._activation_sample import ActivationSample
 from rmtension.passes._activation_statistics import ActivationStatistics
@@ -66,7 +66,7 @@ class ActivationCollector:
     def reset(self) -> "ActivationCollector":
         """Forget everything collected so far."""
         self._collected = _ActivationSums(self.head, self.site, self.positions).collected()
-        self._model = self.head.fingerprint
+        self._model, self._body = self.head.fingerprint, self.head.body_fingerprint
         return self
 
     def update(
@@ -126,6 +126,7 @@ class ActivationCollector:
         """Draw `n` of the selected tokens of `pairs` without replacement (or all, if fewer), with their activations.
 
         Cost: a forward pass over the texts from which a token was drawn. Memory: `n x layers x channels` numbers.
+        Raises `ModelError` for a token with NaN or infinite activations.
         """
         if n < 1:
             raise OptionError(f"n: expected a positive number of donors, got {n}.")
@@ -165,6 +166,13 @@ class ActivationCollector:
         if shard.size > 1:
             shard.require_same("list of pairs", f"{pairs.ordered_digest} {self.head.fingerprint}")
             shard.add_up(values)
+        is_finite = values.isfinite().all(dim=2).all(dim=1)
+        if not bool(is_finite.all()):
+            pair = pairs[int(owners[int((~is_finite).nonzero()[0])]) % len(pairs)]
+            raise ModelError(
+                f"sample: a text of pair {pair.id!r} has NaN or infinite activations, which would make others NaN. "
+                "Leave the pair out, or open the model in float32."
+            )
         provenance = self.head.provenance(
             pairs.digest, len(pairs), len(drawn), site=self.site, positions=self.positions, method="sample"
         )
@@ -185,7 +193,7 @@ class ActivationCollector:
             positions=self.positions,
             method="statistics",
         )
-        return replace(now, model=self._model, skipped=collected.skipped)
+        return replace(now, model=self._model, body=self._body, skipped=collected.skipped)
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ class ActivationProfile:
             data=f"{first.data}+{second.data}",
             n_pairs=first.n_pairs + second.n_pairs,
             n_tokens=first.n_tokens + second.n_tokens,
+            skipped=(*first.skipped, *second.skipped),
         )
         return ActivationProfile(self.sums + other.sums, self.weights + other.weights, self.base, provenance)
 

@@ -61,6 +61,7 @@ def selectivity(profiles: Mapping[str, ActivationProfile], *, quantile: float = 
         data="+".join(profile.provenance.data for profile in profiles.values()),
         n_pairs=sum(profile.provenance.n_pairs for profile in profiles.values()),
         n_tokens=sum(profile.provenance.n_tokens for profile in profiles.values()),
+        skipped=tuple(name for profile in profiles.values() for name in profile.provenance.skipped),
     )
     return NeuronScores(values, jackknife_stderr(without_block), provenance, without_block)
 

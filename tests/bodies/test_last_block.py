@@ -22,6 +22,7 @@ from rmtension import (
 )
 from rmtension.bodies._run_modes import eager_eval
 from rmtension.bodies._site_widths import measure_sites
+from rmtension.errors import OptionError
 from rmtension.passes._collect_profiles import collect_profiles
 from rmtension.synthetic.check_matrix import make_classifier
 
@@ -212,6 +213,37 @@ def test_a_users_own_pytorch_hooks_see_everything(checkpoints, few, plain_tokeni
     assert seen
     handle.remove()
     assert tokens_through(head, lambda: head.score_pairs(few)) == 2 * len(few) - 1
+
+
+@pytest.mark.parametrize("place", ["last block", "final norm", "base"])
+def test_a_users_own_hooks_behind_the_mlp_see_the_whole_stream(place, checkpoints, few, plain_tokenizer):
+    """At every token: the same tensors as in a run of transformers alone."""
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoints["gpt2"])
+    head = RewardHead.from_classifier(classifier, tokenizer=plain_tokenizer)
+    base = classifier.transformer
+    module = {"last block": base.h[-1], "final norm": base.ln_f, "base": base}[place]
+    seen = []
+    module.register_forward_hook(
+        lambda module, inputs, output: seen.append(output if torch.is_tensor(output) else output[0])
+    )
+    (text,) = head.encode(few[:1]).chosen
+    head.score([few[0].text("chosen")])
+    (streamed,) = seen
+    seen.clear()
+    with torch.no_grad():
+        classifier(input_ids=torch.tensor([text.ids]))
+    assert torch.allclose(streamed, seen[0], atol=1e-5)
+
+
+def test_a_work_folder_refuses_a_model_with_the_users_own_pytorch_hooks(checkpoints, few, plain_tokenizer, tmp_path):
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoints["gpt2"])
+    head = RewardHead.from_classifier(classifier, tokenizer=plain_tokenizer)
+    handle = classifier.transformer.h[0].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+    hooked = head.score_pairs(few)
+    with pytest.raises(OptionError, match="a work folder cannot record what hooks do"):
+        head.score_pairs(few, work=tmp_path / "work")
+    handle.remove()
+    assert not torch.equal(head.score_pairs(few, work=tmp_path / "work").margin, hooked.margin)
 
 
 def test_nothing_is_kept_for_gradients_of_weights(checkpoints, few, plain_tokenizer):

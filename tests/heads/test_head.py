@@ -234,7 +234,10 @@ def test_every_output_in_one_pass(checkpoints):
     for number, name in enumerate(head.outputs):
         expected = of_pairs(head.encode(pairs), Plain(folder, "gated", number).reward)
         assert (scored[name].margin - expected).abs().max() < CLOSE["llama"]
-        assert torch.equal(head.output(name).score_pairs(pairs).margin, scored[name].margin)
+        alone = head.output(name).score_pairs(pairs)
+        assert torch.equal(alone.margin, scored[name].margin)
+        assert alone.provenance == scored[name].provenance
+        assert scored[name].provenance.output == name
     apart = head.output(("help", "harm"))
     assert (apart.score_pairs(pairs).margin - (scored["help"].margin - scored["harm"].margin)).abs().max() < CLOSE[
         "llama"

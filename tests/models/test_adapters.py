@@ -263,6 +263,18 @@ class TestInMemory:
             assert torch.allclose(plain.score(TEXTS), logits(inner, tokenizer)[:, 0], atol=1e-5)
             assert torch.equal(plain.weight, RewardHead.from_pretrained(bases["gpt2"]).weight)
 
+    def test_the_fingerprint_says_whether_the_adapter_is_used(self, bases, tokenizer, tmp_path):
+        """Work folders and collectors compare it; the parameters are the same either way."""
+        model, _ = adapt(bases["gpt2"], peft.LoraConfig(r=4, target_modules=GPT2), tmp_path)
+        head = RewardHead.from_classifier(model.base_model.model, tokenizer=tokenizer)
+        prints, rewards = [head.fingerprint], [head.score(TEXTS)]
+        with model.disable_adapter():
+            prints.append(head.fingerprint)
+            rewards.append(head.score(TEXTS))
+        assert not torch.allclose(*rewards)
+        assert prints[0] != prints[1]
+        assert head.fingerprint == prints[0]
+
     def test_an_adapter_layer_as_head_is_refused(self, bases, tokenizer, tmp_path):
         config = peft.LoraConfig(r=4, target_modules=[*GPT2, "score"])
         model, _ = adapt(bases["gpt2"], config, tmp_path)

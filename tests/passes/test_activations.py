@@ -5,7 +5,16 @@ import torch
 from tiny_models import make_pairs
 from tqdm.auto import tqdm
 
-from rmtension import ActivationCollector, ActivationSample, ActivationStatistics, PreferencePairs, RewardHead
+from rmtension import (
+    AblationContext,
+    ActivationCollector,
+    ActivationSample,
+    ActivationStatistics,
+    Mean,
+    NeuronSet,
+    PreferencePairs,
+    RewardHead,
+)
 from rmtension.errors import DataError, OptionError, ProvenanceError
 
 
@@ -53,7 +62,13 @@ def test_collectors_of_different_runs_do_not_merge(head, pairs, checkpoints):
         mine.body.native.h[0].mlp.c_fc.weight += 0.1
     with pytest.raises(ProvenanceError, match=r"^update: the model's weights changed since the last reset. Call reset"):
         collector.update(pairs)
-    assert collector.compute().provenance.model == before.provenance.model != mine.fingerprint
+    after = collector.compute()
+    assert after.provenance.model == before.provenance.model != mine.fingerprint
+    neurons = NeuronSet.from_indices(
+        [(0, 0)], shape=(mine.n_layers, mine.n_neurons("mlp")), site="mlp", architecture=mine.architecture
+    )
+    with pytest.raises(ProvenanceError, match="replacement"):
+        AblationContext(mine, neurons, Mean(after))
     assert collector.reset().update(pairs).compute().provenance.model == mine.fingerprint
 
 

@@ -57,6 +57,17 @@ RUNS = {
 }
 
 
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+def test_a_donor_that_is_not_finite_is_refused(checkpoints, pairs, on_nonfinite):
+    """Its values would make pairs NaN that are finite without it."""
+    head = broken(checkpoints, on_nonfinite=on_nonfinite)
+    first = next(pair for pair in pairs if is_bad(pair))
+    with pytest.raises(ModelError, match=f"sample: a text of pair '{first.id}' has NaN or infinite activations"):
+        ActivationCollector(head).sample(PreferencePairs([first]), n=10_000)
+    finite = PreferencePairs(pair for pair in pairs if not is_bad(pair))
+    assert ActivationCollector(head).sample(finite, n=50).values.isfinite().all()
+
+
 def tensors_of(result):
     return {name: value for name, value in vars(result).items() if isinstance(value, torch.Tensor)}
 

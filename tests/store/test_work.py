@@ -318,6 +318,19 @@ def test_rewards_and_ablated_rewards_never_share_a_work_folder(head, pairs, tmp_
         head.score_pairs(pairs, work=tmp_path / "ablated")
 
 
+def test_a_work_folder_knows_the_template_and_the_limit_of_now(checkpoints, pairs, tmp_path):
+    """Also if they change while the model is open."""
+    head = RewardHead.from_pretrained(checkpoints["gpt2"])
+    head.score_pairs(pairs, work=tmp_path)
+    for name, owner, value in (("max_length", head, 9), ("chat_template", head.tokenizer, "{{ messages }}")):
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        with pytest.raises(StorageError, match="tokenizer and config="):
+            head.score_pairs(pairs, work=tmp_path)
+        setattr(owner, name, before)
+    head.score_pairs(pairs, work=tmp_path)
+
+
 def test_a_failed_update_changes_nothing(head, pairs, monkeypatch):
     """Also one that is interrupted between two batches, and a merge that is refused."""
     collector = ActivationCollector(head).update(pairs[:5])
