@@ -122,8 +122,8 @@ class RewardHead(RewardModel):
         is used.
 
         Args:
-            name_or_path: a folder or a hub name. A missing path raises an error before the hub is contacted; with
-                `revision` the name is always a hub name.
+            name_or_path: a folder or a hub name. A missing path raises an error before the hub is contacted,
+                unless `revision` says that it is a hub name.
             head: replaces the checkpoint's head: anything that `weight` accepts above, or the path of a safetensors
                 file. `LogRatioHead(reference, beta=...)` reads the language model's own log-probabilities (DPO), and
                 `ProcessHead(marker)` the checkpoint's classes at the end of each step.
@@ -135,7 +135,7 @@ class RewardHead(RewardModel):
 
         Converted and processed models are compared with transformers on a short text, and raise `ModelError` if their
         rewards differ. A folder that `save_pretrained` wrote for a `HookedTransformer` or a `boot_native` bridge opens
-        as that model; the only options are then `dtype`, `device`, `tokenizer` and `head`.
+        as that model; the only options are then `dtype`, `device`, `tokenizer`, `head` and `output`.
 
         Raises `ModelError` for a checkpoint without a head, for several outputs without `output`, for quantised
         weights, for a classifier without a pad token (pass `pad_token`), and for an adapter whose base model is not
@@ -149,7 +149,12 @@ class RewardHead(RewardModel):
         check_model_class(model_class)
         require_name(name_or_path)
         if is_saved_model(name_or_path):
-            return open_saved_model(cls, Path(name_or_path), head, options)
+            if model_class != "TransformerBridge" or process_weights:
+                raise OptionError(
+                    f"model_class, process_weights: {name_or_path} holds a model of a TransformerLens class with the "
+                    "weights that it was saved with. Leave both out."
+                )
+            return open_saved_model(cls, Path(name_or_path).expanduser(), head, output, options)
         if options.get("weight_memory") is not None and (model_class != "TransformerBridge" or process_weights):
             raise OptionError(
                 "weight_memory: converted or processed weights are copies in memory. Leave out model_class and "

@@ -169,6 +169,11 @@ class MeanHead(Head):
         self.linear = linear
         self.outputs = linear.outputs
 
+    @property
+    def reads_at(self) -> str:
+        """The reward is read at all tokens."""
+        return "all"
+
     def tokens(self, batch: TokenBatch) -> TokenPlaces:
         """All tokens of every text."""
         return batch.places(batch.mask)

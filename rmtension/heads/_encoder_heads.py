@@ -53,6 +53,11 @@ class PooledHead(Head):
         """Whether the head reads one token, the first or the last."""
         return self.pooling in ("first", "last")
 
+    @property
+    def reads_at(self) -> str:
+        """The token that the head reads, or "all"."""
+        return self.pooling if self.reads_last_only else "all"
+
     def tensors_of(self, classifier: Any) -> dict[str, Tensor]:
         """The tensors of a classifier of this kind that the head has copies of, by their names in the head."""
         return {f"layers.{name}": classifier.get_parameter(name) for name, _ in self.layers.named_parameters()}

@@ -4,7 +4,6 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +27,8 @@ from rmtension.models._checkpoint import CLASSIFIER, CLASSIFIES_TOKENS, LANGUAGE
 from rmtension.models._configs import stored_fields
 from rmtension.models._head_files import (
     StoredHeads,
+    from_head_file,
     pickled_head,
-    read_head_file,
     refuse_pickled_parts,
     separate_head,
     stored_heads,
@@ -66,7 +65,7 @@ def plan_head(name: str, location: CheckpointLocation, head: object, output: obj
     config = location.config
     stored = stored_heads(location.weights, width_of(config))
     classifies, is_labelled = is_classifier(location, stored), _is_labelled(location)
-    given = read_head_file(head) if isinstance(head, str | Path) else head
+    given = from_head_file(head)
     known: KnownHead | None = None
     if given is None and not location.adapters:
         refuse_pickled_parts(location.files)
@@ -248,7 +247,7 @@ def _step_head(given: ProcessHead, location: CheckpointLocation, stored: StoredH
     """The head of a step: the one that was passed, the token classifier's, or the one in the checkpoint's files."""
     width, names = width_of(location.config), location.config.id2label
     if given.step is not None:
-        step = read_head_file(given.step) if isinstance(given.step, str | Path) else given.step
+        step = from_head_file(given.step)
         return read_head(step, width, names)
     layer = score_layer(model)
     if layer is not None:

@@ -12,7 +12,7 @@ def find_local(name: str | Path, revision: str | None = None) -> str:
     """The folder `name`, or `name` itself if it can only be a hub name.
 
     Raises `ModelError` for a missing path (with similar names that exist), and for a folder without a checkpoint. With
-    a `revision`, `name` is a hub name.
+    a `revision`, a name that is no folder here is a hub name.
     """
     path = Path(name).expanduser()
     if not str(name):

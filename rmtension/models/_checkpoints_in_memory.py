@@ -1,7 +1,6 @@
 """The checkpoint of a model of transformers that is in memory: its modules and weights are shared, not copied."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 from rmtension.bodies._native_weights import active_head, refuse_packed_weights
@@ -24,7 +23,7 @@ from rmtension.models._checkpoint import (
     score_layer,
 )
 from rmtension.models._checkpoint_heads import score_head, width_of
-from rmtension.models._head_files import StoredHeads, read_head_file
+from rmtension.models._head_files import StoredHeads, from_head_file
 from rmtension.models._loading import refuse_offloaded, refuse_quantised
 from rmtension.models._pad_token import pad_token_id
 from rmtension.models._refused_kinds import refuse_other_kinds
@@ -61,7 +60,7 @@ def checkpoint_of(
         choice = choose_outputs(output, read, name)
         logits = Logits(CLASSIFIER)
     else:
-        given = read_head_file(head) if isinstance(head, str | Path) else head
+        given = from_head_file(head)
         read = read_head(given, width_of(classifier.config), classifier.config.id2label)
         choice = choose_outputs(output, read, "head")
     base = unwrapped(classifier.base_model)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -139,10 +140,15 @@ def stored_tensor(files: CheckpointFiles, names: tuple[str, ...]) -> Tensor | No
 def separate_head(files: CheckpointFiles) -> dict[str, Tensor]:
     """The tensors of `value_head.safetensors` in the folder of a model; empty if there is no such file."""
     path = files.find(VALUE_HEAD)
-    return {} if path is None else read_head_file(path)
+    return {} if path is None else _read_head_file(path)
 
 
-def read_head_file(path: str | Path) -> dict[str, Tensor]:
+def from_head_file(given: object) -> Any:
+    """The tensors of a head that was given as the path of a safetensors file; anything else as it is."""
+    return _read_head_file(given) if isinstance(given, str | Path) else given
+
+
+def _read_head_file(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file; raises `ModelError` for a pickled file, and says how to convert it."""
     path = Path(path).expanduser()
     if not path.is_file():

@@ -47,7 +47,7 @@ def is_own_model(body: object) -> TypeGuard[HookedTransformerBody | BootNativeBo
 
 def is_saved_model(name: str | Path) -> bool:
     """Whether `write_model` wrote this folder."""
-    return (Path(name) / CONFIG_FILE).is_file()
+    return (Path(name).expanduser() / CONFIG_FILE).is_file()
 
 
 def copy_model(body: HookedTransformerBody | BridgeBody) -> nn.Module:

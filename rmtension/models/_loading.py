@@ -38,7 +38,7 @@ class LoadOptions(RunOptions, total=False):
         weight_memory: for a model that is larger than the memory of a CPU: how many bytes of the blocks' weights may
             stay in memory. The other blocks are read from the checkpoint's files each time they run. This needs Linux,
             and the `dtype` of the files (`docs/large_models.md`).
-        revision: the revision of a hub name. With it, the name is not searched on this machine first.
+        revision: the revision of a hub name. With it, a name that is no folder here is taken to be a hub name.
         tokenizer: replaces the checkpoint's tokenizer.
         pad_token: the token that transformers skips at the end of a text, if neither config nor tokenizer names one.
         trust_remote_code: False by default; True runs code that comes with the checkpoint.

@@ -24,6 +24,7 @@ from rmtension.heads._process_head import ProcessHead
 from rmtension.models._checkpoint import Checkpoint
 from rmtension.models._checkpoint_names import require_name
 from rmtension.models._checkpoints import open_checkpoint
+from rmtension.models._head_files import from_head_file
 from rmtension.models._lens_models import read_model
 from rmtension.models._loading import LoadOptions
 from rmtension.models._reward_model import RewardModel
@@ -79,21 +80,21 @@ def open_model(
     return model
 
 
-def open_saved_model(kind: type[_Model], folder: Path, head: object, options: LoadOptions) -> _Model:
+def open_saved_model(kind: type[_Model], folder: Path, head: object, output: object, options: LoadOptions) -> _Model:
     """Open a model that `_lens_models` wrote; `head`, unless it is None, replaces the saved head."""
     run_options = run_options_of(options)
     unknown = sorted(set(options) - {"dtype", "device", "tokenizer"} - set(run_options))
     if unknown:
         raise OptionError(
             f"from_pretrained: {folder} holds a model of a TransformerLens class, for which the options are dtype, "
-            f"device, tokenizer and head; got {unknown}. Leave them out."
+            f"device, tokenizer, head and output; got {unknown}. Leave them out."
         )
     device = torch.device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
     saved = read_model(folder, options.get("dtype", torch.float32), device)
     body = find_body(saved.model)
     tokenizer = saved.tokenizer if options.get("tokenizer") is None else options["tokenizer"]
-    read = saved.head if head is None else read_head(head, _width(body))
-    choice = choose_outputs(None, read, "head")
+    read = saved.head if head is None else read_head(from_head_file(head), _width(body))
+    choice = choose_outputs(output, read, "head")
     return _make(kind, body, read, choice, tokenizer, saved.pad_token_id, run_options)
 
 
@@ -119,7 +120,7 @@ def head_on(body: Body, weight: object, *, final_norm: nn.Module | None = None) 
     if weight is None:
         return None
     width = _width(body)
-    head = read_head(weight, width)
+    head = read_head(from_head_file(weight), width)
     if not body.final_norm_folded:
         return head
     if final_norm is None:

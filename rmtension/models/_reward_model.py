@@ -313,10 +313,12 @@ class RewardModel(Readout):
         [row, token, channel], or with the first two dimensions flattened, or with the last one split into heads,
         depending on the model's family. A row is one text, or several texts that share a prefix
         (`docs/performance.md`). With `any_tokens` the visit must accept any subset of tokens: the last block may run
-        only at the tokens that rewards are read from.
+        only at the tokens that rewards are read from. Raises `OptionError` for a layer that the model does not have.
         """
         self.n_channels(site)  # raises where the model has no such site
-        chosen = range(self.n_layers) if layers is None else layers
+        chosen = list(range(self.n_layers) if layers is None else layers)
+        if not all(0 <= layer < self.n_layers for layer in chosen):
+            raise OptionError(f"layers: expected numbers from 0 to {self.n_layers - 1}, got {chosen!s:.100}.")
         return InstalledHooks(
             [(hook_site, partial(visit, layer)) for layer in chosen for hook_site in self.body.hook_sites(site, layer)],
             any_tokens=any_tokens,

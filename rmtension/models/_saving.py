@@ -9,6 +9,7 @@ import torch
 from rmtension.distributed import current
 from rmtension.errors import ModelError, RMTensionWarning
 from rmtension.heads._encoder_heads import PooledHead
+from rmtension.heads._head import WrappedHead
 from rmtension.heads._log_ratio_head import LogRatioHead
 from rmtension.heads._process_head import ProcessHead
 from rmtension.models._checkpoint import Checkpoint
@@ -82,10 +83,18 @@ def _save_in_own_format(head: RewardModel, own: OwnFormat, tokenizer: Any, folde
         return
     default = head.require_head().default or (outputs[0] if len(outputs) == 1 else None)
     if chosen is not None and chosen != [default]:
-        marker = f"head=ProcessHead({head.head.marker!r}), " if isinstance(head.head, ProcessHead) else ""
+        inner = head.require_head()
+        while isinstance(inner, WrappedHead):
+            inner = inner.head
+        marker = f"head=ProcessHead({inner.marker!r}), " if isinstance(inner, ProcessHead) else ""
+        sums = dict(zip(outputs[len(outputs) - len(head.weighted_sums) :], head.weighted_sums, strict=True))
+        again = f"{marker}output={chosen[0] if len(chosen) == 1 else tuple(chosen)!r}"
+        if sums.keys() & set(chosen):  # sums exist in memory only
+            calls = [f".output({dict(sums[name])!r})" for name in chosen if name in sums]
+            again = f"{marker}output='all', and call {' and '.join(calls)}"
         warnings.warn(
             f"save_pretrained: all outputs of the head were saved, and the reward here is {chosen}. Open the model "
-            f"again with {marker}output={chosen[0] if len(chosen) == 1 else tuple(chosen)!r}.",
+            f"again with {again}.",
             RMTensionWarning,
             stacklevel=4,
         )

@@ -135,6 +135,10 @@ class _Pass(Generic[Result_co]):
                 saved = Progress(self._work, self._statistic.state)
                 if saved.place:
                     self._record = PassRecord.read(self._work, saved.place)
+            if is_divided:
+                # Free memory decides the size, and the folder of a process keeps that of its first attempt.
+                what = "size of batches (a process that was interrupted keeps its own: begin in an empty work folder)"
+                self._shard.require_same(what, str(self._record.tokens_per_batch))
             self._run_batches(saved)
         if is_divided:
             self._record.merge_skipped(self._shard.texts)

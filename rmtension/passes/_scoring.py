@@ -76,7 +76,7 @@ def _require_no_prompt(model: RewardModel) -> None:
     if model.require_head().needs_prompt:
         raise OptionError(
             f"texts: a {type(model.head).__name__} reads the last token of the prompt, and a text by itself does not "
-            "say where its prompt ends. Score preference pairs: head.score_pairs(pairs)."
+            "say where its prompt ends. Use preference pairs: head.score_pairs(pairs), head.check(pairs)."
         )
 
 

@@ -216,6 +216,17 @@ class TestSaving:
         pairs = make_pairs(KINDS[KEPT[1]])
         assert torch.equal(again.score_pairs(pairs).margin, head.score_pairs(pairs).margin)
 
+    @pytest.mark.grid
+    def test_a_weighted_sum_of_outputs_must_be_made_again(self, folders, tmp_path):
+        weights = {"code-style": 1.0, "code-complexity": -0.5}
+        head = RewardHead.from_pretrained(folders(KEPT[1]), output="all").output(weights)
+        with pytest.warns(RMTensionWarning) as warned:
+            head.save_pretrained(tmp_path / "saved")
+        assert f"output='all', and call .output({weights})" in str(warned[0].message)
+        again = RewardHead.from_pretrained(tmp_path / "saved", output="all").output(weights)
+        pairs = make_pairs(KINDS[KEPT[1]])
+        assert torch.equal(again.score_pairs(pairs).margin, head.score_pairs(pairs).margin)
+
     @pytest.mark.parametrize(
         "kind", grid(["quantiles, second version", "normalised score head (reward)", "mean of rows"])
     )

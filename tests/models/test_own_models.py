@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from own_models import HAS_HOOKED_TRANSFORMER, KINDS, alone, make_own, ragged_ids, unembedding
+from safetensors.torch import save_file
 from tiny_models import grid, make_pairs
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -141,6 +142,23 @@ def test_a_permanent_ablation_equals_the_context_and_comes_back_from_a_folder(ki
     assert torch.equal(head.score_pairs(pairs).margin, plain)
 
 
+def test_a_saved_model_opens_with_another_head_and_output(tmp_path, monkeypatch):
+    """From the path of a file too, as a constructor takes it."""
+    head = open_own("native", make_own("native"))
+    head.save_pretrained(tmp_path / "model")
+    rows = torch.stack([head.weight, -2 * head.weight]).contiguous()
+    save_file({"score.weight": rows}, tmp_path / "rows.safetensors")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ids = torch.tensor([[3, 4, 5]])
+    expected = -2 * (head.score_tokens(ids) - head.bias)
+    for given in (rows, tmp_path / "rows.safetensors", str(tmp_path / "rows.safetensors")):
+        for opened in (
+            RewardHead.from_pretrained("~/model", head=given, output=1, dtype=torch.float64),
+            RewardHead(head.model, given, output=1, pad_token_id=head.pad_token_id),
+        ):
+            assert torch.allclose(opened.score_tokens(ids), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_seed_in_the_config_draws_nothing(kind, tmp_path):
     """Building a copy leaves the user's random numbers alone."""
@@ -172,8 +190,10 @@ def test_a_folder_that_does_not_belong_together_is_refused(kind, tmp_path):
     head = open_own(kind, make_own(kind))
     head.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
-    with pytest.raises(OptionError, match=r"dtype, device, tokenizer and head; got \['revision'\]"):
+    with pytest.raises(OptionError, match=r"dtype, device, tokenizer, head and output; got \['revision'\]"):
         RewardHead.from_pretrained(tmp_path, revision="main")
+    with pytest.raises(OptionError, match="with the weights that it was saved with"):
+        RewardHead.from_pretrained(tmp_path, process_weights=True)
     about = json.loads((tmp_path / "transformer_lens.json").read_text())
     for change, message in (
         ({"config": about["config"] | {"act_fn": "relu"}}, r"another residual stream.*saved with transformer-lens"),
