@@ -9,6 +9,7 @@ from rmtension.errors import OptionError
 from rmtension.plots._drawing import (
     GREY,
     Canvas,
+    as_text,
     colours,
     keep_within,
     looks,
@@ -132,7 +133,7 @@ def _name_spokes(axes: Any, spokes: list[tuple[str, str]], angles: np.ndarray) -
         sine = np.sin(angle)
         side = "center" if abs(sine) < 0.1 else ("left" if sine > 0 else "right")
         style = {"fontsize": 8, "color": palette[objective], "clip_on": False}
-        axes.text(angle, 1.13, readable(subset), ha=side, va="center", **style)
+        axes.text(angle, 1.13, as_text(readable(subset)), ha=side, va="center", **style)
     reach = 0.8 * np.pi / len(spokes)
     for objective in names:
         spokes_at = angles[[name == objective for name, _ in spokes]]
@@ -264,6 +265,6 @@ def transferability(
 def _named(rows: pd.DataFrame, column: str) -> list[str]:
     """Labels of the rows: objective, value of `column`, and n."""
     return [
-        sized(f"{objective}: {readable(name)}", n)
+        sized(f"{objective}: {as_text(readable(name))}", n)
         for objective, name, n in zip(rows["objective"], rows[column], rows["n"], strict=True)
     ]

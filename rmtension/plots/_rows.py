@@ -7,6 +7,7 @@ import pandas as pd
 
 from rmtension.errors import OptionError
 from rmtension.evaluation._intervals import check_level, pooled_over_seeds
+from rmtension.plots._drawing import as_text
 from rmtension.study._result import StudyResult, range_of
 
 Source = pd.DataFrame | StudyResult
@@ -131,7 +132,7 @@ class Rows:
             *how,
         ]
         second = "; ".join(part for part in parts if part)
-        first = f"{self.name}: {what}" if self.name else what
+        first = f"{as_text(self.name)}: {what}" if self.name else what
         return f"{first}\n{second[:1].upper()}{second[1:]}" if second else first
 
 

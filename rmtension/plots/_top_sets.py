@@ -105,7 +105,13 @@ def overlap(
                 y += 0.19 if without else -0.19
             color, marker, label = _LOOKS[bool(without)]
             band: dict[str, Any] = {"color": "#C4C4C4", "linewidth": 7, "zorder": 1}
-            axes.hlines(y, part["chance_low"], part["chance_high"], **band, label="chance within layers (95%)")
+            axes.hlines(
+                y,
+                part["chance_low"],
+                part["chance_high"],
+                **band,
+                label=f"chance within layers ({100 * rows.level:g}%)",
+            )
             axes.vlines(part["chance"], y - 0.13, y + 0.13, color="black", linewidth=1.2, zorder=2)
             dots(axes, part, y, color=color, marker=marker, label=label)
             _star(axes, part, y)
@@ -114,7 +120,7 @@ def overlap(
     for axes in canvas.panels:
         axes.margins(x=0.1)
         axes.set_xlim(left=0)
-    title = rows.title("Overlap of top sets", "*: 95% interval beyond chance excludes 0")
+    title = rows.title("Overlap of top sets", f"*: {100 * rows.level:g}% interval beyond chance excludes 0")
     return canvas.finish(title, [readable(name) for name in scores])
 
 

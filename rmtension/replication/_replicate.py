@@ -111,22 +111,19 @@ def replicate(
                 on_stage=tell,
                 on_log=on_log,
             )
+        by_rules = {"corrected": recipe.study, **({} if recipe.paper is None else {"published": recipe.paper})}
+        behaviour: dict[str, StudyResult] = {}
         with clock.stage("behaviour") as passes:
-            behaviour = _run(
-                TensionStudy(
+            for rules, options in by_rules.items():
+                study = TensionStudy(
                     families,
                     pairs.test,
                     scoring_pairs=pairs.parts["validation"],
-                    options=replace(recipe.study, analyses=BEHAVIOUR),
-                ),
-                out / "behaviour",
-                passes,
-                progress,
-            )
+                    options=replace(options, analyses=BEHAVIOUR),
+                )
+                behaviour[rules] = _run(study, out / "behaviour", passes, progress)
         studies: dict[str, StudyResult] = {}
-        for rules, options in (("corrected", recipe.study), ("published", recipe.paper)):
-            if options is None:
-                continue
+        for rules, options in by_rules.items():
             with clock.stage(f"{rules} rules") as passes:
                 study = TensionStudy(
                     families,
@@ -135,23 +132,24 @@ def replicate(
                     options=replace(options, analyses=analyses_of_neurons(options)),
                 )
                 found = _run(study, out / "study", passes, progress)
-                studies[rules] = StudyResult({**behaviour.tables, **found.tables}, found.summary)
+                studies[rules] = _joined(behaviour[rules], found)
                 studies[rules].save(out / rules, overwrite=True)
                 if rules == "corrected":
                     main = study
+        first = f"seed-{recipe.seeds[0]}"
         faithful = None
         if recipe.n_single:
             with clock.stage("faithfulness") as passes:
                 some = sampled(pairs.parts["evaluation"], recipe.n_faithful)
                 faithful = measure_faithfulness(
-                    families[0].mixed, some, recipe, out / "faithfulness", passes=passes, progress=progress
+                    families[0].mixed, some, recipe, out / "faithfulness" / first, passes=passes, progress=progress
                 )
         neurons = None
         if recipe.n_neurons:
             with clock.stage("neurons"):
-                kept = out / "neurons.json"
+                kept = out / "neurons" / f"{first}.json"
                 if not kept.exists():
-                    study_neurons(main, n=recipe.n_neurons, work=out / "neurons", progress=progress).save(kept)
+                    study_neurons(main, n=recipe.n_neurons, work=out / "neurons" / first, progress=progress).save(kept)
                 neurons = NeuronDashboards.load(kept)
                 if describe is not None:
                     head = RewardHead.from_pretrained(str(families[0].mixed))
@@ -227,6 +225,18 @@ def _run(study: TensionStudy, folder: Path, passes: dict[str, int], progress: bo
     passes["run"] += study.n_run
     passes["read"] += study.n_read
     return result
+
+
+def _joined(behaviour: StudyResult, of_neurons: StudyResult) -> StudyResult:
+    """One result of two studies with the same options: behaviour on all test pairs, neurons on some of them."""
+    summary = of_neurons.summary
+    options = {**summary["options"], "analyses": [*BEHAVIOUR, *summary["options"]["analyses"]]}
+    counts = {
+        name: {**part, "behaviour": behaviour.summary["pairs"][name]["evaluating"]}
+        for name, part in summary["pairs"].items()
+    }
+    summary = {**summary, "options": options, "pairs": counts}
+    return StudyResult({**behaviour.tables, **of_neurons.tables}, summary)
 
 
 def _overlap_trained(result: StudyResult, recipe: Recipe) -> pd.DataFrame | None:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from rmtension.evaluation._intervals import with_interval
 from rmtension.plots._rows import count
-from rmtension.report._main_findings import family_fingerprints, mean_row, side_of
+from rmtension.report._main_findings import family_fingerprints, mean_row, side_of, with_control
 from rmtension.report._tables import families_of, rows_of_family
 from rmtension.study._result import StudyResult
 
@@ -37,12 +37,12 @@ def answer_note(result: StudyResult) -> str:
     """What the sentences are about: the level of the intervals, the seeds, and the family if there are several."""
     families, level = families_of(result), result.summary["options"]["level"]
     seeds = sum(str(entry["family"]) == families[0] for entry in result.summary["families"])
-    over = "Intervals" if seeds == 1 else f"Means of {seeds} seeds; intervals"
+    over = "Intervals" if seeds == 1 else f"Means of {seeds} seeds. Intervals"
     score = str(result.summary["options"]["scores"][0]).replace("_", " ")
     sets = f"Top sets are by {score}; random sets are matched per layer."
-    note = (
-        f"{over} are {100 * level:g}% over prompts{', widened by the spread of the seeds' if seeds > 1 else ''}. {sets}"
-    )
+    spread = ", with the spread between seeds" if seeds > 1 else ""
+    chance = "those beyond chance are over random sets of neurons"
+    note = f"{over} are {100 * level:g}% over prompts{spread}; {chance}. {sets}"
     if len(families) > 1:
         note += f" The sentences and the figure are about the family {families[0]}; the table has all {len(families)}."
     return note
@@ -144,7 +144,7 @@ def _effects(result: StudyResult, family: str, name: str) -> list[Any] | None:
         matched = mean_row(result, family, "ablation", where | {"control": "magnitude"}, _BEYOND, ())
         table = rows_of_family(result, "ablation", family)
         sizes = table.loc[table["set"] == name, "size"].astype(int)
-        seeds = table[(table[list(where)] == pd.Series(where)).all(axis=1)]
+        seeds = with_control(table[(table[list(where)] == pd.Series(where)).all(axis=1)])
         alone = int(((seeds["beyond_low"] > 0) | (seeds["beyond_high"] < 0)).sum())
         values = {end: beyond[key] for end, key in zip(_BEYOND, ("value", "low", "high"), strict=True)}
         side = side_of(beyond["low"], beyond["high"])
@@ -180,9 +180,8 @@ def _random(rows: list[Any]) -> str:
         text += f"; beyond random sets of the same magnitude, it is {' and '.join(other)}"
     if rows[0]["n_seeds"] > 1:
         # With few seeds, the spread between them makes the interval of their mean wide.
-        text += (
-            f"; within single seeds it excludes 0 in {rows[0]['alone']} and {rows[1]['alone']} of {rows[0]['n_seeds']}"
-        )
+        alone = f"{rows[0]['alone']} and {rows[1]['alone']} of {rows[0]['n_seeds']}"
+        text += f"; within single seeds, the interval beyond random excludes 0 in {alone}"
     return f"{text})."
 
 

@@ -13,7 +13,7 @@ from rmtension import plots
 from rmtension.report._tables import SECTIONS, families_of, rows_of_family
 from rmtension.study._result import StudyResult
 
-NO_FIGURES = 'No figures: matplotlib is not installed. `pip install "rmtension[viz]"`, then `rmtension report`.'
+NO_FIGURES = "No figures: matplotlib is not installed. Install it (`pip install matplotlib`), and write the page again."
 _DPI = 144
 # Table -> file names, functions and arguments of its figures.
 _FIGURES: dict[str, tuple[tuple[str, Callable[..., Any], dict[str, str]], ...]] = {

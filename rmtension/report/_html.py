@@ -155,10 +155,13 @@ def _code(result: StudyResult, neurons: NeuronDashboards | None) -> str:
         paths.append('"base"' if family["base"] else "None")
         families.append(f"    ModelFamily({', '.join(paths)}, name={name!r}, seed={seed}),")
     has_outputs = any(family.get("outputs") for family in result.summary["families"])
-    pairs = [
-        f'    "{name}": PreferencePairs.read("{name}.jsonl"),  # {part["scoring"]} + {part["evaluating"]} pairs'
-        for name, part in result.summary["pairs"].items()
-    ]
+    is_halved = result.summary.get("halved", True)
+    pairs, scoring = [], []
+    for name, part in result.summary["pairs"].items():
+        n = f"{part['scoring']} + {part['evaluating']}" if is_halved else part["evaluating"]
+        pairs.append(f'    "{name}": PreferencePairs.read("{name}.jsonl"),  # {n} pairs')
+        scoring.append(f'    "{name}": PreferencePairs.read("{name}-scoring.jsonl"),  # {part["scoring"]} pairs')
+    given = "" if is_halved else ", scoring_pairs=scoring_pairs"
     lines = [
         f"# rmtension {result.summary['version']}",
         "from rmtension import PreferencePairs, StudyOptions, TensionStudy",
@@ -171,8 +174,9 @@ def _code(result: StudyResult, neurons: NeuronDashboards | None) -> str:
         "pairs = {",
         *pairs,
         "}",
+        *([] if is_halved else ["scoring_pairs = {", *scoring, "}"]),
         f"options = StudyOptions(\n{options},\n)",
-        "study = TensionStudy(families, pairs, options=options)",
+        f"study = TensionStudy(families, pairs{given}, options=options)",
         'result = study.run(folder="study")',
         'result.save("study", overwrite=True)',
     ]

@@ -80,11 +80,11 @@ def _leading_picture(inspection: ModelInspection) -> Picture | None:
     # Without groups there is one row, which needs no second name.
     named = shown[shown["group"] != ALL] if len(groups) > 1 else shown
     size = shown["size"].max()
-    n_sets = inspection.tables["effects"]["set"].nunique()
+    n_sets = len(own_effects(effects))
     which = (
         "each group's top set"
         if len(sets) == n_sets
-        else f"{len(sets)} of {n_sets} sets, those with the largest effects"
+        else f"{len(sets)} of {n_sets} groups' top sets, those with the largest effects"
     )
     title = (
         f"Effect of ablating {which} (at most {size:,} neurons)\n"

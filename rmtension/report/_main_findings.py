@@ -1,8 +1,11 @@
 """The main numbers of a study, each with its interval, control and n; and the questions they leave open."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+
+import pandas as pd
 
 from rmtension.errors import OptionError
 from rmtension.evaluation._intervals import with_interval
@@ -108,6 +111,7 @@ def unconcluded(result: StudyResult, listed: list[Finding]) -> list[str]:
         )
     if not all(family["base"] for family in result.summary["families"]):
         lines.append("There is no base model, so overlap that is inherited from the base cannot be separated.")
+    lines += _without_control(result)
     left = [name for name in _ANALYSES if name not in result.summary["options"]["analyses"]]
     if left:
         lines.append(f"These analyses were not run: {', '.join(left)}.")
@@ -186,8 +190,10 @@ def _of_family(result: StudyResult, family: str) -> Iterator[Finding]:
                 answer = number(
                     question.format(objective), f"change of the margin beyond random ({control})",
                     "ablation", where, ("beyond_random", "beyond_low", "beyond_high"), "random_effect", "effect",
+                    "size",
                 )  # fmt: skip
-                if answer:
+                # Without neurons, or without random sets of their size, there is nothing to compare.
+                if answer and answer[1]["size"] and not math.isnan(answer[1]["random_effect"]):
                     row = answer[1]
                     text = f"without them {row['effect']:+.3f}, random sets {row['random_effect']:+.3f}"
                     compared.append(Finding(**answer[0], control=text))
@@ -201,12 +207,34 @@ def _of_family(result: StudyResult, family: str) -> Iterator[Finding]:
     answer = number(
         "Does ablating shared neurons cost one objective more?", "retained share of the margin, helpful - harmless",
         "collapse", where, ("difference", "difference_low", "difference_high"), "retained_helpful", "retained_harmless",
+        "size",
     )  # fmt: skip
-    if answer:
+    if answer and answer[1]["size"]:
         row = answer[1]
         control = f"retained: helpful {row['retained_helpful']:.3f}, harmless {row['retained_harmless']:.3f}"
         n = " and ".join(str(part["evaluating"]) for part in result.summary["pairs"].values())
         yield Finding(**answer[0] | {"n": n}, control=control)
+
+
+def _without_control(result: StudyResult) -> Iterator[str]:
+    """A sentence for every set of the findings that is empty, or of whose size no random sets could be drawn."""
+    if "ablation" not in result.tables:
+        return
+    rows = result.tables["ablation"]
+    rows = rows[rows["set"].isin(["mixed top", "shared"]) & (rows["quantity"] == "margin")]
+    for (name, family), part in rows.groupby(["set", "family"], sort=False):
+        about = f"{family}: " if len(families_of(result)) > 1 else ""
+        if not part["size"].any():
+            yield f"{about}The set '{name}' has no neurons, so nothing was ablated."
+            continue
+        for control, of_control in part.groupby("control", sort=False):
+            failed = of_control[of_control["random_effect"].isna() & (of_control["size"] > 0)]
+            if len(failed):
+                seeds = sorted(set(failed["seed"]))
+                yield (
+                    f"{about}For the set '{name}' of seed {', '.join(map(str, seeds))}, too few other neurons are left "
+                    f"in its layers for random sets ({control}), so its effect has no such control there."
+                )
 
 
 def mean_row(
@@ -217,14 +245,25 @@ def mean_row(
     columns: tuple[str, str, str],
     extra: tuple[str, ...],
 ) -> Any:
-    """The mean over seeds of the row that `where` selects; None if the study has no such row."""
+    """The mean over seeds of the row that `where` selects; None if the study has no such row.
+
+    Seeds without a control are left out if others have one, so that all numbers of the row are of the same seeds.
+    """
     if table not in result.tables:
         return None
     try:
         rows = Rows.of(result, table, (*where, *columns, *extra), family=family).where(**where)
     except OptionError:
         return None
+    rows = replace(rows, frame=with_control(rows.frame))
     return rows.means(list(where), *columns, extra=extra).iloc[0]
+
+
+def with_control(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose random sets could be drawn; all of them if that is true of none, or if they have no such sets."""
+    if "random_effect" not in rows or rows["random_effect"].isna().all():
+        return rows
+    return rows[rows["random_effect"].notna()]
 
 
 def family_fingerprints(result: StudyResult, family: str) -> list[dict[str, str]]:

@@ -199,5 +199,5 @@ def _frame(frame: pd.DataFrame | None) -> dict[str, Any] | None:
 def _figure(picture: Picture) -> dict[str, Any]:
     width, height = (round(_SHOWN * inches) for inches in picture.inches)
     png = base64.b64encode(picture.png).decode()
-    alt = f"{picture.caption}. {picture.rest} The table below has its numbers."
+    alt = f"{picture.caption}. {picture.rest}".strip()
     return {"png": png, "width": width, "height": height, "alt": alt, "caption": picture.caption}

@@ -61,9 +61,10 @@ def notes(result: StudyResult) -> list[str]:
             lines.append(f"The models of family {name} are outputs of one model, with the same activations: {named}.")
     for name, part in summary["pairs"].items():
         cut = "it is not known how many" if part["prompts_cut"] is None else part["prompts_cut"]
+        behaviour = f"; accuracies are of {part['behaviour']} pairs, with those" if "behaviour" in part else ""
         lines.append(
             f"Pairs, {name}: {part['scoring']} score neurons, {part['evaluating']} others evaluate "
-            f"({part['identical_responses']} with identical responses, {cut} prompts cut)."
+            f"({part['identical_responses']} with identical responses, {cut} prompts cut){behaviour}."
         )
     lines += [
         f"Neurons: top {100 * options['fraction']:g}% by {', '.join(options['scores'])} (ranked by "

@@ -28,13 +28,19 @@ def findings(tables: Mapping[str, pd.DataFrame]) -> list[str]:
 def undecided(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """What the pairs do not show, as sentences."""
     own = own_effects(tables["effects"])
-    sentences = [
-        f"{row['group']}: without its top set, the margin changes by "
-        f"{_interval(row, 'beyond_random', abs(row['before']), 'beyond_low', 'beyond_high')} beyond random sets "
-        f"(n = {row['n']}), so these pairs do not show a direction."
-        for row in own.to_dict("records")
-        if row["size"] and not (row["beyond_low"] > 0 or row["beyond_high"] < 0)
-    ]
+    sentences = []
+    for row in own.to_dict("records"):
+        if row["size"] and pd.isna(row["random_effect"]):
+            sentences.append(
+                f"{row['group']}: too few neurons outside its top set are left in its layers for random sets of that "
+                "size, so its effect has no control."
+            )
+        elif row["size"] and not (row["beyond_low"] > 0 or row["beyond_high"] < 0):
+            beyond = _interval(row, "beyond_random", abs(row["before"]), "beyond_low", "beyond_high")
+            sentences.append(
+                f"{row['group']}: without its top set, the margin changes by {beyond} beyond random sets "
+                f"(n = {row['n']}), so these pairs do not show a direction."
+            )
     notes = tables["groups"].drop_duplicates("group")
     sentences += [
         f"{row['group']} ({row['n']} pairs): {row['note']}." for row in notes.to_dict("records") if row["note"]

@@ -19,6 +19,10 @@ from rmtension.store._files import filled_whole
 Tables = dict[str, pd.DataFrame]
 
 _SUMMARY = "summary.json"
+# What `write_report` adds to the folder of a study.
+_PAGES = ("neurons.json", "report.html", "report.md")
+# Columns with names that pairs or users give, which may look like numbers.
+_NAMES = {"family": str, "subset": str, "id": str}
 _N_LISTED = 12  # columns of a table that the HTML view in notebooks lists
 TABLES = (
     "accuracy", "subsets", "comparisons", "transferability", "confidence", "rewards", "neurons", "sets", "stability",
@@ -152,14 +156,16 @@ class StudyResult:
         if not current().is_first:
             return Path(folder)
         folder = require_no_study(folder, overwrite=overwrite)
-        # Tables left by an earlier study would look like tables of this study.
+        # Tables, neurons and pages left by an earlier study would look like those of this study.
         names = [f"{name}{end}.csv" for name in TABLES for end in ("", "_over_seeds")]
+        written = {**self.summary, "tables": list(self.tables)}
+        if _read_summary(folder) != json.loads(json.dumps(written)):
+            names += _PAGES
         with filled_whole(folder, "study", seal=_SUMMARY, replaced=names) as filling:
             for table, frame in self.tables.items():
                 frame.to_csv(filling / f"{table}.csv", index=False)
                 if self.n_seeds > 1 and table in POOLED:
                     self.over_seeds(table).to_csv(filling / f"{table}_over_seeds.csv", index=False)
-            written = {**self.summary, "tables": list(self.tables)}
             (filling / _SUMMARY).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         return folder
 
@@ -171,7 +177,7 @@ class StudyResult:
             summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
             names = summary.pop("tables")
             tables = {
-                name: pd.read_csv(folder / f"{name}.csv", keep_default_na=False, na_values=[""])
+                name: pd.read_csv(folder / f"{name}.csv", dtype=_NAMES, keep_default_na=False, na_values=[""])
                 for name in TABLES
                 if name in names
             }
@@ -183,6 +189,14 @@ class StudyResult:
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise StorageError(f"{folder} has no finished study ({error}). Run the study again.") from error
         return cls(tables=tables, summary=summary)
+
+
+def _read_summary(folder: Path) -> object:
+    """The summary of the study that a folder holds; None if there is none, or if it cannot be read."""
+    try:
+        return json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def range_of(column: str, row: Mapping[str, Any]) -> tuple[float, float]:

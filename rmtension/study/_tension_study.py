@@ -70,6 +70,7 @@ class TensionStudy:
             raise OptionError("rules: expected options or rules, got both. Use StudyOptions.of(rules, ...).")
         self.options = options or StudyOptions.of(rules or "corrected")
         self.families = _families(models, base)
+        self._are_halved = scoring_pairs is None
         _require_names("pairs", pairs, OBJECTIVES)
         if scoring_pairs is None:
             self.scoring, self.evaluating = _halves(pairs, self.options.seed)
@@ -83,6 +84,12 @@ class TensionStudy:
                 f"scoring_pairs: {len(both)} prompts are in `pairs` too, so effects would be measured on pairs that "
                 "selected the neurons. Divide the pairs with PreferencePairs.split."
             )
+        for name, part in self.evaluating.items():
+            if "all" in part.subsets:
+                raise OptionError(
+                    f"pairs: the {name} pairs have a subset 'all', which is the name of the rows of all pairs in the "
+                    "tables. Give it another name."
+                )
         if any(family.outputs is not None for family in self.families):
             self.options = _options_of_outputs(self.options)
         for family in self.families:
@@ -163,7 +170,8 @@ class TensionStudy:
                     for table, frame in ANALYSES[analysis](member).items():
                         parts.setdefault(table, []).append(_labelled(frame, family))
                 provenance[f"{family.name} {family.seed}"] = member.provenance()
-                cut |= member.prompts_cut()
+                for name, n_cut in member.prompts_cut().items():
+                    cut[name] = max(n_cut, cut.get(name, 0))
                 member.close()
             if "overlap" in options.analyses:
                 parts["overlap"] += self._between_seeds(members, overlap_with)
@@ -222,12 +230,13 @@ class TensionStudy:
                 for family in self.families
             ],
             "models": provenance,
+            "halved": self._are_halved,
             "pairs": {
                 name: {
                     "scoring": len(self.scoring[name]),
                     "evaluating": len(self.evaluating[name]),
                     "identical_responses": self.evaluating[name].n_ties,
-                    # None if no rewards were computed; models of one base have the same context.
+                    # The largest number of any base, whose context is the shortest; None if no rewards were computed.
                     "prompts_cut": cut.get(name),
                     "digest": self.evaluating[name].digest,
                 }

@@ -210,6 +210,15 @@ class TestDots:
         (axes,) = plots.comparisons(study, objective="harmless").axes
         assert len(row_names(axes)) == 3
 
+    def test_names_with_dollar_signs_are_drawn_as_they_are(self, study):
+        """matplotlib reads what is between two of them as a formula, and some formulas are errors."""
+        name = "costs $5_{ or $6"
+        table = study.comparisons.assign(subset=name, family=name)
+        figure = plots.comparisons(pd.concat([table, table.assign(family="other")]), family=name)
+        figure.canvas.draw()
+        assert r"costs \$5" in figure.get_suptitle()
+        assert all(r"costs \$5" in label.get_text() for label in figure.axes[0].get_yticklabels())
+
     def test_a_subset_called_none_survives_a_csv(self, study, tmp_path):
         table = study.comparisons.replace("chat", "None")
         table.to_csv(tmp_path / "table.csv", index=False)

@@ -77,7 +77,10 @@ def main() -> None:
     head = RewardHead.from_pretrained(folder)
     statistics = ActivationCollector(head).collect(both, progress=False)
     means = Mean(statistics)
-    rankings = {name: NeuronScores.load(options.out / "faithfulness" / f"{name}.safetensors") for name in METHODS}
+    rankings = {
+        name: NeuronScores.load(options.out / "faithfulness" / f"seed-{recipe.seeds[0]}" / f"{name}.safetensors")
+        for name in METHODS
+    }
     areas, curves = [], []
     for name, replacement in (("mean", means), ("zero", Zero())):
         found = kept_curves(head, both, rankings, replacement, fractions=FRACTIONS, n_random=1, progress=False)

@@ -72,6 +72,11 @@ def test_all_stages_run_and_leave_their_results(place, done):
         n_test = counts[name, "scoring"] + counts[name, "evaluation"]
         assert (accuracy.query(f"objective == '{name}'")["n"] == n_test).all()
         assert found.corrected.summary["pairs"][name]["evaluating"] == 20
+        assert found.corrected.summary["pairs"][name]["behaviour"] == n_test
+    for result, tie_value in ((found.corrected, 0.5), (found.paper, 0.0)):
+        assert result.summary["options"]["tie_value"] == tie_value
+        assert {"accuracy", "transferability", "causality"} <= set(result.summary["options"]["analyses"])
+    assert "scoring_pairs = {" in (place / "out" / "corrected" / "report.html").read_text()
 
 
 def test_a_second_run_reads_everything_and_runs_nothing(place, done, monkeypatch):
@@ -90,9 +95,9 @@ def test_neurons_may_be_described_later(place, done, monkeypatch):
     """Neurons of this model fire everywhere, so that no description can be scored; test_describe.py has others."""
     monkeypatch.setattr("rmtension.replication._replicate.write_report", lambda *_, **__: None)
     recipe = read_recipe(place / "recipe.yaml")
-    assert NeuronDashboards.load(place / "out" / "neurons.json").descriptions.empty
+    assert NeuronDashboards.load(place / "out" / "neurons" / "seed-0.json").descriptions.empty
     replicate(recipe, place / "out", describe=lambda question: "no", progress=False)
-    described = NeuronDashboards.load(place / "out" / "neurons.json").descriptions
+    described = NeuronDashboards.load(place / "out" / "neurons" / "seed-0.json").descriptions
     assert described["reason"].str.startswith("too few texts").all()
     assert len(described) == recipe.n_neurons
 

@@ -13,6 +13,7 @@ from rmtension import StudyResult
 from rmtension.report._answer import answer_note, answer_sentences
 from rmtension.report._figures import Picture
 from rmtension.report._html import study_page
+from rmtension.report._main_findings import findings, unconcluded
 from rmtension.report._page import (
     Answer,
     Dashboards,
@@ -188,7 +189,9 @@ def test_several_seeds_are_counted_one_by_one():
             rows = table["set"].eq("mixed top") & table["seed"].eq(seed) & table["objective"].eq(objective)
             table.loc[rows, ["beyond_random", "beyond_low", "beyond_high"]] = (value, value - 0.2, value + 0.2)
     sentence = answer_sentences(StudyResult(result.tables | {"ablation": table}, result.summary))[0]
-    assert sentence.endswith("; both intervals contain 0; within single seeds it excludes 0 in 3 and 1 of 3).")
+    assert sentence.endswith(
+        "; both intervals contain 0; within single seeds, the interval beyond random excludes 0 in 3 and 1 of 3)."
+    )
 
 
 def test_a_set_without_control_or_without_neurons_is_said(study):
@@ -198,6 +201,34 @@ def test_a_set_without_control_or_without_neurons_is_said(study):
     own, shared, *_ = answer_sentences(StudyResult(study.tables | {"ablation": table}, study.summary))
     assert own.endswith("too few neurons are left for random sets of this size, so there is no control.")
     assert shared == "No neuron is in the top sets of both specialists, so there are no shared neurons to ablate."
+
+
+def test_numbers_are_of_the_seeds_that_have_random_sets():
+    """The set of seed 1 fills a layer: all numbers of the sentence are of seeds 0 and 2, and the page says so."""
+    result = with_own_top(hand_made_study())
+    table = result.ablation.copy()
+    rows = table["set"].eq("mixed top") & table["seed"].eq(1)
+    table.loc[rows, ["random_effect", "beyond_random", "beyond_low", "beyond_high"]] = np.nan
+    failed = StudyResult(result.tables | {"ablation": table}, result.summary)
+    others = StudyResult(result.tables | {"ablation": table[~rows]}, result.summary)
+    assert answer_sentences(failed)[0] == answer_sentences(others)[0] != answer_sentences(result)[0]
+    assert [str(one) for one in findings(failed)] == [str(one) for one in findings(others)]
+    said = [line for line in unconcluded(failed, findings(failed)) if "'mixed top' of seed 1, too few other" in line]
+    assert len(said) == table["control"].nunique()
+
+
+def test_nothing_is_found_about_an_empty_set_or_without_a_control(study):
+    table = study.ablation.copy()
+    table.loc[table["set"] == "mixed top", ["random_effect", "beyond_random", "beyond_low", "beyond_high"]] = np.nan
+    table.loc[table["set"] == "shared", "size"] = 0
+    collapse = study.collapse.assign(size=study.collapse["size"].where(study.collapse["set"] != "shared", 0))
+    result = StudyResult(study.tables | {"ablation": table, "collapse": collapse}, study.summary)
+    listed = findings(result)
+    assert not [one for one in listed if "margin" in one.quantity]
+    assert [one for one in findings(study) if "margin" in one.quantity]
+    lines = " ".join(unconcluded(result, listed))
+    assert "The set 'shared' has no neurons, so nothing was ablated." in lines
+    assert "nan" not in lines
 
 
 def test_sentences_use_no_verdict_words_and_no_negative_zero(study):

@@ -409,6 +409,14 @@ class TestRules:
 
 
 class TestResult:
+    def test_names_that_look_like_numbers_stay_names(self, result, tmp_path):
+        tables = {"subsets": result.subsets.assign(family="01", subset="1.10")}
+        families = [family | {"family": "01"} for family in result.summary["families"]]
+        StudyResult(tables, result.summary | {"families": families}).save(tmp_path)
+        loaded = StudyResult.load(tmp_path)
+        assert set(loaded.subsets["family"]) == {"01"}
+        assert set(loaded.subsets["subset"]) == {"1.10"}
+
     def test_saved_studies_load_equal_and_are_not_overwritten(self, result, tmp_path):
         result.save(tmp_path / "study")
         loaded = StudyResult.load(tmp_path / "study")
@@ -424,7 +432,12 @@ class TestResult:
         assert [path.name for path in (tmp_path / "study2").glob("*.csv")] == ["sets.csv"], "nothing stale is left"
         with pytest.raises(StorageError, match="already holds a study"):
             result.save(tmp_path / "study")
+        (tmp_path / "study" / "neurons.json").write_text("{}")
         result.save(tmp_path / "study", overwrite=True)
+        assert (tmp_path / "study" / "neurons.json").exists(), "of the same study"
+        other = StudyResult(result.tables, result.summary | {"version": "another"})
+        other.save(tmp_path / "study", overwrite=True)
+        assert not (tmp_path / "study" / "neurons.json").exists(), "neurons of another study"
         with pytest.raises(StorageError, match="has no finished study"):
             StudyResult.load(tmp_path)
         with pytest.raises(OptionError, match="table"):
@@ -510,6 +523,19 @@ class TestArguments:
 
 
 @pytest.mark.grid
+def test_a_subset_may_not_have_the_name_of_all_pairs(world, families):
+    named = {name: PreferencePairs(replace(pair, subset="all") for pair in part) for name, part in world.items()}
+    with pytest.raises(OptionError, match="the helpful pairs have a subset 'all'"):
+        TensionStudy(families, named)
+
+
+def test_models_that_skip_pairs_are_refused(world, families):
+    """The pairs of all models are compared one by one."""
+    head = RewardHead.from_pretrained(families[0].mixed, on_nonfinite="skip")
+    with pytest.raises(OptionError, match="got one that skips such pairs"):
+        TensionStudy(dict.fromkeys(("helpful", "harmless", "mixed"), head), world, options=OPTIONS).run(progress=False)
+
+
 def test_where_there_is_nothing_to_find():
     """A small part of `tests/programs/null_control.py` (docs/controls.md has the whole): 2 studies with random labels.
 

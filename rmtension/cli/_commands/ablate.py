@@ -150,8 +150,7 @@ def _text(data: dict[str, Any], table: "pd.DataFrame") -> str:
     what = "zero" if data["replacement"] == "zero" else "their means"
     lines = [
         f"{data['n_neurons']:,} {data['neurons']['site']} neurons replaced by {what} at {data['positions']} tokens of "
-        f"{data['n_pairs']:,} pairs"
-        + (f"; {data['draws']} random sets of as many neurons per layer." if data["draws"] else "."),
+        f"{data['n_pairs']:,} pairs" + _control(data["draws"], table),
         *skipped_lines(data["skipped"]),
     ]
     for quantity in ("accuracy", "margin"):
@@ -159,6 +158,15 @@ def _text(data: dict[str, Any], table: "pd.DataFrame") -> str:
     written = [f"{name} to {data[name]}" for name in ("table", "figure") if data[name] is not None]
     written += [f"ablated model to {data['saved']}"] if data["saved"] is not None else []
     return "\n".join([*lines, *([f"\nWritten: {', '.join(written)}."] if written else [])])
+
+
+def _control(n_draws: int, table: "pd.DataFrame") -> str:
+    """The end of the first line: the random sets that the effects are compared with."""
+    if not n_draws:
+        return "."
+    if table["random_effect"].isna().all():
+        return ". Too few other neurons are left in their layers for random sets of that size, so there is no control."
+    return f"; {n_draws} random sets of as many neurons per layer."
 
 
 def _shown(rows: "pd.DataFrame") -> "pd.DataFrame":

@@ -108,10 +108,12 @@ def _config(options: Namespace) -> Any:
                 "--help."
             )
         return make_config(values, folder=Path(), where="command line")
-    for name in ("models", "pairs"):
-        if name in values:
-            raise OptionError(f"--{name}: {options.config} names {name} too. Pass the file or the flags, not both.")
     written = read_yaml(options.config)
+    for name, flags in (("models", "--helpful, --harmless, --mixed, --base, --model, --outputs"), ("pairs", "--pairs")):
+        if name in values:
+            raise OptionError(
+                f"{flags}: not with a file ({options.config}). Name {name} in the file, or pass flags only."
+            )
     if "options" in values and isinstance(written.get("options"), dict):
         values["options"] = written["options"] | values["options"]
     if "out" in values:
