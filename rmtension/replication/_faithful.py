@@ -80,11 +80,14 @@ def measure_faithfulness(
         level=options.level,
         progress=progress,
     )
-    sets = _planned_sets(scores, recipe.n_sets)
-    table = _effects_of_sets(runs, both, sets, scores, replacement)
+    table = agreement = pd.DataFrame()
+    if recipe.n_sets:
+        sets = _planned_sets(scores, recipe.n_sets)
+        table = _effects_of_sets(runs, both, sets, scores, replacement)
+        agreement = _agreement(table, options.level)
     passes["run"] += runs.n_run
     passes["read"] += runs.n_read
-    result = Faithful(found.summary, found.neurons, table, _agreement(table, options.level))
+    result = Faithful(found.summary, found.neurons, table, agreement)
     for name, frame in vars(result).items():
         frame.to_csv(folder / f"{name}.csv", index=False)
     return result

@@ -65,6 +65,13 @@ class Recipe:
             raise OptionError(f"pairs: expected files of {list(OBJECTIVES)}, got {dict(self.pairs)}.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise OptionError(f"seeds: expected one or several different numbers, got {list(self.seeds)}.")
+        numbers = [each.name for each in fields(self) if each.type in ("int", "float", int, float)]
+        for name in numbers:
+            value = getattr(self, name)
+            is_share = name.endswith("_share")
+            if isinstance(value, bool) or not isinstance(value, int | float if is_share else int):
+                kind = "number" if is_share else "whole number"
+                raise OptionError(f"{name}: expected a {kind}, got {value!r:.80}.")
         for name in ("test_share", "validation_share"):
             if not 0 < getattr(self, name) < 1:
                 raise OptionError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}.")
@@ -93,7 +100,10 @@ def read_recipe(path: str | Path, changes: Mapping[str, Any] | None = None) -> R
         1.0
     """
     path = Path(path)
-    values = {**load_yaml(path), **(changes or {})}
+    written = load_yaml(path)
+    if not isinstance(written, Mapping):
+        raise OptionError(f"{path}: expected a mapping with the fields of a recipe, got {type(written).__name__}.")
+    values = {**written, **(changes or {})}
     return make_recipe(values, folder=path.parent, where=str(path))
 
 
@@ -107,6 +117,8 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str) -> Recip
         for name, listed in checked_mapping(given["pairs"], f"{where}: pairs", OBJECTIVES).items()
     }
     if "seeds" in given:
+        if not isinstance(given["seeds"], list | tuple) or not all(type(seed) is int for seed in given["seeds"]):
+            raise OptionError(f"{where}: seeds: expected a list of whole numbers, got {given['seeds']!r:.80}.")
         given["seeds"] = tuple(given["seeds"])
     length = given.get("max_length", Recipe.max_length)
     given["training"] = _training(given.get("training") or {}, length, f"{where}: training")

@@ -55,7 +55,7 @@ def collapse(ablations: Ablations, sets: Mapping[str, NeuronSet]) -> pd.DataFram
                     f"retained_{objective}": observed[number],
                     f"retained_{objective}_low": low,
                     f"retained_{objective}_high": high,
-                    f"spread_{objective}": _spread(after[objective]) / _spread(before[objective]),
+                    f"spread_{objective}": _retained_spread(after[objective], before[objective]),
                 }
             low, high = percentile_interval(draws[:, 0] - draws[:, 1], ablations.level)
             gap = {"difference": observed[0] - observed[1], "difference_low": low, "difference_high": high}
@@ -210,5 +210,7 @@ def _retained(
     return observed.tolist(), ratios
 
 
-def _spread(scored: PairRewards) -> float:
-    return float(torch.cat([scored.chosen, scored.rejected]).double().std())
+def _retained_spread(after: PairRewards, before: PairRewards) -> float:
+    """The standard deviation of all rewards, as a share of that before; NaN if all were equal."""
+    now, then = (torch.cat([scored.chosen, scored.rejected]).double().std() for scored in (after, before))
+    return float(now / then) if then else math.nan

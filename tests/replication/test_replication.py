@@ -132,6 +132,9 @@ def test_no_prompt_is_in_two_splits(place, done):
         ({"test_share": 1.0}, OptionError, "between 0 and 1"),
         ({"n_evaluating": 0}, OptionError, "at least 1"),
         ({"base": None}, OptionError, "'base' is missing"),
+        ({"seeds": 0}, OptionError, "seeds: expected a list of whole numbers, got 0"),
+        ({"test_share": "0.2"}, OptionError, "test_share: expected a number, got '0.2'"),
+        ({"jobs": 1.5}, OptionError, "jobs: expected a whole number, got 1.5"),
     ],
 )
 def test_wrong_recipes_are_refused(change, error, message, place):
