@@ -15,7 +15,13 @@ from rmtension.training._select_pairs import select_pairs
 from rmtension.training._side_by_side import run_side_by_side
 from rmtension.training._train_base_model import train_base_model
 from rmtension.training._train_tokenizer import train_tokenizer
-from rmtension.training._trainer_run import digest_of_texts, is_finished, require_free, require_package
+from rmtension.training._trainer_run import (
+    digest_of_config,
+    digest_of_texts,
+    is_finished,
+    require_free,
+    require_package,
+)
 
 
 @dataclass(frozen=True)
@@ -116,16 +122,9 @@ def train_families(
     ]
     keeps = resume and not overwrite
     texts = sorted({pair.text("chosen") for part in pairs.values() for pair in part}) if base is None else []
-    has_base = base is not None or (
-        keeps
-        and is_finished(
-            start,
-            {"seed": first_seed, "epochs": chosen.base_epochs, "learning_rate": chosen.base_learning_rate},
-            data=digest_of_texts(texts),
-        )
-    )
+    has_base = base is not None or (keeps and _is_trained_base(start, texts, chosen, first_seed))
     digest = digest_of_folder(start) if keeps and start.is_dir() else None
-    missing = [training for training in trainings if not (keeps and _is_trained(training, digest))]
+    missing = [training for training in trainings if not (keeps and _is_trained(training, base, digest))]
     if jobs > 1:
         # Side by side, all end soon if the longest begins first; one seed after the other.
         missing.sort(key=lambda training: (list(roots).index(training.seed), -len(training.arguments["pairs"])))
@@ -140,7 +139,7 @@ def train_families(
         tell("base", first_seed)
         _train_family_base(texts, start, chosen, first_seed, progress, overwrite)
     # Kept until all models are trained, because the models have prompts in common.
-    streams = first_root / "streams"
+    streams = None if chosen.reward_trained_layers is None else first_root / ".streams"
     run_side_by_side(
         [
             {
@@ -148,7 +147,7 @@ def train_families(
                 "base": str(start),
                 "progress": progress,
                 "overwrite": overwrite,
-                "streams": streams if chosen.reward_trained_layers is not None else None,
+                "streams": streams,
                 "work": training.folder.with_name(f"{training.name}-training") if keeps else None,
             }
             for training in missing
@@ -158,7 +157,8 @@ def train_families(
         on_start=lambda number: tell(missing[number].name, missing[number].seed),
         on_log=on_log or (lambda label, line: None),
     )
-    shutil.rmtree(streams, ignore_errors=True)
+    if streams is not None:
+        shutil.rmtree(streams, ignore_errors=True)
     return {
         seed: {"base": start, **{training.name: training.folder for training in trainings if training.seed == seed}}
         for seed in roots
@@ -194,22 +194,57 @@ def _trainings(
         yield _Training(name, {"pairs": data, "output_dir": root / name, "validation": joined, **options})
 
 
-def _is_trained(training: _Training, base_digest: str | None) -> bool:
-    """Whether the folder holds this model; raises `StorageError` for another one. The base may be a hub name: None."""
+def _is_trained(training: _Training, base: str | Path | None, base_digest: str | None) -> bool:
+    """Whether the folder holds this model; raises `StorageError` for another one. A hub name has no digest: None."""
     options = training.arguments
+    validation = options["validation"]
     # As the record writes them, in JSON.
     compared = {
         name: str(value) if isinstance(value, torch.dtype) else value
         for name, value in options.items()
         if name not in ("pairs", "output_dir", "validation")
     }
-    of_base = {} if base_digest is None else {"base_digest": base_digest}
-    return is_finished(training.folder, compared, data=options["pairs"].digest, **of_base)
+    of_base = {"base": str(base)} if base_digest is None else {"base_digest": base_digest}
+    held_digest = None if validation is None else validation.digest
+    return is_finished(training.folder, compared, data=options["pairs"].digest, validation=held_digest, **of_base)
+
+
+def _is_trained_base(folder: Path, texts: Sequence[str], settings: FamilySettings, seed: int) -> bool:
+    """Whether the folder holds this base; raises `StorageError` for another one."""
+    if not folder.exists():
+        return False
+    options = {
+        "seed": seed,
+        "epochs": settings.base_epochs,
+        "learning_rate": settings.base_learning_rate,
+        "batch_size": settings.base_batch_size,
+        "max_length": settings.max_length,
+    }
+    _, config = _new_base(texts, settings)
+    return is_finished(folder, options, data=digest_of_texts(texts), config=digest_of_config(config))
 
 
 def _train_family_base(
     texts: Sequence[str], folder: Path, settings: FamilySettings, seed: int, progress: bool | None, overwrite: bool
 ) -> None:
+    tokenizer, config = _new_base(texts, settings)
+    train_base_model(
+        texts,
+        config,
+        tokenizer,
+        folder,
+        seed=seed,
+        epochs=settings.base_epochs,
+        learning_rate=settings.base_learning_rate,
+        batch_size=settings.base_batch_size,
+        max_length=settings.max_length,
+        progress=progress,
+        overwrite=overwrite,
+    )
+
+
+def _new_base(texts: Sequence[str], settings: FamilySettings) -> tuple[Any, Any]:
+    """The tokenizer of a base that is trained on these texts, and its config."""
     from transformers import GPT2Config
 
     tokenizer = train_tokenizer(texts, settings.vocab_size, max_length=settings.max_length)
@@ -227,16 +262,4 @@ def _train_family_base(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    train_base_model(
-        texts,
-        config,
-        tokenizer,
-        folder,
-        seed=seed,
-        epochs=settings.base_epochs,
-        learning_rate=settings.base_learning_rate,
-        batch_size=settings.base_batch_size,
-        max_length=settings.max_length,
-        progress=progress,
-        overwrite=overwrite,
-    )
+    return tokenizer, config

@@ -57,7 +57,8 @@ class RewardTrainer(Trainer):  # type: ignore[misc]
         )
 
     def margins(self, batch: TokenBatch) -> Float[Tensor, "pair"]:
-        """The reward of the chosen minus that of the rejected response of every pair of a batch."""
+        """The reward of the chosen minus that of the rejected response of every pair of a batch, on any device."""
+        batch = batch.to(self.args.device)
         entered: AbstractContextManager[None] = nullcontext() if self._frozen is None else self._frozen.enter(batch)
         with entered, self.accelerator.autocast():
             states = batch.gather_last(run_base(self.model.base_model, batch))

@@ -11,6 +11,7 @@ from rmtension.errors import DataError
 from rmtension.training._model_checks import longest_text, require_pad_token, require_vocabulary
 from rmtension.training._trainer_run import (
     arguments,
+    digest_of_config,
     digest_of_texts,
     is_finished,
     isolated,
@@ -66,7 +67,8 @@ def train_base_model(
     require_pad_token(tokenizer)
     limit = longest_text(config, max_length)
     options |= {"max_length": limit}
-    if resume and not overwrite and is_finished(Path(output_dir), options, data=digest_of_texts(texts)):
+    digests = {"data": digest_of_texts(texts), "config": digest_of_config(config)}
+    if resume and not overwrite and is_finished(Path(output_dir), options, **digests):
         return Path(output_dir)
     from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
@@ -93,7 +95,7 @@ def train_base_model(
             kind="base_model",
             options=options,
             n_texts=len(texts),
-            data=digest_of_texts(texts),
+            **digests,
             result=result,
         )
     return Path(output_dir)

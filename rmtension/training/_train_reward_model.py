@@ -1,5 +1,6 @@
 """Training of reward models: the Bradley-Terry loss on packed pairs, by transformers' `Trainer`."""
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -33,6 +34,7 @@ from rmtension.training._trainer_run import (
     run_trainer,
     save_model,
     schedule,
+    stop_after,
     write_record,
 )
 
@@ -127,7 +129,7 @@ def train_reward_model(
         if name not in ("pairs", "base", "output_dir", "validation", "tokenizer", "progress", "overwrite", *_NO_OPTION)
     }
     require_package("accelerate")
-    from transformers import EarlyStoppingCallback, TrainingArguments
+    from transformers import TrainingArguments
 
     from rmtension.training._reward_trainer import RewardTrainer
 
@@ -141,13 +143,21 @@ def train_reward_model(
     data = select_pairs(pairs, objective=objective, proportions=proportions, n_pairs=n_pairs, seed=seed)
     _require_disjoint(data, validation)
     digest = digest_of_folder(Path(base)) if isinstance(base, (str, Path)) and Path(base).is_dir() else None
-    inputs = {**options, "data": data.digest, "base_digest": digest}
+    held_digest = None if validation is None else validation.digest
+    origin = digest or _origin(base, seed)
+    inputs = {
+        **options,
+        "data": data.digest,
+        "validation": held_digest,
+        "base": origin,
+        "tokenizer": _written(tokenizer),
+    }
     with isolated(seed), new_folder(output_dir, overwrite, work, inputs) as (folder, scratch):
         model, tokenizer = new_classifier(base, tokenizer, seed=seed)
         limit = longest_text(model.config, max_length)
         frozen = None
         if trained_layers is not None:
-            kept = None if streams is None else Path(streams) / f"{(digest or 'new')[:16]}-{trained_layers}"
+            kept = None if streams is None else Path(streams) / f"{origin[:16]}-{trained_layers}"
             frozen = FrozenLayers(model.base_model, trained_layers, kept)
         if not dropout:
             remove_dropout(model)
@@ -180,6 +190,7 @@ def train_reward_model(
             **schedule(scratch, seed, epochs, max_steps, learning_rate, warmup_steps, per_step, progress),
             **_saving(n_steps, validation is not None, eval_steps, _SELECT_BY[select_by], work is not None),
             logging_steps=max(1, n_steps // _N_LOGS),
+            restore_callback_states_from_checkpoint=True,
             bf16=dtype == torch.bfloat16,
             # transformers refuses bfloat16 on a CPU unless use_cpu is True.
             use_cpu=dtype == torch.bfloat16 and not (torch.cuda.is_available() or torch.backends.mps.is_available()),
@@ -194,8 +205,8 @@ def train_reward_model(
             frozen=frozen,
             processing_class=tokenizer,
             callbacks=[
-                *([EarlyStoppingCallback(patience)] if patience is not None else []),
                 *([evaluate_at_the_end()] if held_out else []),
+                *([stop_after(patience)] if patience is not None else []),
             ],
             **validating,
         )
@@ -214,9 +225,22 @@ def train_reward_model(
             n_tokens=sets[0].n_tokens,
             n_tokens_run=sum(int(batch.position_mask("all").sum()) for batch in items),
             data=data.digest,
+            validation=held_digest,
             result={**result, "best_step": trainer.state.best_global_step},
         )
     return Path(output_dir)
+
+
+def _origin(base: Any, seed: int) -> str:
+    """A digest that identifies a base without a folder: the hub name, or the config with the seed of its weights."""
+    about = str(base) if isinstance(base, (str, Path)) else f"{base.to_json_string()} {seed}"
+    return hashlib.sha256(about.encode()).hexdigest()
+
+
+def _written(tokenizer: Any) -> str | None:
+    """A digest of a tokenizer that was passed; None for that of the base, and for one without a backend."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else hashlib.sha256(backend.to_str().encode()).hexdigest()
 
 
 def _require_disjoint(data: PreferencePairs, validation: PreferencePairs | None) -> None:

@@ -81,6 +81,12 @@ def digest_of_texts(texts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
+def digest_of_config(config: Any) -> str:
+    """The SHA-256 digest of a config of transformers, whichever version of transformers wrote it."""
+    values = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def schedule(
     scratch: Path,
     seed: int,
@@ -118,9 +124,13 @@ def arguments(config_class: Any, extra: Mapping[str, Any] | None, **fields: Any)
     names = {field.name for field in dataclasses.fields(config_class)}
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     try:
-        return config_class(**{checkpointing: False, **fields, **(extra or {})})
+        config = config_class(**{checkpointing: False, **fields, **(extra or {})})
     except (TypeError, ValueError) as error:
         raise OptionError(f"trainer_options: {config_class.__name__} refuses them: {error}") from error
+    # One device per process: with several GPUs, a step would take several batches, and these trainers run one.
+    if config.n_gpu > 1:
+        config._n_gpu = 1
+    return config
 
 
 def run_trainer(
@@ -153,6 +163,29 @@ def run_trainer(
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     history = [{"step": entry["step"], **shown} for entry in trainer.state.log_history if (shown := _losses(entry))]
     return {"n_steps": trainer.state.global_step, "history": history}
+
+
+def stop_after(patience: int) -> Any:
+    """A callback that stops after `patience` evaluations without a better one, counting those before a resume too."""
+    from transformers import EarlyStoppingCallback
+
+    class Patience(EarlyStoppingCallback):  # type: ignore[misc]
+        """As that of transformers; a training that had stopped when it was interrupted stops again."""
+
+        @property
+        def _is_over(self) -> bool:
+            return bool(self.early_stopping_patience_counter >= self.early_stopping_patience)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+            super().on_train_begin(args, state, control, **options)
+            control.should_training_stop |= self._is_over
+
+        def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
+            # The trainer takes one step before it sees that it should stop.
+            if self._is_over:
+                control.should_evaluate = control.should_save = False
+
+    return Patience(patience)
 
 
 def evaluate_at_the_end() -> Any:

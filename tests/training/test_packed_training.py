@@ -309,6 +309,42 @@ def test_an_interrupted_training_continues_with_the_same_result(validated, world
     assert not (tmp_path / "work").exists()
 
 
+def test_patience_counts_evaluations_before_an_interruption(world, bases, tmp_path):
+    """Interrupted in the evaluation that would end the training: the checkpoint has the one before it."""
+    data, held_out = world.train["helpful"].split(0.25, seed=0)
+    options = {"validation": held_out, "eval_steps": 1, "max_steps": 40, "learning_rate": 30.0, "batch_size": 4}
+    whole = record(train(data, bases["llama"], tmp_path / "whole", **options, patience=2))["result"]
+    n_steps = whole["n_steps"]
+
+    def stop(line):
+        if line.startswith(f"step {n_steps} ") and "validation" in line:
+            raise StopError
+
+    work = tmp_path / "work"
+    with pytest.raises(StopError):
+        train(data, bases["llama"], tmp_path / "rm", **options, patience=2, work=work, on_log=stop)
+    done = train(data, bases["llama"], tmp_path / "rm", **options, patience=2, work=work)
+    again = record(done)["result"]
+    assert again["best_step"] == whole["best_step"]
+    assert again["n_steps"] == n_steps
+    assert furthest(weights(done), weights(tmp_path / "whole")) == 0
+
+
+def test_a_stop_that_was_decided_before_an_interruption_stays(world, bases, tmp_path, monkeypatch):
+    data, held_out = world.train["helpful"].split(0.25, seed=0)
+    options = {"validation": held_out, "eval_steps": 1, "max_steps": 40, "learning_rate": 30.0, "batch_size": 4}
+    whole = record(train(data, bases["llama"], tmp_path / "whole", **options, patience=2))["result"]
+    work = tmp_path / "work"
+    with monkeypatch.context() as patch:
+        # Killed after the last checkpoint, before the model was written.
+        patch.setattr("rmtension.training._train_reward_model.save_model", lambda *_: (_ for _ in ()).throw(StopError))
+        with pytest.raises(StopError):
+            train(data, bases["llama"], tmp_path / "rm", **options, patience=2, work=work)
+    done = train(data, bases["llama"], tmp_path / "rm", **options, patience=2, work=work)
+    assert record(done)["result"]["best_step"] == whole["best_step"]
+    assert furthest(weights(done), weights(tmp_path / "whole")) == 0
+
+
 def test_a_work_folder_belongs_to_one_training(world, bases, tmp_path):
     def stop(line):
         raise StopError

@@ -460,6 +460,8 @@ def test_resume_keeps_a_base_that_is_trained(world, bpe, base):
             train_base_model(world.texts, config, bpe, base, **(options | changed), resume=True)
     with pytest.raises(StorageError, match="trained with data="):
         train_base_model(world.texts[1:], config, bpe, base, **options, resume=True)
+    with pytest.raises(StorageError, match="trained with config="):
+        train_base_model(world.texts, gpt2_config(len(bpe), n_layer=2), bpe, base, **options, resume=True)
     with pytest.raises(StorageError, match="is not empty"):
         train_base_model(world.texts, config, bpe, base, **options)
 
@@ -503,6 +505,32 @@ def test_family_has_four_models_with_one_start(world, tmp_path):
     assert all(identical(models[name], weights(rest[name])) for name in ("helpful", "harmless", "mixed"))
     with pytest.raises(StorageError, match="base is not empty"):
         train_family(world.train, tmp_path, settings=settings)
+
+
+def test_a_resumed_family_keeps_only_models_of_the_same_run(world, tmp_path):
+    """Other sizes of the base, another base by its name, and other validation pairs."""
+    settings = FamilySettings(
+        n_layer=1, d_model=16, n_head=2, vocab_size=320, max_length=CONTEXT, base_epochs=0.1, reward_epochs=0.1
+    )
+    parts = {name: part.split(0.25, seed=0) for name, part in world.train.items()}
+    data, held_out = ({name: part[number] for name, part in parts.items()} for number in (0, 1))
+    common = {"settings": settings, "validation": held_out, "progress": False, "resume": True}
+    (tmp_path / "streams").mkdir()  # of the user
+    train_family(data, tmp_path, **common)
+    stages = []
+    train_family(data, tmp_path, **common, on_stage=stages.append)
+    assert not stages
+    assert (tmp_path / "streams").is_dir()
+    some = {name: part[:2] for name, part in held_out.items()}
+    for changed, named in (
+        ({"settings": replace(settings, d_model=32)}, "config"),
+        ({"settings": replace(settings, vocab_size=310)}, "config"),
+        ({"settings": replace(settings, base_batch_size=4)}, "batch_size"),
+        ({"validation": some}, "validation"),
+        ({"base": "someone/another-base"}, "base"),
+    ):
+        with pytest.raises(StorageError, match=f"expected a model trained with {named}="):
+            train_family(data, tmp_path, **common | changed)
 
 
 def test_stages_are_named_before_every_training(world, tmp_path, monkeypatch):
