@@ -42,8 +42,8 @@ def require_arguments(call: str, **given: tuple[object, type]) -> None:
             continue
         got = type(value).__name__
         expected = _PUBLIC.get(wanted.__name__, wanted.__name__)
-        for other, (other_value, _) in given.items():
-            if other != name and isinstance(other_value, wanted):
+        for other, (other_value, other_wanted) in given.items():
+            if isinstance(other_value, wanted) and isinstance(value, other_wanted) and other_wanted is not wanted:
                 raise OptionError(
                     f"{name}, {other}: they are swapped: {name} should be a {expected}, but {other} is a {expected}. "
                     f"Call {call}."

@@ -347,8 +347,8 @@ class RewardHead(RewardModel):
         outputs = {}
         for number, (name, rewards) in enumerate(zip(names, scored, strict=True)):
             of_output = self.output(number)
-            about = {"model": of_output.fingerprint, "output": of_output.output_name}
-            outputs[name] = replace(rewards, provenance=replace(rewards.provenance, **about))
+            provenance = replace(rewards.provenance, model=of_output.fingerprint, output=of_output.output_name)
+            outputs[name] = replace(rewards, provenance=provenance)
         return outputs
 
     def score_tokens(

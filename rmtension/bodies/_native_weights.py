@@ -67,7 +67,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 def adapters_in_use(model: nn.Module) -> list[str]:
     """Which of its adapters every layer of peft uses now, in the order of the layers; empty without adapters."""
-    layers = [layer for layer in model.modules() if _is_of_peft(layer) and hasattr(layer, "active_adapters")]
+    layers: list[Any] = [layer for layer in model.modules() if _is_of_peft(layer) and hasattr(layer, "active_adapters")]
     return [f"{list(layer.active_adapters)}, disabled: {layer.disable_adapters}" for layer in layers]
 
 

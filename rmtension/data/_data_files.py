@@ -43,14 +43,14 @@ def file_rows(path: Path, *, columns: Collection[str] = ("chosen", "rejected")) 
     begun = [start, *islice(lines, 1)]
     lines = chain(begun, lines)
     if first.startswith(_PARQUET):
-        yield from _located(_parquet_rows(path, lines), path)
+        yield from located(_parquet_rows(path, lines), path)
         return
     for magic, name in _OTHERS.items():
         if first.startswith(magic):
             raise DataError(f"{path}: expected {_READ}, got {name}. Unpack or convert the file first.")
     begins = first.lstrip()[:1]
     if begins == b"[":
-        yield from _located(_array(path, lines), path)
+        yield from located(_array(path, lines), path)
     elif begins != b"{" and (delimiter := _delimiter(path, [line for _, line in begun], columns)):
         yield from _table_rows(path, lines, delimiter)
     else:
@@ -83,7 +83,7 @@ def without_padding(value: Any) -> Any:
 # -- formats -----------------------------------------------------------------------------------------------------------
 
 
-def _located(rows: Iterable[Any], source: object) -> Iterator[tuple[str, Any]]:
+def located(rows: Iterable[Any], source: object) -> Iterator[tuple[str, Any]]:
     """Rows with their numbers, counted from 1 as lines are."""
     return ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
 

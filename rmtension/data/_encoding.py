@@ -101,7 +101,8 @@ def encode_pairs(
     require_tokenizer(tokenizer)
     _warn_of_texts(tokenizer, pairs)
     rendered = [_render_side(tokenizer, pair, side) for pair in pairs for side in ("chosen", "rejected")]
-    parts = _parts(tokenizer, rendered)
+    sides_of = [f"pair {pair.id!r}: its {side} text" for pair in pairs for side in ("chosen", "rejected")]
+    parts = _parts(tokenizer, rendered, sides_of)
     chosen: list[EncodedText] = []
     rejected: list[EncodedText] = []
     n_prompts_cut = n_responses_cut = 0
@@ -168,8 +169,10 @@ def _render(tokenizer: Any, text: Any, where: str) -> RenderedText:
     return render(tokenizer, read_chat(text, where))
 
 
-def _parts(tokenizer: Any, texts: Sequence[RenderedText]) -> list[tuple[list[int], list[int], list[int]]]:
-    """Every text's ids as (leading special tokens, prompt, response)."""
+def _parts(
+    tokenizer: Any, texts: Sequence[RenderedText], names: Sequence[str] | None = None
+) -> list[tuple[list[int], list[int], list[int]]]:
+    """Every text's ids as (leading special tokens, prompt, response); errors call the texts by `names`."""
     require_tokenizer(tokenizer)
     parts: list[tuple[list[int], list[int], list[int]]] = [([], [], [])] * len(texts)
     # A chat template writes all special tokens itself.
@@ -186,7 +189,8 @@ def _parts(tokenizer: Any, texts: Sequence[RenderedText]) -> list[tuple[list[int
                         why = ": nothing of it is in the tokenizer's vocabulary. Remove it"
                     elif text.response_start:
                         why = " after its prompt. Give it a response"
-                    raise DataError(f"texts: text {number} has no token{why}.")
+                    name = f"texts: text {number}" if names is None else names[number]
+                    raise DataError(f"{name} has no token{why}.")
                 parts[number] = part
     return parts
 

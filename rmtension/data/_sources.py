@@ -5,7 +5,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rmtension.data._data_files import file_rows, parse_json
+from rmtension.data._data_files import file_rows, located, parse_json
 from rmtension.errors import DataError
 
 _PACKED = ("", ".gz", ".zst")
@@ -38,7 +38,7 @@ def source_rows(
         )
     else:
         rows = hub_rows(source, data_dir=data_dir, split=split, revision=revision)
-        yield from _located(rows, " ".join(filter(None, (source, data_dir, split))))
+        yield from located(rows, " ".join(filter(None, (source, data_dir, split))))
 
 
 def hub_rows(name: str, **options: str | None) -> Iterable[Mapping[str, Any]]:
@@ -110,11 +110,20 @@ def _folder_rows(folder: Path, split: str | None) -> Iterator[tuple[str, Any]]:
                 f"{folder}: expected files ending in {', '.join((*_JSON, '.parquet'))}, got a folder without such "
                 "files. Name the folder that holds them."
             )
-        return _located(hub_rows(str(folder), split=split), f"{folder} {split}")
+        return located(hub_rows(str(folder), split=split), f"{folder} {split}")
     kept = [path for path in files if split is None or not _is_of_another_split(path, split)]
     if not kept:
         names = sorted({path.name for path in files})
         raise DataError(f"{folder}: expected a file of the split {split!r}, got {names}. Pass one of their splits.")
+    by_content: dict[Path, list[str]] = {}
+    for path in kept:
+        by_content.setdefault(path.with_name(_unpacked(path.name)), []).append(path.name)
+    for path, names in by_content.items():
+        if len(names) > 1:
+            raise DataError(
+                f"{path.parent}: {' and '.join(names)} are one file, compressed and not. Its rows would count twice: "
+                "remove one of them, or pass the path of the file."
+            )
     return chain.from_iterable(map(_file_rows, kept))
 
 
@@ -130,6 +139,8 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     return chain([first], rows)
 
 
-def _located(rows: Iterable[Any], source: object) -> Iterator[tuple[str, Any]]:
-    """Rows with their numbers, counted from 1 as lines are."""
-    return ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
+def _unpacked(name: str) -> str:
+    """The name of a file without the ending of its compression."""
+    for packed in filter(None, _PACKED):
+        name = name.removesuffix(packed)
+    return name

@@ -88,7 +88,7 @@ class PooledHead(Head):
         Its config is that of `base`, which may have got biases, with the labels of the classifier.
         """
         classifier: Any = copy_without_hooks(self.layers)
-        config = copy.deepcopy(base.config)
+        config: Any = copy.deepcopy(base.config)
         config.id2label, config.label2id = classifier.config.id2label, classifier.config.label2id
         config.architectures = classifier.config.architectures
         classifier.config = config

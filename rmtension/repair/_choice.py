@@ -1,5 +1,6 @@
 """Which of several candidate edits to take, by the development pairs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,6 +100,13 @@ def require_shares(shares: Sequence[float]) -> None:
     """Raise `OptionError` unless these are weights of the weak objective: numbers from 0 to 1."""
     if not shares or not all(0 <= share <= 1 for share in shares):
         raise OptionError(f"shares: expected weights of the weak objective, from 0 to 1, got {list(shares)}.")
+
+
+def require_values(name: str, values: Sequence[float], *, most: float = math.inf) -> None:
+    """Raise `OptionError` unless `values` are one or several numbers above 0, up to `most`."""
+    if not len(values) or not all(0 < value <= most for value in values):
+        limit = "" if most == math.inf else f", up to {most:g}"
+        raise OptionError(f"{name}: expected at least one number, all above 0{limit}, got {list(values)}.")
 
 
 def correct(margins: Float[Tensor, "pair"]) -> Float[Tensor, "pair"]:

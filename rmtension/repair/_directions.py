@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rmtension.data._pair import PreferencePair
 from rmtension.errors import DataError
+from rmtension.repair._choice import require_values
 from rmtension.repair._edit import Edit, reward_row
 from rmtension.repair._features import ReadStates, SplitStates
 from rmtension.repair._medians import response_length
@@ -35,6 +36,7 @@ def shape_reward(
     h(more) - h(less) over the fit pairs of both objectives, divided by its norm. Cost: a forward pass over the fit and
     development pairs, unless their `states` are given.
     """
+    require_values("alphas", alphas)
     measured = feature or response_length
     known = states or SplitStates.of(head, pairs, progress=progress)
     differences = []
@@ -63,6 +65,7 @@ def remove_subspace(
     pairs that the model gets wrong, at least three, divided by its norm. Raises `DataError` if there are none. Cost: a
     forward pass over the fit and development pairs, unless their `states` are given.
     """
+    require_values("alphas", alphas)
     known = states or SplitStates.of(head, pairs, progress=progress)
     directions = wrong_directions(known.fit[pairs.weak], [pair.subset for pair in pairs.fit[pairs.weak]])
     if not len(directions):

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.repair._ceiling import SpecialistEnsemble
+from rmtension.repair._choice import require_values
 from rmtension.repair._edit import Edit, reward_row
 from rmtension.repair._features import SplitStates
 from rmtension.repair._row_edits import best_row
@@ -33,6 +34,7 @@ def distil_ensemble(
     `states` are given.
     """
     reward_row(head)
+    require_values("ridges", ridges)
     ensemble = SpecialistEnsemble(specialists, pairs, progress=progress)
     known = states or SplitStates.of(head, pairs, progress=progress)
     own = torch.cat([part.margin for part in known.fit.values()])

@@ -14,7 +14,7 @@ from rmtension.data._chat import n_characters
 from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError
-from rmtension.repair._choice import Candidate, best_candidate, compare_candidates
+from rmtension.repair._choice import Candidate, best_candidate, compare_candidates, require_values
 from rmtension.repair._down_projection import projection_inputs
 from rmtension.repair._edit import Edit
 from rmtension.repair._features import margins_of
@@ -41,6 +41,7 @@ def set_to_medians(
     and neuron.
     """
     measured = feature or response_length
+    require_values("fractions", fractions, most=1.0)
     both = sum(pairs.fit.values(), start=PreferencePairs([]))
     inputs = projection_inputs(head, both, range(head.n_layers), slopes=False, progress=progress).inputs
     values = [measured(pair, side) for side in ("chosen", "rejected") for pair in both]

@@ -34,7 +34,8 @@ class RepairReport:
     - `closed`: the share of the weak objective's gap that it closed.
     - `checks`: one row per quantity, before and after: accuracy (per pair) and margin of both objectives, refusing and
       responding where labelled, accuracy on pairs matched in length, and the choice of the best of several responses;
-      with the change and its interval. `spared` says that the lower end of the change is at least -`most_lost`.
+      with the change and its interval. `spared` says that the lower end of the change is at least -`most_lost`; it is
+      None for margins, which are no shares.
     - `path`: one row per candidate that was tried, on the development pairs, with its closed share.
     - `controls`: one row per control, fitted by the same procedure: its closed share, and the strong objective's
       change.
@@ -77,7 +78,7 @@ class RepairReport:
         ]
         controls = [f"{kind} {_range(part['closed'])}" for kind, part in self.controls.groupby("control", sort=False)]
         sentences.append(f"Closed shares of the controls: {'; '.join(controls)}.")
-        harmed = [name for name, row in rows.items() if not row["spared"] and not name.endswith(" margin")]
+        harmed = [name for name, row in rows.items() if not pd.isna(row["spared"]) and not row["spared"]]
         if harmed and self.edit["made"]:
             sentences.append(
                 f"The interval allows a loss of more than {100 * self.most_lost:g} points for: {', '.join(harmed)}."
@@ -190,7 +191,8 @@ def check_table(
                 "change": change.value,
                 "low": change.low,
                 "high": change.high,
-                "spared": change.low >= -pairs.most_lost,
+                # The allowed loss is a share of the pairs, which a change of the margin is not.
+                "spared": None if is_margin else bool(change.low >= -pairs.most_lost),
                 "n": change.n,
             }
         )
@@ -230,8 +232,9 @@ def best_of_several(
 ) -> tuple[tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt"]], PreferencePairs]:
     """For every prompt with three responses or more: whether the response with the highest reward is never rejected.
 
-    Returned before and after the edit, with one pair of each prompt. A check that a bias was not moved elsewhere: an
-    edit can order pairs better and still choose worse among many responses.
+    If several have the highest reward, the share of them that is not. Returned before and after the edit, with one
+    pair of each prompt. A check that a bias was not moved elsewhere: an edit can order pairs better and still choose
+    worse among many responses.
     """
     seen: dict[object, list[tuple[object, bool, Tensor]]] = {}
     firsts: dict[object, int] = {}
@@ -246,9 +249,10 @@ def best_of_several(
         distinct = {text: rewards for text, _, rewards in texts}
         if len(distinct) < 3:
             continue
-        names = list(distinct)
-        highest = torch.stack(list(distinct.values())).argmax(dim=0).tolist()
-        results.append([float(names[place] not in rejected) for place in highest])
+        values = torch.stack(list(distinct.values()))
+        is_best = (values == values.amax(dim=0)).double()
+        is_right = torch.tensor([text not in rejected for text in distinct], dtype=torch.float64)
+        results.append(is_right @ is_best / is_best.sum(dim=0))
         kept.append(part[firsts[prompt]])
-    values = torch.tensor(results, dtype=torch.float64).reshape(-1, 2)
+    values = torch.stack(results) if results else torch.zeros(0, 2, dtype=torch.float64)
     return (values[:, 0], values[:, 1]), PreferencePairs(kept)

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmtension.errors import OptionError
-from rmtension.repair._choice import require_shares
+from rmtension.repair._choice import require_shares, require_values
 from rmtension.repair._edit import Edit, reward_row
 from rmtension.repair._features import ReadStates, SplitStates
 from rmtension.repair._row_edits import best_row
@@ -41,8 +40,7 @@ def refit_head(
     """
     reward_row(head)
     require_shares(shares)
-    if not ridges or min(ridges) <= 0:
-        raise OptionError(f"ridges: expected positive numbers, got {list(ridges)}.")
+    require_values("ridges", ridges)
     known = states or SplitStates.of(head, pairs, progress=progress)
     rows = [
         (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rmtension.bodies._native_weights import plain_copy
 from rmtension.errors import OptionError
 from rmtension.models._classifiers import current_checkpoint
-from rmtension.repair._choice import Candidate, best_candidate, compare_candidates
+from rmtension.repair._choice import Candidate, best_candidate, compare_candidates, require_values
 from rmtension.repair._edit import Edit, reward_row
 from rmtension.repair._features import margins_of, read_states
 from rmtension.repair._input_moments import input_moments, linear_maps, matrix_of
@@ -67,6 +67,7 @@ def merge_specialists(
     keeps inputs^2 x 8 bytes per map; for each `shrink`, a copy of the model, and a forward pass over the fit and
     development pairs. Raises `OptionError` for specialists of other objectives or of another architecture.
     """
+    require_values("shrink", shrink, most=1.0)
     _require_same(head, pairs, specialists)
     row, number = reward_row(head)
     own_row = row.weight[number].detach().cpu().double()

@@ -22,7 +22,7 @@ from rmtension.repair._diagnose import Evidence, divide
 from rmtension.repair._directions import remove_subspace, shape_reward
 from rmtension.repair._distil import distil_ensemble
 from rmtension.repair._down_projection import edit_down_projection
-from rmtension.repair._edit import SITE, Edit
+from rmtension.repair._edit import SITE, Edit, has_reward_row
 from rmtension.repair._fine_tune import fine_tune_neurons
 from rmtension.repair._gains import N_STEPS, GainFitter, fit_gains
 from rmtension.repair._medians import set_to_medians
@@ -181,7 +181,9 @@ def repair(
     before, after = ({name: of[model].margin.double() for name, of in scored.items()} for model in ("before", "after"))
     ceiling = evidence.ceiling(split.test[split.weak])
     rewards = tuple({name: _both(of[model]) for name, of in scored.items()} for model in ("before", "after"))
-    others = {"shuffled labels": fit(split.shuffled(seed))[0], "head refit": evidence.refit}
+    others = {"shuffled labels": fit(split.shuffled(seed))[0]}
+    if has_reward_row(head):
+        others["head refit"] = evidence.refit
     drawing: dict[str, Any] = {"fitter": fitter, "n_random": n_random, "seed": seed, "progress": progress}
     weak_part = split.test[split.weak]
     report = RepairReport(

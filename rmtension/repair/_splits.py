@@ -67,8 +67,8 @@ class RepairPairs:
         if least < -self.most_lost:
             raise OptionError(
                 f"development: {n} prompts of {self.strong!r} cannot show that an edit costs at most "
-                f"{self.most_lost:g} of its accuracy: if no pair is lost, the lower bound is still {least:.3f}. Give "
-                f"{_prompts_for(self.most_lost)} prompts, or pass most_lost={math.ceil(-1000 * least) / 1000:g}."
+                f"{self.most_lost:g} of its accuracy: if no pair is lost, the lower bound is still {least:.3f}. "
+                f"{_more_prompts(self.most_lost)} most_lost={math.ceil(-1000 * least) / 1000:g}."
             )
 
     def __repr__(self) -> str:
@@ -164,9 +164,11 @@ def shuffled_labels(part: PreferencePairs, seed: int) -> PreferencePairs:
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _prompts_for(share: float) -> str:
-    """How many prompts show that at most a share of all is of a kind that none of them has."""
-    return "more" if share == 0 else f"{math.ceil(math.log((1 - LEVEL) / 2) / math.log(1 - share)):,}"
+def _more_prompts(share: float) -> str:
+    """How many prompts show that at most a share of all is of a kind that none of them has: a half sentence."""
+    if share == 0:
+        return "No number of prompts shows a loss of exactly 0: pass"
+    return f"Give {math.ceil(math.log((1 - LEVEL) / 2) / math.log(1 - share)):,} prompts, or pass"
 
 
 def _opposed(pairs: PreferencePairs, others: set[str]) -> PreferencePairs:

@@ -71,7 +71,7 @@ def _checks(checks: pd.DataFrame) -> pd.DataFrame:
             "before": f"{row['before']:.3f}",
             "after": f"{row['after']:.3f}",
             "change": with_interval(row["change"], row["low"], row["high"], form="+.3f"),
-            "lower end within the allowed loss": "yes" if row["spared"] else "no",
+            "lower end within the allowed loss": "" if pd.isna(row["spared"]) else "yes" if row["spared"] else "no",
             "n": str(row["n"]),
         }
         for row in checks.to_dict("records")

@@ -6,6 +6,7 @@ import torch
 
 from rmtension.attribution._neuron_attribution import NeuronAttribution
 from rmtension.data._pairs import PreferencePairs
+from rmtension.errors import OptionError
 from rmtension.interventions._replacements import Scale
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.reward_head import RewardHead
@@ -42,6 +43,11 @@ def plant_damage(
         >>> damaged.head.score_pairs(pairs["harmless"]).accuracy() < head.score_pairs(pairs["harmless"]).accuracy()
         True
     """
+    total = head.n_layers * head.n_neurons("mlp")
+    if not 1 <= n <= total:
+        raise OptionError(f"n: expected 1 to {total} neurons, got {n}.")
+    if factor == 0:
+        raise OptionError("factor: expected a number other than 0, so that a gain of 1 / factor repairs the damage.")
     attribution = NeuronAttribution(head, "gradient_x_activation")
     scores = attribution.score(pairs)
     values = scores.values.double()

@@ -128,6 +128,9 @@ def test_the_best_of_several_is_the_response_that_is_never_rejected():
     assert [pair.prompt for pair in kept] == ["p", "r"]
     assert was.tolist() == [1, 0]
     assert now.tolist() == [0, 1]
+    # If all are equally good, one of p's three responses is never rejected, and one of r's.
+    (tied, _), _ = best_of_several(pairs, torch.zeros(2, 5), after)
+    assert tied.tolist() == pytest.approx([1 / 3, 1 / 3])
 
 
 def test_shuffled_labels_exchange_half(pairs):
@@ -225,7 +228,7 @@ def test_chats_are_divided_and_compared(organism, pairs):
     ("options", "message"),
     [
         ({"most_lost": 0.01}, r"69 prompts of 'helpful' cannot show .* Give 299 prompts, or pass most_lost=0.043"),
-        ({"most_lost": 0.0}, "Give more prompts, or pass most_lost=0.043"),
+        ({"most_lost": 0.0}, "No number of prompts shows a loss of exactly 0: pass most_lost=0.043"),
         ({"most_lost": -1.0}, "most_lost: expected a share"),
     ],
 )
@@ -253,7 +256,9 @@ def test_pairs_that_cannot_be_repaired_are_refused(organism, damaged, pairs):
         ("gains", {"steps": 0}, "steps: expected a whole number"),
         ("head refit", {"shares": []}, "shares: expected weights"),
         ("head refit", {"shares": [2.0]}, "shares: expected weights"),
-        ("head refit", {"ridges": [0.0]}, "ridges: expected positive"),
+        ("head refit", {"ridges": [0.0]}, "ridges: expected at least one number, all above 0, got"),
+        ("subspace removal", {"alphas": []}, "alphas: expected at least one number, all above 0, got"),
+        ("medians", {"fractions": [-1.0]}, "fractions: expected at least one number, all above 0, up to 1, got"),
         ("head refit", {"n_random": -1}, "n_random: expected a whole number"),
         ("down projection", {"layers": [9]}, "layers: expected layers from 0 to 3"),
         ("down projection", {"n_tried": 0}, "steps, weights, n_tried: expected at least one"),
