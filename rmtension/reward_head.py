@@ -367,10 +367,11 @@ class RewardHead(RewardModel):
     # -- checking, ablating, saving --------------------------------------------------------------------------------
 
     def check(self, pairs: PreferencePairs | None = None, *, reference: Any = None) -> pd.DataFrame:
-        """Check on this model that rewards and hooks are right: one row per check; see `docs/guarantees.md`.
+        """Check on this model that rewards and hooks are right: one row per check; see `docs/families.md`.
 
         Raises `CheckError` if a check fails; its `table` has the same rows. `reference` is a transformers classifier to
-        compare with; by default the checkpoint is loaded again. Cost: about 30 forward passes over at most 16 texts.
+        compare with; by default the checkpoint is loaded again. Cost: about 30 forward passes over at most 16 texts,
+        and one for every site and layer.
 
         Examples:
             >>> from rmtension.synthetic.check_matrix import make_classifier

@@ -126,7 +126,7 @@ def _boot(name: str, base: Any, tokenizer: Any, trust_remote_code: bool, *, writ
 def _without_installing() -> Iterator[None]:
     """Keep TransformerLens from running `pip install torchvision`, which it does for a model that reads images.
 
-    It accepts that this fails, and the processor of images that it then lacks is not used here.
+    TransformerLens goes on without the package. It needs it for images, which are not used here.
     """
 
     def refuse(*_: Any, **__: Any) -> None:

@@ -32,7 +32,7 @@ Read = Callable[[Any, str], list[PreferencePair]]
 
 
 def transcript_reader(name: str, split: str, *, chat: bool) -> Read:
-    """Reads rows of HH-RLHF: two transcripts that differ in the last turn. Rows without ids get their number as id."""
+    """Reads rows of HH-RLHF: two transcripts that differ in the last turn. The id of a row is its number."""
     subtask = next(subtask for subtask in GROUPS if subtask.subset == f"hh-rlhf/{name}")
     numbers, reader = count(1), RowReader(chat=chat)
 

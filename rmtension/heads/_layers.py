@@ -45,11 +45,6 @@ class Layers(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     @property
-    def n_inputs(self) -> int:
-        """The columns of the first layer."""
-        return self._linear_layers[0].in_features
-
-    @property
     def n_outputs(self) -> int:
         """The rows of the last layer."""
         return self._linear_layers[-1].out_features

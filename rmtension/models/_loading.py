@@ -229,7 +229,7 @@ def load_tokenizer(location: CheckpointLocation) -> Any:
 
 
 def load(what: str, name: str | Path, function: Any, **options: Any) -> Any:
-    """Call `function(name, **options)` of transformers, and turn whatever it raises into a `ModelError`."""
+    """Call `function(name, **options)` of transformers; errors of a broken checkpoint become a `ModelError`."""
     try:
         # Loading draws initial weights before it reads them; the user's random numbers stay as they were.
         with torch.random.fork_rng(devices=[]), without_unseen_bars():

@@ -67,9 +67,10 @@ class StreamedWeights:
         return f"{self.streamed / 1e6:,.1f} of {self.total / 1e6:,.1f} MB of weights in files"
 
     def move(self, leaving: int, coming: int) -> None:
-        """Let the weights of one block leave memory, and request those of another; numbers outside count from the end.
+        """Let the weights of one block leave memory, and request those of another.
 
-        Blocks that stay in memory, and all blocks if there is only one, are left alone.
+        The block after the last is the first, and the one before the first the last. Blocks that stay in memory are
+        left alone, and a single block never leaves.
         """
         n_blocks = len(self._ranges)
         leaving, coming = leaving % n_blocks, coming % n_blocks
@@ -91,7 +92,7 @@ class StreamedWeights:
     def _advise(self, number: int, advice: int) -> None:
         if number >= self._kept:
             for first, last in self._ranges[number]:
-                # A system that does not know an advice returns an error and does nothing, which is as right.
+                # An unknown advice returns an error and changes nothing: results are right without it, but slower.
                 self._madvise(first, last - first, advice)
 
 

@@ -1,4 +1,4 @@
-"""Repair: mend a weak objective of a reward model by the least edit, without harm to a strong one, and prove it."""
+"""Repair: mend a weak objective of a reward model by the least edit, without harm to a strong one, and measure both."""
 
 from rmtension.repair._diagnose import Diagnosis, diagnose
 from rmtension.repair._edit import Edit

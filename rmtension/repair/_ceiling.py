@@ -65,6 +65,6 @@ def closed_share(
         return Estimate(float("nan"), float("nan"), float("nan"), len(part), n_prompts, level)
     shares = np.select([sums[:, 0] > 0, sums[:, 0] < 0], [np.inf, -np.inf], 0.0)
     np.divide(sums[:, 0], sums[:, 1], out=shares, where=sums[:, 1] > 0)
-    # Without interpolation, which infinite ends have none of.
+    # Interpolating between infinite values would give NaN.
     low, high = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf").tolist()
     return Estimate(float(gain.sum()) / whole, low, high, len(part), n_prompts, level)

@@ -59,7 +59,7 @@ def remove_subspace(
     states: SplitStates | None = None,
     progress: bool | None = None,
 ) -> tuple[Edit | None, pd.DataFrame]:
-    """Take out of the row what it shares with the pairs that it orders wrongly: row - alpha U U' row.
+    """Remove from the row its components along the errors of the weak pairs: row - alpha U U' row.
 
     U is an orthonormal basis of one direction per subset of the weak fit pairs: the mean difference of states over the
     pairs that the model gets wrong, at least three, divided by its norm. Raises `DataError` if there are none. Cost: a

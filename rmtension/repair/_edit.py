@@ -29,7 +29,7 @@ class Edit:
     - `constants`: the activation that neurons with a gain of 0 are set to; it goes into the projection's bias.
     - `added`: layer -> what is added to the down projection.
     - `parameters`: name -> what is added to a parameter of the checkpoint's base.
-    - `model`, `architecture`: the fingerprint of the model that it is made for, which no other model has.
+    - `model`, `architecture`: the fingerprint and the shape of the model that it is made for.
 
     Examples:
         >>> import torch

@@ -57,12 +57,15 @@ def fine_tune_neurons(
       input's root mean square.
     - "gradients": each step takes `batch_size` pairs of each objective; where their gradients point against each other,
       each loses its part along the other (PCGrad).
-    - False: the same steps on the sum of both losses.
+    - False: the same steps on the mean loss of both.
+
+    Gradients are clipped at the norm 1, as transformers does by default.
 
     Cost: a forward and a backward pass over the pairs of max(steps) steps, twice with both objectives; a forward pass
     over the strong fit pairs if they are protected; and a copy of the model with a forward pass over the development
-    pairs for each of `steps`. `head` is not changed. Raises `OptionError` and `ModelError` as `TrainOnlyNeurons` does,
-    and `ModelError` for a reward that is no row of a linear head.
+    pairs for each of `steps`; without `neurons`, the gradients of all gains too. `head` is not changed. Raises
+    `OptionError` and `ModelError` as `TrainOnlyNeurons` does, and `ModelError` for a reward that is no row of a linear
+    head.
     """
     require_package("accelerate")
     if protect not in (True, False, "gradients"):

@@ -32,7 +32,7 @@ def set_to_medians(
     fractions: Sequence[float] = FRACTIONS,
     progress: bool | None = None,
 ) -> tuple[Edit | None, pd.DataFrame]:
-    """Set the neurons to their medians whose activations follow a surface feature most, up or down.
+    """Find the neurons whose activations follow a surface feature most, up or down, and set them to their medians.
 
     `feature` is a number for a response: `feature(pair, "chosen")`; by default its length. Neurons are ordered by the
     Spearman correlation of the feature with the activation at the token that the reward is read from, over the texts of

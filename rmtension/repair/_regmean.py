@@ -63,9 +63,10 @@ def merge_specialists(
     after it was divided by the standard deviation of its margins, and then scaled so that the margins of the fit pairs
     are as large as those of `head` (root mean square). The bias of the reward stays: no margin depends on it.
 
-    Cost: three forward passes of each specialist over fit pairs, of which one is over its own objective's only and
-    keeps inputs^2 x 8 bytes per map; for each `shrink`, a copy of the model, and a forward pass over the fit and
-    development pairs. Raises `OptionError` for specialists of other objectives or of another architecture.
+    Cost: two forward passes of each specialist over fit pairs, of which one is over its own objective's only and keeps
+    inputs^2 x 8 bytes per map; a pass of `head` over the fit and development pairs; and for each `shrink`, a copy of
+    the model, and a forward pass over the fit and development pairs. Raises `OptionError` for specialists of other
+    objectives or of another architecture.
     """
     require_values("shrink", shrink, most=1.0)
     _require_same(head, pairs, specialists)

@@ -1,4 +1,4 @@
-"""Diagnose, edit by one method, and prove it on test pairs with controls."""
+"""Diagnose, edit by one method, and measure the edit on test pairs with controls."""
 
 import inspect
 from collections.abc import Callable, Mapping

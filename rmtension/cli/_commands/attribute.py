@@ -60,7 +60,7 @@ def add_options(parser: ArgumentParser) -> None:
     add_group_options(parser, has_by=False)
     add_run_options(parser, nonfinite="scores")
     parser.add_argument("--method", choices=_METHODS, default=_METHODS[0], help="default: %(default)s")
-    add_replacement_options(parser, default="mean")
+    add_replacement_options(parser, default="zero")
     parser.add_argument("--site", choices=_SITES, default="mlp", help="what counts as a neuron (default: mlp)")
     add_top_options(parser)
     parser.add_argument(
