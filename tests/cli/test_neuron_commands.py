@@ -69,11 +69,12 @@ def files():
 
 
 class TestAttribute:
-    def test_the_default_is_attribution_patching_to_the_mean(self, here, capsys):
+    @pytest.mark.parametrize("options", [(), ("--replacement", "mean")])
+    def test_defaults_are_those_of_neuron_attribution(self, options, here, capsys):
         head, pairs = RewardHead.from_pretrained("model"), PreferencePairs.read("pairs.csv", columns=MAPPED)
-        means = Mean(ActivationCollector(head).collect(pairs))
-        expected = NeuronAttribution(head, "attribution_patching", replacement=means).score(pairs)
-        status, out, err = run(capsys, "attribute", "model", "pairs.csv", *COLUMNS, "--k", 8)
+        means = {"replacement": Mean(ActivationCollector(head).collect(pairs))} if options else {}
+        expected = NeuronAttribution(head, "attribution_patching", **means).score(pairs)
+        status, out, err = run(capsys, "attribute", "model", "pairs.csv", *COLUMNS, "--k", 8, *options)
         assert (status, err) == (0, "")
         written = NeuronScores.load("scores.safetensors")
         pd.testing.assert_frame_equal(written.to_frame(), expected.to_frame(), check_exact=True)
@@ -114,6 +115,7 @@ class TestAttribute:
 
     def test_a_work_folder_resumes(self, here, capsys):
         words = ("attribute", "model", "pairs.csv", *COLUMNS, "--work", "work", "--overwrite", "--json")
+        words += ("--replacement", "mean")
         assert run(capsys, *words) == run(capsys, *words)
         assert {"means", "scores"} <= {path.name for path in Path("work").iterdir()}
 

@@ -36,6 +36,8 @@ _METHODS = (
     "mean_difference",
     "direct_effect",
     "integrated_gradients",
+    "relp",
+    "relp_fixed_attention",
 )
 _SITES = ("mlp", "mlp_gate", "attn_head", "expert")
 _N_PRINTED = 10
@@ -47,8 +49,8 @@ EXAMPLES = """examples:
 PAIRS is read as `rmtension score` reads it. Prints the ten strongest neurons, with standard errors over pairs. --out
 holds the score of every neuron; `rmtension ablate --neurons` and NeuronScores.load read it. The CSV file of the same
 name holds the top set (--fraction or --k). "supports" means that the neuron raises the margin, according to its score.
---replacement is what attribution_patching and integrated_gradients compare an activation with; the mean takes one more
-forward pass. --site attn_head scores attention heads, --site expert the neurons of a mixture of experts.
+--replacement is what attribution_patching, integrated_gradients and relp compare an activation with; pass the same one
+to `rmtension ablate`. The mean takes one more forward pass. --site attn_head scores attention heads, --site expert the neurons of a mixture of experts.
 """
 
 
