@@ -128,7 +128,7 @@ class RewardHead(RewardModel):
                 file. `LogRatioHead(reference, beta=...)` reads the language model's own log-probabilities (DPO), and
                 `ProcessHead(marker)` the checkpoint's classes at the end of each step.
             output: which output is the reward, if there are several: an index, a name in `config.id2label`, or for a
-                language model a token (`"ĠYes"` or `" Yes"`). A pair is a difference: `output=("Yes", "No")`.
+                language model a token (`"ĠYes"` or `" Yes"`). A pair is a difference: `output=("ĠYes", "ĠNo")`.
             model_class: "TransformerBridge", or "HookedTransformer" (TransformerLens 3.x), which converts the weights.
             process_weights: True folds and centres the weights as TransformerLens does.
             **options: see `rmtension.models.LoadOptions`, for example `device`, `dtype` or `max_length`.

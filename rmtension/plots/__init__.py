@@ -6,7 +6,7 @@ faintly. `family` selects one of several families. `level` is the level of the i
 `level` (default 0.95). A given `ax` holds one panel; the arguments of a figure with several panels select it.
 `conflict_scatter` takes a `ConflictReport` instead, `faithfulness_scatter` and `faithfulness_sets` take a
 `Faithfulness`, `effects_by_group` takes the table of `ablation_effects`, and `closed_share`, `repair_checks` and
-`repair_path` take parts of a `RepairReport`. The functions need matplotlib (`pip install "rmtension[viz]"`). Pyplot
+`repair_path` take parts of a `RepairReport`. The functions need matplotlib (`pip install matplotlib`). Pyplot
 neither shows the figures nor keeps them open.
 """
 

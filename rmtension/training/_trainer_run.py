@@ -28,7 +28,7 @@ def require_package(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ModelError(f'training: needs the package {package!r}. Run `pip install "rmtension[train]"`.') from error
+        raise ModelError(f"training: needs the package {package!r}. Run `pip install {package}`.") from error
 
 
 def require_free(folder: Path, overwrite: bool) -> None:
