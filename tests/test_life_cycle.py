@@ -33,6 +33,7 @@ from rmtension.bodies._hooks import (
     HookSite,
     InstalledHooks,
     all_fire,
+    around_calls,
     copy_without_hooks,
     on_calls,
     own_hooks_paused,
@@ -314,7 +315,7 @@ CALLS = {
     ),
     "attribution._kept_curves.minimality": lambda s: minimality(s.head, preferred(s), s.neurons | s.others, parts=2),
     "attribution._set_effects.predict_set_effects": lambda s: predict_set_effects(
-        s.head, make_pairs(8, seed=1), {"both": s.neurons | s.others}, passes=9
+        s.head, make_pairs(8, seed=1), {"both": s.neurons | s.others}, passes=9, level=0.9
     ),
     "interventions._optimal.Optimal.fit": lambda s: Optimal.fit(
         s.head, s.pairs, s.neurons, Mean(s.statistics), steps=2
@@ -537,6 +538,7 @@ ONLY_LOOKS = [
     "bodies._prompt_runs.PromptRuns.__init__",
     "bodies._native_sites.block_lists",
     "heads._head.tensors_of",
+    "models._reward_model.RewardModel.require_all_pairs",
     "models._reward_model.RewardModel.require_same_head",
     "interventions._expert_weights.expert_names",
     *(f"bodies._experts.ExpertPoint.{name}" for name in ("experts", "forward", "restore", "routed", "write")),
@@ -595,6 +597,7 @@ ONLY_LOOKS = [
     "bodies._hooked_transformer_body.HookedTransformerBody.weights",
     "bodies._projections.Projection.of",
     "models._checkpoint.Checkpoint.require_same_head",
+    "bodies._native_weights.adapters_in_use",
     "bodies._native_weights.has_adapters",
     "bodies._native_weights.refuse_packed_weights",
     "bodies._native_weights.refuse_recomputed",
@@ -813,6 +816,7 @@ CONTEXTS = {
     "attribution._relevance.RelevanceRules.applied": lambda s: RelevanceRules(s.head).applied(fixed_attention=False),
     "attribution._batch_run._BlockGates.running": lambda s: _BlockGates(s.head).running(),
     "bodies._hooks.all_fire": lambda s: all_fire(s.head.body.modules()),
+    "bodies._hooks.around_calls": lambda s: around_calls([s.mlp, s.head.body.block(0)], lambda: None, lambda: None),
     "bodies._hooks.on_calls": lambda s: on_calls([s.mlp, s.head.body.block(0)], lambda *_: None),
     "bodies._hooks.own_hooks_paused": lambda s: own_hooks_paused(s.head.body.modules()),
     "bodies._rope.RopeByText.for_texts": lambda s: s.head.body._rope.for_texts(s.batch),

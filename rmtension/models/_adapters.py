@@ -150,7 +150,7 @@ def import_peft(name: str) -> Any:
         import peft
     except ImportError as error:
         raise ModelError(
-            f'{name}: this is an adapter, which needs peft to be read. Install it: pip install peft.'
+            f"{name}: this is an adapter, which needs peft to be read. Install it: pip install peft."
         ) from error
     return peft
 

@@ -106,7 +106,7 @@ class Canvas:
         try:
             from rmtension.plots._figure import ShownFigure
         except ImportError as error:
-            raise OptionError('plots: needs matplotlib. Run `pip install matplotlib`.') from error
+            raise OptionError("plots: needs matplotlib. Run `pip install matplotlib`.") from error
         columns = min(columns, n)
         rows = ceil(n / columns)
         # Without pyplot there is no global state and no window, and the figure is freed with its last reference.

@@ -60,7 +60,7 @@ def prepare_base(name: str, folder: Path) -> Path:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="float32", **where)
         tokenizer: Any = AutoTokenizer.from_pretrained(source, **where)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        advice = ' Reading GGUF files needs `pip install gguf`.' if is_gguf else " Check the name."
+        advice = " Reading GGUF files needs `pip install gguf`." if is_gguf else " Check the name."
         raise ModelError(f"base: transformers could not load {name}: {error}.{advice}") from error
     if is_gguf:
         values = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_OF_CONFIG}
