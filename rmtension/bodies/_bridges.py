@@ -65,8 +65,8 @@ def wrap(
         remedy = (
             "Merge its adapter first (peft: model.merge_and_unload())."
             if has_adapters(plain)
-            else "docs/families.md lists the families that work; RewardHead(model, weight) accepts a model that you "
-            "hooked yourself."
+            else "docs/families_measured.md lists the families that work; RewardHead(model, weight) accepts a model "
+            "that you hooked yourself."
         )
         if converts:
             raise ModelError(f"{reason}. {remedy}") from error

@@ -127,7 +127,8 @@ def _sections(inspection: ModelInspection) -> Iterator[PageSection]:
         )
     yield PageSection(
         "Checks of this model",
-        "Whether rewards and hooks are right on this model; the documentation explains each check under 'Check your own model'.",
+        "Whether rewards and hooks are right on this model. The documentation explains each check ('Check your own "
+        "model').",
         table=rounded(inspection.to_frame("checks")),
     )
     yield PageSection(

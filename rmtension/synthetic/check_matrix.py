@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _in_short(reason: str, folder: str) -> str:
     """The reason without parts that differ between families or are of no use in a table."""
-    reason = reason.replace(f"{folder}: ", "").partition(" docs/families.md")[0]
+    reason = reason.replace(f"{folder}: ", "").partition(" docs/families_measured.md")[0]
     reason = re.sub(r"\ba \w+ as a", "it as a", reason)
     return re.sub(r"\b\w+(ForCausalLM|LMHeadModel) is not", "the architecture is not", reason)
 

@@ -313,7 +313,7 @@ class TestStudy:
             (["none.yaml"], "none.yaml: cannot be read"),
             ([], "expected a YAML file, or --helpful"),
             (["--helpful", "models/helpful", "--pairs", "both.jsonl"], "the key 'harmless' is missing"),
-            (["study.yaml", "--pairs", "both.jsonl"], "--pairs: study.yaml names pairs too"),
+            (["study.yaml", "--pairs", "both.jsonl"], "--pairs: not with a file (study.yaml). Name pairs in the file"),
             (["study.yaml", "--set", "fraction"], "expected NAME=VALUE"),
             (["study.yaml", "--set", "fraction=[1"], "is not valid YAML"),
             (["study.yaml", "--set", "fractoin=1"], "command line: options: unknown key 'fractoin'"),

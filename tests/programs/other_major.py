@@ -110,7 +110,7 @@ def write_family(folder, family, name, tokenizer, texts):
     try:
         head = RewardHead.from_classifier(model, tokenizer=tokenizer)
     except ModelError:
-        return []  # the reason is in docs/families.md
+        return []  # the reason is in docs/families_measured.md
     heads = {name: head}
     if name == ("theta" if rotary(family, "theta") else "as made") and head.sites:
         heads["ablated"] = head.with_ablation(some_neurons(head))

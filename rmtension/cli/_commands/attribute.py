@@ -50,7 +50,8 @@ PAIRS is read as `rmtension score` reads it. Prints the ten strongest neurons, w
 holds the score of every neuron; `rmtension ablate --neurons` and NeuronScores.load read it. The CSV file of the same
 name holds the top set (--fraction or --k). "supports" means that the neuron raises the margin, according to its score.
 --replacement is what attribution_patching, integrated_gradients and relp compare an activation with; pass the same one
-to `rmtension ablate`. The mean takes one more forward pass. --site attn_head scores attention heads, --site expert the neurons of a mixture of experts.
+to `rmtension ablate`. The mean takes one more forward pass. --site attn_head scores attention heads, --site expert the
+neurons of a mixture of experts.
 """
 
 
