@@ -19,6 +19,7 @@ from rmtension.bodies._native_body import NativeBody
 from rmtension.bodies._native_run import let_run_in_float64
 from rmtension.bodies._native_sites import attends_both_ways
 from rmtension.bodies._native_weights import has_adapters, refuse_packed_weights, refuse_recomputed
+from rmtension.bodies._run_modes import plain_path
 from rmtension.errors import ModelError, OptionError
 
 MODEL_CLASSES = ("TransformerBridge", "HookedTransformer")
@@ -91,7 +92,7 @@ def _wrap(
         return BridgeBody(bridge)
     twin = copy_without_hooks(plain, {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]})
     # A compiled module finds its submodules without the name that torch.compile puts between them.
-    names = {id(module): path.replace("_orig_mod.", "") for path, module in twin.named_modules()}
+    names = {id(module): plain_path(path) for path, module in twin.named_modules()}
     return BridgeBody(_boot(name, twin, tokenizer, trust_remote_code), plain, names)
 
 

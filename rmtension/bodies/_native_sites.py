@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks, on_calls
 from rmtension.bodies._native_run import probe_batch, run_base
-from rmtension.bodies._run_modes import eager_eval, unwrapped
+from rmtension.bodies._run_modes import eager_eval, plain_path, unwrapped
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
 
@@ -94,7 +94,7 @@ def find_native_sites(base: nn.Module) -> NativeSites:
         n_heads = heads if isinstance(heads, int) and heads > 0 else 1
         search = _SiteSearch(blocks, batch, width, n_heads if isinstance(heads, int) else 0, config, seen)
         projections, missing = search.find(run)
-    names = {id(module): path.replace("_orig_mod.", "") for path, module in base.named_modules()}
+    names = {id(module): plain_path(path) for path, module in base.named_modules()}
     final_norm = _find_final_norm(base, blocks, seen)
     if final_norm is None:
         missing["final norm"] = (
@@ -148,7 +148,7 @@ def _find_blocks(base: nn.Module, config: Any, seen: _Seen) -> list[tuple[str, n
     for path, modules in block_lists(base, n_layers):
         why = _why_no_chain(list(modules), seen)
         if why is None:
-            where = path.replace("_orig_mod.", "")
+            where = plain_path(path)
             return [(f"{where}.{number}", block) for number, block in enumerate(modules)]
         reasons.append(f"{path}: {why}")
     raise ModelError(
@@ -185,7 +185,7 @@ def _find_final_norm(base: nn.Module, blocks: Sequence[tuple[str, nn.Module]], s
             continue
         ends = torch.equal(seen.outputs[module], result) and not torch.equal(after, result)
         if ends and torch.equal(seen.inputs[module], after):
-            return str(path).replace("_orig_mod.", "")
+            return plain_path(str(path))
     return None
 
 

@@ -62,6 +62,11 @@ def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def plain_path(path: str) -> str:
+    """The path of a module in a compiled model as it is in the model itself."""
+    return path.replace("_orig_mod.", "")
+
+
 def unwrapped(model: Any) -> Any:
     """The module inside `torch.compile(module)` and wrappers of data parallelism, which share its parameters."""
     while True:

@@ -294,9 +294,13 @@ def comparison_row(comparison: Comparison) -> dict[str, object]:
     }
 
 
+# What an ablation may change.
+QUANTITIES = ("accuracy", "margin")
+
+
 def check_quantity(quantity: str) -> None:
     """Raise `OptionError` unless `quantity` is "accuracy" or "margin"."""
-    if quantity not in ("accuracy", "margin"):
+    if quantity not in QUANTITIES:
         raise OptionError(f"quantity: expected 'accuracy' or 'margin', got {quantity!r}.")
 
 

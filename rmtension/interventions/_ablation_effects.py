@@ -11,6 +11,7 @@ from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
 from rmtension.evaluation._effects import effect_beyond_random
 from rmtension.evaluation._intervals import check_level
+from rmtension.evaluation._metrics import QUANTITIES
 from rmtension.evaluation._pair_rewards import PairRewards
 from rmtension.interventions._replacement import Replacement
 from rmtension.interventions._replacements import Zero
@@ -18,8 +19,6 @@ from rmtension.interventions._sweep import score_without
 from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._matched_sets import matched_sets
 from rmtension.neurons._neuron_set import NeuronSet, check_seed
-
-QUANTITIES = ("accuracy", "margin")
 
 
 def ablation_effects(

@@ -7,14 +7,13 @@ import numpy as np
 import pandas as pd
 
 from rmtension.errors import OptionError
-from rmtension.evaluation._metrics import check_quantity
+from rmtension.evaluation._metrics import QUANTITIES, check_quantity
 from rmtension.plots._drawing import GREY, Canvas, as_text, looks, name_rows, offsets, row_height
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_QUANTITIES = ("accuracy", "margin")
 _COLUMNS = ("set", "size", "group", "quantity", "before", "effect", "low", "high", "random_effect", "random_sd", "n")
 # An axis is never narrower than this share of the quantity's own size, so that rounding errors look like what they are.
 _SMALLEST = 0.02
@@ -40,7 +39,7 @@ def effects_by_group(
         raise OptionError("table: expected the table of rmtension.ablation_effects.")
     if quantity is not None:
         check_quantity(quantity)
-    quantities = [name for name in _QUANTITIES if quantity in (None, name) and (table["quantity"] == name).any()]
+    quantities = [name for name in QUANTITIES if quantity in (None, name) and (table["quantity"] == name).any()]
     if not quantities:
         raise OptionError("table: expected at least one row with the quantity that is drawn, got none.")
     groups, sets = (list(dict.fromkeys(table[column])) for column in ("group", "set"))

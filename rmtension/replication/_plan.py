@@ -13,13 +13,12 @@ from rmtension.replication._prepare import PreparedPairs
 from rmtension.replication._recipe import Recipe
 from rmtension.reward_head import RewardHead
 from rmtension.study._family_runs import MODELS, OBJECTIVES, joined
-from rmtension.study._options import StudyOptions
+from rmtension.study._options import BEHAVIOUR, StudyOptions
 from rmtension.study._speed import Speed, duration, measure_speed, n_read
 from rmtension.study._study_cost import study_cost
 from rmtension.training._new_classifier import new_classifier
 
 # Analyses of rewards alone, which use all test pairs.
-BEHAVIOUR = ("accuracy", "transferability", "confidence")
 # Seconds of a training step in forward passes of the trained layers: forward, backward and the optimiser.
 _TRAINING = 3.7
 # Dashboards of neurons, in forward passes over the evaluation pairs.

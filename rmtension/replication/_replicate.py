@@ -11,7 +11,7 @@ import pandas as pd
 from rmtension.attribution._make_dashboards import describe_dashboards
 from rmtension.attribution._neuron_dashboards import NeuronDashboards
 from rmtension.replication._faithful import Faithful, measure_faithfulness
-from rmtension.replication._plan import BEHAVIOUR, analyses_of_neurons, plan_stages, plan_text, sampled
+from rmtension.replication._plan import analyses_of_neurons, plan_stages, plan_text, sampled
 from rmtension.replication._prepare import PreparedPairs, prepare_base, prepare_pairs
 from rmtension.replication._recipe import Recipe
 from rmtension.replication._stages import Clock
@@ -23,6 +23,7 @@ from rmtension.store._files import write_text
 from rmtension.store._provenance import TRAINING_RECORD
 from rmtension.store._work_folder import claim, locked
 from rmtension.study._family_runs import MODELS, ModelFamily
+from rmtension.study._options import BEHAVIOUR
 from rmtension.study._result import StudyResult
 from rmtension.study._tension_study import TensionStudy
 from rmtension.training._family import train_seeds

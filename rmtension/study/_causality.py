@@ -14,7 +14,7 @@ from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
 from rmtension.evaluation._effects import effect_beyond_random
 from rmtension.evaluation._intervals import Estimate, bootstrap_mean, over_seeds
-from rmtension.evaluation._metrics import item_change
+from rmtension.evaluation._metrics import QUANTITIES, item_change
 from rmtension.evaluation._pair_rewards import PairRewards
 from rmtension.interventions._replacement import Replacement
 from rmtension.interventions._replacements import Zero
@@ -22,7 +22,6 @@ from rmtension.neurons._matched_sets import draw_seed, matched_sets
 from rmtension.neurons._neuron_set import NeuronSet
 from rmtension.study._model_runs import ModelRuns
 
-QUANTITIES = ("accuracy", "margin")
 Advance = Callable[[], object]
 
 

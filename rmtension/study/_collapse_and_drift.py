@@ -15,10 +15,10 @@ from rmtension.data._chat import prompt_text
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import OptionError
 from rmtension.evaluation._intervals import bootstrap_mean, percentile_interval, resampled_sums
-from rmtension.evaluation._metrics import chance, item_values, subset_places
+from rmtension.evaluation._metrics import QUANTITIES, chance, item_values, subset_places
 from rmtension.evaluation._pair_rewards import PairRewards
 from rmtension.neurons._neuron_set import NeuronSet
-from rmtension.study._causality import QUANTITIES, Ablations
+from rmtension.study._causality import Ablations
 
 
 def collapse(ablations: Ablations, sets: Mapping[str, NeuronSet]) -> pd.DataFrame:

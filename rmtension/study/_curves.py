@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rmtension.evaluation._metrics import accuracy, chance, mean_margin
+from rmtension.evaluation._metrics import QUANTITIES, accuracy, chance, mean_margin
 from rmtension.evaluation._pair_rewards import PairRewards
 from rmtension.neurons._neuron_scores import NeuronScores
-from rmtension.study._causality import QUANTITIES, Ablations
+from rmtension.study._causality import Ablations
 
 
 def ablation_curves(

@@ -18,10 +18,11 @@ from rmtension.errors import OptionError, StorageError
 from rmtension.reward_head import RewardHead
 from rmtension.store._files import write_text
 from rmtension.store._work_folder import claim, locked
+from rmtension.study._family_runs import joined
 from rmtension.study._inspection_outputs import chosen_outputs
 from rmtension.study._inspection_plan import InspectionPlan, choose_plan, parse_budget
 from rmtension.study._inspection_result import ModelInspection
-from rmtension.study._inspection_run import SHARED, SITE, InspectionRun, joined
+from rmtension.study._inspection_run import SHARED, SITE, InspectionRun
 from rmtension.study._speed import measure_speed
 
 # A group with fewer prompts in either half is evaluated, but its neurons are not scored.

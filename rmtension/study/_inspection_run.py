@@ -30,6 +30,7 @@ from rmtension.neurons._pair_attributions import PairAttributions
 from rmtension.passes._activation_collector import ActivationCollector
 from rmtension.passes._running_scores import RunningScores
 from rmtension.reward_head import RewardHead
+from rmtension.study._family_runs import joined
 from rmtension.study._inspection_outputs import OutputComparison, compare_outputs
 from rmtension.study._inspection_plan import FAITHFUL_FRACTIONS, FAITHFUL_RANDOM, InspectionPlan
 from rmtension.study._inspection_result import ModelInspection
@@ -241,11 +242,6 @@ class InspectionRun:
 
     def _folder(self, step: str) -> Path | None:
         return None if self._work is None else self._work / step
-
-
-def joined(groups: Groups) -> PreferencePairs:
-    """The pairs of all groups, one group after the other."""
-    return PreferencePairs(pair for part in groups.values() for pair in part)
 
 
 def _few_of_each(groups: Groups, n: int) -> PreferencePairs:

@@ -164,7 +164,7 @@ class ModelRuns:
             with self._work(f"sweep-{_digest_of_names(named)}") as work:
                 # The last digits depend on which sets run together, so an interrupted run resumes with the same sets.
                 together = missing if work is None else remembered(work, "sets", missing)
-                some = [named[name] for name in together if name in named]
+                some = [named[name] for name in together]
                 rewards = score_without(self.head, pairs, some, replacement, work=work)
                 for name, scored in zip(together, rewards, strict=True):
                     self.n_run += 1

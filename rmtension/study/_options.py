@@ -18,6 +18,8 @@ ANALYSES = (
     "accuracy", "transferability", "confidence", "scores", "sets", "depth", "overlap", "curves", "cross_objective",
     "causality",
 )  # fmt: skip
+# Those that need no scores of neurons.
+BEHAVIOUR = ("accuracy", "transferability", "confidence")
 SCORES = (*ACTIVATION_SCORES, "selectivity", *(method for method in METHODS if method not in ACTIVATION_SCORES))
 
 

@@ -20,14 +20,13 @@ from rmtension.study._analyses import ANALYSES
 from rmtension.study._family_runs import MODELS, OBJECTIVES, FamilyRuns, ModelFamily, joined
 from rmtension.study._model_output import ModelOutput
 from rmtension.study._neuron_tables import overlap_with
-from rmtension.study._options import StudyOptions, is_contrastive
+from rmtension.study._options import BEHAVIOUR, StudyOptions, is_contrastive
 from rmtension.study._result import StudyResult
 from rmtension.study._stability import stability_with
 from rmtension.study._study_cost import n_ablations, n_sets_ablated, study_cost
 
 # The scores of a study of outputs of one model, unless others are named.
 SCORES_OF_OUTPUTS = ("attribution_patching",)
-_WITHOUT_SCORES = {"accuracy", "transferability", "confidence"}
 
 
 class TensionStudy:
@@ -250,7 +249,7 @@ def _options_of_outputs(options: StudyOptions) -> StudyOptions:
     if options.scores == StudyOptions.scores:
         return replace(options, scores=SCORES_OF_OUTPUTS)
     blind = [score for score in options.scores if not is_contrastive(score)]
-    if blind and not set(options.analyses) <= _WITHOUT_SCORES:
+    if blind and not set(options.analyses) <= set(BEHAVIOUR):
         raise OptionError(
             f"scores: the models are outputs of one model, whose activations are the same, so that {blind[0]!r} would "
             f"compare a model with itself. Use scores that read the reward, for example scores={SCORES_OF_OUTPUTS}."
