@@ -1,31 +1,32 @@
 """Ablate neurons permanently: a copy of a model whose weights compute what an `AblationContext` does."""
 
-import copy
-import re
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from rmtension._sites import find_site
 from rmtension.bodies._native_weights import plain_copy
-from rmtension.errors import ModelError, OptionError
+from rmtension.errors import OptionError
 from rmtension.interventions._ablation import AblationContext
 from rmtension.interventions._expert_weights import ablate_experts, expert_names
+from rmtension.interventions._projection_change import (
+    COPIES,
+    ProjectionChange,
+    change_own_projections,
+    change_projections,
+)
 from rmtension.interventions._replacement import Replacement
 from rmtension.interventions._replacements import Zero
 from rmtension.models._classifiers import current_checkpoint, require_same_stream, run_eagerly
-from rmtension.models._lens_models import copy_model, is_own_model
-from rmtension.models._opening import with_checkpoint, with_lens_model
+from rmtension.models._lens_models import is_own_model
+from rmtension.models._opening import with_checkpoint
 from rmtension.models._reward_model import RewardModel
 from rmtension.neurons._neuron_set import NeuronSet
 
-_COPIES = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.|$)")
 # A copy has the class of its model.
 _Model = TypeVar("_Model", bound=RewardModel)
 
@@ -65,14 +66,21 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
             "MLP, because what a neuron writes still depends on its other factor. Use AblationContext, or neurons and "
             f"statistics of site {product!r}."
         )
+    changes = {
+        layer: _change(head.n_channels(neurons.site), columns, replacement.factor(layer, columns), constants.get(layer))
+        for layer, columns in context.columns.items()
+    }
+    about = {"what": "replacement", "advice": "Use Zero(), or AblationContext, which changes no weights."}
     if is_own:
-        return _ablate_own(head, context, constants)
+        ablated = change_own_projections(head, neurons.site, changes, new_head=None, **about)
+        require_same_stream(head, context, ablated.body.residual, "with_ablation")
+        return ablated
     base = plain_copy(base, share=False)
     if neurons.site == "expert":
-        names = [_COPIES.sub("", name) for name in expert_names(head)]
+        names = [COPIES.sub("", name) for name in expert_names(head)]
         ablate_experts(base, names, context.columns, replacement, constants)
     else:
-        base = _ablate_projections(head, base, context, constants)
+        base = change_projections(head, base, neurons.site, changes, **about)
     opened = replace(
         checkpoint, base=base, source=None, classifier=None, name=f"{checkpoint.name}, {len(neurons)} neurons ablated"
     )
@@ -80,102 +88,18 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
     return with_checkpoint(head, opened)
 
 
-def _ablate_projections(head: RewardModel, base: Any, context: AblationContext, constants: Mapping[int, Tensor]) -> Any:
-    """`base`, or a copy of it with biases, with other weights and biases in the projections of the neurons."""
-    names = projection_names(head, context.neurons.site)
-    if any(base.get_submodule(names[layer]).bias is None for layer in constants):
-        base = with_biases(base, names)
-    with torch.no_grad():
-        for layer, columns in context.columns.items():
-            projection: Any = base.get_submodule(names[layer])
-            weight = projection_weight(
-                projection, names[layer], "with_ablation", "Use AblationContext, which needs no weights."
-            )
-            columns = columns.to(weight.device)
-            if layer in constants:
-                means = constants[layer].to(weight.device)[columns]
-                # In float64, because the sum over channels is rounded only once.
-                projection.bias += (weight[:, columns].double() @ means).to(projection.bias.dtype)
-            weight[:, columns] *= _factor(context, layer, weight)
-    return base
-
-
-def projection_names(head: RewardModel, site: str) -> list[str]:
-    """The names of the projections that read a site, layer by layer, in a plain copy of the model's base."""
-    site = find_site(site).factor_of or site
-    # If peft keeps a trained copy of a module, the plain copy has that copy under the module's own name.
-    return [_COPIES.sub("", head.body.projection_names[site, layer]) for layer in range(head.n_layers)]
-
-
-def projection_weight(projection: Any, name: str, what: str, advice: str) -> Float[Tensor, "d_model channel"]:
-    """The weight of a projection, or a view of it; raises `ModelError` unless it is a linear layer."""
-    if not isinstance(projection, nn.Linear | Conv1D):
-        raise ModelError(
-            f"{what}: {name} is a {type(projection).__name__}, and only the weights of a Linear or Conv1D layer can be "
-            f"edited. {advice}"
-        )
-    # nn.Linear holds [out, in], GPT-2's Conv1D [in, out].
-    weight: Tensor = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T
-    return weight
-
-
-def _ablate_own(head: _Model, context: AblationContext, constants: Mapping[int, Float[Tensor, "channel"]]) -> _Model:
-    """The same for a model of a TransformerLens class: its W_out or W_O, and b_out or b_O."""
-    site = context.neurons.site
-    assert is_own_model(head.body)
-    ablated = with_lens_model(head, copy_model(head.body))
-    body = ablated.body
-    assert is_own_model(body)
-    with torch.no_grad():
-        for layer, columns in context.columns.items():
-            weight, bias = body.weights(site, layer)
-            if layer in constants:
-                if bias is None:
-                    raise ModelError(
-                        "replacement: constants such as Mean need a bias to write to. The projections of this "
-                        "gated MLP have no bias, "
-                        "and boot_native cannot add one. Use Zero(), or AblationContext, which needs no bias."
-                    )
-                means = constants[layer].to(weight.device)[columns]
-                bias += (means @ weight[columns].double()).to(bias.dtype)
-            weight[columns] *= _factor(context, layer, weight)[:, None]
-    require_same_stream(head, context, ablated.residual, "with_ablation")
-    return ablated
-
-
-def _factor(context: AblationContext, layer: int, weight: Tensor) -> Float[Tensor, "channel"]:
-    """The factors of the ablated channels of a layer."""
-    columns = context.columns[layer]
-    factor = torch.as_tensor(context.replacement.factor(layer, columns))
-    return factor.to(weight).expand(len(columns))
-
-
-def with_biases(base: Any, names: list[str]) -> Any:
-    """`base` rebuilt from a config that gives the projections `names` a bias; all new biases are 0."""
-    flags = [key for key, value in base.config.to_dict().items() if "bias" in key and value is False]
-    for flag in flags:
-        config = copy.deepcopy(base.config)
-        setattr(config, flag, True)
-        with torch.device("meta"):
-            rebuilt = type(base)(config)
-        if any(rebuilt.get_submodule(name).bias is None for name in names):
-            continue
-        state = dict(base.state_dict())
-        parameter = next(base.parameters())
-        new = [key for key in rebuilt.state_dict() if key not in state]
-        if not all(key.endswith(".bias") for key in new):
-            continue
-        state |= {
-            key: torch.zeros(rebuilt.get_parameter(key).shape, dtype=parameter.dtype, device=parameter.device)
-            for key in new
-        }
-        rebuilt.load_state_dict(state, assign=True)
-        for name, buffer in base.named_buffers():
-            owner, _, key = name.rpartition(".")
-            setattr(rebuilt.get_submodule(owner), key, buffer)
-        return rebuilt.eval().requires_grad_(False)
-    raise ModelError(
-        f"replacement: constants such as Mean need a bias to write to. The projections of {type(base).__name__} "
-        "have no bias, and its "
-        "config cannot add one. Use Zero(), or AblationContext, which needs no bias."
-    )
+def _change(
+    n_channels: int,
+    columns: Int[Tensor, "ablated"],
+    factor: float | Float[Tensor, "ablated"] | None,
+    constant: Float[Tensor, "channel"] | None,
+) -> ProjectionChange:
+    """The change of a layer's projection that replaces some of its channels."""
+    columns = columns.cpu()
+    factors = torch.ones(n_channels, dtype=torch.float64)
+    factors[columns] = torch.as_tensor(factor, dtype=torch.float64).cpu()
+    if constant is None:
+        return ProjectionChange(factors)
+    constants = torch.zeros(n_channels, dtype=torch.float64)
+    constants[columns] = constant.double().cpu()[columns]
+    return ProjectionChange(factors, constants)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rmtension.errors import ModelError, OptionError, ProvenanceError
 from rmtension.heads._head import LinearHead
-from rmtension.interventions._edit_weights import ProjectionChange, edit_weights
+from rmtension.interventions._edit_weights import edit_weights
+from rmtension.interventions._projection_change import ProjectionChange
 from rmtension.models._reward_model import RewardModel
 from rmtension.reward_head import RewardHead
 from rmtension.store._storage import read_result, write_result

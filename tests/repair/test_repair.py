@@ -319,7 +319,10 @@ def test_other_heads_need_specialists(head, damaged, pairs, monkeypatch):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("medians", "medians edit: it needs a bias, and the projections of this gated MLP have none"),
+        (
+            "medians",
+            "medians edit: constants such as means need a bias to write to",
+        ),
         (
             "fine-tuning",
             "fine-tuning edit: it changes parameters of a transformers checkpoint, and this model has none",

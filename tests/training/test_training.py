@@ -410,16 +410,14 @@ def test_a_checkpoint_that_lacks_weights_is_refused(world, base, bpe, tmp_path):
 
 def test_a_missing_extra_is_named(monkeypatch, world, base, tmp_path):
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(ModelError, match=r'pip install "rmtension\[train\]"'):
+    with pytest.raises(ModelError, match="pip install accelerate"):
         quick(world.train["helpful"], base, tmp_path / "a")
 
 
 def test_a_missing_extra_is_named_before_anything_is_trained(monkeypatch, world, tmp_path, capsys):
     """The base would not need it."""
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(
-        ModelError, match=r"""needs the package 'accelerate'\. Run `pip install "rmtension\[train\]"`"""
-    ):
+    with pytest.raises(ModelError, match=r"needs the package 'accelerate'\. Run `pip install accelerate`"):
         train_family(world.train, tmp_path / "family")
     assert main(["demo", "--out", str(tmp_path / "demo"), "--quiet"]) == 2
     assert capsys.readouterr().err.startswith("rmtension: error: training: needs the package 'accelerate'.")
