@@ -18,6 +18,7 @@ from tiny_models import make_pairs, unchecked
 from rmtension import PreferencePair, PreferencePairs
 from rmtension.cli._command_line import main
 from rmtension.data._data_files import file_rows
+from rmtension.data._sources import source_rows
 from rmtension.errors import DataError, OptionError, RMTensionWarning
 
 ROWS = [
@@ -527,3 +528,13 @@ def test_a_quote_in_an_unquoted_tsv_does_not_swallow_the_next_row(tmp_path):
         PreferencePairs.read(path)
     path.write_text('prompt\tchosen\trejected\nq1\tA\t"two\nlines ""quoted"""\nq2\tB\t5\n')
     assert [pair.rejected for pair in PreferencePairs.read(path)] == ['two\nlines "quoted"', "5"]
+
+
+def test_a_file_beside_its_compressed_copy_is_refused(tmp_path):
+    """Its rows would count twice."""
+    row = json.dumps({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}) + "\n"
+    (tmp_path / "test.jsonl").write_text(row)
+    (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(row.encode()))
+    with pytest.raises(DataError, match=r"test.jsonl and test.jsonl.gz are one file, compressed and not"):
+        list(source_rows(tmp_path, split="test"))
+    assert len(list(source_rows(tmp_path / "test.jsonl.gz"))) == 1
