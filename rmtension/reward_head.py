@@ -149,10 +149,10 @@ class RewardHead(RewardModel):
         check_model_class(model_class)
         require_name(name_or_path)
         if is_saved_model(name_or_path):
-            if model_class != "TransformerBridge" or process_weights:
+            if process_weights:
                 raise OptionError(
-                    f"model_class, process_weights: {name_or_path} holds a model of a TransformerLens class with the "
-                    "weights that it was saved with. Leave both out."
+                    f"process_weights: {name_or_path} holds a model of a TransformerLens class, with the weights that "
+                    "it was saved with. Leave it out."
                 )
             return open_saved_model(cls, Path(name_or_path).expanduser(), head, output, options)
         if options.get("weight_memory") is not None and (model_class != "TransformerBridge" or process_weights):
@@ -263,7 +263,8 @@ class RewardHead(RewardModel):
             other.head, number = with_weighted_sum(self.require_head(), output)
             names = self.outputs
             terms = {name if isinstance(name, str) else names[name]: weight for name, weight in output.items()}
-            other.weighted_sums = (*self.weighted_sums, terms)
+            if len(other.require_head().outputs) > len(names):  # no sum of one output with the weight 1
+                other.weighted_sums = (*self.weighted_sums, terms)
             choice: tuple[int, ...] | None = (number,)
         else:
             choice = choose_outputs(output, self.require_head(), "output")

@@ -441,7 +441,14 @@ THE_SAME = {
     ),
     "cli._commands.neuron_options.make_replacement": "passes._activation_collector.ActivationCollector.collect",
     "interventions._export.ablate_weights": "reward_head.RewardHead.with_ablation",
-    "interventions._export.projection_names": "reward_head.RewardHead.with_ablation",
+    **dict.fromkeys(
+        (
+            "interventions._projection_change.projection_names",
+            "interventions._projection_change.change_projections",
+            "interventions._projection_change.change_own_projections",
+        ),
+        "reward_head.RewardHead.with_ablation",
+    ),
     "interventions._edit_weights.edit_weights": "repair._edit.Edit.apply",
     "repair._down_projection.projection_inputs": "repair._down_projection.edit_down_projection",
     "repair._distil.distil_ensemble": "repair._refit.refit_head",

@@ -56,8 +56,8 @@ def predict_set_effects(
     as many pairs as `passes` plain passes. Learning takes seconds. `replacement` and `positions` are those of
     `AblationContext`. Needs transformers' own modules, as RelP does.
 
-    Raises `OptionError` for sets of different sites, without sets, and for fewer pairs or passes than are needed: 12
-    true ablations of 6 pairs, or for an interval at `level` 1 / (1 - level) - 1 of them, which is 19 at 95%.
+    Raises `OptionError` for sets of different sites, without sets, and for fewer pairs or passes than are needed: for
+    12 true ablations of 6 pairs, and for 19 with the default `level` (level / (1 - level) with others).
 
     Examples:
         >>> sets = {"top 2": scores.top(k=2), "top 8": scores.top(k=8), "top 12": scores.top(k=12)}
@@ -81,6 +81,9 @@ def predict_set_effects(
     n_ablated = min(round(passes * len(pairs)), _MOST_ABLATIONS) // _PAIRS_PER_SET
     # The largest of n errors is an upper bound for the next one with probability n / (n + 1).
     n_needed = max(2 * _FOLDS, ceil(level / (1 - level) - 1e-9))
+    n_most = _MOST_ABLATIONS // _PAIRS_PER_SET
+    if n_needed > n_most:
+        raise OptionError(f"level: expected at most {n_most / (n_most + 1):.3f}, got {level:g}.")
     if len(pairs) < _PAIRS_PER_SET or n_ablated < n_needed:
         lower = ", or a lower level" if n_needed > 2 * _FOLDS else ""
         raise OptionError(

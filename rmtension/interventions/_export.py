@@ -51,8 +51,8 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
     context = AblationContext(head, neurons, replacement)
     if not replacement.is_affine:
         raise OptionError(
-            f"replacement: expected Zero(), Mean(statistics) or Scale(alpha), which weights can express, got "
-            f"{replacement!r:.80}. Use AblationContext for this replacement."
+            f"replacement: expected Zero(), a constant such as Mean(statistics), or Scale(alpha), which weights can "
+            f"express, got {replacement!r:.80}. Use AblationContext for this replacement."
         )
     # Layer -> the constant activations of its channels; empty for replacements without a constant.
     constants = {layer: constant for layer in context.columns if (constant := replacement.constant(layer)) is not None}
@@ -70,7 +70,7 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
         layer: _change(head.n_channels(neurons.site), columns, replacement.factor(layer, columns), constants.get(layer))
         for layer, columns in context.columns.items()
     }
-    about = {"what": "replacement", "advice": "Use Zero(), or AblationContext, which changes no weights."}
+    about = {"what": "replacement", "advice": "Use AblationContext, which changes no weights; Zero() needs no bias."}
     if is_own:
         ablated = change_own_projections(head, neurons.site, changes, new_head=None, **about)
         require_same_stream(head, context, ablated.body.residual, "with_ablation")

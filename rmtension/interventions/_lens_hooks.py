@@ -39,9 +39,9 @@ def fwd_hooks(head: RewardModel, neurons: NeuronSet, replacement: Replacement = 
         )
     if not replacement.is_affine:
         raise OptionError(
-            f"replacement: expected Zero(), Mean(statistics) or Scale(alpha), got {type(replacement).__name__}, which "
-            "depends on the text; a TransformerLens hook sees only activations. Use AblationContext with "
-            "head.score_pairs."
+            "replacement: expected Zero(), a constant such as Mean(statistics), or Scale(alpha), got "
+            f"{type(replacement).__name__}, which depends on the text; a TransformerLens hook sees only activations. "
+            "Use AblationContext with head.score_pairs."
         )
     site = find_site(neurons.site)
     if site.name == "expert":

@@ -100,7 +100,10 @@ def open_saved_model(kind: type[_Model], folder: Path, head: object, output: obj
 
 def with_checkpoint(model: _Model, changed: Checkpoint) -> _Model:
     """Open another checkpoint with the options of `model`."""
-    return open_model(type(model), changed, **model.run_options)
+    opened = open_model(type(model), changed, **model.run_options)
+    if changed.head is model.head:
+        opened.weighted_sums = model.weighted_sums
+    return opened
 
 
 def with_lens_model(model: _Model, changed: nn.Module, *, head: Head | None = None) -> _Model:

@@ -37,6 +37,9 @@ from rmtension.models._run_options import RunOptions, check_run_options, usable_
 from rmtension.models._streamed_weights import StreamedWeights
 from rmtension.store._provenance import Provenance, fingerprint
 
+# Parts of a tokenizer that every call sets anew.
+_OF_A_CALL = ("truncation", "padding")
+
 
 class RewardModel(Readout):
     """The base class of `RewardHead`: a transformer with a tokenizer, a head, and hooks on its neurons.
@@ -108,6 +111,7 @@ class RewardModel(Readout):
         self._fingerprint: tuple[object, str] | None = None
         # Shared with the other outputs of this model, so that the weights are read once.
         self._body_fingerprint: list[tuple[object, str]] = []
+        self._tokenizer_digest: tuple[object, str] | None = None
         self._head_state: object = None
         # The weighted sums that were added to the outputs of the checkpoint's head.
         self.weighted_sums: tuple[Mapping[str, float], ...] = ()
@@ -211,7 +215,6 @@ class RewardModel(Readout):
     @property
     def setup_digest(self) -> str:
         """32 hexadecimal digits over what rewards depend on besides the weights: tokenizer, config and limits now."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
         config = self.body.config
         parts = [
             str(self.dtype),
@@ -219,12 +222,24 @@ class RewardModel(Readout):
             self.max_length,
             self.pad_token_id,
             self.two_segments,
-            None if backend is None else backend.to_str(),
+            self._digest_of_tokenizer(),
             str(getattr(self.tokenizer, "chat_template", None)),
             str(self.body.cfg) if config is None else config.to_json_string(),
             *(["truncate_response"] if self.truncate_response else []),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    def _digest_of_tokenizer(self) -> str | None:
+        """A digest of the vocabulary and the steps of the tokenizer; None without a backend in Rust."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        now = (id(backend), backend.get_vocab_size())
+        if self._tokenizer_digest is None or self._tokenizer_digest[0] != now:
+            # How the last call padded and cut its texts is kept there too, but changes no text here.
+            steps = {name: part for name, part in json.loads(backend.to_str()).items() if name not in _OF_A_CALL}
+            self._tokenizer_digest = (now, hashlib.sha256(json.dumps(steps).encode()).hexdigest())
+        return self._tokenizer_digest[1]
 
     def __repr__(self) -> str:
         files = "" if self.streamed is None else f", {self.streamed}"

@@ -102,11 +102,13 @@ def require_shares(shares: Sequence[float]) -> None:
         raise OptionError(f"shares: expected weights of the weak objective, from 0 to 1, got {list(shares)}.")
 
 
-def require_values(name: str, values: Sequence[float], *, most: float = math.inf) -> None:
-    """Raise `OptionError` unless `values` are one or several numbers above 0, up to `most`."""
-    if not len(values) or not all(0 < value <= most for value in values):
-        limit = "" if most == math.inf else f", up to {most:g}"
-        raise OptionError(f"{name}: expected at least one number, all above 0{limit}, got {list(values)}.")
+def require_values(name: str, values: Sequence[float], *, least: float | None = None, most: float = math.inf) -> None:
+    """Raise `OptionError` unless `values` are one or several numbers above 0, or from `least`, up to `most`."""
+    is_small = [value <= 0 if least is None else value < least for value in values]
+    if not len(values) or any(is_small) or not all(value <= most for value in values):
+        limits = "all above 0" if least is None else f"all from {least:g}"
+        limits += "" if most == math.inf else f", up to {most:g}"
+        raise OptionError(f"{name}: expected at least one number, {limits}, got {list(values)}.")
 
 
 def correct(margins: Float[Tensor, "pair"]) -> Float[Tensor, "pair"]:

@@ -78,7 +78,7 @@ class RepairReport:
         ]
         controls = [f"{kind} {_range(part['closed'])}" for kind, part in self.controls.groupby("control", sort=False)]
         sentences.append(f"Closed shares of the controls: {'; '.join(controls)}.")
-        harmed = [name for name, row in rows.items() if not pd.isna(row["spared"]) and not row["spared"]]
+        harmed = [name for name, row in rows.items() if not name.endswith(" margin") and not row["spared"]]
         if harmed and self.edit["made"]:
             sentences.append(
                 f"The interval allows a loss of more than {100 * self.most_lost:g} points for: {', '.join(harmed)}."

@@ -68,7 +68,7 @@ def merge_specialists(
     the model, and a forward pass over the fit and development pairs. Raises `OptionError` for specialists of other
     objectives or of another architecture.
     """
-    require_values("shrink", shrink, most=1.0)
+    require_values("shrink", shrink, least=0.0, most=1.0)
     _require_same(head, pairs, specialists)
     row, number = reward_row(head)
     own_row = row.weight[number].detach().cpu().double()

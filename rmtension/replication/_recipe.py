@@ -65,13 +65,6 @@ class Recipe:
             raise OptionError(f"pairs: expected files of {list(OBJECTIVES)}, got {dict(self.pairs)}.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise OptionError(f"seeds: expected one or several different numbers, got {list(self.seeds)}.")
-        numbers = [each.name for each in fields(self) if each.type in ("int", "float", int, float)]
-        for name in numbers:
-            value = getattr(self, name)
-            is_share = name.endswith("_share")
-            if isinstance(value, bool) or not isinstance(value, int | float if is_share else int):
-                kind = "number" if is_share else "whole number"
-                raise OptionError(f"{name}: expected a {kind}, got {value!r:.80}.")
         for name in ("test_share", "validation_share"):
             if not 0 < getattr(self, name) < 1:
                 raise OptionError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}.")
@@ -120,6 +113,11 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str) -> Recip
         if not isinstance(given["seeds"], list | tuple) or not all(type(seed) is int for seed in given["seeds"]):
             raise OptionError(f"{where}: seeds: expected a list of whole numbers, got {given['seeds']!r:.80}.")
         given["seeds"] = tuple(given["seeds"])
+    for name in (each.name for each in fields(Recipe) if each.name in given and type(each.default) in (int, float)):
+        kinds = (int, float) if type(getattr(Recipe, name)) is float else (int,)
+        if type(given[name]) not in kinds:
+            kind = "number" if float in kinds else "whole number"
+            raise OptionError(f"{where}: {name}: expected a {kind}, got {given[name]!r:.80}.")
     length = given.get("max_length", Recipe.max_length)
     given["training"] = _training(given.get("training") or {}, length, f"{where}: training")
     given["study"] = read_options({"options": given.get("study")}, f"{where}: study")

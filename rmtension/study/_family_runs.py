@@ -1,5 +1,6 @@
 """A family of three reward models and their base, and the runs of these models that a study needs."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,5 +239,5 @@ class FamilyRuns:
 
 def joined(pairs: Mapping[str, PreferencePairs]) -> PreferencePairs:
     """The pairs of all objectives, one after the other."""
-    first, *others = pairs.values()
-    return sum(others, start=first)
+    skipped = sum((Counter(part.skipped) for part in pairs.values()), start=Counter[str]())
+    return PreferencePairs((pair for part in pairs.values() for pair in part), skipped)

@@ -124,7 +124,11 @@ def train_families(
     texts = sorted({pair.text("chosen") for part in pairs.values() for pair in part}) if base is None else []
     has_base = base is not None or (keeps and _is_trained_base(start, texts, chosen, first_seed))
     digest = digest_of_folder(start) if keeps and start.is_dir() else None
-    missing = [training for training in trainings if not (keeps and _is_trained(training, base, digest))]
+    missing = [
+        training
+        for training in trainings
+        if not (keeps and _is_trained(training, None if base is None else start, digest))
+    ]
     if jobs > 1:
         # Side by side, all end soon if the longest begins first; one seed after the other.
         missing.sort(key=lambda training: (list(roots).index(training.seed), -len(training.arguments["pairs"])))
@@ -194,8 +198,11 @@ def _trainings(
         yield _Training(name, {"pairs": data, "output_dir": root / name, "validation": joined, **options})
 
 
-def _is_trained(training: _Training, base: str | Path | None, base_digest: str | None) -> bool:
-    """Whether the folder holds this model; raises `StorageError` for another one. A hub name has no digest: None."""
+def _is_trained(training: _Training, base: Path | None, base_digest: str | None) -> bool:
+    """Whether the folder holds this model; raises `StorageError` for another one.
+
+    `base` is None if it is trained here; a hub name has no digest.
+    """
     options = training.arguments
     validation = options["validation"]
     # As the record writes them, in JSON.
@@ -204,7 +211,9 @@ def _is_trained(training: _Training, base: str | Path | None, base_digest: str |
         for name, value in options.items()
         if name not in ("pairs", "output_dir", "validation")
     }
-    of_base = {"base": str(base)} if base_digest is None else {"base_digest": base_digest}
+    of_base: dict[str, Any] = {} if base is None else {"base": str(base)}
+    if base_digest is not None:
+        of_base = {"base_digest": base_digest}
     held_digest = None if validation is None else validation.digest
     return is_finished(training.folder, compared, data=options["pairs"].digest, validation=held_digest, **of_base)
 

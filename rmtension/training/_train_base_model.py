@@ -47,8 +47,8 @@ def train_base_model(
     appended to every text; a text longer than `max_length` tokens (default: the context, at most 1024) is divided into
     consecutive pieces. Seed, folder and errors are as for `train_reward_model`.
 
-    With `resume`, a model that a run with the same texts and options left in `output_dir` is kept; a difference raises
-    `StorageError`. Configs are not compared.
+    With `resume`, a model that a run with the same texts, config and options left in `output_dir` is kept; a difference
+    raises `StorageError`.
 
     Examples:
         >>> from transformers import GPT2Config

@@ -82,8 +82,8 @@ def digest_of_texts(texts: Sequence[str]) -> str:
 
 
 def digest_of_config(config: Any) -> str:
-    """The SHA-256 digest of a config of transformers, whichever version of transformers wrote it."""
-    values = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
+    """The SHA-256 digest of the fields of a config of transformers that differ from its defaults."""
+    values = {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -184,6 +184,8 @@ def stop_after(patience: int) -> Any:
             # The trainer takes one step before it sees that it should stop.
             if self._is_over:
                 control.should_evaluate = control.should_save = False
+
+        on_epoch_end = on_step_end
 
     return Patience(patience)
 

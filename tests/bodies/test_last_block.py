@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from all_families import EXPERTS
-from tiny_models import grid, make_pairs
+from tiny_models import batches_of, grid, make_pairs
 
 from rmtension import (
     AblationContext,
@@ -233,6 +233,16 @@ def test_a_users_own_hooks_behind_the_mlp_see_the_whole_stream(place, checkpoint
     with torch.no_grad():
         classifier(input_ids=torch.tensor([text.ids]))
     assert torch.allclose(streamed, seen[0], atol=1e-5)
+
+
+def test_an_mlp_that_was_not_tried_never_skips_tokens(checkpoints, few, plain_tokenizer):
+    """With a hook of the user at opening nothing can be left out, so nothing is shown about the MLP."""
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoints["gpt2"])
+    handle = classifier.transformer.h[0].register_forward_hook(lambda module, inputs, output: None)
+    head = RewardHead.from_classifier(classifier, tokenizer=plain_tokenizer)
+    handle.remove()
+    with head.last_mlp_where_read(next(iter(batches_of(head, few)))) as tokens:
+        assert tokens is None
 
 
 def test_a_work_folder_refuses_a_model_with_the_users_own_pytorch_hooks(checkpoints, few, plain_tokenizer, tmp_path):

@@ -19,7 +19,7 @@ from replicas import HEADER, make_pairs
 from safetensors.torch import load_file, save_file
 from tiny_models import grid
 
-from rmtension import PreferencePairs, RewardHead
+from rmtension import NeuronSet, PreferencePairs, RewardHead
 from rmtension.errors import DataError, ModelError, RMTensionWarning
 from rmtension.passes._probes import find_probes
 from rmtension.repair import Edit
@@ -220,9 +220,13 @@ class TestSaving:
     def test_a_weighted_sum_of_outputs_must_be_made_again(self, folders, tmp_path):
         weights = {"code-style": 1.0, "code-complexity": -0.5}
         head = RewardHead.from_pretrained(folders(KEPT[1]), output="all").output(weights)
-        with pytest.warns(RMTensionWarning) as warned:
-            head.save_pretrained(tmp_path / "saved")
-        assert f"output='all', and call .output({weights})" in str(warned[0].message)
+        every = torch.zeros(head.n_layers, head.n_neurons("mlp"), dtype=torch.bool)
+        for saved in (head, head.with_ablation(NeuronSet(every, "mlp", head.architecture))):
+            with pytest.warns(RMTensionWarning) as warned:
+                saved.save_pretrained(tmp_path / "saved")
+            assert f"output='all', and call .output({weights})" in str(warned[0].message)
+        single = head.output({"code-style": 1.0}).output("code-complexity")
+        assert single.weighted_sums == head.weighted_sums, "the sum of one output is that output"
         again = RewardHead.from_pretrained(tmp_path / "saved", output="all").output(weights)
         pairs = make_pairs(KINDS[KEPT[1]])
         assert torch.equal(again.score_pairs(pairs).margin, head.score_pairs(pairs).margin)

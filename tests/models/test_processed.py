@@ -138,7 +138,7 @@ def test_what_transformer_lens_raises_reaches_the_user(folders, monkeypatch):
         raise KeyError("no adapter for this architecture")
 
     monkeypatch.setattr(wrapping, "_boot", fail)
-    with pytest.raises(ModelError, match=r"could not wrap a LlamaModel.*KeyError.*no adapter.*docs/families.md"):
+    with pytest.raises(ModelError, match=r"could not wrap a LlamaModel.*KeyError.*no adapter.*families_measured"):
         RewardHead.from_pretrained(folders["llama"], process_weights=True)
     texts = ["how do i bake bread", "please help"]
     head = RewardHead.from_pretrained(folders["llama"])

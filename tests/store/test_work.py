@@ -1,6 +1,7 @@
 """Work folders: a run that was interrupted anywhere ends with the same bits; other runs and processes are refused."""
 
 import json
+import shutil
 from contextlib import suppress
 
 import pytest
@@ -329,6 +330,19 @@ def test_a_work_folder_knows_the_template_and_the_limit_of_now(checkpoints, pair
             head.score_pairs(pairs, work=tmp_path)
         setattr(owner, name, before)
     head.score_pairs(pairs, work=tmp_path)
+
+
+def test_how_the_last_call_cut_its_texts_is_no_setting(checkpoints, pairs, tmp_path):
+    """A tokenizer that was saved after a call with truncation keeps that; the next call replaces it."""
+    folder = shutil.copytree(checkpoints["gpt2"], tmp_path / "model")
+    tokenizer = RewardHead.from_pretrained(folder).tokenizer
+    tokenizer(["w1 w2"], truncation=True, max_length=5, padding="max_length")
+    tokenizer.save_pretrained(folder)
+    assert json.loads((folder / "tokenizer.json").read_text())["truncation"]
+    head = RewardHead.from_pretrained(folder)
+    first = head.score_pairs(pairs, work=tmp_path / "work")
+    assert torch.equal(head.score_pairs(pairs, work=tmp_path / "work").margin, first.margin)
+    assert torch.equal(first.margin, RewardHead.from_pretrained(checkpoints["gpt2"]).score_pairs(pairs).margin)
 
 
 def test_a_failed_update_changes_nothing(head, pairs, monkeypatch):

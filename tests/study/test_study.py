@@ -21,6 +21,7 @@ from rmtension import (
     Mean,
     NeuronAttribution,
     NeuronSet,
+    PreferencePairs,
     RewardHead,
     StudyOptions,
     StudyResult,
@@ -522,7 +523,6 @@ class TestArguments:
         assert found.overlap["jaccard_low"].notna().sum() == 3
 
 
-@pytest.mark.grid
 def test_a_subset_may_not_have_the_name_of_all_pairs(world, families):
     named = {name: PreferencePairs(replace(pair, subset="all") for pair in part) for name, part in world.items()}
     with pytest.raises(OptionError, match="the helpful pairs have a subset 'all'"):
@@ -536,6 +536,7 @@ def test_models_that_skip_pairs_are_refused(world, families):
         TensionStudy(dict.fromkeys(("helpful", "harmless", "mixed"), head), world, options=OPTIONS).run(progress=False)
 
 
+@pytest.mark.grid
 def test_where_there_is_nothing_to_find():
     """A small part of `tests/programs/null_control.py` (docs/controls.md has the whole): 2 studies with random labels.
 

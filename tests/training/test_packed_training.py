@@ -330,9 +330,10 @@ def test_patience_counts_evaluations_before_an_interruption(world, bases, tmp_pa
     assert furthest(weights(done), weights(tmp_path / "whole")) == 0
 
 
-def test_a_stop_that_was_decided_before_an_interruption_stays(world, bases, tmp_path, monkeypatch):
+@pytest.mark.parametrize("often", [{"eval_steps": 1, "max_steps": 40}, {"epochs": 8.0}], ids=["steps", "epochs"])
+def test_a_stop_that_was_decided_before_an_interruption_stays(often, world, bases, tmp_path, monkeypatch):
     data, held_out = world.train["helpful"].split(0.25, seed=0)
-    options = {"validation": held_out, "eval_steps": 1, "max_steps": 40, "learning_rate": 30.0, "batch_size": 4}
+    options = {"validation": held_out, "learning_rate": 30.0, "batch_size": 12, **often}
     whole = record(train(data, bases["llama"], tmp_path / "whole", **options, patience=2))["result"]
     work = tmp_path / "work"
     with monkeypatch.context() as patch:
