@@ -110,4 +110,4 @@ $(VENV_REWARDBENCH)/ready: constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV3) $(VENV4) $(VENV_REWARDBENCH) rmtension-demo real-pairs dist build site
+	rm -rf $(VENV) $(VENV3) $(VENV4) $(VENV_REWARDBENCH) rmtension-demo dist build site
