@@ -178,7 +178,7 @@ def test_a_mean_has_no_place_in_a_gated_native_mlp(tokenizer):
     )
     statistics = ActivationCollector(head, site="mlp").collect(make_pairs(2, longest=2))
     neurons = NeuronSet(torch.ones(2, 20, dtype=torch.bool), "mlp", head.architecture)
-    with pytest.raises(ModelError, match=r"gated MLP have none.*Use Zero\(\)"):
+    with pytest.raises(ModelError, match=r"gated MLP have none.*Zero\(\) needs no bias"):
         head.with_ablation(neurons, Mean(statistics))
     assert head.with_ablation(neurons).n_layers == 2
     with pytest.raises(ModelError, match=r"site 'mlp_gate'.*Use site 'mlp'"):
