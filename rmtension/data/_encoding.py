@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -101,8 +101,11 @@ def encode_pairs(
     require_tokenizer(tokenizer)
     _warn_of_texts(tokenizer, pairs)
     rendered = [_render_side(tokenizer, pair, side) for pair in pairs for side in ("chosen", "rejected")]
-    sides_of = [f"pair {pair.id!r}: its {side} text" for pair in pairs for side in ("chosen", "rejected")]
-    parts = _parts(tokenizer, rendered, sides_of)
+    parts = _parts(
+        tokenizer,
+        rendered,
+        lambda number: f"pair {pairs[number // 2].id!r}: its {('chosen', 'rejected')[number % 2]} text",
+    )
     chosen: list[EncodedText] = []
     rejected: list[EncodedText] = []
     n_prompts_cut = n_responses_cut = 0
@@ -170,9 +173,9 @@ def _render(tokenizer: Any, text: Any, where: str) -> RenderedText:
 
 
 def _parts(
-    tokenizer: Any, texts: Sequence[RenderedText], names: Sequence[str] | None = None
+    tokenizer: Any, texts: Sequence[RenderedText], name_of: Callable[[int], str] = "texts: text {}".format
 ) -> list[tuple[list[int], list[int], list[int]]]:
-    """Every text's ids as (leading special tokens, prompt, response); errors call the texts by `names`."""
+    """Every text's ids as (leading special tokens, prompt, response); errors call the texts as `name_of` does."""
     require_tokenizer(tokenizer)
     parts: list[tuple[list[int], list[int], list[int]]] = [([], [], [])] * len(texts)
     # A chat template writes all special tokens itself.
@@ -189,8 +192,7 @@ def _parts(
                         why = ": nothing of it is in the tokenizer's vocabulary. Remove it"
                     elif text.response_start:
                         why = " after its prompt. Give it a response"
-                    name = f"texts: text {number}" if names is None else names[number]
-                    raise DataError(f"{name} has no token{why}.")
+                    raise DataError(f"{name_of(number)} has no token{why}.")
                 parts[number] = part
     return parts
 

@@ -35,10 +35,7 @@ from rmtension.heads._readout import Readout
 from rmtension.models._checkpoint import Checkpoint
 from rmtension.models._run_options import RunOptions, check_run_options, usable_length
 from rmtension.models._streamed_weights import StreamedWeights
-from rmtension.store._provenance import Provenance, fingerprint
-
-# Parts of a tokenizer that every call sets anew.
-_OF_A_CALL = ("truncation", "padding")
+from rmtension.store._provenance import Provenance, digest_of_tokenizer, fingerprint
 
 
 class RewardModel(Readout):
@@ -111,7 +108,7 @@ class RewardModel(Readout):
         self._fingerprint: tuple[object, str] | None = None
         # Shared with the other outputs of this model, so that the weights are read once.
         self._body_fingerprint: list[tuple[object, str]] = []
-        self._tokenizer_digest: tuple[object, str] | None = None
+        self._tokenizer_digest: tuple[object, str | None] | None = None
         self._head_state: object = None
         # The weighted sums that were added to the outputs of the checkpoint's head.
         self.weighted_sums: tuple[Mapping[str, float], ...] = ()
@@ -230,15 +227,11 @@ class RewardModel(Readout):
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def _digest_of_tokenizer(self) -> str | None:
-        """A digest of the vocabulary and the steps of the tokenizer; None without a backend in Rust."""
+        """`digest_of_tokenizer`, computed again only for another tokenizer or vocabulary."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            return None
-        now = (id(backend), backend.get_vocab_size())
+        now = (id(backend), None if backend is None else backend.get_vocab_size())
         if self._tokenizer_digest is None or self._tokenizer_digest[0] != now:
-            # How the last call padded and cut its texts is kept there too, but changes no text here.
-            steps = {name: part for name, part in json.loads(backend.to_str()).items() if name not in _OF_A_CALL}
-            self._tokenizer_digest = (now, hashlib.sha256(json.dumps(steps).encode()).hexdigest())
+            self._tokenizer_digest = (now, digest_of_tokenizer(self.tokenizer))
         return self._tokenizer_digest[1]
 
     def __repr__(self) -> str:

@@ -1,6 +1,7 @@
 """What a result was computed from, and whether two results may be combined."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -156,6 +157,18 @@ def fingerprint(parameters: "Iterable[Tensor]", *values: object) -> str:
     for parameter in parameters:
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def digest_of_tokenizer(tokenizer: Any) -> str | None:
+    """A SHA-256 digest of a tokenizer's vocabulary and steps; None without a backend in Rust.
+
+    How the last call padded and cut its texts is kept in the backend too, and is left out: the next call sets it anew.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    steps = {name: part for name, part in json.loads(backend.to_str()).items() if name not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps(steps).encode()).hexdigest()
 
 
 def digest_of_folder(folder: Path) -> str:

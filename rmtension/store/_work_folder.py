@@ -86,15 +86,9 @@ def claim(folder: Path, inputs: Mapping[str, Any], *, optional: Container[str] |
             write_text(path, json.dumps(now, indent=2) + "\n", "list of inputs")
         return
     recorded = _read_json(path, dict)
-    names = [
-        name
-        for name in {**recorded, **now}
-        if (
-            recorded[name] != now[name]
-            if name in recorded and name in now
-            else optional is not None and name not in optional
-        )
-    ]
+    names = [name for name, value in now.items() if recorded.get(name, value) != value]
+    if optional is not None:
+        names += [name for name in {**recorded, **now} if (name in recorded) != (name in now) and name not in optional]
     if names:
         listed = "; ".join(f"{name}={_shown(recorded, name)} there, {_shown(now, name)} now" for name in names)
         raise StorageError(

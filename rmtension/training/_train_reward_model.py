@@ -19,7 +19,7 @@ from rmtension.data._token_places import ReadAt
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import DataError, OptionError
 from rmtension.evaluation._length import length_weights
-from rmtension.store._provenance import digest_of_folder
+from rmtension.store._provenance import digest_of_folder, digest_of_tokenizer
 from rmtension.training._frozen_layers import FrozenLayers
 from rmtension.training._model_checks import longest_text
 from rmtension.training._new_classifier import new_classifier
@@ -150,7 +150,7 @@ def train_reward_model(
         "data": data.digest,
         "validation": held_digest,
         "base": origin,
-        "tokenizer": _written(tokenizer),
+        "tokenizer": digest_of_tokenizer(tokenizer),
     }
     with isolated(seed), new_folder(output_dir, overwrite, work, inputs) as (folder, scratch):
         model, tokenizer = new_classifier(base, tokenizer, seed=seed)
@@ -235,12 +235,6 @@ def _origin(base: Any, seed: int) -> str:
     """A digest that identifies a base without a folder: the hub name, or the config with the seed of its weights."""
     about = str(base) if isinstance(base, (str, Path)) else f"{base.to_json_string()} {seed}"
     return hashlib.sha256(about.encode()).hexdigest()
-
-
-def _written(tokenizer: Any) -> str | None:
-    """A digest of a tokenizer that was passed; None for that of the base, and for one without a backend."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return None if backend is None else hashlib.sha256(backend.to_str().encode()).hexdigest()
 
 
 def _require_disjoint(data: PreferencePairs, validation: PreferencePairs | None) -> None:
