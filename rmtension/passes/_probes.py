@@ -10,6 +10,7 @@ from rmtension.data._encoding import EncodedText, encode_pairs, encode_texts
 from rmtension.data._packing import pair_batches
 from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
+from rmtension.data._segments import encode_segments
 from rmtension.errors import DataError
 from rmtension.models._reward_model import RewardModel
 from rmtension.passes._nonfinite import require_finite
@@ -30,9 +31,12 @@ _TEXTS = (
 
 @dataclass(frozen=True)
 class Probe:
-    """A text, its tokens and its reward alone; the text is None for a chat, a cut text or without a tokenizer."""
+    """A text, its token ids and its reward; the text is None for a chat, for a cut text, and without a tokenizer.
 
-    text: str | None
+    For a model of two segments, it is a prompt and a response.
+    """
+
+    text: str | tuple[str, str] | None
     encoded: EncodedText
     reward: float
 
@@ -55,7 +59,8 @@ def find_probes(head: RewardModel, pairs: PreferencePairs | None) -> list[Probe]
 
 def _probes_of_pair(head: RewardModel, pair: PreferencePair) -> list[Probe]:
     """Probes from both texts of a pair, which share a row, as when pairs are scored."""
-    encoded = encode_pairs(head.tokenizer, PreferencePairs([pair]), max_length=head.max_length, truncate_response=True)
+    encode = encode_segments if head.two_segments else encode_pairs
+    encoded = encode(head.tokenizer, PreferencePairs([pair]), max_length=head.max_length, truncate_response=True)
     (batch,) = pair_batches(
         encoded,
         tokens_per_batch=head.tokens_together(),
@@ -66,9 +71,17 @@ def _probes_of_pair(head: RewardModel, pair: PreferencePair) -> list[Probe]:
     both = [*encoded.chosen, *encoded.rejected]
     rewards = require_finite(head, head.rewards(batch).cpu(), lambda row: one_text(head, both[row])).tolist()
     # A pair that does not fit is cut, so its ids differ from the tokenizer's ids of the whole text.
-    is_whole = encoded.n_prompts_cut + encoded.n_responses_cut == 0 and isinstance(pair.prompt, str)
-    texts = [pair.text(side) if is_whole else None for side in ("chosen", "rejected")]
+    is_whole = encoded.n_prompts_cut + encoded.n_responses_cut == 0
+    texts = [_own_text(head, pair, side) if is_whole else None for side in ("chosen", "rejected")]
     return [Probe(text, encoded, reward) for text, encoded, reward in zip(texts, both, rewards, strict=True)]
+
+
+def _own_text(head: RewardModel, pair: PreferencePair, side: str) -> str | tuple[str, str] | None:
+    """What the tokenizer is given for one side of a pair; None for a chat."""
+    response = getattr(pair, side)
+    if not isinstance(pair.prompt, str):
+        return None
+    return (pair.prompt, response) if head.two_segments else pair.text(side)
 
 
 def _built_in_probes(head: RewardModel) -> list[Probe]:

@@ -143,8 +143,8 @@ class _Checker:
         rewards = []
         with torch.no_grad(), eager_eval(model.modules()):
             for probe in self.probes:
-                ids = torch.tensor([self._own_ids(probe)], device=device)
-                logits = model(input_ids=ids, use_cache=False).logits[0].to(self.alone)
+                inputs = _inputs(self._own_ids(probe), probe.encoded, device)
+                logits = model(**inputs, use_cache=False).logits[0].to(self.alone)
                 # A language model has logits at every token, a classifier only at the token that it pools.
                 logits = logits if logits.ndim == 1 else logits[-1]
                 rewards.append(pick(logits, self._rows(logits.shape[-1])))
@@ -178,7 +178,8 @@ class _Checker:
         for probe in self.probes:
             batch = self._batch([replace(probe.encoded, ids=tuple(self._own_ids(probe)))])
             with torch.no_grad():
-                stream = base(input_ids=batch.input_ids, use_cache=False)[0]
+                inputs = _inputs(batch.input_ids[0].tolist(), probe.encoded, batch.input_ids.device)
+                stream = base(**inputs, use_cache=False)[0]
                 places = plain.tokens(batch)
                 outputs = plain.read_tokens(batch.gather(places, stream).to(self.alone), places, batch)[0].cpu()
             rewards.append(pick(outputs, choice))
@@ -200,7 +201,7 @@ class _Checker:
         self._compare("bridge", rewards, half=5e-2)
 
     def _padding(self) -> None:
-        if self.head.require_head().uses_prompt:
+        if self.head.require_head().uses_prompt or any(text.has_types for text in self.texts):
             return  # padded rows of token ids do not say where the prompt ends
         worst = 0.0
         for left, right in ((0, 3), (40, 0), (7, 40)):
@@ -230,7 +231,7 @@ class _Checker:
                 same = [text for text in same if text not in tried] + [
                     text for text, is_same in zip(tried, equal, strict=True) if is_same
                 ]
-        note = "texts whose residual stream, where it is read, did not change with any of some other last tokens"
+        note = "texts whose residual stream, where it is read, was the same for every other last token that was tried"
         self._add("last token", len(self.texts), len(same), 0, note)
 
     def _site(self, site: str) -> None:
@@ -306,9 +307,12 @@ class _Checker:
     def _own_ids(self, probe: Probe) -> list[int]:
         """The tokenizer's ids of the text; the head's for a chat, a text that is too long or that begins with BOS."""
         tokenizer = self.head.tokenizer
-        if probe.text is None or (tokenizer.bos_token and probe.text.startswith(tokenizer.bos_token)):
+        if probe.text is None:
             return probe.ids
-        own: list[int] = tokenizer(probe.text, verbose=False)["input_ids"]
+        parts = (probe.text,) if isinstance(probe.text, str) else probe.text
+        if tokenizer.bos_token and parts[0].startswith(tokenizer.bos_token):
+            return probe.ids
+        own: list[int] = tokenizer(*parts, verbose=False)["input_ids"]
         return own if len(own) <= self.head.max_length else probe.ids
 
     def _batch(self, texts: Sequence[EncodedText]) -> TokenBatch:
@@ -329,3 +333,11 @@ class _Checker:
 
     def _add(self, name: str, n: int, value: float | int, limit: float | int, note: str) -> None:
         self.rows.append((name, n, float(value), float(limit), bool(value <= limit), note))
+
+
+def _inputs(ids: list[int], text: EncodedText, device: torch.device) -> dict[str, Tensor]:
+    """What transformers' model is given for one text: its ids and, if it has them, its token types."""
+    inputs = {"input_ids": torch.tensor([ids], device=device)}
+    if text.has_types:
+        inputs["token_type_ids"] = (torch.arange(len(ids), device=device) >= text.response_start).long()[None]
+    return inputs

@@ -11,6 +11,7 @@ from rmtension.data._packing import pair_batches
 from rmtension.data._segments import encode_segments
 from rmtension.data._token_places import ReadAt
 from rmtension.errors import DataError, ModelError
+from rmtension.passes._probes import find_probes
 
 # Like BERT's and like RoBERTa's tokenizer; `<pad>` stands for the separator, `<eos>` for [CLS].
 PAIRED = {
@@ -116,3 +117,10 @@ def test_rewards_of_pairs_equal_the_classifier_of_two_segments(family, like, tmp
         assert torch.allclose(untyped, expected, atol=1e-6, rtol=0) == (family != "bert")
     # A text by itself is one segment.
     assert model.encode(pairs).chosen[0].has_types == (like == "bert")
+    # The checks run on the pairs as they are scored, against the classifier on prompts and responses.
+    scored = model.score_pairs(pairs)
+    sides = torch.stack([scored.chosen, scored.rejected], dim=1).flatten()
+    assert torch.allclose(torch.tensor([probe.reward for probe in find_probes(model, pairs)]), sides.float(), atol=1e-6)
+    table = model.check(pairs).set_index("check")
+    assert table.loc["equal to transformers", "n"] == 8
+    assert ("padding" in table.index) == (like != "bert")
