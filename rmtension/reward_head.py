@@ -53,8 +53,9 @@ __all__ = ["RewardHead"]
 class RewardHead(RewardModel):
     """A reward model with hooks: it scores texts and preference pairs, and its neurons can be read and ablated.
 
-    The reward of a text is `weight @ h + bias`, where h is the residual stream after the final norm at the last token.
-    The model is not changed: it runs in eval mode, and every module gets its earlier mode back afterwards.
+    With a linear head, the reward of a text is `weight @ h + bias`, where h is the residual stream after the final norm
+    at the last token. The model is not changed: it runs in eval mode, and every module gets its earlier mode back
+    afterwards.
 
     Args:
         model: a `TransformerBridge` or `HookedTransformer`.
@@ -263,7 +264,7 @@ class RewardHead(RewardModel):
             other.head, number = with_weighted_sum(self.require_head(), output)
             names = self.outputs
             terms = {name if isinstance(name, str) else names[name]: weight for name, weight in output.items()}
-            if len(other.require_head().outputs) > len(names):  # no sum of one output with the weight 1
+            if len(other.require_head().outputs) > len(names):  # a sum of one output with weight 1 adds none
                 other.weighted_sums = (*self.weighted_sums, terms)
             choice: tuple[int, ...] | None = (number,)
         else:

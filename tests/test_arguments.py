@@ -170,7 +170,7 @@ class TestSwapped:
             "scores: expected Mapping, got list. Call SharedNeuronAnalyzer({",
             "first: expected PairAttributions, got NeuronScores. NeuronAttribution(...).per_pair(pairs) gives",
             "texts: expected a list of texts, got PreferencePairs. Score preference pairs with score_pairs(pairs)",
-            "texts: expected a list of texts, got list. Score preference pairs with score_pairs(pairs)",
+            "texts: expected a list of texts, got a list of PreferencePair. Score preference pairs with ",
             "texts: expected a list of texts, got dict. Score preference pairs with score_pairs(pairs)",
             "pairs: expected PreferencePair, got str at position 0. For dicts use PreferencePairs.from_records; to ",
             "pairs: expected preference pairs, got a mapping of ['helpful', 'harmless']. Choose the pairs under",

@@ -36,8 +36,8 @@ class BatchRun:
         forward: run the batch now; if False, nothing runs until `replay` is used.
         gradients: keep dM/da.
         drops: for each layer l, keep dM/da without the gradient through the block of l, in `dropped[l]` (GradDrop).
-        relevance: keep dM/da by the rules of RelP, in `relevances[fixed]`, for every `fixed` that has rules here; it
-            says whether attention patterns are constant.
+        relevance: keep dM/da by the rules of RelP, in `relevances[fixed]`, for every key `fixed` of the mapping,
+            which says whether attention patterns are constant.
         direct: keep the contributions along direct paths.
         all_tokens: compute the last block's MLP at all tokens. If False, it is computed only at the tokens that rewards
             are read from; at all others the activations are 0, as their gradients are in any case.

@@ -70,8 +70,8 @@ def _what(data: DashboardData) -> str:
     about = data.about
     pairs = ", ".join(f"{n} {name}" for name, n in about["pairs"].items())
     return (
-        f"Score: {about['method']} at {about['positions']} tokens, in units of the margin (reward of chosen minus "
-        f"rejected); a neuron with a positive score {_direction(data)} the margin. Effect: change of the mean margin "
+        f"Score: {about['method']} at {about['positions']} tokens. The margin is the reward of chosen minus that of "
+        f"rejected; a neuron with a positive score {_direction(data)} it. Effect: change of the mean margin "
         "when the neuron alone is set to zero, negative where the neuron supports the margin, with its "
         f"{100 * about['level']:g}% interval over prompts. Pairs: {pairs}."
     )

@@ -70,8 +70,8 @@ def reading(data: DashboardData) -> list[str]:
     """How to read the page, a line per quantity."""
     about = data.about
     lines = [
-        f"The scores and effects of {len(data.neurons)} neurons on {len(data.groups)} groups have one interval each: "
-        f"without any effect, about {100 * (1 - about['level']):.0f} in 100 of them exclude 0.",
+        f"Each effect of these {len(data.neurons)} neurons on the {len(data.groups)} groups has its own interval: "
+        f"without any effect, about {100 * (1 - about['level']):.0f} in 100 of these intervals exclude 0.",
         "Direct weight: the neuron's output column after the gain of the final norm (minus its mean for a layer norm), "
         "times the row of the reward head. Activation x weight / sigma is the neuron's direct contribution to the "
         "reward at the token that the reward is read from, where sigma is what the final norm divides by. Effects "

@@ -44,10 +44,10 @@ class KeptCurves:
     """What `kept_curves` found; m is the mean margin, and f = (m - m_0) / (m_M - m_0).
 
     m_M is the margin of the whole model and m_0 that with every neuron replaced, so f is 1 for the whole model and 0
-    for none of its neurons. `curves` has one row per ranking and share:
+    if every neuron is replaced. `curves` has one row per ranking and share:
 
     - `faithfulness`: f with only the top share kept and all other neurons replaced;
-    - `completeness`: f with only the top share replaced: 0 if nothing outside of it does the same.
+    - `completeness`: f with only the top share replaced; 0 if the remaining neurons cannot do its work.
 
     `areas` has one row per ranking, as the benchmark MIB defines them, over shares from 0 to 1: `cpr`, the area under f
     (higher is better), and `cmd`, the area of |1 - f| (lower is better). "random" are random rankings.

@@ -63,7 +63,7 @@ def neuron_dashboards(
     - its direct weight on the reward, the tokens whose logits it promotes and suppresses most, and the neurons whose
       activations correlate most with its own over all tokens of all groups.
 
-    The control is an equal number of random other neurons, in the same proportion of layers, or as many as are left.
+    The control is as many random other neurons in every layer as `neurons` has there, or as many as the layer has left.
 
     Args:
         head: the model.

@@ -170,8 +170,8 @@ class Method:
     - `cost`: the cost in passes over both texts of every pair, for a model of L layers.
     - `needs_reward`: the method reads the reward, which a language model does not have.
     - `needs_gradients`: the method needs the gradient of the margin with respect to every activation.
-    - `needs_relevance`: the method needs the coefficients of RelP; False or True without or with constant attention
-      patterns, None for methods that do not.
+    - `needs_relevance`: which coefficients of RelP the method needs: False for those without constant attention
+      patterns, True for those with them, None for no coefficients.
     - `needs_direct_paths`: the method needs what every neuron writes into the residual stream
       (`rmtension.models.direct_contributions`).
     - `needs_replacement`: the method replaces activations.

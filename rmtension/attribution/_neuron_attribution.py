@@ -47,7 +47,7 @@ class NeuronAttribution:
       (AtP*, Kramar et al. 2024, section 3.1.2). 1 forward and L backward passes; needs `aggregate="absolute"`.
     - `relp`: sum_t (a_ref(t) - a(t)) c(t), where c is the gradient of M with three rules: a norm's denominator is
       constant, act(z) is z times the constant act(z) / z, and each factor of a gated product gets half of the gradient
-      (RelP, Jafari et al. 2025). It ranks the neurons of sets well and says little about single ones (`docs/sets.md`).
+      (RelP, Jafari et al. 2025). It finds sets that keep the margin, and predicts single ones poorly (`docs/sets.md`).
       `relp_fixed_attention` also holds attention patterns constant. 1 forward and 1 backward pass of its own. Needs
       transformers' own modules.
     - `integrated_gradients`: sum_t (a(t) - a_ref(t)) times the mean of dM/da(t) on the straight path from a_ref to a,

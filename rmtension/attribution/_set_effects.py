@@ -56,8 +56,8 @@ def predict_set_effects(
     as many pairs as `passes` plain passes. Learning takes seconds. `replacement` and `positions` are those of
     `AblationContext`. Needs transformers' own modules, as RelP does.
 
-    Raises `OptionError` for sets of different sites, without sets, and for fewer pairs or passes than are needed: for
-    12 true ablations of 6 pairs, and for 19 with the default `level` (level / (1 - level) with others).
+    Raises `OptionError` for sets of different sites, without sets, and if `passes` over the pairs allow too few true
+    ablations of 6 pairs: 19 are needed at the default `level`, and max(12, level / (1 - level)) at others.
 
     Examples:
         >>> sets = {"top 2": scores.top(k=2), "top 8": scores.top(k=8), "top 12": scores.top(k=12)}

@@ -28,8 +28,8 @@ from rmtension.data._token_places import TokenPlaces
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import ModelError
 
-# Largest difference of a bridge, relative to the residual stream. A wrong bridge is off by percents; half precision
-# rounds every step of attention to 3 or 2 digits.
+# Largest difference of a bridge, relative to the residual stream; 1e-3 in other dtypes. Half precision rounds every
+# step of attention to 3 or 2 digits.
 _BRIDGE_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
@@ -99,7 +99,7 @@ class BridgeBody:
 
     @property
     def stable_up_to(self) -> int | None:
-        """The longest text that does not change the positions of others in its batch; None where none does."""
+        """The longest text beside which the others of its batch keep their positions; None if they always keep them."""
         return None
 
     @property
@@ -217,8 +217,8 @@ class BridgeBody:
         bridge: Any = self.bridge
         if not hasattr(bridge, "ln_final"):
             raise ModelError(
-                f"model: TransformerLens finds no final norm in {type(self.module).__name__}, which this needs. Use a "
-                "method that does not split the reward, such as attribution_patching."
+                f"model: TransformerLens finds no final norm in {type(self.module).__name__}, without which a reward "
+                "cannot be split. Use a method that does not split the reward, such as attribution_patching."
             )
         norm: nn.Module = bridge.ln_final
         name = self._names.get(id(bridge.ln_final.original_component))
@@ -321,12 +321,13 @@ def find_body(model: nn.Module) -> Body:
             return BridgeBody(model)
         raise ModelError(
             f"model: expected a bridge around a model of transformers or made by TransformerBridge.boot_native, got a "
-            f"bridge around a {type(base).__name__}. Build the model with one of them."
+            f"bridge around a {type(base).__name__}. Build it with TransformerBridge.boot_transformers or boot_native."
         )
     if lens & {"HookedEncoder", "HookedEncoderDecoder", "HookedAudioEncoder"}:
         raise ModelError(
             f"model: expected a decoder (a TransformerBridge or a HookedTransformer), got a {type(model).__name__}, "
-            "which has no final residual stream at the last token, where rewards are read."
+            "which has no final residual stream at the last token, where rewards are read. Open an encoder's "
+            "checkpoint with RewardHead.from_pretrained."
         )
     raise ModelError(
         f"model: expected a TransformerBridge or a HookedTransformer, got {type(model).__name__}. Open a checkpoint "

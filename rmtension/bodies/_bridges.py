@@ -145,9 +145,9 @@ def _without_installing() -> Iterator[None]:
 def _spare(tokenizer: Any) -> Any:
     """A tokenizer for TransformerLens only, so that it neither downloads one nor changes the reward model's tokenizer.
 
-    Without a tokenizer, TransformerLens searches for one by the model's name; it reloads a tokenizer with a BOS token
-    to make it prepend that token. If the user's tokenizer cannot encode what TransformerLens tries, it gets an empty
-    tokenizer.
+    Without a tokenizer, TransformerLens searches for one by the model's name. A tokenizer with a BOS token is loaded
+    again by it, with that token before every text. If the user's tokenizer cannot encode a short text, TransformerLens
+    gets an empty tokenizer.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

@@ -203,8 +203,8 @@ def _reason(block: nn.Module, layer: int, n_found: int) -> str:
         return f"layer {layer} has {n_found} modules of experts, expected one. Use site 'attn_head'."
     if any(isinstance(child, nn.ModuleList) and "expert" in name for name, child in block.named_modules()):
         return (
-            f"the experts of layer {layer} are single modules, as in transformers 4, which do not know their tokens. "
-            "Install transformers 5, or use site 'attn_head'."
+            f"the experts of layer {layer} are single modules, as in transformers 4, which get tokens without "
+            "their places in the text. Install transformers 5, or use site 'attn_head'."
         )
     if any("expert" in name for name, _ in block.named_modules()) or any(
         "expert" in type(module).__name__.lower() for module in block.modules()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rmtension.bodies._hooks import Hook, HookSite, InstalledHooks
 from rmtension.errors import ModelError
 
-# Every text of `find_gates` runs this often: unchanged, and with two different replaced activations.
+# The rows that each text of `find_gates` has: one unchanged, and two with different replacements of an activation.
 GATE_ROWS = 3
 # The difference of two rows that rounding explains, relative to their norm. A wrong module is off by about 1.
 _ROUNDING = {torch.float16: 0.05, torch.bfloat16: 0.05}

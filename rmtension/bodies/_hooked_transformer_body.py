@@ -27,7 +27,7 @@ class HookedTransformerBody:
     native: nn.Module | None = None
     runs_native = False
     reads_first = False
-    # Transformers' config, which this model has not.
+    # Transformers' config, which this model does not have.
     config: Any = None
     pack_up_to = 0
     prompt_runs: PromptRuns | None = None
@@ -66,7 +66,7 @@ class HookedTransformerBody:
 
     @property
     def stable_up_to(self) -> int | None:
-        """The longest text that does not change the positions of others in its batch; None where none does."""
+        """The longest text beside which the others of its batch keep their positions; None if they always keep them."""
         cfg: Any = self.module.cfg
         if not getattr(cfg, "use_dynamic_ntk_rope", False):
             return None

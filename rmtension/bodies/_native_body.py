@@ -186,7 +186,7 @@ def _context_of(base: Any) -> int:
     context = next((size for size in sizes if isinstance(size, int) and size > 0), _NO_LIMIT)
     of_tokens = base.get_input_embeddings()
     for module in base.modules():
-        # RoBERTa counts positions from the number after its pad token, in a table that has rows up to there.
+        # RoBERTa numbers positions from padding_idx + 1 on, so the first padding_idx + 1 rows of its table hold none.
         is_table = isinstance(module, nn.Embedding) and module.num_embeddings == context and module is not of_tokens
         if is_table and module.padding_idx is not None:
             return context - int(module.padding_idx) - 1

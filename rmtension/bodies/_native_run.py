@@ -156,7 +156,7 @@ def find_last_mlp(
         with torch.no_grad(), eager_eval(base.modules()):
             expected = batch.gather_last(run_base(base, batch, hides_padding=hides_padding)).double().cpu()
             with last_mlp.only_at(batch, batch.last_places) as tokens:
-                if tokens is None:  # hooks of the user: nothing was left out, and nothing is shown
+                if tokens is None:  # the user has hooks: no token was skipped, so there is nothing to compare
                     return None
                 output = batch.gather_last(run_base(base, batch, hides_padding=hides_padding)).double().cpu()
     except Exception:  # an MLP that is called in another way may raise anything

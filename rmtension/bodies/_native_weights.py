@@ -81,7 +81,7 @@ def plain_copy(model: nn.Module, *, share: bool = True) -> nn.Module:
     if not share and has_permanent_hooks(model):  # which only streamed blocks have
         raise ModelError(
             "model: a copy needs all weights in memory, and those of this model are in files. Open it without "
-            "weight_memory on a larger machine; AblationContext changes no weights."
+            "weight_memory on a larger machine, or use AblationContext, which needs no copy."
         )
     merges = not share or has_adapters(model) or any(map(parametrize.is_parametrized, model.modules()))
     shared = {} if merges else {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}

@@ -37,7 +37,7 @@ class PromptRuns:
 
     @cached_property
     def works(self) -> bool:
-        """Whether rows after their prompts get the states that they get in rows with them, in a trial run."""
+        """Whether, in a trial run, tokens after a prompt get the same states if the prompt runs by itself first."""
         base = self._base
         parameter = next(base.parameters())
         pairs = probe_pairs(self._n_embeddings)

@@ -1,4 +1,4 @@
-"""How many tokens run in one batch: as many as still speed it up, and as fit in memory."""
+"""How many tokens run in one batch: no more than make it faster per token, and no more than fit in memory."""
 
 import os
 from pathlib import Path

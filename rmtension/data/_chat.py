@@ -89,7 +89,7 @@ def read_chat(messages: Any, where: str) -> Chat:
     listed = [messages] if isinstance(messages, Mapping | Message) else messages
     chat = tuple(_read_message(message, f"{where}: message {number}") for number, message in enumerate(listed))
     if not chat:
-        raise DataError(f"{where}: expected at least one message, got an empty list.")
+        raise DataError(f"{where}: expected at least one message, got an empty list. Add a message.")
     return chat
 
 
@@ -157,7 +157,9 @@ def _read_message(message: Any, where: str) -> Message:
     if "role" not in fields and {"from", "value"} <= set(fields):
         speaker = fields.pop("from")
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
-            raise DataError(f"{where}: 'from' should be one of {list(_SHAREGPT_ROLES)}, got {speaker!r:.80}.")
+            raise DataError(
+                f"{where}: 'from' should be one of {list(_SHAREGPT_ROLES)}, got {speaker!r:.80}. Rename the speaker."
+            )
         fields = {"role": _SHAREGPT_ROLES[speaker], "content": fields.pop("value"), **fields}
     calls_tools = bool(fields.get("tool_calls") or fields.get("function_call"))
     role, content = fields.pop("role", None), fields.pop("content", "" if calls_tools else None)
@@ -281,6 +283,9 @@ def _apply(tokenizer: Any, chat: Chat, tools: str | None, **options: bool) -> st
             messages, tools=json.loads(tools) if tools else None, tokenize=False, **options
         )
     except Exception as error:  # a template is a program by the model's authors and may raise anything
-        raise DataError(f"messages: the chat template refused them ({type(error).__name__}: {error}).") from error
+        raise DataError(
+            f"messages: the chat template refused them ({type(error).__name__}: {error}). Correct their roles and "
+            "order, or the template."
+        ) from error
     assert isinstance(rendered, str)
     return rendered

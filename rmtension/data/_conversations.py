@@ -44,7 +44,10 @@ def after_prompt(prompt: str | Chat, chosen: Any, rejected: Any, where: str) -> 
 
 
 def _are_whole(prompt: str | Chat, chosen: Chat, rejected: Chat) -> bool:
-    """Whether the responses repeat the prompt: both begin with it, or with the same message that is a user's."""
+    """Whether both responses repeat the prompt: they begin with it, or with the same message.
+
+    If that message is the assistant's, the messages that the responses share must also contain the prompt.
+    """
     if not isinstance(prompt, str) and all(_begins_with(side, prompt) for side in (chosen, rejected)):
         return True
     return chosen[0] == rejected[0] and (

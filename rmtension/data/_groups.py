@@ -31,7 +31,11 @@ def group_rows(pairs: PreferencePairs, by: GroupBy) -> dict[str, list[int]]:
         if label is not None:
             groups.setdefault(label, []).append(row)
     if not groups:
-        raise _unknown(pairs, by) if isinstance(by, str) else OptionError(f"by: no pair has a label by {by!r:.80}.")
+        raise (
+            _unknown(pairs, by)
+            if isinstance(by, str)
+            else OptionError(f"by: no pair has a label by {by!r:.80}. Give at least one pair a text.")
+        )
     if ALL in groups:
         raise OptionError(f"by: expected other labels than {ALL!r}, which is the row of all pairs. Rename this label.")
     for rows in pairs.items:
@@ -75,7 +79,9 @@ def _labels(pairs: PreferencePairs, by: GroupBy) -> list[Any]:
         return [by(pair) for pair in pairs]
     labels = list(by)
     if len(labels) != len(pairs):
-        raise OptionError(f"by: expected one label per pair ({len(pairs)}), got {len(labels)} labels.")
+        raise OptionError(
+            f"by: expected one label per pair ({len(pairs)}), got {len(labels)} labels. Use None for no label."
+        )
     return labels
 
 

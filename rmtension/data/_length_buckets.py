@@ -9,17 +9,17 @@ from rmtension.data._token_places import READ_LAST, ReadAt
 from rmtension.data._tokens import TokenBatch
 from rmtension.errors import OptionError
 
-# A batch of this share of the largest size is nearly as fast per token, so a text of which a larger share would be
-# padding begins a new batch.
+# A batch with an eighth of the largest size is nearly as fast per token. Once a batch has that size, a text whose row
+# would be more than a tenth padding begins a new batch.
 _ENOUGH, _MOST_PADDING = 0.125, 0.1
 
 
 def length_buckets(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     """Group indices by similar length, so that each padded group has at most `tokens_per_batch` tokens.
 
-    A text longer than that forms a group by itself. A group that is large enough to be fast takes no text that would be
-    mostly padding. The longest texts come first, so that a batch that does not fit in memory fails at once and not
-    after an hour.
+    A text longer than that forms a group by itself. A group that is large enough to be fast takes no text whose row
+    would be more than a tenth padding. The longest texts come first, so that a batch that does not fit in memory fails
+    at once and not after an hour.
     """
     if tokens_per_batch < 1:
         raise OptionError(f"tokens_per_batch: expected a positive number, got {tokens_per_batch}.")

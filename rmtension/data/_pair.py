@@ -61,7 +61,7 @@ class PreferencePair:
             if not isinstance(name, str) or not isinstance(label, str) or not can_be_label(name):
                 raise DataError(
                     f"labels: expected texts by name, with other names than the fields of a pair, got {name!r:.80}: "
-                    f"{label!r:.80}."
+                    f"{label!r:.80}. Rename the label, or give its value as text."
                 )
         object.__setattr__(self, "labels", dict(self.labels))
 
@@ -167,7 +167,7 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
     if end < 0:
         raise DataError(
             f"chosen, rejected: expected transcripts that share a prompt ending in {_ASSISTANT!r}, got two texts "
-            "without such a prompt. Give each pair a field 'prompt'."
+            "without such a prompt. Correct the row, or load with on_invalid='skip'."
         )
     end += len(_ASSISTANT)
     return chosen[:end], chosen[end:].removeprefix(" "), rejected[end:].removeprefix(" ")

@@ -56,8 +56,8 @@ class PreferencePairs(PairSequence):
         format. `chat=True` converts plain prompts to messages, for models with a chat template.
 
         Raises `DataError` naming the file, the line or row, and the field; `on_invalid="skip"` skips such rows and
-        counts them in `skipped`. If no row has a column named in `columns`, this is a `DataError` on the first row for
-        prompt, chosen and rejected, and an `OptionError` after the last row for labels and where rows are skipped.
+        counts them in `skipped`. If no row has a column that `columns` names, the first row raises `DataError` for
+        prompt, chosen and rejected. For labels, and if rows are skipped, there is an `OptionError` after the last row.
         Parquet needs the package pyarrow, .zst needs zstandard. JSON arrays are read whole, other files row by row.
 
         Examples:

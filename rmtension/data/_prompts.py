@@ -47,11 +47,11 @@ class Prompts:
 
     @property
     def mask(self) -> Bool[Tensor, "row token"]:
-        """The tokens of each row's prompt, the rest of which is padding."""
+        """Which columns hold tokens of each row's prompt; the other columns are padding."""
         return torch.arange(int(self.lengths.max()), device=self.lengths.device) < self.lengths[:, None]
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Prompts":
-        """The same prompts with the numbers of rows and the lengths changed, such as moved to a device."""
+        """The same prompts with `change` applied to `of_row` and `lengths`, such as a move to a device."""
         return replace(self, of_row=change(self.of_row), lengths=change(self.lengths))
 
     def ready(self, run_bucket: Callable[[Sequence[EncodedText]], Sequence[KeysAndValues]]) -> "Prompts":

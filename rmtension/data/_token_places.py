@@ -85,7 +85,7 @@ class TokenPlaces:
 
 
 def first_of_each(rows: Int[Tensor, "n column"]) -> tuple[Int[Tensor, "distinct"], Int[Tensor, "n"]]:
-    """The number of the first of every distinct row, and for every row which of these it equals."""
+    """The first index of each distinct row, and for every row the number of the distinct row that it equals."""
     distinct, which = torch.unique(rows, dim=0, return_inverse=True)
     numbers = torch.arange(len(rows), device=rows.device)
     first = numbers.new_full((len(distinct),), len(rows)).scatter_reduce(0, which, numbers, "amin")

@@ -73,7 +73,7 @@ class TokenBatch:
     def from_rows(
         cls, input_ids: Int[Tensor, "text token"], mask: Bool[Tensor, "text token"], *, read_at: ReadAt = READ_LAST
     ) -> "TokenBatch":
-        """Given rows of tokens, one text per row; all tokens of a text count as its response."""
+        """A batch of given rows of tokens, one text per row; all tokens of a text count as its response."""
         return cls(
             input_ids=input_ids,
             mask=mask,

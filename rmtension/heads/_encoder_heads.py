@@ -22,7 +22,7 @@ _PROBE_TOKENS = 6
 
 
 class PooledHead(Head):
-    """The modules of a transformers classifier after its base model: its own forward, on states in place of the base.
+    """Runs a transformers classifier's own forward on given states, in place of those of its base model.
 
     DeBERTa has a pooler, an activation function and a linear map; BERT a pooler inside its base model; RoBERTa and
     ELECTRA two linear maps; ModernBERT a linear map, an activation function, a norm and a linear map. All of them are
@@ -85,7 +85,7 @@ class PooledHead(Head):
     def classifier_with(self, base: nn.Module) -> Any:
         """The transformers classifier of these modules and `base`, which it shares; the modules are copied.
 
-        Its config is that of `base`, which may have got biases, with the labels of the classifier.
+        The config is a copy of `base.config`, to which an ablation may have added biases, with the classifier's labels.
         """
         classifier: Any = copy_without_hooks(self.layers)
         config: Any = copy.deepcopy(base.config)

@@ -74,7 +74,7 @@ def known_head(tensors: HeadTensors, fields: Fields) -> KnownHead | None:
 
 
 def _gated(tensors: HeadTensors, fields: Fields) -> KnownHead | None:
-    """ArmoRM and QRM: objectives of the last token times weights of the prompt, which a softmax makes."""
+    """ArmoRM and QRM: objectives of the last token, times weights that a softmax computes from the prompt."""
     if "regression_layer.weight" not in tensors.shapes or "gating.layers.0.weight" not in tensors.shapes:
         return None
     gate = Layers(tensors.under("gating.layers."), torch.relu, "gating.layers")
@@ -187,7 +187,7 @@ def _standardised(tensors: HeadTensors, fields: Fields) -> KnownHead | None:
 
 
 def _averaged(tensors: HeadTensors, fields: Fields) -> KnownHead | None:
-    """Ziya: the mean of as many rows as the model was trained on devices."""
+    """Ziya: the mean of the head's rows, one for each device that the model was trained on."""
     n_rows, *_ = tensors.shapes.get("value_head.weight", (1,))
     is_ziya = "LlamaRewardModel" in (fields.get("architectures") or []) and n_rows == fields.get(
         "model_parallel_size", 4

@@ -100,7 +100,7 @@ def _of_state_dict(state: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def _head(weight: Any, bias: Any, names: Mapping[int, str] | None) -> LinearHead:
     if not isinstance(weight, Tensor):
-        raise ModelError(f"weight: expected a tensor, got {type(weight).__name__}.")
+        raise ModelError(f"weight: expected a tensor, an array or a list of numbers, got {type(weight).__name__}.")
     rows = weight.detach()
     rows = rows[None] if rows.ndim == 1 else rows
     if rows.ndim != 2:

@@ -14,7 +14,7 @@ _BATCH_NORM_EPS = 1e-5
 
 
 class Layers(nn.Module):
-    """Linear layers and batch norms in the order of their numbers, with an activation after all linear layers but one.
+    """Linear layers and batch norms by number; an activation follows each linear layer but the last.
 
     Args:
         tensors: "0.weight", "0.bias", "2.weight", ...: a matrix is a linear layer, and a number with a "running_mean"
@@ -80,7 +80,7 @@ def _linear(tensors: Mapping[str, Tensor], what: str) -> nn.Linear:
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if weight is None or weight.ndim != 2 or set(tensors) - {"weight", "bias"}:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        raise ModelError(f"{what}: expected the weight of a linear layer and its bias, got {shapes}.")
+        raise ModelError(f"{what}: expected the weight of a linear layer and its bias, got {shapes}. Pass head=...")
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:

@@ -70,7 +70,7 @@ def _require_logits(name: str, model: Any, head: Head) -> None:
             outputs = own.read_tokens(states.float(), places, batch)[0].double()
             given = model(input_ids=rows, attention_mask=torch.ones_like(rows))
     except (DataError, IndexError) as error:
-        raise ModelError(f"{name}: its head could not be compared with its logits ({error}).") from error
+        raise ModelError(f"{name}: its head could not be compared with its logits ({error}). Pass head=...") from error
     logits = _logits(given)
     if logits is None or logits.numel() not in (1, len(outputs), len(ids)):
         return

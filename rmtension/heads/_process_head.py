@@ -30,7 +30,7 @@ class ProcessHead(Head):
 
     Args:
         marker: the text that ends each step, for example "<extra_0>" for Qwen2.5-Math-PRM or the `step_separator` of
-            TRL. It is read at its last token, and must be encoded as the tokens that it is encoded as by itself.
+            TRL. It is read at its last token. In a text it must be encoded as the same tokens as by itself.
         step: the head of a step: anything that the argument `head` accepts; None for the checkpoint's own: that of a
             `...ForTokenClassification`, or linear layers with ReLU called score.0, score.2.
         label: the class that means a right step, by name or index, if there are several.

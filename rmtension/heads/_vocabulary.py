@@ -20,7 +20,7 @@ _TOKENS, _ENTRIES = 512, 8192
 class Unembedding:
     """How a language model computes its logits: `cap * tanh(scale * (weight @ h + bias) / cap)`, or without the cap.
 
-    `layer` is the model's own module, so that its weights are followed. A copy of an `Unembedding` shares it.
+    `layer` is the model's own module, so that changes of its weights take effect. Copies of an `Unembedding` share it.
     """
 
     def __init__(self, layer: Any, scale: float = 1.0, cap: float | None = None) -> None:

@@ -39,10 +39,9 @@ def ablate_experts(
             bias = experts._parameters.get("down_proj_bias")
             if bias is None:
                 raise ModelError(
-                    "replacement: constants such as Mean need a bias to write to, which counts for a token "
-                    "with the routing weight of "
-                    f"its expert. The experts of {type(base).__name__} have no biases. Use Zero() or Scale(alpha), or "
-                    "AblationContext, which needs no bias."
+                    "replacement: constants such as Mean are written to a bias, and the experts of "
+                    f"{type(base).__name__} have no biases. Use Zero() or Scale(alpha), or AblationContext, which "
+                    "needs no bias."
                 )
             means = constants[layer].to(weight.device)[neurons]
             written = weight[expert, index].double() * means.double()[:, None]

@@ -42,8 +42,8 @@ def ablate_weights(head: _Model, neurons: NeuronSet, replacement: Replacement = 
     At site `expert` it changes the down projections of the experts; constants need experts with biases (GPT-OSS).
 
     Raises `ModelError` if a constant needs a bias that the architecture does not allow, and `OptionError` for constants
-    at `mlp_gate` of a gated MLP, which are none at the projection, and for other replacements. Memory: the model a
-    second time.
+    at `mlp_gate` of a gated MLP, where the input of the projection is not constant, and for other replacements. Memory:
+    the model a second time.
     """
     is_own = is_own_model(head.body)
     if not is_own:

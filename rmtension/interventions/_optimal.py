@@ -26,7 +26,7 @@ from rmtension.store._provenance import Provenance, digest_of
 from rmtension.store._storage import read_result, write_result
 
 _PAIRS_PER_STEP = 8
-# Of Adam, in root mean squares of each activation; it falls to 0 along a half cosine.
+# The learning rate of Adam, in root mean squares of each activation; it falls to 0 along a half cosine.
 _RATE = 0.1
 
 
@@ -72,7 +72,7 @@ class Optimal(Constant):
         """Find the constants of all neurons of a set together, by gradient descent from their means.
 
         Every step runs 8 pairs forward and backward: `steps` = 200 costs as much as 1,600 pairs do. Three passes over
-        all pairs compare both ends. The result is for ablation at all tokens.
+        all pairs compare the losses before and after. The result is for ablation at all tokens.
 
         Raises `ProvenanceError` for a set or means of another model, `DataError` without pairs, and `OptionError` for
         other arguments and a model that skips pairs (`on_nonfinite="skip"`).

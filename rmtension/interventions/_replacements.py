@@ -69,10 +69,10 @@ class Constant(SingleTextReplacement):
 class Mean(Constant):
     """Replace activations by means: a_ref(t) is the mean of each channel in `statistics`.
 
-    The statistics must be collected from the same model at the same site. A neuron that is huge at a few tokens, such
-    as the first of a text, and near 0 at all others, is not replaced by anything that it is anywhere: its mean is added
-    at almost all tokens, which can cost the whole margin (`docs/replication.md`). For such neurons there is a
-    `RMTensionWarning`; replace them by `Median(sample)` or `Zero()`.
+    The statistics must be collected from the same model at the same site. If a neuron is huge at a few tokens, such as
+    the first of a text, and near 0 at all others, its mean is a value that it has at no token. Replacing the neuron by
+    it adds a constant at almost all tokens, which can cost the whole margin (`docs/replication.md`). For such neurons
+    there is an `RMTensionWarning`; replace them by `Median(sample)` or `Zero()`.
 
     Examples:
         >>> with AblationContext(head, neurons, Mean(means)):

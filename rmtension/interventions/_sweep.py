@@ -37,9 +37,9 @@ def score_without(
     """The rewards of `pairs` under ablation of each of several neuron sets.
 
     The results are those of `score_pairs` inside an `AblationContext` of each set, in the order of `sets`. Every batch
-    runs once from the start, under the ablation whose lowest neurons are highest; each other ablation runs only the
-    layers above its lowest neurons. `replacement` and `positions` are those of `AblationContext`, `work` and `progress`
-    those of `run_pass`.
+    runs once through all layers, under the ablation that begins in the highest layer. Every other ablation runs only
+    the layers from the lowest one that it changes. `replacement` and `positions` are those of `AblationContext`, `work`
+    and `progress` those of `run_pass`.
 
     Cost: one pass, and for every further set with lowest layer l (from 0) of L layers:
 

@@ -190,8 +190,9 @@ def _read(files: CheckpointFiles) -> tuple[Adapter, Mapping[str, Any]] | None:
     weights = files.find(_WEIGHTS)
     if weights is None:
         pickled = files.find(_PICKLED)
-        reason = f"it has no {_WEIGHTS}." if pickled is None else refused_pickle(_shown(files, pickled))
-        raise ModelError(f"{files.name}: {reason}")
+        if pickled is None:
+            raise ModelError(f"{files.name}: it has no {_WEIGHTS}. Download or save the adapter again.")
+        raise ModelError(f"{files.name}: {refused_pickle(_shown(files, pickled))}")
     try:
         with safe_open(weights, framework="pt") as opened:
             stored = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118

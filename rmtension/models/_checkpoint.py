@@ -31,7 +31,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Logits:
-    """The class of transformers whose logits are the reward, and the tokens whose logits these are, if it is for text.
+    """Which transformers class has the reward among its logits, and for a language model the tokens of these logits.
 
     Without `tokens`, an output of the head is the logit with that number.
     """

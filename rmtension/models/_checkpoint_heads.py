@@ -58,9 +58,9 @@ class HeadPlan:
 def plan_head(name: str, location: CheckpointLocation, head: object, output: object, tokenizer: Any) -> HeadPlan:
     """Decide how the head of a checkpoint is read, before its weights are.
 
-    `head` is the head that the user passed, or None; then it must be a sequence classifier, a language model with a
-    value head in its folder, a head of an own class that a rule knows, or a language model with `output` tokens. Raises
-    `ModelError` for anything else.
+    `head` is the head that the user passed. If it is None, the checkpoint must be a sequence classifier, a language
+    model with a value head in its folder, a model whose head a rule knows, or a language model with `output` tokens.
+    Raises `ModelError` for anything else.
     """
     config = location.config
     stored = stored_heads(location.weights, width_of(config))

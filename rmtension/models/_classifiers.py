@@ -104,7 +104,7 @@ def plain_base(head: RewardModel, what: str) -> Any:
 def rows_to_save(
     head: RewardModel,
 ) -> tuple[Float[Tensor, "output d_model"], Float[Tensor, "output"], Sequence[str]]:
-    """The rows of a score layer and their biases: those of the chosen output, or of all, with names, without a choice.
+    """The rows and biases of a score layer: the chosen output's or, if none is chosen, those of all, with their names.
 
     Raises `ModelError` for a head that is not linear, which no classifier of transformers computes.
     """

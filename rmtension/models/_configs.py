@@ -1,4 +1,4 @@
-"""Configs of checkpoints, also of those whose model type is that of their own code around a standard body."""
+"""Configs of checkpoints, including those whose model type names the checkpoint's own code around a standard body."""
 
 import json
 import re

@@ -42,9 +42,10 @@ def direct_weights(head: RewardModel, batch: TokenBatch, site: str, wanted: Sequ
     """The direct weights of the neurons `wanted`, (layer, neuron), on the CPU in float64.
 
     The weights do not depend on `batch`: they are compared with `direct_contributions` on it. They are NaN, with a
-    reason, for attention heads (which write one direction per channel), at a site that has a factor of what the neuron
-    writes, and where the block or the final norm processes the output in another way (a norm behind the projection, as
-    in Gemma-2 and OLMo-2). Cost: one forward pass over the batch and a product with each projection.
+    reason, for attention heads (one direction per channel), for `mlp_gate` (one factor of what the neuron writes), for
+    `expert` (the routing weight differs per token), for a head that is not linear, and where a block processes what its
+    neurons write (a norm behind the projection, as in Gemma-2 and OLMo-2). Cost: one forward pass over the batch and a
+    product with each projection.
 
     Examples:
         >>> from rmtension.data._tokens import TokenBatch
@@ -71,7 +72,7 @@ def direct_weights(head: RewardModel, batch: TokenBatch, site: str, wanted: Sequ
     last_in, last_out = paths.final_norm_seen
     sigma = norm.to(last_in).sigma(last_in, last_out)
     direction = norm.to(row).pull_back(row, torch.ones_like(row[0]))
-    # Where no neuron contributes anything, the rounding of the reward is left.
+    # If no neuron contributes anything, only the rounding of the reward remains.
     rounding = float(((last_in * direction.to(last_in)).abs().sum(dim=1) / sigma).max()) * ROUNDING
     room = max(1e-4, torch.finfo(head.dtype).eps ** 0.5) * float(parts.abs().max()) + rounding
     on_reward = torch.full((len(wanted),), torch.nan, dtype=torch.float64)

@@ -73,7 +73,9 @@ def weight_files(files: CheckpointFiles) -> Mapping[str, str]:
             weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             outside = [file for file in weight_map.values() if Path(file).name != file]
             if outside:
-                raise ModelError(f"{files.name}: its index names a file outside the checkpoint: {outside[0]!r}.")
+                raise ModelError(
+                    f"{files.name}: its index names a file outside the checkpoint: {outside[0]!r}. Download it again."
+                )
             return weight_map
         if single is not None:
             with safe_open(single, framework="pt") as opened:

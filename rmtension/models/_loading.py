@@ -267,7 +267,7 @@ def placement_of(options: LoadOptions) -> tuple[dict[str, Any], torch.device]:
         return {}, device
     available = torch.cuda.device_count()
     if not 1 <= n_devices <= available:
-        raise OptionError(f"n_devices: expected 1 to {available}, the GPUs of this machine, got {n_devices}.")
+        raise OptionError(f"n_devices: expected 1 to {max(1, available)} ({available} GPUs here), got {n_devices}.")
     memory = {number: torch.cuda.mem_get_info(number)[0] for number in range(n_devices)}
     return {"device_map": "balanced", "max_memory": memory}, device
 

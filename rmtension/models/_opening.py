@@ -157,7 +157,7 @@ def require_hidden_padding(model: RewardModel) -> None:
 
 
 def bound_head(body: Body, head: object, tokenizer: Any) -> object:
-    """A head that needs more of the model than its residual stream, with what it needs; other heads as they are."""
+    """A head with what it needs besides the residual stream (step, marker, unembedding, reference); others as given."""
     if isinstance(head, ProcessHead) and not head.marker_ids:
         return head.on(read_head(head.step, _width(body)), tokenizer)
     if isinstance(head, LogRatioHead) and head.unembedding is None:

@@ -60,7 +60,7 @@ class OwnFormat:
         except ModelError as error:
             raise ModelError(
                 f"save_pretrained: the files that the model was read from are needed, because they hold its "
-                f"unembedding and code, but they are not there any more: {error}"
+                f"unembedding and code, but they are not there any more ({error}). Restore them, then save again."
             ) from error
         inner = self._text_config(base) is not None
         prefix = text_prefix(weight_map) if inner else body_prefix(weight_map)

@@ -47,7 +47,7 @@ def conflict(
 ) -> ConflictReport:
     """Compare what the neurons of one model do to two margins, called `names`. No model pass.
 
-    The margins are those of two groups of pairs, or by two outputs of the model: on the same pairs, or each on its own.
+    The margins are those of two groups of pairs, or those of two outputs of the model, on the same or on other pairs.
 
     A neuron counts for a group if its q-value is at most `1 - level` and the magnitude of its mean contribution is
     at least `min_share` of the group's largest. `min_share` matters because with many prompts even tiny

@@ -236,7 +236,7 @@ class _Pass(Generic[Result_co]):
         model, sharing = self._model, self._statistic.sharing
         if sharing == "after prompt" and not model.runs_prompts_first:
             sharing = "pair"
-        # Batches for another device are made in memory from which it copies by itself, while it runs earlier ones.
+        # Batches for a GPU are made in pinned memory, from which it copies them while it runs earlier batches.
         is_ahead = works_ahead(model.device)
         batches = pair_batches(
             chunk.encoded,
@@ -315,5 +315,5 @@ class _Pass(Generic[Result_co]):
     def _other_pairs(self) -> StorageError:
         return StorageError(
             f"{self._work}: this folder belongs to a run over other pairs, or over these in another order. Use a new "
-            "folder, or delete it."
+            "folder, or delete this one."
         )

@@ -27,9 +27,10 @@ def score_texts(
     if isinstance(texts, str):
         raise OptionError("texts: expected a list of texts, got one string. Put it in a list: score([text]).")
     if isinstance(texts, PreferencePairs | Mapping) or (texts and isinstance(texts[0], PreferencePair)):
+        given = type(texts).__name__ if isinstance(texts, PreferencePairs | Mapping) else "a list of PreferencePair"
         raise OptionError(
-            f"texts: expected a list of texts, got {type(texts).__name__}. Score preference pairs with "
-            "score_pairs(pairs), or the pairs of one objective with score_pairs(pairs.filter(objective='helpful'))."
+            f"texts: expected a list of texts, got {given}. Score preference pairs with score_pairs(pairs); from a "
+            "mapping of pairs, choose those of one key: score_pairs(pairs['helpful'])."
         )
     model.require_choice()
     _require_no_prompt(model)

@@ -65,7 +65,7 @@ def _log_likelihoods(
 def _of_steps(
     head: RewardModel, process: ProcessHead, texts: Sequence[EncodedText], model: Any
 ) -> Float[Tensor, "text"]:
-    """From the classes of each token classifier's logits at the markers."""
+    """The rewards from the token classifier's logits at the markers of each text."""
     choice = head.require_choice()
     rewards = []
     with eager_eval(model.modules()):

@@ -63,11 +63,11 @@ def compare_candidates(
 
 
 def best_candidate(pairs: RepairPairs, table: pd.DataFrame) -> int | None:
-    """The row of the candidate to take: the one with the fewest numbers among those that gain about as much as any.
+    """The row of the candidate to take: the smallest edit among those that gain nearly as much as the best one.
 
-    Only allowed candidates count whose gain of the weak objective is beyond chance; None if there are none. "About as
-    much" is within one standard error of the largest gain (Breiman et al. 1984). Equal numbers are ordered by the
-    gain, then by the loss.
+    Only candidates that are `allowed` and whose gain on the weak objective is beyond chance are considered; None if
+    there are none. "Nearly as much" is within one standard error of the largest gain (Breiman et al. 1984). Edits of
+    equal size are ordered by the gain, then by the loss.
     """
     gains = table[table["allowed"] & (table[f"{pairs.weak}_low"] > 0)]
     if gains.empty:
@@ -83,11 +83,11 @@ def best_candidate(pairs: RepairPairs, table: pd.DataFrame) -> int | None:
 def change_of_accuracy(
     change: Float[Tensor, "pair"], part: PreferencePairs, *, level: float = 0.95, seed: int = 0
 ) -> Estimate:
-    """The mean change of `correct` with its interval over prompts, which is never narrower than few losses allow.
+    """The mean change of `correct` with its interval over prompts, which is not too narrow if few pairs change.
 
-    If no pair is lost, the bootstrap has no losses to draw, however few pairs there are. Its ends are therefore
-    extended to the gains minus Clopper and Pearson's upper bound of the losses, and to their upper bound minus the
-    losses, with one trial per prompt.
+    If no pair is lost, the bootstrap has no losses to draw, however few pairs there are. The lower end is therefore at
+    most the gains minus Clopper and Pearson's upper bound of the losses, and the upper end at least their upper bound
+    of the gains minus the losses, with one trial per prompt.
     """
     estimate = bootstrap_mean(change, part, level=level, seed=seed)
     gains, losses = (float(side.clamp(min=0).mean()) for side in (change, -change))

@@ -39,9 +39,9 @@ def control_table(
     """One row per control: its closed share on test pairs, the strong objective's change, and how many numbers it has.
 
     `measured` are the test pairs' margins before the edit, and the weak ones' at the ceiling. `others` are edits by the
-    same procedure with exchanged labels, and by a head refit. For gains, `n_random` random sets of neurons follow, or a
-    row of NaN if a layer has too few other neurons; for other edits, gains of as many neurons as the edit has numbers,
-    at most all. They are fitted by `fitter`, if there is one.
+    same procedure with exchanged labels, and by a head refit. For gains, `n_random` random sets of neurons follow, or
+    one row of NaN if a layer has too few other neurons. For other edits, one row of gains follows, of as many neurons
+    as the edit has numbers, or of all neurons if there are fewer. `fitter`, if given, fits these gains.
     """
     before, ceiling = measured
 

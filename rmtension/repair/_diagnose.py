@@ -77,14 +77,14 @@ class Diagnosis:
 
     def __repr__(self) -> str:
         lines = [
-            f"Diagnosis: {self.weak} is weak, {self.strong} is to stay",
+            f"Diagnosis: {self.weak} is the weak objective, {self.strong} the one to keep",
             f"  accuracy on {self.weak}: {self.before}; it can reach {self.ceiling} (by {self.ceiling_of})",
             f"  repairable gap: {self.gap}; contradictory pairs: {self.contradictory:.1%}, not counted in it",
         ]
         if not self.has_gap:
             more = "" if self.n_needed is None else f" About {self.n_needed:,} prompts would decide a gap of this size."
             if self.ceiling_of == "probe":
-                more += " What the states of this model do not hold shows only with specialists for both objectives."
+                more += " Pass specialists of both objectives to measure what the states of this model do not hold."
             return "\n".join([*lines, f"  Nothing to repair is shown: the interval of the gap includes 0.{more}"])
         if math.isnan(self.probe.value):
             return "\n".join([*lines, "  no refit predicts a closed share: the reward is not one row of a linear head"])

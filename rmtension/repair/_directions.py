@@ -47,7 +47,7 @@ def shape_reward(
         differences.append(of_part.difference * sign[:, None])
     mean = torch.cat(differences).mean(dim=0)
     if not bool(mean.abs().max() > 0):
-        raise DataError("feature: the chosen and the rejected responses of all fit pairs have equally much of it.")
+        raise DataError("feature: both responses of every fit pair have equally much of it. Pass another feature.")
     return _without_directions(head, pairs, known, (mean / mean.norm())[None], alphas, "reward shaping")
 
 

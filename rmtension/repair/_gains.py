@@ -189,7 +189,8 @@ def fit_gains(
     and 3% of all. The margins are linear in the gains only near 1, so a fit is repeated at what it found, at most
     `steps` times. The edit is None if no gains help the weak objective and spare the strong one, on the development
     pairs. Cost: a forward and a backward pass over the fit pairs and a forward pass over the development pairs, and for
-    each share and count at most `steps` of both. A `fitter` of these pairs saves the first ones, and has its own steps.
+    each share and count at most `steps` of both. With a `fitter` of these pairs, the first passes are not repeated, and
+    its own `steps` apply.
     """
     total = head.n_layers * head.n_neurons(SITE)
     is_list = isinstance(counts, Sequence) and len(counts) > 0

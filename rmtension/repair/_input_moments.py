@@ -59,8 +59,8 @@ class _InputMoments(PairStatistic[dict[str, Tensor]]):
         def add(name: str, module: nn.Module, inputs: Tensor) -> None:
             if name in sums or inputs.numel() != len(weights) * matrix_of(module).shape[1]:
                 raise ModelError(
-                    f"names: {name} does not read every token exactly once, as a layer that is shared or an expert "
-                    "does, so its inputs belong to no token. Leave it out."
+                    f"names: {name} does not read every token exactly once: it is a shared layer or an expert, so its "
+                    "inputs cannot be assigned to tokens. Leave it out."
                 )
             # Rows without weight are dropped, not multiplied by 0, because padding may hold infinities.
             rows = inputs.detach().reshape(len(weights), -1)[used.to(inputs.device)]

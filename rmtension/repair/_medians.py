@@ -46,7 +46,7 @@ def set_to_medians(
     inputs = projection_inputs(head, both, range(head.n_layers), slopes=False, progress=progress).inputs
     values = [measured(pair, side) for side in ("chosen", "rejected") for pair in both]
     if len(set(values)) < 2:
-        raise DataError("feature: all responses of the fit pairs have equally much of it.")
+        raise DataError("feature: all responses of the fit pairs have equally much of it. Pass another feature.")
     correlations = spearman(inputs, torch.tensor(values, dtype=torch.float64))
     medians = inputs.median(dim=1).values  # noqa: PD011 - a tensor
     order = correlations.flatten().argsort(stable=True)

@@ -70,10 +70,10 @@ class RepairReport:
             return f"from {row['before']:.3f} to {row['after']:.3f}, change {moved}"
 
         sentences = [
-            f"The edit has {self.edit['numbers']:,} {'number' if self.edit['numbers'] == 1 else 'numbers'} and "
+            f"The edit changes {self.edit['numbers']:,} {'number' if self.edit['numbers'] == 1 else 'numbers'} and "
             f"{self._closes()}"
             if self.edit["made"]
-            else "No candidate gained beyond chance without harm, so nothing was edited.",
+            else f"No candidate improved {weak} beyond chance and spared {strong}, so nothing was edited.",
             f"The accuracy on {weak} goes {change(weak)}; that on {strong} {change(strong)}.",
         ]
         controls = [f"{kind} {_range(part['closed'])}" for kind, part in self.controls.groupby("control", sort=False)]
@@ -81,7 +81,8 @@ class RepairReport:
         harmed = [name for name, row in rows.items() if not name.endswith(" margin") and not row["spared"]]
         if harmed and self.edit["made"]:
             sentences.append(
-                f"The interval allows a loss of more than {100 * self.most_lost:g} points for: {', '.join(harmed)}."
+                f"The intervals do not exclude a loss of more than {100 * self.most_lost:g} points for: "
+                f"{', '.join(harmed)}."
             )
         return sentences
 
@@ -91,7 +92,7 @@ class RepairReport:
             return f"the test pairs show no gap ({self.closed.n_prompts} prompts), so the closed share is undefined."
         predicted = self.diagnosis.predicted
         known = "" if math.isnan(predicted.value) else f"; the diagnosis predicted {predicted}"
-        wide = "" if math.isfinite(self.closed.low + self.closed.high) else " Some draws of the test pairs have no gap."
+        wide = "" if math.isfinite(self.closed.low + self.closed.high) else " Some bootstrap resamples have no gap."
         return f"closes {self.closed} of the gap{known}.{wide}"
 
     def to_frame(self, table: str = "checks") -> pd.DataFrame:
@@ -230,11 +231,11 @@ _LABELS = (("refusing", SHOULD_REFUSE), ("responding", SHOULD_RESPOND))
 def best_of_several(
     part: PreferencePairs, before: Float[Tensor, "2 pair"], after: Float[Tensor, "2 pair"]
 ) -> tuple[tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt"]], PreferencePairs]:
-    """For every prompt with three responses or more: whether the response with the highest reward is never rejected.
+    """For every prompt with three responses or more: 1 if the response with the highest reward is never rejected, or 0.
 
-    If several have the highest reward, the share of them that is not. Returned before and after the edit, with one
-    pair of each prompt. A check that a bias was not moved elsewhere: an edit can order pairs better and still choose
-    worse among many responses.
+    If several have the highest reward, the share of them that is never rejected. Returns the values before and after
+    the edit, and one pair of each prompt. A check that a bias was not moved elsewhere: an edit can order pairs better
+    and still choose worse among many responses.
     """
     seen: dict[object, list[tuple[object, bool, Tensor]]] = {}
     firsts: dict[object, int] = {}

@@ -31,7 +31,7 @@ def refit_head(
     states: SplitStates | None = None,
     progress: bool | None = None,
 ) -> tuple[Edit | None, pd.DataFrame]:
-    """The best change of the reward row, and the dial: every change that was tried, on the development pairs.
+    """The best change of the reward row, and a table of all changes that were tried, on the development pairs.
 
     v minimises share x loss(weak) + (1 - share) x loss(strong) + ridge v' S v on the fit pairs, where the losses are
     means of log(1 + exp(-(row + v) @ d)), d is the difference of the states that the row reads, and S is the mean of

@@ -113,7 +113,7 @@ class RepairPairs:
             if not len(part):
                 raise DataError(
                     f"pairs: no {name} pairs are left: of {len(both[name])}, {len(apart[name])} contradict pairs of "
-                    "the other objective. There is nothing that an edit could satisfy."
+                    f"the other objective. Pass {name} pairs that the other objective does not label the opposite way."
                 )
         if _keys(kept[weak]) == _keys(kept[strong]):
             raise OptionError(f"pairs: {weak!r} and {strong!r} have the same pairs. Pass pairs of two objectives.")
@@ -165,7 +165,7 @@ def shuffled_labels(part: PreferencePairs, seed: int) -> PreferencePairs:
 
 
 def _more_prompts(share: float) -> str:
-    """How many prompts show that at most a share of all is of a kind that none of them has: a half sentence."""
+    """How many prompts show a loss of at most `share` if no pair is lost: the beginning of a sentence."""
     if share == 0:
         return "No number of prompts shows a loss of exactly 0: pass"
     return f"Give {math.ceil(math.log((1 - LEVEL) / 2) / math.log(1 - share)):,} prompts, or pass"

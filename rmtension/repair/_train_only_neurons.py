@@ -38,7 +38,7 @@ class _Part:
     free: Float[Tensor, "input input"] | None = None
 
     def allowed(self, change: Float[Tensor, "first second"]) -> Float[Tensor, "first second"]:
-        """A change of the weight without what the other neurons, and directions that are kept, would get."""
+        """A change of the weight, restricted to the trained neurons and to the directions in `free`."""
         matrix = change.T if self.is_transposed else change
         chosen = matrix[self.neurons] if self.are_rows else matrix[:, self.neurons]
         if self.free is not None:

@@ -18,7 +18,6 @@ from rmtension.study._speed import Speed, duration, measure_speed, n_read
 from rmtension.study._study_cost import study_cost
 from rmtension.training._new_classifier import new_classifier
 
-# Analyses of rewards alone, which use all test pairs.
 # Seconds of a training step in forward passes of the trained layers: forward, backward and the optimiser.
 _TRAINING = 3.7
 # Dashboards of neurons, in forward passes over the evaluation pairs.

@@ -29,7 +29,7 @@ class Recipe:
     - `training`: the schedule of the reward models.
     - `study`: the options of the study by the corrected rules; `n_scoring` and `n_evaluating`: the largest numbers of
       test pairs per objective that score neurons, and that evaluate ablations. Accuracies use all test pairs.
-    - `paper`: also run the study by the published rules, with these changes; None leaves it out.
+    - `paper`: the options of a second study, by the published rules; None leaves it out.
     - `n_single`: how many neurons are ablated one by one to test the methods, on `n_faithful` pairs per objective;
       `n_sets`: how many sets. `n_neurons`: how many neurons get a page.
     - `jobs`: how many reward models are trained at a time.

@@ -41,7 +41,7 @@ def answer_note(result: StudyResult) -> str:
     score = str(result.summary["options"]["scores"][0]).replace("_", " ")
     sets = f"Top sets are by {score}; random sets are matched per layer."
     spread = ", with the spread between seeds" if seeds > 1 else ""
-    chance = "those beyond chance are over random sets of neurons"
+    chance = "those of overlaps beyond chance are over random sets of neurons"
     note = f"{over} are {100 * level:g}% over prompts{spread}; {chance}. {sets}"
     if len(families) > 1:
         note += f" The sentences and the figure are about the family {families[0]}; the table has all {len(families)}."
@@ -177,11 +177,11 @@ def _random(rows: list[Any]) -> str:
         if row["other"] is not None
     ]
     if other:
-        text += f"; beyond random sets of the same magnitude, it is {' and '.join(other)}"
+        text += f"; beyond random sets of the same magnitude, the change is {' and '.join(other)}"
     if rows[0]["n_seeds"] > 1:
         # With few seeds, the spread between them makes the interval of their mean wide.
-        alone = f"{rows[0]['alone']} and {rows[1]['alone']} of {rows[0]['n_seeds']}"
-        text += f"; within single seeds, the interval beyond random excludes 0 in {alone}"
+        alone = f"{rows[0]['alone']} (helpful) and {rows[1]['alone']} (harmless) of {rows[0]['n_seeds']} seeds"
+        text += f"; the interval beyond random of a single seed excludes 0 in {alone}"
     return f"{text})."
 
 

@@ -135,7 +135,7 @@ def _sections(inspection: ModelInspection) -> Iterator[PageSection]:
         "Pairs and times",
         lines=_pairs(inspection),
         table=_times(inspection),
-        note="Predicted and measured on one machine.",
+        note="Times: what the plan predicted, and what this run took.",
     )
 
 
@@ -217,7 +217,7 @@ def _maps(maps: pd.DataFrame) -> pd.DataFrame:
             "groups": f"{row['first']} and {row['second']}",
             "cosine": with_interval(row["cosine"], row["low"], row["high"], form=".2f"),
             "with random signs": f"{row['random_signs_low']:.2f} to {row['random_signs_high']:.2f}",
-            "if both used the same neurons": f"at least {row['same_neurons_low']:.2f}",
+            "cosine if both used the same neurons": f"at least {row['same_neurons_low']:.2f}",
             "support both": str(row["support_both"]),
             "oppose both": str(row["oppose_both"]),
             "support the first against the second": str(row["first_against_second"]),

@@ -98,7 +98,7 @@ def unconcluded(result: StudyResult, listed: list[Finding]) -> list[str]:
         f"{f'{finding.family}: ' if several else ''}{finding.question} {finding.quantity}: {finding.estimate}, "
         f"n = {finding.n}. "
         + (
-            f"The interval excludes {finding.none:g}, that of the other control does not."
+            f"The interval excludes {finding.none:g}, but the interval against the other control does not."
             if finding.is_contested
             else f"The interval does not exclude {finding.none:g}."
         )
@@ -110,7 +110,7 @@ def unconcluded(result: StudyResult, listed: list[Finding]) -> list[str]:
             "There is one seed: the intervals are over prompts, and do not include the differences between trainings."
         )
     if not all(family["base"] for family in result.summary["families"]):
-        lines.append("There is no base model, so overlap that is inherited from the base cannot be separated.")
+        lines.append("There is no base model, so overlap from the base cannot be told from overlap by training.")
     lines += _without_control(result)
     left = [name for name in _ANALYSES if name not in result.summary["options"]["analyses"]]
     if left:

@@ -23,8 +23,9 @@ def repair_page(report: RepairReport) -> Page:
             as_picture(plots.closed_share(report.closed, report.controls), "closed.png") if drawn else None,
             note=(
                 f"Intervals are {100 * report.closed.level:g}% over prompts, on {report.closed.n:,} test pairs of "
-                f"{weak} that neither the fit nor any choice has seen. The gap is that between the model and the "
-                f"ceiling, without pairs that {weak} and {strong} label in opposite ways."
+                f"{weak} that neither the fit nor any choice has seen. The gap is the accuracy of the ceiling (what "
+                f"can be reached) minus that of the model, without pairs that {weak} and {strong} label in opposite "
+                "ways."
             ),
             table=_controls(report.controls),
             table_summary="The controls",
@@ -43,8 +44,9 @@ def _sections(report: RepairReport, *, drawn: bool) -> Iterator[PageSection]:
     diagnosis, without = report.diagnosis, "" if drawn else NO_FIGURES
     yield PageSection(
         "What the edit changed",
-        "Accuracy of both objectives, refusing and responding where labelled, pairs matched in length, and the choice "
-        f"of the best of several responses. {without}".strip(),
+        "Accuracy and margin of both objectives, accuracy where refusing or responding is right (if labelled) and on "
+        "pairs matched in length, and how often the best of several responses is one that is never rejected. "
+        f"{without}".strip(),
         pictures=[as_picture(plots.repair_checks(report.checks, most_lost=report.most_lost), "checks.png")]
         if drawn
         else [],
@@ -57,8 +59,8 @@ def _sections(report: RepairReport, *, drawn: bool) -> Iterator[PageSection]:
     )
     yield PageSection(
         "Every candidate",
-        "What was tried, on development pairs. The smallest edit is taken whose gain is beyond chance and about as "
-        f"large as any, among those that spare {diagnosis.strong}.",
+        f"All edits that were tried, on development pairs. Of those that spare {diagnosis.strong} and gain beyond "
+        "chance, the smallest one is taken whose gain is within one standard error of the largest gain.",
         pictures=[as_picture(plots.repair_path(report.path), "path.png")] if drawn and _varies(report.path) else [],
         table=rounded(report.path),
     )

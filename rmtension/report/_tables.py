@@ -48,9 +48,9 @@ SECTIONS = (
     Section(
         "Accuracy", "accuracy", {"model": "model", "objective": "evaluated on", "measure": "measure"},
         (_Number("value [interval]", "value", _ENDS), _N),
-        "'refusing' and 'responding' are accuracies where that is right, 'balanced' is their mean: a model that "
-        "always refuses gets 1, 0 and 0.5. 'margin' is in the model's reward units; 'length only' prefers the longer "
-        "response.",
+        "'refusing' is the accuracy on pairs where refusing is right, 'responding' on those where responding is "
+        "right, and 'balanced' their mean: a model that always refuses gets 1, 0 and 0.5. 'margin' is in the model's "
+        "reward units; 'length only' prefers the longer response.",
     ),
     Section(
         "Accuracy by subset", "subsets", {"model": "model", "objective": "evaluated on", "subset": "subset"},
@@ -95,8 +95,8 @@ SECTIONS = (
             _SIZE, _Number("share that comes back", "share", form=".2f", how="range"),
             _Number("by chance in each layer", "chance", form=".2f"),
         ),
-        "The share of the set that is in the set of the other half of the prompts (mean of 20 splits), of as many new "
-        "prompts (expected), by another score, at other tokens, with another replacement, or in another seed.",
+        "How much of a top set is also in the top set of the other half of the prompts (mean of 20 splits), of as many "
+        "new prompts (expected), by another score, at other tokens, with another replacement, or in another seed.",
     ),
     Section(
         "Depth", "depth", {"score": "score", "set": "set"},
@@ -117,9 +117,9 @@ SECTIONS = (
             _Number("by chance in each layer", "layer_expected_jaccard"),
             _Number("beyond chance in each layer [interval]", "beyond_chance", ("beyond_low", "beyond_high"), "+.3f"),
         ),
-        "Chance is computed over the whole model and in each layer. Floor: the base model's own top set is left out of "
-        "both sets and of chance. Ceiling: rows of kind 'seeds' compare two seeds of one objective; they are means "
-        "over pairs of seeds, with intervals over prompts only.",
+        "Chance is computed over the whole model and in each layer. Rows without the base's top set are the floor: its "
+        "neurons are left out of both sets and of chance. Rows of kind 'seeds' are the ceiling: they compare two seeds "
+        "of one objective; they are means over pairs of seeds, with intervals over prompts only.",
     ),
     Section("Ablation curves", "curves", {}),
     Section(
@@ -137,9 +137,9 @@ SECTIONS = (
             _Number("slope, split", "split_slope", form="+.2f", how="range"),
             _Number("r, split", "split_r", form="+.2f", how="range"), _Number("subsets", "n", how="count"),
         ),
-        note="Regression of these changes on accuracy before minus chance: a slope of -1 with r = -1 means that every "
-        "subset ended at chance. With small subsets, noise alone gives negative slopes; 'split' takes the two values "
-        "from different prompts.",
+        note="Regression of the changes in accuracy per subset (the table before this one) on the accuracy before "
+        "ablation minus chance: a slope of -1 with r = -1 means that every subset ended at chance. With small subsets, "
+        "noise alone gives negative slopes; 'split' takes the two values from different prompts.",
     ),
     Section(
         "Effect of sets on the mixed model", "ablation",
@@ -152,8 +152,8 @@ SECTIONS = (
             _Number("sd of random sets", "random_sd"),
             _Number("beyond random [interval]", "beyond_random", ("beyond_low", "beyond_high"), "+.3f"), _N,
         ),
-        "Random sets have the same number of neurons in every layer ('layer'), or also the nearest magnitudes outside "
-        "the top sets ('magnitude').",
+        "Random sets contain no neuron of the specialists' top sets. They have the same number of neurons in every "
+        "layer ('layer'), or also magnitudes near those of the set ('magnitude').",
     ),
     Section(
         "Effect at equal size", "equal_size",
@@ -177,7 +177,7 @@ SECTIONS = (
             _Number("helpful - harmless [interval]", "difference", ("difference_low", "difference_high"), "+.3f"),
         ),
         "The share of each objective's margin, or of its accuracy above chance, that is left: 1 is the whole model, 0 "
-        "is chance. Equal shares of both objectives are a drift, whatever their size.",
+        "is chance. If both objectives keep equal shares, the model drifts to chance; if only one falls, it collapses.",
     ),
     Section(
         "Transferability without the sets", "ablated_transferability",

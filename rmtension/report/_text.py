@@ -60,8 +60,8 @@ def notes(result: StudyResult) -> list[str]:
             named = ", ".join(f"{output_label(output)!r} for {model}" for model, output in outputs.items())
             lines.append(f"The models of family {name} are outputs of one model, with the same activations: {named}.")
     for name, part in summary["pairs"].items():
-        cut = "it is not known how many" if part["prompts_cut"] is None else part["prompts_cut"]
-        behaviour = f"; accuracies are of {part['behaviour']} pairs, with those" if "behaviour" in part else ""
+        cut = "an unknown number of" if part["prompts_cut"] is None else part["prompts_cut"]
+        behaviour = f"; accuracies are of {part['behaviour']} pairs, which include these" if "behaviour" in part else ""
         lines.append(
             f"Pairs, {name}: {part['scoring']} score neurons, {part['evaluating']} others evaluate "
             f"({part['identical_responses']} with identical responses, {cut} prompts cut){behaviour}."
@@ -72,8 +72,7 @@ def notes(result: StudyResult) -> list[str]:
         f"Ablation: {options['replacement']}, at all tokens; {options['n_draws']} random sets for every control, "
         f"{options['n_subsamples']} subsamples; causal sets by {options['scores'][0]}.",
         f"Accuracy: a tie counts {options['tie_value']:g}. Intervals: {100 * options['level']:g}%, bootstrap over "
-        "prompts"
-        + ("; of means over seeds, widened by the spread between them. Counts: range over seeds." if several else "."),
+        "prompts" + ("; for means over seeds, widened by their spread. Counts: range over seeds." if several else "."),
         f"Analyses: {', '.join(options['analyses'])}. rmtension {summary['version']}, seed {options['seed']}.",
     ]
     return lines
@@ -82,7 +81,7 @@ def notes(result: StudyResult) -> list[str]:
 def elsewhere(result: StudyResult, section: Section) -> str:
     """The sentence that replaces a table which is too long for the page."""
     n = len(result.tables[section.table])
-    return f"{n} rows: `{section.table}.csv`, as `StudyResult.save` writes it." if n else "No rows."
+    return f"{n} rows, in `{section.table}.csv`, which `StudyResult.save` writes." if n else "No rows."
 
 
 def escaped(text: str) -> str:

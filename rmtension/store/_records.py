@@ -65,4 +65,4 @@ def read_table(path: Path, values: Any, columns: Iterable[str]) -> pd.DataFrame:
 
 
 def _damaged(path: Path, what: str) -> StorageError:
-    return StorageError(f"{path}: damaged: {what}. Save the result again.")
+    return StorageError(f"{path}: damaged: {what}. Compute and save the result again.")

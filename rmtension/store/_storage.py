@@ -76,7 +76,7 @@ def read_result(
             if not fits or (isinstance(value, bool) and expected is not bool):
                 raise StorageError(
                     f"{path}: damaged: {name!r} should be {expected.__name__}, got {type(value).__name__}. "
-                    "Save the result again."
+                    "Compute and save the result again."
                 )
         names = list(file.keys())
         slices = {name: file.get_slice(name) for name in names}
@@ -109,7 +109,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, StorageError):
             raise
-        raise StorageError(f"{path}: not a result of rmtension, or damaged ({error}).") from error
+        raise StorageError(f"{path}: not a saved result of rmtension, or damaged ({error}). Check the path.") from error
 
 
 def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ def _read_header(path: Path, text: str | None) -> tuple[str, dict[str, Any]]:
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise StorageError(f"{path}: not a result of rmtension, or damaged ({error}).") from error
+        raise StorageError(f"{path}: not a saved result of rmtension, or damaged ({error}). Check the path.") from error
     if not isinstance(header, dict):
         raise StorageError(f"{path}: not a result of rmtension, or damaged (its header is not an object).")
     written = header.pop("format", FORMAT)
@@ -171,4 +171,4 @@ def _check_shapes(
         if not fits:
             wrong.append(f"{name!r} should be {specs[0]!r}, got {dtype} {shape}")
     if wrong:
-        raise StorageError(f"{path}: damaged: {'; '.join(wrong[:3])}. Save the result again.")
+        raise StorageError(f"{path}: damaged: {'; '.join(wrong[:3])}. Compute and save the result again.")

@@ -92,7 +92,8 @@ def claim(folder: Path, inputs: Mapping[str, Any], *, optional: Container[str] |
     if names:
         listed = "; ".join(f"{name}={_shown(recorded, name)} there, {_shown(now, name)} now" for name in names)
         raise StorageError(
-            f"{folder}: this folder belongs to a run with other settings: {listed}. Use a new folder, or delete it."
+            f"{folder}: this folder belongs to a run with other settings: {listed}. Use a new folder, or delete this "
+            "one."
         )
 
 

@@ -32,7 +32,7 @@ def accuracy(family: FamilyRuns) -> Tables:
         for other in OBJECTIVES:
             comparisons.append(_compared(family, "mixed", other, objective))
     compared = pd.concat(comparisons, ignore_index=True)
-    # One family of tests: every subset of both objectives against both specialists. Their unions are not adjusted.
+    # One family of tests: every subset of both objectives against both specialists. Rows "all" are not adjusted.
     compared["q_value"] = adjusted_p_values(compared["p_value"].where(compared["subset"] != "all").tolist())
     by_subset = pd.concat(subsets, ignore_index=True)
     first = ["model", "objective", "subset"]

@@ -123,7 +123,7 @@ class FamilyRuns:
         return self._scores[score, model]
 
     def scored(self, score: str, model: str, options: StudyOptions) -> NeuronScores:
-        """The same by other options; not kept in memory by `scores_of`."""
+        """As `scores_of`, with other options; the result is not kept in memory."""
         own = [model] if model in OBJECTIVES and is_contrastive(score) else list(OBJECTIVES)
         if score == "selectivity":
             return selectivity(self.profiles(model, options))
@@ -162,8 +162,8 @@ class FamilyRuns:
     def ablated_sets(self) -> dict[str, NeuronSet]:
         """The sets of the causal analyses, by the first score.
 
-        Each specialist's own neurons, the shared ones, and the top sets of the mixed model, which shows what ablating
-        as many neurons can do, and of the base.
+        The neurons of each specialist alone, the shared ones, the mixed model's top set (for comparison: what ablating
+        as many neurons can do), and the base's top set.
         """
         score = self.options.scores[0]
         base = self.base_scores(score)

@@ -84,9 +84,9 @@ def _effects(effects: pd.DataFrame) -> list[str]:
             sentences.append(f"No neuron supports {row['group']} in the half of the pairs that scores neurons.")
             continue
         scale = abs(row["before"])
-        which = "neuron that supports" if row["size"] == 1 else f"{row['size']:,} neurons that support"
+        which = "neuron that most supports" if row["size"] == 1 else f"{row['size']:,} neurons that most support"
         sentence = (
-            f"Ablating the {which} {row['group']} most changes its mean margin from {_number(row['before'], scale)} to "
+            f"Ablating the {which} {row['group']} changes its mean margin from {_number(row['before'], scale)} to "
             f"{_number(row['after'], scale)} ({_interval(row, 'effect', _scale(row))}); {_random(row, _scale(row))}."
         )
         others = margins[(margins["set"] == row["set"]) & ~margins["group"].isin([row["group"], ALL])]
@@ -134,8 +134,8 @@ def _trust(tables: Mapping[str, pd.DataFrame]) -> list[str]:
         scale = abs(largest["effect"])
         predicted, effect = (_number(largest[name], scale, sign=True) for name in ("predicted", "effect"))
         sentence += (
-            f"; for the top {_counted(largest['size'])} of these pairs the scores predict {predicted}, and their "
-            f"ablation changes the margin by {effect}"
+            f"; for the top {_counted(largest['size'])} of these pairs, the scores predict that ablating them changes "
+            f"the margin by {predicted}, and the true change is {effect}"
         )
     return [sentence + "."]
 

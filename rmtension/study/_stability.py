@@ -22,9 +22,9 @@ _N_SPLITS = 20
 def stability(family: FamilyRuns, tops: Mapping[tuple[str, str], NeuronSet]) -> pd.DataFrame:
     """Table `stability`: how much of every top set comes back; one row per score, model and what is changed.
 
-    `tops` are the top sets by score and model. `share` is the part of a set that is in the other one, `chance` what a
-    random set with as many neurons in each layer has of it. Other positions and the other replacement are run for the
-    mixed model and the first score.
+    `tops` are the top sets by score and model. `share` is the share of a top set that is also in the set under the
+    change, `chance` the expected share of a random set with as many neurons in each layer. Other positions and the
+    other replacement are run for the mixed model and the first score.
     """
     rows: list[dict[str, Any]] = []
     for (score, model), top in tops.items():
@@ -44,7 +44,7 @@ def stability(family: FamilyRuns, tops: Mapping[tuple[str, str], NeuronSet]) -> 
 
 
 def stability_with(family: FamilyRuns, other: FamilyRuns) -> pd.DataFrame:
-    """The rows of `family` for another seed: the part of each top set that is in that of the same objective there."""
+    """The rows for another seed: the share of each top set that is also in the other seed's set of the same model."""
     return pd.DataFrame(
         {"score": score, "model": model, "changed": f"seed: {other.family.seed}"}
         | _in_common(*(runs.top(runs.scores_of(score, model)) for runs in (family, other)))
@@ -64,14 +64,14 @@ def _in_common(a: NeuronSet, b: NeuronSet) -> dict[str, Any]:
 
 
 def _other_prompts(scores: NeuronScores, top: NeuronSet, options: StudyOptions) -> Iterator[dict[str, Any]]:
-    """One half of the prompts against the other half, and as many new prompts as there are."""
+    """The agreement of the top sets of two halves of the prompts, and that expected with as many new prompts."""
     if scores.require_blocks().isnan().any():
         return  # all prompts are in one block: nothing is known about others
     chance = _in_common(top, top)["chance"]
     generator = np.random.default_rng(options.seed)
     halves = np.zeros((_N_SPLITS, N_BLOCKS))
     for split in halves:
-        split[generator.permutation(N_BLOCKS)[: N_BLOCKS // 2]] = 2  # as many blocks as all
+        split[generator.permutation(N_BLOCKS)[: N_BLOCKS // 2]] = 2  # twice, so that weights sum to N_BLOCKS
     shares = []
     for split in halves:
         counts = torch.from_numpy(np.stack([split, 2 - split]))

@@ -32,7 +32,10 @@ def new_classifier(base: Any, tokenizer: Any = None, *, seed: int) -> tuple[Any,
             raise ModelError(f"base: transformers could not load {base}: {error}. Check the path.") from error
         odd = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])} - {"score.weight", "score.bias"}
         if odd:
-            raise ModelError(f"base: {base} lacks weights of {type(model).__name__}: {sorted(odd)[:4]}. Save it again.")
+            raise ModelError(
+                f"base: {base} lacks weights of {type(model).__name__}, or has other shapes: {sorted(odd)[:4]}. Use a "
+                "complete checkpoint."
+            )
     else:
         if tokenizer is None:
             raise OptionError("tokenizer: required if base is a config, got None. train_tokenizer makes a small one.")

@@ -95,7 +95,7 @@ def train_reward_model(
     length; steps then have up to `batch_size` pairs. `max_steps` replaces `epochs`. With `validation`, the checkpoint
     with the lowest validation loss is kept, or with `select_by="accuracy"` the one with the highest accuracy, of those
     taken every `eval_steps` steps (default: every epoch) and at the end. Training stops after `patience` of them
-    without a better one. Validation pairs may share no prompt with the training pairs. Do not pass test pairs.
+    without a better one. Validation pairs must not share a prompt with the training pairs. Do not pass test pairs.
 
     Model. `base` is the folder (or hub name) of a language model or classifier, whose head, if any, is replaced by a
     new one, N(0, 0.02); or a transformers config, for new weights (then `tokenizer` is required). `dropout=True` keeps
@@ -136,7 +136,11 @@ def train_reward_model(
     if dtype not in (torch.float32, torch.bfloat16):
         raise OptionError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}.")
     if patience is not None and (validation is None or patience < 1):
-        raise OptionError(f"patience: expected 1 or more, and validation pairs, got {patience}.")
+        given = "without" if validation is None else "with"
+        raise OptionError(
+            f"patience: expected a number from 1, and validation pairs, got {patience} {given} validation pairs. Pass "
+            "validation=..., or leave it out."
+        )
     require_choice("select_by", select_by, _SELECT_BY)
     if streams is not None and trained_layers is None:
         raise OptionError("streams: they are kept for frozen layers only. Pass trained_layers=..., or leave it out.")

@@ -440,7 +440,7 @@ DAMAGED = [
     ),
     ("hh_rlhf", less(hh(0), "chosen"), "field 'chosen' is missing"),
     ("hh_rlhf", hh(0) | {"rejected": 3}, "field 'rejected' should be text, got int"),
-    ("hh_rlhf", {"chosen": "a", "rejected": "b"}, "field 'prompt' is missing.*expected transcripts that share"),
+    ("hh_rlhf", {"chosen": "a", "rejected": "b"}, "chosen, rejected: expected transcripts that share"),
 ]
 
 

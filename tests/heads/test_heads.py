@@ -219,7 +219,7 @@ def test_a_device_map_changes_no_reward(checkpoints, ragged_texts):
         assert torch.allclose(head.score(ragged_texts), expected, atol=0.0 if head.device == device else 1e-5)
     with pytest.raises(OptionError, match="at most one of the three"):
         RewardHead.from_pretrained(checkpoints["gpt2"], device_map="auto", device="cpu")
-    with pytest.raises(OptionError, match=rf"n_devices: expected 1 to {torch.cuda.device_count()}"):
+    with pytest.raises(OptionError, match=rf"n_devices: expected 1 to {max(1, torch.cuda.device_count())}"):
         RewardHead.from_pretrained(checkpoints["gpt2"], n_devices=99)
 
 
@@ -304,7 +304,7 @@ class TestBadHeads:
     def test_heads_of_other_types_are_refused(self):
         with pytest.raises(ModelError, match=r"head: expected a weight.*got str"):
             read_head("score")
-        with pytest.raises(ModelError, match=r"weight: expected a tensor, got str"):
+        with pytest.raises(ModelError, match=r"weight: expected a tensor, an array or a list of numbers, got str"):
             read_head(("score", 0.0))
 
     def test_a_state_dict_without_one_weight_is_refused(self):

@@ -176,7 +176,9 @@ def test_an_interval_of_one_objective_that_contains_0_is_named(study):
     assert sentence.endswith("; the harmless interval contains 0).")
     table.loc[chosen & table["control"].eq("magnitude"), ["beyond_random", "beyond_low"]] = (0.05, -0.1)
     sentence = answer_sentences(StudyResult(study.tables | {"ablation": table}, study.summary))[0]
-    assert "; the harmless interval contains 0; beyond random sets of the same magnitude, it is +0.05 " in sentence
+    assert (
+        "; the harmless interval contains 0; beyond random sets of the same magnitude, the change is +0.05 " in sentence
+    )
     assert sentence.endswith(" on helpful pairs).")
 
 
@@ -190,7 +192,8 @@ def test_several_seeds_are_counted_one_by_one():
             table.loc[rows, ["beyond_random", "beyond_low", "beyond_high"]] = (value, value - 0.2, value + 0.2)
     sentence = answer_sentences(StudyResult(result.tables | {"ablation": table}, result.summary))[0]
     assert sentence.endswith(
-        "; both intervals contain 0; within single seeds, the interval beyond random excludes 0 in 3 and 1 of 3)."
+        "; both intervals contain 0; the interval beyond random of a single seed excludes 0 in 3 (helpful) and "
+        "1 (harmless) of 3 seeds)."
     )
 
 

@@ -152,13 +152,13 @@ class TestReadableTables:
         long = only(study, "neurons", "rewards", "curves")
         page, text = markdown(long), to_text(long)
         for name in long.tables:
-            line = f"{len(study.tables[name])} rows: `{name}.csv`, as `StudyResult.save` writes it."
+            line = f"{len(study.tables[name])} rows, in `{name}.csv`, which `StudyResult.save` writes."
             assert line in page
             assert line in text
         many = pd.concat([study.subsets.assign(subset=study.subsets["subset"] + str(copy)) for copy in range(6)])
         result = StudyResult({"subsets": many}, study.summary)
         assert not readable_tables(result)
-        assert f"{len(many)} rows: `subsets.csv`" in to_text(result)
+        assert f"{len(many)} rows, in `subsets.csv`" in to_text(result)
 
     def test_tables_without_rows_say_so(self, study):
         """For example, effects at equal size if the sets share no neuron."""
@@ -221,7 +221,7 @@ def test_notes_name_the_settings(study):
         "Pairs, harmless: 90 score neurons, 90 others evaluate (0 with identical responses, 0 prompts cut)." in settings
     )
     assert "top 10% by magnitude, change (ranked by magnitude) at mlp, response tokens, rule 'exact'" in settings
-    assert "Intervals: 95%, bootstrap over prompts; of means over seeds, widened" in settings
+    assert "Intervals: 95%, bootstrap over prompts; for means over seeds, widened" in settings
     assert to_text(only(study, "drift")).startswith(notes(study)[0])
     assert "widened" not in "\n".join(notes(hand_made(seeds=(0,))))
 

@@ -287,7 +287,7 @@ class TestResult:
     def test_sentences_hold_the_numbers_of_the_tables(self, inspection):
         effects = inspection.to_frame("effects").query("quantity == 'margin'").set_index(["set", "group"])
         row = effects.loc["helpful", "helpful"]
-        (sentence,) = [text for text in inspection.findings() if " support helpful most" in text]
+        (sentence,) = [text for text in inspection.findings() if " most support helpful changes" in text]
         scale = abs(row["before"])
         for name in ("before", "after"):
             assert _number(row[name], scale) in sentence

@@ -27,7 +27,7 @@ are used. The same command resumes after an interruption.
 def add_options(parser: ArgumentParser) -> None:
     """The options of the command."""
     add_model_options(parser)
-    parser.add_argument("pairs", metavar="PAIRS", type=Path, help="a file of pairs; formats are below")
+    parser.add_argument("pairs", metavar="PAIRS", type=Path, help="a file of pairs, as score reads it")
     add_pair_options(parser)
     add_group_options(parser, has_by=True)
     parser.add_argument(

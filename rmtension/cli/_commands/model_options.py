@@ -45,7 +45,7 @@ def add_model_options(parser: ArgumentParser) -> None:
         "--log-likelihood", action="store_true", help="score the log-likelihood of responses under a language model"
     )
     parser.add_argument("--beta", type=float, help="factor of --reference or --log-likelihood (default: 1)")
-    parser.add_argument("--average", action="store_true", help="divide those by the number of tokens of the response")
+    parser.add_argument("--average", action="store_true", help="divide the log-ratio by the number of response tokens")
     parser.add_argument(
         "--marker", metavar="TOKEN", help="MODEL scores steps, which end with this token; choose --output, such as min"
     )

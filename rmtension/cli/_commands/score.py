@@ -64,7 +64,8 @@ def _run(options: Namespace) -> Outcome:
     scored = open_model(options).score_pairs(pairs, work=options.work, progress=not options.quiet)
     if not len(scored):
         raise DataError(
-            f"{options.pairs}: all {len(pairs)} pairs produced NaN or infinite rewards. Run `rmtension check` on it."
+            f"{options.pairs}: all {len(pairs)} pairs produced NaN or infinite rewards. Run "
+            f"`rmtension check {options.model}`."
         )
     if options.out is not None:
         write_json_lines(options.out, _lines(scored), "rewards")
