@@ -153,7 +153,7 @@ SECTIONS = (
             _Number("beyond random [interval]", "beyond_random", ("beyond_low", "beyond_high"), "+.3f"), _N,
         ),
         "Random sets contain no neuron of the specialists' top sets. They have the same number of neurons in every "
-        "layer ('layer'), or also magnitudes near those of the set ('magnitude').",
+        "layer ('layer'), or also the nearest magnitudes that are left ('magnitude'): compare both columns of means.",
     ),
     Section(
         "Effect at equal size", "equal_size",

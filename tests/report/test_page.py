@@ -176,8 +176,11 @@ def test_an_interval_of_one_objective_that_contains_0_is_named(study):
     assert sentence.endswith("; the harmless interval contains 0).")
     table.loc[chosen & table["control"].eq("magnitude"), ["beyond_random", "beyond_low"]] = (0.05, -0.1)
     sentence = answer_sentences(StudyResult(study.tables | {"ablation": table}, study.summary))[0]
+    of_set = table[table["set"].eq("mixed top") & table["control"].eq("magnitude")]
+    means = "{random_magnitude:.3g}, the set's {set_magnitude:.3g}".format(**of_set.iloc[0])
     assert (
-        "; the harmless interval contains 0; beyond random sets of the same magnitude, the change is +0.05 " in sentence
+        f"; the harmless interval contains 0; beyond random sets of the nearest magnitudes (mean {means}), the change "
+        "is +0.05 " in sentence
     )
     assert sentence.endswith(" on helpful pairs).")
 
