@@ -126,7 +126,7 @@ def test_results_survive_the_disk(tmp_path):
     with pytest.raises(StorageError, match="expected a NeuronSet"):
         NeuronSet.load(tmp_path / "scores.safetensors")
     (tmp_path / "junk").write_bytes(b"\x80\x04junk")
-    with pytest.raises(StorageError, match="not a result of rmtension"):
+    with pytest.raises(StorageError, match="not a saved result of rmtension"):
         NeuronSet.load(tmp_path / "junk")
     with pytest.raises(StorageError, match="there is no such file"):
         NeuronSet.load(tmp_path / "nothing")
