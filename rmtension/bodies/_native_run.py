@@ -76,17 +76,20 @@ def run_base(
         more = {"attention_mask": mask, "position_ids": batch.position_ids}
     elif hides_padding:
         more = {"attention_mask": batch.position_mask("all").long()}
-    if batch.token_types is not None and _has_types(base):
-        more["token_type_ids"] = batch.token_types
+    more |= type_inputs(base, batch)
     if cache is not None:
         more["past_key_values"] = cache
     output: Tensor = base(input_ids=batch.input_ids, use_cache=cache is not None, **more)[0]
     return output
 
 
-def _has_types(base: Any) -> bool:
-    """Whether a model adds an embedding of the token's type, as BERT does and RoBERTa and DeBERTa-v3 do not."""
-    return getattr(unwrapped(base).config, "type_vocab_size", 0) > 1
+def type_inputs(model: Any, batch: TokenBatch) -> dict[str, Tensor]:
+    """The token types of a batch as an argument of `model`.
+
+    None are given to a model that adds no embedding of them: BERT does, RoBERTa, DeBERTa-v3 and ModernBERT do not.
+    """
+    has_types = getattr(unwrapped(model).config, "type_vocab_size", 0) > 1
+    return {"token_type_ids": batch.token_types} if batch.token_types is not None and has_types else {}
 
 
 def stream_difference(actual: Float[Tensor, "*rest"], expected: Float[Tensor, "*rest"]) -> float:

@@ -41,7 +41,7 @@ def transcript_reader(name: str, split: str, *, chat: bool) -> Read:
         try:
             sides = split_transcripts(*(read_field(row, side, str, where) for side in ("chosen", "rejected")))
         except DataError as error:
-            raise (error if str(error).startswith(where) else DataError(f"{where}: {error}")) from error
+            raise DataError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
         record = dict(zip(("prompt", "chosen", "rejected"), sides, strict=True))
         labels = {"objective": subtask.objective, "subset": subtask.subset, "id": f"hh-rlhf-{name}-{split}-{number}"}
         return [reader.read(record | labels, where)]

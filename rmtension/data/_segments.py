@@ -1,10 +1,10 @@
 """Encodes prompt and response as the two segments of an encoder: [CLS] prompt [SEP] response [SEP]."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rmtension.data._encoding import AT_A_TIME, EncodedPairs, EncodedText, key_of, require_tokenizer
+from rmtension.data._encoding import AT_A_TIME, EncodedPairs, EncodedText, encode_pairs, key_of, require_tokenizer
 from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError, ModelError
@@ -25,6 +25,11 @@ class _Segments:
     def n_fixed(self) -> int:
         """The tokens that are never cut."""
         return len(self.lead) + len(self.separator) + len(self.tail)
+
+
+def pair_encoder(*, two_segments: bool) -> Callable[..., EncodedPairs]:
+    """The function that encodes the pairs of a model: `encode_segments` or `encode_pairs`."""
+    return encode_segments if two_segments else encode_pairs
 
 
 def encode_segments(

@@ -23,9 +23,9 @@ from rmtension.bodies._native_weights import adapters_in_use
 from rmtension.bodies._run_modes import eager_eval
 from rmtension.bodies._site_widths import measure_sites
 from rmtension.data._budget import enough_tokens, free_bytes, tokens_that_fit
-from rmtension.data._encoding import EncodedPairs, EncodedText, encode_pairs
+from rmtension.data._encoding import EncodedPairs, EncodedText
 from rmtension.data._pairs import PreferencePairs
-from rmtension.data._segments import encode_segments
+from rmtension.data._segments import pair_encoder
 from rmtension.data._token_places import ReadAt, TokenPlaces
 from rmtension.data._tokens import TokenBatch, running
 from rmtension.distributed import current
@@ -359,7 +359,7 @@ class RewardModel(Readout):
 
     def encode(self, pairs: PreferencePairs) -> EncodedPairs:
         """The token ids of both texts of every pair, within `max_length`."""
-        encode = encode_segments if self.two_segments else encode_pairs
+        encode = pair_encoder(two_segments=self.two_segments)
         encoded = encode(self.tokenizer, pairs, max_length=self.max_length, truncate_response=self.truncate_response)
         for pair, *sides in zip(pairs, encoded.chosen, encoded.rejected, strict=True):
             for side, text in zip(("chosen", "rejected"), sides, strict=True):

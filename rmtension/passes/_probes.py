@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from rmtension.data._chat import Chat, is_transcript, split_turns
-from rmtension.data._encoding import EncodedText, encode_pairs, encode_texts
+from rmtension.data._encoding import EncodedText, encode_texts
 from rmtension.data._packing import pair_batches
 from rmtension.data._pair import PreferencePair
 from rmtension.data._pairs import PreferencePairs
-from rmtension.data._segments import encode_segments
+from rmtension.data._segments import pair_encoder
 from rmtension.errors import DataError
 from rmtension.models._reward_model import RewardModel
 from rmtension.passes._nonfinite import require_finite
@@ -59,7 +59,7 @@ def find_probes(head: RewardModel, pairs: PreferencePairs | None) -> list[Probe]
 
 def _probes_of_pair(head: RewardModel, pair: PreferencePair) -> list[Probe]:
     """Probes from both texts of a pair, which share a row, as when pairs are scored."""
-    encode = encode_segments if head.two_segments else encode_pairs
+    encode = pair_encoder(two_segments=head.two_segments)
     encoded = encode(head.tokenizer, PreferencePairs([pair]), max_length=head.max_length, truncate_response=True)
     (batch,) = pair_batches(
         encoded,
@@ -78,10 +78,9 @@ def _probes_of_pair(head: RewardModel, pair: PreferencePair) -> list[Probe]:
 
 def _own_text(head: RewardModel, pair: PreferencePair, side: str) -> str | tuple[str, str] | None:
     """What the tokenizer is given for one side of a pair; None for a chat."""
-    response = getattr(pair, side)
     if not isinstance(pair.prompt, str):
         return None
-    return (pair.prompt, response) if head.two_segments else pair.text(side)
+    return (pair.prompt, getattr(pair, side)) if head.two_segments else pair.text(side)
 
 
 def _built_in_probes(head: RewardModel) -> list[Probe]:

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmtension.bodies._hooks import HookSite, InstalledHooks
-from rmtension.bodies._native_run import let_run_in_float64
+from rmtension.bodies._native_run import let_run_in_float64, type_inputs
 from rmtension.bodies._run_modes import eager_eval
 from rmtension.data._encoding import EncodedText
 from rmtension.data._pairs import PreferencePairs
@@ -127,7 +127,7 @@ class _Checker:
             constant = 0.0
         if model is not None:
             let_run_in_float64(model)
-            texts = [replace(probe.encoded, ids=tuple(self._own_ids(probe))) for probe in self.probes]
+            texts = [self._own_text(probe) for probe in self.probes]
             expected = rewards_of_tokens(self.head, texts, model)
             expected = self._by_logits(model) + constant if expected is None else expected
         elif checkpoint is not None and checkpoint.source is not None:
@@ -143,8 +143,9 @@ class _Checker:
         rewards = []
         with torch.no_grad(), eager_eval(model.modules()):
             for probe in self.probes:
-                inputs = _inputs(self._own_ids(probe), probe.encoded, device)
-                logits = model(**inputs, use_cache=False).logits[0].to(self.alone)
+                batch = self._batch([self._own_text(probe)], device)
+                inputs = type_inputs(model, batch)
+                logits = model(input_ids=batch.input_ids, use_cache=False, **inputs).logits[0].to(self.alone)
                 # A language model has logits at every token, a classifier only at the token that it pools.
                 logits = logits if logits.ndim == 1 else logits[-1]
                 rewards.append(pick(logits, self._rows(logits.shape[-1])))
@@ -176,10 +177,9 @@ class _Checker:
         choice = self.head.require_choice()
         rewards = []
         for probe in self.probes:
-            batch = self._batch([replace(probe.encoded, ids=tuple(self._own_ids(probe)))])
+            batch = self._batch([self._own_text(probe)])
             with torch.no_grad():
-                inputs = _inputs(batch.input_ids[0].tolist(), probe.encoded, batch.input_ids.device)
-                stream = base(**inputs, use_cache=False)[0]
+                stream = base(input_ids=batch.input_ids, use_cache=False, **type_inputs(base, batch))[0]
                 places = plain.tokens(batch)
                 outputs = plain.read_tokens(batch.gather(places, stream).to(self.alone), places, batch)[0].cpu()
             rewards.append(pick(outputs, choice))
@@ -315,8 +315,12 @@ class _Checker:
         own: list[int] = tokenizer(*parts, verbose=False)["input_ids"]
         return own if len(own) <= self.head.max_length else probe.ids
 
-    def _batch(self, texts: Sequence[EncodedText]) -> TokenBatch:
-        return TokenBatch.from_texts(texts, range(len(texts)), read_at=self.head.read_at, device=self.head.device)
+    def _own_text(self, probe: Probe) -> EncodedText:
+        return replace(probe.encoded, ids=tuple(self._own_ids(probe)))
+
+    def _batch(self, texts: Sequence[EncodedText], device: torch.device | None = None) -> TokenBatch:
+        where = self.head.device if device is None else device
+        return TokenBatch.from_texts(texts, range(len(texts)), read_at=self.head.read_at, device=where)
 
     def _score(self, texts: Sequence[EncodedText]) -> Float[Tensor, "text"]:
         with torch.no_grad():
@@ -333,11 +337,3 @@ class _Checker:
 
     def _add(self, name: str, n: int, value: float | int, limit: float | int, note: str) -> None:
         self.rows.append((name, n, float(value), float(limit), bool(value <= limit), note))
-
-
-def _inputs(ids: list[int], text: EncodedText, device: torch.device) -> dict[str, Tensor]:
-    """What transformers' model is given for one text: its ids and, if it has them, its token types."""
-    inputs = {"input_ids": torch.tensor([ids], device=device)}
-    if text.has_types:
-        inputs["token_type_ids"] = (torch.arange(len(ids), device=device) >= text.response_start).long()[None]
-    return inputs

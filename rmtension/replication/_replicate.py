@@ -36,8 +36,8 @@ class Replication:
     - `corrected` and `paper`: the study by the corrected and by the published rules (None if it was left out).
     - `pairs`: what was read, left out and kept; `models`: how each reward model was trained.
     - `faithfulness`: how well each method predicts true effects; None if it was left out.
-    - `overlap_trained`: overlaps of top sets within the trained layers, if training left the lower layers as they were:
-      in those, all models have the same activations (see `overlap_of_trained_layers`).
+    - `overlap_trained`: overlaps of top sets within the trained layers, if training left the lower layers as they were,
+      because in the lower ones all models have the same activations (see `overlap_of_trained_layers`).
     - `stages`: the seconds of every stage, over all runs, and the passes over models that this run ran and read.
 
     Examples:

@@ -141,27 +141,17 @@ def _effects(result: StudyResult, family: str, name: str) -> list[Any] | None:
         if row is None:
             return None
         beyond = mean_row(result, family, "ablation", where, _BEYOND, ())
-        matched = mean_row(result, family, "ablation", where | {"control": "magnitude"}, _BEYOND, ())
+        means = ("set_magnitude", "random_magnitude")
+        matched = mean_row(result, family, "ablation", where | {"control": "magnitude"}, _BEYOND, means)
         table = rows_of_family(result, "ablation", family)
         sizes = table.loc[table["set"] == name, "size"].astype(int)
         seeds = with_control(table[(table[list(where)] == pd.Series(where)).all(axis=1)])
-        of_control = table[(table["set"] == name) & (table["control"] == "magnitude")]
-        magnitudes = of_control.reindex(columns=["set_magnitude", "random_magnitude"]).mean().to_dict()
         alone = int(((seeds["beyond_low"] > 0) | (seeds["beyond_high"] < 0)).sum())
         values = {end: beyond[key] for end, key in zip(_BEYOND, ("value", "low", "high"), strict=True)}
         side = side_of(beyond["low"], beyond["high"])
         drawn = matched is not None and not math.isnan(matched["value"])
         values["other"] = matched if drawn and side not in (0, side_of(matched["low"], matched["high"])) else None
-        rows.append(
-            {
-                **row,
-                **values,
-                "size": (min(sizes), max(sizes)),
-                "alone": alone,
-                "n_seeds": len(seeds),
-                "magnitudes": magnitudes,
-            }
-        )
+        rows.append({**row, **values, "size": (min(sizes), max(sizes)), "alone": alone, "n_seeds": len(seeds)})
     return rows
 
 
@@ -188,7 +178,8 @@ def _random(rows: list[Any]) -> str:
         if row["other"] is not None
     ]
     if other:
-        means = "{random_magnitude:.3g}, the set's {set_magnitude:.3g}".format(**rows[0]["magnitudes"])
+        drawn = next(row["other"] for row in rows if row["other"] is not None)
+        means = f"{drawn['random_magnitude']:.3g}, the set's {drawn['set_magnitude']:.3g}"
         text += f"; beyond random sets of the nearest magnitudes (mean {means}), the change is {' and '.join(other)}"
     if rows[0]["n_seeds"] > 1:
         # With few seeds, the spread between them makes the interval of their mean wide.

@@ -91,7 +91,10 @@ def test_what_has_no_two_segments(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("family", "like"), grid([("bert", "bert"), ("deberta-v2", "bert"), ("roberta", "roberta")], keep=[], unpack=True)
+    ("family", "like"),
+    grid(
+        [("bert", "bert"), ("deberta-v2", "bert"), ("modernbert", "bert"), ("roberta", "roberta")], keep=[], unpack=True
+    ),
 )
 def test_rewards_of_pairs_equal_the_classifier_of_two_segments(family, like, tmp_path):
     """In one padded batch; BERT's token types change the rewards."""
