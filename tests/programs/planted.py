@@ -3,7 +3,8 @@
 Every run makes three reward models with random weights, in which chosen neurons of the first two layers respond to the
 last word of a response: some to the word that helpful pairs prefer, some to the word that harmless pairs prefer, and
 some to both. The study has to find the shared neurons and measure their effect. A random set that is matched to them
-has to show no effect.
+has to show no effect. Each set is compared with random sets of as many neurons in every layer, and with sets that also
+match the magnitudes; "both" is the share in which both intervals are on the same side of 0, as a report asks.
 """
 
 import argparse
@@ -22,6 +23,7 @@ sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 from tiny_models import WORDS, make_config, make_tokenizer
 
 from rmtension import Mean, NeuronSet, PreferencePairs, RewardHead, StudyOptions, TensionStudy
+from rmtension.report._main_findings import side_of
 from rmtension.study._causality import Ablations, ablation_matrix
 from rmtension.study._model_runs import ModelRuns
 
@@ -104,7 +106,7 @@ def planted_run(
     n_draws: int = 16,
     positions: str = "all",
 ) -> dict[str, object]:
-    """Precision and recall of the study's shared set; whether the intervals of three sets exclude 0."""
+    """Precision and recall of the study's shared set; whether the intervals of three sets exclude 0, by control."""
     neurons = planted_neurons(seed)
     heads = {
         name: planted_head(3 * seed + number, name, tokenizer, neurons, strength, background)
@@ -128,11 +130,14 @@ def planted_run(
     runs = ModelRuns(mixed)
     means = runs.statistics(study.scoring["helpful"] + study.scoring["harmless"])
     ablations = Ablations(runs, study.evaluating, replacement=Mean(means), seed=seed)
-    matrix = ablation_matrix(ablations, sets, n_draws=n_draws, exclude=planted | sets["random"])
+    exclude = planted | sets["random"]
+    matrix = ablation_matrix(ablations, sets, n_draws=n_draws, exclude=exclude, magnitude=means.abs_mean)
     hits = int((is_shared & known.mask).sum())
     row: dict[str, object] = {"precision": hits / max(1, int(is_shared.sum())), "recall": hits / N_SHARED}
-    for effect in matrix.query("quantity == 'margin'").itertuples():
-        row[f"{effect.set} {effect.objective}"] = bool(effect.beyond_low > 0 or effect.beyond_high < 0)
+    for (name, objective), effects in matrix.query("quantity == 'margin'").groupby(["set", "objective"], sort=False):
+        sides = {effect.control: side_of(effect.beyond_low, effect.beyond_high) for effect in effects.itertuples()}
+        row |= {f"{name} {objective} {control}": side != 0 for control, side in sides.items()}
+        row[f"{name} {objective} both"] = 0 not in sides.values() and len(set(sides.values())) == 1
     return row
 
 

@@ -132,6 +132,17 @@ def main() -> None:
     table["method"] = table["method"].str.replace(r", seed \d+| \d+$", "", regex=True)
     columns = ["spearman", "slope", "covered", "cpr", "cmd"]
     print(table.groupby(["site", "replacement", "method"])[columns].agg(["mean", "min", "max"]).round(3).to_string())
+    print_areas(table[table["cpr"].notna()])
+
+
+def print_areas(table: pd.DataFrame) -> None:
+    """Print CPR and CMD of every model, random rankings as means over them, as a Markdown table."""
+    methods = sorted(table["method"].unique())
+    print(f"\n| CPR, CMD | {' | '.join(methods)} |\n|---|{'---|' * len(methods)}")
+    for (site, replacement, model), part in table.groupby(["site", "replacement", "model"]):
+        areas = part.groupby("method")[["cpr", "cmd"]].mean().loc[methods]
+        cells = [f"{cpr:.3f}, {cmd:.3f}" for cpr, cmd in areas.to_numpy()]
+        print(f"| {model}, {site} to {replacement} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
