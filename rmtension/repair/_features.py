@@ -13,7 +13,7 @@ from rmtension.models._reward_model import RewardModel
 from rmtension.passes._pair_pass import run_pass
 from rmtension.passes._pair_statistic import PairStatistic
 from rmtension.passes._pass_record import PassRecord
-from rmtension.repair._splits import RepairPairs
+from rmtension.repair._splits import RepairPairs, exchanged_labels
 from rmtension.reward_head import RewardHead
 
 # The margins of pairs, by objective.
@@ -95,6 +95,11 @@ class SplitStates:
         )
         return cls(fit, development)
 
+    def shuffled(self, weak: str, seed: int) -> "SplitStates":
+        """The states of `RepairPairs.shuffled`: an exchanged label only changes the sign of a pair's difference."""
+        fit, development = ({**groups, weak: _shuffled(groups[weak], seed)} for groups in (self.fit, self.development))
+        return SplitStates(fit, development)
+
     @property
     def margins(self) -> dict[str, Float[Tensor, "pair"]]:
         """The margins of the development pairs."""
@@ -103,6 +108,12 @@ class SplitStates:
     def margins_with(self, row: Float[Tensor, "d_model"]) -> dict[str, Float[Tensor, "pair"]]:
         """The margins of the development pairs with something added to the row of the reward head."""
         return {name: states.margin + states.difference @ row for name, states in self.development.items()}
+
+
+def _shuffled(states: ReadStates, seed: int) -> ReadStates:
+    exchanged = torch.from_numpy(exchanged_labels(len(states.margin), seed))
+    difference = torch.where(exchanged[:, None], -states.difference, states.difference)
+    return ReadStates(difference, torch.where(exchanged, -states.margin, states.margin))
 
 
 def margins_of(

@@ -181,7 +181,8 @@ def repair(
     before, after = ({name: of[model].margin.double() for name, of in scored.items()} for model in ("before", "after"))
     ceiling = evidence.ceiling(split.test[split.weak])
     rewards = tuple({name: _both(of[model]) for name, of in scored.items()} for model in ("before", "after"))
-    others = {"shuffled labels": fit(split.shuffled(seed))[0]}
+    shuffled = None if evidence.states is None else evidence.states.shuffled(split.weak, seed)
+    others = {"shuffled labels": fit(split.shuffled(seed), states=shuffled)[0]}
     if has_reward_row(head):
         others["head refit"] = evidence.refit
     drawing: dict[str, Any] = {"fitter": fitter, "n_random": n_random, "seed": seed, "progress": progress}

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rmtension.data._pairs import PreferencePairs
 from rmtension.errors import DataError, OptionError
@@ -155,10 +156,15 @@ def contradictory_pairs(first: PreferencePairs, second: PreferencePairs) -> tupl
 
 def shuffled_labels(part: PreferencePairs, seed: int) -> PreferencePairs:
     """The pairs with the labels of a random half exchanged: nothing can be learned from them."""
-    swapped = np.random.default_rng(seed).permutation(len(part)) < len(part) // 2
+    exchanged = exchanged_labels(len(part), seed)
     return PreferencePairs(
-        pair.swapped() if exchange else pair for pair, exchange in zip(part, swapped.tolist(), strict=True)
+        pair.swapped() if exchange else pair for pair, exchange in zip(part, exchanged.tolist(), strict=True)
     )
+
+
+def exchanged_labels(n: int, seed: int) -> NDArray[np.bool_]:
+    """Which of `n` pairs have their labels exchanged in `shuffled_labels`."""
+    return np.random.default_rng(seed).permutation(n) < n // 2
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------

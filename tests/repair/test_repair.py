@@ -19,6 +19,7 @@ from rmtension.repair._ceiling import SpecialistEnsemble, closed_share
 from rmtension.repair._choice import change_of_accuracy
 from rmtension.repair._diagnose import diagnose
 from rmtension.repair._edit import Edit
+from rmtension.repair._features import SplitStates
 from rmtension.repair._receipt import RepairReport, best_of_several
 from rmtension.repair._repair import METHODS, Repair, _require_editable, repair
 from rmtension.repair._splits import RepairPairs, shuffled_labels
@@ -139,6 +140,18 @@ def test_shuffled_labels_exchange_half(pairs):
     exchanged = [now.chosen == was.rejected for now, was in zip(shuffled, part, strict=True)]
     assert sum(exchanged) == len(part) // 2
     assert shuffled_labels(part, 0) == shuffled != shuffled_labels(part, 1)
+
+
+def test_states_of_shuffled_labels_are_those_of_a_run_of_the_shuffled_pairs(damaged, pairs):
+    known = SplitStates.of(damaged, pairs)
+    derived, run = known.shuffled("harmless", 3), SplitStates.of(damaged, pairs.shuffled(3))
+    for ours, theirs, before in ((derived.fit, run.fit, known.fit), (derived.development, run.development, None)):
+        for name in ("harmless", "helpful"):
+            assert torch.equal(ours[name].difference, theirs[name].difference)
+            assert torch.equal(ours[name].margin, theirs[name].margin)
+        if before is not None:
+            assert not torch.equal(ours["harmless"].margin, before["harmless"].margin)
+            assert torch.equal(ours["helpful"].margin, before["helpful"].margin)
 
 
 def test_a_repaired_checkpoint_has_its_edit_and_report_beside_it(damaged, pairs, mended, tmp_path):
