@@ -15,7 +15,8 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 WORKERS := -n 2 --dist worksteal
 # pytest's options of pyproject.toml without the type checker.
 UNCHECKED := -o addopts=--strict-markers
-PIP := python -m pip install --quiet --disable-pip-version-check
+# Without compiling all of it, which takes longer than compiling what is imported.
+PIP := python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo test test-all test-tl3 matrix matrix-tl3 exports check docs docs-check release-check clean
 

@@ -38,6 +38,7 @@ from rmtension.interventions import score_without
 
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2)
 METHODS = ("attribution_patching", "relp", "relp_fixed_attention", "integrated_gradients")
+KINDS = {kind.name: kind for kind in (Mean, Zero)}
 RANKED = ("attribution_patching", "relp", "integrated_gradients")
 
 
@@ -71,23 +72,24 @@ def agreement(predicted: Any, true: Any) -> dict[str, float]:
     }
 
 
-def measure(name: str, folder: Path, pairs: PreferencePairs, out: Path, *, n_sets: int, seeds: int, steps: int) -> None:
-    """The rows of one model, at both sites and with both replacements."""
+def measure(name: str, folder: Path, pairs: PreferencePairs, options: argparse.Namespace) -> None:
+    """The rows of one model, at the sites and with the replacements of the options."""
     head = RewardHead.from_pretrained(folder)
-    for site in ("mlp", "attn_head"):
-        for kind in (Mean, Zero):
-            path = out / f"{name} {site} {kind.name}.csv"
+    for site in options.sites:
+        for kind in (KINDS[replacement] for replacement in options.replacements):
+            path = options.out / f"{name} {site} {kind.name}.csv"
             if path.exists():
                 continue
             start = time.monotonic()
             replacement = Mean(ActivationCollector(head, site=site).collect(pairs)) if kind is Mean else Zero()
             asked = [
-                NeuronAttribution(head, method, replacement=replacement, site=site, steps=steps) for method in METHODS
+                NeuronAttribution(head, method, replacement=replacement, site=site, steps=options.steps)
+                for method in METHODS
             ]
             scores = dict(zip(METHODS, score_together(asked, pairs), strict=True))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a site with a dozen heads has ties and small top sets
-                sets = planned_sets(scores, n_sets)
+                sets = planned_sets(scores, options.n_sets)
             whole = head.score_pairs(pairs).margin.double().mean()
             ablated = score_without(head, pairs, list(sets.values()), replacement, progress=False)
             true = np.array([float(rewards.margin.double().mean() - whole) for rewards in ablated])
@@ -98,8 +100,10 @@ def measure(name: str, folder: Path, pairs: PreferencePairs, out: Path, *, n_set
                 }
                 for method, of in scores.items()
             ]
-            for seed in range(seeds):
-                found = predict_set_effects(head, pairs, sets, replacement, seed=seed, progress=False)
+            for seed in range(options.repeats):
+                found = predict_set_effects(
+                    head, pairs, sets, replacement, passes=options.passes, seed=seed, progress=False
+                )
                 low, high = (found.table[end].to_numpy() for end in ("low", "high"))
                 covered = float(((low <= true) & (true <= high)).mean())
                 row = {"method": f"predict_set_effects, seed {seed}", "covered": covered}
@@ -122,12 +126,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--n-sets", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=2, help="seeds of predict_set_effects")
+    parser.add_argument("--passes", type=float, default=3, help="of predict_set_effects")
     parser.add_argument("--steps", type=int, default=4, help="nodes of integrated gradients")
+    parser.add_argument("--sites", nargs="+", choices=("mlp", "attn_head"), default=["mlp", "attn_head"])
+    parser.add_argument("--replacements", nargs="+", choices=KINDS, default=list(KINDS))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    settings = {"n_sets": options.n_sets, "seeds": options.repeats, "steps": options.steps}
     for name, folder, pairs in measured_models(options):
-        measure(name, folder, pairs, options.out, **settings)
+        measure(name, folder, pairs, options)
     table = pd.concat([pd.read_csv(path) for path in sorted(options.out.glob("*.csv"))])
     table["method"] = table["method"].str.replace(r", seed \d+| \d+$", "", regex=True)
     columns = ["spearman", "slope", "covered", "cpr", "cmd"]
