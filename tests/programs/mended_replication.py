@@ -8,7 +8,8 @@ long for training, up to --longest tokens; refusals are labelled as in the repli
 fit, development and test pairs. With `--weak shorter`, the weak objective is the pairs whose chosen response is the
 shorter one, the strong one the others, of both objectives together, and a probe is the ceiling. It prints the
 diagnosis and the report, and writes the report to repair-WEAK-METHOD-LONGEST.json in --out; with --diagnose-only it
-ends after the diagnosis.
+ends after the diagnosis. If nothing to repair is shown, --anyway applies the head refit with the largest gain on
+development pairs to the test pairs, and the one that is fitted to shuffled labels.
 """
 
 import argparse
@@ -21,6 +22,9 @@ from transformers import AutoTokenizer
 from rmtension import PreferencePairs, RewardHead
 from rmtension.errors import OptionError
 from rmtension.repair import RepairPairs, diagnose, repair
+from rmtension.repair._choice import change_of_accuracy, correct
+from rmtension.repair._features import SplitStates, read_states
+from rmtension.repair._refit import refit_head, refit_row
 from rmtension.repair._repair import METHODS
 from rmtension.replication import read_recipe
 from rmtension.replication._prepare import SPLITS, prepare_pairs
@@ -41,6 +45,24 @@ def unseen_pairs(recipe: Recipe, longest: int, folder: Path) -> dict[str, Prefer
     }
 
 
+def refit_anyway(head: RewardHead, split: RepairPairs) -> None:
+    """Print what the refit with the largest development gain does to test pairs, with given and with shuffled labels."""
+    states = SplitStates.of(head, split, progress=False)
+    test = {name: read_states(head, part, progress=False) for name, part in split.test.items()}
+    for labels, pairs, known in (
+        ("given", split, states),
+        ("shuffled", split.shuffled(0), states.shuffled(split.weak, 0)),
+    ):
+        _, path = refit_head(head, pairs, states=known)
+        best = path.sort_values(f"{split.weak}_change").iloc[-1]
+        fit = (known.fit[split.weak], known.fit[split.strong])
+        row = refit_row(*fit, share=best["share"], ridge=best["ridge"])
+        print(f"refit to {labels} labels: {best[f'{split.weak}_change']:+.3f} on {split.weak} development pairs")
+        for name, part in test.items():
+            change = correct(part.margin + part.difference @ row) - correct(part.margin)
+            print(f"  on {name} test pairs: {change_of_accuracy(change, split.test[name])}")
+
+
 def main() -> None:
     """Diagnose, repair, print and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,6 +79,7 @@ def main() -> None:
     parser.add_argument("--n-random", type=int, default=2)
     parser.add_argument("--no-specialists", action="store_true", help="a probe is the ceiling")
     parser.add_argument("--diagnose-only", action="store_true")
+    parser.add_argument("--anyway", action="store_true", help="apply the best refit although no gap is shown")
     options = parser.parse_args()
     models = options.out / "models" / f"seed-{options.seed}"
     pairs = unseen_pairs(read_recipe(options.recipe), options.longest, options.out / "base")
@@ -83,6 +106,8 @@ def main() -> None:
         )
     except OptionError as error:  # no gap is shown
         print(error)
+        if options.anyway:
+            refit_anyway(head, split)
         return
     print(mended.report.diagnosis)
     print(mended)
