@@ -46,7 +46,7 @@ def unseen_pairs(recipe: Recipe, longest: int, folder: Path) -> dict[str, Prefer
 
 
 def refit_anyway(head: RewardHead, split: RepairPairs) -> None:
-    """Print what the refit with the largest development gain does to test pairs, with given and with shuffled labels."""
+    """Print what the refit with the largest development gain does to test pairs, and one to shuffled labels."""
     states = SplitStates.of(head, split, progress=False)
     test = {name: read_states(head, part, progress=False) for name, part in split.test.items()}
     for labels, pairs, known in (
