@@ -8,11 +8,12 @@ long for training, up to --longest tokens; refusals are labelled as in the repli
 fit, development and test pairs. With `--weak shorter`, the weak objective is the pairs whose chosen response is the
 shorter one, the strong one the others, of both objectives together, and a probe is the ceiling. It prints the
 diagnosis and the report, and writes the report to repair-WEAK-METHOD-LONGEST.json in --out; with --diagnose-only it
-ends after the diagnosis. If nothing to repair is shown, --anyway applies the head refit with the largest gain on
-development pairs to the test pairs, and the one that is fitted to shuffled labels.
+ends after the diagnosis. With --anyway, the diagnosis is followed by what the head refit with the largest gain on
+development pairs does to test pairs, whether or not it would be taken, and one that is fitted to shuffled labels.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from transformers import AutoTokenizer
 
 from rmtension import PreferencePairs, RewardHead
 from rmtension.errors import OptionError
-from rmtension.repair import RepairPairs, diagnose, repair
+from rmtension.repair import RepairPairs, repair
 from rmtension.repair._choice import change_of_accuracy, correct
+from rmtension.repair._diagnose import Evidence
 from rmtension.repair._features import SplitStates, read_states
-from rmtension.repair._refit import refit_head, refit_row
+from rmtension.repair._refit import RIDGES, refit_head, refit_row
 from rmtension.repair._repair import METHODS
 from rmtension.replication import read_recipe
 from rmtension.replication._prepare import SPLITS, prepare_pairs
@@ -45,15 +47,14 @@ def unseen_pairs(recipe: Recipe, longest: int, folder: Path) -> dict[str, Prefer
     }
 
 
-def refit_anyway(head: RewardHead, split: RepairPairs) -> None:
+def refit_anyway(head: RewardHead, split: RepairPairs, states: SplitStates, ridges: Sequence[float]) -> None:
     """Print what the refit with the largest development gain does to test pairs, and one to shuffled labels."""
-    states = SplitStates.of(head, split, progress=False)
     test = {name: read_states(head, part, progress=False) for name, part in split.test.items()}
     for labels, pairs, known in (
         ("given", split, states),
         ("shuffled", split.shuffled(0), states.shuffled(split.weak, 0)),
     ):
-        _, path = refit_head(head, pairs, states=known)
+        _, path = refit_head(head, pairs, ridges=ridges, states=known)
         best = path.sort_values(f"{split.weak}_change").iloc[-1]
         fit = (known.fit[split.weak], known.fit[split.strong])
         row = refit_row(*fit, share=best["share"], ridge=best["ridge"])
@@ -79,7 +80,8 @@ def main() -> None:
     parser.add_argument("--n-random", type=int, default=2)
     parser.add_argument("--no-specialists", action="store_true", help="a probe is the ceiling")
     parser.add_argument("--diagnose-only", action="store_true")
-    parser.add_argument("--anyway", action="store_true", help="apply the best refit although no gap is shown")
+    parser.add_argument("--anyway", action="store_true", help="apply the refit with the largest gain, no other method")
+    parser.add_argument("--ridges", type=float, nargs="+", default=RIDGES, help="penalties of --anyway")
     options = parser.parse_args()
     models = options.out / "models" / f"seed-{options.seed}"
     pairs = unseen_pairs(read_recipe(options.recipe), options.longest, options.out / "base")
@@ -94,8 +96,11 @@ def main() -> None:
     specialists = None
     if options.weak in OBJECTIVES and not options.no_specialists:
         specialists = {name: RewardHead.from_pretrained(models / name) for name in OBJECTIVES}
-    if options.diagnose_only:
-        print(diagnose(head, split, specialists=specialists, progress=False))
+    if options.diagnose_only or options.anyway:
+        evidence = Evidence.gather(head, split, specialists, progress=False)
+        print(evidence.diagnosis())
+        if options.anyway:
+            refit_anyway(head, split, evidence.states, options.ridges)
         return
     more = {}
     if options.method == "gains":
@@ -106,8 +111,6 @@ def main() -> None:
         )
     except OptionError as error:  # no gap is shown
         print(error)
-        if options.anyway:
-            refit_anyway(head, split)
         return
     print(mended.report.diagnosis)
     print(mended)

@@ -24,7 +24,9 @@ from rmtension import NeuronAttribution, PreferencePairs
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, required=True)
-    parser.add_argument("--model", required=True, help="a folder of a reward model")
+    parser.add_argument(
+        "--model", required=True, help="a folder of a reward model with a context of 1,024 tokens or more"
+    )
     parser.add_argument("--n", type=int, default=24, help="how many pairs, evenly spread over all lengths")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--device", default="cpu")
