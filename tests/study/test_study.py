@@ -558,8 +558,8 @@ def test_a_planted_shared_set_is_found(tokenizer):
     assert row["precision"] >= 0.7
     assert row["recall"] >= 0.4
     for name in ("known", "found"):
-        assert row[f"{name} helpful"]
-        assert row[f"{name} harmless"]
+        assert row[f"{name} helpful both"]
+        assert row[f"{name} harmless both"]
 
 
 class TestCommand:
