@@ -8,7 +8,9 @@ import pandas as pd
 
 from rmtension.evaluation._intervals import with_interval
 from rmtension.plots._rows import count
-from rmtension.report._main_findings import family_fingerprints, mean_row, side_of, with_control
+from rmtension.report._finding import side_of
+from rmtension.report._main_findings import family_fingerprints
+from rmtension.report._mean_row import mean_row, with_control
 from rmtension.report._tables import families_of, rows_of_family
 from rmtension.study._result import StudyResult
 

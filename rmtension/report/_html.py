@@ -10,7 +10,8 @@ from rmtension.attribution._dashboard_page import neuron_section, page_part
 from rmtension.attribution._neuron_dashboards import NeuronDashboards
 from rmtension.report._answer import answer_note, answer_sentences
 from rmtension.report._figures import NO_FIGURES, Picture, Pictures
-from rmtension.report._main_findings import Finding, findings, unconcluded
+from rmtension.report._finding import Finding
+from rmtension.report._main_findings import findings, unconcluded
 from rmtension.report._page import (
     Answer,
     Dashboards,

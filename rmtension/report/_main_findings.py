@@ -1,78 +1,13 @@
 """The main numbers of a study, each with its interval, control and n; and the questions they leave open."""
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
-import pandas as pd
-
-from rmtension.errors import OptionError
-from rmtension.evaluation._intervals import with_interval
-from rmtension.plots._rows import Rows, count
+from rmtension.report._finding import Finding
+from rmtension.report._mean_row import mean_row, n_of
+from rmtension.report._set_findings import set_findings
 from rmtension.report._tables import families_of
 from rmtension.study._result import StudyResult
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One number of a study with its question, interval and control; `none` is the value of no difference.
-
-    `other` is the interval against a second control, if the study drew one. A direction has to hold against both.
-    """
-
-    family: str
-    question: str
-    quantity: str
-    value: float
-    low: float
-    high: float
-    control: str
-    n: str
-    none: float = 0.0
-    identical: bool = False
-    other: tuple[float, float] | None = None
-
-    @property
-    def is_same(self) -> bool:
-        """Whether nothing can differ: two models are identical, or the difference is exactly none in every pair."""
-        return self.identical or bool(self.value == self.low == self.high == self.none)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the direction is open: an interval contains the value of no difference, or there is no interval."""
-        return not self.is_same and (self._side == 0 or self.is_contested)
-
-    @property
-    def is_contested(self) -> bool:
-        """Whether the interval excludes no difference, and the one against the second control does not agree."""
-        return self._side != 0 and self.other is not None and side_of(*self.other, self.none) != self._side
-
-    @property
-    def direction(self) -> str:
-        """Which side of no difference the interval is on, in words."""
-        if self.identical:
-            return "identical models, the same rewards"
-        if self.is_same:
-            return "no difference in any pair"
-        if self._side == 0:
-            return "not decided"
-        side = f"{'above' if self._side > 0 else 'below'} {self.none:g}"
-        return f"not decided: {side} by this control only" if self.is_contested else side
-
-    @property
-    def estimate(self) -> str:
-        """The number with its interval."""
-        return with_interval(self.value, self.low, self.high, form="+.3f" if self.none == 0 else ".3f")
-
-    @property
-    def _side(self) -> int:
-        return side_of(self.low, self.high, self.none)
-
-
-def side_of(low: float, high: float, none: float = 0.0) -> int:
-    """1 for an interval above the value of no difference, -1 for one below it, 0 for one that contains it or NaN."""
-    return int(low > none) - int(high < none)
 
 
 def findings(result: StudyResult) -> list[Finding]:
@@ -96,12 +31,7 @@ def unconcluded(result: StudyResult, listed: list[Finding]) -> list[str]:
     several = len(families_of(result)) > 1
     lines = [
         f"{f'{finding.family}: ' if several else ''}{finding.question} {finding.quantity}: {finding.estimate}, "
-        f"n = {finding.n}. "
-        + (
-            f"The interval excludes {finding.none:g}, but the interval against the other control does not."
-            if finding.is_contested
-            else f"The interval does not exclude {finding.none:g}."
-        )
+        f"n = {finding.n}. " + finding.why_open
         for finding in listed
         if finding.is_open
     ]
@@ -140,7 +70,7 @@ def _of_family(result: StudyResult, family: str) -> Iterator[Finding]:
         row = mean_row(result, family, table, where, columns, extra)
         if row is None:
             return None
-        given = {"family": family, "question": question, "quantity": quantity, "n": _n(row)}
+        given = {"family": family, "question": question, "quantity": quantity, "n": n_of(row)}
         return given | {"value": row["value"], "low": row["low"], "high": row["high"]}, row
 
     for objective in ("helpful", "harmless"):
@@ -179,41 +109,7 @@ def _of_family(result: StudyResult, family: str) -> Iterator[Finding]:
             control = f"chance in each layer, {row['layer_expected_jaccard']:.3f}; Jaccard {row['jaccard']:.3f}"
             n = f"{row['size_a']:.0f} and {row['size_b']:.0f} of {row['n_neurons']:.0f} neurons"
             yield Finding(**answer[0] | {"n": n}, control=control)
-    for name, question in (
-        ("mixed top", "Do the mixed model's own top neurons carry the {} margin?"),
-        ("shared", "Do shared neurons carry the {} margin?"),
-    ):
-        for objective in ("helpful", "harmless"):
-            compared = []
-            for control in ("layer", "magnitude"):
-                where = {"set": name, "objective": objective, "quantity": "margin", "control": control}
-                answer = number(
-                    question.format(objective), f"change of the margin beyond random ({control})",
-                    "ablation", where, ("beyond_random", "beyond_low", "beyond_high"), "random_effect", "effect",
-                    "size",
-                )  # fmt: skip
-                # Without neurons, or without random sets of their size, there is nothing to compare.
-                if answer and answer[1]["size"] and not math.isnan(answer[1]["random_effect"]):
-                    row = answer[1]
-                    text = f"without them {row['effect']:+.3f}, random sets {row['random_effect']:+.3f}"
-                    compared.append(Finding(**answer[0], control=text))
-            if len(compared) == 2:
-                compared = [
-                    replace(one, other=(other.low, other.high))
-                    for one, other in zip(compared, reversed(compared), strict=True)
-                ]
-            yield from compared
-    where = {"set": "shared", "quantity": "margin"}
-    answer = number(
-        "Does ablating shared neurons cost one objective more?", "retained share of the margin, helpful - harmless",
-        "collapse", where, ("difference", "difference_low", "difference_high"), "retained_helpful", "retained_harmless",
-        "size",
-    )  # fmt: skip
-    if answer and answer[1]["size"]:
-        row = answer[1]
-        control = f"retained: helpful {row['retained_helpful']:.3f}, harmless {row['retained_harmless']:.3f}"
-        n = " and ".join(str(part["evaluating"]) for part in result.summary["pairs"].values())
-        yield Finding(**answer[0] | {"n": n}, control=control)
+    yield from set_findings(result, family)
 
 
 def _without_control(result: StudyResult) -> Iterator[str]:
@@ -237,35 +133,6 @@ def _without_control(result: StudyResult) -> Iterator[str]:
                 )
 
 
-def mean_row(
-    result: StudyResult,
-    family: str,
-    table: str,
-    where: dict[str, Any],
-    columns: tuple[str, str, str],
-    extra: tuple[str, ...],
-) -> Any:
-    """The mean over seeds of the row that `where` selects; None if the study has no such row.
-
-    Seeds without a control are left out if others have one, so that all numbers of the row are of the same seeds.
-    """
-    if table not in result.tables:
-        return None
-    try:
-        rows = Rows.of(result, table, (*where, *columns, *extra), family=family).where(**where)
-    except OptionError:
-        return None
-    rows = replace(rows, frame=with_control(rows.frame))
-    return rows.means(list(where), *columns, extra=extra).iloc[0]
-
-
-def with_control(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose random sets could be drawn; all of them if that is true of none, or if they have no such sets."""
-    if "random_effect" not in rows or rows["random_effect"].isna().all():
-        return rows
-    return rows[rows["random_effect"].notna()]
-
-
 def family_fingerprints(result: StudyResult, family: str) -> list[dict[str, str]]:
     """The fingerprints of the three reward models of every seed that recorded all three."""
     found = []
@@ -274,7 +141,3 @@ def family_fingerprints(result: StudyResult, family: str) -> list[dict[str, str]
         if str(entry["family"]) == family and {"helpful", "harmless", "mixed"} <= set(known):
             found.append({name: known[name]["model"] for name in ("helpful", "harmless", "mixed")})
     return found
-
-
-def _n(row: Any) -> str:
-    return "-" if row.get("n") is None else count(*row["n"])

@@ -4,26 +4,29 @@ Every run makes three reward models with random weights, in which chosen neurons
 last word of a response: some to the word that helpful pairs prefer, some to the word that harmless pairs prefer, and
 some to both. The study has to find the shared neurons and measure their effect. A random set that is matched to them
 has to show no effect. Each set is compared with random sets of as many neurons in every layer, and with sets that also
-match the magnitudes; "both" is the share in which both intervals are on the same side of 0, as a report asks.
+match the magnitudes; "both" is the share in which both intervals are on the same side of 0. "adjusted" asks that of
+intervals at 99%, as a report does for the first of its five questions about sets.
 """
 
 import argparse
 import random
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import transformers
+from scipy import stats
 
 sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 from tiny_models import WORDS, make_config, make_tokenizer
 
 from rmtension import Mean, NeuronSet, PreferencePairs, RewardHead, StudyOptions, TensionStudy
-from rmtension.report._main_findings import side_of
+from rmtension.report._finding import side_of
 from rmtension.study._causality import Ablations, ablation_matrix
 from rmtension.study._model_runs import ModelRuns
 
@@ -137,8 +140,23 @@ def planted_run(
     for (name, objective), effects in matrix.query("quantity == 'margin'").groupby(["set", "objective"], sort=False):
         sides = {effect.control: side_of(effect.beyond_low, effect.beyond_high) for effect in effects.itertuples()}
         row |= {f"{name} {objective} {control}": side != 0 for control, side in sides.items()}
-        row[f"{name} {objective} both"] = 0 not in sides.values() and len(set(sides.values())) == 1
+        row[f"{name} {objective} both"] = agree(sides.values())
+        # The interval at 99% has a half width that is larger by the ratio of Student's quantiles.
+        wider = stats.t.ppf(0.995, n_draws - 1) / stats.t.ppf(0.975, n_draws - 1)
+        ends = [
+            [
+                effect.beyond_random + wider * (end - effect.beyond_random)
+                for end in (effect.beyond_low, effect.beyond_high)
+            ]
+            for effect in effects.itertuples()
+        ]
+        row[f"{name} {objective} adjusted"] = agree(side_of(*pair) for pair in ends)
     return row
+
+
+def agree(sides: Iterable[int]) -> bool:
+    """Whether all intervals are on the same side of 0."""
+    return set(sides) in ({1}, {-1})
 
 
 def main() -> None:
