@@ -11,11 +11,9 @@ from rmtension.repair._ceiling import SpecialistEnsemble
 from rmtension.repair._choice import require_values
 from rmtension.repair._edit import Edit, reward_row
 from rmtension.repair._features import SplitStates
-from rmtension.repair._row_edits import best_row
+from rmtension.repair._row_edits import RIDGES, best_row
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
-
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def distil_ensemble(

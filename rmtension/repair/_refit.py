@@ -11,13 +11,12 @@ from torch import Tensor
 from rmtension.repair._choice import require_shares, require_values
 from rmtension.repair._edit import Edit, reward_row
 from rmtension.repair._features import ReadStates, SplitStates
-from rmtension.repair._row_edits import best_row
+from rmtension.repair._row_edits import RIDGES, best_row
 from rmtension.repair._solvers import Margins, fit_newton
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-RIDGES = (1e-4, 1e-3, 1e-2)
 # Directions that no pair varies in are not moved: the metric gets this share of its mean eigenvalue everywhere.
 _FLOOR = 1e-3
 

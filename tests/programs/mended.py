@@ -4,10 +4,10 @@
 
 Damaged models: each seed trains a base, two specialists and a mixed model on a world of its own (a minute), and damages
 the mixed one: the 58 neurons that contribute most to its harmless margins, and little to its helpful ones, count as
-many times negatively as brings harmless accuracy below .75; if none does, more neurons. Absent features: a mixed model
-learns from no, 2% or 8%
-harmless pairs, and not all that they need. Every method fits and chooses on its own pairs; the
-closed share is of test pairs.
+many times negatively as brings harmless accuracy below .75; if none does, more neurons. Absent features: an organism
+whose embedding does not tell the words of harmless responses from others, so that nothing is left to repair. Partly
+learned ones: a mixed model learns from no, 2% or 8% harmless pairs, and its states may hold more than its reward uses.
+Every method fits and chooses on its own pairs; the closed share is of test pairs.
 """
 
 import argparse
@@ -15,18 +15,21 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import transformers
 
 from rmtension import RewardHead
 from rmtension.passes._activation_collector import ActivationCollector
 from rmtension.repair._ceiling import SpecialistEnsemble, closed_share
-from rmtension.repair._diagnose import diagnose
+from rmtension.repair._diagnose import Evidence, diagnose
 from rmtension.repair._distil import distil_ensemble
 from rmtension.repair._down_projection import edit_down_projection
 from rmtension.repair._edit import Edit
+from rmtension.repair._features import read_states
 from rmtension.repair._gains import GainFitter, GainOptions, fit_gains
 from rmtension.repair._refit import refit_head
 from rmtension.repair._splits import RepairPairs
-from rmtension.synthetic import DamagedModel, plant_damage, preference_world
+from rmtension.synthetic import DamagedModel, make_organism, plant_damage, preference_world
+from rmtension.synthetic._organism_pairs import FILLERS
 from rmtension.training import train_family, train_reward_model
 
 WEAK, STRONG, N_DAMAGED, SHARE_EDITED = "harmless", "helpful", (58, 115, 230), 0.05
@@ -99,8 +102,30 @@ def try_seed(seed: int, folder: Path, n_random: int) -> tuple[list[dict[str, obj
     return rows, about
 
 
-def try_absent(seed: int, share: float, folder: Path) -> dict[str, object]:
-    """What was predicted for a model that saw few harmless pairs, and what a refit, gains and a projection closed."""
+def blind_organism(seed: int, folder: Path) -> tuple[RewardHead, RewardHead, RepairPairs]:
+    """An organism whose words that order harmless pairs are embedded as fillers; the whole one; its pairs."""
+    made = make_organism(folder / f"organism-{seed}", seed=seed, noise=0.05, n_pairs=240)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(made.folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(made.folder)
+    embedding = model.get_input_embeddings().weight.data
+    filler = embedding[tokenizer.convert_tokens_to_ids(FILLERS[0])]
+    for word, token in tokenizer.get_vocab().items():
+        # Words of the kind "helpful" are in both responses of a harmless pair.
+        if word.rsplit("-", 1)[0] in ("harmless", "shared", "conflict", "decoy"):
+            embedding[token] = filler
+    blind = RewardHead.from_classifier(model.eval(), tokenizer=tokenizer)
+    pairs = RepairPairs.split(made.pairs, weak=WEAK, strong=STRONG, most_lost=0.05, seed=seed)
+    return blind, made.head(), pairs
+
+
+def try_blind(seed: int, folder: Path) -> dict[str, object]:
+    """What was predicted for an organism that cannot see what harmless pairs need, and what edits closed."""
+    blind, whole, pairs = blind_organism(seed, folder)
+    return {"seed": seed, "share": "blind"} | closed_by_edits(blind, pairs, {WEAK: whole, STRONG: whole})
+
+
+def try_few(seed: int, share: float, folder: Path) -> dict[str, object]:
+    """What was predicted for a model that saw few harmless pairs, and what edits closed."""
     world = preference_world(seed)
     folders = train_family(world.train, folder / f"seed-{seed}", seed=seed, resume=True, progress=False)
     few = folder / f"few-{share}-{seed}" if share else Path(folders[STRONG])
@@ -110,17 +135,25 @@ def try_absent(seed: int, share: float, folder: Path) -> dict[str, object]:
             world.train, folders["base"], few, proportions=proportions, seed=seed, epochs=2, learning_rate=7e-4,
             warmup_steps=20, progress=False,
         )  # fmt: skip
-    head = RewardHead.from_pretrained(few)
     specialists = {name: RewardHead.from_pretrained(folders[name]) for name in (WEAK, STRONG)}
     pairs = RepairPairs.split(world.test, weak=WEAK, strong=STRONG, most_lost=0.05, seed=seed)
-    found = diagnose(head, pairs, specialists=specialists, progress=False)
+    return {"seed": seed, "share": share} | closed_by_edits(RewardHead.from_pretrained(few), pairs, specialists)
+
+
+def closed_by_edits(head: RewardHead, pairs: RepairPairs, specialists: dict[str, RewardHead]) -> dict[str, object]:
+    """The diagnosis on development pairs; and what its probe, a refit, gains and a projection close on test pairs."""
+    evidence = Evidence.gather(head, pairs, specialists, progress=False)
+    found = evidence.diagnosis()
     test = pairs.test[WEAK]
     before = head.score_pairs(test, progress=False).margin.double()
     ceiling = SpecialistEnsemble(specialists, pairs, progress=False).margins(test)
+    assert evidence.probe is not None
+    probed = before + read_states(head, test).difference @ evidence.probe
     about: dict[str, object] = {
-        "seed": seed, "share": share, "harmless": head.score_pairs(test, progress=False).accuracy(),
+        "harmless": head.score_pairs(test, progress=False).accuracy(),
         "helpful": head.score_pairs(pairs.test[STRONG], progress=False).accuracy(), "gap": found.gap.value,
-        "probe": found.probe.value, "present": found.is_present, "predicted": found.predicted.value,
+        "probe": found.probe.value, "probe on test": closed_share(test, before, probed, ceiling).value,
+        "present": found.is_present, "predicted": found.predicted.value,
     }  # fmt: skip
     for name, fit in {"realised": refit_head, "gains": fit_gains, "projection": edit_down_projection}.items():
         edit, _ = fit(head, pairs, progress=False)
@@ -161,7 +194,11 @@ def main() -> None:
     shuffled = table.loc[table["method"] == "A head refit, shuffled", "closed"]
     print(f"shuffled labels: closed share {shuffled.mean():.3f}, from {shuffled.min():.3f} to {shuffled.max():.3f}")
     print(f"attributed gains beat all random ones in {int((attributed > random).sum())} of {options.models} models")
-    absent = pd.DataFrame([try_absent(seed, share, options.folder) for share in _FEW for seed in range(options.absent)])
+    seeds = range(options.absent)
+    absent = pd.DataFrame(
+        [try_blind(seed, options.folder) for seed in seeds]
+        + [try_few(seed, share, options.folder) for share in _FEW for seed in seeds]
+    )
     print(absent.round(3).to_string(index=False))
     absent.to_csv(options.folder / "absent.csv", index=False)
     both = pd.concat([frame[["predicted", "realised"]] for frame in (models, absent) if len(frame)]).dropna()

@@ -26,8 +26,9 @@ from rmtension.repair import RepairPairs, repair
 from rmtension.repair._choice import change_of_accuracy, correct
 from rmtension.repair._diagnose import Evidence
 from rmtension.repair._features import SplitStates, read_states
-from rmtension.repair._refit import RIDGES, refit_head, refit_row
+from rmtension.repair._refit import refit_head, refit_row
 from rmtension.repair._repair import METHODS
+from rmtension.repair._row_edits import RIDGES
 from rmtension.replication import read_recipe
 from rmtension.replication._prepare import SPLITS, prepare_pairs
 from rmtension.replication._recipe import Recipe
