@@ -1,6 +1,7 @@
 """Runs a base model of transformers on a batch, and tests which parts of it may be skipped or shared."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from rmtension.bodies._last_block import LastMLP
 from rmtension.bodies._run_modes import eager_eval, unwrapped
 from rmtension.data._encoding import EncodedPairs, EncodedText
 from rmtension.data._packing import attention_mask, pack
+from rmtension.data._prompts import KeysAndValues
 from rmtension.data._tokens import TokenBatch
 
 # The largest difference of a packed row, relative to the residual stream, or as a multiple of the rounding that a mask
@@ -55,6 +57,21 @@ def packing_tolerance(dtype: torch.dtype) -> float:
     return _PACKING_TOLERANCE.get(dtype, 1e-5)
 
 
+class _AfterPrompts(DynamicCache):  # type: ignore[misc]
+    """The keys and values of a batch's prompts, which its tokens attend to, followed by their own."""
+
+    def __init__(self, states: Sequence[KeysAndValues]) -> None:
+        super().__init__()
+        self._states = states
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        before = self._states[layer]
+        return torch.cat([before[0], keys], dim=-2), torch.cat([before[1], values], dim=-2)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self._states[layer][0].shape[-2]
+
+
 def run_base(
     base: Any, batch: TokenBatch, *, hides_padding: bool = False, cache: DynamicCache | None = None
 ) -> Float[Tensor, "row token d_model"]:
@@ -65,9 +82,7 @@ def run_base(
     """
     if batch.prompts is not None:
         assert batch.prompts.states is not None
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(batch.prompts.states):
-            cache.update(keys, values, layer)
+        cache = _AfterPrompts(batch.prompts.states)
     # No attention mask: with causal attention no token sees the padding on its right. With a mask, padding beyond a
     # sliding window sees nothing, which is NaN in Gemma-2 in float64, and 0 * NaN then reaches every token.
     more: dict[str, Any] = {}

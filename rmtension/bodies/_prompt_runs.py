@@ -68,18 +68,19 @@ class PromptRuns:
         kept = _Kept(last)
         with nullcontext() if last is None else suppress(AllSeen):
             run_base(self._base, TokenBatch.from_texts(texts, range(len(texts)), device=device), cache=kept)
-        return [(layer.keys, layer.values) for layer in kept.layers]
+        return kept.states
 
 
 class _Kept(DynamicCache):  # type: ignore[misc]
-    """Keys and values as they come; the run ends after those of layer `last`."""
+    """Keys and values as they come, without a copy; the run ends after those of layer `last`."""
 
     def __init__(self, last: int | None) -> None:
         super().__init__()
+        self.states: list[KeysAndValues] = []
         self._last = last
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **more: Any) -> tuple[Tensor, Tensor]:
-        both: tuple[Tensor, Tensor] = super().update(keys, values, layer, *args, **more)
+        self.states.append((keys, values))
         if layer == self._last:
             raise AllSeen
-        return both
+        return keys, values
