@@ -14,7 +14,8 @@ from rmtension.repair._choice import Candidate, _bounds_of_all, best_candidate, 
 from rmtension.repair._distil import distil_ensemble, distilled_row
 from rmtension.repair._edit import Edit
 from rmtension.repair._features import read_states
-from rmtension.repair._refit import refit_head, refit_row
+from rmtension.repair._refit import SHARES, refit_head, refit_row
+from rmtension.repair._row_edits import RIDGES
 from rmtension.repair._splits import RepairPairs, contradictory_pairs
 
 # -- splits ------------------------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def test_a_refit_row_has_no_gradient_left(damaged, pairs):
 def test_a_refit_mends_what_the_states_still_hold(damaged, pairs):
     """On test pairs, which neither the fit nor the choice has seen."""
     edit, dial = refit_head(damaged, pairs, progress=False)
-    assert len(dial) == 27
+    assert len(dial) == len(SHARES) * len(RIDGES)
     edited = edit.apply(damaged)
     before, after = (
         {name: model.score_pairs(pairs.test[name]).accuracy() for name in ("harmless", "helpful")}
