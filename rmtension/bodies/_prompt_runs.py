@@ -72,7 +72,10 @@ class PromptRuns:
 
 
 class _Kept(DynamicCache):  # type: ignore[misc]
-    """Keys and values as they come, without a copy; the run ends after those of layer `last`."""
+    """Keys and values as they come; the run ends after those of layer `last`.
+
+    They are copied only if they are a part of a larger tensor, such as a joint projection, which would stay in memory.
+    """
 
     def __init__(self, last: int | None) -> None:
         super().__init__()
@@ -80,7 +83,12 @@ class _Kept(DynamicCache):  # type: ignore[misc]
         self._last = last
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **more: Any) -> tuple[Tensor, Tensor]:
-        self.states.append((keys, values))
+        self.states.append((_alone(keys), _alone(values)))
         if layer == self._last:
             raise AllSeen
         return keys, values
+
+
+def _alone(states: Tensor) -> Tensor:
+    """The states in memory of their own."""
+    return states if states.untyped_storage().nbytes() == states.nbytes else states.clone()

@@ -13,7 +13,7 @@ from rmtension.repair._features import SplitStates
 from rmtension.repair._splits import RepairPairs
 from rmtension.reward_head import RewardHead
 
-# The penalties that are tried, as shares of the loss: from hardly any to one that hardly lets the row move.
+# The penalties that are tried, from weak to strong.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 

@@ -10,8 +10,8 @@ class Finding:
     """One number of a study with its question, interval and control; `none` is the value of no difference.
 
     `other` is the interval against a second control, if the study drew one. A direction has to hold against both.
-    `n_questions` is the number of questions that the study asks about ablated sets, if this is one of them, and
-    `is_adjusted` says whether the direction also holds when all of them are counted (Holm 1979).
+    `n_questions` is the number of questions about ablated sets of this family, if this is one of them, and
+    `holds_adjusted` says whether the direction also holds when all of them are counted (Holm 1979).
     """
 
     family: str
@@ -26,7 +26,7 @@ class Finding:
     identical: bool = False
     other: tuple[float, float] | None = None
     n_questions: int = 1
-    is_adjusted: bool = True
+    holds_adjusted: bool = True
 
     @property
     def is_same(self) -> bool:
@@ -39,7 +39,7 @@ class Finding:
 
         It is also open if the controls do not agree, or if it does not hold when all questions about sets are counted.
         """
-        return not self.is_same and (self._side == 0 or self.is_contested or not self.is_adjusted)
+        return not self.is_same and (self._side == 0 or self.is_contested or not self.holds_adjusted)
 
     @property
     def is_contested(self) -> bool:
@@ -58,18 +58,22 @@ class Finding:
         side = f"{'above' if self._side > 0 else 'below'} {self.none:g}"
         if self.is_contested:
             return f"not decided: {side} by this control only"
-        return side if self.is_adjusted else f"not decided: {side} before adjusting for {self.n_questions} questions"
+        return side if self.holds_adjusted else f"not decided: {side} before adjusting for {self.n_questions} questions"
 
     @property
     def why_open(self) -> str:
         """Why the direction is open, as a sentence."""
+        if self.low != self.low or self.high != self.high:
+            return "There is no interval."
         if self._side == 0:
             return f"The interval does not exclude {self.none:g}."
         if self.is_contested:
-            return f"The interval excludes {self.none:g}, but the interval against the other control does not."
+            return (
+                f"The interval excludes {self.none:g}, but the one against the other control is not on the same side."
+            )
         return (
-            f"The interval excludes {self.none:g}, but not after adjusting for {self.n_questions} questions about "
-            "ablated sets."
+            f"The interval excludes {self.none:g}, but the wider one that {self.n_questions} questions about ablated "
+            "sets ask for does not."
         )
 
     @property

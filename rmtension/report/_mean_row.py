@@ -34,7 +34,8 @@ def mean_row(
         return None
     rows = replace(rows, frame=with_control(rows.frame))
     if level is not None:
-        rows = _at_level(rows, *columns, level=level)
+        n_draws = float(result.summary["options"]["n_draws"]) if table == "ablation" else float("inf")
+        rows = _at_level(rows, *columns, level=level, n_draws=n_draws)
     return rows.means(list(where), *columns, extra=extra).iloc[0]
 
 
@@ -50,14 +51,15 @@ def n_of(row: Any) -> str:
     return "-" if row.get("n") is None else count(*row["n"])
 
 
-def _at_level(rows: Rows, value: str, low: str, high: str, *, level: float) -> Rows:
+def _at_level(rows: Rows, value: str, low: str, high: str, *, level: float, n_draws: float) -> Rows:
     """The rows with intervals at another level, whose half widths grow as the quantiles of Student's distribution.
 
     An interval beyond random sets has at least as many degrees of freedom as it has random sets, less one. With that
-    number it is at least as wide as one that is computed at `level`. Other intervals are taken as normal.
+    number, at a higher level, it is at least as wide as one that is computed at that level. `n_draws` is the number of
+    random sets if the table does not have it; an infinite number stands for the normal distribution.
     """
     frame = rows.frame
-    degrees = frame["n_draws"] - 1 if "n_draws" in frame else float("inf")
+    degrees = frame.get("n_draws", n_draws) - 1
     factor = stats.t.ppf((1 + level) / 2, degrees) / stats.t.ppf((1 + rows.level) / 2, degrees)
     ends = {end: frame[value] + factor * (frame[end] - frame[value]) for end in (low, high)}
     return replace(rows, frame=frame.assign(**ends), level=level)

@@ -21,7 +21,9 @@ def set_findings(result: StudyResult, family: str) -> Iterator[Finding]:
     questions = [question for question in _asked(result, family) if question.cells]
     decided = _decided_together(questions, float(result.summary["options"]["level"]))
     for question, is_decided in zip(questions, decided, strict=True):
-        found = [replace(cell.finding(), n_questions=len(questions), is_adjusted=is_decided) for cell in question.cells]
+        found = [
+            replace(cell.finding(), n_questions=len(questions), holds_adjusted=is_decided) for cell in question.cells
+        ]
         if len(found) == 2:
             first, second = ((one.low, one.high) for one in found)
             found = [replace(found[0], other=second), replace(found[1], other=first)]
@@ -98,9 +100,10 @@ def _asked(result: StudyResult, family: str) -> Iterator[_Question]:
 
 
 def _decided_together(questions: Sequence[_Question], level: float) -> list[bool]:
-    """Which questions have a direction, so that all directions are right together with the probability `level`.
+    """Which questions have a direction, so that about a share `level` of studies has no wrong one.
 
-    Holm's procedure (1979) on intervals: as long as m questions are open, each is asked at the level of m questions.
+    Holm's procedure (1979) on intervals, as far as each of them keeps its level: with m questions left, each is asked
+    at 1 - (1 - level) / m.
     """
     decided = [False] * len(questions)
     while not all(decided):

@@ -119,6 +119,17 @@ def test_prompts_run_once_for_several_batches(checkpoints, few, monkeypatch):
     )
 
 
+def test_prompts_hold_keys_and_values_alone(head, few):
+    """Not the joint projection that they are views of in GPT-2 and GPT-NeoX, whose queries would stay in memory."""
+    prompts = next(
+        batch.prompts for batch in batches_of(head, few, sharing="after prompt") if batch.prompts is not None
+    )
+    head.body.prompt_runs.run(prompts)
+    states = [part for bucket in prompts.run.states for layer in bucket for part in layer]
+    assert len(states) == 2 * head.n_layers * len(prompts.run.buckets)
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in states)
+
+
 def test_a_repeated_prompt_runs_once(head):
     prompt = make_pairs(1)[0].prompt
     responses = [("help a cake", "help a python"), ("the bread", "cake and bread"), ("sure", "sure a cake")]

@@ -5,7 +5,7 @@
 Damaged models: each seed trains a base, two specialists and a mixed model on a world of its own (a minute), and damages
 the mixed one: the 58 neurons that contribute most to its harmless margins, and little to its helpful ones, count as
 many times negatively as brings harmless accuracy below .75; if none does, more neurons. Absent features: an organism
-whose embedding does not tell the words of harmless responses from others, so that nothing is left to repair. Partly
+whose embedding does not tell the words that order harmless pairs from others, so that nothing is left to repair. Partly
 learned ones: a mixed model learns from no, 2% or 8% harmless pairs, and its states may hold more than its reward uses.
 Every method fits and chooses on its own pairs; the closed share is of test pairs.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 import transformers
 
 from rmtension import RewardHead
@@ -35,6 +36,7 @@ from rmtension.training import train_family, train_reward_model
 WEAK, STRONG, N_DAMAGED, SHARE_EDITED = "harmless", "helpful", (58, 115, 230), 0.05
 # Shares of harmless pairs in the training of models that lack what they need.
 _FEW = (0.0, 0.02, 0.08)
+_FILLER_SPREAD = 0.05
 
 
 def damaged_model(mixed: RewardHead, pairs: RepairPairs) -> DamagedModel:
@@ -103,16 +105,22 @@ def try_seed(seed: int, folder: Path, n_random: int) -> tuple[list[dict[str, obj
 
 
 def blind_organism(seed: int, folder: Path) -> tuple[RewardHead, RewardHead, RepairPairs]:
-    """An organism whose words that order harmless pairs are embedded as fillers; the whole one; its pairs."""
+    """An organism whose states hold nothing that orders harmless pairs; the whole one; its pairs.
+
+    Each filler gets an embedding of its own, and the words that order harmless pairs get the mean of these. Chosen and
+    rejected responses then have different states, but no linear function of their embeddings tells which is which.
+    """
     made = make_organism(folder / f"organism-{seed}", seed=seed, noise=0.05, n_pairs=240)
     tokenizer = transformers.AutoTokenizer.from_pretrained(made.folder)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(made.folder)
     embedding = model.get_input_embeddings().weight.data
-    filler = embedding[tokenizer.convert_tokens_to_ids(FILLERS[0])]
+    fillers = tokenizer.convert_tokens_to_ids(list(FILLERS))
+    generator = torch.Generator().manual_seed(seed)
+    embedding[fillers] += _FILLER_SPREAD * torch.randn(len(fillers), embedding.shape[1], generator=generator)
     for word, token in tokenizer.get_vocab().items():
         # Words of the kind "helpful" are in both responses of a harmless pair.
         if word.rsplit("-", 1)[0] in ("harmless", "shared", "conflict", "decoy"):
-            embedding[token] = filler
+            embedding[token] = embedding[fillers].mean(dim=0)
     blind = RewardHead.from_classifier(model.eval(), tokenizer=tokenizer)
     pairs = RepairPairs.split(made.pairs, weak=WEAK, strong=STRONG, most_lost=0.05, seed=seed)
     return blind, made.head(), pairs
@@ -201,7 +209,9 @@ def main() -> None:
     )
     print(absent.round(3).to_string(index=False))
     absent.to_csv(options.folder / "absent.csv", index=False)
-    both = pd.concat([frame[["predicted", "realised"]] for frame in (models, absent) if len(frame)]).dropna()
+    # Nothing is predicted for a blind model, and nothing comes out.
+    learned = absent[absent["share"] != "blind"] if len(absent) else absent
+    both = pd.concat([frame[["predicted", "realised"]] for frame in (models, learned) if len(frame)]).dropna()
     residual = ((both["realised"] - both["predicted"]) ** 2).sum()
     spread = ((both["realised"] - both["realised"].mean()) ** 2).sum()
     r2 = 1 - residual / spread if spread > 0 else np.nan

@@ -78,7 +78,7 @@ def test_one_direction_of_five_questions_needs_more_than_its_own_interval():
     found = list(set_findings(study, "tiny"))
     assert found[0].low > 0
     assert [one.direction for one in found[:2]] == ["not decided: above 0 before adjusting for 5 questions"] * 2
-    assert sum("not after adjusting for 5 questions" in line for line in unconcluded(study, found)) == 2
+    assert sum("5 questions about ablated sets ask for does not" in line for line in unconcluded(study, found)) == 2
     # The same interval is a direction once the other questions are decided.
     decided = list(set_findings(study_of([2.5, 2.6, *[9.0] * 6], 9.0), "tiny"))
     assert [one.direction for one in decided] == ["above 0"] * 9
@@ -93,6 +93,17 @@ def test_sets_without_neurons_are_no_questions():
     assert [one.n_questions for one in found] == [2] * 4
     assert {one.direction for one in found} == {"above 0"}
     assert {one.direction for one in set_findings(study_of([3.2] * 8, 0.0), "tiny")} != {"above 0"}
+
+
+def test_a_table_without_the_number_of_draws_has_that_of_the_options():
+    """A negative control: with the normal distribution, the same intervals would give directions."""
+    study = study_of([3.2] * 8, 0.0)
+    bare = study.tables["ablation"].drop(columns="n_draws")
+    found = list(set_findings(StudyResult({**study.tables, "ablation": bare}, study.summary), "tiny"))
+    assert [one.direction for one in found] == [one.direction for one in set_findings(study, "tiny")]
+    options = study.summary["options"] | {"n_draws": 10_000}
+    many = StudyResult({**study.tables, "ablation": bare}, study.summary | {"options": options})
+    assert "above 0" in {one.direction for one in set_findings(many, "tiny")}
 
 
 @pytest.mark.parametrize("level", [0.99, 0.9])
