@@ -191,7 +191,9 @@ def refuse_respond(
         axes.set_xlabel("accuracy where responding is right (share)")
         axes.set_ylabel("accuracy where refusing is right (share)")
         axes.grid(color="#EAEAEA", linewidth=0.6)
-    sizes = [(up.loc[(on,), "n"].iloc[0], across.loc[(on,), "n"].iloc[0]) for on in objectives]
+    sizes = [
+        (up.xs(on, level="objective")["n"].iloc[0], across.xs(on, level="objective")["n"].iloc[0]) for on in objectives
+    ]
     names = [
         f"{on} pairs\n{sized('refusing', refuse)}, {sized('responding', respond)}"
         for on, (refuse, respond) in zip(objectives, sizes, strict=True)

@@ -45,6 +45,8 @@ def answer_note(result: StudyResult) -> str:
     spread = ", with the spread between seeds" if seeds > 1 else ""
     chance = "those of overlaps beyond chance are over random sets of neurons"
     note = f"{over} are {100 * level:g}% over prompts{spread}; {chance}. {sets}"
+    if "ablation" in result.tables:
+        note += " These intervals are not adjusted for their number; the directions of sets in the report's table are."
     if len(families) > 1:
         note += f" The sentences and the figure are about the family {families[0]}; the table has all {len(families)}."
     return note
