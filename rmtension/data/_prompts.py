@@ -69,12 +69,6 @@ class Prompts:
         """The keys or the values of each row's prompt."""
         first = of_buckets[0]
         longest = int(self.lengths.max())
-        # What is beyond a prompt is hidden from attention, and only has to be finite.
-        if len(of_buckets) == 1 and first.shape[2] >= longest:
-            (bucket,) = self.run.buckets
-            order = torch.empty(len(self.run.texts), dtype=torch.long)
-            order[list(bucket)] = torch.arange(len(bucket))
-            return first[:, :, :longest].index_select(0, order[self.of_row.cpu()].to(first.device))
         whole = first.new_zeros(len(self.of_row), first.shape[1], longest, first.shape[3])
         for bucket, states in zip(self.run.buckets, of_buckets, strict=True):
             indices = torch.tensor(bucket, device=self.of_row.device)

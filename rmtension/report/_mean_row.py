@@ -24,7 +24,7 @@ def mean_row(
     """The mean over seeds of the row that `where` selects; None if the study has no such row.
 
     Seeds without a control are left out if others have one, so that all numbers of the row are of the same seeds. The
-    interval is at the study's level, or at `level` (`_at_level`).
+    interval is at the study's level, or at `level` (`at_level`).
     """
     if table not in result.tables:
         return None
@@ -34,8 +34,8 @@ def mean_row(
         return None
     rows = replace(rows, frame=with_control(rows.frame))
     if level is not None:
-        n_draws = float(result.summary["options"]["n_draws"]) if table == "ablation" else float("inf")
-        rows = _at_level(rows, *columns, level=level, n_draws=n_draws)
+        n_draws = result.summary["options"]["n_draws"] if table == "ablation" else float("inf")
+        rows = at_level(rows, *columns, level=level, n_draws=n_draws)
     return rows.means(list(where), *columns, extra=extra).iloc[0]
 
 
@@ -51,7 +51,7 @@ def n_of(row: Any) -> str:
     return "-" if row.get("n") is None else count(*row["n"])
 
 
-def _at_level(rows: Rows, value: str, low: str, high: str, *, level: float, n_draws: float) -> Rows:
+def at_level(rows: Rows, value: str, low: str, high: str, *, level: float, n_draws: int | float) -> Rows:
     """The rows with intervals at another level, whose half widths grow as the quantiles of Student's distribution.
 
     An interval beyond random sets has at least as many degrees of freedom as it has random sets, less one. With that

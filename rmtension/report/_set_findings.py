@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from rmtension.report._finding import Finding, side_of
@@ -46,17 +47,22 @@ class _Cell:
     columns: tuple[str, str, str]
     extra: tuple[str, ...]
 
+    @cached_property
+    def at_own_level(self) -> Any:
+        """The row at the level of the study."""
+        return self.row()
+
     def row(self, level: float | None = None) -> Any:
         return mean_row(self.result, self.family, self.table, self.where, self.columns, self.extra, level=level)
 
     @property
     def is_comparison(self) -> bool:
         """Whether there is something to compare: neurons were ablated, and random sets of their size were drawn."""
-        row = self.row()
+        row = self.at_own_level
         return row is not None and bool(row["size"]) and not math.isnan(row.get("random_effect", 0.0))
 
     def finding(self) -> Finding:
-        row = self.row()
+        row = self.at_own_level
         if self.table == "ablation":
             control = f"without them {row['effect']:+.3f}, random sets {row['random_effect']:+.3f}"
             n = n_of(row)

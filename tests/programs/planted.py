@@ -19,14 +19,15 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from scipy import stats
 
 sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 from tiny_models import WORDS, make_config, make_tokenizer
 
 from rmtension import Mean, NeuronSet, PreferencePairs, RewardHead, StudyOptions, TensionStudy
+from rmtension.plots._rows import Rows
 from rmtension.report._finding import side_of
+from rmtension.report._mean_row import at_level
 from rmtension.study._causality import Ablations, ablation_matrix
 from rmtension.study._model_runs import ModelRuns
 
@@ -34,6 +35,7 @@ OBJECTIVES = ("helpful", "harmless")
 LAST_WORDS = {"helpful": ("sure", "cannot"), "harmless": ("sorry", "help")}
 N_SHARED, N_SPECIFIC = 12, 8
 LAYERS = (0, 1)
+BEYOND = ("beyond_random", "beyond_low", "beyond_high")
 
 
 def planted_pairs(seed: int, n: int) -> dict[str, PreferencePairs]:
@@ -141,16 +143,10 @@ def planted_run(
         sides = {effect.control: side_of(effect.beyond_low, effect.beyond_high) for effect in effects.itertuples()}
         row |= {f"{name} {objective} {control}": side != 0 for control, side in sides.items()}
         row[f"{name} {objective} both"] = agree(sides.values())
-        # The interval at 99% has a half width that is larger by the ratio of Student's quantiles.
-        wider = stats.t.ppf(0.995, n_draws - 1) / stats.t.ppf(0.975, n_draws - 1)
-        ends = [
-            [
-                effect.beyond_random + wider * (end - effect.beyond_random)
-                for end in (effect.beyond_low, effect.beyond_high)
-            ]
-            for effect in effects.itertuples()
-        ]
-        row[f"{name} {objective} adjusted"] = agree(side_of(*pair) for pair in ends)
+        wider = at_level(Rows(effects, 0.95), *BEYOND, level=0.99, n_draws=n_draws).frame
+        row[f"{name} {objective} adjusted"] = agree(
+            side_of(effect.beyond_low, effect.beyond_high) for effect in wider.itertuples()
+        )
     return row
 
 
