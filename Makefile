@@ -28,8 +28,10 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(UNCHECKED) $(WORKERS) -m "not grid"
 
+# Every law with types and shapes checked, then the grid, which calls the same functions, without.
 test-all: $(VENV)/ready
-	$(BIN)/python -m pytest $(WORKERS)
+	$(BIN)/python -m pytest $(WORKERS) -m "not grid"
+	$(BIN)/python -m pytest $(UNCHECKED) $(WORKERS) -m grid
 
 # What reaches TransformerLens only by opening a model, as the other tests do, or not at all: it is tested once.
 SAME := $(patsubst %,--ignore-glob='*/test_%.py', \

@@ -189,10 +189,11 @@ def test_the_citation_has_what_the_format_requires():
 
 
 def test_the_workflow_runs_what_the_checks_run():
-    """Each `make` of `.ci/run`, in its order; among them the whole suite."""
+    """Each `make` of `.ci/run`, in its order; among them the whole suite, every law of it with types checked."""
     steps = re.findall(r"^make .+$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     assert "make test-all" in steps
-    assert re.search(r"^test-all:.*\n\t\S+ -m pytest \$\(WORKERS\)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    whole = r"^test-all:.*\n\t\S+ -m pytest \$\(WORKERS\) -m \"not grid\"\n\t\S+ -m pytest .*\$\(WORKERS\) -m grid$"
+    assert re.search(whole, (ROOT / "Makefile").read_text(), re.MULTILINE)
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert len(steps) == 5
     assert {"check", "docs"} <= set(steps[1].split())
