@@ -73,7 +73,7 @@ class RepairReport:
             f"The edit changes {self.edit['numbers']:,} {'number' if self.edit['numbers'] == 1 else 'numbers'} and "
             f"{self._closes()}"
             if self.edit["made"]
-            else f"No candidate improved {weak} beyond chance and spared {strong}, so nothing was edited.",
+            else f"Nothing was edited: {self._why_none()}",
             f"The accuracy on {weak} goes {change(weak)}; that on {strong} {change(strong)}.",
         ]
         controls = [f"{kind} {_range(part['closed'])}" for kind, part in self.controls.groupby("control", sort=False)]
@@ -85,6 +85,24 @@ class RepairReport:
                 f"{', '.join(harmed)}."
             )
         return sentences
+
+    def _why_none(self) -> str:
+        """Which condition no candidate met on the development pairs, and the numbers of the one nearest to it."""
+        weak, strong = self.diagnosis.weak, self.diagnosis.strong
+        better = self.path[self.path[f"{weak}_low"] > 0]
+        nearest = (self.path, f"{weak}_change") if better.empty else (better, f"{strong}_low")
+        near = nearest[0].sort_values(nearest[1], ascending=False, kind="stable").to_dict("records")[0]
+        gain = f"{near[f'{weak}_change']:+.3f} (at least {near[f'{weak}_low']:+.3f})"
+        n = f"{len(self.path)} candidates" if len(self.path) != 1 else "1 candidate"
+        if better.empty:
+            return f"of {n}, none improved {weak} beyond chance on development pairs. The largest gain is {gain}."
+        change = near[f"{strong}_change"]
+        more = f" More {strong} pairs would narrow this bound." if change > -self.most_lost else ""
+        return (
+            f"of {n}, {len(better)} improved {weak} beyond chance on development pairs, and none of these is shown to "
+            f"spare {strong}. The nearest one changes {weak} by {gain}, and {strong} by {change:+.3f} (at least "
+            f"{near[f'{strong}_low']:+.3f}, where {-self.most_lost:+.3f} is allowed).{more}"
+        )
 
     def _closes(self) -> str:
         """The closed share in words."""

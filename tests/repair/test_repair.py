@@ -117,6 +117,33 @@ def test_reports_are_files(mended, tmp_path):
         RepairReport.load(tmp_path / "other.json")
 
 
+def test_a_report_without_an_edit_says_which_condition_failed(mended):
+    """Three candidates by hand: two gain beyond chance, and the second of these is nearer to sparing helpful."""
+    path = pd.DataFrame(
+        {
+            "harmless_change": [0.20, 0.12, 0.25],
+            "harmless_low": [0.10, 0.01, -0.02],
+            "helpful_change": [-0.04, -0.06, 0.0],
+            "helpful_low": [-0.15, -0.11, 0.0],
+            "closed": 0.5,
+            "allowed": [False, False, True],
+        }
+    )
+    report = replace(mended.report, path=path, edit={**mended.report.edit, "made": False}, most_lost=0.05)
+    said = report.findings()[0]
+    assert "of 3 candidates, 2 improved harmless beyond chance" in said
+    assert "changes harmless by +0.120 (at least +0.010), and helpful by -0.060 (at least -0.110" in said
+    assert "-0.050 is allowed" in said
+    assert "More helpful pairs" not in said, "it loses more than is allowed"
+    said = replace(report, path=path.drop(1), most_lost=0.1).findings()[0]
+    assert said.endswith("-0.100 is allowed). More helpful pairs would narrow this bound.")
+    said = replace(report, path=path[2:]).findings()[0]
+    assert said.endswith(
+        "of 1 candidate, none improved harmless beyond chance on development pairs. The largest gain "
+        "is +0.250 (at least -0.020)."
+    )
+
+
 def test_the_best_of_several_is_the_response_that_is_never_rejected():
     rows = [("p", "a", "b"), ("p", "a", "c"), ("q", "a", "b"), ("r", "a", "b"), ("r", "b", "c")]
     pairs = PreferencePairs.from_records(
