@@ -1,0 +1,110 @@
+"""Repair a real mixed model that was trained on few pairs of one objective.
+
+    python tests/programs/mended_scarce.py smollm2.yaml --out replication --method "head refit"
+
+`--out` is the folder of `rmtension replicate`, whose base and pairs are used. All helpful training pairs and those of
+5% of the harmless prompts train a model with the recipe's settings, for about an hour on one core, unless it is there;
+helpful validation pairs choose the checkpoint. The pairs that it did not see, most of them harmless, are divided by
+prompt into fit, development and test pairs. It prints the diagnosis and the tables of the report, which is written to
+--out with the repaired model.
+"""
+
+import argparse
+import random
+from dataclasses import fields
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from rmtension import PreferencePairs, RewardHead
+from rmtension.errors import OptionError
+from rmtension.repair import RepairPairs, repair
+from rmtension.replication import read_recipe
+from rmtension.replication._prepare import SPLITS, PreparedPairs, prepare_base, prepare_pairs
+from rmtension.replication._recipe import Recipe
+from rmtension.report import write_report
+from rmtension.training import train_reward_model
+
+PLENTY, SCARCE = "helpful", "harmless"
+
+
+def of_prompts(pairs: PreferencePairs, prompts: set[str]) -> PreferencePairs:
+    """The pairs of these prompts."""
+    return PreferencePairs(pair for pair in pairs if pair.prompt in prompts)
+
+
+def seen_prompts(pairs: PreparedPairs, share: float, seed: int) -> set[str]:
+    """The scarce objective's prompts in training: a share of all."""
+    prompts = sorted(set(pairs.parts["train"][SCARCE].prompts))
+    random.Random(seed).shuffle(prompts)
+    return set(prompts[: round(share * len(prompts))])
+
+
+def train(recipe: Recipe, pairs: PreparedPairs, few: set[str], base: Path, folder: Path, seed: int) -> None:
+    """Train the mixed model, on this process's threads."""
+    settings = {
+        each.name.removeprefix("reward_"): getattr(recipe.training, each.name)
+        for each in fields(recipe.training)
+        if each.name.startswith("reward_")
+    }
+    train_reward_model(
+        pairs.parts["train"][PLENTY] + of_prompts(pairs.parts["train"][SCARCE], few),
+        str(base),
+        folder,
+        **settings,
+        validation=pairs.parts["validation"][PLENTY],
+        max_length=recipe.max_length,
+        seed=seed,
+        work=folder.with_name(f"{folder.name}-training"),
+        on_log=print,
+    )
+
+
+def main() -> None:
+    """Train, diagnose, repair, print and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0, help="of the training and its pairs")
+    parser.add_argument("--share", type=float, default=0.05, help="of the harmless prompts in training")
+    parser.add_argument("--method", default="head refit")
+    parser.add_argument("--counts", type=int, nargs="+", default=(46, 230, 460), help="numbers of neurons, for gains")
+    parser.add_argument("--shares", type=float, nargs=3, default=(0.5, 0.25, 0.25), help="fit, development, test")
+    parser.add_argument("--n-random", type=int, default=2, help="random sets of neurons, for gains")
+    parser.add_argument("--most-lost", type=float, default=0.05)
+    options = parser.parse_args()
+    recipe = read_recipe(options.recipe)
+    base = prepare_base(recipe.base, options.out / "base")
+    pairs = prepare_pairs(recipe, AutoTokenizer.from_pretrained(base))
+    few = seen_prompts(pairs, options.share, options.seed)
+    folder = options.out / f"scarce-{options.share}-seed-{options.seed}"
+    if not folder.exists():
+        train(recipe, pairs, few, base, folder, options.seed)
+    seen = few | {prompt for split in ("train", "validation") for prompt in pairs.parts[split][PLENTY].prompts}
+    unseen = {}
+    for name in (PLENTY, SCARCE):
+        every = sum((pairs.parts[split][name] for split in SPLITS), start=PreferencePairs([]))
+        unseen[name] = PreferencePairs(pair for pair in every if pair.prompt not in seen)
+    split = RepairPairs.split(
+        unseen, weak=SCARCE, strong=PLENTY, shares=options.shares, most_lost=options.most_lost, seed=0
+    )
+    print(split, flush=True)
+    more = {"counts": options.counts, "shares": (0.5,), "steps": 1} if options.method == "gains" else {}
+    head = RewardHead.from_pretrained(folder)
+    try:
+        mended = repair(head, split, options.method, n_random=options.n_random, progress=False, **more)
+    except OptionError as error:  # no gap is shown
+        print(error)
+        return
+    print(mended.report.diagnosis)
+    print(mended)
+    for table in ("checks", "path", "controls"):
+        print(f"\n{table}\n{mended.report.to_frame(table).round(3).to_string(index=False)}")
+    out = folder.with_name(f"{folder.name}-{options.method.replace(' ', '-')}")
+    if mended.edit is not None:
+        mended.save_pretrained(out)
+    write_report(mended.report, out)
+
+
+if __name__ == "__main__":
+    main()
