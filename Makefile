@@ -26,7 +26,7 @@ demo: $(VENV)/ready
 # Every law once: without the grid over families, sites and positions, and without whole programs. Types and shapes,
 # whose checks take a quarter of the time, are left to `make test-all`.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest $(UNCHECKED) $(WORKERS) -m "not grid"
+	$(BIN)/python -m pytest $(UNCHECKED) $(WORKERS) -m "not grid and not typed"
 
 # Every law with types and shapes checked, then the grid, which calls the same functions, without.
 test-all: $(VENV)/ready

@@ -32,7 +32,7 @@ def test_import_is_cheap(code):
     assert ran.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.grid  # make test leaves the checks out
+@pytest.mark.typed
 def test_the_suite_checks_types_and_shapes():
     """Of functions with shapes in their annotations, and of those without."""
     with pytest.raises(jaxtyping.TypeCheckError, match="layer neuron"):
