@@ -90,8 +90,8 @@ class RepairReport:
         """Which condition no candidate met on the development pairs, and the numbers of the one nearest to it."""
         weak, strong = self.diagnosis.weak, self.diagnosis.strong
         better = self.path[self.path[f"{weak}_low"] > 0]
-        nearest = (self.path, f"{weak}_change") if better.empty else (better, f"{strong}_low")
-        near = nearest[0].sort_values(nearest[1], ascending=False, kind="stable").to_dict("records")[0]
+        rows, column = (self.path, f"{weak}_change") if better.empty else (better, f"{strong}_low")
+        near = rows.sort_values(column, ascending=False, kind="stable").to_dict("records")[0]
         gain = f"{near[f'{weak}_change']:+.3f} (at least {near[f'{weak}_low']:+.3f})"
         n = f"{len(self.path)} candidates" if len(self.path) != 1 else "1 candidate"
         if better.empty:

@@ -169,6 +169,15 @@ def train_families(
     }
 
 
+def reward_arguments(settings: FamilySettings) -> dict[str, Any]:
+    """The arguments of `train_reward_model` among the settings: those that begin with `reward_`."""
+    return {
+        field.name.removeprefix("reward_"): getattr(settings, field.name)
+        for field in fields(settings)
+        if field.name.startswith("reward_")
+    }
+
+
 def _trainings(
     pairs: Mapping[str, PreferencePairs],
     root: Path,
@@ -180,16 +189,11 @@ def _trainings(
     mixtures: dict[str, dict[str, Any]] = {name: {"objective": name} for name in pairs}
     shares = {name: 1 / len(pairs) for name in pairs}
     mixtures["mixed"] = {"proportions": shares, "n_pairs": settings.mixed_pairs}
-    schedule = {
-        field.name.removeprefix("reward_"): getattr(settings, field.name)
-        for field in fields(settings)
-        if field.name.startswith("reward_")
-    }
     for name, mixture in mixtures.items():
         held_out = validation if validation is None or name == "mixed" else {name: validation[name]}
         joined = None if held_out is None else PreferencePairs(pair for part in held_out.values() for pair in part)
         options = {
-            **schedule,
+            **reward_arguments(settings),
             "seed": seed,
             "max_length": settings.max_length,
             "truncate_response": settings.truncate_response,

@@ -13,16 +13,17 @@ development pairs does to test pairs, whether or not it would be taken, and one 
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from published_repairs import by_length
 from transformers import AutoTokenizer
 
 from rmtension import PreferencePairs, RewardHead
 from rmtension.errors import OptionError
-from rmtension.repair import RepairPairs, repair
+from rmtension.repair import Repair, RepairPairs, repair
 from rmtension.repair._choice import change_of_accuracy, correct
 from rmtension.repair._diagnose import Evidence
 from rmtension.repair._features import SplitStates, read_states
@@ -34,6 +35,8 @@ from rmtension.replication._prepare import SPLITS, prepare_pairs
 from rmtension.replication._recipe import Recipe
 
 OBJECTIVES = ("helpful", "harmless")
+# Pairs by split and objective.
+Parts = Mapping[str, Mapping[str, PreferencePairs]]
 
 
 def unseen_pairs(recipe: Recipe, longest: int, folder: Path) -> dict[str, PreferencePairs]:
@@ -42,10 +45,26 @@ def unseen_pairs(recipe: Recipe, longest: int, folder: Path) -> dict[str, Prefer
     parts = prepare_pairs(recipe, tokenizer).parts
     seen = {prompt for split in ("train", "validation") for part in parts[split].values() for prompt in part.prompts}
     every = prepare_pairs(replace(recipe, max_length=longest), tokenizer).parts
-    return {
-        name: PreferencePairs(pair for split in SPLITS for pair in every[split][name] if pair.prompt not in seen)
-        for name in OBJECTIVES
-    }
+    return {name: without_prompts(every, name, seen) for name in OBJECTIVES}
+
+
+def without_prompts(parts: Parts, name: str, seen: set[object]) -> PreferencePairs:
+    """The pairs of an objective in all splits, without those of some prompts."""
+    return PreferencePairs(pair for split in SPLITS for pair in parts[split][name] if pair.prompt not in seen)
+
+
+def repair_and_print(head: RewardHead, split: RepairPairs, method: str, **options: Any) -> Repair | None:
+    """Repair, and print the diagnosis and the tables of the report; None if no gap is shown, which is printed."""
+    try:
+        mended = repair(head, split, method, progress=False, **options)
+    except OptionError as error:  # no gap is shown
+        print(error)
+        return None
+    print(mended.report.diagnosis)
+    print(mended)
+    for table in ("checks", "path", "controls"):
+        print(f"\n{table}\n{mended.report.to_frame(table).round(3).to_string(index=False)}")
+    return mended
 
 
 def refit_anyway(head: RewardHead, split: RepairPairs, states: SplitStates, ridges: Sequence[float]) -> None:
@@ -106,17 +125,9 @@ def main() -> None:
     more = {}
     if options.method == "gains":
         more = {"counts": options.counts, "shares": (0.5,), "steps": options.steps}
-    try:
-        mended = repair(
-            head, split, options.method, specialists=specialists, n_random=options.n_random, progress=False, **more
-        )
-    except OptionError as error:  # no gap is shown
-        print(error)
+    mended = repair_and_print(head, split, options.method, specialists=specialists, n_random=options.n_random, **more)
+    if mended is None:
         return
-    print(mended.report.diagnosis)
-    print(mended)
-    for table in ("checks", "path", "controls"):
-        print(f"\n{table}\n{mended.report.to_frame(table).round(3).to_string(index=False)}")
     name = f"repair-{options.weak}-{options.method.replace(' ', '_')}-{options.longest}.json"
     mended.report.save(options.out / name)
 

@@ -13,33 +13,30 @@ tested on that many random divisions, for several losses that are allowed.
 
 import argparse
 import random
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
+from mended_replication import repair_and_print, without_prompts
+from published_repairs import row_of
 from transformers import AutoTokenizer
 
 from rmtension import PreferencePairs, RewardHead
-from rmtension.errors import OptionError
-from rmtension.repair import RepairPairs, repair
+from rmtension.repair import RepairPairs
 from rmtension.repair._choice import change_of_accuracy, correct
 from rmtension.repair._diagnose import Evidence
 from rmtension.repair._features import ReadStates, SplitStates, read_states
 from rmtension.repair._probe import fit_probe
 from rmtension.repair._refit import refit_head
 from rmtension.replication import read_recipe
-from rmtension.replication._prepare import SPLITS, PreparedPairs, prepare_base, prepare_pairs
+from rmtension.replication._prepare import PreparedPairs, prepare_base, prepare_pairs
 from rmtension.replication._recipe import Recipe
 from rmtension.report import write_report
 from rmtension.training import train_reward_model
+from rmtension.training._family_trainings import reward_arguments
 
 PLENTY, SCARCE = "helpful", "harmless"
-
-
-def of_prompts(pairs: PreferencePairs, prompts: set[str]) -> PreferencePairs:
-    """The pairs of these prompts."""
-    return PreferencePairs(pair for pair in pairs if pair.prompt in prompts)
 
 
 def seen_prompts(pairs: PreparedPairs, share: float, seed: int) -> set[str]:
@@ -51,16 +48,12 @@ def seen_prompts(pairs: PreparedPairs, share: float, seed: int) -> set[str]:
 
 def train(recipe: Recipe, pairs: PreparedPairs, few: set[str], base: Path, folder: Path, seed: int) -> None:
     """Train the mixed model, on this process's threads."""
-    settings = {
-        each.name.removeprefix("reward_"): getattr(recipe.training, each.name)
-        for each in fields(recipe.training)
-        if each.name.startswith("reward_")
-    }
+    scarce = PreferencePairs(pair for pair in pairs.parts["train"][SCARCE] if pair.prompt in few)
     train_reward_model(
-        pairs.parts["train"][PLENTY] + of_prompts(pairs.parts["train"][SCARCE], few),
+        pairs.parts["train"][PLENTY] + scarce,
         str(base),
         folder,
-        **settings,
+        **reward_arguments(recipe.training),
         validation=pairs.parts["validation"][PLENTY],
         max_length=recipe.max_length,
         seed=seed,
@@ -80,22 +73,23 @@ def refits_of_splits(head: RewardHead, pairs: dict[str, PreferencePairs], option
         found = {name: zip(*(known[pair.digest()] for pair in part), strict=True) for name, part in groups.items()}
         return {name: ReadStates(*map(torch.stack, columns)) for name, columns in found.items()}
 
-    row = head.weight.detach().double().flatten().cpu()
+    row = row_of(head)
     rows = []
     for seed in range(options.splits):
+        given = RepairPairs.split(
+            pairs, weak=SCARCE, strong=PLENTY, shares=options.shares, most_lost=max(options.most_lost), seed=seed
+        )
+        states, test = SplitStates(of(given.fit), of(given.development)), of(given.test)
+        probe = fit_probe(states.fit[SCARCE], states.fit[PLENTY], given.fit[SCARCE])
         for most_lost in options.most_lost:
-            split = RepairPairs.split(
-                pairs, weak=SCARCE, strong=PLENTY, shares=options.shares, most_lost=most_lost, seed=seed
-            )
-            states, test = SplitStates(of(split.fit), of(split.development)), of(split.test)
+            split = replace(given, most_lost=most_lost)
             edit, path = refit_head(head, split, states=states)
-            probe = fit_probe(states.fit[SCARCE], states.fit[PLENTY], split.fit[SCARCE])
             found = Evidence(head, split, states, states.margins, edit, probe, None).diagnosis()
             rows.append({"split": seed, "most_lost": most_lost, "gap": str(found.gap), "made": edit is not None})
             rows[-1] |= {"gaining": int((path[f"{SCARCE}_low"] > 0).sum()), "largest": path[f"{SCARCE}_change"].max()}
             if edit is None:
                 continue
-            new = edit.apply(head).weight.detach().double().flatten().cpu()
+            new = row_of(edit.apply(head))
             for name, part in test.items():
                 change = correct(part.margin + part.difference @ (new - row)) - correct(part.margin)
                 rows[-1][f"{name} test"] = str(change_of_accuracy(change, split.test[name]))
@@ -119,18 +113,16 @@ def main() -> None:
     options = parser.parse_args()
     recipe = read_recipe(options.recipe)
     base = prepare_base(recipe.base, options.out / "base")
-    pairs = prepare_pairs(recipe, AutoTokenizer.from_pretrained(base))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    pairs = prepare_pairs(recipe, tokenizer)
     few = seen_prompts(pairs, options.share, options.seed)
     folder = options.out / f"scarce-{options.share}-seed-{options.seed}"
     if not folder.exists():
         train(recipe, pairs, few, base, folder, options.seed)
     seen = few | {prompt for split in ("train", "validation") for prompt in pairs.parts[split][PLENTY].prompts}
     # Helpful pairs are the fewer ones, so longer ones are taken too.
-    longer = prepare_pairs(replace(recipe, max_length=options.longest), AutoTokenizer.from_pretrained(base))
-    unseen = {}
-    for name, prepared in ((PLENTY, longer), (SCARCE, pairs)):
-        every = sum((prepared.parts[split][name] for split in SPLITS), start=PreferencePairs([]))
-        unseen[name] = PreferencePairs(pair for pair in every if pair.prompt not in seen)
+    longer = prepare_pairs(replace(recipe, max_length=options.longest), tokenizer)
+    unseen = {name: without_prompts(of.parts, name, seen) for name, of in ((PLENTY, longer), (SCARCE, pairs))}
     head = RewardHead.from_pretrained(folder)
     if options.splits:
         print(refits_of_splits(head, unseen, options).round(3).to_string(index=False))
@@ -140,15 +132,9 @@ def main() -> None:
     )
     print(split, flush=True)
     more = {"counts": options.counts, "shares": (0.5,), "steps": 1} if options.method == "gains" else {}
-    try:
-        mended = repair(head, split, options.method, n_random=options.n_random, progress=False, **more)
-    except OptionError as error:  # no gap is shown
-        print(error)
+    mended = repair_and_print(head, split, options.method, n_random=options.n_random, **more)
+    if mended is None:
         return
-    print(mended.report.diagnosis)
-    print(mended)
-    for table in ("checks", "path", "controls"):
-        print(f"\n{table}\n{mended.report.to_frame(table).round(3).to_string(index=False)}")
     out = folder.with_name(f"{folder.name}-{options.method.replace(' ', '-')}")
     if mended.edit is not None:
         mended.save_pretrained(out)
