@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rmtension._sites import neuron_activations
 
-# Numbers per chunk: half a megabyte in float32, which fits into second-level caches. A GPU needs no small chunks.
-_ON_CPU, _ELSEWHERE = 1 << 17, 1 << 26
+# Numbers per chunk: a megabyte in float32, and three of terms. A GPU needs no small chunks.
+_ON_CPU, _ELSEWHERE = 1 << 18, 1 << 24
 
 
 class TokenWeights:
@@ -54,21 +54,22 @@ def _sums(
     numbers = _ON_CPU if rows.device.type == "cpu" else _ELSEWHERE
     size = max(1, numbers // rows.shape[1])
     same = n_neurons == rows.shape[1] and site != "attn_head"
-    names = ("value", "absolute", "square", "positive")
-    sums = {name: torch.zeros(n_neurons, dtype=torch.float64, device=rows.device) for name in names}
-    sums["channel"] = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    spare = torch.empty(min(size, len(rows)), n_neurons, dtype=exact, device=rows.device)
+    names = ("absolute", "square", "positive") if same else ("absolute", "square", "positive", "value")
+    of_channels = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    # All names in one product: many small operations would cost more than what they compute.
+    of_neurons = torch.zeros(len(names), n_neurons, dtype=torch.float64, device=rows.device)
+    spare = torch.empty(min(size, len(rows)), len(names), n_neurons, dtype=exact, device=rows.device)
     for chunk, weight in zip(torch.split(rows, size), torch.split(weights.to(exact), size), strict=True):
         values = chunk.to(exact)
-        sums["channel"] += weight @ values
+        terms = spare[: len(values)]
         neurons = values
         if not same:
             neurons = neuron_activations(values[None], site, n_neurons)[0]
-            sums["value"] += weight @ neurons
-        buffer = spare[: len(neurons)]
-        sums["absolute"] += weight @ torch.abs(neurons, out=buffer)
-        sums["square"] += weight @ torch.mul(neurons, neurons, out=buffer)
-        sums["positive"] += weight @ torch.gt(neurons, 0, out=buffer)
-    if same:
-        sums["value"] = sums["channel"].clone()
-    return sums
+            terms[:, 3] = neurons
+        torch.abs(neurons, out=terms[:, 0])
+        torch.mul(neurons, neurons, out=terms[:, 1])
+        torch.gt(neurons, 0, out=terms[:, 2])
+        of_channels += weight @ values
+        of_neurons += (weight @ terms.flatten(1)).view_as(of_neurons)
+    sums = dict(zip(names, of_neurons, strict=True))
+    return {"value": of_channels.clone(), **sums, "channel": of_channels}
