@@ -10,6 +10,9 @@ shorter one, the strong one the others, of both objectives together, and a probe
 diagnosis and the report, and writes the report to repair-WEAK-METHOD-LONGEST.json in --out; with --diagnose-only it
 ends after the diagnosis. With --anyway, the diagnosis is followed by what the head refit with the largest gain on
 development pairs does to test pairs, whether or not it would be taken, and one that is fitted to shuffled labels.
+
+With `--damage N FACTOR`, the model is damaged first, as by `plant_damage`: N neurons that contribute to the weak
+objective and little to the strong one count FACTOR times. It prints how many of them a repair by gains has found.
 """
 
 import argparse
@@ -33,6 +36,7 @@ from rmtension.repair._row_edits import RIDGES
 from rmtension.replication import read_recipe
 from rmtension.replication._prepare import SPLITS, prepare_pairs
 from rmtension.replication._recipe import Recipe
+from rmtension.synthetic import DamagedModel, plant_damage
 
 OBJECTIVES = ("helpful", "harmless")
 # Pairs by split and objective.
@@ -65,6 +69,18 @@ def repair_and_print(head: RewardHead, split: RepairPairs, method: str, **option
     for table in ("checks", "path", "controls"):
         print(f"\n{table}\n{mended.report.to_frame(table).round(3).to_string(index=False)}")
     return mended
+
+
+def damage(head: RewardHead, split: RepairPairs, n: int, factor: float) -> DamagedModel:
+    """Damage a copy, and print the accuracy on test pairs without and with the damage."""
+    damaged = plant_damage(head, split.fit[split.weak], n=n, factor=factor, spare=split.fit[split.strong])
+    for name, part in split.test.items():
+        before, after = (model.score_pairs(part, progress=False).accuracy() for model in (head, damaged.head))
+        print(
+            f"{name} test pairs: {before:.3f} before the damage of {n} neurons by {factor:g}, {after:.3f} after",
+            flush=True,
+        )
+    return damaged
 
 
 def refit_anyway(head: RewardHead, split: RepairPairs, states: SplitStates, ridges: Sequence[float]) -> None:
@@ -101,6 +117,7 @@ def main() -> None:
     parser.add_argument("--no-specialists", action="store_true", help="a probe is the ceiling")
     parser.add_argument("--diagnose-only", action="store_true")
     parser.add_argument("--anyway", action="store_true", help="apply the refit with the largest gain, no other method")
+    parser.add_argument("--damage", nargs=2, metavar=("N", "FACTOR"), help="repair a copy that is damaged like this")
     parser.add_argument("--ridges", type=float, nargs="+", default=RIDGES, help="penalties of --anyway")
     options = parser.parse_args()
     models = options.out / "models" / f"seed-{options.seed}"
@@ -113,6 +130,9 @@ def main() -> None:
     )
     print(split, flush=True)
     head = RewardHead.from_pretrained(models / "mixed")
+    if options.damage is not None:
+        damaged = damage(head, split, int(options.damage[0]), float(options.damage[1]))
+        head = damaged.head
     specialists = None
     if options.weak in OBJECTIVES and not options.no_specialists:
         specialists = {name: RewardHead.from_pretrained(models / name) for name in OBJECTIVES}
@@ -128,7 +148,12 @@ def main() -> None:
     mended = repair_and_print(head, split, options.method, specialists=specialists, n_random=options.n_random, **more)
     if mended is None:
         return
-    name = f"repair-{options.weak}-{options.method.replace(' ', '_')}-{options.longest}.json"
+    if options.damage is not None and mended.edit is not None and mended.edit.gains is not None:
+        changed = (mended.edit.gains != 1).cpu()
+        n_found = int((changed & damaged.neurons.mask).sum())
+        print(f"gains of {int(changed.sum())} neurons changed, {n_found} of them damaged")
+    kind = "repair" if options.damage is None else "repair-damaged"
+    name = f"{kind}-{options.weak}-{options.method.replace(' ', '_')}-{options.longest}.json"
     mended.report.save(options.out / name)
 
 
