@@ -139,12 +139,13 @@ def _warn_of_texts(tokenizer: Any, pairs: PreferencePairs) -> None:
     """Warn, once per tokenizer with a chat template, that plain prompts are read without it."""
     if getattr(tokenizer, "chat_template", None) is None or tokenizer in _WARNED:
         return
-    n = sum(not pair.is_chat for pair in pairs)
-    if n:
+    plain = next((pair for pair in pairs if not pair.is_chat), None)
+    if plain is not None:
         _WARNED.add(tokenizer)
+        # Without a count, because the pairs may be a part of those of the caller.
         warnings.warn(
-            f"pairs: this model's tokenizer has a chat template, but {n} of {len(pairs)} pairs have a plain text as "
-            "prompt: they were read as prompt and response, without the template. If the model was trained on chats, "
+            f"pairs: this model's tokenizer has a chat template, but the prompt of pair {plain.id!r} is a plain text. "
+            "Such pairs are read as prompt and response, without the template. If the model was trained on chats, "
             "load them with chat=True (PreferencePairs.read(path, chat=True); --chat on the command line), or use "
             "pairs.as_chat(). This warning is shown once per model.",
             RMTensionWarning,
