@@ -12,7 +12,8 @@ ends after the diagnosis. With --anyway, the diagnosis is followed by what the h
 development pairs does to test pairs, whether or not it would be taken, and one that is fitted to shuffled labels.
 
 With `--damage N FACTOR`, the model is damaged first, as by `plant_damage`: N neurons that contribute to the weak
-objective and little to the strong one count FACTOR times. It prints how many of them a repair by gains has found.
+objective and little to the strong one count FACTOR times, and the model without damage is the ceiling. It prints how
+many of these neurons a repair by gains has found.
 """
 
 import argparse
@@ -130,11 +131,13 @@ def main() -> None:
     )
     print(split, flush=True)
     head = RewardHead.from_pretrained(models / "mixed")
+    specialists = None
     if options.damage is not None:
+        if not options.no_specialists:
+            specialists = dict.fromkeys(split.fit, head)
         damaged = damage(head, split, int(options.damage[0]), float(options.damage[1]))
         head = damaged.head
-    specialists = None
-    if options.weak in OBJECTIVES and not options.no_specialists:
+    elif options.weak in OBJECTIVES and not options.no_specialists:
         specialists = {name: RewardHead.from_pretrained(models / name) for name in OBJECTIVES}
     if options.diagnose_only or options.anyway:
         evidence = Evidence.gather(head, split, specialists, progress=False)
