@@ -133,7 +133,9 @@ def repair(
 
     The controls are fitted by the same procedure: weak labels exchanged at random for half of the pairs, another
     method with as many numbers, a head refit, and for gains `n_random` random sets of neurons with the same layers and
-    magnitudes. Cost: that of the method, twice and more for the controls. Memory: the model a second time.
+    magnitudes. Cost: that of the method twice, and the controls. For all methods but gains, one control is gains of as
+    many neurons, fitted up to four times. Each time it runs the fit pairs forward and backward, and the development
+    pairs forward up to three times, which can take much longer than a refit. Memory: the model a second time.
 
     Raises `OptionError` if the diagnosis shows no gap, `CheckError` if the model fails `head.check()`, and `ModelError`
     for a model that the method cannot edit. A model whose weights TransformerLens converted, without the bias that
